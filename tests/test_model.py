@@ -1,0 +1,218 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from minigpt.model import GPT, GPTConfig, KVCache, attend, sinusoids
+
+SIZES = {
+    "small": (GPTConfig(d_model=128, n_heads=4, d_ff=256), 1_046_656),
+    "medium": (GPTConfig(d_model=256, n_heads=8, d_ff=512), 3_404_032),
+    "large": (GPTConfig(d_model=384, n_heads=12, d_ff=768), 7_072_128),
+}
+TINY = GPTConfig(vocab_size=61, context_length=16, d_model=16, n_layers=2, n_heads=2, d_ff=24)
+
+
+def shaken(config: GPTConfig, seed: int = 0) -> GPT:
+    """A net whose every weight, bias and norm counts: none sits at 0 or 1."""
+    torch.manual_seed(seed)
+    net = GPT(config).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return net
+
+
+def random_ids(config: GPTConfig, batch: int, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return torch.randint(config.vocab_size, (batch, length), generator=generator)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_three_sizes_have_exactly_the_parameters_of_the_reference(size):
+    config, expected = SIZES[size]
+    net = GPT(config)
+    assert net.n_parameters == expected
+    assert net.n_embedding_parameters == 3000 * config.d_model
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_loss_before_training_is_that_of_guessing(size):
+    config, _ = SIZES[size]
+    ids = random_ids(config, 2, config.context_length + 1)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            loss = GPT(config).loss(ids[:, :-1], ids[:, 1:]).item()
+        assert loss == pytest.approx(math.log(3000), abs=0.1), f"seed {seed}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"d_model": 100, "n_heads": 8}, "d_model 100 is not divisible by n_heads 8"),
+        ({"d_model": 15, "n_heads": 3}, "d_model 15 is odd"),
+        ({"n_layers": 0}, "n_layers 0 must be at least 1"),
+        ({"context_length": -1}, "context_length -1 must be at least 1"),
+        ({"dropout": 1.0}, r"dropout 1.0 is not in \[0, 1\)"),
+        ({"embedding_scale": 0.0}, "embedding_scale 0.0 must be positive"),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=message):
+        GPTConfig(**settings)
+
+
+def test_the_position_table_follows_the_formula():
+    length, d = 50, 12
+    table = sinusoids(length, d)
+    assert table.dtype == torch.float32
+    for t in range(length):
+        for i in range(d // 2):
+            angle = t / 10000 ** (2 * i / d)
+            assert table[t, 2 * i].item() == pytest.approx(math.sin(angle), abs=1e-6)
+            assert table[t, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-6)
+
+
+@pytest.mark.parametrize("scale", [None, 1.0, 3.0])
+def test_logits_equal_those_of_gpt2_in_transformers_with_the_same_weights(scale):
+    config = replace(SIZES["small"][0], vocab_size=500, embedding_scale=scale)
+    net = shaken(config)
+    ids = random_ids(config, 2, config.context_length)
+    with torch.no_grad():
+        ours, theirs = net(ids), as_gpt2(net)(ids).logits
+    assert theirs.std() > 0.5  # the weights are large enough for a difference to show
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def as_gpt2(net: GPT) -> nn.Module:
+    """The weights of `net` laid into transformers' GPT-2, whose linear weights are (in, out)."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    c = net.config
+    theirs = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=c.vocab_size,
+            n_positions=c.context_length,
+            n_embd=c.d_model,
+            n_layer=c.n_layers,
+            n_head=c.n_heads,
+            n_inner=c.d_ff,
+            activation_function="gelu",
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    ).eval()
+    scale = c.embedding_scale or math.sqrt(c.d_model)
+    weights = {
+        "wte.weight": net.embedding.weight * scale,  # their output is this one too, hence / scale
+        "wpe.weight": sinusoids(c.context_length, c.d_model),
+        "ln_f.weight": net.final_norm.weight / scale,
+        "ln_f.bias": net.final_norm.bias / scale,
+    }
+    names = {
+        "norm1": "ln_1",
+        "attention.qkv": "attn.c_attn",
+        "attention.out": "attn.c_proj",
+        "norm2": "ln_2",
+        "feed_forward.up": "mlp.c_fc",
+        "feed_forward.down": "mlp.c_proj",
+    }
+    for layer, block in enumerate(net.blocks):
+        for ours, theirs_name in names.items():
+            module = block.get_submodule(ours)
+            weight = module.weight.T if isinstance(module, nn.Linear) else module.weight
+            weights[f"h.{layer}.{theirs_name}.weight"] = weight
+            weights[f"h.{layer}.{theirs_name}.bias"] = module.bias
+    theirs.transformer.load_state_dict(weights)
+    return theirs
+
+
+def test_an_embedding_scale_of_one_is_a_plain_sum():
+    net = shaken(replace(TINY, embedding_scale=1.0))
+    ids = random_ids(TINY, 2, 5)
+    x = net.embedding.weight[ids] + sinusoids(16, 16)[:5]
+    for block in net.blocks:
+        x = block(x)
+    torch.testing.assert_close(net.hidden(ids), net.final_norm(x))
+
+
+@pytest.mark.parametrize("how", ["sdpa", "matmul"])
+def test_a_token_changes_what_follows_it_and_nothing_before(how):
+    net, t = shaken(replace(TINY, attention=how)), 6
+    ids = random_ids(TINY, 1, 16)
+    changed = ids.clone()
+    changed[0, t] = (ids[0, t] + 1) % TINY.vocab_size
+    with torch.no_grad():
+        difference = (net(ids) - net(changed)).abs().amax(dim=(0, 2))  # (T,)
+    assert (difference[:t] == 0).all()
+    assert (difference[t:] > 1e-4).all()
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it():
+    net = shaken(TINY)
+    ids = random_ids(TINY, 5, 16)
+    with torch.no_grad():
+        alone = torch.cat([net(row[None]) for row in ids])
+        torch.testing.assert_close(net(ids), alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["sdpa", "matmul"])
+def test_decoding_in_pieces_through_the_cache_equals_one_pass(how):
+    net = shaken(replace(TINY, attention=how))
+    ids = random_ids(TINY, 3, 16)
+    cache = KVCache(TINY, batch=3, like=net.embedding.weight)
+    with torch.no_grad():
+        pieces = [net(piece, cache) for piece in ids.split([1, 6, 1, 3, 5], dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, dim=1), net(ids), atol=1e-5, rtol=1e-5)
+    assert cache.length == 16
+    with pytest.raises(ValueError, match="17 tokens do not fit the context of 16"):
+        net(ids[:, :1], cache)
+
+
+@pytest.mark.parametrize("queries", [1, 4, 9])
+def test_the_fused_attention_equals_the_one_spelled_out(queries):
+    torch.manual_seed(0)
+    k, v = torch.randn(2, 2, 3, 9, 8).unbind()
+    q = torch.randn(2, 3, queries, 8)
+    torch.testing.assert_close(attend(q, k, v, "sdpa"), attend(q, k, v, "matmul"))
+
+
+def test_embedding_and_output_are_one_matrix_also_after_saving_and_loading(tmp_path):
+    torch.save(shaken(TINY, seed=1).state_dict(), tmp_path / "weights.pt")
+    weights = torch.load(tmp_path / "weights.pt", weights_only=True)
+    tables = [name for name, weight in weights.items() if weight.shape == (61, 16)]
+    assert tables == ["embedding.weight"]
+    assert "positions" not in weights  # a formula is not saved
+
+    net = GPT(TINY).eval()
+    net.load_state_dict(weights)
+    ids = torch.tensor([[3]])
+    before = net(ids)
+    with torch.no_grad():
+        net.embedding.weight[5] += 1.0  # not among the inputs: only the output can change
+    changed = (net(ids) - before).flatten().nonzero().flatten().tolist()
+    assert changed == [5]
+
+
+def test_padding_is_not_scored():
+    net, ids = shaken(TINY), random_ids(TINY, 1, 9)
+    targets = ids[:, 1:].clone()
+    expected = net.loss(ids[:, :5], targets[:, :5])
+    targets[:, 5:] = -100
+    torch.testing.assert_close(net.loss(ids[:, :-1], targets), expected)
+
+
+def test_dropout_is_random_in_training_and_absent_in_evaluation():
+    net, ids = shaken(replace(TINY, dropout=0.5)), random_ids(TINY, 1, 8)
+    torch.testing.assert_close(net(ids), net(ids))
+    net.train()
+    assert not torch.allclose(net(ids), net(ids))
+
+
+def test_flops_of_a_training_step_follow_the_formula():
+    c, _ = SIZES["medium"]
+    matrices = 3000 * 256 + 5 * (4 * 256 * 256 + 2 * 256 * 512)
+    assert GPT(c).flops_per_token() == 6 * matrices + 12 * 5 * 256 * 256
