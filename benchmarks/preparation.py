@@ -1,0 +1,94 @@
+"""How fast stories become token files, and how much memory that takes.
+
+    python benchmarks/preparation.py --megabytes 40 400
+
+For each size the bundled training stories are repeated to that many megabytes, and a process of
+its own trains the tokenizer (on the first 100 MB) and encodes all of them, from an empty cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from minigpt.corpus import Corpus, bundled_sample
+from minigpt.preparation import DataConfig, prepare_split, prepare_tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Speed and peak memory of preparing a corpus")
+    parser.add_argument("--megabytes", type=float, nargs="+", default=[40.0])
+    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # file and cache of the process
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(prepare(*arguments.one)))
+        return
+    rows = [measure(megabytes) for megabytes in arguments.megabytes]
+    text = json.dumps({"cores": os.cpu_count(), "rows": rows}, indent=2)
+    print(text)
+    if arguments.json:
+        arguments.json.write_text(text + "\n", encoding="utf-8")
+
+
+def measure(megabytes: float) -> dict[str, Any]:
+    """Prepare a corpus of that size in a fresh process, cache and folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "stories.txt"
+        with text.open("w", encoding="utf-8", newline="\n") as file:
+            for story in repeated(megabytes * 1e6):
+                file.write(f"{story}\n<|endoftext|>\n")
+        command = [sys.executable, __file__, "--one", str(text), str(Path(folder) / "cache")]
+        return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def repeated(n_bytes: float) -> Iterator[str]:
+    """The bundled training stories over and over, up to `n_bytes` in UTF-8."""
+    while n_bytes > 0:
+        for story in bundled_sample().stories("train"):
+            yield story
+            n_bytes -= len(story.encode())
+            if n_bytes <= 0:
+                return
+
+
+def prepare(text: str, cache_dir: str) -> dict[str, Any]:
+    """The figures of one preparation, from the story file to both files in the cache."""
+    # With a validation file, since holding stories out would read them all to count them.
+    corpus = Corpus((Path(text),), bundled_sample().valid_files)
+    config = DataConfig(cache_dir=cache_dir)
+    began = time.perf_counter()
+    tokenizer = prepare_tokenizer(corpus, config)
+    trained = time.perf_counter()
+    tokens = prepare_split(corpus, "train", tokenizer, cache_dir)
+    ended = time.perf_counter()
+    return {
+        "megabytes": round(tokens.n_bytes / 1e6, 1),
+        "tokens": tokens.n_tokens,
+        "tokenizer_seconds": round(trained - began, 2),
+        "encoding_seconds": round(ended - trained, 2),
+        "megabytes_per_second": round(tokens.n_bytes / 1e6 / (ended - began), 2),
+        "peak_memory_megabytes": peak_memory(),
+    }
+
+
+def peak_memory() -> float | None:
+    """Largest resident set of this process in MB; None where the system does not tell."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1e6 if sys.platform == "darwin" else 1e3), 1)  # bytes there, KiB elsewhere
+
+
+if __name__ == "__main__":
+    main()

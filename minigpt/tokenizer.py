@@ -1,0 +1,206 @@
+"""Byte-level BPE: any Unicode text in, token ids out, and the same text back.
+
+The merges are learned by the `tokenizers` library from the training stories. The 256 bytes are all
+in the vocabulary, so nothing is ever unknown; id 0 is `<|endoftext|>`, which `encode_stories` puts
+behind each story and which no text can spell: the same letters inside a story are ordinary text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from minigpt.config import UserError
+
+END_OF_TEXT = "<|endoftext|>"  # the token; a separator in text files is corpus.py's affair
+MIN_VOCAB_SIZE = 257  # the 256 bytes and END_OF_TEXT
+MAX_VOCAB_SIZE = 65_536  # ids are stored in 16 bits
+
+# The pre-tokenizer never looks across the space in front of a word, so a text may be cut there and
+# its words encoded one by one. What Python calls whitespace includes all that the library does.
+_WORD_BOUNDARY = re.compile(r" (?=\S)")
+_MAX_CACHED_WORDS = 500_000  # with the limit below, at most about 100 MB
+_MAX_CACHED_LENGTH = 32  # characters: longer ones seldom come back
+
+
+class Tokenizer:
+    """Text to ids and back. Made by `Tokenizer.train` or `Tokenizer.load`."""
+
+    end_of_text = 0
+
+    def __init__(self, library: tokenizers.Tokenizer):
+        self._library = library
+        # Not stored in the JSON: whoever spells END_OF_TEXT in a story gets letters, not id 0.
+        self._library.encode_special_tokens = True
+        # For encode_stories: uint16 ids of "word" as it stands after a space, of " word" for one
+        # that begins a story and has no space in front, of None for END_OF_TEXT.
+        self._ids_of_word: dict[str | None, bytes] = {}
+
+    @classmethod
+    def train(cls, stories: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Learn the merges from `stories`, which are streamed and never held in memory.
+
+        Stories with few different words may not give `vocab_size` tokens; the tokenizer is then
+        smaller, and its `vocab_size` says by how much. The same stories give the same tokenizer.
+
+        Raises:
+            UserError: `vocab_size` out of range, or a story that is not valid Unicode.
+        """
+        check_vocab_size(vocab_size)
+        library = _untrained()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        library.train_from_iterator(_checked(stories), trainer)
+        return cls(library)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: no such file, not a tokenizer, or a tokenizer of another kind.
+        """
+        try:
+            library = tokenizers.Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
+        except Exception:  # the library raises bare Exception for what it cannot parse
+            raise UserError(
+                f"{path} is not a tokenizer.json; take the one of a run folder"
+            ) from None
+        if not _is_ours(library):
+            raise UserError(
+                f"{path} is a tokenizer of another kind; expected a byte-level BPE with "
+                f"{END_OF_TEXT} as token 0, such as the tokenizer.json of a run folder"
+            )
+        return cls(library)
+
+    def save(self, path: str | Path) -> None:
+        """Write tokenizer.json, whole or not at all."""
+        partial = Path(f"{path}.{os.getpid()}.tmp")
+        partial.write_text(self._library.to_str(pretty=True), encoding="utf-8")
+        os.replace(partial, path)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids there are, END_OF_TEXT included."""
+        return self._library.get_vocab_size()
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the vocabulary and the merges: equal fingerprints, equal ids."""
+        return hashlib.blake2b(self._library.to_str().encode(), digest_size=16).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without END_OF_TEXT. UserError for a text with lone surrogates."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, on all cores. UserError for a text with lone surrogates."""
+        return [encoding.ids for encoding in self._library.encode_batch_fast(list(_checked(texts)))]
+
+    def encode_stories(self, stories: Iterable[str]) -> np.ndarray:
+        """The ids of all stories in one row, END_OF_TEXT behind each: [n_tokens] uint16.
+
+        The same ids as `encode_batch`, but each different word goes through the library once (new
+        ones together, on all cores) and is looked up from then on. On two cores this is about
+        twice as fast as encoding every story whole.
+        """
+        keys: list[str | None] = []
+        for story in _checked(stories):
+            first, *rest = _WORD_BOUNDARY.split(story)
+            keys.append(" " + first)
+            keys += rest
+            keys.append(None)
+        known = self._ids_of_word
+        if len(known) > _MAX_CACHED_WORDS:
+            known.clear()
+        known[None] = np.array([self.end_of_text], dtype="<u2").tobytes()
+        new = [key for key in set(keys).difference(known) if key is not None]
+        texts = [key[1:] if key.startswith(" ") else " " + key for key in new]
+        for key, encoding in zip(new, self._library.encode_batch_fast(texts), strict=True):
+            known[key] = np.array(encoding.ids, dtype="<u2").tobytes()
+        ids = b"".join(map(known.__getitem__, keys))
+        for key in new:
+            if len(key) > _MAX_CACHED_LENGTH:
+                del known[key]
+        return np.frombuffer(ids, dtype="<u2")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; bytes that are not yet a whole character come out as `\\ufffd`."""
+        return self._library.decode(list(ids), skip_special_tokens=False)
+
+    def token(self, id: int) -> str:
+        """The text of one token with its leading space, such as " dad"."""
+        return self.decode([id])
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raises UserError unless MIN_VOCAB_SIZE <= `vocab_size` <= MAX_VOCAB_SIZE."""
+    if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
+        raise UserError(
+            f"a vocabulary of {vocab_size} tokens cannot be made: choose from {MIN_VOCAB_SIZE} "
+            f"(all bytes and {END_OF_TEXT}) to {MAX_VOCAB_SIZE}, such as data.vocab_size=3000"
+        )
+
+
+def utf8_length(text: str) -> int:
+    """How many bytes `text` takes in UTF-8.
+
+    Raises:
+        UserError: `text` holds half of a surrogate pair, as a broken JSON escape leaves behind.
+    """
+    try:
+        return len(text.encode("utf-8"))
+    except UnicodeEncodeError as error:
+        near = text[max(0, error.start - 20) : error.end + 20]
+        raise UserError(
+            f"the text holds half of a surrogate pair, which is not a character, in {near!a}: "
+            "remove it or write the whole character"
+        ) from None
+
+
+def _checked(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        utf8_length(text)
+        yield text
+
+
+def _untrained() -> tokenizers.Tokenizer:
+    library = tokenizers.Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    return library
+
+
+def _is_ours(library: tokenizers.Tokenizer) -> bool:
+    """Whether `library` is what `Tokenizer.train` makes, whatever its words and merges."""
+    expected = _untrained()
+    expected.add_special_tokens([END_OF_TEXT])
+    vocabulary = library.get_vocab()
+    return (
+        _settings(library) == _settings(expected)
+        and vocabulary.keys() >= {END_OF_TEXT, *pre_tokenizers.ByteLevel.alphabet()}
+        and sorted(vocabulary.values()) == list(range(len(vocabulary)))
+        and len(vocabulary) <= MAX_VOCAB_SIZE
+    )
+
+
+def _settings(library: tokenizers.Tokenizer) -> dict[str, Any]:
+    settings = json.loads(library.to_str())
+    for learned in ("vocab", "merges"):
+        del settings["model"][learned]
+    return settings

@@ -1,0 +1,139 @@
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minigpt.config import UserError
+from minigpt.tokenizer import END_OF_TEXT, Tokenizer
+
+STORIES = [
+    "Once upon a time there was a little dog named Max. Max liked to play.\n\nOne day he ran.",
+    "Once there was a girl. She said, “Hello, Max!” and the dog said nothing at all.",
+    "The girl and the dog don't run; they walk to the park, 12 times a day.",
+] * 3
+
+# Words, spaces of many kinds and control characters, beside any character there is.
+TEXTS = st.text(
+    st.one_of(
+        st.sampled_from(list("aOMx1'., \n\t\r\x00\x1c\x1f\x7f\x85\xa0\u2003\u2028\u3000é日😀")),
+        st.characters(exclude_categories=["Cs"]),
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(STORIES, 300)
+
+
+def test_training_twice_gives_the_same_file(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "a.json")
+    Tokenizer.train(iter(STORIES), 300).save(tmp_path / "b.json")
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    assert Tokenizer.train(STORIES, 299).fingerprint != tokenizer.fingerprint
+
+
+def test_vocabulary_counts_bytes_merges_and_end_of_text(tokenizer):
+    assert tokenizer.vocab_size == 300
+    assert tokenizer.end_of_text == 0
+    assert tokenizer.token(0) == END_OF_TEXT
+    assert " dog" in {tokenizer.token(id) for id in range(tokenizer.vocab_size)}
+    assert Tokenizer.train([], 257).vocab_size == 257
+
+
+def test_few_words_give_a_smaller_vocabulary_that_says_so():
+    assert Tokenizer.train(["aab"], 1000).vocab_size < 300
+
+
+@settings(deadline=None)
+@given(TEXTS)
+def test_any_text_comes_back_from_its_ids(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert 0 not in ids
+
+
+@pytest.mark.parametrize("text", [END_OF_TEXT, f"a{END_OF_TEXT}b", f" {END_OF_TEXT}\n", "\x00", ""])
+def test_text_that_spells_end_of_text_is_ordinary_text(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert 0 not in ids
+    assert tokenizer.decode(ids) == text
+
+
+@settings(deadline=None)
+@given(st.lists(TEXTS, max_size=5))
+def test_stories_in_a_row_have_the_ids_of_each_and_end_of_text_behind(tokenizer, stories):
+    expected = [id for ids in tokenizer.encode_batch(stories) for id in [*ids, 0]]
+    assert tokenizer.encode_stories(stories).tolist() == expected
+    assert tokenizer.encode_stories(stories).tolist() == expected  # now from known words
+
+
+def test_words_are_forgotten_before_they_fill_the_memory(tokenizer, monkeypatch):
+    monkeypatch.setattr("minigpt.tokenizer._MAX_CACHED_WORDS", 10)
+    for start in range(0, 200, 20):
+        story = " ".join(str(n) for n in range(start, start + 20)) + " " + "long" * 20
+        assert tokenizer.encode_stories([story]).tolist() == [*tokenizer.encode(story), 0]
+        assert len(tokenizer._ids_of_word) <= 10 + 22
+        assert max(len(word or "") for word in tokenizer._ids_of_word) <= 32
+
+
+@pytest.mark.parametrize("use", [Tokenizer.encode, Tokenizer.encode_stories, Tokenizer.train])
+def test_half_a_surrogate_pair_is_refused_in_one_line(tokenizer, use):
+    text = "not \ud83d fine"
+    arguments = {
+        Tokenizer.encode: (tokenizer, text),
+        Tokenizer.encode_stories: (tokenizer, ["fine", text]),
+        Tokenizer.train: (["fine", text], 300),
+    }
+    with pytest.raises(UserError, match="surrogate") as error:
+        use(*arguments[use])
+    assert "\n" not in str(error.value)
+    str(error.value).encode()  # can be printed
+
+
+@pytest.mark.parametrize("vocab_size", [0, 256, 65_537])
+def test_vocabulary_sizes_out_of_range_are_refused(vocab_size):
+    with pytest.raises(UserError, match=rf"{vocab_size} tokens .* from 257 .* to 65536"):
+        Tokenizer.train(STORIES, vocab_size)
+
+
+def test_what_a_corpus_raises_while_training_is_not_swallowed():
+    def stories():
+        yield "a story"
+        raise UserError("byte 12 is not UTF-8")
+
+    with pytest.raises(UserError, match="byte 12"):
+        Tokenizer.train(stories(), 300)
+
+
+def test_a_saved_tokenizer_is_the_same_one(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    loaded = Tokenizer.load(path)
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert loaded.encode(f"the dog{END_OF_TEXT}") == tokenizer.encode(f"the dog{END_OF_TEXT}")
+    assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
+def test_files_that_are_not_our_tokenizer_are_refused_in_one_line(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    whole = path.read_text(encoding="utf-8")
+    other = json.loads(whole)
+    other["pre_tokenizer"]["add_prefix_space"] = True
+    without = json.loads(whole)
+    without["added_tokens"] = []
+    for content, message in [
+        (None, "cannot read"),
+        (b"\xff\xfe", "not a tokenizer"),
+        (whole[: len(whole) // 2].encode(), "not a tokenizer"),
+        (json.dumps(other).encode(), "another kind"),
+        (json.dumps(without).encode(), "another kind"),
+    ]:
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(UserError, match=message) as error:
+            Tokenizer.load(path)
+        assert "\n" not in str(error.value)
