@@ -1,0 +1,70 @@
+"""What this machine computes on: accelerator, devices and the precision that suits them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from minigpt.config import UserError
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a run computes on, and how precisely."""
+
+    accelerator: str  # cpu, cuda or mps
+    devices: int
+    num_nodes: int
+    precision: str
+    why: str  # this precision
+
+    @property
+    def world_size(self) -> int:
+        """Processes in all."""
+        return self.devices * self.num_nodes
+
+    @classmethod
+    def find(cls, accelerator: str, devices: str, num_nodes: int, precision: str) -> Hardware:
+        """What was asked for, and the best this machine has where that is `auto`.
+
+        Raises:
+            UserError: this machine has no such accelerator, or not so many.
+        """
+        asked, accelerator = accelerator, {"gpu": "cuda"}.get(accelerator, accelerator)
+        present = {
+            "cuda": torch.cuda.is_available(),
+            "mps": torch.backends.mps.is_available(),
+            "cpu": True,
+        }
+        if accelerator == "auto":
+            accelerator = next(name for name, there in present.items() if there)
+        if not present[accelerator]:
+            raise UserError(f"trainer.accelerator={asked}: this machine has none")
+        n_gpus = torch.cuda.device_count() if accelerator == "cuda" else 0
+        n_devices = max(1, n_gpus) if devices == "auto" else int(devices)
+        if accelerator == "cuda" and n_devices > n_gpus:
+            raise UserError(f"trainer.devices={devices}: this machine has {n_gpus} GPUs")
+        return cls(accelerator, n_devices, num_nodes, *_find_precision(precision, accelerator))
+
+
+def _find_precision(wanted: str, accelerator: str) -> tuple[str, str]:
+    """The precision to train in, and why."""
+    if wanted == "16-mixed" and accelerator == "cpu":
+        return "bf16-mixed", "16-mixed was asked for: on CPU autocast has bfloat16 alone"
+    if wanted != "auto":
+        return wanted, "as asked for"
+    if accelerator == "cpu":
+        if _cpu_has_bfloat16():
+            return "bf16-mixed", "this CPU multiplies bfloat16 natively"
+        return "32-true", "this CPU does not multiply bfloat16 natively"
+    if accelerator == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16-mixed", "this GPU multiplies bfloat16 natively"
+        return "16-mixed", "this GPU has no native bfloat16"
+    return "32-true", "the safe choice on MPS"
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether the CPU has AVX512-BF16 or AMX; torch has no public question for it."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

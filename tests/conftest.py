@@ -1,0 +1,55 @@
+"""A corpus of a few hundred short stories and a net of a few thousand parameters."""
+
+import random
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+ROOT = Path(__file__).parent.parent
+
+
+def write_stories(path: Path, n: int, seed: int) -> Path:
+    """`n` stories of one plot and a few words each, which a tiny net learns at once."""
+    pick = random.Random(seed).choice
+    stories = [
+        f"Once upon a time, {pick(['Tom', 'Lily', 'Max'])} had a {pick(['red', 'big', 'new'])} "
+        f"{pick(['ball', 'dog', 'kite'])}. {pick(['Mom', 'Dad'])} was {pick(['happy', 'sad'])}."
+        for _ in range(n)
+    ]
+    path.write_text("\n<|endoftext|>\n".join(stories), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> list[str]:
+    """Overrides of train.py: a run of 20 steps on a tiny corpus, all of it below tmp_path."""
+    train, valid = tmp_path / "train.txt", tmp_path / "valid.txt"
+    return [
+        "data=text",
+        f"data.train_files=[{write_stories(train, 400, 1)}]",
+        f"data.valid_files=[{write_stories(valid, 40, 2)}]",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        "data.vocab_size=300",
+        "data.batch_size=4",
+        f"runs_dir={tmp_path / 'runs'}",
+        "model.context_length=16",
+        "model.d_model=16",
+        "model.n_heads=2",
+        "model.d_ff=32",
+        "model.n_layers=2",
+        "budget.tokens=1280",
+        "optimizer.warmup_steps=2",
+        "trainer.accelerator=cpu",
+        "trainer.log_every_n_steps=1",
+        "trainer.n_validations=2",
+        "callbacks.max_tokens=5",
+        "callbacks.progress_bar=false",
+    ]
+
+
+def composed(overrides: list[str], name: str = "train") -> DictConfig:
+    """The config that `train.py <overrides>` would get."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose(name, overrides)

@@ -1,0 +1,64 @@
+"""Every file under conf/ composes, and says what the reference says."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from minigpt.config import build
+from minigpt.evaluation import EvaluationConfig
+from minigpt.model import GPT, GPTConfig
+from minigpt.training import Job
+from tests.conftest import ROOT, composed
+
+OPTIONS = sorted(
+    path.relative_to(ROOT / "conf").with_suffix("")
+    for path in (ROOT / "conf").glob("*/*.yaml")
+    if path.parent.name != "hydra"
+)
+
+
+def job(overrides: list[str]) -> Job:
+    plain: Any = OmegaConf.to_container(composed(overrides), resolve=True)
+    return build(Job, plain, "")
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
+def test_every_option_makes_a_job(option: Path):
+    more = ["data.train_files=[a.txt]"] if option.name == "text" else []
+    made = job([f"{option.parent}={option.name}", *more])
+    assert made.budget.tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters"), [("small", 1_046_656), ("medium", 3_404_032), ("large", 7_072_128)]
+)
+def test_the_three_sizes_have_the_parameters_of_the_reference(size: str, parameters: int):
+    config = job([f"model={size}"]).model
+    assert GPT(config).n_parameters == parameters
+    assert (config.n_layers, config.vocab_size, config.context_length) == (5, 3000, 256)
+    assert config.d_model // config.n_heads == 32
+
+
+def test_the_defaults_are_the_reference_recipe():
+    made = job([])
+    assert (made.optimizer.beta1, made.optimizer.beta2) == (0.9, 0.999)
+    assert (made.optimizer.weight_decay, made.optimizer.warmup_steps) == (0.1, 500)
+    assert (made.optimizer.grad_clip, made.optimizer.final_lr) == (1.0, 0.0)
+    assert made.data.source == "tinystories_sample"
+    full = job(["experiment=full"])
+    assert (full.budget.tokens, full.data.source) == (104_000_000, "tinystories")
+
+
+def test_the_vocabulary_of_the_model_follows_the_tokenizer():
+    assert job(["data.vocab_size=500"]).model.vocab_size == 500
+    assert job([]).model == GPTConfig(d_model=128, n_heads=4, d_ff=256)
+
+
+def test_the_evaluation_config_composes_with_and_without_another_corpus():
+    for overrides in ([], ["data=text", "data.valid_files=[a.txt]"]):
+        plain: Any = OmegaConf.to_container(composed(["ckpt=x", *overrides], "evaluate"))
+        del plain["ckpt"]
+        made = build(EvaluationConfig, plain, "")
+        assert (made.data is not None) == bool(overrides)

@@ -1,0 +1,169 @@
+"""train → resume → evaluate, on a tiny net and corpus."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from minigpt.config import UserError
+from minigpt.evaluation import EvaluationConfig, StoriesConfig, evaluate
+from minigpt.records import read_metrics, read_samples, read_summary
+from minigpt.runs import Run, read_checkpoint
+from minigpt.training import train
+from tests.conftest import ROOT, composed
+
+FEW = EvaluationConfig(stories=StoriesConfig(prompts=("Once",), n=1, max_tokens=5), words=("Tom",))
+
+
+def test_a_run_folder_holds_all_there_is_to_know(tiny: list[str], tmp_path: Path):
+    folder = train(composed(tiny), size="small")
+    assert folder.parent == tmp_path / "runs"
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml", "tokenizer.json", "metrics.csv", "samples.jsonl", "summary.json",
+        "report.html", "train.log", "checkpoints",
+    }  # fmt: skip
+    rows = read_metrics(folder)
+    training = [row for row in rows if "train/loss" in row]
+    validation = [row for row in rows if "val/loss" in row]
+    assert [row["step"] for row in training] == list(range(1, 21))
+    assert [row["step"] for row in validation] == [10, 20]
+    assert all(row["tokens"] == 64 * row["step"] for row in rows)
+    assert {"lr", "grad_norm", "tokens_per_second"} <= training[-1].keys()
+    last = validation[-1]
+    assert last["val/perplexity"] == pytest.approx(math.exp(last["val/loss"]), rel=1e-5)
+    assert abs(training[0]["train/loss"] - math.log(300)) < 0.1
+    assert [sample["step"] for sample in read_samples(folder)] == [10, 20]
+    summary = read_summary(folder)
+    assert (summary["status"], summary["steps"], summary["model"]) == ("finished", 20, "small")
+    assert "<svg" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_evaluation_agrees_with_what_training_logged(tiny: list[str]):
+    folder = train(composed(tiny))
+    logged = read_summary(folder)
+    evaluation = evaluate(Run.open(folder), FEW)
+    assert evaluation.perplexity == pytest.approx(logged["val/perplexity"], rel=1e-4)
+    assert evaluation.bits_per_byte == pytest.approx(logged["val/bits_per_byte"], rel=1e-4)
+    written = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    assert written["perplexity"] == evaluation.perplexity
+
+
+def test_the_same_seed_trains_the_same_weights_and_another_does_not(tiny: list[str]):
+    weights = [
+        read_checkpoint(train(composed([*tiny, f"seed={seed}"])) / "checkpoints/last.ckpt")
+        for seed in (1, 1, 2)
+    ]
+    first, again, other = (content["state_dict"] for content in weights)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["net.embedding.weight"], other["net.embedding.weight"])
+
+
+def test_a_run_that_stopped_half_way_goes_on_to_the_weights_of_one_that_did_not(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    whole = train(composed([*tiny, "name=whole"]))
+    with monkeypatch.context() as patch:
+        patch.setattr("minigpt.module.GPTModule.on_train_batch_start", fail_at_step(13))
+        with pytest.raises(RuntimeError, match="the power is gone"):
+            train(composed([*tiny, "name=broken"]))
+    broken = whole.parent / "broken"
+    assert read_summary(broken)["status"] == "failed"
+    assert train(composed([f"resume={broken}"])) == broken
+    assert read_summary(broken)["status"] == "finished"
+    ends = [read_checkpoint(run / "checkpoints/last.ckpt")["state_dict"] for run in (whole, broken)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    steps = [[row["step"] for row in read_metrics(run)] for run in (whole, broken)]
+    assert steps[0] == steps[1]
+
+
+def fail_at_step(step: int):
+    def on_train_batch_start(self, batch, batch_idx) -> None:
+        if self.global_step == step:
+            raise RuntimeError("the power is gone")
+
+    return on_train_batch_start
+
+
+def test_ctrl_c_keeps_the_state_and_writes_the_report(tiny: list[str], tmp_path: Path):
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *tiny, "budget.tokens=64e6", "name=stopped"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    folder = tmp_path / "runs/stopped"
+    deadline = time.monotonic() + 60
+    while len(read_metrics(folder)) < 20 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(2)  # SIGINT
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    summary = read_summary(folder)
+    assert summary["status"] == "interrupted"
+    assert read_checkpoint(folder / "checkpoints/last.ckpt")["global_step"] == summary["steps"] > 0
+    assert "interrupted" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    def poison(self, batch, batch_idx) -> None:
+        if self.global_step == 15:
+            torch.nn.init.constant_(self.net.final_norm.weight, math.nan)
+
+    monkeypatch.setattr("minigpt.module.GPTModule.on_train_batch_start", poison)
+    with pytest.raises(UserError, match="loss became nan at step 15 .* try optimizer.lr="):
+        train(composed([*tiny, "name=diverged"]))
+    folder = Path(composed(tiny).runs_dir) / "diverged"
+    assert read_summary(folder)["status"] == "failed"
+    kept = read_checkpoint(folder / "checkpoints/last.ckpt")
+    assert kept["global_step"] == 10
+    assert all(weight.isfinite().all() for weight in kept["state_dict"].values())
+
+
+def test_two_runs_of_the_same_second_do_not_share_a_folder(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("time.strftime", lambda *_: "20260101-120000")
+    folders: list[Path] = []
+    for _ in range(2):
+        folders.append(train(composed(tiny), size="small"))
+    assert [f.name for f in folders] == ["small-20260101-120000", "small-20260101-120000-2"]
+
+
+def test_a_name_that_is_taken_is_refused(tiny: list[str], tmp_path: Path):
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    with pytest.raises(UserError, match="exists: go on with it by resume="):
+        train(composed([*tiny, "name=mine"]))
+
+
+def test_gradient_accumulation_gives_the_step_of_the_larger_batch(tiny: list[str]):
+    common = [*tiny, "trainer.precision=32-true", "optimizer.lr=1e-3"]
+    large = train(composed([*common, "data.batch_size=8"]))
+    small = train(composed([*common, "trainer.accumulate_grad_batches=2"]))
+    ends = [read_checkpoint(run / "checkpoints/last.ckpt") for run in (large, small)]
+    assert ends[0]["global_step"] == ends[1]["global_step"] == 10
+    for name, weight in ends[0]["state_dict"].items():
+        torch.testing.assert_close(weight, ends[1]["state_dict"][name], rtol=1e-3, atol=1e-5)
+
+
+def test_float16_on_cpu_runs_and_the_log_says_what_it_became(tiny: list[str]):
+    folder = train(composed([*tiny, "trainer.precision=16-mixed"]))
+    log = (folder / "train.log").read_text(encoding="utf-8")
+    assert "bf16-mixed: 16-mixed was asked for" in log
+
+
+def test_tensorboard_is_one_override_away(tiny: list[str]):
+    folder = train(composed([*tiny, "logger=tensorboard"]))
+    assert list((folder / "tensorboard").glob("events.out.*"))
+
+
+def test_validation_comes_at_the_very_end_whatever_the_number_of_steps(tiny: list[str]):
+    folder = train(composed([*tiny, "budget.tokens=1408", "trainer.n_validations=3"]))  # 22 steps
+    steps = [row["step"] for row in read_metrics(folder) if "val/loss" in row]
+    assert steps == [8, 16, 22]
