@@ -1,0 +1,35 @@
+"""Measure a trained Mini GPT: `python evaluate.py ckpt=runs/<name>`. See `--help`."""
+
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from minigpt.config import UserError, build
+from minigpt.entry import one_line_errors, run_app
+
+CONF = Path(__file__).parent / "conf"
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
+def main(config: DictConfig) -> None:
+    with one_line_errors():
+        if OmegaConf.is_missing(config, "ckpt"):
+            raise UserError("give the run to evaluate: python evaluate.py ckpt=runs/<name>")
+        from rich.console import Console
+
+        from minigpt.evaluation import EvaluationConfig, evaluate  # imports torch
+        from minigpt.evaluation_tables import show
+        from minigpt.runs import EVALUATION, Run
+
+        settings: Any = OmegaConf.to_container(config, resolve=True)
+        run = Run.open(str(settings.pop("ckpt")))
+        found = evaluate(run, build(EvaluationConfig, settings, ""), Console(stderr=True))
+        console = Console()
+        show(found, console)
+        console.print(f"\nwritten: {run.folder / EVALUATION}", markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    run_app(main, CONF, "evaluate")

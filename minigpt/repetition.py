@@ -1,0 +1,72 @@
+"""How much stories repeat themselves, and how much they copy from the stories of the training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+NGram = tuple[str, ...]
+COPIED = 4  # so many words in a row count as a repetition or a copy
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """What a group of texts is like. A share is None when there is nothing to take it of."""
+
+    words: float  # of a text, on average
+    distinct: tuple[float | None, ...]  # share of different 1-, 2-, 3-grams (Li et al. 2016)
+    repeated: float | None  # share of 4-grams that the same text had before
+    novel: float | None  # share of 4-grams that no training story has; None without such stories
+
+
+def measure(
+    groups: Sequence[Sequence[str]], training: Iterable[str]
+) -> tuple[list[Repetition], int]:
+    """One Repetition for each group of texts, and how many `training` stories were read.
+
+    The training stories are streamed past the n-grams of the texts, so that there may be any
+    number of them.
+    """
+    words = [[split_words(text) for text in group] for group in groups]
+    texts = [[ngrams(text, COPIED) for text in group] for group in words]
+    unseen, n_training = remove_seen(
+        {g for group in texts for text in group for g in text}, training
+    )
+    found = []
+    for told, copied in zip(words, texts, strict=True):
+        pools = [[gram for text in told for gram in ngrams(text, n)] for n in (1, 2, 3)]
+        total = sum(map(len, copied))
+        novel = sum(gram in unseen for text in copied for gram in text)
+        found.append(
+            Repetition(
+                words=sum(map(len, told)) / max(1, len(told)),
+                distinct=tuple(_share(len(set(pool)), len(pool)) for pool in pools),
+                repeated=_share(sum(len(text) - len(set(text)) for text in copied), total),
+                novel=_share(novel, total) if n_training else None,
+            )
+        )
+    return found, n_training
+
+
+def split_words(text: str) -> list[str]:
+    """The words of `text` in lower case, without punctuation."""
+    return re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text.lower())
+
+
+def ngrams(words: list[str], n: int) -> list[NGram]:
+    """All runs of n words, in order."""
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+def remove_seen(wanted: set[NGram], stories: Iterable[str]) -> tuple[set[NGram], int]:
+    """Those of the `wanted` 4-grams that none of `stories` has, and how many stories those were."""
+    left, n_stories = set(wanted), 0
+    for story in stories:
+        left.difference_update(ngrams(split_words(story), COPIED))
+        n_stories += 1
+    return left, n_stories
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
