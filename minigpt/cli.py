@@ -1,0 +1,68 @@
+"""The `minigpt` command: what to do with runs once they are trained.
+
+Each verb is one function below, which imports what it needs when it is called: `minigpt --help`
+must not wait for torch. Training and evaluation are `train.py` and `evaluate.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minigpt.config import UserError
+
+app = typer.Typer(
+    help="Use and study the story-telling models that train.py makes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _minigpt() -> None:
+    # A group of verbs even while there is one: typer would otherwise drop the verb's name.
+    pass
+
+
+@app.command()
+def scaling(
+    folders: Annotated[
+        list[Path], typer.Argument(help="Run folders, or folders with runs somewhere below them.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where to write; without it, into the first folder given."),
+    ] = None,
+) -> None:
+    """Compare runs by size: a table, and a log-log figure of perplexity against parameters.
+
+    Writes scaling.md, scaling.png and scaling.json, and prints the table.
+    """
+    from rich.console import Console
+
+    from minigpt.scaling import find_runs, notes, read_run, rich_table, write_scaling
+
+    runs = [read_run(folder) for folder in find_runs(folders)]
+    out = out or folders[0]
+    write_scaling(runs, out)
+    console = Console()
+    console.print(rich_table(runs), "", notes(runs), sep="\n", markup=False, highlight=False)
+    console.print(f"Wrote {out / 'scaling.md'}, scaling.json and scaling.png.", markup=False)
+
+
+def main() -> None:
+    """Entry point: a UserError is one line on stderr and exit code 2, ctrl-C a quiet 130."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+import subprocess
+import sys
+
+import pytest
+
+from minigpt import cli, scaling
+from tests.run_folder import write_run
+
+
+def run_main(monkeypatch, *words: str) -> int:
+    """The exit code of `minigpt words…`."""
+    monkeypatch.setattr(sys, "argv", ["minigpt", *words])
+    with pytest.raises(SystemExit) as leaving:
+        cli.main()
+    return int(leaving.value.code or 0)
+
+
+def test_help_lists_the_verbs_with_one_line_each(monkeypatch, capsys):
+    assert run_main(monkeypatch, "--help") == 0
+    shown = capsys.readouterr().out
+    assert "scaling" in shown
+    assert "Compare runs by size" in shown
+
+
+def test_help_does_not_wait_for_torch_or_matplotlib():
+    code = (
+        "import sys; from minigpt import cli\n"
+        "sys.argv = ['minigpt', '--help']\n"
+        "try: cli.main()\n"
+        "except SystemExit: print({'torch', 'lightning', 'matplotlib'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("set()\n")
+
+
+def test_scaling_prints_the_table_and_writes_into_the_first_folder(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "first")
+    assert run_main(monkeypatch, "scaling", str(tmp_path)) == 0
+    shown = capsys.readouterr().out
+    assert "first" in shown
+    assert "66.69" in shown
+    assert "17.75" in shown
+    assert {"scaling.md", "scaling.png", "scaling.json"} <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_scaling_writes_elsewhere_on_request(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "first")
+    assert run_main(monkeypatch, "scaling", str(run), "--out", str(tmp_path / "out")) == 0
+    assert (tmp_path / "out" / "scaling.png").is_file()
+    assert not (run / "scaling.png").exists()
+
+
+def test_a_mistake_of_the_user_is_one_line_on_stderr_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    assert run_main(monkeypatch, "scaling", str(tmp_path)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: no run in ")
+    assert err.count("\n") == 1
+
+
+def test_an_unknown_verb_leaves_with_exit_code_2(monkeypatch, capsys):
+    assert run_main(monkeypatch, "scalling") == 2
+    assert "No such command 'scalling'" in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_quietly_with_exit_code_130(tmp_path, monkeypatch, capsys):
+    def interrupted(folders):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scaling, "find_runs", interrupted)
+    assert run_main(monkeypatch, "scaling", str(tmp_path)) == 130
+    assert capsys.readouterr() == ("", "")
