@@ -26,6 +26,7 @@ from minigpt.config import UserError, build
 from minigpt.corpus import bundled_sample
 from minigpt.data import DataConfig, open_corpus, prepare_split
 from minigpt.embeddings import EmbeddingProbe, SplitWordError
+from minigpt.fast import accelerate
 from minigpt.generation import SamplingConfig, generate_stories
 from minigpt.hardware import Hardware
 from minigpt.model import GPT, IGNORE_INDEX
@@ -290,7 +291,7 @@ def evaluate(run: Run, config: EvaluationConfig, console: Console | None = None)
     settings = config.data or trained_on
     precision = read_summary(run.folder).get("precision", "auto")
     hardware = Hardware.find("auto", "1", 1, precision)
-    net, tokenizer = run.load_net(hardware.accelerator), run.load_tokenizer()
+    net, tokenizer = accelerate(run.load_net(hardware.accelerator)), run.load_tokenizer()
 
     split = prepare_split(open_corpus(settings), "valid", tokenizer, settings.cache_dir)
     loss = evaluate_loss(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 from dataclasses import dataclass
 
 import torch
@@ -68,3 +70,16 @@ def _find_precision(wanted: str, accelerator: str) -> tuple[str, str]:
 def _cpu_has_bfloat16() -> bool:
     """Whether the CPU has AVX512-BF16 or AMX; torch has no public question for it."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory that is freed, for the rest of the process.
+
+    It hands every large tensor back to the kernel otherwise, which clears each page again when the
+    next step asks for it: training on a CPU then takes up to twice as long. Other C libraries are
+    left as they are.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and its top is never given back

@@ -11,7 +11,9 @@ Lightning, no Hydra. In the shape comments B is the batch, T the tokens of a win
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -88,37 +90,53 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.n_heads, self.how = layer, config.n_heads, config.attention
+        self.layer, self.n_heads = layer, config.n_heads
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
         self.out = nn.Linear(config.d_model, config.d_model)
+        # fast.py may put another in its place.
+        self.attend: Callable[[Tensor, int], Tensor] = partial(attention, how=config.attention)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:  # (B, T, d) -> (B, T, d)
-        B, T, d = x.shape  # noqa: N806
-        qkv = self.qkv(x).view(B, T, 3, self.n_heads, d // self.n_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, T, dk)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        y = attend(q, k, v, self.how)  # (B, nh, T, dk)
-        return self.out(y.transpose(1, 2).reshape(B, T, d))
+        qkv = self.qkv(x)  # (B, T, 3 d)
+        if cache is None:
+            return self.out(self.attend(qkv, self.n_heads))
+        q, k, v = split_heads(qkv, self.n_heads)
+        return self.out(merge_heads(attend(q, *cache.append(self.layer, k, v))))
+
+
+def attention(qkv: Tensor, n_heads: int, how: str = "auto") -> Tensor:
+    """Causal self-attention of (B, T, 3 d), queries, keys and values side by side: (B, T, d)."""
+    return merge_heads(attend(*split_heads(qkv, n_heads), how))
+
+
+def split_heads(qkv: Tensor, n_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T, 3 d) as queries, keys and values, each (B, nh, T, dk); views, nothing is copied."""
+    q, k, v = qkv.unflatten(-1, (3, n_heads, -1)).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+def merge_heads(y: Tensor) -> Tensor:
+    """(B, nh, T, dk) as (B, T, d)."""
+    return y.transpose(1, 2).flatten(2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, how: str = "auto") -> Tensor:
     """Causal attention of queries (B, nh, T, dk) over keys and values (B, nh, S, dk), S >= T.
 
     The queries are the last T of the S positions. `how` picks the kernel and not the result:
-    `sdpa` is PyTorch's fused one; `matmul` spells it out, which two CPU cores do faster at this
-    head size; `auto` takes matmul on CPU and sdpa elsewhere.
+    `sdpa` is PyTorch's fused one; `matmul` spells it out, which is faster on CPUs at this head
+    size; `auto` takes matmul on CPU and sdpa elsewhere.
     """
     T, S, dk = q.shape[2], k.shape[2], q.shape[3]  # noqa: N806
     if how == "sdpa" or (how == "auto" and q.device.type != "cpu"):
         if T == S:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=_causal_mask(T, S, q))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(T, S, q))
     scores = (q * dk**-0.5) @ k.transpose(-2, -1)  # (B, nh, T, S)
-    return (scores + _causal_mask(T, S, scores)).softmax(dim=-1).to(v.dtype) @ v
+    return (scores + causal_mask(T, S, scores)).softmax(dim=-1).to(v.dtype) @ v
 
 
-def _causal_mask(T: int, S: int, like: Tensor) -> Tensor:  # noqa: N803
+def causal_mask(T: int, S: int, like: Tensor) -> Tensor:  # noqa: N803
     """(T, S): 0 where query t may look at key s (s <= t + S - T), -inf elsewhere."""
     return torch.full((T, S), -math.inf, dtype=like.dtype, device=like.device).triu(S - T + 1)
 
@@ -182,6 +200,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.final_norm = nn.LayerNorm(config.d_model)
+        self.cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_cross_entropy
         self._initialise()
 
     def _initialise(self) -> None:
@@ -217,8 +236,7 @@ class GPT(nn.Module):
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats (float32) of targets (B, T) that are not IGNORE_INDEX."""
-        logits = self(ids).float().flatten(0, 1)  # (B·T, V)
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX)
+        return self.cross_entropy(self.hidden(ids), self.embedding.weight, targets)
 
     @property
     def n_parameters(self) -> int:
@@ -239,3 +257,12 @@ class GPT(nn.Module):
         matrices = sum(p.numel() for p in self.parameters() if p.dim() == 2)
         c = self.config
         return 6 * matrices + 12 * c.n_layers * c.context_length * c.d_model
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy, in nats and float32, of the logits `hidden` (B, T, d) @ `weight` (V, d).
+
+    Targets (B, T) that are IGNORE_INDEX do not count.
+    """
+    logits = F.linear(hidden, weight).float()  # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)

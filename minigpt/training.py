@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import lightning as L
 import yaml
-from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from minigpt.callbacks import (
@@ -33,8 +32,9 @@ from minigpt.callbacks import (
 )
 from minigpt.config import UserError, build
 from minigpt.data import DataConfig, DataModule
-from minigpt.hardware import Hardware
-from minigpt.metrics import MetricsCsv
+from minigpt.fast import accelerate
+from minigpt.hardware import Hardware, keep_freed_memory
+from minigpt.loggers import LoggerConfig, MetricsCsv, extra_loggers
 from minigpt.model import GPTConfig
 from minigpt.module import GPTModule, OptimizerConfig
 from minigpt.records import human_count
@@ -79,14 +79,6 @@ class TrainerConfig:
             raise ValueError(f"devices {self.devices} must be auto or a number of devices")
         if self.accelerator not in ("auto", "cpu", "gpu", "cuda", "mps"):
             raise ValueError(f"accelerator {self.accelerator}: choose from auto, cpu, gpu, mps")
-
-
-@dataclass(frozen=True)
-class LoggerConfig:
-    """Where numbers go beside metrics.csv."""
-
-    kind: Literal["csv", "wandb", "tensorboard"] = "csv"
-    project: str = "mini-gpt"
 
 
 @dataclass(frozen=True)
@@ -206,6 +198,9 @@ def train(config: DictConfig, size: str = "gpt", group: Path | None = None) -> P
             _write_inputs(folder, job, data)
         _describe(folder, job, plan, hardware, module, data)
         trainer = _trainer(folder, job, plan, hardware, module, data, start_step)
+        if hardware.accelerator == "cpu":
+            keep_freed_memory()
+            accelerate(module.net)
         if job.trainer.compile:
             module.net.compile()  # the net and not the module: the names of its weights stay
         _fit(trainer, module, data, checkpoint)
@@ -302,10 +297,9 @@ def _trainer(
         "precision": hardware.precision,
     }
     n_batches = plan.n_steps * job.trainer.accumulate_grad_batches
-    loggers = [MetricsCsv(folder / METRICS, start_step or None), *_extra_loggers(folder, job)]
-    for logger in loggers:
-        logger.log_hyperparams({**dataclasses.asdict(job), **facts})
-    return L.Trainer(
+    metrics = MetricsCsv(folder / METRICS, start_step or None)
+    loggers = [metrics, *extra_loggers(folder, job.logger)]
+    trainer = L.Trainer(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
         num_nodes=hardware.num_nodes,
@@ -332,41 +326,10 @@ def _trainer(
         enable_model_summary=False,
         use_distributed_sampler=False,  # the data module deals out the windows itself
     )
-
-
-def _extra_loggers(folder: Path, job: Job) -> list[Logger]:
-    """The logger that was asked for beside metrics.csv."""
-    if job.logger.kind == "tensorboard":
-        from lightning.pytorch.loggers import TensorBoardLogger
-
-        try:
-            return [TensorBoardLogger(folder, name="tensorboard", version="")]
-        except ModuleNotFoundError:
-            raise UserError(
-                "logger=tensorboard needs another package: pip install -e '.[tensorboard]'"
-            ) from None
-    if job.logger.kind == "wandb":
-        import wandb
-        from lightning.pytorch.loggers import WandbLogger
-
-        mode = wandb.setup().settings.mode
-        try:
-            if mode != "disabled" and not wandb.login(prompt=False):
-                mode = "offline"
-        except wandb.errors.AuthenticationError as error:
-            raise UserError(
-                f"{' '.join(str(error).split())} Log in with `wandb login --relogin`, set "
-                "WANDB_MODE=offline, or type logger=csv"
-            ) from None
-        if mode == "offline":
-            log.info("W&B       offline: later, wandb sync %s", folder / "wandb" / "offline-run-*")
-        return [
-            WandbLogger(
-                name=folder.name, project=job.logger.project, save_dir=folder, mode=mode,
-                resume=None,
-            )
-        ]  # fmt: skip
-    return []
+    for logger in loggers:  # this opens the W&B run, which `_fit` closes
+        shape = dataclasses.asdict(job.model)  # beside `model`, which is the size's name
+        logger.log_hyperparams({**dataclasses.asdict(job), "shape": shape, **facts})
+    return trainer
 
 
 def _fit(trainer: L.Trainer, module: GPTModule, data: DataModule, checkpoint: Path | None) -> None:

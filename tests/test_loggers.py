@@ -1,4 +1,4 @@
-from minigpt.metrics import COLUMNS, MetricsCsv
+from minigpt.loggers import COLUMNS, MetricsCsv
 from minigpt.records import read_metrics
 
 

@@ -1,21 +1,34 @@
-"""metrics.csv: every logged number of a run, one row a step, written as training goes."""
+"""Where the numbers of a run go: metrics.csv always, W&B or TensorBoard beside it."""
 
 from __future__ import annotations
 
 import csv
 import io
+import logging
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers.logger import Logger
 
+from minigpt.config import UserError
 from minigpt.runs import write_text
+
+log = logging.getLogger("minigpt")
 
 COLUMNS = [
     "step", "tokens", "train/loss", "val/loss", "val/perplexity", "val/bits_per_byte",
     "tokens_per_second", "mfu", "lr", "grad_norm",
 ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoggerConfig:
+    """Where numbers go beside metrics.csv."""
+
+    kind: Literal["csv", "wandb", "tensorboard"] = "csv"
+    project: str = "mini-gpt"
 
 
 class MetricsCsv(Logger):
@@ -74,3 +87,33 @@ class MetricsCsv(Logger):
         writer.writeheader()
         writer.writerows(rows)
         write_text(self.path, text.getvalue())
+
+
+def extra_loggers(folder: Path, config: LoggerConfig) -> list[Logger]:
+    """The logger that was asked for beside metrics.csv."""
+    if config.kind == "tensorboard":
+        from lightning.pytorch.loggers import TensorBoardLogger
+
+        try:
+            return [TensorBoardLogger(folder, name="tensorboard", version="")]
+        except ModuleNotFoundError:
+            raise UserError(
+                "logger=tensorboard needs another package: pip install -e '.[tensorboard]'"
+            ) from None
+    if config.kind == "wandb":
+        import wandb
+        from lightning.pytorch.loggers import WandbLogger
+        from wandb.errors import AuthenticationError
+
+        mode = wandb.setup().settings.mode
+        try:
+            if mode != "disabled" and not wandb.login(prompt=False):
+                mode = "offline"
+        except AuthenticationError as error:
+            problem = " ".join(str(error).split())
+            raise UserError(f"{problem} Set WANDB_MODE=offline, or type logger=csv") from None
+        if mode == "offline":
+            log.info("W&B        offline: later, wandb sync %s/wandb/offline-run-*", folder)
+        project = config.project
+        return [WandbLogger(folder.name, folder, project=project, mode=mode, resume=None)]
+    return []
