@@ -19,16 +19,19 @@ def main(config: DictConfig) -> None:
             raise UserError("give the run to evaluate: python evaluate.py ckpt=runs/<name>")
         from rich.console import Console
 
+        from minigpt.console import console  # for progress; what was found goes to stdout
         from minigpt.evaluation import EvaluationConfig, evaluate  # imports torch
         from minigpt.evaluation_tables import show
-        from minigpt.runs import EVALUATION, Run
+        from minigpt.runs import EVALUATION, REPORT, Run
 
         settings: Any = OmegaConf.to_container(config, resolve=True)
         run = Run.open(str(settings.pop("ckpt")))
-        found = evaluate(run, build(EvaluationConfig, settings, ""), Console(stderr=True))
-        console = Console()
-        show(found, console)
-        console.print(f"\nwritten: {run.folder / EVALUATION}", markup=False, highlight=False)
+        found = evaluate(run, build(EvaluationConfig, settings, ""), console)
+        out = Console()
+        show(found, out)
+        for kind, name in {"numbers": EVALUATION, "report": REPORT}.items():
+            if (run.folder / name).is_file():
+                out.print(f"{kind + ':':9}{run.folder / name}", markup=False, highlight=False)
 
 
 if __name__ == "__main__":
