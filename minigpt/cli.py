@@ -30,6 +30,32 @@ def _minigpt() -> None:
 
 
 @app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(help="A run folder, or a checkpoint file in one.")],
+    prompt: Annotated[str, typer.Option(help="How the story begins.")] = "Once upon a time",
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Choose among this much mass.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="The longest continuation.")] = 256,
+    n: Annotated[int, typer.Option(min=1, help="How many stories.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="The same seed, the same stories.")] = None,
+) -> None:
+    """Write stories, shown as they are sampled."""
+    from minigpt.generation import SamplingConfig, stream_text
+    from minigpt.runs import Run
+
+    opened = Run.open(run)
+    net, tokenizer = opened.load_net(), opened.load_tokenizer()
+    for story in range(n):
+        story_seed = None if seed is None else seed + story
+        sampling = SamplingConfig(temperature, top_k, top_p, max_tokens, story_seed)
+        print(prompt, end="", flush=True)
+        for piece in stream_text(net, tokenizer, prompt, sampling):
+            print(piece, end="", flush=True)
+        print("\n" if story < n - 1 else "")
+
+
+@app.command()
 def scaling(
     folders: Annotated[
         list[Path], typer.Argument(help="Run folders, or folders with runs somewhere below them.")

@@ -4,6 +4,8 @@ import sys
 import pytest
 
 from minigpt import cli, scaling
+from minigpt.training import train
+from tests.conftest import composed
 from tests.run_folder import write_run
 
 
@@ -70,3 +72,17 @@ def test_ctrl_c_leaves_quietly_with_exit_code_130(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(scaling, "find_runs", interrupted)
     assert run_main(monkeypatch, "scaling", str(tmp_path)) == 130
     assert capsys.readouterr() == ("", "")
+
+
+def test_generate_streams_stories_that_the_seed_decides(tiny, monkeypatch, capsys):
+    folder = train(composed(tiny))
+    words = ("generate", str(folder), "--prompt", "Tom", "--max-tokens", "9", "--n", "2")
+    told = []
+    for seed in ("1", "1", "5"):
+        capsys.readouterr()
+        assert run_main(monkeypatch, *words, "--seed", seed) == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1] != told[2]
+    assert told[0].startswith("Tom")
+    assert run_main(monkeypatch, *words, "--top-p", "2") == 2
+    assert capsys.readouterr().err == "error: top_p 2.0 must be above 0 and at most 1\n"
