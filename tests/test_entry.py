@@ -42,9 +42,9 @@ def test_help_shows_what_people_need_and_does_not_keep_them_waiting(program: str
         (["optimizer.lr=abc"], "optimizer.lr='abc': expected a number"),
         (["model.d_model=100", "model.n_heads=8"], "d_model 100 is not divisible by n_heads 8"),
         (["budget=3"], "budget=3: a group of settings; type budget.<setting>=<value>"),
-        (["budget.tokens=100"], "less than one step of 8,192 tokens: type budget.tokens=8192"),
-        (["budget.tokens=1e6"], "warm-up of 500 steps does not fit the budget, which is 122 steps"),
-        (["trainer.max_steps=100"], "type budget.tokens=819200 instead"),
+        (["budget.tokens=100"], "less than one step of 2,048 tokens: type budget.tokens=2048"),
+        (["budget.tokens=1e6"], "warm-up of 500 steps does not fit the budget, which is 488 steps"),
+        (["trainer.max_steps=100"], "type budget.tokens=204800 instead"),
         (["trainer.max_epochs=3"], "trainer.max_epochs=3: the length of a run is set in tokens"),
         (["resume=runs/absent"], "does not exist: give a run folder"),
         (

@@ -39,8 +39,8 @@ def test_a_warm_up_longer_than_the_run_is_refused_with_the_setting_to_type():
 
 
 def test_the_default_learning_rate_falls_with_width():
-    assert default_lr(128) == pytest.approx(5e-3)
-    assert default_lr(384) == pytest.approx(5e-3 / 3)
+    assert default_lr(128) == pytest.approx(4e-3)
+    assert default_lr(384) == pytest.approx(4e-3 / 3)
 
 
 def test_weight_decay_is_on_matrices_alone():
