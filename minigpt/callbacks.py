@@ -19,8 +19,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from minigpt.console import console
 from minigpt.generation import SamplingConfig, generate_stories
 from minigpt.module import GPTModule
-from minigpt.records import human_count, human_time
-from minigpt.runs import BEST, CHECKPOINTS, LAST, SAMPLES, SUMMARY, write_json
+from minigpt.records import human_count, human_time, read_samples
+from minigpt.runs import BEST, CHECKPOINTS, LAST, SAMPLES, SUMMARY, write_json, write_text
 from minigpt.tokenizer import Tokenizer
 
 log = logging.getLogger("minigpt")
@@ -90,10 +90,22 @@ class Throughput(Callback):
 
 
 class StorySamples(Callback):
-    """Continues each prompt after every validation; appends the stories to samples.jsonl."""
+    """Continues each prompt after every validation; appends the stories to samples.jsonl.
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, config: CallbacksConfig, seed: int):
+    What stands there from after `start_step` is dropped: a resumed run will write it again.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: Tokenizer,
+        config: CallbacksConfig,
+        seed: int,
+        start_step: int = 0,
+    ) -> None:
         self.path, self.tokenizer, self.config = folder / SAMPLES, tokenizer, config
+        before = [sample for sample in read_samples(folder) if sample["step"] <= start_step]
+        write_text(self.path, "".join(_line(sample) for sample in before))
         self.sampling = SamplingConfig(
             temperature=config.temperature, max_tokens=config.max_tokens, seed=seed
         )
@@ -113,7 +125,11 @@ class StorySamples(Callback):
                     "temperature": self.config.temperature,
                     "text": story,
                 }
-                file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+                file.write(_line(sample))
+
+
+def _line(sample: dict[str, Any]) -> str:
+    return json.dumps(sample, ensure_ascii=False) + "\n"
 
 
 class TrainingProgress(ProgressBar):

@@ -72,9 +72,6 @@ class GPTModule(L.LightningModule):
         n_steps: updates of the whole run: where the schedule ends.
         tokens_per_step: over all devices and accumulated batches.
         bytes_per_token: of the validation split, which turns nats per token into bits per byte.
-
-    Raises:
-        UserError: the warm-up does not fit into `n_steps`.
     """
 
     def __init__(
@@ -86,12 +83,6 @@ class GPTModule(L.LightningModule):
         bytes_per_token: float,
     ) -> None:
         super().__init__()
-        if optimizer.warmup_steps >= n_steps:
-            raise UserError(
-                f"a warm-up of {optimizer.warmup_steps:,} steps does not fit the budget, which is "
-                f"{n_steps:,} steps of {tokens_per_step:,} tokens: type "
-                f"optimizer.warmup_steps={n_steps // 10} or a larger budget.tokens"
-            )
         # Plain values alone: a checkpoint is read with weights_only=True.
         self.save_hyperparameters(
             {"model": dataclasses.asdict(model), "optimizer": dataclasses.asdict(optimizer)},

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
@@ -135,6 +136,12 @@ class Plan:
                 f"budget.tokens={budget:,} is less than one step of {per_step:,} tokens: type "
                 f"budget.tokens={per_step} or more, or a smaller data.batch_size"
             )
+        if job.optimizer.warmup_steps >= n_steps:
+            raise UserError(
+                f"a warm-up of {job.optimizer.warmup_steps:,} steps does not fit the budget, which "
+                f"is {n_steps:,} steps of {per_step:,} tokens: type "
+                f"optimizer.warmup_steps={n_steps // 10} or a larger budget.tokens"
+            )
         if c.max_steps not in (None, n_steps):
             raise UserError(
                 f"trainer.max_steps={c.max_steps} is not what budget.tokens={budget:,} pays for, "
@@ -162,18 +169,44 @@ def train(config: DictConfig, size: str = "gpt", group: Path | None = None) -> P
     """
     plain: Any = OmegaConf.to_container(config, resolve=True)
     job = build(Job, {**plain, "size": size}, "")
-    checkpoint = None
+    checkpoint, start_step = None, 0
     if job.resume is not None:
         run = Run.open(job.resume)
         checkpoint = run.folder / CHECKPOINTS / f"{LAST}.ckpt"
+        start_step = read_checkpoint(checkpoint)["global_step"]
         job = build(Job, run.config(), "")
-    _quiet_libraries()
-    L.seed_everything(job.seed, verbose=False)
-    hardware = Hardware.find(
-        job.trainer.accelerator, job.trainer.devices, job.trainer.num_nodes, job.trainer.precision
-    )
+    c = job.trainer
+    hardware = Hardware.find(c.accelerator, c.devices, c.num_nodes, c.precision)
     plan = Plan.of(job, hardware.world_size)
-    start_step = read_checkpoint(checkpoint)["global_step"] if checkpoint else 0
+    if start_step >= plan.n_steps:
+        raise UserError(
+            f"{job.resume or job.name} has made all of its {plan.n_steps:,} steps: train a new run "
+            "with a larger budget.tokens"
+        )
+    _prepare_libraries(job.seed)
+    data = _data(job, plan, start_step)
+    module = GPTModule(
+        job.model, job.optimizer, plan.n_steps, plan.tokens_per_step, data.valid.bytes_per_token
+    )
+    folder = checkpoint.parent.parent if checkpoint else _new_folder(job, group)
+    with _log_file(folder / "train.log"):
+        if checkpoint is None:
+            _write_inputs(folder, job, data)
+        _describe(folder, job, plan, hardware, module, data)
+        trainer = _trainer(folder, job, plan, hardware, module, data, start_step)
+        if hardware.accelerator == "cpu":
+            keep_freed_memory()
+            accelerate(module.net)
+        if c.compile:
+            module.net.compile()  # the net and not the module: the names of its weights stay
+        _fit(trainer, module, data, checkpoint)
+        log.info("report: %s", folder / REPORT)
+        log.info("next:   python evaluate.py ckpt=%s", folder)
+    return folder
+
+
+def _data(job: Job, plan: Plan, start_step: int) -> DataModule:
+    """The data of the job, prepared; on one process before any other is started."""
     accumulate = job.trainer.accumulate_grad_batches
     data = DataModule(
         job.data,
@@ -184,29 +217,12 @@ def train(config: DictConfig, size: str = "gpt", group: Path | None = None) -> P
     )
     data.prepare_data()
     data.setup("fit")
-    module = GPTModule(
-        job.model, job.optimizer, plan.n_steps, plan.tokens_per_step, data.valid.bytes_per_token
-    )
     if data.tokenizer.vocab_size > job.model.vocab_size:
         raise UserError(
             f"model.vocab_size={job.model.vocab_size} is less than the {data.tokenizer.vocab_size} "
             "tokens of the tokenizer: leave it out, it follows data.vocab_size"
         )
-    folder = checkpoint.parent.parent if checkpoint else _new_folder(job, group)
-    with _log_file(folder / "train.log"):
-        if checkpoint is None:
-            _write_inputs(folder, job, data)
-        _describe(folder, job, plan, hardware, module, data)
-        trainer = _trainer(folder, job, plan, hardware, module, data, start_step)
-        if hardware.accelerator == "cpu":
-            keep_freed_memory()
-            accelerate(module.net)
-        if job.trainer.compile:
-            module.net.compile()  # the net and not the module: the names of its weights stay
-        _fit(trainer, module, data, checkpoint)
-        log.info("report: %s", folder / REPORT)
-        log.info("next:   python evaluate.py ckpt=%s", folder)
-    return folder
+    return data
 
 
 def _new_folder(job: Job, group: Path | None) -> Path:
@@ -317,7 +333,7 @@ def _trainer(
         callbacks=[
             throughput,
             TrainingProgress(job.callbacks.progress_bar),
-            StorySamples(folder, data.tokenizer, job.callbacks, job.seed),
+            StorySamples(folder, data.tokenizer, job.callbacks, job.seed, start_step),
             checkpoints,
             RunReport(folder, facts, throughput, checkpoints, write_report),
         ],
@@ -348,8 +364,11 @@ def _fit(trainer: L.Trainer, module: GPTModule, data: DataModule, checkpoint: Pa
             wandb.finish(exit_code=status)
 
 
-def _quiet_libraries() -> None:
-    """Leave out what Lightning says of itself; what matters here is said by `_describe`."""
+def _prepare_libraries(seed: int) -> None:
+    """Seed them, allow tf32, and leave out what Lightning says of itself: `_describe` says more."""
+    L.seed_everything(seed, verbose=False)
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # tf32
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # a gather of microseconds
     # It cannot know that our sampler starts at the step the checkpoint was written at.

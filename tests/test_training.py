@@ -75,6 +75,9 @@ def test_a_run_that_stopped_half_way_goes_on_to_the_weights_of_one_that_did_not(
     assert read_summary(broken)["status"] == "failed"
     assert train(composed([f"resume={broken}"])) == broken
     assert read_summary(broken)["status"] == "finished"
+    assert [sample["step"] for sample in read_samples(broken)] == [10, 20]
+    with pytest.raises(UserError, match="has made all of its 20 steps"):
+        train(composed([f"resume={broken}"]))
     ends = [read_checkpoint(run / "checkpoints/last.ckpt")["state_dict"] for run in (whole, broken)]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     steps = [[row["step"] for row in read_metrics(run)] for run in (whole, broken)]
