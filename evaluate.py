@@ -20,16 +20,17 @@ def main(config: DictConfig) -> None:
         from rich.console import Console
 
         from minigpt.console import console  # for progress; what was found goes to stdout
-        from minigpt.evaluation import EvaluationConfig, evaluate  # imports torch
+        from minigpt.evaluation import EvaluationConfig, evaluate, evaluation_name  # torch
         from minigpt.evaluation_tables import show
-        from minigpt.runs import EVALUATION, REPORT, Run
+        from minigpt.runs import REPORT, Run
 
         settings: Any = OmegaConf.to_container(config, resolve=True)
         run = Run.open(str(settings.pop("ckpt")))
-        found = evaluate(run, build(EvaluationConfig, settings, ""), console)
+        what = build(EvaluationConfig, settings, "")
+        found = evaluate(run, what, console)
         out = Console()
         show(found, out)
-        for kind, name in {"numbers": EVALUATION, "report": REPORT}.items():
+        for kind, name in {"numbers": evaluation_name(what), "report": REPORT}.items():
             if (run.folder / name).is_file():
                 out.print(f"{kind + ':':9}{run.folder / name}", markup=False, highlight=False)
 

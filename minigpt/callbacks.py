@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from typing import Any
 import lightning as L
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from minigpt.console import console
@@ -104,11 +107,16 @@ class StorySamples(Callback):
         start_step: int = 0,
     ) -> None:
         self.path, self.tokenizer, self.config = folder / SAMPLES, tokenizer, config
-        before = [sample for sample in read_samples(folder) if sample["step"] <= start_step]
-        write_text(self.path, "".join(_line(sample) for sample in before))
+        self.start_step = start_step
         self.sampling = SamplingConfig(
             temperature=config.temperature, max_tokens=config.max_tokens, seed=seed
         )
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        samples = read_samples(self.path.parent)
+        before = [sample for sample in samples if sample["step"] <= self.start_step]
+        write_text(self.path, "".join(_line(sample) for sample in before))
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -211,14 +219,33 @@ class TrainingProgress(ProgressBar):
 class Checkpoints(Callback):
     """best.ckpt, of the lowest validation loss, and last.ckpt, of the latest state.
 
-    Both are written at validation; last.ckpt every `minutes` as well, and when the run is
-    interrupted from the keyboard. A run that fails keeps what it had.
+    Both are written at validation; last.ckpt every `minutes` as well, and when the run is asked to
+    stop by ctrl-C or SIGTERM. It is written between two steps alone, never inside one: ctrl-C waits
+    for the end of the step (a second one does not). A run that fails keeps what it had.
     """
 
     def __init__(self, folder: Path, minutes: float) -> None:
         self.folder, self.minutes = folder / CHECKPOINTS, minutes
         self.best_val_loss = math.inf
         self._saved = time.monotonic()
+        self._stop = False  # ctrl-C was pressed
+        self._settled = False  # last.ckpt holds the present state
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._ask_to_stop)
+
+    def _ask_to_stop(self, *_: Any) -> None:
+        self._stop = True
+        signal.signal(signal.SIGINT, self._before)
+        log.info("stopping after this step; ctrl-C again to stop at once")
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._stop and self._settled:  # and by now the metrics of the step are logged too
+            raise KeyboardInterrupt
+        self._settled = False
 
     def on_train_batch_end(
         self,
@@ -228,8 +255,14 @@ class Checkpoints(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
+        assert isinstance(trainer.val_check_batch, int)
+        inside_a_step = (batch_idx + 1) % trainer.accumulate_grad_batches
+        validates_next = not (batch_idx + 1) % trainer.val_check_batch
+        if inside_a_step or validates_next:
+            return
         late = time.monotonic() - self._saved > 60 * self.minutes
-        if trainer.strategy.broadcast(late):  # all ranks save together, or none
+        stop = self._stop or trainer.received_sigterm  # Lightning leaves by itself after SIGTERM
+        if trainer.strategy.broadcast(late or stop):  # all ranks save together, or none
             self._save(trainer, LAST)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -241,15 +274,14 @@ class Checkpoints(Callback):
             self._save(trainer, BEST)
         self._save(trainer, LAST)
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
-        if isinstance(exception, KeyboardInterrupt) and trainer.global_step > 0:
-            self._save(trainer, LAST)
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if not self._stop and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._before)
 
     def _save(self, trainer: L.Trainer, name: str) -> None:
         self._saved = time.monotonic()
         trainer.save_checkpoint(self.folder / f"{name}.ckpt")
+        self._settled = name == LAST
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_val_loss": self.best_val_loss}
@@ -282,7 +314,7 @@ class RunReport(Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        interrupted = isinstance(exception, KeyboardInterrupt)
+        interrupted = isinstance(exception, KeyboardInterrupt | SIGTERMException)
         self._write(trainer, pl_module, "interrupted" if interrupted else "failed")
 
     @rank_zero_only

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from minigpt.config import UserError
+from minigpt.console import show_log
 
 app = typer.Typer(
     help="Use and study the story-telling models that train.py makes.",
@@ -83,6 +84,7 @@ def scaling(
 
 def main() -> None:
     """Entry point: a UserError is one line on stderr and exit code 2, ctrl-C a quiet 130."""
+    show_log()
     try:
         app()
     except UserError as error:

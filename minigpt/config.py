@@ -59,6 +59,8 @@ def unknown_name(name: str, allowed: list[str], kind: str = "setting") -> str:
     near = difflib.get_close_matches(name, allowed, n=3, cutoff=0.6)
     if near:
         return f"unknown {kind} '{name}': did you mean {' or '.join(near)}?"
+    if len(allowed) > 20:
+        return f"unknown {kind} '{name}': --help shows the common ones, --cfg job all of them"
     return f"unknown {kind} '{name}': choose from {', '.join(sorted(allowed))}"
 
 

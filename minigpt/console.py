@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
+import sys
 
 from rich.console import Console
 
@@ -15,7 +18,14 @@ class _ConsoleHandler(logging.Handler):
 
 
 def show_log() -> None:
-    """Print what the package logs, from INFO on, above any progress bar."""
+    """Print what the package logs, from INFO on, above any progress bar.
+
+    A terminal or file that cannot show a character gets a question mark, not a traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     log = logging.getLogger("minigpt")
     log.setLevel(logging.INFO)
-    log.handlers = [_ConsoleHandler()]
+    first = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+    log.handlers = [_ConsoleHandler()] if first else []  # one process speaks for all

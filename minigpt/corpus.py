@@ -79,17 +79,18 @@ def _is_jsonl(path: Path) -> bool:
 
 
 def _text_stories(path: Path, separator: str) -> Iterator[str]:
-    unseparated = (
-        f"{path}: no separator {separator!r} (64 MB without one is too long for a story); put a "
-        f"line {END_OF_TEXT} between stories and after a single one, or set data.separator=..."
+    remedy = (
+        f"put a line {END_OF_TEXT} between stories and after a single one, or set "
+        "data.separator=..."
     )
-    pieces = _split(_decode(path), separator, unseparated)
+    too_long = f"{path}: 64 MB without a separator {separator!r}, too long for a story; {remedy}"
+    pieces = _split(_decode(path), separator, too_long)
     # Two pieces before the first story goes out: a file without a separator is not one long story.
     first, second = next(pieces), next(pieces, None)
     if second is not None:
         yield from itertools.chain((first, second), pieces)
     elif first.strip():
-        raise UserError(unseparated)
+        raise UserError(f"{path}: no separator {separator!r}; {remedy}")
 
 
 def _json_stories(path: Path) -> Iterator[str]:

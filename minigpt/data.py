@@ -179,13 +179,18 @@ class DataModule(L.LightningDataModule):
         super().__init__()
         self.config, self.context_length = config, context_length
         self.n_steps, self.seed, self.start_step = n_steps, seed, start_step
+        self._ready = False
 
     def prepare_data(self) -> None:
         """Download and encode. Lightning calls this on one rank of each node."""
-        self._prepare()
+        if not self._ready:
+            self._prepare()
 
     def setup(self, stage: str | None = None) -> None:
         """Open what `prepare_data` left. Lightning calls this on every rank."""
+        if self._ready:
+            return
+        self._ready = True
         self.tokenizer, self.train, self.valid = self._prepare()
 
     def _prepare(self) -> tuple[Tokenizer, TokenFile, TokenFile]:

@@ -121,7 +121,8 @@ def _keys(path: Path, prefix: str) -> list[str]:
 def _check_dashes(arguments: list[str]) -> None:
     for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         flag, equals, value = argument.partition("=")
-        if flag.startswith("--") and flag not in HYDRA_FLAGS:
+        dashed = flag.startswith("--") and flag not in HYDRA_FLAGS
+        if dashed or (flag.startswith("-") and equals and not flag.startswith("--")):
             value = value if equals else following
             typed = f"{flag.lstrip('-')}={value or '<value>'}"
             raise UserError(f"settings are typed without dashes: type {typed}, not {argument}")

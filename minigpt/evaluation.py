@@ -29,7 +29,7 @@ from minigpt.embeddings import EmbeddingProbe, SplitWordError
 from minigpt.fast import accelerate
 from minigpt.generation import SamplingConfig, generate_stories
 from minigpt.hardware import Hardware
-from minigpt.model import GPT, IGNORE_INDEX
+from minigpt.model import GPT, IGNORE_INDEX, perplexity
 from minigpt.records import read_summary
 from minigpt.repetition import Repetition, measure
 from minigpt.runs import EVALUATION, Run, write_json
@@ -103,7 +103,7 @@ class Loss:
     @property
     def perplexity(self) -> float:
         """exp of the mean."""
-        return math.exp(self.nats_per_token)
+        return perplexity(self.nats_per_token)
 
     def bits_per_byte(self, bytes_per_token: float) -> float:
         """Does not depend on the tokenizer: `bytes_per_token` is that of the split."""
@@ -284,14 +284,15 @@ def evaluate(run: Run, config: EvaluationConfig, console: Console | None = None)
     Raises:
         UserError: no run, a damaged checkpoint, a corpus that cannot be read, a wrong setting.
     """
-    own = run.config().get("data")
-    if not isinstance(own, dict):
-        raise UserError(f"{run.folder} does not say what it was trained on: give data=...")
-    trained_on = build(DataConfig, own, "data")
+    net = run.load_net()
+    own = run.config()
+    trained_on = build(DataConfig, own["data"], "data")
     settings = config.data or trained_on
-    precision = read_summary(run.folder).get("precision", "auto")
+    # A run that was killed left no summary, but what it asked for is the same on this machine.
+    asked = own.get("trainer", {}).get("precision", "auto")
+    precision = read_summary(run.folder).get("precision", asked)
     hardware = Hardware.find("auto", "1", 1, precision)
-    net, tokenizer = accelerate(run.load_net(hardware.accelerator)), run.load_tokenizer()
+    net, tokenizer = accelerate(net.to(hardware.accelerator)), run.load_tokenizer()
 
     split = prepare_split(open_corpus(settings), "valid", tokenizer, settings.cache_dir)
     loss = evaluate_loss(
@@ -318,8 +319,15 @@ def evaluate(run: Run, config: EvaluationConfig, console: Console | None = None)
         neighbours={word: _neighbours(probe, word) for word in config.words},
         analogies={f"{a} − {b} + {c}": _analogy(probe, a, b, c) for a, b, c in config.analogies},
     )
-    write_json(run.folder / EVALUATION, dataclasses.asdict(evaluation))
+    write_json(run.folder / evaluation_name(config), dataclasses.asdict(evaluation))
     return evaluation
+
+
+def evaluation_name(config: EvaluationConfig) -> str:
+    """evaluation.json is the run's own; other corpora and strides get a name of their own."""
+    other = f"-{config.data.source}" if config.data else ""
+    stride = f"-stride{config.stride}" if config.stride else ""
+    return EVALUATION.replace(".json", f"{other}{stride}.json")
 
 
 def _neighbours(probe: EmbeddingProbe, word: str) -> list[tuple[str, float]] | str:

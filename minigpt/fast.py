@@ -17,6 +17,7 @@ from torch import Tensor
 from minigpt.model import GPT, IGNORE_INDEX, CausalSelfAttention, merge_heads, split_heads
 
 BLOCK = 64  # queries at a time: small enough to skip most of the masked half
+TINY = torch.finfo(torch.float32).tiny  # a probability that underflows costs 87 nats, not infinity
 CHUNK = 2048  # tokens whose logits are held at a time: (CHUNK, V) stays near the caches
 
 
@@ -24,7 +25,7 @@ def accelerate(net: GPT) -> GPT:
     """Give `net` the fast pieces where they are faster: on a CPU. Returns `net`."""
     if net.embedding.weight.device.type == "cpu":
         net.cross_entropy = chunked_cross_entropy
-        if net.config.attention != "sdpa":
+        if net.config.attention == "auto":
             for module in net.modules():
                 if isinstance(module, CausalSelfAttention):
                     module.attend = block_attention
@@ -54,9 +55,9 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, n_heads: int) -> Tensor:
         q, k, v = split_heads(qkv, n_heads)
-        T, dk = q.shape[2:]  # noqa: N806
+        T, width = q.shape[2:]  # noqa: N806
         y = torch.empty_like(q)
-        q, k, v = (x.reshape(-1, T, dk) for x in (q * dk**-0.5, k, v))
+        q, k, v = (x.reshape(-1, T, width) for x in (q * width**-0.5, k, v))
         mask = torch.full((BLOCK, BLOCK), -math.inf, dtype=q.dtype).triu(1)
         probabilities = []
         for s in range(0, T, BLOCK):
@@ -75,20 +76,20 @@ class _BlockAttention(torch.autograd.Function):
         qkv, *probabilities = ctx.saved_tensors
         dqkv, heads = torch.empty_like(qkv), (-1, ctx.n_heads)
         q, k, v = split_heads(qkv, ctx.n_heads)
-        T, dk = q.shape[2:]  # noqa: N806
-        dy = grads[0].unflatten(-1, (ctx.n_heads, dk)).transpose(1, 2)  # (B, nh, T, dk)
-        q, k, v, dy = (x.reshape(-1, T, dk) for x in (q * dk**-0.5, k * dk**-0.5, v, dy))
-        dq_out, dk_out, dv_out = split_heads(dqkv, ctx.n_heads)
+        T, width = q.shape[2:]  # noqa: N806
+        dy = grads[0].unflatten(-1, (ctx.n_heads, width)).transpose(1, 2)  # (B, nh, T, dk)
+        q, k, v, dy = (x.reshape(-1, T, width) for x in (q * width**-0.5, k * width**-0.5, v, dy))
+        dq, dk, dv = split_heads(dqkv, ctx.n_heads)
         dk_sum, dv_sum = torch.zeros_like(k), torch.zeros_like(v)
         for s, p in zip(range(0, T, BLOCK), probabilities, strict=True):
             e = min(s + BLOCK, T)
             dp = torch.bmm(dy[:, s:e], v[:, :e].transpose(1, 2))  # (N, b, e)
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-            dq_out[:, :, s:e] = torch.bmm(ds, k[:, :e]).unflatten(0, heads)
+            dq[:, :, s:e] = torch.bmm(ds, k[:, :e]).unflatten(0, heads)
             dk_sum[:, :e] += torch.bmm(ds.transpose(1, 2), q[:, s:e])
             dv_sum[:, :e] += torch.bmm(p.transpose(1, 2), dy[:, s:e])
-        dk_out.copy_(dk_sum.unflatten(0, heads))
-        dv_out.copy_(dv_sum.unflatten(0, heads))
+        dk.copy_(dk_sum.unflatten(0, heads))
+        dv.copy_(dv_sum.unflatten(0, heads))
         return dqkv, None
 
 
@@ -138,7 +139,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             p = _softmax(h @ weight.t())  # (CHUNK, V)
             target = torch.arange(len(h)), targets[s : s + CHUNK].clamp_min(0)
             right = p[target]  # the probability of each target
-            nats -= torch.where(keep, right.float().log(), 0.0).sum()
+            nats -= torch.where(keep, right.float().clamp_min(TINY).log(), 0.0).sum()
             p.index_put_(target, right - 1)  # now P - Y
             if not keep.all():
                 p *= keep[:, None]

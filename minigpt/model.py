@@ -266,3 +266,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     """
     logits = F.linear(hidden, weight).float()  # (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
+
+
+def perplexity(nats_per_token: float) -> float:
+    """exp of the mean cross-entropy; infinity where a float cannot hold it."""
+    return math.exp(nats_per_token) if nats_per_token < 700 else math.inf

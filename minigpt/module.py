@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -16,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
 from minigpt.config import UserError
-from minigpt.model import GPT, IGNORE_INDEX, GPTConfig
+from minigpt.model import GPT, IGNORE_INDEX, GPTConfig, perplexity
 
 Batch = tuple[Tensor, Tensor]  # token ids (B, T) and targets (B, T), both int64
 
@@ -72,6 +71,7 @@ class GPTModule(L.LightningModule):
         n_steps: updates of the whole run: where the schedule ends.
         tokens_per_step: over all devices and accumulated batches.
         bytes_per_token: of the validation split, which turns nats per token into bits per byte.
+        made_of: plain values to keep in each checkpoint, such as the tokenizer's fingerprint.
     """
 
     def __init__(
@@ -81,11 +81,18 @@ class GPTModule(L.LightningModule):
         n_steps: int,
         tokens_per_step: int,
         bytes_per_token: float,
+        made_of: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         # Plain values alone: a checkpoint is read with weights_only=True.
         self.save_hyperparameters(
-            {"model": dataclasses.asdict(model), "optimizer": dataclasses.asdict(optimizer)},
+            {
+                "model": dataclasses.asdict(model),
+                "optimizer": dataclasses.asdict(optimizer),
+                "n_steps": n_steps,
+                "tokens_per_step": tokens_per_step,
+                **(made_of or {}),
+            },
             logger=False,
         )
         self.net = GPT(model)
@@ -93,7 +100,7 @@ class GPTModule(L.LightningModule):
         self.peak_lr = optimizer.lr if optimizer.lr is not None else default_lr(model.d_model)
         self.n_steps, self.tokens_per_step = n_steps, tokens_per_step
         self.bytes_per_token = bytes_per_token
-        self.val_nats = MeanMetric().set_dtype(torch.float64)
+        self.val_nats = MeanMetric()
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits (B, T, V) for token ids (B, T)."""
@@ -102,12 +109,7 @@ class GPTModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the batch in nats per token; stops the run when it is not finite."""
         loss = self.net.loss(*batch)
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"the training loss became {loss.item()} at step {self.global_step} with a learning"
-                f" rate of {self._lr():.2e}: try optimizer.lr={self.peak_lr / 3:.0e} or a longer "
-                "optimizer.warmup_steps"
-            )
+        self._check_finite("training", loss.item())
         steps = self.global_step + 1
         self.log("train/loss", loss)
         self.log("lr", self._lr())
@@ -123,6 +125,7 @@ class GPTModule(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Gathers nats per token, weighted by the tokens that are scored."""
         loss = self.net.loss(*batch)
+        self._check_finite("validation", loss.item())  # the metric would leave NaNs out
         self.val_nats.update(loss, weight=(batch[1] != IGNORE_INDEX).sum())
 
     def on_validation_epoch_end(self) -> None:
@@ -131,7 +134,7 @@ class GPTModule(L.LightningModule):
         self.val_nats.reset()
         metrics = {
             "val/loss": nats,
-            "val/perplexity": math.exp(nats),
+            "val/perplexity": perplexity(nats),
             "val/bits_per_byte": nats / math.log(2) / self.bytes_per_token,
         }
         steps = float(self.global_step)
@@ -162,6 +165,14 @@ class GPTModule(L.LightningModule):
         limit = self.settings.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), limit)
         self.log("grad_norm", norm)
+
+    def _check_finite(self, kind: str, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the {kind} loss became {loss} at step {self.global_step} with a learning rate of "
+                f"{self._lr():.2e}: try optimizer.lr={self.peak_lr / 3:.0e} or a longer "
+                "optimizer.warmup_steps"
+            )
 
     def _lr(self) -> float:
         return self.trainer.optimizers[0].param_groups[0]["lr"]

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ SUMMARY = "summary.json"
 REPORT = "report.html"
 EVALUATION = "evaluation.json"
 CHECKPOINTS = "checkpoints"
+RUN_FOLDER_VARIABLE = "MINIGPT_RUN_FOLDER"  # rank 0 tells the ranks it launches
 BEST, LAST = "best", "last"  # checkpoints/best.ckpt, checkpoints/last.ckpt
 
 
@@ -69,8 +71,15 @@ class Run:
         return cls(path.parent.parent if inside else path.parent, path)
 
     def load_net(self, device: str | torch.device = "cpu") -> GPT:
-        """The model with the checkpoint's weights, in evaluation mode, in float32."""
-        return load_net(self.checkpoint).to(device).eval()
+        """The model with the checkpoint's weights, in evaluation mode, in float32.
+
+        Raises:
+            UserError: not a checkpoint, a damaged one, or one of another run.
+        """
+        net = load_net(self.checkpoint)
+        if build(GPTConfig, self.config().get("model", {}), "model") != net.config:
+            raise UserError(f"{self.checkpoint} is not of this run: its model is another one")
+        return net.to(device).eval()
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer that the run was trained with."""
@@ -85,6 +94,56 @@ class Run:
         if not path.is_file():
             raise UserError(f"{self.folder} has no {name}: give a checkpoint in its run's folder")
         return path
+
+
+def last_checkpoint(path: Path) -> Path:
+    """The checkpoint that a run goes on from: `path` itself, or the last one of its run folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = path / CHECKPOINTS / f"{LAST}.ckpt" if path.is_dir() else path
+    if not found.is_file():
+        raise UserError(f"{found} does not exist: give a run folder (runs/<name>) to go on with")
+    return found
+
+
+def global_rank() -> int:
+    """Which of the run's processes this is: 0 for the first, or the only one."""
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):  # torchrun, Slurm, Lightning's launcher
+        if name in os.environ:
+            return int(os.environ[name])
+    return 0
+
+
+def new_run_folder(parent: Path, name: str | None, size: str) -> Path:
+    """A folder in `parent` that no other run has, made now: two runs never share one.
+
+    Without a name it is called after the size and the time. The processes that Lightning starts
+    for other devices are told which it is by the environment; others can know it by name alone.
+    """
+    if global_rank() > 0:
+        if RUN_FOLDER_VARIABLE in os.environ:
+            return Path(os.environ[RUN_FOLDER_VARIABLE])
+        if name is None:
+            raise UserError("processes that are started one by one need name=<run> to share it")
+        (parent / name).mkdir(parents=True, exist_ok=True)
+        return parent / name
+    parent.mkdir(parents=True, exist_ok=True)
+    base = name or f"{size}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for attempt in range(1, 1000):
+        folder = parent / (base if attempt == 1 else f"{base}-{attempt}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            if name is not None:
+                raise UserError(
+                    f"{folder} exists: go on with it by resume={folder}, or take another name=..."
+                ) from None
+            continue
+        os.environ[RUN_FOLDER_VARIABLE] = str(folder)
+        return folder
+    raise UserError(f"{parent} holds a thousand runs of this second: give a name=...")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -10,34 +10,26 @@ import contextlib
 import dataclasses
 import logging
 import math
-import os
-import time
+import signal
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
 import yaml
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
-from minigpt.callbacks import (
-    CallbacksConfig,
-    Checkpoints,
-    RunReport,
-    StorySamples,
-    Throughput,
-    TrainingProgress,
-)
+from minigpt.callbacks import Checkpoints, RunReport, StorySamples, Throughput, TrainingProgress
 from minigpt.config import UserError, build
-from minigpt.data import DataConfig, DataModule
+from minigpt.data import DataModule
 from minigpt.fast import accelerate
 from minigpt.hardware import Hardware, keep_freed_memory
-from minigpt.loggers import LoggerConfig, MetricsCsv, extra_loggers
-from minigpt.model import GPTConfig
-from minigpt.module import GPTModule, OptimizerConfig
+from minigpt.job import Job, Plan
+from minigpt.loggers import MetricsCsv, extra_loggers
+from minigpt.module import GPTModule
 from minigpt.records import human_count
 from minigpt.report import write_report
 from minigpt.runs import (
@@ -47,113 +39,15 @@ from minigpt.runs import (
     METRICS,
     REPORT,
     TOKENIZER,
-    Run,
+    global_rank,
+    last_checkpoint,
+    new_run_folder,
     read_checkpoint,
+    read_config,
     write_text,
 )
 
 log = logging.getLogger("minigpt")
-RUN_FOLDER_VARIABLE = "MINIGPT_RUN_FOLDER"  # rank 0 tells the ranks it launches
-
-
-@dataclass(frozen=True)
-class TrainerConfig:
-    """Where and how precisely a run computes, and how often it validates and logs."""
-
-    accelerator: str = "auto"
-    devices: str = "auto"  # a number, or auto: one CPU process, or every GPU
-    num_nodes: int = 1
-    strategy: str = "auto"
-    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = "auto"
-    accumulate_grad_batches: int = 1
-    n_validations: int = 5
-    log_every_n_steps: int = 10
-    compile: bool = False
-    max_steps: int | None = None
-    max_epochs: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("num_nodes", "accumulate_grad_batches", "n_validations", "log_every_n_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):
-            raise ValueError(f"devices {self.devices} must be auto or a number of devices")
-        if self.accelerator not in ("auto", "cpu", "gpu", "cuda", "mps"):
-            raise ValueError(f"accelerator {self.accelerator}: choose from auto, cpu, gpu, mps")
-
-
-@dataclass(frozen=True)
-class BudgetConfig:
-    """How long to train."""
-
-    tokens: int = 10_000_000  # seen, repeats counted
-
-    def __post_init__(self) -> None:
-        if self.tokens < 1:
-            raise ValueError(f"tokens {self.tokens} must be at least 1")
-
-
-@dataclass(frozen=True)
-class Job:
-    """All settings of one training run, validated."""
-
-    model: GPTConfig
-    data: DataConfig
-    optimizer: OptimizerConfig
-    trainer: TrainerConfig
-    logger: LoggerConfig
-    callbacks: CallbacksConfig
-    budget: BudgetConfig
-    name: str | None = None  # of the run folder
-    runs_dir: str = "runs"
-    resume: str | None = None
-    seed: int = 1
-    size: str = "gpt"  # what the model config is called: small, medium, large
-
-    def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed {self.seed} must not be negative")
-        if self.name is not None and Path(self.name).name != self.name:
-            raise ValueError(f"name {self.name!r} is a folder's name under runs_dir, not a path")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the budget is spent: `n_steps` updates of `tokens_per_step` tokens."""
-
-    n_steps: int
-    tokens_per_step: int
-
-    @classmethod
-    def of(cls, job: Job, world_size: int) -> Plan:
-        """As many whole steps as the budget pays for. UserError: what does not fit together."""
-        c, budget = job.trainer, job.budget.tokens
-        per_step = job.data.batch_size * job.model.context_length * c.accumulate_grad_batches
-        per_step *= world_size
-        n_steps = budget // per_step
-        if n_steps < 1:
-            raise UserError(
-                f"budget.tokens={budget:,} is less than one step of {per_step:,} tokens: type "
-                f"budget.tokens={per_step} or more, or a smaller data.batch_size"
-            )
-        if job.optimizer.warmup_steps >= n_steps:
-            raise UserError(
-                f"a warm-up of {job.optimizer.warmup_steps:,} steps does not fit the budget, which "
-                f"is {n_steps:,} steps of {per_step:,} tokens: type "
-                f"optimizer.warmup_steps={n_steps // 10} or a larger budget.tokens"
-            )
-        if c.max_steps not in (None, n_steps):
-            raise UserError(
-                f"trainer.max_steps={c.max_steps} is not what budget.tokens={budget:,} pays for, "
-                f"which is {n_steps:,} steps of {per_step:,} tokens: type "
-                f"budget.tokens={c.max_steps * per_step} instead"
-            )
-        if c.max_epochs is not None:
-            raise UserError(
-                f"trainer.max_epochs={c.max_epochs}: the length of a run is set in tokens, repeats "
-                "counted: type budget.tokens=<epochs × tokens of the training split> instead"
-            )
-        return cls(n_steps, per_step)
 
 
 def train(config: DictConfig, size: str = "gpt", group: Path | None = None) -> Path:
@@ -171,24 +65,32 @@ def train(config: DictConfig, size: str = "gpt", group: Path | None = None) -> P
     job = build(Job, {**plain, "size": size}, "")
     checkpoint, start_step = None, 0
     if job.resume is not None:
-        run = Run.open(job.resume)
-        checkpoint = run.folder / CHECKPOINTS / f"{LAST}.ckpt"
+        checkpoint = last_checkpoint(Path(job.resume))
         start_step = read_checkpoint(checkpoint)["global_step"]
-        job = build(Job, run.config(), "")
+        job = build(Job, read_config(checkpoint.parent.parent), "")
     c = job.trainer
     hardware = Hardware.find(c.accelerator, c.devices, c.num_nodes, c.precision)
     plan = Plan.of(job, hardware.world_size)
-    if start_step >= plan.n_steps:
-        raise UserError(
-            f"{job.resume or job.name} has made all of its {plan.n_steps:,} steps: train a new run "
-            "with a larger budget.tokens"
-        )
+    if checkpoint is not None and start_step >= plan.n_steps:
+        log.info("%s has made all of its %d steps: nothing is left to do", job.name, start_step)
+        return checkpoint.parent.parent
     _prepare_libraries(job.seed)
     data = _data(job, plan, start_step)
     module = GPTModule(
-        job.model, job.optimizer, plan.n_steps, plan.tokens_per_step, data.valid.bytes_per_token
+        job.model,
+        job.optimizer,
+        plan.n_steps,
+        plan.tokens_per_step,
+        data.valid.bytes_per_token,
+        made_of={"tokenizer": data.tokenizer.fingerprint, "train_tokens": data.train.n_tokens},
     )
-    folder = checkpoint.parent.parent if checkpoint else _new_folder(job, group)
+    if checkpoint is not None:
+        _check_the_same(read_checkpoint(checkpoint)["hyper_parameters"], module, checkpoint)
+    folder = (
+        checkpoint.parent.parent
+        if checkpoint
+        else new_run_folder(group or Path(job.runs_dir), job.name, job.size)
+    )
     with _log_file(folder / "train.log"):
         if checkpoint is None:
             _write_inputs(folder, job, data)
@@ -197,8 +99,8 @@ def train(config: DictConfig, size: str = "gpt", group: Path | None = None) -> P
         if hardware.accelerator == "cpu":
             keep_freed_memory()
             accelerate(module.net)
-        if c.compile:
-            module.net.compile()  # the net and not the module: the names of its weights stay
+        if c.compile:  # the loss and not the net: the names of its weights stay as they are
+            module.net.loss = torch.compile(module.net.loss)
         _fit(trainer, module, data, checkpoint)
         log.info("report: %s", folder / REPORT)
         log.info("next:   python evaluate.py ckpt=%s", folder)
@@ -225,35 +127,26 @@ def _data(job: Job, plan: Plan, start_step: int) -> DataModule:
     return data
 
 
-def _new_folder(job: Job, group: Path | None) -> Path:
-    """A folder no other run has, made now: two runs never share one.
-
-    Ranks that Lightning starts later are told by the environment which one it is.
-    """
-    told = os.environ.get(RUN_FOLDER_VARIABLE)
-    if told and int(os.environ.get("LOCAL_RANK", 0)) > 0:
-        return Path(told)
-    parent = group or Path(job.runs_dir)
-    parent.mkdir(parents=True, exist_ok=True)
-    base = job.name or f"{job.size}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for attempt in range(1, 1000):
-        folder = parent / (base if attempt == 1 else f"{base}-{attempt}")
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            if job.name is not None:
-                raise UserError(
-                    f"{folder} exists: go on with it by resume={folder}, or take another name=..."
-                ) from None
-            continue
-        os.environ[RUN_FOLDER_VARIABLE] = str(folder)
-        return folder
-    raise UserError(f"{parent} holds a thousand runs of this second: give a name=...")
+def _check_the_same(before: dict[str, Any], module: GPTModule, checkpoint: Path) -> None:
+    """A resumed run must go on with the steps and the stories it began with."""
+    changed = [key for key, value in module.hparams.items() if before.get(key) != value]
+    if changed:
+        raise UserError(
+            f"{checkpoint} cannot go on here, as its {', '.join(changed)} would not be the same: "
+            "restore the stories and the number of devices, or train a new run"
+        )
 
 
 def _write_inputs(folder: Path, job: Job, data: DataModule) -> None:
     """config.yaml and tokenizer.json: with a checkpoint, all that evaluation needs."""
-    settings = dataclasses.asdict(dataclasses.replace(job, name=folder.name))
+    # Absolute, so that evaluation finds the stories from wherever it is started.
+    paths = {
+        "train_files": tuple(str(Path(name).absolute()) for name in job.data.train_files),
+        "valid_files": tuple(str(Path(name).absolute()) for name in job.data.valid_files),
+        "cache_dir": str(Path(job.data.cache_dir).absolute()),
+    }
+    job = dataclasses.replace(job, name=folder.name, data=dataclasses.replace(job.data, **paths))
+    settings = dataclasses.asdict(job)
     plain = yaml.safe_dump(_lists(settings), sort_keys=False, allow_unicode=True)
     write_text(folder / CONFIG, plain)
     data.tokenizer.save(folder / TOKENIZER)
@@ -354,8 +247,11 @@ def _fit(trainer: L.Trainer, module: GPTModule, data: DataModule, checkpoint: Pa
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         status = 0
-    except SystemExit:  # Lightning's answer to ctrl-C, after our callbacks have saved
-        log.info("go on with: python train.py resume=%s", trainer.default_root_dir)
+    except SystemExit as leaving:  # Lightning's answer to ctrl-C and to SIGTERM
+        if (Path(trainer.default_root_dir) / CHECKPOINTS / f"{LAST}.ckpt").is_file():
+            log.info("go on with: python train.py resume=%s", trainer.default_root_dir)
+        if isinstance(leaving, SIGTERMException):
+            raise SystemExit(128 + signal.SIGTERM) from None
         raise KeyboardInterrupt from None
     finally:
         if any(type(logger).__name__ == "WandbLogger" for logger in trainer.loggers):
@@ -378,7 +274,10 @@ def _prepare_libraries(seed: int) -> None:
 
 @contextlib.contextmanager
 def _log_file(path: Path) -> Iterator[None]:
-    """Also write what the log says to `path`."""
+    """Also write what the log says to `path`; the first process alone."""
+    if global_rank() > 0:
+        yield
+        return
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)

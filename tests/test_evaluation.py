@@ -229,7 +229,7 @@ def test_the_command_prints_the_evaluation_and_leaves_no_folders_behind(run, tmp
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "perplexity" in done.stdout
-    written = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    written = json.loads((run / "evaluation-text-stride4.json").read_text(encoding="utf-8"))
     assert written["stride"] == 4
     assert written["data"]["valid_files"] == [x]
     assert {path.name for path in tmp_path.iterdir()} == before | {"x.txt"}

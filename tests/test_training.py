@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +18,7 @@ from minigpt.evaluation import EvaluationConfig, StoriesConfig, evaluate
 from minigpt.records import read_metrics, read_samples, read_summary
 from minigpt.runs import Run, read_checkpoint
 from minigpt.training import train
-from tests.conftest import ROOT, composed
+from tests.conftest import ROOT, composed, write_stories
 
 FEW = EvaluationConfig(stories=StoriesConfig(prompts=("Once",), n=1, max_tokens=5), words=("Tom",))
 
@@ -76,8 +79,8 @@ def test_a_run_that_stopped_half_way_goes_on_to_the_weights_of_one_that_did_not(
     assert train(composed([f"resume={broken}"])) == broken
     assert read_summary(broken)["status"] == "finished"
     assert [sample["step"] for sample in read_samples(broken)] == [10, 20]
-    with pytest.raises(UserError, match="has made all of its 20 steps"):
-        train(composed([f"resume={broken}"]))
+    assert train(composed([f"resume={broken}"])) == broken  # nothing is left to do
+    assert len(read_metrics(broken)) == len(read_metrics(whole))
     ends = [read_checkpoint(run / "checkpoints/last.ckpt")["state_dict"] for run in (whole, broken)]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     steps = [[row["step"] for row in read_metrics(run)] for run in (whole, broken)]
@@ -170,3 +173,130 @@ def test_validation_comes_at_the_very_end_whatever_the_number_of_steps(tiny: lis
     folder = train(composed([*tiny, "budget.tokens=1408", "trainer.n_validations=3"]))  # 22 steps
     steps = [row["step"] for row in read_metrics(folder) if "val/loss" in row]
     assert steps == [8, 16, 22]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+foo=1"], "unknown setting 'foo'"),
+        (["model.d_model=100", "model.n_heads=8"], "d_model 100 is not divisible by n_heads 8"),
+        (["budget=3"], "budget=3: a group of settings; type budget.<setting>=<value>"),
+        (["budget.tokens=100"], "less than one step of 2,048 tokens: type budget.tokens=2048"),
+        (["budget.tokens=1e6"], "warm-up of 500 steps does not fit the budget, which is 488 steps"),
+        (["trainer.max_steps=100"], "type budget.tokens=204800 instead"),
+        (["trainer.max_epochs=3"], "trainer.max_epochs=3: the length of a run is set in tokens"),
+        (["resume=runs/absent"], "does not exist: give a run folder"),
+        (["name=../x"], "is a folder's name under runs_dir, not a path"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_does_not_fit_together_is_said_before_anything_is_written(
+    overrides: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=re.escape(message)):
+        train(composed(overrides))
+    assert list(tmp_path.iterdir()) == []
+
+
+def stopped_at(step: int, monkeypatch: pytest.MonkeyPatch, overrides: list[str]) -> Path:
+    """The run folder of a run that gets a ctrl-C while it is in the middle of `step`."""
+    pressed: list[bool] = []
+
+    def on_train_batch_start(self, batch, batch_idx) -> None:
+        if self.global_step == step and not pressed:
+            pressed.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("minigpt.module.GPTModule.on_train_batch_start", on_train_batch_start)
+        with pytest.raises(KeyboardInterrupt):
+            train(composed([*overrides, "name=stopped"]))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning leaves it ignored
+    return Path(composed(overrides).runs_dir) / "stopped"
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("step", [6, 9])  # 9: the step after which validation comes
+def test_after_ctrl_c_a_run_goes_on_as_if_it_had_not_stopped(
+    accumulate: int, step: int, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    tiny = [
+        *tiny,
+        f"trainer.accumulate_grad_batches={accumulate}",
+        f"budget.tokens={1280 * accumulate}",
+    ]
+    whole = train(composed([*tiny, "name=whole"]))
+    stopped = stopped_at(step, monkeypatch, tiny)
+    assert read_summary(stopped)["status"] == "interrupted"
+    train(composed([f"resume={stopped}"]))
+    ends = [
+        read_checkpoint(run / "checkpoints/last.ckpt")["state_dict"] for run in (whole, stopped)
+    ]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    rows = [
+        [(row["step"], row.get("val/loss")) for row in read_metrics(run)]
+        for run in (whole, stopped)
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_a_run_whose_stories_changed_is_not_resumed(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    stopped = stopped_at(5, monkeypatch, tiny)
+    write_stories(tmp_path / "train.txt", 300, 9)
+    with pytest.raises(UserError, match="cannot go on here, as its .*train_tokens"):
+        train(composed([f"resume={stopped}"]))
+
+
+@pytest.mark.parametrize("callbacks", ["default", "quiet"])
+def test_weights_that_are_not_finite_are_never_kept(
+    callbacks: str, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    def poison(self) -> None:
+        torch.nn.init.constant_(self.net.final_norm.weight, math.nan)
+
+    monkeypatch.setattr("minigpt.module.GPTModule.on_validation_epoch_start", poison)
+    kept = [text for text in tiny if not text.startswith("callbacks.")]
+    with pytest.raises(UserError, match="the validation loss became nan at step 10"):
+        train(composed([*kept, f"callbacks={callbacks}", "name=nan"]))
+    assert not list(Path(composed(tiny).runs_dir).glob("nan/checkpoints/*"))
+
+
+def test_compile_compiles_what_training_calls(tiny: list[str], monkeypatch: pytest.MonkeyPatch):
+    calls = []
+
+    def compile(function):  # stands in for torch.compile, which takes half a minute
+        def compiled(*arguments):
+            calls.append(len(arguments))
+            return function(*arguments)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile)
+    train(composed([*tiny, "trainer.compile=true", "trainer.n_validations=1"]))
+    assert len(calls) >= 20
+
+
+def test_a_run_is_evaluated_from_anywhere(tiny: list[str], tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    relative = [text.replace(f"{tmp_path}/", "") for text in tiny]
+    folder = train(composed(relative)).absolute()
+    (tmp_path / "else").mkdir()
+    monkeypatch.chdir(tmp_path / "else")
+    assert evaluate(Run.open(folder), FEW).perplexity > 1
+
+
+def test_two_processes_train_as_one_run(tiny: list[str]):
+    """Lightning's own launcher, gloo: one folder, each row once, the perplexity of evaluate.py."""
+    command = [sys.executable, "train.py", *tiny, "trainer.devices=2", "name=two"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    folder = Path(composed(tiny).runs_dir) / "two"
+    assert [path.name for path in folder.parent.iterdir()] == ["two"]
+    rows = read_metrics(folder)
+    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 11))
+    assert rows[-1]["tokens"] == 1280
+    evaluation = evaluate(Run.open(folder), FEW)
+    assert evaluation.perplexity == pytest.approx(read_summary(folder)["val/perplexity"], rel=1e-3)

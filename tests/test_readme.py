@@ -1,0 +1,93 @@
+"""What the README tells people to type is typed here, with a tiny corpus and budget."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, write_stories
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
+
+ELSEWHERE = {  # shown to work by other tests, or by .ci/run itself
+    "make test": ".ci/run",
+    "make quickstart": "test_quickstart_trains_and_then_evaluates",
+    "source .venv/bin/activate": "this test runs in it",
+    "python train.py experiment=full": "test_conf.py, test_download.py",
+    "wandb sweep sweeps/scaling.yaml": "test_sweep.py",
+    "wandb agent <the sweep's id>": "test_sweep.py",
+}
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny: list[str]) -> Path:
+    """An empty folder with stories and a finished run in it."""
+    (tmp_path / "stories").mkdir()
+    write_stories(tmp_path / "stories/mine.txt", 400, 3)
+    typed(f"python train.py name=first {small(tiny)}", tmp_path)
+    return tmp_path
+
+
+def small(tiny: list[str]) -> str:
+    return " ".join(text for text in tiny if not text.startswith("runs_dir="))
+
+
+def typed(command: str, place: Path) -> str:
+    words = shlex.split(command)
+    if words[0] == "python":
+        words[:2] = [sys.executable, str(ROOT / words[1])]
+    else:
+        words[0] = str(Path(sys.executable).with_name(words[0]))
+    done = subprocess.run(words, cwd=place, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def test_every_command_of_the_readme_works(place: Path, tiny: list[str]):
+    ran = []
+    for command in COMMANDS:
+        if not command or command in ELSEWHERE:
+            continue
+        ran.append(command)
+        command = command.replace("runs/<name>", "runs/first")
+        command = command.replace("runs/sweep-*", str(next(place.glob("runs/sweep-*"), "")))
+        if "train.py" in command and not {"--help", "resume="} & set(
+            re.findall(r"--help|resume=", command)
+        ):
+            kept = [text for text in shlex.split(small(tiny)) if text.split("=")[0] not in command]
+            command += " " + " ".join(kept)
+        typed(command, place)
+    assert set(COMMANDS) >= ELSEWHERE.keys()
+    assert len(ran) >= 8
+
+
+def test_the_notebook_lines_of_the_readme_tell_a_story(place: Path):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=place, capture_output=True, text=True, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_quickstart_trains_and_then_evaluates(place: Path, tiny: list[str]):
+    done = subprocess.run(
+        ["make", "-n", "quickstart"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    lines = [line for line in done.stdout.splitlines() if re.search(r"(train|evaluate)\.py ", line)]
+    train, evaluate = (line for line in lines if not line.startswith("echo"))
+    assert "experiment=quickstart" in train
+    typed(re.sub(r"^\S+", "python", train) + " " + small(tiny), place)
+    out = typed(re.sub(r"^\S+", "python", evaluate), place)
+    for wanted in ("perplexity", "temperature 0.8", "princess − girl + boy", "report:"):
+        assert wanted in out
+
+
+def test_files_that_the_readme_links_to_are_there():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
