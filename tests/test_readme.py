@@ -55,7 +55,7 @@ def test_every_command_of_the_readme_works(place: Path, tiny: list[str]):
             continue
         ran.append(command)
         command = command.replace("runs/<name>", "runs/first")
-        command = command.replace("runs/sweep-*", str(next(place.glob("runs/sweep-*"), "")))
+        command = command.replace("runs/sweep-<date>", str(next(place.glob("runs/sweep-*"), "")))
         if "train.py" in command and not {"--help", "resume="} & set(
             re.findall(r"--help|resume=", command)
         ):
