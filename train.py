@@ -15,14 +15,14 @@ CONF = Path(__file__).parent / "conf"
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(config: DictConfig) -> None:
-    from minigpt.training import train  # imports torch, which --help does not need
-
     job = HydraConfig.get()
     typed = [text for text in job.overrides.task if not text.startswith("resume=")]
     group = Path(job.sweep.dir) if job.mode == RunMode.MULTIRUN else None
     with one_line_errors():
         if config.resume is not None and typed:
             raise UserError(f"resume goes on with the settings of that run: leave out {typed[0]}")
+        from minigpt.training import train  # imports torch, which a mistake need not wait for
+
         train(config, size=job.runtime.choices["model"], group=group)
 
 

@@ -58,8 +58,6 @@ def test_a_mistake_is_one_line_with_what_to_type_instead(arguments: list[str], m
     ("arguments", "message"),
     [
         ([], "give the run to evaluate: python evaluate.py ckpt=runs/<name>"),
-        (["ckpt=absent"], "absent does not exist: give a run folder"),
-        (["ckpt=conf"], "conf holds no checkpoints/best.ckpt"),
         (["ckpt=README.md"], "README.md is not a checkpoint, or is cut short"),
         (["ckpt=x", "data.valid_files=[a]"], "not a setting of the chosen data: add data=text"),
         (["chkpt=x"], "unknown setting 'chkpt': did you mean ckpt"),

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, write_stories
+from minigpt.training import train
+from tests.conftest import ROOT, composed, write_stories
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
@@ -17,7 +18,6 @@ COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.s
 ELSEWHERE = {  # shown to work by other tests, or by .ci/run itself
     "make test": ".ci/run",
     "make quickstart": "test_quickstart_trains_and_then_evaluates",
-    "source .venv/bin/activate": "this test runs in it",
     "python train.py experiment=full": "test_conf.py, test_download.py",
     "wandb sweep sweeps/scaling.yaml": "test_sweep.py",
     "wandb agent <the sweep's id>": "test_sweep.py",
@@ -29,7 +29,7 @@ def place(tmp_path: Path, tiny: list[str]) -> Path:
     """An empty folder with stories and a finished run in it."""
     (tmp_path / "stories").mkdir()
     write_stories(tmp_path / "stories/mine.txt", 400, 3)
-    typed(f"python train.py name=first {small(tiny)}", tmp_path)
+    train(composed([*tiny, "name=first"]))
     return tmp_path
 
 
