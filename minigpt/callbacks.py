@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from minigpt.console import console
 from minigpt.generation import SamplingConfig, generate_stories
+from minigpt.model import perplexity
 from minigpt.module import GPTModule
 from minigpt.records import human_count, human_time, read_samples
 from minigpt.runs import BEST, CHECKPOINTS, LAST, SAMPLES, SUMMARY, write_json, write_text
@@ -150,7 +151,7 @@ class TrainingProgress(ProgressBar):
         super().__init__()
         self.bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
+            BarColumn(bar_width=8),
             TextColumn("{task.fields[seen]}"),
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
@@ -183,10 +184,10 @@ class TrainingProgress(ProgressBar):
             return
         metrics = trainer.callback_metrics
         size, loss = pl_module.tokens_per_step, float(metrics["train/loss"])
-        numbers = f"loss {loss:.3f} · perplexity {math.exp(min(loss, 20)):.2f}"
+        numbers = f"loss {loss:.3f} · ppl {perplexity(loss):.2f}"
         if "val/perplexity" in metrics:
             numbers += f" · val {float(metrics['val/perplexity']):.2f}"
-        numbers += f" · {float(metrics['tokens_per_second']):,.0f} tokens/s"
+        numbers += f" · {float(metrics['tokens_per_second']):,.0f} tok/s"
         seen = human_count(trainer.global_step * size) + "/" + human_count(pl_module.n_steps * size)
         self.bar.update(self.task, completed=trainer.global_step, seen=seen, numbers=numbers)
 
