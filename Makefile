@@ -13,7 +13,7 @@ quickstart: .venv/installed
 	@echo "         $(BIN)/python train.py --help"
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check
