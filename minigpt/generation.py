@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,13 +24,14 @@ COLDEST = 1e-6  # below it all mass is on the likeliest token, and dividing by i
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is chosen. top_k and top_p together: top_k first."""
+    """How the next token is chosen. Of several filters, top_k comes first, then top_p, min_p."""
 
     temperature: float = 0.8  # 0: always the likeliest token; 1: as the model believes
     top_k: int | None = None  # choose among the k likeliest alone
     top_p: float | None = None  # choose among the fewest that hold this much probability
     max_tokens: int = 256  # new tokens at most
     seed: int | None = None  # None: another story each time
+    min_p: float | None = None  # only those at least this share as probable as the likeliest
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -41,15 +43,24 @@ class SamplingConfig:
             raise UserError(f"top_k {self.top_k} must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p} must be above 0 and at most 1")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p {self.min_p} must be between 0 and 1")
         if self.max_tokens < 1:
             raise UserError(f"max_tokens {self.max_tokens} must be at least 1")
+
+
+class Step(NamedTuple):
+    """One more token for each row, and what the model thought of all of them."""
+
+    ids: Tensor  # (B,) int64
+    logits: Tensor  # (B, V) float32: the model's own, before temperature and filters
 
 
 @torch.inference_mode()
 def generate(
     net: GPT, prompt_ids: Tensor, sampling: SamplingConfig, end_of_text: int
-) -> Iterator[Tensor]:
-    """Continue `prompt_ids` (B, T), T >= 1: yields the next id of each row, (B,), step by step.
+) -> Iterator[Step]:
+    """Continue `prompt_ids` (B, T), T >= 1, by one token for each row and step.
 
     A row that has ended goes on with `end_of_text`; the iteration stops when all have, or after
     `max_tokens` steps. Positions are absolute and the context is finite, so text that outgrows it
@@ -72,7 +83,7 @@ def generate(
             logits = net(new, cache)[:, -1].float()  # (B, V)
             ids = sample(logits, sampling, generator).masked_fill(ended, end_of_text)
             ended |= ids == end_of_text
-            yield ids
+            yield Step(ids, logits)
             if ended.all():
                 return
             new = ids[:, None]
@@ -90,6 +101,8 @@ def sample(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator)
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p is not None:
         logits = keep_top_p(logits, sampling.top_p)
+    if sampling.min_p is not None:
+        logits = keep_min_p(logits, sampling.min_p)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
 
 
@@ -113,6 +126,17 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     )
 
 
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """`logits` (B, V) with -inf where the probability is below `p` times that of the likeliest.
+
+    Nguyen et al. 2024 (arXiv 2407.01082).
+    """
+    if p == 0:
+        return logits
+    floor = logits.max(dim=-1, keepdim=True).values + math.log(p)
+    return logits.masked_fill(logits < floor, -math.inf)
+
+
 def stream_text(
     net: GPT, tokenizer: Tokenizer, prompt: str, sampling: SamplingConfig
 ) -> Iterator[str]:
@@ -123,7 +147,7 @@ def stream_text(
     """
     pending: list[int] = []  # ids whose last character is not whole yet
     shown = 0  # characters of `pending` that were given out
-    for ids in generate(net, encode_prompt(tokenizer, prompt), sampling, tokenizer.end_of_text):
+    for ids, _ in generate(net, encode_prompt(tokenizer, prompt), sampling, tokenizer.end_of_text):
         if ids.item() == tokenizer.end_of_text:
             break
         pending.append(int(ids.item()))
@@ -141,7 +165,7 @@ def generate_stories(
 ) -> list[str]:
     """`n` continuations of `prompt`, without it: together in one batch of n rows."""
     prompt_ids = encode_prompt(tokenizer, prompt).expand(n, -1)
-    steps = list(generate(net, prompt_ids, sampling, tokenizer.end_of_text))
+    steps = [ids for ids, _ in generate(net, prompt_ids, sampling, tokenizer.end_of_text)]
     rows = torch.stack(steps, dim=1).tolist()  # n lists of ids
     return [tokenizer.decode(_until(row, tokenizer.end_of_text)) for row in rows]
 

@@ -12,6 +12,7 @@ from minigpt.generation import (
     encode_prompt,
     generate,
     generate_stories,
+    keep_min_p,
     keep_top_k,
     keep_top_p,
     sample,
@@ -40,7 +41,9 @@ def make_net(vocab_size: int = 61, context: int = 16) -> GPT:
 
 
 def run(net: GPT, prompt: Tensor, sampling: SamplingConfig) -> Tensor:
-    return torch.stack(list(generate(net, prompt, sampling, EOT)), dim=1)  # (B, steps)
+    return torch.stack(
+        [ids for ids, _ in generate(net, prompt, sampling, EOT)], dim=1
+    )  # (B, steps)
 
 
 @pytest.mark.parametrize("length", [1, 5, 16, 17, 60])
@@ -51,12 +54,15 @@ def test_cached_decoding_equals_reading_the_whole_window_again_at_each_token(len
     got = list(generate(net, window, sampling, never))
     generator = torch.Generator().manual_seed(1)
     assert len(got) == 40  # more than the context of 16: the window slides
-    for ids in got:
+    for ids, logits in got:
         if window.shape[1] > 16:
             window = window[:, -8:]  # the last half, from position 0
+        torch.testing.assert_close(logits, net(window)[:, -1])
         assert torch.equal(ids, sample(net(window)[:, -1], sampling, generator))
         window = torch.cat([window, ids[:, None]], dim=1)
-    assert len(torch.stack(got).unique()) > 20  # no monotone text, which would agree by accident
+    assert (
+        len(torch.stack([ids for ids, _ in got]).unique()) > 20
+    )  # no monotone text, which would agree by accident
 
 
 def test_rows_that_ended_are_padded_and_the_last_to_end_stops_it():
@@ -113,6 +119,7 @@ def test_the_coldest_temperatures_and_the_narrowest_choices_take_the_likeliest_t
         {"temperature": 1e-5},
         {"top_k": 1},
         {"top_p": 1e-9},
+        {"min_p": 1.0},
     ):
         ids = sample(logits, SamplingConfig(**settings), generator)
         assert torch.equal(ids, logits.argmax(-1)), settings
@@ -124,6 +131,15 @@ def test_top_k_keeps_k_also_among_equals():
     assert torch.isfinite(kept).sum(-1).tolist() == [2, 2]
     assert kept[1].tolist() == [-math.inf, -math.inf, 2.0, 3.0]
     assert torch.equal(keep_top_k(logits, 9), logits)
+
+
+def test_min_p_keeps_what_is_at_least_that_share_as_probable_as_the_likeliest():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.97, 0.01, 0.01, 0.01]]).log() + 3
+    assert torch.isfinite(keep_min_p(logits, 0.25)).tolist() == [
+        [True] * 3 + [False],
+        [True] + [False] * 3,
+    ]
+    assert torch.equal(keep_min_p(logits, 0.0), logits)
 
 
 @pytest.mark.parametrize(("p", "kept"), [(0.3, [3]), (0.5, [3, 1]), (0.75, [3, 1, 0]), (1.0, None)])
@@ -175,7 +191,7 @@ def test_stories_of_one_batch_differ_and_stop_before_the_end_of_text(tokenizer):
 
 def stream_of(tokenizer: Tokenizer, ids: list[int], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What `stream_text` gives when the model says `ids`."""
-    steps = [torch.tensor([i]) for i in ids]
+    steps = [generation.Step(torch.tensor([i]), torch.zeros(1, 1)) for i in ids]
     monkeypatch.setattr(generation, "generate", lambda *args: iter(steps))
     return list(stream_text(make_net(), tokenizer, "", GREEDY))
 
