@@ -10,7 +10,7 @@ from minigpt.callbacks import CallbacksConfig
 from minigpt.config import UserError
 from minigpt.loggers import LoggerConfig
 from minigpt.model import GPTConfig
-from minigpt.module import OptimizerConfig
+from minigpt.optimizers import OptimizerConfig
 from minigpt.preparation import DataConfig
 
 

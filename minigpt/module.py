@@ -1,65 +1,24 @@
-"""The LightningModule: loss, metrics, optimizer and learning-rate schedule around a GPT."""
+"""The LightningModule: loss, metrics and optimization around a GPT."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
 from minigpt.config import UserError
 from minigpt.model import GPT, IGNORE_INDEX, GPTConfig, perplexity
+from minigpt.optimizers import OptimizerConfig, lr_factor, make_optimizer, peak_lrs
 
 Batch = tuple[Tensor, Tensor]  # token ids (B, T) and targets (B, T), both int64
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay."""
-
-    lr: float | None = None  # at the peak; None: `default_lr` of the width
-    beta1: float = 0.9
-    beta2: float = 0.999
-    weight_decay: float = 0.1  # on matrices alone: not on biases and norms
-    warmup_steps: int = 500  # linear, from lr / warmup_steps
-    final_lr: float = 0.0  # where the cosine ends, as a share of the peak
-    grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
-
-    def __post_init__(self) -> None:
-        if self.lr is not None and self.lr <= 0:
-            raise ValueError(f"lr {self.lr} must be positive")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is not in [0, 1)")
-        for name in ("weight_decay", "warmup_steps", "grad_clip"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)} must not be negative")
-        if not 0 <= self.final_lr <= 1:
-            raise ValueError(f"final_lr {self.final_lr} is a share of the peak: between 0 and 1")
-
-
-def default_lr(d_model: int) -> float:
-    """Peak learning rate for a width: 4e-3 at 128, falling as 1 / d_model (Yang et al. 2022)."""
-    return 4e-3 * 128 / d_model
-
-
-def lr_factor(step: int, n_steps: int, warmup_steps: int, final_lr: float) -> float:
-    """Share of the peak learning rate for update `step` (from 0) of `n_steps`.
-
-    Rises linearly to 1 at update `warmup_steps - 1`, then follows half a cosine that would reach
-    `final_lr` at update `n_steps`, so that the last update still moves the weights.
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, n_steps - warmup_steps)
-    return final_lr + (1 - final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 class GPTModule(L.LightningModule):
@@ -67,7 +26,7 @@ class GPTModule(L.LightningModule):
 
     Args:
         model: shape of the net.
-        optimizer: settings of AdamW and its schedule.
+        optimizer: its settings, and those of its schedule.
         n_steps: updates of the whole run: where the schedule ends.
         tokens_per_step: over all devices and accumulated batches.
         bytes_per_token: of the validation split, which turns nats per token into bits per byte.
@@ -97,7 +56,7 @@ class GPTModule(L.LightningModule):
         )
         self.net = GPT(model)
         self.settings = optimizer
-        self.peak_lr = optimizer.lr if optimizer.lr is not None else default_lr(model.d_model)
+        self.peak_lrs = peak_lrs(optimizer, model.d_model)
         self.n_steps, self.tokens_per_step = n_steps, tokens_per_step
         self.bytes_per_token = bytes_per_token
         self.val_nats = MeanMetric()
@@ -143,21 +102,17 @@ class GPTModule(L.LightningModule):
         self.log_dict({"step": steps, "tokens": steps * self.tokens_per_step}, rank_zero_only=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW that decays matrices alone, and its schedule by step."""
-        decay = [p for p in self.net.parameters() if p.dim() >= 2]
-        plain = [p for p in self.net.parameters() if p.dim() < 2]
+        """The optimizer of the settings, and its schedule by step."""
         c = self.settings
-        optimizer = AdamW(
-            [{"params": decay, "weight_decay": c.weight_decay}, {"params": plain}],
-            lr=self.peak_lr,
-            betas=(c.beta1, c.beta2),
-            weight_decay=0.0,
-            # A fused step unscales float16 gradients itself, after they should have been clipped.
-            fused=getattr(self.trainer.precision_plugin, "scaler", None) is None,
-        )
-        schedule = LambdaLR(
-            optimizer, lambda step: lr_factor(step, self.n_steps, c.warmup_steps, c.final_lr)
-        )
+        # A fused step unscales float16 gradients itself, after they should have been clipped.
+        fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
+        dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
+        optimizer = make_optimizer(self.net, c, self.net.config.d_model, fused, dtype)
+
+        def factor(step: int) -> float:
+            return lr_factor(step, self.n_steps, c.warmup_steps, c.final_lr, c.schedule)
+
+        schedule = LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
@@ -170,9 +125,12 @@ class GPTModule(L.LightningModule):
         if not math.isfinite(loss):
             raise UserError(
                 f"the {kind} loss became {loss} at step {self.global_step} with a learning rate of "
-                f"{self._lr():.2e}: try optimizer.lr={self.peak_lr / 3:.0e} or a longer "
-                "optimizer.warmup_steps"
+                f"{self._lr():.2e}: {self._gentler()} or a longer optimizer.warmup_steps"
             )
+
+    def _gentler(self) -> str:
+        """What to type for a third of each peak learning rate."""
+        return "try " + " ".join(f"optimizer.{k}={v / 3:.0e}" for k, v in self.peak_lrs.items())
 
     def _lr(self) -> float:
         return self.trainer.optimizers[0].param_groups[0]["lr"]

@@ -164,6 +164,7 @@ def _describe(
 ) -> None:
     """Say what is about to happen, so that a wrong setting is seen before it costs an hour."""
     epochs = plan.n_steps * plan.tokens_per_step / data.train.n_tokens
+    peaks = ", ".join(f"{name} {peak:.2e}" for name, peak in module.peak_lrs.items())
     lines = {
         "run": str(folder),
         "model": f"{job.size}, {module.net.n_parameters:,} parameters",
@@ -171,8 +172,8 @@ def _describe(
         f"{data.valid.n_tokens:,} validation tokens, {data.valid.bytes_per_token:.2f} bytes each",
         "budget": f"{human_count(job.budget.tokens)} tokens = {plan.n_steps:,} steps of "
         f"{plan.tokens_per_step:,}, {epochs:.1f} times the training split",
-        "optimizer": f"AdamW, learning rate {module.peak_lr:.2e} after {job.optimizer.warmup_steps}"
-        " steps of warm-up",
+        "optimizer": f"{job.optimizer.name}, {peaks} after {job.optimizer.warmup_steps} steps of "
+        "warm-up",
         "device": f"{hardware.accelerator} ×{hardware.world_size}",
         "precision": f"{hardware.precision}: {hardware.why}",
     }
