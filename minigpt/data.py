@@ -39,37 +39,32 @@ __all__ = [
 
 
 class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
-    """Non-overlapping windows over a token stream, with targets one token ahead.
+    """Windows of T tokens over a stream, asked for by the token they start at.
 
-    Window i has the inputs [i·T, (i+1)·T) and the targets [i·T+1, (i+1)·T+1). With `keep_tail`
-    the last, shorter window is kept, filled up with id 0 and targets that the loss ignores: then
-    every token but the first is predicted exactly once. Without it that window is left out.
+    Window s has the inputs [s, s + T) and the targets [s + 1, s + 1 + T). Places behind the end of
+    the stream hold id 0 and targets that the loss ignores.
 
     Args:
         tokens: ids, [n_tokens] uint16, usually a memory map.
         context_length: T.
     """
 
-    def __init__(self, tokens: np.ndarray, context_length: int, keep_tail: bool):
+    def __init__(self, tokens: np.ndarray, context_length: int):
         self.tokens = tokens.view(np.ndarray)  # indexing a np.memmap costs more, and gives no more
         self.context_length = context_length
-        n_targets = max(0, len(tokens) - 1)
-        self.n_windows = n_targets // context_length
-        if keep_tail and n_targets % context_length:
-            self.n_windows += 1
 
-    def __len__(self) -> int:
-        return self.n_windows
+    def side_by_side(self) -> range:
+        """Starts of the windows that together predict every token but the first, once."""
+        return range(0, max(0, len(self.tokens) - 1), self.context_length)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, start: int) -> tuple[Tensor, Tensor]:
         """(inputs [T], targets [T]), both int64."""
-        ids, targets = self.__getitems__([index])
+        ids, targets = self.__getitems__([start])
         return ids[0], targets[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, starts: Sequence[int]) -> tuple[Tensor, Tensor]:
         """A whole batch in one gather: (inputs [B, T], targets [B, T]), both int64."""
-        length = self.context_length
-        positions = np.asarray(indices)[:, None] * length + np.arange(length + 1)  # [B, T + 1]
+        positions = np.asarray(starts)[:, None] + np.arange(self.context_length + 1)  # [B, T + 1]
         inside = positions < len(self.tokens)
         rows = self.tokens[np.where(inside, positions, 0)].astype(np.int64)
         ids, targets = np.where(inside, rows, 0), np.where(inside, rows, IGNORE_INDEX)
@@ -88,16 +83,26 @@ def epoch_permutation(n_windows: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-class BudgetSampler(Sampler[list[int]]):
-    """The batches of a whole run of `n_steps`: one endless order, epoch behind epoch.
+def epoch_offset(context_length: int, seed: int, epoch: int) -> int:
+    """The token that the first window of an epoch starts at: 0 in epoch 0, then any below T."""
+    if epoch == 0:
+        return 0
+    return int(np.random.default_rng([seed, epoch, 1]).integers(context_length))
 
-    The order is the permutation of epoch 0, then that of epoch 1, and so on. With batches of B
+
+class BudgetSampler(Sampler[list[int]]):
+    """The batches of a whole run of `n_steps`, as starts of windows: epoch behind epoch.
+
+    In an epoch the windows lie side by side over the stream, in the order of its permutation. With
+    `random_offset` they begin at another token in each: text that comes again is cut at other
+    places, so that every token has another context and another position. With batches of B
     on W ranks, batch s of rank r takes the positions [(s·W + r)·B, (s·W + r + 1)·B) of it. So
     every batch is full (one may straddle two epochs), every window comes once an epoch, and a
     run can go on at any step without replaying the ones before.
 
     Args:
-        n_windows: how many windows there are to choose from.
+        n_tokens: of the stream.
+        context_length: T, tokens of a window.
         batch_size: B, windows per rank and step.
         n_steps: steps of the whole run, those before `start_step` included.
         seed: not negative.
@@ -109,14 +114,18 @@ class BudgetSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        n_windows: int,
+        n_tokens: int,
+        context_length: int,
         batch_size: int,
         n_steps: int,
         seed: int,
         start_step: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        random_offset: bool = False,
     ):
+        last_offset = context_length - 1 if random_offset else 0
+        n_windows = max(0, n_tokens - 1 - last_offset) // context_length  # as many in each epoch
         if n_windows < batch_size * world_size:
             fits = n_windows // world_size
             smaller = f"data.batch_size={fits}, " if fits else ""
@@ -128,6 +137,7 @@ class BudgetSampler(Sampler[list[int]]):
         self.n_windows, self.batch_size, self.seed = n_windows, batch_size, seed
         self.n_steps, self.start_step = n_steps, start_step
         self.rank, self.world_size = rank, world_size
+        self.context_length, self.random_offset = context_length, random_offset
 
     def __len__(self) -> int:
         """Steps of the whole run: Lightning counts those before a resumed checkpoint as fetched."""
@@ -138,14 +148,16 @@ class BudgetSampler(Sampler[list[int]]):
             yield self.batch(step)
 
     def batch(self, step: int) -> list[int]:
-        """The windows of this rank at `step`: [batch_size]."""
+        """Where the windows of this rank at `step` start: [batch_size]."""
         first = (step * self.world_size + self.rank) * self.batch_size
         epochs, places = np.divmod(np.arange(first, first + self.batch_size), self.n_windows)
-        parts = [
-            epoch_permutation(self.n_windows, self.seed, int(epoch))[places[epochs == epoch]]
-            for epoch in np.unique(epochs)
-        ]
+        parts = [self._starts(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
         return np.concatenate(parts).tolist()
+
+    def _starts(self, epoch: int) -> np.ndarray:  # [n_windows]
+        order = epoch_permutation(self.n_windows, self.seed, epoch)
+        offset = self.random_offset and epoch_offset(self.context_length, self.seed, epoch)
+        return order * self.context_length + offset
 
 
 # ---------------------------------------------------------------------------- data module
@@ -206,24 +218,26 @@ class DataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """The batches from `start_step` to the end of the run."""
-        windows = TokenWindows(self.train.array(), self.context_length, keep_tail=False)
+        windows = TokenWindows(self.train.array(), self.context_length)
         rank, world_size = self._rank()
         sampler = BudgetSampler(
-            len(windows),
+            self.train.n_tokens,
+            self.context_length,
             self.config.batch_size,
             self.n_steps,
             self.seed,
             self.start_step,
             rank,
             world_size,
+            self.config.random_offset,
         )
         return _loader(windows, batch_sampler=sampler)
 
     def val_dataloader(self) -> DataLoader:
         """The validation split in order, every token once; on several ranks each takes a share."""
-        windows = TokenWindows(self.valid.array(), self.context_length, keep_tail=True)
+        windows = TokenWindows(self.valid.array(), self.context_length)
         rank, world_size = self._rank()
-        mine = range(rank, len(windows), world_size)
+        mine = windows.side_by_side()[rank::world_size]
         return _loader(windows, sampler=mine, batch_size=self.config.batch_size)
 
     def _rank(self) -> tuple[int, int]:

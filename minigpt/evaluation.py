@@ -24,7 +24,7 @@ from torch import Tensor
 
 from minigpt.config import UserError, build
 from minigpt.corpus import bundled_sample
-from minigpt.data import DataConfig, open_corpus, prepare_split
+from minigpt.data import DataConfig, TokenWindows, open_corpus, prepare_split
 from minigpt.embeddings import EmbeddingProbe, SplitWordError
 from minigpt.fast import accelerate
 from minigpt.generation import SamplingConfig, generate_stories
@@ -160,18 +160,13 @@ def windows(
 ) -> tuple[Tensor, Tensor]:
     """The windows that begin at `index * stride`: (ids, targets), both (B, T) int64.
 
-    Targets that an earlier window has scored, and places behind the last token, are IGNORE_INDEX.
+    Targets that an earlier window has scored are IGNORE_INDEX, as are places behind the end.
     """
     starts = [index * stride for index in indices]
-    ids = np.zeros((len(starts), context), dtype=np.int64)
-    targets = np.full((len(starts), context), IGNORE_INDEX, dtype=np.int64)
-    for row, start in enumerate(starts):
-        piece = tokens[start : start + context + 1]
-        n = len(piece) - 1
-        scored = 0 if start == 0 else context - stride  # by the window before
-        ids[row, :n] = piece[:-1]
-        targets[row, scored:n] = piece[scored + 1 :]
-    return torch.from_numpy(ids), torch.from_numpy(targets)
+    ids, targets = TokenWindows(tokens, context).__getitems__(starts)
+    later = torch.tensor(starts) > 0
+    targets[later, : context - stride] = IGNORE_INDEX
+    return ids, targets
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ process at a time.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -50,11 +51,15 @@ _TOKENS, _META, _TOKENIZER = "tokens.bin", "meta.json", "tokenizer.json"
 # ---------------------------------------------------------------------------- settings
 
 
+# tinystories_tuning: the bundled training stories, the last of them held out to choose settings by
+Source = Literal["tinystories_sample", "tinystories_tuning", "tinystories", "text"]
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """What to train on, and in which portions."""
 
-    source: Literal["tinystories_sample", "tinystories", "text"] = "tinystories_sample"
+    source: Source = "tinystories_sample"
     train_files: tuple[str, ...] = ()  # source=text: paths or globs
     valid_files: tuple[str, ...] = ()  # none: the last `holdout` of the training stories
     holdout: float = 0.05  # share of the stories, by count
@@ -62,6 +67,7 @@ class DataConfig:
     download_tokens: int | None = 104_000_000  # source=tinystories; None: the whole file
     vocab_size: int = 3000  # at most; few different words give fewer tokens
     batch_size: int = 32  # windows per device and step
+    random_offset: bool = True  # cut the text at other places in each epoch after the first
     cache_dir: str = ".cache"  # downloads and prepared files
 
     def __post_init__(self) -> None:
@@ -87,6 +93,8 @@ def open_corpus(config: DataConfig) -> Corpus:
         return local_files(config.train_files, config.valid_files, config.holdout, config.separator)
     if config.source == "tinystories":
         return download_tinystories(Path(config.cache_dir) / "downloads", config.download_tokens)
+    if config.source == "tinystories_tuning":
+        return dataclasses.replace(bundled_sample(), valid_files=(), holdout=config.holdout)
     return bundled_sample()
 
 
