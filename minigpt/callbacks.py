@@ -47,14 +47,15 @@ class CallbacksConfig:
 
 
 class Throughput(Callback):
-    """Logs `tokens_per_second` of training alone, over windows of `every` steps.
+    """Logs `tokens_per_second` of training alone, over windows of `every` steps, and `mfu`.
 
     The time between two steps counts (data, logging), that of a validation does not. `seconds` is
-    the time spent on training so far.
+    the time spent on training so far. `mfu` is the model FLOPs that were used of the `peak` of all
+    devices together, in FLOP/s (Chowdhery et al. 2022, appendix B).
     """
 
-    def __init__(self, every: int) -> None:
-        self.every, self.seconds = every, 0.0
+    def __init__(self, every: int, peak: float) -> None:
+        self.every, self.peak, self.seconds = every, peak, 0.0
         self._steps, self._elapsed = 0, 0.0  # in the present window
         self._mark: float | None = None  # when the last step ended; None: behind a pause
 
@@ -79,7 +80,9 @@ class Throughput(Callback):
         self.seconds += now - self._mark
         self._mark, self._steps = now, self._steps + 1
         tokens_per_batch = pl_module.tokens_per_step / trainer.accumulate_grad_batches
-        pl_module.log("tokens_per_second", self._steps * tokens_per_batch / self._elapsed)
+        speed = self._steps * tokens_per_batch / self._elapsed
+        pl_module.log("tokens_per_second", speed)
+        pl_module.log("mfu", speed * pl_module.net.flops_per_token() / self.peak)
         if self._steps >= self.every * trainer.accumulate_grad_batches:
             self._steps, self._elapsed = 0, 0.0
 

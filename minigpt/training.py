@@ -30,6 +30,7 @@ from minigpt.hardware import Hardware, keep_freed_memory
 from minigpt.job import Job, Plan
 from minigpt.loggers import MetricsCsv, extra_loggers
 from minigpt.module import GPTModule
+from minigpt.peak import matmul_peak
 from minigpt.records import human_count
 from minigpt.report import write_report
 from minigpt.runs import (
@@ -196,7 +197,8 @@ def _trainer(
     start_step: int,
 ) -> L.Trainer:
     """The Lightning Trainer with our callbacks and loggers."""
-    throughput = Throughput(job.trainer.log_every_n_steps)
+    peak = matmul_peak(hardware, Path(job.data.cache_dir)) * hardware.world_size
+    throughput = Throughput(job.trainer.log_every_n_steps, peak)
     checkpoints = Checkpoints(folder, job.callbacks.checkpoint_minutes)
     facts = {
         "model": job.size,

@@ -36,7 +36,7 @@ def test_a_run_folder_holds_all_there_is_to_know(tiny: list[str], tmp_path: Path
     assert [row["step"] for row in training] == list(range(1, 21))
     assert [row["step"] for row in validation] == [10, 20]
     assert all(row["tokens"] == 64 * row["step"] for row in rows)
-    assert {"lr", "grad_norm", "tokens_per_second"} <= training[-1].keys()
+    assert {"lr", "grad_norm", "tokens_per_second", "mfu"} <= training[-1].keys()
     last = validation[-1]
     assert last["val/perplexity"] == pytest.approx(math.exp(last["val/loss"]), rel=1e-5)
     assert abs(training[0]["train/loss"] - math.log(300)) < 0.1
