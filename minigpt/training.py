@@ -121,8 +121,7 @@ def _data(job: Job, plan: Plan, start_step: int) -> DataModule:
         seed=job.seed,
         start_step=start_step * accumulate,
     )
-    data.prepare_data()
-    data.setup("fit")
+    data.setup("fit")  # prepares them too; `prepare_data` before it would read them all once more
     if data.tokenizer.vocab_size > job.model.vocab_size:
         raise UserError(
             f"model.vocab_size={job.model.vocab_size} is less than the {data.tokenizer.vocab_size} "
