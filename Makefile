@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test chaos lint format clean
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed
@@ -14,6 +14,9 @@ quickstart: .venv/installed
 
 test: lint
 	$(BIN)/python -m pytest -n auto
+
+chaos: .venv/installed-dev  # a run that is killed fifty times: minutes
+	$(BIN)/python -m pytest tests/extra/test_chaos.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check

@@ -19,7 +19,7 @@ def main(config: DictConfig) -> None:
     typed = [text for text in job.overrides.task if not text.startswith("resume=")]
     group = Path(job.sweep.dir) if job.mode == RunMode.MULTIRUN else None
     with one_line_errors():
-        if config.resume is not None and typed:
+        if config.resume not in (None, "auto") and typed:
             raise UserError(f"resume goes on with the settings of that run: leave out {typed[0]}")
         from minigpt.training import train  # imports torch, which a mistake need not wait for
 
