@@ -134,6 +134,30 @@ def probe(
 
 
 @app.command()
+def playground(
+    runs: Annotated[
+        list[Path], typer.Argument(help="One to four run folders or checkpoints, side by side.")
+    ],
+    host: Annotated[
+        str, typer.Option(help="Where to listen; the default is this machine alone.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="Without it, the first free one from 7860 on."),
+    ] = None,
+    auth: Annotated[
+        str | None, typer.Option(help="Who may come in.", metavar="USER:PASSWORD")
+    ] = None,
+) -> None:
+    """Open a local web page: stories token by token, words, a map, attention."""
+    from minigpt.playground import Playground, read_auth, require_gradio, serve
+
+    require_gradio()
+    who = read_auth(auth)
+    serve(Playground.load(runs), host, port, who)
+
+
+@app.command()
 def scaling(
     folders: Annotated[
         list[Path], typer.Argument(help="Run folders, or folders with runs somewhere below them.")

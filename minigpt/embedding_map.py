@@ -98,11 +98,12 @@ def embedding_map(
 
 def caption(found: EmbeddingMap) -> str:
     """What the map shows, and its limits, in two sentences."""
-    return (
+    text = (
         f"Two words of one group have a mean cosine of {found.within:.2f}, two of different groups "
         f"{found.between:.2f}. The map keeps {found.explained:.0%} of the variance: words that are "
         "far apart on it are different, words that are close on it may still be."
     )
+    return text.replace("-0", "−0")
 
 
 def map_figure(found: EmbeddingMap) -> Figure:
@@ -137,12 +138,13 @@ def _label(axes: Axes, words: list[str], points: Tensor) -> None:
         label = axes.annotate(
             word, tuple(point), (0, 0), textcoords="offset points", color=INK, va="center"
         )
+        box = Bbox.null()
         for offset, side in SIDES:
             label.set(position=offset, ha=side)
-            box = label.get_window_extent()
+            box = label.get_window_extent().padded(2)
             if not any(box.overlaps(other) for other in taken):
                 break
-        taken.append(label.get_window_extent())
+        taken.append(box)
 
 
 def write_map(found: EmbeddingMap, path: Path) -> None:
