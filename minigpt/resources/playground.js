@@ -6,7 +6,7 @@ const percent = (p) => (p >= 0.0995 ? (100 * p).toFixed(0) : (100 * p).toFixed(1
 let pointed = null; // the token that the panel is about, and where it was then
 let wasAt = 0;
 
-const moved = () => Math.abs(pointed.getBoundingClientRect().top - wasAt) > 2;
+const moved = () => pointed && Math.abs(pointed.getBoundingClientRect().top - wasAt) > 2;
 
 function panel() {
   let found = document.getElementById("token-panel");
