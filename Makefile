@@ -1,8 +1,9 @@
 # Two commands from a fresh clone: `make quickstart` trains and shows a model, `make test` checks all.
 PYTHON ?= python3
 BIN := .venv/bin
+EXTRA := $(BIN)/python -m pytest --override-ini addopts="-q --strict-markers"
 
-.PHONY: quickstart test chaos lint format clean
+.PHONY: quickstart test test-browser test-cluster test-export chaos lint format clean
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed
@@ -15,8 +16,30 @@ quickstart: .venv/installed
 test: lint
 	$(BIN)/python -m pytest -n auto
 
+# ---- what needs more than Python packages, or minutes; .ci/run runs all but the last
+
+test-browser: .venv/installed-browser  # the playground in Chromium
+	@command -v chromium >/dev/null || [ "$$(id -u)" = 0 ] || \
+	  { echo "error: the browser test needs Chromium: run as root, apt-get install chromium" >&2; exit 2; }
+	@command -v chromium >/dev/null || \
+	  { apt-get update -q && apt-get install -q -y --no-install-recommends chromium; }
+	$(EXTRA) tests/extra/test_browser.py tests/extra/test_visitors.py
+
+test-cluster: .venv/installed-cluster  # sweeps on a Slurm of one node and on a local Ray
+	@command -v munged srun slurmctld slurmd >/dev/null && exit; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && apt-get install -qq -y --no-install-recommends slurm-wlm munge; \
+	else \
+	  echo "error: these need root, munged, slurmctld, slurmd: apt-get install slurm-wlm munge" >&2; \
+	  exit 2; \
+	fi
+	$(EXTRA) tests/extra/test_cluster.py
+
+test-export: .venv/installed-tools  # exported models in other people's tools
+	$(EXTRA) tests/extra/test_export_tools.py
+
 chaos: .venv/installed-dev  # a run that is killed fifty times: minutes
-	$(BIN)/python -m pytest tests/extra/test_chaos.py
+	$(EXTRA) tests/extra/test_chaos.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check
@@ -34,6 +57,10 @@ format: .venv/installed-dev
 .venv/installed: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
+
+.venv/installed-%: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev,$*]'
+	touch $@ .venv/installed .venv/installed-dev
 
 .venv/installed-dev: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'

@@ -6,11 +6,14 @@ must not wait for torch. Training and evaluation are `train.py` and `evaluate.py
 
 from __future__ import annotations
 
+import re
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from minigpt.config import UserError
 from minigpt.console import show_log
@@ -54,6 +57,104 @@ def generate(
         for piece in stream_text(net, tokenizer, prompt, sampling):
             print(piece, end="", flush=True)
         print("\n" if story < n - 1 else "")
+
+
+class _AnalogyCommand(typer.core.TyperCommand):
+    """Takes an analogy as it is spoken, too: --analogy princess - girl + boy, without quotes."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, join_analogies(args))
+
+
+def join_analogies(args: list[str]) -> list[str]:
+    """`args` with the words and signs behind each --analogy as one argument.
+
+    A sign is followed by its word or stands in front of it: `- girl` or `-girl`.
+    """
+    joined: list[str] = []
+    for arg in args:
+        behind = len(joined) > 1 and joined[-2] == "--analogy"
+        after_sign = behind and re.search(r"[-+−–]$", joined[-1])
+        is_sign = re.fullmatch(r"[-+−–]|[+−–]\w+|-(?!h$)\w+", arg)
+        if behind and (after_sign or is_sign):
+            joined[-1] += f" {arg}"
+        else:
+            joined.append(arg)
+    return joined
+
+
+@app.command(cls=_AnalogyCommand)
+def probe(
+    run: Annotated[Path, typer.Argument(help="A run folder, or a checkpoint file in one.")],
+    near: Annotated[
+        list[str] | None, typer.Option(help="A word whose nearest tokens to show; may be repeated.")
+    ] = None,
+    analogy: Annotated[
+        list[str] | None,
+        typer.Option(help="Such as princess - girl + boy; may be repeated.", metavar="A - B + C"),
+    ] = None,
+    k: Annotated[int, typer.Option(min=1, help="How many tokens to show.")] = 5,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the map goes; without it, into the run folder.")
+    ] = None,
+) -> None:
+    """Look into the embedding: nearest words, analogies, and a map of words as a PNG.
+
+    Without --near and --analogy: a score over twenty analogies.
+    """
+    from rich.console import Console
+
+    from minigpt.embedding_map import MAP, FewWordsError, caption, embedding_map, write_map
+    from minigpt.embeddings import EmbeddingProbe, SplitWordError, parse_analogy
+    from minigpt.probe import score_analogies, score_line, score_table, word_table
+    from minigpt.runs import Run
+
+    asked = {text: parse_analogy(text) for text in analogy or []}
+    opened = Run.open(run)
+    probe = EmbeddingProbe(opened.load_net(), opened.load_tokenizer())
+    looks = {f"Nearest to {word}": partial(probe.neighbours, word, k) for word in near or []}
+    looks |= {text: partial(probe.analogy, *words, k) for text, words in asked.items()}
+    console, split = Console(), {}
+    for title, look in looks.items():
+        try:
+            console.print(word_table(title, look()))
+        except SplitWordError as error:
+            split[str(error)] = None  # once, though asked twice
+    if not near and not asked:
+        scored = score_analogies(probe)
+        console.print(score_table(scored), score_line(scored), sep="\n")
+    try:
+        found, path = embedding_map(probe), (out or opened.folder) / MAP
+        write_map(found, path)
+        console.print(f"Wrote {path}. {caption(found)}", markup=False, highlight=False)
+    except FewWordsError as error:  # the tables stand without it
+        console.print(f"No map: {error}", markup=False, highlight=False)
+    if split:
+        raise UserError("; ".join(split))
+
+
+@app.command()
+def playground(
+    runs: Annotated[
+        list[Path], typer.Argument(help="One to four run folders or checkpoints, side by side.")
+    ],
+    host: Annotated[
+        str, typer.Option(help="Where to listen; the default is this machine alone.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="Without it, the first free one from 7860 on."),
+    ] = None,
+    auth: Annotated[
+        str | None, typer.Option(help="Who may come in.", metavar="USER:PASSWORD")
+    ] = None,
+) -> None:
+    """Open a local web page: stories token by token, words, a map, attention."""
+    from minigpt.playground import Playground, read_auth, require_gradio, serve
+
+    require_gradio()
+    who = read_auth(auth)
+    serve(Playground.load(runs), host, port, who)
 
 
 @app.command()

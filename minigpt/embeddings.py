@@ -3,9 +3,13 @@
 >>> probe = EmbeddingProbe(run.load_net(), run.load_tokenizer())
 >>> probe.neighbours("dad")
 >>> probe.analogy("princess", minus="girl", plus="boy")
+>>> probe.analogy(*parse_analogy("princess - girl + boy"))
 """
 
 from __future__ import annotations
+
+import re
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +19,32 @@ from minigpt.config import UserError
 from minigpt.model import GPT
 from minigpt.tokenizer import Tokenizer
 
+_MINUS = "−–-"  # minus sign, en dash, hyphen (last, as it goes into [...])
+_WORD, _SIGN = rf"([^\s+{_MINUS}]+)", rf"([+{_MINUS}])"
+_ANALOGY = re.compile(rf"\s*{_WORD}\s*{_SIGN}\s*{_WORD}\s*{_SIGN}\s*{_WORD}\s*")
+
 
 class SplitWordError(UserError):
     """The tokenizer has no single token for a word, so the word has no embedding of its own."""
+
+
+def parse_analogy(text: str) -> tuple[str, str, str]:
+    """`princess - girl + boy` as (word, minus, plus); `princess + boy - girl` is the same.
+
+    Raises:
+        UserError: not three words, one of them taken away and one added.
+    """
+    match = _ANALOGY.fullmatch(text)
+    if match:
+        word, first, second, sign, third = match.groups()
+        if sign == "+" != first:
+            return word, second, third
+        if first == "+" != sign:
+            return word, third, second
+    raise UserError(
+        f"'{' '.join(text.split())}' is not an analogy: type three words such as "
+        "princess - girl + boy"
+    )
 
 
 class EmbeddingProbe:
@@ -55,6 +82,18 @@ class EmbeddingProbe:
         target = self._vector(word) - self._vector(minus) + self._vector(plus)
         return self._nearest(target, k, leave_out={w.strip() for w in (word, minus, plus)})
 
+    def single(self, words: Iterable[str]) -> list[str]:
+        """Those of `words` that are single tokens, in their order."""
+        return [word for word in words if self._is_single(word)]
+
+    def vectors(self, words: Iterable[str]) -> Tensor:
+        """The unit embeddings (n, d) of n words.
+
+        Raises:
+            SplitWordError: one of them is not a single token.
+        """
+        return self.unit[[self.token_id(word) for word in words]]
+
     def token_id(self, word: str) -> int:
         """The id of the single token that `word` is.
 
@@ -73,6 +112,13 @@ class EmbeddingProbe:
             f"'{word}' is {len(spaced)} tokens to this tokenizer ({pieces}) and has no embedding "
             "of its own: give a more common word"
         )
+
+    def _is_single(self, word: str) -> bool:
+        try:
+            self.token_id(word)
+        except SplitWordError:
+            return False
+        return True
 
     def _vector(self, word: str) -> Tensor:  # (d,)
         return self.unit[self.token_id(word)]

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from minigpt.embeddings import EmbeddingProbe, SplitWordError
+from minigpt.config import UserError
+from minigpt.embeddings import EmbeddingProbe, SplitWordError, parse_analogy
 from minigpt.model import GPT, GPTConfig
 from minigpt.tokenizer import Tokenizer
 
@@ -77,3 +78,30 @@ def test_a_model_is_probed_in_its_embedding_matrix(tokenizer):
     of_net = EmbeddingProbe(net, tokenizer).neighbours("dad")
     assert of_net == EmbeddingProbe(net.embedding.weight, tokenizer).neighbours("dad")
     assert len(of_net) == 5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "princess - girl + boy",
+        " princess −girl  +boy ",
+        "princess-girl+boy",
+        "princess + boy - girl",
+        "princess – girl + boy",
+    ],
+)
+def test_an_analogy_is_read_as_people_type_it(text):
+    assert parse_analogy(text) == ("princess", "girl", "boy")
+
+
+@pytest.mark.parametrize("text", ["", "princess", "a - b", "a - b - c", "a + b + c", "a b - c + d"])
+def test_what_is_no_analogy_is_refused_with_an_example(text):
+    with pytest.raises(UserError, match=r"type three words such as princess - girl \+ boy"):
+        parse_analogy(text)
+
+
+def test_single_keeps_the_words_that_have_a_vector(tokenizer, matrix):
+    probe = EmbeddingProbe(matrix, tokenizer)
+    assert probe.single(["king", "dadaists", "dad"]) == ["king", "dad"]
+    king, dad = ids(tokenizer, " king", " dad")
+    assert probe.vectors(["king", "dad"]).equal(probe.unit[[king, dad]])

@@ -19,6 +19,9 @@ ELSEWHERE = {  # shown to work by other tests, or by .ci/run itself
     "make test": ".ci/run",
     "make quickstart": "test_quickstart_trains_and_then_evaluates",
     "python train.py experiment=full": "test_conf.py, test_download.py",
+    "minigpt probe runs/<name> --near dad --analogy princess - girl + boy": "test_probe.py",
+    "pip install -e '.[playground]'": "make test-browser",
+    "minigpt playground runs/<name>": "tests/extra/test_browser.py",
     "wandb sweep sweeps/scaling.yaml": "test_sweep.py",
     "wandb agent <the sweep's id>": "test_sweep.py",
 }

@@ -1,0 +1,115 @@
+"""The playground as people start it: a process of its own, on a port that was free."""
+
+import os
+import queue
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from minigpt.corpus import bundled_sample
+from minigpt.training import train
+from tests.conftest import composed
+
+# Python reads this at its start: whatever reaches out of the machine is noted in a file.
+WATCH = """
+import os, socket
+def watched(name, where):
+    real = getattr(where, name)
+    def call(*args):
+        address = args[1] if name.startswith("connect") else args[0]
+        host = address[0] if isinstance(address, tuple) else address
+        if host not in (None, "127.0.0.1", "localhost", "::1", b"127.0.0.1"):
+            with open(os.environ["OUTBOUND"], "a") as file:
+                file.write(f"{name} {address}\\n")
+        return real(*args)
+    return call
+class Socket(socket.socket):
+    connect = watched("connect", socket.socket)
+    connect_ex = watched("connect_ex", socket.socket)
+socket.socket = Socket
+resolve = socket.getaddrinfo
+def getaddrinfo(host, *args, **kwargs):
+    if host not in (None, "127.0.0.1", "localhost", "::1", b"127.0.0.1"):
+        with open(os.environ["OUTBOUND"], "a") as file:
+            file.write(f"getaddrinfo {host}\\n")
+    return resolve(host, *args, **kwargs)
+socket.getaddrinfo = getaddrinfo
+"""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A playground that runs."""
+
+    url: str
+    outbound: Path  # a line for each try of the server to reach another machine
+
+    def reached_out(self) -> str:
+        return self.outbound.read_text() if self.outbound.exists() else ""
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that has read a little of real stories, so that it has whole words."""
+    folder = tmp_path_factory.mktemp("trained")
+    stories = list(islice(bundled_sample().stories("train"), 1500))
+    for name, part in (("train", stories[100:]), ("valid", stories[:100])):
+        text = "\n<|endoftext|>\n".join(part)
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    return train(
+        composed(
+            [
+                "data=text",
+                f"data.train_files=[{folder / 'train.txt'}]",
+                f"data.valid_files=[{folder / 'valid.txt'}]",
+                f"data.cache_dir={folder / 'cache'}",
+                "data.vocab_size=1500",
+                "data.batch_size=4",
+                f"runs_dir={folder}",
+                "name=tiny",
+                "model=small",
+                "model.context_length=128",
+                "model.n_layers=2",
+                "budget.tokens=80000",
+                "optimizer.warmup_steps=15",
+                "trainer.accelerator=cpu",
+                "trainer.n_validations=1",
+                "callbacks.progress_bar=false",
+            ]
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def served(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "sitecustomize.py").write_text(WATCH)
+    outbound = folder / "outbound.txt"
+    environment = os.environ | {"PYTHONPATH": str(folder), "OUTBOUND": str(outbound)}
+    environment.pop("GRADIO_ANALYTICS_ENABLED", None)  # the page has to say so itself
+    command = [sys.executable, "-m", "minigpt.cli", "playground", str(tiny_run), "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stderr is not None
+    lines: queue.Queue[str] = queue.Queue()
+    reader = threading.Thread(target=lambda: [lines.put(line) for line in process.stderr or ()])
+    reader.start()
+    try:
+        line = lines.get(timeout=120)
+        found = re.search(r"open (http://127\.0\.0\.1:\d+) in a browser", line)
+        assert found, line
+        yield Served(found.group(1), outbound)
+        assert process.poll() is None, "the server ended by itself"
+        said = "".join(lines.get() for _ in range(lines.qsize()))
+        assert "minigpt/" not in said, said  # Gradio prints what it refuses; nothing of ours fails
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+        reader.join(timeout=10)
+        process.stderr.close()

@@ -1,0 +1,160 @@
+"""A visitor of the playground in a real browser: Debian's Chromium, driven by Playwright."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+from tests.extra.conftest import Served
+
+SECONDS = 1000  # Playwright counts in milliseconds
+pytestmark = pytest.mark.timeout(300)
+
+
+class Visitor:
+    """A page, with all that went wrong in it and all that it asked for."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self.errors: list[str] = []
+        self.hosts: set[str | None] = set()
+        page.on("console", lambda said: said.type == "error" and self.errors.append(said.text))
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("request", lambda request: self._asked(request.url))
+
+    def _asked(self, url: str) -> None:
+        if not url.startswith(("data:", "blob:")):
+            self.hosts.add(urlsplit(url).hostname)
+
+
+@pytest.fixture
+def visitor(served: Served) -> Iterator[Visitor]:
+    chromium = shutil.which("chromium")
+    assert chromium, "chromium is not installed: make test-browser does it as root"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(60 * SECONDS)
+        expect.set_options(timeout=60 * SECONDS)
+        visitor = Visitor(page)
+        page.goto(served.url)
+        yield visitor
+        browser.close()
+    assert visitor.errors == []
+    assert visitor.hosts == {"127.0.0.1"}
+    assert served.reached_out() == ""
+
+
+def test_a_story_streams_in_and_its_tokens_tell_their_alternatives(visitor: Visitor):
+    page = visitor.page
+    page.get_by_label("The story begins").fill("One day, Tom <b>saw</b> a dog")
+    slider = page.get_by_label("number input for Temperature")
+    slider.fill("1.2")
+    slider.press("Enter")
+    page.get_by_label("number input for Longest story, in tokens").fill("300")
+    page.get_by_role("button", name="Write").click()
+    story = page.locator(".story")
+    tokens = story.locator(".token")
+    expect(tokens.first).to_be_visible()
+    first_look = tokens.count()
+    expect(story.locator(".note")).to_be_visible()  # how it ended
+    assert 0 < first_look < tokens.count()
+    expect(story.locator(".prompt")).to_have_text("One day, Tom <b>saw</b> a dog")
+
+    panel = page.locator("#token-panel")
+    expect(panel).to_be_hidden()
+    tokens.nth(3).hover()
+    expect(panel).to_be_visible()
+    assert panel.locator(".row").count() in (5, 6)
+    expect(panel).to_contain_text("What the model expected here")
+    assert re.search(r"\d %", panel.inner_text())
+    page.get_by_role("heading", name="Mini GPT playground").hover()
+    expect(panel).to_be_hidden()
+    tokens.nth(4).click()
+    expect(panel).to_be_visible()
+
+
+def test_the_coldest_temperature_tells_the_same_story_twice(visitor: Visitor):
+    page = visitor.page
+    story, told = page.locator(".story"), []
+    for name, value in (("Temperature", "0"), ("Longest story, in tokens", "20")):
+        page.get_by_label(f"number input for {name}").fill(value)
+    for _ in range(2):
+        page.get_by_role("button", name="Write").click()
+        expect(story.locator(".note")).to_be_visible()
+        told.append(story.locator(".token").all_inner_texts())
+        page.get_by_label("The story begins").fill(" ")
+        page.get_by_role("button", name="Write").click()
+        expect(story.locator(".error")).to_contain_text("Nothing is typed")
+        page.get_by_label("The story begins").fill("Once upon a time, there was a dog")
+    assert told[0] == told[1]
+
+
+def test_stop_ends_the_story(visitor: Visitor):
+    page = visitor.page
+    length = page.get_by_label("number input for Longest story, in tokens")
+    length.fill("400")
+    length.press("Enter")
+    page.get_by_role("button", name="Write").click()
+    tokens = page.locator(".story .token")
+    expect(tokens.first).to_be_visible()
+    page.get_by_role("button", name="Stop").click()
+    page.wait_for_timeout(1 * SECONDS)
+    n = tokens.count()
+    page.wait_for_timeout(1 * SECONDS)
+    assert tokens.count() == n
+    page.get_by_role("button", name="Write").click()  # and another can begin
+    expect(page.locator(".story .note")).to_be_visible()
+
+
+def test_words_answer_as_one_types_and_explain_what_they_cannot(visitor: Visitor):
+    page = visitor.page
+    page.get_by_role("tab", name="Words").click()
+    rows = page.locator("#neighbours tr")
+    expect(rows).to_have_count(8)
+    before = page.locator("#neighbours").inner_html()
+    page.get_by_label("Words nearest to").fill("mom")
+    page.wait_for_function(
+        "before => document.querySelector('#neighbours').innerHTML !== before", arg=before
+    )
+    expect(rows).to_have_count(8)
+    page.get_by_label("Words nearest to").press_sequentially("<i>")
+    expect(page.locator("#neighbours .error")).to_contain_text("'mom<i>' is")
+    page.get_by_label("Analogy").fill("his - he")
+    expect(page.locator("#answers .error")).to_contain_text("is not an analogy")
+    page.get_by_label("Analogy").press_sequentially(" + she")
+    expect(page.locator("#answers tr")).to_have_count(8)
+
+
+def test_the_map_shows_both_groups(visitor: Visitor):
+    page = visitor.page
+    page.get_by_role("tab", name="Map").click()
+    for text in ("family roles", "activities", "mom", "play"):
+        expect(page.locator(".map svg text").get_by_text(text, exact=True)).to_be_visible()
+
+
+def test_attention_follows_the_layer_the_head_and_the_pointer(visitor: Visitor):
+    page = visitor.page
+    page.get_by_role("tab", name="Attention").click()
+    page.get_by_label("Text").fill("The dog saw the cat!")
+    tokens, cells = page.locator("#attention .token"), page.locator("#attention rect[x]")
+    expect(tokens.last).to_have_text("!")
+    n = tokens.count()
+    assert page.locator("#attention rect title").count() == n * (n + 1) // 2
+    before = cells.evaluate_all("cells => cells.map((cell) => cell.style.fillOpacity)")
+    head = page.get_by_label("number input for Head")
+    head.fill("3")
+    head.press("Enter")
+    page.wait_for_function(
+        """before => document.querySelectorAll("#attention rect[x]").length === before.length &&
+           [...document.querySelectorAll("#attention rect[x]")].some(
+             (cell, i) => cell.style.fillOpacity !== before[i])""",
+        arg=before,
+    )
+    tokens.nth(2).hover()
+    assert "looking" in (tokens.nth(2).get_attribute("class") or "")
+    assert "after" in (tokens.nth(3).get_attribute("class") or "")
+    assert tokens.nth(3).get_attribute("title") == "comes later: it cannot be seen"

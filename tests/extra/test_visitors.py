@@ -1,0 +1,60 @@
+"""Many visitors at once, over HTTP, as browsers ask."""
+
+import http.client
+import json
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from tests.extra.conftest import Served
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def write(url: str, prompt: str, n: int) -> str:
+    """The page's last look at a story of n tokens."""
+    typed = [prompt, 1.0, 0, 1.0, 0.0, n]
+    with httpx.Client(base_url=url, timeout=120, trust_env=False) as client:
+        asked = client.post("/gradio_api/call/write", json={"data": typed})
+        asked.raise_for_status()
+        event = asked.json()["event_id"]
+        events = client.get(f"/gradio_api/call/write/{event}").text.split("\n\n")
+    (last,) = [text for text in events if text.startswith("event: complete")]
+    return json.loads(last.partition("data: ")[2])[0]
+
+
+def test_ten_visitors_at_once_all_get_a_story(served: Served):
+    prompts = [f"Tom had {i} dogs" for i in range(10)]
+    with ThreadPoolExecutor(10) as pool:
+        told = list(pool.map(lambda prompt: write(served.url, prompt, 60), prompts))
+    for prompt, story in zip(prompts, told, strict=True):
+        assert f'<span class="prompt">{prompt}</span>' in story
+        assert story.count('class="token') > 5
+        assert 'class="note"' in story
+    assert served.reached_out() == ""
+
+
+def test_what_a_page_would_not_send_is_answered_and_crashes_nothing(served: Served):
+    assert "type at most 1000" in write(served.url, "x" * 5000, 10)
+    for typed in ([], ["dog", 99, 0, 1, 0, 10**9], [None] * 6, ["dog", None, 0, 1, 0, 9]):
+        with httpx.Client(base_url=served.url, timeout=60, trust_env=False) as client:
+            asked = client.post("/gradio_api/call/write", json={"data": typed})
+            if asked.is_success:
+                event = asked.json()["event_id"]
+                assert "event: " in client.get(f"/gradio_api/call/write/{event}").text
+    assert 'class="note"' in write(served.url, "Tom", 10)
+
+
+def test_the_page_loads_nothing_from_elsewhere(served: Served):
+    page = httpx.get(served.url, trust_env=False)
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    for outside in ("googleapis", "cdnjs", "jsdelivr", "unpkg"):
+        assert outside not in page.text
+
+
+def test_it_listens_on_loopback_alone(served: Served):
+    connection = http.client.HTTPConnection("127.0.0.2", urlsplit(served.url).port or 0, timeout=5)
+    with pytest.raises(OSError, match="refused|timed out"):
+        connection.request("GET", "/")

@@ -1,0 +1,160 @@
+import re
+import socket
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from minigpt import playground
+from minigpt.config import UserError
+from minigpt.embeddings import EmbeddingProbe
+from minigpt.model import GPT, GPTConfig
+from minigpt.playground import Model, Playground, listen, read_auth, require_gradio
+from minigpt.runs import Run
+from minigpt.tokenizer import Tokenizer
+from tests.test_cli import run_main
+
+USUAL = {"temperature": 0.8, "top_k": 0, "top_p": 1, "min_p": 0, "max_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(["the dog ran and the cat sat with mom and dad"] * 5, 300)
+
+
+def model(name: str, tokenizer: Tokenizer, n_heads: int = 2) -> Model:
+    torch.manual_seed(0)
+    config = GPTConfig(tokenizer.vocab_size, 64, d_model=16, n_layers=2, n_heads=n_heads, d_ff=16)
+    net = GPT(config).eval()
+    return Model(name, net, tokenizer, EmbeddingProbe(net, tokenizer), "the map")
+
+
+@pytest.fixture
+def page(tokenizer) -> Playground:
+    return Playground([model("a", tokenizer), model("b", tokenizer, n_heads=4)])
+
+
+def plain(shown: str) -> str:
+    return re.sub("<[^>]*>", "", shown)
+
+
+def test_a_story_grows_in_each_column_and_says_how_it_ended(page, monkeypatch):
+    monkeypatch.setattr(playground, "UPDATE_SECONDS", 0)
+    looks = list(page.write("the dog", **USUAL))
+    assert len(looks) > 5
+    for column in zip(*looks, strict=True):
+        assert all(later.startswith(earlier) for earlier, later in pairwise(column))
+        assert plain(column[0]).startswith("the dog")
+        assert column[0].count('class="token') == 1  # the first token is shown at once
+        assert re.search("(story ended|longest length was reached): [0-9]+ tokens", column[-1])
+
+
+def test_the_sliders_reach_the_sampler(page):
+    def told(**changed: float) -> tuple[str, ...]:
+        (*_, last) = page.write("the dog", **{**USUAL, **changed})
+        return tuple(plain(column).split("The ")[0] for column in last)
+
+    greedy = told(temperature=0)
+    assert told(temperature=2, top_k=1) == told(top_p=0.001) == told(min_p=1) == greedy
+    assert told(temperature=2) != greedy
+
+
+@pytest.mark.parametrize(
+    ("prompt", "changed", "message"),
+    [
+        (" \n", {}, "Nothing is typed: type how the story begins"),
+        ("x" * 1001, {}, "1001 characters are too many: type at most 1000."),
+        ("dog", {"max_tokens": 401}, "must be from 1 to 400"),
+        ("dog", {"temperature": -1}, "temperature -1 must be 0"),
+        ("\ud800", {}, "half of a surrogate pair"),
+    ],
+)
+def test_what_is_wrong_is_one_line_in_each_column(page, prompt, changed, message):
+    (looks,) = page.write(prompt, **{**USUAL, **changed})
+    assert len(looks) == 2
+    for column in looks:
+        assert 'class="error"' in column
+        assert message in plain(column)
+        assert "\n" not in column
+
+
+def test_a_stopped_story_leaves_the_net_ready_for_the_next(page):
+    story = page.write("the dog", **USUAL)
+    next(story)
+    story.close()
+    assert not page.models["a"].net.training
+    assert len(list(page.write("the dog", **USUAL))) >= 1
+
+
+def test_words_are_answered_or_explained(page):
+    assert page.neighbours("a", "dog").count("<tr>") == 8
+    assert page.analogy("b", "dog - cat + mom").count("<tr>") == 8
+    assert "tokens to this tokenizer" in page.neighbours("a", "zzz")
+    assert "is not an analogy" in page.analogy("a", "dog")
+    assert "Nothing is typed: type a word." in page.neighbours("a", " ")
+    assert page.map("a") == "the map"
+
+
+def test_attention_is_bounded_and_says_what_a_model_has(page):
+    shown = page.attention("b", "the dog ran", 2, 4)
+    assert shown.count("data-row=") == 4
+    assert "(start)" in shown
+    assert "a has 2 heads: choose 1 to 2" in page.attention("a", "the dog", 1, 3)
+    assert "a has 2 layers" in page.attention("a", "the dog", 0, 1)
+    long = page.attention("a", "dog " * 200, 1, 1)
+    assert long.count("data-row=") == 48
+    assert "Only the first 48 of" in long
+
+
+def test_runs_are_named_and_not_shown_twice(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(Run, "open", lambda path: Run(path.parent, path))
+    monkeypatch.setattr(Run, "load_net", lambda run: model("", tokenizer).net)
+    monkeypatch.setattr(Run, "load_tokenizer", lambda run: tokenizer)
+    one, last, other = (tmp_path / name for name in ("x/best.ckpt", "x/last.ckpt", "y/x/best.ckpt"))
+    names = list(Playground.load([one, one, last, other]).models)
+    size = names[0].removeprefix("x ")
+    assert names == [f"x {size}", f"x last {size}", f"x {size} again"]
+    assert "parameters" in size
+    assert "only 2 of its words" in Playground.load([one]).map(names[0])
+    with pytest.raises(UserError, match="5 runs do not fit on a page: give at most 4"):
+        Playground.load([Path("x")] * 5)
+
+
+def test_a_taken_port_and_an_unknown_host_are_one_line():
+    with listen("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(UserError, match=f"cannot listen at 127.0.0.1, port {port}: .*in use"):
+            listen("127.0.0.1", port)
+    with pytest.raises(UserError, match="cannot listen at nowhere.invalid"):
+        listen("nowhere.invalid", 1)
+
+
+def test_without_a_port_the_next_free_one_is_taken(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setattr(playground, "FIRST_PORT", taken.getsockname()[1])
+        with listen("127.0.0.1", None) as found:
+            assert found.getsockname()[1] > taken.getsockname()[1]
+
+
+@pytest.mark.parametrize("text", ["user", "user:", ":password", ""])
+def test_auth_needs_a_name_and_a_password(text):
+    with pytest.raises(UserError, match="--auth user:password"):
+        read_auth(text)
+
+
+def test_auth_may_hold_a_colon_in_the_password():
+    assert read_auth("me:a:b") == ("me", "a:b")
+    assert read_auth(None) is None
+
+
+def test_missing_gradio_is_one_line_with_the_command(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install -e '.\[playground\]'"):
+        require_gradio()
+    assert run_main(monkeypatch, "playground", "runs/none") == 2
+    assert capsys.readouterr().err == (
+        "error: the playground needs Gradio: pip install -e '.[playground]'\n"
+    )

@@ -1,0 +1,98 @@
+import pytest
+import torch
+from rich.console import Console
+
+from minigpt.cli import join_analogies
+from minigpt.embedding_map import MAP
+from minigpt.embeddings import EmbeddingProbe, parse_analogy
+from minigpt.model import GPT, GPTConfig
+from minigpt.probe import ANALOGIES, score_analogies, score_line, score_table, word_table
+from minigpt.runs import Run
+from minigpt.tokenizer import Tokenizer
+from minigpt.training import train
+from tests.conftest import composed
+from tests.test_cli import run_main
+
+WORDS = ("king", "queen", "man", "woman", "apple")
+
+
+@pytest.fixture(scope="module")
+def probe() -> EmbeddingProbe:
+    tokenizer = Tokenizer.train([f"the {a} {b}\n" for a in WORDS for b in WORDS] * 3, 330)
+    king, man, woman, queen = (
+        tokenizer.encode(f" {w}")[0] for w in ("king", "man", "woman", "queen")
+    )
+    matrix = torch.eye(tokenizer.vocab_size, 400)
+    matrix[queen] = matrix[king] - matrix[man] + matrix[woman]
+    return EmbeddingProbe(matrix, tokenizer)
+
+
+def test_the_rank_of_the_answer_is_among_all_tokens(probe):
+    asked = {"king - man + woman": "queen", "man - king + apple": "queen", "tall - a + b": "c"}
+    first, later, split = score_analogies(probe, asked)
+    assert (first.best, first.rank) == ("queen", 1)
+    assert later.rank is not None
+    assert later.rank > 5  # the queen holds one part of minus man
+    assert (split.best, split.rank) == (None, None)
+    assert "'tall' is" in split.why_not
+    assert score_line([first, later, split]) == ("1 of 2 answers come first, 1 among the first 5.")
+
+
+def test_tables_show_words_and_reasons(probe):
+    console = Console(record=True, width=100)
+    console.print(score_table(score_analogies(probe, {"tall - a + b": "c"})))
+    console.print(word_table("Nearest to [b]king", [("queen", 0.58), ("\n", 0.1)]))
+    shown = console.export_text()
+    assert "'tall' is" in shown
+    assert "Nearest to [b]king" in shown
+    assert "0.58" in shown
+    assert "\\n" in shown
+
+
+def test_there_are_twenty_analogies_and_all_can_be_read():
+    assert len(ANALOGIES) == 20
+    for text, answer in ANALOGIES.items():
+        assert answer not in parse_analogy(text)
+
+
+@pytest.mark.parametrize(
+    ("typed", "joined"),
+    [
+        ("x --analogy a - b + c", ["x", "--analogy", "a - b + c"]),
+        ("--analogy a -b +c x", ["--analogy", "a -b +c", "x"]),
+        ("--analogy a - h + c -h", ["--analogy", "a - h + c", "-h"]),
+        ("--analogy a - b + c --analogy d - e + f --near g", None),
+        ("--near a --k 3", ["--near", "a", "--k", "3"]),
+    ],
+)
+def test_an_analogy_needs_no_quotes(typed, joined):
+    twice = ["--analogy", "a - b + c", "--analogy", "d - e + f", "--near", "g"]
+    assert join_analogies(typed.split()) == (joined or twice)
+
+
+def test_probe_prints_tables_writes_the_map_and_explains_split_words(tiny, monkeypatch, capsys):
+    run = train(composed(tiny))
+    words = ("--near", "Mom", "--near", "dadaists", "--analogy", "Mom", "-", "was", "+", "a")
+    capsys.readouterr()
+    assert run_main(monkeypatch, "probe", str(run), *words) == 2
+    out, err = capsys.readouterr()
+    assert "Nearest to Mom" in out
+    assert "Mom - was + a" in out
+    assert "No map: only " in out
+    assert err.startswith("error: 'dadaists' is ")
+    assert err.count("\n") == 1
+    assert run_main(monkeypatch, "probe", str(run)) == 0
+    assert "of 0 answers come first" in capsys.readouterr().out
+
+
+def test_probe_writes_the_map_into_the_run_or_elsewhere(tmp_path, probe, monkeypatch, capsys):
+    matrix = torch.eye(probe.tokenizer.vocab_size, 8)
+    config = GPTConfig(len(matrix), 8, d_model=8, n_layers=1, n_heads=2, d_ff=8)
+    monkeypatch.setattr(Run, "open", lambda path: Run(tmp_path / "run", tmp_path / "run"))
+    monkeypatch.setattr(Run, "load_net", lambda run: GPT(config))
+    monkeypatch.setattr(Run, "load_tokenizer", lambda run: probe.tokenizer)
+    assert run_main(monkeypatch, "probe", "run", "--near", "king") == 0
+    assert (tmp_path / "run" / MAP).is_file()
+    assert run_main(monkeypatch, "probe", "run", "--out", str(tmp_path / "out")) == 0
+    assert (tmp_path / "out" / MAP).is_file()
+    assert "Wrote " in capsys.readouterr().out
