@@ -36,27 +36,73 @@ def _minigpt() -> None:
 @app.command()
 def generate(
     run: Annotated[Path, typer.Argument(help="A run folder, or a checkpoint file in one.")],
-    prompt: Annotated[str, typer.Option(help="How the story begins.")] = "Once upon a time",
+    prompt: Annotated[
+        str, typer.Option(help="How the story begins; - reads it from standard input.")
+    ] = "Once upon a time",
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Choose among this much mass.")] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Leave out what is less probable than this × the likeliest."),
+    ] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: words of prompt and story come back less.")
+    ] = 1.0,
     max_tokens: Annotated[int, typer.Option(help="The longest continuation.")] = 256,
-    n: Annotated[int, typer.Option(min=1, help="How many stories.")] = 1,
+    n: Annotated[int, typer.Option(help="How many stories.")] = 1,
     seed: Annotated[int | None, typer.Option(help="The same seed, the same stories.")] = None,
 ) -> None:
-    """Write stories, shown as they are sampled."""
-    from minigpt.generation import SamplingConfig, stream_text
-    from minigpt.runs import Run
+    """Write stories. One is shown as it is sampled, and stops at its end.
 
+    Several are written together, up to 64 at a time, with a line <|endoftext|> between them: the
+    form that data=text trains on.
+    """
+    from minigpt.generation import SamplingConfig, iterate_stories, stream_text
+    from minigpt.runs import Run
+    from minigpt.tokenizer import END_OF_TEXT
+
+    sampling = SamplingConfig(
+        temperature, top_k, top_p, max_tokens, seed, min_p, repetition_penalty
+    )
+    filters = {"--top-k": top_k, "--top-p": top_p, "--min-p": min_p}
+    _check_generate(temperature, n, [name for name, value in filters.items() if value is not None])
     opened = Run.open(run)
     net, tokenizer = opened.load_net(), opened.load_tokenizer()
-    for story in range(n):
-        story_seed = None if seed is None else seed + story
-        sampling = SamplingConfig(temperature, top_k, top_p, max_tokens, story_seed)
+    prompt = _standard_input() if prompt == "-" else prompt
+    tokenizer.encode(prompt)  # refused before anything is shown
+    if n == 1:
         print(prompt, end="", flush=True)
         for piece in stream_text(net, tokenizer, prompt, sampling):
             print(piece, end="", flush=True)
-        print("\n" if story < n - 1 else "")
+        print()
+        return
+    for story, text in enumerate(iterate_stories(net, tokenizer, prompt, n, sampling)):
+        print(f"{END_OF_TEXT}\n" if story else "", prompt, text, sep="", flush=True)
+
+
+def _check_generate(temperature: float, n: int, filters: list[str]) -> None:
+    if n < 1:
+        raise UserError(f"--n {n} must be at least 1")
+    if temperature == 0 and filters:
+        raise UserError(
+            f"--temperature 0 always takes the likeliest token: leave out {' and '.join(filters)}, "
+            "or take a temperature above 0"
+        )
+    if temperature == 0 and n > 1:
+        raise UserError(
+            f"--temperature 0 writes one story only: leave out --n {n}, "
+            "or take a temperature above 0"
+        )
+
+
+def _standard_input() -> str:
+    """All of it, without the line end that `echo` puts behind."""
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 text: byte {error.start}") from None
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 class _AnalogyCommand(typer.core.TyperCommand):

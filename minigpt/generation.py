@@ -1,24 +1,27 @@
 """Stories out of a model: sampling one token at a time, with cached keys and values.
 
->>> sampling = SamplingConfig(temperature=0.8, seed=1)
->>> for piece in stream_text(net, tokenizer, "Once upon a time", sampling):
+>>> for piece in stream_story("runs/my-run", "Once upon a time", SamplingConfig(temperature=0.5)):
 ...     print(piece, end="", flush=True)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minigpt.config import UserError
-from minigpt.model import GPT, KVCache
+from minigpt.decoding import Decoder
+from minigpt.model import GPT
+from minigpt.runs import Run
 from minigpt.tokenizer import Tokenizer
 
+MAX_BATCH = 64  # rows of `iterate_stories`: 170 MB of keys and values at the medium size
 COLDEST = 1e-6  # below it all mass is on the likeliest token, and dividing by it overflows
 
 
@@ -32,6 +35,7 @@ class SamplingConfig:
     max_tokens: int = 256  # new tokens at most
     seed: int | None = None  # None: another story each time
     min_p: float | None = None  # only those at least this share as probable as the likeliest
+    repetition_penalty: float = 1.0  # above 1: tokens of prompt and text become less likely
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -45,6 +49,13 @@ class SamplingConfig:
             raise UserError(f"top_p {self.top_p} must be above 0 and at most 1")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise UserError(f"min_p {self.min_p} must be between 0 and 1")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise UserError(
+                f"repetition_penalty {self.repetition_penalty} must be above 0: "
+                "1 is none, 1.2 a strong one"
+            )
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise UserError(f"seed {self.seed} must be between 0 and 2^63 − 1")
         if self.max_tokens < 1:
             raise UserError(f"max_tokens {self.max_tokens} must be at least 1")
 
@@ -58,42 +69,66 @@ class Step(NamedTuple):
 
 @torch.inference_mode()
 def generate(
-    net: GPT, prompt_ids: Tensor, sampling: SamplingConfig, end_of_text: int
+    net: GPT,
+    prompt_ids: Tensor | Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    end_of_text: int,
+    generator: torch.Generator | None = None,
 ) -> Iterator[Step]:
-    """Continue `prompt_ids` (B, T), T >= 1, by one token for each row and step.
+    """Continue each row of `prompt_ids` by one token at each step.
 
     A row that has ended goes on with `end_of_text`; the iteration stops when all have, or after
-    `max_tokens` steps. Positions are absolute and the context is finite, so text that outgrows it
-    slides: the last half of the context is read again from position 0, and generation goes on
-    from there. A prompt longer than the context is cut down by the same rule. The caller's random
-    state is left alone; the net is in evaluation mode until the iterator ends or is closed.
+    `max_tokens` steps. `Decoder` says what becomes of texts that outgrow the context. The caller's
+    random state is left alone; the net is in evaluation mode until the iterator ends or is closed.
+
+    Args:
+        net: its weights must not change meanwhile; its dtype is that of the arithmetic.
+        prompt_ids: (B, T), or B rows of different lengths. No row may be empty.
+        sampling: how the next token is chosen.
+        end_of_text: the id that ends a row; -1: none does.
+        generator: random numbers in place of those of `sampling.seed`, on the device of the net.
     """
-    context, device = net.config.context_length, net.embedding.weight.device
-    generator = _generator(sampling.seed, device)
-    window = new = prompt_ids.to(device)  # what the model looks back on; what it has yet to read
-    cache = KVCache(net.config, len(window), like=net.embedding.weight)
-    ended = torch.zeros(len(window), dtype=torch.bool, device=device)
+    device = net.embedding.weight.device
+    prompts = [torch.as_tensor(row, dtype=torch.long, device=device) for row in prompt_ids]
+    generator = generator or seeded_generator(sampling.seed, device)
+    penalised = sampling.repetition_penalty != 1.0
     was_training = net.training
     net.eval()
     try:
+        decoder = Decoder(net, [prompt[:-1] for prompt in prompts])
+        ids = torch.stack([prompt[-1] for prompt in prompts])  # (B,)
+        ended = torch.zeros_like(ids, dtype=torch.bool)
+        seen = _tokens_of(prompts, net.config.vocab_size, end_of_text) if penalised else None
         for _ in range(sampling.max_tokens):
-            if cache.length + new.shape[1] > context:
-                window = new = window[:, -max(1, context // 2) :]
-                cache.length = 0
-            logits = net(new, cache)[:, -1].float()  # (B, V)
-            ids = sample(logits, sampling, generator).masked_fill(ended, end_of_text)
+            logits = decoder.read(ids)
+            ids = sample(logits, sampling, generator, seen).masked_fill_(ended, end_of_text)
             ended |= ids == end_of_text
             yield Step(ids, logits)
             if ended.all():
                 return
-            new = ids[:, None]
-            window = torch.cat([window, new], dim=1)
+            if seen is not None:
+                seen.scatter_(1, ids[:, None], ids[:, None] != end_of_text)
     finally:
         net.train(was_training)
 
 
-def sample(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> Tensor:
-    """One id (B,) for each row of `logits` (B, V)."""
+def _tokens_of(prompts: list[Tensor], vocab_size: int, end_of_text: int) -> Tensor:
+    """(B, V) bool: the tokens of each prompt, without `end_of_text`, which begins it."""
+    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=prompts[0].device)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[prompt[prompt != end_of_text]] = True
+    return seen
+
+
+def sample(
+    logits: Tensor,
+    sampling: SamplingConfig,
+    generator: torch.Generator,
+    seen: Tensor | None = None,
+) -> Tensor:
+    """One id (B,) for each row of `logits` (B, V). `seen` (B, V): tokens of the text so far."""
+    if seen is not None:
+        logits = penalise(logits, seen, sampling.repetition_penalty)
     if sampling.temperature < COLDEST:
         return logits.argmax(dim=-1)
     logits = logits / sampling.temperature
@@ -103,7 +138,22 @@ def sample(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator)
         logits = keep_top_p(logits, sampling.top_p)
     if sampling.min_p is not None:
         logits = keep_min_p(logits, sampling.min_p)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
+    # One random number a row, where torch.multinomial draws one for each token of the vocabulary.
+    mass = logits.softmax(dim=-1).cumsum(dim=-1)
+    point = mass[:, -1:] * torch.rand(len(mass), 1, generator=generator, device=mass.device)
+    # Rounding must not take a point to the end of the last token.
+    point = torch.minimum(point, mass[:, -1:].nextafter(torch.zeros_like(point)))
+    return torch.searchsorted(mass, point, right=True).squeeze(1)
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """`logits` (B, V) of tokens in `seen` (B, V) made less likely by `penalty` > 1.
+
+    Keskar et al. 2019 (arXiv 1909.05858), section 4.1, where it divides; like transformers, this
+    multiplies the negative ones, which dividing would make more likely.
+    """
+    lowered = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, lowered, logits)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -137,6 +187,19 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(logits < floor, -math.inf)
 
 
+def stream_story(
+    run: str | Path | Run, prompt: str = "Once upon a time", sampling: SamplingConfig | None = None
+) -> Iterator[str]:
+    """What the model of `run` writes after `prompt`, in pieces, as it is written.
+
+    Raises:
+        UserError: no run there, or a prompt that is not valid Unicode.
+    """
+    opened = run if isinstance(run, Run) else Run.open(run)
+    net, tokenizer = opened.load_net(), opened.load_tokenizer()
+    yield from stream_text(net, tokenizer, prompt, sampling or SamplingConfig())
+
+
 def stream_text(
     net: GPT, tokenizer: Tokenizer, prompt: str, sampling: SamplingConfig
 ) -> Iterator[str]:
@@ -163,11 +226,21 @@ def stream_text(
 def generate_stories(
     net: GPT, tokenizer: Tokenizer, prompt: str, n: int, sampling: SamplingConfig
 ) -> list[str]:
-    """`n` continuations of `prompt`, without it: together in one batch of n rows."""
-    prompt_ids = encode_prompt(tokenizer, prompt).expand(n, -1)
-    steps = [ids for ids, _ in generate(net, prompt_ids, sampling, tokenizer.end_of_text)]
-    rows = torch.stack(steps, dim=1).tolist()  # n lists of ids
-    return [tokenizer.decode(_until(row, tokenizer.end_of_text)) for row in rows]
+    """`n` continuations of `prompt`, without it."""
+    return list(iterate_stories(net, tokenizer, prompt, n, sampling))
+
+
+def iterate_stories(
+    net: GPT, tokenizer: Tokenizer, prompt: str, n: int, sampling: SamplingConfig
+) -> Iterator[str]:
+    """`n` continuations of `prompt`, without it, written MAX_BATCH at a time."""
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    generator = seeded_generator(sampling.seed, net.embedding.weight.device)
+    for first in range(0, n, MAX_BATCH):
+        rows = prompt_ids.expand(min(MAX_BATCH, n - first), -1)
+        steps = [ids for ids, _ in generate(net, rows, sampling, tokenizer.end_of_text, generator)]
+        for ids in torch.stack(steps, dim=1).tolist():
+            yield tokenizer.decode(_until(ids, tokenizer.end_of_text))
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
@@ -179,7 +252,8 @@ def _until(ids: list[int], end: int) -> list[int]:
     return ids[: ids.index(end)] if end in ids else ids
 
 
-def _generator(seed: int | None, device: torch.device) -> torch.Generator:
+def seeded_generator(seed: int | None, device: torch.device) -> torch.Generator:
+    """Random numbers on `device`: the same for the same seed, new ones for None."""
     generator = torch.Generator(device)
     if seed is None:
         generator.seed()

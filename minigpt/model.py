@@ -74,7 +74,7 @@ class KVCache:
         """Room on the device and in the dtype of `like`."""
         dk = config.d_model // config.n_heads
         shape = (config.n_layers, 2, batch, config.n_heads, config.context_length, dk)
-        self.store = like.new_empty(shape)
+        self.store = like.new_zeros(shape)  # finite where it is masked
         self.length = 0  # tokens held
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,3 +1,5 @@
+import io
+import re
 import subprocess
 import sys
 
@@ -74,15 +76,69 @@ def test_ctrl_c_leaves_quietly_with_exit_code_130(tmp_path, monkeypatch, capsys)
     assert capsys.readouterr() == ("", "")
 
 
-def test_generate_streams_stories_that_the_seed_decides(tiny, monkeypatch, capsys):
+def test_generate_writes_stories_that_the_seed_decides(tiny, monkeypatch, capsys):
     folder = train(composed(tiny))
-    words = ("generate", str(folder), "--prompt", "Tom", "--max-tokens", "9", "--n", "2")
+    words = ("generate", str(folder), "--prompt", "Tom", "--max-tokens", "9")
     told = []
-    for seed in ("1", "1", "5"):
+    for choice in (("--seed", "1"), ("--seed", "1"), ("--seed", "5"), ("--temperature", "0")):
         capsys.readouterr()
-        assert run_main(monkeypatch, *words, "--seed", seed) == 0
+        assert run_main(monkeypatch, *words, *choice) == 0
         told.append(capsys.readouterr().out)
     assert told[0] == told[1] != told[2]
-    assert told[0].startswith("Tom")
-    assert run_main(monkeypatch, *words, "--top-p", "2") == 2
-    assert capsys.readouterr().err == "error: top_p 2.0 must be above 0 and at most 1\n"
+    assert all(text.startswith("Tom") for text in told)
+    assert run_main(monkeypatch, *words, "--n", "70", "--seed", "1") == 0
+    stories = capsys.readouterr().out.split("\n<|endoftext|>\n")
+    assert len(stories) == 70
+    assert all(story.startswith("Tom") for story in stories)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Zoë 🐉\r\n".encode())))
+    assert run_main(monkeypatch, *words, "--prompt", "-") == 0
+    assert capsys.readouterr().out.startswith("Zoë 🐉")
+    for prompt in ("", "Once upon a time, " * 40):
+        assert run_main(monkeypatch, *words, "--prompt", prompt) == 0
+        assert capsys.readouterr().out.startswith(prompt)
+    for wrong, message in WRONG_PROMPTS.items():
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a \xff")))
+        assert run_main(monkeypatch, *words, "--prompt", wrong) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert re.fullmatch(f"error: .*{message}.*\n", err)
+
+
+WRONG_PROMPTS = {"\udcff": "half of a surrogate pair", "-": "standard input is not UTF-8 .*byte 2"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--top-p 2", "top_p 2.0 must be above 0 and at most 1"),
+        ("--temperature nan", "temperature nan must be 0"),
+        ("--temperature 0 --top-k 5 --min-p 0.1", "leave out --top-k and --min-p"),
+        ("--temperature 0 --n 2", "leave out --n 2"),
+        ("--n -1", "--n -1 must be at least 1"),
+        ("--seed -1", "seed -1 must be between 0"),
+        ("--repetition-penalty nan", "repetition_penalty nan must be above 0"),
+        ("--max-tokens 0", "max_tokens 0 must be at least 1"),
+        ("--min-p 3", "min_p 3.0 must be between 0 and 1"),
+        ("", "does not exist"),
+    ],
+)
+def test_generate_refuses_what_it_cannot_do_in_one_line(options, message, monkeypatch, capsys):
+    assert run_main(monkeypatch, "generate", "nowhere", *options.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(f"error: .*{message}.*\n", err)
+
+
+def test_a_reader_that_leaves_early_ends_generate_without_a_traceback(tiny):
+    folder = train(composed(tiny))
+    words = [str(folder), "--n", "500", "--max-tokens", "60", "--temperature", "5"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "minigpt.cli", "generate", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""

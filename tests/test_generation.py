@@ -15,11 +15,16 @@ from minigpt.generation import (
     keep_min_p,
     keep_top_k,
     keep_top_p,
+    penalise,
     sample,
+    stream_story,
     stream_text,
 )
 from minigpt.model import GPT, GPTConfig
+from minigpt.runs import Run
 from minigpt.tokenizer import Tokenizer
+from minigpt.training import train
+from tests.conftest import composed
 
 EOT = 0
 GREEDY = SamplingConfig(temperature=0, max_tokens=40)
@@ -40,7 +45,7 @@ def make_net(vocab_size: int = 61, context: int = 16) -> GPT:
     return net
 
 
-def run(net: GPT, prompt: Tensor, sampling: SamplingConfig) -> Tensor:
+def run(net: GPT, prompt: Tensor | list[list[int]], sampling: SamplingConfig) -> Tensor:
     return torch.stack(
         [ids for ids, _ in generate(net, prompt, sampling, EOT)], dim=1
     )  # (B, steps)
@@ -63,6 +68,14 @@ def test_cached_decoding_equals_reading_the_whole_window_again_at_each_token(len
     assert (
         len(torch.stack([ids for ids, _ in got]).unique()) > 20
     )  # no monotone text, which would agree by accident
+
+
+def test_prompts_of_different_lengths_are_continued_as_each_alone():
+    net, prompts = make_net(), [[5], [7, 9, 11, 2, 8, 3], list(range(1, 17)), [4] * 30]
+    together = run(net, prompts, GREEDY)
+    for prompt, found in zip(prompts, together, strict=True):
+        (alone,) = run(net, [prompt], GREEDY)
+        assert torch.equal(found[: len(alone)], alone)
 
 
 def test_rows_that_ended_are_padded_and_the_last_to_end_stops_it():
@@ -142,6 +155,34 @@ def test_min_p_keeps_what_is_at_least_that_share_as_probable_as_the_likeliest():
     assert torch.equal(keep_min_p(logits, 0.0), logits)
 
 
+def test_the_repetition_penalty_is_that_of_transformers():
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    random = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(4, 30, generator=random)
+    text = torch.randint(0, 30, (4, 12), generator=random)
+    seen = torch.zeros(4, 30, dtype=torch.bool).scatter(1, text, True)
+    for penalty in (0.8, 1.0, 1.7):
+        expected = RepetitionPenaltyLogitsProcessor(penalty)(text, logits.clone())
+        torch.testing.assert_close(penalise(logits, seen, penalty), expected)
+
+
+def test_a_strong_penalty_makes_every_token_a_new_one_and_spares_the_end_of_text():
+    net, prompt = make_net(vocab_size=40), torch.tensor([[EOT, 3, 4]])
+    with torch.no_grad():  # logits above 0 for every token
+        net.embedding.weight.copy_(net.embedding.weight[1] + 0.01 * net.embedding.weight)
+        net.final_norm.bias.copy_(net.embedding.weight[1])
+    sampling = SamplingConfig(temperature=0, max_tokens=37, repetition_penalty=1e6)
+    steps = list(generate(net, prompt, sampling, end_of_text=EOT))
+    ids = torch.stack([step.ids[0] for step in steps])
+    before_the_end = ids[ids != EOT]
+    assert len(before_the_end.unique()) == len(before_the_end) > 3
+    assert not {3, 4} & set(before_the_end.tolist())
+    own = [int(step.logits.argmax()) for step in steps]  # as the model has them
+    assert len(set(own)) < len(own)
+    assert ids[-1] == EOT  # the prompt's own did not keep it from coming
+
+
 @pytest.mark.parametrize(("p", "kept"), [(0.3, [3]), (0.5, [3, 1]), (0.75, [3, 1, 0]), (1.0, None)])
 def test_top_p_keeps_the_fewest_that_hold_that_much_probability(p, kept):
     probabilities = torch.tensor([[0.2, 0.3, 0.1, 0.4]])
@@ -158,6 +199,10 @@ def test_top_p_keeps_the_fewest_that_hold_that_much_probability(p, kept):
         ({"top_p": 0.0}, "top_p 0.0 must be above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p 1.5 must be above 0 and at most 1"),
         ({"max_tokens": 0}, "max_tokens 0 must be at least 1"),
+        ({"min_p": -0.1}, "min_p -0.1 must be between 0 and 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty 0.0 must be above 0"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty inf must be above 0"),
+        ({"seed": -1}, "seed -1 must be between 0 and"),
     ],
 )
 def test_impossible_sampling_is_refused_by_name(settings, message):
@@ -187,6 +232,32 @@ def test_stories_of_one_batch_differ_and_stop_before_the_end_of_text(tokenizer):
     assert len(set(stories)) == 4
     ended = generate_stories(net, tokenizer, "Once", 2, GREEDY)  # equal logits: the first, EOT
     assert ended == ["", ""]
+
+
+def test_many_stories_are_written_in_batches_that_do_not_repeat_each_other(tokenizer, monkeypatch):
+    net, sampling = make_net(tokenizer.vocab_size), SamplingConfig(1.5, max_tokens=12, seed=1)
+    sizes = []
+
+    def watched(net, rows, *args):
+        sizes.append(len(rows))
+        return generate(net, rows, *args)
+
+    monkeypatch.setattr(generation, "MAX_BATCH", 4)
+    monkeypatch.setattr(generation, "generate", watched)
+    stories = generate_stories(net, tokenizer, "Once", 10, sampling)
+    assert sizes == [4, 4, 2]
+    assert len(set(stories)) == 10
+    assert stories == generate_stories(net, tokenizer, "Once", 10, sampling)
+
+
+def test_a_run_tells_a_story_in_two_lines(tiny):
+    folder = train(composed(tiny))
+    sampling = SamplingConfig(max_tokens=20, seed=1)
+    told = "".join(stream_story(folder, "Tom had", sampling))
+    run = Run.open(folder)
+    assert told
+    assert told == "".join(stream_text(run.load_net(), run.load_tokenizer(), "Tom had", sampling))
+    assert told == "".join(stream_story(run, "Tom had", sampling))
 
 
 def stream_of(tokenizer: Tokenizer, ids: list[int], monkeypatch: pytest.MonkeyPatch) -> list[str]:

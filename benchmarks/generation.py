@@ -1,0 +1,194 @@
+"""How fast text is generated on this machine, beside transformers' GPT-2 with the same weights.
+
+    python benchmarks/generation.py --json docs/results/generation.json
+
+The medium shape with random weights. All candidates write the same number of tokens behind the
+same prompt, with key/value caches, at temperature 0.8 and without an end; they take turns within
+one run and their medians are compared. Before that, the logits of both are shown to be equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from minigpt.generation import SamplingConfig, generate, sample, seeded_generator
+from minigpt.model import GPT, GPTConfig
+
+PROMPT = 16  # tokens; the prompt and what follows fill the context, and no more: GPT-2 cannot
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Candidate = Callable[[], int]  # writes tokens, and says how many
+
+
+# ---------------------------------------------------------------------------- candidates
+
+
+def ours(net: GPT, batch: int, prompt: int, new: int) -> Candidate:
+    """This project, by the iterator that every caller uses."""
+    ids, sampling = random_prompt(net.config, batch, prompt), SamplingConfig(0.8, max_tokens=new)
+    return lambda: batch * sum(1 for _ in generate(net, ids, sampling, end_of_text=-1))
+
+
+def peer(net: transformers.GPT2LMHeadModel, config: GPTConfig, batch: int, new: int) -> Candidate:
+    """`generate` of transformers, with its cache, sampling from the whole vocabulary."""
+    ids = random_prompt(config, batch, PROMPT)
+    settings = transformers.GenerationConfig(
+        do_sample=True, temperature=0.8, top_k=0, top_p=1.0, max_new_tokens=new, use_cache=True,
+        pad_token_id=0,
+    )  # fmt: skip
+
+    def write() -> int:
+        out: Any = net.generate(
+            ids, attention_mask=torch.ones_like(ids), generation_config=settings
+        )  # type: ignore[operator]
+        return batch * (out.shape[1] - PROMPT)
+
+    return write
+
+
+def without_cache(net: GPT, new: int) -> Candidate:
+    """The last 256 tokens through the whole model for each new one."""
+    context, generator = net.config.context_length, seeded_generator(0, torch.device("cpu"))
+    prompt = random_prompt(net.config, 1, context)
+
+    @torch.inference_mode()
+    def write() -> int:
+        ids = prompt
+        for _ in range(new):
+            logits = net(ids[:, -context:])[:, -1].float()
+            ids = torch.cat([ids, sample(logits, SamplingConfig(0.8), generator)[:, None]], dim=1)
+        return new
+
+    return write
+
+
+def weights_once(n_bytes: int) -> Candidate:
+    """As many bytes as the weights have, read and summed: no token can be had for less."""
+    weights = torch.ones(n_bytes // 4)
+    return lambda: sum(1 for _ in range(100) if weights.sum() > 0)
+
+
+def random_prompt(config: GPTConfig, batch: int, length: int) -> Tensor:
+    return torch.randint(0, config.vocab_size, (batch, length))
+
+
+def as_gpt2(net: GPT) -> transformers.GPT2LMHeadModel:
+    """`net` as a GPT-2: the embedding scale goes into the tied matrix, and out of the last norm."""
+    c = net.config
+    peer = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=c.vocab_size, n_positions=c.context_length, n_embd=c.d_model,
+            n_layer=c.n_layers, n_head=c.n_heads, n_inner=c.d_ff, activation_function="gelu",
+            bos_token_id=None, eos_token_id=None,
+        )
+    ).eval()  # fmt: skip
+    names = {
+        "norm1": "ln_1", "norm2": "ln_2", "attention.qkv": "attn.c_attn",
+        "attention.out": "attn.c_proj", "feed_forward.up": "mlp.c_fc",
+        "feed_forward.down": "mlp.c_proj",
+    }  # fmt: skip
+    weights = {
+        "wte.weight": net.embedding.weight * net.scale,
+        "wpe.weight": net.positions,
+        "ln_f.weight": net.final_norm.weight / net.scale,
+        "ln_f.bias": net.final_norm.bias / net.scale,
+    }
+    for name, weight in net.blocks.state_dict().items():
+        layer, _, rest = name.partition(".")
+        part, _, kind = rest.rpartition(".")
+        transposed = weight.t() if weight.dim() == 2 else weight  # GPT-2 has (in, out)
+        weights[f"h.{layer}.{names[part]}.{kind}"] = transposed
+    peer.transformer.load_state_dict(weights)
+    ids = random_prompt(c, 2, c.context_length)
+    with torch.no_grad():
+        torch.testing.assert_close(peer(ids).logits, net(ids), atol=1e-4, rtol=1e-4)
+    return peer
+
+
+# ---------------------------------------------------------------------------- all of them
+
+
+def measure(candidates: dict[str, Candidate], rounds: int) -> dict[str, float]:
+    """Tokens per second of each: the median of `rounds`, after one that does not count."""
+    rates: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(rounds + 1):
+        for name, write in candidates.items():
+            start = time.perf_counter()
+            tokens = write()
+            rate = tokens / (time.perf_counter() - start)
+            if turn > 0:
+                rates[name].append(rate)
+    return {name: statistics.median(found) for name, found in rates.items()}
+
+
+def compare(rounds: int, new: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    net = GPT(GPTConfig()).eval()
+    gpt2 = as_gpt2(net)
+    context = net.config.context_length
+    candidates: dict[str, Candidate] = {}
+    for precision, dtype in DTYPES.items():
+        own, other = copy.deepcopy(net).to(dtype), copy.deepcopy(gpt2).to(dtype)
+        for batch in (1, 32, 64):
+            candidates[f"ours {precision} batch {batch}"] = ours(own, batch, PROMPT, new)
+        for batch in (1, 32):
+            candidates[f"peer {precision} batch {batch}"] = peer(other, net.config, batch, new)
+    candidates["ours float32 behind a full context"] = ours(net, 1, context, new)
+    candidates["without a cache, full context"] = without_cache(net, max(1, new // 10))
+    candidates["weights read once for each token"] = weights_once(4 * net.n_parameters)
+    rate = measure(candidates, rounds)
+    best = {batch: max(rate[f"ours {p} batch {batch}"] for p in DTYPES) for batch in (1, 32, 64)}
+    best_peer = {batch: max(rate[f"peer {p} batch {batch}"] for p in DTYPES) for batch in (1, 32)}
+    ratios = {}
+    for batch in (1, 32):
+        for p in DTYPES:
+            ours_p, peer_p = rate[f"ours {p} batch {batch}"], rate[f"peer {p} batch {batch}"]
+            ratios[f"ours / peer, {p}, batch {batch}"] = ours_p / peer_p
+        ratios[f"best of ours / best of peer, batch {batch}"] = best[batch] / best_peer[batch]
+    uncached = rate["without a cache, full context"]
+    limit = rate["weights read once for each token"]
+    return {
+        **{f"tokens per second, {name}": value for name, value in rate.items()},
+        **ratios,
+        "with / without a cache, full context": rate["ours float32 behind a full context"]
+        / uncached,
+        "batch 64 / batch 1, float32": rate["ours float32 batch 64"] / rate["ours float32 batch 1"],
+        "batch 64 / batch 1, best": best[64] / best[1],
+        "share of the limit by weights, float32, batch 1": rate["ours float32 batch 1"] / limit,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="How fast text is generated on this machine.")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=240, help="new ones for each text")
+    parser.add_argument("--json", type=Path, help="write the numbers here as well")
+    arguments = parser.parse_args()
+    if not 1 <= arguments.tokens <= 256 - PROMPT:
+        parser.error(f"--tokens must be between 1 and {256 - PROMPT}: GPT-2 cannot go further")
+    transformers.logging.set_verbosity_error()
+    table: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        **compare(arguments.rounds, arguments.tokens),
+    }
+    for name, value in table.items():
+        print(f"{name:62} {f'{value:,.2f}' if isinstance(value, float) else value}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

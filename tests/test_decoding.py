@@ -1,0 +1,64 @@
+import pytest
+import torch
+from torch import Tensor
+
+from minigpt.decoding import Decoder
+from minigpt.model import GPT, GPTConfig
+
+
+def make_net(context: int = 16) -> GPT:
+    """A net whose every weight, bias and norm counts."""
+    torch.manual_seed(3)
+    net = GPT(GPTConfig(61, context, d_model=16, n_layers=2, n_heads=2, d_ff=24)).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return net
+
+
+def random_ids(*shape: int) -> Tensor:
+    return torch.randint(1, 61, shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def reread(net: GPT, text: Tensor, n_known: int) -> list[Tensor]:
+    """The logits after each token of `text` (T,) behind the first `n_known`, by full passes."""
+    window, found = text[:n_known], []
+    for new in text[n_known:]:
+        window = torch.cat([window, new[None]])
+        if len(window) > net.config.context_length:
+            window = window[-max(1, net.config.context_length // 2) :]
+        found.append(net(window[None])[0, -1])
+    return found
+
+
+@pytest.mark.parametrize("context", [1, 2, 3, 16])
+@pytest.mark.parametrize("lengths", [[4, 4, 4], [0, 0], [0, 15, 3, 16, 9, 17, 40], [7]])
+@torch.inference_mode()
+def test_each_row_has_the_logits_of_a_full_pass_over_its_window_alone(context, lengths):
+    net, steps = make_net(context), random_ids(len(lengths), 45)
+    texts = [random_ids(length) for length in lengths]
+    decoder = Decoder(net, texts)
+    found = torch.stack([decoder.read(ids) for ids in steps.unbind(1)], dim=1)  # (B, 45, V)
+    for row, text in enumerate(texts):
+        expected = torch.stack(reread(net, torch.cat([text, steps[row]]), len(text)))
+        torch.testing.assert_close(found[row], expected)
+
+
+@torch.inference_mode()
+def test_the_medium_shape_agrees_to_float32_rounding_beyond_its_context():
+    torch.manual_seed(0)
+    net, text = GPT(GPTConfig()).eval(), torch.randint(1, 3000, (270,))
+    decoder = Decoder(net, [text[:240]])
+    found = torch.stack([decoder.read(new[None])[0] for new in text[240:]])
+    torch.testing.assert_close(found, torch.stack(reread(net, text, 240)), atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_bfloat16_net_is_decoded_in_bfloat16_and_gives_float32_logits():
+    net, ids = make_net(), random_ids(2, 12)
+    exact = net(ids)[:, -1]
+    decoder = Decoder(net.bfloat16(), list(ids[:, :-1]))
+    logits = decoder.read(ids[:, -1])
+    assert decoder.cache.store.dtype == torch.bfloat16
+    assert logits.dtype == torch.float32
+    assert 0 < (logits - exact).abs().max() < 0.1 * exact.abs().max()
