@@ -40,7 +40,7 @@ def ours(net: GPT, batch: int, prompt: int, new: int) -> Candidate:
     return lambda: batch * sum(1 for _ in generate(net, ids, sampling, end_of_text=-1))
 
 
-def peer(net: transformers.GPT2LMHeadModel, config: GPTConfig, batch: int, new: int) -> Candidate:
+def peer(net: Any, config: GPTConfig, batch: int, new: int) -> Candidate:
     """`generate` of transformers, with its cache, sampling from the whole vocabulary."""
     ids = random_prompt(config, batch, PROMPT)
     settings = transformers.GenerationConfig(
@@ -83,7 +83,7 @@ def random_prompt(config: GPTConfig, batch: int, length: int) -> Tensor:
     return torch.randint(0, config.vocab_size, (batch, length))
 
 
-def as_gpt2(net: GPT) -> transformers.GPT2LMHeadModel:
+def as_gpt2(net: GPT) -> Any:
     """`net` as a GPT-2: the embedding scale goes into the tied matrix, and out of the last norm."""
     c = net.config
     peer = transformers.GPT2LMHeadModel(
