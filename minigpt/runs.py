@@ -10,7 +10,6 @@ import json
 import os
 import pickle
 import re
-import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -116,11 +115,12 @@ def global_rank() -> int:
     return 0
 
 
-def new_run_folder(parent: Path, name: str | None, size: str) -> Path:
+def new_run_folder(parent: Path, name: str | None, label: str) -> Path:
     """A folder in `parent` that no other run has, made now: two runs never share one.
 
-    Without a name it is called after the size and the time. The processes that Lightning starts
-    for other devices are told which it is by the environment; others can know it by name alone.
+    Without a name it is called `label`, with a number behind it where that is taken. The processes
+    that Lightning starts for other devices are told which it is by the environment; others can
+    know it by name alone.
     """
     if global_rank() > 0:
         if RUN_FOLDER_VARIABLE in os.environ:
@@ -130,7 +130,7 @@ def new_run_folder(parent: Path, name: str | None, size: str) -> Path:
         (parent / name).mkdir(parents=True, exist_ok=True)
         return parent / name
     parent.mkdir(parents=True, exist_ok=True)
-    base = name or f"{size}-{time.strftime('%Y%m%d-%H%M%S')}"
+    base = name or label
     for attempt in range(1, 1000):
         folder = parent / (base if attempt == 1 else f"{base}-{attempt}")
         try:
@@ -212,9 +212,14 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
+    """Write `content` at `path` in UTF-8, whole or not at all."""
+    write_bytes(path, content.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` at `path`, whole or not at all."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(content, encoding="utf-8", newline="")
+    temporary.write_bytes(content)
     temporary.replace(path)
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import math
 import signal
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,7 +90,7 @@ def train(config: DictConfig, size: str = "gpt", group: Path | None = None) -> P
     folder = (
         checkpoint.parent.parent
         if checkpoint
-        else new_run_folder(group or Path(job.runs_dir), job.name, job.size)
+        else new_run_folder(group or Path(job.runs_dir), job.name, _label(job, group))
     )
     with _log_file(folder / "train.log"):
         if checkpoint is None:
@@ -105,6 +106,11 @@ def train(config: DictConfig, size: str = "gpt", group: Path | None = None) -> P
         log.info("report: %s", folder / REPORT)
         log.info("next:   python evaluate.py ckpt=%s", folder)
     return folder
+
+
+def _label(job: Job, group: Path | None) -> str:
+    """What a run without a name is called. In a multirun the folder around it has the time."""
+    return f"{job.size}-seed{job.seed}" if group else f"{job.size}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _data(job: Job, plan: Plan, start_step: int) -> DataModule:
@@ -202,6 +208,8 @@ def _trainer(
         "model": job.size,
         "parameters": module.net.n_parameters,
         "non_embedding_parameters": module.net.n_parameters - module.net.n_embedding_parameters,
+        "flops_per_token": module.net.flops_per_token(),
+        "train_tokens": data.train.n_tokens,  # of the split, so epochs are tokens / these
         "seed": job.seed,
         "device": hardware.accelerator,
         "precision": hardware.precision,

@@ -35,12 +35,16 @@ class WandbServer:
     Args:
         fixed: settings that every job gets beside the parameters of the sweep.
         more_jobs: settings of jobs that are dealt out after the grid.
+        at_most: points of the grid that are dealt out; None: all.
     """
 
     def __init__(
-        self, fixed: dict[str, Any] | None = None, more_jobs: list[dict[str, Any]] | None = None
+        self,
+        fixed: dict[str, Any] | None = None,
+        more_jobs: list[dict[str, Any]] | None = None,
+        at_most: int | None = None,
     ) -> None:
-        self.fixed, self.more_jobs = fixed or {}, more_jobs or []
+        self.fixed, self.more_jobs, self.at_most = fixed or {}, more_jobs or [], at_most
         self.sweep: dict[str, Any] = {}
         self.waiting: list[dict[str, Any]] = []
         self.runs: dict[str, WandbRun] = {}
@@ -119,7 +123,8 @@ class WandbServer:
         self.sweep = yaml.safe_load(sent["config"])
         names = list(self.sweep["parameters"])
         grid = itertools.product(*(self.sweep["parameters"][name]["values"] for name in names))
-        self.waiting = [dict(zip(names, point, strict=True)) for point in grid] + self.more_jobs
+        points = [dict(zip(names, point, strict=True)) for point in grid]
+        self.waiting = points[: self.at_most] + self.more_jobs
         project = _project(sent["projectName"])
         return {
             "upsertSweep": {
