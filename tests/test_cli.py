@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from minigpt import cli, scaling
+from minigpt import cli, scaling_runs
 from minigpt.training import train
 from tests.conftest import composed
 from tests.run_folder import write_run
@@ -69,7 +69,7 @@ def test_ctrl_c_leaves_quietly_with_exit_code_130(tmp_path, monkeypatch, capsys)
     def interrupted(folders):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(scaling, "find_runs", interrupted)
+    monkeypatch.setattr(scaling_runs, "find_runs", interrupted)
     assert run_main(monkeypatch, "scaling", str(tmp_path)) == 130
     assert capsys.readouterr() == ("", "")
 
