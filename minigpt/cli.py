@@ -95,6 +95,24 @@ def scaling(
     console.print("", f"Wrote {out / 'scaling.md'}, scaling.json and figures.", markup=False)
 
 
+@app.command()
+def study(
+    runs: Annotated[list[Path], typer.Argument(help="The runs to compare, of different sizes.")],
+    out: Annotated[Path, typer.Option(help="Where to write.")] = Path("study"),
+    n: Annotated[int, typer.Option(help="Stories of each run at each temperature.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the stories.")] = 1,
+) -> None:
+    """Compare what runs write and know: coherence by temperature, samples, embeddings.
+
+    Writes coherence.md, samples.md and embeddings.md, with their figure and JSON.
+    """
+    from minigpt.runs import Run
+    from minigpt.study import StudyConfig, write_study
+
+    write_study([Run.open(run) for run in runs], out, StudyConfig(n=n, seed=seed))
+    print(f"Wrote {out / 'coherence.md'}, samples.md and embeddings.md.")
+
+
 def main() -> None:
     """Entry point: a UserError is one line on stderr and exit code 2, ctrl-C a quiet 130."""
     show_log()
