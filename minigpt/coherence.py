@@ -1,6 +1,6 @@
 """How well stories hang together, by size and temperature: what can be counted of it.
 
-    >>> openings = story_openings(bundled_sample().stories("valid"), tokenizer, 200)
+    >>> openings = story_openings(bundled_sample().stories("valid"), tokenizer, 200, 256)
     >>> stories = write_continuations(net, tokenizer, openings, temperature=0.8, seed=1)
     >>> coherence(stories)
 
@@ -63,15 +63,21 @@ class Coherence:
     names_back: float | None  # share of these that come a second time
 
 
-def story_openings(stories: Iterable[str], tokenizer: Tokenizer, n: int) -> list[Opening]:
-    """The first `n` openings among `stories`, in their order.
+def story_openings(
+    stories: Iterable[str], tokenizer: Tokenizer, n: int, context: int
+) -> list[Opening]:
+    """The first `n` openings among `stories` that take up at most half the context, in order.
 
     Raises:
         UserError: there are fewer.
     """
-    found = list(itertools.islice(_openings(stories, tokenizer), n))
+    short = (o for o in _openings(stories, tokenizer) if len(o.ids) <= context // 2)
+    found = list(itertools.islice(short, n))
     if len(found) < n:
-        raise UserError(f"{len(found)} stories begin by naming somebody, fewer than n={n}")
+        raise UserError(
+            f"only {len(found)} stories begin by naming somebody within {context // 2} tokens, "
+            f"half the context: {n} were asked for"
+        )
     return found
 
 

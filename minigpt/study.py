@@ -137,8 +137,8 @@ def _answers_json(answers: Answers) -> dict[str, Any]:
 def study_rows(models: Sequence[Model], config: StudyConfig) -> list[Row]:
     """The writers' row, then one for each model and temperature; `models` have the largest last."""
     judge, tokenizer = models[-1].net, models[-1].tokenizer
-    openings = story_openings(bundled_sample().stories("valid"), tokenizer, config.n)
     context = judge.config.context_length
+    openings = story_openings(bundled_sample().stories("valid"), tokenizer, config.n, context)
     told: list[tuple[str, int | None, float | None, list[Continuation]]] = [
         (WRITERS, None, None, told_by_their_writers(openings, tokenizer, context))
     ]

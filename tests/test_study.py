@@ -42,19 +42,21 @@ def told(text: str, name: str = "Lily", ended: bool = True) -> Continuation:
 
 
 def test_openings_are_first_sentences_that_end_in_a_name(tokenizer):
-    found = story_openings(STORIES, tokenizer, 2)
+    found = story_openings(STORIES, tokenizer, 2, 40)
     assert [(o.text, o.name) for o in found] == [
         ("Once there was a girl named Lily.", "Lily"),
         ("Here is a cat called Kitty.", "Kitty"),
     ]
     assert found[1].rest == " It ate. It slept."
     assert found[0].ids == (0, *tokenizer.encode("Once there was a girl named Lily."))
-    with pytest.raises(UserError, match="2 stories begin by naming somebody, fewer than n=3"):
-        story_openings(STORIES, tokenizer, 3)
+    with pytest.raises(UserError, match="only 2 stories begin by naming .* 3 were asked for"):
+        story_openings(STORIES, tokenizer, 3, 40)
+    with pytest.raises(UserError, match="only 0 stories begin by naming somebody within 2 tokens"):
+        story_openings(STORIES, tokenizer, 1, 4)
 
 
 def test_enough_validation_stories_begin_by_naming_somebody(tokenizer):
-    found = story_openings(bundled_sample().stories("valid"), tokenizer, 1000)
+    found = story_openings(bundled_sample().stories("valid"), tokenizer, 1000, 256)
     assert sum(o.text.startswith("Once upon a time") for o in found) > 500
 
 
@@ -87,7 +89,7 @@ def net(tokenizer) -> GPT:
 
 
 def test_continuations_come_in_the_order_of_their_openings_and_fill_the_context(net, tokenizer):
-    openings = story_openings(STORIES, tokenizer, 2) * 3
+    openings = story_openings(STORIES, tokenizer, 2, 40) * 3
     stories = write_continuations(net, tokenizer, openings, 1.0, seed=1)
     assert [s.opening for s in stories] == openings
     assert len({s.text for s in stories}) > 1
@@ -101,7 +103,7 @@ def test_continuations_come_in_the_order_of_their_openings_and_fill_the_context(
 
 
 def test_the_writers_own_words_are_cut_where_the_context_ends(tokenizer):
-    openings = story_openings(STORIES, tokenizer, 2)
+    openings = story_openings(STORIES, tokenizer, 2, 40)
     rest = len(tokenizer.encode(openings[0].rest))
     whole = len(openings[0].ids) + rest + 1  # and the end-of-text
     for context, ended in ((whole, True), (whole - 1, False)):
@@ -113,7 +115,7 @@ def test_the_writers_own_words_are_cut_where_the_context_ends(tokenizer):
 
 
 def test_perplexity_is_of_the_continuation_and_its_end_alone(net, tokenizer):
-    openings = story_openings(STORIES, tokenizer, 2)
+    openings = story_openings(STORIES, tokenizer, 2, 40)
     stories = told_by_their_writers(openings, tokenizer, 40)
     nats, n = 0.0, 0
     for s in stories:
