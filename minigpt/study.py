@@ -242,10 +242,11 @@ def coherence_figure(rows: Sequence[Row]) -> Figure:
     }
     figure = Figure(figsize=(8.4, 5.4), layout="constrained")
     for axes, (title, value) in zip(figure.subplots(2, 3).flat, measures.items(), strict=True):
-        for i, name in enumerate(dict.fromkeys(row.run for row in rows if row.temperature)):
+        for i, name in enumerate(dict.fromkeys(row.run for row in rows if row.run != WRITERS)):
             own = [row for row in rows if row.run == name]
             known = [(row.temperature, value(row)) for row in own if value(row) is not None]
-            axes.plot(*zip(*known, strict=True), "o-", color=f"C{i}", markersize=4, label=name)
+            if known:
+                axes.plot(*zip(*known, strict=True), "o-", color=f"C{i}", markersize=4, label=name)
         (human,) = [value(row) for row in rows if row.run == WRITERS]
         if human is not None:
             axes.axhline(human, color="#6b7280", linestyle="--", linewidth=1.2, label=WRITERS)
