@@ -212,21 +212,52 @@ def scaling(
         Path | None,
         typer.Option(help="Where to write; without it, into the first folder given."),
     ] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(help="Copy what is read of the finished runs here: small, for a repository."),
+    ] = None,
 ) -> None:
-    """Compare runs by size: a table, and a log-log figure of perplexity against parameters.
+    """Compare runs by size: tables, L = E + A / N^α fitted, and three log-log figures.
 
-    Writes scaling.md, scaling.png and scaling.json, and prints the table.
+    Writes scaling.md, scaling.json and the figures, and prints the table of runs.
     """
     from rich.console import Console
 
-    from minigpt.scaling import find_runs, notes, read_run, rich_table, write_scaling
+    from minigpt.scaling import write_scaling
+    from minigpt.scaling_runs import find_runs, keep_run, read_run
+    from minigpt.scaling_tables import notes, rich_table
 
     runs = [read_run(folder) for folder in find_runs(folders)]
+    if keep is not None:
+        for run in runs:
+            if run.point:
+                keep_run(run.path, keep)
     out = out or folders[0]
-    write_scaling(runs, out)
+    lines = write_scaling(runs, out)
     console = Console()
     console.print(rich_table(runs), "", notes(runs), sep="\n", markup=False, highlight=False)
-    console.print(f"Wrote {out / 'scaling.md'}, scaling.json and scaling.png.", markup=False)
+    for line in lines:
+        said = f"{line.label}: {line.verdict}" if line.fits else line.no_fit
+        console.print("", said, sep="\n", markup=False, highlight=False)
+    console.print("", f"Wrote {out / 'scaling.md'}, scaling.json and figures.", markup=False)
+
+
+@app.command()
+def study(
+    runs: Annotated[list[Path], typer.Argument(help="The runs to compare, of different sizes.")],
+    out: Annotated[Path, typer.Option(help="Where to write.")] = Path("study"),
+    n: Annotated[int, typer.Option(help="Stories of each run at each temperature.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the stories.")] = 1,
+) -> None:
+    """Compare what runs write and know: coherence by temperature, samples, embeddings.
+
+    Writes coherence.md, samples.md and embeddings.md, with their figure and JSON.
+    """
+    from minigpt.runs import Run
+    from minigpt.study import StudyConfig, write_study
+
+    write_study([Run.open(run) for run in runs], out, StudyConfig(n=n, seed=seed))
+    print(f"Wrote {out / 'coherence.md'}, samples.md and embeddings.md.")
 
 
 def main() -> None:

@@ -12,12 +12,14 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from minigpt.config import UserError
 from minigpt.runs import METRICS, SAMPLES, SUMMARY
 
+BAR = "\\|"  # a bar inside a cell of a Markdown table
 Row = dict[str, float]  # one row of metrics.csv: column name to value, measured cells alone
 
 
@@ -96,6 +98,16 @@ def human_count(number: float) -> str:
         if abs(number) >= 0.9995 * size:  # what would round up to 1000 takes the next letter
             return f"{number / size:.3g}{letter}"
     return f"{number:.3g}"
+
+
+def md_table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table whose first `left` columns are text and the others numbers."""
+
+    def line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |"
+
+    ruler = ["---" if i < left else "---:" for i in range(len(heads))]
+    return "\n".join(map(line, (heads, ruler, *rows)))
 
 
 def human_time(seconds: float) -> str:

@@ -14,7 +14,6 @@ import logging
 import os
 import pickle
 import re
-import time
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -153,13 +152,14 @@ def global_rank() -> int:
     return 0
 
 
-def new_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool = False) -> Path:
+def new_run_folder(parent: Path, name: str | None, label: str, exist_ok: bool = False) -> Path:
     """A folder in `parent` that no other run has, made now: two runs never share one.
 
     With `exist_ok` the folder `name` may be there already: one that a killed run left empty.
 
-    Without a name it is called after the size and the time. The processes that Lightning starts
-    for other devices are told which it is by the environment; others can know it by name alone.
+    Without a name it is called `label`, with a number behind it where that is taken. The processes
+    that Lightning starts for other devices are told which it is by the environment; others can
+    know it by name alone.
     """
     if global_rank() > 0:
         if RUN_FOLDER_VARIABLE in os.environ:
@@ -169,7 +169,7 @@ def new_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool = F
         (parent / name).mkdir(parents=True, exist_ok=True)
         return parent / name
     parent.mkdir(parents=True, exist_ok=True)
-    base = name or f"{size}-{time.strftime('%Y%m%d-%H%M%S')}"
+    base = name or label
     for attempt in range(1, 1000):
         folder = parent / (base if attempt == 1 else f"{base}-{attempt}")
         try:
@@ -261,7 +261,7 @@ def write_checkpoint(path: Path, content: dict[str, Any], keep: int = 1) -> None
     buffer.write(_COMMENT_BYTES.to_bytes(2, "little"))
     buffer.write(_CHECKSUM + hashlib.blake2b(buffer.getbuffer()).hexdigest().encode())
     names = [path, *(path.with_stem(f"{path.stem}-{age}") for age in range(1, keep))]
-    _write_bytes(path, buffer.getbuffer(), move=list(zip(names[-2::-1], names[:0:-1], strict=True)))
+    write_bytes(path, buffer.getbuffer(), move=list(zip(names[-2::-1], names[:0:-1], strict=True)))
 
 
 def is_whole(path: Path) -> bool:
@@ -293,11 +293,11 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write `content` at `path`, whole or not at all."""
-    _write_bytes(path, content.encode("utf-8"))
+    """Write `content` at `path` in UTF-8, whole or not at all."""
+    write_bytes(path, content.encode("utf-8"))
 
 
-def _write_bytes(
+def write_bytes(
     path: Path, content: bytes | memoryview, move: list[tuple[Path, Path]] | None = None
 ) -> None:
     """Write `content` aside, and on the disk for sure; then do the renames `move`, and its own."""

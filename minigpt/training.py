@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import math
 import signal
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,7 +82,9 @@ def train(config: DictConfig, size: str = "gpt", group: Path | None = None) -> P
         module = _module(job, plan, data)
         start.check_the_same(module)
         if folder is None:
-            folder = new_run_folder(parent, job.name, job.size, exist_ok=job.resume == AUTO)
+            folder = new_run_folder(
+                parent, job.name, _label(job, group), exist_ok=job.resume == AUTO
+            )
             stack.enter_context(alone_in(folder))
         stack.enter_context(full_disk_in_one_line(folder))
         stack.enter_context(_log_file(folder / "train.log"))
@@ -110,6 +113,11 @@ def _module(job: Job, plan: Plan, data: DataModule) -> GPTModule:
         data.valid.bytes_per_token,
         made_of={"tokenizer": data.tokenizer.fingerprint, "train_tokens": data.train.n_tokens},
     )
+
+
+def _label(job: Job, group: Path | None) -> str:
+    """What a run without a name is called. In a multirun the folder around it has the time."""
+    return f"{job.size}-seed{job.seed}" if group else f"{job.size}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _data(job: Job, plan: Plan, start_step: int) -> DataModule:
@@ -184,6 +192,8 @@ def _trainer(
         "model": job.size,
         "parameters": module.net.n_parameters,
         "non_embedding_parameters": module.net.n_parameters - module.net.n_embedding_parameters,
+        "flops_per_token": module.net.flops_per_token(),
+        "train_tokens": data.train.n_tokens,  # of the split, so epochs are tokens / these
         "seed": job.seed,
         "device": hardware.accelerator,
         "precision": hardware.precision,

@@ -3,10 +3,14 @@
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+
+from minigpt.config import build
+from minigpt.job import Job
 
 # Nets this small are slower on two threads than on one, most of all beside other work.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -62,3 +66,9 @@ def composed(overrides: list[str], name: str = "train") -> DictConfig:
     """The config that `train.py <overrides>` would get."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose(name, overrides)
+
+
+def job(overrides: list[str]) -> Job:
+    """The settings of the run that `train.py <overrides>` would make."""
+    plain: Any = OmegaConf.to_container(composed(overrides), resolve=True)
+    return build(Job, plain, "")

@@ -1,11 +1,12 @@
 import io
+import json
 import re
 import subprocess
 import sys
 
 import pytest
 
-from minigpt import cli, scaling
+from minigpt import cli, scaling_runs
 from minigpt.training import train
 from tests.conftest import composed
 from tests.run_folder import write_run
@@ -54,6 +55,26 @@ def test_scaling_writes_elsewhere_on_request(tmp_path, monkeypatch):
     assert not (run / "scaling.png").exists()
 
 
+def test_scaling_is_made_again_from_the_runs_that_it_kept(tmp_path, monkeypatch):
+    write_run(tmp_path / "runs" / "first")
+    write_run(tmp_path / "runs" / "killed", summary=None)
+    kept, out = tmp_path / "kept", tmp_path / "out"
+    words = ("scaling", str(tmp_path / "runs"), "--out", str(out), "--keep", str(kept))
+    assert run_main(monkeypatch, *words) == 0
+    assert [folder.name for folder in kept.iterdir()] == ["first"]
+    assert run_main(monkeypatch, "scaling", str(kept), "--out", str(tmp_path / "again")) == 0
+    first, again = (
+        json.loads((folder / "scaling.json").read_text(encoding="utf-8"))["runs"]
+        for folder in (out, tmp_path / "again")
+    )
+    assert [run for run in first if run["status"] == "finished"] == again
+
+
+def test_study_names_a_run_that_is_not_there(tmp_path, monkeypatch, capsys):
+    assert run_main(monkeypatch, "study", str(tmp_path / "nowhere")) == 2
+    assert "nowhere does not exist: give a run folder" in capsys.readouterr().err
+
+
 def test_a_mistake_of_the_user_is_one_line_on_stderr_and_exit_code_2(tmp_path, monkeypatch, capsys):
     assert run_main(monkeypatch, "scaling", str(tmp_path)) == 2
     out, err = capsys.readouterr()
@@ -71,7 +92,7 @@ def test_ctrl_c_leaves_quietly_with_exit_code_130(tmp_path, monkeypatch, capsys)
     def interrupted(folders):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(scaling, "find_runs", interrupted)
+    monkeypatch.setattr(scaling_runs, "find_runs", interrupted)
     assert run_main(monkeypatch, "scaling", str(tmp_path)) == 130
     assert capsys.readouterr() == ("", "")
 

@@ -9,19 +9,13 @@ from omegaconf import OmegaConf
 from minigpt.config import build
 from minigpt.evaluation import EvaluationConfig
 from minigpt.model import GPT, GPTConfig
-from minigpt.training import Job
-from tests.conftest import ROOT, composed
+from tests.conftest import ROOT, composed, job
 
 OPTIONS = sorted(
     path.relative_to(ROOT / "conf").with_suffix("")
     for path in (ROOT / "conf").glob("*/*.yaml")
     if path.parent.name != "hydra"
 )
-
-
-def job(overrides: list[str]) -> Job:
-    plain: Any = OmegaConf.to_container(composed(overrides), resolve=True)
-    return build(Job, plain, "")
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
@@ -32,13 +26,19 @@ def test_every_option_makes_a_job(option: Path):
 
 
 @pytest.mark.parametrize(
-    ("size", "parameters"), [("small", 1_046_656), ("medium", 3_404_032), ("large", 7_072_128)]
-)
-def test_the_three_sizes_have_the_parameters_of_the_reference(size: str, parameters: int):
+    ("size", "parameters"),
+    [
+        ("small", 1_046_656), ("medium", 3_404_032), ("large", 7_072_128),  # the reference's
+        ("w32", 138_784), ("w64", 359_488), ("w96", 662_112), ("w192", 2_061_504),
+        ("w320", 5_074_240),
+    ],
+)  # fmt: skip
+def test_the_sizes_differ_by_width_alone(size: str, parameters: int):
     config = job([f"model={size}"]).model
     assert GPT(config).n_parameters == parameters
     assert (config.n_layers, config.vocab_size, config.context_length) == (5, 3000, 256)
-    assert config.d_model // config.n_heads == 32
+    assert config.d_model / config.n_heads == 32
+    assert config.d_ff == 2 * config.d_model
 
 
 def test_the_defaults_are_the_reference_recipe():
@@ -49,6 +49,15 @@ def test_the_defaults_are_the_reference_recipe():
     assert made.data.source == "tinystories_sample"
     full = job(["experiment=full"])
     assert (full.budget.tokens, full.data.source) == (104_000_000, "tinystories")
+
+
+def test_the_reference_recipe_is_one_override_away():
+    made = job(["experiment=reference", "model=medium", "budget.tokens=104e6"])
+    o = made.optimizer
+    assert (o.name, o.beta1, o.beta2, o.weight_decay) == ("adamw", 0.9, 0.999, 0.1)
+    assert (o.warmup_steps, o.schedule, o.final_lr) == (500, "cosine", 0.0)
+    assert (made.model.embedding_scale, made.model.dropout) == (1.0, 0.0)
+    assert (made.model.d_model, made.data.batch_size, made.data.random_offset) == (256, 32, False)
 
 
 def test_the_vocabulary_of_the_model_follows_the_tokenizer():

@@ -22,6 +22,10 @@ ELSEWHERE = {  # shown to work by other tests, or by .ci/run itself
     "minigpt probe runs/<name> --near dad --analogy princess - girl + boy": "test_probe.py",
     "pip install -e '.[playground]'": "make test-browser",
     "minigpt playground runs/<name>": "tests/extra/test_browser.py",
+    "python train.py -m experiment=scaling": "test_sweep.py",
+    "python train.py -m experiment=scaling_seeds": "test_sweep.py",
+    "python train.py -m experiment=recipe": "test_sweep.py",
+    "minigpt study runs/<name>": "test_study.py",
     "wandb sweep sweeps/scaling.yaml": "test_sweep.py",
     "wandb agent <the sweep's id>": "test_sweep.py",
 }
@@ -58,7 +62,6 @@ def test_every_command_of_the_readme_works(place: Path, tiny: list[str]):
             continue
         ran.append(command)
         command = command.replace("runs/<name>", "runs/first")
-        command = command.replace("runs/sweep-<date>", str(next(place.glob("runs/sweep-*"), "")))
         if "train.py" in command and not {"--help", "resume="} & set(
             re.findall(r"--help|resume=", command)
         ):

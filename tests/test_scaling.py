@@ -1,18 +1,22 @@
+import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
 
 from minigpt.config import UserError
-from minigpt.scaling import (
+from minigpt.scaling import write_scaling
+from minigpt.scaling_figures import (
     REFERENCE,
+    compute_figure,
     curves,
-    find_runs,
-    markdown,
-    read_run,
     scaling_figure,
-    write_scaling,
+    tokens_figure,
 )
+from minigpt.scaling_lines import by_size, study_lines
+from minigpt.scaling_runs import find_runs, keep_run, read_run
+from minigpt.scaling_tables import markdown, reference_perplexity
 from tests.run_folder import SUMMARY, write_run
 
 SIZES = {"small": 1_046_656, "medium": 3_404_032, "large": 7_072_128}
@@ -56,20 +60,19 @@ def test_a_result_holds_the_final_numbers_of_the_run(tmp_path):
         327_680,
     )
     assert (run.loss, run.perplexity, run.bits_per_byte) == (4.2, 66.69, 1.578)
-    assert run.reference_perplexity == 17.75
+    assert reference_perplexity(run) == 17.75
 
 
 def test_a_killed_run_is_read_from_its_metrics_and_is_no_point_of_the_figure(tmp_path):
     run = read_run(write_run(tmp_path / "run", summary=None))
     assert (run.status, run.perplexity, run.tokens) == ("unfinished", 66.69, 327_680)
-    assert (run.parameters, run.reference_perplexity, run.point) == (None, None, None)
-    assert "| run (unfinished) | unknown | – | – | 328k | 1 |" in markdown([run])
+    assert (run.parameters, reference_perplexity(run), run.point) == (None, None, None)
+    assert "| run (unfinished) | unknown | – | – | 328k | 1 |" in markdown([run], [])
 
 
 def test_the_table_goes_from_small_to_large_with_the_reference_beside_it(sweep):
     write_run(sweep / "odd", sized("small", 12.0, parameters=2_000_000))
-    write_scaling(results(sweep), sweep)
-    text = (sweep / "scaling.md").read_text(encoding="utf-8")
+    text = markdown(by_size(results(sweep)), [])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[4:10]]
     assert [(row[0], row[7], row[9]) for row in rows] == [
         ("b", "16.00", "17.75"),
@@ -100,10 +103,10 @@ def test_runs_on_other_data_or_another_budget_are_another_line(sweep):
 
 
 def test_the_figure_is_log_log_and_holds_the_reference_and_our_points(sweep):
-    (axes,) = scaling_figure(results(sweep)).axes
+    (axes,) = scaling_figure(results(sweep), {}).axes
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     drawn = [np.asarray(line.get_xydata()).tolist() for line in axes.lines]
-    assert [[size, perplexity] for size, perplexity in REFERENCE.items()] in drawn
+    assert [[model.parameters, model.perplexity] for model in REFERENCE] in drawn
     assert [[1_046_656, 18.0], [3_404_032, 11.0], [7_072_128, 9.0]] in drawn
     assert {"17.75", "10.23", "8.08", "18.00"} <= {text.get_text() for text in axes.texts}
 
@@ -112,12 +115,22 @@ def test_the_files_hold_the_numbers_of_the_figure_and_can_be_written_again(sweep
     out = sweep / "study" / "one"
     write_scaling(results(sweep), out)
     write_scaling(results(sweep), out)
-    assert sorted(p.name for p in out.iterdir()) == ["scaling.json", "scaling.md", "scaling.png"]
-    assert (out / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    pictures = ["scaling-compute.png", "scaling-tokens.png", "scaling.png"]
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        ["scaling.json", "scaling.md", *pictures]
+    )
+    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    assert all(name in (out / "scaling.md").read_text(encoding="utf-8") for name in pictures)
     content = json.loads((out / "scaling.json").read_text(encoding="utf-8"))
     assert len(content["runs"]) == 5
     assert content["figure"]["text, 328k tokens"][0]["perplexity"] == 18.0
-    assert content["reference"][2] == {"parameters": 7_072_128, "perplexity": 8.08}
+    assert content["reference"][2] == {
+        "parameters": 7_072_128,
+        "perplexity": 8.08,
+        "flops_per_token": 48_199_680,
+        "tokens": 104_000_000,
+    }
+    assert str(sweep) not in (out / "scaling.json").read_text(encoding="utf-8")
 
 
 def test_a_number_that_is_not_finite_is_written_as_null_and_not_drawn(tmp_path):
@@ -125,6 +138,154 @@ def test_a_number_that_is_not_finite_is_written_as_null_and_not_drawn(tmp_path):
     assert (run.perplexity, run.point) == (None, None)
     write_scaling([run], tmp_path)
     assert "NaN" not in (tmp_path / "scaling.json").read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------- lines and fits
+
+WIDTHS = (138_784, 359_488, 662_112, 1_046_656, 2_061_504)
+SHORT = ["w0, 139k", "w1, 359k", "w2, 662k", "w3, 1.05M", "w4, 2.06M"]
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Five sizes on the law L = 1.2 + 800 / N^0.5, seeds 0.02 apart, but the largest 0.2 above."""
+    for i, n in enumerate(WIDTHS):
+        for seed in (1, 2) if n < 2e6 else (1,):
+            loss = 1.2 + 800 * n**-0.5 + 0.01 * (-1) ** seed + 0.2 * (n > 2e6)
+            more = {
+                "model": f"w{i}",
+                "parameters": n,
+                "non_embedding_parameters": n // 2,
+                "val/loss": loss,
+                "val/perplexity": math.exp(loss),
+                "best_val_loss": loss - 0.03,
+                "train_tokens": 32_768,
+                "flops_per_token": 6 * n,
+            }
+            folder = write_run(tmp_path / f"w{i}-seed{seed}", SUMMARY | more, seed=seed)
+            late = f"50,400000,{loss - 0.1 * i},{loss},,,21000,0\n"
+            with (folder / "metrics.csv").open("a") as file:
+                file.write(late)
+    return tmp_path
+
+
+def test_a_bend_that_comes_with_a_growing_gap_is_laid_to_repetition(study):
+    (line,) = study_lines(results(study), replicates=50)
+    assert [size.runs for size in line.sizes] == [2, 2, 2, 2, 1]
+    assert [size.epochs for size in line.sizes] == [10] * 5
+    assert [size.gap for size in line.sizes] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4], abs=0.011)
+    assert [size.rise for size in line.sizes] == pytest.approx([0.03] * 5)
+    (last,) = line.forecasts
+    assert last.measured - last.predicted == pytest.approx(0.19, abs=0.01)
+    assert "seen 10.0 times" in line.verdict
+    assert line.verdict.endswith("the gap grows: repetition bends the curve.")
+    assert line.fits.keys() == {"parameters", "non_embedding_parameters"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"train_tokens": None}, "was not recorded"),
+        ({"train_tokens": 400_000}, "No story was seen twice"),
+        ({"val/loss": 1.75, "val/perplexity": 5.75}, "no bend shows here"),
+    ],
+)
+def test_no_bend_is_claimed_without_its_grounds(study, change, said):
+    for run in find_runs([study]):
+        if "val/loss" not in change or run.name == "w4-seed1":
+            summary = json.loads((run / "summary.json").read_text())
+            (run / "summary.json").write_text(json.dumps(summary | change))
+    (line,) = study_lines(results(study), replicates=20)
+    assert said in line.verdict
+
+
+def test_one_seed_each_gives_a_fit_and_says_that_there_is_no_interval(study):
+    runs = [run for run in results(study) if run.seed == 1]
+    (line,) = lines = study_lines(runs)
+    assert line.verdict.endswith("whether that is chance cannot be said.")
+    text = markdown(runs, lines)
+    assert "No interval can be had, as each size has one run" in text
+    assert "(no interval)" in text
+
+
+def test_too_few_sizes_are_said_in_one_line_and_not_fitted(sweep):
+    (line,) = lines = study_lines(results(sweep))
+    assert (line.fits, line.forecasts) == ({}, ())
+    assert "text, 328k tokens: no fit, as three unknowns need at least 4 sizes and 3" in line.no_fit
+    assert line.no_fit in markdown(results(sweep), lines)
+
+
+def test_another_optimizer_or_a_plain_sum_is_another_line(tmp_path):
+    for name, more in {"a": "optimizer: {name: muon}\n", "b": "optimizer: {name: adamw}\n"}.items():
+        run = write_run(tmp_path / name)
+        scale = "model: {embedding_scale: 1.0}\n" if name == "b" else ""
+        (run / "config.yaml").write_text((run / "config.yaml").read_text() + more + scale)
+    assert [run.line for run in results(tmp_path)] == [
+        "text, 328k tokens, muon",
+        "text, 328k tokens, adamw, plain sum",
+    ]
+
+
+def test_the_laws_and_the_curves_are_drawn(study):
+    runs = results(study)
+    (line,) = study_lines(runs, replicates=20)
+    law = line.fits["parameters"]
+    (axes,) = scaling_figure(runs, {line.label: law}).axes
+    drawn = [
+        np.asarray(curve.get_xydata()) for curve in axes.lines if len(curve.get_xydata()) == 100
+    ]
+    assert len(drawn) == 1
+    assert np.allclose(np.log(drawn[0][:, 1]), [law.loss(n) for n in drawn[0][:, 0]])
+    for figure, x in (
+        (tokens_figure(runs), 400_000),
+        (compute_figure(runs), 400_000 * 6 * WIDTHS[4]),
+    ):
+        (axes,) = figure.axes
+        assert axes.get_xscale() == "log"
+        ends = [np.asarray(curve.get_xydata())[-1, 0] for curve in axes.lines]
+        assert x in ends
+        labels = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert labels == ["reference, 104M tokens", *SHORT]
+
+
+def test_the_file_holds_fits_forecasts_and_the_verdict(study):
+    write_scaling(results(study), study / "out", replicates=50)
+    (line,) = json.loads((study / "out/scaling.json").read_text(encoding="utf-8"))["lines"]
+    fit = line["fits"]["parameters"]
+    assert fit["intervals"]["alpha"][0] < fit["alpha"] < fit["intervals"]["alpha"][1]
+    assert line["forecasts"][0]["n"] == WIDTHS[4]
+    text = (study / "out/scaling.md").read_text(encoding="utf-8")
+    assert f"**{line['verdict']}**" in text
+    assert "| w4 | 1 | 10.0 |" in text
+
+
+# ---------------------------------------------------------------------------- kept runs
+
+
+def test_a_kept_run_reads_as_before_holds_no_path_and_can_be_kept_again(tmp_path):
+    run = write_run(tmp_path / "runs" / "one")
+    config = f"runs_dir: {tmp_path}\nseed: 1\n"
+    config += f"data: {{source: text, train_files: [{tmp_path}/a.txt], cache_dir: {tmp_path}/c}}\n"
+    (run / "config.yaml").write_text(config)
+    rows = "".join(f"{i},{i * 100},{9 - i / 1000},,,,1,0.1\n" for i in range(41, 4041))
+    (run / "metrics.csv").write_text((run / "metrics.csv").read_text() + rows)
+    for _ in range(2):
+        kept = keep_run(run, tmp_path / "kept")
+    assert kept == tmp_path / "kept" / "one"
+    before, after = read_run(run), read_run(kept)
+    assert dataclasses.replace(after, path=run) == before
+    assert sorted(p.name for p in kept.iterdir()) == ["config.yaml", "metrics.csv", "summary.json"]
+    assert not any(str(tmp_path) in p.read_text() for p in kept.iterdir())
+    assert 370 < (kept / "metrics.csv").read_text().count("\n") < 420
+    assert keep_run(kept, tmp_path / "kept") == kept
+
+
+def test_a_run_is_never_kept_over_another_of_its_name(tmp_path):
+    for place, loss in (("a", 4.2), ("b", 4.1)):
+        write_run(tmp_path / place / "one", SUMMARY | {"val/loss": loss})
+    keep_run(tmp_path / "a" / "one", tmp_path / "kept")
+    with pytest.raises(UserError, match="kept/one holds another run: remove it, or rename"):
+        keep_run(tmp_path / "b" / "one", tmp_path / "kept")
 
 
 def test_a_folder_that_is_missing_or_holds_no_run_is_said_in_one_line(tmp_path):

@@ -6,15 +6,17 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from tests.conftest import ROOT, write_stories
+from minigpt.model import GPT
+from tests.conftest import ROOT, job, write_stories
 from tests.wandb_server import WandbServer
 
 SWEEP = ROOT / "sweeps" / "scaling.yaml"
-PARAMETERS = {"small": 1_046_656, "medium": 3_404_032, "large": 7_072_128}
+PARAMETERS = {"w32": 138_784, "w64": 359_488, "w96": 662_112}  # the first of the grid
 DIVERGING = 1e20  # a learning rate
 
 # The agent looks after its job every five seconds: four jobs take it forty to sixty.
@@ -41,7 +43,7 @@ def run(*arguments: str, folder: Path, **variables: str) -> subprocess.Completed
 
 @dataclass
 class Sweep:
-    """The server after a sweep of the three sizes and a fourth job, which diverges."""
+    """The server after three jobs of the sweep and a fourth, which diverges."""
 
     server: WandbServer
     agent: subprocess.CompletedProcess[str]
@@ -65,7 +67,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sweep]:
         "trainer.log_every_n_steps": 1,
     }
     diverging = {"model": "small", "optimizer.lr": DIVERGING}
-    with WandbServer(fixed=two_steps, more_jobs=[diverging]) as server:
+    with WandbServer(fixed=two_steps, more_jobs=[diverging], at_most=3) as server:
         wandb = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
         created = run("-m", "wandb", "sweep", str(SWEEP), folder=folder, **wandb)
         assert created.returncode == 0, created.stderr
@@ -82,7 +84,7 @@ def test_the_sweep_is_created_from_our_file(sweep: Sweep):
 
 def test_the_agent_trains_each_size_to_its_end(sweep: Sweep):
     runs = list(sweep.server.runs.values())[:3]
-    assert [run.asked["model"] for run in runs] == ["small", "medium", "large"]
+    assert [run.asked["model"] for run in runs] == list(PARAMETERS)
     for run in runs:
         assert run.exit_code == 0, sweep.agent.stdout + sweep.agent.stderr
         assert run.config["model"] == run.asked["model"]
@@ -103,10 +105,47 @@ def test_a_job_that_fails_is_reported_to_the_agent_and_to_the_server(sweep: Swee
     assert "Detected 1 consecutive failed runs, shutting down" in sweep.agent.stderr
 
 
-def test_hydra_runs_the_same_sizes_with_no_account():
-    values = yaml.safe_load(SWEEP.read_text(encoding="utf-8"))["parameters"]["model"]["values"]
-    experiment = yaml.safe_load((ROOT / "conf/experiment/scaling.yaml").read_text(encoding="utf-8"))
-    assert experiment["hydra"]["sweeper"]["params"]["model"].split(",") == values
+def of_wandb(name: str) -> dict[str, dict[str, Any]]:
+    text = (ROOT / f"sweeps/{name}.yaml").read_text(encoding="utf-8")
+    sweep = yaml.safe_load(text)
+    assert f"experiment={name}" in sweep["command"]
+    return sweep["parameters"]
+
+
+def of_hydra(name: str) -> dict[str, list[Any]]:
+    text = (ROOT / f"conf/experiment/{name}.yaml").read_text(encoding="utf-8")
+    grid = yaml.safe_load(text)["hydra"]["sweeper"]["params"]
+    return {
+        key: [yaml.safe_load(v) for v in str(values).split(",")] for key, values in grid.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["scaling", "scaling_seeds"])
+def test_hydra_runs_the_same_sizes_with_no_account(name):
+    assert of_hydra(name) == {"model": of_wandb(name)["model"]["values"]}
+    assert list(of_wandb(name)) == ["model"]
+
+
+def test_the_sizes_that_are_run_twice_are_those_under_two_million_parameters():
+    sizes = {size: job([f"model={size}"]).model for size in of_hydra("scaling")["model"]}
+    small = [size for size, model in sizes.items() if GPT(model).n_parameters < 2e6]
+    assert of_hydra("scaling_seeds")["model"] == small
+    assert job(["experiment=scaling"]).seed == 1
+    assert job(["experiment=scaling_seeds"]).seed == 2
+
+
+def test_the_local_recipe_search_is_a_grid_inside_the_space_of_the_sweep():
+    space, grid = of_wandb("recipe"), of_hydra("recipe")
+    assert space.keys() == grid.keys()
+    for name, values in grid.items():
+        for value in map(float, values):
+            if "values" in space[name]:
+                assert value in space[name]["values"]
+            else:
+                assert space[name]["min"] <= value <= space[name]["max"]
+            tried = job(["experiment=recipe", f"{name}={value:g}", "name=x"])
+            assert tried.data.source == "tinystories_tuning"
+    assert tried.trainer.n_validations == 10
 
 
 def test_without_a_key_each_job_has_an_offline_run_that_can_be_synced(

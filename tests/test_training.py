@@ -43,6 +43,12 @@ def test_a_run_folder_holds_all_there_is_to_know(tiny: list[str], tmp_path: Path
     assert [sample["step"] for sample in read_samples(folder)] == [10, 20]
     summary = read_summary(folder)
     assert (summary["status"], summary["steps"], summary["model"]) == ("finished", 20, "small")
+    net = Run.open(folder).load_net()
+    assert summary["flops_per_token"] == net.flops_per_token()
+    assert (
+        summary["train_tokens"]
+        == read_checkpoint(folder / "checkpoints/last.ckpt")["hyper_parameters"]["train_tokens"]
+    )
     assert "<svg" in (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -138,7 +144,9 @@ def test_two_runs_of_the_same_second_do_not_share_a_folder(
     folders: list[Path] = []
     for _ in range(2):
         folders.append(train(composed(tiny), size="small"))
-    assert [f.name for f in folders] == ["small-20260101-120000", "small-20260101-120000-2"]
+    folders.append(train(composed(tiny), size="small", group=folders[0].parent / "sweep"))
+    names = ["small-20260101-120000", "small-20260101-120000-2", "small-seed1"]
+    assert [f.name for f in folders] == names
 
 
 def test_a_name_that_is_taken_is_refused(tiny: list[str], tmp_path: Path):

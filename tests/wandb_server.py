@@ -37,6 +37,7 @@ class WandbServer:
         more_jobs: settings of jobs that are dealt out after the grid.
         trouble: what happens to the history that runs send: it is refused with error 500, or gets
             no answer until the server is closed.
+        at_most: points of the grid that are dealt out; None: all.
     """
 
     def __init__(
@@ -44,10 +45,11 @@ class WandbServer:
         fixed: dict[str, Any] | None = None,
         more_jobs: list[dict[str, Any]] | None = None,
         trouble: Literal["error", "silence"] | None = None,
+        at_most: int | None = None,
     ) -> None:
         self.trouble, self.n_troubled = trouble, 0
         self._closed = threading.Event()
-        self.fixed, self.more_jobs = fixed or {}, more_jobs or []
+        self.fixed, self.more_jobs, self.at_most = fixed or {}, more_jobs or [], at_most
         self.sweep: dict[str, Any] = {}
         self.waiting: list[dict[str, Any]] = []
         self.runs: dict[str, WandbRun] = {}
@@ -133,7 +135,8 @@ class WandbServer:
         self.sweep = yaml.safe_load(sent["config"])
         names = list(self.sweep["parameters"])
         grid = itertools.product(*(self.sweep["parameters"][name]["values"] for name in names))
-        self.waiting = [dict(zip(names, point, strict=True)) for point in grid] + self.more_jobs
+        points = [dict(zip(names, point, strict=True)) for point in grid]
+        self.waiting = points[: self.at_most] + self.more_jobs
         project = _project(sent["projectName"])
         return {
             "upsertSweep": {
