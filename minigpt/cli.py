@@ -150,9 +150,10 @@ def probe(
     """
     from rich.console import Console
 
+    from minigpt.analogies import ask
     from minigpt.embedding_map import MAP, FewWordsError, caption, embedding_map, write_map
     from minigpt.embeddings import EmbeddingProbe, SplitWordError, parse_analogy
-    from minigpt.probe import score_analogies, score_line, score_table, word_table
+    from minigpt.probe import score_line, score_table, word_table
     from minigpt.runs import Run
 
     asked = {text: parse_analogy(text) for text in analogy or []}
@@ -167,8 +168,8 @@ def probe(
         except SplitWordError as error:
             split[str(error)] = None  # once, though asked twice
     if not near and not asked:
-        scored = score_analogies(probe)
-        console.print(score_table(scored), score_line(scored), sep="\n")
+        answers = ask(probe)
+        console.print(score_table(answers), score_line(answers), sep="\n")
     try:
         found, path = embedding_map(probe), (out or opened.folder) / MAP
         write_map(found, path)
