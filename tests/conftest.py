@@ -29,6 +29,11 @@ def write_stories(path: Path, n: int, seed: int) -> Path:
 @pytest.fixture
 def tiny(tmp_path: Path) -> list[str]:
     """Overrides of train.py: a run of 20 steps on a tiny corpus, all of it below tmp_path."""
+    return tiny_overrides(tmp_path)
+
+
+def tiny_overrides(tmp_path: Path) -> list[str]:
+    """What the fixture `tiny` gives, for fixtures that live longer."""
     train, valid = tmp_path / "train.txt", tmp_path / "valid.txt"
     return [
         "data=text",
