@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test test-export lint format clean
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed
@@ -14,6 +14,9 @@ quickstart: .venv/installed
 
 test: lint
 	$(BIN)/python -m pytest -n auto
+
+test-export: .venv/installed-export
+	$(BIN)/python -m pytest tests/extra/test_export_tools.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check
@@ -35,6 +38,10 @@ format: .venv/installed-dev
 .venv/installed-dev: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@ .venv/installed
+
+.venv/installed-export: .venv/installed-dev
+	$(BIN)/python -m pip install --quiet --editable '.[export,lm-eval]'
+	touch $@
 
 clean:
 	rm -rf .venv .cache .pytest_cache .ruff_cache build *.egg-info
