@@ -91,19 +91,19 @@ def export(
             package is missing.
     """
     check_place(out)
-    net = run.load_net()
+    net, summary = run.load_net(), _summary(run)
     _round(net, DTYPES[config.weights])  # to what will be read back
     evaluation = _known_evaluation(run.folder, net)
     if evaluation is None and config.evaluate:
         evaluation = _measure(run, net, config, console)
     with _whole_folder(out) as folder:
-        _write_files(run, net, evaluation, folder, config)
+        _write_files(run, net, summary, evaluation, folder, config)
         card = model_card(
             name=name or out.resolve().name,
             format=config.format,
             dtype=config.weights,
             config=run.config(),
-            summary=_summary(run),
+            summary=summary,
             evaluation=evaluation,
             n_parameters=net.n_parameters,
             vocabulary=run.load_tokenizer().vocab_size,
@@ -117,7 +117,12 @@ def export(
 
 
 def _write_files(
-    run: Run, net: GPT, evaluation: dict[str, Any] | None, folder: Path, config: ExportConfig
+    run: Run,
+    net: GPT,
+    summary: dict[str, Any],
+    evaluation: dict[str, Any] | None,
+    folder: Path,
+    config: ExportConfig,
 ) -> None:
     """All but the model card."""
     tokenizer = run.load_tokenizer()
@@ -125,7 +130,7 @@ def _write_files(
         write_safetensors(net, folder, DTYPES[config.weights])
         tokenizer.save(folder / TOKENIZER)
         _write_yaml(folder / CONFIG, portable_config(run.config()))
-        write_json(folder / SUMMARY, _portable_summary(_summary(run), evaluation))
+        write_json(folder / SUMMARY, _portable_summary(summary, evaluation))
     else:
         writers = {"hf": write_hf, "onnx": write_onnx, "gguf": write_gguf}
         writers[config.format](net, tokenizer, folder)
@@ -208,8 +213,10 @@ def _summary(run: Run) -> dict[str, Any]:
         return summary
     content = read_checkpoint(run.checkpoint)
     steps = content["global_step"]
-    tokens = steps * content["hyper_parameters"]["tokens_per_step"]
-    return {**summary, "steps": steps, "tokens": tokens}
+    if steps == summary.get("steps"):
+        return summary
+    per_step = content["hyper_parameters"].get("tokens_per_step")
+    return {**summary, "steps": steps, "tokens": per_step and steps * per_step}
 
 
 def _portable_summary(

@@ -90,8 +90,8 @@ def model_card(
         vocabulary=vocabulary,
         facts=_facts(dtype, config, summary, evaluation),
         usage=USAGE[format].format(name=name),
-        tinystories=source in CORPORA,
-        corpus=CORPORA.get(source, ""),
+        tinystories=source.startswith("tinystories"),
+        corpus=CORPORA.get(source, source),
         command=training_command(config, summary.get("precision")),
         version=metadata.version("minigpt"),
         commit=summary.get("commit") or "not recorded",
@@ -128,29 +128,29 @@ def _facts(
 def training_command(config: Mapping[str, Any], precision: str | None) -> str:
     """The train.py command, over several lines, that has all settings which decide the weights."""
     data, source = config["data"], config["data"]["source"]
-    places = ("train_files", "valid_files", "cache_dir", "source")  # and which config group it is
-    unused = {"tinystories_sample": ("holdout", "separator", "download_tokens")}
-    unused |= {"tinystories": ("holdout", "separator"), "text": ("download_tokens",)}
-    left_out = (*places, *unused[source])
-    first = [f"model={config['size']}", f"data={source}"]
+    elsewhere = ("source", "train_files", "valid_files", "cache_dir")  # in the first line, or paths
+    first = [f"model={config['size']}", f"data={source}", f"seed={config['seed']}"]
     if source == "text":
         first.append("data.train_files=[your-stories.txt]")
+    if "name" in config["optimizer"]:
+        first.append(f"optimizer={config['optimizer']['name']}")
     trainer = {"accumulate_grad_batches": config["trainer"]["accumulate_grad_batches"]}
     trainer["precision"] = precision or config["trainer"]["precision"]
     sections = {
         "model": {key: value for key, value in config["model"].items() if key != "attention"},
-        "data": {key: value for key, value in data.items() if key not in left_out},
+        "data": {key: value for key, value in data.items() if key not in elsewhere},
         "optimizer": config["optimizer"],
         "trainer": trainer,
         "budget": config["budget"],
     }
-    lines = [" ".join([*map(shlex.quote, first), f"seed={config['seed']}"])]
+    lines = [" ".join(map(shlex.quote, first))]
     lines += [" ".join(_overrides(section, values)) for section, values in sections.items()]
     return " \\\n  ".join(["python train.py", *lines])
 
 
 def _overrides(section: str, values: Mapping[str, Any]) -> list[str]:
-    return [shlex.quote(f"{section}.{key}={_typed(value)}") for key, value in values.items()]
+    # ++ also sets what the chosen config file leaves to the default of the code.
+    return [shlex.quote(f"++{section}.{key}={_typed(value)}") for key, value in values.items()]
 
 
 def _typed(value: Any) -> str:

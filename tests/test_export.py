@@ -128,6 +128,15 @@ def test_an_export_in_our_format_is_a_run_without_paths(run, tmp_path, monkeypat
     assert contents(again)["model.safetensors"] == contents(out)["model.safetensors"]
 
 
+def test_an_export_counts_the_tokens_that_its_checkpoint_has_seen(run, tmp_path):
+    content = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    content["global_step"] = 10
+    torch.save(content, run / "checkpoints" / "best.ckpt")
+    out = made(run, tmp_path / "out", format="safetensors")
+    assert read_run(out).tokens == 640
+    assert "| tokens seen in training | 640 |" in (out / "README.md").read_text(encoding="utf-8")
+
+
 def test_an_export_of_own_stories_is_evaluated_on_stories_that_are_given(run, trained, tmp_path):
     out = made(run, tmp_path / "out", format="safetensors", dtype="float32")
     with pytest.raises(UserError, match="does not say where its stories lie: give data=text"):
