@@ -6,6 +6,7 @@ without changing what the model computes. Every writer leaves float32 but `write
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import warnings
@@ -121,7 +122,7 @@ def _hf_config(net: GPT, end: int) -> dict[str, Any]:
         "n_head": c.n_heads,
         "n_inner": c.d_ff,
         "activation_function": "gelu",  # the exact one: GPT-2's own is an approximation by tanh
-        "layer_norm_epsilon": net.blocks[0].norm1.eps,
+        "layer_norm_epsilon": net.final_norm.eps,
         "embd_pdrop": c.dropout,
         "resid_pdrop": c.dropout,
         "attn_pdrop": 0.0,
@@ -192,11 +193,8 @@ def write_onnx(net: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     Raises:
         UserError: onnx or onnxscript is not installed.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError:
-        raise _missing("ONNX", "onnx and onnxscript") from None
+    _installed("onnx")
+    _installed("onnxscript")
     from torch.export import Dim
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision
@@ -231,10 +229,7 @@ def write_gguf(net: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     Raises:
         UserError: gguf is not installed.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise _missing("GGUF", "gguf") from None
+    gguf = _installed("gguf")
     c = net.config
     writer = gguf.GGUFWriter(folder / "model.gguf", "gpt2")
     writer.add_block_count(c.n_layers)
@@ -242,9 +237,9 @@ def write_gguf(net: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     writer.add_embedding_length(c.d_model)
     writer.add_feed_forward_length(c.d_ff)
     writer.add_head_count(c.n_heads)
-    writer.add_layer_norm_eps(net.blocks[0].norm1.eps)
+    writer.add_layer_norm_eps(net.final_norm.eps)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    _add_tokenizer(writer, tokenizer, c.vocab_size)
+    _add_tokenizer(writer, tokenizer, c.vocab_size, gguf.TokenType)
     for name, weight in as_gpt2(net).items():
         writer.add_tensor(renamed(name, GGUF_NAMES, GGUF_PARTS, "blk"), weight.numpy())
     writer.write_header_to_file()
@@ -253,16 +248,14 @@ def write_gguf(net: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     writer.close()
 
 
-def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
+def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int, kind: Any) -> None:
     """Vocabulary and merges; `gpt-2` names the cutting into words that ours does too."""
-    import gguf
-
     model = json.loads(tokenizer.to_json())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
     tokens += [f"<unused{i}>" for i in range(len(tokens), vocab_size)]  # the matrix has their rows
-    types = [gguf.TokenType.NORMAL] * len(tokens)
-    types[tokenizer.vocab_size :] = [gguf.TokenType.UNUSED] * (vocab_size - tokenizer.vocab_size)
-    types[tokenizer.end_of_text] = gguf.TokenType.CONTROL
+    types = [kind.NORMAL] * len(tokens)
+    types[tokenizer.vocab_size :] = [kind.UNUSED] * (vocab_size - tokenizer.vocab_size)
+    types[tokenizer.end_of_text] = kind.CONTROL
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
@@ -273,5 +266,9 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
     writer.add_add_bos_token(True)
 
 
-def _missing(what: str, packages: str) -> UserError:
-    return UserError(f"{what} needs {packages}: type pip install -e '.[export]'")
+def _installed(package: str) -> Any:
+    """The package, imported. UserError: it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UserError(f"this format needs {package}: type pip install -e '.[export]'") from None
