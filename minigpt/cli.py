@@ -10,13 +10,16 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import typer.core
 
 from minigpt.config import UserError
 from minigpt.console import show_log
+
+Format = Literal["hf", "safetensors", "onnx", "gguf"]
+Dtype = Literal["float32", "bfloat16"]
 
 app = typer.Typer(
     help="Use and study the story-telling models that train.py makes.",
@@ -259,6 +262,50 @@ def study(
 
     write_study([Run.open(run) for run in runs], out, StudyConfig(n=n, seed=seed))
     print(f"Wrote {out / 'coherence.md'}, samples.md and embeddings.md.")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder, or a checkpoint file in one.")],
+    out: Annotated[Path, typer.Argument(help="A new folder, or an earlier export to replace.")],
+    format: Annotated[
+        Format,
+        typer.Option(help="hf: for transformers. safetensors: for this project. onnx, gguf."),
+    ] = "hf",
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="Of the weights in safetensors: bfloat16 unless you ask for float32."),
+    ] = None,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="Measure the exported weights if nobody has yet.")
+    ] = False,
+    push: Annotated[
+        str | None, typer.Option(help="Send it to the Hugging Face Hub as this user/name.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --push: list what would be sent, send nothing.")
+    ] = False,
+) -> None:
+    """Write a model for other programs, with a model card; nothing is sent without --push."""
+    if dry_run and push is None:
+        raise UserError("--dry-run lists what --push would send: add --push user/name")
+    from minigpt.console import console
+    from minigpt.export import ExportConfig, check_place
+    from minigpt.export import export as write
+    from minigpt.publish import check_repository, listing
+    from minigpt.publish import push as send
+    from minigpt.runs import Run
+
+    config = ExportConfig(format, dtype, evaluate)
+    check_place(out)
+    if push is not None:
+        check_repository(push, dry_run)
+    files = write(Run.open(run), out, config, push, console)
+    print(f"Wrote {out}: {', '.join(path.name for path in files)}")
+    if push is not None and dry_run:
+        print(f"Nothing was sent. Without --dry-run this would be:\n{listing(push, files)}")
+    elif push is not None:
+        print(f"Sent to {send(out, push, files)}")
 
 
 def main() -> None:

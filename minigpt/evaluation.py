@@ -32,7 +32,7 @@ from minigpt.hardware import Hardware
 from minigpt.model import GPT, IGNORE_INDEX, perplexity
 from minigpt.records import read_summary
 from minigpt.repetition import Repetition, measure
-from minigpt.runs import EVALUATION, Run, write_json
+from minigpt.runs import EVALUATION, Run, weights_fingerprint, write_json
 from minigpt.tokenizer import Tokenizer
 
 log = logging.getLogger("minigpt")
@@ -224,7 +224,9 @@ def write_stories(
 
 
 def compare_temperatures(
-    temperatures: Sequence[float], stories: list[list[dict[str, str]]], trained_on: DataConfig
+    temperatures: Sequence[float],
+    stories: list[list[dict[str, str]]],
+    trained_on: DataConfig | None,
 ) -> tuple[list[Temperature], int]:
     """A row for each temperature, and how many training stories novelty was measured against.
 
@@ -239,8 +241,22 @@ def compare_temperatures(
     return list(map(Temperature, temperatures, stories, measured)), n_training
 
 
-def training_stories(settings: DataConfig) -> Iterator[str]:
-    """The first training stories of a run; for any TinyStories run those of the bundled sample."""
+def own_data(run_config: dict[str, Any]) -> DataConfig | None:
+    """What a run was trained on; None for an export of a model of somebody's own files."""
+    data = run_config["data"]
+    if data.get("source") == "text" and "train_files" not in data:
+        return None
+    return build(DataConfig, data, "data")
+
+
+def training_stories(settings: DataConfig | None) -> Iterator[str]:
+    """The first training stories of a run; for any TinyStories run those of the bundled sample.
+
+    Raises:
+        UserError: nobody knows where they are, or they cannot be read.
+    """
+    if settings is None:
+        raise UserError("an export does not say where they are")
     corpus = open_corpus(settings) if settings.source == "text" else bundled_sample()
     return itertools.islice(corpus.stories("train"), NOVELTY_STORIES)
 
@@ -253,6 +269,7 @@ class Evaluation:
     """All that evaluation.json holds."""
 
     checkpoint: str  # name of the file
+    weights: str  # fingerprint of what was in it
     parameters: int
     device: str
     precision: str
@@ -281,8 +298,13 @@ def evaluate(run: Run, config: EvaluationConfig, console: Console | None = None)
     """
     net = run.load_net()
     own = run.config()
-    trained_on = build(DataConfig, own["data"], "data")
+    trained_on = own_data(own)
     settings = config.data or trained_on
+    if settings is None:
+        raise UserError(
+            f"{run.folder} does not say where its stories lie: give data=text "
+            "'data.valid_files=[stories.txt]'"
+        )
     # A run that was killed left no summary, but what it asked for is the same on this machine.
     asked = own.get("trainer", {}).get("precision", "auto")
     precision = read_summary(run.folder).get("precision", asked)
@@ -298,6 +320,7 @@ def evaluate(run: Run, config: EvaluationConfig, console: Console | None = None)
     probe = EmbeddingProbe(net, tokenizer)
     evaluation = Evaluation(
         checkpoint=run.checkpoint.name,
+        weights=weights_fingerprint(net),
         parameters=net.n_parameters,
         device=hardware.accelerator,
         precision=hardware.precision,

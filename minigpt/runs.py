@@ -1,6 +1,6 @@
 """A run folder: what lies in it under which name, and how to get its model back.
 
->>> run = Run.open("runs/small-20260101-120000")  # or a checkpoint file in it
+>>> run = Run.open("runs/small-20260101-120000")  # or a checkpoint file in it, or an export of it
 >>> net, tokenizer = run.load_net(), run.load_tokenizer()
 """
 
@@ -14,6 +14,7 @@ import logging
 import os
 import pickle
 import re
+import subprocess
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -23,6 +24,9 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from minigpt.config import UserError, build
 from minigpt.model import GPT, GPTConfig
@@ -36,6 +40,7 @@ SUMMARY = "summary.json"
 REPORT = "report.html"
 EVALUATION = "evaluation.json"
 CHECKPOINTS = "checkpoints"
+WEIGHTS = "model.safetensors"  # in place of checkpoints, in what `minigpt export` makes
 RUN_FOLDER_VARIABLE = "MINIGPT_RUN_FOLDER"  # rank 0 tells the ranks it launches
 BEST, LAST = "best", "last"  # checkpoints/best.ckpt, last.ckpt; before it last-1.ckpt, ...
 
@@ -57,15 +62,18 @@ class Run:
         """The run at `path`: its folder (the best checkpoint, else the last) or a checkpoint file.
 
         A folder of runs stands for the newest of them. In a folder, a damaged checkpoint is passed
-        over, and the log says so.
+        over, and the log says so. A folder that `minigpt export --format safetensors` made is a run
+        as well.
 
         Raises:
             UserError: there is no run or no checkpoint there.
         """
         path = Path(path)
         if path.is_dir():
-            best = path / CHECKPOINTS / f"{BEST}.ckpt"
+            best, weights = path / CHECKPOINTS / f"{BEST}.ckpt", path / WEIGHTS
             found = [*([best] if best.is_file() else []), *last_checkpoints(path)]
+            if not found and weights.is_file():
+                return cls(path, weights)
             if not found:
                 newest = max(path.glob(f"*/{CHECKPOINTS}/*.ckpt"), key=_modified, default=None)
                 if newest is not None:
@@ -86,8 +94,12 @@ class Run:
         Raises:
             UserError: not a checkpoint, a damaged one, or one of another run.
         """
-        net = load_net(self.checkpoint)
-        if build(GPTConfig, self.config().get("model", {}), "model") != net.config:
+        config = build(GPTConfig, self.config().get("model", {}), "model")
+        if self.checkpoint.suffix == ".safetensors":
+            net = _with_weights(config, read_safetensors(self.checkpoint), self.checkpoint)
+        else:
+            net = load_net(self.checkpoint)
+        if config != net.config:
             raise UserError(f"{self.checkpoint} is not of this run: its model is another one")
         return net.to(device).eval()
 
@@ -185,6 +197,17 @@ def new_run_folder(parent: Path, name: str | None, label: str, exist_ok: bool = 
     raise UserError(f"{parent} holds a thousand runs of this second: give a name=...")
 
 
+def source_commit() -> str | None:
+    """The git commit of this code, with -dirty behind it when changed; None outside a checkout."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The resolved configuration in a run folder, as plain values. UserError: there is none."""
     path = folder / CONFIG
@@ -211,14 +234,38 @@ def load_net(checkpoint: Path) -> GPT:
     settings = content["hyper_parameters"].get("model")
     if not isinstance(settings, Mapping):
         raise UserError(f"{checkpoint} is not a Mini GPT checkpoint: it holds no model settings")
-    net = GPT(build(GPTConfig, settings, "model"))
     weights = {k.removeprefix("net."): v for k, v in content["state_dict"].items()}
+    return _with_weights(build(GPTConfig, settings, "model"), weights, checkpoint)
+
+
+def _with_weights(config: GPTConfig, weights: dict[str, Tensor], path: Path) -> GPT:
+    """A float32 model with these weights, of whatever dtype they are. `path` is for the error."""
+    net = GPT(config)
     try:
         net.load_state_dict(weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{checkpoint} holds the weights of another model: {reason}") from None
+        raise UserError(f"{path} holds the weights of another model: {reason}") from None
     return net
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. UserError: it is none, or is cut short."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError):
+        raise UserError(
+            f"{path} is not a safetensors file, or is cut short: export again"
+        ) from None
+
+
+def weights_fingerprint(net: GPT) -> str:
+    """A hash of all parameters as float32: what was measured on one model holds for its equals."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, weight in sorted(net.named_parameters()):
+        digest.update(name.encode())
+        digest.update(weight.detach().float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

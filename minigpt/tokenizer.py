@@ -91,8 +91,12 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Write tokenizer.json, whole or not at all."""
         partial = Path(f"{path}.{os.getpid()}.tmp")
-        partial.write_text(self._library.to_str(pretty=True), encoding="utf-8")
+        partial.write_text(self.to_json(), encoding="utf-8")
         os.replace(partial, path)
+
+    def to_json(self) -> str:
+        """What `save` writes: the format of the `tokenizers` library."""
+        return self._library.to_str(pretty=True)
 
     @property
     def vocab_size(self) -> int:

@@ -44,6 +44,7 @@ from minigpt.runs import (
     global_rank,
     last_checkpoints,
     new_run_folder,
+    source_commit,
     write_text,
 )
 
@@ -197,6 +198,7 @@ def _trainer(
         "seed": job.seed,
         "device": hardware.accelerator,
         "precision": hardware.precision,
+        "commit": source_commit(),
     }
     n_batches = plan.n_steps * job.trainer.accumulate_grad_batches
     metrics = MetricsCsv(folder / METRICS, start_step or None)

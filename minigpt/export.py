@@ -1,0 +1,269 @@
+"""A run out as files that others can use: `minigpt export`.
+
+    >>> export(Run.open("runs/my-run"), Path("out"), ExportConfig(format="hf"))
+    [PosixPath('out/README.md'), PosixPath('out/config.json'), ...]
+
+The folder is written beside its place and renamed when it is whole. An earlier export is replaced;
+any other folder with something in it is left as it is. The numbers in it are those that were
+measured on the very weights that are exported, which their fingerprint tells, or none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from rich.console import Console
+
+from minigpt.config import UserError
+from minigpt.evaluation import EvaluationConfig, evaluate
+from minigpt.export_formats import write_gguf, write_hf, write_onnx, write_safetensors
+from minigpt.model import GPT
+from minigpt.model_card import model_card
+from minigpt.records import read_summary
+from minigpt.runs import (
+    CONFIG,
+    EVALUATION,
+    SUMMARY,
+    TOKENIZER,
+    Run,
+    read_checkpoint,
+    weights_fingerprint,
+    write_json,
+    write_text,
+)
+
+CARD = "README.md"
+MARK = "export.json"  # says that this is an export, and which files belong to it
+ALSO = ("report.html", "evaluation*.json")  # what evaluate.py may leave in one
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Format = Literal["hf", "safetensors", "onnx", "gguf"]
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What to write."""
+
+    format: Format = "hf"
+    dtype: Literal["float32", "bfloat16"] | None = None  # None: bfloat16 for safetensors
+    evaluate: bool = False  # measure the exported weights if nobody has
+
+    def __post_init__(self) -> None:
+        if self.dtype == "bfloat16" and self.format != "safetensors":
+            raise UserError(
+                f"--format {self.format} is float32, which is exact: leave out --dtype, or take "
+                "--format safetensors"
+            )
+
+    @property
+    def weights(self) -> str:
+        """The dtype of the exported weights: a key of DTYPES."""
+        return self.dtype or ("bfloat16" if self.format == "safetensors" else "float32")
+
+
+def export(
+    run: Run,
+    out: Path,
+    config: ExportConfig,
+    name: str | None = None,
+    console: Console | None = None,
+) -> list[Path]:
+    """Write the model of `run` into the folder `out`; returns the files in it.
+
+    Args:
+        run: a run, or an export in our own format.
+        out: new, empty, or an earlier export, which is replaced.
+        config: the format.
+        name: for the model card, such as user/name; None: what the folder is called.
+        console: where to show the progress of an evaluation; None: nowhere.
+
+    Raises:
+        UserError: `out` is neither new, empty nor an earlier export; the run cannot be read; a
+            package is missing.
+    """
+    check_place(out)
+    net, summary = run.load_net(), _summary(run)
+    _round(net, DTYPES[config.weights])  # to what will be read back
+    evaluation = _known_evaluation(run.folder, net)
+    if evaluation is None and config.evaluate:
+        evaluation = _measure(run, net, config, console)
+    with _whole_folder(out) as folder:
+        _write_files(run, net, summary, evaluation, folder, config)
+        card = model_card(
+            name=name or out.resolve().name,
+            format=config.format,
+            dtype=config.weights,
+            config=run.config(),
+            summary=summary,
+            evaluation=evaluation,
+            n_parameters=net.n_parameters,
+            vocabulary=run.load_tokenizer().vocab_size,
+        )
+        write_text(folder / CARD, card)
+        files = sorted([MARK, *(path.name for path in folder.iterdir())])
+        write_json(
+            folder / MARK, {"format": config.format, "dtype": config.weights, "files": files}
+        )
+    return sorted(out.iterdir())
+
+
+def _write_files(
+    run: Run,
+    net: GPT,
+    summary: dict[str, Any],
+    evaluation: dict[str, Any] | None,
+    folder: Path,
+    config: ExportConfig,
+) -> None:
+    """All but the model card."""
+    tokenizer = run.load_tokenizer()
+    if config.format == "safetensors":
+        write_safetensors(net, folder, DTYPES[config.weights])
+        tokenizer.save(folder / TOKENIZER)
+        _write_yaml(folder / CONFIG, portable_config(run.config()))
+        write_json(folder / SUMMARY, _portable_summary(summary, evaluation))
+    else:
+        writers = {"hf": write_hf, "onnx": write_onnx, "gguf": write_gguf}
+        writers[config.format](net, tokenizer, folder)
+    if evaluation is not None:
+        write_json(folder / EVALUATION, evaluation)
+
+
+@torch.no_grad()
+def _round(net: GPT, dtype: torch.dtype) -> None:
+    """Make every parameter one that `dtype` can hold; the positions are no parameter."""
+    for parameter in net.parameters():
+        parameter.copy_(parameter.to(dtype))
+
+
+# ---------------------------------------------------------------------------- the folder
+
+
+def check_place(out: Path) -> None:
+    """Raises UserError unless `out` is new, empty, or an earlier export with nothing added."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"{out} is a file: give a new folder to export into")
+    present = {path.name for path in out.iterdir()}
+    ours = {path.name for pattern in ALSO for path in out.glob(pattern)}
+    ours |= set(_read_json(out / MARK).get("files", []))
+    foreign = sorted(present - ours if MARK in present else present)
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise UserError(
+            f"{out} holds {foreign[0]}{more}, which no export made: give a new folder, or move "
+            "that away"
+        )
+
+
+@contextmanager
+def _whole_folder(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` that takes its place when the body is through, or disappears."""
+    place = out.resolve()
+    folder = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    old = place.with_name(f".{place.name}.{os.getpid()}.old")
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+        if place.exists():
+            place.rename(old)
+        try:
+            folder.rename(place)
+        except OSError:
+            if old.exists():
+                old.rename(place)
+            raise
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
+    finally:
+        for leftover in (folder, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------- the run, portable
+
+
+def portable_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that say what the model is, without those of the machine it was made on."""
+    left_out = ("runs_dir", "resume", "logger", "callbacks", "data")
+    kept = {key: value for key, value in settings.items() if key not in left_out}
+    return kept | {"data": portable_data(settings["data"])}
+
+
+def portable_data(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a corpus without paths: TinyStories is found by name, own files are not."""
+    paths = ("train_files", "valid_files", "cache_dir")
+    return {key: value for key, value in data.items() if key not in paths}
+
+
+def _summary(run: Run) -> dict[str, Any]:
+    """The run's summary.json, with the steps and tokens that the exported checkpoint has seen."""
+    summary = read_summary(run.folder)
+    if run.checkpoint.suffix == ".safetensors":
+        return summary
+    content = read_checkpoint(run.checkpoint)
+    steps = content["global_step"]
+    if steps == summary.get("steps"):
+        return summary
+    per_step = content["hyper_parameters"].get("tokens_per_step")
+    return {**summary, "steps": steps, "tokens": per_step and steps * per_step}
+
+
+def _portable_summary(
+    summary: Mapping[str, Any], evaluation: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The run's summary with the losses of the exported weights instead of those in training."""
+    kept = {key: value for key, value in summary.items() if "loss" not in key and "/" not in key}
+    if evaluation is not None:
+        kept["val/loss"] = evaluation["nats_per_token"]
+        kept["val/perplexity"] = evaluation["perplexity"]
+        kept["val/bits_per_byte"] = evaluation["bits_per_byte"]
+    return kept
+
+
+# ---------------------------------------------------------------------------- what is measured
+
+
+def _known_evaluation(folder: Path, net: GPT) -> dict[str, Any] | None:
+    """The run's evaluation.json if it was measured on exactly these weights."""
+    found = _read_json(folder / EVALUATION)
+    if found.get("weights") != weights_fingerprint(net):
+        return None
+    return {**found, "data": portable_data(found["data"])}
+
+
+def _measure(run: Run, net: GPT, config: ExportConfig, console: Console | None) -> dict[str, Any]:
+    """What evaluate.py finds for `net`, which is the model of `run` with rounded weights."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_safetensors(net, folder, DTYPES[config.weights])
+        run.load_tokenizer().save(folder / TOKENIZER)
+        _write_yaml(folder / CONFIG, run.config())
+        write_json(folder / SUMMARY, read_summary(run.folder))
+        evaluate(Run.open(folder), EvaluationConfig(), console)
+        found = _known_evaluation(folder, net)
+    assert found is not None  # it has just been measured on them
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} when there is none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write_yaml(path: Path, content: dict[str, Any]) -> None:
+    write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
