@@ -220,10 +220,14 @@ class DataModule(L.LightningDataModule):
         return _loader(windows, batch_sampler=sampler)
 
     def val_dataloader(self) -> DataLoader:
-        """The validation split in order, every token once; on several ranks each takes a share."""
+        """The validation split in order, every token once; on several ranks each takes a share.
+
+        The shares are of one length, as ranks that share weights work in step: where the windows
+        do not divide, the last ones of some ranks hold no token.
+        """
         windows = TokenWindows(self.valid.array(), self.context_length, keep_tail=True)
         rank, world_size = self._rank()
-        mine = range(rank, len(windows), world_size)
+        mine = range(rank, -(-len(windows) // world_size) * world_size, world_size)
         return _loader(windows, sampler=mine, batch_size=self.config.batch_size)
 
     def _rank(self) -> tuple[int, int]:

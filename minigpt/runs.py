@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 import yaml
+from torch.distributed.rendezvous import rendezvous
 
 from minigpt.config import UserError, build
 from minigpt.model import GPT, GPTConfig
+from minigpt.ranks import global_rank, step_name
 from minigpt.tokenizer import Tokenizer
 
 CONFIG = "config.yaml"
@@ -108,27 +110,36 @@ def last_checkpoint(path: Path) -> Path:
     return found
 
 
-def global_rank() -> int:
-    """Which of the run's processes this is: 0 for the first, or the only one."""
-    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):  # torchrun, Slurm, Lightning's launcher
-        if name in os.environ:
-            return int(os.environ[name])
-    return 0
-
-
 def new_run_folder(parent: Path, name: str | None, size: str) -> Path:
     """A folder in `parent` that no other run has, made now: two runs never share one.
 
-    Without a name it is called after the size and the time. The processes that Lightning starts
-    for other devices are told which it is by the environment; others can know it by name alone.
+    Without a name it is called after the size and the time; under srun, after the job, so that a
+    job that is queued again finds it. The first process makes it and tells the others: those of
+    torchrun through torchrun's store, those that Lightning starts by the environment.
+
+    Raises:
+        UserError: the name is taken.
     """
-    if global_rank() > 0:
-        if RUN_FOLDER_VARIABLE in os.environ:
-            return Path(os.environ[RUN_FOLDER_VARIABLE])
-        if name is None:
-            raise UserError("processes that are started one by one need name=<run> to share it")
-        (parent / name).mkdir(parents=True, exist_ok=True)
-        return parent / name
+    if name is None and (step := step_name()) is not None:
+        name = f"{size}-{step}"
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    store = next(rendezvous("env://"))[0] if torchrun else None
+    if global_rank() == 0:
+        folder = _make_run_folder(parent, name, size)
+        os.environ[RUN_FOLDER_VARIABLE] = str(folder)
+        if store is not None:
+            store.set(RUN_FOLDER_VARIABLE, str(folder))
+        return folder
+    if store is not None:
+        return Path(store.get(RUN_FOLDER_VARIABLE).decode())  # waits until it is there
+    if RUN_FOLDER_VARIABLE in os.environ:
+        return Path(os.environ[RUN_FOLDER_VARIABLE])
+    if name is None:
+        raise UserError("processes that are started one by one need name=<run> to share it")
+    return parent / name
+
+
+def _make_run_folder(parent: Path, name: str | None, size: str) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
     base = name or f"{size}-{time.strftime('%Y%m%d-%H%M%S')}"
     for attempt in range(1, 1000):
@@ -141,7 +152,6 @@ def new_run_folder(parent: Path, name: str | None, size: str) -> Path:
                     f"{folder} exists: go on with it by resume={folder}, or take another name=..."
                 ) from None
             continue
-        os.environ[RUN_FOLDER_VARIABLE] = str(folder)
         return folder
     raise UserError(f"{parent} holds a thousand runs of this second: give a name=...")
 

@@ -10,7 +10,9 @@ import contextlib
 import dataclasses
 import logging
 import math
+import os
 import signal
+import subprocess
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,10 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed
 import yaml
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
@@ -30,6 +35,7 @@ from minigpt.hardware import Hardware, keep_freed_memory
 from minigpt.job import Job, Plan
 from minigpt.loggers import MetricsCsv, extra_loggers
 from minigpt.module import GPTModule
+from minigpt.ranks import Launcher, global_rank
 from minigpt.records import human_count
 from minigpt.report import write_report
 from minigpt.runs import (
@@ -39,7 +45,6 @@ from minigpt.runs import (
     METRICS,
     REPORT,
     TOKENIZER,
-    global_rank,
     last_checkpoint,
     new_run_folder,
     read_checkpoint,
@@ -50,13 +55,12 @@ from minigpt.runs import (
 log = logging.getLogger("minigpt")
 
 
-def train(config: DictConfig, size: str = "gpt", group: Path | None = None) -> Path:
+def train(config: DictConfig, size: str = "gpt") -> Path:
     """Run one training job, or go on with one; returns its run folder.
 
     Args:
         config: composed from conf/train.yaml. With `resume` in it, the run's own settings are used.
         size: what the model config is called: small, medium, large.
-        group: folder for the run folder instead of `runs_dir` (the jobs of a Hydra multirun).
 
     Raises:
         UserError: a setting, the data, or both together are not right; or the loss diverged.
@@ -89,7 +93,7 @@ def train(config: DictConfig, size: str = "gpt", group: Path | None = None) -> P
     folder = (
         checkpoint.parent.parent
         if checkpoint
-        else new_run_folder(group or Path(job.runs_dir), job.name, job.size)
+        else new_run_folder(Path(job.runs_dir), job.name, job.size)
     )
     with _log_file(folder / "train.log"):
         if checkpoint is None:
@@ -212,7 +216,7 @@ def _trainer(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
         num_nodes=hardware.num_nodes,
-        strategy=job.trainer.strategy,
+        strategy=_strategy(job.trainer.strategy, hardware),
         precision=hardware.precision,  # type: ignore[arg-type]
         max_steps=plan.n_steps,
         max_epochs=-1,
@@ -234,11 +238,30 @@ def _trainer(
         enable_checkpointing=False,  # ours are among the callbacks
         enable_model_summary=False,
         use_distributed_sampler=False,  # the data module deals out the windows itself
+        plugins=_plugins(),
     )
     for logger in loggers:  # this opens the W&B run, which `_fit` closes
         shape = dataclasses.asdict(job.model)  # beside `model`, which is the size's name
         logger.log_hyperparams({**dataclasses.asdict(job), "shape": shape, **facts})
     return trainer
+
+
+def _strategy(name: str, hardware: Hardware) -> Strategy | str:
+    """How the devices share the work. `fsdp` is FSDP2, on which `GPTModule` shards its net."""
+    if name != "fsdp":
+        return name
+    return ModelParallelStrategy(
+        data_parallel_size=hardware.world_size,
+        tensor_parallel_size=1,
+        save_distributed_checkpoint=False,  # one file, as evaluation reads it
+    )
+
+
+def _plugins() -> list[Any]:
+    """Under srun: Lightning must not queue the job again itself, as resume=auto goes on with it."""
+    launcher = Launcher.found()
+    srun = launcher is not None and launcher.name == "srun"
+    return [SLURMEnvironment(auto_requeue=False)] if srun else []
 
 
 def _fit(trainer: L.Trainer, module: GPTModule, data: DataModule, checkpoint: Path | None) -> None:
@@ -258,6 +281,23 @@ def _fit(trainer: L.Trainer, module: GPTModule, data: DataModule, checkpoint: Pa
             import wandb
 
             wandb.finish(exit_code=status)
+        _end_processes(trainer, finished=status == 0)
+
+
+def _end_processes(trainer: L.Trainer, finished: bool) -> None:
+    """Leave no process that Lightning started, so that the next job of a multirun can start its."""
+    if global_rank() > 0 or Launcher.found() is not None:
+        return
+    started: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    for process in started:
+        if not finished:  # it may wait for this one in a collective for ever
+            process.kill()
+        process.wait()
+    started.clear()  # Lightning watches these, and would kill this process for one that failed
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK"):
+        os.environ.pop(name, None)
 
 
 def _prepare_libraries(seed: int) -> None:
@@ -265,10 +305,14 @@ def _prepare_libraries(seed: int) -> None:
     L.seed_everything(seed, verbose=False)
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # tf32
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # a gather of microseconds
     # It cannot know that our sampler starts at the step the checkpoint was written at.
     warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
+    # The validation metrics are the same on every device: torchmetrics has gathered them.
+    warnings.filterwarnings("ignore", ".*sync_dist=True.* when logging on epoch level")
+    warnings.filterwarnings("ignore", "The `srun` command is available")  # `Launcher` checks
     warnings.filterwarnings("ignore", ".*LeafSpec.*deprecated.*")  # Lightning 2.6 on torch 2.13
 
 
