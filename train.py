@@ -23,11 +23,12 @@ def main(config: DictConfig) -> None:
         # The same place whenever a scheduler starts this job, of a name that the others have not.
         config.runs_dir = job.sweep.dir
         config.name = config.name or f"{size}-{job.job.num}"
+        config.resume = config.resume or "auto"
         # What Lightning types to start processes for more devices: this job, not the whole sweep.
-        place = [f"runs_dir='{config.runs_dir}'", f"name='{config.name}'"]
+        place = [f"{key}='{config[key]}'" for key in ("runs_dir", "name", "resume")]
         sys.argv = [__file__, *job.overrides.task, *place]
     with one_line_errors():
-        if config.resume is not None and typed:
+        if config.resume not in (None, "auto") and typed:
             raise UserError(f"resume goes on with the settings of that run: leave out {typed[0]}")
         from minigpt.training import train  # imports torch, which a mistake need not wait for
 

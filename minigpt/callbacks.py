@@ -1,12 +1,13 @@
-"""What happens beside the training step: throughput, stories, progress bar, summary and report."""
+"""What happens beside the training step: throughput, stories, progress bar, summary and report.
+
+Checkpoints are in recovery.py.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from minigpt.generation import SamplingConfig, generate_stories
 from minigpt.model import perplexity
 from minigpt.module import GPTModule
 from minigpt.records import human_count, human_time, read_samples
-from minigpt.runs import BEST, CHECKPOINTS, LAST, SAMPLES, SUMMARY, write_json, write_text
+from minigpt.recovery import Checkpoints
+from minigpt.runs import SAMPLES, SUMMARY, write_json, write_text
 from minigpt.tokenizer import Tokenizer
 
 log = logging.getLogger("minigpt")
@@ -39,10 +41,18 @@ class CallbacksConfig:
     temperature: float = 0.8
     max_tokens: int = 200  # of each of these stories
     checkpoint_minutes: float = 10.0  # last.ckpt is at most this old (and written at validation)
+    checkpoint_steps: int | None = None  # also every so many updates
+    keep_checkpoints: int = 2  # last.ckpt and those before it; best.ckpt is kept beside them
 
     def __post_init__(self) -> None:
         if self.checkpoint_minutes <= 0:
             raise ValueError(f"checkpoint_minutes {self.checkpoint_minutes} must be positive")
+        if self.checkpoint_steps is not None and self.checkpoint_steps < 1:
+            raise ValueError(
+                f"checkpoint_steps {self.checkpoint_steps} must be at least 1, or null"
+            )
+        if self.keep_checkpoints < 1:
+            raise ValueError(f"keep_checkpoints {self.keep_checkpoints} must be at least 1")
         SamplingConfig(temperature=self.temperature, max_tokens=self.max_tokens)
 
 
@@ -217,80 +227,6 @@ class TrainingProgress(ProgressBar):
         self.bar.stop()
 
 
-class Checkpoints(Callback):
-    """best.ckpt, of the lowest validation loss, and last.ckpt, of the latest state.
-
-    Both are written at validation; last.ckpt every `minutes` as well, and when the run is asked to
-    stop by ctrl-C or SIGTERM. It is written between two steps alone, never inside one: ctrl-C waits
-    for the end of the step (a second one does not). A run that fails keeps what it had.
-    """
-
-    def __init__(self, folder: Path, minutes: float) -> None:
-        self.folder, self.minutes = folder / CHECKPOINTS, minutes
-        self.best_val_loss = math.inf
-        self._saved = time.monotonic()
-        self._stop = False  # ctrl-C was pressed
-        self._settled = False  # last.ckpt holds the present state
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._ask_to_stop)
-
-    def _ask_to_stop(self, *_: Any) -> None:
-        self._stop = True
-        signal.signal(signal.SIGINT, self._before)
-        log.info("stopping after this step; ctrl-C again to stop at once")
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if self._stop and self._settled:  # and by now the metrics of the step are logged too
-            raise KeyboardInterrupt
-        self._settled = False
-
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        assert isinstance(trainer.val_check_batch, int)
-        inside_a_step = (batch_idx + 1) % trainer.accumulate_grad_batches
-        validates_next = not (batch_idx + 1) % trainer.val_check_batch
-        if inside_a_step or validates_next:
-            return
-        late = time.monotonic() - self._saved > 60 * self.minutes
-        stop = self._stop or trainer.received_sigterm  # Lightning leaves by itself after SIGTERM
-        if trainer.strategy.broadcast(late or stop):  # all ranks save together, or none
-            self._save(trainer, LAST)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn != "fit":
-            return
-        loss = float(trainer.callback_metrics["val/loss"])
-        if loss < self.best_val_loss:
-            self.best_val_loss = loss
-            self._save(trainer, BEST)
-        self._save(trainer, LAST)
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if not self._stop and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._before)
-
-    def _save(self, trainer: L.Trainer, name: str) -> None:
-        self._saved = time.monotonic()
-        trainer.save_checkpoint(self.folder / f"{name}.ckpt")
-        self._settled = name == LAST
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best_val_loss": self.best_val_loss}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best_val_loss = state_dict["best_val_loss"]
-
-
 class RunReport(Callback):
     """Writes summary.json and report.html when the run ends, however it ends.
 
@@ -316,7 +252,10 @@ class RunReport(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         interrupted = isinstance(exception, KeyboardInterrupt | SIGTERMException)
-        self._write(trainer, pl_module, "interrupted" if interrupted else "failed")
+        try:
+            self._write(trainer, pl_module, "interrupted" if interrupted else "failed")
+        except OSError as error:  # a full disk: what stopped the run is to be told, not this
+            log.warning("no report: %s", error)
 
     @rank_zero_only
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, status: str) -> None:

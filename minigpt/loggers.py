@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,9 +15,14 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers.logger import Logger
 
 from minigpt.config import UserError
+from minigpt.ranks import global_rank
 from minigpt.runs import write_text
 
 log = logging.getLogger("minigpt")
+
+WANDB_ID = "wandb-id.txt"  # in the run folder
+_WANDB_START_SECONDS = 30.0  # that a run waits for an answer before it goes on offline
+_WANDB_FINISH_SECONDS = 60.0  # that it waits at its end; WANDB_FINISH_TIMEOUT sets another
 
 COLUMNS = [
     "step", "tokens", "train/loss", "val/loss", "val/perplexity", "val/bits_per_byte",
@@ -77,6 +84,12 @@ class MetricsCsv(Logger):
         with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
 
+    @rank_zero_only
+    def save(self) -> None:
+        """Have the rows on the disk before a checkpoint that counts on them."""
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
+
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Nothing: config.yaml holds them."""
 
@@ -101,19 +114,76 @@ def extra_loggers(folder: Path, config: LoggerConfig) -> list[Logger]:
                 "logger=tensorboard needs another package: pip install -e '.[tensorboard]'"
             ) from None
     if config.kind == "wandb":
-        import wandb
-        from lightning.pytorch.loggers import WandbLogger
-        from wandb.errors import AuthenticationError
-
-        mode = wandb.setup().settings.mode
-        try:
-            if mode != "disabled" and not wandb.login(prompt=False):
-                mode = "offline"
-        except AuthenticationError as error:
-            problem = " ".join(str(error).split())
-            raise UserError(f"{problem} Set WANDB_MODE=offline, or type logger=csv") from None
-        if mode == "offline":
-            log.info("W&B        offline: later, wandb sync %s/wandb/offline-run-*", folder)
-        project = config.project
-        return [WandbLogger(folder.name, folder, project=project, mode=mode, resume=None)]
+        return [_wandb_logger(folder, config.project)]
     return []
+
+
+def _wandb_logger(folder: Path, project: str) -> Logger:
+    """W&B with an id that is kept in the run folder, so that a resumed run goes on as the same.
+
+    Without an API key, and when the server cannot be reached at the start, the run is kept offline.
+    """
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
+    from wandb.errors import AuthenticationError, CommError
+
+    asked = wandb.setup().settings
+    mode = asked.mode
+    try:
+        if mode != "disabled" and not wandb.login(prompt=False):
+            mode = "offline"
+    except AuthenticationError as error:
+        problem = " ".join(str(error).split())
+        raise UserError(f"{problem} Set WANDB_MODE=offline, or type logger=csv") from None
+    settings = wandb.Settings(
+        init_timeout=min(asked.init_timeout, _WANDB_START_SECONDS),
+        finish_timeout=asked.finish_timeout or _WANDB_FINISH_SECONDS,
+        finish_timeout_raises=True,
+    )
+
+    def logger(mode: str) -> WandbLogger:
+        again = None if mode == "offline" else "allow"
+        made = WandbLogger(
+            folder.name, folder, id=_wandb_id(folder), project=project, mode=mode, resume=again,
+            settings=settings,
+        )  # fmt: skip
+        _ = made.experiment  # opens the run, on the first process alone
+        return made
+
+    if mode != "offline":
+        try:
+            return logger(mode)
+        except CommError as error:
+            log.warning("W&B        no answer: %s", " ".join(str(error).split()))
+    log.info("W&B        offline: later, wandb sync %s/wandb/offline-run-*", folder)
+    return logger("offline")
+
+
+def _wandb_id(folder: Path) -> str:
+    """The id of this run at W&B: that of its folder; for a new one the sweep's, or one made now."""
+    path = folder / WANDB_ID
+    if path.is_file():
+        return path.read_text(encoding="utf-8").strip()
+    made = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+    if global_rank() == 0:
+        write_text(path, made + "\n")
+    return made
+
+
+def finish_wandb(loggers: list[Logger], exit_code: int) -> None:
+    """Close this job's W&B run, if it has one; wait for a server that is slow, but not for ever."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    if not any(isinstance(logger, WandbLogger) for logger in loggers):
+        return
+    import wandb
+
+    run = wandb.run
+    try:
+        wandb.finish(exit_code=exit_code)
+    except TimeoutError:
+        assert run is not None
+        log.warning(
+            "W&B        took not all in time; it is kept: later, wandb sync %s",
+            Path(run.dir).parent,
+        )

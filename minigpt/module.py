@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
+import numpy as np
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
@@ -104,6 +106,7 @@ class GPTModule(L.LightningModule):
         self.n_steps, self.tokens_per_step = n_steps, tokens_per_step
         self.bytes_per_token = bytes_per_token
         self.val_nats = MeanMetric()
+        self._seed = torch.initial_seed()  # what `seed_everything` was given
 
     def configure_model(self) -> None:
         """Under FSDP each device keeps its share of the weights. Lightning calls it before fit."""
@@ -120,6 +123,8 @@ class GPTModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the batch in nats per token; stops the run when it is not finite."""
+        if self.net.config.dropout:
+            self._seed_dropout(batch_idx)
         loss = self.net.loss(*batch)
         mean = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
         assert isinstance(mean, Tensor)  # over the devices, which so stop together if they do
@@ -182,13 +187,25 @@ class GPTModule(L.LightningModule):
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), limit)
         self.log("grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
+    def check_weights(self) -> None:
+        """UserError: a weight is not finite; the loss of the next step would not be either."""
+        if not all(bool(weight.isfinite().all()) for weight in self.net.parameters()):
+            self._diverged("weights became nan or infinite")
+
     def _check_finite(self, kind: str, loss: float) -> None:
         if not math.isfinite(loss):
-            raise UserError(
-                f"the {kind} loss became {loss} at step {self.global_step} with a learning rate of "
-                f"{self._lr():.2e}: try optimizer.lr={self.peak_lr / 3:.0e} or a longer "
-                "optimizer.warmup_steps"
-            )
+            self._diverged(f"{kind} loss became {loss}")
+
+    def _diverged(self, what: str) -> NoReturn:
+        raise UserError(
+            f"the {what} at step {self.global_step} with a learning rate of {self._lr():.2e}: try "
+            f"optimizer.lr={self.peak_lr / 3:.0e} or a longer optimizer.warmup_steps"
+        )
+
+    def _seed_dropout(self, batch_idx: int) -> None:
+        """Make dropout a function of the batch's number, so that a resumed run drops the same."""
+        entropy = [self._seed, batch_idx, self.global_rank]
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
 
     def _lr(self) -> float:
         return self.trainer.optimizers[0].param_groups[0]["lr"]

@@ -51,6 +51,6 @@ class Launcher:
 
 
 def step_name() -> str | None:
-    """A name for what srun runs here, the same on all nodes and after a requeue; or None."""
+    """Names what srun runs here, on all nodes and each time it is queued alike; None elsewhere."""
     job, step = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID")
     return f"{job}.{step}" if job and step else None

@@ -6,12 +6,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import io
 import json
+import logging
 import os
 import pickle
 import re
 import time
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from minigpt.config import UserError, build
 from minigpt.model import GPT, GPTConfig
-from minigpt.ranks import global_rank, step_name
+from minigpt.ranks import global_rank
 from minigpt.tokenizer import Tokenizer
 
 CONFIG = "config.yaml"
@@ -35,7 +40,12 @@ REPORT = "report.html"
 EVALUATION = "evaluation.json"
 CHECKPOINTS = "checkpoints"
 RUN_FOLDER_VARIABLE = "MINIGPT_RUN_FOLDER"  # rank 0 tells the ranks it launches
-BEST, LAST = "best", "last"  # checkpoints/best.ckpt, checkpoints/last.ckpt
+BEST, LAST = "best", "last"  # checkpoints/best.ckpt, last.ckpt; before it last-1.ckpt, ...
+
+_CHECKSUM = b"blake2b="  # the comment at the end of a checkpoint, which is a zip archive
+_COMMENT_BYTES = len(_CHECKSUM) + 2 * hashlib.blake2b().digest_size
+
+log = logging.getLogger("minigpt")
 
 
 @dataclass(frozen=True)
@@ -49,15 +59,16 @@ class Run:
     def open(cls, path: str | Path) -> Run:
         """The run at `path`: its folder (the best checkpoint, else the last) or a checkpoint file.
 
-        A folder of runs stands for the newest of them.
+        A folder of runs stands for the newest of them. In a folder, a damaged checkpoint is passed
+        over, and the log says so.
 
         Raises:
             UserError: there is no run or no checkpoint there.
         """
         path = Path(path)
         if path.is_dir():
-            found = [path / CHECKPOINTS / f"{name}.ckpt" for name in (BEST, LAST)]
-            found = [checkpoint for checkpoint in found if checkpoint.is_file()]
+            best = path / CHECKPOINTS / f"{BEST}.ckpt"
+            found = [*([best] if best.is_file() else []), *last_checkpoints(path)]
             if not found:
                 newest = max(path.glob(f"*/{CHECKPOINTS}/*.ckpt"), key=_modified, default=None)
                 if newest is not None:
@@ -66,7 +77,7 @@ class Run:
                     f"{path} holds no {CHECKPOINTS}/{BEST}.ckpt or {LAST}.ckpt: give the folder of "
                     "a run (runs/<name>), or train one with python train.py"
                 )
-            return cls(path, found[0])
+            return cls(path, first_undamaged(found))
         if not path.is_file():
             raise UserError(f"{path} does not exist: give a run folder (runs/<name>) or a .ckpt")
         inside = path.parent.name == CHECKPOINTS
@@ -98,34 +109,60 @@ class Run:
         return path
 
 
+def last_checkpoints(folder: Path) -> list[Path]:
+    """last.ckpt of a run folder and those before it that were kept, the newest first."""
+
+    def age(path: Path) -> int:  # 0 for last.ckpt, 1 for last-1.ckpt
+        return int(path.stem.partition("-")[2] or 0)
+
+    names = re.compile(rf"{LAST}(-\d+)?\.ckpt")
+    found = (folder / CHECKPOINTS).glob(f"{LAST}*.ckpt")
+    return sorted((path for path in found if names.fullmatch(path.name)), key=age)
+
+
+def first_undamaged(checkpoints: list[Path]) -> Path:
+    """The first that is whole, or the very first: reading it tells what is wrong with it."""
+    for checkpoint in checkpoints:
+        if is_whole(checkpoint):
+            return checkpoint
+        log.warning("%s is damaged, its checksum does not fit: passed over", checkpoint)
+    return checkpoints[0]
+
+
 def last_checkpoint(path: Path) -> Path:
     """The checkpoint that a run goes on from: `path` itself, or the last one of its run folder.
+
+    Of a folder's checkpoints a damaged one is passed over, and the log says so.
 
     Raises:
         UserError: there is none.
     """
-    found = path / CHECKPOINTS / f"{LAST}.ckpt" if path.is_dir() else path
-    if not found.is_file():
-        raise UserError(f"{found} does not exist: give a run folder (runs/<name>) to go on with")
-    return found
+    if path.is_dir():
+        found = last_checkpoints(path)
+        if found:
+            return first_undamaged(found)
+        path = path / CHECKPOINTS / f"{LAST}.ckpt"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: give a run folder (runs/<name>) to go on with")
+    return path
 
 
-def new_run_folder(parent: Path, name: str | None, size: str) -> Path:
+def new_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool = False) -> Path:
     """A folder in `parent` that no other run has, made now: two runs never share one.
 
-    Without a name it is called after the size and the time; under srun, after the job, so that a
-    job that is queued again finds it. The first process makes it and tells the others: those of
-    torchrun through torchrun's store, those that Lightning starts by the environment.
+    With `exist_ok` the folder `name` may be there already: one that a killed run left empty.
+
+    Without a name it is called after the size and the time. The first process makes it and tells
+    the others: those of torchrun through torchrun's store, those that Lightning starts by the
+    environment. Others can know it by name alone.
 
     Raises:
         UserError: the name is taken.
     """
-    if name is None and (step := step_name()) is not None:
-        name = f"{size}-{step}"
     torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     store = next(rendezvous("env://"))[0] if torchrun else None
     if global_rank() == 0:
-        folder = _make_run_folder(parent, name, size)
+        folder = _make_run_folder(parent, name, size, exist_ok)
         os.environ[RUN_FOLDER_VARIABLE] = str(folder)
         if store is not None:
             store.set(RUN_FOLDER_VARIABLE, str(folder))
@@ -139,13 +176,13 @@ def new_run_folder(parent: Path, name: str | None, size: str) -> Path:
     return parent / name
 
 
-def _make_run_folder(parent: Path, name: str | None, size: str) -> Path:
+def _make_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
     base = name or f"{size}-{time.strftime('%Y%m%d-%H%M%S')}"
     for attempt in range(1, 1000):
         folder = parent / (base if attempt == 1 else f"{base}-{attempt}")
         try:
-            folder.mkdir()
+            folder.mkdir(exist_ok=exist_ok and name is not None)
         except FileExistsError:
             if name is not None:
                 raise UserError(
@@ -216,6 +253,48 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
+def write_checkpoint(path: Path, content: dict[str, Any], keep: int = 1) -> None:
+    """Write a checkpoint whole or not at all, with a checksum; at most `keep` of its name stay.
+
+    With `keep` 3, x.ckpt that is there becomes x-1.ckpt, and that x-2.ckpt, which is replaced. The
+    checksum is the comment of the zip archive that torch writes, so that one rename brings both.
+
+    Raises:
+        OSError: it could not be written; what was there before is still there.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    # The archive ends with the length of its comment, which torch leaves at 0 (2 bytes).
+    buffer.seek(-2, os.SEEK_END)
+    buffer.write(_COMMENT_BYTES.to_bytes(2, "little"))
+    buffer.write(_CHECKSUM + hashlib.blake2b(buffer.getbuffer()).hexdigest().encode())
+    names = [path, *(path.with_stem(f"{path.stem}-{age}") for age in range(1, keep))]
+    _write_bytes(path, buffer.getbuffer(), move=list(zip(names[-2::-1], names[:0:-1], strict=True)))
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint is as it was written, by its checksum.
+
+    One that was written without (by Lightning alone) is held against the CRC-32 of its parts.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(-_COMMENT_BYTES, os.SEEK_END)
+            content_bytes, comment = file.tell(), file.read()
+            if comment.startswith(_CHECKSUM):
+                file.seek(0)
+                digest = hashlib.blake2b()
+                while content_bytes > 0:
+                    block = file.read(min(content_bytes, 1 << 20))
+                    digest.update(block)
+                    content_bytes -= len(block)
+                return comment == _CHECKSUM + digest.hexdigest().encode()
+        with zipfile.ZipFile(path) as archive:
+            return not archive.comment and archive.testzip() is None
+    except Exception:  # zipfile answers damage with errors of several kinds
+        return False
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as JSON at `path`, whole or not at all."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -223,9 +302,32 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_text(path: Path, content: str) -> None:
     """Write `content` at `path`, whole or not at all."""
+    _write_bytes(path, content.encode("utf-8"))
+
+
+def _write_bytes(
+    path: Path, content: bytes | memoryview, move: list[tuple[Path, Path]] | None = None
+) -> None:
+    """Write `content` aside, and on the disk for sure; then do the renames `move`, and its own."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(content, encoding="utf-8", newline="")
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        for old, new in move or []:
+            with contextlib.suppress(FileNotFoundError):
+                old.replace(new)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the renames too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def _damaged(path: Path) -> str:

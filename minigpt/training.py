@@ -27,28 +27,26 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
-from minigpt.callbacks import Checkpoints, RunReport, StorySamples, Throughput, TrainingProgress
+from minigpt.callbacks import RunReport, StorySamples, Throughput, TrainingProgress
 from minigpt.config import UserError, build
 from minigpt.data import DataModule
 from minigpt.fast import accelerate
 from minigpt.hardware import Hardware, keep_freed_memory
 from minigpt.job import Job, Plan
-from minigpt.loggers import MetricsCsv, extra_loggers
+from minigpt.loggers import MetricsCsv, extra_loggers, finish_wandb
 from minigpt.module import GPTModule
-from minigpt.ranks import Launcher, global_rank
+from minigpt.ranks import Launcher, global_rank, step_name
 from minigpt.records import human_count
+from minigpt.recovery import CheckpointFiles, Checkpoints, full_disk_in_one_line
 from minigpt.report import write_report
+from minigpt.resume import AUTO, Start, alone_in, folder_to_resume, settings
 from minigpt.runs import (
-    CHECKPOINTS,
     CONFIG,
-    LAST,
     METRICS,
     REPORT,
     TOKENIZER,
-    last_checkpoint,
+    last_checkpoints,
     new_run_folder,
-    read_checkpoint,
-    read_config,
     write_text,
 )
 
@@ -63,24 +61,53 @@ def train(config: DictConfig, size: str = "gpt") -> Path:
         size: what the model config is called: small, medium, large.
 
     Raises:
-        UserError: a setting, the data, or both together are not right; or the loss diverged.
+        UserError: a setting, the data, or both together are not right; the loss diverged; or
+            another process trains this run.
     """
     plain: Any = OmegaConf.to_container(config, resolve=True)
     job = build(Job, {**plain, "size": size}, "")
-    checkpoint, start_step = None, 0
-    if job.resume is not None:
-        checkpoint = last_checkpoint(Path(job.resume))
-        start_step = read_checkpoint(checkpoint)["global_step"]
-        job = build(Job, read_config(checkpoint.parent.parent), "")
-    c = job.trainer
-    hardware = Hardware.find(c.accelerator, c.devices, c.num_nodes, c.precision)
-    plan = Plan.of(job, hardware.world_size)
-    if checkpoint is not None and start_step >= plan.n_steps:
-        log.info("%s has made all of its %d steps: nothing is left to do", job.name, start_step)
-        return checkpoint.parent.parent
-    _prepare_libraries(job.seed)
-    data = _data(job, plan, start_step)
-    module = GPTModule(
+    if job.name is None and (step := step_name()) is not None:  # under srun
+        job = dataclasses.replace(job, name=f"{size}-{step}")
+    parent = Path(job.runs_dir)
+    with contextlib.ExitStack() as stack:
+        folder = folder_to_resume(job, parent)
+        if folder is not None:
+            stack.enter_context(alone_in(folder))
+        start = Start.of(job, folder)
+        job = start.job
+        c = job.trainer
+        hardware = Hardware.find(c.accelerator, c.devices, c.num_nodes, c.precision)
+        plan = Plan.of(job, hardware.world_size)
+        if folder is not None and start.step >= plan.n_steps:
+            log.info("%s has made all of its %d steps: nothing is left to do", folder, start.step)
+            return folder
+        _prepare_libraries(job.seed)
+        data = _data(job, plan, start.step)
+        module = _module(job, plan, data)
+        start.check_the_same(module)
+        if folder is None:
+            folder = new_run_folder(parent, job.name, job.size, exist_ok=job.resume == AUTO)
+            stack.enter_context(alone_in(folder))
+        stack.enter_context(full_disk_in_one_line(folder))
+        stack.enter_context(_log_file(folder / "train.log"))
+        if start.checkpoint is None:
+            _write_inputs(folder, job, data)
+        start.clear(folder)
+        _describe(folder, job, plan, hardware, module, data)
+        trainer = _trainer(folder, job, plan, hardware, module, data, start.step)
+        if hardware.accelerator == "cpu":
+            keep_freed_memory()
+            accelerate(module.net)
+        if c.compile:  # the loss and not the net: the names of its weights stay as they are
+            module.net.loss = torch.compile(module.net.loss)
+        _fit(trainer, module, data, start.checkpoint)
+        log.info("report: %s", folder / REPORT)
+        log.info("next:   python evaluate.py ckpt=%s", folder)
+    return folder
+
+
+def _module(job: Job, plan: Plan, data: DataModule) -> GPTModule:
+    return GPTModule(
         job.model,
         job.optimizer,
         plan.n_steps,
@@ -88,27 +115,6 @@ def train(config: DictConfig, size: str = "gpt") -> Path:
         data.valid.bytes_per_token,
         made_of={"tokenizer": data.tokenizer.fingerprint, "train_tokens": data.train.n_tokens},
     )
-    if checkpoint is not None:
-        _check_the_same(read_checkpoint(checkpoint)["hyper_parameters"], module, checkpoint)
-    folder = (
-        checkpoint.parent.parent
-        if checkpoint
-        else new_run_folder(Path(job.runs_dir), job.name, job.size)
-    )
-    with _log_file(folder / "train.log"):
-        if checkpoint is None:
-            _write_inputs(folder, job, data)
-        _describe(folder, job, plan, hardware, module, data)
-        trainer = _trainer(folder, job, plan, hardware, module, data, start_step)
-        if hardware.accelerator == "cpu":
-            keep_freed_memory()
-            accelerate(module.net)
-        if c.compile:  # the loss and not the net: the names of its weights stay as they are
-            module.net.loss = torch.compile(module.net.loss)
-        _fit(trainer, module, data, checkpoint)
-        log.info("report: %s", folder / REPORT)
-        log.info("next:   python evaluate.py ckpt=%s", folder)
-    return folder
 
 
 def _data(job: Job, plan: Plan, start_step: int) -> DataModule:
@@ -131,36 +137,11 @@ def _data(job: Job, plan: Plan, start_step: int) -> DataModule:
     return data
 
 
-def _check_the_same(before: dict[str, Any], module: GPTModule, checkpoint: Path) -> None:
-    """A resumed run must go on with the steps and the stories it began with."""
-    changed = [key for key, value in module.hparams.items() if before.get(key) != value]
-    if changed:
-        raise UserError(
-            f"{checkpoint} cannot go on here, as its {', '.join(changed)} would not be the same: "
-            "restore the stories and the number of devices, or train a new run"
-        )
-
-
 def _write_inputs(folder: Path, job: Job, data: DataModule) -> None:
     """config.yaml and tokenizer.json: with a checkpoint, all that evaluation needs."""
-    # Absolute, so that evaluation finds the stories from wherever it is started.
-    paths = {
-        "train_files": tuple(str(Path(name).absolute()) for name in job.data.train_files),
-        "valid_files": tuple(str(Path(name).absolute()) for name in job.data.valid_files),
-        "cache_dir": str(Path(job.data.cache_dir).absolute()),
-    }
-    job = dataclasses.replace(job, name=folder.name, data=dataclasses.replace(job.data, **paths))
-    settings = dataclasses.asdict(job)
-    plain = yaml.safe_dump(_lists(settings), sort_keys=False, allow_unicode=True)
-    write_text(folder / CONFIG, plain)
+    plain = settings(dataclasses.replace(job, name=folder.name))
+    write_text(folder / CONFIG, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
     data.tokenizer.save(folder / TOKENIZER)
-
-
-def _lists(value: Any) -> Any:
-    """`value` with tuples as lists, which YAML knows."""
-    if isinstance(value, dict):
-        return {key: _lists(item) for key, item in value.items()}
-    return [_lists(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _describe(
@@ -200,7 +181,9 @@ def _trainer(
 ) -> L.Trainer:
     """The Lightning Trainer with our callbacks and loggers."""
     throughput = Throughput(job.trainer.log_every_n_steps)
-    checkpoints = Checkpoints(folder, job.callbacks.checkpoint_minutes)
+    keep = job.callbacks
+    files = CheckpointFiles(keep.keep_checkpoints)
+    checkpoints = Checkpoints(folder, files, keep.checkpoint_minutes, keep.checkpoint_steps)
     facts = {
         "model": job.size,
         "parameters": module.net.n_parameters,
@@ -238,7 +221,7 @@ def _trainer(
         enable_checkpointing=False,  # ours are among the callbacks
         enable_model_summary=False,
         use_distributed_sampler=False,  # the data module deals out the windows itself
-        plugins=_plugins(),
+        plugins=[files, *_environment()],
     )
     for logger in loggers:  # this opens the W&B run, which `_fit` closes
         shape = dataclasses.asdict(job.model)  # beside `model`, which is the size's name
@@ -257,8 +240,8 @@ def _strategy(name: str, hardware: Hardware) -> Strategy | str:
     )
 
 
-def _plugins() -> list[Any]:
-    """Under srun: Lightning must not queue the job again itself, as resume=auto goes on with it."""
+def _environment() -> list[SLURMEnvironment]:
+    """Under srun: `Checkpoints` queues the job again, and Lightning must not."""
     launcher = Launcher.found()
     srun = launcher is not None and launcher.name == "srun"
     return [SLURMEnvironment(auto_requeue=False)] if srun else []
@@ -267,20 +250,18 @@ def _plugins() -> list[Any]:
 def _fit(trainer: L.Trainer, module: GPTModule, data: DataModule, checkpoint: Path | None) -> None:
     """Train; and close the W&B run of this job with the exit code that tells how it went."""
     status = 1
+    folder = Path(trainer.default_root_dir)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         status = 0
-    except SystemExit as leaving:  # Lightning's answer to ctrl-C and to SIGTERM
-        if (Path(trainer.default_root_dir) / CHECKPOINTS / f"{LAST}.ckpt").is_file():
-            log.info("go on with: python train.py resume=%s", trainer.default_root_dir)
-        if isinstance(leaving, SIGTERMException):
-            raise SystemExit(128 + signal.SIGTERM) from None
-        raise KeyboardInterrupt from None
+    except SystemExit as leaving:  # Lightning's answer to ctrl-C and ours to other signals
+        if last_checkpoints(folder):
+            log.info("go on with: python train.py resume=%s", folder)
+        if not isinstance(leaving, SIGTERMException):
+            raise KeyboardInterrupt from None
+        raise SystemExit(leaving.code or 128 + signal.SIGTERM) from None
     finally:
-        if any(type(logger).__name__ == "WandbLogger" for logger in trainer.loggers):
-            import wandb
-
-            wandb.finish(exit_code=status)
+        finish_wandb(trainer.loggers, status)
         _end_processes(trainer, finished=status == 0)
 
 
@@ -322,7 +303,7 @@ def _log_file(path: Path) -> Iterator[None]:
     if global_rank() > 0:
         yield
         return
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -330,4 +311,12 @@ def _log_file(path: Path) -> Iterator[None]:
         yield
     finally:
         log.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):  # what did not fit before does not fit now
+            handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """On a full disk a line is left out: the terminal has it too."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        pass

@@ -29,15 +29,20 @@ def write_stories(path: Path, n: int, seed: int) -> Path:
 @pytest.fixture
 def tiny(tmp_path: Path) -> list[str]:
     """Overrides of train.py: a run of 20 steps on a tiny corpus, all of it below tmp_path."""
-    train, valid = tmp_path / "train.txt", tmp_path / "valid.txt"
+    return tiny_overrides(tmp_path)
+
+
+def tiny_overrides(folder: Path) -> list[str]:
+    """The same for a folder that several tests share."""
+    train, valid = folder / "train.txt", folder / "valid.txt"
     return [
         "data=text",
         f"data.train_files=[{write_stories(train, 400, 1)}]",
         f"data.valid_files=[{write_stories(valid, 40, 2)}]",
-        f"data.cache_dir={tmp_path / 'cache'}",
+        f"data.cache_dir={folder / 'cache'}",
         "data.vocab_size=300",
         "data.batch_size=4",
-        f"runs_dir={tmp_path / 'runs'}",
+        f"runs_dir={folder / 'runs'}",
         "model.context_length=16",
         "model.d_model=16",
         "model.n_heads=2",

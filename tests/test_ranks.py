@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from minigpt.config import UserError
 from minigpt.evaluation import EvaluationConfig, StoriesConfig, evaluate
-from minigpt.ranks import global_rank, step_name
+from minigpt.ranks import global_rank
 from minigpt.records import read_metrics, read_summary
 from minigpt.runs import Run, new_run_folder
 from minigpt.training import train
@@ -73,16 +74,23 @@ def test_the_processes_of_torchrun_share_a_folder_a_log_and_a_wandb_run(two: lis
 
 
 def test_a_run_under_srun_is_called_after_its_job_and_step(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    assert step_name() is None
     monkeypatch.setenv("SLURM_JOB_ID", "71")
     monkeypatch.setenv("SLURM_STEP_ID", "0")
-    folders = []
-    for rank in ("0", "1"):
-        monkeypatch.delenv("MINIGPT_RUN_FOLDER", raising=False)  # each is a process of its own
-        monkeypatch.setenv("SLURM_PROCID", rank)
-        assert global_rank() == int(rank)
-        folders.append(new_run_folder(tmp_path, None, "small"))
-    monkeypatch.delenv("MINIGPT_RUN_FOLDER", raising=False)
-    assert folders == [tmp_path / "small-71.0"] * 2
+    folder = train(composed([*tiny, "resume=auto"]), size="small")
+    assert folder.name == "small-71.0"
+    assert train(composed([*tiny, "resume=auto"]), size="small") == folder  # queued again
+
+
+def test_the_others_find_the_folder_that_the_first_process_makes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setenv("MINIGPT_RUN_FOLDER", "none yet")  # is put back at the end
+    first = new_run_folder(tmp_path, None, "small")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert (global_rank(), new_run_folder(tmp_path, None, "small")) == (1, first)
+    monkeypatch.delenv("MINIGPT_RUN_FOLDER")
+    assert new_run_folder(tmp_path, "mine", "small") == tmp_path / "mine"
+    with pytest.raises(UserError, match="started one by one need name="):
+        new_run_folder(tmp_path, None, "small")

@@ -11,7 +11,16 @@ import yaml
 
 from minigpt.config import UserError
 from minigpt.model import GPT, GPTConfig
-from minigpt.runs import Run, load_net, write_json, write_text
+from minigpt.runs import (
+    Run,
+    is_whole,
+    last_checkpoints,
+    load_net,
+    read_checkpoint,
+    write_checkpoint,
+    write_json,
+    write_text,
+)
 from minigpt.tokenizer import Tokenizer
 
 TINY = GPTConfig(vocab_size=300, context_length=8, d_model=16, n_layers=1, n_heads=2, d_ff=16)
@@ -168,3 +177,60 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         write_text(path, "half a surrogate: \ud800")
     assert path.read_text(encoding="utf-8") == before
+
+
+def test_a_checkpoint_is_whole_until_any_bit_of_it_changes(tmp_path):
+    path = tmp_path / "x.ckpt"
+    write_checkpoint(path, content(GPT(TINY)))
+    assert is_whole(path)
+    assert zipfile.ZipFile(path).testzip() is None  # a proper archive still
+    assert load_net(path).config == TINY
+    good = path.read_bytes()
+    for position in [*range(0, len(good), 997), *range(len(good) - 160, len(good), 3)]:
+        path.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])
+        assert not is_whole(path), position
+    for length in (0, 1, 100, len(good) // 2, len(good) - 1):
+        path.write_bytes(good[:length])
+        assert not is_whole(path), length
+
+
+def test_a_checkpoint_without_a_checksum_is_held_against_what_torch_wrote(run):
+    best = run / "checkpoints" / "best.ckpt"
+    assert is_whole(best)
+    damaged = bytearray(best.read_bytes())
+    (weights,) = [i for i in zipfile.ZipFile(best).infolist() if i.filename.endswith("data/0")]
+    damaged[weights.header_offset + 200] ^= 1
+    best.write_bytes(damaged)
+    assert not is_whole(best)
+
+
+def test_a_damaged_best_checkpoint_is_passed_over(run, caplog):
+    (run / "checkpoints" / "best.ckpt").write_bytes(b"PK")
+    assert Run.open(run).checkpoint == run / "checkpoints" / "last.ckpt"
+    assert "best.ckpt is damaged, its checksum does not fit: passed over" in caplog.text
+    (run / "checkpoints" / "last.ckpt").write_bytes(b"PK")
+    with pytest.raises(UserError, match="best.ckpt is not a checkpoint, or is cut short"):
+        Run.open(run).load_net()
+
+
+def test_a_bounded_number_of_checkpoints_is_kept_the_newest_first(run):
+    path = run / "checkpoints" / "last.ckpt"
+    for step in range(5):
+        write_checkpoint(path, {**content(GPT(TINY)), "global_step": step}, keep=3)
+    kept = last_checkpoints(run)
+    assert [kept_one.name for kept_one in kept] == ["last.ckpt", "last-1.ckpt", "last-2.ckpt"]
+    assert [read_checkpoint(kept_one)["global_step"] for kept_one in kept] == [4, 3, 2]
+    assert len(list(path.parent.iterdir())) == 4  # and best.ckpt
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_what_was_there(run, monkeypatch):
+    path = run / "checkpoints" / "last.ckpt"
+    before = sorted((p.name, p.read_bytes()) for p in path.parent.iterdir())
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_checkpoint(path, content(GPT(TINY)), keep=2)
+    assert sorted((p.name, p.read_bytes()) for p in path.parent.iterdir()) == before

@@ -28,7 +28,7 @@ def test_a_run_folder_holds_all_there_is_to_know(tiny: list[str], tmp_path: Path
     assert folder.parent == tmp_path / "runs"
     assert {path.name for path in folder.iterdir()} == {
         "config.yaml", "tokenizer.json", "metrics.csv", "samples.jsonl", "summary.json",
-        "report.html", "train.log", "checkpoints",
+        "report.html", "train.log", "checkpoints", ".lock",
     }  # fmt: skip
     rows = read_metrics(folder)
     training = [row for row in rows if "train/loss" in row]

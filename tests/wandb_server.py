@@ -11,7 +11,7 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -35,11 +35,18 @@ class WandbServer:
     Args:
         fixed: settings that every job gets beside the parameters of the sweep.
         more_jobs: settings of jobs that are dealt out after the grid.
+        trouble: what happens to the history that runs send: it is refused with error 500, or gets
+            no answer until the server is closed.
     """
 
     def __init__(
-        self, fixed: dict[str, Any] | None = None, more_jobs: list[dict[str, Any]] | None = None
+        self,
+        fixed: dict[str, Any] | None = None,
+        more_jobs: list[dict[str, Any]] | None = None,
+        trouble: Literal["error", "silence"] | None = None,
     ) -> None:
+        self.trouble, self.n_troubled = trouble, 0
+        self._closed = threading.Event()
         self.fixed, self.more_jobs = fixed or {}, more_jobs or []
         self.sweep: dict[str, Any] = {}
         self.waiting: list[dict[str, Any]] = []
@@ -55,6 +62,12 @@ class WandbServer:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 if self.headers.get("Content-Encoding") == "gzip":
                     body = gzip.decompress(body)
+                if stand_in.trouble and self.path != "/graphql":
+                    stand_in.n_troubled += 1
+                    if stand_in.trouble == "silence":
+                        stand_in._closed.wait()
+                    self.send_error(500)
+                    return
                 with stand_in._lock:
                     stand_in.n_requests += 1
                     answer = json.dumps(stand_in.answer(self.path, json.loads(body))).encode()
@@ -76,6 +89,7 @@ class WandbServer:
         return self
 
     def __exit__(self, *args: object) -> None:
+        self._closed.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

@@ -1,0 +1,168 @@
+"""Where a run begins: anew, or at the last good checkpoint of its folder; and never twice."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from minigpt.config import UserError, build
+from minigpt.job import Job
+from minigpt.module import GPTModule
+from minigpt.ranks import global_rank
+from minigpt.runs import (
+    CHECKPOINTS,
+    is_whole,
+    last_checkpoint,
+    last_checkpoints,
+    read_checkpoint,
+    read_config,
+)
+
+log = logging.getLogger("minigpt")
+
+AUTO = "auto"  # resume=auto: the run of this name, if there is one
+_ASIDE = ("name", "runs_dir", "resume")  # settings that say where a run lies, not what it is
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A job, and the checkpoint it goes on from; without one it begins at step 0."""
+
+    job: Job
+    checkpoint: Path | None = None
+    step: int = 0
+    hyper_parameters: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, job: Job, folder: Path | None) -> Start:
+        """What is in `folder`, which goes on with its own settings. No folder: a new run.
+
+        Raises:
+            UserError: nothing there can be gone on from, or with resume=auto it is another job.
+        """
+        if folder is None or (job.resume == AUTO and not last_checkpoints(folder)):
+            return cls(job)
+        assert job.resume is not None
+        before = build(Job, read_config(folder), "")
+        if job.resume == AUTO:
+            _check_settings(job, before, folder)
+        checkpoint = last_checkpoint(folder if job.resume == AUTO else Path(job.resume))
+        content = read_checkpoint(checkpoint)
+        return cls(before, checkpoint, content["global_step"], content["hyper_parameters"])
+
+    def check_the_same(self, module: GPTModule) -> None:
+        """UserError: the run would not go on with the steps and the stories it began with."""
+        if self.hyper_parameters is None:
+            return
+        before = self.hyper_parameters
+        changed = []
+        for key, value in module.hparams.items():
+            then = before.get(key)
+            if isinstance(value, dict) and isinstance(then, dict):
+                then = {**value, **then}  # a setting newer than the checkpoint: it had no other
+            if then != value:
+                changed.append(key)
+        if changed:
+            raise UserError(
+                f"{self.checkpoint} cannot go on here, as its {', '.join(changed)} would not be "
+                "the same: restore the stories and the number of devices, or train a new run"
+            )
+
+    def clear(self, folder: Path) -> None:
+        """Remove what a killed process left half-written; set damaged checkpoints aside."""
+        if global_rank() > 0:
+            return
+        for pattern in ("*.tmp", f"{CHECKPOINTS}/*.tmp"):
+            for leftover in folder.glob(pattern):
+                leftover.unlink()
+        for path in last_checkpoints(folder):
+            if path == self.checkpoint:
+                break
+            if not is_whole(path):  # it is not to be kept in the place of a good one
+                log.warning("%s is damaged: going on from %s", path, self.checkpoint)
+                path.replace(path.with_name(f"{path.name}.damaged"))
+
+
+def folder_to_resume(job: Job, parent: Path) -> Path | None:
+    """The run folder that `job.resume` means; None: a new run begins.
+
+    Raises:
+        UserError: there is no such run, or resume=auto has no name to look for.
+    """
+    if job.resume is None:
+        return None
+    if job.resume == AUTO:
+        if job.name is None:
+            raise UserError("resume=auto goes on with the run of that name: add name=<run>")
+        return parent / job.name if (parent / job.name).is_dir() else None
+    path = Path(job.resume)
+    if last_checkpoints(path):
+        return path
+    return last_checkpoint(path).parent.parent
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep a second process from training the same run at the same time.
+
+    Raises:
+        UserError: another process does. The lock of one that was killed is gone with it.
+    """
+    if global_rank() > 0:  # the first process holds it for all of the run
+        yield
+        return
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"{folder} is being trained by another process: wait for it, or take another name=..."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def settings(job: Job) -> dict[str, Any]:
+    """All settings as plain values, with absolute paths: to be found again from anywhere."""
+    paths = {
+        "train_files": tuple(str(Path(name).absolute()) for name in job.data.train_files),
+        "valid_files": tuple(str(Path(name).absolute()) for name in job.data.valid_files),
+        "cache_dir": str(Path(job.data.cache_dir).absolute()),
+    }
+    job = dataclasses.replace(job, data=dataclasses.replace(job.data, **paths))
+    return _lists(dataclasses.asdict(job))
+
+
+def _lists(value: Any) -> Any:
+    """`value` with tuples as lists, which YAML knows."""
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _check_settings(job: Job, before: Job, folder: Path) -> None:
+    """UserError: `job`, which is to go on with the run in `folder`, asks for another one."""
+    then, now = _typed(settings(before)), _typed(settings(job))
+    for name, value in now.items():
+        if name not in _ASIDE and then[name] != value:
+            raise UserError(
+                f"{folder} was begun with {name}={then[name]}, not {value}: type that, or take "
+                "another name=..."
+            )
+
+
+def _typed(group: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings under the dotted names that they are typed with."""
+    names: dict[str, Any] = {}
+    for key, value in group.items():
+        inner = isinstance(value, dict)
+        names |= _typed(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+    return names

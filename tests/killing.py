@@ -1,0 +1,82 @@
+"""A run that is killed again and again, beside one that never is."""
+
+import csv
+import random
+import signal
+from pathlib import Path
+
+import torch
+
+from minigpt.runs import METRICS, SAMPLES, is_whole, last_checkpoints, read_checkpoint
+from tests.processes import CHECKPOINT, STARTING, STEP, VALIDATION, Training
+
+TIMING = {"tokens_per_second", "mfu"}  # columns that no two runs share
+
+
+def kill_and_resume(overrides: list[str], folder: Path, kills: int, seed: int) -> list[int]:
+    """Train `name=killed` with as many kills, until it ends; what it was doing at each.
+
+    The same command line is typed again each time. Each process is killed after a random number of
+    steps, as soon as it is seen in one of the phases, which come in turn.
+    """
+    chance = random.Random(seed)
+    wanted = [STEP, CHECKPOINT, VALIDATION, CHECKPOINT, STARTING]
+    killed_in: list[int] = []
+    command = [*overrides, "name=killed", "resume=auto"]
+    while True:
+        training = Training(command, folder / "killed.txt")
+        if len(killed_in) < kills:
+            phase, steps = wanted[len(killed_in) % len(wanted)], chance.randint(1, 8)
+            if phase == STARTING:
+                training.process.join(chance.uniform(0, 0.5))
+            else:
+                reached = training.wait_until(
+                    lambda t=training, n=steps, p=phase: t.steps >= n and t.phase == p
+                )
+                assert reached, f"ended after {len(killed_in)} kills: {training.said()}"
+            training.send(signal.SIGKILL)
+            assert training.wait() == -signal.SIGKILL
+            killed_in.append(training.phase)
+        else:
+            assert training.wait() == 0, training.said()
+            return killed_in
+
+
+def assert_same(killed: Path, whole: Path) -> None:
+    """The same weights, bit for bit, and the same numbers and stories: no repeats, no holes."""
+    for name in ("last", "last-1", "best"):
+        one, other = (read_checkpoint(run / f"checkpoints/{name}.ckpt") for run in (killed, whole))
+        assert one["global_step"] == other["global_step"]
+        assert_equal(one["state_dict"], other["state_dict"])
+        assert_equal(one["optimizer_states"], other["optimizer_states"])
+    assert rows(killed) == rows(whole)
+    steps = [(row["step"], bool(row["val/loss"])) for row in rows(killed)]
+    assert len(steps) == len(set(steps))
+    stories = [(run / SAMPLES).read_text(encoding="utf-8") for run in (killed, whole)]
+    assert stories[0] == stories[1]
+    assert all(map(is_whole, last_checkpoints(killed)))
+    assert not list(killed.rglob("*.tmp"))
+
+
+def assert_equal(one: object, other: object) -> None:
+    """Equal all through, tensors bit for bit."""
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict) and isinstance(other, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal(one[key], other[key])
+    elif isinstance(one, list) and isinstance(other, list):
+        assert len(one) == len(other)
+        for left, right in zip(one, other, strict=True):
+            assert_equal(left, right)
+    else:
+        assert one == other
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    """metrics.csv as it stands there, but for the time that things took."""
+    with (run / METRICS).open(newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    return [{name: cell for name, cell in row.items() if name not in TIMING} for row in table]

@@ -1,0 +1,121 @@
+"""train.py in real processes that start at once: forked from a server that has imported it.
+
+Each tells in a small shared file what it is doing, so that a kill can be aimed.
+"""
+
+import functools
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.conftest import ROOT
+
+STARTING, STEP, VALIDATION, CHECKPOINT, BETWEEN = range(5)  # what a process is doing
+_PHASE, _STEPS = 0, 1  # places in the shared file
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["minigpt.training"])
+
+
+class Training:
+    """`python train.py <arguments>`, running. What it prints goes to `output`.
+
+    Args:
+        output: a file for stdout and stderr; beside it lies the shared one.
+        variables: of the environment.
+        before: called in the new process before training, to break something there.
+    """
+
+    def __init__(
+        self,
+        arguments: list[str],
+        output: Path,
+        variables: dict[str, str] | None = None,
+        before: Callable[[], None] | None = None,
+    ) -> None:
+        self.output = output
+        shared = output.with_suffix(".shared")
+        self._shared = np.memmap(shared, np.int32, "w+", shape=2)
+        told = arguments, output, shared, variables or {}, before
+        self.process = _context.Process(target=_train, args=told)
+        self.process.start()
+
+    @property
+    def phase(self) -> int:
+        """What it does, or what it did when it died."""
+        return int(self._shared[_PHASE])
+
+    @property
+    def steps(self) -> int:
+        """How many it has begun."""
+        return int(self._shared[_STEPS])
+
+    def wait_until(self, reached: Callable[[], bool]) -> bool:
+        """Look again and again; False: it ended before that."""
+        while not reached():
+            if not self.process.is_alive():
+                return False
+            time.sleep(0)
+        return True
+
+    def send(self, number: signal.Signals) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def wait(self) -> int:
+        """Its exit code, as a shell shows it; a test that hangs here is ended by its timeout."""
+        self.process.join()
+        assert self.process.exitcode is not None
+        return self.process.exitcode
+
+    def said(self) -> str:
+        """What it printed."""
+        return self.output.read_text(encoding="utf-8")
+
+
+def _train(
+    arguments: list[str],
+    output: Path,
+    shared: Path,
+    variables: dict[str, str],
+    before: Callable[[], None] | None,
+) -> None:
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.chdir(ROOT)
+    os.environ.update(variables)
+    from minigpt import recovery
+    from minigpt.module import GPTModule
+
+    memory = np.memmap(shared, np.int32, "r+", shape=2)
+    _mark(memory, GPTModule, "optimizer_step", STEP)
+    _mark(memory, GPTModule, "validation_step", VALIDATION)
+    _mark(memory, recovery, "write_checkpoint", CHECKPOINT)
+    if before is not None:
+        before()
+    sys.argv = ["train.py", *arguments]
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+
+def _mark(memory: np.ndarray, owner: Any, name: str, phase: int) -> None:
+    function = getattr(owner, name)
+
+    @functools.wraps(function)
+    def marked(*arguments: Any, **named: Any) -> Any:
+        memory[_PHASE] = phase
+        memory[_STEPS] += phase == STEP
+        try:
+            return function(*arguments, **named)
+        finally:
+            memory[_PHASE] = BETWEEN
+
+    setattr(owner, name, marked)
