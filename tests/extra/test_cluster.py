@@ -1,0 +1,150 @@
+"""Sweeps on a real Slurm of one node and on a local Ray, and what several processes do besides.
+
+`make test-cluster` installs what this needs and runs it: some minutes, as root.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from minigpt.records import read_metrics, read_summary
+from tests.conftest import ROOT, write_stories
+from tests.extra.slurm_cluster import slurm, slurm_cluster, wait_for
+
+pytestmark = pytest.mark.timeout(400)
+
+SIZES = {"small-0": "small", "medium-1": "medium", "large-2": "large"}
+LONG = "large-2"  # the job that is killed: it has the most to do
+STEPS = 300
+
+
+@pytest.fixture
+def sweep_of(tmp_path: Path) -> list[str]:
+    """train.py's arguments for a sweep of the three widths, on nets of one layer."""
+    return [
+        sys.executable, "train.py", "-m", "model=small,medium,large",
+        f"hydra.sweep.dir={tmp_path / 'sweep'}",
+        "data=text",
+        f"data.train_files=[{write_stories(tmp_path / 'train.txt', 400, 1)}]",
+        f"data.valid_files=[{write_stories(tmp_path / 'valid.txt', 40, 2)}]",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        "data.vocab_size=300",
+        "data.batch_size=4",
+        "model.context_length=16",
+        "model.n_layers=1",
+        f"budget.tokens={64 * STEPS}",
+        "optimizer.warmup_steps=2",
+        "optimizer.lr=1e-3",
+        "trainer.accelerator=cpu",
+        "trainer.log_every_n_steps=1",
+        "callbacks=quiet",
+        "callbacks.checkpoint_steps=10",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Path]:
+    with slurm_cluster() as folder:
+        yield folder
+
+
+def started(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    with log.open("w") as file:
+        return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=file, stderr=file)
+
+
+def finished(job: subprocess.Popen[bytes], log: Path) -> str:
+    """What a process said that has to end well."""
+    try:
+        code = job.wait(timeout=300)
+    finally:
+        job.kill()
+    said = log.read_text(encoding="utf-8")
+    assert code == 0, said
+    return said
+
+
+def steps(folder: Path) -> list[float]:
+    return [row["step"] for row in read_metrics(folder) if "train/loss" in row]
+
+
+def n_starts(folder: Path) -> int:
+    return (folder / "train.log").read_text(encoding="utf-8").count("precision  ")
+
+
+def check_results(sweep: Path, interrupted: str) -> None:
+    """Each size is trained whole, one of them in two goes; `minigpt scaling` shows all three."""
+    for name in SIZES:
+        assert steps(sweep / name) == list(range(1, STEPS + 1))
+        assert n_starts(sweep / name) == 1 + (name == interrupted)
+        assert read_summary(sweep / name)["status"] == "finished"
+    scaling = [str(Path(sys.executable).with_name("minigpt")), "scaling", str(sweep)]
+    done = subprocess.run(scaling, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((sweep / "scaling.json").read_text(encoding="utf-8"))["runs"]
+    assert [row["model"] for row in rows] == list(SIZES.values())
+    assert all(row["status"] == "finished" for row in rows)
+
+
+# ---------------------------------------------------------------------------- Slurm
+
+
+def test_a_job_of_a_slurm_sweep_that_is_queued_again_goes_on(
+    cluster: Path, sweep_of: list[str], tmp_path: Path
+):
+    sweep, log = tmp_path / "sweep", tmp_path / "log"
+    launcher = started([*sweep_of, "hydra/launcher=submitit_slurm"], log)
+    wait_for(lambda: len(read_metrics(sweep / LONG)) > 30, 200, f"{LONG} to train")
+    (array,) = {job.partition("_")[0] for job in slurm("squeue", "-rho", "%i").split()}
+    slurm("scontrol", "requeue", f"{array}_2")
+    finished(launcher, log)
+    check_results(sweep, interrupted=LONG)
+
+
+def test_two_tasks_of_a_slurm_job_train_as_one_and_go_on_after_a_warning(
+    cluster: Path, sweep_of: list[str], tmp_path: Path
+):
+    """SIGUSR1 is what Slurm sends before the time of a job is over."""
+    folder, log = tmp_path / "sweep" / "small-0", tmp_path / "log"
+    two = ["model=small", "hydra/launcher=submitit_slurm", "hydra.launcher.tasks_per_node=2"]
+    launcher = started([*sweep_of, *two, "trainer=ddp", f"budget.tokens={128 * STEPS}"], log)
+    wait_for(lambda: len(read_metrics(folder)) > 30, 200, "both tasks to train")
+    (job,) = slurm("squeue", "-rho", "%i").split()
+    slurm("scancel", "--signal=USR1", job)
+    finished(launcher, log)
+    assert steps(folder) == list(range(1, STEPS + 1))
+    assert n_starts(folder) == 2
+    assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == [
+        ".submitit", "small-0"
+    ]  # fmt: skip
+    assert "device     cpu ×2" in (folder / "train.log").read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------- Ray
+
+
+def test_a_job_of_a_ray_sweep_whose_process_is_killed_goes_on(sweep_of: list[str], tmp_path: Path):
+    sweep, log = tmp_path / "sweep", tmp_path / "log"
+    alone = ["hydra.launcher.ray.init={address: local, num_cpus: 2, include_dashboard: false}"]
+    launcher = started([*sweep_of, "hydra/launcher=ray", *alone], log)
+    wait_for(lambda: len(read_metrics(sweep / LONG)) > 30, 250, f"{LONG} to train")
+    os.kill(process_that_has_open(sweep / LONG / "train.log"), signal.SIGKILL)
+    finished(launcher, log)
+    check_results(sweep, interrupted=LONG)
+
+
+def process_that_has_open(path: Path) -> int:
+    for folder in Path("/proc").glob("[0-9]*/fd"):
+        try:
+            if any(file.resolve() == path for file in folder.iterdir()):
+                return int(folder.parent.name)
+        except OSError:  # it has just ended
+            continue
+    raise AssertionError(f"no process has {path} open")
