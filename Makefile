@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test test-cluster lint format clean
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed
@@ -14,6 +14,17 @@ quickstart: .venv/installed
 
 test: lint
 	$(BIN)/python -m pytest -n auto
+
+# Sweeps on a Slurm of one node and on a local Ray, both started and ended by the tests.
+test-cluster: .venv/installed-cluster
+	@command -v munged srun slurmctld slurmd >/dev/null && exit; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && apt-get install -qq -y --no-install-recommends slurm-wlm munge; \
+	else \
+		echo "test-cluster needs root, munged, slurmctld and slurmd: apt-get install slurm-wlm munge"; \
+		exit 2; \
+	fi
+	$(BIN)/python -m pytest --override-ini addopts="-q --strict-markers" tests/extra/test_cluster.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check
@@ -35,6 +46,10 @@ format: .venv/installed-dev
 .venv/installed-dev: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@ .venv/installed
+
+.venv/installed-cluster: pyproject.toml .venv/installed-dev
+	$(BIN)/python -m pip install --quiet --editable '.[slurm,ray]'
+	touch $@
 
 clean:
 	rm -rf .venv .cache .pytest_cache .ruff_cache build *.egg-info

@@ -8,14 +8,16 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from minigpt.records import read_metrics, read_summary
+from minigpt.runs import Run
 from tests.conftest import ROOT, write_stories
-from tests.extra.slurm_cluster import slurm, slurm_cluster, wait_for
+from tests.extra.slurm_cluster import free_port, slurm, slurm_cluster, wait_for
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -121,19 +123,36 @@ def test_two_tasks_of_a_slurm_job_train_as_one_and_go_on_after_a_warning(
     finished(launcher, log)
     assert steps(folder) == list(range(1, STEPS + 1))
     assert n_starts(folder) == 2
-    assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == [
-        ".submitit", "small-0"
-    ]  # fmt: skip
+    folders = {path.name for path in folder.parent.iterdir() if path.is_dir()}
+    assert folders == {".submitit", "small-0"}
     assert "device     cpu ×2" in (folder / "train.log").read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------- Ray
 
 
-def test_a_job_of_a_ray_sweep_whose_process_is_killed_goes_on(sweep_of: list[str], tmp_path: Path):
+@pytest.fixture(scope="module")
+def ray() -> Iterator[str]:
+    """The address of a cluster of one machine with two CPUs."""
+    port, ray = free_port(), str(Path(sys.executable).with_name("ray"))
+    address = ["--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2"]
+    quiet = ["--include-dashboard=false", "--disable-usage-stats"]
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
+        head = [ray, "start", "--head", "--block", *address, *quiet, f"--temp-dir={folder}"]
+        daemon = started(head, Path(folder) / "log")
+        try:
+            yield f"127.0.0.1:{port}"
+        finally:
+            daemon.terminate()  # and it ends what it started
+            daemon.wait(timeout=60)
+
+
+def test_a_job_of_a_ray_sweep_whose_process_is_killed_goes_on(
+    ray: str, sweep_of: list[str], tmp_path: Path
+):
     sweep, log = tmp_path / "sweep", tmp_path / "log"
-    alone = ["hydra.launcher.ray.init={address: local, num_cpus: 2, include_dashboard: false}"]
-    launcher = started([*sweep_of, "hydra/launcher=ray", *alone], log)
+    there = f"hydra.launcher.ray.init.address={ray}"
+    launcher = started([*sweep_of, "hydra/launcher=ray", there], log)
     wait_for(lambda: len(read_metrics(sweep / LONG)) > 30, 250, f"{LONG} to train")
     os.kill(process_that_has_open(sweep / LONG / "train.log"), signal.SIGKILL)
     finished(launcher, log)
@@ -148,3 +167,46 @@ def process_that_has_open(path: Path) -> int:
         except OSError:  # it has just ended
             continue
     raise AssertionError(f"no process has {path} open")
+
+
+# ---------------------------------------------------------------------------- processes
+
+
+def test_fsdp_on_two_processes_takes_the_steps_of_one_and_goes_on(
+    sweep_of: list[str], tmp_path: Path
+):
+    python, script, _, _, _, *common = sweep_of
+    common += ["trainer.precision=32-true", f"runs_dir={tmp_path / 'runs'}", "model.d_model=64"]
+    torchrun = [python, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    fsdp = ["trainer.strategy=fsdp", "data.batch_size=2", "name=two", "resume=auto"]
+    folder, log = tmp_path / "runs/two", tmp_path / "log"
+    launcher = started([*torchrun, script, *common, *fsdp], log)
+    wait_for(lambda: len(read_metrics(folder)) > 30, 120, "two processes to train")
+    launcher.terminate()
+    launcher.wait(timeout=60)
+    assert read_summary(folder)["status"] == "interrupted", log.read_text(encoding="utf-8")
+    finished(started([*torchrun, script, *common, *fsdp], log), log)
+    alone = tmp_path / "runs/one"
+    finished(started([python, script, *common, "name=one"], log), log)
+    assert n_starts(folder) == 2
+    losses = [[(row["step"], row["train/loss"]) for row in read_metrics(run) if "train/loss" in row]
+              for run in (folder, alone)]  # fmt: skip
+    assert len(losses[0]) == STEPS
+    for ours, theirs in zip(*losses, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)  # rounding differs, and grows as it trains
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)
+    ends = [read_summary(run)["val/perplexity"] for run in (folder, alone)]
+    assert ends[0] == pytest.approx(ends[1], rel=1e-3)
+    assert Run.open(folder).load_net().n_parameters == Run.open(alone).load_net().n_parameters
+
+
+def test_a_job_on_two_devices_that_diverges_leaves_the_other_jobs_to_train(
+    sweep_of: list[str], tmp_path: Path
+):
+    log = tmp_path / "log"
+    two = ["model=small", "optimizer.lr=1e20,1e-3", "trainer=ddp", "trainer.devices=2"]
+    launcher = started([text for text in sweep_of if "optimizer.lr" not in text] + two, log)
+    assert launcher.wait(timeout=200) == 2
+    assert "error: the training loss became" in log.read_text(encoding="utf-8")
+    ends = [read_summary(tmp_path / "sweep" / f"small-{n}")["status"] for n in (0, 1)]
+    assert ends == ["failed", "finished"]
