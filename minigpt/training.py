@@ -89,11 +89,7 @@ def train(config: DictConfig, size: str = "gpt", group: Path | None = None) -> P
         start.clear(folder)
         _describe(folder, job, plan, hardware, module, data)
         trainer = _trainer(folder, job, plan, hardware, module, data, start.step)
-        if hardware.accelerator == "cpu":
-            keep_freed_memory()
-            accelerate(module.net)
-        if c.compile:  # the loss and not the net: the names of its weights stay as they are
-            module.net.loss = torch.compile(module.net.loss)
+        _speed_up(module, hardware, c.compile)
         _fit(trainer, module, data, start.checkpoint)
         log.info("report: %s", folder / REPORT)
         log.info("next:   python evaluate.py ckpt=%s", folder)
@@ -109,6 +105,14 @@ def _module(job: Job, plan: Plan, data: DataModule) -> GPTModule:
         data.valid.bytes_per_token,
         made_of={"tokenizer": data.tokenizer.fingerprint, "train_tokens": data.train.n_tokens},
     )
+
+
+def _speed_up(module: GPTModule, hardware: Hardware, compile: bool) -> None:
+    if hardware.accelerator == "cpu":
+        keep_freed_memory()
+        accelerate(module.net)
+    if compile:  # the loss and not the net: the names of its weights stay as they are
+        module.net.loss = torch.compile(module.net.loss)
 
 
 def _data(job: Job, plan: Plan, start_step: int) -> DataModule:
