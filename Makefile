@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-cluster lint format clean
+.PHONY: quickstart test test-cluster chaos lint format clean
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed
@@ -24,7 +24,10 @@ test-cluster: .venv/installed-cluster
 		echo "test-cluster needs root, munged, slurmctld and slurmd: apt-get install slurm-wlm munge"; \
 		exit 2; \
 	fi
-	$(BIN)/python -m pytest --override-ini addopts="-q --strict-markers" tests/extra/test_cluster.py
+	$(BIN)/python -m pytest tests/extra/test_cluster.py
+
+chaos: .venv/installed-dev  # a run that is killed fifty times: minutes
+	$(BIN)/python -m pytest tests/extra/test_chaos.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check

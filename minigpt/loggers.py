@@ -121,7 +121,7 @@ def extra_loggers(folder: Path, config: LoggerConfig) -> list[Logger]:
 def _wandb_logger(folder: Path, project: str) -> Logger:
     """W&B with an id that is kept in the run folder, so that a resumed run goes on as the same.
 
-    Without an API key, and when the server cannot be reached at the start, the run is kept offline.
+    Without an API key, and when a resumed run gets no answer from the server, it is kept offline.
     """
     import wandb
     from lightning.pytorch.loggers import WandbLogger
@@ -132,9 +132,12 @@ def _wandb_logger(folder: Path, project: str) -> Logger:
     try:
         if mode != "disabled" and not wandb.login(prompt=False):
             mode = "offline"
-    except AuthenticationError as error:
+    except AuthenticationError as error:  # or there is no answer at all
         problem = " ".join(str(error).split())
-        raise UserError(f"{problem} Set WANDB_MODE=offline, or type logger=csv") from None
+        if not (folder / WANDB_ID).is_file():
+            raise UserError(f"{problem} Set WANDB_MODE=offline, or type logger=csv") from None
+        log.warning("W&B        no answer: %s", problem)
+        mode = "offline"
     settings = wandb.Settings(
         init_timeout=min(asked.init_timeout, _WANDB_START_SECONDS),
         finish_timeout=asked.finish_timeout or _WANDB_FINISH_SECONDS,

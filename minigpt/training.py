@@ -95,11 +95,7 @@ def train(config: DictConfig, size: str = "gpt") -> Path:
         start.clear(folder)
         _describe(folder, job, plan, hardware, module, data)
         trainer = _trainer(folder, job, plan, hardware, module, data, start.step)
-        if hardware.accelerator == "cpu":
-            keep_freed_memory()
-            accelerate(module.net)
-        if c.compile:  # the loss and not the net: the names of its weights stay as they are
-            module.net.loss = torch.compile(module.net.loss)
+        _speed_up(module, hardware, c.compile)
         _fit(trainer, module, data, start.checkpoint)
         log.info("report: %s", folder / REPORT)
         log.info("next:   python evaluate.py ckpt=%s", folder)
@@ -117,6 +113,14 @@ def _module(job: Job, plan: Plan, data: DataModule) -> GPTModule:
     )
 
 
+def _speed_up(module: GPTModule, hardware: Hardware, compile: bool) -> None:
+    if hardware.accelerator == "cpu":
+        keep_freed_memory()
+        accelerate(module.net)
+    if compile:  # the loss and not the net: the names of its weights stay as they are
+        module.net.loss = torch.compile(module.net.loss)
+
+
 def _data(job: Job, plan: Plan, start_step: int) -> DataModule:
     """The data of the job, prepared; on one process before any other is started."""
     accumulate = job.trainer.accumulate_grad_batches
@@ -127,8 +131,7 @@ def _data(job: Job, plan: Plan, start_step: int) -> DataModule:
         seed=job.seed,
         start_step=start_step * accumulate,
     )
-    data.prepare_data()
-    data.setup("fit")
+    data.setup("fit")  # prepares them too; `prepare_data` before it would read them all once more
     if data.tokenizer.vocab_size > job.model.vocab_size:
         raise UserError(
             f"model.vocab_size={job.model.vocab_size} is less than the {data.tokenizer.vocab_size} "

@@ -1,7 +1,11 @@
 import dataclasses
 import json
+import os
+import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,8 @@ from minigpt.config import UserError, build
 from minigpt.corpus import bundled_sample
 from minigpt.preparation import DataConfig, open_corpus, prepare_split, prepare_tokenizer
 from minigpt.tokenizer import Tokenizer
+from tests.conftest import tiny_overrides
+from tests.processes import Training
 
 STORIES = [f"Story {n}: the dog and the girl walk to the park.\n\nThen é." for n in range(50)]
 
@@ -111,13 +117,13 @@ def test_an_error_while_reading_leaves_nothing_behind(tokenizer, tmp_path, monke
 
 
 SLOW_PREPARATION = """
-import logging, sys, time
+import logging, sys
 from minigpt import preparation
 from minigpt.tokenizer import Tokenizer
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 preparation._BLOCK_CHARACTERS = 200
 stories = [f"Story {n}: the dog and the girl." for n in range(50)]
-tokenizer, pause = Tokenizer.train(stories, 280), float(sys.argv[2])
+tokenizer = Tokenizer.train(stories, 280)
 
 class Slow:
     def fingerprint(self, split):
@@ -126,16 +132,18 @@ class Slow:
         for n, story in enumerate(stories):
             if n == 40:
                 print("begun", flush=True)
-                time.sleep(pause)
+                sys.stdin.readline()
             yield story
 
 print(preparation.prepare_split(Slow(), "train", tokenizer, sys.argv[1]).n_tokens)
 """
 
 
-def start(cache: Path, pause: float) -> subprocess.Popen[str]:
+def start(cache: Path) -> subprocess.Popen[str]:
+    """A process that stops in the middle of its preparation until it reads a line."""
     return subprocess.Popen(
-        [sys.executable, "-c", SLOW_PREPARATION, str(cache), str(pause)],
+        [sys.executable, "-c", SLOW_PREPARATION, str(cache)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -143,7 +151,7 @@ def start(cache: Path, pause: float) -> subprocess.Popen[str]:
 
 
 def test_killed_preparations_count_for_nothing_and_two_processes_prepare_once(tmp_path):
-    killed = start(tmp_path, pause=60)
+    killed = start(tmp_path)
     assert killed.stdout is not None
     assert killed.stdout.readline() == "begun\n"
     killed.kill()
@@ -151,14 +159,15 @@ def test_killed_preparations_count_for_nothing_and_two_processes_prepare_once(tm
     (unfinished,) = prepared(tmp_path)
     assert (tmp_path / "prepared" / unfinished / "tokens.bin").exists()
 
-    first = start(tmp_path, pause=3)
+    first = start(tmp_path)
     assert first.stdout is not None
     assert first.stdout.readline() == "begun\n"  # it holds the lock, and half is written
-    second = start(tmp_path, pause=0)
-    output, log = second.communicate(timeout=30)
-    first_output, first_log = first.communicate(timeout=30)
+    second = start(tmp_path)
+    assert second.stderr is not None
+    assert "waiting for another process" in second.stderr.readline()
+    first_output, first_log = first.communicate("go on\n", timeout=60)
+    output, log = second.communicate(timeout=60)
     assert (first.returncode, second.returncode) == (0, 0), first_log + log
-    assert "waiting for another process" in log
     assert "encoded the train split" in first_log
     assert "encoded the train split" not in log
     assert "begun" not in output
@@ -167,7 +176,9 @@ def test_killed_preparations_count_for_nothing_and_two_processes_prepare_once(tm
     assert unfinished.startswith(whole)
 
 
-@pytest.mark.parametrize("damage", ["cut", "longer", "flipped", "no meta", "half a meta"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "longer", "flipped", "no meta", "half a meta", "flipped meta"]
+)
 def test_a_damaged_token_file_is_prepared_again_and_the_log_says_so(
     tokenizer, tmp_path, caplog, damage
 ):
@@ -178,6 +189,9 @@ def test_a_damaged_token_file_is_prepared_again_and_the_log_says_so(
         meta.unlink()
     elif damage == "half a meta":
         meta.write_text(meta.read_text()[:50])
+    elif damage == "flipped meta":  # bits per byte would be wrong, and nothing else
+        bytes_before = json.loads(meta.read_text())["bytes"]
+        meta.write_text(meta.read_text().replace(str(bytes_before), str(bytes_before + 1)))
     else:
         flipped = good[:100] + bytes([good[100] ^ 1]) + good[101:]
         path.write_bytes({"cut": good[:-2], "longer": good + b"\0\0", "flipped": flipped}[damage])
@@ -187,12 +201,101 @@ def test_a_damaged_token_file_is_prepared_again_and_the_log_says_so(
     assert "it is damaged" in caplog.text
 
 
-def test_a_damaged_tokenizer_is_trained_again(tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "a word changed", "no meta"])
+def test_a_damaged_tokenizer_is_trained_again(tmp_path, caplog, damage):
     config = DataConfig(vocab_size=300, cache_dir=str(tmp_path))
     good = prepare_tokenizer(Listed(), config)
     (path,) = tmp_path.rglob("tokenizer.json")
-    path.write_text(path.read_text()[:1000])
+    text = path.read_text()
+    if damage == "no meta":
+        path.with_name("meta.json").unlink()
+    else:
+        path.write_text(text[:1000] if damage == "cut" else text.replace("dog", "dig"))
     assert prepare_tokenizer(Listed(), config).fingerprint == good.fingerprint
+    assert path.read_text() == text
+    assert "it is damaged" in caplog.text
+
+
+def test_what_an_earlier_version_prepared_is_not_prepared_again(tokenizer, tmp_path):
+    corpus = Listed()
+    meta = prepare_split(corpus, "train", tokenizer, tmp_path).path.with_name("meta.json")
+    without = {key: value for key, value in json.loads(meta.read_text()).items() if key != "meta"}
+    meta.write_text(json.dumps(without))
+    prepare_split(corpus, "train", tokenizer, tmp_path)
+    assert corpus.reads == ["train"]
+
+
+@pytest.fixture
+def shared_folder() -> Iterator[Path]:
+    """A folder that everybody may read."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def as_nobody(cache: Path, function):
+    """`function()` without the right to write to `cache`, which root has whatever the mode."""
+    for path in [cache, *cache.rglob("*")]:
+        path.chmod(path.stat().st_mode & ~0o222)
+    root = os.geteuid() == 0
+    try:
+        if root:
+            os.seteuid(65534)
+        return function()
+    finally:
+        if root:
+            os.seteuid(0)
+        for path in [cache, *cache.rglob("*")]:
+            path.chmod(path.stat().st_mode | 0o200)
+
+
+def test_a_cache_that_is_read_only_is_read(tokenizer, shared_folder):
+    corpus = Listed()
+    made = prepare_split(corpus, "train", tokenizer, shared_folder)
+    found = as_nobody(
+        shared_folder, lambda: prepare_split(corpus, "train", tokenizer, shared_folder)
+    )
+    assert found == made
+    assert corpus.reads == ["train"]
+
+
+def test_in_a_read_only_cache_what_is_missing_or_damaged_is_one_line(tokenizer, shared_folder):
+    prepare = prepare_split(Listed(), "train", tokenizer, shared_folder)
+    prepare.path.write_bytes(b"")
+    for split in ("train", "valid"):
+        with pytest.raises(UserError, match=r"cannot write .*Permission denied.*data\.cache_dir="):
+            as_nobody(
+                shared_folder, lambda s=split: prepare_split(Listed(), s, tokenizer, shared_folder)
+            )
+
+
+def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(tokenizer, tmp_path):
+    config = DataConfig(vocab_size=300, cache_dir=str(tmp_path))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*File too large.*data\.cache_dir="):
+            prepare_split(Listed(), "train", tokenizer, tmp_path)
+        with pytest.raises(UserError, match=r"cannot write .*File too large.*data\.cache_dir="):
+            prepare_tokenizer(Listed(), config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert prepared(tmp_path) == []
+    assert prepare_split(Listed(), "train", tokenizer, tmp_path).n_stories == 50
+
+
+@pytest.mark.parametrize("n", [2, 8])
+def test_runs_that_start_at_once_prepare_once_and_all_train(n: int, tmp_path: Path):
+    command = [*tiny_overrides(tmp_path), "budget.tokens=192", "trainer.n_validations=1"]
+    runs = [Training([*command, f"name=r{i}"], tmp_path / f"r{i}.txt") for i in range(n)]
+    for run in runs:
+        assert run.wait() == 0, run.said()
+    everything = "".join(run.said() for run in runs)
+    assert everything.count("encoded the train split") == 1
+    assert everything.count("encoded the valid split") == 1
+    assert everything.count("finished after") == n
+    assert len(prepared(tmp_path / "cache")) == 3  # the tokenizer and two splits
 
 
 def test_a_cache_that_cannot_be_written_is_one_line_naming_the_override(tokenizer, tmp_path):

@@ -221,18 +221,52 @@ def test_auto_needs_a_name_to_look_for(tiny: list[str]):
         train(composed([*tiny, "resume=auto"]))
 
 
+def online(server: WandbServer) -> dict[str, str]:
+    """The environment in which runs are sent to `server`."""
+    return {
+        "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40, "NO_PROXY": "*",
+        "WANDB_ERROR_REPORTING": "false", "WANDB_FINISH_TIMEOUT": "3",
+        "WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "0.1",
+    }  # fmt: skip
+
+
+def test_a_resumed_run_goes_on_as_the_same_run_at_wandb(place: Path):
+    command = [*overrides(place), "logger=wandb", "name=sent", "resume=auto"]
+    with WandbServer() as server:
+        variables = online(server) | {"WANDB_FINISH_TIMEOUT": "60"}
+        first = Training(command, place / "sent.txt", variables)
+        assert first.wait_until(lambda: first.steps > 20)
+        first.send(signal.SIGTERM)
+        assert first.wait() == 128 + signal.SIGTERM, first.said()
+        second = Training(command, place / "sent.txt", variables)
+        assert second.wait() == 0, second.said()
+    ((name, run),) = server.runs.items()
+    assert name == (place / "runs/sent/wandb-id.txt").read_text(encoding="utf-8").strip()
+    assert run.exit_code == 0
+    steps = [row["trainer/global_step"] for row in run.history if "lr" in row]
+    assert steps == [int(row["step"]) for row in rows(place / "runs/whole") if row["lr"]]
+
+
+def test_a_run_that_is_resumed_while_wandb_is_away_goes_on_offline(place: Path):
+    with WandbServer() as server:
+        variables = online(server)
+    folder = place / "runs/away"
+    folder.mkdir()
+    (folder / "wandb-id.txt").write_text("abcd1234\n")
+    command = [*overrides(place), "logger=wandb", "name=away", "resume=auto", "budget.tokens=640"]
+    training = Training(command, place / "away.txt", variables)
+    assert training.wait() == 0, training.said()
+    assert "W&B        no answer: " in training.said()
+    assert list((folder / "wandb").glob("offline-run-*-abcd1234"))
+
+
 @pytest.mark.parametrize("trouble", ["error", "silence"])
 def test_a_wandb_server_that_fails_in_mid_run_costs_no_number_and_no_more_than_its_time(
-    trouble, place: Path, tmp_path: Path
+    trouble, place: Path
 ):
     with WandbServer(trouble=trouble) as server:
-        variables = {
-            "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40, "NO_PROXY": "*",
-            "WANDB_ERROR_REPORTING": "false", "WANDB_FINISH_TIMEOUT": "3",
-            "WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "0.1",
-        }  # fmt: skip
         command = [*overrides(place), "logger=wandb", f"name={trouble}"]
-        training = Training(command, place / f"{trouble}.txt", variables)
+        training = Training(command, place / f"{trouble}.txt", online(server))
         assert training.wait() == 0, training.said()
         assert server.n_troubled > 0
     folder = place / "runs" / trouble

@@ -103,11 +103,10 @@ def test_ctrl_c_keeps_the_state_and_writes_the_report(tiny: list[str], tmp_path:
         text=True,
     )
     folder = tmp_path / "runs/stopped"
-    deadline = time.monotonic() + 60
-    while len(read_metrics(folder)) < 20 and time.monotonic() < deadline:
+    while len(read_metrics(folder)) < 20 and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(2)  # SIGINT
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     assert process.returncode == 130, errors
     summary = read_summary(folder)
     assert summary["status"] == "interrupted"

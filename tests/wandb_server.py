@@ -163,7 +163,17 @@ class WandbServer:
         return {"type": "run", "run_id": name, "program": self.sweep["program"], "args": settings}
 
     def _RunResumeStatus(self, sent: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
-        return {"model": {**_project(sent["project"]), "bucket": None}}
+        run, bucket = self.runs.get(sent["name"]), None
+        if run is not None and run.history:
+            config = {key: {"value": value} for key, value in run.config.items()}
+            bucket = {
+                "id": sent["name"], "name": sent["name"], "displayName": sent["name"],
+                "summaryMetrics": json.dumps(run.summary), "config": json.dumps(config),
+                "historyTail": json.dumps([json.dumps(run.history[-1])]), "eventsTail": "[]",
+                "historyLineCount": len(run.history), "eventsLineCount": 0, "logLineCount": 0,
+                "tags": [], "notes": None, "wandbConfig": "{}",
+            }  # fmt: skip
+        return {"model": {**_project(sent["project"]), "bucket": bucket}}
 
     def _UpsertBucket(self, sent: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
         run = self.runs.setdefault(sent["name"], WandbRun())  # a run of no sweep is new

@@ -5,6 +5,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -110,21 +111,30 @@ def test_a_job_of_a_slurm_sweep_that_is_queued_again_goes_on(
     check_results(sweep, interrupted=LONG)
 
 
+@pytest.mark.parametrize("submitted", ["by the launcher", "by sbatch"])
 def test_two_tasks_of_a_slurm_job_train_as_one_and_go_on_after_a_warning(
-    cluster: Path, sweep_of: list[str], tmp_path: Path
+    submitted: str, cluster: Path, sweep_of: list[str], tmp_path: Path
 ):
     """SIGUSR1 is what Slurm sends before the time of a job is over."""
-    folder, log = tmp_path / "sweep" / "small-0", tmp_path / "log"
-    two = ["model=small", "hydra/launcher=submitit_slurm", "hydra.launcher.tasks_per_node=2"]
-    launcher = started([*sweep_of, *two, "trainer=ddp", f"budget.tokens={128 * STEPS}"], log)
-    wait_for(lambda: len(read_metrics(folder)) > 30, 200, "both tasks to train")
+    runs, log = tmp_path / "sweep", tmp_path / "log"
+    more = ["model=small", "trainer=ddp", f"budget.tokens={128 * STEPS}"]
+    if submitted == "by sbatch":
+        python, script, _, _, _, *common = sweep_of
+        train = shlex.join([python, script, *common, *more, "resume=auto", f"runs_dir={runs}"])
+        sbatch = ["sbatch", "--wait", "--ntasks-per-node=2", f"--output={log}.job"]
+        command = [*sbatch, f"--wrap=srun {train}"]
+    else:
+        tasks = "hydra.launcher.tasks_per_node=2"
+        command = [*sweep_of, *more, "hydra/launcher=submitit_slurm", tasks]
+    waiting = started(command, log)
+    wait_for(lambda: any(len(steps(run)) > 30 for run in runs.glob("small-*")), 200, "training")
     (job,) = slurm("squeue", "-rho", "%i").split()
     slurm("scancel", "--signal=USR1", job)
-    finished(launcher, log)
+    finished(waiting, log)
+    (folder,) = runs.glob("small-*")
+    assert folder.name == (f"small-{job}.0" if submitted == "by sbatch" else "small-0")
     assert steps(folder) == list(range(1, STEPS + 1))
     assert n_starts(folder) == 2
-    folders = {path.name for path in folder.parent.iterdir() if path.is_dir()}
-    assert folders == {".submitit", "small-0"}
     assert "device     cpu ×2" in (folder / "train.log").read_text(encoding="utf-8")
 
 
