@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import zip_longest
@@ -23,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from minigpt.config import UserError, unknown_name
 from minigpt.console import show_log
+from minigpt.ranks import global_rank
 
 # Hydra's own options; everything else on the command line is a setting, without dashes.
 HYDRA_FLAGS = {
@@ -63,14 +65,21 @@ def run_app(main: Callable[[], Any], conf: Path, name: str) -> None:
 def one_line_errors() -> Iterator[None]:
     """Around a Hydra task: a single job that fails by the user's fault leaves at once.
 
-    In a multirun the error goes up to Hydra, so that the other jobs still run.
+    In a multirun the error goes up to Hydra, so that the other jobs still run. But Hydra would keep
+    what happened to one process of several to itself, while the others wait for it.
     """
+    multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         yield
     except UserError as error:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
+        if multirun:
             raise
         _leave(str(error))
+    except Exception:
+        if multirun and global_rank() > 0:
+            traceback.print_exc()
+            sys.exit(1)
+        raise
 
 
 def explain(error: Exception, conf: Path, name: str) -> str:

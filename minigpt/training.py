@@ -90,7 +90,7 @@ def train(config: DictConfig, size: str = "gpt") -> Path:
             stack.enter_context(alone_in(folder))
         stack.enter_context(full_disk_in_one_line(folder))
         stack.enter_context(_log_file(folder / "train.log"))
-        if start.checkpoint is None:
+        if start.checkpoint is None and global_rank() == 0:
             _write_inputs(folder, job, data)
         start.clear(folder)
         _describe(folder, job, plan, hardware, module, data)

@@ -94,7 +94,11 @@ def slurm_cluster() -> Iterator[Path]:
         finally:
             for daemon in reversed(daemons):
                 daemon.terminate()
-                daemon.wait(timeout=30)
+                try:
+                    daemon.wait(timeout=30)
+                except subprocess.TimeoutExpired:
+                    daemon.kill()
+                    daemon.wait()
             del os.environ["SLURM_CONF"]
     shutil.rmtree(folder)  # not after an error: the logs are there
 

@@ -121,8 +121,8 @@ def test_two_tasks_of_a_slurm_job_train_as_one_and_go_on_after_a_warning(
     if submitted == "by sbatch":
         python, script, _, _, _, *common = sweep_of
         train = shlex.join([python, script, *common, *more, "resume=auto", f"runs_dir={runs}"])
-        sbatch = ["sbatch", "--wait", "--ntasks-per-node=2", f"--output={log}.job"]
-        command = [*sbatch, f"--wrap=srun {train}"]
+        sbatch = ["sbatch", "--wait", "--ntasks-per-node=2", "--signal=USR1@120", "--requeue"]
+        command = [*sbatch, f"--output={log}.job", f"--wrap=srun --kill-on-bad-exit {train}"]
     else:
         tasks = "hydra.launcher.tasks_per_node=2"
         command = [*sweep_of, *more, "hydra/launcher=submitit_slurm", tasks]
