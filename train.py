@@ -1,5 +1,6 @@
 """Train a Mini GPT: `python train.py model=large budget.tokens=20e6`. See `--help`."""
 
+import sys
 from pathlib import Path
 
 import hydra
@@ -17,13 +18,21 @@ CONF = Path(__file__).parent / "conf"
 def main(config: DictConfig) -> None:
     job = HydraConfig.get()
     typed = [text for text in job.overrides.task if not text.startswith("resume=")]
-    group = Path(job.sweep.dir) if job.mode == RunMode.MULTIRUN else None
+    size = job.runtime.choices["model"]
+    if job.mode == RunMode.MULTIRUN:
+        # The same place whenever a scheduler starts this job, of a name that the others have not.
+        config.runs_dir = job.sweep.dir
+        config.name = config.name or f"{size}-{job.job.num}"
+        config.resume = config.resume or "auto"
+        # What Lightning types to start processes for more devices: this job, not the whole sweep.
+        place = [f"{key}='{config[key]}'" for key in ("runs_dir", "name", "resume")]
+        sys.argv = [__file__, *job.overrides.task, *place]
     with one_line_errors():
         if config.resume not in (None, "auto") and typed:
             raise UserError(f"resume goes on with the settings of that run: leave out {typed[0]}")
         from minigpt.training import train  # imports torch, which a mistake need not wait for
 
-        train(config, size=job.runtime.choices["model"], group=group)
+        train(config, size=size)
 
 
 if __name__ == "__main__":

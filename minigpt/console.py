@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import sys
 
 from rich.console import Console
+
+from minigpt.ranks import global_rank
 
 console = Console(stderr=True, soft_wrap=True)
 
@@ -27,5 +28,4 @@ def show_log() -> None:
             stream.reconfigure(errors="replace")
     log = logging.getLogger("minigpt")
     log.setLevel(logging.INFO)
-    first = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
-    log.handlers = [_ConsoleHandler()] if first else []  # one process speaks for all
+    log.handlers = [] if global_rank() else [_ConsoleHandler()]  # one process speaks for all

@@ -234,10 +234,16 @@ class DataModule(L.LightningDataModule):
         return _loader(windows, batch_sampler=sampler)
 
     def val_dataloader(self) -> DataLoader:
-        """The validation split in order, every token once; on several ranks each takes a share."""
+        """The validation split in order, every token once; on several ranks each takes a share.
+
+        The shares are of one length, as ranks that share weights work in step: where the windows
+        do not divide, the last ones of some ranks hold no token.
+        """
         windows = TokenWindows(self.valid.array(), self.context_length)
         rank, world_size = self._rank()
-        mine = windows.side_by_side()[rank::world_size]
+        starts, length = windows.side_by_side(), self.context_length
+        each = -(-len(starts) // world_size)
+        mine = range(rank * length, each * world_size * length, world_size * length)
         return _loader(windows, sampler=mine, batch_size=self.config.batch_size)
 
     def _rank(self) -> tuple[int, int]:

@@ -9,6 +9,8 @@ import contextlib
 import os
 import re
 import sys
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -22,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from minigpt.config import UserError, unknown_name
 from minigpt.console import show_log
+from minigpt.ranks import global_rank
 
 # Hydra's own options; everything else on the command line is a setting, without dashes.
 HYDRA_FLAGS = {
@@ -37,6 +40,10 @@ def run_app(main: Callable[[], Any], conf: Path, name: str) -> None:
     What the user got wrong is one line on stderr and exit code 2; ctrl-C is exit code 130.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, where it would print and exit
+    # The plugins of Slurm and Ray bring configs of the names of ours, with the same keys.
+    warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against ConfigStore")
+    # The signal before a Slurm job's time is over: that one which training answers itself.
+    os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
     show_log()
     try:
         _check_dashes(sys.argv[1:])
@@ -47,20 +54,32 @@ def run_app(main: Callable[[], Any], conf: Path, name: str) -> None:
         _leave(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         _leave(explain(error, conf, name))
+    except (RuntimeError, ConnectionError) as error:
+        reason = explain_launcher(error)
+        if reason is None:
+            raise
+        _leave(reason)
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Around a Hydra task: a single job that fails by the user's fault leaves at once.
 
-    In a multirun the error goes up to Hydra, so that the other jobs still run.
+    In a multirun the error goes up to Hydra, so that the other jobs still run. But Hydra would keep
+    what happened to one process of several to itself, while the others wait for it.
     """
+    multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         yield
     except UserError as error:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
+        if multirun:
             raise
         _leave(str(error))
+    except Exception:
+        if multirun and global_rank() > 0:
+            traceback.print_exc()
+            sys.exit(1)
+        raise
 
 
 def explain(error: Exception, conf: Path, name: str) -> str:
@@ -93,6 +112,23 @@ def explain(error: Exception, conf: Path, name: str) -> str:
     if missing:
         return f"{missing.group(1)} is not set: type {missing.group(1)}=<value>"
     return " ".join(text.split())
+
+
+def explain_launcher(error: Exception) -> str | None:
+    """One line for a launcher of a multirun that is not installed or finds no cluster, or None."""
+    text = str(error)
+    plugin = re.search(r"Unknown plugin class : 'hydra_plugins\.hydra_(\w+)_launcher", text)
+    if plugin:
+        extra = {"submitit": "slurm"}.get(plugin.group(1), plugin.group(1))
+        return f"hydra/launcher needs other packages: pip install -e '.[{extra}]'"
+    if 'Could not detect "srun"' in text:
+        return "there is no srun here: type this where jobs of a Slurm cluster are submitted"
+    if "Could not find any running Ray instance" in text:
+        return (
+            "no Ray cluster runs here: start one with ray start --head, or type "
+            "hydra.launcher.ray.init.address=local"
+        )
+    return None
 
 
 def setting_names(conf: Path, name: str) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from minigpt.config import UserError
+from minigpt.ranks import Launcher
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,11 @@ class Hardware:
     def find(cls, accelerator: str, devices: str, num_nodes: int, precision: str) -> Hardware:
         """What was asked for, and the best this machine has where that is `auto`.
 
+        Under torchrun or srun the processes are there already, one for each device.
+
         Raises:
-            UserError: this machine has no such accelerator, or not so many.
+            UserError: this machine has no such accelerator, or not so many; another number of
+                devices or nodes than the launcher started processes for.
         """
         asked, accelerator = accelerator, {"gpu": "cuda"}.get(accelerator, accelerator)
         present = {
@@ -45,9 +49,32 @@ class Hardware:
             raise UserError(f"trainer.accelerator={asked}: this machine has none")
         n_gpus = torch.cuda.device_count() if accelerator == "cuda" else 0
         n_devices = max(1, n_gpus) if devices == "auto" else int(devices)
+        launcher = Launcher.found()
+        if launcher is not None:
+            _check_launched(launcher, devices, num_nodes)
+            n_devices, num_nodes = launcher.devices, launcher.num_nodes
+        elif num_nodes > 1:
+            raise UserError(
+                f"trainer.num_nodes={num_nodes}: start the processes of several nodes with "
+                "torchrun or srun (docs/scaling-out.md)"
+            )
         if accelerator == "cuda" and n_devices > n_gpus:
-            raise UserError(f"trainer.devices={devices}: this machine has {n_gpus} GPUs")
+            raise UserError(f"trainer.devices={n_devices}: this machine has {n_gpus} GPUs")
         return cls(accelerator, n_devices, num_nodes, *_find_precision(precision, accelerator))
+
+
+def _check_launched(launcher: Launcher, devices: str, num_nodes: int) -> None:
+    """What was typed must not contradict the processes that are there; 1 node is the default."""
+    wrong = []
+    if devices not in ("auto", str(launcher.devices)):
+        wrong.append(f"trainer.devices={devices}")
+    if num_nodes not in (1, launcher.num_nodes):
+        wrong.append(f"trainer.num_nodes={num_nodes}")
+    if wrong:
+        raise UserError(
+            f"{' '.join(wrong)}, but {launcher.name} started {launcher.devices} processes on "
+            f"{launcher.num_nodes} nodes: leave it out"
+        )
 
 
 def _find_precision(wanted: str, accelerator: str) -> tuple[str, str]:

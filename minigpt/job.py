@@ -21,7 +21,7 @@ class TrainerConfig:
     accelerator: str = "auto"
     devices: str = "auto"  # a number, or auto: one CPU process, or every GPU
     num_nodes: int = 1
-    strategy: Literal["auto", "ddp"] = "auto"
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
     accumulate_grad_batches: int = 1
     n_validations: int = 5
@@ -73,6 +73,14 @@ class Job:
             raise ValueError(f"seed {self.seed} must not be negative")
         if self.name is not None and Path(self.name).name != self.name:
             raise ValueError(f"name {self.name!r} is a folder's name under runs_dir, not a path")
+        if self.trainer.strategy == "fsdp" and self.callbacks.prompts:
+            raise ValueError(  # the first device alone would wait for the weights of the others
+                "trainer.strategy=fsdp writes no stories while it trains: add callbacks=quiet"
+            )
+        if self.trainer.strategy == "fsdp" and self.optimizer.name == "muon":
+            raise ValueError(  # which needs whole matrices
+                "trainer.strategy=fsdp shares each matrix out over devices: add optimizer=adamw"
+            )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers.logger import Logger
 
 from minigpt.config import UserError
-from minigpt.runs import global_rank, write_text
+from minigpt.ranks import global_rank
+from minigpt.runs import write_text
 
 log = logging.getLogger("minigpt")
 

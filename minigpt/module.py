@@ -9,8 +9,11 @@ from typing import Any, NoReturn
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
@@ -63,6 +66,15 @@ class GPTModule(L.LightningModule):
         self.val_nats = MeanMetric()
         self._seed = torch.initial_seed()  # what `seed_everything` was given
 
+    def configure_model(self) -> None:
+        """Under FSDP each device keeps its share of the weights. Lightning calls it before fit."""
+        if not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            return
+        mesh = self.trainer.strategy.device_mesh["data_parallel"]
+        for module in (*self.net.blocks, self.net):
+            fully_shard(module, mesh=mesh)
+        register_fsdp_forward_method(self.net, "loss")
+
     def forward(self, ids: Tensor) -> Tensor:
         """Logits (B, T, V) for token ids (B, T)."""
         return self.net(ids)
@@ -72,9 +84,11 @@ class GPTModule(L.LightningModule):
         if self.net.config.dropout:
             self._seed_dropout(batch_idx)
         loss = self.net.loss(*batch)
-        self._check_finite("training", loss.item())
+        mean = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
+        assert isinstance(mean, Tensor)  # over the devices, which so stop together if they do
+        self._check_finite("training", mean.item())
         steps = self.global_step + 1
-        self.log("train/loss", loss)
+        self.log("train/loss", mean)
         self.log("lr", self._lr())
         # Lightning takes the logged "step" as the row's x-axis: updates made, counted from 1.
         self.log_dict({"step": float(steps), "tokens": float(steps * self.tokens_per_step)})
@@ -88,8 +102,10 @@ class GPTModule(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Gathers nats per token, weighted by the tokens that are scored."""
         loss = self.net.loss(*batch)
-        self._check_finite("validation", loss.item())  # the metric would leave NaNs out
-        self.val_nats.update(loss, weight=(batch[1] != IGNORE_INDEX).sum())
+        n_scored = (batch[1] != IGNORE_INDEX).sum()
+        if n_scored:
+            self._check_finite("validation", loss.item())  # the metric would leave NaNs out
+            self.val_nats.update(loss, weight=n_scored)
 
     def on_validation_epoch_end(self) -> None:
         """Loss, perplexity and bits per byte of the whole split."""
@@ -123,7 +139,7 @@ class GPTModule(L.LightningModule):
         """Clips the norm of all gradients together, and logs what it was before."""
         limit = self.settings.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), limit)
-        self.log("grad_norm", norm)
+        self.log("grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def check_weights(self) -> None:
         """UserError: a weight is not finite; the loss of the next step would not be either."""

@@ -14,9 +14,9 @@ from filelock import FileLock, Timeout
 from minigpt.config import UserError, build
 from minigpt.job import Job
 from minigpt.module import GPTModule
+from minigpt.ranks import global_rank
 from minigpt.runs import (
     CHECKPOINTS,
-    global_rank,
     is_whole,
     last_checkpoint,
     last_checkpoints,

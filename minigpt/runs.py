@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import subprocess
+import time
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -27,9 +28,11 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from minigpt.config import UserError, build
 from minigpt.model import GPT, GPTConfig
+from minigpt.ranks import global_rank
 from minigpt.tokenizer import Tokenizer
 
 CONFIG = "config.yaml"
@@ -94,12 +97,12 @@ class Run:
         Raises:
             UserError: not a checkpoint, a damaged one, or one of another run.
         """
-        config = build(GPTConfig, self.config().get("model", {}), "model")
         if self.checkpoint.suffix == ".safetensors":
-            net = _with_weights(config, read_safetensors(self.checkpoint), self.checkpoint)
+            weights = read_safetensors(self.checkpoint)
+            net = _with_weights(self._model(), weights, self.checkpoint)
         else:
             net = load_net(self.checkpoint)
-        if config != net.config:
+        if net.config != self._model():
             raise UserError(f"{self.checkpoint} is not of this run: its model is another one")
         return net.to(device).eval()
 
@@ -110,6 +113,9 @@ class Run:
     def config(self) -> dict[str, Any]:
         """The resolved configuration of the run, as plain values."""
         return read_config(self.folder)
+
+    def _model(self) -> GPTConfig:
+        return build(GPTConfig, self.config().get("model", {}), "model")
 
     def _inside(self, name: str) -> Path:
         path = self.folder / name
@@ -156,32 +162,38 @@ def last_checkpoint(path: Path) -> Path:
     return path
 
 
-def global_rank() -> int:
-    """Which of the run's processes this is: 0 for the first, or the only one."""
-    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):  # torchrun, Slurm, Lightning's launcher
-        if name in os.environ:
-            return int(os.environ[name])
-    return 0
-
-
-def new_run_folder(parent: Path, name: str | None, label: str, exist_ok: bool = False) -> Path:
+def new_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool = False) -> Path:
     """A folder in `parent` that no other run has, made now: two runs never share one.
 
     With `exist_ok` the folder `name` may be there already: one that a killed run left empty.
 
-    Without a name it is called `label`, with a number behind it where that is taken. The processes
-    that Lightning starts for other devices are told which it is by the environment; others can
-    know it by name alone.
+    Without a name it is called after the size and the time. The first process makes it and tells
+    the others: those of torchrun through torchrun's store, those that Lightning starts by the
+    environment. Others can know it by name alone.
+
+    Raises:
+        UserError: the name is taken.
     """
-    if global_rank() > 0:
-        if RUN_FOLDER_VARIABLE in os.environ:
-            return Path(os.environ[RUN_FOLDER_VARIABLE])
-        if name is None:
-            raise UserError("processes that are started one by one need name=<run> to share it")
-        (parent / name).mkdir(parents=True, exist_ok=True)
-        return parent / name
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    store = next(rendezvous("env://"))[0] if torchrun else None
+    if global_rank() == 0:
+        folder = _make_run_folder(parent, name, size, exist_ok)
+        os.environ[RUN_FOLDER_VARIABLE] = str(folder)
+        if store is not None:
+            store.set(RUN_FOLDER_VARIABLE, str(folder))
+        return folder
+    if store is not None:
+        return Path(store.get(RUN_FOLDER_VARIABLE).decode())  # waits until it is there
+    if RUN_FOLDER_VARIABLE in os.environ:
+        return Path(os.environ[RUN_FOLDER_VARIABLE])
+    if name is None:
+        raise UserError("processes that are started one by one need name=<run> to share it")
+    return parent / name
+
+
+def _make_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
-    base = name or label
+    base = name or f"{size}-{time.strftime('%Y%m%d-%H%M%S')}"
     for attempt in range(1, 1000):
         folder = parent / (base if attempt == 1 else f"{base}-{attempt}")
         try:
@@ -192,7 +204,6 @@ def new_run_folder(parent: Path, name: str | None, label: str, exist_ok: bool = 
                     f"{folder} exists: go on with it by resume={folder}, or take another name=..."
                 ) from None
             continue
-        os.environ[RUN_FOLDER_VARIABLE] = str(folder)
         return folder
     raise UserError(f"{parent} holds a thousand runs of this second: give a name=...")
 

@@ -181,7 +181,7 @@ def _finished(figure: Figure, axes: Axes) -> Figure:
 
 
 def _count(value: float) -> str:
-    return human_count(value) if value < 1e12 else f"{value:.0e}".replace("e+", "e")
+    return human_count(value) if value < 1e9 else f"{value:.0e}".replace("e+", "e")
 
 
 def _power(a: float) -> str:

@@ -10,8 +10,9 @@ import contextlib
 import dataclasses
 import logging
 import math
+import os
 import signal
-import time
+import subprocess
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,10 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed
 import yaml
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
@@ -32,6 +36,7 @@ from minigpt.job import Job, Plan
 from minigpt.loggers import MetricsCsv, extra_loggers, finish_wandb
 from minigpt.module import GPTModule
 from minigpt.peak import matmul_peak
+from minigpt.ranks import Launcher, global_rank, step_name
 from minigpt.records import human_count
 from minigpt.recovery import CheckpointFiles, Checkpoints, full_disk_in_one_line
 from minigpt.report import write_report
@@ -41,7 +46,6 @@ from minigpt.runs import (
     METRICS,
     REPORT,
     TOKENIZER,
-    global_rank,
     last_checkpoints,
     new_run_folder,
     source_commit,
@@ -51,13 +55,12 @@ from minigpt.runs import (
 log = logging.getLogger("minigpt")
 
 
-def train(config: DictConfig, size: str = "gpt", group: Path | None = None) -> Path:
+def train(config: DictConfig, size: str = "gpt") -> Path:
     """Run one training job, or go on with one; returns its run folder.
 
     Args:
         config: composed from conf/train.yaml. With `resume` in it, the run's own settings are used.
         size: what the model config is called: small, medium, large.
-        group: folder for the run folder instead of `runs_dir` (the jobs of a Hydra multirun).
 
     Raises:
         UserError: a setting, the data, or both together are not right; the loss diverged; or
@@ -65,7 +68,9 @@ def train(config: DictConfig, size: str = "gpt", group: Path | None = None) -> P
     """
     plain: Any = OmegaConf.to_container(config, resolve=True)
     job = build(Job, {**plain, "size": size}, "")
-    parent = group or Path(job.runs_dir)
+    if job.name is None and (step := step_name()) is not None:  # under srun
+        job = dataclasses.replace(job, name=f"{size}-{step}")
+    parent = Path(job.runs_dir)
     with contextlib.ExitStack() as stack:
         folder = folder_to_resume(job, parent)
         if folder is not None:
@@ -83,22 +88,16 @@ def train(config: DictConfig, size: str = "gpt", group: Path | None = None) -> P
         module = _module(job, plan, data)
         start.check_the_same(module)
         if folder is None:
-            folder = new_run_folder(
-                parent, job.name, _label(job, group), exist_ok=job.resume == AUTO
-            )
+            folder = new_run_folder(parent, job.name, job.size, exist_ok=job.resume == AUTO)
             stack.enter_context(alone_in(folder))
         stack.enter_context(full_disk_in_one_line(folder))
         stack.enter_context(_log_file(folder / "train.log"))
-        if start.checkpoint is None:
+        if start.checkpoint is None and global_rank() == 0:
             _write_inputs(folder, job, data)
         start.clear(folder)
         _describe(folder, job, plan, hardware, module, data)
         trainer = _trainer(folder, job, plan, hardware, module, data, start.step)
-        if hardware.accelerator == "cpu":
-            keep_freed_memory()
-            accelerate(module.net)
-        if c.compile:  # the loss and not the net: the names of its weights stay as they are
-            module.net.loss = torch.compile(module.net.loss)
+        _speed_up(module, hardware, c.compile)
         _fit(trainer, module, data, start.checkpoint)
         log.info("report: %s", folder / REPORT)
         log.info("next:   python evaluate.py ckpt=%s", folder)
@@ -116,9 +115,12 @@ def _module(job: Job, plan: Plan, data: DataModule) -> GPTModule:
     )
 
 
-def _label(job: Job, group: Path | None) -> str:
-    """What a run without a name is called. In a multirun the folder around it has the time."""
-    return f"{job.size}-seed{job.seed}" if group else f"{job.size}-{time.strftime('%Y%m%d-%H%M%S')}"
+def _speed_up(module: GPTModule, hardware: Hardware, compile: bool) -> None:
+    if hardware.accelerator == "cpu":
+        keep_freed_memory()
+        accelerate(module.net)
+    if compile:  # the loss and not the net: the names of its weights stay as they are
+        module.net.loss = torch.compile(module.net.loss)
 
 
 def _data(job: Job, plan: Plan, start_step: int) -> DataModule:
@@ -207,7 +209,7 @@ def _trainer(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
         num_nodes=hardware.num_nodes,
-        strategy=job.trainer.strategy,
+        strategy=_strategy(job.trainer.strategy, hardware),
         precision=hardware.precision,  # type: ignore[arg-type]
         max_steps=plan.n_steps,
         max_epochs=-1,
@@ -225,16 +227,34 @@ def _trainer(
             checkpoints,
             RunReport(folder, facts, throughput, checkpoints, write_report),
         ],
-        plugins=[files],
         default_root_dir=folder,
         enable_checkpointing=False,  # ours are among the callbacks
         enable_model_summary=False,
         use_distributed_sampler=False,  # the data module deals out the windows itself
+        plugins=[files, *_environment()],
     )
     for logger in loggers:  # this opens the W&B run, which `_fit` closes
         shape = dataclasses.asdict(job.model)  # beside `model`, which is the size's name
         logger.log_hyperparams({**dataclasses.asdict(job), "shape": shape, **facts})
     return trainer
+
+
+def _strategy(name: str, hardware: Hardware) -> Strategy | str:
+    """How the devices share the work. `fsdp` is FSDP2, on which `GPTModule` shards its net."""
+    if name != "fsdp":
+        return name
+    return ModelParallelStrategy(
+        data_parallel_size=hardware.world_size,
+        tensor_parallel_size=1,
+        save_distributed_checkpoint=False,  # one file, as evaluation reads it
+    )
+
+
+def _environment() -> list[SLURMEnvironment]:
+    """Under srun: `Checkpoints` queues the job again, and Lightning must not."""
+    launcher = Launcher.found()
+    srun = launcher is not None and launcher.name == "srun"
+    return [SLURMEnvironment(auto_requeue=False)] if srun else []
 
 
 def _fit(trainer: L.Trainer, module: GPTModule, data: DataModule, checkpoint: Path | None) -> None:
@@ -252,6 +272,23 @@ def _fit(trainer: L.Trainer, module: GPTModule, data: DataModule, checkpoint: Pa
         raise SystemExit(leaving.code or 128 + signal.SIGTERM) from None
     finally:
         finish_wandb(trainer.loggers, status)
+        _end_processes(trainer, finished=status == 0)
+
+
+def _end_processes(trainer: L.Trainer, finished: bool) -> None:
+    """Leave no process that Lightning started, so that the next job of a multirun can start its."""
+    if global_rank() > 0 or Launcher.found() is not None:
+        return
+    started: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    for process in started:
+        if not finished:  # it may wait for this one in a collective for ever
+            process.kill()
+        process.wait()
+    started.clear()  # Lightning watches these, and would kill this process for one that failed
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK"):
+        os.environ.pop(name, None)
 
 
 def _prepare_libraries(seed: int) -> None:
@@ -259,10 +296,14 @@ def _prepare_libraries(seed: int) -> None:
     L.seed_everything(seed, verbose=False)
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # tf32
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # a gather of microseconds
     # It cannot know that our sampler starts at the step the checkpoint was written at.
     warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
+    # The validation metrics are the same on every device: torchmetrics has gathered them.
+    warnings.filterwarnings("ignore", ".*sync_dist=True.* when logging on epoch level")
+    warnings.filterwarnings("ignore", "The `srun` command is available")  # `Launcher` checks
     warnings.filterwarnings("ignore", ".*LeafSpec.*deprecated.*")  # Lightning 2.6 on torch 2.13
 
 

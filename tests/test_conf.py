@@ -4,18 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from minigpt.config import build
+from minigpt.config import UserError, build
 from minigpt.evaluation import EvaluationConfig
 from minigpt.model import GPT, GPTConfig
 from tests.conftest import ROOT, composed, job
 
 OPTIONS = sorted(
-    path.relative_to(ROOT / "conf").with_suffix("")
-    for path in (ROOT / "conf").glob("*/*.yaml")
-    if path.parent.name != "hydra"
+    path.relative_to(ROOT / "conf").with_suffix("") for path in (ROOT / "conf").glob("*/*.yaml")
 )
+LAUNCHERS = sorted(path.stem for path in (ROOT / "conf/hydra/launcher").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
@@ -23,6 +23,24 @@ def test_every_option_makes_a_job(option: Path):
     more = ["data.train_files=[a.txt]"] if option.name == "text" else []
     made = job([f"{option.parent}={option.name}", *more])
     assert made.budget.tokens > 0
+
+
+@pytest.mark.filterwarnings(r"ignore:\s*'hydra/launcher")  # as in entry.py
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_every_launcher_composes_with_or_without_its_package(name: str):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        whole = compose("train", [f"hydra/launcher={name}"], return_hydra_config=True)
+    assert whole.hydra.launcher._target_.startswith("hydra_plugins.hydra_")
+    assert whole.budget.tokens > 0
+
+
+def test_fsdp_is_one_override_away_and_says_what_it_needs():
+    whole = ["trainer.strategy=fsdp", "callbacks=quiet", "optimizer=adamw"]
+    assert job(whole).trainer.strategy == "fsdp"
+    with pytest.raises(UserError, match="shares each matrix out .* add optimizer=adamw"):
+        job(whole[:2])
+    with pytest.raises(UserError, match="strategy=fsdp writes no stories .* add callbacks=quiet"):
+        job(["trainer.strategy=fsdp"])
 
 
 @pytest.mark.parametrize(

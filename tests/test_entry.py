@@ -1,8 +1,10 @@
 """train.py and evaluate.py as they are typed: help in no time, mistakes in one line."""
 
+import importlib.util
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -67,3 +69,26 @@ def test_evaluate_says_what_it_needs(arguments: list[str], message: str):
     done = run("evaluate.py", *arguments)
     assert message in done.stderr
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "package", "missing", "no_cluster"),
+    [
+        ("submitit_slurm", "submitit", "pip install -e '.[slurm]'", "there is no srun here"),
+        ("ray", "ray", "pip install -e '.[ray]'", "no Ray cluster runs here: start one with"),
+    ],
+)
+def test_a_launcher_with_no_package_or_no_cluster_says_so_in_one_line(
+    launcher: str, package: str, missing: str, no_cluster: str, tmp_path: Path
+):
+    done = subprocess.run(
+        [sys.executable, "train.py", "-m", f"hydra/launcher={launcher}", f"runs_dir={tmp_path}"],
+        cwd=ROOT, env={"PATH": str(tmp_path), "HOME": str(tmp_path)},
+        capture_output=True, text=True, encoding="utf-8",
+    )  # fmt: skip
+    installed = importlib.util.find_spec(package) is not None
+    last = done.stderr.splitlines()[-1]  # Ray tells of itself before
+    assert last.startswith("error: ")
+    assert (no_cluster if installed else missing) in last
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 2

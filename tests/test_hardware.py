@@ -4,6 +4,7 @@ import torch
 from minigpt import hardware
 from minigpt.config import UserError
 from minigpt.hardware import Hardware
+from minigpt.ranks import global_rank
 
 
 @pytest.mark.parametrize(("native", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
@@ -25,8 +26,8 @@ def test_a_gpu_is_preferred_and_all_of_them_are_used(monkeypatch, native, precis
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
-    found = Hardware.find("auto", "auto", 2, "auto")
-    assert (found.accelerator, found.devices, found.world_size) == ("cuda", 4, 8)
+    found = Hardware.find("auto", "auto", 1, "auto")
+    assert (found.accelerator, found.devices, found.world_size) == ("cuda", 4, 4)
     assert found.precision == precision
 
 
@@ -38,3 +39,44 @@ def test_hardware_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="this machine has 1 GPUs"):
         Hardware.find("gpu", "3", 1, "auto")
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3", "RANK": "4"}
+SRUN = {"SLURM_NTASKS": "6", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "3",
+        "SLURM_STEP_ID": "0", "SLURM_PROCID": "4", "SLURM_JOB_NAME": "train"}  # fmt: skip
+
+
+@pytest.mark.parametrize("variables", [TORCHRUN, SRUN], ids=["torchrun", "srun"])
+def test_there_is_a_device_for_each_process_that_a_launcher_started(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert global_rank() == 4
+    for devices, num_nodes in (("auto", 1), ("3", 2)):
+        found = Hardware.find("cpu", devices, num_nodes, "auto")
+        assert (found.devices, found.num_nodes, found.world_size) == (3, 2, 6)
+    with pytest.raises(UserError, match=r"trainer.devices=2, but \w+ started 3 processes on 2 nod"):
+        Hardware.find("cpu", "2", 1, "auto")
+    with pytest.raises(UserError, match="trainer.num_nodes=4, but"):
+        Hardware.find("cpu", "auto", 4, "auto")
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("SLURM_STEP_ID", "Slurm has 6 tasks for this job: start them with srun"),
+        ("SLURM_NTASKS_PER_NODE", "ask Slurm for --ntasks-per-node=3, not for --ntasks"),
+    ],
+)
+def test_slurm_tasks_that_would_wait_for_each_other_for_ever_are_refused(
+    monkeypatch, missing, message
+):
+    for name, value in SRUN.items():
+        if name != missing:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        Hardware.find("cpu", "auto", 1, "auto")
+
+
+def test_several_nodes_need_a_launcher():
+    with pytest.raises(UserError, match="start the processes of several nodes with torchrun or sr"):
+        Hardware.find("cpu", "2", 2, "auto")
