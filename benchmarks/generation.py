@@ -17,7 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -48,10 +48,10 @@ def peer(net: Any, config: GPTConfig, batch: int, new: int) -> Candidate:
         pad_token_id=0,
     )  # fmt: skip
 
+    mask, untyped = torch.ones_like(ids), cast(Any, net)
+
     def write() -> int:
-        out: Any = net.generate(
-            ids, attention_mask=torch.ones_like(ids), generation_config=settings
-        )  # type: ignore[operator]
+        out = untyped.generate(ids, attention_mask=mask, generation_config=settings)
         return batch * (out.shape[1] - PROMPT)
 
     return write
@@ -139,7 +139,9 @@ def compare(rounds: int, new: int) -> dict[str, Any]:
     context = net.config.context_length
     candidates: dict[str, Candidate] = {}
     for precision, dtype in DTYPES.items():
-        own, other = copy.deepcopy(net).to(dtype), copy.deepcopy(gpt2).to(dtype)
+        own, other = copy.deepcopy(net), copy.deepcopy(gpt2)
+        own.to(dtype)
+        torch.nn.Module.to(other, dtype)
         for batch in (1, 32, 64):
             candidates[f"ours {precision} batch {batch}"] = ours(own, batch, PROMPT, new)
         for batch in (1, 32):
