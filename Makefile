@@ -26,7 +26,8 @@ test-browser: .venv/installed-browser  # the playground in Chromium
 	$(EXTRA) tests/extra/test_browser.py tests/extra/test_visitors.py
 
 test-cluster: .venv/installed-cluster  # sweeps on a Slurm of one node and on a local Ray
-	@command -v munged srun slurmctld slurmd >/dev/null && exit; \
+	@for tool in munged srun sbatch slurmctld slurmd; do command -v $$tool >/dev/null || missing=1; done; \
+	[ -z "$$missing" ] && exit; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  apt-get update -qq && apt-get install -qq -y --no-install-recommends slurm-wlm munge; \
 	else \

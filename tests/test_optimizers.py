@@ -65,7 +65,7 @@ def test_the_default_learning_rates_fall_with_width():
         "lr": 1e-3,
         "matrix_lr": default_matrix_lr(256),
     }
-    assert peak_lrs(OptimizerConfig(name="adamw"), 256) == {"lr": default_lr(256)}
+    assert peak_lrs(OptimizerConfig(name="adamw"), 256) == {"lr": default_lr(256, "adamw")}
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
