@@ -253,7 +253,7 @@ def test_an_export_that_fails_leaves_the_earlier_one_and_no_other_trace(run, tmp
     assert sorted(tmp_path.iterdir()) == around
 
 
-@pytest.mark.parametrize(("format", "module"), [("onnx", "onnxscript"), ("gguf", "gguf")])
+@pytest.mark.parametrize(("format", "module"), [("onnx", "onnx"), ("gguf", "gguf")])
 def test_a_missing_package_is_named_with_the_command(format, module, run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=rf"needs {module}: type pip install -e '\.\[export\]'"):
