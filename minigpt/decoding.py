@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,9 +45,9 @@ class Decoder:
         self.lengths = [0] * len(texts)  # tokens of each row in the cache
         self.rows = torch.arange(len(texts), device=weight.device)
         self.embedding = weight * net.scale
-        self.layers = [_layer(block, len(texts)) for block in net.blocks]
+        self.layers = [_layer(block) for block in net.blocks]
         self.final_norm = _norm(net.final_norm)
-        self.unembed = _affine(weight.t(), None, len(texts))
+        self.unembed = _affine(weight.t(), None)
         kept = [text if len(text) < self.context else self._tail(text) for text in texts]
         self._fill(list(range(len(texts))), kept)
 
@@ -127,7 +126,7 @@ class _Layer(NamedTuple):
     down: Rows  # takes u + u erf u
 
 
-def _layer(block: nn.Module, batch: int) -> _Layer:
+def _layer(block: nn.Module) -> _Layer:
     assert isinstance(block, Block)
     attention, mlp = block.attention, block.feed_forward
     d_model = attention.qkv.in_features
@@ -136,11 +135,11 @@ def _layer(block: nn.Module, batch: int) -> _Layer:
     half = math.sqrt(0.5)
     return _Layer(
         norm1=_norm(block.norm1),
-        qkv=_affine(attention.qkv.weight.t() * dk_scale, attention.qkv.bias * dk_scale, batch),
-        out=_affine(attention.out.weight.t(), attention.out.bias, batch),
+        qkv=_affine(attention.qkv.weight.t() * dk_scale, attention.qkv.bias * dk_scale),
+        out=_affine(attention.out.weight.t(), attention.out.bias),
         norm2=_norm(block.norm2),
-        up=_affine(mlp.up.weight.t() * half, mlp.up.bias * half, batch),
-        down=_affine(mlp.down.weight.t() * half, mlp.down.bias, batch),
+        up=_affine(mlp.up.weight.t() * half, mlp.up.bias * half),
+        down=_affine(mlp.down.weight.t() * half, mlp.down.bias),
     )
 
 
@@ -149,19 +148,12 @@ def _norm(norm: nn.LayerNorm) -> Rows:
     return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
 
 
-def _affine(matrix: Tensor, bias: Tensor | None, batch: int) -> Rows:
-    """x (batch, in) to x @ `matrix` (in, out) + `bias`.
+def _affine(matrix: Tensor, bias: Tensor | None) -> Rows:
+    """x (B, in) to x @ `matrix` (in, out) + `bias`.
 
-    The matrix is kept as (in, out): with few rows that is twice as fast as (out, in) on a CPU. A
-    single float32 row goes through numpy: its BLAS reads the matrix at the speed of the memory,
-    PyTorch's at half of it on an AMD CPU.
+    The matrix is kept as (in, out): with few rows that is twice as fast as (out, in) on a CPU.
     """
     matrix = matrix.contiguous()
-    if batch == 1 and matrix.device.type == "cpu" and matrix.dtype == torch.float32:
-        array = matrix.numpy()
-        if bias is None:
-            return lambda x: torch.from_numpy(np.dot(x.numpy(), array))
-        return lambda x: torch.from_numpy(np.dot(x.numpy(), array)).add_(bias)
     if bias is None:
         return lambda x: torch.mm(x, matrix)
     return lambda x: torch.addmm(bias, x, matrix)
