@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRA := $(BIN)/python -m pytest --override-ini addopts="-q --strict-markers"
 
-.PHONY: quickstart test test-browser test-cluster test-export chaos lint format clean
+.PHONY: quickstart test test-browser test-cluster test-export chaos lint audit format clean
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed
@@ -13,7 +13,7 @@ quickstart: .venv/installed
 	@echo "         $(BIN)/python train.py model=medium           (or large)"
 	@echo "         $(BIN)/python train.py --help"
 
-test: lint
+test: lint audit
 	$(BIN)/python -m pytest -n auto
 
 # ---- what needs more than Python packages, or minutes; .ci/run runs all but the last
@@ -39,13 +39,16 @@ test-cluster: .venv/installed-cluster  # sweeps on a Slurm of one node and on a 
 test-export: .venv/installed-tools  # exported models in other people's tools
 	$(EXTRA) tests/extra/test_export_tools.py
 
-chaos: .venv/installed-dev  # a run that is killed fifty times: minutes
-	$(EXTRA) tests/extra/test_chaos.py
+chaos: .venv/installed-dev  # a run that is killed fifty times, files that are fuzzed: half an hour
+	$(EXTRA) tests/extra/test_fuzz.py tests/extra/test_chaos.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+
+audit: .venv/installed-dev  # known vulnerabilities in what is installed
+	$(BIN)/python -m tests.audit
 
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix

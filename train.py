@@ -2,11 +2,12 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from minigpt.config import UserError
 from minigpt.entry import one_line_errors, run_app
@@ -17,7 +18,8 @@ CONF = Path(__file__).parent / "conf"
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(config: DictConfig) -> None:
     job = HydraConfig.get()
-    typed = [text for text in job.overrides.task if not text.startswith("resume=")]
+    overrides: Any = OmegaConf.to_container(job.overrides.task)  # as typed, nothing looked up yet
+    typed = [text for text in overrides if not text.startswith("resume=")]
     size = job.runtime.choices["model"]
     if job.mode == RunMode.MULTIRUN:
         # The same place whenever a scheduler starts this job, of a name that the others have not.
@@ -26,7 +28,7 @@ def main(config: DictConfig) -> None:
         config.resume = config.resume or "auto"
         # What Lightning types to start processes for more devices: this job, not the whole sweep.
         place = [f"{key}='{config[key]}'" for key in ("runs_dir", "name", "resume")]
-        sys.argv = [__file__, *job.overrides.task, *place]
+        sys.argv = [__file__, *overrides, *place]
     with one_line_errors():
         if config.resume not in (None, "auto") and typed:
             raise UserError(f"resume goes on with the settings of that run: leave out {typed[0]}")

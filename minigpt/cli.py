@@ -15,15 +15,15 @@ from typing import Annotated, Any, Literal
 import typer
 import typer.core
 
-from minigpt.config import UserError
+from minigpt.config import UserError, one_line
 from minigpt.console import show_log
 
 Format = Literal["hf", "safetensors", "onnx", "gguf"]
 Dtype = Literal["float32", "bfloat16"]
+UsageError: Any = typer.BadParameter.__base__  # which typer does not name
 
 app = typer.Typer(
     help="Use and study the story-telling models that train.py makes.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -99,6 +99,11 @@ def _check_generate(temperature: float, n: int, filters: list[str]) -> None:
         )
 
 
+def _check_folder(path: Path | None, option: str = "--out") -> None:
+    if path is not None and path.exists() and not path.is_dir():
+        raise UserError(f"{option} {path} is a file: give a folder, new or not")
+
+
 def _standard_input() -> str:
     """All of it, without the line end that `echo` puts behind."""
     try:
@@ -159,6 +164,7 @@ def probe(
     from minigpt.probe import score_line, score_table, word_table
     from minigpt.runs import Run
 
+    _check_folder(out)
     asked = {text: parse_analogy(text) for text in analogy or []}
     opened = Run.open(run)
     probe = EmbeddingProbe(opened.load_net(), opened.load_tokenizer())
@@ -231,6 +237,8 @@ def scaling(
     from minigpt.scaling_runs import find_runs, keep_run, read_run
     from minigpt.scaling_tables import notes, rich_table
 
+    _check_folder(out)
+    _check_folder(keep, "--keep")
     runs = [read_run(folder) for folder in find_runs(folders)]
     if keep is not None:
         for run in runs:
@@ -260,6 +268,7 @@ def study(
     from minigpt.runs import Run
     from minigpt.study import StudyConfig, write_study
 
+    _check_folder(out)
     write_study([Run.open(run) for run in runs], out, StudyConfig(n=n, seed=seed))
     print(f"Wrote {out / 'coherence.md'}, samples.md and embeddings.md.")
 
@@ -309,13 +318,23 @@ def export(
 
 
 def main() -> None:
-    """Entry point: a UserError is one line on stderr and exit code 2, ctrl-C a quiet 130."""
+    """Entry point: a mistake is one line on stderr and exit code 2, ctrl-C a quiet 130."""
     show_log()
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        problem = one_line(error)
+    except UsageError as error:
+        verb = error.ctx.command_path if error.ctx else "minigpt"
+        problem = f"{one_line(error.format_message()).rstrip('.')}; {verb} --help shows what is"
+    except OSError as error:
+        if error.filename is None:
+            raise
+        problem = f"cannot read or write {error.filename}: {error.strerror}; give another place"
+    print(f"error: {problem}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,16 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         raise UserError(f"{where}: {error}" if where else str(error)) from None
 
 
+def one_line(error: Exception | str) -> str:
+    """A message as a terminal may show it: on one line, no control characters, not endless.
+
+    Values that were typed, or read from a file, are part of messages.
+    """
+    text = " ".join(str(error).split())
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= 1000 else f"{text[:700]} ... {text[-290:]}"
+
+
 def unknown_name(name: str, allowed: list[str], kind: str = "setting") -> str:
     """One line for a name that does not exist: the nearest ones that do, or all of them."""
     if "." in name:

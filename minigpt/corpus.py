@@ -14,7 +14,6 @@ import hashlib
 import importlib.resources
 import io
 import itertools
-import json
 import lzma
 import math
 import os
@@ -27,12 +26,17 @@ from typing import Any, Literal
 
 from minigpt.config import UserError
 from minigpt.download import fetch
+from minigpt.untrusted import parse_json
 
 END_OF_TEXT = "<|endoftext|>"
 Split = Literal["train", "valid"]
 
 _CHUNK = 1 << 20  # bytes read at a time
 _LONGEST = 64 << 20  # characters a story may have; what keeps memory bounded without a separator
+# A packed file may unpack to so many bytes, or times its size, whichever is more: English packs to
+# a fifth, a story that repeats to a hundredth, and a file made to fill a disk to a thousandth.
+_UNPACKED, _UNPACKED_TIMES = 64 << 20, 200
+_LONGEST_PATH = 4000  # characters; systems allow about as many
 _HASH_WHOLE = 64 << 20  # bytes; larger files are fingerprinted by size, time and both ends
 
 _REPO = "roneneldan/TinyStories"
@@ -100,7 +104,7 @@ def _json_stories(path: Path) -> Iterator[str]:
             continue
         where = f"{path}:{number}"
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError as error:
             raise UserError(f"{where}: not JSON ({error}); write one object a line") from None
         if isinstance(value, dict):
@@ -153,9 +157,17 @@ def _decode(path: Path) -> Iterator[str]:
 
 def _unpack(path: Path) -> Iterator[bytes]:
     openers: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
+    opener = openers.get(path.suffix.lower(), open)
     try:
-        with openers.get(path.suffix.lower(), open)(path, "rb") as file:
+        most = max(_UNPACKED, _UNPACKED_TIMES * path.stat().st_size)
+        with opener(path, "rb") as file:
             while chunk := file.read(_CHUNK):
+                most -= len(chunk)
+                if most < 0 and opener is not open:
+                    raise UserError(
+                        f"{path} unpacks to more than {_UNPACKED_TIMES} times its size, as no "
+                        "text does: unpack it yourself if you trust it"
+                    )
                 yield chunk
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(
@@ -300,6 +312,8 @@ def _expand(patterns: Sequence[str], setting: str) -> tuple[Path, ...]:
     """The files that the patterns name: pattern by pattern, matches sorted, none twice."""
     paths: dict[Path, None] = {}
     for pattern in patterns:
+        if "\0" in pattern or len(pattern) > _LONGEST_PATH:
+            raise UserError(f"data.{setting}: {pattern[:50]!r} ... is not a path")
         path = Path(pattern).expanduser()
         if path.is_dir():
             raise UserError(f"{path} is a folder: name its files, data.{setting}=['{path}/*.txt']")

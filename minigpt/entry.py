@@ -22,7 +22,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
-from minigpt.config import UserError, unknown_name
+from minigpt.config import UserError, one_line, unknown_name
 from minigpt.console import show_log
 from minigpt.ranks import global_rank
 
@@ -54,8 +54,8 @@ def run_app(main: Callable[[], Any], conf: Path, name: str) -> None:
         _leave(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         _leave(explain(error, conf, name))
-    except (RuntimeError, ConnectionError) as error:
-        reason = explain_launcher(error)
+    except (RuntimeError, ConnectionError, ValueError) as error:
+        reason = explain_failure(error)
         if reason is None:
             raise
         _leave(reason)
@@ -71,10 +71,10 @@ def one_line_errors() -> Iterator[None]:
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         yield
-    except UserError as error:
+    except (UserError, OmegaConfBaseException) as error:
         if multirun:
             raise
-        _leave(str(error))
+        _leave(str(error).partition("\n")[0])
     except Exception:
         if multirun and global_rank() > 0:
             traceback.print_exc()
@@ -87,6 +87,9 @@ def explain(error: Exception, conf: Path, name: str) -> str:
     text = str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
+        while not (conf / group).is_dir() or ".." in group:  # the option is a path
+            group, _, above = group.rpartition("/")
+            option = f"{above}/{option}"
         options = sorted(path.stem for path in (conf / group).glob("*.yaml"))
         return unknown_name(f"{group}={option}", [f"{group}={o}" for o in options], "option")
     if isinstance(error, OverrideParseException):
@@ -111,16 +114,26 @@ def explain(error: Exception, conf: Path, name: str) -> str:
     missing = re.search(r"Missing mandatory value: (\S+)", text)
     if missing:
         return f"{missing.group(1)} is not set: type {missing.group(1)}=<value>"
-    return " ".join(text.split())
+    return text
 
 
-def explain_launcher(error: Exception) -> str | None:
-    """One line for a launcher of a multirun that is not installed or finds no cluster, or None."""
+def explain_failure(error: Exception) -> str | None:
+    """One line for what this machine lacks, memory, a launcher's package or its cluster; or None.
+
+    Of PyTorch's many errors only those of memory are told apart, by their words.
+    """
     text = str(error)
+    if re.search("can't allocate memory|out of memory", text):
+        return (
+            "not enough memory for this: take a smaller data.batch_size, model.context_length "
+            "or model"
+        )
     plugin = re.search(r"Unknown plugin class : 'hydra_plugins\.hydra_(\w+)_launcher", text)
     if plugin:
         extra = {"submitit": "slurm"}.get(plugin.group(1), plugin.group(1))
         return f"hydra/launcher needs other packages: pip install -e '.[{extra}]'"
+    if text.startswith("Config group override must be a string"):
+        return "a setting has no name: settings are typed as key=value"
     if 'Could not detect "srun"' in text:
         return "there is no srun here: type this where jobs of a Slurm cluster are submitted"
     if "Could not find any running Ray instance" in text:
@@ -165,5 +178,5 @@ def _check_dashes(arguments: list[str]) -> None:
 
 
 def _leave(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)

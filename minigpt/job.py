@@ -13,6 +13,8 @@ from minigpt.model import GPTConfig
 from minigpt.optimizers import OptimizerConfig
 from minigpt.preparation import DataConfig
 
+LONGEST_NAME = 200  # bytes; file systems allow 255, and names of files are made of it
+
 
 @dataclass(frozen=True)
 class TrainerConfig:
@@ -69,10 +71,14 @@ class Job:
     size: str = "gpt"  # what the model config is called: small, medium, large
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed {self.seed} must not be negative")
-        if self.name is not None and Path(self.name).name != self.name:
-            raise ValueError(f"name {self.name!r} is a folder's name under runs_dir, not a path")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed {self.seed} must be between 0 and {2**32 - 1}")
+        if self.name is not None:
+            _check_name(self.name)
+        if self.runs_dir == "":
+            raise ValueError("runs_dir is empty: leave it out for runs")
+        if self.resume == "":
+            raise ValueError("resume is empty: type resume=runs/<name>, or leave it out")
         if self.trainer.strategy == "fsdp" and self.callbacks.prompts:
             raise ValueError(  # the first device alone would wait for the weights of the others
                 "trainer.strategy=fsdp writes no stories while it trains: add callbacks=quiet"
@@ -81,6 +87,15 @@ class Job:
             raise ValueError(  # which needs whole matrices
                 "trainer.strategy=fsdp shares each matrix out over devices: add optimizer=adamw"
             )
+
+
+def _check_name(name: str) -> None:
+    if Path(name).name != name or name == "..":
+        raise ValueError(f"name {name!r} is a folder's name under runs_dir, not a path")
+    if not name.isprintable() or len(name.encode()) > LONGEST_NAME:
+        raise ValueError(
+            f"name {name!r} must be a folder's name: printable, at most {LONGEST_NAME} bytes"
+        )
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,13 @@ class MetricsCsv(Logger):
         if resume_step is not None and path.is_file():
             whole_lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a kill leaves halves
             reader = csv.DictReader(whole_lines)
-            rows = [row for row in reader if int(row["step"]) <= resume_step]
+            try:
+                rows = [row for row in reader if int(row["step"]) <= resume_step]
+            except (KeyError, TypeError, ValueError):
+                raise UserError(
+                    f"{path}, line {reader.line_num}: expected a row with a step: mend or delete "
+                    "that line"
+                ) from None
             self.columns = list(reader.fieldnames or COLUMNS)
         self._write_all(rows)
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 IGNORE_INDEX = -100  # a target that is not scored: padding
+LARGEST = 10**9  # weights and positions: beyond, a size was mistyped
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,13 @@ class GPTConfig:
         for name in ("vocab_size", "context_length", "d_model", "n_layers", "n_heads", "d_ff"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        size = self.d_model * (self.vocab_size + self.context_length)
+        size += self.n_layers * self.d_model * (4 * self.d_model + 2 * self.d_ff)
+        if size > LARGEST:
+            raise ValueError(
+                f"{size:.0e} weights are more than {LARGEST:.0e}: take a smaller d_model, d_ff, "
+                "n_layers, vocab_size or context_length"
+            )
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}")
         if self.d_model % 2:

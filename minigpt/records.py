@@ -10,7 +10,6 @@ that half is not read. Anything else that makes no sense is a UserError with the
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from minigpt.config import UserError
 from minigpt.runs import METRICS, SAMPLES, SUMMARY
+from minigpt.untrusted import parse_json, read_json, read_text
 
 BAR = "\\|"  # a bar inside a cell of a Markdown table
 Row = dict[str, float]  # one row of metrics.csv: column name to value, measured cells alone
@@ -53,8 +53,8 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
     samples = []
     for number, line in enumerate(_whole_lines(path), start=1):
         try:
-            sample = json.loads(line)
-        except json.JSONDecodeError:
+            sample = parse_json(line)
+        except ValueError:
             sample = None
         keys = {"step", "tokens", "prompt", "temperature", "text"}
         if not isinstance(sample, dict) or not keys <= sample.keys():
@@ -73,7 +73,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = read_json(path)
     except ValueError:  # not JSON, or not even UTF-8
         summary = None
     if not isinstance(summary, dict):
@@ -125,10 +125,11 @@ def _whole_lines(path: Path) -> list[str]:
     if not path.is_file():
         return []
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
+        text = read_text(path, megabytes=1024)
+    except ValueError as error:
         raise UserError(
-            f"{path} is not UTF-8 text: move this run away, or train it again"
+            f"{path} is not the text that a run writes ({error}): move this run away, or train it "
+            "again"
         ) from None
     return text.split("\n")[:-1]  # not splitlines, which also cuts at U+2028 inside a story
 

@@ -23,6 +23,7 @@ from minigpt.runs import (
     read_checkpoint,
     read_config,
 )
+from minigpt.untrusted import refuse_links_out
 
 log = logging.getLogger("minigpt")
 
@@ -49,6 +50,7 @@ class Start:
         if folder is None or (job.resume == AUTO and not last_checkpoints(folder)):
             return cls(job)
         assert job.resume is not None
+        refuse_links_out(folder)
         before = build(Job, read_config(folder), "")
         if job.resume == AUTO:
             _check_settings(job, before, folder)

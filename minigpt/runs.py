@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -34,6 +33,7 @@ from minigpt.config import UserError, build
 from minigpt.model import GPT, GPTConfig
 from minigpt.ranks import global_rank
 from minigpt.tokenizer import Tokenizer
+from minigpt.untrusted import check_archive, read_yaml, refuse_links_out
 
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer.json"
@@ -85,6 +85,7 @@ class Run:
                     f"{path} holds no {CHECKPOINTS}/{BEST}.ckpt or {LAST}.ckpt: give the folder of "
                     "a run (runs/<name>), or train one with python train.py"
                 )
+            refuse_links_out(path)
             return cls(path, first_undamaged(found))
         if not path.is_file():
             raise UserError(f"{path} does not exist: give a run folder (runs/<name>) or a .ckpt")
@@ -192,7 +193,12 @@ def new_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool = F
 
 
 def _make_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool) -> Path:
-    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the folder {parent} ({error.strerror}): set runs_dir=... to another"
+        ) from None
     base = name or f"{size}-{time.strftime('%Y%m%d-%H%M%S')}"
     for attempt in range(1, 1000):
         folder = parent / (base if attempt == 1 else f"{base}-{attempt}")
@@ -223,10 +229,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The resolved configuration in a run folder, as plain values. UserError: there is none."""
     path = folder / CONFIG
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = read_yaml(path)
     except FileNotFoundError:
         raise UserError(f"{folder} has no {CONFIG}: give a run folder (runs/<name>)") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (OSError, ValueError):  # not YAML, or not even UTF-8
         config = None
     if not isinstance(config, dict):
         raise UserError(f"{path} does not hold the settings of a run: restore it or train again")
@@ -286,10 +292,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         UserError: not a checkpoint, a truncated one, one with code in it, one of another program.
     """
     try:
+        if zipfile.is_zipfile(path):
+            check_archive(path)
         with warnings.catch_warnings(action="ignore"):  # of an odd pickle: it is refused below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give a run folder or a .ckpt file") from None
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         if re.search("unsupported (global|class)", str(error), re.IGNORECASE):
             raise UserError(
@@ -298,7 +308,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(_damaged(path)) from None
     except Exception:  # torch.load answers damage with errors of a dozen kinds
         raise UserError(_damaged(path)) from None
-    if not isinstance(content, dict) or not {"state_dict", "hyper_parameters"} <= content.keys():
+    parts = ("state_dict", "hyper_parameters")
+    if not isinstance(content, dict) or not all(isinstance(content.get(p), dict) for p in parts):
         raise UserError(f"{path} is not a checkpoint of Mini GPT: it holds no weights and settings")
     return content
 

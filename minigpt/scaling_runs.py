@@ -23,6 +23,7 @@ import yaml
 from minigpt.config import UserError
 from minigpt.records import Row, human_count, last_values, read_metrics, read_summary, series
 from minigpt.runs import CONFIG, METRICS, SUMMARY, Run, write_json, write_text
+from minigpt.untrusted import refuse_links_out
 
 LATE = 0.05  # the share of a run, at its end, whose steps give its training loss
 KEPT_ROWS = 200  # of the training before that, in a metrics.csv that is kept
@@ -104,6 +105,7 @@ def read_run(path: Path) -> RunResult:
     Raises:
         UserError: one of its files is missing or cannot be read; the message names it.
     """
+    refuse_links_out(path)
     summary, config, rows = read_summary(path), Run(path, path).config(), read_metrics(path)
     numbers: dict[str, Any] = last_values(rows)
     numbers |= {name: value for name, value in summary.items() if value is not None}

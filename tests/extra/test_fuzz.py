@@ -1,0 +1,122 @@
+"""Files with bytes changed, cut and doubled, a minute of each kind: read, or one clear line."""
+
+import lzma
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from minigpt.config import UserError, build, one_line
+from minigpt.corpus import read_stories
+from minigpt.export import ExportConfig, export
+from minigpt.job import Job
+from minigpt.loggers import MetricsCsv
+from minigpt.records import read_metrics, read_samples, read_summary
+from minigpt.runs import Run, is_whole, load_net, read_config
+from minigpt.scaling_runs import read_run
+from minigpt.tokenizer import Tokenizer
+from minigpt.training import train
+from tests.conftest import composed, tiny_overrides
+
+SECONDS = 60  # for each kind of file
+
+
+def _stories(path: Path) -> Any:
+    return sum(map(len, read_stories(path)))
+
+
+# What is read of each file of the folder below.
+READERS: dict[str, Callable[[Path], Any]] = {
+    "run/tokenizer.json": lambda path: Tokenizer.load(path).encode("Once upon a time 🐉"),
+    "run/config.yaml": lambda path: build(Job, read_config(path.parent), ""),
+    "run/metrics.csv": lambda path: (read_metrics(path.parent), MetricsCsv(path, resume_step=9)),
+    "run/samples.jsonl": lambda path: read_samples(path.parent),
+    "run/summary.json": lambda path: (read_summary(path.parent), read_run(path.parent)),
+    "run/checkpoints/best.ckpt": lambda path: (is_whole(path), load_net(path)),
+    "out/model.safetensors": lambda path: Run.open(path.parent).load_net(),
+    "stories.txt": _stories,
+    "stories.jsonl": _stories,
+    "stories.txt.xz": _stories,
+}
+PIECES = [
+    b"",
+    b"\0",
+    b"\xff",
+    b"[",
+    b"{",
+    b'"',
+    b",",
+    b"\n",
+    b"-1",
+    b"1e999",
+    b"NaN",
+    b"\xed\xa0\x80",
+]
+
+
+@st.composite
+def edits(draw: st.DrawFn) -> list[tuple[float, float, bytes]]:
+    """Where (as shares of the file) which part is replaced by which bytes, some times over."""
+    share = st.floats(0, 1, allow_nan=False)
+    pieces = st.sampled_from(PIECES) | st.binary(max_size=8)
+    repeated = st.builds(bytes.__mul__, pieces, st.sampled_from([1, 1, 1, 2, 5000]))
+    width = st.sampled_from([0.0, 1e-5, 1e-3, 0.3])
+    return draw(st.lists(st.tuples(share, width, repeated), min_size=1, max_size=6))
+
+
+def edited(content: bytes, changes: list[tuple[float, float, bytes]]) -> bytes:
+    for at, width, piece in changes:
+        start = int(at * len(content))
+        end = start + max(int(width * len(content)), int(width > 0))
+        content = content[:start] + piece + content[end:]
+    return content
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, its export, and stories in three forms."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    run = train(composed([*tiny_overrides(folder), "name=tiny"]))
+    export(Run.open(run), folder / "out", ExportConfig("safetensors"))
+    shutil.copytree(run, folder / "run")
+    text = (folder / "valid.txt").read_bytes()
+    (folder / "stories.txt").write_bytes(text)
+    (folder / "stories.txt.xz").write_bytes(lzma.compress(text))
+    lines = [f'{{"text": "{s.strip()}"}}' for s in text.decode().split("<|endoftext|>")]
+    (folder / "stories.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.timeout(3 * SECONDS)
+@pytest.mark.parametrize("name", READERS)
+def test_an_edited_file_is_read_or_refused_in_one_line(name: str, whole: Path):
+    path, began, refused = whole / name, time.monotonic(), []
+    content = path.read_bytes()
+
+    @settings(
+        max_examples=10**6, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(edits())
+    def attempt(changes: list[tuple[float, float, bytes]]) -> None:
+        if time.monotonic() - began > SECONDS:
+            pytest.skip("")  # ends the search
+        path.write_bytes(edited(content, changes))
+        try:
+            READERS[name](path)
+        except UserError as error:
+            refused.append(one_line(error))
+
+    try:
+        attempt()
+    except pytest.skip.Exception:
+        pass
+    finally:
+        path.write_bytes(content)
+    READERS[name](path)  # whole again, it is read
+    assert len(refused) > 100
+    assert all(refused)
