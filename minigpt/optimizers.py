@@ -32,8 +32,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "matrix_lr"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"{name} {getattr(self, name)} must be positive")
+            if getattr(self, name) is not None and not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be positive and at most 1")
         if self.name == "adamw" and self.matrix_lr is not None:
             raise ValueError("matrix_lr is Muon's: with adamw, lr is that of all weights")
         for name in ("beta1", "beta2", "momentum"):
@@ -47,16 +47,22 @@ class OptimizerConfig:
 
 
 def default_lr(d_model: int, name: str = "muon") -> float:
-    """AdamW's peak learning rate, falling as 1 / d_model (Yang et al. 2022).
+    """AdamW's peak learning rate.
 
-    At width 128 it is 8e-3 beside Muon, where AdamW moves the embedding alone, and 4e-3 by itself.
+    At width 128 it is 8e-3 beside Muon, where AdamW moves the embedding alone, and falls as
+    1 / sqrt(d_model): measured, docs/LOG.md. By itself it is 4e-3 and falls as 1 / d_model (Yang
+    et al. 2022, https://arxiv.org/abs/2203.03466).
     """
-    return (8e-3 if name == "muon" else 4e-3) * 128 / d_model
+    return 8e-3 * (128 / d_model) ** 0.5 if name == "muon" else 4e-3 * 128 / d_model
 
 
 def default_matrix_lr(d_model: int) -> float:
-    """Muon's peak learning rate, in units of an AdamW update: 8e-3 at width 128."""
-    return 8e-3 * 128 / d_model
+    """Muon's peak learning rate, in units of an AdamW update: 8e-3 at width 128.
+
+    It falls as 1 / sqrt(d_model): an update's elements are of equal size at any width, so that
+    what it does to a vector, its spectral norm, grows as sqrt(d_model).
+    """
+    return 8e-3 * (128 / d_model) ** 0.5
 
 
 def peak_lrs(config: OptimizerConfig, d_model: int) -> dict[str, float]:

@@ -59,8 +59,9 @@ def test_the_cosine_ends_at_the_floor_that_is_asked_for():
 
 
 def test_the_default_learning_rates_fall_with_width():
-    assert default_lr(128) / default_lr(384) == pytest.approx(3)
-    assert default_matrix_lr(128) / default_matrix_lr(384) == pytest.approx(3)
+    assert default_lr(128, "adamw") / default_lr(384, "adamw") == pytest.approx(3)
+    assert default_lr(128) / default_lr(512) == pytest.approx(2)
+    assert default_matrix_lr(128) / default_matrix_lr(512) == pytest.approx(2)
     assert peak_lrs(OptimizerConfig(lr=1e-3), 256) == {
         "lr": 1e-3,
         "matrix_lr": default_matrix_lr(256),
