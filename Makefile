@@ -34,7 +34,7 @@ test-cluster: .venv/installed-cluster  # sweeps on a Slurm of one node and on a 
 	  echo "error: these need root, munged, slurmctld, slurmd: apt-get install slurm-wlm munge" >&2; \
 	  exit 2; \
 	fi
-	$(EXTRA) tests/extra/test_cluster.py
+	$(EXTRA) tests/extra/test_cluster.py tests/extra/test_preemption.py
 
 test-export: .venv/installed-tools  # exported models in other people's tools
 	$(EXTRA) tests/extra/test_export_tools.py

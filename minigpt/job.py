@@ -92,7 +92,7 @@ class Job:
 def _check_name(name: str) -> None:
     if Path(name).name != name or name == "..":
         raise ValueError(f"name {name!r} is a folder's name under runs_dir, not a path")
-    if not name.isprintable() or len(name.encode()) > LONGEST_NAME:
+    if not (name and name.isprintable() and len(name.encode()) <= LONGEST_NAME):
         raise ValueError(
             f"name {name!r} must be a folder's name: printable, at most {LONGEST_NAME} bytes"
         )
