@@ -50,7 +50,6 @@ class Start:
         if folder is None or (job.resume == AUTO and not last_checkpoints(folder)):
             return cls(job)
         assert job.resume is not None
-        refuse_links_out(folder)
         before = build(Job, read_config(folder), "")
         if job.resume == AUTO:
             _check_settings(job, before, folder)
@@ -95,8 +94,16 @@ def folder_to_resume(job: Job, parent: Path) -> Path | None:
     """The run folder that `job.resume` means; None: a new run begins.
 
     Raises:
-        UserError: there is no such run, or resume=auto has no name to look for.
+        UserError: there is no such run, resume=auto has no name to look for, or what training
+            would write there leads elsewhere.
     """
+    folder = _find(job, parent)
+    if folder is not None:
+        refuse_links_out(folder)
+    return folder
+
+
+def _find(job: Job, parent: Path) -> Path | None:
     if job.resume is None:
         return None
     if job.resume == AUTO:

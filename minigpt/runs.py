@@ -90,7 +90,10 @@ class Run:
         if not path.is_file():
             raise UserError(f"{path} does not exist: give a run folder (runs/<name>) or a .ckpt")
         inside = path.parent.name == CHECKPOINTS
-        return cls(path.parent.parent if inside else path.parent, path)
+        folder = path.parent.parent if inside else path.parent
+        if inside:
+            refuse_links_out(folder)
+        return cls(folder, path)
 
     def load_net(self, device: str | torch.device = "cpu") -> GPT:
         """The model with the checkpoint's weights, in evaluation mode, in float32.
