@@ -13,9 +13,10 @@ from pathlib import Path
 
 from tests.conftest import ROOT
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
     [f"minigpt.{name}" for name in ("training", "evaluation", "export", "study", "scaling", "cli")]
+    + ["minigpt.entry", "hydra._internal.hydra", "hydra.main", "omegaconf.grammar_visitor"]
 )
 
 
@@ -35,7 +36,7 @@ def run(program: str, arguments: list[str], cwd: Path, stdin: bytes = b"") -> Do
     """
     streams = [cwd.with_name(f"{cwd.name}.{name}") for name in ("stdin", "stdout", "stderr")]
     streams[0].write_bytes(stdin)
-    process = _context.Process(target=_start, args=(program, arguments, cwd, streams))
+    process = CONTEXT.Process(target=_start, args=(program, arguments, cwd, streams))
     process.start()
     process.join()
     assert process.exitcode is not None

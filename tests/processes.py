@@ -4,7 +4,6 @@ Each tells in a small shared file what it is doing, so that a kill can be aimed.
 """
 
 import functools
-import multiprocessing
 import os
 import runpy
 import signal
@@ -16,13 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from tests.commands import CONTEXT
 from tests.conftest import ROOT
 
 STARTING, STEP, VALIDATION, CHECKPOINT, BETWEEN = range(5)  # what a process is doing
 _PHASE, _STEPS = 0, 1  # places in the shared file
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["minigpt.training"])
 
 
 class Training:
@@ -45,7 +42,7 @@ class Training:
         shared = output.with_suffix(".shared")
         self._shared = np.memmap(shared, np.int32, "w+", shape=2)
         told = arguments, output, shared, variables or {}, before
-        self.process = _context.Process(target=_train, args=told)
+        self.process = CONTEXT.Process(target=_train, args=told)
         self.process.start()
 
     @property

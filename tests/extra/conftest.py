@@ -1,5 +1,6 @@
 """The playground as people start it: a process of its own, on a port that was free."""
 
+import contextlib
 import os
 import queue
 import re
@@ -89,12 +90,26 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def served(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp("served")
+    with playground([str(tiny_run)], tmp_path_factory.mktemp("served")) as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def guarded(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Two checkpoints side by side, for those who know the password."""
+    both = [str(tiny_run), str(tiny_run / "checkpoints/last.ckpt"), "--auth", "student:secret"]
+    with playground(both, tmp_path_factory.mktemp("guarded")) as served:
+        yield served
+
+
+@contextlib.contextmanager
+def playground(arguments: list[str], folder: Path) -> Iterator[Served]:
+    """`minigpt playground <arguments>`, watched from the scratch folder `folder`."""
     (folder / "sitecustomize.py").write_text(WATCH)
     outbound = folder / "outbound.txt"
     environment = os.environ | {"PYTHONPATH": str(folder), "OUTBOUND": str(outbound)}
     environment.pop("GRADIO_ANALYTICS_ENABLED", None)  # the page has to say so itself
-    command = [sys.executable, "-m", "minigpt.cli", "playground", str(tiny_run), "--port", "0"]
+    command = [sys.executable, "-m", "minigpt.cli", "playground", *arguments, "--port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None
     lines: queue.Queue[str] = queue.Queue()

@@ -1,5 +1,6 @@
 """A visitor of the playground in a real browser: Debian's Chromium, driven by Playwright."""
 
+import contextlib
 import re
 import shutil
 from collections.abc import Iterator
@@ -32,11 +33,24 @@ class Visitor:
 
 @pytest.fixture
 def visitor(served: Served) -> Iterator[Visitor]:
+    with visit(served, width=1280) as visitor:
+        yield visitor
+
+
+@pytest.fixture
+def phone(guarded: Served) -> Iterator[Visitor]:
+    """A small screen, in front of the page that asks for a password."""
+    with visit(guarded, width=390) as visitor:
+        yield visitor
+
+
+@contextlib.contextmanager
+def visit(served: Served, width: int) -> Iterator[Visitor]:
     chromium = shutil.which("chromium")
     assert chromium, "chromium is not installed: make test-browser does it as root"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page = browser.new_page(viewport={"width": width, "height": 900})
         page.set_default_timeout(60 * SECONDS)
         expect.set_options(timeout=60 * SECONDS)
         visitor = Visitor(page)
@@ -169,3 +183,23 @@ def test_attention_follows_the_layer_the_head_and_the_pointer(visitor: Visitor):
     assert "looking" in (tokens.nth(2).get_attribute("class") or "")
     assert "after" in (tokens.nth(3).get_attribute("class") or "")
     assert tokens.nth(3).get_attribute("title") == "comes later: it cannot be seen"
+
+
+def test_two_models_answer_side_by_side_to_those_who_know_the_password(phone: Visitor):
+    page = phone.page
+    expect(page.get_by_role("button", name="Write")).to_have_count(0)
+    for word in ("guess", "secret"):
+        page.get_by_label("username").fill("student")
+        page.get_by_label("password").fill(word)
+        page.get_by_role("button", name="Login").click()
+        if word == "guess":
+            expect(page.get_by_text("Incorrect Credentials")).to_be_visible()
+            phone.errors.clear()  # the browser notes the answer 400
+    page.get_by_label("The story begins").fill("One day, Tom saw a dog")
+    page.get_by_role("button", name="Write").click()
+    stories = page.locator(".story")
+    expect(stories.locator(".note")).to_have_count(2)  # how each ended
+    for i in range(2):
+        expect(stories.nth(i).locator(".prompt")).to_have_text("One day, Tom saw a dog")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390  # nothing sticks out
+    page.screenshot(path="/tmp/phone.png", full_page=True)
