@@ -35,14 +35,21 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         where: what the section is called on the command line (`model`, `data`, ...); "" at the top.
 
     Raises:
-        UserError: an unknown name, a value of the wrong type, or one that `cls` refuses.
+        UserError: an unknown name, a missing one, a value of the wrong type, or one that `cls`
+            refuses.
     """
     hints = typing.get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    names = [field.name for field in fields]
     prefix = f"{where}." if where else ""
     for key in values:
         if key not in names:
             raise UserError(unknown_name(f"{prefix}{key}", [f"{prefix}{name}" for name in names]))
+    nothing = dataclasses.MISSING
+    for field in fields:
+        optional = field.default is not nothing or field.default_factory is not nothing
+        if field.name not in values and not optional:
+            raise UserError(f"{prefix}{field.name} is not set: type {prefix}{field.name}=<value>")
     converted = {k: _convert(v, hints[k], f"{prefix}{k}") for k, v in values.items()}
     try:
         return cls(**converted)

@@ -20,7 +20,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from minigpt.config import UserError
-from minigpt.untrusted import read_text
+from minigpt.untrusted import parse_json, read_text
 
 END_OF_TEXT = "<|endoftext|>"  # the token; a separator in text files is corpus.py's affair
 MIN_VOCAB_SIZE = 257  # the 256 bytes and END_OF_TEXT
@@ -75,7 +75,10 @@ class Tokenizer:
             UserError: no such file, not a tokenizer, or a tokenizer of another kind.
         """
         try:
-            library = tokenizers.Tokenizer.from_str(read_text(Path(path)))
+            text = read_text(Path(path))
+            if max(parse_json(text)["model"]["vocab"].values()) >= MAX_VOCAB_SIZE:
+                raise ValueError("an id that the library would make gigabytes of room for")
+            library = tokenizers.Tokenizer.from_str(text)
         except OSError as error:
             raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
         except Exception:  # the library raises bare Exception for what it cannot parse

@@ -359,6 +359,7 @@ RUNS: list[Case] = [
         "does not hold the settings",
     ),
     ("train.py resume=runs/tiny", write("runs/tiny/config.yaml", "model: 5"), "model"),
+    ("train.py resume=runs/tiny", write("runs/tiny/config.yaml", "seed: 1"), "is not set"),
     (_EVALUATE, remove("runs/tiny/tokenizer.json"), "has no tokenizer.json"),
     (_EVALUATE, write("runs/tiny/tokenizer.json", ""), "is not a tokenizer.json"),
     (_EVALUATE, write("runs/tiny/tokenizer.json", "{}"), "is not a tokenizer.json"),
@@ -379,7 +380,7 @@ RUNS: list[Case] = [
     (
         _EVALUATE,
         edit_json("runs/tiny/tokenizer.json", lambda t: t["model"]["vocab"].update(extra=9**9)),
-        "is a tokenizer of another kind",
+        "is not a tokenizer.json",
     ),
     (
         _EVALUATE,

@@ -1,4 +1,4 @@
-"""Files with bytes changed, cut and doubled, a minute of each kind: read, or one clear line."""
+"""Files with bytes changed, cut and doubled, half a minute a kind: read, or one clear line."""
 
 import lzma
 import shutil
@@ -23,7 +23,7 @@ from minigpt.tokenizer import Tokenizer
 from minigpt.training import train
 from tests.conftest import composed, tiny_overrides
 
-SECONDS = 60  # for each kind of file
+SECONDS = 30  # for each kind of file
 
 
 def _stories(path: Path) -> Any:
