@@ -202,4 +202,3 @@ def test_two_models_answer_side_by_side_to_those_who_know_the_password(phone: Vi
     for i in range(2):
         expect(stories.nth(i).locator(".prompt")).to_have_text("One day, Tom saw a dog")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390  # nothing sticks out
-    page.screenshot(path="/tmp/phone.png", full_page=True)
