@@ -9,6 +9,10 @@ EXTRA := $(BIN)/python -m pytest --override-ini addopts="-q --strict-markers"
 quickstart: .venv/installed
 	$(BIN)/python train.py experiment=quickstart
 	$(BIN)/python evaluate.py ckpt=runs stories.n=1
+	@echo
+	@echo "And this is what a released one writes (releases/), which saw far more stories:"
+	@$(BIN)/minigpt generate releases/small --seed 1
+	@echo
 	@echo "next:    $(BIN)/python train.py budget.tokens=20e6     (better stories, in minutes)"
 	@echo "         $(BIN)/python train.py model=medium           (or large)"
 	@echo "         $(BIN)/python train.py --help"

@@ -32,8 +32,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "matrix_lr"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be positive and at most 1")
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name} {getattr(self, name)} must be positive")
         if self.name == "adamw" and self.matrix_lr is not None:
             raise ValueError("matrix_lr is Muon's: with adamw, lr is that of all weights")
         for name in ("beta1", "beta2", "momentum"):
