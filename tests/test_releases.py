@@ -1,0 +1,33 @@
+"""The weights in releases/ are those that their evaluation.json and their model card tell of."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from minigpt.generation import SamplingConfig, stream_text
+from minigpt.runs import Run, weights_fingerprint
+from tests.conftest import ROOT
+
+RELEASES = sorted(path.parent for path in ROOT.glob("releases/*/model.safetensors"))
+
+
+def test_there_is_one_that_quickstart_shows():
+    named = [
+        path for path in RELEASES if f"releases/{path.name} " in (ROOT / "Makefile").read_text()
+    ]
+    assert len(named) == 1
+
+
+@pytest.mark.parametrize("folder", RELEASES, ids=lambda path: path.name)
+def test_a_release_is_what_it_says(folder: Path):
+    run = Run.open(folder)
+    net, evaluation = run.load_net(), json.loads((folder / "evaluation.json").read_text())
+    assert evaluation["weights"] == weights_fingerprint(net)
+    assert (evaluation["n_stories"], evaluation["data"]["source"]) == (3000, "tinystories_sample")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"**{evaluation['perplexity']:.3f}**" in card
+    assert f"{net.n_parameters:,} parameters" in card
+    sampling = SamplingConfig(temperature=0, max_tokens=20)
+    story = "".join(stream_text(net, run.load_tokenizer(), "Once upon a time", sampling))
+    assert story.startswith(", there was a")
