@@ -77,9 +77,10 @@ class Line:
         small, large = self.sizes[0], self.sizes[-1]
         grows = small.gap is not None and large.gap is not None and large.gap > small.gap
         if small.gap is not None and large.gap is not None:
+            both = f" and {large.gap:+.3f} for {large.model}" if large is not small else ""
             seen += (
-                f" Validation loss less training loss is {small.gap:+.3f} nats for {small.model} "
-                f"and {large.gap:+.3f} for {large.model}."
+                f" Validation loss less training loss is {small.gap:+.3f} nats for {small.model}"
+                f"{both}."
             )
         if not self.forecasts:
             return f"{seen} With fewer than {LEAST_SIZES + 1} sizes none is foretold by the others."
