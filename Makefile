@@ -43,7 +43,7 @@ test-cluster: .venv/installed-cluster  # sweeps on a Slurm of one node and on a 
 test-export: .venv/installed-tools  # exported models in other people's tools
 	$(EXTRA) tests/extra/test_export_tools.py
 
-chaos: .venv/installed-dev  # a run that is killed fifty times, files that are fuzzed: half an hour
+chaos: .venv/installed-dev  # a run that is killed fifty times, files that are fuzzed: ten minutes
 	$(EXTRA) tests/extra/test_fuzz.py tests/extra/test_chaos.py
 
 lint: .venv/installed-dev

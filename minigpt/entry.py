@@ -74,7 +74,9 @@ def one_line_errors() -> Iterator[None]:
     except (UserError, OmegaConfBaseException) as error:
         if multirun:
             raise
-        _leave(str(error).partition("\n")[0])
+        if isinstance(error, UserError):
+            _leave(str(error))
+        _leave(str(error).partition("\n")[0])  # behind it OmegaConf tells of its own types
     except Exception:
         if multirun and global_rank() > 0:
             traceback.print_exc()

@@ -66,14 +66,6 @@ def link(name: str, target: str) -> Break:
     return act
 
 
-def both(*breaks: Break) -> Break:
-    def act(here: Path) -> None:
-        for one in breaks:
-            one(here)
-
-    return act
-
-
 def pipe(name: str) -> Break:
     """A named pipe that nobody writes to: reading it would wait for ever."""
 
@@ -210,6 +202,7 @@ SETTINGS: list[Case] = [
     ("train.py TINY model.dropout=nan", None, "expected a finite number"),
     ("train.py TINY model.embedding_scale=-1", None, "must be positive"),
     ("train.py TINY model.attention=flash", None, "choose from auto, sdpa, matmul"),
+    ("train.py TINY 'model.attention=\"a\nb\"'", None, "choose from auto, sdpa, matmul"),
     ("train.py TINY model.vocab_size=10", None, "less than the"),
     ("train.py TINY 'name=a/b'", None, "is a folder's name under runs_dir, not a path"),
     ("train.py TINY 'name=..'", None, "is a folder's name under runs_dir, not a path"),
