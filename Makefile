@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRA := $(BIN)/python -m pytest --override-ini addopts="-q --strict-markers"
 
-.PHONY: quickstart test test-browser test-cluster test-export chaos lint audit format clean
+.PHONY: quickstart test test-browser test-cluster test-export chaos bench lint audit format clean
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed
@@ -45,6 +45,12 @@ test-export: .venv/installed-tools  # exported models in other people's tools
 
 chaos: .venv/installed-dev  # a run that is killed fifty times, files that are fuzzed: ten minutes
 	$(EXTRA) tests/extra/test_fuzz.py tests/extra/test_chaos.py
+
+bench: .venv/installed-dev  # the numbers of docs/performance.md and docs/generation.md, alone on it
+	$(BIN)/python benchmarks/training.py --sweep --out docs/results/benchmarks
+	$(BIN)/python benchmarks/runs.py --out docs/results/benchmarks
+	$(BIN)/python benchmarks/preparation.py --megabytes 40 400 --out docs/results/benchmarks
+	$(BIN)/python benchmarks/generation.py --out docs/results/benchmarks
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check

@@ -1,6 +1,6 @@
 """How fast text is generated on this machine, beside transformers' GPT-2 with the same weights.
 
-    python benchmarks/generation.py --json docs/results/generation.json
+    python benchmarks/generation.py --out docs/results/benchmarks
 
 The medium shape with random weights. All candidates write the same number of tokens behind the
 same prompt, with key/value caches, at temperature 0.8 and without an end; they take turns within
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import platform
 import statistics
 import time
@@ -22,6 +21,7 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import Tensor
+from training import write_json
 
 from minigpt.generation import SamplingConfig, generate, sample, seeded_generator
 from minigpt.model import GPT, GPTConfig
@@ -175,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="How fast text is generated on this machine.")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=240, help="new ones for each text")
-    parser.add_argument("--json", type=Path, help="write the numbers here as well")
+    parser.add_argument("--out", type=Path, help="folder for the numbers")
     arguments = parser.parse_args()
     if not 1 <= arguments.tokens <= 256 - PROMPT:
         parser.error(f"--tokens must be between 1 and {256 - PROMPT}: GPT-2 cannot go further")
@@ -188,8 +188,8 @@ def main() -> None:
     }
     for name, value in table.items():
         print(f"{name:62} {f'{value:,.2f}' if isinstance(value, float) else value}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    if arguments.out:
+        write_json(arguments.out / "generation.json", table)
 
 
 if __name__ == "__main__":

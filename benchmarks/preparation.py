@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from training import write_json
+
 from minigpt.corpus import Corpus, bundled_sample
 from minigpt.preparation import DataConfig, prepare_split, prepare_tokenizer
 
@@ -26,17 +29,22 @@ from minigpt.preparation import DataConfig, prepare_split, prepare_tokenizer
 def main() -> None:
     parser = argparse.ArgumentParser(description="Speed and peak memory of preparing a corpus")
     parser.add_argument("--megabytes", type=float, nargs="+", default=[40.0])
-    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument("--out", type=Path, help="folder for the numbers")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # file and cache of the process
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(prepare(*arguments.one)))
         return
     rows = [measure(megabytes) for megabytes in arguments.megabytes]
-    text = json.dumps({"cores": os.cpu_count(), "rows": rows}, indent=2)
-    print(text)
-    if arguments.json:
-        arguments.json.write_text(text + "\n", encoding="utf-8")
+    table = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "rows": rows,
+    }
+    print(json.dumps(table, indent=2))
+    if arguments.out:
+        write_json(arguments.out / "preparation.json", table)
 
 
 def measure(megabytes: float) -> dict[str, Any]:

@@ -1,25 +1,28 @@
 """How fast training is on this machine, beside transformers' GPT-2 and the matrix-multiply peak.
 
-    python benchmarks/training.py --json docs/results/training.json
+    python benchmarks/training.py --out docs/results/benchmarks
     python benchmarks/training.py --sweep     # over batch size, context and width as well
+    python benchmarks/training.py --profile   # only this: where a step of the medium size spends it
 
 Every candidate is a process of its own that makes one step whenever it is told to, so that they
 take turns within one run, each with the memory allocator it has in real use. Times are medians.
+`--out` names a folder for training.json and, of a sweep, training-sweep.png.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
 WIDTHS = {"small": 128, "medium": 256, "large": 384}
@@ -33,7 +36,8 @@ def worker(kind: str, d_model: int, batch: int, context: int, precision: str) ->
     """Make a step for each line on stdin; answer with its seconds and the peak memory so far."""
     import resource
 
-    step = {"ours": _ours, "peer": _peer, "peak": _peak}[kind](d_model, batch, context, precision)
+    make = {"ours": _ours, "muon": _muon, "peer": _peer, "peak": _peak}[kind]
+    step = make(d_model, batch, context, precision)
     for _ in sys.stdin:
         start = time.perf_counter()
         step()
@@ -42,19 +46,26 @@ def worker(kind: str, d_model: int, batch: int, context: int, precision: str) ->
         print(json.dumps({"seconds": seconds, "memory_mb": memory}), flush=True)
 
 
-def _ours(d_model: int, batch: int, context: int, precision: str) -> Any:
+def _ours(d_model: int, batch: int, context: int, precision: str, name: Any = "adamw") -> Any:
+    """A step of this project, with the peer's optimizer or its own."""
     import torch
 
     from minigpt.fast import accelerate
     from minigpt.hardware import keep_freed_memory
-    from minigpt.model import GPT, GPTConfig
+    from minigpt.model import GPT
+    from minigpt.optimizers import OptimizerConfig, make_optimizer
 
     keep_freed_memory()
-    shape = GPTConfig(VOCABULARY, context, d_model, 5, max(1, d_model // 32), 2 * d_model)
-    net = accelerate(GPT(shape))
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
+    net = accelerate(GPT(shape_of(d_model, context)))
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    optimizer = make_optimizer(net, OptimizerConfig(name), d_model, dtype=dtype)
     tokens = torch.randint(0, VOCABULARY, (batch, context + 1))
     return _step(net, optimizer, lambda: net.loss(tokens[:, :-1], tokens[:, 1:]), precision)
+
+
+def _muon(d_model: int, batch: int, context: int, precision: str) -> Any:
+    """The step of `python train.py`, whose optimizer costs more."""
+    return _ours(d_model, batch, context, precision, "muon")
 
 
 def _peer(d_model: int, batch: int, context: int, precision: str) -> Any:
@@ -142,11 +153,16 @@ def measure(candidates: dict[str, Candidate], rounds: int, warm_up: int = 3) -> 
         candidate.process.communicate("")
 
 
-def flops_per_token(d_model: int, context: int) -> int:
-    from minigpt.model import GPT, GPTConfig
+def shape_of(d_model: int, context: int) -> Any:
+    from minigpt.model import GPTConfig
 
-    shape = GPTConfig(VOCABULARY, context, d_model, 5, max(1, d_model // 32), 2 * d_model)
-    return GPT(shape).flops_per_token()
+    return GPTConfig(VOCABULARY, context, d_model, 5, max(1, d_model // 32), 2 * d_model)
+
+
+def flops_per_token(d_model: int, context: int) -> int:
+    from minigpt.model import GPT
+
+    return GPT(shape_of(d_model, context)).flops_per_token()
 
 
 def peak_flops(candidate: Candidate) -> float:
@@ -180,21 +196,6 @@ def compare(rounds: int) -> dict[str, Any]:
     }
 
 
-def train_against_bare_step(rounds: int) -> dict[str, float]:
-    """`python train.py`, all of it switched on, against its step in a loop."""
-    bare = Candidate("ours", 256, 32, 256, "bf16")
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "train.py", "model=medium", "data.batch_size=32", "name=bench"]
-        command += [f"budget.tokens={8192 * 24}", "optimizer.warmup_steps=2", f"runs_dir={folder}"]
-        command += ["trainer.n_validations=1", "trainer.log_every_n_steps=4"]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-        with (Path(folder) / "bench/metrics.csv").open(encoding="utf-8") as file:
-            logged = [r["tokens_per_second"] for r in csv.DictReader(file)]
-    measure({"bare": bare}, rounds)
-    whole = statistics.median(float(value) for value in logged[1:] if value)
-    return {"train.py against the bare step": whole / bare.tokens_per_second}
-
-
 def sweep(rounds: int) -> list[dict[str, Any]]:
     """FLOP rate of training over batch size, context and width around the medium size."""
     cases = [("batch", 256, b, 256) for b in (8, 16, 32, 64, 128)]
@@ -217,29 +218,84 @@ def sweep(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def sweep_figure(rows: list[dict[str, Any]]) -> Figure:
+    """Share of the peak against what was varied; the grey band is within 25 % of the best."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    figure = Figure(figsize=(8.4, 2.9), layout="constrained")
+    best = max(row["share_of_peak"] for row in rows)
+    panels = {"batch": "windows of 256 tokens", "context": "context", "d_model": "d_model"}
+    subplots = figure.subplots(1, 3, sharey=True)
+    for axes, (varied, title) in zip(subplots, panels.items(), strict=True):
+        own = [row for row in rows if row["varied"] == varied]
+        places = [row[varied] for row in own]
+        axes.axhspan(0.75 * best, best, color="#e5e7eb", zorder=0)
+        axes.plot(places, [row["share_of_peak"] for row in own], "o-", color="C0", markersize=4)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(places, [f"{place}" for place in places])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel(title, fontsize=9)
+        axes.set_ylim(0, 1)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    subplots[0].set_ylabel("model FLOPs over the matrix-multiply peak", fontsize=8)
+    return figure
+
+
+def profile(steps: int = 5) -> None:
+    """Print where the time of a medium step goes, by operator, in milliseconds a step."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    step = _ours(256, 32, 256, "bf16")
+    for _ in range(3):
+        step()
+    with profiler(activities=[ProfilerActivity.CPU]) as found:
+        for _ in range(steps):
+            step()
+    rows = sorted(found.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    for row in rows[:25]:
+        print(f"{row.key:50} {row.self_cpu_time_total / 1e3 / steps:8.1f} {row.count // steps:6}")
+    print(f"{'all':50} {sum(row.self_cpu_time_total for row in rows) / 1e3 / steps:8.1f}")
+
+
+def write_json(path: Path, table: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="How fast training is on this machine.")
     parser.add_argument("--worker", nargs=5)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--sweep", action="store_true", help="batch size, context and width too")
-    parser.add_argument("--json", type=Path, help="write the numbers here as well")
+    parser.add_argument("--profile", action="store_true", help="only where a step's time goes")
+    parser.add_argument("--out", type=Path, help="folder for the numbers, and the sweep's figure")
     arguments = parser.parse_args()
     if arguments.worker:
         kind, d_model, batch, context, precision = arguments.worker
         worker(kind, int(d_model), int(batch), int(context), precision)
         return
+    if arguments.profile:
+        profile()
+        return
     table: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.system()} {platform.machine()}",
         **compare(arguments.rounds),
-        **train_against_bare_step(arguments.rounds),
     }
     for name, value in table.items():
         print(f"{name:45} {value if isinstance(value, str) else f'{value:,.3f}'}")
     if arguments.sweep:
         table["sweep"] = sweep(arguments.rounds)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        shares = [row["share_of_peak"] for row in table["sweep"]]
+        table["smallest / largest share of the sweep"] = min(shares) / max(shares)
+        print(f"smallest / largest share of the sweep {min(shares) / max(shares):.3f}")
+    if arguments.out:
+        write_json(arguments.out / "training.json", table)
+        if arguments.sweep:
+            sweep_figure(table["sweep"]).savefig(arguments.out / "training-sweep.png", dpi=200)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,176 @@
+"""Whole runs: how soon train.py makes a step, what it costs beside the bare step, what it learns.
+
+    python benchmarks/runs.py --out docs/results/benchmarks
+
+- Start-up: from the shell to the first row of metrics.csv, which is written at the first step, with
+  the data in the cache, beside `python -c "import torch, lightning"`.
+- Tokens per second of `python train.py` with everything on (log file, csv logger, checkpoints,
+  progress) beside its bare step in a loop, with the same optimizer; in turns.
+- The training loss of the small model after 200 steps on the bundled stories, with the fast pieces
+  in bfloat16 and with the plain ones in float32: same seed, same batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from training import ROOT, Candidate, shape_of, write_json
+
+STEPS, LAST = 200, 20  # of the curves: how long, and how many losses make the final one
+
+
+def train(folder: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "train.py", f"runs_dir={folder}", "name=bench", *overrides]
+
+
+# ---------------------------------------------------------------------------- start-up
+
+
+def start_up(rounds: int) -> dict[str, float]:
+    """Medians of seconds, in turns; the first turn, which fills the caches, does not count."""
+    imports, first_steps = [], []
+    for turn in range(rounds + 1):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import torch, lightning"], check=True)
+        imported = time.perf_counter() - began
+        stepped = _seconds_to_first_step()
+        if turn > 0:
+            imports.append(imported)
+            first_steps.append(stepped)
+    return {
+        "seconds, import torch and lightning": statistics.median(imports),
+        "seconds, train.py to its first step": statistics.median(first_steps),
+        "start-up against the imports": statistics.median(first_steps) / statistics.median(imports),
+    }
+
+
+def _seconds_to_first_step() -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        metrics = Path(folder) / "bench/metrics.csv"
+        began = time.perf_counter()
+        process = subprocess.Popen(
+            train(Path(folder), "trainer.log_every_n_steps=1"),
+            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            while not (metrics.is_file() and metrics.read_bytes().count(b"\n") > 1):
+                if process.poll() is not None:
+                    raise RuntimeError("train.py ended before its first step")
+                time.sleep(0.005)
+            return time.perf_counter() - began
+        finally:
+            process.kill()
+            process.wait()
+
+
+# ---------------------------------------------------------------------------- speed
+
+
+def against_bare_step(rounds: int) -> dict[str, float]:
+    """Tokens per second: `rounds` times a run of 24 steps and nine bare ones."""
+    bare, logged = Candidate("muon", 256, 32, 256, "bf16"), []
+    for _ in range(3):
+        bare.step(keep=False)
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            command = train(
+                Path(folder), "model=medium", "data.batch_size=32", f"budget.tokens={8192 * 24}",
+                "optimizer.warmup_steps=2", "trainer.n_validations=1",
+                "trainer.log_every_n_steps=4",
+            )  # fmt: skip
+            subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+            with (Path(folder) / "bench/metrics.csv").open(encoding="utf-8") as file:
+                rates = [row["tokens_per_second"] for row in csv.DictReader(file)]
+        logged += [float(rate) for rate in rates[1:] if rate]  # the first rows warm up
+        for _ in range(9):
+            bare.step()
+    bare.process.communicate("")
+    whole = statistics.median(logged)
+    return {
+        "tokens per second, bare step, medium, batch 32": bare.tokens_per_second,
+        "tokens per second, train.py": whole,
+        "train.py against the bare step": whole / bare.tokens_per_second,
+    }
+
+
+# ---------------------------------------------------------------------------- what is learned
+
+
+def curves() -> dict[str, float]:
+    """The mean training loss of the last 20 of 200 steps: fast, plain, and how far apart."""
+    fast, plain = (statistics.fmean(_losses(fast)[-LAST:]) for fast in (True, False))
+    return {
+        "training loss, fast pieces, bfloat16": fast,
+        "training loss, plain pieces, float32": plain,
+        "difference of the training losses": abs(fast - plain) / plain,
+    }
+
+
+def _losses(fast: bool) -> list[float]:
+    import torch
+
+    from minigpt.data import DataConfig, DataModule
+    from minigpt.fast import accelerate
+    from minigpt.model import GPT
+    from minigpt.optimizers import OptimizerConfig, lr_factor, make_optimizer
+
+    data = DataModule(DataConfig(batch_size=8), 256, n_steps=STEPS, seed=1)
+    data.setup("fit")
+    torch.manual_seed(1)
+    net = GPT(shape_of(128, 256))
+    if fast:
+        accelerate(net)
+    config = OptimizerConfig(warmup_steps=20)
+    dtype = torch.bfloat16 if fast else torch.float32
+    optimizer = make_optimizer(net, config, 128, dtype=dtype)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: lr_factor(step, STEPS, config.warmup_steps, 0.0, "linear")
+    )
+    losses = []
+    for ids, targets in data.train_dataloader():
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+            loss = net.loss(ids, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return losses
+
+
+# ---------------------------------------------------------------------------- all of it
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Start-up, cost and curves of whole runs.")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="folder for the numbers")
+    arguments = parser.parse_args()
+    out = arguments.out and arguments.out.resolve()
+    os.chdir(ROOT)  # where the cache of the data is
+    table: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.system()} {platform.machine()}",
+        **start_up(arguments.rounds),
+        **against_bare_step(arguments.rounds),
+        **curves(),
+    }
+    for name, value in table.items():
+        print(f"{name:50} {value if isinstance(value, str) else f'{value:,.4f}'}")
+    if out:
+        write_json(out / "runs.json", table)
+
+
+if __name__ == "__main__":
+    main()
