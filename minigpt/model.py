@@ -74,20 +74,31 @@ def sinusoids(length: int, d_model: int) -> Tensor:
 class KVCache:
     """Keys and values of the tokens seen so far, so that a new token costs one token's work.
 
-    Holds up to `config.context_length` tokens for each of `batch` rows, and all rows are equally
-    long. `GPT.forward(ids, cache)` appends to it.
+    Holds the same number of tokens for each of `batch` rows; `GPT.forward(ids, cache)` appends to
+    it. Its room grows with the text, since products over rows that lie apart cost more.
     """
 
+    GROWTH = 32  # tokens
+
     def __init__(self, config: GPTConfig, batch: int, like: Tensor) -> None:
-        """Room on the device and in the dtype of `like`."""
+        """Empty, on the device and in the dtype of `like`."""
         dk = config.d_model // config.n_heads
-        shape = (config.n_layers, 2, batch, config.n_heads, config.context_length, dk)
-        self.store = like.new_zeros(shape)  # finite where it is masked
-        self.length = 0  # tokens held
+        self.store = like.new_zeros(config.n_layers, 2, batch, config.n_heads, 0, dk)
+        self.length = 0  # tokens held; room is store.shape[4]
+
+    def make_room(self, length: int) -> None:
+        """Have room for `length` tokens."""
+        missing = length - self.store.shape[4]
+        if missing > 0:
+            shape = list(self.store.shape)
+            shape[4] = math.ceil(missing / self.GROWTH) * self.GROWTH
+            more = self.store.new_zeros(shape)  # finite where it is masked
+            self.store = torch.cat([self.store, more], dim=4)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put k, v (B, nh, T, dk) behind what `layer` holds; return all it holds then."""
         end = self.length + k.shape[2]
+        self.make_room(end)
         self.store[layer, 0, :, :, self.length : end] = k
         self.store[layer, 1, :, :, self.length : end] = v
         return self.store[layer, 0, :, :, :end], self.store[layer, 1, :, :, :end]
