@@ -54,43 +54,48 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, n_heads: int) -> Tensor:
-        q, k, v = split_heads(qkv, n_heads)
-        T, width = q.shape[2:]  # noqa: N806
-        y = torch.empty_like(q)
-        q, k, v = (x.reshape(-1, T, width) for x in (q * width**-0.5, k, v))
+        q, k, v = (_dense(x) for x in split_heads(qkv, n_heads))  # (N, T, dk)
+        q *= q.shape[2] ** -0.5
+        T, y = q.shape[1], torch.empty_like(q)  # noqa: N806
         mask = torch.full((BLOCK, BLOCK), -math.inf, dtype=q.dtype).triu(1)
         probabilities = []
         for s in range(0, T, BLOCK):
             e = min(s + BLOCK, T)
-            scores = torch.bmm(q[:, s:e], k[:, :e].transpose(1, 2))  # (N, b, e)
+            keys = k[:, :e].contiguous()  # or oneDNN copies it while it is transposed, slowly
+            scores = torch.bmm(q[:, s:e], keys.transpose(1, 2))  # (N, b, e)
             scores[:, :, s:e] += mask[: e - s, : e - s]
             p = _softmax(scores)
-            y[:, :, s:e] = torch.bmm(p, v[:, :e]).unflatten(0, (-1, n_heads))
+            y[:, s:e] = torch.bmm(p, v[:, :e])
             probabilities.append(p)
         ctx.save_for_backward(qkv, *probabilities)
         ctx.n_heads = n_heads
-        return merge_heads(y)
+        return merge_heads(y.unflatten(0, (-1, n_heads)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         qkv, *probabilities = ctx.saved_tensors
         dqkv, heads = torch.empty_like(qkv), (-1, ctx.n_heads)
-        q, k, v = split_heads(qkv, ctx.n_heads)
-        T, width = q.shape[2:]  # noqa: N806
-        dy = grads[0].unflatten(-1, (ctx.n_heads, width)).transpose(1, 2)  # (B, nh, T, dk)
-        q, k, v, dy = (x.reshape(-1, T, width) for x in (q * width**-0.5, k * width**-0.5, v, dy))
-        dq, dk, dv = split_heads(dqkv, ctx.n_heads)
-        dk_sum, dv_sum = torch.zeros_like(k), torch.zeros_like(v)
+        q, k, v = (_dense(x) for x in split_heads(qkv, ctx.n_heads))  # (N, T, dk)
+        dy = _dense(grads[0].unflatten(-1, (ctx.n_heads, -1)).transpose(1, 2))
+        T, scale = q.shape[1], q.shape[2] ** -0.5  # noqa: N806
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for s, p in zip(range(0, T, BLOCK), probabilities, strict=True):
             e = min(s + BLOCK, T)
-            dp = torch.bmm(dy[:, s:e], v[:, :e].transpose(1, 2))  # (N, b, e)
+            dp = torch.bmm(dy[:, s:e], v[:, :e].contiguous().transpose(1, 2))  # (N, b, e)
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-            dq[:, :, s:e] = torch.bmm(ds, k[:, :e]).unflatten(0, heads)
-            dk_sum[:, :e] += torch.bmm(ds.transpose(1, 2), q[:, s:e])
-            dv_sum[:, :e] += torch.bmm(p.transpose(1, 2), dy[:, s:e])
-        dk.copy_(dk_sum.unflatten(0, heads))
-        dv.copy_(dv_sum.unflatten(0, heads))
+            dq[:, s:e] = torch.bmm(ds, k[:, :e])
+            dk[:, :e] += torch.bmm(ds.transpose(1, 2), q[:, s:e])
+            dv[:, :e] += torch.bmm(p.transpose(1, 2), dy[:, s:e])
+        dq *= scale
+        dk *= scale
+        for into, x in zip(split_heads(dqkv, ctx.n_heads), (dq, dk, dv), strict=True):
+            into.copy_(x.unflatten(0, heads))
         return dqkv, None
+
+
+def _dense(x: Tensor) -> Tensor:
+    """A copy of (B, nh, T, dk) as (N, T, dk), laid out in that order."""
+    return x.clone(memory_format=torch.contiguous_format).flatten(0, 1)
 
 
 def _softmax(x: Tensor) -> Tensor:
