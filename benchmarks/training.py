@@ -212,7 +212,8 @@ def sweep(rounds: int) -> list[dict[str, Any]]:
         share = flops / peak_flops(both["peak"])
         rows.append(
             {"varied": name, "d_model": d_model, "batch": batch, "context": context,
-             "tokens_per_second": both["ours"].tokens_per_second, "share_of_peak": share}
+             "tokens_per_second": both["ours"].tokens_per_second, "share_of_peak": share,
+             "memory_mb": both["ours"].memory_mb}
         )  # fmt: skip
         print(rows[-1], flush=True)
     return rows
