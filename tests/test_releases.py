@@ -1,13 +1,15 @@
 """The weights in releases/ are those that their evaluation.json and their model card tell of."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from minigpt.generation import SamplingConfig, stream_text
 from minigpt.runs import Run, weights_fingerprint
-from tests.conftest import ROOT
+from tests.conftest import ROOT, job
 
 RELEASES = sorted(path.parent for path in ROOT.glob("releases/*/model.safetensors"))
 
@@ -17,6 +19,16 @@ def test_there_is_one_that_quickstart_shows():
         path for path in RELEASES if f"releases/{path.name} " in (ROOT / "Makefile").read_text()
     ]
     assert len(named) == 1
+
+
+@pytest.mark.parametrize("folder", RELEASES, ids=lambda path: path.name)
+def test_one_override_makes_a_release_again(folder: Path):
+    made = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    again = dataclasses.asdict(job([f"experiment=release_{folder.name}"]))
+    for group in ("model", "optimizer", "budget", "trainer"):
+        assert made[group] == again[group]
+    assert made["seed"] == again["seed"]
+    assert made["data"].items() <= again["data"].items()
 
 
 @pytest.mark.parametrize("folder", RELEASES, ids=lambda path: path.name)
