@@ -54,9 +54,11 @@ def _ours(d_model: int, batch: int, context: int, precision: str, name: Any = "a
     from minigpt.hardware import keep_freed_memory
     from minigpt.model import GPT
     from minigpt.optimizers import OptimizerConfig, make_optimizer
+    from minigpt.shards import sharded_loss
 
     keep_freed_memory()
     net = accelerate(GPT(shape_of(d_model, context)))
+    net.loss = sharded_loss(net)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     optimizer = make_optimizer(net, OptimizerConfig(name), d_model, dtype=dtype)
     tokens = torch.randint(0, VOCABULARY, (batch, context + 1))

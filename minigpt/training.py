@@ -32,7 +32,7 @@ from minigpt.config import UserError, build
 from minigpt.data import DataModule
 from minigpt.fast import accelerate
 from minigpt.hardware import Hardware, keep_freed_memory
-from minigpt.job import Job, Plan
+from minigpt.job import Job, Plan, TrainerConfig
 from minigpt.loggers import MetricsCsv, extra_loggers, finish_wandb
 from minigpt.module import GPTModule
 from minigpt.peak import matmul_peak
@@ -51,6 +51,7 @@ from minigpt.runs import (
     source_commit,
     write_text,
 )
+from minigpt.shards import sharded_loss
 
 log = logging.getLogger("minigpt")
 
@@ -97,7 +98,7 @@ def train(config: DictConfig, size: str = "gpt") -> Path:
         start.clear(folder)
         _describe(folder, job, plan, hardware, module, data)
         trainer = _trainer(folder, job, plan, hardware, module, data, start.step)
-        _speed_up(module, hardware, c.compile)
+        _speed_up(module, hardware, c)
         _fit(trainer, module, data, start.checkpoint)
         log.info("report: %s", folder / REPORT)
         log.info("next:   python evaluate.py ckpt=%s", folder)
@@ -115,12 +116,16 @@ def _module(job: Job, plan: Plan, data: DataModule) -> GPTModule:
     )
 
 
-def _speed_up(module: GPTModule, hardware: Hardware, compile: bool) -> None:
-    if hardware.accelerator == "cpu":
+def _speed_up(module: GPTModule, hardware: Hardware, c: TrainerConfig) -> None:
+    """The one place where the fast path is chosen: by the device, and what cannot go together."""
+    net, cpu = module.net, hardware.accelerator == "cpu"
+    if cpu:
         keep_freed_memory()
-        accelerate(module.net)
-    if compile:  # the loss and not the net: the names of its weights stay as they are
-        module.net.loss = torch.compile(module.net.loss)
+        accelerate(net)
+    if c.compile:  # the loss and not the net: the names of its weights stay as they are
+        net.loss = torch.compile(net.loss)
+    elif cpu and c.strategy != "fsdp":  # which gathers the weights of one forward pass at a time
+        net.loss = sharded_loss(net)
 
 
 def _data(job: Job, plan: Plan, start_step: int) -> DataModule:
