@@ -60,12 +60,13 @@ class Throughput(Callback):
     """Logs `tokens_per_second` of training alone, over windows of `every` steps, and `mfu`.
 
     The time between two steps counts (data, logging), that of a validation does not. `seconds` is
-    the time spent on training so far. `mfu` is the model FLOPs that were used of the `peak` of all
-    devices together, in FLOP/s (Chowdhery et al. 2022, appendix B).
+    the time spent on training so far, `speed` the tokens per second of the present window. `mfu` is
+    the model FLOPs that were used of the `peak` of all devices together, in FLOP/s (Chowdhery et
+    al. 2022, appendix B).
     """
 
     def __init__(self, every: int, peak: float) -> None:
-        self.every, self.peak, self.seconds = every, peak, 0.0
+        self.every, self.peak, self.seconds, self.speed = every, peak, 0.0, 0.0
         self._steps, self._elapsed = 0, 0.0  # in the present window
         self._mark: float | None = None  # when the last step ended; None: behind a pause
 
@@ -90,9 +91,10 @@ class Throughput(Callback):
         self.seconds += now - self._mark
         self._mark, self._steps = now, self._steps + 1
         tokens_per_batch = pl_module.tokens_per_step / trainer.accumulate_grad_batches
-        speed = self._steps * tokens_per_batch / self._elapsed
-        pl_module.log("tokens_per_second", speed)
-        pl_module.log("mfu", speed * pl_module.net.flops_per_token() / self.peak)
+        self.speed = self._steps * tokens_per_batch / self._elapsed
+        if pl_module.has_row(trainer.global_step):
+            pl_module.log("tokens_per_second", self.speed)
+            pl_module.log("mfu", self.speed * pl_module.net.flops_per_token() / self.peak)
         if self._steps >= self.every * trainer.accumulate_grad_batches:
             self._steps, self._elapsed = 0, 0.0
 
@@ -160,8 +162,9 @@ class TrainingProgress(ProgressBar):
     Where the output is no terminal, a plain line at each validation takes its place.
     """
 
-    def __init__(self, show: bool) -> None:
+    def __init__(self, show: bool, throughput: Throughput) -> None:
         super().__init__()
+        self.throughput = throughput
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=8),
@@ -200,7 +203,7 @@ class TrainingProgress(ProgressBar):
         numbers = f"loss {loss:.3f} · ppl {perplexity(loss):.2f}"
         if "val/perplexity" in metrics:
             numbers += f" · val {float(metrics['val/perplexity']):.2f}"
-        numbers += f" · {float(metrics['tokens_per_second']):,.0f} tok/s"
+        numbers += f" · {self.throughput.speed:,.0f} tok/s"
         seen = human_count(trainer.global_step * size) + "/" + human_count(pl_module.n_steps * size)
         self.bar.update(self.task, completed=trainer.global_step, seen=seen, numbers=numbers)
 

@@ -89,10 +89,16 @@ class GPTModule(L.LightningModule):
         self._check_finite("training", mean.item())
         steps = self.global_step + 1
         self.log("train/loss", mean)
-        self.log("lr", self._lr())
-        # Lightning takes the logged "step" as the row's x-axis: updates made, counted from 1.
-        self.log_dict({"step": float(steps), "tokens": float(steps * self.tokens_per_step)})
+        if self.has_row(steps):
+            self.log("lr", self._lr())
+            # Lightning takes the logged "step" as the row's x-axis: updates made, counted from 1.
+            self.log_dict({"step": float(steps), "tokens": float(steps * self.tokens_per_step)})
         return loss
+
+    def has_row(self, step: int) -> bool:
+        """Whether update `step`, from 1, becomes a row: each `log` costs half a millisecond."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return step % every == 0 or step >= self.n_steps
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Has Lightning validate after the last step, whatever the validation interval."""
@@ -139,7 +145,8 @@ class GPTModule(L.LightningModule):
         """Clips the norm of all gradients together, and logs what it was before."""
         limit = self.settings.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), limit)
-        self.log("grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if self.has_row(self.global_step + 1):
+            self.log("grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def check_weights(self) -> None:
         """UserError: a weight is not finite; the loss of the next step would not be either."""

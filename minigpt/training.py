@@ -227,7 +227,7 @@ def _trainer(
         logger=loggers,
         callbacks=[
             throughput,
-            TrainingProgress(job.callbacks.progress_bar),
+            TrainingProgress(job.callbacks.progress_bar, throughput),
             StorySamples(folder, data.tokenizer, job.callbacks, job.seed, start_step),
             checkpoints,
             RunReport(folder, facts, throughput, checkpoints, write_report),
