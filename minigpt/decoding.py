@@ -13,6 +13,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -36,18 +37,14 @@ class Decoder:
 
     def __init__(self, net: GPT, texts: Sequence[Tensor]) -> None:
         """`texts`: the ids (T,) of each row, T >= 0, on the device of the net."""
-        weight = net.embedding.weight
+        self.weights = weights = _prepared(net, len(texts))
         self.net, self.context, self.n_heads = net, net.config.context_length, net.config.n_heads
         self.half = max(1, self.context // 2)
         self.texts = texts
         self.new: deque[Tensor] = deque(maxlen=self.half)  # ids (B,) read behind `texts`
-        self.cache = KVCache(net.config, len(texts), like=weight)
+        self.cache = KVCache(net.config, len(texts), like=weights.embedding)
         self.lengths = [0] * len(texts)  # tokens of each row in the cache
-        self.rows = torch.arange(len(texts), device=weight.device)
-        self.embedding = weight * net.scale
-        self.layers = [_layer(block) for block in net.blocks]
-        self.final_norm = _norm(net.final_norm)
-        self.unembed = _affine(weight.t(), None)
+        self.rows = torch.arange(len(texts), device=weights.embedding.device)
         kept = [text if len(text) < self.context else self._tail(text) for text in texts]
         self._fill(list(range(len(texts))), kept)
 
@@ -57,6 +54,7 @@ class Decoder:
         self.new.append(ids)
         logits = self._step(ids)
         self.lengths = [length + 1 for length in self.lengths]
+        self.at += 1
         return logits
 
     def _slide(self) -> None:
@@ -72,9 +70,9 @@ class Decoder:
     def _fill(self, rows: list[int], texts: list[Tensor]) -> None:
         """Have the cache hold `texts`, read from position 0, for `rows`."""
         ids = pad_sequence(list(texts), batch_first=True)  # behind the text, where it cannot look
-        cache = KVCache(self.net.config, len(rows), self.cache.store)
+        cache = KVCache(self.weights.net.config, len(rows), self.cache.store)
         if ids.shape[1]:
-            self.net.hidden(ids, cache)
+            self.weights.net.hidden(ids, cache)
         if len(rows) == len(self.lengths):
             self.cache = cache
         else:
@@ -83,34 +81,49 @@ class Decoder:
             self.cache.store[:, :, rows, :, :end] = cache.store[:, :, :, :, :end]
         for row, text in zip(rows, texts, strict=True):
             self.lengths[row] = len(text)
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Views of the cache, and a mask over its room, that stay until it grows or is filled."""
+        store = self.cache.store  # (L, 2, B, nh, R, dk); R tokens of room, N = B · nh
+        keys, values = store.flatten(2, 3).unbind(1)  # each (L, N, R, dk)
+        self.keys, self.values = keys.transpose(2, 3).unbind(), values.unbind()
+        self.at = store.new_tensor(self.lengths, dtype=torch.long)  # (B,) place of the next token
+        hidden = torch.arange(store.shape[4], device=store.device) >= self.at[:, None]  # (B, R)
+        mask = store.new_zeros(hidden.shape).masked_fill_(hidden, -math.inf)
+        self.mask = mask[:, None].repeat(1, self.n_heads, 1)  # (B, nh, R)
 
     def _step(self, ids: Tensor) -> Tensor:
-        """`GPT.forward` for one token of each row. B rows, N = B · heads, room for R tokens."""
+        """`GPT.forward` for one token of each row."""
         end = max(self.lengths) + 1
-        self.cache.make_room(end)
-        store = self.cache.store  # (L, 2, B, nh, R, dk)
-        at = store.new_tensor(self.lengths, dtype=torch.long)  # (B,) place of each token
-        hidden = torch.arange(store.shape[4], device=at.device) > at[:, None]  # (B, R)
-        mask = store.new_zeros(hidden.shape).masked_fill_(hidden, -math.inf)
-        mask = mask[:, None].expand(-1, self.n_heads, -1).reshape(-1, 1, hidden.shape[1])
-        held = store.flatten(2, 3).unbind(1)  # keys and values, each (L, N, R, dk)
-        keys, values = held[0].transpose(2, 3).unbind(), held[1].unbind()
-        ragged = min(self.lengths) + 1 < end
-        places = (store if ragged else store[:, :, :, :, end - 1].transpose(1, 2)).unbind()
-        x = F.embedding(ids, self.embedding) + self.net.positions[at]  # (B, d)
-        for layer, place, key, value in zip(self.layers, places, keys, values, strict=True):
+        if end > self.cache.store.shape[4]:
+            self.cache.make_room(end)
+            self._arrange()
+        weights, store, mask, at = self.weights, self.cache.store, self.mask, self.at
+        if min(self.lengths) + 1 == end:  # all texts are of one length: slices, which cost less
+            mask[:, :, end - 1] = 0.0
+            position = weights.net.positions[end - 1]  # (d,)
+            places = store[:, :, :, :, end - 1].transpose(1, 2).unbind()  # each (B, 2, nh, dk)
+        else:
+            mask[self.rows, :, at] = 0.0
+            position = weights.net.positions[at]  # (B, d)
+            places = None
+        mask = mask.view(-1, 1, mask.shape[2])  # (N, 1, R)
+        scale = self.keys[0].shape[1] ** -0.5
+        x = F.embedding(ids, weights.embedding) + position  # (B, d)
+        for i, layer in enumerate(weights.layers):
             qkv = layer.qkv(layer.norm1(x)).view(len(ids), 3, self.n_heads, -1)  # (B, 3, nh, dk)
-            if ragged:
-                place[:, self.rows, :, at] = qkv[:, 1:]
+            if places is None:
+                store[i][:, self.rows, :, at] = qkv[:, 1:]
             else:
-                place.copy_(qkv[:, 1:])
+                places[i].copy_(qkv[:, 1:])
+            query = qkv[:, 0].reshape(len(mask), 1, -1)
             # Over all the room, for the products are several times slower over a part of it.
-            scores = torch.baddbmm(mask, qkv[:, 0].reshape(len(key), 1, -1), key)  # (N, 1, R)
-            y = torch.bmm(scores.softmax(-1), value).view(len(ids), -1)  # (B, d)
+            scores = torch.baddbmm(mask, query, self.keys[i], alpha=scale)  # (N, 1, R)
+            y = torch.bmm(scores.softmax(-1), self.values[i]).view(len(ids), -1)  # (B, d)
             x += layer.out(y)
-            u = layer.up(layer.norm2(x))
-            x += layer.down(torch.addcmul(u, u, u.erf()))
-        return self.unembed(self.final_norm(x)).float()
+            x += layer.down(layer.up(layer.norm2(x)))
+        return weights.unembed(weights.final_norm(x)).float()
 
 
 # ---------------------------------------------------------------------------- weights
@@ -119,30 +132,69 @@ Rows = Callable[[Tensor], Tensor]  # (B, in) to (B, out)
 
 
 class _Layer(NamedTuple):
-    """A block, with what its formulas multiply by folded into the matrices."""
+    """A block, as functions of B rows."""
 
     norm1: Rows
-    qkv: Rows  # queries come out divided by √dk
+    qkv: Rows
     out: Rows
     norm2: Rows
-    up: Rows  # comes out as u = z / √2: GELU(z) = z (1 + erf(z / √2)) / 2 = √½ (u + u erf u)
-    down: Rows  # takes u + u erf u
+    up: Rows  # and GELU, twice that unless oneDNN computes it
+    down: Rows  # takes what `up` gives
 
 
-def _layer(block: nn.Module) -> _Layer:
+class _Weights(NamedTuple):
+    """What a step multiplies by, in the order in memory that suits the product."""
+
+    net: GPT  # reads prompts
+    embedding: Tensor  # (V, d), scaled
+    layers: list[_Layer]
+    final_norm: Rows
+    unembed: Rows
+
+
+State = list[tuple[int, int]]  # address and version of each parameter
+_kept: WeakKeyDictionary[GPT, dict[str, tuple[State, list[Tensor], _Weights]]]
+_kept = WeakKeyDictionary()
+
+
+def _prepared(net: GPT, rows: int) -> _Weights:
+    """The weights of `net` for batches of `rows`. Those of a frozen net are made once.
+
+    Not so where a parameter requires a gradient: PyTorch does not count what fused optimizers do.
+    """
+    how, parameters = _product(net, rows), [p.detach() for p in net.parameters()]
+    if any(p.requires_grad for p in net.parameters()) or any(p.is_inference() for p in parameters):
+        return _weights(net, how)
+    state = [(p.data_ptr(), p._version) for p in parameters]
+    kept = _kept.setdefault(net, {})
+    if how not in kept or kept[how][0] != state:
+        # The parameters are held as well, so that no new ones take their addresses.
+        kept[how] = state, parameters, _weights(net, how)
+    return kept[how][2]
+
+
+def _weights(net: GPT, how: str) -> _Weights:
+    weight = net.embedding.weight
+    return _Weights(
+        net=net,
+        embedding=weight * net.scale,
+        layers=[_layer(block, how) for block in net.blocks],
+        final_norm=_norm(net.final_norm),
+        unembed=_affine(weight, None, how),
+    )
+
+
+def _layer(block: nn.Module, how: str) -> _Layer:
     assert isinstance(block, Block)
     attention, mlp = block.attention, block.feed_forward
-    d_model = attention.qkv.in_features
-    dk_scale = torch.ones_like(attention.qkv.bias)
-    dk_scale[:d_model] = math.sqrt(attention.n_heads / d_model)  # dk^-½
-    half = math.sqrt(0.5)
+    up, half = _affine(mlp.up.weight, mlp.up.bias, how, gelu=True), 1.0 if how == "onednn" else 0.5
     return _Layer(
         norm1=_norm(block.norm1),
-        qkv=_affine(attention.qkv.weight.t() * dk_scale, attention.qkv.bias * dk_scale),
-        out=_affine(attention.out.weight.t(), attention.out.bias),
+        qkv=_affine(attention.qkv.weight, attention.qkv.bias, how),
+        out=_affine(attention.out.weight, attention.out.bias, how),
         norm2=_norm(block.norm2),
-        up=_affine(mlp.up.weight.t() * half, mlp.up.bias * half),
-        down=_affine(mlp.down.weight.t() * half, mlp.down.bias),
+        up=up,
+        down=_affine(mlp.down.weight * half, mlp.down.bias, how),
     )
 
 
@@ -151,12 +203,47 @@ def _norm(norm: nn.LayerNorm) -> Rows:
     return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
 
 
-def _affine(matrix: Tensor, bias: Tensor | None) -> Rows:
-    """x (B, in) to x @ `matrix` (in, out) + `bias`.
+# ---------------------------------------------------------------------------- products
 
-    The matrix is kept as (in, out): with few rows that is twice as fast as (out, in) on a CPU.
-    """
-    matrix = matrix.contiguous()
+
+def _product(net: GPT, rows: int) -> str:
+    """Which product is the fastest for B = `rows`: `onednn` or `plain`."""
+    weight = net.embedding.weight
+    if weight.device.type != "cpu":
+        return "plain"
+    if not torch.backends.mkldnn.is_available():
+        return "plain"
+    if weight.dtype == torch.bfloat16:
+        return "onednn" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "plain"
+    return "onednn" if weight.dtype == torch.float32 and rows >= 4 else "plain"
+
+
+def _affine(weight: Tensor, bias: Tensor | None, how: str, gelu: bool = False) -> Rows:
+    """x (B, in) to x @ `weight`.T + `bias`, and its GELU (but see `_Layer`); `weight` (out, in)."""
+    if how == "onednn":
+        return _onednn(weight, bias, gelu)
+    product = _plain(weight, bias)
+    if not gelu:
+        return product
+    root = weight.new_tensor(math.sqrt(0.5))  # a number would be converted at each step
+
+    def twice_gelu(x: Tensor) -> Tensor:
+        """z (1 + erf(z / √2)); `F.gelu` takes longer for one row on a CPU."""
+        z = product(x)
+        return torch.addcmul(z, z, (z * root).erf_())
+
+    return twice_gelu
+
+
+def _plain(weight: Tensor, bias: Tensor | None) -> Rows:
+    matrix = weight.t().contiguous()  # (in, out) is up to twice as fast for one row on a CPU
     if bias is None:
         return lambda x: torch.mm(x, matrix)
     return lambda x: torch.addmm(bias, x, matrix)
+
+
+def _onednn(weight: Tensor, bias: Tensor | None, gelu: bool) -> Rows:
+    """Weights packed once, where `addmm` does it at each step, by calls of torch.compile."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+    multiply, then = torch.ops.mkldnn._linear_pointwise.default, "gelu" if gelu else "none"
+    return lambda x: multiply(x, packed, bias, then, [], "none")

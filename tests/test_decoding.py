@@ -62,3 +62,32 @@ def test_a_bfloat16_net_is_decoded_in_bfloat16_and_gives_float32_logits():
     assert decoder.cache.store.dtype == torch.bfloat16
     assert logits.dtype == torch.float32
     assert 0 < (logits - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+@torch.no_grad()
+def test_weights_that_have_changed_are_not_taken_from_before():
+    net = make_net()
+
+    def check(net: GPT) -> None:
+        for ids in (random_ids(1, 12), random_ids(5, 12)):  # these are not multiplied alike
+            logits = Decoder(net, list(ids[:, :-1])).read(ids[:, -1])
+            expected = net(ids)[:, -1].float()
+            torch.testing.assert_close(logits, expected, rtol=0, atol=3e-2 * expected.abs().max())
+
+    check(net)
+    for parameter in net.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    torch.optim.AdamW(net.parameters(), lr=0.3, fused=True).step()  # leaves versions as they were
+    check(net)
+    net.requires_grad_(False)
+    check(net)
+    net.get_parameter("blocks.1.feed_forward.up.weight").mul_(-3)
+    check(net)
+    net.load_state_dict(make_net().state_dict())
+    check(net)
+    check(net.bfloat16())
+    for parameter in net.parameters():
+        parameter *= 2
+    check(net.float())
+    net.embedding = torch.nn.Embedding(61, 16).requires_grad_(False)
+    check(net)
