@@ -9,7 +9,9 @@ the calls cost as much as the arithmetic. Numbers: docs/generation.md.
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -32,7 +34,8 @@ class Decoder:
     and gives the logits that it would give alone.
 
     Device and dtype are those of the net, which must be in evaluation mode and must not be trained
-    meanwhile.
+    meanwhile. A float16 net on a CPU has its weights in float16 and everything else in float32:
+    a batch of one waits for its weights, and those take half the time.
     """
 
     def __init__(self, net: GPT, texts: Sequence[Tensor]) -> None:
@@ -175,6 +178,9 @@ def _prepared(net: GPT, rows: int) -> _Weights:
 
 def _weights(net: GPT, how: str) -> _Weights:
     weight = net.embedding.weight
+    if weight.dtype == torch.float16 and weight.device.type == "cpu":
+        net = copy.deepcopy(net).float()
+        weight = net.embedding.weight
     return _Weights(
         net=net,
         embedding=weight * net.scale,
@@ -207,22 +213,30 @@ def _norm(norm: nn.LayerNorm) -> Rows:
 
 
 def _product(net: GPT, rows: int) -> str:
-    """Which product is the fastest for B = `rows`: `onednn` or `plain`."""
+    """Which product is the fastest for B = `rows`: `onednn`, `fbgemm` or `plain`."""
     weight = net.embedding.weight
     if weight.device.type != "cpu":
         return "plain"
+    if weight.dtype == torch.float16 and _has_fbgemm():
+        return "fbgemm"
     if not torch.backends.mkldnn.is_available():
         return "plain"
     if weight.dtype == torch.bfloat16:
         return "onednn" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "plain"
-    return "onednn" if weight.dtype == torch.float32 and rows >= 4 else "plain"
+    return "onednn" if rows >= 4 else "plain"  # float32
+
+
+def _has_fbgemm() -> bool:
+    return "fbgemm" in torch.backends.quantized.supported_engines and hasattr(
+        torch, "fbgemm_linear_fp16_weight_fp32_activation"
+    )
 
 
 def _affine(weight: Tensor, bias: Tensor | None, how: str, gelu: bool = False) -> Rows:
     """x (B, in) to x @ `weight`.T + `bias`, and its GELU (but see `_Layer`); `weight` (out, in)."""
     if how == "onednn":
         return _onednn(weight, bias, gelu)
-    product = _plain(weight, bias)
+    product = _fbgemm(weight, bias) if how == "fbgemm" else _plain(weight, bias)
     if not gelu:
         return product
     root = weight.new_tensor(math.sqrt(0.5))  # a number would be converted at each step
@@ -247,3 +261,13 @@ def _onednn(weight: Tensor, bias: Tensor | None, gelu: bool) -> Rows:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
     multiply, then = torch.ops.mkldnn._linear_pointwise.default, "gelu" if gelu else "none"
     return lambda x: multiply(x, packed, bias, then, [], "none")
+
+
+def _fbgemm(weight: Tensor, bias: Tensor | None) -> Rows:
+    """Weights in float16, x, bias and sums in float32."""
+    added = weight.new_zeros(len(weight)) if bias is None else bias
+    with warnings.catch_warnings():  # of the deprecation; without it, `_product` takes another way
+        warnings.simplefilter("ignore")
+        packed = torch.fbgemm_pack_gemm_matrix_fp16(weight.contiguous())
+        torch.fbgemm_linear_fp16_weight_fp32_activation(weight[:1], packed, added)
+    return lambda x: torch.fbgemm_linear_fp16_weight_fp32_activation(x, packed, added)

@@ -64,6 +64,19 @@ def test_a_bfloat16_net_is_decoded_in_bfloat16_and_gives_float32_logits():
     assert 0 < (logits - exact).abs().max() < 0.1 * exact.abs().max()
 
 
+@pytest.mark.parametrize("batch", [1, 5])
+@torch.inference_mode()
+def test_a_float16_net_on_a_cpu_rounds_nothing_but_its_weights(batch):
+    net, ids = make_net().half(), random_ids(batch, 40)
+    decoder = Decoder(net, list(ids[:, :5]))
+    found = torch.stack([decoder.read(new) for new in ids[:, 5:].unbind(1)], dim=1)
+    assert decoder.cache.store.dtype == torch.float32
+    exact = net.float()
+    for row in range(batch):
+        expected = torch.stack(reread(exact, ids[row], 5))
+        torch.testing.assert_close(found[row], expected)
+
+
 @torch.no_grad()
 def test_weights_that_have_changed_are_not_taken_from_before():
     net = make_net()
