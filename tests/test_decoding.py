@@ -59,7 +59,7 @@ def test_a_bfloat16_net_is_decoded_in_bfloat16_and_gives_float32_logits():
     exact = net(ids)[:, -1]
     decoder = Decoder(net.bfloat16(), list(ids[:, :-1]))
     logits = decoder.read(ids[:, -1])
-    assert decoder.cache.store.dtype == torch.bfloat16
+    assert decoder.values.dtype == torch.bfloat16
     assert logits.dtype == torch.float32
     assert 0 < (logits - exact).abs().max() < 0.1 * exact.abs().max()
 
@@ -70,7 +70,7 @@ def test_a_float16_net_on_a_cpu_rounds_nothing_but_its_weights(batch):
     net, ids = make_net().half(), random_ids(batch, 40)
     decoder = Decoder(net, list(ids[:, :5]))
     found = torch.stack([decoder.read(new) for new in ids[:, 5:].unbind(1)], dim=1)
-    assert decoder.cache.store.dtype == torch.float32
+    assert decoder.values.dtype == torch.float32
     exact = net.float()
     for row in range(batch):
         expected = torch.stack(reread(exact, ids[row], 5))
