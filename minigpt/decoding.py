@@ -9,10 +9,13 @@ the calls cost as much as the arithmetic. Numbers: docs/generation.md.
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from minigpt.model import GPT, Block, KVCache
+
+GROWTH = 32  # tokens by which the room for keys and values grows
 
 
 class Decoder:
@@ -31,23 +36,23 @@ class Decoder:
     and gives the logits that it would give alone.
 
     Device and dtype are those of the net, which must be in evaluation mode and must not be trained
-    meanwhile.
+    meanwhile. A float16 net on a CPU has its weights in float16 and everything else in float32:
+    a batch of one waits for its weights, and those take half the time.
     """
 
     def __init__(self, net: GPT, texts: Sequence[Tensor]) -> None:
         """`texts`: the ids (T,) of each row, T >= 0, on the device of the net."""
-        weight = net.embedding.weight
+        self.weights = weights = _prepared(net, len(texts))
         self.net, self.context, self.n_heads = net, net.config.context_length, net.config.n_heads
         self.half = max(1, self.context // 2)
         self.texts = texts
         self.new: deque[Tensor] = deque(maxlen=self.half)  # ids (B,) read behind `texts`
-        self.cache = KVCache(net.config, len(texts), like=weight)
-        self.lengths = [0] * len(texts)  # tokens of each row in the cache
-        self.rows = torch.arange(len(texts), device=weight.device)
-        self.embedding = weight * net.scale
-        self.layers = [_layer(block) for block in net.blocks]
-        self.final_norm = _norm(net.final_norm)
-        self.unembed = _affine(weight.t(), None)
+        c, batch, like = net.config, len(texts), weights.embedding
+        dk = c.d_model // c.n_heads
+        self.keys = like.new_zeros(c.n_layers, batch, c.n_heads, dk, 0)  # (L, B, nh, dk, R)
+        self.values = like.new_zeros(c.n_layers, batch, c.n_heads, 0, dk)  # R tokens of room
+        self.lengths = [0] * len(texts)  # tokens of each row that keys and values are held of
+        self.rows = torch.arange(len(texts), device=weights.embedding.device)
         kept = [text if len(text) < self.context else self._tail(text) for text in texts]
         self._fill(list(range(len(texts))), kept)
 
@@ -57,6 +62,7 @@ class Decoder:
         self.new.append(ids)
         logits = self._step(ids)
         self.lengths = [length + 1 for length in self.lengths]
+        self.at += 1
         return logits
 
     def _slide(self) -> None:
@@ -70,47 +76,84 @@ class Decoder:
         return text[len(text) - (self.half - 1) :]
 
     def _fill(self, rows: list[int], texts: list[Tensor]) -> None:
-        """Have the cache hold `texts`, read from position 0, for `rows`."""
+        """Hold keys and values of `texts`, read from position 0, for `rows`."""
         ids = pad_sequence(list(texts), batch_first=True)  # behind the text, where it cannot look
-        cache = KVCache(self.net.config, len(rows), self.cache.store)
-        if ids.shape[1]:
-            self.net.hidden(ids, cache)
-        if len(rows) == len(self.lengths):
-            self.cache = cache
-        else:
-            end = cache.length
-            self.cache.make_room(end)
-            self.cache.store[:, :, rows, :, :end] = cache.store[:, :, :, :, :end]
+        cache, end = KVCache(self.weights.net.config, len(rows), self.values), ids.shape[1]
+        if end:
+            self.weights.net.hidden(ids, cache)
+        self._make_room(end)
+        keys, values = cache.store[:, :, :, :, :end].unbind(1)  # each (L, rows, nh, T, dk)
+        self.keys[:, rows, :, :, :end] = keys.transpose(3, 4)
+        self.values[:, rows, :, :end] = values
         for row, text in zip(rows, texts, strict=True):
             self.lengths[row] = len(text)
+        self._arrange()
+
+    def _make_room(self, length: int) -> None:
+        """Have room for `length` tokens. Little by little: attention goes over all of it."""
+        missing = length - self.values.shape[3]
+        if missing > 0:
+            more = math.ceil(missing / GROWTH) * GROWTH
+            self.keys = F.pad(self.keys, (0, more))  # finite where it is masked
+            self.values = F.pad(self.values, (0, 0, 0, more))
+
+    def _arrange(self) -> None:
+        """What stays as it is until there is more room or another text. N = B · nh."""
+        L, B, nh, R, dk = self.values.shape  # noqa: N806
+        device = self.values.device
+        self.key_tables = self.keys.view(L, B * nh * dk, R).unbind()
+        self.value_tables = self.values.view(L, B * nh * R, dk).unbind()
+        ids = torch.arange(B * nh * max(dk, R), dtype=torch.int32, device=device)
+        self.of_keys = ids[: B * nh * dk], ids[: B * nh * dk : dk]
+        self.of_values = ids[: B * nh * R], ids[: B * nh * R : max(1, R)]
+        self.at = torch.tensor(self.lengths, device=device)  # (B,) place of the next token
+        hidden = torch.arange(R, device=device) >= self.at[:, None]  # (B, R)
+        mask = self.values.new_zeros(B, R).masked_fill_(hidden, -math.inf)
+        self.mask = mask[:, None].repeat(1, nh, 1)  # (B, nh, R)
 
     def _step(self, ids: Tensor) -> Tensor:
-        """`GPT.forward` for one token of each row. B rows, N = B · heads, room for R tokens."""
+        """`GPT.forward` for one token of each row."""
         end = max(self.lengths) + 1
-        self.cache.make_room(end)
-        store = self.cache.store  # (L, 2, B, nh, R, dk)
-        at = store.new_tensor(self.lengths, dtype=torch.long)  # (B,) place of each token
-        hidden = torch.arange(store.shape[4], device=at.device) > at[:, None]  # (B, R)
-        mask = store.new_zeros(hidden.shape).masked_fill_(hidden, -math.inf)
-        mask = mask[:, None].expand(-1, self.n_heads, -1).reshape(-1, 1, hidden.shape[1])
-        held = store.flatten(2, 3).unbind(1)  # keys and values, each (L, N, R, dk)
-        keys, values = held[0].transpose(2, 3).unbind(), held[1].unbind()
-        ragged = min(self.lengths) + 1 < end
-        places = (store if ragged else store[:, :, :, :, end - 1].transpose(1, 2)).unbind()
-        x = F.embedding(ids, self.embedding) + self.net.positions[at]  # (B, d)
-        for layer, place, key, value in zip(self.layers, places, keys, values, strict=True):
-            qkv = layer.qkv(layer.norm1(x)).view(len(ids), 3, self.n_heads, -1)  # (B, 3, nh, dk)
-            if ragged:
-                place[:, self.rows, :, at] = qkv[:, 1:]
+        if end > self.values.shape[3]:
+            self._make_room(end)
+            self._arrange()
+        weights, scale, at = self.weights, self.values.shape[4] ** -0.5, self.at
+        together = min(self.lengths) + 1 == end  # slices, which cost less than indices
+        if together:
+            position = weights.net.positions[end - 1]  # (d,)
+            self.mask[:, :, end - 1] = 0.0
+            new_keys = self.keys[:, :, :, :, end - 1].unbind()  # each (B, nh, dk)
+            new_values = self.values[:, :, :, end - 1].unbind()
+        else:
+            position = weights.net.positions[at]  # (B, d)
+            self.mask[self.rows, :, at] = 0.0
+            new_keys, new_values = self.keys.unbind(), self.values.unbind()
+        mask = self.mask.flatten(0, 1)  # (N, R)
+        x = F.embedding(ids, weights.embedding) + position  # (B, d)
+        for i, layer in enumerate(weights.layers):
+            qkv = layer.qkv(layer.norm1(x)).view(len(ids), 3, self.n_heads, -1)
+            q, k, v = qkv.unbind(1)  # each (B, nh, dk)
+            if together:
+                new_keys[i].copy_(k)
+                new_values[i].copy_(v)
             else:
-                place.copy_(qkv[:, 1:])
-            # Over all the room, for the products are several times slower over a part of it.
-            scores = torch.baddbmm(mask, qkv[:, 0].reshape(len(key), 1, -1), key)  # (N, 1, R)
-            y = torch.bmm(scores.softmax(-1), value).view(len(ids), -1)  # (B, d)
-            x += layer.out(y)
-            u = layer.up(layer.norm2(x))
-            x += layer.down(torch.addcmul(u, u, u.erf()))
-        return self.unembed(self.final_norm(x)).float()
+                new_keys[i][self.rows, :, :, at] = k
+                new_values[i][self.rows, :, at] = v
+            scores = _weighted_sums(self.key_tables[i], *self.of_keys, q.reshape(-1))  # (N, R)
+            p = torch.add(mask, scores, alpha=scale).softmax(-1)
+            y = _weighted_sums(self.value_tables[i], *self.of_values, p.view(-1))  # (N, dk)
+            x += layer.out(y.view(x.shape))
+            x += layer.down(layer.up(layer.norm2(x)))
+        return weights.unembed(weights.final_norm(x)).float()
+
+
+def _weighted_sums(table: Tensor, ids: Tensor, starts: Tensor, factors: Tensor) -> Tensor:
+    """For each start, until the next: the sum of the rows `ids` of `table`, each times its factor.
+
+    Attention of one query is two such sums: of the rows of kᵀ times the elements of q, and of the
+    rows of v times the probabilities. On a CPU this way is up to three times as fast as `bmm`.
+    """
+    return torch.embedding_bag(table, ids, starts, False, 0, False, factors)[0]
 
 
 # ---------------------------------------------------------------------------- weights
@@ -119,30 +162,72 @@ Rows = Callable[[Tensor], Tensor]  # (B, in) to (B, out)
 
 
 class _Layer(NamedTuple):
-    """A block, with what its formulas multiply by folded into the matrices."""
+    """A block, as functions of B rows."""
 
     norm1: Rows
-    qkv: Rows  # queries come out divided by √dk
+    qkv: Rows
     out: Rows
     norm2: Rows
-    up: Rows  # comes out as u = z / √2: GELU(z) = z (1 + erf(z / √2)) / 2 = √½ (u + u erf u)
-    down: Rows  # takes u + u erf u
+    up: Rows  # and GELU, twice that unless oneDNN computes it
+    down: Rows  # takes what `up` gives
 
 
-def _layer(block: nn.Module) -> _Layer:
+class _Weights(NamedTuple):
+    """What a step multiplies by, in the order in memory that suits the product."""
+
+    net: GPT  # reads prompts
+    embedding: Tensor  # (V, d), scaled
+    layers: list[_Layer]
+    final_norm: Rows
+    unembed: Rows
+
+
+State = list[tuple[int, int]]  # address and version of each parameter
+_kept: WeakKeyDictionary[GPT, dict[str, tuple[State, list[Tensor], _Weights]]]
+_kept = WeakKeyDictionary()
+
+
+def _prepared(net: GPT, rows: int) -> _Weights:
+    """The weights of `net` for batches of `rows`. Those of a frozen net are made once.
+
+    Not so where a parameter requires a gradient: PyTorch does not count what fused optimizers do.
+    """
+    how, parameters = _product(net, rows), [p.detach() for p in net.parameters()]
+    if any(p.requires_grad for p in net.parameters()) or any(p.is_inference() for p in parameters):
+        return _weights(net, how)
+    state = [(p.data_ptr(), p._version) for p in parameters]
+    kept = _kept.setdefault(net, {})
+    if how not in kept or kept[how][0] != state:
+        # The parameters are held as well, so that no new ones take their addresses.
+        kept[how] = state, parameters, _weights(net, how)
+    return kept[how][2]
+
+
+def _weights(net: GPT, how: str) -> _Weights:
+    weight = net.embedding.weight
+    if weight.dtype == torch.float16 and weight.device.type == "cpu":
+        net = copy.deepcopy(net).float()
+        weight = net.embedding.weight
+    return _Weights(
+        net=net,
+        embedding=weight * net.scale,
+        layers=[_layer(block, how) for block in net.blocks],
+        final_norm=_norm(net.final_norm),
+        unembed=_affine(weight, None, how),
+    )
+
+
+def _layer(block: nn.Module, how: str) -> _Layer:
     assert isinstance(block, Block)
     attention, mlp = block.attention, block.feed_forward
-    d_model = attention.qkv.in_features
-    dk_scale = torch.ones_like(attention.qkv.bias)
-    dk_scale[:d_model] = math.sqrt(attention.n_heads / d_model)  # dk^-½
-    half = math.sqrt(0.5)
+    up, half = _affine(mlp.up.weight, mlp.up.bias, how, gelu=True), 1.0 if how == "onednn" else 0.5
     return _Layer(
         norm1=_norm(block.norm1),
-        qkv=_affine(attention.qkv.weight.t() * dk_scale, attention.qkv.bias * dk_scale),
-        out=_affine(attention.out.weight.t(), attention.out.bias),
+        qkv=_affine(attention.qkv.weight, attention.qkv.bias, how),
+        out=_affine(attention.out.weight, attention.out.bias, how),
         norm2=_norm(block.norm2),
-        up=_affine(mlp.up.weight.t() * half, mlp.up.bias * half),
-        down=_affine(mlp.down.weight.t() * half, mlp.down.bias),
+        up=up,
+        down=_affine(mlp.down.weight * half, mlp.down.bias, how),
     )
 
 
@@ -151,12 +236,65 @@ def _norm(norm: nn.LayerNorm) -> Rows:
     return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
 
 
-def _affine(matrix: Tensor, bias: Tensor | None) -> Rows:
-    """x (B, in) to x @ `matrix` (in, out) + `bias`.
+# ---------------------------------------------------------------------------- products
 
-    The matrix is kept as (in, out): with few rows that is twice as fast as (out, in) on a CPU.
-    """
-    matrix = matrix.contiguous()
+
+def _product(net: GPT, rows: int) -> str:
+    """Which product is the fastest for B = `rows`: `onednn`, `fbgemm` or `plain`."""
+    weight = net.embedding.weight
+    if weight.device.type != "cpu":
+        return "plain"
+    if weight.dtype == torch.float16 and _has_fbgemm():
+        return "fbgemm"
+    if not torch.backends.mkldnn.is_available():
+        return "plain"
+    if weight.dtype == torch.bfloat16:
+        return "onednn" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "plain"
+    return "onednn" if rows >= 4 else "plain"  # float32
+
+
+def _has_fbgemm() -> bool:
+    return "fbgemm" in torch.backends.quantized.supported_engines and hasattr(
+        torch, "fbgemm_linear_fp16_weight_fp32_activation"
+    )
+
+
+def _affine(weight: Tensor, bias: Tensor | None, how: str, gelu: bool = False) -> Rows:
+    """x (B, in) to x @ `weight`.T + `bias`, and its GELU (but see `_Layer`); `weight` (out, in)."""
+    if how == "onednn":
+        return _onednn(weight, bias, gelu)
+    product = _fbgemm(weight, bias) if how == "fbgemm" else _plain(weight, bias)
+    if not gelu:
+        return product
+    root = weight.new_tensor(math.sqrt(0.5))  # a number would be converted at each step
+
+    def twice_gelu(x: Tensor) -> Tensor:
+        """z (1 + erf(z / √2)); `F.gelu` takes longer for one row on a CPU."""
+        z = product(x)
+        return torch.addcmul(z, z, (z * root).erf_())
+
+    return twice_gelu
+
+
+def _plain(weight: Tensor, bias: Tensor | None) -> Rows:
+    matrix = weight.t().contiguous()  # (in, out) is up to twice as fast for one row on a CPU
     if bias is None:
         return lambda x: torch.mm(x, matrix)
     return lambda x: torch.addmm(bias, x, matrix)
+
+
+def _onednn(weight: Tensor, bias: Tensor | None, gelu: bool) -> Rows:
+    """Weights packed once, where `addmm` does it at each step, by calls of torch.compile."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+    multiply, then = torch.ops.mkldnn._linear_pointwise.default, "gelu" if gelu else "none"
+    return lambda x: multiply(x, packed, bias, then, [], "none")
+
+
+def _fbgemm(weight: Tensor, bias: Tensor | None) -> Rows:
+    """Weights in float16, x, bias and sums in float32."""
+    added = weight.new_zeros(len(weight)) if bias is None else bias
+    with warnings.catch_warnings():  # of the deprecation; without it, `_product` takes another way
+        warnings.simplefilter("ignore")
+        packed = torch.fbgemm_pack_gemm_matrix_fp16(weight.contiguous())
+        torch.fbgemm_linear_fp16_weight_fp32_activation(weight[:1], packed, added)
+    return lambda x: torch.fbgemm_linear_fp16_weight_fp32_activation(x, packed, added)

@@ -98,6 +98,9 @@ class Run:
     def load_net(self, device: str | torch.device = "cpu") -> GPT:
         """The model with the checkpoint's weights, in evaluation mode, in float32.
 
+        The weights are frozen, so that generation prepares them once; `net.requires_grad_()` lets
+        them be trained.
+
         Raises:
             UserError: not a checkpoint, a damaged one, or one of another run.
         """
@@ -108,7 +111,7 @@ class Run:
             net = load_net(self.checkpoint)
         if net.config != self._model():
             raise UserError(f"{self.checkpoint} is not of this run: its model is another one")
-        return net.to(device).eval()
+        return net.to(device).eval().requires_grad_(False)
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer that the run was trained with."""

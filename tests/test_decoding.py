@@ -59,6 +59,48 @@ def test_a_bfloat16_net_is_decoded_in_bfloat16_and_gives_float32_logits():
     exact = net(ids)[:, -1]
     decoder = Decoder(net.bfloat16(), list(ids[:, :-1]))
     logits = decoder.read(ids[:, -1])
-    assert decoder.cache.store.dtype == torch.bfloat16
+    assert decoder.values.dtype == torch.bfloat16
     assert logits.dtype == torch.float32
     assert 0 < (logits - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+@torch.inference_mode()
+def test_a_float16_net_on_a_cpu_rounds_nothing_but_its_weights(batch):
+    net, ids = make_net().half(), random_ids(batch, 40)
+    decoder = Decoder(net, list(ids[:, :5]))
+    found = torch.stack([decoder.read(new) for new in ids[:, 5:].unbind(1)], dim=1)
+    assert decoder.values.dtype == torch.float32
+    exact = net.float()
+    for row in range(batch):
+        expected = torch.stack(reread(exact, ids[row], 5))
+        torch.testing.assert_close(found[row], expected)
+
+
+@torch.no_grad()
+def test_weights_that_have_changed_are_not_taken_from_before():
+    net = make_net()
+
+    def check(net: GPT) -> None:
+        for ids in (random_ids(1, 12), random_ids(5, 12)):  # these are not multiplied alike
+            logits = Decoder(net, list(ids[:, :-1])).read(ids[:, -1])
+            expected = net(ids)[:, -1].float()
+            torch.testing.assert_close(logits, expected, rtol=0, atol=3e-2 * expected.abs().max())
+
+    check(net)
+    for parameter in net.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    torch.optim.AdamW(net.parameters(), lr=0.3, fused=True).step()  # leaves versions as they were
+    check(net)
+    net.requires_grad_(False)
+    check(net)
+    net.get_parameter("blocks.1.feed_forward.up.weight").mul_(-3)
+    check(net)
+    net.load_state_dict(make_net().state_dict())
+    check(net)
+    check(net.bfloat16())
+    for parameter in net.parameters():
+        parameter *= 2
+    check(net.float())
+    net.embedding = torch.nn.Embedding(61, 16).requires_grad_(False)
+    check(net)
