@@ -20,6 +20,7 @@ from minigpt.console import show_log
 
 Format = Literal["hf", "safetensors", "onnx", "gguf"]
 Dtype = Literal["float32", "bfloat16"]
+Arithmetic = Literal["float32", "bfloat16", "float16"]
 UsageError: Any = typer.BadParameter.__base__  # which typer does not name
 
 app = typer.Typer(
@@ -55,12 +56,18 @@ def generate(
     max_tokens: Annotated[int, typer.Option(help="The longest continuation.")] = 256,
     n: Annotated[int, typer.Option(help="How many stories.")] = 1,
     seed: Annotated[int | None, typer.Option(help="The same seed, the same stories.")] = None,
+    dtype: Annotated[
+        Arithmetic,
+        typer.Option(help="On a CPU float16 is the fastest for one, bfloat16 for many stories."),
+    ] = "float32",
 ) -> None:
     """Write stories. One is shown as it is sampled, and stops at its end.
 
     Several are written together, up to 64 at a time, with a line <|endoftext|> between them: the
     form that data=text trains on.
     """
+    import torch
+
     from minigpt.generation import SamplingConfig, iterate_stories, stream_text
     from minigpt.runs import Run
     from minigpt.tokenizer import END_OF_TEXT
@@ -71,7 +78,7 @@ def generate(
     filters = {"--top-k": top_k, "--top-p": top_p, "--min-p": min_p}
     _check_generate(temperature, n, [name for name, value in filters.items() if value is not None])
     opened = Run.open(run)
-    net, tokenizer = opened.load_net(), opened.load_tokenizer()
+    net, tokenizer = opened.load_net().to(getattr(torch, dtype)), opened.load_tokenizer()
     prompt = _standard_input() if prompt == "-" else prompt
     tokenizer.encode(prompt)  # refused before anything is shown
     if n == 1:

@@ -117,6 +117,9 @@ def test_generate_writes_stories_that_the_seed_decides(tiny, monkeypatch, capsys
     for prompt in ("", "Once upon a time, " * 40):
         assert run_main(monkeypatch, *words, "--prompt", prompt) == 0
         assert capsys.readouterr().out.startswith(prompt)
+    for dtype in ("bfloat16", "float16"):
+        assert run_main(monkeypatch, *words, "--dtype", dtype) == 0
+        assert capsys.readouterr().out.startswith("Tom")
     for wrong, message in WRONG_PROMPTS.items():
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a \xff")))
         assert run_main(monkeypatch, *words, "--prompt", wrong) == 2
