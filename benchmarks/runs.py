@@ -123,6 +123,7 @@ def _losses(fast: bool) -> list[float]:
     from minigpt.fast import accelerate
     from minigpt.model import GPT
     from minigpt.optimizers import OptimizerConfig, lr_factor, make_optimizer
+    from minigpt.shards import sharded_loss
 
     data = DataModule(DataConfig(batch_size=8), 256, n_steps=STEPS, seed=1)
     data.setup("fit")
@@ -130,6 +131,7 @@ def _losses(fast: bool) -> list[float]:
     net = GPT(shape_of(128, 256))
     if fast:
         accelerate(net)
+        net.loss = sharded_loss(net)
     config = OptimizerConfig(warmup_steps=20)
     dtype = torch.bfloat16 if fast else torch.float32
     optimizer = make_optimizer(net, config, 128, dtype=dtype)

@@ -36,14 +36,17 @@ class Decoder:
     and gives the logits that it would give alone.
 
     Device and dtype are those of the net, which must be in evaluation mode and must not be trained
-    meanwhile. A float16 net on a CPU has its weights in float16 and everything else in float32:
-    a batch of one waits for its weights, and those take half the time.
+    meanwhile. The weights of a frozen net are kept from text to text: what is written through
+    `.data`, which PyTorch does not count, is not seen. A float16 net on a CPU has its weights in
+    float16 and everything else in float32: a batch of one waits for its weights, and those take
+    half the time.
     """
 
     def __init__(self, net: GPT, texts: Sequence[Tensor]) -> None:
         """`texts`: the ids (T,) of each row, T >= 0, on the device of the net."""
         self.weights = weights = _prepared(net, len(texts))
-        self.net, self.context, self.n_heads = net, net.config.context_length, net.config.n_heads
+        self.net = weights.float32 or net
+        self.context, self.n_heads = net.config.context_length, net.config.n_heads
         self.half = max(1, self.context // 2)
         self.texts = texts
         self.new: deque[Tensor] = deque(maxlen=self.half)  # ids (B,) read behind `texts`
@@ -78,9 +81,9 @@ class Decoder:
     def _fill(self, rows: list[int], texts: list[Tensor]) -> None:
         """Hold keys and values of `texts`, read from position 0, for `rows`."""
         ids = pad_sequence(list(texts), batch_first=True)  # behind the text, where it cannot look
-        cache, end = KVCache(self.weights.net.config, len(rows), self.values), ids.shape[1]
+        cache, end = KVCache(self.net.config, len(rows), self.values), ids.shape[1]
         if end:
-            self.weights.net.hidden(ids, cache)
+            self.net.hidden(ids, cache)
         self._make_room(end)
         keys, values = cache.store[:, :, :, :, :end].unbind(1)  # each (L, rows, nh, T, dk)
         self.keys[:, rows, :, :, :end] = keys.transpose(3, 4)
@@ -104,8 +107,8 @@ class Decoder:
         self.key_tables = self.keys.view(L, B * nh * dk, R).unbind()
         self.value_tables = self.values.view(L, B * nh * R, dk).unbind()
         ids = torch.arange(B * nh * max(dk, R), dtype=torch.int32, device=device)
-        self.of_keys = ids[: B * nh * dk], ids[: B * nh * dk : dk]
-        self.of_values = ids[: B * nh * R], ids[: B * nh * R : max(1, R)]
+        self.of_keys = ids[: B * nh * dk], ids[: B * nh * dk : dk].contiguous()
+        self.of_values = ids[: B * nh * R], ids[: B * nh * R : max(1, R)].contiguous()
         self.at = torch.tensor(self.lengths, device=device)  # (B,) place of the next token
         hidden = torch.arange(R, device=device) >= self.at[:, None]  # (B, R)
         mask = self.values.new_zeros(B, R).masked_fill_(hidden, -math.inf)
@@ -120,12 +123,12 @@ class Decoder:
         weights, scale, at = self.weights, self.values.shape[4] ** -0.5, self.at
         together = min(self.lengths) + 1 == end  # slices, which cost less than indices
         if together:
-            position = weights.net.positions[end - 1]  # (d,)
+            position = self.net.positions[end - 1]  # (d,)
             self.mask[:, :, end - 1] = 0.0
             new_keys = self.keys[:, :, :, :, end - 1].unbind()  # each (B, nh, dk)
             new_values = self.values[:, :, :, end - 1].unbind()
         else:
-            position = weights.net.positions[at]  # (B, d)
+            position = self.net.positions[at]  # (B, d)
             self.mask[self.rows, :, at] = 0.0
             new_keys, new_values = self.keys.unbind(), self.values.unbind()
         mask = self.mask.flatten(0, 1)  # (N, R)
@@ -175,16 +178,22 @@ class _Layer(NamedTuple):
 class _Weights(NamedTuple):
     """What a step multiplies by, in the order in memory that suits the product."""
 
-    net: GPT  # reads prompts
+    float32: GPT | None  # reads prompts in the place of a float16 net on a CPU
     embedding: Tensor  # (V, d), scaled
     layers: list[_Layer]
     final_norm: Rows
     unembed: Rows
 
 
-State = list[tuple[int, int]]  # address and version of each parameter
-_kept: WeakKeyDictionary[GPT, dict[str, tuple[State, list[Tensor], _Weights]]]
-_kept = WeakKeyDictionary()
+class _Kept(NamedTuple):
+    """The weights of a net as it was, by how they are multiplied."""
+
+    parameters: list[Tensor]  # held, so that no new ones take their addresses
+    state: list[tuple[int, int]]  # address and version of each
+    weights: dict[str, _Weights]
+
+
+_kept: WeakKeyDictionary[GPT, _Kept] = WeakKeyDictionary()  # no value may hold its key
 
 
 def _prepared(net: GPT, rows: int) -> _Weights:
@@ -196,20 +205,21 @@ def _prepared(net: GPT, rows: int) -> _Weights:
     if any(p.requires_grad for p in net.parameters()) or any(p.is_inference() for p in parameters):
         return _weights(net, how)
     state = [(p.data_ptr(), p._version) for p in parameters]
-    kept = _kept.setdefault(net, {})
-    if how not in kept or kept[how][0] != state:
-        # The parameters are held as well, so that no new ones take their addresses.
-        kept[how] = state, parameters, _weights(net, how)
-    return kept[how][2]
+    kept = _kept.get(net)
+    if kept is None or kept.state != state:
+        kept = _kept[net] = _Kept(parameters, state, {})
+    if how not in kept.weights:
+        kept.weights[how] = _weights(net, how)
+    return kept.weights[how]
 
 
 def _weights(net: GPT, how: str) -> _Weights:
+    float32 = None
+    if net.embedding.weight.dtype == torch.float16 and net.embedding.weight.device.type == "cpu":
+        net = float32 = copy.deepcopy(net).float()
     weight = net.embedding.weight
-    if weight.dtype == torch.float16 and weight.device.type == "cpu":
-        net = copy.deepcopy(net).float()
-        weight = net.embedding.weight
     return _Weights(
-        net=net,
+        float32=float32,
         embedding=weight * net.scale,
         layers=[_layer(block, how) for block in net.blocks],
         final_norm=_norm(net.final_norm),

@@ -110,4 +110,4 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and its top is never given back
-        libc.mallopt(-8, 1)  # M_ARENA_MAX
+        libc.mallopt(-8, 1)  # M_ARENA_MAX: one heap

@@ -117,7 +117,7 @@ def _module(job: Job, plan: Plan, data: DataModule) -> GPTModule:
 
 
 def _speed_up(module: GPTModule, hardware: Hardware, c: TrainerConfig) -> None:
-    """The one place where the fast path is chosen: by the device, and what cannot go together."""
+    """The one place where the path of training is chosen: by device, and what goes together."""
     net, cpu = module.net, hardware.accelerator == "cpu"
     if cpu:
         keep_freed_memory()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from minigpt import cli, scaling_runs
 from minigpt.training import train
@@ -118,8 +119,16 @@ def test_generate_writes_stories_that_the_seed_decides(tiny, monkeypatch, capsys
         assert run_main(monkeypatch, *words, "--prompt", prompt) == 0
         assert capsys.readouterr().out.startswith(prompt)
     for dtype in ("bfloat16", "float16"):
+        with monkeypatch.context() as patched:
+            taken = []
+            patched.setattr(
+                "minigpt.generation.stream_text",
+                lambda net, *rest, taken=taken: taken.append(net.embedding.weight.dtype) or "x",
+            )
+            assert run_main(monkeypatch, *words, "--dtype", dtype) == 0
+            assert taken == [getattr(torch, dtype)]
         assert run_main(monkeypatch, *words, "--dtype", dtype) == 0
-        assert capsys.readouterr().out.startswith("Tom")
+        assert capsys.readouterr().out.startswith("Tomx\nTom")
     for wrong, message in WRONG_PROMPTS.items():
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a \xff")))
         assert run_main(monkeypatch, *words, "--prompt", wrong) == 2

@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -104,3 +107,17 @@ def test_weights_that_have_changed_are_not_taken_from_before():
     check(net.float())
     net.embedding = torch.nn.Embedding(61, 16).requires_grad_(False)
     check(net)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_of_a_frozen_net_are_made_once_and_go_with_it(dtype):
+    net = make_net().to(dtype).requires_grad_(False)
+    texts = list(random_ids(4, 5))
+    with torch.inference_mode():
+        first, again, one = Decoder(net, texts), Decoder(net, texts), Decoder(net, texts[:1])
+    assert again.weights is first.weights
+    assert (one.weights is first.weights) == (dtype != torch.float32)  # rows count in float32 alone
+    there = weakref.ref(net)
+    del net, first, again, one
+    gc.collect()
+    assert there() is None

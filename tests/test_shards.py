@@ -1,5 +1,8 @@
 """A batch in shards, on several threads, gives what the net gives for the whole of it."""
 
+import threading
+import time
+
 import pytest
 import torch
 
@@ -55,10 +58,16 @@ def test_padding_counts_for_nothing_wherever_it_lies(net):
         assert sharded_loss(net, 2)(ids, torch.full_like(targets, IGNORE_INDEX)).isnan()
 
 
-def test_two_runs_give_the_same_bits(net):
-    first, second = (
-        loss_and_gradients(net, sharded_loss(net, 3), windows(9), autocast=True) for _ in range(2)
-    )
+def test_the_bits_do_not_depend_on_which_thread_is_first(net):
+    plain, data = net.loss, windows(9)
+    first = loss_and_gradients(net, sharded_loss(net, 3), data, autocast=True)
+
+    def late(ids, targets):  # the first part is the last one to be done
+        time.sleep(0.2 * torch.equal(ids[0], data[0][0]))
+        return plain(ids, targets)
+
+    net.loss = late
+    second = loss_and_gradients(net, sharded_loss(net, 3), data, autocast=True)
     assert torch.equal(first[0], second[0])
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
 
@@ -84,10 +93,38 @@ def test_an_error_in_a_thread_is_raised(net):
         sharded_loss(net, 2)(ids + 50, targets)
 
 
-def test_operators_outside_keep_their_threads(net):
+def threads_of_a_new_thread() -> int:
+    found = []
+    asking = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    asking.start()
+    asking.join()
+    return found[0]
+
+
+def test_threads_of_the_pool_compute_alone_and_all_others_as_before():
     before = torch.get_num_threads()
-    sharded_loss(net, 2)(*windows(4))
-    assert torch.get_num_threads() == before
+    shards._threads.cache_clear()
+    try:
+        torch.set_num_threads(3)
+        pool = shards._threads(2)
+        alone = [pool.submit(torch.get_num_threads).result() for _ in range(4)]
+        assert (alone, torch.get_num_threads(), threads_of_a_new_thread()) == ([1] * 4, 3, 3)
+    finally:
+        torch.set_num_threads(before)
+        shards._threads.cache_clear()
+
+
+def test_as_many_threads_as_there_are_when_the_step_is_made(net, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        shards, "_threads", lambda n: made.append(n) or shards.ThreadPoolExecutor(n)
+    )
+    loss = sharded_loss(net)  # before Lightning has shared the threads out
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    loss(*windows(4))
+    assert made == [3]
+    loss(*windows(2))  # fewer windows than threads
+    assert made == [3]
 
 
 def test_a_net_with_dropout_keeps_its_own_loss():

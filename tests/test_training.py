@@ -9,12 +9,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from minigpt import training
 from minigpt.config import UserError
 from minigpt.evaluation import EvaluationConfig, StoriesConfig, evaluate
+from minigpt.hardware import Hardware
+from minigpt.job import TrainerConfig
+from minigpt.model import GPT, GPTConfig
 from minigpt.records import read_metrics, read_samples, read_summary
 from minigpt.runs import Run, read_checkpoint
 from minigpt.training import train
@@ -291,3 +296,24 @@ def test_a_run_is_evaluated_from_anywhere(tiny: list[str], tmp_path: Path, monke
     (tmp_path / "else").mkdir()
     monkeypatch.chdir(tmp_path / "else")
     assert evaluate(Run.open(folder), FEW).perplexity > 1
+
+
+def test_a_cpu_takes_shards_unless_something_else_cannot_go_with_them(monkeypatch):
+    monkeypatch.setattr(training, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(torch, "compile", lambda loss: ("compiled", loss))
+
+    def loss_on(device: str, **settings) -> object:
+        module = SimpleNamespace(net=GPT(GPTConfig(61, 16, d_model=16, n_layers=1, n_heads=1)))
+        hardware = Hardware(device, 1, 1, "32-true", "")
+        training._speed_up(module, hardware, TrainerConfig(**settings))  # type: ignore[arg-type]
+        return vars(module.net).get("loss")
+
+    shards = loss_on("cpu")
+    assert callable(shards)
+    assert shards.__qualname__.startswith("sharded_loss")
+    assert loss_on("cpu", strategy="fsdp") is None  # the net's own
+    assert loss_on("cuda") is None
+    compiled = loss_on("cpu", compile=True)
+    assert isinstance(compiled, tuple)
+    assert compiled[0] == "compiled"
+    assert compiled[1].__qualname__ == "GPT.loss"
