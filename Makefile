@@ -10,8 +10,8 @@ quickstart: .venv/installed
 	$(BIN)/python train.py experiment=quickstart
 	$(BIN)/python evaluate.py ckpt=runs stories.n=1
 	@echo
-	@echo "And this is what a released one writes (releases/), which saw far more stories:"
-	@$(BIN)/minigpt generate releases/small --seed 1
+	@echo "And this is what the released large one writes (releases/large):"
+	@$(BIN)/minigpt generate releases/large --seed 1
 	@echo
 	@echo "next:    $(BIN)/python train.py budget.tokens=20e6     (better stories, in minutes)"
 	@echo "         $(BIN)/python train.py model=medium           (or large)"
