@@ -2,7 +2,7 @@
 
     python benchmarks/training.py --out docs/results/benchmarks
     python benchmarks/training.py --sweep     # over batch size, context and width as well
-    python benchmarks/training.py --profile   # only this: where a step of the medium size spends it
+    python benchmarks/training.py --profile   # only this: where a thread's time goes, medium
 
 Every candidate is a process of its own that makes one step whenever it is told to, so that they
 take turns within one run, each with the memory allocator it has in real use. Times are medians.
@@ -247,11 +247,13 @@ def sweep_figure(rows: list[dict[str, Any]]) -> Figure:
 
 
 def profile(steps: int = 5) -> None:
-    """Print where the time of a medium step goes, by operator, in milliseconds a step."""
+    """Print where one thread spends a medium step of one shard, by operator, in milliseconds."""
+    import torch
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    step = _ours(256, 32, 256, "bf16")
+    torch.set_num_threads(1)  # or the profiler would not see the threads of the shards
+    step = _ours(256, 8, 256, "bf16")
     for _ in range(3):
         step()
     with profiler(activities=[ProfilerActivity.CPU]) as found:
