@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from minigpt.records import human_count, md_table
@@ -92,6 +94,7 @@ def markdown(runs: Sequence[RunResult], lines: Sequence[Line]) -> str:
         md_table(list(COLUMNS), rows, left=2),
         notes(runs),
         "![Perplexity against parameters](scaling.png)",
+        *_recipes_markdown(runs),
         *(part for line in lines for part in _line_markdown(line)),
         "## Tokens and compute",
         "Each curve is the validations of a run on its way. The learning rate had decayed at the "
@@ -103,6 +106,42 @@ def markdown(runs: Sequence[RunResult], lines: Sequence[Line]) -> str:
         "![Perplexity against compute](scaling-compute.png)",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _recipes_markdown(runs: Sequence[RunResult]) -> list[str]:
+    """Recipes side by side, where a size was trained by several on as much of the same data."""
+    cases: dict[tuple[int, str, str], dict[str, list[RunResult]]] = {}
+    for run in by_size(runs):
+        if run.point and run.parameters and run.loss is not None:
+            case = run.parameters, run.data, human_count(run.tokens)
+            cases.setdefault(case, {}).setdefault(run.recipe, []).append(run)
+    compared = {case: found for case, found in cases.items() if len(found) > 1}
+    if not compared:
+        return []
+    recipes = sorted({recipe for found in compared.values() for recipe in found})
+    rows = []
+    for (_, data, tokens), found in compared.items():
+        run = next(iter(found.values()))[0]
+        row = [run.model, data, tokens, _text(reference_perplexity(run), ".2f")]
+        rows.append(row + [_mean_of_seeds(found.get(recipe, [])) for recipe in recipes])
+    heads = ["model", "data", "tokens", "reference as reported", *recipes]
+    return [
+        "## Recipes",
+        md_table(heads, rows, left=2),
+        "Perplexity and bits per byte at the end, the mean of the seeds by its loss, lowest and "
+        "highest perplexity in brackets. The recipe of `experiment=reference` is adamw, plain sum. "
+        "What is reported of the reference is after 104M tokens of the full corpus.",
+    ]
+
+
+def _mean_of_seeds(runs: Sequence[RunResult]) -> str:
+    found = sorted(run.perplexity for run in runs if run.perplexity is not None)
+    bits = [run.bits_per_byte for run in runs if run.bits_per_byte is not None]
+    if not found:
+        return "–"
+    mean = math.exp(fmean(map(math.log, found)))
+    spread = f" [{found[0]:.2f}, {found[-1]:.2f}], {len(found)} seeds" if len(found) > 1 else ""
+    return f"{mean:.2f}{spread}" + (f" · {fmean(bits):.3f}" if bits else "")
 
 
 def _line_markdown(line: Line) -> list[str]:

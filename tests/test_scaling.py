@@ -226,6 +226,30 @@ def test_another_optimizer_or_a_plain_sum_is_another_line(tmp_path):
     ]
 
 
+def test_recipes_stand_side_by_side_where_size_data_and_tokens_are_the_same(tmp_path):
+    def trained(name, model, loss, recipe, **more):
+        numbers = sized(model, math.exp(loss), **{"val/loss": loss, "val/bits_per_byte": loss})
+        run = write_run(tmp_path / name, numbers | more, seed=len(name))
+        (run / "config.yaml").write_text((run / "config.yaml").read_text() + recipe)
+
+    muon = "optimizer: {name: muon}\n"
+    plain = "optimizer: {name: adamw}\nmodel: {embedding_scale: 1.0}\n"
+    trained("a", "small", 2.0, muon)
+    trained("bb", "small", 2.2, muon)
+    trained("c", "small", 3.0, plain)
+    trained("d", "small", 1.0, muon, tokens=9_000_000)  # as many tokens by no other recipe
+    trained("e", "medium", 2.0, muon)
+    text = markdown(results(tmp_path), [])
+    (row,) = [line for line in text.partition("## Recipes")[2].splitlines() if "small" in line]
+    assert [cell.strip() for cell in row.strip("|").split("|")] == [
+        *("small", "text", "328k", "17.75", "20.09 · 3.000"),
+        "8.17 [7.39, 9.03], 2 seeds · 2.100",
+    ]
+    assert "| adamw, plain sum | muon |" in text
+    one = [run for run in results(tmp_path) if run.recipe == "muon"]
+    assert "## Recipes" not in markdown(one, [])
+
+
 def test_the_laws_and_the_curves_are_drawn(study):
     runs = results(study)
     (line,) = study_lines(runs, replicates=20)
