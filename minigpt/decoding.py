@@ -81,13 +81,13 @@ class Decoder:
     def _fill(self, rows: list[int], texts: list[Tensor]) -> None:
         """Hold keys and values of `texts`, read from position 0, for `rows`."""
         ids = pad_sequence(list(texts), batch_first=True)  # behind the text, where it cannot look
-        cache, end = KVCache(self.net.config, len(rows), self.values), ids.shape[1]
+        cache, end = KVCache(), ids.shape[1]
         if end:
             self.net.hidden(ids, cache)
         self._make_room(end)
-        keys, values = cache.store[:, :, :, :, :end].unbind(1)  # each (L, rows, nh, T, dk)
-        self.keys[:, rows, :, :, :end] = keys.transpose(3, 4)
-        self.values[:, rows, :, :end] = values
+        for layer, (k, v) in enumerate(cache.layers):  # (rows, nh, T, dk)
+            self.keys[layer][rows, :, :, :end] = k.transpose(2, 3)
+            self.values[layer][rows, :, :end] = v
         for row, text in zip(rows, texts, strict=True):
             self.lengths[row] = len(text)
         self._arrange()

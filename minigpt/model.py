@@ -74,34 +74,24 @@ def sinusoids(length: int, d_model: int) -> Tensor:
 class KVCache:
     """Keys and values of the tokens seen so far, so that a new token costs one token's work.
 
-    Holds the same number of tokens for each of `batch` rows; `GPT.forward(ids, cache)` appends to
-    it. Its room grows with the text, since products over rows that lie apart cost more.
+    `GPT.forward(ids, cache)` appends to it, as many tokens to each row.
     """
 
-    GROWTH = 32  # tokens
+    def __init__(self) -> None:
+        self.layers: list[tuple[Tensor, Tensor]] = []  # keys and values, each (B, nh, T, dk)
 
-    def __init__(self, config: GPTConfig, batch: int, like: Tensor) -> None:
-        """Empty, on the device and in the dtype of `like`."""
-        dk = config.d_model // config.n_heads
-        self.store = like.new_zeros(config.n_layers, 2, batch, config.n_heads, 0, dk)
-        self.length = 0  # tokens held; room is store.shape[4]
-
-    def make_room(self, length: int) -> None:
-        """Have room for `length` tokens."""
-        missing = length - self.store.shape[4]
-        if missing > 0:
-            shape = list(self.store.shape)
-            shape[4] = math.ceil(missing / self.GROWTH) * self.GROWTH
-            more = self.store.new_zeros(shape)  # finite where it is masked
-            self.store = torch.cat([self.store, more], dim=4)
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return self.layers[0][0].shape[2] if self.layers else 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put k, v (B, nh, T, dk) behind what `layer` holds; return all it holds then."""
-        end = self.length + k.shape[2]
-        self.make_room(end)
-        self.store[layer, 0, :, :, self.length : end] = k
-        self.store[layer, 1, :, :, self.length : end] = v
-        return self.store[layer, 0, :, :, :end], self.store[layer, 1, :, :, :end]
+        if layer < len(self.layers):
+            held_k, held_v = self.layers[layer]
+            k, v = torch.cat([held_k, k], dim=2), torch.cat([held_v, v], dim=2)
+        self.layers[layer : layer + 1] = [(k, v)]
+        return k, v
 
 
 class CausalSelfAttention(nn.Module):
@@ -249,8 +239,6 @@ class GPT(nn.Module):
         x = self.dropout(self.embedding(ids) * self.scale + self.positions[start:end])  # (B, T, d)
         for block in self.blocks:
             x = block(x, cache)
-        if cache is not None:
-            cache.length = end
         return self.final_norm(x)
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
