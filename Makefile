@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRA := $(BIN)/python -m pytest --override-ini addopts="-q --strict-markers"
 
-.PHONY: quickstart test test-browser test-cluster test-export chaos bench lint audit format clean
+.PHONY: quickstart test test-browser test-cluster test-export test-wandb chaos bench lint audit format clean
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed
@@ -42,6 +42,9 @@ test-cluster: .venv/installed-cluster  # sweeps on a Slurm of one node and on a 
 
 test-export: .venv/installed-tools  # exported models in other people's tools
 	$(EXTRA) tests/extra/test_export_tools.py
+
+test-wandb: .venv/installed-dev  # W&B's programs, with a stand-in of its server
+	$(EXTRA) tests/extra/test_wandb.py
 
 chaos: .venv/installed-dev  # a run that is killed fifty times, files that are fuzzed: ten minutes
 	$(EXTRA) tests/extra/test_fuzz.py tests/extra/test_chaos.py

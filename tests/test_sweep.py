@@ -1,108 +1,12 @@
-"""The W&B sweep and W&B runs, with the installed wandb programs and a stand-in of their server."""
+"""The sweep files of W&B and of Hydra: the same runs by either."""
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
 from minigpt.model import GPT
-from tests.conftest import ROOT, job, write_stories
-from tests.wandb_server import WandbServer
-
-SWEEP = ROOT / "sweeps" / "scaling.yaml"
-PARAMETERS = {"w32": 138_784, "w64": 359_488, "w96": 662_112}  # the first of the grid
-DIVERGING = 1e20  # a learning rate
-
-# The agent looks after its job every five seconds: four jobs take it forty to sixty.
-pytestmark = pytest.mark.timeout(300)
-
-
-def run(*arguments: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """`python <arguments>` in the project, with W&B's settings and credentials all in `folder`."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
-    environment |= {
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "NETRC": str(folder / "netrc"),
-        "NO_PROXY": "*",
-        "PYTHONUTF8": "1",
-        "WANDB_ERROR_REPORTING": "false",
-        "WANDB_DIR": str(folder),
-    }
-    environment |= {f"WANDB_{kind}_DIR": str(folder / kind) for kind in ("CONFIG", "CACHE", "DATA")}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env={**environment, **variables},
-        capture_output=True, text=True, encoding="utf-8",
-    )  # fmt: skip
-
-
-@dataclass
-class Sweep:
-    """The server after three jobs of the sweep and a fourth, which diverges."""
-
-    server: WandbServer
-    agent: subprocess.CompletedProcess[str]
-
-
-@pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sweep]:
-    folder = tmp_path_factory.mktemp("sweep")
-    two_steps = {
-        "data": "text",
-        "data.train_files": write_stories(folder / "train.txt", 400, seed=1).as_posix(),
-        "data.valid_files": write_stories(folder / "valid.txt", 40, seed=2).as_posix(),
-        "data.cache_dir": (folder / "cache").as_posix(),
-        "data.batch_size": 1,
-        "runs_dir": (folder / "runs").as_posix(),
-        "budget.tokens": 512,
-        "optimizer.warmup_steps": 0,
-        "trainer.accelerator": "cpu",
-        "trainer.precision": "32-true",
-        "trainer.n_validations": 1,
-        "trainer.log_every_n_steps": 1,
-    }
-    diverging = {"model": "small", "optimizer.lr": DIVERGING}
-    with WandbServer(fixed=two_steps, more_jobs=[diverging], at_most=3) as server:
-        wandb = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
-        created = run("-m", "wandb", "sweep", str(SWEEP), folder=folder, **wandb)
-        assert created.returncode == 0, created.stderr
-        name = created.stderr.rpartition("wandb agent ")[2].split()[0]
-        stop = ("--max-consecutive-failed-runs", "1")
-        agent = run("-m", "wandb", "agent", *stop, name, folder=folder, **wandb)
-        yield Sweep(server, agent)
-
-
-def test_the_sweep_is_created_from_our_file(sweep: Sweep):
-    assert sweep.server.sweep == yaml.safe_load(SWEEP.read_text(encoding="utf-8"))
-    assert sweep.server.sweep["metric"] == {"name": "val/perplexity", "goal": "minimize"}
-
-
-def test_the_agent_trains_each_size_to_its_end(sweep: Sweep):
-    runs = list(sweep.server.runs.values())[:3]
-    assert [run.asked["model"] for run in runs] == list(PARAMETERS)
-    for run in runs:
-        assert run.exit_code == 0, sweep.agent.stdout + sweep.agent.stderr
-        assert run.config["model"] == run.asked["model"]
-        assert run.config["parameters"] == PARAMETERS[run.asked["model"]]
-        assert [row["tokens"] for row in run.history if "train/loss" in row] == [256, 512]
-        (validation,) = [row for row in run.history if "val/perplexity" in row]
-        assert validation["trainer/global_step"] == 2
-        assert run.summary["val/perplexity"] == validation["val/perplexity"] > 1
-
-
-def test_a_job_that_fails_is_reported_to_the_agent_and_to_the_server(sweep: Sweep):
-    *_, failed = sweep.server.runs.values()
-    assert len(sweep.server.runs) == 4
-    assert failed.exit_code == 1
-    assert "val/perplexity" not in failed.summary
-    assert "error: the training loss became" in sweep.agent.stderr
-    # Only an exit code above zero makes the agent count a failure, and this is the first.
-    assert "Detected 1 consecutive failed runs, shutting down" in sweep.agent.stderr
+from tests.conftest import ROOT, job
 
 
 def of_wandb(name: str) -> dict[str, dict[str, Any]]:
@@ -146,28 +50,3 @@ def test_the_local_recipe_search_is_a_grid_inside_the_space_of_the_sweep():
             tried = job(["experiment=recipe", f"{name}={value:g}", "name=x"])
             assert tried.data.source == "tinystories_tuning"
     assert tried.trainer.n_validations == 10
-
-
-def test_without_a_key_each_job_has_an_offline_run_that_can_be_synced(
-    tiny: list[str], tmp_path: Path
-):
-    with WandbServer() as server:
-        rates = f"optimizer.lr={DIVERGING},1e-3"
-        address = {"WANDB_BASE_URL": server.url}
-        jobs = run("train.py", "-m", rates, "logger=wandb", *tiny, folder=tmp_path, **address)
-        assert jobs.returncode == 2, jobs.stderr
-        assert server.n_requests == 0
-        said = [
-            line.split("wandb sync ")[1] for line in jobs.stderr.splitlines() if "offline:" in line
-        ]
-        folders = [sorted(Path(pattern).parent.glob(Path(pattern).name)) for pattern in said]
-        assert [len(found) for found in folders] == [1, 1]
-        for (offline,) in folders:
-            synced = run(
-                "-m", "wandb", "sync", str(offline),
-                folder=tmp_path, WANDB_API_KEY="0" * 40, **address,
-            )  # fmt: skip
-            assert synced.returncode == 0, synced.stderr
-        diverged, finished = server.runs.values()
-        assert (diverged.exit_code, finished.exit_code) == (1, 0)
-        assert finished.history[-1]["trainer/global_step"] == 20
