@@ -6,6 +6,7 @@ must not wait for torch. Training and evaluation are `train.py` and `evaluate.py
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from functools import partial
@@ -21,6 +22,7 @@ from minigpt.console import show_log
 Format = Literal["hf", "safetensors", "onnx", "gguf"]
 Dtype = Literal["float32", "bfloat16"]
 Arithmetic = Literal["float32", "bfloat16", "float16"]
+log = logging.getLogger("minigpt")
 UsageError: Any = typer.BadParameter.__base__  # which typer does not name
 
 app = typer.Typer(
@@ -63,8 +65,7 @@ def generate(
 ) -> None:
     """Write stories. One is shown as it is sampled, and stops at its end.
 
-    Several are written together, up to 64 at a time, with a line <|endoftext|> between them: the
-    form that data=text trains on.
+    Several are written together, with <|endoftext|> between them, which is what data=text reads.
     """
     import torch
 
@@ -80,7 +81,12 @@ def generate(
     opened = Run.open(run)
     net, tokenizer = opened.load_net().to(getattr(torch, dtype)), opened.load_tokenizer()
     prompt = _standard_input() if prompt == "-" else prompt
-    tokenizer.encode(prompt)  # refused before anything is shown
+    length = len(tokenizer.encode(prompt))  # refused before anything is shown
+    if length >= net.config.context_length:
+        log.warning(
+            "a prompt of %s tokens outgrows the context of %s: the model reads its end alone",
+            f"{length:,}", net.config.context_length,
+        )  # fmt: skip
     if n == 1:
         print(prompt, end="", flush=True)
         for piece in stream_text(net, tokenizer, prompt, sampling):
@@ -156,7 +162,8 @@ def probe(
     ] = None,
     k: Annotated[int, typer.Option(min=1, help="How many tokens to show.")] = 5,
     out: Annotated[
-        Path | None, typer.Option(help="Where the map goes; without it, into the run folder.")
+        Path | None,
+        typer.Option(help="Where the map goes; without it, into the run (for an export: here)."),
     ] = None,
 ) -> None:
     """Look into the embedding: nearest words, analogies, and a map of words as a PNG.
@@ -187,7 +194,9 @@ def probe(
         answers = ask(probe)
         console.print(score_table(answers), score_line(answers), sep="\n")
     try:
-        found, path = embedding_map(probe), (out or opened.folder) / MAP
+        # Nothing is put into an export, which may be part of a repository.
+        folder = Path() if opened.checkpoint.suffix == ".safetensors" else opened.folder
+        found, path = embedding_map(probe), (out or folder) / MAP
         write_map(found, path)
         console.print(f"Wrote {path}. {caption(found)}", markup=False, highlight=False)
     except FewWordsError as error:  # the tables stand without it
@@ -251,7 +260,7 @@ def scaling(
         for run in runs:
             if run.point:
                 keep_run(run.path, keep)
-    out = out or folders[0]
+    out = out or (folders[0] if folders[0].is_dir() else runs[0].path)
     lines = write_scaling(runs, out)
     console = Console()
     console.print(rich_table(runs), "", notes(runs), sep="\n", markup=False, highlight=False)
@@ -292,12 +301,18 @@ def export(
         Dtype | None,
         typer.Option(help="Of the weights in safetensors: bfloat16 unless you ask for float32."),
     ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="Of the weights, for the model card: mit, cc-by-4.0, ...")
+    ] = None,
     evaluate: Annotated[
         bool, typer.Option("--evaluate", help="Measure the exported weights if nobody has yet.")
     ] = False,
     push: Annotated[
         str | None, typer.Option(help="Send it to the Hugging Face Hub as this user/name.")
     ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push: a new repository only you can see.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="With --push: list what would be sent, send nothing.")
     ] = False,
@@ -305,6 +320,8 @@ def export(
     """Write a model for other programs, with a model card; nothing is sent without --push."""
     if dry_run and push is None:
         raise UserError("--dry-run lists what --push would send: add --push user/name")
+    if private and push is None:
+        raise UserError("--private is for what --push makes: add --push user/name")
     from minigpt.console import console
     from minigpt.export import ExportConfig, check_place
     from minigpt.export import export as write
@@ -312,7 +329,7 @@ def export(
     from minigpt.publish import push as send
     from minigpt.runs import Run
 
-    config = ExportConfig(format, dtype, evaluate)
+    config = ExportConfig(format, dtype, evaluate, license)
     check_place(out)
     if push is not None:
         check_repository(push, dry_run)
@@ -321,7 +338,7 @@ def export(
     if push is not None and dry_run:
         print(f"Nothing was sent. Without --dry-run this would be:\n{listing(push, files)}")
     elif push is not None:
-        print(f"Sent to {send(out, push, files)}")
+        print(f"Sent to {send(out, push, files, private)}")
 
 
 def main() -> None:

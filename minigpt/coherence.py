@@ -115,10 +115,11 @@ def write_continuations(
         ids = torch.tensor([openings[i].ids for i in batch])
         room = net.config.context_length - ids.shape[1]
         sampling = SamplingConfig(temperature, max_tokens=room, seed=batch_seed)
-        steps = [step.ids for step in generate(net, ids, sampling, tokenizer.end_of_text)]
+        end, size = tokenizer.end_of_text, tokenizer.vocab_size
+        steps = [step.ids for step in generate(net, ids, sampling, end, vocab_size=size)]
         for i, row in zip(batch, torch.stack(steps, dim=1).tolist(), strict=True):
-            ended = tokenizer.end_of_text in row
-            kept = tuple(row[: row.index(tokenizer.end_of_text)] if ended else row)
+            ended = end in row
+            kept = tuple(row[: row.index(end)] if ended else row)
             found[i] = Continuation(openings[i], kept, tokenizer.decode(kept), ended)
     return [found[i] for i in range(len(openings))]
 

@@ -51,7 +51,8 @@ class EmbeddingProbe:
     """Cosine geometry of the token embedding.
 
     A word stands for the token that it is inside a story, with a space before it (" dad"), or,
-    where there is none, for the bare one. Found tokens are shown without that space, each word
+    where there is none, for the bare one ("Once"). Not so in small letters, where the bare ones are
+    pieces of longer words: "art" of "started". Found tokens are shown without that space, each word
     once at its best cosine, and the words asked about are left out in either spelling.
     """
 
@@ -104,7 +105,7 @@ class EmbeddingProbe:
         if not word:
             raise SplitWordError("an empty word has no embedding: give a word such as dad")
         spaced, bare = self.tokenizer.encode(f" {word}"), self.tokenizer.encode(word)
-        for ids in (spaced, bare):
+        for ids in (spaced,) if word.islower() else (spaced, bare):
             if len(ids) == 1:
                 return ids[0]
         pieces = " + ".join(f"'{self.tokenizer.token(i)}'" for i in spaced)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -56,8 +57,14 @@ class ExportConfig:
     format: Format = "hf"
     dtype: Literal["float32", "bfloat16"] | None = None  # None: bfloat16 for safetensors
     evaluate: bool = False  # measure the exported weights if nobody has
+    license: str | None = None  # of the weights, for the model card, as the Hub spells it: mit
 
     def __post_init__(self) -> None:
+        if self.license is not None and not re.fullmatch(r"[\w.-]+", self.license):
+            raise UserError(
+                f"--license {self.license} is not the name of a licence: type one as the Hugging "
+                "Face Hub spells it, such as mit or cc-by-4.0"
+            )
         if self.dtype == "bfloat16" and self.format != "safetensors":
             raise UserError(
                 f"--format {self.format} is float32, which is exact: leave out --dtype, or take "
@@ -87,10 +94,15 @@ def export(
         console: where to show the progress of an evaluation; None: nowhere.
 
     Raises:
-        UserError: `out` is neither new, empty nor an earlier export; the run cannot be read; a
-            package is missing.
+        UserError: `out` is neither new, empty nor an earlier export, or is the run itself; the run
+            cannot be read; a package is missing.
     """
     check_place(out)
+    if out.resolve() == run.folder.resolve() and config.format != "safetensors":
+        raise UserError(
+            f"{out} is the model itself, which --format {config.format} would replace: give a new "
+            "folder"
+        )
     net, summary = run.load_net(), _summary(run)
     _round(net, DTYPES[config.weights])  # to what will be read back
     evaluation = _known_evaluation(run.folder, net)
@@ -107,6 +119,7 @@ def export(
             evaluation=evaluation,
             n_parameters=net.n_parameters,
             vocabulary=run.load_tokenizer().vocab_size,
+            license=config.license,
         )
         write_text(folder / CARD, card)
         files = sorted([MARK, *(path.name for path in folder.iterdir())])

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +50,9 @@ class SamplingConfig:
             raise UserError(f"top_p {self.top_p} must be above 0 and at most 1")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise UserError(f"min_p {self.min_p} must be between 0 and 1")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+        if not 0.01 <= self.repetition_penalty <= 100:  # logits stay finite
             raise UserError(
-                f"repetition_penalty {self.repetition_penalty} must be above 0: "
+                f"repetition_penalty {self.repetition_penalty} must be from 0.01 to 100: "
                 "1 is none, 1.2 a strong one"
             )
         if self.seed is not None and not 0 <= self.seed < 2**63:
@@ -74,6 +75,7 @@ def generate(
     sampling: SamplingConfig,
     end_of_text: int,
     generator: torch.Generator | None = None,
+    vocab_size: int | None = None,
 ) -> Iterator[Step]:
     """Continue each row of `prompt_ids` by one token at each step.
 
@@ -87,6 +89,10 @@ def generate(
         sampling: how the next token is chosen.
         end_of_text: the id that ends a row; -1: none does.
         generator: random numbers in place of those of `sampling.seed`, on the device of the net.
+        vocab_size: tokens of the tokenizer, where the net has room for more; the rest stays unsaid.
+
+    Raises:
+        UserError: the weights give logits that are no numbers.
     """
     device = net.embedding.weight.device
     prompts = [torch.as_tensor(row, dtype=torch.long, device=device) for row in prompt_ids]
@@ -98,9 +104,12 @@ def generate(
         decoder = Decoder(net, [prompt[:-1] for prompt in prompts])
         ids = torch.stack([prompt[-1] for prompt in prompts])  # (B,)
         ended = torch.zeros_like(ids, dtype=torch.bool)
-        seen = _tokens_of(prompts, net.config.vocab_size, end_of_text) if penalised else None
-        for _ in range(sampling.max_tokens):
-            logits = decoder.read(ids)
+        n_tokens = vocab_size or net.config.vocab_size
+        seen = _tokens_of(prompts, n_tokens, end_of_text) if penalised else None
+        for step in range(sampling.max_tokens):
+            logits = decoder.read(ids)[:, :vocab_size]
+            if step == 0 and not logits.isfinite().all():
+                raise UserError("the weights of this model are broken: its logits are no numbers")
             ids = sample(logits, sampling, generator, seen).masked_fill_(ended, end_of_text)
             ended |= ids == end_of_text
             yield Step(ids, logits)
@@ -210,8 +219,9 @@ def stream_text(
     """
     pending: list[int] = []  # ids whose last character is not whole yet
     shown = 0  # characters of `pending` that were given out
-    for ids, _ in generate(net, encode_prompt(tokenizer, prompt), sampling, tokenizer.end_of_text):
-        if ids.item() == tokenizer.end_of_text:
+    end, size = tokenizer.end_of_text, tokenizer.vocab_size
+    for ids, _ in generate(net, encode_prompt(tokenizer, prompt), sampling, end, vocab_size=size):
+        if ids.item() == end:
             break
         pending.append(int(ids.item()))
         text = tokenizer.decode(pending)
@@ -233,14 +243,23 @@ def generate_stories(
 def iterate_stories(
     net: GPT, tokenizer: Tokenizer, prompt: str, n: int, sampling: SamplingConfig
 ) -> Iterator[str]:
-    """`n` continuations of `prompt`, without it, written MAX_BATCH at a time."""
+    """`n` continuations of `prompt`, without it, written MAX_BATCH at a time.
+
+    Each is given out as soon as it and those before it have ended.
+    """
     prompt_ids = encode_prompt(tokenizer, prompt)
     generator = seeded_generator(sampling.seed, net.embedding.weight.device)
+    end, size = tokenizer.end_of_text, tokenizer.vocab_size
     for first in range(0, n, MAX_BATCH):
         rows = prompt_ids.expand(min(MAX_BATCH, n - first), -1)
-        steps = [ids for ids, _ in generate(net, rows, sampling, tokenizer.end_of_text, generator)]
-        for ids in torch.stack(steps, dim=1).tolist():
-            yield tokenizer.decode(_until(ids, tokenizer.end_of_text))
+        written: deque[list[int]] = deque([] for _ in rows)  # of the stories not given out yet
+        for ids, _ in generate(net, rows, sampling, end, generator, size):
+            for story, token in zip(written, ids.tolist()[-len(written) :], strict=True):
+                story.append(token)
+            while written and written[0][-1] == end:
+                yield tokenizer.decode(_until(written.popleft(), end))
+        for story in written:
+            yield tokenizer.decode(_until(story, end))
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:

@@ -21,15 +21,15 @@ USAGE = {
 ```python
 from transformers import pipeline
 
-tell = pipeline("text-generation", model="{name}")  # this folder, or its name on the Hub
+tell = pipeline("text-generation", model="{place}")
 print(tell("Once upon a time")[0]["generated_text"])
 ```""",
     "safetensors": """\
 With the code of Mini GPT, for which this folder is a run:
 
 ```sh
-minigpt generate {name} --prompt "Once upon a time"
-python evaluate.py ckpt={name}
+{download}minigpt generate {place} --prompt "Once upon a time"
+python evaluate.py ckpt={place}
 ```""",
     "onnx": """\
 ```python
@@ -64,6 +64,7 @@ def model_card(
     evaluation: Mapping[str, Any] | None,
     n_parameters: int,
     vocabulary: int,
+    license: str | None = None,
 ) -> str:
     """The text of README.md.
 
@@ -76,6 +77,7 @@ def model_card(
         evaluation: evaluation.json as measured on these very weights; None: not measured.
         n_parameters: the tied matrix counts once.
         vocabulary: tokens of the tokenizer.
+        license: of the weights; None: that of the code for TinyStories, else left to say.
     """
     source = config["data"]["source"]
     template = resources.files("minigpt").joinpath("resources/model_card.md.j2")
@@ -89,13 +91,23 @@ def model_card(
         model={**config["model"], "parameters": n_parameters},
         vocabulary=vocabulary,
         facts=_facts(dtype, config, summary, evaluation),
-        usage=USAGE[format].format(name=name),
+        usage=_usage(name, format),
         tinystories=source.startswith("tinystories"),
+        license=license or ("mit" if source.startswith("tinystories") else None),
         corpus=CORPORA.get(source, source),
-        command=training_command(config, summary.get("precision")),
+        command=training_command(config, summary),
         version=metadata.version("minigpt"),
         commit=summary.get("commit") or "not recorded",
     )
+
+
+def _usage(name: str, format: str) -> str:
+    """How the model is used from where it lies: on the Hub if its name is user/name."""
+    if "/" not in name:
+        return USAGE[format].format(place=f"path/to/{name}", download="")
+    here = name.split("/")[1]
+    download = f"hf download {name} --local-dir {here}\n"
+    return USAGE[format].format(place=name if format == "hf" else here, download=download)
 
 
 def _facts(
@@ -109,7 +121,7 @@ def _facts(
     facts = {
         "weights": dtype,
         "tokens seen in training": f"{tokens:,}" if tokens else unknown,
-        "trained for": f"{human_time(seconds)} on {summary['device']}" if seconds else unknown,
+        "trained for": f"{human_time(seconds)} on {_devices(summary)}" if seconds else unknown,
         "precision of training": summary.get("precision", unknown),
         "seed": str(config["seed"]),
     }
@@ -125,8 +137,16 @@ def _facts(
     }
 
 
-def training_command(config: Mapping[str, Any], precision: str | None) -> str:
-    """The train.py command, over several lines, that has all settings which decide the weights."""
+def _devices(summary: Mapping[str, Any]) -> str:
+    n = summary.get("devices", 1) * summary.get("num_nodes", 1)
+    return summary["device"] if n == 1 else f"{n} × {summary['device']}"
+
+
+def training_command(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """The train.py command, over several lines, that has all settings which decide the weights.
+
+    What was found on the machine, such as the precision, is as `summary` has it.
+    """
     data, source = config["data"], config["data"]["source"]
     elsewhere = ("source", "train_files", "valid_files", "cache_dir")  # in the first line, or paths
     first = [f"model={config['size']}", f"data={source}", f"seed={config['seed']}"]
@@ -134,8 +154,11 @@ def training_command(config: Mapping[str, Any], precision: str | None) -> str:
         first.append("data.train_files=[your-stories.txt]")
     if "name" in config["optimizer"]:
         first.append(f"optimizer={config['optimizer']['name']}")
-    trainer = {"accumulate_grad_batches": config["trainer"]["accumulate_grad_batches"]}
-    trainer["precision"] = precision or config["trainer"]["precision"]
+    deciding = (
+        *("devices", "num_nodes", "strategy", "precision", "accumulate_grad_batches"),
+        "n_validations",  # the best of these is kept
+    )
+    trainer = {key: summary.get(key) or config["trainer"][key] for key in deciding}
     sections = {
         "model": {key: value for key, value in config["model"].items() if key != "attention"},
         "data": {key: value for key, value in data.items() if key not in elsewhere},

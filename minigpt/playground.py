@@ -158,9 +158,13 @@ class _Writer:
     """A story of one model that grows token by token."""
 
     def __init__(self, model: Model, prompt: str, sampling: SamplingConfig) -> None:
-        model.tokenizer.encode(prompt)  # UserError now, and not when the story has begun
+        length = len(model.tokenizer.encode(prompt))  # UserError now, not when it has begun
         self.tokens = stream_tokens(model.net, model.tokenizer, prompt, sampling)
         self.html = prompt_html(prompt)
+        context = model.net.config.context_length
+        if length >= context:
+            cut = f"{length} tokens outgrow the context of {context}: the model reads their end."
+            self.html = note_html(cut) + self.html
         self.n, self.started, self.ended = 0, time.monotonic(), False
 
     def advance(self) -> bool:

@@ -45,15 +45,14 @@ def stream_tokens(
     """
     pending: list[int] = []  # ids whose last character is not whole yet
     shown: ShownToken | None = None  # what `pending` comes to
-    for ids, logits in generate(
-        net, encode_prompt(tokenizer, prompt), sampling, tokenizer.end_of_text
-    ):
-        chosen = int(ids.item())
-        ended = chosen == tokenizer.end_of_text
+    ids, end, size = encode_prompt(tokenizer, prompt), tokenizer.end_of_text, tokenizer.vocab_size
+    for step in generate(net, ids, sampling, end, vocab_size=size):
+        chosen = int(step.ids.item())
+        ended = chosen == end
         if shown and ended:
             yield shown
             shown = None
-        token = _judged(logits[0].softmax(dim=-1), chosen, tokenizer)
+        token = _judged(step.logits[0].softmax(dim=-1), chosen, tokenizer)
         if ended:
             yield token
             return

@@ -35,8 +35,10 @@ def listing(repository: str, files: Sequence[Path]) -> str:
     return "\n".join([*lines, total])
 
 
-def push(folder: Path, repository: str, files: Sequence[Path]) -> str:
+def push(folder: Path, repository: str, files: Sequence[Path], private: bool = False) -> str:
     """Send `files` of `folder` as one commit, into a repository that is made if there is none.
+
+    `private` is for one that is made.
 
     Returns:
         The address of the model.
@@ -49,7 +51,7 @@ def push(folder: Path, repository: str, files: Sequence[Path]) -> str:
 
     api = HfApi()
     try:
-        url = api.create_repo(repository, repo_type="model", exist_ok=True)
+        url = api.create_repo(repository, repo_type="model", exist_ok=True, private=private)
         api.upload_folder(
             repo_id=repository,
             repo_type="model",
@@ -59,7 +61,7 @@ def push(folder: Path, repository: str, files: Sequence[Path]) -> str:
         )
     except (httpx.HTTPError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"nothing was published at {repository}: {reason}") from None
+        raise UserError(f"no file was published at {repository}: {reason}") from None
     return str(url)
 
 

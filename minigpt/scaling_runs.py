@@ -78,6 +78,8 @@ class RunResult:
 def find_runs(folders: Sequence[Path]) -> list[Path]:
     """The run folders among and below `folders`, each once, in the order of their names.
 
+    A checkpoint file stands for its run.
+
     A run folder holds config.yaml, and summary.json or metrics.csv. Hidden folders and what lies
     inside a run are not searched.
 
@@ -86,6 +88,8 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
     """
     found = {}
     for folder in folders:
+        if folder.is_file():
+            folder = Run.open(folder).folder
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder: give one with runs in it, such as runs")
         for name, below, files in os.walk(folder):

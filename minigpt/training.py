@@ -204,6 +204,8 @@ def _trainer(
         "train_tokens": data.train.n_tokens,  # of the split, so epochs are tokens / these
         "seed": job.seed,
         "device": hardware.accelerator,
+        "devices": hardware.devices,  # of each node
+        "num_nodes": hardware.num_nodes,
         "precision": hardware.precision,
         "commit": source_commit(),
     }

@@ -408,7 +408,7 @@ VERBS: list[Case] = [
     (f"{_GENERATE} --temperature inf", None, "temperature inf must be"),
     (f"{_GENERATE} --temperature 0 --top-p 0.5", None, "leave out --top-p"),
     (f"{_GENERATE} --temperature 0 --n 3", None, "leave out --n 3"),
-    (f"{_GENERATE} --repetition-penalty 0", None, "repetition_penalty 0.0 must be"),
+    (f"{_GENERATE} --repetition-penalty 0", None, "repetition_penalty 0.0 must be from 0.01"),
     (f"{_GENERATE} --max-tokens -5", None, "max_tokens -5 must be"),
     (f"{_GENERATE} --max-tokens 1e3", None, "should be a valid integer"),
     (f"{_GENERATE} --n 0", None, "--n 0 must be at least 1"),

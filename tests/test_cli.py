@@ -51,7 +51,9 @@ def test_scaling_prints_the_table_and_writes_into_the_first_folder(tmp_path, mon
 
 def test_scaling_writes_elsewhere_on_request(tmp_path, monkeypatch):
     run = write_run(tmp_path / "first")
-    assert run_main(monkeypatch, "scaling", str(run), "--out", str(tmp_path / "out")) == 0
+    (run / "best.ckpt").touch()  # not read: it stands for its run
+    both = str(run / "best.ckpt"), str(run)
+    assert run_main(monkeypatch, "scaling", *both, "--out", str(tmp_path / "out")) == 0
     assert (tmp_path / "out" / "scaling.png").is_file()
     assert not (run / "scaling.png").exists()
 
@@ -117,7 +119,9 @@ def test_generate_writes_stories_that_the_seed_decides(tiny, monkeypatch, capsys
     assert capsys.readouterr().out.startswith("Zoë 🐉")
     for prompt in ("", "Once upon a time, " * 40):
         assert run_main(monkeypatch, *words, "--prompt", prompt) == 0
-        assert capsys.readouterr().out.startswith(prompt)
+        out, err = capsys.readouterr()
+        assert out.startswith(prompt)
+        assert ("the model reads its end alone" in err) == bool(prompt)
     for dtype in ("bfloat16", "float16"):
         with monkeypatch.context() as patched:
             taken = []
@@ -149,7 +153,7 @@ WRONG_PROMPTS = {"\udcff": "half of a surrogate pair", "-": "standard input is n
         ("--temperature 0 --n 2", "leave out --n 2"),
         ("--n -1", "--n -1 must be at least 1"),
         ("--seed -1", "seed -1 must be between 0"),
-        ("--repetition-penalty nan", "repetition_penalty nan must be above 0"),
+        ("--repetition-penalty nan", "repetition_penalty nan must be from 0.01 to 100"),
         ("--max-tokens 0", "max_tokens 0 must be at least 1"),
         ("--min-p 3", "min_p 3.0 must be between 0 and 1"),
         ("", "does not exist"),

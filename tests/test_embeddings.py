@@ -42,6 +42,15 @@ def test_a_word_is_the_token_with_a_space_before_it(tokenizer, matrix):
     assert probe.token_id("dad") == probe.token_id(" dad ") == spaced != bare
 
 
+def test_a_piece_of_longer_words_is_no_word(matrix):
+    tokenizer = Tokenizer.train(["start started starts Yes"] * 9, 290)
+    bare = tokenizer.encode("start")
+    probe = EmbeddingProbe(matrix, tokenizer)
+    assert len(bare) == len(tokenizer.encode("Yes")) == 1 or len(bare) == 1
+    with pytest.raises(SplitWordError, match="'tart' is"):
+        probe.token_id("tart")
+
+
 def test_the_word_itself_and_second_spellings_are_left_out(tokenizer, matrix):
     spaced, bare, mom, bare_mom, king = ids(tokenizer, " dad", "dad", " mom", "mom", " king")
     for row, cosine in ((bare, 0.99), (bare_mom, 0.9), (mom, 0.8), (king, 0.6)):

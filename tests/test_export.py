@@ -3,6 +3,7 @@ import os
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import get_type_hints
@@ -23,6 +24,7 @@ from minigpt.generation import SamplingConfig, generate_stories
 from minigpt.job import Job
 from minigpt.model_card import training_command
 from minigpt.publish import push
+from minigpt.records import read_summary
 from minigpt.runs import Run, weights_fingerprint
 from minigpt.scaling_runs import find_runs, read_run
 from minigpt.training import train
@@ -204,20 +206,32 @@ def test_evaluate_measures_the_rounded_weights(run, tmp_path):
 
 
 def test_the_command_in_the_model_card_composes_to_the_settings_of_the_run(run, tmp_path):
-    config = Run.open(run).config()
-    words = shlex.split(training_command(config, "32-true").replace("\\\n", ""))
+    config, summary = Run.open(run).config(), read_summary(run)
+    words = shlex.split(training_command(config, summary).replace("\\\n", ""))
     assert words[:2] == ["python", "train.py"]
     settings = OmegaConf.to_container(composed(words[2:]), resolve=True)
     assert isinstance(settings, dict)
     job = build(Job, {**settings, "size": "small"}, "")
     asked = build(Job, config, "")
     assert (job.model, job.optimizer, job.budget) == (asked.model, asked.optimizer, asked.budget)
-    assert (job.seed, job.trainer.precision) == (asked.seed, "32-true")
+    assert job.seed == asked.seed
+    found = {"precision": summary["precision"], "devices": "1"}
+    assert job.trainer == replace(asked.trainer, **found, accelerator="auto", log_every_n_steps=10)
     assert job.data.batch_size == asked.data.batch_size
     assert job.data.separator == asked.data.separator
 
 
 # ---------------------------------------------------------------------------- the folder
+
+
+def test_a_model_is_not_replaced_by_its_own_export_to_another_format(run, tmp_path):
+    out = made(run, tmp_path / "out", format="safetensors")
+    before = contents(out)
+    with pytest.raises(UserError, match="is the model itself, which --format hf would replace"):
+        made(out, out)
+    assert contents(out) == before
+    made(out, out, format="safetensors")  # its card anew
+    assert contents(out)["model.safetensors"] == before["model.safetensors"]
 
 
 def test_an_earlier_export_is_replaced_and_nothing_else_is(run, tmp_path):
@@ -290,16 +304,27 @@ def test_push_sends_the_files_of_the_export(run, tmp_path, hub, monkeypatch, cap
     out = tmp_path / "out"
     assert run_main(monkeypatch, "export", str(run), str(out), "--push", "me/tiny") == 0
     assert capsys.readouterr().out.endswith("Sent to https://huggingface.co/me/tiny\n")
-    hub.create_repo.assert_called_once_with("me/tiny", repo_type="model", exist_ok=True)
+    hub.create_repo.assert_called_once_with(
+        "me/tiny", repo_type="model", exist_ok=True, private=False
+    )
     sent = hub.upload_folder.call_args.kwargs
     assert (sent["repo_id"], sent["folder_path"]) == ("me/tiny", out)
     assert sorted(sent["allow_patterns"]) == sorted(path.name for path in out.iterdir())
-    assert "# me/tiny: a Mini GPT" in (out / "README.md").read_text(encoding="utf-8")
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "# me/tiny: a Mini GPT" in card
+    assert 'model="me/tiny"' in card
+    words = ("--push", "me/tiny", "--private", "--format", "safetensors", "--license", "cc0-1.0")
+    assert run_main(monkeypatch, "export", str(run), str(out), *words) == 0
+    assert hub.create_repo.call_args.kwargs["private"]
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlicense: cc0-1.0\n")
+    assert "under the licence `cc0-1.0`.\n" in card
+    assert "hf download me/tiny --local-dir tiny\nminigpt generate tiny --prompt" in card
 
 
 def test_a_hub_that_does_not_answer_is_one_line(tmp_path, hub):
     hub.create_repo.side_effect = ConnectionError("no route\nto host")
-    with pytest.raises(UserError, match="nothing was published at me/tiny: no route to host"):
+    with pytest.raises(UserError, match="no file was published at me/tiny: no route to host"):
         push(tmp_path, "me/tiny", [])
 
 
@@ -310,6 +335,8 @@ def test_a_hub_that_does_not_answer_is_one_line(tmp_path, hub):
         (("--push", "tiny"), "is not the name of a model: type --push user/name"),
         (("--push", "me/ti ny"), "is not the name of a model: type --push user/name"),
         (("--dry-run",), "add --push user/name"),
+        (("--private",), "add --push user/name"),
+        (("--license", "all mine"), "--license all mine is not the name of a licence"),
         (("--dtype", "bfloat16"), "--format hf is float32, which is exact"),
         (("--format", "pt"), "Invalid value for '--format'"),
     ],

@@ -12,6 +12,7 @@ from minigpt.generation import (
     encode_prompt,
     generate,
     generate_stories,
+    iterate_stories,
     keep_min_p,
     keep_top_k,
     keep_top_p,
@@ -172,7 +173,7 @@ def test_a_strong_penalty_makes_every_token_a_new_one_and_spares_the_end_of_text
     with torch.no_grad():  # logits above 0 for every token
         net.embedding.weight.copy_(net.embedding.weight[1] + 0.01 * net.embedding.weight)
         net.final_norm.bias.copy_(net.embedding.weight[1])
-    sampling = SamplingConfig(temperature=0, max_tokens=37, repetition_penalty=1e6)
+    sampling = SamplingConfig(temperature=0, max_tokens=37, repetition_penalty=100)
     steps = list(generate(net, prompt, sampling, end_of_text=EOT))
     ids = torch.stack([step.ids[0] for step in steps])
     before_the_end = ids[ids != EOT]
@@ -200,8 +201,8 @@ def test_top_p_keeps_the_fewest_that_hold_that_much_probability(p, kept):
         ({"top_p": 1.5}, "top_p 1.5 must be above 0 and at most 1"),
         ({"max_tokens": 0}, "max_tokens 0 must be at least 1"),
         ({"min_p": -0.1}, "min_p -0.1 must be between 0 and 1"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty 0.0 must be above 0"),
-        ({"repetition_penalty": math.inf}, "repetition_penalty inf must be above 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty 0.0 must be from 0.01 to 100"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty inf must be from 0.01 to 100"),
         ({"seed": -1}, "seed -1 must be between 0 and"),
     ],
 )
@@ -250,6 +251,53 @@ def test_many_stories_are_written_in_batches_that_do_not_repeat_each_other(token
     assert stories == generate_stories(net, tokenizer, "Once", 10, sampling)
 
 
+def test_a_story_of_several_is_given_out_when_it_has_ended(tokenizer, monkeypatch):
+    steps = []
+
+    def scripted(net, rows, *args):
+        for ids in ([5, 6, EOT], [7, EOT, EOT], [EOT, EOT, EOT]):
+            steps.append(ids)
+            yield torch.tensor(ids), None
+
+    monkeypatch.setattr(generation, "generate", scripted)
+    net = make_net(tokenizer.vocab_size)
+    stories = iterate_stories(net, tokenizer, "Once", 3, GREEDY)
+    assert next(stories) == tokenizer.decode([5, 7])  # the others have ended before it
+    assert len(steps) == 3
+    assert list(stories) == [tokenizer.decode([6]), ""]
+    steps.clear()
+    monkeypatch.setattr(generation, "generate", lambda *args: map(reversed_step, scripted(*args)))
+    stories = iterate_stories(net, tokenizer, "Once", 3, GREEDY)
+    assert next(stories) == ""
+    assert len(steps) == 1
+
+
+def reversed_step(step):
+    return step[0].flip(0), None
+
+
+def test_a_token_that_the_tokenizer_lacks_is_never_written(tokenizer):
+    size = tokenizer.vocab_size
+    net = make_net(size + 40)
+    with torch.no_grad():  # these are the likeliest
+        net.embedding.weight[size:] = 9 * net.final_norm.bias
+    greedy = run(net, [[5]], GREEDY)
+    assert (greedy >= size).any()
+    steps = list(generate(net, [[5]], GREEDY, EOT, vocab_size=size))
+    assert all(ids < size and logits.shape == (1, size) for ids, logits in steps)
+    penalised = SamplingConfig(max_tokens=5, seed=1, repetition_penalty=2)
+    assert "".join(stream_text(net, tokenizer, "Once", penalised))
+    assert iterate_stories(net, tokenizer, "Once", 2, penalised)
+
+
+def test_weights_that_are_no_numbers_are_one_line():
+    net = make_net()
+    with torch.no_grad():
+        net.final_norm.bias[0] = math.nan
+    with pytest.raises(UserError, match="the weights of this model are broken"):
+        run(net, [[5]], GREEDY)
+
+
 def test_a_run_tells_a_story_in_two_lines(tiny):
     folder = train(composed(tiny))
     sampling = SamplingConfig(max_tokens=20, seed=1)
@@ -263,7 +311,7 @@ def test_a_run_tells_a_story_in_two_lines(tiny):
 def stream_of(tokenizer: Tokenizer, ids: list[int], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What `stream_text` gives when the model says `ids`."""
     steps = [generation.Step(torch.tensor([i]), torch.zeros(1, 1)) for i in ids]
-    monkeypatch.setattr(generation, "generate", lambda *args: iter(steps))
+    monkeypatch.setattr(generation, "generate", lambda *_, **__: iter(steps))
     return list(stream_text(make_net(), tokenizer, "", GREEDY))
 
 

@@ -51,6 +51,11 @@ def test_a_story_grows_in_each_column_and_says_how_it_ended(page, monkeypatch):
         assert re.search("(story ended|longest length was reached): [0-9]+ tokens", column[-1])
 
 
+def test_a_prompt_beyond_the_context_is_said_to_be_read_from_its_end(page):
+    (*_, (shown, _)) = page.write("the dog ran and " * 40, **USUAL)
+    assert re.search("[0-9]+ tokens outgrow the context of 64: the model reads their end", shown)
+
+
 def test_the_sliders_reach_the_sampler(page):
     def told(**changed: float) -> tuple[str, ...]:
         (*_, last) = page.write("the dog", **{**USUAL, **changed})

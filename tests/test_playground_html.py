@@ -38,7 +38,7 @@ def net(tokenizer) -> GPT:
 def steps(monkeypatch, tokenizer: Tokenizer, ids: list[int], logits: torch.Tensor) -> None:
     """Let the model write `ids`, with the same logits at each step."""
 
-    def fixed(*_: object) -> Iterator[Step]:
+    def fixed(*_: object, **__: object) -> Iterator[Step]:
         return (Step(torch.tensor([i]), logits[None]) for i in ids)
 
     monkeypatch.setattr(playground_html, "generate", fixed)

@@ -88,4 +88,10 @@ def test_probe_writes_the_map_into_the_run_or_elsewhere(tmp_path, probe, monkeyp
     assert (tmp_path / "run" / MAP).is_file()
     assert run_main(monkeypatch, "probe", "run", "--out", str(tmp_path / "out")) == 0
     assert (tmp_path / "out" / MAP).is_file()
+    released = tmp_path / "release"
+    monkeypatch.setattr(Run, "open", lambda path: Run(released, released / "model.safetensors"))
+    monkeypatch.chdir(tmp_path)
+    assert run_main(monkeypatch, "probe", "release") == 0
+    assert (tmp_path / MAP).is_file()
+    assert not released.exists()
     assert "Wrote " in capsys.readouterr().out

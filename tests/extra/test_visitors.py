@@ -47,6 +47,14 @@ def test_what_a_page_would_not_send_is_answered_and_crashes_nothing(served: Serv
     assert 'class="note"' in write(served.url, "Tom", 10)
 
 
+def test_strangers_are_sent_away_everywhere_when_there_is_a_password(guarded: Served):
+    with httpx.Client(base_url=guarded.url, timeout=60, trust_env=False) as client:
+        asked = client.post("/gradio_api/call/write", json={"data": ["Tom", 1.0, 0, 1.0, 0.0, 5]})
+        queued = client.post("/gradio_api/queue/join", json={"data": [], "fn_index": 0})
+        config = client.get("/config")
+    assert [answer.status_code for answer in (asked, queued, config)] == [401] * 3
+
+
 def test_the_page_loads_nothing_from_elsewhere(served: Served):
     page = httpx.get(served.url, trust_env=False)
     assert "default-src 'self'" in page.headers["content-security-policy"]
