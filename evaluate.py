@@ -25,14 +25,18 @@ def main(config: DictConfig) -> None:
         from minigpt.runs import REPORT, Run
 
         settings: Any = OmegaConf.to_container(config, resolve=True)
-        run = Run.open(str(settings.pop("ckpt")))
+        run, out = Run.open(str(settings.pop("ckpt"))), settings.pop("out")
+        place = run.place if out is None else Path(str(out))
         what = build(EvaluationConfig, settings, "")
-        found = evaluate(run, what, console)
-        out = Console()
-        show(found, out)
-        for kind, name in {"numbers": evaluation_name(what), "report": REPORT}.items():
-            if (run.folder / name).is_file():
-                out.print(f"{kind + ':':9}{run.folder / name}", markup=False, highlight=False)
+        found = evaluate(run, what, console, place)
+        terminal = Console()
+        show(found, terminal)
+        for kind, path in {
+            "numbers": place / evaluation_name(what),
+            "report": run.folder / REPORT,
+        }.items():
+            if path.is_file():
+                terminal.print(f"{kind + ':':9}{path}", markup=False, highlight=False)
 
 
 if __name__ == "__main__":

@@ -114,9 +114,9 @@ def markdown(answers: dict[str, Answers]) -> str:
     first = next(iter(answers.values()))
     parts = [
         "# Embeddings",
-        "Cosines of the token embedding. Nearest first; a word's other spellings and the words "
-        "asked about are left out. The rank of an expected answer is its place among all tokens; "
-        "1 is the nearest.",
+        "Cosines of the token embedding. Nearest first, each word once, with or without a space "
+        "before it; the words asked about are left out. The rank of an expected answer is its "
+        "place among these; 1 is the nearest.",
         "## Nearest neighbours",
         md_table(
             ["word", *answers],

@@ -194,9 +194,7 @@ def probe(
         answers = ask(probe)
         console.print(score_table(answers), score_line(answers), sep="\n")
     try:
-        # Nothing is put into an export, which may be part of a repository.
-        folder = Path() if opened.checkpoint.suffix == ".safetensors" else opened.folder
-        found, path = embedding_map(probe), (out or folder) / MAP
+        found, path = embedding_map(probe), (out or opened.place) / MAP
         write_map(found, path)
         console.print(f"Wrote {path}. {caption(found)}", markup=False, highlight=False)
     except FewWordsError as error:  # the tables stand without it

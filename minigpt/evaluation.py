@@ -14,6 +14,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -287,8 +288,12 @@ class Evaluation:
     analogies: dict[str, list[tuple[str, float]] | str]
 
 
-def evaluate(run: Run, config: EvaluationConfig, console: Console | None = None) -> Evaluation:
-    """Measure a run's checkpoint and write evaluation.json into its folder.
+def evaluate(
+    run: Run, config: EvaluationConfig, console: Console | None = None, out: Path | None = None
+) -> Evaluation:
+    """Measure a run's checkpoint and write evaluation.json into `out`; None: its folder.
+
+    For an export it is the current folder.
 
     Device: the best here. Precision: the one it was trained in, so that the loss is the one that
     training logged.
@@ -337,7 +342,9 @@ def evaluate(run: Run, config: EvaluationConfig, console: Console | None = None)
         neighbours={word: _neighbours(probe, word) for word in config.words},
         analogies={f"{a} − {b} + {c}": _analogy(probe, a, b, c) for a, b, c in config.analogies},
     )
-    write_json(run.folder / evaluation_name(config), dataclasses.asdict(evaluation))
+    out = out or run.place
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / evaluation_name(config), dataclasses.asdict(evaluation))
     return evaluation
 
 

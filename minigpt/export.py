@@ -263,7 +263,7 @@ def _measure(run: Run, net: GPT, config: ExportConfig, console: Console | None) 
         run.load_tokenizer().save(folder / TOKENIZER)
         _write_yaml(folder / CONFIG, run.config())
         write_json(folder / SUMMARY, read_summary(run.folder))
-        evaluate(Run.open(folder), EvaluationConfig(), console)
+        evaluate(Run.open(folder), EvaluationConfig(), console, folder)
         found = _known_evaluation(folder, net)
     assert found is not None  # it has just been measured on them
     return found

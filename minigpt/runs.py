@@ -95,6 +95,14 @@ class Run:
             refuse_links_out(folder)
         return cls(folder, path)
 
+    @property
+    def place(self) -> Path:
+        """Where what is found out about it goes: its folder, or here for an export, which is whole.
+
+        An export may be part of a repository, and its card tells of what lies in it.
+        """
+        return Path() if self.checkpoint.suffix == ".safetensors" else self.folder
+
     def load_net(self, device: str | torch.device = "cpu") -> GPT:
         """The model with the checkpoint's weights, in evaluation mode, in float32.
 

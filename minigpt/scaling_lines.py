@@ -38,6 +38,7 @@ class SizeResult:
     epochs: float | None
     train_loss: float | None  # nats per token
     loss: float | None
+    spread: float | None  # of the validation loss over the runs; None: there is one
     rise: float | None  # of the validation loss, from its lowest to the end
 
     @property
@@ -110,6 +111,30 @@ def study_lines(runs: Iterable[RunResult], replicates: int = REPLICATES) -> list
     return [_line(label, group, replicates) for label, group in groups.items()]
 
 
+def doubts(runs: Iterable[RunResult]) -> list[str]:
+    """Runs of one size on one line that are not seeds of one recipe, a sentence for each."""
+    sizes: dict[tuple[str, int | None], list[RunResult]] = {}
+    for run in by_size(runs):
+        if run.point:
+            sizes.setdefault((run.line, run.parameters), []).append(run)
+    found = []
+    for same in sizes.values():
+        names, first = ", ".join(run.name for run in same), same[0].settings
+        changed = sorted(
+            key
+            for run in same
+            for key in first | run.settings
+            if run.settings.get(key) != first.get(key)
+        )
+        if changed:
+            found.append(
+                f"{names} are taken together, but differ in {', '.join(dict.fromkeys(changed))}."
+            )
+        elif len({run.seed for run in same}) < len(same):
+            found.append(f"{names} are taken together, but some have the same seed.")
+    return found
+
+
 def _line(label: str, runs: list[RunResult], replicates: int) -> Line:
     sizes = _sizes(runs, "parameters")
     fits, foretold = {}, []
@@ -144,6 +169,7 @@ def _size_result(runs: list[RunResult]) -> SizeResult:
         known = [value for value in values if value is not None]
         return fmean(known) if known else None
 
+    losses = [run.loss for run in runs if run.loss is not None]
     return SizeResult(
         model=runs[0].model,
         parameters=runs[0].parameters or 0,
@@ -151,6 +177,7 @@ def _size_result(runs: list[RunResult]) -> SizeResult:
         epochs=mean(run.epochs for run in runs),
         train_loss=mean(run.train_loss for run in runs),
         loss=mean(run.loss for run in runs),
+        spread=max(losses) - min(losses) if len(losses) > 1 else None,
         rise=mean(
             run.loss - run.best_loss
             for run in runs

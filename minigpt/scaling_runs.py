@@ -13,7 +13,7 @@ import io
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -50,6 +50,7 @@ class RunResult:
     perplexity: float | None
     bits_per_byte: float | None
     curve: tuple[tuple[float, float], ...] = ()  # (tokens seen, validation loss)
+    settings: dict[str, Any] = field(default_factory=dict)  # of the recipe, such as data.batch_size
 
     @property
     def name(self) -> str:
@@ -144,6 +145,7 @@ def read_run(path: Path) -> RunResult:
         perplexity=number("val/perplexity"),
         bits_per_byte=number("val/bits_per_byte"),
         curve=tuple(zip(*series(rows, "val/loss"), strict=True)),
+        settings=_settings(config),
     )
 
 
@@ -151,6 +153,21 @@ def _recipe(config: dict[str, Any]) -> str:
     name = (config.get("optimizer") or {}).get("name")
     scale = (config.get("model") or {}).get("embedding_scale")
     return ", ".join(part for part in (name, "plain sum" if scale == 1 else None) if part)
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    groups = {
+        "model": ("dropout", "embedding_scale"),
+        "data": ("batch_size", "holdout", "random_offset", "vocab_size"),
+        "optimizer": tuple(config.get("optimizer") or {}),
+        "trainer": ("accumulate_grad_batches",),
+    }
+    return {
+        f"{group}.{key}": config[group][key]
+        for group, keys in groups.items()
+        for key in keys
+        if key in (config.get(group) or {})
+    }
 
 
 def late_training_loss(rows: list[Row]) -> float | None:

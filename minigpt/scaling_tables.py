@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from minigpt.records import human_count, md_table
 from minigpt.scaling_figures import REFERENCE
 from minigpt.scaling_fit import Fit, Forecast, Interval
-from minigpt.scaling_lines import COUNTED, Line, SizeResult, by_size
+from minigpt.scaling_lines import COUNTED, Line, SizeResult, by_size, doubts
 from minigpt.scaling_runs import RunResult
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def notes(runs: Sequence[RunResult]) -> str:
         "tokens of the full TinyStories corpus, and does not say of which release: a run on other "
         "data or fewer tokens is not like for like."
     )
+    text += "".join(f" **{doubt}**" for doubt in doubts(runs))
     left_out = sum(run.point is None for run in runs)
     if left_out:
         text += f" Not in the figure, because they did not finish: {left_out} of {len(runs)} runs."
@@ -129,8 +130,10 @@ def _recipes_markdown(runs: Sequence[RunResult]) -> list[str]:
         "## Recipes",
         md_table(heads, rows, left=2),
         "Perplexity and bits per byte at the end, the mean of the seeds by its loss, lowest and "
-        "highest perplexity in brackets. The recipe of `experiment=reference` is adamw, plain sum. "
-        "What is reported of the reference is after 104M tokens of the full corpus.",
+        "highest perplexity in brackets. The recipe of `experiment=reference` is adamw, plain sum: "
+        "the reference tells neither its batch nor its learning rate, which are guesses here "
+        "(conf/experiment/reference.yaml), not tuned. What is reported of it is after 104M tokens "
+        "of the full corpus.",
     ]
 
 
@@ -160,13 +163,14 @@ def _line_markdown(line: Line) -> list[str]:
         "### Repetition of the data",
         md_table(
             [
-                "model", "runs", "epochs", "training loss", "validation loss", "gap",
+                "model", "runs", "spread", "epochs", "training loss", "validation loss", "gap",
                 "rise from its lowest", "foretold", "measured − foretold",
             ],
             [_size_cells(size, line.forecasts) for size in line.sizes],
         ),
         "Training loss is the mean of the last 5 % of the run, with dropout on where there is any, "
-        "so that the gap is smaller than it would be without. Each size is foretold by the fit to "
+        "so that the gap is smaller than it would be without. The spread is that of the seeds, "
+        "highest less lowest validation loss. Each size is foretold by the fit to "
         "all smaller ones.",
         f"**{line.verdict}**",
     ]  # fmt: skip
@@ -206,6 +210,7 @@ def _size_cells(size: SizeResult, foretold: Sequence[Forecast]) -> list[str]:
     return [
         size.model,
         str(size.runs),
+        _text(size.spread, ".3f"),
         _text(size.epochs, ".1f"),
         _text(size.train_loss, ".3f"),
         _text(size.loss, ".3f"),

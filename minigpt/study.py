@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,7 @@ from minigpt.coherence import (
 )
 from minigpt.config import UserError
 from minigpt.corpus import bundled_sample
+from minigpt.embedding_map import FewWordsError, caption, embedding_map, write_map
 from minigpt.embeddings import EmbeddingProbe
 from minigpt.fast import accelerate
 from minigpt.generation import SamplingConfig, stream_text
@@ -87,6 +88,8 @@ class Model:
 def write_study(runs: Sequence[Run], out: Path, config: StudyConfig | None = None) -> None:
     """Write coherence.md, .png and .json, samples.md, embeddings.md and .json into `out`.
 
+    And a map of words for each run whose tokenizer has enough of them.
+
     Raises:
         UserError: runs of one name, or whose tokenizers or contexts differ, so that none can be
             scored by another.
@@ -94,8 +97,12 @@ def write_study(runs: Sequence[Run], out: Path, config: StudyConfig | None = Non
     config = config or StudyConfig()
     models = _loaded(runs)
     out.mkdir(parents=True, exist_ok=True)
-    answers = {m.name: analogies.ask(EmbeddingProbe(m.net, m.tokenizer)) for m in models}
-    write_text(out / "embeddings.md", analogies.markdown(answers))
+    probes = {m.name: EmbeddingProbe(m.net, m.tokenizer) for m in models}
+    answers = {name: analogies.ask(probe) for name, probe in probes.items()}
+    maps = _write_maps(probes, out)
+    write_text(
+        out / "embeddings.md", "\n\n".join([analogies.markdown(answers).rstrip(), *maps, ""])
+    )
     write_json(out / "embeddings.json", {n: _answers_json(a) for n, a in answers.items()})
     write_text(out / "samples.md", samples_markdown(models))
     rows = study_rows(models, config)
@@ -125,6 +132,19 @@ def _loaded(runs: Sequence[Run]) -> list[Model]:
         for model in models:
             accelerate(model.net)
     return sorted(models, key=lambda model: model.net.n_parameters)
+
+
+def _write_maps(probes: Mapping[str, EmbeddingProbe], out: Path) -> list[str]:
+    """A map of words for each model, as a PNG; the part of embeddings.md that shows them."""
+    text = []
+    for name, probe in probes.items():
+        try:
+            found = embedding_map(probe)
+            write_map(found, out / f"map-{name}.png")
+            text += [f"![Map of words of {name}](map-{name}.png)", f"{name}: {caption(found)}"]
+        except FewWordsError as error:
+            text.append(f"{name}: no map, {error}")
+    return ["## Maps of words", *text]
 
 
 def _answers_json(answers: Answers) -> dict[str, Any]:
@@ -198,6 +218,9 @@ the same length: what a model is to be held against, and not 100 %.
 - perplexity: of the continuations under {judge.name} ({judge.net.n_parameters:,} parameters), which
   flatters what is likely: low is not good, but near the writers' is.
 - unfinished: share that had not ended where the context did.
+
+The standard error of a share of {config.n} stories is {50 / config.n**0.5:.1f} points at 50 % and
+{30 / config.n**0.5:.1f} at 90 %: rows that differ by less than three of them may do so by chance.
 """
 
 

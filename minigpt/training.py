@@ -37,7 +37,7 @@ from minigpt.loggers import MetricsCsv, extra_loggers, finish_wandb
 from minigpt.module import GPTModule
 from minigpt.peak import matmul_peak
 from minigpt.ranks import Launcher, global_rank, step_name
-from minigpt.records import human_count
+from minigpt.records import human_count, read_summary
 from minigpt.recovery import CheckpointFiles, Checkpoints, full_disk_in_one_line
 from minigpt.report import write_report
 from minigpt.resume import AUTO, Start, alone_in, folder_to_resume, settings
@@ -207,7 +207,9 @@ def _trainer(
         "devices": hardware.devices,  # of each node
         "num_nodes": hardware.num_nodes,
         "precision": hardware.precision,
-        "commit": source_commit(),
+        "commit": ", ".join(
+            dict.fromkeys([*_commits_before(folder), source_commit() or "unknown"])
+        ),
     }
     n_batches = plan.n_steps * job.trainer.accumulate_grad_batches
     metrics = MetricsCsv(folder / METRICS, start_step or None)
@@ -244,6 +246,14 @@ def _trainer(
         shape = dataclasses.asdict(job.model)  # beside `model`, which is the size's name
         logger.log_hyperparams({**dataclasses.asdict(job), "shape": shape, **facts})
     return trainer
+
+
+def _commits_before(folder: Path) -> list[str]:
+    """Those by which earlier parts of the run were trained, as far as its summary tells."""
+    before = None
+    with contextlib.suppress(UserError):  # a broken summary is written anew
+        before = read_summary(folder).get("commit")
+    return before.split(", ") if isinstance(before, str) else []
 
 
 def _strategy(name: str, hardware: Hardware) -> Strategy | str:

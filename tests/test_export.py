@@ -139,7 +139,9 @@ def test_an_export_counts_the_tokens_that_its_checkpoint_has_seen(run, tmp_path)
     assert "| tokens seen in training | 640 |" in (out / "README.md").read_text(encoding="utf-8")
 
 
-def test_an_export_of_own_stories_is_evaluated_on_stories_that_are_given(run, trained, tmp_path):
+def test_an_export_of_own_stories_is_evaluated_on_stories_that_are_given(
+    run, trained, tmp_path, monkeypatch
+):
     out = made(run, tmp_path / "out", format="safetensors", dtype="float32")
     with pytest.raises(UserError, match="does not say where its stories lie: give data=text"):
         evaluate(Run.open(out), QUICK)
@@ -147,7 +149,13 @@ def test_an_export_of_own_stories_is_evaluated_on_stories_that_are_given(run, tr
     data = {"source": "text", "valid_files": [str(trained.parents[1] / "valid.txt")]}
     data["cache_dir"] = str(tmp_path / "cache")
     given = build(EvaluationConfig, {"data": data, "stories": {"prompts": []}, "words": []}, "")
+    before_it = contents(out)
+    monkeypatch.chdir(tmp_path)
     after = evaluate(Run.open(out), given)
+    assert contents(out) == before_it  # it may be part of a repository
+    assert (tmp_path / "evaluation-text.json").is_file()
+    evaluate(Run.open(out), given, out=tmp_path / "new")
+    assert (tmp_path / "new" / "evaluation-text.json").is_file()
     assert (after.perplexity, after.weights) == (before.perplexity, before.weights)
 
 

@@ -26,8 +26,8 @@ ELSEWHERE = {  # shown to work by other tests, or by .ci/run itself
     "python train.py -m experiment=scaling_seeds": "test_sweep.py",
     "python train.py -m experiment=recipe": "test_sweep.py",
     "minigpt study runs/<name>": "test_study.py",
-    "wandb sweep sweeps/scaling.yaml": "test_sweep.py",
-    "wandb agent <the sweep's id>": "test_sweep.py",
+    "wandb sweep sweeps/scaling.yaml": "tests/extra/test_wandb.py",
+    "wandb agent <the sweep's id>": "tests/extra/test_wandb.py",
 }
 
 

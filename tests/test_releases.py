@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 from minigpt.generation import SamplingConfig, stream_text
 from minigpt.runs import Run, weights_fingerprint
 from tests.conftest import ROOT, job
+from tests.test_cli import run_main
 
 RELEASES = sorted(path.parent for path in ROOT.glob("releases/*/model.safetensors"))
 
@@ -43,3 +45,18 @@ def test_a_release_is_what_it_says(folder: Path):
     sampling = SamplingConfig(temperature=0, max_tokens=20)
     story = "".join(stream_text(net, run.load_tokenizer(), "Once upon a time", sampling))
     assert story.startswith(", there was a")
+
+
+def test_every_verb_works_on_a_release_and_leaves_it_alone(tmp_path, monkeypatch, capsys):
+    release = shutil.copytree(RELEASES[0], tmp_path / "release")
+    before = {path.name: path.read_bytes() for path in release.iterdir()}
+    monkeypatch.chdir(tmp_path)
+    for verb in (
+        "generate release --max-tokens 5 --n 2",
+        "probe release --near dad --analogy princess - girl + boy",
+        "export release hf",
+        "scaling release --out scaling",
+    ):
+        assert run_main(monkeypatch, *verb.split()) == 0, capsys.readouterr().err
+    assert {"embedding_map.png", "hf", "scaling"} <= {path.name for path in tmp_path.iterdir()}
+    assert {path.name: path.read_bytes() for path in release.iterdir()} == before

@@ -14,7 +14,7 @@ from minigpt.scaling_figures import (
     scaling_figure,
     tokens_figure,
 )
-from minigpt.scaling_lines import by_size, study_lines
+from minigpt.scaling_lines import by_size, doubts, study_lines
 from minigpt.scaling_runs import find_runs, keep_run, read_run
 from minigpt.scaling_tables import markdown, reference_perplexity
 from tests.run_folder import SUMMARY, write_run
@@ -175,6 +175,8 @@ def test_a_bend_that_comes_with_a_growing_gap_is_laid_to_repetition(study):
     assert [size.epochs for size in line.sizes] == [10] * 5
     assert [size.gap for size in line.sizes] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4], abs=0.011)
     assert [size.rise for size in line.sizes] == pytest.approx([0.03] * 5)
+    assert [size.spread for size in line.sizes[:4]] == pytest.approx([0.02] * 4)
+    assert line.sizes[4].spread is None
     (last,) = line.forecasts
     assert last.measured - last.predicted == pytest.approx(0.19, abs=0.01)
     assert "seen 10.0 times" in line.verdict
@@ -224,6 +226,18 @@ def test_another_optimizer_or_a_plain_sum_is_another_line(tmp_path):
         "text, 328k tokens, muon",
         "text, 328k tokens, adamw, plain sum",
     ]
+
+
+def test_runs_that_are_not_seeds_of_one_recipe_are_said_to_be_taken_together(tmp_path, study):
+    assert doubts(results(study)) == []
+    for name, seed, batch in (("a", 1, 8), ("b", 1, 8), ("c", 2, 16)):
+        run = write_run(tmp_path / "more" / name, seed=seed)
+        text = (run / "config.yaml").read_text() + f"  batch_size: {batch}\n"
+        (run / "config.yaml").write_text(text)
+    runs = results(tmp_path / "more")
+    assert doubts(runs) == ["a, b, c are taken together, but differ in data.batch_size."]
+    assert doubts(runs[:2]) == ["a, b are taken together, but some have the same seed."]
+    assert doubts(runs[1:])[0] in markdown(runs[1:], [])
 
 
 def test_recipes_stand_side_by_side_where_size_data_and_tokens_are_the_same(tmp_path):
@@ -280,7 +294,7 @@ def test_the_file_holds_fits_forecasts_and_the_verdict(study):
     assert line["forecasts"][0]["n"] == WIDTHS[4]
     text = (study / "out/scaling.md").read_text(encoding="utf-8")
     assert f"**{line['verdict']}**" in text
-    assert "| w4 | 1 | 10.0 |" in text
+    assert "| w4 | 1 | – | 10.0 |" in text
 
 
 # ---------------------------------------------------------------------------- kept runs

@@ -198,9 +198,20 @@ def test_a_study_of_two_runs_writes_its_files(tokenizer, tmp_path, monkeypatch):
     assert "\n| smaller | 0.5 | " in (out / "coherence.md").read_text(encoding="utf-8")
     samples = (out / "samples.md").read_text(encoding="utf-8")
     assert samples.count(f"> {study.SAMPLE_PROMPT}") == 6
+    maps = (out / "embeddings.md").read_text(encoding="utf-8").partition("## Maps of words")[2]
+    assert "smaller: no map, only " in maps
     embeddings = json.loads((out / "embeddings.json").read_text(encoding="utf-8"))
     assert list(embeddings) == ["smaller", "larger"]
     assert len(embeddings["larger"]["analogies"]) == 20
+
+
+def test_a_map_is_drawn_of_each_run_whose_words_are_known(tmp_path):
+    words = "mom dad mother father brother sister grandma grandpa"
+    tokenizer = Tokenizer.train([f"the {words}"] * 9, 350)
+    net = GPT(GPTConfig(tokenizer.vocab_size, 8, 16, n_layers=1, n_heads=2, d_ff=16))
+    text = study._write_maps({"one": EmbeddingProbe(net, tokenizer)}, tmp_path)
+    assert (tmp_path / "map-one.png").read_bytes().startswith(b"\x89PNG")
+    assert "![Map of words of one](map-one.png)" in text
 
 
 def test_runs_that_cannot_be_compared_are_refused(tokenizer, tmp_path):

@@ -239,7 +239,11 @@ def test_after_ctrl_c_a_run_goes_on_as_if_it_had_not_stopped(
     whole = train(composed([*tiny, "name=whole"]))
     stopped = stopped_at(step, monkeypatch, tiny)
     assert read_summary(stopped)["status"] == "interrupted"
-    train(composed([f"resume={stopped}"]))
+    commit = read_summary(stopped)["commit"]
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "source_commit", lambda: "a1b2")
+        train(composed([f"resume={stopped}"]))
+    assert read_summary(stopped)["commit"] == f"{commit}, a1b2"
     ends = [
         read_checkpoint(run / "checkpoints/last.ckpt")["state_dict"] for run in (whole, stopped)
     ]
