@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -28,7 +29,7 @@ from minigpt.records import read_summary
 from minigpt.runs import Run, weights_fingerprint
 from minigpt.scaling_runs import find_runs, read_run
 from minigpt.training import train
-from tests.conftest import composed, tiny_overrides
+from tests.conftest import ROOT, composed, tiny_overrides
 from tests.test_cli import run_main
 
 PROMPT = "Once upon a time, Tom"
@@ -227,6 +228,18 @@ def test_the_command_in_the_model_card_composes_to_the_settings_of_the_run(run, 
     assert job.trainer == replace(asked.trainer, **found, accelerator="auto", log_every_n_steps=10)
     assert job.data.batch_size == asked.data.batch_size
     assert job.data.separator == asked.data.separator
+
+
+def test_the_lines_for_lm_eval_write_what_evaluate_py_scores(run, tmp_path, monkeypatch, capsys):
+    guide = (ROOT / "docs/sharing.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(import json.*?)```", guide, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("runs/<name>", str(run)), {})
+    first = int(capsys.readouterr().out.removeprefix("ID: "))
+    tokenizer = Run.open(run).load_tokenizer()
+    (line,) = (tmp_path / "stories.jsonl").read_text(encoding="utf-8").splitlines()
+    text = tokenizer.decode([first]) + json.loads(line)["text"]
+    assert text.split("<|endoftext|>")[:-1] == list(bundled_sample().stories("valid"))
 
 
 # ---------------------------------------------------------------------------- the folder
