@@ -114,7 +114,8 @@ def _recipes_markdown(runs: Sequence[RunResult]) -> list[str]:
     cases: dict[tuple[int, str, str], dict[str, list[RunResult]]] = {}
     for run in by_size(runs):
         if run.point and run.parameters and run.loss is not None:
-            case = run.parameters, run.data, human_count(run.tokens)
+            tokens = human_count(float(f"{run.tokens:.2g}"))  # steps of any size end near enough
+            case = run.parameters, run.data, tokens
             cases.setdefault(case, {}).setdefault(run.recipe, []).append(run)
     compared = {case: found for case, found in cases.items() if len(found) > 1}
     if not compared:

@@ -86,6 +86,6 @@ def test_the_vocabulary_of_the_model_follows_the_tokenizer():
 def test_the_evaluation_config_composes_with_and_without_another_corpus():
     for overrides in ([], ["data=text", "data.valid_files=[a.txt]"]):
         plain: Any = OmegaConf.to_container(composed(["ckpt=x", *overrides], "evaluate"))
-        del plain["ckpt"]
+        del plain["ckpt"], plain["out"]
         made = build(EvaluationConfig, plain, "")
         assert (made.data is not None) == bool(overrides)
