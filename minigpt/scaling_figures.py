@@ -82,6 +82,9 @@ def scaling_figure(runs: Iterable[RunResult], fits: Mapping[str, Fit]) -> Figure
 
     A bar spans the lowest and the highest run of a size where there are several.
     """
+    runs = list(runs)
+    sources = {run.data for run in runs}
+    common = f"{sources.pop()}, " if len(sources) == 1 else ""  # which no label has to repeat
     figure, axes = _axes("parameters", "Perplexity against model size")
     _reference(axes, {r.parameters: r.perplexity for r in REFERENCE})
     for i, (label, line) in enumerate(curves(runs).items()):
@@ -91,25 +94,28 @@ def scaling_figure(runs: Iterable[RunResult], fits: Mapping[str, Fit]) -> Figure
             [point.highest - point.perplexity for point in line],
         ]
         law = fits.get(label)
-        form = "o" if law else "o-"
-        axes.errorbar(x, y, bars, fmt=form, color=f"C{i}", capsize=4, markersize=7, label=label)
+        form, said = "o" if law else "o-", label.removeprefix(common)
+        axes.errorbar(x, y, bars, fmt=form, color=f"C{i}", capsize=4, markersize=7, label=said)
         if law:
             wide = np.geomspace(min(x) / 1.15, max(x) * 1.15, 100)
             drawn = [perplexity(law.loss(n)) for n in wide]
             name = f"L = {law.e:.2f} + {_power(law.a)} / N$^{{{law.alpha:.2f}}}$"
             axes.plot(wide, drawn, "-", color=f"C{i}", linewidth=1.2, label=name)
-        _label(axes, zip(x, y, strict=True), "below")
+        _label(axes, zip(x, y, strict=True), "below" if law else "beside")
     return _finished(figure, axes)
 
 
 def tokens_figure(runs: Sequence[RunResult]) -> Figure:
-    """Against tokens seen: the validation curve of each finished run, coloured by size."""
+    """Against tokens seen: the validation curve of each finished run, coloured by size.
+
+    Recipes other than that of most runs are dashed.
+    """
     figure, axes = _axes("tokens seen", "Perplexity against tokens seen")
     _reference_points(axes, [(r.tokens, r.perplexity) for r in REFERENCE])
-    for run, colour, label in _coloured(runs):
+    for run, colour, line, label in _coloured(runs):
         x, y = zip(*run.curve, strict=True)
         axes.plot(
-            x, list(map(perplexity, y)), ".-", color=colour, linewidth=1.2, markersize=4,
+            x, list(map(perplexity, y)), f".{line}", color=colour, linewidth=1.2, markersize=4,
             label=label,
         )  # fmt: skip
         axes.plot(x[-1], perplexity(y[-1]), "o", color=colour, markersize=7)
@@ -120,29 +126,33 @@ def compute_figure(runs: Sequence[RunResult]) -> Figure:
     """Against floating-point operations of training: ends of runs large, the way there faint."""
     figure, axes = _axes("FLOPs of training", "Perplexity against compute")
     _reference_points(axes, [(r.flops_per_token * r.tokens, r.perplexity) for r in REFERENCE])
-    for run, colour, label in _coloured([run for run in runs if run.flops_per_token]):
+    for run, colour, line, label in _coloured([run for run in runs if run.flops_per_token]):
         x, y = zip(*run.curve, strict=True)
         flops = [(run.flops_per_token or 0) * tokens for tokens in x]
         drawn = list(map(perplexity, y))
-        axes.plot(flops, drawn, "-", color=colour, linewidth=1, alpha=0.5)
+        axes.plot(flops, drawn, line, color=colour, linewidth=1, alpha=0.5)
         axes.plot(flops[-1], drawn[-1], "o", color=colour, markersize=7, label=label)
     return _finished(figure, axes)
 
 
-def _coloured(runs: Sequence[RunResult]) -> list[tuple[RunResult, Any, str]]:
-    """The finished runs that have a curve, a colour for each size, a label for its first run."""
+def _coloured(runs: Sequence[RunResult]) -> list[tuple[RunResult, Any, str, str]]:
+    """The finished runs that have a curve: colour by size, line by recipe, label of the first."""
     from matplotlib import colormaps
 
     runs = sorted((r for r in runs if r.point and r.curve), key=lambda r: r.parameters or 0)
     sizes = sorted({run.parameters or 0 for run in runs})
     colours = colormaps["viridis"](np.linspace(0, 0.92, max(1, len(sizes))))
-    seen: set[int] = set()
+    recipes = [run.recipe for run in runs]
+    usual = max(recipes, key=recipes.count, default="")
+    seen: set[str] = set()
     found = []
     for run in runs:
         size = run.parameters or 0
-        label = "_" if size in seen else f"{run.model}, {human_count(size)}"  # "_": no entry
-        seen.add(size)
-        found.append((run, colours[sizes.index(size)], label))
+        label = f"{run.model}, {human_count(size)}"
+        label += "" if run.recipe == usual else f", {run.recipe}"
+        line = "-" if run.recipe == usual else "--"
+        found.append((run, colours[sizes.index(size)], line, "_" if label in seen else label))
+        seen.add(label)  # "_": no entry
     return found
 
 
@@ -152,7 +162,7 @@ def _coloured(runs: Sequence[RunResult]) -> list[tuple[RunResult, Any, str]]:
 def _axes(xlabel: str, title: str) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure  # here: slow to import; not pyplot: no global figures
 
-    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
+    figure = Figure(figsize=(9.6, 4.8), layout="constrained")
     axes = figure.add_subplot()
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -176,7 +186,7 @@ def _finished(figure: Figure, axes: Axes) -> Figure:
         axis.set_major_locator(LogLocator(subs=subs if decades < 2.5 else (1,)))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -185,8 +195,10 @@ def _count(value: float) -> str:
 
 
 def _power(a: float) -> str:
-    """`a` for a legend: 842, or 3.1e6."""
-    return f"{a:.3g}" if a < 1e4 else f"{a:.1e}".replace("e+0", "e").replace("e+", "e")
+    """`a` for a legend: 8.42, 842, 1086, or 3.1e6."""
+    if a < 1e4:
+        return f"{a:.3g}" if a < 1e3 else f"{a:.0f}"
+    return f"{a:.1e}".replace("e+0", "e").replace("e+", "e")
 
 
 def _reference(axes: Axes, points: Mapping[int, float]) -> None:
@@ -202,18 +214,18 @@ def _reference_points(axes: Axes, points: Sequence[tuple[float, float]]) -> None
 
 
 def _label(
-    axes: Axes, points: Iterable[tuple[float, float]], side: Literal["above", "below"]
+    axes: Axes, points: Iterable[tuple[float, float]], side: Literal["above", "below", "beside"]
 ) -> None:
     """Write each perplexity beside its point: on the other side than the other curve's."""
-    above = side == "above"
+    place = {"above": (7, 5), "below": (-7, -5), "beside": (7, -5)}[side]
     for size, value in points:
         axes.annotate(
             f"{value:.2f}",
             (size, value),
             textcoords="offset points",
-            xytext=(7, 5) if above else (-7, -5),
-            ha="left" if above else "right",
-            va="bottom" if above else "top",
+            xytext=place,
+            ha="left" if place[0] > 0 else "right",
+            va="bottom" if place[1] > 0 else "top",
             fontsize=9,
             color=INK,
         )
