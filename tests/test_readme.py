@@ -1,5 +1,6 @@
 """What the README tells people to type is typed here, with a tiny corpus and budget."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -92,6 +93,24 @@ def test_quickstart_trains_and_then_evaluates(place: Path, tiny: list[str]):
     out = typed(re.sub(r"^\S+", "python", evaluate), place)
     for wanted in ("perplexity", "temperature 0.8", "princess − girl + boy", "report:"):
         assert wanted in out
+
+
+ROW = re.compile(
+    r"\| (small|medium|large), [^|]*\| (\d+M) \| \**([\d.]+)\** \| ([\d.]+) \| [\d.]+ \| .* \|"
+)
+
+
+def test_the_results_are_those_of_the_runs_that_are_kept():
+    kept = {}
+    for path in ROOT.glob("docs/results/runs/*/summary.json"):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        if run["seed"] == 1 and not path.parent.name.startswith("reference"):
+            numbers = f"{run['val/perplexity']:.2f}", f"{run['val/bits_per_byte']:.3f}"
+            kept[run["model"], f"{run['tokens'] / 1e6:.0f}M"] = numbers
+    rows = {(m[1], m[2]): (m[3], m[4]) for m in map(ROW.fullmatch, README.splitlines()) if m}
+    assert len(rows) >= 4
+    for what, numbers in rows.items():
+        assert numbers == kept[what], what
 
 
 def test_files_that_the_readme_links_to_are_there():
