@@ -120,16 +120,14 @@ def doubts(runs: Iterable[RunResult]) -> list[str]:
     found = []
     for same in sizes.values():
         names, first = ", ".join(run.name for run in same), same[0].settings
-        changed = sorted(
+        changed = {
             key
             for run in same
             for key in first | run.settings
             if run.settings.get(key) != first.get(key)
-        )
+        }
         if changed:
-            found.append(
-                f"{names} are taken together, but differ in {', '.join(dict.fromkeys(changed))}."
-            )
+            found.append(f"{names} are taken together, but differ in {', '.join(sorted(changed))}.")
         elif len({run.seed for run in same}) < len(same):
             found.append(f"{names} are taken together, but some have the same seed.")
     return found

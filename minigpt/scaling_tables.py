@@ -64,7 +64,7 @@ def notes(runs: Sequence[RunResult]) -> str:
         "tokens of the full TinyStories corpus, and does not say of which release: a run on other "
         "data or fewer tokens is not like for like."
     )
-    text += "".join(f" **{doubt}**" for doubt in doubts(runs))
+    text += "".join(f" {doubt}" for doubt in doubts(runs))
     left_out = sum(run.point is None for run in runs)
     if left_out:
         text += f" Not in the figure, because they did not finish: {left_out} of {len(runs)} runs."
