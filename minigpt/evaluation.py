@@ -296,7 +296,7 @@ def evaluate(
     For an export it is the current folder.
 
     Device: the best here. Precision: the one it was trained in, so that the loss is the one that
-    training logged.
+    training logged; float32 where this machine would only emulate that.
 
     Raises:
         UserError: no run, a damaged checkpoint, a corpus that cannot be read, a wrong setting.
@@ -314,6 +314,9 @@ def evaluate(
     asked = own.get("trainer", {}).get("precision", "auto")
     precision = read_summary(run.folder).get("precision", asked)
     hardware = Hardware.find("auto", "1", 1, precision)
+    if hardware.emulated:
+        log.info("computed in 32-true, not %s: this CPU has no native bfloat16", precision)
+        hardware = Hardware.find("auto", "1", 1, "32-true")
     net, tokenizer = accelerate(net.to(hardware.accelerator)), run.load_tokenizer()
 
     split = prepare_split(open_corpus(settings), "valid", tokenizer, settings.cache_dir)

@@ -14,6 +14,7 @@ from minigpt.hardware import Hardware
 from minigpt.runs import write_json
 
 _SIDE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # of the matrices: large enough to reach the peak
+_ENOUGH = 0.1  # seconds of one product that leave no doubt about the speed
 _TRIES = 7
 _DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": torch.float32}
 
@@ -21,11 +22,13 @@ _DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": t
 def matmul_peak(hardware: Hardware, cache_dir: Path) -> float:
     """FLOP/s of one device, multiplying square matrices in the dtype that the run multiplies in.
 
-    Measured once for each host, device, dtype and number of threads: the fastest of seven products,
-    half a second on a CPU. Kept in matmul_peak.json below `cache_dir`; delete it to measure again.
+    Measured once for each host, device, dtype and number of threads: the fastest of a few
+    products, one or two seconds on a CPU. Kept in matmul_peak.json below `cache_dir`; delete it to
+    measure again.
     """
     accelerator, dtype = hardware.accelerator, _DTYPES[hardware.precision]
-    name = torch.cuda.get_device_name() if accelerator == "cuda" else platform.machine()
+    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    name = torch.cuda.get_device_name() if accelerator == "cuda" else cpu
     tf32 = torch.get_float32_matmul_precision() if dtype == torch.float32 else ""
     parts = (platform.node(), accelerator, name, str(dtype), tf32, str(torch.get_num_threads()))
     key, path = " ".join(filter(None, parts)), cache_dir / "matmul_peak.json"
@@ -38,16 +41,22 @@ def matmul_peak(hardware: Hardware, cache_dir: Path) -> float:
 
 
 def _measure(accelerator: str, dtype: torch.dtype) -> float:
-    side = _SIDE[accelerator]
+    # From small to large, so that a dtype the device only emulates does not take minutes.
+    side, seconds = 256, _multiply(256, accelerator, dtype)
+    while side < _SIDE[accelerator] and seconds < _ENOUGH:
+        side *= 2
+        seconds = _multiply(side, accelerator, dtype)
+    return 2 * side**3 / min(seconds, *(_multiply(side, accelerator, dtype) for _ in range(_TRIES)))
+
+
+def _multiply(side: int, accelerator: str, dtype: torch.dtype) -> float:
+    """Seconds of one product of square matrices."""
     a = torch.full((side, side), 0.5, dtype=dtype, device=accelerator)
-    seconds = []
-    for _ in range(_TRIES + 1):
-        start = time.perf_counter()
-        torch.mm(a, a)
-        if accelerator != "cpu":
-            getattr(torch, accelerator).synchronize()
-        seconds.append(time.perf_counter() - start)
-    return 2 * side**3 / min(seconds[1:])  # the first one warms up
+    start = time.perf_counter()
+    torch.mm(a, a)
+    if accelerator != "cpu":
+        getattr(torch, accelerator).synchronize()
+    return time.perf_counter() - start
 
 
 def _read(path: Path) -> dict[str, Any]:

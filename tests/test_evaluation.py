@@ -1,5 +1,6 @@
 import io
 import json
+import logging
 import math
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 import yaml
 from rich.console import Console
 
+from minigpt import hardware
 from minigpt.config import UserError, build
 from minigpt.data import DataConfig, TokenWindows
 from minigpt.evaluation import (
@@ -177,6 +179,17 @@ def test_a_run_is_all_that_evaluation_needs(run):
     assert written == json.loads(json.dumps(asdict(found)))
     again = evaluate(Run.open(run), SHORT)
     assert again == found  # the same seed, the same stories
+
+
+@pytest.mark.parametrize(("native", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_a_run_of_bfloat16_is_evaluated_so_where_that_is_native(
+    run, native, precision, monkeypatch, caplog
+):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(hardware, "cpu_has_bfloat16", lambda: native)
+    (run / "summary.json").write_text('{"precision": "bf16-mixed"}')
+    assert evaluate(Run.open(run), SHORT).precision == precision
+    assert ("no native bfloat16" in caplog.text) is not native
 
 
 def test_prompts_do_not_share_their_random_numbers(run):

@@ -9,16 +9,28 @@ from minigpt.ranks import global_rank
 
 @pytest.mark.parametrize(("native", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
 def test_a_cpu_trains_in_bfloat16_only_where_it_is_native(monkeypatch, native, precision):
-    monkeypatch.setattr(hardware, "_cpu_has_bfloat16", lambda: native)
+    monkeypatch.setattr(hardware, "cpu_has_bfloat16", lambda: native)
     found = Hardware.find("cpu", "auto", 1, "auto")
     assert (found.precision, found.devices) == (precision, 1)
     assert "bfloat16" in found.why
 
 
-def test_float16_on_a_cpu_is_bfloat16_and_says_so():
+@pytest.mark.parametrize(("native", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_float16_on_a_cpu_becomes_what_it_has_and_says_so(monkeypatch, native, precision):
+    monkeypatch.setattr(hardware, "cpu_has_bfloat16", lambda: native)
     found = Hardware.find("cpu", "auto", 1, "16-mixed")
-    assert found.precision == "bf16-mixed"
+    assert found.precision == precision
     assert "16-mixed was asked for" in found.why
+    assert not found.emulated
+
+
+def test_bfloat16_that_is_asked_for_is_used_and_the_log_says_if_it_is_slow(monkeypatch):
+    for native, why in (True, "as asked for"), (False, "does not multiply bfloat16 natively"):
+        monkeypatch.setattr(hardware, "cpu_has_bfloat16", lambda native=native: native)
+        found = Hardware.find("cpu", "auto", 1, "bf16-mixed")
+        assert found.precision == "bf16-mixed"
+        assert why in found.why
+        assert found.emulated is not native
 
 
 @pytest.mark.parametrize(("native", "precision"), [(True, "bf16-mixed"), (False, "16-mixed")])

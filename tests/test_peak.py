@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 
 from minigpt import peak
 from minigpt.hardware import Hardware
@@ -24,3 +25,15 @@ def test_each_dtype_has_its_own_and_a_damaged_file_is_made_again(tmp_path, monke
         assert matmul_peak(CPU, tmp_path) == 4.0
         assert matmul_peak(Hardware.find("cpu", "1", 1, "bf16-mixed"), tmp_path) == 2.0
         assert sorted(json.loads(kept.read_text()).values()) == [2.0, 4.0]
+
+
+def test_a_dtype_that_is_slow_is_measured_on_small_matrices(monkeypatch):
+    sides = []
+
+    def multiply(side: int, accelerator: str, dtype: torch.dtype) -> float:
+        sides.append(side)
+        return side / 1000  # seconds: as if each product grew with its side alone
+
+    monkeypatch.setattr(peak, "_multiply", multiply)
+    assert peak._measure("cpu", torch.bfloat16) == 2 * 256**3 / 0.256
+    assert set(sides) == {256}
