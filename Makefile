@@ -18,7 +18,7 @@ quickstart: .venv/installed
 	@echo "         $(BIN)/python train.py --help"
 
 test: lint audit
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # ---- what needs more than Python packages, or minutes; .ci/run runs all but the last
 

@@ -14,7 +14,7 @@ from minigpt.hardware import Hardware
 from minigpt.runs import write_json
 
 _SIDE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # of the matrices: large enough to reach the peak
-_ENOUGH = 0.1  # seconds of one product that leave no doubt about the speed
+_ENOUGH = 0.015  # seconds of one product: larger matrices would tell no more
 _TRIES = 7
 _DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": torch.float32}
 
@@ -23,8 +23,8 @@ def matmul_peak(hardware: Hardware, cache_dir: Path) -> float:
     """FLOP/s of one device, multiplying square matrices in the dtype that the run multiplies in.
 
     Measured once for each host, device, dtype and number of threads: the fastest of a few
-    products, one or two seconds on a CPU. Kept in matmul_peak.json below `cache_dir`; delete it to
-    measure again.
+    products, a fifth to half a second on a CPU. Kept in matmul_peak.json below `cache_dir`; delete
+    it to measure again.
     """
     accelerator, dtype = hardware.accelerator, _DTYPES[hardware.precision]
     cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

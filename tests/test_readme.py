@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from minigpt.training import train
+from tests.commands import run
 from tests.conftest import ROOT, composed, write_stories
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -47,13 +48,10 @@ def small(tiny: list[str]) -> str:
 
 def typed(command: str, place: Path) -> str:
     words = shlex.split(command)
-    if words[0] == "python":
-        words[:2] = [sys.executable, str(ROOT / words[1])]
-    else:
-        words[0] = str(Path(sys.executable).with_name(words[0]))
-    done = subprocess.run(words, cwd=place, capture_output=True, text=True, encoding="utf-8")
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout + done.stderr
+    program, arguments = (words[1], words[2:]) if words[0] == "python" else (words[0], words[1:])
+    done = run(program, arguments, place)
+    assert done.code == 0, f"{command}\n{done.out}\n{done.err}"
+    return done.out + done.err
 
 
 TYPED = [command for command in COMMANDS if command and command not in ELSEWHERE]
