@@ -24,11 +24,14 @@ from torch import Tensor
 from training import write_json
 
 from minigpt.generation import SamplingConfig, generate, sample, seeded_generator
+from minigpt.hardware import cpu_has_bfloat16
 from minigpt.model import GPT, GPTConfig
 
 PROMPT = 16  # tokens; the prompt and what follows fill the context, and no more: GPT-2 cannot
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PEER = ("float32", "bfloat16")  # float16 multiplies at a tenth of the speed there: not its best
+PEER = ["float32", "bfloat16"]  # float16 multiplies at a tenth of the speed there: not its best
+if not cpu_has_bfloat16():  # it is emulated there, at a hundredth of the speed
+    del DTYPES["bfloat16"], PEER[1]
 Candidate = Callable[[], int]  # writes tokens, and says how many
 
 

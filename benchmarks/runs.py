@@ -7,7 +7,8 @@
 - Tokens per second of `python train.py` with everything on (log file, csv logger, checkpoints,
   progress) beside its bare step in a loop, with the same optimizer; in turns.
 - The training loss of the small model after 200 steps on the bundled stories, with the fast pieces
-  in bfloat16 and with the plain ones in float32: same seed, same batches.
+  in bfloat16 (float32 where that is not native) and with the plain ones in float32: same seed,
+  same batches.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from training import ROOT, Candidate, shape_of, write_json
+from training import ROOT, Candidate, precisions, shape_of, write_json
 
 STEPS, LAST = 200, 20  # of the curves: how long, and how many losses make the final one
 
@@ -78,7 +79,7 @@ def _seconds_to_first_step() -> float:
 
 def against_bare_step(rounds: int) -> dict[str, float]:
     """Tokens per second: `rounds` times a run of 24 steps and nine bare ones."""
-    bare, logged = Candidate("muon", 256, 32, 256, "bf16"), []
+    bare, logged = Candidate("muon", 256, 32, 256, precisions()[-1]), []
     for _ in range(3):
         bare.step(keep=False)
     for _ in range(rounds):
@@ -110,7 +111,7 @@ def curves() -> dict[str, float]:
     """The mean training loss of the last 20 of 200 steps: fast, plain, and how far apart."""
     fast, plain = (statistics.fmean(_losses(fast)[-LAST:]) for fast in (True, False))
     return {
-        "training loss, fast pieces, bfloat16": fast,
+        f"training loss, fast pieces, {precisions()[-1]}": fast,
         "training loss, plain pieces, float32": plain,
         "difference of the training losses": abs(fast - plain) / plain,
     }
@@ -133,14 +134,15 @@ def _losses(fast: bool) -> list[float]:
         accelerate(net)
         net.loss = sharded_loss(net)
     config = OptimizerConfig(warmup_steps=20)
-    dtype = torch.bfloat16 if fast else torch.float32
+    half = fast and precisions()[-1] == "bf16"
+    dtype = torch.bfloat16 if half else torch.float32
     optimizer = make_optimizer(net, config, 128, dtype=dtype)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: lr_factor(step, STEPS, config.warmup_steps, 0.0, "linear")
     )
     losses = []
     for ids, targets in data.train_dataloader():
-        with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
             loss = net.loss(ids, targets)
         optimizer.zero_grad()
         loss.backward()

@@ -6,6 +6,7 @@
 
 Every candidate is a process of its own that makes one step whenever it is told to, so that they
 take turns within one run, each with the memory allocator it has in real use. Times are medians.
+A CPU without native bfloat16 is measured in float32 alone.
 `--out` names a folder for training.json and, of a sweep, training-sweep.png.
 """
 
@@ -171,30 +172,44 @@ def peak_flops(candidate: Candidate) -> float:
     return 10 * 2 * 2048**3 / candidate.median
 
 
+def precisions() -> list[str]:
+    """What this CPU multiplies natively; the last is the fastest."""
+    from minigpt.hardware import cpu_has_bfloat16
+
+    return ["float32", "bf16"] if cpu_has_bfloat16() else ["float32"]
+
+
 def compare(rounds: int) -> dict[str, Any]:
     """The table of docs/performance.md."""
-    c = {f"ours {size}": Candidate("ours", d, 32, 256, "bf16") for size, d in WIDTHS.items()}
-    c["ours medium float32"] = Candidate("ours", 256, 32, 256, "float32")
-    c["peer medium float32"] = Candidate("peer", 256, 32, 256, "float32")
-    c["peer medium bf16"] = Candidate("peer", 256, 32, 256, "bf16")
-    c["peak bf16"] = Candidate("peak", 2048, 1, 1, "bf16")
-    c["peak float32"] = Candidate("peak", 2048, 1, 1, "float32")
+    best = precisions()[-1]
+    c = {f"ours {size}": Candidate("ours", d, 32, 256, best) for size, d in WIDTHS.items()}
+    if best != "float32":
+        c["ours medium float32"] = Candidate("ours", 256, 32, 256, "float32")
+    for precision in precisions():
+        c[f"peer medium {precision}"] = Candidate("peer", 256, 32, 256, precision)
+        c[f"peak {precision}"] = Candidate("peak", 2048, 1, 1, precision)
     measure(c, rounds)
-    peak, ours = peak_flops(c["peak bf16"]), c["ours medium"]
+    peaks = {precision: peak_flops(c[f"peak {precision}"]) for precision in precisions()}
     rate = {name: x.tokens_per_second for name, x in c.items() if not name.startswith("peak")}
+    ours, peers = c["ours medium"], {p: c[f"peer medium {p}"] for p in precisions()}
+    float32 = rate.get("ours medium float32", rate["ours medium"])
     return {
-        "peak bf16 GFLOP/s": peak / 1e9,
-        "peak float32 GFLOP/s": peak_flops(c["peak float32"]) / 1e9,
+        **{f"peak {p} GFLOP/s": peak / 1e9 for p, peak in peaks.items()},
         **{f"tokens per second, {name}": value for name, value in rate.items()},
         **{
-            f"share of bf16 peak, {size}": rate[f"ours {size}"] * flops_per_token(d, 256) / peak
+            f"share of {best} peak, {size}": rate[f"ours {size}"]
+            * flops_per_token(d, 256)
+            / peaks[best]
             for size, d in WIDTHS.items()
         },
-        "speed against peer float32": ours.tokens_per_second / rate["peer medium float32"],
-        "speed against peer bf16": ours.tokens_per_second / rate["peer medium bf16"],
-        "float32 against peer float32": rate["ours medium float32"] / rate["peer medium float32"],
-        "memory against peer float32": ours.memory_mb / c["peer medium float32"].memory_mb,
-        "memory against peer bf16": ours.memory_mb / c["peer medium bf16"].memory_mb,
+        **{
+            f"speed against peer {p}": ours.tokens_per_second / peer.tokens_per_second
+            for p, peer in peers.items()
+        },
+        "float32 against peer float32": float32 / rate["peer medium float32"],
+        **{
+            f"memory against peer {p}": ours.memory_mb / peer.memory_mb for p, peer in peers.items()
+        },
     }
 
 
@@ -206,8 +221,8 @@ def sweep(rounds: int) -> list[dict[str, Any]]:
     rows = []
     for name, d_model, batch, context in cases:
         both = {
-            "ours": Candidate("ours", d_model, batch, context, "bf16"),
-            "peak": Candidate("peak", 2048, 1, 1, "bf16"),
+            "ours": Candidate("ours", d_model, batch, context, precisions()[-1]),
+            "peak": Candidate("peak", 2048, 1, 1, precisions()[-1]),
         }
         measure(both, rounds)
         flops = both["ours"].tokens_per_second * flops_per_token(d_model, context)
@@ -253,7 +268,7 @@ def profile(steps: int = 5) -> None:
     from torch.profiler import profile as profiler
 
     torch.set_num_threads(1)  # or the profiler would not see the threads of the shards
-    step = _ours(256, 8, 256, "bf16")
+    step = _ours(256, 8, 256, precisions()[-1])
     for _ in range(3):
         step()
     with profiler(activities=[ProfilerActivity.CPU]) as found:

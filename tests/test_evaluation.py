@@ -2,8 +2,6 @@ import io
 import json
 import logging
 import math
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,8 +28,8 @@ from minigpt.evaluation_tables import show
 from minigpt.model import GPT, GPTConfig
 from minigpt.runs import Run
 from minigpt.tokenizer import Tokenizer
+from tests import commands
 
-ROOT = Path(__file__).parent.parent
 STORIES = [f"The {a} saw a {b}. [{a}]" for a in ("dog", "cat") for b in ("fox", "hen", "pig")] * 5
 TINY = GPTConfig(vocab_size=290, context_length=16, d_model=16, n_layers=2, n_heads=2, d_ff=16)
 
@@ -226,20 +224,16 @@ def test_what_is_shown_holds_the_numbers_and_takes_no_brackets_for_colours(run):
     assert "[crocodile]" in text
 
 
-def evaluate_py(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "evaluate.py"), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8")
-
-
 def test_the_command_prints_the_evaluation_and_leaves_no_folders_behind(run, tmp_path):
     before = {path.name for path in tmp_path.iterdir()} | {"cache"}
     x = write_text_corpus(tmp_path / "x.txt", ["The hen saw a pig."])
-    done = evaluate_py(
+    overrides = [
         "ckpt=runs/tiny", "data=text", f"data.valid_files=[{x}]", "stories.max_tokens=5",
-        f"data.cache_dir={tmp_path / 'cache'}", "stride=4", cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "perplexity" in done.stdout
+        f"data.cache_dir={tmp_path / 'cache'}", "stride=4",
+    ]  # fmt: skip
+    done = commands.run("evaluate.py", overrides, tmp_path)
+    assert done.code == 0, done.err
+    assert "perplexity" in done.out
     written = json.loads((run / "evaluation-text-stride4.json").read_text(encoding="utf-8"))
     assert written["stride"] == 4
     assert written["data"]["valid_files"] == [x]
@@ -247,7 +241,7 @@ def test_the_command_prints_the_evaluation_and_leaves_no_folders_behind(run, tmp
 
 
 def test_the_command_without_a_run_says_what_to_type(tmp_path):
-    done = evaluate_py(cwd=tmp_path)
-    assert done.returncode == 2
+    done = commands.run("evaluate.py", [], tmp_path)
+    assert done.code == 2
     expected = "give the run to evaluate: python evaluate.py ckpt=runs/<name>"
-    assert done.stderr.strip() == f"error: {expected}"
+    assert done.err.strip() == f"error: {expected}"
