@@ -42,21 +42,23 @@ def matmul_peak(hardware: Hardware, cache_dir: Path) -> float:
 
 def _measure(accelerator: str, dtype: torch.dtype) -> float:
     # From small to large, so that a dtype the device only emulates does not take minutes.
-    side, seconds = 256, _multiply(256, accelerator, dtype)
-    while side < _SIDE[accelerator] and seconds < _ENOUGH:
+    side = 256
+    while side < _SIDE[accelerator] and _fastest(side, accelerator, dtype, 2) < _ENOUGH:
         side *= 2
-        seconds = _multiply(side, accelerator, dtype)
-    return 2 * side**3 / min(seconds, *(_multiply(side, accelerator, dtype) for _ in range(_TRIES)))
+    return 2 * side**3 / _fastest(side, accelerator, dtype, _TRIES + 1)
 
 
-def _multiply(side: int, accelerator: str, dtype: torch.dtype) -> float:
-    """Seconds of one product of square matrices."""
+def _fastest(side: int, accelerator: str, dtype: torch.dtype, tries: int) -> float:
+    """Seconds of the fastest of some products of square matrices; the first one warms up."""
     a = torch.full((side, side), 0.5, dtype=dtype, device=accelerator)
-    start = time.perf_counter()
-    torch.mm(a, a)
-    if accelerator != "cpu":
-        getattr(torch, accelerator).synchronize()
-    return time.perf_counter() - start
+    seconds = []
+    for _ in range(tries):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        if accelerator != "cpu":
+            getattr(torch, accelerator).synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """train.py and evaluate.py as they are typed: help in no time. Mistakes: test_bad_input.py."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,13 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("program", ["train.py", "evaluate.py"])
 def test_help_shows_what_people_need_and_does_not_keep_them_waiting(program: str):
+    before = os.times()
     done = run("-X", "importtime", program, "--help")
+    after = os.times()
+    # Of the processor, so that other work on it does not count.
+    assert after.children_user + after.children_system < before.children_user + (
+        before.children_system + 4
+    )
     assert done.returncode == 0
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "hydra" in imported

@@ -30,10 +30,17 @@ def test_each_dtype_has_its_own_and_a_damaged_file_is_made_again(tmp_path, monke
 def test_a_dtype_that_is_slow_is_measured_on_small_matrices(monkeypatch):
     sides = []
 
-    def multiply(side: int, accelerator: str, dtype: torch.dtype) -> float:
+    def fastest(side: int, accelerator: str, dtype: torch.dtype, tries: int) -> float:
         sides.append(side)
-        return side / 1000  # seconds: as if each product grew with its side alone
+        return side / 1000 if dtype == torch.bfloat16 else side / 1e6  # seconds
 
-    monkeypatch.setattr(peak, "_multiply", multiply)
+    monkeypatch.setattr(peak, "_fastest", fastest)
     assert peak._measure("cpu", torch.bfloat16) == 2 * 256**3 / 0.256
     assert set(sides) == {256}
+    assert peak._measure("cpu", torch.float32) == 2 * 2048**3 / 0.002048
+
+
+def test_a_first_product_that_starts_the_library_does_not_count(monkeypatch):
+    clock = iter([0.0, 9.0, 9.0, 9.5])
+    monkeypatch.setattr(peak.time, "perf_counter", lambda: next(clock))
+    assert peak._fastest(4, "cpu", torch.float32, 2) == 0.5

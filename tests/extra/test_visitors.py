@@ -31,10 +31,10 @@ def test_ten_visitors_at_once_all_get_a_story(served: Served):
         told = list(pool.map(lambda prompt: write(served.url, prompt, 60), prompts))
     for prompt, story in zip(prompts, told, strict=True):
         assert f'<span class="prompt">{prompt}</span>' in story
+        # Nobody has a seed: a story may end soon, and then says so.
+        assert story.count('class="token') > 5 or "The story ended" in story
         assert 'class="note"' in story
-    lengths = [story.count('class="token') for story in told]
-    assert min(lengths) > 0  # nobody has a seed: a story may end soon, but ten will not
-    assert sum(lengths) > 100
+    assert sum(story.count('class="token') for story in told) > 100
     assert served.reached_out() == ""
 
 
