@@ -174,6 +174,7 @@ class DataModule(L.LightningDataModule):
         n_steps: optimizer steps of the whole run: what `train_dataloader` has batches for.
         seed: of the training order.
         start_step: the step at which a resumed run goes on.
+        given: encode by this tokenizer; None: by one trained on the training split.
     """
 
     tokenizer: Tokenizer
@@ -187,8 +188,10 @@ class DataModule(L.LightningDataModule):
         n_steps: int,
         seed: int,
         start_step: int = 0,
+        given: Tokenizer | None = None,
     ):
         super().__init__()
+        self.given = given
         self.config, self.context_length = config, context_length
         self.n_steps, self.seed, self.start_step = n_steps, seed, start_step
         self._ready = False
@@ -207,7 +210,9 @@ class DataModule(L.LightningDataModule):
 
     def _prepare(self) -> tuple[Tokenizer, TokenFile, TokenFile]:
         corpus, cache_dir = open_corpus(self.config), self.config.cache_dir
-        tokenizer = prepare_tokenizer(corpus, self.config)
+        tokenizer = self.given
+        if tokenizer is None:
+            tokenizer = prepare_tokenizer(corpus, self.config)
         train = prepare_split(corpus, "train", tokenizer, cache_dir)
         return tokenizer, train, prepare_split(corpus, "valid", tokenizer, cache_dir)
 

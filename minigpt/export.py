@@ -30,14 +30,13 @@ from minigpt.evaluation import EvaluationConfig, evaluate
 from minigpt.export_formats import write_gguf, write_hf, write_onnx, write_safetensors
 from minigpt.model import GPT
 from minigpt.model_card import model_card
-from minigpt.records import read_summary
+from minigpt.records import checkpoint_summary, read_summary
 from minigpt.runs import (
     CONFIG,
     EVALUATION,
     SUMMARY,
     TOKENIZER,
     Run,
-    read_checkpoint,
     weights_fingerprint,
     write_json,
     write_text,
@@ -103,7 +102,7 @@ def export(
             f"{out} is the model itself, which --format {config.format} would replace: give a new "
             "folder"
         )
-    net, summary = run.load_net(), _summary(run)
+    net, summary = run.load_net(), checkpoint_summary(run)
     _round(net, DTYPES[config.weights])  # to what will be read back
     evaluation = _known_evaluation(run.folder, net)
     if evaluation is None and config.evaluate:
@@ -208,7 +207,7 @@ def _whole_folder(out: Path) -> Iterator[Path]:
 
 def portable_config(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that say what the model is, without those of the machine it was made on."""
-    left_out = ("runs_dir", "resume", "logger", "callbacks", "data")
+    left_out = ("runs_dir", "resume", "init_from", "logger", "callbacks", "data")
     kept = {key: value for key, value in settings.items() if key not in left_out}
     return kept | {"data": portable_data(settings["data"])}
 
@@ -217,19 +216,6 @@ def portable_data(data: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a corpus without paths: TinyStories is found by name, own files are not."""
     paths = ("train_files", "valid_files", "cache_dir")
     return {key: value for key, value in data.items() if key not in paths}
-
-
-def _summary(run: Run) -> dict[str, Any]:
-    """The run's summary.json, with the steps and tokens that the exported checkpoint has seen."""
-    summary = read_summary(run.folder)
-    if run.checkpoint.suffix == ".safetensors":
-        return summary
-    content = read_checkpoint(run.checkpoint)
-    steps = content["global_step"]
-    if steps == summary.get("steps"):
-        return summary
-    per_step = content["hyper_parameters"].get("tokens_per_step")
-    return {**summary, "steps": steps, "tokens": per_step and steps * per_step}
 
 
 def _portable_summary(

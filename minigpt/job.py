@@ -67,6 +67,7 @@ class Job:
     name: str | None = None  # of the run folder
     runs_dir: str = "runs"
     resume: str | None = None
+    init_from: str | None = None  # a run whose weights and tokenizer this one begins with
     seed: int = 1
     size: str = "gpt"  # what the model config is called: small, medium, large
 
@@ -79,6 +80,8 @@ class Job:
             raise ValueError("runs_dir is empty: leave it out for runs")
         if self.resume == "":
             raise ValueError("resume is empty: type resume=runs/<name>, or leave it out")
+        if self.init_from == "":
+            raise ValueError("init_from is empty: type init_from=releases/large, or leave it out")
         if self.trainer.strategy == "fsdp" and self.callbacks.prompts:
             raise ValueError(  # the first device alone would wait for the weights of the others
                 "trainer.strategy=fsdp writes no stories while it trains: add callbacks=quiet"

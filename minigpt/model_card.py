@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from minigpt.records import human_time
+from minigpt.records import human_time, tokens_before
 
 CORPORA = {
     "tinystories_sample": "the 14,849 stories of the bundled sample",
@@ -118,9 +118,13 @@ def _facts(
 ) -> dict[str, str]:
     unknown = "not recorded"
     tokens, seconds = summary.get("tokens"), summary.get("seconds")
+    before = tokens_before(summary)
+    seen = f"{before + tokens:,}" if tokens else unknown
+    if tokens and before:
+        seen += f": {before:,} by {summary['init_from']['name']}, whose weights it began with"
     facts = {
         "weights": dtype,
-        "tokens seen in training": f"{tokens:,}" if tokens else unknown,
+        "tokens seen in training": seen,
         "trained for": f"{human_time(seconds)} on {_devices(summary)}" if seconds else unknown,
         "precision of training": summary.get("precision", unknown),
         "seed": str(config["seed"]),
@@ -145,11 +149,15 @@ def _devices(summary: Mapping[str, Any]) -> str:
 def training_command(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     """The train.py command, over several lines, that has all settings which decide the weights.
 
-    What was found on the machine, such as the precision, is as `summary` has it.
+    What was found on the machine, such as the precision, is as `summary` has it. A run that began
+    with the weights of another has that run's command before its own.
     """
     data, source = config["data"], config["data"]["source"]
     elsewhere = ("source", "train_files", "valid_files", "cache_dir")  # in the first line, or paths
     first = [f"model={config['size']}", f"data={source}", f"seed={config['seed']}"]
+    init_from = summary.get("init_from")
+    if init_from:
+        first.append(f"init_from=runs/{init_from['name']}")
     if source == "text":
         first.append("data.train_files=[your-stories.txt]")
     if "name" in config["optimizer"]:
@@ -168,7 +176,8 @@ def training_command(config: Mapping[str, Any], summary: Mapping[str, Any]) -> s
     }
     lines = [" ".join(map(shlex.quote, first))]
     lines += [" ".join(_overrides(section, values)) for section, values in sections.items()]
-    return " \\\n  ".join(["python train.py", *lines])
+    command = " \\\n  ".join(["python train.py", *lines])
+    return f"{init_from['command']}\n{command}" if init_from else command
 
 
 def _overrides(section: str, values: Mapping[str, Any]) -> list[str]:

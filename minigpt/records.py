@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from minigpt.config import UserError
-from minigpt.runs import METRICS, SAMPLES, SUMMARY
+from minigpt.runs import METRICS, SAMPLES, SUMMARY, Run, read_checkpoint
 from minigpt.untrusted import parse_json, read_json, read_text
 
 BAR = "\\|"  # a bar inside a cell of a Markdown table
@@ -79,6 +79,24 @@ def read_summary(folder: Path) -> dict[str, Any]:
     if not isinstance(summary, dict):
         raise UserError(f"{path} is not a JSON object: move this run away, or train it again")
     return summary
+
+
+def checkpoint_summary(run: Run) -> dict[str, Any]:
+    """The run's summary.json, with the steps and tokens that the checkpoint meant has seen."""
+    summary = read_summary(run.folder)
+    if run.checkpoint.suffix == ".safetensors":
+        return summary
+    content = read_checkpoint(run.checkpoint)
+    steps = content["global_step"]
+    if steps == summary.get("steps"):
+        return summary
+    per_step = content["hyper_parameters"].get("tokens_per_step")
+    return {**summary, "steps": steps, "tokens": per_step and steps * per_step}
+
+
+def tokens_before(summary: Mapping[str, Any]) -> int:
+    """Tokens that the weights a run began with (`init_from`) had seen; 0 for random ones."""
+    return (summary.get("init_from") or {}).get("tokens") or 0
 
 
 def series(rows: list[Row], name: str) -> tuple[list[float], list[float]]:

@@ -136,6 +136,8 @@ def _details(summary: dict[str, Any]) -> list[tuple[str, str]]:
     def text(value: Any) -> str:
         if isinstance(value, float):
             return f"{value:,.6g}"
+        if isinstance(value, dict):  # init_from: the run whose weights this one began with
+            return str(value.get("name"))
         return f"{value:,}" if isinstance(value, int) else str(value)
 
     return [

@@ -1,4 +1,4 @@
-"""Where a run begins: anew, or at the last good checkpoint of its folder; and never twice."""
+"""Where a run begins: anew, with the weights of another, or at its last good checkpoint."""
 
 from __future__ import annotations
 
@@ -13,16 +13,23 @@ from filelock import FileLock, Timeout
 
 from minigpt.config import UserError, build
 from minigpt.job import Job
+from minigpt.model import GPT, GPTConfig
+from minigpt.model_card import training_command
 from minigpt.module import GPTModule
 from minigpt.ranks import global_rank
+from minigpt.records import checkpoint_summary, tokens_before
 from minigpt.runs import (
     CHECKPOINTS,
+    TOKENIZER,
+    Run,
     is_whole,
     last_checkpoint,
     last_checkpoints,
     read_checkpoint,
     read_config,
+    weights_fingerprint,
 )
+from minigpt.tokenizer import Tokenizer
 from minigpt.untrusted import refuse_links_out
 
 log = logging.getLogger("minigpt")
@@ -33,29 +40,60 @@ _ASIDE = ("name", "runs_dir", "resume")  # settings that say where a run lies, n
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """A job, and the checkpoint it goes on from; without one it begins at step 0."""
+    """A job, and the checkpoint it goes on from; without one it begins at step 0.
+
+    With `init_from` it begins with the weights of another run, and keeps the tokenizer that gives
+    its tokens their meaning.
+    """
 
     job: Job
     checkpoint: Path | None = None
     step: int = 0
     hyper_parameters: dict[str, Any] | None = None
+    net: GPT | None = None  # the other run's, for a run that begins
+    tokenizer: Tokenizer | None = None  # the other run's; None: one is trained on the stories
+    init_from: dict[str, Any] | None = None  # what summary.json is to tell of the other run
 
     @classmethod
     def of(cls, job: Job, folder: Path | None) -> Start:
         """What is in `folder`, which goes on with its own settings. No folder: a new run.
 
         Raises:
-            UserError: nothing there can be gone on from, or with resume=auto it is another job.
+            UserError: nothing there can be gone on from, or with resume=auto it is another job; or
+                the weights of `init_from` do not fit the model.
         """
         if folder is None or (job.resume == AUTO and not last_checkpoints(folder)):
-            return cls(job)
+            return cls(job) if job.init_from is None else cls._with_weights_of(job, job.init_from)
         assert job.resume is not None
         before = build(Job, read_config(folder), "")
         if job.resume == AUTO:
             _check_settings(job, before, folder)
         checkpoint = last_checkpoint(folder if job.resume == AUTO else Path(job.resume))
         content = read_checkpoint(checkpoint)
-        return cls(before, checkpoint, content["global_step"], content["hyper_parameters"])
+        made_of = content["hyper_parameters"]
+        init_from = made_of.get("init_from")  # that run itself may be gone by now
+        tokenizer = Tokenizer.load(folder / TOKENIZER) if init_from else None
+        step = content["global_step"]
+        return cls(before, checkpoint, step, made_of, tokenizer=tokenizer, init_from=init_from)
+
+    @classmethod
+    def _with_weights_of(cls, job: Job, path: str) -> Start:
+        run = Run.open(path)
+        net, config, summary = run.load_net(), run.config(), checkpoint_summary(run)
+        _check_shape(job.model, net.config, path, config.get("size"))
+        name = run.folder.resolve().name
+        told = {
+            "name": name,
+            "tokens": tokens_before(summary) + (summary.get("tokens") or 0),
+            "weights": weights_fingerprint(net),
+            "command": f"{training_command(config, summary)} name={name}",
+        }
+        return cls(job, net=net, tokenizer=run.load_tokenizer(), init_from=told)
+
+    def set_weights(self, net: GPT) -> None:
+        """Give `net` the weights that the run begins with, if they are not to be random."""
+        if self.net is not None:
+            net.load_state_dict(self.net.state_dict())
 
     def check_the_same(self, module: GPTModule) -> None:
         """UserError: the run would not go on with the steps and the stories it began with."""
@@ -116,6 +154,21 @@ def _find(job: Job, parent: Path) -> Path | None:
     return last_checkpoint(path).parent.parent
 
 
+def _check_shape(wanted: GPTConfig, found: GPTConfig, path: str, size: str | None) -> None:
+    """UserError: weights of the shape `found` do not fit a model that is to be `wanted`.
+
+    The context may be another one: positions are computed, not learned.
+    """
+    shape = ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "embedding_scale")
+    other = [key for key in shape if getattr(found, key) != getattr(wanted, key)]
+    if other:
+        its = ", ".join(f"model.{key}={getattr(found, key)}" for key in other)
+        raise UserError(
+            f"init_from={path} is of another shape than the model asked for ({its}): type "
+            f"{f'model={size}, or ' if size else ''}these settings"
+        )
+
+
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Keep a second process from training the same run at the same time.
@@ -146,7 +199,9 @@ def settings(job: Job) -> dict[str, Any]:
         "valid_files": tuple(str(Path(name).absolute()) for name in job.data.valid_files),
         "cache_dir": str(Path(job.data.cache_dir).absolute()),
     }
-    job = dataclasses.replace(job, data=dataclasses.replace(job.data, **paths))
+    init_from = str(Path(job.init_from).absolute()) if job.init_from else None
+    data = dataclasses.replace(job.data, **paths)
+    job = dataclasses.replace(job, data=data, init_from=init_from)
     return _lists(dataclasses.asdict(job))
 
 

@@ -21,7 +21,15 @@ from typing import Any
 import yaml
 
 from minigpt.config import UserError
-from minigpt.records import Row, human_count, last_values, read_metrics, read_summary, series
+from minigpt.records import (
+    Row,
+    human_count,
+    last_values,
+    read_metrics,
+    read_summary,
+    series,
+    tokens_before,
+)
 from minigpt.runs import CONFIG, METRICS, SUMMARY, Run, write_json, write_text
 from minigpt.untrusted import refuse_links_out
 
@@ -36,12 +44,12 @@ class RunResult:
     path: Path
     model: str  # the option of the config group: small, medium, large
     data: str  # data.source
-    recipe: str  # the optimizer's name, "plain sum" where embeddings are not scaled; "": not known
+    recipe: str  # the optimizer's name, "plain sum" without a scale, "from <run>"; "": not known
     seed: int
     status: str  # finished, interrupted, failed; unfinished: no summary, so running or killed
     parameters: int | None
     non_embedding_parameters: int | None
-    tokens: int  # seen in training
+    tokens: int  # seen in training, with those of the run whose weights it began with
     train_tokens: int | None  # of the training split, each counted once
     flops_per_token: int | None  # of training
     train_loss: float | None  # mean of the logged steps of the last 5 % of the run, dropout on
@@ -123,6 +131,7 @@ def read_run(path: Path) -> RunResult:
             raise UserError(f"{path / SUMMARY}: {name} is {value!r}, expected a number")
         return value
 
+    before = tokens_before(summary)
     try:
         data, seed = config["data"]["source"], config["seed"]
     except (KeyError, TypeError):
@@ -136,7 +145,7 @@ def read_run(path: Path) -> RunResult:
         status=numbers.get("status", "unfinished"),
         parameters=number("parameters"),
         non_embedding_parameters=number("non_embedding_parameters"),
-        tokens=int(number("tokens") or 0),
+        tokens=before + int(number("tokens") or 0),
         train_tokens=number("train_tokens"),
         flops_per_token=number("flops_per_token"),
         train_loss=late_training_loss(rows),
@@ -144,7 +153,9 @@ def read_run(path: Path) -> RunResult:
         best_loss=number("best_val_loss"),
         perplexity=number("val/perplexity"),
         bits_per_byte=number("val/bits_per_byte"),
-        curve=tuple(zip(*series(rows, "val/loss"), strict=True)),
+        curve=tuple(
+            (before + seen, loss) for seen, loss in zip(*series(rows, "val/loss"), strict=True)
+        ),
         settings=_settings(config),
     )
 
@@ -152,7 +163,13 @@ def read_run(path: Path) -> RunResult:
 def _recipe(config: dict[str, Any]) -> str:
     name = (config.get("optimizer") or {}).get("name")
     scale = (config.get("model") or {}).get("embedding_scale")
-    return ", ".join(part for part in (name, "plain sum" if scale == 1 else None) if part)
+    other = config.get("init_from")
+    parts = (
+        name,
+        "plain sum" if scale == 1 else None,
+        f"from {Path(other).name}" if other else None,
+    )
+    return ", ".join(part for part in parts if part)
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:

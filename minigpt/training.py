@@ -85,8 +85,8 @@ def train(config: DictConfig, size: str = "gpt") -> Path:
             log.info("%s has made all of its %d steps: nothing is left to do", folder, start.step)
             return folder
         _prepare_libraries(job.seed)
-        data = _data(job, plan, start.step)
-        module = _module(job, plan, data)
+        data = _data(job, plan, start)
+        module = _module(job, plan, data, start)
         start.check_the_same(module)
         if folder is None:
             folder = new_run_folder(parent, job.name, job.size, exist_ok=job.resume == AUTO)
@@ -105,15 +105,20 @@ def train(config: DictConfig, size: str = "gpt") -> Path:
     return folder
 
 
-def _module(job: Job, plan: Plan, data: DataModule) -> GPTModule:
-    return GPTModule(
+def _module(job: Job, plan: Plan, data: DataModule, start: Start) -> GPTModule:
+    made_of = {"tokenizer": data.tokenizer.fingerprint, "train_tokens": data.train.n_tokens}
+    if start.init_from is not None:
+        made_of["init_from"] = start.init_from
+    module = GPTModule(
         job.model,
         job.optimizer,
         plan.n_steps,
         plan.tokens_per_step,
         data.valid.bytes_per_token,
-        made_of={"tokenizer": data.tokenizer.fingerprint, "train_tokens": data.train.n_tokens},
+        made_of,
     )
+    start.set_weights(module.net)
+    return module
 
 
 def _speed_up(module: GPTModule, hardware: Hardware, c: TrainerConfig) -> None:
@@ -128,7 +133,7 @@ def _speed_up(module: GPTModule, hardware: Hardware, c: TrainerConfig) -> None:
         net.loss = sharded_loss(net)
 
 
-def _data(job: Job, plan: Plan, start_step: int) -> DataModule:
+def _data(job: Job, plan: Plan, start: Start) -> DataModule:
     """The data of the job, prepared; on one process before any other is started."""
     accumulate = job.trainer.accumulate_grad_batches
     data = DataModule(
@@ -136,7 +141,8 @@ def _data(job: Job, plan: Plan, start_step: int) -> DataModule:
         job.model.context_length,
         n_steps=plan.n_steps * accumulate,
         seed=job.seed,
-        start_step=start_step * accumulate,
+        start_step=start.step * accumulate,
+        given=start.tokenizer,
     )
     data.setup("fit")  # prepares them too; `prepare_data` before it would read them all once more
     if data.tokenizer.vocab_size > job.model.vocab_size:
@@ -172,9 +178,12 @@ def _describe(
         "device": f"{hardware.accelerator} ×{hardware.world_size}",
         "precision": f"{hardware.precision}: {hardware.why}",
     }
+    if init_from := module.hparams.get("init_from"):
+        seen = human_count(init_from["tokens"])
+        lines["weights"] = f"of {init_from['name']}, which has seen {seen} tokens; its tokenizer"
     for key, text in lines.items():
         log.info("%-10s %s", key, text)
-    if data.tokenizer.vocab_size < job.data.vocab_size:
+    if job.init_from is None and data.tokenizer.vocab_size < job.data.vocab_size:
         log.warning(
             "the training stories give a vocabulary of %s tokens, fewer than data.vocab_size=%s",
             f"{data.tokenizer.vocab_size:,}", f"{job.data.vocab_size:,}",
@@ -207,6 +216,7 @@ def _trainer(
         "devices": hardware.devices,  # of each node
         "num_nodes": hardware.num_nodes,
         "precision": hardware.precision,
+        **{key: value for key, value in module.hparams.items() if key == "init_from"},
         "commit": ", ".join(
             dict.fromkeys([*_commits_before(folder), source_commit() or "unknown"])
         ),

@@ -1,0 +1,145 @@
+"""A run that begins with the weights and the tokenizer of another: `init_from`."""
+
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from minigpt.config import UserError
+from minigpt.evaluation import EvaluationConfig, StoriesConfig, evaluate
+from minigpt.export import ExportConfig, export
+from minigpt.model_card import training_command
+from minigpt.records import read_metrics, read_summary
+from minigpt.runs import Run, read_checkpoint, weights_fingerprint
+from minigpt.scaling_runs import keep_run, read_run
+from minigpt.training import train
+from tests.conftest import composed, write_stories
+from tests.test_training import fail_at_step
+
+FEW = EvaluationConfig(stories=StoriesConfig(prompts=("Once",), n=1, max_tokens=5), words=("Tom",))
+
+
+@pytest.fixture
+def parent(tiny: list[str]) -> Path:
+    return train(composed([*tiny, "name=parent"]), size="small")
+
+
+@pytest.fixture
+def other_stories(tmp_path: Path) -> list[str]:
+    """Other text than the parent's, of which another tokenizer would be made."""
+    files = [
+        write_stories(tmp_path / f"{name}.txt", n, seed)
+        for name, n, seed in (("other", 300, 7), ("rest", 40, 8))
+    ]
+    return [f"data.train_files=[{files[0]}]", f"data.valid_files=[{files[1]}]"]
+
+
+def weights(folder: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
+    return read_checkpoint(folder / "checkpoints" / name)["state_dict"]
+
+
+def test_it_begins_where_the_other_ended(tiny: list[str], parent: Path, tmp_path: Path):
+    still = ["optimizer.lr=1e-12", "optimizer.matrix_lr=1e-12", "trainer.precision=32-true"]
+    child = train(composed([*tiny, *still, f"init_from={parent}", "name=child"]))
+    # The best checkpoint is what `Run.open` takes of the parent: after 20 steps as here, or 10.
+    begun = Run.open(parent).load_net().state_dict()
+    for name, weight in Run.open(child).load_net().state_dict().items():
+        torch.testing.assert_close(weight, begun[name], rtol=0, atol=1e-7)
+    first = read_metrics(child)[0]["train/loss"]
+    assert first < read_metrics(parent)[0]["train/loss"] - 0.01
+
+
+def test_it_learns_and_keeps_the_tokenizer_on_other_stories(
+    tiny: list[str], parent: Path, other_stories: list[str]
+):
+    other = [text for text in tiny if "_files=" not in text] + other_stories
+    child = train(composed([*other, f"init_from={parent}", "name=child"]))
+    alone = train(composed([*other, "name=alone"]))
+    fingerprints = [Run.open(run).load_tokenizer().fingerprint for run in (parent, child, alone)]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+    assert not torch.equal(
+        weights(child)["net.embedding.weight"], weights(parent)["net.embedding.weight"]
+    )
+    evaluation = evaluate(Run.open(child), FEW)
+    assert evaluation.perplexity == pytest.approx(read_summary(child)["val/perplexity"], rel=1e-4)
+    told = read_summary(child)["init_from"]
+    assert told["weights"] == weights_fingerprint(Run.open(parent).load_net())
+    assert (told["name"], told["tokens"]) == ("parent", 1280)
+    log = (child / "train.log").read_text(encoding="utf-8")
+    assert "of parent, which has seen 1.28k tokens; its tokenizer" in log
+
+
+def test_it_goes_on_after_a_stop_though_the_other_is_gone(
+    tiny: list[str], parent: Path, monkeypatch: pytest.MonkeyPatch
+):
+    command = [*tiny, f"init_from={parent}", "callbacks.checkpoint_steps=5"]
+    whole = train(composed([*command, "name=whole"]))
+    with monkeypatch.context() as patch:
+        patch.setattr("minigpt.module.GPTModule.on_train_batch_start", fail_at_step(13))
+        with pytest.raises(RuntimeError, match="the power is gone"):
+            train(composed([*command, "name=broken", "resume=auto"]))
+    shutil.rmtree(parent)
+    broken = train(composed([*command, "name=broken", "resume=auto"]))
+    ends = weights(whole), weights(broken)
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert read_summary(broken)["init_from"] == read_summary(whole)["init_from"]
+
+
+def test_an_export_tells_of_both_and_is_a_start_itself(
+    tiny: list[str], parent: Path, tmp_path: Path
+):
+    child = train(composed([*tiny, f"init_from={parent}", "name=child"]), size="small")
+    out = tmp_path / "out"
+    export(Run.open(child), out, ExportConfig("safetensors"))
+    seen = read_checkpoint(Run.open(child).checkpoint)["global_step"] * 64
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert f"| {1280 + seen:,}: 1,280 by parent, whose weights it began with |" in card
+    for path in out.iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path.name
+
+    grandchild = train(composed([*tiny, f"init_from={out}", "name=grandchild"]), size="small")
+    told = read_summary(grandchild)["init_from"]
+    assert (told["name"], told["tokens"]) == ("out", 1280 + seen)
+    lines = training_command(Run.open(grandchild).config(), read_summary(grandchild))
+    commands = [shlex.split(line) for line in lines.replace("\\\n", "").splitlines()]
+    which = [[w for w in words if w.startswith(("init_from=", "name="))] for words in commands]
+    assert which == [
+        ["name=parent"],
+        ["init_from=runs/parent", "name=out"],
+        ["init_from=runs/out"],
+    ]
+
+
+def test_the_scaling_study_counts_all_tokens_and_compares_it_with_its_like_alone(
+    tiny: list[str], parent: Path, tmp_path: Path
+):
+    child = train(composed([*tiny, f"init_from={parent}", "name=child"]))
+    for folder in (child, keep_run(child, tmp_path / "kept")):
+        run = read_run(folder)
+        assert run.tokens == 2560
+        assert [tokens for tokens, _ in run.curve] == [1280 + 640, 1280 + 1280]
+        assert run.line == "text, 2.56k tokens, muon, from parent"
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (["model.d_model=32"], r"of another shape .*\(model.d_model=16\): type model=small"),
+        (["model.embedding_scale=1.0"], r"of another shape .*\(model.embedding_scale=None\)"),
+        (["init_from=nowhere"], "nowhere does not exist"),
+        (["init_from=''"], "init_from is empty: type init_from=releases/large"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_anything_is_made(
+    tiny: list[str], parent: Path, typed: list[str], message: str
+):
+    with pytest.raises(UserError, match=message):
+        train(composed([*tiny, f"init_from={parent}", "name=child", *typed]))
+    assert not (parent.parent / "child").exists()
+
+
+def test_the_context_may_be_another(tiny: list[str], parent: Path):
+    child = train(composed([*tiny, f"init_from={parent}", "name=child", "model.context_length=32"]))
+    assert Run.open(child).load_net().config.context_length == 32
