@@ -62,11 +62,13 @@ class Throughput(Callback):
     The time between two steps counts (data, logging), that of a validation does not. `seconds` is
     the time spent on training so far, `speed` the tokens per second of the present window. `mfu` is
     the model FLOPs that were used of the `peak` of all devices together, in FLOP/s (Chowdhery et
-    al. 2022, appendix B).
+    al. 2022, appendix B). Above 1 it says that the peak was measured while the machine was busy,
+    and the log tells how to have it measured again.
     """
 
-    def __init__(self, every: int, peak: float) -> None:
+    def __init__(self, every: int, peak: float, peak_file: Path) -> None:
         self.every, self.peak, self.seconds, self.speed = every, peak, 0.0, 0.0
+        self.peak_file, self._told = peak_file, False
         self._steps, self._elapsed = 0, 0.0  # in the present window
         self._mark: float | None = None  # when the last step ended; None: behind a pause
 
@@ -94,9 +96,20 @@ class Throughput(Callback):
         self.speed = self._steps * tokens_per_batch / self._elapsed
         if pl_module.has_row(trainer.global_step):
             pl_module.log("tokens_per_second", self.speed)
-            pl_module.log("mfu", self.speed * pl_module.net.flops_per_token() / self.peak)
+            mfu = self.speed * pl_module.net.flops_per_token() / self.peak
+            pl_module.log("mfu", mfu)
+            self._doubt_the_peak(mfu)
         if self._steps >= self.every * trainer.accumulate_grad_batches:
             self._steps, self._elapsed = 0, 0.0
+
+    @rank_zero_only
+    def _doubt_the_peak(self, mfu: float) -> None:
+        if mfu > 1 and not self._told:
+            self._told = True
+            log.warning(
+                "mfu is above 1, so the peak was measured while this machine was busy: delete %s "
+                "and the next run measures it again", self.peak_file,
+            )  # fmt: skip
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._mark = None

@@ -13,6 +13,7 @@ import torch
 from minigpt.hardware import Hardware
 from minigpt.runs import write_json
 
+PEAK_FILE = "matmul_peak.json"  # in the cache_dir
 _SIDE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # of the matrices: large enough to reach the peak
 _ENOUGH = 0.015  # seconds of one product: larger matrices would tell no more
 _TRIES = 7
@@ -31,7 +32,7 @@ def matmul_peak(hardware: Hardware, cache_dir: Path) -> float:
     name = torch.cuda.get_device_name() if accelerator == "cuda" else cpu
     tf32 = torch.get_float32_matmul_precision() if dtype == torch.float32 else ""
     parts = (platform.node(), accelerator, name, str(dtype), tf32, str(torch.get_num_threads()))
-    key, path = " ".join(filter(None, parts)), cache_dir / "matmul_peak.json"
+    key, path = " ".join(filter(None, parts)), cache_dir / PEAK_FILE
     known = _read(path)
     if key not in known:
         known[key] = _measure(accelerator, dtype)

@@ -35,7 +35,7 @@ from minigpt.hardware import Hardware, keep_freed_memory
 from minigpt.job import Job, Plan, TrainerConfig
 from minigpt.loggers import MetricsCsv, extra_loggers, finish_wandb
 from minigpt.module import GPTModule
-from minigpt.peak import matmul_peak
+from minigpt.peak import PEAK_FILE, matmul_peak
 from minigpt.ranks import Launcher, global_rank, step_name
 from minigpt.records import human_count, read_summary
 from minigpt.recovery import CheckpointFiles, Checkpoints, full_disk_in_one_line
@@ -200,8 +200,9 @@ def _trainer(
     start_step: int,
 ) -> L.Trainer:
     """The Lightning Trainer with our callbacks and loggers."""
-    peak = matmul_peak(hardware, Path(job.data.cache_dir)) * hardware.world_size
-    throughput = Throughput(job.trainer.log_every_n_steps, peak)
+    cache_dir = Path(job.data.cache_dir)
+    peak = matmul_peak(hardware, cache_dir) * hardware.world_size
+    throughput = Throughput(job.trainer.log_every_n_steps, peak, cache_dir / PEAK_FILE)
     keep = job.callbacks
     files = CheckpointFiles(keep.keep_checkpoints)
     checkpoints = Checkpoints(folder, files, keep.checkpoint_minutes, keep.checkpoint_steps)

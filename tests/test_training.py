@@ -57,6 +57,17 @@ def test_a_run_folder_holds_all_there_is_to_know(tiny: list[str], tmp_path: Path
     assert "<svg" in (folder / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(("peak", "lines"), [(1.0, 1), (1e30, 0)])
+def test_a_share_of_the_peak_above_one_is_doubted_once(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, peak: float, lines: int
+):
+    monkeypatch.setattr("minigpt.training.matmul_peak", lambda *_: peak)
+    folder = train(composed(tiny))
+    log = (folder / "train.log").read_text(encoding="utf-8")
+    assert log.count("while this machine was busy: delete ") == lines
+    assert log.count("matmul_peak.json") == lines
+
+
 def test_evaluation_agrees_with_what_training_logged(tiny: list[str]):
     folder = train(composed(tiny))
     logged = read_summary(folder)
