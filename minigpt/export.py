@@ -30,7 +30,7 @@ from minigpt.evaluation import EvaluationConfig, evaluate
 from minigpt.export_formats import write_gguf, write_hf, write_onnx, write_safetensors
 from minigpt.model import GPT
 from minigpt.model_card import model_card
-from minigpt.records import checkpoint_summary, read_summary
+from minigpt.records import checkpoint_summary, origin, read_summary
 from minigpt.runs import (
     CONFIG,
     EVALUATION,
@@ -119,6 +119,7 @@ def export(
             n_parameters=net.n_parameters,
             vocabulary=run.load_tokenizer().vocab_size,
             license=config.license,
+            origin=origin(summary, run.folder / SUMMARY),
         )
         write_text(folder / CARD, card)
         files = sorted([MARK, *(path.name for path in folder.iterdir())])

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata, resources
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from minigpt.records import human_time, tokens_before
+from minigpt.records import Origin, human_time
 
 CORPORA = {
     "tinystories_sample": "the 14,849 stories of the bundled sample",
@@ -65,6 +66,7 @@ def model_card(
     n_parameters: int,
     vocabulary: int,
     license: str | None = None,
+    origin: Origin | None = None,
 ) -> str:
     """The text of README.md.
 
@@ -78,8 +80,12 @@ def model_card(
         n_parameters: the tied matrix counts once.
         vocabulary: tokens of the tokenizer.
         license: of the weights; None: that of the code for TinyStories, else left to say.
+        origin: the run whose weights this one began with.
     """
-    source = config["data"]["source"]
+    every: list[str] = [*(origin.sources if origin else []), config["data"]["source"]]
+    sources = list(dict.fromkeys(every))
+    stories = [source for source in sources if source.startswith("tinystories")]
+    commits = [*(origin.commits if origin else []), summary.get("commit") or "not recorded"]
     template = resources.files("minigpt").joinpath("resources/model_card.md.j2")
     environment = Environment(  # noqa: S701 (Markdown, not HTML)
         undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
@@ -90,14 +96,15 @@ def model_card(
         format_note=FORMAT_NOTES[format],
         model={**config["model"], "parameters": n_parameters},
         vocabulary=vocabulary,
-        facts=_facts(dtype, config, summary, evaluation),
+        facts=_facts(dtype, config, summary, evaluation, origin),
         usage=_usage(name, format),
-        tinystories=source.startswith("tinystories"),
-        license=license or ("mit" if source.startswith("tinystories") else None),
-        corpus=CORPORA.get(source, source),
-        command=training_command(config, summary),
+        tinystories=bool(stories),
+        others=len(stories) < len(sources),
+        license=license or ("mit" if stories == sources else None),
+        corpus=" and ".join(CORPORA.get(source, source) for source in stories),
+        command=training_commands(config, summary, origin),
         version=metadata.version("minigpt"),
-        commit=summary.get("commit") or "not recorded",
+        commit=", ".join(dict.fromkeys(commits)),
     )
 
 
@@ -115,17 +122,21 @@ def _facts(
     config: Mapping[str, Any],
     summary: Mapping[str, Any],
     evaluation: Mapping[str, Any] | None,
+    origin: Origin | None,
 ) -> dict[str, str]:
     unknown = "not recorded"
     tokens, seconds = summary.get("tokens"), summary.get("seconds")
-    before = tokens_before(summary)
-    seen = f"{before + tokens:,}" if tokens else unknown
-    if tokens and before:
-        seen += f": {before:,} by {summary['init_from']['name']}, whose weights it began with"
+    seen = f"{tokens:,}" if tokens else unknown
+    took = f"{human_time(seconds)} on {_devices(summary)}" if seconds else unknown
+    if origin is not None:
+        before = "an unknown number" if origin.tokens is None else f"{origin.tokens:,}"
+        seen += f" after {before} of {origin.name}, with whose weights it began"
+        before = "an unknown time" if origin.seconds is None else human_time(origin.seconds)
+        took += f" after {before} of {origin.name}"
     facts = {
         "weights": dtype,
         "tokens seen in training": seen,
-        "trained for": f"{human_time(seconds)} on {_devices(summary)}" if seconds else unknown,
+        "trained for": took,
         "precision of training": summary.get("precision", unknown),
         "seed": str(config["seed"]),
     }
@@ -146,22 +157,31 @@ def _devices(summary: Mapping[str, Any]) -> str:
     return summary["device"] if n == 1 else f"{n} × {summary['device']}"
 
 
-def training_command(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    """The train.py command, over several lines, that has all settings which decide the weights.
+def training_commands(
+    config: Mapping[str, Any], summary: Mapping[str, Any], origin: Origin | None
+) -> str:
+    """The train.py commands that make the weights: those of the runs it began with, and its own."""
+    commands = [*(origin.commands if origin else []), training_words(config, summary, origin)]
+    return "\n".join(map(_over_lines, commands))
 
-    What was found on the machine, such as the precision, is as `summary` has it. A run that began
-    with the weights of another has that run's command before its own.
+
+def training_words(
+    config: Mapping[str, Any], summary: Mapping[str, Any], origin: Origin | None = None
+) -> list[str]:
+    """A train.py command, as words, that has all settings which decide the weights.
+
+    What was found on the machine, such as the precision, is as `summary` has it.
     """
     data, source = config["data"], config["data"]["source"]
-    elsewhere = ("source", "train_files", "valid_files", "cache_dir")  # in the first line, or paths
-    first = [f"model={config['size']}", f"data={source}", f"seed={config['seed']}"]
-    init_from = summary.get("init_from")
-    if init_from:
-        first.append(f"init_from=runs/{init_from['name']}")
+    elsewhere = ("source", "train_files", "valid_files", "cache_dir")  # among the first, or paths
+    words = ["python", "train.py", f"model={config['size']}", f"data={source}"]
+    words.append(f"seed={config['seed']}")
     if source == "text":
-        first.append("data.train_files=[your-stories.txt]")
+        words.append("data.train_files=[your-stories.txt]")
     if "name" in config["optimizer"]:
-        first.append(f"optimizer={config['optimizer']['name']}")
+        words.append(f"optimizer={config['optimizer']['name']}")
+    if origin is not None:
+        words.append(f"init_from={hydra_text(origin.path)}")
     deciding = (
         *("devices", "num_nodes", "strategy", "precision", "accumulate_grad_batches"),
         "n_validations",  # the best of these is kept
@@ -174,23 +194,28 @@ def training_command(config: Mapping[str, Any], summary: Mapping[str, Any]) -> s
         "trainer": trainer,
         "budget": config["budget"],
     }
-    lines = [" ".join(map(shlex.quote, first))]
-    lines += [" ".join(_overrides(section, values)) for section, values in sections.items()]
-    command = " \\\n  ".join(["python train.py", *lines])
-    return f"{init_from['command']}\n{command}" if init_from else command
-
-
-def _overrides(section: str, values: Mapping[str, Any]) -> list[str]:
     # ++ also sets what the chosen config file leaves to the default of the code.
-    return [shlex.quote(f"++{section}.{key}={_typed(value)}") for key, value in values.items()]
+    return words + [
+        f"++{section}.{key}={hydra_text(value)}"
+        for section, values in sections.items()
+        for key, value in values.items()
+    ]
 
 
-def _typed(value: Any) -> str:
+def _over_lines(words: Sequence[str]) -> str:
+    """A shell command with a line for each section of its settings."""
+    sections = itertools.groupby(words, lambda word: word.startswith("++") and word.split(".")[0])
+    first, *lines = [" ".join(map(shlex.quote, section)) for _, section in sections]
+    program, settings = first[: len("python train.py")], first[len("python train.py") :].strip()
+    return " \\\n  ".join([program, settings, *lines])
+
+
+def hydra_text(value: Any) -> str:
     """A plain value as Hydra reads it on the command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, str) and not re.fullmatch(r"[\w-]+", value):
+    if isinstance(value, str) and not re.fullmatch(r"[\w/-]+", value):
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
     return str(value)

@@ -12,10 +12,11 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minigpt.config import UserError
+from minigpt.config import UserError, build
 from minigpt.runs import METRICS, SAMPLES, SUMMARY, Run, read_checkpoint
 from minigpt.untrusted import parse_json, read_json, read_text
 
@@ -87,16 +88,53 @@ def checkpoint_summary(run: Run) -> dict[str, Any]:
     if run.checkpoint.suffix == ".safetensors":
         return summary
     content = read_checkpoint(run.checkpoint)
-    steps = content["global_step"]
+    made_of, steps = content["hyper_parameters"], content["global_step"]
+    if "init_from" in made_of:  # a run that was killed left no summary
+        summary = {**summary, "init_from": made_of["init_from"]}
     if steps == summary.get("steps"):
         return summary
-    per_step = content["hyper_parameters"].get("tokens_per_step")
+    per_step = made_of.get("tokens_per_step")
     return {**summary, "steps": steps, "tokens": per_step and steps * per_step}
 
 
-def tokens_before(summary: Mapping[str, Any]) -> int:
-    """Tokens that the weights a run began with (`init_from`) had seen; 0 for random ones."""
-    return (summary.get("init_from") or {}).get("tokens") or 0
+@dataclass(frozen=True)
+class Origin:
+    """What a run tells of another whose weights it began with (`init_from`).
+
+    The weights may have several runs behind them: what is counted, is counted over them all.
+    """
+
+    name: str  # of that run's folder
+    path: str  # where it lies, if its own command is typed: runs/<name>, or a checkpoint in it
+    weights: str  # their fingerprint
+    tokens: int | None  # that they have seen; None: not known
+    seconds: float | None  # that they were trained for
+    sources: list[str]  # data.source of each run, the first one first
+    commits: list[str]
+    commands: list[list[str]]  # python train.py ..., as words
+
+    def __post_init__(self) -> None:
+        words = (word for command in self.commands for word in command)
+        texts = (self.name, self.path, *self.sources, *self.commits, *words)
+        if not all(text.isprintable() for text in texts):
+            raise ValueError("holds text that cannot be printed on one line")
+        if any(command[:2] != ["python", "train.py"] for command in self.commands):
+            raise ValueError("holds a command that is not python train.py")
+        if (self.tokens or 0) < 0 or (self.seconds or 0) < 0:
+            raise ValueError("holds fewer than no tokens or seconds")
+
+
+def origin(told: Mapping[str, Any], where: Path) -> Origin | None:
+    """That of a run, from its summary or the hyper-parameters of its checkpoint; None: it has none.
+
+    Raises:
+        UserError: it is not what a run writes. `where` names the file.
+    """
+    if told.get("init_from") is None:
+        return None
+    if not isinstance(told["init_from"], Mapping):
+        raise UserError(f"{where}: init_from is not an object: restore the file, or train again")
+    return build(Origin, told["init_from"], f"{where}: init_from")
 
 
 def series(rows: list[Row], name: str) -> tuple[list[float], list[float]]:

@@ -14,12 +14,13 @@ from filelock import FileLock, Timeout
 from minigpt.config import UserError, build
 from minigpt.job import Job
 from minigpt.model import GPT, GPTConfig
-from minigpt.model_card import training_command
+from minigpt.model_card import hydra_text, training_words
 from minigpt.module import GPTModule
 from minigpt.ranks import global_rank
-from minigpt.records import checkpoint_summary, tokens_before
+from minigpt.records import Origin, checkpoint_summary, origin
 from minigpt.runs import (
     CHECKPOINTS,
+    SUMMARY,
     TOKENIZER,
     Run,
     is_whole,
@@ -52,7 +53,7 @@ class Start:
     hyper_parameters: dict[str, Any] | None = None
     net: GPT | None = None  # the other run's, for a run that begins
     tokenizer: Tokenizer | None = None  # the other run's; None: one is trained on the stories
-    init_from: dict[str, Any] | None = None  # what summary.json is to tell of the other run
+    origin: Origin | None = None  # what this run is to tell of the other one
 
     @classmethod
     def of(cls, job: Job, folder: Path | None) -> Start:
@@ -70,25 +71,17 @@ class Start:
             _check_settings(job, before, folder)
         checkpoint = last_checkpoint(folder if job.resume == AUTO else Path(job.resume))
         content = read_checkpoint(checkpoint)
-        made_of = content["hyper_parameters"]
-        init_from = made_of.get("init_from")  # that run itself may be gone by now
-        tokenizer = Tokenizer.load(folder / TOKENIZER) if init_from else None
-        step = content["global_step"]
-        return cls(before, checkpoint, step, made_of, tokenizer=tokenizer, init_from=init_from)
+        made_of, step = content["hyper_parameters"], content["global_step"]
+        other = origin(made_of, checkpoint)  # that run itself may be gone by now
+        tokenizer = Tokenizer.load(folder / TOKENIZER) if other else None
+        return cls(before, checkpoint, step, made_of, tokenizer=tokenizer, origin=other)
 
     @classmethod
     def _with_weights_of(cls, job: Job, path: str) -> Start:
         run = Run.open(path)
-        net, config, summary = run.load_net(), run.config(), checkpoint_summary(run)
-        _check_shape(job.model, net.config, path, config.get("size"))
-        name = run.folder.resolve().name
-        told = {
-            "name": name,
-            "tokens": tokens_before(summary) + (summary.get("tokens") or 0),
-            "weights": weights_fingerprint(net),
-            "command": f"{training_command(config, summary)} name={name}",
-        }
-        return cls(job, net=net, tokenizer=run.load_tokenizer(), init_from=told)
+        net = run.load_net()
+        _check_shape(job, net.config, run)
+        return cls(job, net=net, tokenizer=run.load_tokenizer(), origin=_origin(run, net))
 
     def set_weights(self, net: GPT) -> None:
         """Give `net` the weights that the run begins with, if they are not to be random."""
@@ -154,19 +147,55 @@ def _find(job: Job, parent: Path) -> Path | None:
     return last_checkpoint(path).parent.parent
 
 
-def _check_shape(wanted: GPTConfig, found: GPTConfig, path: str, size: str | None) -> None:
-    """UserError: weights of the shape `found` do not fit a model that is to be `wanted`.
+def _check_shape(job: Job, found: GPTConfig, run: Run) -> None:
+    """UserError: the weights of `run`, of the shape `found`, do not fit the model of the job.
 
     The context may be another one: positions are computed, not learned.
     """
     shape = ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "embedding_scale")
-    other = [key for key in shape if getattr(found, key) != getattr(wanted, key)]
-    if other:
-        its = ", ".join(f"model.{key}={getattr(found, key)}" for key in other)
+    other = [key for key in shape if getattr(found, key) != getattr(job.model, key)]
+    if not other:
+        return
+    size = run.config().get("size")
+    option = [f"model={size}"] if size not in (None, "gpt", job.size) else []
+    its = [f"model.{key}={hydra_text(getattr(found, key))}" for key in other]
+    raise UserError(
+        f"init_from={job.init_from} is of another shape than the model that is asked for: type "
+        f"{' or '.join([*option, ' '.join(its)])}"
+    )
+
+
+def _origin(run: Run, net: GPT) -> Origin:
+    """What a run that begins with the weights of `run`, which are those of `net`, tells of it."""
+    config, summary = run.config(), checkpoint_summary(run)
+    before = origin(summary, run.folder / SUMMARY)
+    name = run.folder.resolve().name
+    file = run.checkpoint.relative_to(run.folder).as_posix()
+    with contextlib.suppress(UserError):
+        if Run.open(run.folder).checkpoint == run.checkpoint:
+            file = ""  # the folder alone means it
+    try:
+        words = [*training_words(config, summary, before), f"name={hydra_text(name)}"]
+        told = {
+            "name": name,
+            "path": f"runs/{name}/{file}".rstrip("/"),
+            "weights": weights_fingerprint(net),
+            "tokens": _total(before.tokens if before else 0, summary.get("tokens")),
+            "seconds": _total(before.seconds if before else 0, summary.get("seconds")),
+            "sources": [*(before.sources if before else []), config["data"]["source"]],
+            "commits": [*(before.commits if before else []), summary.get("commit") or "unknown"],
+            "commands": [*(before.commands if before else []), words],
+        }
+    except (KeyError, TypeError, AttributeError):
         raise UserError(
-            f"init_from={path} is of another shape than the model asked for ({its}): type "
-            f"{f'model={size}, or ' if size else ''}these settings"
-        )
+            f"{run.folder} does not tell how it was trained: its config.yaml or summary.json is "
+            "not what a run writes"
+        ) from None
+    return build(Origin, told, f"{run.folder}")
+
+
+def _total(before: float | None, own: float | None) -> float | None:
+    return None if before is None or own is None else before + own
 
 
 @contextlib.contextmanager

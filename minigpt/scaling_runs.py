@@ -22,13 +22,14 @@ import yaml
 
 from minigpt.config import UserError
 from minigpt.records import (
+    Origin,
     Row,
     human_count,
     last_values,
+    origin,
     read_metrics,
     read_summary,
     series,
-    tokens_before,
 )
 from minigpt.runs import CONFIG, METRICS, SUMMARY, Run, write_json, write_text
 from minigpt.untrusted import refuse_links_out
@@ -50,6 +51,7 @@ class RunResult:
     parameters: int | None
     non_embedding_parameters: int | None
     tokens: int  # seen in training, with those of the run whose weights it began with
+    tokens_of_data: int  # of those, seen of this data source
     train_tokens: int | None  # of the training split, each counted once
     flops_per_token: int | None  # of training
     train_loss: float | None  # mean of the logged steps of the last 5 % of the run, dropout on
@@ -81,7 +83,7 @@ class RunResult:
     @property
     def epochs(self) -> float | None:
         """How often it saw its training stories."""
-        return self.tokens / self.train_tokens if self.train_tokens else None
+        return self.tokens_of_data / self.train_tokens if self.train_tokens else None
 
 
 def find_runs(folders: Sequence[Path]) -> list[Path]:
@@ -131,7 +133,9 @@ def read_run(path: Path) -> RunResult:
             raise UserError(f"{path / SUMMARY}: {name} is {value!r}, expected a number")
         return value
 
-    before = tokens_before(summary)
+    other = origin(summary, path / SUMMARY)
+    before = (other.tokens or 0) if other else 0
+    own = int(number("tokens") or 0)
     try:
         data, seed = config["data"]["source"], config["seed"]
     except (KeyError, TypeError):
@@ -140,12 +144,13 @@ def read_run(path: Path) -> RunResult:
         path=path,
         model=numbers.get("model", "unknown"),
         data=data,
-        recipe=_recipe(config),
+        recipe=_recipe(config, other),
         seed=seed,
         status=numbers.get("status", "unfinished"),
         parameters=number("parameters"),
         non_embedding_parameters=number("non_embedding_parameters"),
-        tokens=before + int(number("tokens") or 0),
+        tokens=before + own,
+        tokens_of_data=own + (before if other and set(other.sources) == {data} else 0),
         train_tokens=number("train_tokens"),
         flops_per_token=number("flops_per_token"),
         train_loss=late_training_loss(rows),
@@ -156,19 +161,17 @@ def read_run(path: Path) -> RunResult:
         curve=tuple(
             (before + seen, loss) for seen, loss in zip(*series(rows, "val/loss"), strict=True)
         ),
-        settings=_settings(config),
+        settings=_settings(config) | ({"init_from": other.weights} if other else {}),
     )
 
 
-def _recipe(config: dict[str, Any]) -> str:
+def _recipe(config: dict[str, Any], other: Origin | None) -> str:
     name = (config.get("optimizer") or {}).get("name")
     scale = (config.get("model") or {}).get("embedding_scale")
-    other = config.get("init_from")
-    parts = (
-        name,
-        "plain sum" if scale == 1 else None,
-        f"from {Path(other).name}" if other else None,
-    )
+    begun = f"from {other.name}" if other else None
+    if other is None and config.get("init_from"):
+        begun = "from another run"  # whose name is in the summary that this one has not written
+    parts = (name, "plain sum" if scale == 1 else None, begun)
     return ", ".join(part for part in parts if part)
 
 

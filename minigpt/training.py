@@ -37,7 +37,7 @@ from minigpt.loggers import MetricsCsv, extra_loggers, finish_wandb
 from minigpt.module import GPTModule
 from minigpt.peak import PEAK_FILE, matmul_peak
 from minigpt.ranks import Launcher, global_rank, step_name
-from minigpt.records import human_count, read_summary
+from minigpt.records import Origin, human_count, read_summary
 from minigpt.recovery import CheckpointFiles, Checkpoints, full_disk_in_one_line
 from minigpt.report import write_report
 from minigpt.resume import AUTO, Start, alone_in, folder_to_resume, settings
@@ -96,7 +96,7 @@ def train(config: DictConfig, size: str = "gpt") -> Path:
         if start.checkpoint is None and global_rank() == 0:
             _write_inputs(folder, job, data)
         start.clear(folder)
-        _describe(folder, job, plan, hardware, module, data)
+        _describe(folder, job, plan, hardware, module, data, start.origin)
         trainer = _trainer(folder, job, plan, hardware, module, data, start.step)
         _speed_up(module, hardware, c)
         _fit(trainer, module, data, start.checkpoint)
@@ -107,8 +107,8 @@ def train(config: DictConfig, size: str = "gpt") -> Path:
 
 def _module(job: Job, plan: Plan, data: DataModule, start: Start) -> GPTModule:
     made_of = {"tokenizer": data.tokenizer.fingerprint, "train_tokens": data.train.n_tokens}
-    if start.init_from is not None:
-        made_of["init_from"] = start.init_from
+    if start.origin is not None:
+        made_of["init_from"] = dataclasses.asdict(start.origin)
     module = GPTModule(
         job.model,
         job.optimizer,
@@ -161,7 +161,13 @@ def _write_inputs(folder: Path, job: Job, data: DataModule) -> None:
 
 
 def _describe(
-    folder: Path, job: Job, plan: Plan, hardware: Hardware, module: GPTModule, data: DataModule
+    folder: Path,
+    job: Job,
+    plan: Plan,
+    hardware: Hardware,
+    module: GPTModule,
+    data: DataModule,
+    origin: Origin | None,
 ) -> None:
     """Say what is about to happen, so that a wrong setting is seen before it costs an hour."""
     epochs = plan.n_steps * plan.tokens_per_step / data.train.n_tokens
@@ -178,9 +184,9 @@ def _describe(
         "device": f"{hardware.accelerator} ×{hardware.world_size}",
         "precision": f"{hardware.precision}: {hardware.why}",
     }
-    if init_from := module.hparams.get("init_from"):
-        seen = human_count(init_from["tokens"])
-        lines["weights"] = f"of {init_from['name']}, which has seen {seen} tokens; its tokenizer"
+    if origin is not None:
+        seen = "an unknown number of" if origin.tokens is None else human_count(origin.tokens)
+        lines["weights"] = f"of {origin.name}, which have seen {seen} tokens; its tokenizer"
     for key, text in lines.items():
         log.info("%-10s %s", key, text)
     if job.init_from is None and data.tokenizer.vocab_size < job.data.vocab_size:

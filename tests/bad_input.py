@@ -256,7 +256,11 @@ SETTINGS: list[Case] = [
     ("train.py resume=runs/tiny seed=5", None, "leave out seed=5"),
     ("train.py resume=runs/nobody", None, "runs/nobody"),
     ("train.py resume=", None, "resume"),
-    ("train.py TINY init_from=runs/tiny model.d_ff=64", None, "(model.d_ff=32): type model="),
+    (
+        "train.py TINY init_from=runs/tiny model.d_ff=64",
+        None,
+        "another shape than the model that is asked for: type model.d_ff=32",
+    ),
     ("train.py TINY init_from=runs/nobody", None, "runs/nobody does not exist"),
     ("train.py TINY init_from=train.txt", None, "train.txt"),
     ("train.py TINY init_from=", None, "init_from is empty"),

@@ -23,7 +23,7 @@ from minigpt.evaluation import EvaluationConfig, StoriesConfig, evaluate
 from minigpt.export import ExportConfig, export
 from minigpt.generation import SamplingConfig, generate_stories
 from minigpt.job import Job
-from minigpt.model_card import training_command
+from minigpt.model_card import training_commands
 from minigpt.publish import push
 from minigpt.records import read_summary
 from minigpt.runs import Run, weights_fingerprint
@@ -216,7 +216,7 @@ def test_evaluate_measures_the_rounded_weights(run, tmp_path):
 
 def test_the_command_in_the_model_card_composes_to_the_settings_of_the_run(run, tmp_path):
     config, summary = Run.open(run).config(), read_summary(run)
-    words = shlex.split(training_command(config, summary).replace("\\\n", ""))
+    words = shlex.split(training_commands(config, summary, None).replace("\\\n", ""))
     assert words[:2] == ["python", "train.py"]
     settings = OmegaConf.to_container(composed(words[2:]), resolve=True)
     assert isinstance(settings, dict)

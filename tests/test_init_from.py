@@ -1,5 +1,6 @@
 """A run that begins with the weights and the tokenizer of another: `init_from`."""
 
+import dataclasses
 import shlex
 import shutil
 from pathlib import Path
@@ -10,9 +11,9 @@ import torch
 from minigpt.config import UserError
 from minigpt.evaluation import EvaluationConfig, StoriesConfig, evaluate
 from minigpt.export import ExportConfig, export
-from minigpt.model_card import training_command
-from minigpt.records import read_metrics, read_summary
-from minigpt.runs import Run, read_checkpoint, weights_fingerprint
+from minigpt.model_card import training_commands
+from minigpt.records import Origin, origin, read_metrics, read_summary
+from minigpt.runs import Run, read_checkpoint, weights_fingerprint, write_json
 from minigpt.scaling_runs import keep_run, read_run
 from minigpt.training import train
 from tests.conftest import composed, write_stories
@@ -68,7 +69,7 @@ def test_it_learns_and_keeps_the_tokenizer_on_other_stories(
     assert told["weights"] == weights_fingerprint(Run.open(parent).load_net())
     assert (told["name"], told["tokens"]) == ("parent", 1280)
     log = (child / "train.log").read_text(encoding="utf-8")
-    assert "of parent, which has seen 1.28k tokens; its tokenizer" in log
+    assert "of parent, which have seen 1.28k tokens; its tokenizer" in log
 
 
 def test_it_goes_on_after_a_stop_though_the_other_is_gone(
@@ -90,19 +91,22 @@ def test_it_goes_on_after_a_stop_though_the_other_is_gone(
 def test_an_export_tells_of_both_and_is_a_start_itself(
     tiny: list[str], parent: Path, tmp_path: Path
 ):
-    child = train(composed([*tiny, f"init_from={parent}", "name=child"]), size="small")
+    child = train(composed([*tiny, f"init_from={parent}", "name=my child"]), size="small")
+    (child / "summary.json").unlink()  # as if it had been killed: the checkpoint tells it all
     out = tmp_path / "out"
     export(Run.open(child), out, ExportConfig("safetensors"))
     seen = read_checkpoint(Run.open(child).checkpoint)["global_step"] * 64
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert f"| {1280 + seen:,}: 1,280 by parent, whose weights it began with |" in card
+    assert f"| {seen:,} after 1,280 of parent, with whose weights it began |" in card
     for path in out.iterdir():
         assert str(tmp_path).encode() not in path.read_bytes(), path.name
 
     grandchild = train(composed([*tiny, f"init_from={out}", "name=grandchild"]), size="small")
-    told = read_summary(grandchild)["init_from"]
-    assert (told["name"], told["tokens"]) == ("out", 1280 + seen)
-    lines = training_command(Run.open(grandchild).config(), read_summary(grandchild))
+    summary = read_summary(grandchild)
+    told = origin(summary, grandchild)
+    assert told is not None
+    assert (told.name, told.tokens, told.sources) == ("out", 1280 + seen, ["text", "text"])
+    lines = training_commands(Run.open(grandchild).config(), summary, told)
     commands = [shlex.split(line) for line in lines.replace("\\\n", "").splitlines()]
     which = [[w for w in words if w.startswith(("init_from=", "name="))] for words in commands]
     assert which == [
@@ -110,6 +114,63 @@ def test_an_export_tells_of_both_and_is_a_start_itself(
         ["init_from=runs/parent", "name=out"],
         ["init_from=runs/out"],
     ]
+    for words in commands:
+        composed(words[2:])
+
+
+def test_a_checkpoint_that_is_not_the_best_is_told_by_its_file(tiny: list[str], parent: Path):
+    last = parent / "checkpoints/last.ckpt"
+    child = train(composed([*tiny, f"init_from={last}", "name=child"]))
+    assert read_summary(child)["init_from"]["path"] == "runs/parent/checkpoints/last.ckpt"
+    line = read_run(child).line
+    assert line == "text, 2.56k tokens, muon, from parent"
+
+
+def test_the_card_tells_of_the_data_of_both(tiny: list[str], parent: Path, tmp_path: Path):
+    summary = parent / "summary.json"
+    config = parent / "config.yaml"
+    text = config.read_text(encoding="utf-8")
+    config.write_text(text.replace("source: text", "source: tinystories_sample"), encoding="utf-8")
+    child = train(composed([*tiny, f"init_from={parent}", "name=child"]))
+    out = tmp_path / "out"
+    export(Run.open(child), out, ExportConfig("safetensors"))
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "Trained on the 14,849 stories" in card
+    assert "Then trained on texts of whoever made it" in card
+    assert "license: " not in card
+    assert read_run(child).epochs == pytest.approx(1280 / read_summary(child)["train_tokens"])
+    summary.unlink()
+    alone = train(composed([*tiny, f"init_from={parent}", "name=alone"]))
+    assert read_summary(alone)["init_from"]["seconds"] is None
+    export(Run.open(alone), out, ExportConfig("safetensors"))
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "after an unknown time of parent |" in card
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (None, "large", "init_from is not an object"),
+        (None, {"name": "x"}, "init_from.path is not set"),
+        ("tokens", "5", "init_from.tokens='5': expected a whole number"),
+        ("tokens", -5, "fewer than no tokens"),
+        ("name", "a\n```", "cannot be printed on one line"),
+        ("commands", [["rm", "-rf", "x"]], "a command that is not python train.py"),
+    ],
+)
+def test_a_summary_that_no_run_wrote_is_one_line(
+    tiny: list[str], parent: Path, key: str | None, value: object, message: str
+):
+    summary = read_summary(parent)
+    whole = dataclasses.asdict(
+        Origin("x", "runs/x", "0" * 32, 5, 1.0, ["text"], ["abc"], [["python", "train.py"]])
+    )
+    changed = value if key is None else whole | {key: value}
+    write_json(parent / "summary.json", summary | {"init_from": whole})
+    assert read_run(parent).tokens == 1285
+    write_json(parent / "summary.json", summary | {"init_from": changed})
+    with pytest.raises(UserError, match=message):
+        read_run(parent)
 
 
 def test_the_scaling_study_counts_all_tokens_and_compares_it_with_its_like_alone(
@@ -126,8 +187,8 @@ def test_the_scaling_study_counts_all_tokens_and_compares_it_with_its_like_alone
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        (["model.d_model=32"], r"of another shape .*\(model.d_model=16\): type model=small"),
-        (["model.embedding_scale=1.0"], r"of another shape .*\(model.embedding_scale=None\)"),
+        (["model.d_model=32"], "of another shape .*: type model=small or model.d_model=16"),
+        (["model.embedding_scale=1.0"], "of another shape .* model.embedding_scale=null"),
         (["init_from=nowhere"], "nowhere does not exist"),
         (["init_from=''"], "init_from is empty: type init_from=releases/large"),
     ],
