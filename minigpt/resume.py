@@ -247,9 +247,13 @@ def _check_settings(job: Job, before: Job, folder: Path) -> None:
     for name, value in now.items():
         if name not in _ASIDE and then[name] != value:
             raise UserError(
-                f"{folder} was begun with {name}={then[name]}, not {value}: type that, or take "
-                "another name=..."
+                f"{folder} was begun with {name}={_as_typed(then[name])}, not {_as_typed(value)}: "
+                "type that, or take another name=..."
             )
+
+
+def _as_typed(value: Any) -> str:
+    return hydra_text(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _typed(group: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -204,3 +204,10 @@ def test_what_does_not_fit_is_told_before_anything_is_made(
 def test_the_context_may_be_another(tiny: list[str], parent: Path):
     child = train(composed([*tiny, f"init_from={parent}", "name=child", "model.context_length=32"]))
     assert Run.open(child).load_net().config.context_length == 32
+
+
+def test_a_run_that_began_with_random_weights_does_not_go_on_with_others(
+    tiny: list[str], parent: Path
+):
+    with pytest.raises(UserError, match=r"was begun with init_from=null, not .*parent: type that"):
+        train(composed([*tiny, "name=parent", "resume=auto", f"init_from={parent}"]))
