@@ -85,7 +85,9 @@ def model_card(
     every: list[str] = [*(origin.sources if origin else []), config["data"]["source"]]
     sources = list(dict.fromkeys(every))
     stories = [source for source in sources if source.startswith("tinystories")]
-    commits = [*(origin.commits if origin else []), summary.get("commit") or "not recorded"]
+    commits = (summary.get("commit") or "not recorded").split(", ")
+    if origin is not None:
+        commits = [*origin.commits, *commits]
     template = resources.files("minigpt").joinpath("resources/model_card.md.j2")
     environment = Environment(  # noqa: S701 (Markdown, not HTML)
         undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True

@@ -183,7 +183,7 @@ def _origin(run: Run, net: GPT) -> Origin:
             "tokens": _total(before.tokens if before else 0, summary.get("tokens")),
             "seconds": _total(before.seconds if before else 0, summary.get("seconds")),
             "sources": [*(before.sources if before else []), config["data"]["source"]],
-            "commits": [*(before.commits if before else []), summary.get("commit") or "unknown"],
+            "commits": [*(before.commits if before else []), *_commits(summary)],
             "commands": [*(before.commands if before else []), words],
         }
     except (KeyError, TypeError, AttributeError):
@@ -192,6 +192,10 @@ def _origin(run: Run, net: GPT) -> Origin:
             "not what a run writes"
         ) from None
     return build(Origin, told, f"{run.folder}")
+
+
+def _commits(summary: dict[str, Any]) -> list[str]:
+    return (summary.get("commit") or "unknown").split(", ")
 
 
 def _total(before: float | None, own: float | None) -> float | None:
