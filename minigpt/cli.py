@@ -308,6 +308,9 @@ def export(
     evaluate: Annotated[
         bool, typer.Option("--evaluate", help="Measure the exported weights if nobody has yet.")
     ] = False,
+    average: Annotated[
+        bool, typer.Option("--average", help="Of a run with init_from: the mean with that run.")
+    ] = False,
     push: Annotated[
         str | None, typer.Option(help="Send it to the Hugging Face Hub as this user/name.")
     ] = None,
@@ -330,7 +333,7 @@ def export(
     from minigpt.publish import push as send
     from minigpt.runs import Run
 
-    config = ExportConfig(format, dtype, evaluate, license)
+    config = ExportConfig(format, dtype, evaluate, license, average)
     check_place(out)
     if push is not None:
         check_repository(push, dry_run)

@@ -30,7 +30,7 @@ from minigpt.evaluation import EvaluationConfig, evaluate
 from minigpt.export_formats import write_gguf, write_hf, write_onnx, write_safetensors
 from minigpt.model import GPT
 from minigpt.model_card import model_card
-from minigpt.records import checkpoint_summary, origin, read_summary
+from minigpt.records import Origin, checkpoint_summary, origin, read_summary
 from minigpt.runs import (
     CONFIG,
     EVALUATION,
@@ -57,6 +57,7 @@ class ExportConfig:
     dtype: Literal["float32", "bfloat16"] | None = None  # None: bfloat16 for safetensors
     evaluate: bool = False  # measure the exported weights if nobody has
     license: str | None = None  # of the weights, for the model card, as the Hub spells it: mit
+    average: bool = False  # the mean of these weights and of those the run began with (init_from)
 
     def __post_init__(self) -> None:
         if self.license is not None and not re.fullmatch(r"[\w.-]+", self.license):
@@ -103,6 +104,10 @@ def export(
             "folder"
         )
     net, summary = run.load_net(), checkpoint_summary(run)
+    began = origin(summary, run.folder / SUMMARY)
+    if config.average:
+        _average(run, net, began)
+        summary = {**summary, "averaged": True}
     _round(net, DTYPES[config.weights])  # to what will be read back
     evaluation = _known_evaluation(run.folder, net)
     if evaluation is None and config.evaluate:
@@ -119,7 +124,7 @@ def export(
             n_parameters=net.n_parameters,
             vocabulary=run.load_tokenizer().vocab_size,
             license=config.license,
-            origin=origin(summary, run.folder / SUMMARY),
+            origin=began,
         )
         write_text(folder / CARD, card)
         files = sorted([MARK, *(path.name for path in folder.iterdir())])
@@ -149,6 +154,28 @@ def _write_files(
         writers[config.format](net, tokenizer, folder)
     if evaluation is not None:
         write_json(folder / EVALUATION, evaluation)
+
+
+@torch.no_grad()
+def _average(run: Run, net: GPT, began: Origin | None) -> None:
+    """Make `net`, the model of `run`, the mean of itself and of the weights that `run` began with.
+
+    Both lie in one valley of the loss, in whose middle it is lower than at either side (Izmailov et
+    al. 2018, https://arxiv.org/abs/1803.05407; measured here: docs/LOG.md, 2026-11-25).
+    """
+    asked = run.config().get("init_from")
+    if began is None or not isinstance(asked, str):
+        raise UserError(
+            "--average takes the mean with the weights that a run began with, and this one began "
+            "with random ones, or is an export: leave it out"
+        )
+    other = Run.open(asked).load_net()
+    if weights_fingerprint(other) != began.weights:
+        raise UserError(
+            f"{asked} is no longer what the run began with: restore it, or leave out --average"
+        )
+    for weight, first in zip(net.parameters(), other.parameters(), strict=True):
+        weight.lerp_(first, 0.5)
 
 
 @torch.no_grad()

@@ -135,6 +135,8 @@ def _facts(
         seen += f" after {before} of {origin.name}, with whose weights it began"
         before = "an unknown time" if origin.seconds is None else human_time(origin.seconds)
         took += f" after {before} of {origin.name}"
+        if _averaged(summary, origin):
+            dtype += f", the mean of what it had in the end and of those of {origin.name}"
     facts = {
         "weights": dtype,
         "tokens seen in training": seen,
@@ -164,7 +166,11 @@ def training_commands(
 ) -> str:
     """The train.py commands that make the weights: those of the runs it began with, and its own."""
     commands = [*(origin.commands if origin else []), training_words(config, summary, origin)]
-    return "\n".join(map(_over_lines, commands))
+    lines = list(map(_over_lines, commands))
+    if _averaged(summary, origin):
+        lines[-1] += " \\\n  name=continued"
+        lines.append("minigpt export runs/continued out --format safetensors --average")
+    return "\n".join(lines)
 
 
 def training_words(
@@ -210,6 +216,11 @@ def _over_lines(words: Sequence[str]) -> str:
     first, *lines = [" ".join(map(shlex.quote, section)) for _, section in sections]
     program, settings = first[: len("python train.py")], first[len("python train.py") :].strip()
     return " \\\n  ".join([program, settings, *lines])
+
+
+def _averaged(summary: Mapping[str, Any], origin: Origin | None) -> bool:
+    """Whether the weights were made by `minigpt export --average`."""
+    return origin is not None and summary.get("averaged") is True
 
 
 def hydra_text(value: Any) -> str:

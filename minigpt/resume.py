@@ -195,7 +195,8 @@ def _origin(run: Run, net: GPT) -> Origin:
 
 
 def _commits(summary: dict[str, Any]) -> list[str]:
-    return (summary.get("commit") or "unknown").split(", ")
+    commits: str = summary.get("commit") or "unknown"
+    return commits.split(", ")
 
 
 def _total(before: float | None, own: float | None) -> float | None:

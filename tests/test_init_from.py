@@ -211,3 +211,25 @@ def test_a_run_that_began_with_random_weights_does_not_go_on_with_others(
 ):
     with pytest.raises(UserError, match=r"was begun with init_from=null, not .*parent: type that"):
         train(composed([*tiny, "name=parent", "resume=auto", f"init_from={parent}"]))
+
+
+def test_the_mean_with_what_a_run_began_with(tiny: list[str], parent: Path, tmp_path: Path):
+    child = train(composed([*tiny, f"init_from={parent}", "name=child"]), size="small")
+    out, mean = tmp_path / "out", ExportConfig("safetensors", dtype="float32", average=True)
+    export(Run.open(child), out, mean)
+    nets = [Run.open(folder).load_net().state_dict() for folder in (parent, child, out)]
+    for name, weight in nets[2].items():
+        torch.testing.assert_close(weight, (nets[0][name] + nets[1][name]) / 2)
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "| float32, the mean of what it had in the end and of those of parent |" in card
+    assert "minigpt export runs/continued out --format safetensors --average\n" in card
+
+    with pytest.raises(UserError, match="began with random ones, or is an export: leave it out"):
+        export(Run.open(parent), tmp_path / "other", mean)
+    with pytest.raises(UserError, match="began with random ones, or is an export: leave it out"):
+        export(Run.open(out), tmp_path / "other", mean)
+    shutil.rmtree(parent)
+    train(composed([*tiny, "name=parent", "seed=2"]), size="small")
+    with pytest.raises(UserError, match="is no longer what the run began with"):
+        export(Run.open(child), tmp_path / "other", mean)
+    assert not (tmp_path / "other").exists()

@@ -1,6 +1,5 @@
 """What the README tells people to type is typed here, with a tiny corpus and budget."""
 
-import json
 import re
 import shlex
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from minigpt.scaling_runs import read_run
 from minigpt.training import train
 from tests.commands import run
 from tests.conftest import ROOT, composed, write_stories
@@ -100,11 +100,11 @@ ROW = re.compile(
 
 def test_the_results_are_those_of_the_runs_that_are_kept():
     kept = {}
-    for path in ROOT.glob("docs/results/runs/*/summary.json"):
-        run = json.loads(path.read_text(encoding="utf-8"))
-        if run["seed"] == 1 and not path.parent.name.startswith("reference"):
-            numbers = f"{run['val/perplexity']:.2f}", f"{run['val/bits_per_byte']:.3f}"
-            kept[run["model"], f"{run['tokens'] / 1e6:.0f}M"] = numbers
+    for path in [*ROOT.glob("docs/results/runs/*"), *ROOT.glob("releases/*")]:
+        run = read_run(path)
+        if not re.search("^reference|-seed", run.name):
+            numbers = f"{run.perplexity:.2f}", f"{run.bits_per_byte:.3f}"
+            kept[run.model, f"{run.tokens / 1e6:.0f}M"] = numbers
     rows = {(m[1], m[2]): (m[3], m[4]) for m in map(ROW.fullmatch, README.splitlines()) if m}
     assert len(rows) >= 4
     for what, numbers in rows.items():

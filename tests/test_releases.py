@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from minigpt.generation import SamplingConfig, stream_text
+from minigpt.records import origin, read_summary
 from minigpt.runs import Run, weights_fingerprint
 from tests.conftest import ROOT, job
 from tests.test_cli import run_main
@@ -26,11 +27,22 @@ def test_there_is_one_that_quickstart_shows():
 @pytest.mark.parametrize("folder", RELEASES, ids=lambda path: path.name)
 def test_one_override_makes_a_release_again(folder: Path):
     made = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    again = dataclasses.asdict(job([f"experiment=release_{folder.name}"]))
+    begun = origin(read_summary(folder), folder)
+    experiment = f"experiment=release_{folder.name}"
+    again = job([f"{experiment}_continued" if begun else experiment])
+    settings = dataclasses.asdict(again)
     for group in ("model", "optimizer", "budget", "trainer"):
-        assert made[group] == again[group]
-    assert made["seed"] == again["seed"]
-    assert made["data"].items() <= again["data"].items()
+        assert made[group] == settings[group]
+    assert made["seed"] == again.seed
+    assert made["data"].items() <= settings["data"].items()
+    if begun:  # and another made what it began with
+        assert again.init_from == begun.path
+        (command,) = begun.commands
+        first, then = job([experiment]), job(command[2:])
+        found = {"precision": then.trainer.precision}  # on that machine
+        assert dataclasses.replace(first.trainer, **found) == then.trainer
+        same = ("model", "data", "optimizer", "budget", "seed")
+        assert all(getattr(first, name) == getattr(then, name) for name in same)
 
 
 @pytest.mark.parametrize("folder", RELEASES, ids=lambda path: path.name)
