@@ -9,7 +9,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, FAINT, REFERENCE_COLOUR = "#374151", "#e5e7eb", "#6b7280"
+LABEL = 9  # points of the page: the size of numbers at points
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Point:
 
     parameters: int
     runs: int
-    perplexity: float  # arithmetic mean over the runs
+    perplexity: float  # geometric mean over the runs: that of their mean loss
     lowest: float
     highest: float
 
@@ -65,7 +66,7 @@ def curves(runs: Iterable[RunResult]) -> dict[str, list[Point]]:
             line = perplexities.setdefault(run.line, {})
             line.setdefault(run.point[0], []).append(run.point[1])
     return {
-        label: [Point(n, len(ys), fmean(ys), min(ys), max(ys)) for n, ys in line.items()]
+        label: [Point(n, len(ys), geometric_mean(ys), min(ys), max(ys)) for n, ys in line.items()]
         for label, line in perplexities.items()
     }
 
@@ -87,6 +88,7 @@ def scaling_figure(runs: Iterable[RunResult], fits: Mapping[str, Fit]) -> Figure
     common = f"{sources.pop()}, " if len(sources) == 1 else ""  # which no label has to repeat
     figure, axes = _axes("parameters", "Perplexity against model size")
     _reference(axes, {r.parameters: r.perplexity for r in REFERENCE})
+    alone: list[tuple[float, float]] = []  # points of no law
     for i, (label, line) in enumerate(curves(runs).items()):
         x, y = [point.parameters for point in line], [point.perplexity for point in line]
         bars = [
@@ -101,8 +103,11 @@ def scaling_figure(runs: Iterable[RunResult], fits: Mapping[str, Fit]) -> Figure
             drawn = [perplexity(law.loss(n)) for n in wide]
             name = f"L = {law.e:.2f} + {_power(law.a)} / N$^{{{law.alpha:.2f}}}$"
             axes.plot(wide, drawn, "-", color=f"C{i}", linewidth=1.2, label=name)
-        _label(axes, zip(x, y, strict=True), "below" if law else "beside")
-    return _finished(figure, axes)
+            _label(axes, zip(x, y, strict=True), "below")
+        else:
+            alone += zip(x, y, strict=True)
+    _label_beside(_finished(figure, axes), alone)
+    return figure
 
 
 def tokens_figure(runs: Sequence[RunResult]) -> Figure:
@@ -119,7 +124,8 @@ def tokens_figure(runs: Sequence[RunResult]) -> Figure:
             label=label,
         )  # fmt: skip
         axes.plot(x[-1], perplexity(y[-1]), "o", color=colour, markersize=7)
-    return _finished(figure, axes)
+    _finished(figure, axes)
+    return figure
 
 
 def compute_figure(runs: Sequence[RunResult]) -> Figure:
@@ -132,7 +138,8 @@ def compute_figure(runs: Sequence[RunResult]) -> Figure:
         drawn = list(map(perplexity, y))
         axes.plot(flops, drawn, line, color=colour, linewidth=1, alpha=0.5)
         axes.plot(flops[-1], drawn[-1], "o", color=colour, markersize=7, label=label)
-    return _finished(figure, axes)
+    _finished(figure, axes)
+    return figure
 
 
 def _coloured(runs: Sequence[RunResult]) -> list[tuple[RunResult, Any, str, str]]:
@@ -174,7 +181,7 @@ def _axes(xlabel: str, title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _finished(figure: Figure, axes: Axes) -> Figure:
+def _finished(figure: Figure, axes: Axes) -> Axes:
     """Ticks at round numbers, as many as the span of each axis leaves room for, and a legend."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -187,7 +194,7 @@ def _finished(figure: Figure, axes: Axes) -> Figure:
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
+    return axes
 
 
 def _count(value: float) -> str:
@@ -214,18 +221,35 @@ def _reference_points(axes: Axes, points: Sequence[tuple[float, float]]) -> None
 
 
 def _label(
-    axes: Axes, points: Iterable[tuple[float, float]], side: Literal["above", "below", "beside"]
+    axes: Axes, points: Iterable[tuple[float, float]], side: Literal["above", "below"]
 ) -> None:
-    """Write each perplexity beside its point: on the other side than the other curve's."""
-    place = {"above": (7, 5), "below": (-7, -5), "beside": (7, -5)}[side]
-    for size, value in points:
-        axes.annotate(
-            f"{value:.2f}",
-            (size, value),
-            textcoords="offset points",
-            xytext=place,
-            ha="left" if place[0] > 0 else "right",
-            va="bottom" if place[1] > 0 else "top",
-            fontsize=9,
-            color=INK,
-        )
+    """Write each perplexity at its point: right above it, or left below."""
+    across, up = {"above": (7, 5), "below": (-7, -5)}[side]
+    for point in points:
+        _write(axes, point, (across, up))
+
+
+def _label_beside(axes: Axes, points: Iterable[tuple[float, float]]) -> None:
+    """Write each perplexity right below its point, and below those of points above it.
+
+    The limits of the axes must be final.
+    """
+    lowest: dict[float, float] = {}  # by size: how far down labels reach, in points of the page
+    for size, value in sorted(points, key=lambda point: -point[1]):
+        height = axes.transData.transform((size, value))[1] * 72 / axes.figure.dpi
+        top = min(height - 5, lowest.get(size, height))
+        _write(axes, (size, value), (7, top - height))
+        lowest[size] = top - 1.2 * LABEL
+
+
+def _write(axes: Axes, point: tuple[float, float], offset: tuple[float, float]) -> None:
+    axes.annotate(
+        f"{point[1]:.2f}",
+        point,
+        textcoords="offset points",
+        xytext=offset,
+        ha="left" if offset[0] > 0 else "right",
+        va="bottom" if offset[1] > 0 else "top",
+        fontsize=LABEL,
+        color=INK,
+    )

@@ -45,7 +45,7 @@ class RunResult:
     path: Path
     model: str  # the option of the config group: small, medium, large
     data: str  # data.source
-    recipe: str  # the optimizer's name, "plain sum" without a scale, "from <run>"; "": not known
+    recipe: str  # optimizer, "plain sum" without a scale, "from <run>", "averaged"; "": not known
     seed: int
     status: str  # finished, interrupted, failed; unfinished: no summary, so running or killed
     parameters: int | None
@@ -144,7 +144,7 @@ def read_run(path: Path) -> RunResult:
         path=path,
         model=numbers.get("model", "unknown"),
         data=data,
-        recipe=_recipe(config, other),
+        recipe=_recipe(config, summary, other),
         seed=seed,
         status=numbers.get("status", "unfinished"),
         parameters=number("parameters"),
@@ -165,13 +165,14 @@ def read_run(path: Path) -> RunResult:
     )
 
 
-def _recipe(config: dict[str, Any], other: Origin | None) -> str:
+def _recipe(config: dict[str, Any], summary: dict[str, Any], other: Origin | None) -> str:
     name = (config.get("optimizer") or {}).get("name")
     scale = (config.get("model") or {}).get("embedding_scale")
     begun = f"from {other.name}" if other else None
     if other is None and config.get("init_from"):
         begun = "from another run"  # whose name is in the summary that this one has not written
-    parts = (name, "plain sum" if scale == 1 else None, begun)
+    averaged = "averaged" if summary.get("averaged") is True else None  # by minigpt export
+    parts = (name, "plain sum" if scale == 1 else None, begun, averaged)
     return ", ".join(part for part in parts if part)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from minigpt.records import human_count, md_table
 from minigpt.scaling_figures import REFERENCE
-from minigpt.scaling_fit import Fit, Forecast, Interval
+from minigpt.scaling_fit import LEAST_SIZES, Fit, Forecast, Interval
 from minigpt.scaling_lines import COUNTED, Line, SizeResult, by_size, doubts
 from minigpt.scaling_runs import RunResult
 
@@ -96,7 +96,8 @@ def markdown(runs: Sequence[RunResult], lines: Sequence[Line]) -> str:
         notes(runs),
         "![Perplexity against parameters](scaling.png)",
         *_recipes_markdown(runs),
-        *(part for line in lines for part in _line_markdown(line)),
+        *(part for line in lines if line.fits for part in _line_markdown(line)),
+        *_unfitted_markdown([line for line in lines if not line.fits]),
         "## Tokens and compute",
         "Each curve is the validations of a run on its way. The learning rate had decayed at the "
         "ends alone (large dots): a run that was planned for as many tokens would stand lower "
@@ -149,14 +150,11 @@ def _mean_of_seeds(runs: Sequence[RunResult]) -> str:
 
 
 def _line_markdown(line: Line) -> list[str]:
-    heading = f"## {line.label}"
-    if not line.fits:
-        return [heading, line.no_fit, line.verdict]
     laws = [[COUNTED[counted], *_law_cells(fit)] for counted, fit in line.fits.items()]
     heads = ["N", "E (nats)", "A", "α", "residual (nats)"]
     limits = {f"{COUNTED[c]}: {fit.at_limit}." for c, fit in line.fits.items() if fit.at_limit}
     return [
-        heading,
+        f"## {line.label}",
         "L = E + A / N^α, least squares on the mean loss of each size.",
         md_table(heads, laws),
         *sorted(limits),
@@ -175,6 +173,20 @@ def _line_markdown(line: Line) -> list[str]:
         "all smaller ones.",
         f"**{line.verdict}**",
     ]  # fmt: skip
+
+
+def _unfitted_markdown(lines: Sequence[Line]) -> list[str]:
+    """What repetition does on the lines of too few sizes, in one table."""
+    if not lines:
+        return []
+    found = [(line.label, *_size_cells(size)[:7]) for line in lines for size in line.sizes]
+    heads = ["runs of", "model", "runs", "spread", "epochs", "training loss", "validation loss"]
+    return [
+        "## Too few sizes for a fit",
+        f"Three unknowns need at least {LEAST_SIZES} sizes with the same data, tokens and recipe: "
+        "`python train.py -m experiment=scaling` trains eight.",
+        md_table([*heads, "gap"], found, left=2),
+    ]
 
 
 def _law_cells(fit: Fit) -> list[str]:
@@ -206,7 +218,7 @@ def _about_intervals(fit: Fit) -> str:
     )
 
 
-def _size_cells(size: SizeResult, foretold: Sequence[Forecast]) -> list[str]:
+def _size_cells(size: SizeResult, foretold: Sequence[Forecast] = ()) -> list[str]:
     (forecast,) = [f for f in foretold if f.n == size.parameters] or [None]
     return [
         size.model,
