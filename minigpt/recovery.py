@@ -152,11 +152,11 @@ class Checkpoints(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        assert isinstance(trainer.val_check_batch, int)
-        inside_a_step = (batch_idx + 1) % trainer.accumulate_grad_batches
-        validates_next = not (batch_idx + 1) % trainer.val_check_batch
-        if inside_a_step:
-            return
+        assert isinstance(trainer.val_check_batch, int) and isinstance(pl_module, GPTModule)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # inside a step
+        ends = trainer.global_step >= pl_module.n_steps  # and is validated, whatever the interval
+        validates_next = ends or not (batch_idx + 1) % trainer.val_check_batch
         late = time.monotonic() - self._saved > 60 * self.minutes
         if self.steps is not None:
             late = late or trainer.global_step % self.steps == 0

@@ -228,7 +228,7 @@ def _trainer(
             dict.fromkeys([*_commits_before(folder), source_commit() or "unknown"])
         ),
     }
-    n_batches = plan.n_steps * job.trainer.accumulate_grad_batches
+    accumulate = job.trainer.accumulate_grad_batches
     metrics = MetricsCsv(folder / METRICS, start_step or None)
     loggers = [metrics, *extra_loggers(folder, job.logger)]
     trainer = L.Trainer(
@@ -239,9 +239,9 @@ def _trainer(
         precision=hardware.precision,  # type: ignore[arg-type]
         max_steps=plan.n_steps,
         max_epochs=-1,
-        accumulate_grad_batches=job.trainer.accumulate_grad_batches,
-        # The whole run is one pass of the loader, so validation is counted in its batches.
-        val_check_interval=math.ceil(n_batches / job.trainer.n_validations),
+        accumulate_grad_batches=accumulate,
+        # In batches, as the whole run is one pass of the loader; after whole steps, for it saves.
+        val_check_interval=accumulate * math.ceil(plan.n_steps / job.trainer.n_validations),
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         log_every_n_steps=job.trainer.log_every_n_steps,

@@ -88,9 +88,23 @@ def test_the_same_seed_trains_the_same_weights_and_another_does_not(tiny: list[s
     assert not torch.equal(first["net.embedding.weight"], other["net.embedding.weight"])
 
 
+@pytest.mark.parametrize(
+    ("accumulate", "n_validations", "validated"),
+    [(1, 2, [10, 20]), (4, 6, [4, 8, 12, 16, 20])],  # 80 batches are no whole number of steps by 6
+)
 def test_a_run_that_stopped_half_way_goes_on_to_the_weights_of_one_that_did_not(
-    tiny: list[str], monkeypatch: pytest.MonkeyPatch
+    accumulate: int,
+    n_validations: int,
+    validated: list[int],
+    tiny: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
+    tiny = [
+        *tiny,
+        f"trainer.accumulate_grad_batches={accumulate}",
+        f"budget.tokens={1280 * accumulate}",
+        f"trainer.n_validations={n_validations}",
+    ]
     whole = train(composed([*tiny, "name=whole"]))
     with monkeypatch.context() as patch:
         patch.setattr("minigpt.module.GPTModule.on_train_batch_start", fail_at_step(13))
@@ -100,7 +114,7 @@ def test_a_run_that_stopped_half_way_goes_on_to_the_weights_of_one_that_did_not(
     assert read_summary(broken)["status"] == "failed"
     assert train(composed([f"resume={broken}"])) == broken
     assert read_summary(broken)["status"] == "finished"
-    assert [sample["step"] for sample in read_samples(broken)] == [10, 20]
+    assert [sample["step"] for sample in read_samples(broken)] == validated
     assert train(composed([f"resume={broken}"])) == broken  # nothing is left to do
     assert len(read_metrics(broken)) == len(read_metrics(whole))
     ends = [read_checkpoint(run / "checkpoints/last.ckpt")["state_dict"] for run in (whole, broken)]
@@ -195,6 +209,15 @@ def test_validation_comes_at_the_very_end_whatever_the_number_of_steps(tiny: lis
     folder = train(composed([*tiny, "budget.tokens=1408", "trainer.n_validations=3"]))  # 22 steps
     steps = [row["step"] for row in read_metrics(folder) if "val/loss" in row]
     assert steps == [8, 16, 22]
+
+
+def test_the_end_is_kept_when_a_checkpoint_is_due_there_and_validation_is_not(tiny: list[str]):
+    uneven = ["budget.tokens=1408", "trainer.n_validations=3", "callbacks.checkpoint_steps=11"]
+    folder = train(composed([*tiny, *uneven]))  # 22 steps, validated after 8, 16 and 22
+    last = read_checkpoint(folder / "checkpoints/last.ckpt")
+    best = read_checkpoint(folder / "checkpoints/best.ckpt")
+    assert last["global_step"] == read_summary(folder)["steps"] == 22
+    assert best["global_step"] == 22  # the lowest loss is that of the end
 
 
 @pytest.mark.parametrize(
