@@ -19,7 +19,7 @@ CONF = Path(__file__).parent / "conf"
 def main(config: DictConfig) -> None:
     job = HydraConfig.get()
     overrides: Any = OmegaConf.to_container(job.overrides.task)  # as typed, nothing looked up yet
-    typed = [text for text in overrides if not text.startswith("resume=")]
+    typed = [text for text in overrides if not text.startswith(("resume=", "data.cache_dir="))]
     size = job.runtime.choices["model"]
     if job.mode == RunMode.MULTIRUN:
         # The same place whenever a scheduler starts this job, of a name that the others have not.

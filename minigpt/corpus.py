@@ -84,8 +84,8 @@ def _is_jsonl(path: Path) -> bool:
 
 def _text_stories(path: Path, separator: str) -> Iterator[str]:
     remedy = (
-        f"put a line {END_OF_TEXT} between stories and after a single one, or set "
-        "data.separator=..."
+        f"put a line {END_OF_TEXT} between stories and after a single one, or set data.separator, "
+        "as in data.separator='\\n\\n' for an empty line"
     )
     too_long = f"{path}: 64 MB without a separator {separator!r}, too long for a story; {remedy}"
     pieces = _split(_decode(path), separator, too_long)
@@ -335,7 +335,9 @@ def _expand(patterns: Sequence[str], setting: str) -> tuple[Path, ...]:
 # ---------------------------------------------------------------------------- download
 
 
-def download_tinystories(folder: Path, tokens: int | None, endpoint: str | None = None) -> Corpus:
+def download_tinystories(
+    folder: Path, tokens: int | None, valid_only: bool = False, endpoint: str | None = None
+) -> Corpus:
     """TinyStories (GPT-4 version) from the Hugging Face Hub, kept in `folder`.
 
     Of the training file only the first stories are fetched, as many as `tokens` need, and a
@@ -345,6 +347,7 @@ def download_tinystories(folder: Path, tokens: int | None, endpoint: str | None 
     Args:
         folder: where the files are kept; made when missing.
         tokens: training tokens wanted, at 3.84 bytes each; None for the whole file (2.2 GB).
+        valid_only: the training file is left where it is.
         endpoint: address of the hub; the default is HF_ENDPOINT, else huggingface.co.
 
     Raises:
@@ -358,6 +361,8 @@ def download_tinystories(folder: Path, tokens: int | None, endpoint: str | None 
     )
     try:
         valid = fetch(folder, _REPO, _VALID, END_OF_TEXT, None, endpoint)
+        if valid_only:
+            return Corpus((), (valid,))
         train = fetch(folder, _REPO, _TRAIN, END_OF_TEXT, fetched, endpoint)
     except ConnectionError as error:
         raise UserError(

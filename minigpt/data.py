@@ -205,8 +205,8 @@ class DataModule(L.LightningDataModule):
         """Open what `prepare_data` left. Lightning calls this on every rank."""
         if self._ready:
             return
-        self._ready = True
         self.tokenizer, self.train, self.valid = self._prepare()
+        self._ready = True
 
     def _prepare(self) -> tuple[Tokenizer, TokenFile, TokenFile]:
         corpus, cache_dir = open_corpus(self.config), self.config.cache_dir

@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import logging
 import math
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ from minigpt.fast import accelerate
 from minigpt.generation import SamplingConfig, generate_stories
 from minigpt.hardware import Hardware
 from minigpt.model import GPT, IGNORE_INDEX, perplexity
+from minigpt.preparation import with_cache_here
 from minigpt.records import read_summary
 from minigpt.repetition import Repetition, measure
 from minigpt.runs import EVALUATION, Run, weights_fingerprint, write_json
@@ -247,7 +249,7 @@ def own_data(run_config: dict[str, Any]) -> DataConfig | None:
     data = run_config["data"]
     if data.get("source") == "text" and "train_files" not in data:
         return None
-    return build(DataConfig, data, "data")
+    return with_cache_here(build(DataConfig, data, "data"))
 
 
 def training_stories(settings: DataConfig | None) -> Iterator[str]:
@@ -299,8 +301,11 @@ def evaluate(
     training logged; float32 where this machine would only emulate that.
 
     Raises:
-        UserError: no run, a damaged checkpoint, a corpus that cannot be read, a wrong setting.
+        UserError: no run, a damaged checkpoint, a corpus that cannot be read, a wrong setting, or
+            a folder that cannot be written to.
     """
+    out = out or run.place
+    _check_writable(out)  # now, and not after all was measured
     net = run.load_net()
     own = run.config()
     trained_on = own_data(own)
@@ -319,7 +324,9 @@ def evaluate(
         hardware = Hardware.find("auto", "1", 1, "32-true")
     net, tokenizer = accelerate(net.to(hardware.accelerator)), run.load_tokenizer()
 
-    split = prepare_split(open_corpus(settings), "valid", tokenizer, settings.cache_dir)
+    split = prepare_split(
+        open_corpus(settings, valid_only=True), "valid", tokenizer, settings.cache_dir
+    )
     loss = evaluate_loss(
         net, split.array(), config.batch_size, config.stride, hardware.precision, console
     )
@@ -345,10 +352,20 @@ def evaluate(
         neighbours={word: _neighbours(probe, word) for word in config.words},
         analogies={f"{a} − {b} + {c}": _analogy(probe, a, b, c) for a, b, c in config.analogies},
     )
-    out = out or run.place
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / evaluation_name(config), dataclasses.asdict(evaluation))
     return evaluation
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"cannot write evaluation.json into {folder} ({error.strerror}): give another folder, "
+            "out=..."
+        ) from None
 
 
 def evaluation_name(config: EvaluationConfig) -> str:

@@ -68,6 +68,11 @@ class Hardware:
             )
         if accelerator == "cuda" and n_devices > n_gpus:
             raise UserError(f"trainer.devices={n_devices}: this machine has {n_gpus} GPUs")
+        if accelerator == "mps" and n_devices > 1:
+            raise UserError(
+                f"trainer.devices={n_devices}: a Mac has one GPU; for processes on its CPU add "
+                "trainer.accelerator=cpu"
+            )
         return cls(accelerator, n_devices, num_nodes, *_find_precision(precision, accelerator))
 
 

@@ -40,6 +40,8 @@ class TrainerConfig:
             raise ValueError(f"devices {self.devices} must be auto or a number of devices")
         if self.accelerator not in ("auto", "cpu", "gpu", "cuda", "mps"):
             raise ValueError(f"accelerator {self.accelerator}: choose from auto, cpu, gpu, mps")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps {self.max_steps}: leave it out, budget.tokens sets them")
 
 
 @dataclass(frozen=True)

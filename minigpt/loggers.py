@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,7 +94,7 @@ class MetricsCsv(Logger):
     @rank_zero_only
     def save(self) -> None:
         """Have the rows on the disk before a checkpoint that counts on them."""
-        with self.path.open("rb") as file:
+        with self.path.open("r+b") as file:  # Windows syncs no file that is open to be read
             os.fsync(file.fileno())
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
@@ -108,17 +109,18 @@ class MetricsCsv(Logger):
         write_text(self.path, text.getvalue())
 
 
+def check_logger(config: LoggerConfig) -> None:
+    """UserError: the logger that is asked for needs a package that is not installed."""
+    if config.kind == "tensorboard" and find_spec("tensorboard") is None:
+        raise UserError("logger=tensorboard needs another package: pip install -e '.[tensorboard]'")
+
+
 def extra_loggers(folder: Path, config: LoggerConfig) -> list[Logger]:
     """The logger that was asked for beside metrics.csv."""
     if config.kind == "tensorboard":
         from lightning.pytorch.loggers import TensorBoardLogger
 
-        try:
-            return [TensorBoardLogger(folder, name="tensorboard", version="")]
-        except ModuleNotFoundError:
-            raise UserError(
-                "logger=tensorboard needs another package: pip install -e '.[tensorboard]'"
-            ) from None
+        return [TensorBoardLogger(folder, name="tensorboard", version="")]
     if config.kind == "wandb":
         return [_wandb_logger(folder, config.project)]
     return []

@@ -51,6 +51,8 @@ _TOKENS, _META, _TOKENIZER = "tokens.bin", "meta.json", "tokenizer.json"
 # ---------------------------------------------------------------------------- settings
 
 
+CACHE = ".cache"
+
 # tinystories_tuning: the bundled training stories, the last of them held out to choose settings by
 Source = Literal["tinystories_sample", "tinystories_tuning", "tinystories", "text"]
 
@@ -68,7 +70,7 @@ class DataConfig:
     vocab_size: int = 3000  # at most; few different words give fewer tokens
     batch_size: int = 32  # windows per device and step
     random_offset: bool = True  # cut the text at other places in each epoch after the first
-    cache_dir: str = ".cache"  # downloads and prepared files
+    cache_dir: str = CACHE  # downloads and prepared files
 
     def __post_init__(self) -> None:
         files = bool(self.train_files or self.valid_files)
@@ -87,12 +89,26 @@ class DataConfig:
             raise ValueError(f"batch_size {self.batch_size} must be at least 1")
 
 
-def open_corpus(config: DataConfig) -> Corpus:
-    """The stories that `config` asks for, fetched first if they have to be."""
+def with_cache_here(data: DataConfig, typed: str = CACHE) -> DataConfig:
+    """The settings of a run, which may lie on another machine by now, with a cache that is here.
+
+    The one that is `typed`, else that of the run if this machine has it, else the default.
+    """
+    own = typed == CACHE and Path(data.cache_dir).is_dir()
+    return data if own else dataclasses.replace(data, cache_dir=typed)
+
+
+def open_corpus(config: DataConfig, valid_only: bool = False) -> Corpus:
+    """The stories that `config` asks for, fetched first if they have to be.
+
+    With `valid_only`, nothing is fetched that only training needs, and "valid" alone can be read.
+    """
     if config.source == "text":
-        return local_files(config.train_files, config.valid_files, config.holdout, config.separator)
+        separator = config.separator.replace("\\n", "\n").replace("\\t", "\t")  # as they are typed
+        return local_files(config.train_files, config.valid_files, config.holdout, separator)
     if config.source == "tinystories":
-        return download_tinystories(Path(config.cache_dir) / "downloads", config.download_tokens)
+        downloads = Path(config.cache_dir) / "downloads"
+        return download_tinystories(downloads, config.download_tokens, valid_only)
     if config.source == "tinystories_tuning":
         return dataclasses.replace(bundled_sample(), valid_files=(), holdout=config.holdout)
     return bundled_sample()

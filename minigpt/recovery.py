@@ -152,7 +152,8 @@ class Checkpoints(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        assert isinstance(trainer.val_check_batch, int) and isinstance(pl_module, GPTModule)
+        assert isinstance(trainer.val_check_batch, int)
+        assert isinstance(pl_module, GPTModule)
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # inside a step
         ends = trainer.global_step >= pl_module.n_steps  # and is validated, whatever the interval

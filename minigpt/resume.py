@@ -16,6 +16,7 @@ from minigpt.job import Job
 from minigpt.model import GPT, GPTConfig
 from minigpt.model_card import hydra_text, training_words
 from minigpt.module import GPTModule
+from minigpt.preparation import with_cache_here
 from minigpt.ranks import global_rank
 from minigpt.records import Origin, checkpoint_summary, origin
 from minigpt.runs import (
@@ -36,7 +37,8 @@ from minigpt.untrusted import refuse_links_out
 log = logging.getLogger("minigpt")
 
 AUTO = "auto"  # resume=auto: the run of this name, if there is one
-_ASIDE = ("name", "runs_dir", "resume")  # settings that say where a run lies, not what it is
+# Settings that say where a run and its cache lie, and not what it is.
+_ASIDE = ("name", "runs_dir", "resume", "data.cache_dir")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Start:
         before = build(Job, read_config(folder), "")
         if job.resume == AUTO:
             _check_settings(job, before, folder)
+        data = with_cache_here(before.data, job.data.cache_dir)
+        before = dataclasses.replace(before, data=data)
         checkpoint = last_checkpoint(folder if job.resume == AUTO else Path(job.resume))
         content = read_checkpoint(checkpoint)
         made_of, step = content["hyper_parameters"], content["global_step"]

@@ -219,11 +219,14 @@ def _make_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool) 
         try:
             folder.mkdir(exist_ok=exist_ok and name is not None)
         except FileExistsError:
-            if name is not None:
-                raise UserError(
-                    f"{folder} exists: go on with it by resume={folder}, or take another name=..."
-                ) from None
-            continue
+            if name is None:
+                continue
+            then = (
+                f"go on with it by resume={folder}"
+                if last_checkpoints(folder)
+                else "it has no checkpoint, so delete it or type resume=auto to begin there"
+            )
+            raise UserError(f"{folder} exists: {then}, or take another name=...") from None
         return folder
     raise UserError(f"{parent} holds a thousand runs of this second: give a name=...")
 

@@ -33,7 +33,7 @@ from minigpt.data import DataModule
 from minigpt.fast import accelerate
 from minigpt.hardware import Hardware, keep_freed_memory
 from minigpt.job import Job, Plan, TrainerConfig
-from minigpt.loggers import MetricsCsv, extra_loggers, finish_wandb
+from minigpt.loggers import MetricsCsv, check_logger, extra_loggers, finish_wandb
 from minigpt.module import GPTModule
 from minigpt.peak import PEAK_FILE, matmul_peak
 from minigpt.ranks import Launcher, global_rank, step_name
@@ -80,10 +80,12 @@ def train(config: DictConfig, size: str = "gpt") -> Path:
         job = start.job
         c = job.trainer
         hardware = Hardware.find(c.accelerator, c.devices, c.num_nodes, c.precision)
+        _check_strategy(c.strategy, hardware)
         plan = Plan.of(job, hardware.world_size)
         if folder is not None and start.step >= plan.n_steps:
             log.info("%s has made all of its %d steps: nothing is left to do", folder, start.step)
             return folder
+        check_logger(job.logger)
         _prepare_libraries(job.seed)
         data = _data(job, plan, start)
         module = _module(job, plan, data, start)
@@ -271,6 +273,15 @@ def _commits_before(folder: Path) -> list[str]:
     with contextlib.suppress(UserError):  # a broken summary is written anew
         before = read_summary(folder).get("commit")
     return before.split(", ") if isinstance(before, str) else []
+
+
+def _check_strategy(name: str, hardware: Hardware) -> None:
+    """UserError: several processes cannot share the GPU of a Mac."""
+    if hardware.accelerator == "mps" and name != "auto":
+        raise UserError(
+            f"trainer.strategy={name} is for several devices, and a Mac has one GPU: leave it out, "
+            "or add trainer.accelerator=cpu"
+        )
 
 
 def _strategy(name: str, hardware: Hardware) -> Strategy | str:

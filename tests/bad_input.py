@@ -240,6 +240,7 @@ SETTINGS: list[Case] = [
     ("train.py TINY data.vocab_size=1e6", None, "vocab_size"),
     ("train.py TINY data.holdout=1", None, "between 0 and 1"),
     ("train.py TINY data.separator=", None, "separator is empty"),
+    ("train.py TINY trainer.max_steps=-1", None, "max_steps -1: leave it out"),
     ("train.py TINY callbacks.prompts=[]x", None, "cannot read"),
     ("train.py TINY logger=mlflow", None, "unknown option 'logger=mlflow'"),
     ("train.py TINY --model large", None, "without dashes: type model=large"),

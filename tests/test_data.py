@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import lightning as L
@@ -152,6 +153,15 @@ def opened(config: DataConfig, n_steps: int = 20, start_step: int = 0) -> DataMo
     data.prepare_data()
     data.setup("fit")
     return data
+
+
+def test_what_could_not_be_prepared_is_not_taken_for_ready(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    broken = dataclasses.replace(config, cache_dir=str(tmp_path / "file/cache"))
+    data = DataModule(broken, 16, n_steps=2, seed=1)
+    for _ in range(2):
+        with pytest.raises(UserError, match="cannot write"):
+            data.setup()
 
 
 def test_validation_loader_reads_its_whole_split_in_order_and_no_other(config):

@@ -119,6 +119,12 @@ def test_the_whole_file_arrives_and_a_second_call_needs_no_network(hub, tmp_path
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_the_validation_stories_alone_need_no_training_file(hub, tmp_path):
+    corpus = download_tinystories(tmp_path, None, valid_only=True)
+    assert list(corpus.stories("valid"))
+    assert {name for name, *_ in hub.ranges} == {VALID}
+
+
 def test_a_budget_fetches_only_its_bytes_and_a_larger_one_goes_on_from_there(hub, tmp_path):
     small = download_tinystories(tmp_path, 20_000)
     taken = math.ceil(20_000 * 3.84 * 1.05)

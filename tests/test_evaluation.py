@@ -240,6 +240,15 @@ def test_the_command_prints_the_evaluation_and_leaves_no_folders_behind(run, tmp
     assert {path.name for path in tmp_path.iterdir()} == before | {"x.txt"}
 
 
+def test_a_place_that_cannot_be_written_to_is_said_before_anything_is_measured(
+    run, tmp_path, monkeypatch
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(Run, "load_net", lambda _: pytest.fail("measured"))
+    with pytest.raises(UserError, match="cannot write evaluation.json .* give another folder, out"):
+        evaluate(Run.open(run), EvaluationConfig(), out=tmp_path / "file")
+
+
 def test_the_command_without_a_run_says_what_to_type(tmp_path):
     done = commands.run("evaluate.py", [], tmp_path)
     assert done.code == 2

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from minigpt import hardware
+from minigpt import hardware, training
 from minigpt.config import UserError
 from minigpt.hardware import Hardware
 from minigpt.ranks import global_rank
@@ -51,6 +51,18 @@ def test_hardware_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="this machine has 1 GPUs"):
         Hardware.find("gpu", "3", 1, "auto")
+
+
+def test_the_gpu_of_a_mac_is_one_device(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = Hardware.find("auto", "auto", 1, "auto")
+    assert (found.accelerator, found.devices, found.precision) == ("mps", 1, "32-true")
+    with pytest.raises(UserError, match="trainer.devices=2: a Mac has one GPU"):
+        Hardware.find("auto", "2", 1, "auto")
+    training._check_strategy("auto", found)
+    with pytest.raises(UserError, match="trainer.strategy=ddp is for several devices"):
+        training._check_strategy("ddp", found)
 
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3", "RANK": "4"}

@@ -27,6 +27,11 @@ def test_each_dtype_has_its_own_and_a_damaged_file_is_made_again(tmp_path, monke
         assert sorted(json.loads(kept.read_text()).values()) == [2.0, 4.0]
 
 
+def test_a_cache_that_cannot_be_written_to_costs_no_run(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert matmul_peak(CPU, tmp_path / "file/cache") > 0
+
+
 def test_a_dtype_that_is_slow_is_measured_on_small_matrices(monkeypatch):
     sides = []
 

@@ -327,6 +327,13 @@ def test_own_text_and_the_bundled_sample_open_by_config(tmp_path):
     assert open_corpus(DataConfig()) == bundled_sample()
 
 
+def test_an_empty_line_separates_stories_where_it_is_typed(tmp_path):
+    text = tmp_path / "poems.txt"
+    text.write_text("One\nline.\n\nTwo.\n\nThree.", encoding="utf-8")
+    config = DataConfig(source="text", valid_files=(str(text),), separator=r"\n\n")
+    assert list(open_corpus(config).stories("valid")) == ["One\nline.", "Two.", "Three."]
+
+
 def test_validation_files_alone_are_enough_to_evaluate_on(tokenizer, tmp_path):
     text = tmp_path / "other.txt"
     text.write_text("One.<|endoftext|>Two.", encoding="utf-8")

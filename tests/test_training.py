@@ -177,8 +177,25 @@ def test_two_runs_of_the_same_second_do_not_share_a_folder(
     assert [f.name for f in folders] == ["small-20260101-120000", "small-20260101-120000-2"]
 
 
+def test_a_folder_without_a_checkpoint_is_not_to_be_gone_on_with(tiny: list[str], tmp_path: Path):
+    (tmp_path / "runs/empty").mkdir(parents=True)
+    with pytest.raises(UserError, match="no checkpoint, so delete it or type resume=auto"):
+        train(composed([*tiny, "name=empty"]))
+    train(composed([*tiny, "name=empty", "resume=auto"]))
+
+
+def test_a_logger_that_is_not_installed_leaves_no_folder(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("minigpt.loggers.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="logger=tensorboard needs another package"):
+        train(composed([*tiny, "logger=tensorboard"]))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_name_that_is_taken_is_refused(tiny: list[str], tmp_path: Path):
-    (tmp_path / "runs/mine").mkdir(parents=True)
+    (tmp_path / "runs/mine/checkpoints").mkdir(parents=True)
+    (tmp_path / "runs/mine/checkpoints/last.ckpt").write_text("")
     with pytest.raises(UserError, match="exists: go on with it by resume="):
         train(composed([*tiny, "name=mine"]))
 
@@ -335,6 +352,23 @@ def test_a_run_is_evaluated_from_anywhere(tiny: list[str], tmp_path: Path, monke
     (tmp_path / "else").mkdir()
     monkeypatch.chdir(tmp_path / "else")
     assert evaluate(Run.open(folder), FEW).perplexity > 1
+
+
+def test_a_run_that_was_moved_to_another_machine_is_evaluated_and_goes_on_there(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr("minigpt.module.GPTModule.on_train_batch_start", fail_at_step(13))
+        with pytest.raises(RuntimeError, match="the power is gone"):
+            train(composed([*tiny, "name=broken"]))
+    (tmp_path / "cache").rename(tmp_path / "cache-of-the-other-machine")
+    monkeypatch.chdir(tmp_path)
+    assert evaluate(Run.open("runs/broken"), FEW).perplexity > 1
+    assert (tmp_path / ".cache/prepared").is_dir()
+    folder = train(composed(["resume=runs/broken", "data.cache_dir=another"]))
+    assert read_summary(folder)["status"] == "finished"
+    assert (tmp_path / "another/prepared").is_dir()
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_cpu_takes_shards_unless_something_else_cannot_go_with_them(monkeypatch):
