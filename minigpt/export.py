@@ -189,7 +189,10 @@ def _round(net: GPT, dtype: torch.dtype) -> None:
 
 
 def check_place(out: Path) -> None:
-    """Raises UserError unless `out` is new, empty, or an earlier export with nothing added."""
+    """Raises UserError unless `out` is new, empty, or an earlier export with nothing added.
+
+    The current folder cannot be replaced, nor one above it: programs would go on in a removed one.
+    """
     if not out.exists():
         return
     if not out.is_dir():
@@ -204,11 +207,19 @@ def check_place(out: Path) -> None:
             f"{out} holds {foreign[0]}{more}, which no export made: give a new folder, or move "
             "that away"
         )
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise UserError(
+            f"{out.resolve()}, which an export would replace, is the current folder or above it: "
+            "type cd .. first, or give another folder"
+        )
 
 
 @contextmanager
 def _whole_folder(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` that takes its place when the body is through, or disappears."""
+    """A new folder beside `out` that takes its place when the body is through, or disappears.
+
+    What was at `out` is removed once the new folder is there, and put back if that never comes.
+    """
     place = out.resolve()
     folder = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     old = place.with_name(f".{place.name}.{os.getpid()}.old")
@@ -217,17 +228,14 @@ def _whole_folder(out: Path) -> Iterator[Path]:
         yield folder
         if place.exists():
             place.rename(old)
-        try:
-            folder.rename(place)
-        except OSError:
-            if old.exists():
-                old.rename(place)
-            raise
+        folder.rename(place)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from None
     finally:
-        for leftover in (folder, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        if old.exists() and not place.exists():
+            old.rename(place)
 
 
 # ---------------------------------------------------------------------------- the run, portable

@@ -288,6 +288,45 @@ def test_an_export_that_fails_leaves_the_earlier_one_and_no_other_trace(run, tmp
     assert sorted(tmp_path.iterdir()) == around
 
 
+@pytest.mark.parametrize("stopped", [KeyboardInterrupt(), OSError(5, "Input/output error")])
+@pytest.mark.parametrize("goes_back", [True, False])
+def test_the_earlier_export_outlives_a_swap_that_stops_half_way(
+    stopped, goes_back, run, tmp_path, monkeypatch
+):
+    out = made(run, tmp_path / "out")
+    before, around = contents(out), sorted(tmp_path.iterdir())
+    rename = Path.rename
+
+    def half(path: Path, target: Path) -> Path:
+        if path.suffix == ".tmp":
+            raise stopped
+        if path.suffix == ".old" and not goes_back:
+            raise OSError(13, "Permission denied", str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", half)
+    with pytest.raises((KeyboardInterrupt, UserError, OSError)):
+        made(run, out)
+    if goes_back:
+        assert sorted(tmp_path.iterdir()) == around
+    (kept,) = set(tmp_path.iterdir()) - {tmp_path / "runs"}
+    assert contents(kept) == before
+
+
+def test_the_current_folder_is_not_replaced(run, tmp_path, monkeypatch):
+    out = made(run, tmp_path / "out")
+    (tmp_path / "new").mkdir()
+    for here, typed in ((out, "."), (tmp_path / "new", "."), (out, out)):
+        monkeypatch.chdir(here)
+        with pytest.raises(UserError, match="is the current folder or above it: type cd"):
+            made(run, Path(typed))
+    (tmp_path / "new" / "inside").mkdir()
+    (tmp_path / "new" / "export.json").write_text('{"files": ["export.json", "inside"]}')
+    monkeypatch.chdir(tmp_path / "new" / "inside")
+    with pytest.raises(UserError, match="is the current folder or above it"):
+        made(run, Path(".."))
+
+
 @pytest.mark.parametrize(("format", "module"), [("onnx", "onnx"), ("gguf", "gguf")])
 def test_a_missing_package_is_named_with_the_command(format, module, run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
