@@ -10,7 +10,6 @@ measured on the very weights that are exported, which their fingerprint tells, o
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -29,8 +28,8 @@ from minigpt.config import UserError
 from minigpt.evaluation import EvaluationConfig, evaluate
 from minigpt.export_formats import write_gguf, write_hf, write_onnx, write_safetensors
 from minigpt.model import GPT
-from minigpt.model_card import model_card
-from minigpt.records import Origin, checkpoint_summary, origin, read_summary
+from minigpt.model_card import CONFIG_FACTS, EVALUATION_FACTS, SUMMARY_FACTS, model_card
+from minigpt.records import Origin, check_facts, checkpoint_summary, origin, read_summary
 from minigpt.runs import (
     CONFIG,
     EVALUATION,
@@ -41,6 +40,7 @@ from minigpt.runs import (
     write_json,
     write_text,
 )
+from minigpt.untrusted import read_json
 
 CARD = "README.md"
 MARK = "export.json"  # says that this is an export, and which files belong to it
@@ -104,6 +104,8 @@ def export(
             "folder"
         )
     net, summary = run.load_net(), checkpoint_summary(run)
+    check_facts(run.config(), CONFIG_FACTS, run.folder / CONFIG)
+    check_facts(summary, SUMMARY_FACTS, run.folder / SUMMARY)
     began = origin(summary, run.folder / SUMMARY)
     if config.average:
         _average(run, net, began)
@@ -199,7 +201,9 @@ def check_place(out: Path) -> None:
         raise UserError(f"{out} is a file: give a new folder to export into")
     present = {path.name for path in out.iterdir()}
     ours = {path.name for pattern in ALSO for path in out.glob(pattern)}
-    ours |= set(_read_json(out / MARK).get("files", []))
+    listed = _read_json(out / MARK).get("files")
+    if isinstance(listed, list):
+        ours |= set(map(str, listed))
     foreign = sorted(present - ours if MARK in present else present)
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
@@ -274,6 +278,7 @@ def _known_evaluation(folder: Path, net: GPT) -> dict[str, Any] | None:
     found = _read_json(folder / EVALUATION)
     if found.get("weights") != weights_fingerprint(net):
         return None
+    check_facts(found, EVALUATION_FACTS, folder / EVALUATION)
     return {**found, "data": portable_data(found["data"])}
 
 
@@ -294,7 +299,7 @@ def _measure(run: Run, net: GPT, config: ExportConfig, console: Console | None) 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} when there is none that can be read."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

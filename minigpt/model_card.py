@@ -11,8 +11,33 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from minigpt.records import Origin, human_time
+from minigpt.records import BAR, Origin, human_time
 
+DECIDING = (
+    *("devices", "num_nodes", "strategy", "precision", "accumulate_grad_batches"),
+    "n_validations",  # the best of these is kept
+)
+# What the card tells of the files of a run, with its type there, for `records.check_facts`.
+CONFIG_FACTS = {
+    "size": str,
+    "seed": int,
+    "model": {},
+    "data": {"source": str},
+    "optimizer": {},
+    "trainer": dict.fromkeys(DECIDING, int | str),
+    "budget": {},
+}
+SUMMARY_FACTS = {
+    **dict.fromkeys(("device", "precision", "commit"), str | None),
+    **dict.fromkeys(("tokens", "devices", "num_nodes"), int | None),
+    "seconds": int | float | None,
+}
+EVALUATION_FACTS = {
+    **dict.fromkeys(("nats_per_token", "perplexity", "bits_per_byte"), int | float),
+    **dict.fromkeys(("n_stories", "n_tokens"), int),
+    **dict.fromkeys(("device", "precision"), str),
+    "data": {"source": str},
+}
 CORPORA = {
     "tinystories_sample": "the 14,849 stories of the bundled sample",
     "tinystories": "the V2 training file of the full corpus",
@@ -70,6 +95,8 @@ def model_card(
 ) -> str:
     """The text of README.md.
 
+    What the files of the run say was checked with `check_facts` before.
+
     Args:
         name: of the model: its folder's, or user/name on the Hub.
         format: one of the keys of USAGE.
@@ -98,7 +125,10 @@ def model_card(
         format_note=FORMAT_NOTES[format],
         model={**config["model"], "parameters": n_parameters},
         vocabulary=vocabulary,
-        facts=_facts(dtype, config, summary, evaluation, origin),
+        facts={
+            key: fact.replace("|", BAR)
+            for key, fact in _facts(dtype, config, summary, evaluation, origin).items()
+        },
         usage=_usage(name, format),
         tinystories=bool(stories),
         others=len(stories) < len(sources),
@@ -141,7 +171,7 @@ def _facts(
         "weights": dtype,
         "tokens seen in training": seen,
         "trained for": took,
-        "precision of training": summary.get("precision", unknown),
+        "precision of training": summary.get("precision") or unknown,
         "seed": str(config["seed"]),
     }
     if evaluation is None:
@@ -157,8 +187,9 @@ def _facts(
 
 
 def _devices(summary: Mapping[str, Any]) -> str:
-    n = summary.get("devices", 1) * summary.get("num_nodes", 1)
-    return summary["device"] if n == 1 else f"{n} × {summary['device']}"
+    n = (summary.get("devices") or 1) * (summary.get("num_nodes") or 1)
+    device = summary.get("device") or "an unknown device"
+    return device if n == 1 else f"{n} × {device}"
 
 
 def training_commands(
@@ -190,11 +221,7 @@ def training_words(
         words.append(f"optimizer={config['optimizer']['name']}")
     if origin is not None:
         words.append(f"init_from={hydra_text(origin.path)}")
-    deciding = (
-        *("devices", "num_nodes", "strategy", "precision", "accumulate_grad_batches"),
-        "n_validations",  # the best of these is kept
-    )
-    trainer = {key: summary.get(key) or config["trainer"][key] for key in deciding}
+    trainer = {key: summary.get(key) or config["trainer"][key] for key in DECIDING}
     sections = {
         "model": {key: value for key, value in config["model"].items() if key != "attention"},
         "data": {key: value for key, value in data.items() if key not in elsewhere},
@@ -213,9 +240,23 @@ def training_words(
 def _over_lines(words: Sequence[str]) -> str:
     """A shell command with a line for each section of its settings."""
     sections = itertools.groupby(words, lambda word: word.startswith("++") and word.split(".")[0])
-    first, *lines = [" ".join(map(shlex.quote, section)) for _, section in sections]
+    first, *lines = [" ".join(map(_shell_word, section)) for _, section in sections]
     program, settings = first[: len("python train.py")], first[len("python train.py") :].strip()
     return " \\\n  ".join([program, settings, *lines])
+
+
+def _shell_word(word: str) -> str:
+    """`word` for bash or zsh, on one line: a separator of stories may be a line break."""
+    if word.isprintable():
+        return shlex.quote(word)
+    escaped = word.replace("\\", "\\\\").replace("'", "\\'")
+    return f"$'{''.join(c if c.isprintable() else _ansi_c(c) for c in escaped)}'"
+
+
+def _ansi_c(character: str) -> str:
+    """A character as $'...' has it, where \\x stands for a byte."""
+    code = ord(character)
+    return ascii(character)[1:-1] if code < 128 else f"\\U{code:08x}"
 
 
 def _averaged(summary: Mapping[str, Any], origin: Origin | None) -> bool:

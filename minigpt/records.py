@@ -137,6 +137,29 @@ def origin(told: Mapping[str, Any], where: Path) -> Origin | None:
     return build(Origin, told["init_from"], f"{where}: init_from")
 
 
+def check_facts(told: Mapping[str, Any], kinds: Mapping[str, Any], where: Path) -> None:
+    """Whether what a file tells can be shown: of the type that is written there, on one line.
+
+    Args:
+        told: what the file `where` holds.
+        kinds: of each fact its type, such as `str | None`, or a mapping for facts within it.
+
+    Raises:
+        UserError: one of them is another, or text with a line break or the like in it.
+    """
+    for name, kind in kinds.items():
+        value = told.get(name)
+        inner = isinstance(kind, Mapping)
+        right = isinstance(value, Mapping if inner else kind)
+        if not right or (isinstance(value, str) and not value.isprintable()):
+            raise UserError(
+                f"{where}: {name} is {value!r}, as Mini GPT never writes it: restore that file or "
+                "make it again"
+            )
+        if inner:
+            check_facts(told[name], kind, where)
+
+
 def series(rows: list[Row], name: str) -> tuple[list[float], list[float]]:
     """One column against tokens seen: (tokens, values), where it was measured."""
     measured = [(row["tokens"], row[name]) for row in rows if name in row]

@@ -110,6 +110,17 @@ def edit_json(name: str, change: Callable[[dict], Any]) -> Break:
     return act
 
 
+def edit(name: str, old: str, new: str) -> Break:
+    """A text file in which `old` became `new`."""
+
+    def act(here: Path) -> None:
+        text = (here / name).read_text(encoding="utf-8")
+        assert old in text
+        (here / name).write_text(text.replace(old, new), encoding="utf-8")
+
+    return act
+
+
 class Payload:
     """Unpickled, it makes a file that gives it away."""
 
@@ -454,6 +465,25 @@ VERBS: list[Case] = [
     ("minigpt export runs/tiny runs", None, "runs"),
     ("minigpt export runs/tiny new --dry-run", None, "add --push user/name"),
     ("minigpt export runs/tiny new --push ../../x --dry-run", None, "user/name"),
+    ("minigpt export runs/tiny out", write("out/export.json", DEEP), "out holds README.md and"),
+    ("minigpt export runs/tiny out", write("out/export.json", '{"files": [[1]]}'), "out holds"),
+    ("minigpt export runs/tiny out", write("out/export.json", '{"files": 1}'), "out holds"),
+    (
+        "minigpt export runs/tiny new",
+        edit_json("runs/tiny/summary.json", lambda s: s.update(precision="32\n\n# Heading")),
+        "summary.json: precision is '32\\n\\n# Heading', as Mini GPT never writes it",
+    ),
+    (
+        "minigpt export runs/tiny new",
+        edit_json("runs/tiny/summary.json", lambda s: s.update(tokens="many")),
+        "summary.json: tokens is 'many'",
+    ),
+    (
+        "minigpt export out new",
+        edit("out/config.yaml", "source: text", 'source: "tinystories\\n# A"'),
+        "config.yaml: source is 'tinystories\\n# A'",
+    ),
+    ("minigpt export out new", edit("out/config.yaml", "budget:", "bud:"), "budget is None"),
     ("minigpt playground", None, "Missing argument 'runs'"),
     ("minigpt playground nowhere", None, "nowhere does not exist"),
     ("minigpt playground runs/tiny --port 70000", None, "--port"),

@@ -3,6 +3,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from itertools import islice
@@ -23,7 +24,7 @@ from minigpt.evaluation import EvaluationConfig, StoriesConfig, evaluate
 from minigpt.export import ExportConfig, export
 from minigpt.generation import SamplingConfig, generate_stories
 from minigpt.job import Job
-from minigpt.model_card import training_commands
+from minigpt.model_card import training_commands, training_words
 from minigpt.publish import push
 from minigpt.records import read_summary
 from minigpt.runs import Run, weights_fingerprint
@@ -228,6 +229,34 @@ def test_the_command_in_the_model_card_composes_to_the_settings_of_the_run(run, 
     assert job.trainer == replace(asked.trainer, **found, accelerator="auto", log_every_n_steps=10)
     assert job.data.batch_size == asked.data.batch_size
     assert job.data.separator == asked.data.separator
+
+
+def test_an_evaluation_that_lacks_a_number_is_named(run, tmp_path):
+    evaluate(Run.open(run), QUICK)
+    measured = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    for broken in (measured | {"precision": "32\n# Heading"}, {"weights": measured["weights"]}):
+        (run / "evaluation.json").write_text(json.dumps(broken))
+        with pytest.raises(UserError, match=r"evaluation\.json: \w+ is .*, as Mini GPT never"):
+            made(run, tmp_path / "out")
+    (run / "evaluation.json").write_text("[" * 200_000)  # not measured, then
+    made(run, tmp_path / "out")
+
+
+def test_what_a_run_says_stays_in_its_cell_and_its_command_on_its_lines(run, tmp_path):
+    config, summary = Run.open(run).config(), read_summary(run) | {"device": "cpu | gpu"}
+    (run / "summary.json").write_text(json.dumps(summary))
+    config["data"]["separator"] = "\n```\n# It's a \\heading\n\u2028"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    card = (made(run, tmp_path / "out") / "README.md").read_text(encoding="utf-8")
+    assert " on cpu \\| gpu |" in card
+    (command,) = re.findall(r"```sh\n(python train.*?)\n```", card, re.DOTALL)
+    assert all(line.startswith(("python ", "  ")) for line in command.splitlines())
+    typed = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {command}"],
+        capture_output=True, check=True, env={"LC_ALL": "C.UTF-8"},
+    )  # fmt: skip
+    words = typed.stdout.decode().split("\0")[:-1]
+    assert words == training_words(Run.open(run).config(), summary)
 
 
 def test_the_lines_for_lm_eval_write_what_evaluate_py_scores(run, tmp_path, monkeypatch, capsys):
