@@ -364,7 +364,9 @@ RUNS: list[Case] = [
     ("train.py resume=runs/tiny", write("runs/tiny/config.yaml", ALIASES), "does not hold the"),
     ("train.py resume=runs/tiny", write("runs/tiny/config.yaml", DEEP), "does not hold the"),
     ("train.py resume=runs/tiny", write("runs/tiny/config.yaml", b"\xff\xfe"), "does not hold"),
-    ("train.py resume=runs/tiny", write("runs/tiny/config.yaml", "a: 1\n" * 300_000), "not hold"),
+    ("train.py resume=runs/tiny", write("runs/tiny/config.yaml", "a: 1\n" * 14_000), "not hold"),
+    ("train.py resume=runs/tiny", write("runs/tiny/config.yaml", "a: !!int ''"), "does not hold"),
+    ("train.py resume=runs/tiny", write("runs/tiny/config.yaml", "a: !!bool x"), "does not hold"),
     (
         "train.py resume=runs/tiny",
         write("runs/tiny/config.yaml", "a: !!python/object/apply:os.system ['touch ran-code']"),
