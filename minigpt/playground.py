@@ -165,21 +165,22 @@ class _Writer:
         if length >= context:
             cut = f"{length} tokens outgrow the context of {context}: the model reads their end."
             self.html = note_html(cut) + self.html
-        self.n, self.started, self.ended = 0, time.monotonic(), False
+        self.n, self.seconds, self.ended = 0, 0.0, False
 
     def advance(self) -> bool:
         """Write one more token; False when the story has ended."""
         if self.ended:
             return False
+        started = time.monotonic()
         token: ShownToken | None = next(self.tokens, None)
+        self.seconds += time.monotonic() - started  # without the turns of the others
         if token is not None:
             self.n += 1
             self.html += token_html(token)
         self.ended = token is None or not token.text
         if self.ended:
-            seconds = max(time.monotonic() - self.started, 1e-3)
             why = "The story ended" if token else "The longest length was reached"
-            speed = f"{self.n} tokens, {self.n / seconds:.0f} a second"
+            speed = f"{self.n} tokens, {self.n / max(self.seconds, 1e-3):.0f} a second"
             self.html += note_html(f"{why}: {speed}.")
         return not self.ended
 

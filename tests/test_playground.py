@@ -1,8 +1,10 @@
 import re
 import socket
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from minigpt.config import UserError
 from minigpt.embeddings import EmbeddingProbe
 from minigpt.model import GPT, GPTConfig
 from minigpt.playground import Model, Playground, listen, read_auth, require_gradio
+from minigpt.playground_html import ShownToken
 from minigpt.runs import Run
 from minigpt.tokenizer import Tokenizer
 from tests.test_cli import run_main
@@ -49,6 +52,24 @@ def test_a_story_grows_in_each_column_and_says_how_it_ended(page, monkeypatch):
         assert plain(column[0]).startswith("the dog")
         assert column[0].count('class="token') == 1  # the first token is shown at once
         assert re.search("(story ended|longest length was reached): [0-9]+ tokens", column[-1])
+
+
+def test_the_speed_of_a_story_leaves_out_what_is_not_its_own(page, monkeypatch):
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+
+    def tokens(net: GPT, *_: object) -> Iterator[ShownToken]:
+        for _ in range(5):
+            clock.now += 1 if net is page.models["a"].net else 0.1
+            yield ShownToken("dog", 1.0, 1, ())
+
+    monkeypatch.setattr(playground, "time", clock)
+    monkeypatch.setattr(playground, "stream_tokens", tokens)
+    shown: tuple[str, ...] = ()
+    for look in page.write("the dog", **USUAL):
+        shown = look
+        clock.now += 100  # what the page takes
+    assert "5 tokens, 1 a second" in shown[0]
+    assert "5 tokens, 10 a second" in shown[1]
 
 
 def test_a_prompt_beyond_the_context_is_said_to_be_read_from_its_end(page):
