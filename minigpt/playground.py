@@ -9,6 +9,7 @@ with Gradio. Whatever visitors type is bounded, and what is wrong with it is one
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import random
@@ -237,16 +238,17 @@ def listen(host: str, port: int | None) -> socket.socket:
         UserError: the port is taken or not allowed, or there is no such host.
     """
     ports = range(FIRST_PORT, FIRST_PORT + N_PORTS) if port is None else [port]
-    reason = ""
-    for candidate in ports:
-        try:
-            family = socket.getaddrinfo(host, candidate, type=socket.SOCK_STREAM)[0][0]
-            return socket.create_server((host, candidate), family=family, backlog=128)
-        except OSError as error:
-            reason = error.strerror or str(error)
-    raise UserError(
-        f"cannot listen at {host}, port {ports[0]}: {reason}; choose another --host or --port"
-    )
+    try:
+        family = socket.getaddrinfo(host, ports[0], type=socket.SOCK_STREAM)[0][0]
+        for candidate in ports[:-1]:
+            with contextlib.suppress(OSError):
+                return socket.create_server((host, candidate), family=family, backlog=128)
+        return socket.create_server((host, ports[-1]), family=family, backlog=128)
+    except (OSError, UnicodeError) as error:  # UnicodeError: no host is spelled so
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"cannot listen at {host}, port {ports[0]}: {reason}; choose another --host or --port"
+        ) from None
 
 
 def serve(

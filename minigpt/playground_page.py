@@ -98,10 +98,18 @@ def _story_tab(playground: Playground) -> None:
                 info="0: always the likeliest token; 1: as the model believes; 2: wild",
                 elem_id="temperature",
             )
-            length = gr.Slider(10, MAX_TOKENS, 200, step=10, label="Longest story, in tokens")
+            length = gr.Slider(
+                10, MAX_TOKENS, 200, step=10, precision=0, label="Longest story, in tokens"
+            )
             with gr.Accordion("Leave out unlikely tokens", open=False):
                 top_k = gr.Slider(
-                    0, 100, 0, step=1, label="top-k", info="only the k likeliest; 0: all"
+                    0,
+                    100,
+                    0,
+                    step=1,
+                    precision=0,
+                    label="top-k",
+                    info="only the k likeliest; 0: all",
                 )
                 top_p = gr.Slider(
                     0.05, 1, 1, step=0.05, label="top-p", info="the likeliest up to this sum"
@@ -162,8 +170,8 @@ def _attention_tab(playground: Playground) -> None:
         elem_id="attention-text",
     )
     with gr.Row():
-        layer = gr.Slider(1, max(s.n_layers for s in shapes), 1, step=1, label="Layer")
-        head = gr.Slider(1, max(s.n_heads for s in shapes), 1, step=1, label="Head")
+        layer = gr.Slider(1, max(s.n_layers for s in shapes), 1, step=1, precision=0, label="Layer")
+        head = gr.Slider(1, max(s.n_heads for s in shapes), 1, step=1, precision=0, label="Head")
     value = playground.attention(name.value, text.value, layer.value, head.value)
     shown = _tokens_part("${value}", value, elem_id="attention")
     for event in (name.change, text.change, layer.change, head.change):

@@ -157,6 +157,22 @@ def test_a_taken_port_and_an_unknown_host_are_one_line():
         listen("nowhere.invalid", 1)
 
 
+def test_an_unknown_host_is_looked_up_once(monkeypatch):
+    asked = []
+
+    def look_up(host: str, *_: object, **__: object) -> None:
+        asked.append(host)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    with pytest.raises(UserError, match="nowhere.invalid, port 7860: Name or service not known"):
+        listen("nowhere.invalid", None)
+    assert asked == ["nowhere.invalid"]
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"cannot listen at a\.\.b, port 7860"):
+        listen("a..b", None)
+
+
 def test_without_a_port_the_next_free_one_is_taken(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         monkeypatch.setattr(playground, "FIRST_PORT", taken.getsockname()[1])

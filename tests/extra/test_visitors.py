@@ -13,9 +13,9 @@ from tests.extra.conftest import Served
 pytestmark = pytest.mark.timeout(300)
 
 
-def write(url: str, prompt: str, n: int) -> str:
+def write(url: str, prompt: str, n: float, top_k: float = 0) -> str:
     """The page's last look at a story of n tokens."""
-    typed = [prompt, 1.0, 0, 1.0, 0.0, n]
+    typed = [prompt, 1.0, top_k, 1.0, 0.0, n]
     with httpx.Client(base_url=url, timeout=120, trust_env=False) as client:
         asked = client.post("/gradio_api/call/write", json={"data": typed})
         asked.raise_for_status()
@@ -47,6 +47,7 @@ def test_what_a_page_would_not_send_is_answered_and_crashes_nothing(served: Serv
                 event = asked.json()["event_id"]
                 assert "event: " in client.get(f"/gradio_api/call/write/{event}").text
     assert 'class="note"' in write(served.url, "Tom", 10)
+    assert 'class="note"' in write(served.url, "Tom", 10.4, top_k=2.6)  # counts are rounded
 
 
 def test_strangers_are_sent_away_everywhere_when_there_is_a_password(guarded: Served):
