@@ -105,6 +105,9 @@ def write_study(runs: Sequence[Run], out: Path, config: StudyConfig | None = Non
     )
     write_json(out / "embeddings.json", {n: _answers_json(a) for n, a in answers.items()})
     write_text(out / "samples.md", samples_markdown(models))
+    device = Hardware.find("auto", "1", 1, "32-true").accelerator
+    for model in models:
+        accelerate(model.net.to(device))
     rows = study_rows(models, config)
     write_text(out / "coherence.md", coherence_markdown(rows, models, config))
     plain = [dataclasses.asdict(row) for row in rows]
@@ -114,10 +117,9 @@ def write_study(runs: Sequence[Run], out: Path, config: StudyConfig | None = Non
 
 
 def _loaded(runs: Sequence[Run]) -> list[Model]:
-    """The models on the best device here, smallest first."""
-    device = Hardware.find("auto", "1", 1, "32-true").accelerator
+    """The models on the CPU, smallest first."""
     models = [
-        Model(run.folder.resolve().name, run.load_net(device), run.load_tokenizer()) for run in runs
+        Model(run.folder.resolve().name, run.load_net(), run.load_tokenizer()) for run in runs
     ]
     names = [model.name for model in models]
     if len(set(names)) < len(names):
@@ -128,9 +130,6 @@ def _loaded(runs: Sequence[Run]) -> list[Model]:
             f"{', '.join(names)} do not share tokenizer and context, so that the largest cannot "
             "score the others' stories: study them one by one"
         )
-    if device == "cpu":
-        for model in models:
-            accelerate(model.net)
     return sorted(models, key=lambda model: model.net.n_parameters)
 
 
@@ -291,7 +290,10 @@ def coherence_figure(rows: Sequence[Row]) -> Figure:
 
 
 def samples_markdown(models: Sequence[Model]) -> str:
-    """samples.md: three stories of each model, as they came."""
+    """samples.md: three stories of each model, as they came.
+
+    The models are on the CPU, as for `minigpt generate`: a seed is another story elsewhere.
+    """
     parts = [
         "# Samples",
         f"Three stories of each run, unedited: the prompt “{SAMPLE_PROMPT}”, temperature "

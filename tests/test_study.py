@@ -2,6 +2,7 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from minigpt.coherence import (
 from minigpt.config import UserError
 from minigpt.corpus import bundled_sample
 from minigpt.embeddings import EmbeddingProbe
+from minigpt.generation import SamplingConfig, stream_text
 from minigpt.model import GPT, GPTConfig
 from minigpt.runs import Run
 from minigpt.tokenizer import Tokenizer
@@ -203,6 +205,28 @@ def test_a_study_of_two_runs_writes_its_files(tokenizer, tmp_path, monkeypatch):
     embeddings = json.loads((out / "embeddings.json").read_text(encoding="utf-8"))
     assert list(embeddings) == ["smaller", "larger"]
     assert len(embeddings["larger"]["analogies"]) == 20
+
+
+def test_samples_are_those_of_generate_whatever_the_rest_is_computed_on(
+    tokenizer, tmp_path, monkeypatch
+):
+    class ReachedError(Exception):
+        pass
+
+    def study_rows(models: list[study.Model], config: study.StudyConfig) -> None:
+        assert models[0].net.embedding.weight.device.type == "meta"
+        raise ReachedError
+
+    there = SimpleNamespace(accelerator="meta")
+    monkeypatch.setattr(study.Hardware, "find", lambda *asked: there)
+    monkeypatch.setattr(study, "study_rows", study_rows)
+    run = untrained(tmp_path / "one", tokenizer)
+    with pytest.raises(ReachedError):
+        study.write_study([run], tmp_path / "out")
+    sampling = SamplingConfig(study.SAMPLE_TEMPERATURE, max_tokens=study.SAMPLE_TOKENS, seed=2)
+    text = "".join(stream_text(run.load_net(), tokenizer, study.SAMPLE_PROMPT, sampling))
+    quoted = "\n".join(f"> {line}".rstrip() for line in (study.SAMPLE_PROMPT + text).split("\n"))
+    assert f"Seed 2:\n\n{quoted}\n" in (tmp_path / "out/samples.md").read_text(encoding="utf-8")
 
 
 def test_a_map_is_drawn_of_each_run_whose_words_are_known(tmp_path):
