@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from minigpt.config import UserError
 from minigpt.embeddings import EmbeddingProbe
+from minigpt.figures import write_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,7 +61,7 @@ class EmbeddingMap:
     points: Tensor  # (n, 2), in the order of `words`
     explained: float  # share of the variance that the two dimensions hold
     within: float  # mean cosine of two words of one cluster, in all d dimensions
-    between: float  # mean cosine of two words of different clusters
+    between: float | None  # the same of different clusters; None: one has them all
 
 
 def embedding_map(
@@ -92,16 +92,17 @@ def embedding_map(
         points=points,
         explained=(s[:2].square().sum() / s.square().sum()).item(),
         within=cosines[same & other].mean().item(),
-        between=cosines[~same].mean().item(),
+        between=None if same.all() else cosines[~same].mean().item(),
     )
 
 
 def caption(found: EmbeddingMap) -> str:
     """What the map shows, and its limits, in two sentences."""
+    between = "" if found.between is None else f", two of different groups {found.between:.2f}"
     text = (
-        f"Two words of one group have a mean cosine of {found.within:.2f}, two of different groups "
-        f"{found.between:.2f}. The map keeps {found.explained:.0%} of the variance: words that are "
-        "far apart on it are different, words that are close on it may still be."
+        f"Two words of one group have a mean cosine of {found.within:.2f}{between}. The map keeps "
+        f"{found.explained:.0%} of the variance: words that are far apart on it are different, "
+        "words that are close on it may still be."
     )
     return text.replace("-0", "−0")
 
@@ -149,10 +150,7 @@ def _label(axes: Axes, words: list[str], points: Tensor) -> None:
 
 def write_map(found: EmbeddingMap, path: Path) -> None:
     """Write the map as a PNG, whole or not at all. The folder is made if missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    map_figure(found).savefig(temporary, format="png", dpi=150)
-    temporary.replace(path)
+    write_png(map_figure(found), path, dpi=150)
 
 
 def map_svg(found: EmbeddingMap) -> str:

@@ -30,12 +30,13 @@ from minigpt.corpus import bundled_sample
 from minigpt.embedding_map import FewWordsError, caption, embedding_map, write_map
 from minigpt.embeddings import EmbeddingProbe
 from minigpt.fast import accelerate
+from minigpt.figures import write_png
 from minigpt.generation import SamplingConfig, stream_text
 from minigpt.hardware import Hardware
 from minigpt.model import GPT
 from minigpt.records import md_table
 from minigpt.repetition import COPIED, Repetition, measure
-from minigpt.runs import Run, write_bytes, write_json, write_text
+from minigpt.runs import Run, write_json, write_text
 from minigpt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def write_study(runs: Sequence[Run], out: Path, config: StudyConfig | None = Non
     plain = [dataclasses.asdict(row) for row in rows]
     settings = dataclasses.asdict(config) | {"judge": models[-1].name}
     write_json(out / "coherence.json", {"settings": settings, "rows": plain})
-    write_bytes(out / "coherence.png", coherence_picture(rows))
+    write_png(coherence_figure(rows), out / "coherence.png")
 
 
 def _loaded(runs: Sequence[Run]) -> list[Model]:
@@ -239,15 +240,6 @@ def _cells(row: Row) -> list[str]:
 
 def _percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f} %"
-
-
-def coherence_picture(rows: Sequence[Row]) -> bytes:
-    """The PNG of `coherence_figure`."""
-    import io
-
-    picture = io.BytesIO()
-    coherence_figure(rows).savefig(picture, format="png", dpi=200)
-    return picture.getvalue()
 
 
 def coherence_figure(rows: Sequence[Row]) -> Figure:

@@ -1,7 +1,10 @@
 import re
+from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from minigpt.embedding_map import (
     CLUSTERS,
@@ -59,6 +62,25 @@ def test_the_png_and_the_svg_show_every_word(probe, tmp_path):
     assert svg.startswith("<svg")
     assert set(WORDS) <= set(re.findall(r">([^<>]+)</text>", svg))
     assert "currentColor" in svg
+
+
+def test_words_of_one_cluster_alone_are_not_held_against_others(probe):
+    found = embedding_map(probe, {"roles": ("dad", "mom", "king"), "activities": ("jumpings",)})
+    assert found.between is None
+    assert caption(found).startswith("Two words of one group have a mean cosine of 0.92. The map")
+
+
+def test_a_map_that_cannot_be_drawn_leaves_nothing_behind(probe, tmp_path, monkeypatch):
+    def fail(figure: Figure, file: Path | IO[bytes], **_: object) -> None:
+        if isinstance(file, Path):
+            file.touch()
+        raise MemoryError
+
+    found = embedding_map(probe, CLUSTERED)
+    monkeypatch.setattr(Figure, "savefig", fail)
+    with pytest.raises(MemoryError):
+        write_map(found, tmp_path / "map.png")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_label_covers_another(probe):
