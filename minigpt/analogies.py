@@ -121,7 +121,7 @@ def markdown(answers: dict[str, Answers]) -> str:
         md_table(
             ["word", *answers],
             [
-                [word, *(_shown(found.neighbours[word]) for found in answers.values())]
+                [word, *(_listed(found.neighbours[word]) for found in answers.values())]
                 for word in first.neighbours
             ],
             left=1 + len(answers),
@@ -145,17 +145,22 @@ def markdown(answers: dict[str, Answers]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _shown(found: Found | str) -> str:
+def shown(token: str) -> str:
+    """A token as a table can hold it: a line break as \\n."""
+    return repr(token)[1:-1] or "(a space)"
+
+
+def _listed(found: Found | str) -> str:
     if isinstance(found, str):
         return found
-    return ", ".join(f"{word} {cosine:.2f}" for word, cosine in found)
+    return ", ".join(f"{shown(word)} {cosine:.2f}" for word, cosine in found)
 
 
 def _outcome(analogy: Analogy) -> str:
     if analogy.rank is None:
         return analogy.problem or ""
     word, cosine = analogy.top[0]
-    return f"{analogy.rank} ({word} {cosine:.2f})"
+    return f"{analogy.rank} ({shown(word)} {cosine:.2f})"
 
 
 def _summary_cells(summary: dict[str, float]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from minigpt.analogies import Answers
+from minigpt.analogies import Answers, shown
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,10 +21,11 @@ def score_line(answers: Answers) -> str:
 def score_table(answers: Answers) -> Table:
     """A row for each analogy."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("analogy", "answer", "the model says", "rank of the answer", title="Analogies")
     for one in answers.analogies:
-        best = one.top[0][0] if one.top else ""
+        best = Text(shown(one.top[0][0]) if one.top else "")
         why_not = (one.problem or "").split(" to this ")[0]
         table.add_row(one.question, one.expected, best, str(one.rank) if one.rank else why_not)
     return table
@@ -39,5 +40,5 @@ def word_table(title: str, found: Iterable[tuple[str, float]]) -> Table:
     table.add_column(Text(title))
     table.add_column("cosine", justify="right")
     for word, cosine in found:
-        table.add_row(Text(repr(word)[1:-1] or "(a space)"), f"{cosine:.2f}")
+        table.add_row(Text(shown(word)), f"{cosine:.2f}")
     return table

@@ -33,7 +33,7 @@ def test_tables_show_words_ranks_and_reasons(probe):
         {},
         [
             Analogy("royal", "king − man + woman", "queen", 1, [("queen", 0.9), ("man", 0.1)]),
-            Analogy("royal", "man − king + apple", "queen", 7, [("the", 0.2)]),
+            Analogy("royal", "man − king + apple", "queen", 7, [("[b]the\n", 0.2)]),
             Analogy("size", "tall − a + b", "c", None, [], "'tall' is 2 tokens to this tokenizer"),
         ],
     )
@@ -44,6 +44,7 @@ def test_tables_show_words_ranks_and_reasons(probe):
     assert "'tall' is 2 tokens " in shown
     assert "1 of 2 answers come first, 1 among the first five." in shown
     assert "Nearest to [b]king" in shown
+    assert " [b]the\\n " in shown
     assert "0.58" in shown
     assert "\\n" in shown
 

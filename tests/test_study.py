@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from minigpt import analogies, study
+from minigpt.analogies import Analogy, Answers
 from minigpt.coherence import (
     Continuation,
     Opening,
@@ -156,6 +157,14 @@ def test_the_rank_is_the_place_of_the_expected_answer(monkeypatch):
     text = analogies.markdown({"one": answers})
     assert "| gender | princess − girl + boy | prince | 2 (king 1.00) |" in text
     assert "| one | 1 | 0 % | 100 % | 2 |" in text
+
+
+def test_a_token_with_a_line_break_stays_in_its_cell():
+    top = [("\n", 0.5), ("|", 0.25), ("", 0.1)]
+    found = Answers({"dad": top}, [Analogy("gender", "a − b + c", "d", 3, top)])
+    text = analogies.markdown({"one": found})
+    assert "| dad | \\n 0.50, \\| 0.25, (a space) 0.10 |\n" in text
+    assert "| gender | a − b + c | d | 3 (\\n 0.50) |\n" in text
 
 
 def test_there_are_twenty_analogies_of_five_kinds_and_no_word_twice_in_one():
