@@ -125,7 +125,7 @@ def explain_failure(error: Exception) -> str | None:
     Of PyTorch's many errors only those of memory are told apart, by their words.
     """
     text = str(error)
-    if re.search("can't allocate memory|out of memory", text):
+    if re.search("can't allocate memory|(out of|not enough) memory", text):
         return (
             "not enough memory for this: take a smaller data.batch_size, model.context_length "
             "or model"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from minigpt.entry import explain_failure
 from tests.conftest import ROOT
 
 
@@ -35,6 +36,18 @@ def test_help_shows_what_people_need_and_does_not_keep_them_waiting(program: str
         "evaluate.py": ["ckpt=runs/", "stride=128", "data=text"],
     }
     assert all(text in done.stdout for text in wanted[program])
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error code 12",
+        "DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.",  # Windows
+        "CUDA out of memory. Tried to allocate 9.00 GiB.",
+    ],
+)
+def test_too_little_memory_is_one_line_on_every_system(told: str):
+    assert "take a smaller data.batch_size" in (explain_failure(RuntimeError(told)) or "")
 
 
 @pytest.mark.parametrize(
