@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from training import write_json
+from training import peak_memory, write_json
 
 from minigpt.corpus import Corpus, bundled_sample
 from minigpt.preparation import DataConfig, prepare_split, prepare_tokenizer
@@ -86,16 +86,6 @@ def prepare(text: str, cache_dir: str) -> dict[str, Any]:
         "megabytes_per_second": round(tokens.n_bytes / 1e6 / (ended - began), 2),
         "peak_memory_megabytes": peak_memory(),
     }
-
-
-def peak_memory() -> float | None:
-    """Largest resident set of this process in MB; None where the system does not tell."""
-    try:
-        import resource
-    except ModuleNotFoundError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (1e6 if sys.platform == "darwin" else 1e3), 1)  # bytes there, KiB elsewhere
 
 
 if __name__ == "__main__":

@@ -35,16 +35,23 @@ VOCABULARY = 3000
 
 def worker(kind: str, d_model: int, batch: int, context: int, precision: str) -> None:
     """Make a step for each line on stdin; answer with its seconds and the peak memory so far."""
-    import resource
-
     make = {"ours": _ours, "muon": _muon, "peer": _peer, "peak": _peak}[kind]
     step = make(d_model, batch, context, precision)
     for _ in sys.stdin:
         start = time.perf_counter()
         step()
         seconds = time.perf_counter() - start
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # kB to MB on Linux
-        print(json.dumps({"seconds": seconds, "memory_mb": memory}), flush=True)
+        print(json.dumps({"seconds": seconds, "memory_mb": peak_memory()}), flush=True)
+
+
+def peak_memory() -> float | None:
+    """Largest resident set of this process in MB; None where the system does not tell."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)  # KiB but on macOS
 
 
 def _ours(d_model: int, batch: int, context: int, precision: str, name: Any = "adamw") -> Any:
@@ -122,7 +129,8 @@ class Candidate:
 
     def __init__(self, kind: str, d_model: int, batch: int, context: int, precision: str) -> None:
         arguments = [kind, str(d_model), str(batch), str(context), precision]
-        self.tokens, self.seconds, self.memory_mb = batch * context, [], 0.0
+        self.tokens, self.seconds = batch * context, []
+        self.memory_mb: float | None = None
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--worker", *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
@@ -208,7 +216,9 @@ def compare(rounds: int) -> dict[str, Any]:
         },
         "float32 against peer float32": float32 / rate["peer medium float32"],
         **{
-            f"memory against peer {p}": ours.memory_mb / peer.memory_mb for p, peer in peers.items()
+            f"memory against peer {p}": ours.memory_mb / peer.memory_mb
+            for p, peer in peers.items()
+            if ours.memory_mb and peer.memory_mb
         },
     }
 
