@@ -38,13 +38,13 @@ def listing(repository: str, files: Sequence[Path]) -> str:
 def push(folder: Path, repository: str, files: Sequence[Path], private: bool = False) -> str:
     """Send `files` of `folder` as one commit, into a repository that is made if there is none.
 
-    `private` is for one that is made.
+    `private`: it is made so; one that is there must be so.
 
     Returns:
         The address of the model.
 
     Raises:
-        UserError: the Hub cannot be reached, or refuses.
+        UserError: the Hub cannot be reached, or refuses; the repository is there, and public.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import httpx
@@ -52,6 +52,11 @@ def push(folder: Path, repository: str, files: Sequence[Path], private: bool = F
     api = HfApi()
     try:
         url = api.create_repo(repository, repo_type="model", exist_ok=True, private=private)
+        if private and not api.model_info(repository).private:
+            raise UserError(
+                f"{repository} is there already, and public: make it private at "
+                f"{url}/settings, push to another name, or leave out --private"
+            )
         api.upload_folder(
             repo_id=repository,
             repo_type="model",

@@ -411,6 +411,15 @@ def test_push_sends_the_files_of_the_export(run, tmp_path, hub, monkeypatch, cap
     assert "hf download me/tiny --local-dir tiny\nminigpt generate tiny --prompt" in card
 
 
+def test_nothing_private_is_sent_to_a_repository_that_is_public(tmp_path, hub):
+    hub.model_info.return_value.private = False
+    with pytest.raises(UserError, match="me/tiny is there already, and public: make it private"):
+        push(tmp_path, "me/tiny", [], private=True)
+    hub.upload_folder.assert_not_called()
+    push(tmp_path, "me/tiny", [])
+    hub.upload_folder.assert_called_once()
+
+
 def test_a_hub_that_does_not_answer_is_one_line(tmp_path, hub):
     hub.create_repo.side_effect = ConnectionError("no route\nto host")
     with pytest.raises(UserError, match="no file was published at me/tiny: no route to host"):
