@@ -11,12 +11,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from minigpt.figures import write_png
 from minigpt.runs import write_json, write_text
 from minigpt.scaling_figures import (
     REFERENCE,
     compute_figure,
     curves,
-    save,
     scaling_figure,
     tokens_figure,
 )
@@ -37,9 +37,9 @@ def write_scaling(runs: Iterable[RunResult], out: Path, replicates: int = REPLIC
     write_text(out / "scaling.md", markdown(runs, lines))
     write_json(out / "scaling.json", as_json(runs, lines))
     laws = {line.label: line.fits["parameters"] for line in lines if "parameters" in line.fits}
-    save(scaling_figure(runs, laws), out / "scaling.png")
-    save(tokens_figure(runs), out / "scaling-tokens.png")
-    save(compute_figure(runs), out / "scaling-compute.png")
+    write_png(scaling_figure(runs, laws), out / "scaling.png")
+    write_png(tokens_figure(runs), out / "scaling-tokens.png")
+    write_png(compute_figure(runs), out / "scaling-compute.png")
     return lines
 
 

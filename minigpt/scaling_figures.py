@@ -5,10 +5,8 @@ All axes are logarithmic. Beside our runs stand the three models of the referenc
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +14,6 @@ import numpy as np
 
 from minigpt.model import perplexity
 from minigpt.records import human_count
-from minigpt.runs import write_bytes
 from minigpt.scaling_fit import Fit
 from minigpt.scaling_runs import RunResult
 
@@ -71,29 +68,22 @@ def curves(runs: Iterable[RunResult]) -> dict[str, list[Point]]:
     }
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write the figure as a PNG, whole or not at all."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=200)
-    write_bytes(path, picture.getvalue())
-
-
 def scaling_figure(runs: Iterable[RunResult], fits: Mapping[str, Fit]) -> Figure:
     """Against parameters: the mean of each size, and the law through those of a line.
 
     A bar spans the lowest and the highest run of a size where there are several.
     """
     runs = list(runs)
-    sources = {run.data for run in runs}
-    common = f"{sources.pop()}, " if len(sources) == 1 else ""  # which no label has to repeat
+    corpora = {run.corpus for run in runs}
+    common = f"{corpora.pop()}, " if len(corpora) == 1 else ""  # which no label has to repeat
     figure, axes = _axes("parameters", "Perplexity against model size")
     _reference(axes, {r.parameters: r.perplexity for r in REFERENCE})
     alone: list[tuple[float, float]] = []  # points of no law
     for i, (label, line) in enumerate(curves(runs).items()):
         x, y = [point.parameters for point in line], [point.perplexity for point in line]
         bars = [
-            [point.perplexity - point.lowest for point in line],
-            [point.highest - point.perplexity for point in line],
+            [max(0.0, point.perplexity - point.lowest) for point in line],  # rounding apart
+            [max(0.0, point.highest - point.perplexity) for point in line],
         ]
         law = fits.get(label)
         form, said = "o" if law else "o-", label.removeprefix(common)
@@ -113,7 +103,7 @@ def scaling_figure(runs: Iterable[RunResult], fits: Mapping[str, Fit]) -> Figure
 def tokens_figure(runs: Sequence[RunResult]) -> Figure:
     """Against tokens seen: the validation curve of each finished run, coloured by size.
 
-    Recipes other than that of most runs are dashed.
+    Recipes and data other than those of most runs are dashed.
     """
     figure, axes = _axes("tokens seen", "Perplexity against tokens seen")
     _reference_points(axes, [(r.tokens, r.perplexity) for r in REFERENCE])
@@ -143,21 +133,22 @@ def compute_figure(runs: Sequence[RunResult]) -> Figure:
 
 
 def _coloured(runs: Sequence[RunResult]) -> list[tuple[RunResult, Any, str, str]]:
-    """The finished runs that have a curve: colour by size, line by recipe, label of the first."""
+    """The finished runs that have a curve: colour by size, line by recipe and data, one label."""
     from matplotlib import colormaps
 
     runs = sorted((r for r in runs if r.point and r.curve), key=lambda r: r.parameters or 0)
     sizes = sorted({run.parameters or 0 for run in runs})
     colours = colormaps["viridis"](np.linspace(0, 0.92, max(1, len(sizes))))
-    recipes = [run.recipe for run in runs]
-    usual = max(recipes, key=recipes.count, default="")
+    kinds = [(run.corpus, run.recipe) for run in runs]
+    usual = max(kinds, key=kinds.count, default=("", ""))
     seen: set[str] = set()
     found = []
     for run in runs:
         size = run.parameters or 0
         label = f"{run.model}, {human_count(size)}"
-        label += "" if run.recipe == usual else f", {run.recipe}"
-        line = "-" if run.recipe == usual else "--"
+        kind = run.corpus, run.recipe
+        label += "".join(f", {its}" for its, most in zip(kind, usual, strict=True) if its != most)
+        line = "-" if kind == usual else "--"
         found.append((run, colours[sizes.index(size)], line, "_" if label in seen else label))
         seen.add(label)  # "_": no entry
     return found

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from minigpt.config import UserError
+from minigpt.preparation import DataConfig
 from minigpt.records import (
     Origin,
     Row,
@@ -45,6 +46,7 @@ class RunResult:
     path: Path
     model: str  # the option of the config group: small, medium, large
     data: str  # data.source
+    corpus: str  # the same, with the files of text and a vocabulary that is not the usual one
     recipe: str  # optimizer, "plain sum" without a scale, "from <run>", "averaged"; "": not known
     seed: int
     status: str  # finished, interrupted, failed; unfinished: no summary, so running or killed
@@ -71,7 +73,7 @@ class RunResult:
     def line(self) -> str:
         """What it shares with the runs it can be compared with: data, tokens seen, recipe."""
         tokens = f"{human_count(self.tokens)} tokens"
-        return ", ".join(part for part in (self.data, tokens, self.recipe) if part)
+        return ", ".join(part for part in (self.corpus, tokens, self.recipe) if part)
 
     @property
     def point(self) -> tuple[int, float] | None:
@@ -137,13 +139,14 @@ def read_run(path: Path) -> RunResult:
     before = (other.tokens or 0) if other else 0
     own = int(number("tokens") or 0)
     try:
-        data, seed = config["data"]["source"], config["seed"]
+        data, corpus, seed = config["data"]["source"], _corpus(config["data"]), config["seed"]
     except (KeyError, TypeError):
         raise UserError(f"{path / CONFIG} lacks data.source or seed: is it a run's?") from None
     return RunResult(
         path=path,
         model=numbers.get("model", "unknown"),
         data=data,
+        corpus=corpus,
         recipe=_recipe(config, summary, other),
         seed=seed,
         status=numbers.get("status", "unfinished"),
@@ -159,10 +162,21 @@ def read_run(path: Path) -> RunResult:
         perplexity=number("val/perplexity"),
         bits_per_byte=number("val/bits_per_byte"),
         curve=tuple(
-            (before + seen, loss) for seen, loss in zip(*series(rows, "val/loss"), strict=True)
+            (before + seen, loss)
+            for seen, loss in zip(*series(rows, "val/loss"), strict=True)
+            if math.isfinite(loss)
         ),
         settings=_settings(config) | ({"init_from": other.weights} if other else {}),
     )
+
+
+def _corpus(data: dict[str, Any]) -> str:
+    files = [Path(name).name for name in data.get("train_files") or ()]
+    names = f" of {', '.join(files[:2])}" if files else ""
+    more = f" and {len(files) - 2} more" if len(files) > 2 else ""
+    size = data.get("vocab_size")
+    vocabulary = "" if size in (None, DataConfig.vocab_size) else f", vocabulary {size}"
+    return f"{data['source']}{names}{more}{vocabulary}"
 
 
 def _recipe(config: dict[str, Any], summary: dict[str, Any], other: Origin | None) -> str:
@@ -199,7 +213,7 @@ def late_training_loss(rows: list[Row]) -> float | None:
     if not rows:
         return None
     late = [row["train/loss"] for row in rows if "train/loss" in row and _is_late(row, rows)]
-    return fmean(late) if late else None
+    return fmean(late) if late and all(map(math.isfinite, late)) else None
 
 
 def _is_late(row: Row, rows: list[Row]) -> bool:

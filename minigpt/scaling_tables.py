@@ -67,7 +67,10 @@ def notes(runs: Sequence[RunResult]) -> str:
     text += "".join(f" {doubt}" for doubt in doubts(runs))
     left_out = sum(run.point is None for run in runs)
     if left_out:
-        text += f" Not in the figure, because they did not finish: {left_out} of {len(runs)} runs."
+        text += (
+            f" Not in the figure, as they did not finish or have no finite loss: {left_out} of "
+            f"{len(runs)} runs."
+        )
     return text
 
 

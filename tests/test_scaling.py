@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from minigpt.config import UserError
+from minigpt.records import Origin
 from minigpt.scaling import write_scaling
 from minigpt.scaling_figures import (
     REFERENCE,
@@ -84,7 +85,7 @@ def test_the_table_goes_from_small_to_large_with_the_reference_beside_it(sweep):
         ("c (interrupted)", "99.00", "8.08"),
     ]
     assert rows[0][2] == "1,046,656"
-    assert "did not finish: 1 of 6 runs" in text
+    assert "did not finish or have no finite loss: 1 of 6 runs" in text
 
 
 def test_several_runs_of_a_size_are_one_point_with_their_mean_and_range(sweep):
@@ -110,7 +111,7 @@ def test_the_figure_is_log_log_and_holds_the_reference_and_our_points(sweep):
     assert [[model.parameters, model.perplexity] for model in REFERENCE] in drawn
     ours = [[1_046_656, math.sqrt(16.0 * 20.0)], [3_404_032, 11.0], [7_072_128, 9.0]]
     assert any(np.allclose(line, ours) for line in drawn if np.shape(line) == np.shape(ours))
-    assert {"17.75", "10.23", "8.08", "18.00"} <= {text.get_text() for text in axes.texts}
+    assert {"17.75", "10.23", "8.08", "17.89"} <= {text.get_text() for text in axes.texts}
 
 
 def test_the_files_hold_the_numbers_of_the_figure_and_can_be_written_again(sweep):
@@ -125,7 +126,8 @@ def test_the_files_hold_the_numbers_of_the_figure_and_can_be_written_again(sweep
     assert all(name in (out / "scaling.md").read_text(encoding="utf-8") for name in pictures)
     content = json.loads((out / "scaling.json").read_text(encoding="utf-8"))
     assert len(content["runs"]) == 5
-    assert content["figure"]["text, 328k tokens"][0]["perplexity"] == 18.0
+    point = content["figure"]["text, 328k tokens"][0]
+    assert point["perplexity"] == pytest.approx(math.sqrt(16.0 * 20.0))
     assert content["reference"][2] == {
         "parameters": 7_072_128,
         "perplexity": 8.08,
@@ -284,8 +286,42 @@ def test_perplexities_that_are_nearly_alike_are_written_below_each_other(tmp_pat
         assert lower.y1 <= upper.y0
 
 
+def test_other_files_and_other_vocabularies_are_other_lines_and_other_curves(tmp_path):
+    for name, files, vocabulary in (
+        ("a", "[/x/poems.txt]", 3000),
+        ("b", "[/y/code.txt]", 3000),
+        ("c", "[a.txt, b.txt, c.txt]", 500),
+    ):
+        run = write_run(tmp_path / name, sized("small", 9.0))
+        with (run / "config.yaml").open("a") as config:
+            config.write(f"  train_files: {files}\n  vocab_size: {vocabulary}\n")
+    runs = results(tmp_path)
+    assert [run.line for run in runs] == [
+        "text of poems.txt, 328k tokens",
+        "text of code.txt, 328k tokens",
+        "text of a.txt, b.txt and 1 more, vocabulary 500, 328k tokens",
+    ]
+    (axes,) = tokens_figure(runs).axes
+    _, *labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert len(labels) == 3
+    assert sum("code.txt" in label for label in labels) == 1
+
+
+def test_a_loss_that_is_not_finite_is_no_number_of_the_study(tmp_path):
+    run = write_run(tmp_path / "run", SUMMARY | {"val/loss": math.nan, "val/perplexity": math.nan})
+    text = (run / "metrics.csv").read_text().replace("40,327680,4.0,4.2", "40,327680,nan,nan")
+    (run / "metrics.csv").write_text(text)
+    result = read_run(run)
+    assert (result.train_loss, result.loss, result.point) == (None, None, None)
+    assert result.curve == ((163840.0, 5.5),)
+    assert "or have no finite loss: 1 of 1 runs" in markdown([result], [])
+    write_scaling([result], tmp_path / "out")
+    assert "NaN" not in (tmp_path / "out/scaling.json").read_text()
+
+
 def test_a_run_that_was_averaged_is_another_line(tmp_path):
-    begun = {"init_from": {"name": "large", "path": "runs/large", "tokens": 1000}}
+    told = Origin("large", "runs/large", "a1b2", 1000, 2.0, ["text"], ["c3d4"], [])
+    begun = {"init_from": dataclasses.asdict(told)}
     write_run(tmp_path / "a", sized("large", 5.85) | begun)
     write_run(tmp_path / "b", sized("large", 5.75) | begun | {"averaged": True})
     assert [run.recipe for run in results(tmp_path)] == ["from large", "from large, averaged"]
