@@ -13,14 +13,14 @@ quickstart: .venv/installed
 	@echo "And this is what the released large one writes (releases/large):"
 	@$(BIN)/minigpt generate releases/large --seed 1
 	@echo
-	@echo "next:    $(BIN)/python train.py budget.tokens=20e6     (better stories, in minutes)"
+	@echo "next:    $(BIN)/python train.py budget.tokens=20e6     (better stories: 20 to 60 min)"
 	@echo "         $(BIN)/python train.py model=medium           (or large)"
 	@echo "         $(BIN)/python train.py --help"
 
 test: lint audit
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-# ---- what needs more than Python packages, or minutes; .ci/run runs all but the last
+# ---- what needs more than Python packages, or minutes; .ci/run runs all but chaos and bench
 
 test-browser: .venv/installed-browser  # the playground in Chromium
 	@command -v chromium >/dev/null || [ "$$(id -u)" = 0 ] || \
@@ -49,11 +49,11 @@ test-wandb: .venv/installed-dev  # W&B's programs, with a stand-in of its server
 chaos: .venv/installed-dev  # a run that is killed fifty times, files that are fuzzed: ten minutes
 	$(EXTRA) tests/extra/test_fuzz.py tests/extra/test_chaos.py
 
-bench: .venv/installed-dev  # the numbers of docs/performance.md and docs/generation.md, alone on it
+bench: .venv/installed-dev  # the numbers of docs/performance.md and docs/generation.md, run on an idle machine
 	$(BIN)/python benchmarks/training.py --sweep --out docs/results/benchmarks
 	$(BIN)/python benchmarks/runs.py --out docs/results/benchmarks
 	$(BIN)/python benchmarks/preparation.py --megabytes 40 400 --out docs/results/benchmarks
-	$(BIN)/python benchmarks/generation.py --out docs/results/benchmarks
+	$(BIN)/python benchmarks/generation.py --rounds 5 --tokens 100 --out docs/results/benchmarks
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check

@@ -162,11 +162,11 @@ def _facts(
     took = f"{human_time(seconds)} on {_devices(summary)}" if seconds else unknown
     if origin is not None:
         before = "an unknown number" if origin.tokens is None else f"{origin.tokens:,}"
-        seen += f" after {before} of {origin.name}, with whose weights it began"
+        seen = f"{before} (as {origin.name}) + {seen}"
         before = "an unknown time" if origin.seconds is None else human_time(origin.seconds)
-        took += f" after {before} of {origin.name}"
+        took = f"{before} (as {origin.name}) + {took}"
         if _averaged(summary, origin):
-            dtype += f", the mean of what it had in the end and of those of {origin.name}"
+            dtype += f", the average of the final ones and those of {origin.name}"
     facts = {
         "weights": dtype,
         "tokens seen in training": seen,

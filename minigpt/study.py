@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("minigpt")
 
-WRITERS = "the stories' writers"
+ORIGINALS = "the original stories"
 NOVELTY_STORIES = 15_000  # training stories of the bundled sample looked through for 4-grams
 SAMPLE_SEEDS = (1, 2, 3)
 SAMPLE_PROMPT, SAMPLE_TEMPERATURE, SAMPLE_TOKENS = "Once upon a time", 0.8, 256
@@ -67,7 +67,7 @@ class StudyConfig:
 
 @dataclass(frozen=True)
 class Row:
-    """The stories of one run at one temperature; or those of the writers, at none."""
+    """The stories of one run at one temperature; or the original ones, at none."""
 
     run: str
     parameters: int | None
@@ -155,12 +155,12 @@ def _answers_json(answers: Answers) -> dict[str, Any]:
 
 
 def study_rows(models: Sequence[Model], config: StudyConfig) -> list[Row]:
-    """The writers' row, then one for each model and temperature; `models` have the largest last."""
+    """That of the originals, then one for each model and temperature; the largest is the last."""
     judge, tokenizer = models[-1].net, models[-1].tokenizer
     context = judge.config.context_length
     openings = story_openings(bundled_sample().stories("valid"), tokenizer, config.n, context)
     told: list[tuple[str, int | None, float | None, list[Continuation]]] = [
-        (WRITERS, None, None, told_by_their_writers(openings, tokenizer, context))
+        (ORIGINALS, None, None, told_by_their_writers(openings, tokenizer, context))
     ]
     for model in models:
         for temperature in config.temperatures:
@@ -201,7 +201,7 @@ def coherence_markdown(rows: Sequence[Row], models: Sequence[Model], config: Stu
 {config.n} stories of each run at each temperature, seed {config.seed}, no top-k or top-p. Each
 continues the first sentence of a story of the bundled validation split, the first {config.n} that
 name somebody in it ("… a little girl named Lily."), until the story ends or the context of
-{context} tokens is full. The first row is what the writers of those stories went on with, cut at
+{context} tokens is full. The first row is how the original stories go on, cut at
 the same length: what a model is to be held against, and not 100 %.
 
 {md_table(HEADS, map(_cells, rows))}
@@ -216,7 +216,7 @@ the same length: what a model is to be held against, and not 100 %.
   count. names: other names that a continuation brings in, on average. names back: share of these
   that come a second time. A name is a word with a capital where no sentence begins.
 - perplexity: of the continuations under {judge.name} ({judge.net.n_parameters:,} parameters), which
-  flatters what is likely: low is not good, but near the writers' is.
+  flatters what is likely: low is not good, but near that of the originals is.
 - unfinished: share that had not ended where the context did.
 
 The standard error of a share of {config.n} stories is {50 / config.n**0.5:.1f} points at 50 % and
@@ -243,8 +243,9 @@ def _percent(share: float | None) -> str:
 
 
 def coherence_figure(rows: Sequence[Row]) -> Figure:
-    """Six measures against temperature: a line for each run, a dashed one for the writers."""
+    """Six measures against temperature: a line for each run, a dashed one for the originals."""
     from matplotlib.figure import Figure  # here: slow to import; not pyplot: no global figures
+    from matplotlib.ticker import LogLocator, NullLocator
 
     measures = {
         "different word 3-grams": lambda row: row.repetition.distinct[2],
@@ -256,14 +257,14 @@ def coherence_figure(rows: Sequence[Row]) -> Figure:
     }
     figure = Figure(figsize=(8.4, 5.4), layout="constrained")
     for axes, (title, value) in zip(figure.subplots(2, 3).flat, measures.items(), strict=True):
-        for i, name in enumerate(dict.fromkeys(row.run for row in rows if row.run != WRITERS)):
+        for i, name in enumerate(dict.fromkeys(row.run for row in rows if row.run != ORIGINALS)):
             own = [row for row in rows if row.run == name]
             known = [(row.temperature, value(row)) for row in own if value(row) is not None]
             if known:
                 axes.plot(*zip(*known, strict=True), "o-", color=f"C{i}", markersize=4, label=name)
-        (human,) = [value(row) for row in rows if row.run == WRITERS]
+        (human,) = [value(row) for row in rows if row.run == ORIGINALS]
         if human is not None:
-            axes.axhline(human, color="#6b7280", linestyle="--", linewidth=1.2, label=WRITERS)
+            axes.axhline(human, color="#6b7280", linestyle="--", linewidth=1.2, label=ORIGINALS)
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("temperature", fontsize=9)
         axes.tick_params(labelsize=9)
@@ -271,6 +272,9 @@ def coherence_figure(rows: Sequence[Row]) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
         if title.startswith("perplexity"):
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(lambda perplexity, _: f"{perplexity:g}")
+            axes.yaxis.set_minor_locator(NullLocator())
         else:
             axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
     handles, labels = figure.axes[0].get_legend_handles_labels()

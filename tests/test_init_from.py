@@ -97,7 +97,7 @@ def test_an_export_tells_of_both_and_is_a_start_itself(
     export(Run.open(child), out, ExportConfig("safetensors"))
     seen = read_checkpoint(Run.open(child).checkpoint)["global_step"] * 64
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert f"| {seen:,} after 1,280 of parent, with whose weights it began |" in card
+    assert f"| 1,280 (as parent) + {seen:,} |" in card
     for path in out.iterdir():
         assert str(tmp_path).encode() not in path.read_bytes(), path.name
 
@@ -123,7 +123,7 @@ def test_a_checkpoint_that_is_not_the_best_is_told_by_its_file(tiny: list[str], 
     child = train(composed([*tiny, f"init_from={last}", "name=child"]))
     assert read_summary(child)["init_from"]["path"] == "runs/parent/checkpoints/last.ckpt"
     line = read_run(child).line
-    assert line == "text, 2.56k tokens, muon, from parent"
+    assert line == "text of train.txt, vocabulary 300, 2.56k tokens, muon, from parent"
 
 
 def test_the_card_tells_of_the_data_of_both(tiny: list[str], parent: Path, tmp_path: Path):
@@ -144,7 +144,7 @@ def test_the_card_tells_of_the_data_of_both(tiny: list[str], parent: Path, tmp_p
     assert read_summary(alone)["init_from"]["seconds"] is None
     export(Run.open(alone), out, ExportConfig("safetensors"))
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert "after an unknown time of parent |" in card
+    assert "| an unknown time (as parent) + " in card
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_the_scaling_study_counts_all_tokens_and_compares_it_with_its_like_alone
         run = read_run(folder)
         assert run.tokens == 2560
         assert [tokens for tokens, _ in run.curve] == [1280 + 640, 1280 + 1280]
-        assert run.line == "text, 2.56k tokens, muon, from parent"
+        assert run.line == "text of train.txt, vocabulary 300, 2.56k tokens, muon, from parent"
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_the_mean_with_what_a_run_began_with(tiny: list[str], parent: Path, tmp_
     for name, weight in nets[2].items():
         torch.testing.assert_close(weight, (nets[0][name] + nets[1][name]) / 2)
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert "| float32, the mean of what it had in the end and of those of parent |" in card
+    assert "| float32, the average of the final ones and those of parent |" in card
     assert "minigpt export runs/continued out --format safetensors --average\n" in card
 
     with pytest.raises(UserError, match="began with random ones, or is an export: leave it out"):

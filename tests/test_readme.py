@@ -20,6 +20,7 @@ COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.s
 ELSEWHERE = {  # shown to work by other tests, or by .ci/run itself
     "make test": ".ci/run",
     "make quickstart": "test_quickstart_trains_and_then_evaluates",
+    "minigpt generate releases/large": "test_releases.py",
     "python train.py experiment=full": "test_conf.py, test_download.py",
     "minigpt probe runs/<name> --near dad --analogy princess - girl + boy": "test_probe.py",
     "pip install -e '.[playground]'": "make test-browser",
@@ -29,7 +30,7 @@ ELSEWHERE = {  # shown to work by other tests, or by .ci/run itself
     "python train.py -m experiment=recipe": "test_sweep.py",
     "minigpt study runs/<name>": "test_study.py",
     "wandb sweep sweeps/scaling.yaml": "tests/extra/test_wandb.py",
-    "wandb agent <the sweep's id>": "tests/extra/test_wandb.py",
+    "wandb agent <entity>/mini-gpt/<id>": "tests/extra/test_wandb.py",
 }
 
 
@@ -111,6 +112,10 @@ def test_the_results_are_those_of_the_runs_that_are_kept():
     assert len(rows) >= 4
     for what, numbers in rows.items():
         assert numbers == kept[what], what
+    released = [read_run(ROOT / "releases" / size) for size in ("small", "medium", "large")]
+    small, medium, large = (f"{run.perplexity:.2f}" for run in released)
+    first = " ".join(README.split("## ")[0].split())
+    assert f"perplexity of the three is {small}, {medium} and {large}," in first
 
 
 def test_files_that_the_readme_links_to_are_there():

@@ -204,8 +204,10 @@ def test_a_study_of_two_runs_writes_its_files(tokenizer, tmp_path, monkeypatch):
     content = json.loads((out / "coherence.json").read_text(encoding="utf-8"))
     assert content["settings"]["judge"] == "larger"
     assert [(row["run"], row["temperature"]) for row in content["rows"]] == [
-        (study.WRITERS, None), ("smaller", 0.5), ("smaller", 1.0), ("larger", 0.5), ("larger", 1.0),
-    ]  # fmt: skip
+        (study.ORIGINALS, None),
+        *(("smaller", 0.5), ("smaller", 1.0)),
+        *(("larger", 0.5), ("larger", 1.0)),
+    ]
     assert "\n| smaller | 0.5 | " in (out / "coherence.md").read_text(encoding="utf-8")
     samples = (out / "samples.md").read_text(encoding="utf-8")
     assert samples.count(f"> {study.SAMPLE_PROMPT}") == 6
