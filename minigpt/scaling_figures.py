@@ -5,6 +5,7 @@ All axes are logarithmic. Beside our runs stand the three models of the referenc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean
@@ -215,32 +216,32 @@ def _label(
     axes: Axes, points: Iterable[tuple[float, float]], side: Literal["above", "below"]
 ) -> None:
     """Write each perplexity at its point: right above it, or left below."""
-    across, up = {"above": (7, 5), "below": (-7, -5)}[side]
+    offset, va = {"above": ((7, 5), "bottom"), "below": ((-7, -5), "top")}[side]
     for point in points:
-        _write(axes, point, (across, up))
+        _write(axes, point, offset, va)
 
 
 def _label_beside(axes: Axes, points: Iterable[tuple[float, float]]) -> None:
-    """Write each perplexity right below its point, and below those of points above it.
+    """Write each perplexity right of its point, and below those of points above it.
 
     The limits of the axes must be final.
     """
     lowest: dict[float, float] = {}  # by size: how far down labels reach, in points of the page
     for size, value in sorted(points, key=lambda point: -point[1]):
         height = axes.transData.transform((size, value))[1] * 72 / axes.figure.dpi
-        top = min(height - 5, lowest.get(size, height))
-        _write(axes, (size, value), (7, top - height))
+        top = min(height + LABEL / 2, lowest.get(size, math.inf))
+        _write(axes, (size, value), (7, top - height), "top")
         lowest[size] = top - 1.2 * LABEL
 
 
-def _write(axes: Axes, point: tuple[float, float], offset: tuple[float, float]) -> None:
+def _write(axes: Axes, point: tuple[float, float], offset: tuple[float, float], va: str) -> None:
     axes.annotate(
         f"{point[1]:.2f}",
         point,
         textcoords="offset points",
         xytext=offset,
         ha="left" if offset[0] > 0 else "right",
-        va="bottom" if offset[1] > 0 else "top",
+        va=va,
         fontsize=LABEL,
         color=INK,
     )
