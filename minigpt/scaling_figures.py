@@ -87,7 +87,8 @@ def scaling_figure(runs: Iterable[RunResult], fits: Mapping[str, Fit]) -> Figure
             [max(0.0, point.highest - point.perplexity) for point in line],
         ]
         law = fits.get(label)
-        form, said = "o" if law else "o-", label.removeprefix(common)
+        form, said = "" if law else "-", label.removeprefix(common)
+        form += "osv^"[i // 10 % 4]  # there are ten colours
         axes.errorbar(x, y, bars, fmt=form, color=f"C{i}", capsize=4, markersize=7, label=said)
         if law:
             wide = np.geomspace(min(x) / 1.15, max(x) * 1.15, 100)
@@ -161,7 +162,7 @@ def _coloured(runs: Sequence[RunResult]) -> list[tuple[RunResult, Any, str, str]
 def _axes(xlabel: str, title: str) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure  # here: slow to import; not pyplot: no global figures
 
-    figure = Figure(figsize=(9.6, 4.8), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
     axes = figure.add_subplot()
     axes.set_xscale("log")
     axes.set_yscale("log")
