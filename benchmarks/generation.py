@@ -5,6 +5,7 @@
 The medium shape with random weights. All candidates write the same number of tokens behind the
 same prompt, with key/value caches, at temperature 0.8 and without an end; they take turns within
 one run and their medians are compared. Before that, the logits of both are shown to be equal.
+"by PyTorch" is this project where there is no C compiler.
 """
 
 from __future__ import annotations
@@ -17,21 +18,25 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 import transformers
 from torch import Tensor
 from training import write_json
 
+from minigpt import native
 from minigpt.generation import SamplingConfig, generate, sample, seeded_generator
 from minigpt.hardware import cpu_has_bfloat16
 from minigpt.model import GPT, GPTConfig
 
 PROMPT = 16  # tokens; the prompt and what follows fill the context, and no more: GPT-2 cannot
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PEER = ["float32", "bfloat16"]  # float16 multiplies at a tenth of the speed there: not its best
-if not cpu_has_bfloat16():  # it is emulated there, at a hundredth of the speed
-    del DTYPES["bfloat16"], PEER[1]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+OURS, PEER = list(DTYPES), list(DTYPES)
+if not cpu_has_bfloat16():  # PyTorch emulates it there, at a hundredth of the speed
+    del PEER[1]
+if native.library() is None:
+    raise SystemExit("error: this compares decoding.c as well: install a C compiler")
 Candidate = Callable[[], int]  # writes tokens, and says how many
 
 
@@ -42,6 +47,14 @@ def ours(net: GPT, batch: int, prompt: int, new: int) -> Candidate:
     """This project, by the iterator that every caller uses."""
     ids, sampling = random_prompt(net.config, batch, prompt), SamplingConfig(0.8, max_tokens=new)
     return lambda: batch * sum(1 for _ in generate(net, ids, sampling, end_of_text=-1))
+
+
+def by_pytorch(candidate: Candidate) -> Candidate:
+    def write() -> int:
+        with patch.object(native, "library", return_value=None):
+            return candidate()
+
+    return write
 
 
 def peer(net: Any, config: GPTConfig, batch: int, new: int) -> Candidate:
@@ -142,44 +155,58 @@ def compare(rounds: int, new: int) -> dict[str, Any]:
     gpt2 = as_gpt2(net)
     context = net.config.context_length
     candidates: dict[str, Candidate] = {}
-    for precision, dtype in DTYPES.items():
-        own = copy.deepcopy(net).to(dtype)
+    for precision in OURS:
+        own = copy.deepcopy(net).to(DTYPES[precision])
         for batch in (1, 32, 64):
             candidates[f"ours {precision} batch {batch}"] = ours(own, batch, PROMPT, new)
         candidates[f"ours {precision} behind a full context"] = ours(own, 1, context, new)
-        if precision in PEER:
-            other = copy.deepcopy(gpt2)
-            torch.nn.Module.to(other, dtype)
-            for batch in (1, 32):
-                candidates[f"peer {precision} batch {batch}"] = peer(other, net.config, batch, new)
-            few = max(1, new // 10)
-            candidates[f"without a cache {precision}, full context"] = without_cache(own, few)
+    for precision in PEER:
+        own = copy.deepcopy(net).to(DTYPES[precision])
+        for batch in (1, 32, 64):
+            candidates[f"ours by PyTorch {precision} batch {batch}"] = by_pytorch(
+                ours(own, batch, PROMPT, new)
+            )
+        other = copy.deepcopy(gpt2)
+        torch.nn.Module.to(other, DTYPES[precision])
+        for batch in (1, 32):
+            candidates[f"peer {precision} batch {batch}"] = peer(other, net.config, batch, new)
+        few = max(1, new // 10)
+        candidates[f"without a cache {precision}, full context"] = without_cache(own, few)
     candidates["weights read once for each token"] = weights_once(4 * net.n_parameters)
     rate = measure(candidates, rounds)
-    best = {batch: max(rate[f"ours {p} batch {batch}"] for p in DTYPES) for batch in (1, 32, 64)}
-    best_peer = {batch: max(rate[f"peer {p} batch {batch}"] for p in PEER) for batch in (1, 32)}
-    ratios = {}
+    return {**{f"tokens per second, {name}": r for name, r in rate.items()}, **ratios(rate)}
+
+
+def ratios(rate: dict[str, float]) -> dict[str, float]:
+    """What the goals are about, by precision and in the best one of each side."""
+
+    def best(name: str, precisions: list[str]) -> float:
+        return max(rate[name.format(p)] for p in precisions)
+
+    found = {}
     for batch in (1, 32):
+        ours, peer = f"ours {{}} batch {batch}", f"peer {{}} batch {batch}"
         for p in PEER:
-            ours_p, peer_p = rate[f"ours {p} batch {batch}"], rate[f"peer {p} batch {batch}"]
-            ratios[f"ours / peer, {p}, batch {batch}"] = ours_p / peer_p
-        ratios[f"best of ours / best of peer, batch {batch}"] = best[batch] / best_peer[batch]
-    uncached = {p: rate[f"without a cache {p}, full context"] for p in PEER}
-    full = {p: rate[f"ours {p} behind a full context"] for p in DTYPES}
+            found[f"ours / peer, {p}, batch {batch}"] = rate[ours.format(p)] / rate[peer.format(p)]
+        found[f"best of ours / best of peer, batch {batch}"] = best(ours, OURS) / best(peer, PEER)
+    full, uncached = "ours {} behind a full context", "without a cache {}, full context"
+    for p in PEER:
+        found[f"with / without a cache, full context, {p}"] = (
+            rate[full.format(p)] / rate[uncached.format(p)]
+        )
+    found["with / without a cache, full context, best of each"] = best(full, OURS) / best(
+        uncached, PEER
+    )
+    for name, precisions in {"ours": OURS, "ours by PyTorch": PEER}.items():
+        for p in precisions:
+            many, one = rate[f"{name} {p} batch 64"], rate[f"{name} {p} batch 1"]
+            found[f"batch 64 / batch 1, {name} {p}"] = many / one
+    found["batch 64 / batch 1, best"] = best("ours {} batch 64", OURS) / best(
+        "ours {} batch 1", OURS
+    )
     limit = rate["weights read once for each token"]
-    return {
-        **{f"tokens per second, {name}": value for name, value in rate.items()},
-        **ratios,
-        **{f"with / without a cache, full context, {p}": full[p] / uncached[p] for p in PEER},
-        "with / without a cache, full context, best of each": max(full.values())
-        / max(uncached.values()),
-        "batch 64 / batch 1, best": best[64] / best[1],
-        **{
-            f"batch 64 / batch 1, {p}": rate[f"ours {p} batch 64"] / rate[f"ours {p} batch 1"]
-            for p in DTYPES
-        },
-        "share of the limit by weights, float32, batch 1": rate["ours float32 batch 1"] / limit,
-    }
+    found["share of the limit by weights, float32, batch 1"] = rate["ours float32 batch 1"] / limit
+    return found
 
 
 def main() -> None:

@@ -21,7 +21,6 @@ from minigpt.console import show_log
 
 Format = Literal["hf", "safetensors", "onnx", "gguf"]
 Dtype = Literal["float32", "bfloat16"]
-Arithmetic = Literal["float32", "bfloat16", "float16"]
 log = logging.getLogger("minigpt")
 UsageError: Any = typer.BadParameter.__base__  # which typer does not name
 
@@ -59,8 +58,7 @@ def generate(
     n: Annotated[int, typer.Option(help="How many stories.")] = 1,
     seed: Annotated[int | None, typer.Option(help="The same seed, the same stories.")] = None,
     dtype: Annotated[
-        Arithmetic,
-        typer.Option(help="float16 is the fastest for one; for many bfloat16, if native."),
+        Dtype, typer.Option(help="bfloat16 rounds the weights, and is faster for many.")
     ] = "float32",
 ) -> None:
     """Write stories. One is shown as it is sampled, and stops at its end.
@@ -69,6 +67,7 @@ def generate(
     """
     import torch
 
+    from minigpt import native
     from minigpt.generation import SamplingConfig, iterate_stories, stream_text
     from minigpt.hardware import cpu_has_bfloat16
     from minigpt.runs import Run
@@ -88,8 +87,8 @@ def generate(
             "a prompt of %s tokens outgrows the context of %s: the model reads its end alone",
             f"{length:,}", net.config.context_length,
         )  # fmt: skip
-    if dtype == "bfloat16" and not cpu_has_bfloat16():
-        log.warning("this CPU has no native bfloat16: --dtype float16 is faster")
+    if dtype == "bfloat16" and native.library() is None and not cpu_has_bfloat16():
+        log.warning("no C compiler, and no native bfloat16 either: --dtype float32 is faster")
     if n == 1:
         print(prompt, end="", flush=True)
         for piece in stream_text(net, tokenizer, prompt, sampling):

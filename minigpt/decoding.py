@@ -1,7 +1,8 @@
 """Text read into a GPT one token at a time: keys and values are kept, logits come out.
 
 `Decoder` computes what `GPT.forward` does, written out over the bare weights: at one token a step
-the calls cost as much as the arithmetic. Numbers: docs/generation.md.
+the calls cost as much as the arithmetic. On a CPU with a C compiler decoding.c does a step in one
+call; elsewhere PyTorch does, below. Numbers: docs/generation.md.
 
     >>> decoder = Decoder(net, [torch.tensor([0, 17, 4])])
     >>> logits = decoder.read(torch.tensor([56]))  # (1, V): of the token after 0 17 4 56
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -22,9 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from minigpt import native
 from minigpt.model import GPT, Block, KVCache
+from minigpt.native import NativeBatch, NativeWeights
 
-GROWTH = 32  # tokens by which the room for keys and values grows
+BLOCK = native.PANEL  # tokens by which the room for keys and values grows
 
 
 class Decoder:
@@ -37,25 +39,26 @@ class Decoder:
 
     Device and dtype are those of the net, which must be in evaluation mode and must not be trained
     meanwhile. The weights of a frozen net are kept from text to text: what is written through
-    `.data`, which PyTorch does not count, is not seen. A float16 net on a CPU has its weights in
-    float16 and everything else in float32: a batch of one waits for its weights, and those take
-    half the time.
+    `.data`, which PyTorch does not count, is not seen. On a CPU a float16 net is computed in
+    float32, and one in bfloat16 too where decoding.c does it: then its weights, keys and values are
+    in bfloat16 and nothing else.
     """
 
     def __init__(self, net: GPT, texts: Sequence[Tensor]) -> None:
         """`texts`: the ids (T,) of each row, T >= 0, on the device of the net."""
         self.weights = weights = _prepared(net, len(texts))
-        self.net = weights.float32 or net
+        self.net = (None if isinstance(weights, NativeWeights) else weights.float32) or net
         self.context, self.n_heads = net.config.context_length, net.config.n_heads
         self.half = max(1, self.context // 2)
         self.texts = texts
         self.new: deque[Tensor] = deque(maxlen=self.half)  # ids (B,) read behind `texts`
-        c, batch, like = net.config, len(texts), weights.embedding
-        dk = c.d_model // c.n_heads
-        self.keys = like.new_zeros(c.n_layers, batch, c.n_heads, dk, 0)  # (L, B, nh, dk, R)
-        self.values = like.new_zeros(c.n_layers, batch, c.n_heads, 0, dk)  # R tokens of room
+        c, batch, device = net.config, len(texts), net.embedding.weight.device
+        self.dk, options = c.d_model // c.n_heads, {"dtype": weights.dtype, "device": device}
+        shape = c.n_layers, batch, c.n_heads  # L, B, nh; R tokens of room
+        self.keys = torch.empty(*shape, 0, self.dk, BLOCK, **options)  # (…, R / BLOCK, dk, BLOCK)
+        self.values = torch.empty(*shape, 0, self.dk, **options)  # (…, R, dk)
         self.lengths = [0] * len(texts)  # tokens of each row that keys and values are held of
-        self.rows = torch.arange(len(texts), device=weights.embedding.device)
+        self.rows = torch.arange(batch, device=device)
         kept = [text if len(text) < self.context else self._tail(text) for text in texts]
         self._fill(list(range(len(texts))), kept)
 
@@ -80,36 +83,54 @@ class Decoder:
 
     def _fill(self, rows: list[int], texts: list[Tensor]) -> None:
         """Hold keys and values of `texts`, read from position 0, for `rows`."""
-        ids = pad_sequence(list(texts), batch_first=True)  # behind the text, where it cannot look
-        cache, end = KVCache(), ids.shape[1]
-        if end:
-            self.net.hidden(ids, cache)
-        self._make_room(end)
-        for layer, (k, v) in enumerate(cache.layers):  # (rows, nh, T, dk)
-            self.keys[layer][rows, :, :, :end] = k.transpose(2, 3)
-            self.values[layer][rows, :, :end] = v
+        self._make_room(max(len(text) for text in texts))
+        if isinstance(self.weights, NativeWeights):
+            NativeBatch(self.weights, self.keys, self.values).fill(rows, texts)
+        else:
+            self._torch_fill(rows, texts)
         for row, text in zip(rows, texts, strict=True):
             self.lengths[row] = len(text)
         self._arrange()
 
+    def _torch_fill(self, rows: list[int], texts: list[Tensor]) -> None:
+        ids = pad_sequence(texts, batch_first=True)  # behind the text, where it cannot look
+        cache, end = KVCache(), ids.shape[1]
+        if end:
+            self.net.hidden(ids, cache)
+        for layer, (k, v) in enumerate(cache.layers):  # (rows, nh, T, dk)
+            blocks = F.pad(k, (0, 0, 0, -end % BLOCK)).unflatten(2, (-1, BLOCK)).transpose(3, 4)
+            self.keys[layer][rows, :, : blocks.shape[2]] = blocks
+            self.values[layer][rows, :, :end] = v
+
     def _make_room(self, length: int) -> None:
-        """Have room for `length` tokens. Little by little: attention goes over all of it."""
-        missing = length - self.values.shape[3]
-        if missing > 0:
-            more = math.ceil(missing / GROWTH) * GROWTH
-            self.keys = F.pad(self.keys, (0, more))  # finite where it is masked
-            self.values = F.pad(self.values, (0, 0, 0, more))
+        """Have room for `length` tokens. Little by little: rows that lie close are read faster."""
+        keys, values = self.keys, self.values
+        L, B, nh, room, dk = values.shape  # noqa: N806
+        if length > room:
+            # PyTorch reads what is masked as well: it must be finite.
+            in_c = isinstance(self.weights, NativeWeights)
+            make, n = keys.new_empty if in_c else keys.new_zeros, math.ceil(length / BLOCK)
+            self.keys = make(L, B, nh, n, dk, BLOCK)
+            self.keys[:, :, :, : keys.shape[3]] = keys
+            # decoding.c reads BLOCK elements at a time, behind the last where dk is no multiple.
+            size = L * B * nh * n * BLOCK * dk
+            self.values = make(size + BLOCK)[:size].view(L, B, nh, n * BLOCK, dk)
+            self.values[:, :, :, :room] = values
 
     def _arrange(self) -> None:
         """What stays as it is until there is more room or another text. N = B · nh."""
         L, B, nh, R, dk = self.values.shape  # noqa: N806
         device = self.values.device
-        self.key_tables = self.keys.view(L, B * nh * dk, R).unbind()
-        self.value_tables = self.values.view(L, B * nh * R, dk).unbind()
-        ids = torch.arange(B * nh * max(dk, R), dtype=torch.int32, device=device)
-        self.of_keys = ids[: B * nh * dk], ids[: B * nh * dk : dk].contiguous()
-        self.of_values = ids[: B * nh * R], ids[: B * nh * R : max(1, R)].contiguous()
         self.at = torch.tensor(self.lengths, device=device)  # (B,) place of the next token
+        if isinstance(self.weights, NativeWeights):
+            self.batch = NativeBatch(self.weights, self.keys, self.values)
+            return
+        self.key_tables = self.keys.view(L, B * nh * R // BLOCK * dk, BLOCK).unbind()
+        self.value_tables = self.values.view(L, B * nh * R, dk).unbind()
+        n_keys, n_values = B * nh * R // BLOCK * dk, B * nh * R
+        ids = torch.arange(max(n_keys, n_values), dtype=torch.int32, device=device)
+        self.of_keys = ids[:n_keys], ids[:n_keys:dk].contiguous()
+        self.of_values = ids[:n_values], ids[: n_values : max(1, R)].contiguous()
         hidden = torch.arange(R, device=device) >= self.at[:, None]  # (B, R)
         mask = self.values.new_zeros(B, R).masked_fill_(hidden, -math.inf)
         self.mask = mask[:, None].repeat(1, nh, 1)  # (B, nh, R)
@@ -120,18 +141,23 @@ class Decoder:
         if end > self.values.shape[3]:
             self._make_room(end)
             self._arrange()
-        weights, scale, at = self.weights, self.values.shape[4] ** -0.5, self.at
+        if isinstance(self.weights, NativeWeights):
+            return self.batch.step(ids, self.at)
+        return self._torch_step(self.weights, ids, end)
+
+    def _torch_step(self, weights: _Weights, ids: Tensor, end: int) -> Tensor:
+        scale, at = self.dk**-0.5, self.at
         together = min(self.lengths) + 1 == end  # slices, which cost less than indices
         if together:
-            position = self.net.positions[end - 1]  # (d,)
+            position, block, place = self.net.positions[end - 1], *divmod(end - 1, BLOCK)
             self.mask[:, :, end - 1] = 0.0
-            new_keys = self.keys[:, :, :, :, end - 1].unbind()  # each (B, nh, dk)
+            new_keys = self.keys[:, :, :, block, :, place].unbind()  # each (B, nh, dk)
             new_values = self.values[:, :, :, end - 1].unbind()
         else:
             position = self.net.positions[at]  # (B, d)
             self.mask[self.rows, :, at] = 0.0
             new_keys, new_values = self.keys.unbind(), self.values.unbind()
-        mask = self.mask.flatten(0, 1)  # (N, R)
+        mask, n_blocks = self.mask.flatten(0, 1), self.keys.shape[3]  # (N, R)
         x = F.embedding(ids, weights.embedding) + position  # (B, d)
         for i, layer in enumerate(weights.layers):
             qkv = layer.qkv(layer.norm1(x)).view(len(ids), 3, self.n_heads, -1)
@@ -140,9 +166,10 @@ class Decoder:
                 new_keys[i].copy_(k)
                 new_values[i].copy_(v)
             else:
-                new_keys[i][self.rows, :, :, at] = k
+                new_keys[i][self.rows, :, at // BLOCK, :, at % BLOCK] = k
                 new_values[i][self.rows, :, at] = v
-            scores = _weighted_sums(self.key_tables[i], *self.of_keys, q.reshape(-1))  # (N, R)
+            q = q[:, :, None].expand(-1, -1, n_blocks, -1).reshape(-1)  # one for each block
+            scores = _weighted_sums(self.key_tables[i], *self.of_keys, q).view_as(mask)
             p = torch.add(mask, scores, alpha=scale).softmax(-1)
             y = _weighted_sums(self.value_tables[i], *self.of_values, p.view(-1))  # (N, dk)
             x += layer.out(y.view(x.shape))
@@ -176,9 +203,10 @@ class _Layer(NamedTuple):
 
 
 class _Weights(NamedTuple):
-    """What a step multiplies by, in the order in memory that suits the product."""
+    """What a step of PyTorch multiplies by, in the order in memory that suits the product."""
 
-    float32: GPT | None  # reads prompts in the place of a float16 net on a CPU
+    float32: GPT | None  # the net itself where it is computed in its own dtype
+    dtype: torch.dtype  # of keys and values
     embedding: Tensor  # (V, d), scaled
     layers: list[_Layer]
     final_norm: Rows
@@ -190,13 +218,13 @@ class _Kept(NamedTuple):
 
     parameters: list[Tensor]  # held, so that no new ones take their addresses
     state: list[tuple[int, int]]  # address and version of each
-    weights: dict[str, _Weights]
+    weights: dict[str, _Weights | NativeWeights]
 
 
 _kept: WeakKeyDictionary[GPT, _Kept] = WeakKeyDictionary()  # no value may hold its key
 
 
-def _prepared(net: GPT, rows: int) -> _Weights:
+def _prepared(net: GPT, rows: int) -> _Weights | NativeWeights:
     """The weights of `net` for batches of `rows`. Those of a frozen net are made once.
 
     Not so where a parameter requires a gradient: PyTorch does not count what fused optimizers do.
@@ -213,13 +241,18 @@ def _prepared(net: GPT, rows: int) -> _Weights:
     return kept.weights[how]
 
 
-def _weights(net: GPT, how: str) -> _Weights:
+def _weights(net: GPT, how: str) -> _Weights | NativeWeights:
+    cpu, stored = net.embedding.weight.device.type == "cpu", net.embedding.weight.dtype
+    dtype = torch.float32 if cpu and stored == torch.float16 else stored
+    if how == "native":
+        return NativeWeights(net if stored == torch.float32 else copy.deepcopy(net).float(), dtype)
     float32 = None
-    if net.embedding.weight.dtype == torch.float16 and net.embedding.weight.device.type == "cpu":
+    if dtype != stored:
         net = float32 = copy.deepcopy(net).float()
     weight = net.embedding.weight
     return _Weights(
         float32=float32,
+        dtype=dtype,
         embedding=weight * net.scale,
         layers=[_layer(block, how) for block in net.blocks],
         final_norm=_norm(net.final_norm),
@@ -250,12 +283,12 @@ def _norm(norm: nn.LayerNorm) -> Rows:
 
 
 def _product(net: GPT, rows: int) -> str:
-    """Which product is the fastest for B = `rows`: `onednn`, `fbgemm` or `plain`."""
+    """Which is the fastest for B = `rows`: `native` (decoding.c), `onednn` or `plain`."""
     weight = net.embedding.weight
     if weight.device.type != "cpu":
         return "plain"
-    if weight.dtype == torch.float16 and _has_fbgemm():
-        return "fbgemm"
+    if weight.dtype in (torch.float32, torch.bfloat16, torch.float16) and native.library():
+        return "native"
     if not torch.backends.mkldnn.is_available():
         return "plain"
     if weight.dtype == torch.bfloat16:
@@ -263,17 +296,11 @@ def _product(net: GPT, rows: int) -> str:
     return "onednn" if rows >= 4 else "plain"  # float32
 
 
-def _has_fbgemm() -> bool:
-    return "fbgemm" in torch.backends.quantized.supported_engines and hasattr(
-        torch, "fbgemm_linear_fp16_weight_fp32_activation"
-    )
-
-
 def _affine(weight: Tensor, bias: Tensor | None, how: str, gelu: bool = False) -> Rows:
     """x (B, in) to x @ `weight`.T + `bias`, and its GELU (but see `_Layer`); `weight` (out, in)."""
     if how == "onednn":
         return _onednn(weight, bias, gelu)
-    product = _fbgemm(weight, bias) if how == "fbgemm" else _plain(weight, bias)
+    product = _plain(weight, bias)
     if not gelu:
         return product
     root = weight.new_tensor(math.sqrt(0.5))  # a number would be converted at each step
@@ -298,13 +325,3 @@ def _onednn(weight: Tensor, bias: Tensor | None, gelu: bool) -> Rows:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
     multiply, then = torch.ops.mkldnn._linear_pointwise.default, "gelu" if gelu else "none"
     return lambda x: multiply(x, packed, bias, then, [], "none")
-
-
-def _fbgemm(weight: Tensor, bias: Tensor | None) -> Rows:
-    """Weights in float16, x, bias and sums in float32."""
-    added = weight.new_zeros(len(weight)) if bias is None else bias
-    with warnings.catch_warnings():  # of the deprecation; without it, `_product` takes another way
-        warnings.simplefilter("ignore")
-        packed = torch.fbgemm_pack_gemm_matrix_fp16(weight.contiguous())
-        torch.fbgemm_linear_fp16_weight_fp32_activation(weight[:1], packed, added)
-    return lambda x: torch.fbgemm_linear_fp16_weight_fp32_activation(x, packed, added)

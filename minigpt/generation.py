@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minigpt import native
 from minigpt.config import UserError
 from minigpt.decoding import Decoder
 from minigpt.model import GPT
@@ -140,7 +141,9 @@ def sample(
         logits = penalise(logits, seen, sampling.repetition_penalty)
     if sampling.temperature < COLDEST:
         return logits.argmax(dim=-1)
-    logits = logits / sampling.temperature
+    temperature, filters = sampling.temperature, (sampling.top_k, sampling.top_p, sampling.min_p)
+    if filters != (None, None, None):
+        logits, temperature = logits / temperature, 1.0
     if sampling.top_k is not None:
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p is not None:
@@ -148,11 +151,14 @@ def sample(
     if sampling.min_p is not None:
         logits = keep_min_p(logits, sampling.min_p)
     # One random number a row, where torch.multinomial draws one for each token of the vocabulary.
-    mass = logits.softmax(dim=-1).cumsum(dim=-1)
-    point = mass[:, -1:] * torch.rand(len(mass), 1, generator=generator, device=mass.device)
+    points = torch.rand(len(logits), generator=generator, device=logits.device)
+    if logits.device.type == "cpu" and native.library():
+        return native.draw(logits, temperature, points)
+    mass = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)
     # Rounding must not take a point to the end of the last token.
-    point = torch.minimum(point, mass[:, -1:].nextafter(torch.zeros_like(point)))
-    return torch.searchsorted(mass, point, right=True).squeeze(1)
+    end = mass[:, -1].nextafter(torch.zeros_like(points))
+    points = torch.minimum(points * mass[:, -1], end)
+    return torch.searchsorted(mass, points[:, None], right=True).squeeze(1)
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

@@ -438,7 +438,7 @@ VERBS: list[Case] = [
     (f"{_GENERATE} --seed 99999999999999999999999999", None, "seed"),
     (f"{_GENERATE} --prompt \udcff", None, "half of a surrogate pair"),
     (f"{_GENERATE} --prompt -", write("../x.stdin", b"a\xff"), "not UTF-8 text: byte 1"),
-    (f"{_GENERATE} --dtype int8", None, "is not one of 'float32', 'bfloat16', 'float16'"),
+    (f"{_GENERATE} --dtype int8", None, "is not one of 'float32', 'bfloat16'"),
     (f"{_GENERATE} runs/tiny", None, "extra argument"),
     ("minigpt probe runs/tiny --k 0", None, "--k"),
     ("minigpt probe runs/tiny --analogy princess", None, "princess"),

@@ -9,6 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from minigpt import native
 from minigpt.config import build
 from minigpt.job import Job
 
@@ -28,6 +29,18 @@ def write_stories(path: Path, n: int, seed: int) -> Path:
     ]
     path.write_text("\n<|endoftext|>\n".join(stories), encoding="utf-8")
     return path
+
+
+@pytest.fixture(params=["decoding.c", "PyTorch"])
+def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to decode, one after the other."""
+    if request.param == "PyTorch":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.compiler() is None:
+        pytest.skip("no C compiler")
+    else:
+        assert native.library() is not None
+    return request.param
 
 
 @pytest.fixture

@@ -52,6 +52,7 @@ def run(net: GPT, prompt: Tensor | list[list[int]], sampling: SamplingConfig) ->
     )  # (B, steps)
 
 
+@pytest.mark.usefixtures("decoder")
 @pytest.mark.parametrize("length", [1, 5, 16, 17, 60])
 def test_cached_decoding_equals_reading_the_whole_window_again_at_each_token(length):
     net, sampling = make_net(), SamplingConfig(temperature=1.5, max_tokens=40, seed=1)
@@ -113,6 +114,7 @@ def test_training_can_go_on_after_generation_and_between_its_tokens():
     assert net.embedding.weight.grad is not None
 
 
+@pytest.mark.usefixtures("decoder")
 def test_samples_follow_the_softmax_at_the_given_temperature():
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0]).expand(20_000, -1)
     generator = torch.Generator().manual_seed(0)
@@ -124,6 +126,7 @@ def test_samples_follow_the_softmax_at_the_given_temperature():
         )
 
 
+@pytest.mark.usefixtures("decoder")
 def test_the_coldest_temperatures_and_the_narrowest_choices_take_the_likeliest_token():
     logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(0)) * 5
     generator = torch.Generator().manual_seed(0)

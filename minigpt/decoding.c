@@ -1,0 +1,396 @@
+/* New tokens of a batch of texts through a GPT, whose keys and values are kept: what decoding.py
+   computes with PyTorch, in one call. At one token a step PyTorch's hundred small operators cost more
+   than the arithmetic.
+
+   native.py compiles this file once, where there is a C compiler, and fills the structs. Weights are
+   float32 or bfloat16, and so are keys and values; everything is computed in float32. Vectors are
+   those of GCC and Clang, so that one source serves AVX2, AVX-512 and NEON. */
+
+#include <math.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_thread_num(void) { return 0; }
+static int omp_get_num_threads(void) { return 1; }
+#endif
+
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8
+#endif
+#define PANEL 32 /* columns of a matrix that lie together; so much room is left behind each table */
+#define ROWS 6   /* rows that are multiplied at once: as many sums as there are registers for */
+#define UNROLL _Pragma("GCC unroll 8")
+#define INLINE static inline __attribute__((always_inline))
+
+/* may_alias: they are read from where floats, or two bfloat16 beside each other, were written. */
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+enum kind { FLOAT32, BFLOAT16 };
+enum then { SET, ADD, GELU };
+
+typedef struct { const void *weight; const float *bias; int32_t in, out; } matrix;
+typedef struct { const float *weight, *bias; } norm;
+typedef struct { norm norm1; matrix qkv, out; norm norm2; matrix up, down; } layer;
+typedef struct {
+    int32_t vocab_size, d_model, n_layers, n_heads, d_ff, kind;
+    float eps;
+    const float *embedding, *positions; /* (V, d), scaled; (context, d) */
+    norm final_norm;
+    matrix unembed;
+    const layer *layers;
+} model;
+typedef struct {
+    int32_t rows, room, threads, kind; /* rows: texts, B; room: tokens, in whole panels */
+    const int32_t *starts;             /* (B + 1,) where the new tokens of each row begin, of N */
+    const int64_t *ids, *at;           /* (N,) the new tokens, and their places in their rows */
+    void *keys, *values; /* (L, B, nh, room / PANEL, dk, PANEL); (L, B, nh, room, dk) and PANEL more */
+    float *x, *normed, *qkv, *mixed, *up; /* (N, d), (threads, N, d), (N, 3 d), (N, d), (N, d_ff) */
+    float *scores;                        /* (threads, room + PANEL) */
+    float *logits;                        /* (B, V) where each row has one token; or none wanted */
+} batch;
+
+const int32_t lanes = LANES;
+
+/* ------------------------------------------------------------------------------- vectors */
+
+INLINE vec pick(ivec where, vec a, vec b) { return (vec)(((ivec)a & where) | ((ivec)b & ~where)); }
+
+/* Two vectors of elements i, i + 1, …; of bfloat16 the even ones and the odd ones. */
+INLINE void load(enum kind kind, const void *from, size_t i, vec *a, vec *b) {
+    if (kind == FLOAT32) {
+        *a = *(const vec *)((const float *)from + i);
+        *b = *(const vec *)((const float *)from + i + LANES);
+    } else {
+        ivec both = *(const ivec *)((const uint16_t *)from + i);
+        *a = (vec)(both << 16);
+        *b = (vec)(both & (int32_t)0xffff0000);
+    }
+}
+
+/* What `load` has put apart, in its order again. */
+INLINE void store(enum kind kind, float *to, vec a, vec b) {
+    if (kind == FLOAT32) {
+        *(vec *)to = a;
+        *(vec *)(to + LANES) = b;
+    } else {
+        UNROLL for (int l = 0; l < LANES; l++) { to[2 * l] = a[l]; to[2 * l + 1] = b[l]; }
+    }
+}
+
+INLINE void put(enum kind kind, void *to, size_t i, float value) {
+    if (kind == FLOAT32) {
+        ((float *)to)[i] = value;
+    } else { /* to the nearest, ties to even */
+        uint32_t bits;
+        memcpy(&bits, &value, 4);
+        ((uint16_t *)to)[i] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    }
+}
+
+/* e^x to float32 rounding, 0 below -87: 2^n e^r with |r| <= ln 2 / 2, and e^r by Taylor's series. */
+INLINE vec exponential(vec x) {
+    ivec tiny = x < -87.0f;
+    x = pick(tiny, (vec){0}, x);
+    vec n = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum is rounded to a whole number */
+    ivec power = ((ivec)n + 127) << 23;
+    n -= 12582912.0f;
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts, the first exact */
+    vec sum = 1.0f + r * (1.0f / 7);
+    sum = 1.0f + r * sum * (1.0f / 6);
+    sum = 1.0f + r * sum * (1.0f / 5);
+    sum = 1.0f + r * sum * (1.0f / 4);
+    sum = 1.0f + r * sum * (1.0f / 3);
+    sum = 1.0f + r * sum * (1.0f / 2);
+    return pick(tiny, (vec){0}, (1.0f + r * sum) * (vec)power);
+}
+
+/* x Φ(x); 1 - erf to 1.5e-7 by Abramowitz and Stegun 1964, 7.1.26. */
+INLINE vec gelu(vec x) {
+    vec z = (vec)((ivec)x & 0x7fffffff) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * z);
+    vec sum = 1.061405429f * t - 1.453152027f;
+    sum = ((sum * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f;
+    vec tail = 0.5f * sum * t * exponential(-z * z); /* Φ(-|x|) */
+    return x * pick(x < 0, tail, 1.0f - tail);
+}
+
+/* ------------------------------------------------------------------------------ products */
+
+/* sums[r][c] += x[r] w[c], for `rows` rows and `vecs` vectors of columns. */
+INLINE void add_products(int rows, int vecs, enum kind kind, const float *x, size_t x_stride,
+                         const void *w, size_t start, vec (*sums)[PANEL / LANES]) {
+    vec columns[PANEL / LANES];
+    UNROLL for (int c = 0; c < vecs; c += 2)
+        load(kind, w, start + c * LANES, &columns[c], &columns[c + 1]);
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int c = 0; c < vecs; c++) sums[r][c] += x[r * x_stride] * columns[c];
+}
+
+/* sums[r][c] = Σ_k x[r][k] w[k][c], k < in, in registers. */
+INLINE void multiply(int rows, int vecs, enum kind kind, int in, const float *x, size_t x_stride,
+                     const void *w, size_t w_stride, vec sums[ROWS][PANEL / LANES]) {
+    int k = 0;
+    UNROLL for (int r = 0; r < rows || r < 2; r++)
+        UNROLL for (int c = 0; c < vecs; c++) sums[r][c] = (vec){0};
+    for (; rows == 1 && k + 1 < in; k += 2) { /* a sum waits for its last: two of each in turns */
+        add_products(1, vecs, kind, x + k, x_stride, w, k * w_stride, sums);
+        add_products(1, vecs, kind, x + k + 1, x_stride, w, (k + 1) * w_stride, sums + 1);
+    }
+    for (; k < in; k++)
+        add_products(rows, vecs, kind, x + k, x_stride, w, k * w_stride, sums);
+    if (rows == 1)
+        UNROLL for (int c = 0; c < vecs; c++) sums[0][c] += sums[1][c];
+}
+
+/* Some rows of a panel of a product: sums (rows, PANEL). The weights are packed for `load`. */
+INLINE void panel_product(int rows, enum kind kind, matrix m, int panel, const float *x,
+                          float sums[ROWS][PANEL]) {
+    int vecs = rows <= 3 ? PANEL / LANES : 2; /* few rows: more sums of each, to wait for none */
+    size_t start = (size_t)panel * PANEL * m.in, size = kind == FLOAT32 ? 4 : 2;
+    for (int column = 0; column < PANEL; column += vecs * LANES) {
+        vec found[ROWS][PANEL / LANES];
+        multiply(rows, vecs, kind, m.in, x, m.in, (const char *)m.weight + (start + column) * size,
+                 PANEL, found);
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int c = 0; c < vecs; c++)
+                *(vec *)(sums[r] + column + c * LANES) = found[r][c];
+    }
+}
+
+/* What becomes of the sums: their bias, and then one of three. */
+static void finish(int rows, matrix m, int panel, float sums[ROWS][PANEL], float *y, enum then then) {
+    int j = panel * PANEL, columns = m.out - j < PANEL ? m.out - j : PANEL;
+    for (int r = 0; r < rows; r++) {
+        float *to = y + (size_t)r * m.out + j;
+        for (int c = 0; c < PANEL; c += LANES) {
+            vec *sum = (vec *)(sums[r] + c);
+            *sum += *(const vec *)(m.bias + j + c);
+            if (then == GELU) *sum = gelu(*sum);
+        }
+        if (then == ADD)
+            for (int c = 0; c < columns; c++) to[c] += sums[r][c];
+        else
+            memcpy(to, sums[r], columns * sizeof(float));
+    }
+}
+
+INLINE void product_of(enum kind kind, matrix m, int rows, const float *x, float *y, enum then then,
+                       int part, int parts) {
+    int panels = (m.out + PANEL - 1) / PANEL;
+    for (int panel = panels * part / parts; panel < panels * (part + 1) / parts; panel++) {
+        for (int r = 0; r < rows; r += ROWS) {
+            const float *from = x + (size_t)r * m.in;
+            int n = rows - r < ROWS ? rows - r : ROWS;
+            float sums[ROWS][PANEL];
+            switch (n) { /* as constants, so that the loops over them are unrolled */
+                case 1: panel_product(1, kind, m, panel, from, sums); break;
+                case 2: panel_product(2, kind, m, panel, from, sums); break;
+                case 3: panel_product(3, kind, m, panel, from, sums); break;
+                case 4: panel_product(4, kind, m, panel, from, sums); break;
+                case 5: panel_product(5, kind, m, panel, from, sums); break;
+                default: panel_product(ROWS, kind, m, panel, from, sums);
+            }
+            finish(n, m, panel, sums, y + (size_t)r * m.out, then);
+        }
+    }
+}
+
+/* y (rows, out) = x (rows, in) W + bias; added to y, or its GELU; columns of one part of `parts`. */
+static void product(enum kind kind, matrix m, int rows, const float *x, float *y, enum then then,
+                    int part, int parts) {
+    if (kind == FLOAT32)
+        product_of(FLOAT32, m, rows, x, y, then, part, parts);
+    else
+        product_of(BFLOAT16, m, rows, x, y, then, part, parts);
+}
+
+/* ---------------------------------------------------------------------- norm and attention */
+
+static void layer_norm(norm n, float eps, int d, int rows, const float *x, float *y) {
+    for (int r = 0; r < rows; r++, x += d, y += d) {
+        float sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int i = 0; i < d; i++) sum += x[i];
+        float mean = sum / d;
+#pragma omp simd reduction(+ : squares)
+        for (int i = 0; i < d; i++) squares += (x[i] - mean) * (x[i] - mean);
+        float factor = 1.0f / sqrtf(squares / d + eps);
+        for (int i = 0; i < d; i++) y[i] = (x[i] - mean) * factor * n.weight[i] + n.bias[i];
+    }
+}
+
+/* softmax(scale · scores) but for the division: by what is returned. */
+INLINE float exponentials(float *scores, int length, float scale) {
+    int end = (length + LANES - 1) / LANES * LANES;
+    for (int t = length; t < end; t++) scores[t] = -INFINITY;
+    vec most = *(vec *)scores, sums = {0};
+    for (int t = LANES; t < end; t += LANES)
+        most = pick(*(vec *)(scores + t) > most, *(vec *)(scores + t), most);
+    float top = most[0], sum = 0;
+    for (int l = 1; l < LANES; l++) top = most[l] > top ? most[l] : top;
+    for (int t = 0; t < end; t += LANES)
+        sums += *(vec *)(scores + t) = exponential((*(vec *)(scores + t) - top) * scale);
+    for (int l = 0; l < LANES; l++) sum += sums[l];
+    return sum;
+}
+
+/* One query over `length` keys and values: y (dk). Both are products of one row. */
+INLINE void attend(enum kind kind, int dk, int length, const float *q, const void *keys,
+                   const void *values, float *scores, float *y) {
+    size_t size = kind == FLOAT32 ? 4 : 2;
+    vec sums[ROWS][PANEL / LANES];
+    for (int t = 0; t < length; t += PANEL) {
+        multiply(1, PANEL / LANES, kind, dk, q, 0, (const char *)keys + (size_t)t * dk * size, PANEL,
+                 sums);
+        UNROLL for (int c = 0; c < PANEL / LANES; c += 2)
+            store(kind, scores + t + c * LANES, sums[0][c], sums[0][c + 1]);
+    }
+    float factor = 1.0f / exponentials(scores, length, 1.0f / sqrtf(dk));
+    for (int j = 0; j < dk; j += PANEL) {
+        float found[PANEL];
+        multiply(1, PANEL / LANES, kind, length, scores, 0, (const char *)values + j * size, dk, sums);
+        UNROLL for (int c = 0; c < PANEL / LANES; c += 2)
+            store(kind, found + c * LANES, sums[0][c], sums[0][c + 1]);
+        for (int l = 0; l < PANEL && j + l < dk; l++) y[j + l] = found[l] * factor;
+    }
+}
+
+/* Keys and values of the new tokens of row r in one head, and if `mix`, what they find there. */
+INLINE void attend_head(enum kind kind, const model *m, const batch *b, int l, int r, int head,
+                        int mix, float *scores) {
+    int d = m->d_model, dk = d / m->n_heads;
+    size_t table = (((size_t)l * b->rows + r) * m->n_heads + head) * b->room * dk;
+    char *keys = (char *)b->keys + table * (kind == FLOAT32 ? 4 : 2);
+    char *values = (char *)b->values + table * (kind == FLOAT32 ? 4 : 2);
+    for (int n = b->starts[r]; n < b->starts[r + 1]; n++) {
+        const float *q = b->qkv + (size_t)n * 3 * d + head * dk, *k = q + d, *v = k + d;
+        int at = b->at[n];
+        size_t column = (size_t)(at / PANEL) * dk * PANEL + at % PANEL;
+        for (int i = 0; i < dk; i++) put(kind, values, (size_t)at * dk + i, v[i]);
+        for (int i = 0; i < dk; i++) put(kind, keys, column + i * PANEL, k[i]);
+        if (mix)
+            attend(kind, dk, at + 1, q, keys, values, scores, b->mixed + (size_t)n * d + head * dk);
+    }
+}
+
+/* ---------------------------------------------------------------------------------- layers */
+
+typedef struct {
+    atomic_int arrived, round;
+    pthread_mutex_t lock;
+    pthread_cond_t next;
+} meeting;
+
+/* Until all n threads are here: some 20 μs awake, then asleep. OpenMP's own barrier sleeps at once
+   where a process has more threads than cores, as a server has; waking up takes longer than that. */
+static void meet(meeting *place, int n) {
+    if (n == 1) return;
+    int round = atomic_load(&place->round);
+    if (atomic_fetch_add(&place->arrived, 1) == n - 1) {
+        atomic_store(&place->arrived, 0);
+        pthread_mutex_lock(&place->lock);
+        atomic_store(&place->round, round + 1);
+        pthread_cond_broadcast(&place->next);
+        pthread_mutex_unlock(&place->lock);
+        return;
+    }
+    for (int looks = 0; looks < 20000; looks++)
+        if (atomic_load_explicit(&place->round, memory_order_acquire) != round) return;
+    pthread_mutex_lock(&place->lock);
+    while (atomic_load(&place->round) == round) pthread_cond_wait(&place->next, &place->lock);
+    pthread_mutex_unlock(&place->lock);
+}
+
+/* Each thread has its own rows, or, of few rows, its own columns and heads of all of them. */
+static void run(const model *m, const batch *b, meeting *place) {
+    int me = omp_get_thread_num(), n_threads = omp_get_num_threads(), d = m->d_model;
+    int by_rows = b->rows >= 4 * n_threads, part = by_rows ? 0 : me, parts = by_rows ? 1 : n_threads;
+    int row = by_rows ? b->rows * me / n_threads : 0;
+    int rows = by_rows ? b->rows * (me + 1) / n_threads - row : b->rows;
+    int first = b->starts[row], n = b->starts[row + rows] - first; /* of its tokens */
+    float *x = b->x + (size_t)first * d, *mixed = b->mixed + (size_t)first * d;
+    float *normed = b->normed + (size_t)me * b->starts[b->rows] * d; /* not shared: no wait for it */
+    float *qkv = b->qkv + (size_t)first * 3 * d, *up = b->up + (size_t)first * m->d_ff;
+    float *scores = b->scores + (size_t)me * (b->room + PANEL);
+    enum kind kind = m->kind;
+    for (int i = n * part / parts; i < n * (part + 1) / parts; i++)
+        for (int j = 0; j < d; j++)
+            x[(size_t)i * d + j] = m->embedding[b->ids[first + i] * d + j]
+                                 + m->positions[b->at[first + i] * d + j];
+    meet(place, parts);
+    for (int l = 0; l < m->n_layers; l++) {
+        const layer *w = &m->layers[l];
+        int mix = b->logits || l + 1 < m->n_layers; /* else its keys and values are all there is */
+        layer_norm(w->norm1, m->eps, d, n, x, normed);
+        product(kind, w->qkv, n, normed, qkv, SET, part, parts);
+        meet(place, parts);
+        int heads = rows * m->n_heads;
+        for (int i = heads * part / parts; i < heads * (part + 1) / parts; i++) {
+            int r = row + i / m->n_heads, head = i % m->n_heads;
+            if (b->kind == FLOAT32)
+                attend_head(FLOAT32, m, b, l, r, head, mix, scores);
+            else
+                attend_head(BFLOAT16, m, b, l, r, head, mix, scores);
+        }
+        if (!mix) return;
+        meet(place, parts);
+        product(kind, w->out, n, mixed, x, ADD, part, parts);
+        meet(place, parts);
+        layer_norm(w->norm2, m->eps, d, n, x, normed);
+        product(kind, w->up, n, normed, up, GELU, part, parts);
+        meet(place, parts);
+        product(kind, w->down, n, up, x, ADD, part, parts);
+        meet(place, parts);
+    }
+    layer_norm(m->final_norm, m->eps, d, n, x, normed);
+    product(kind, m->unembed, n, normed, b->logits + (size_t)first * m->vocab_size, SET, part,
+            parts);
+}
+
+/* 0, or -1 when an id is none of the vocabulary; nothing is computed then. */
+int read_tokens(const model *m, const batch *b) {
+    for (int i = 0; i < b->starts[b->rows]; i++)
+        if (b->ids[i] < 0 || b->ids[i] >= m->vocab_size) return -1;
+    meeting place = {0, 0, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER};
+#pragma omp parallel num_threads(b->threads)
+    run(m, b, &place);
+    return 0;
+}
+
+/* ------------------------------------------------------------------------------- sampling */
+
+/* The token at which the probabilities, summed in order, pass a point in [0, 1). p: the logits. */
+static int64_t draw_one(float *p, int n, float temperature, float point) {
+    float target = point * exponentials(p, n, 1.0f / temperature), sum = 0, before = 0;
+    int block = 0;
+    for (int i = 0; i < n && sum <= target; i += PANEL) {
+        vec sums = {0};
+        float more = 0;
+        for (int j = 0; j < PANEL; j += LANES) sums += *(vec *)(p + i + j);
+        for (int l = 0; l < LANES; l++) more += sums[l];
+        if (more > 0) { block = i; before = sum; sum += more; }
+    }
+    int64_t token = block; /* rounding must not take it to one that cannot be: p > 0 */
+    for (int i = block; i < block + PANEL && before <= target; i++)
+        if (p[i] > 0) { token = i; before += p[i]; }
+    return token;
+}
+
+/* A token for each of `rows` logits (rows, n); `room` is for (threads, n + PANEL). */
+void draw(int rows, int n, int threads, float temperature, const float *logits,
+          const float *points, float *room, int64_t *ids) {
+    (void)threads; /* without OpenMP there is one */
+#pragma omp parallel for num_threads(threads)
+    for (int r = 0; r < rows; r++) {
+        float *p = room + (size_t)omp_get_thread_num() * (n + PANEL);
+        memcpy(p, logits + (size_t)r * n, n * sizeof(float));
+        memset(p + n, 0, PANEL * sizeof(float));
+        ids[r] = draw_one(p, n, temperature, points[r]);
+    }
+}

@@ -1,0 +1,262 @@
+"""decoding.c from Python: compiled once where there is a C compiler, called with tensors.
+
+The compiler is `cc`, `gcc` or `clang`, or what the environment variable CC names; an empty CC does
+without. What it made lies below ~/.cache/minigpt (XDG_CACHE_HOME), under a name of its own for each
+source, compiler and kind of CPU. Where there is none, decoding.py computes the same with PyTorch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from ctypes import c_float, c_int32, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minigpt.model import GPT, Block
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("decoding.c")
+PANEL = 32  # as in decoding.c: columns of a matrix that lie together, tokens of a block of keys
+_FLAGS = [
+    "-O3", "-shared", "-fPIC",
+    # Neither changes a result: nobody asks for errno, nor for exceptions of floating point.
+    "-fno-math-errno", "-fno-trapping-math",
+    *([] if platform.machine() == "arm64" else ["-march=native"]),  # Apple's are all alike
+]  # fmt: skip
+_MOST_THREADS = 8  # of a batch that is too small to give each its own rows
+_MOST_TOKENS = 2048  # of prompts, read at once: 20 MB of room at the medium size, and a text more
+
+
+# ---------------------------------------------------------------------------- the library
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled decoding.c; None where there is no compiler, or what it made is of no use."""
+    command = compiler()
+    if command is None:
+        return None
+    try:
+        return ctypes.CDLL(str(_cached(command)))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # or no home
+        reason = getattr(error, "stderr", None) or error
+        first = str(reason).strip().split("\n")[0]
+        log.warning("text is generated without decoding.c, more slowly: %s", first)
+        return None
+
+
+def compiler() -> list[str] | None:
+    """The command of a C compiler, if there is one."""
+    if sys.platform == "win32":
+        return None
+    named = os.environ.get("CC")
+    if named is not None:
+        return shlex.split(named) or None
+    return next(([name] for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+
+
+def _cached(command: list[str]) -> Path:
+    """Where the library lies, made now unless it is there."""
+    parts = SOURCE.read_text(encoding="utf-8"), _FLAGS, _run([*command, "--version"]), _cpu()
+    name = f"decoding-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minigpt"
+    if not (cache / name).exists():
+        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            made = Path(folder, name)
+            build = [*command, *_FLAGS, str(SOURCE), "-o", str(made), "-lm"]
+            try:  # PyTorch's own threads do the work, by the OpenMP of GCC
+                _run([*build, "-fopenmp"] if sys.platform == "linux" else build)
+            except subprocess.CalledProcessError:  # a compiler without OpenMP: one thread
+                _run(build)
+            made.replace(cache / name)  # whole or not at all, whoever else makes it too
+    return cache / name
+
+
+def _run(command: list[str]) -> str:
+    return subprocess.run(  # noqa: S603
+        command, check=True, capture_output=True, text=True, errors="replace", timeout=120
+    ).stdout
+
+
+def _cpu() -> str:
+    """What `-march=native` depends on: a home may be shared by machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return f"{platform.machine()} {platform.processor()}"
+    names = ("model name", "flags", "Features", "CPU part")
+    return " ".join(sorted({line for line in lines if line.startswith(names)}))
+
+
+# ---------------------------------------------------------------------------- structs
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("in_", c_int32), ("out", c_int32))
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("norm1", _Norm), ("qkv", _Matrix), ("out", _Matrix),
+        ("norm2", _Norm), ("up", _Matrix), ("down", _Matrix),
+    )  # fmt: skip
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        *((name, c_int32) for name in ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff")),
+        ("kind", c_int32), ("eps", c_float), ("embedding", c_void_p), ("positions", c_void_p),
+        ("final_norm", _Norm), ("unembed", _Matrix), ("layers", c_void_p),
+    )  # fmt: skip
+
+
+_SCRATCH = ("x", "normed", "qkv", "mixed", "up", "scores")
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = (
+        *((name, c_int32) for name in ("rows", "room", "threads", "kind")),
+        *((name, c_void_p) for name in ("starts", "ids", "at", "keys", "values", *_SCRATCH)),
+        ("logits", c_void_p),
+    )  # fmt: skip
+
+
+_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+
+
+# ---------------------------------------------------------------------------- calls
+
+
+class NativeWeights:
+    """The weights of a net as decoding.c wants them."""
+
+    def __init__(self, net: GPT, dtype: torch.dtype) -> None:
+        """`net` in float32; its matrices are kept in `dtype`, float32 or bfloat16, as keys are."""
+        found, c = library(), net.config
+        assert found is not None
+        self.library, self.dtype, self.config = found, dtype, c
+        self._held = list[Tensor]()  # a pointer keeps no tensor alive
+        self._lanes = c_int32.in_dll(found, "lanes").value
+        self._layers = (_Layer * c.n_layers)(*(self._layer(block) for block in net.blocks))
+        self.struct = _Model(
+            c.vocab_size, c.d_model, c.n_layers, c.n_heads, c.d_ff, _KINDS[dtype],
+            net.final_norm.eps, self._pointer(net.embedding.weight * net.scale),
+            self._pointer(net.positions), self._norm(net.final_norm),
+            self._matrix(net.embedding.weight, None), ctypes.addressof(self._layers),
+        )  # fmt: skip
+
+    def _layer(self, block: nn.Module) -> _Layer:
+        assert isinstance(block, Block)
+        attention, mlp = block.attention, block.feed_forward
+        return _Layer(
+            self._norm(block.norm1),
+            self._matrix(attention.qkv.weight, attention.qkv.bias),
+            self._matrix(attention.out.weight, attention.out.bias),
+            self._norm(block.norm2),
+            self._matrix(mlp.up.weight, mlp.up.bias),
+            self._matrix(mlp.down.weight, mlp.down.bias),
+        )
+
+    def _norm(self, norm: nn.LayerNorm) -> _Norm:
+        return _Norm(self._pointer(norm.weight), self._pointer(norm.bias))
+
+    def _matrix(self, weight: Tensor, bias: Tensor | None) -> _Matrix:
+        """Panels of PANEL columns, each (in, PANEL): a product reads its weights in one stream."""
+        out, width = weight.shape
+        padded = weight.new_zeros(-(-out // PANEL) * PANEL, width)
+        padded[:out] = weight
+        panels = padded.view(-1, PANEL, width).transpose(1, 2)
+        if self.dtype == torch.bfloat16:  # element i beside element i + lanes: one load gives both
+            panels = panels.unflatten(2, (-1, 2, self._lanes)).transpose(3, 4)
+        added = weight.new_zeros(len(padded))
+        if bias is not None:
+            added[:out] = bias
+        return _Matrix(self._pointer(panels.to(self.dtype)), self._pointer(added), width, out)
+
+    def _pointer(self, tensor: Tensor) -> int:
+        self._held.append(tensor.detach().clone(memory_format=torch.contiguous_format))
+        return self._held[-1].data_ptr()
+
+
+class NativeBatch:
+    """The texts of a batch: their keys and values, which new tokens are added to."""
+
+    def __init__(self, weights: NativeWeights, keys: Tensor, values: Tensor) -> None:
+        """`keys` (L, B, nh, room / PANEL, dk, PANEL), `values` (L, B, nh, room, dk)."""
+        rows = keys.shape[1]
+        self._weights, self._keys, self._values = weights, keys, values
+        self._threads = min(torch.get_num_threads(), max(_MOST_THREADS, rows // 4))
+        self._each, self._scratch = torch.arange(rows + 1, dtype=torch.int32), self._room_for(rows)
+
+    def step(self, ids: Tensor, at: Tensor) -> Tensor:
+        """Logits (B, V) behind one token `ids` (B,) of each row, at its place `at` (B,)."""
+        logits = torch.empty(len(ids), self._weights.config.vocab_size)
+        self._read(self._each, ids, at, self._scratch, logits)
+        return logits
+
+    def fill(self, rows: list[int], texts: list[Tensor]) -> None:
+        """Keys and values of `texts` (T,), from place 0, for those `rows`."""
+        waiting = dict(sorted(zip(rows, texts, strict=True)))
+        while waiting:
+            counts, now = [0] * (len(self._each) - 1), list[Tensor]()
+            while waiting and sum(counts) < _MOST_TOKENS:
+                row = next(iter(waiting))
+                now.append(waiting.pop(row))
+                counts[row] = len(now[-1])
+            starts = torch.tensor([0, *counts]).cumsum(0, dtype=torch.int32)
+            at = torch.cat([torch.arange(len(text)) for text in now])
+            self._read(starts, torch.cat(now), at, self._room_for(len(at)), None)
+
+    def _room_for(self, n: int) -> list[Tensor]:
+        """What decoding.c writes while it reads n tokens."""
+        c, threads = self._weights.config, self._threads
+        of_each = c.d_model, threads * c.d_model, 3 * c.d_model, c.d_model, c.d_ff
+        scores = threads * (self._values.shape[3] + PANEL)
+        return [*(torch.empty(n * size) for size in of_each), torch.empty(scores)]
+
+    def _read(
+        self, starts: Tensor, ids: Tensor, at: Tensor, scratch: list[Tensor], logits: Tensor | None
+    ) -> None:
+        ids = ids.contiguous()
+        tensors = starts, ids, at, self._keys, self._values, *scratch
+        batch = _Batch(
+            len(starts) - 1, self._values.shape[3], self._threads, _KINDS[self._keys.dtype],
+            *(tensor.data_ptr() for tensor in tensors),
+            None if logits is None else logits.data_ptr(),
+        )  # fmt: skip
+        weights = self._weights
+        if weights.library.read_tokens(ctypes.byref(weights.struct), ctypes.byref(batch)):
+            raise IndexError(f"a token is none of the vocabulary of {weights.config.vocab_size}")
+
+
+def draw(logits: Tensor, temperature: float, points: Tensor) -> Tensor:
+    """For each row the token at which softmax(logits / temperature), summed, passes its point.
+
+    `logits` (B, V) in float32 on a CPU, `points` (B,) in [0, 1); ids (B,). Wants `library()`.
+    """
+    found, (rows, n) = library(), logits.shape
+    assert found is not None
+    threads = min(torch.get_num_threads(), -(-rows // 8))
+    logits, ids = logits.contiguous(), torch.empty(rows, dtype=torch.long)
+    room = torch.empty(threads * (n + PANEL))
+    pointers = (c_void_p(tensor.data_ptr()) for tensor in (logits, points, room, ids))
+    found.draw(rows, n, threads, c_float(temperature), *pointers)
+    return ids

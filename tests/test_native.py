@@ -1,0 +1,156 @@
+"""What is decoding.c's own; that it computes what a full pass does is in test_decoding.py."""
+
+import ctypes
+import itertools
+import math
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from minigpt import native
+from minigpt.decoding import Decoder
+from minigpt.generation import SamplingConfig, sample, seeded_generator
+from minigpt.model import GPT, GPTConfig
+
+needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="no C compiler")
+
+
+def read(net: GPT, ids: torch.Tensor, threads: int = 1) -> torch.Tensor:
+    """Logits of the last 3 tokens of each row of `ids` (B, T)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            decoder = Decoder(net, list(ids[:, :-3]))
+            assert isinstance(decoder.weights, native.NativeWeights)
+            return torch.stack([decoder.read(new) for new in ids[:, -3:].unbind(1)], dim=1)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [*range(1, 9), 13, 26])
+def test_any_number_of_rows_on_any_number_of_threads_gives_what_a_full_pass_does(rows, dtype):
+    torch.manual_seed(0)  # widths that are no multiples of a panel, heads wider than one
+    net = GPT(GPTConfig(71, 80, d_model=84, n_layers=2, n_heads=2, d_ff=50)).eval()
+    for parameter in net.parameters():
+        parameter.requires_grad_(False).add_(0.1 * torch.randn_like(parameter))
+    ids = torch.randint(0, 71, (rows, 40))
+    expected = net(ids)[:, -3:]
+    net = net.to(dtype)
+    near = {} if dtype == torch.float32 else {"rtol": 0, "atol": 0.05 * expected.abs().max()}
+    for threads in (1, 2, 3):
+        torch.testing.assert_close(read(net, ids, threads), expected, **near)
+
+
+@needs_compiler
+def test_bfloat16_rounds_weights_keys_and_values_and_nothing_else():
+    torch.manual_seed(0)
+    net = GPT(GPTConfig(71, 80, d_model=64, n_layers=1, n_heads=2, d_ff=64)).eval()
+    net.requires_grad_(False)
+    ids = torch.randint(0, 71, (3, 3))
+    rounded = GPT(net.config).eval()
+    rounded.load_state_dict({k: v.bfloat16().float() for k, v in net.state_dict().items()})
+    rounded.positions.copy_(net.positions.bfloat16())
+    qkv = rounded.blocks[0].attention.qkv
+
+    def round_keys_and_values(module: object, inputs: object, out: torch.Tensor) -> torch.Tensor:
+        q, k, v = out.chunk(3, dim=-1)
+        return torch.cat([q, k.bfloat16().float(), v.bfloat16().float()], dim=-1)
+
+    qkv.register_forward_hook(round_keys_and_values)
+    torch.testing.assert_close(read(net.bfloat16(), ids), rounded(ids))
+
+
+@needs_compiler
+def test_the_token_drawn_is_that_of_pytorch_for_the_same_random_number(monkeypatch):
+    torch.manual_seed(0)
+    for n, temperature in itertools.product((1, 7, 8, 33, 3000), (0.3, 1.0, 2.5)):
+        logits, drawn = 4 * torch.randn(200, n), []
+        logits[:, ::3] -= 100.0  # as good as impossible
+        for library in (native.library, lambda: None):
+            with monkeypatch.context() as patched:
+                patched.setattr(native, "library", library)
+                generator = seeded_generator(1, torch.device("cpu"))
+                drawn.append(sample(logits, SamplingConfig(temperature), generator))
+        assert (drawn[0] == drawn[1]).float().mean() >= 0.99  # but where sums are rounded apart
+        assert n == 1 or len(drawn[0].unique()) > 1
+
+
+@needs_compiler
+def test_neither_end_of_the_random_numbers_draws_what_cannot_be():
+    logits = torch.full((5, 70), -math.inf)
+    logits[:, 40:43] = torch.tensor([1.0, 1.0, 0.0])
+    points = torch.tensor([0.0, 0.3, 0.5, 0.9, 1 - 2**-24])
+    assert native.draw(logits, 1.0, points).tolist() == [40, 40, 41, 42, 42]
+    assert native.draw(logits[:1], 1.0, torch.ones(1)).tolist() == [42]  # as rounding might have it
+    assert 0 <= native.draw(torch.full((1, 70), math.nan), 1.0, points[:1]).item() < 70
+
+
+@needs_compiler
+def test_the_structs_are_those_of_the_source(tmp_path):
+    structs = {name: getattr(native, f"_{name.title()}") for name in STRUCTS}
+    lines = [f'#include "{native.SOURCE}"']
+    for name, struct in structs.items():
+        lines.append(f"int size_of_{name}(void) {{ return sizeof({name}); }}")
+        lines += [
+            f"int {name}_{field}(void) {{ return offsetof({name}, {field.rstrip('_')}); }}"
+            for field, _ in struct._fields_
+        ]
+    command, source, made = native.compiler(), tmp_path / "sizes.c", tmp_path / "sizes.so"
+    source.write_text("\n".join(lines), encoding="utf-8")
+    subprocess.run([*command, "-w", "-shared", "-fPIC", source, "-lm", "-o", made], check=True)
+    compiled = ctypes.CDLL(str(made))
+    for name, struct in structs.items():
+        assert getattr(compiled, f"size_of_{name}")() == ctypes.sizeof(struct)
+        for field, _ in struct._fields_:
+            offset = getattr(compiled, f"{name}_{field}")()
+            assert offset == getattr(struct, field).offset, (name, field)
+
+
+STRUCTS = ("matrix", "norm", "layer", "model", "batch")
+
+
+@needs_compiler
+def test_it_is_compiled_once_and_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    command = native.compiler()
+    assert command
+    made = native._cached(command)
+    assert [path.name for path in (tmp_path / "minigpt").iterdir()] == [made.name]
+    written = made.stat().st_mtime_ns
+    assert native._cached(command) == made
+    assert made.stat().st_mtime_ns == written
+    other = Path(tmp_path, "other.c")
+    other.write_text(native.SOURCE.read_text() + "\n")
+    monkeypatch.setattr(native, "SOURCE", other)
+    assert native._cached(command) != made
+
+
+@pytest.mark.parametrize(
+    ("cc", "said"),
+    [
+        ("", None),
+        ("false", "more slowly: Command '['false', '--version']' returned non-zero exit status 1."),
+        ("nowhere/cc", "more slowly: [Errno 2] No such file or directory: 'nowhere/cc'"),
+    ],
+)
+def test_without_a_compiler_pytorch_decodes_and_a_broken_one_is_told_of(
+    cc, said, monkeypatch, caplog
+):
+    monkeypatch.setenv("CC", cc)
+    assert native.library.__wrapped__() is None
+    assert [record.getMessage().partition("decoding.c, ")[2] for record in caplog.records] == (
+        [said] if said else []
+    )
+
+
+def test_a_cache_that_cannot_be_written_is_told_of(tmp_path, monkeypatch, caplog):
+    (tmp_path / "minigpt").write_text("a file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "cc -v" if native.compiler() else "true")
+    assert native.library.__wrapped__() is None
+    assert "File exists" in caplog.text
