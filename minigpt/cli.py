@@ -58,7 +58,8 @@ def generate(
     n: Annotated[int, typer.Option(help="How many stories.")] = 1,
     seed: Annotated[int | None, typer.Option(help="The same seed, the same stories.")] = None,
     dtype: Annotated[
-        Dtype, typer.Option(help="bfloat16 rounds the weights, and is faster for many.")
+        Dtype,
+        typer.Option(help="bfloat16 rounds the weights, and is faster for many."),
     ] = "float32",
 ) -> None:
     """Write stories. One is shown as it is sampled, and stops at its end.
@@ -88,7 +89,7 @@ def generate(
             f"{length:,}", net.config.context_length,
         )  # fmt: skip
     if dtype == "bfloat16" and native.library() is None and not cpu_has_bfloat16():
-        log.warning("no C compiler, and no native bfloat16 either: --dtype float32 is faster")
+        log.warning("neither decoding.c nor native bfloat16 here: --dtype float32 is faster")
     if n == 1:
         print(prompt, end="", flush=True)
         for piece in stream_text(net, tokenizer, prompt, sampling):

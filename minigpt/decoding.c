@@ -14,7 +14,9 @@
 #include <string.h>
 #ifdef _OPENMP
 #include <omp.h>
+const int32_t threaded = 1;
 #else
+const int32_t threaded = 0;
 static int omp_get_thread_num(void) { return 0; }
 static int omp_get_num_threads(void) { return 1; }
 #endif
@@ -24,7 +26,7 @@ static int omp_get_num_threads(void) { return 1; }
 #else
 #define LANES 8
 #endif
-#define PANEL 32 /* columns of a matrix that lie together; so much room is left behind each table */
+#define PANEL 32 /* columns of a matrix that lie together; tokens of a block of keys */
 #define ROWS 6   /* rows that are multiplied at once: as many sums as there are registers for */
 #define UNROLL _Pragma("GCC unroll 8")
 #define INLINE static inline __attribute__((always_inline))
@@ -47,13 +49,14 @@ typedef struct {
     const layer *layers;
 } model;
 typedef struct {
-    int32_t rows, room, threads, kind; /* rows: texts, B; room: tokens, in whole panels */
-    const int32_t *starts;             /* (B + 1,) where the new tokens of each row begin, of N */
-    const int64_t *ids, *at;           /* (N,) the new tokens, and their places in their rows */
+    int32_t rows, room, threads; /* rows: texts, B; room: tokens, in whole panels */
+    const int32_t *starts;       /* (B + 1,) where the new tokens of each row begin, of N */
+    const int64_t *ids, *at;     /* (N,) the new tokens, and their places in their rows */
     void *keys, *values; /* (L, B, nh, room / PANEL, dk, PANEL); (L, B, nh, room, dk) and PANEL more */
-    float *x, *normed, *qkv, *mixed, *up; /* (N, d), (threads, N, d), (N, 3 d), (N, d), (N, d_ff) */
-    float *scores;                        /* (threads, room + PANEL) */
-    float *logits;                        /* (B, V) where each row has one token; or none wanted */
+    float *x, *normed;   /* (N, d); the same, or of few rows for each thread: see `run` */
+    float *qkv, *mixed, *up; /* (N, 3 d), (N, d), (N, d_ff) */
+    float *scores;           /* (threads, room + PANEL) */
+    float *logits;           /* (B, V) where each row has one token; or none wanted */
 } batch;
 
 const int32_t lanes = LANES;
@@ -94,7 +97,7 @@ INLINE void put(enum kind kind, void *to, size_t i, float value) {
     }
 }
 
-/* e^x to float32 rounding, 0 below -87: 2^n e^r with |r| <= ln 2 / 2, and e^r by Taylor's series. */
+/* e^x of x <= 0 to float32 rounding, 0 below -87: 2^n e^r with |r| <= ln 2 / 2, and e^r by Taylor's series. */
 INLINE vec exponential(vec x) {
     ivec tiny = x < -87.0f;
     x = pick(tiny, (vec){0}, x);
@@ -315,7 +318,8 @@ static void run(const model *m, const batch *b, meeting *place) {
     int rows = by_rows ? b->rows * (me + 1) / n_threads - row : b->rows;
     int first = b->starts[row], n = b->starts[row + rows] - first; /* of its tokens */
     float *x = b->x + (size_t)first * d, *mixed = b->mixed + (size_t)first * d;
-    float *normed = b->normed + (size_t)me * b->starts[b->rows] * d; /* not shared: no wait for it */
+    /* Each thread its own, also of columns: it need not wait for another. */
+    float *normed = b->normed + (size_t)(by_rows ? first : me * n) * d;
     float *qkv = b->qkv + (size_t)first * 3 * d, *up = b->up + (size_t)first * m->d_ff;
     float *scores = b->scores + (size_t)me * (b->room + PANEL);
     enum kind kind = m->kind;
@@ -333,7 +337,7 @@ static void run(const model *m, const batch *b, meeting *place) {
         int heads = rows * m->n_heads;
         for (int i = heads * part / parts; i < heads * (part + 1) / parts; i++) {
             int r = row + i / m->n_heads, head = i % m->n_heads;
-            if (b->kind == FLOAT32)
+            if (kind == FLOAT32)
                 attend_head(FLOAT32, m, b, l, r, head, mix, scores);
             else
                 attend_head(BFLOAT16, m, b, l, r, head, mix, scores);

@@ -1,7 +1,7 @@
 """Text read into a GPT one token at a time: keys and values are kept, logits come out.
 
 `Decoder` computes what `GPT.forward` does, written out over the bare weights: at one token a step
-the calls cost as much as the arithmetic. On a CPU with a C compiler decoding.c does a step in one
+calls cost more than arithmetic. On a CPU with a C compiler decoding.c does a step in one
 call; elsewhere PyTorch does, below. Numbers: docs/generation.md.
 
     >>> decoder = Decoder(net, [torch.tensor([0, 17, 4])])
@@ -205,7 +205,7 @@ class _Layer(NamedTuple):
 class _Weights(NamedTuple):
     """What a step of PyTorch multiplies by, in the order in memory that suits the product."""
 
-    float32: GPT | None  # the net itself where it is computed in its own dtype
+    float32: GPT | None  # the net in float32, where its own dtype is not computed in
     dtype: torch.dtype  # of keys and values
     embedding: Tensor  # (V, d), scaled
     layers: list[_Layer]
@@ -229,7 +229,8 @@ def _prepared(net: GPT, rows: int) -> _Weights | NativeWeights:
 
     Not so where a parameter requires a gradient: PyTorch does not count what fused optimizers do.
     """
-    how, parameters = _product(net, rows), [p.detach() for p in net.parameters()]
+    how = _product(net, rows)
+    parameters = [p.detach() for p in (*net.parameters(), *net.buffers())]
     if any(p.requires_grad for p in net.parameters()) or any(p.is_inference() for p in parameters):
         return _weights(net, how)
     state = [(p.data_ptr(), p._version) for p in parameters]
@@ -287,7 +288,9 @@ def _product(net: GPT, rows: int) -> str:
     weight = net.embedding.weight
     if weight.device.type != "cpu":
         return "plain"
-    if weight.dtype in (torch.float32, torch.bfloat16, torch.float16) and native.library():
+    known = weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    enough = native.is_threaded() or rows < 4 or torch.get_num_threads() == 1
+    if known and enough and native.library():
         return "native"
     if not torch.backends.mkldnn.is_available():
         return "plain"

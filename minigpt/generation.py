@@ -85,7 +85,7 @@ def generate(
     random state is left alone; the net is in evaluation mode until the iterator ends or is closed.
 
     Args:
-        net: its weights must not change meanwhile; its dtype is that of the arithmetic.
+        net: its weights must not change meanwhile; its dtype is what is stored (see `Decoder`).
         prompt_ids: (B, T), or B rows of different lengths. No row may be empty.
         sampling: how the next token is chosen.
         end_of_text: the id that ends a row; -1: none does.
@@ -151,12 +151,12 @@ def sample(
     if sampling.min_p is not None:
         logits = keep_min_p(logits, sampling.min_p)
     # One random number a row, where torch.multinomial draws one for each token of the vocabulary.
-    points = torch.rand(len(logits), generator=generator, device=logits.device)
+    points = torch.rand(len(logits), generator=generator, dtype=torch.float32, device=logits.device)
     if logits.device.type == "cpu" and native.library():
         return native.draw(logits, temperature, points)
     mass = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)
     # Rounding must not take a point to the end of the last token.
-    end = mass[:, -1].nextafter(torch.zeros_like(points))
+    end = mass[:, -1].nextafter(torch.zeros_like(mass[:, -1]))
     points = torch.minimum(points * mass[:, -1], end)
     return torch.searchsorted(mass, points[:, None], right=True).squeeze(1)
 

@@ -1,8 +1,8 @@
 """decoding.c from Python: compiled once where there is a C compiler, called with tensors.
 
-The compiler is `cc`, `gcc` or `clang`, or what the environment variable CC names; an empty CC does
+The compiler is `gcc`, `cc` or `clang`, or what the environment variable CC names; an empty CC does
 without. What it made lies below ~/.cache/minigpt (XDG_CACHE_HOME), under a name of its own for each
-source, compiler and kind of CPU. Where there is none, decoding.py computes the same with PyTorch.
+source, command and kind of CPU. Where there is none, decoding.py computes the same with PyTorch.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sys
 import tempfile
 from ctypes import c_float, c_int32, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,8 @@ _FLAGS = [
     *([] if platform.machine() == "arm64" else ["-march=native"]),  # Apple's are all alike
 ]  # fmt: skip
 _MOST_THREADS = 8  # of a batch that is too small to give each its own rows
-_MOST_TOKENS = 2048  # of prompts, read at once: 20 MB of room at the medium size, and a text more
+_MOST_TOKENS = 2048  # of prompts, read at once: 17 MB of room at the medium size, and a text more
+_ROWS = 4  # for each thread, and it has its own, as in decoding.c
 
 
 # ---------------------------------------------------------------------------- the library
@@ -46,12 +48,10 @@ _MOST_TOKENS = 2048  # of prompts, read at once: 20 MB of room at the medium siz
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled decoding.c; None where there is no compiler, or what it made is of no use."""
-    command = compiler()
-    if command is None:
-        return None
     try:
-        return ctypes.CDLL(str(_cached(command)))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # or no home
+        command = compiler()
+        return None if command is None else _loaded(command)
+    except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as error:  # or no home
         reason = getattr(error, "stderr", None) or error
         first = str(reason).strip().split("\n")[0]
         log.warning("text is generated without decoding.c, more slowly: %s", first)
@@ -59,29 +59,51 @@ def library() -> ctypes.CDLL | None:
 
 
 def compiler() -> list[str] | None:
-    """The command of a C compiler, if there is one."""
+    """The command of a C compiler, if there is one. ValueError: CC has an open quote."""
     if sys.platform == "win32":
         return None
     named = os.environ.get("CC")
     if named is not None:
         return shlex.split(named) or None
-    return next(([name] for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+    return next(([name] for name in ("gcc", "cc", "clang") if shutil.which(name)), None)
+
+
+def is_threaded() -> bool:
+    """Whether `library()` works on several threads: compilers without OpenMP make one for one."""
+    found = library()
+    return found is not None and bool(c_int32.in_dll(found, "threaded").value)
+
+
+def _loaded(command: list[str]) -> ctypes.CDLL:
+    path = _cached(command)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # damaged since
+        path.unlink()
+        return ctypes.CDLL(str(_cached(command)))
 
 
 def _cached(command: list[str]) -> Path:
     """Where the library lies, made now unless it is there."""
-    parts = SOURCE.read_text(encoding="utf-8"), _FLAGS, _run([*command, "--version"]), _cpu()
+    # PyTorch's own threads do the work, by the OpenMP of GCC; Apple's compiler has none.
+    if sys.platform == "linux":
+        try:
+            return _compiled([*command, "-fopenmp"])
+        except subprocess.CalledProcessError:
+            log.debug("%s has no OpenMP", command[0])
+    return _compiled(command)
+
+
+def _compiled(command: list[str]) -> Path:
+    version = _run([*command, "--version"])
+    parts = SOURCE.read_text(encoding="utf-8"), command, _FLAGS, version, _cpu()
     name = f"decoding-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minigpt"
     if not (cache / name).exists():
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             made = Path(folder, name)
-            build = [*command, *_FLAGS, str(SOURCE), "-o", str(made), "-lm"]
-            try:  # PyTorch's own threads do the work, by the OpenMP of GCC
-                _run([*build, "-fopenmp"] if sys.platform == "linux" else build)
-            except subprocess.CalledProcessError:  # a compiler without OpenMP: one thread
-                _run(build)
+            _run([*command, *_FLAGS, str(SOURCE), "-o", str(made), "-lm"])
             made.replace(cache / name)  # whole or not at all, whoever else makes it too
     return cache / name
 
@@ -133,13 +155,14 @@ _SCRATCH = ("x", "normed", "qkv", "mixed", "up", "scores")
 
 class _Batch(ctypes.Structure):
     _fields_ = (
-        *((name, c_int32) for name in ("rows", "room", "threads", "kind")),
+        *((name, c_int32) for name in ("rows", "room", "threads")),
         *((name, c_void_p) for name in ("starts", "ids", "at", "keys", "values", *_SCRATCH)),
         ("logits", c_void_p),
     )  # fmt: skip
 
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
+_FLOATS: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
 
 
 # ---------------------------------------------------------------------------- calls
@@ -149,7 +172,7 @@ class NativeWeights:
     """The weights of a net as decoding.c wants them."""
 
     def __init__(self, net: GPT, dtype: torch.dtype) -> None:
-        """`net` in float32; its matrices are kept in `dtype`, float32 or bfloat16, as keys are."""
+        """`net` on a CPU; its matrices are kept in `dtype`, float32 or bfloat16, as keys are."""
         found, c = library(), net.config
         assert found is not None
         self.library, self.dtype, self.config = found, dtype, c
@@ -181,19 +204,20 @@ class NativeWeights:
     def _matrix(self, weight: Tensor, bias: Tensor | None) -> _Matrix:
         """Panels of PANEL columns, each (in, PANEL): a product reads its weights in one stream."""
         out, width = weight.shape
-        padded = weight.new_zeros(-(-out // PANEL) * PANEL, width)
+        padded = torch.zeros(-(-out // PANEL) * PANEL, width, **_FLOATS)
         padded[:out] = weight
         panels = padded.view(-1, PANEL, width).transpose(1, 2)
         if self.dtype == torch.bfloat16:  # element i beside element i + lanes: one load gives both
             panels = panels.unflatten(2, (-1, 2, self._lanes)).transpose(3, 4)
-        added = weight.new_zeros(len(padded))
+        added = torch.zeros(len(padded), **_FLOATS)
         if bias is not None:
             added[:out] = bias
-        return _Matrix(self._pointer(panels.to(self.dtype)), self._pointer(added), width, out)
+        return _Matrix(self._pointer(panels, self.dtype), self._pointer(added), width, out)
 
-    def _pointer(self, tensor: Tensor) -> int:
-        self._held.append(tensor.detach().clone(memory_format=torch.contiguous_format))
-        return self._held[-1].data_ptr()
+    def _pointer(self, tensor: Tensor, dtype: torch.dtype = torch.float32) -> int:
+        copy = torch.empty(tensor.shape, dtype=dtype, device="cpu")
+        self._held.append(copy.copy_(tensor.detach()))
+        return copy.data_ptr()
 
 
 class NativeBatch:
@@ -204,11 +228,20 @@ class NativeBatch:
         rows = keys.shape[1]
         self._weights, self._keys, self._values = weights, keys, values
         self._threads = min(torch.get_num_threads(), max(_MOST_THREADS, rows // 4))
-        self._each, self._scratch = torch.arange(rows + 1, dtype=torch.int32), self._room_for(rows)
+        self._each = torch.arange(rows + 1, dtype=torch.int32, device="cpu")
+        self._scratch = self._room_for(rows)
 
     def step(self, ids: Tensor, at: Tensor) -> Tensor:
-        """Logits (B, V) behind one token `ids` (B,) of each row, at its place `at` (B,)."""
-        logits = torch.empty(len(ids), self._weights.config.vocab_size)
+        """Logits (B, V) behind one token `ids` (B,) of each row, at its place `at` (B,).
+
+        Raises:
+            IndexError: an id that is none of the vocabulary.
+            ValueError: not one id for each row.
+        """
+        rows = len(self._each) - 1
+        if ids.shape != (rows,):
+            raise ValueError(f"ids of shape {tuple(ids.shape)} for {rows} rows: give one for each")
+        logits = torch.empty(rows, self._weights.config.vocab_size, **_FLOATS)
         self._read(self._each, ids, at, self._scratch, logits)
         return logits
 
@@ -221,24 +254,25 @@ class NativeBatch:
                 row = next(iter(waiting))
                 now.append(waiting.pop(row))
                 counts[row] = len(now[-1])
-            starts = torch.tensor([0, *counts]).cumsum(0, dtype=torch.int32)
-            at = torch.cat([torch.arange(len(text)) for text in now])
+            starts = torch.tensor([0, *counts], device="cpu").cumsum(0, dtype=torch.int32)
+            at = torch.cat([torch.arange(len(text), device="cpu") for text in now])
             self._read(starts, torch.cat(now), at, self._room_for(len(at)), None)
 
     def _room_for(self, n: int) -> list[Tensor]:
         """What decoding.c writes while it reads n tokens."""
         c, threads = self._weights.config, self._threads
-        of_each = c.d_model, threads * c.d_model, 3 * c.d_model, c.d_model, c.d_ff
-        scores = threads * (self._values.shape[3] + PANEL)
-        return [*(torch.empty(n * size) for size in of_each), torch.empty(scores)]
+        copies = 1 if len(self._each) - 1 >= _ROWS * threads else threads
+        of_each = c.d_model, copies * c.d_model, 3 * c.d_model, c.d_model, c.d_ff
+        sizes = *(n * size for size in of_each), threads * (self._values.shape[3] + PANEL)
+        return [torch.empty(size, **_FLOATS) for size in sizes]
 
     def _read(
         self, starts: Tensor, ids: Tensor, at: Tensor, scratch: list[Tensor], logits: Tensor | None
     ) -> None:
-        ids = ids.contiguous()
+        ids = ids.long().contiguous()
         tensors = starts, ids, at, self._keys, self._values, *scratch
         batch = _Batch(
-            len(starts) - 1, self._values.shape[3], self._threads, _KINDS[self._keys.dtype],
+            len(starts) - 1, self._values.shape[3], self._threads,
             *(tensor.data_ptr() for tensor in tensors),
             None if logits is None else logits.data_ptr(),
         )  # fmt: skip
@@ -250,13 +284,14 @@ class NativeBatch:
 def draw(logits: Tensor, temperature: float, points: Tensor) -> Tensor:
     """For each row the token at which softmax(logits / temperature), summed, passes its point.
 
-    `logits` (B, V) in float32 on a CPU, `points` (B,) in [0, 1); ids (B,). Wants `library()`.
+    `logits` (B, V) on a CPU, `points` (B,) in [0, 1); ids (B,). Wants `library()`.
     """
     found, (rows, n) = library(), logits.shape
     assert found is not None
     threads = min(torch.get_num_threads(), -(-rows // 8))
-    logits, ids = logits.contiguous(), torch.empty(rows, dtype=torch.long)
-    room = torch.empty(threads * (n + PANEL))
+    logits, points = logits.float().contiguous(), points.float().contiguous()
+    ids = torch.empty(rows, dtype=torch.long, device="cpu")
+    room = torch.empty(threads * (n + PANEL), **_FLOATS)
     pointers = (c_void_p(tensor.data_ptr()) for tensor in (logits, points, room, ids))
     found.draw(rows, n, threads, c_float(temperature), *pointers)
     return ids

@@ -47,6 +47,74 @@ def test_any_number_of_rows_on_any_number_of_threads_gives_what_a_full_pass_does
 
 
 @needs_compiler
+def test_vectors_of_avx_512_give_the_same(monkeypatch, tmp_path):
+    """Sixteen lanes, which compilers make of smaller ones where the CPU has none."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    wide = native._compiled([*native.compiler(), "-D__AVX512F__", "-Wno-psabi", "-fopenmp"])
+    monkeypatch.setattr(native, "library", lambda: ctypes.CDLL(str(wide)))
+    torch.manual_seed(0)
+    net = GPT(GPTConfig(71, 80, d_model=84, n_layers=2, n_heads=2, d_ff=50)).eval()
+    ids = torch.randint(0, 71, (9, 40))
+    net.requires_grad_(False)
+    expected = net(ids)[:, -3:]
+    torch.testing.assert_close(read(net, ids, 2), expected)
+    near = 0.05 * float(expected.abs().max())
+    torch.testing.assert_close(read(net.bfloat16(), ids, 2), expected, rtol=0, atol=near)
+    logits, points = torch.randn(9, 71), torch.rand(9)
+    mass = logits.softmax(-1).cumsum(-1)
+    assert native.draw(logits, 1.0, points).tolist() == [
+        int(torch.searchsorted(row, point)) for row, point in zip(mass, points, strict=True)
+    ]
+
+
+@needs_compiler
+def test_default_dtypes_and_parts_in_another_dtype_change_nothing():
+    torch.manual_seed(0)
+    net = GPT(GPTConfig(71, 80, d_model=64, n_layers=1, n_heads=2, d_ff=64)).eval()
+    ids = torch.randint(0, 71, (5, 9))
+    net.requires_grad_(False)
+    expected = net(ids)[:, -3:]
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            found = read(net, ids)
+            drawn = native.draw(expected.reshape(-1, 71), 1.0, torch.zeros(15))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        torch.testing.assert_close(found, expected)
+        assert drawn.tolist() == [0] * 15
+    net.blocks.bfloat16()
+    exact = GPT(net.config).eval()
+    exact.load_state_dict(net.state_dict())
+    torch.testing.assert_close(read(net, ids), exact(ids)[:, -3:])
+    net.positions.mul_(2)
+    exact.positions.mul_(2)
+    torch.testing.assert_close(read(net, ids), exact(ids)[:, -3:])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_logits_of_any_dtype_are_sampled(dtype):
+    logits = torch.full((4, 80), -30.0, dtype=dtype)
+    logits[:, 50] = 30.0
+    for library in (native.library, lambda: None):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(native, "library", library)
+            generator = seeded_generator(0, torch.device("cpu"))
+            assert sample(logits, SamplingConfig(1.0), generator).tolist() == [50] * 4
+
+
+@needs_compiler
+def test_too_few_ids_are_refused():
+    net = GPT(GPTConfig(71, 80, d_model=64, n_layers=1, n_heads=2, d_ff=64)).eval()
+    with torch.inference_mode():
+        decoder = Decoder(net, [torch.tensor([1, 2])] * 16)
+        with pytest.raises(ValueError, match=r"ids of shape \(1,\) for 16 rows"):
+            decoder.read(torch.tensor([3]))
+        assert decoder.read(torch.full((16,), 3, dtype=torch.int32)).isfinite().all()
+
+
+@needs_compiler
 def test_bfloat16_rounds_weights_keys_and_values_and_nothing_else():
     torch.manual_seed(0)
     net = GPT(GPTConfig(71, 80, d_model=64, n_layers=1, n_heads=2, d_ff=64)).eval()
@@ -124,16 +192,41 @@ def test_it_is_compiled_once_and_whole(tmp_path, monkeypatch):
     written = made.stat().st_mtime_ns
     assert native._cached(command) == made
     assert made.stat().st_mtime_ns == written
+    assert native._cached([*command, "-DOTHER"]) != made
+    made.write_bytes(b"")  # as a disk might leave it
+    assert native._loaded(command).draw
+    assert made.stat().st_size > 0
     other = Path(tmp_path, "other.c")
     other.write_text(native.SOURCE.read_text() + "\n")
     monkeypatch.setattr(native, "SOURCE", other)
     assert native._cached(command) != made
 
 
+@needs_compiler
+def test_a_compiler_without_openmp_is_used_for_few_rows(tmp_path, monkeypatch):
+    """For many PyTorch has more threads."""
+    script = tmp_path / "mycc"
+    script.write_text('#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec cc "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    alone = native._loaded([str(script)])
+    monkeypatch.setattr(native, "library", lambda: alone)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    net = GPT(GPTConfig(71, 80, d_model=64, n_layers=1, n_heads=2, d_ff=64)).eval()
+    net.requires_grad_(False)
+    for rows in (3, 4):
+        ids = torch.randint(0, 71, (rows, 9))
+        with torch.inference_mode():
+            decoder = Decoder(net, list(ids[:, :-1]))
+            torch.testing.assert_close(decoder.read(ids[:, -1]), net(ids)[:, -1])
+        assert isinstance(decoder.weights, native.NativeWeights) == (rows == 3)
+
+
 @pytest.mark.parametrize(
     ("cc", "said"),
     [
         ("", None),
+        ("cc '", "more slowly: No closing quotation"),
         ("false", "more slowly: Command '['false', '--version']' returned non-zero exit status 1."),
         ("nowhere/cc", "more slowly: [Errno 2] No such file or directory: 'nowhere/cc'"),
     ],

@@ -1,5 +1,6 @@
 """What the README tells people to type is typed here, with a tiny corpus and budget."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -116,6 +117,15 @@ def test_the_results_are_those_of_the_runs_that_are_kept():
     small, medium, large = (f"{run.perplexity:.2f}" for run in released)
     first = " ".join(README.split("## ")[0].split())
     assert f"perplexity of the three is {small}, {medium} and {large}," in first
+
+
+def test_the_speed_of_generation_is_what_was_measured():
+    table = json.loads((ROOT / "docs/results/benchmarks/avx2/generation.json").read_text())
+    own, many = (table[f"tokens per second, ours float32 batch {n}"] for n in (1, 32))
+    times, times_many = (table[f"ours / peer, float32, batch {n}"] for n in (1, 32))
+    told = re.sub(r"\s+", " ", README)
+    assert f"writes {own:,.0f} tokens per second, {times:.0f} times as many as `generate`" in told
+    assert f"and {many:,.0f} in a batch of 32 ({times_many:.1f} times)" in told
 
 
 def test_files_that_the_readme_links_to_are_there():
