@@ -15,7 +15,7 @@ import copy
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
@@ -32,7 +32,7 @@ from minigpt.model import GPT, GPTConfig
 
 PROMPT = 16  # tokens; the prompt and what follows fill the context, and no more: GPT-2 cannot
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-OURS, PEER = list(DTYPES), list(DTYPES)
+PEER = list(DTYPES)
 if not cpu_has_bfloat16():  # PyTorch emulates it there, at a hundredth of the speed
     del PEER[1]
 if native.library() is None:
@@ -155,7 +155,7 @@ def compare(rounds: int, new: int) -> dict[str, Any]:
     gpt2 = as_gpt2(net)
     context = net.config.context_length
     candidates: dict[str, Candidate] = {}
-    for precision in OURS:
+    for precision in DTYPES:
         own = copy.deepcopy(net).to(DTYPES[precision])
         for batch in (1, 32, 64):
             candidates[f"ours {precision} batch {batch}"] = ours(own, batch, PROMPT, new)
@@ -180,7 +180,7 @@ def compare(rounds: int, new: int) -> dict[str, Any]:
 def ratios(rate: dict[str, float]) -> dict[str, float]:
     """What the goals are about, by precision and in the best one of each side."""
 
-    def best(name: str, precisions: list[str]) -> float:
+    def best(name: str, precisions: Iterable[str]) -> float:
         return max(rate[name.format(p)] for p in precisions)
 
     found = {}
@@ -188,21 +188,21 @@ def ratios(rate: dict[str, float]) -> dict[str, float]:
         ours, peer = f"ours {{}} batch {batch}", f"peer {{}} batch {batch}"
         for p in PEER:
             found[f"ours / peer, {p}, batch {batch}"] = rate[ours.format(p)] / rate[peer.format(p)]
-        found[f"best of ours / best of peer, batch {batch}"] = best(ours, OURS) / best(peer, PEER)
+        found[f"best of ours / best of peer, batch {batch}"] = best(ours, DTYPES) / best(peer, PEER)
     full, uncached = "ours {} behind a full context", "without a cache {}, full context"
     for p in PEER:
         found[f"with / without a cache, full context, {p}"] = (
             rate[full.format(p)] / rate[uncached.format(p)]
         )
-    found["with / without a cache, full context, best of each"] = best(full, OURS) / best(
+    found["with / without a cache, full context, best of each"] = best(full, DTYPES) / best(
         uncached, PEER
     )
-    for name, precisions in {"ours": OURS, "ours by PyTorch": PEER}.items():
+    for name, precisions in {"ours": list(DTYPES), "ours by PyTorch": PEER}.items():
         for p in precisions:
             many, one = rate[f"{name} {p} batch 64"], rate[f"{name} {p} batch 1"]
             found[f"batch 64 / batch 1, {name} {p}"] = many / one
-    found["batch 64 / batch 1, best"] = best("ours {} batch 64", OURS) / best(
-        "ours {} batch 1", OURS
+    found["batch 64 / batch 1, best"] = best("ours {} batch 64", DTYPES) / best(
+        "ours {} batch 1", DTYPES
     )
     limit = rate["weights read once for each token"]
     found["share of the limit by weights, float32, batch 1"] = rate["ours float32 batch 1"] / limit

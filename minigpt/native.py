@@ -225,11 +225,10 @@ class NativeBatch:
 
     def __init__(self, weights: NativeWeights, keys: Tensor, values: Tensor) -> None:
         """`keys` (L, B, nh, room / PANEL, dk, PANEL), `values` (L, B, nh, room, dk)."""
-        rows = keys.shape[1]
-        self._weights, self._keys, self._values = weights, keys, values
-        self._threads = min(torch.get_num_threads(), max(_MOST_THREADS, rows // 4))
-        self._each = torch.arange(rows + 1, dtype=torch.int32, device="cpu")
-        self._scratch = self._room_for(rows)
+        self._weights, self._keys, self._values, self._rows = weights, keys, values, keys.shape[1]
+        self._threads = min(torch.get_num_threads(), max(_MOST_THREADS, self._rows // _ROWS))
+        self._each = torch.arange(self._rows + 1, dtype=torch.int32, device="cpu")
+        self._scratch = self._room_for(self._rows)
 
     def step(self, ids: Tensor, at: Tensor) -> Tensor:
         """Logits (B, V) behind one token `ids` (B,) of each row, at its place `at` (B,).
@@ -238,7 +237,7 @@ class NativeBatch:
             IndexError: an id that is none of the vocabulary.
             ValueError: not one id for each row.
         """
-        rows = len(self._each) - 1
+        rows = self._rows
         if ids.shape != (rows,):
             raise ValueError(f"ids of shape {tuple(ids.shape)} for {rows} rows: give one for each")
         logits = torch.empty(rows, self._weights.config.vocab_size, **_FLOATS)
@@ -249,7 +248,7 @@ class NativeBatch:
         """Keys and values of `texts` (T,), from place 0, for those `rows`."""
         waiting = dict(sorted(zip(rows, texts, strict=True)))
         while waiting:
-            counts, now = [0] * (len(self._each) - 1), list[Tensor]()
+            counts, now = [0] * self._rows, list[Tensor]()
             while waiting and sum(counts) < _MOST_TOKENS:
                 row = next(iter(waiting))
                 now.append(waiting.pop(row))
@@ -261,7 +260,7 @@ class NativeBatch:
     def _room_for(self, n: int) -> list[Tensor]:
         """What decoding.c writes while it reads n tokens."""
         c, threads = self._weights.config, self._threads
-        copies = 1 if len(self._each) - 1 >= _ROWS * threads else threads
+        copies = 1 if self._rows >= _ROWS * threads else threads
         of_each = c.d_model, copies * c.d_model, 3 * c.d_model, c.d_model, c.d_ff
         sizes = *(n * size for size in of_each), threads * (self._values.shape[3] + PANEL)
         return [torch.empty(size, **_FLOATS) for size in sizes]
@@ -272,7 +271,7 @@ class NativeBatch:
         ids = ids.long().contiguous()
         tensors = starts, ids, at, self._keys, self._values, *scratch
         batch = _Batch(
-            len(starts) - 1, self._values.shape[3], self._threads,
+            self._rows, self._values.shape[3], self._threads,
             *(tensor.data_ptr() for tensor in tensors),
             None if logits is None else logits.data_ptr(),
         )  # fmt: skip

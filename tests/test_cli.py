@@ -133,6 +133,11 @@ def test_generate_writes_stories_that_the_seed_decides(tiny, monkeypatch, capsys
             assert taken == [getattr(torch, dtype)]
         assert run_main(monkeypatch, *words, "--dtype", dtype) == 0
         assert capsys.readouterr().out.startswith("Tomx\nTom")
+    monkeypatch.setattr("minigpt.native.library", lambda: None)
+    for has_bfloat16 in (True, False):
+        monkeypatch.setattr("minigpt.hardware.cpu_has_bfloat16", lambda has=has_bfloat16: has)
+        assert run_main(monkeypatch, *words, "--dtype", "bfloat16", "--max-tokens", "1") == 0
+        assert ("--dtype float32 is faster" in capsys.readouterr().err) is not has_bfloat16
     for wrong, message in WRONG_PROMPTS.items():
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a \xff")))
         assert run_main(monkeypatch, *words, "--prompt", wrong) == 2
