@@ -72,8 +72,9 @@ WATCH_GROWTH = """() => {
 }"""
 
 
-def test_a_story_streams_in_and_its_tokens_tell_their_alternatives(visitor: Visitor):
-    page = visitor.page
+def wild_story(page: Page) -> list[int]:
+    """Ask a fresh page for a story, wait for its end; how many tokens were seen as it grew."""
+    page.reload()
     page.get_by_label("The story begins").fill("One day, Tom <b>saw</b> a dog")
     slider = page.get_by_label("number input for Temperature")
     slider.fill("2")  # so wild that the story hardly ends by itself
@@ -81,10 +82,18 @@ def test_a_story_streams_in_and_its_tokens_tell_their_alternatives(visitor: Visi
     page.get_by_label("number input for Longest story, in tokens").fill("300")
     page.evaluate(WATCH_GROWTH)
     page.get_by_role("button", name="Write").click()
+    expect(page.locator(".story .note")).to_be_visible()  # how it ended
+    return page.evaluate("window.growth")
+
+
+def test_a_story_streams_in_and_its_tokens_tell_their_alternatives(visitor: Visitor):
+    page = visitor.page
     story = page.locator(".story")
     tokens = story.locator(".token")
-    expect(story.locator(".note")).to_be_visible()  # how it ended
-    seen = page.evaluate("window.growth")
+    seen = wild_story(page)
+    for _ in range(4):  # nobody has a seed: one story in two hundred ends at once
+        if tokens.count() < 5:
+            seen = wild_story(page)
     assert seen == sorted(seen)
     assert 0 < seen[0] < tokens.count()  # it was seen before it was whole
     expect(story.locator(".prompt")).to_have_text("One day, Tom <b>saw</b> a dog")
