@@ -26,10 +26,13 @@ static int omp_get_num_threads(void) { return 1; }
 #else
 #define LANES 8
 #endif
-#define PANEL 32 /* columns of a matrix that lie together; tokens of a block of keys */
+#define WIDE (2 * LANES) /* columns of a matrix that lie together: bfloat16 are read two by two */
+#define PANEL 32 /* its columns are whole panels; tokens of a block of keys and values */
 #define ROWS 6   /* rows that are multiplied at once: as many sums as there are registers for */
-#define UNROLL _Pragma("GCC unroll 8")
+#define SUMS 12  /* vectors of them */
+#define UNROLL _Pragma("GCC unroll 16")
 #define INLINE static inline __attribute__((always_inline))
+#define ALONE static __attribute__((noinline)) /* its loops get registers of their own */
 
 /* may_alias: they are read from where floats, or two bfloat16 beside each other, were written. */
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -52,10 +55,10 @@ typedef struct {
     int32_t rows, room, threads; /* rows: texts, B; room: tokens, in whole panels */
     const int32_t *starts;       /* (B + 1,) where the new tokens of each row begin, of N */
     const int64_t *ids, *at;     /* (N,) the new tokens, and their places in their rows */
-    void *keys, *values; /* (L, B, nh, room / PANEL, dk, PANEL); (L, B, nh, room, dk) and PANEL more */
+    void *const *blocks; /* PANEL tokens each: (L, B) keys (nh, dk, PANEL), values (nh, PANEL, dk) */
     float *x, *normed;   /* (N, d); the same, or of few rows for each thread: see `run` */
     float *qkv, *mixed, *up; /* (N, 3 d), (N, d), (N, d_ff) */
-    float *scores;           /* (threads, room + PANEL) */
+    float *scores, *found;   /* (threads, nh, room), (threads, nh, dk in whole panels) */
     float *logits;           /* (B, V) where each row has one token; or none wanted */
 } batch;
 
@@ -99,19 +102,18 @@ INLINE void put(enum kind kind, void *to, size_t i, float value) {
 
 /* e^x of x <= 0 to float32 rounding, 0 below -87: 2^n e^r with |r| <= ln 2 / 2, and e^r by Taylor's series. */
 INLINE vec exponential(vec x) {
-    ivec tiny = x < -87.0f;
-    x = pick(tiny, (vec){0}, x);
     vec n = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum is rounded to a whole number */
-    ivec power = ((ivec)n + 127) << 23;
+    ivec power = ((ivec)n + 127) << 23, tiny = x < -87.0f;
     n -= 12582912.0f;
     vec r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts, the first exact */
-    vec sum = 1.0f + r * (1.0f / 7);
-    sum = 1.0f + r * sum * (1.0f / 6);
-    sum = 1.0f + r * sum * (1.0f / 5);
-    sum = 1.0f + r * sum * (1.0f / 4);
-    sum = 1.0f + r * sum * (1.0f / 3);
-    sum = 1.0f + r * sum * (1.0f / 2);
-    return pick(tiny, (vec){0}, (1.0f + r * sum) * (vec)power);
+    vec sum = 1.0f / 720 + r * (1.0f / 5040);
+    sum = 1.0f / 120 + r * sum;
+    sum = 1.0f / 24 + r * sum;
+    sum = 1.0f / 6 + r * sum;
+    sum = 0.5f + r * sum;
+    sum = 1.0f + r * sum;
+    sum = 1.0f + r * sum;
+    return (vec)((ivec)(sum * (vec)power) & ~tiny);
 }
 
 /* x Φ(x); 1 - erf to 1.5e-7 by Abramowitz and Stegun 1964, 7.1.26. */
@@ -125,88 +127,77 @@ INLINE vec gelu(vec x) {
 
 /* ------------------------------------------------------------------------------ products */
 
-/* sums[r][c] += x[r] w[c], for `rows` rows and `vecs` vectors of columns. */
-INLINE void add_products(int rows, int vecs, enum kind kind, const float *x, size_t x_stride,
-                         const void *w, size_t start, vec (*sums)[PANEL / LANES]) {
-    vec columns[PANEL / LANES];
-    UNROLL for (int c = 0; c < vecs; c += 2)
-        load(kind, w, start + c * LANES, &columns[c], &columns[c + 1]);
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int c = 0; c < vecs; c++) sums[r][c] += x[r * x_stride] * columns[c];
-}
-
-/* sums[r][c] = Σ_k x[r][k] w[k][c], k < in, in registers. */
+/* Σ_k x[r][k] w[k][c], k < in, of `rows` rows and `vecs` vectors of columns, in registers: vector
+   r vecs + c of `sums`. Of few rows each sum is several, in turns, which need not wait for themselves. */
 INLINE void multiply(int rows, int vecs, enum kind kind, int in, const float *x, size_t x_stride,
-                     const void *w, size_t w_stride, vec sums[ROWS][PANEL / LANES]) {
-    int k = 0;
-    UNROLL for (int r = 0; r < rows || r < 2; r++)
-        UNROLL for (int c = 0; c < vecs; c++) sums[r][c] = (vec){0};
-    for (; rows == 1 && k + 1 < in; k += 2) { /* a sum waits for its last: two of each in turns */
-        add_products(1, vecs, kind, x + k, x_stride, w, k * w_stride, sums);
-        add_products(1, vecs, kind, x + k + 1, x_stride, w, (k + 1) * w_stride, sums + 1);
-    }
+                     const void *w, size_t w_stride, vec sums[SUMS]) {
+    int turns = rows * vecs <= 2 ? 4 : rows * vecs <= 6 ? 2 : 1, k = 0;
+    UNROLL for (int s = 0; s < turns * rows * vecs; s++) sums[s] = (vec){0};
+    for (; k + turns <= in; k += turns)
+        UNROLL for (int t = 0; t < turns; t++) {
+            vec columns[PANEL / LANES];
+            UNROLL for (int c = 0; c < vecs; c += 2)
+                load(kind, w, (k + t) * w_stride + c * LANES, &columns[c], &columns[c + 1]);
+            UNROLL for (int r = 0; r < rows; r++)
+                UNROLL for (int c = 0; c < vecs; c++)
+                    sums[(t * rows + r) * vecs + c] += x[r * x_stride + k + t] * columns[c];
+        }
     for (; k < in; k++)
-        add_products(rows, vecs, kind, x + k, x_stride, w, k * w_stride, sums);
-    if (rows == 1)
-        UNROLL for (int c = 0; c < vecs; c++) sums[0][c] += sums[1][c];
-}
-
-/* Some rows of a panel of a product: sums (rows, PANEL). The weights are packed for `load`. */
-INLINE void panel_product(int rows, enum kind kind, matrix m, int panel, const float *x,
-                          float sums[ROWS][PANEL]) {
-    int vecs = rows <= 3 ? PANEL / LANES : 2; /* few rows: more sums of each, to wait for none */
-    size_t start = (size_t)panel * PANEL * m.in, size = kind == FLOAT32 ? 4 : 2;
-    for (int column = 0; column < PANEL; column += vecs * LANES) {
-        vec found[ROWS][PANEL / LANES];
-        multiply(rows, vecs, kind, m.in, x, m.in, (const char *)m.weight + (start + column) * size,
-                 PANEL, found);
-        UNROLL for (int r = 0; r < rows; r++)
-            UNROLL for (int c = 0; c < vecs; c++)
-                *(vec *)(sums[r] + column + c * LANES) = found[r][c];
-    }
-}
-
-/* What becomes of the sums: their bias, and then one of three. */
-static void finish(int rows, matrix m, int panel, float sums[ROWS][PANEL], float *y, enum then then) {
-    int j = panel * PANEL, columns = m.out - j < PANEL ? m.out - j : PANEL;
-    for (int r = 0; r < rows; r++) {
-        float *to = y + (size_t)r * m.out + j;
-        for (int c = 0; c < PANEL; c += LANES) {
-            vec *sum = (vec *)(sums[r] + c);
-            *sum += *(const vec *)(m.bias + j + c);
-            if (then == GELU) *sum = gelu(*sum);
-        }
-        if (then == ADD)
-            for (int c = 0; c < columns; c++) to[c] += sums[r][c];
-        else
-            memcpy(to, sums[r], columns * sizeof(float));
-    }
-}
-
-INLINE void product_of(enum kind kind, matrix m, int rows, const float *x, float *y, enum then then,
-                       int part, int parts) {
-    int panels = (m.out + PANEL - 1) / PANEL;
-    for (int panel = panels * part / parts; panel < panels * (part + 1) / parts; panel++) {
-        for (int r = 0; r < rows; r += ROWS) {
-            const float *from = x + (size_t)r * m.in;
-            int n = rows - r < ROWS ? rows - r : ROWS;
-            float sums[ROWS][PANEL];
-            switch (n) { /* as constants, so that the loops over them are unrolled */
-                case 1: panel_product(1, kind, m, panel, from, sums); break;
-                case 2: panel_product(2, kind, m, panel, from, sums); break;
-                case 3: panel_product(3, kind, m, panel, from, sums); break;
-                case 4: panel_product(4, kind, m, panel, from, sums); break;
-                case 5: panel_product(5, kind, m, panel, from, sums); break;
-                default: panel_product(ROWS, kind, m, panel, from, sums);
+        for (int c = 0; c < vecs; c += 2) {
+            vec a, b;
+            load(kind, w, k * w_stride + c * LANES, &a, &b);
+            UNROLL for (int r = 0; r < rows; r++) {
+                sums[r * vecs + c] += x[r * x_stride + k] * a;
+                sums[r * vecs + c + 1] += x[r * x_stride + k] * b;
             }
-            finish(n, m, panel, sums, y + (size_t)r * m.out, then);
         }
-    }
+    UNROLL for (int t = 1; t < turns; t++)
+        UNROLL for (int s = 0; s < rows * vecs; s++) sums[s] += sums[t * rows * vecs + s];
+}
+
+/* WIDE columns from `column` on of some rows of a product. The weights are packed for `load`. */
+INLINE void columns_of(int rows, enum kind kind, const matrix *m, int column, const float *x, float *y,
+                       enum then then) {
+    vec sums[SUMS];
+    size_t start = (size_t)column * m->in * (kind == FLOAT32 ? 4 : 2);
+    multiply(rows, 2, kind, m->in, x, m->in, (const char *)m->weight + start, WIDE, sums);
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < 2; c++) {
+            int j = column + c * LANES;
+            float *to = y + (size_t)r * m->out + j;
+            vec sum = sums[r * 2 + c] + *(const vec *)(m->bias + j);
+            if (then == GELU) sum = gelu(sum);
+            if (j + LANES <= m->out) {
+                if (then == ADD) sum += *(vec *)to;
+                *(vec *)to = sum;
+            } else
+                for (int l = 0; j + l < m->out; l++) to[l] = then == ADD ? to[l] + sum[l] : sum[l];
+        }
+}
+
+INLINE void product_of(enum kind kind, const matrix *m, int rows, const float *x, float *y,
+                       enum then then, int part, int parts) {
+    int panels = (m->out + PANEL - 1) / PANEL, groups = (rows + ROWS - 1) / ROWS;
+    int end = panels * (part + 1) / parts * PANEL;
+    for (int column = panels * part / parts * PANEL; column < end; column += WIDE)
+        for (int g = 0; g < groups; g++) { /* of like size: few rows at once are slower */
+            int r = rows * g / groups;
+            const float *from = x + (size_t)r * m->in;
+            float *to = y + (size_t)r * m->out;
+            switch (rows * (g + 1) / groups - r) { /* constants, for which loops are unrolled */
+                case 1: columns_of(1, kind, m, column, from, to, then); break;
+                case 2: columns_of(2, kind, m, column, from, to, then); break;
+                case 3: columns_of(3, kind, m, column, from, to, then); break;
+                case 4: columns_of(4, kind, m, column, from, to, then); break;
+                case 5: columns_of(5, kind, m, column, from, to, then); break;
+                default: columns_of(ROWS, kind, m, column, from, to, then);
+            }
+        }
 }
 
 /* y (rows, out) = x (rows, in) W + bias; added to y, or its GELU; columns of one part of `parts`. */
-static void product(enum kind kind, matrix m, int rows, const float *x, float *y, enum then then,
-                    int part, int parts) {
+ALONE void product(enum kind kind, const matrix *m, int rows, const float *x, float *y, enum then then,
+                   int part, int parts) {
     if (kind == FLOAT32)
         product_of(FLOAT32, m, rows, x, y, then, part, parts);
     else
@@ -243,43 +234,84 @@ INLINE float exponentials(float *scores, int length, float scale) {
     return sum;
 }
 
-/* One query over `length` keys and values: y (dk). Both are products of one row. */
-INLINE void attend(enum kind kind, int dk, int length, const float *q, const void *keys,
-                   const void *values, float *scores, float *y) {
-    size_t size = kind == FLOAT32 ? 4 : 2;
-    vec sums[ROWS][PANEL / LANES];
-    for (int t = 0; t < length; t += PANEL) {
-        multiply(1, PANEL / LANES, kind, dk, q, 0, (const char *)keys + (size_t)t * dk * size, PANEL,
-                 sums);
-        UNROLL for (int c = 0; c < PANEL / LANES; c += 2)
-            store(kind, scores + t + c * LANES, sums[0][c], sums[0][c + 1]);
-    }
-    float factor = 1.0f / exponentials(scores, length, 1.0f / sqrtf(dk));
-    for (int j = 0; j < dk; j += PANEL) {
-        float found[PANEL];
-        multiply(1, PANEL / LANES, kind, length, scores, 0, (const char *)values + j * size, dk, sums);
-        UNROLL for (int c = 0; c < PANEL / LANES; c += 2)
-            store(kind, found + c * LANES, sums[0][c], sums[0][c + 1]);
-        for (int l = 0; l < PANEL && j + l < dk; l++) y[j + l] = found[l] * factor;
+/* What one thread works with: its query heads of one layer. `keys` and `values` lie in blocks. */
+typedef struct { int first, end; float *scores, *found; } heads;
+
+/* Keys and values of new token n of row r go to their block. */
+INLINE void keep(enum kind kind, const model *m, const batch *b, heads h, size_t row, int n) {
+    int d = m->d_model, dk = d / m->n_heads, place = b->at[n] % PANEL;
+    void *block = b->blocks[b->at[n] / PANEL];
+    for (int head = h.first; head < h.end; head++) {
+        const float *k = b->qkv + (size_t)n * 3 * d + d + head * dk, *v = k + d;
+        size_t keys = row + (size_t)head * dk * PANEL, values = keys + (size_t)d * PANEL;
+        for (int i = 0; i < dk; i++) put(kind, block, values + place * dk + i, v[i]);
+        for (int i = 0; i < dk; i++) put(kind, block, keys + i * PANEL + place, k[i]);
     }
 }
 
-/* Keys and values of the new tokens of row r in one head, and if `mix`, what they find there. */
-INLINE void attend_head(enum kind kind, const model *m, const batch *b, int l, int r, int head,
-                        int mix, float *scores) {
-    int d = m->d_model, dk = d / m->n_heads;
-    size_t table = (((size_t)l * b->rows + r) * m->n_heads + head) * b->room * dk;
-    char *keys = (char *)b->keys + table * (kind == FLOAT32 ? 4 : 2);
-    char *values = (char *)b->values + table * (kind == FLOAT32 ? 4 : 2);
-    for (int n = b->starts[r]; n < b->starts[r + 1]; n++) {
-        const float *q = b->qkv + (size_t)n * 3 * d + head * dk, *k = q + d, *v = k + d;
-        int at = b->at[n];
-        size_t column = (size_t)(at / PANEL) * dk * PANEL + at % PANEL;
-        for (int i = 0; i < dk; i++) put(kind, values, (size_t)at * dk + i, v[i]);
-        for (int i = 0; i < dk; i++) put(kind, keys, column + i * PANEL, k[i]);
-        if (mix)
-            attend(kind, dk, at + 1, q, keys, values, scores, b->mixed + (size_t)n * d + head * dk);
+/* New token n of row r looks at the row up to itself: its part of `mixed`. Block by block, all heads
+   of each: what lies together is read together. Both products are of one row. */
+INLINE void attend(enum kind kind, const model *m, const batch *b, heads h, size_t row, int n) {
+    int d = m->d_model, dk = d / m->n_heads, length = b->at[n] + 1;
+    int wide = (dk + PANEL - 1) / PANEL * PANEL; /* of `found` */
+    size_t size = kind == FLOAT32 ? 4 : 2;
+    vec sums[SUMS];
+    for (int t = 0; t < length; t += PANEL) {
+        const char *keys = (const char *)b->blocks[t / PANEL] + row * size;
+        for (int head = h.first; head < h.end; head++) {
+            multiply(1, PANEL / LANES, kind, dk, b->qkv + (size_t)n * 3 * d + head * dk, 0,
+                     keys + (size_t)head * dk * PANEL * size, PANEL, sums);
+            UNROLL for (int c = 0; c < PANEL / LANES; c += 2)
+                store(kind, h.scores + (size_t)head * b->room + t + c * LANES, sums[c],
+                      sums[c + 1]);
+        }
     }
+    for (int head = h.first; head < h.end; head++) {
+        float *p = h.scores + (size_t)head * b->room;
+        float factor = 1.0f / exponentials(p, length, 1.0f / sqrtf(dk));
+        for (int t = 0; t < length; t++) p[t] *= factor;
+    }
+    memset(h.found + h.first * wide, 0, (h.end - h.first) * wide * sizeof(float));
+    for (int t = 0; t < length; t += PANEL) {
+        const char *values = (const char *)b->blocks[t / PANEL] + (row + (size_t)d * PANEL) * size;
+        int tokens = length - t < PANEL ? length - t : PANEL;
+        for (int head = h.first; head < h.end; head++)
+            for (int j = 0; j < dk; j += PANEL) {
+                multiply(1, PANEL / LANES, kind, tokens, h.scores + (size_t)head * b->room + t, 0,
+                         values + ((size_t)head * dk * PANEL + j) * size, dk, sums);
+                UNROLL for (int c = 0; c < PANEL / LANES; c++)
+                    *(vec *)(h.found + head * wide + j + c * LANES) += sums[c];
+            }
+    }
+    for (int head = h.first; head < h.end; head++) {
+        float *from = h.found + head * wide, in_order[PANEL];
+        for (int j = 0; j < dk; j += PANEL) {
+            UNROLL for (int c = 0; c < PANEL; c += 2 * LANES)
+                store(kind, in_order + c, *(vec *)(from + j + c), *(vec *)(from + j + c + LANES));
+            int n_columns = dk - j < PANEL ? dk - j : PANEL;
+            memcpy(b->mixed + (size_t)n * d + head * dk + j, in_order, n_columns * sizeof(float));
+        }
+    }
+}
+
+/* Keys and values of the new tokens of row r, and if `mix`, what they find. */
+INLINE void attend_row_of(enum kind kind, const model *m, const batch *b, int l, int r, heads h, int mix) {
+    int first = b->starts[r], end = b->starts[r + 1];
+    size_t row = ((size_t)l * b->rows + r) * 2 * m->d_model * PANEL;
+    for (int n = first; n < end; n++) keep(kind, m, b, h, row, n);
+    if (!mix) return;
+    /* Of many tokens head by head, whose keys and values stay in the nearest cache. */
+    int step = end - first == 1 ? h.end - h.first : 1;
+    for (int head = h.first; head < h.end; head += step)
+        for (int n = first; n < end; n++)
+            attend(kind, m, b, (heads){head, head + step, h.scores, h.found}, row, n);
+}
+
+ALONE void attend_row(const model *m, const batch *b, int l, int r, heads h, int mix) {
+    if (m->kind == FLOAT32)
+        attend_row_of(FLOAT32, m, b, l, r, h, mix);
+    else
+        attend_row_of(BFLOAT16, m, b, l, r, h, mix);
 }
 
 /* ---------------------------------------------------------------------------------- layers */
@@ -321,7 +353,8 @@ static void run(const model *m, const batch *b, meeting *place) {
     /* Each thread its own, also of columns: it need not wait for another. */
     float *normed = b->normed + (size_t)(by_rows ? first : me * n) * d;
     float *qkv = b->qkv + (size_t)first * 3 * d, *up = b->up + (size_t)first * m->d_ff;
-    float *scores = b->scores + (size_t)me * (b->room + PANEL);
+    float *scores = b->scores + (size_t)me * m->n_heads * b->room;
+    float *found = b->found + (size_t)me * m->n_heads * ((d / m->n_heads + PANEL - 1) / PANEL * PANEL);
     enum kind kind = m->kind;
     for (int i = n * part / parts; i < n * (part + 1) / parts; i++)
         for (int j = 0; j < d; j++)
@@ -332,28 +365,26 @@ static void run(const model *m, const batch *b, meeting *place) {
         const layer *w = &m->layers[l];
         int mix = b->logits || l + 1 < m->n_layers; /* else its keys and values are all there is */
         layer_norm(w->norm1, m->eps, d, n, x, normed);
-        product(kind, w->qkv, n, normed, qkv, SET, part, parts);
+        product(kind, &w->qkv, n, normed, qkv, SET, part, parts);
         meet(place, parts);
-        int heads = rows * m->n_heads;
-        for (int i = heads * part / parts; i < heads * (part + 1) / parts; i++) {
-            int r = row + i / m->n_heads, head = i % m->n_heads;
-            if (kind == FLOAT32)
-                attend_head(FLOAT32, m, b, l, r, head, mix, scores);
-            else
-                attend_head(BFLOAT16, m, b, l, r, head, mix, scores);
+        int nh = m->n_heads, from = rows * nh * part / parts, to = rows * nh * (part + 1) / parts;
+        for (int r = from / nh; r * nh < to; r++) {
+            heads h = {from > r * nh ? from - r * nh : 0, to - r * nh < nh ? to - r * nh : nh, scores,
+                       found};
+            attend_row(m, b, l, row + r, h, mix);
         }
         if (!mix) return;
         meet(place, parts);
-        product(kind, w->out, n, mixed, x, ADD, part, parts);
+        product(kind, &w->out, n, mixed, x, ADD, part, parts);
         meet(place, parts);
         layer_norm(w->norm2, m->eps, d, n, x, normed);
-        product(kind, w->up, n, normed, up, GELU, part, parts);
+        product(kind, &w->up, n, normed, up, GELU, part, parts);
         meet(place, parts);
-        product(kind, w->down, n, up, x, ADD, part, parts);
+        product(kind, &w->down, n, up, x, ADD, part, parts);
         meet(place, parts);
     }
     layer_norm(m->final_norm, m->eps, d, n, x, normed);
-    product(kind, m->unembed, n, normed, b->logits + (size_t)first * m->vocab_size, SET, part,
+    product(kind, &m->unembed, n, normed, b->logits + (size_t)first * m->vocab_size, SET, part,
             parts);
 }
 

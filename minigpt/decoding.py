@@ -14,7 +14,7 @@ import copy
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -46,36 +46,34 @@ class Decoder:
 
     def __init__(self, net: GPT, texts: Sequence[Tensor]) -> None:
         """`texts`: the ids (T,) of each row, T >= 0, on the device of the net."""
-        self.weights = weights = _prepared(net, len(texts))
-        self.net = (None if isinstance(weights, NativeWeights) else weights.float32) or net
-        self.context, self.n_heads = net.config.context_length, net.config.n_heads
+        weights = _prepared(net, len(texts))
+        if isinstance(weights, NativeWeights):
+            self.batch = NativeBatch(weights, len(texts))
+        else:
+            self.batch = TorchBatch(weights.float32 or net, weights, len(texts))
+        self.context = net.config.context_length
         self.half = max(1, self.context // 2)
         self.texts = texts
         self.new: deque[Tensor] = deque(maxlen=self.half)  # ids (B,) read behind `texts`
-        c, batch, device = net.config, len(texts), net.embedding.weight.device
-        self.dk, options = c.d_model // c.n_heads, {"dtype": weights.dtype, "device": device}
-        shape = c.n_layers, batch, c.n_heads  # L, B, nh; R tokens of room
-        self.keys = torch.empty(*shape, 0, self.dk, BLOCK, **options)  # (…, R / BLOCK, dk, BLOCK)
-        self.values = torch.empty(*shape, 0, self.dk, **options)  # (…, R, dk)
-        self.lengths = [0] * len(texts)  # tokens of each row that keys and values are held of
-        self.rows = torch.arange(batch, device=device)
+        # (B,) tokens of each row that keys and values are held of: the place of the next one.
+        self.at = torch.zeros(len(texts), dtype=torch.long, device=net.embedding.weight.device)
         kept = [text if len(text) < self.context else self._tail(text) for text in texts]
         self._fill(list(range(len(texts))), kept)
 
     def read(self, ids: Tensor) -> Tensor:
         """Each row's text goes on with `ids` (B,): logits (B, V), float32, of what follows."""
-        self._slide()
+        if self.longest == self.context:
+            self._slide()
         self.new.append(ids)
-        logits = self._step(ids)
-        self.lengths = [length + 1 for length in self.lengths]
+        self.longest += 1
+        logits = self.batch.step(ids, self.at, self.longest)
         self.at += 1
         return logits
 
     def _slide(self) -> None:
-        full = [row for row, length in enumerate(self.lengths) if length == self.context]
-        if full:
-            new = torch.stack(tuple(self.new), dim=1)  # (B, at most half)
-            self._fill(full, [self._tail(torch.cat([self.texts[row], new[row]])) for row in full])
+        full = [row for row, at in enumerate(self.at.tolist()) if at == self.context]
+        new = torch.stack(tuple(self.new), dim=1)  # (B, at most half)
+        self._fill(full, [self._tail(torch.cat([self.texts[row], new[row]])) for row in full])
 
     def _tail(self, text: Tensor) -> Tensor:
         """What a slide keeps: with the token that is read next, the last half of the context."""
@@ -83,72 +81,76 @@ class Decoder:
 
     def _fill(self, rows: list[int], texts: list[Tensor]) -> None:
         """Hold keys and values of `texts`, read from position 0, for `rows`."""
-        self._make_room(max(len(text) for text in texts))
-        if isinstance(self.weights, NativeWeights):
-            NativeBatch(self.weights, self.keys, self.values).fill(rows, texts)
-        else:
-            self._torch_fill(rows, texts)
-        for row, text in zip(rows, texts, strict=True):
-            self.lengths[row] = len(text)
-        self._arrange()
+        self.at[rows] = torch.tensor([len(text) for text in texts], device=self.at.device)
+        self.longest = int(self.at.max())
+        self.batch.fill(rows, texts)
 
-    def _torch_fill(self, rows: list[int], texts: list[Tensor]) -> None:
+
+class TorchBatch:
+    """The texts of a batch: their keys and values, which new tokens are added to. By PyTorch."""
+
+    def __init__(self, net: GPT, weights: _Weights, rows: int) -> None:
+        """`weights` are those of `net`."""
+        self.net, self.weights, c = net, weights, net.config
+        self.n_heads, self.dk, device = c.n_heads, c.d_model // c.n_heads, weights.embedding.device
+        options: Any = {"dtype": weights.dtype, "device": device}
+        shape = c.n_layers, rows, c.n_heads  # L, B, nh; R tokens of room
+        self.keys = torch.empty(*shape, 0, self.dk, BLOCK, **options)  # (…, R / BLOCK, dk, BLOCK)
+        self.values = torch.empty(*shape, 0, self.dk, **options)  # (…, R, dk)
+        self.rows = torch.arange(rows, device=device)
+
+    def fill(self, rows: list[int], texts: list[Tensor]) -> None:
+        """Keys and values of `texts` (T,), from place 0, for those `rows`."""
         ids = pad_sequence(texts, batch_first=True)  # behind the text, where it cannot look
         cache, end = KVCache(), ids.shape[1]
+        self._make_room(end)
         if end:
             self.net.hidden(ids, cache)
         for layer, (k, v) in enumerate(cache.layers):  # (rows, nh, T, dk)
             blocks = F.pad(k, (0, 0, 0, -end % BLOCK)).unflatten(2, (-1, BLOCK)).transpose(3, 4)
             self.keys[layer][rows, :, : blocks.shape[2]] = blocks
             self.values[layer][rows, :, :end] = v
+        self.arranged = False
 
     def _make_room(self, length: int) -> None:
         """Have room for `length` tokens. Little by little: rows that lie close are read faster."""
         keys, values = self.keys, self.values
         L, B, nh, room, dk = values.shape  # noqa: N806
         if length > room:
-            # PyTorch reads what is masked as well: it must be finite.
-            in_c = isinstance(self.weights, NativeWeights)
-            make, n = keys.new_empty if in_c else keys.new_zeros, math.ceil(length / BLOCK)
-            self.keys = make(L, B, nh, n, dk, BLOCK)
+            n = math.ceil(length / BLOCK)
+            # What is masked is read as well: it must be finite.
+            self.keys = keys.new_zeros(L, B, nh, n, dk, BLOCK)
             self.keys[:, :, :, : keys.shape[3]] = keys
-            # decoding.c reads BLOCK elements at a time, behind the last where dk is no multiple.
-            size = L * B * nh * n * BLOCK * dk
-            self.values = make(size + BLOCK)[:size].view(L, B, nh, n * BLOCK, dk)
+            self.values = values.new_zeros(L, B, nh, n * BLOCK, dk)
             self.values[:, :, :, :room] = values
+            self.arranged = False
 
-    def _arrange(self) -> None:
+    def _arrange(self, at: Tensor) -> None:
         """What stays as it is until there is more room or another text. N = B · nh."""
         L, B, nh, R, dk = self.values.shape  # noqa: N806
         device = self.values.device
-        self.at = torch.tensor(self.lengths, device=device)  # (B,) place of the next token
-        if isinstance(self.weights, NativeWeights):
-            self.batch = NativeBatch(self.weights, self.keys, self.values)
-            return
+        self.arranged, self.together = True, bool((at == at[0]).all())
         self.key_tables = self.keys.view(L, B * nh * R // BLOCK * dk, BLOCK).unbind()
         self.value_tables = self.values.view(L, B * nh * R, dk).unbind()
         n_keys, n_values = B * nh * R // BLOCK * dk, B * nh * R
         ids = torch.arange(max(n_keys, n_values), dtype=torch.int32, device=device)
         self.of_keys = ids[:n_keys], ids[:n_keys:dk].contiguous()
         self.of_values = ids[:n_values], ids[: n_values : max(1, R)].contiguous()
-        hidden = torch.arange(R, device=device) >= self.at[:, None]  # (B, R)
+        hidden = torch.arange(R, device=device) >= at[:, None]  # (B, R)
         mask = self.values.new_zeros(B, R).masked_fill_(hidden, -math.inf)
         self.mask = mask[:, None].repeat(1, nh, 1)  # (B, nh, R)
 
-    def _step(self, ids: Tensor) -> Tensor:
-        """`GPT.forward` for one token of each row."""
-        end = max(self.lengths) + 1
+    def step(self, ids: Tensor, at: Tensor, end: int) -> Tensor:
+        """Logits (B, V) behind one token `ids` (B,) of each row, at its place `at` (B,) < `end`.
+
+        `GPT.forward` for these tokens. One place must be `end` - 1.
+        """
         if end > self.values.shape[3]:
             self._make_room(end)
-            self._arrange()
-        if isinstance(self.weights, NativeWeights):
-            return self.batch.step(ids, self.at)
-        return self._torch_step(self.weights, ids, end)
-
-    def _torch_step(self, weights: _Weights, ids: Tensor, end: int) -> Tensor:
-        scale, at = self.dk**-0.5, self.at
-        together = min(self.lengths) + 1 == end  # slices, which cost less than indices
-        if together:
+        if not self.arranged:
+            self._arrange(at)
+        scale, weights = self.dk**-0.5, self.weights
+        if self.together:  # slices, which cost less than indices
             position, block, place = self.net.positions[end - 1], *divmod(end - 1, BLOCK)
             self.mask[:, :, end - 1] = 0.0
             new_keys = self.keys[:, :, :, block, :, place].unbind()  # each (B, nh, dk)
@@ -162,7 +164,7 @@ class Decoder:
         for i, layer in enumerate(weights.layers):
             qkv = layer.qkv(layer.norm1(x)).view(len(ids), 3, self.n_heads, -1)
             q, k, v = qkv.unbind(1)  # each (B, nh, dk)
-            if together:
+            if self.together:
                 new_keys[i].copy_(k)
                 new_values[i].copy_(v)
             else:

@@ -104,17 +104,22 @@ def generate(
     try:
         decoder = Decoder(net, [prompt[:-1] for prompt in prompts])
         ids = torch.stack([prompt[-1] for prompt in prompts])  # (B,)
-        ended = torch.zeros_like(ids, dtype=torch.bool)
+        ended, n_ended = ids < 0, 0
         n_tokens = vocab_size or net.config.vocab_size
         seen = _tokens_of(prompts, n_tokens, end_of_text) if penalised else None
         for step in range(sampling.max_tokens):
-            logits = decoder.read(ids)[:, :vocab_size]
+            logits = decoder.read(ids)
+            if n_tokens < logits.shape[1]:
+                logits = logits[:, :n_tokens]
             if step == 0 and not logits.isfinite().all():
                 raise UserError("the weights of this model are broken: its logits are no numbers")
-            ids = sample(logits, sampling, generator, seen).masked_fill_(ended, end_of_text)
-            ended |= ids == end_of_text
+            ids = sample(logits, sampling, generator, seen)
+            if n_ended:
+                ids.masked_fill_(ended, end_of_text)
+            if end_of_text in (said := ids.tolist()):
+                ended, n_ended = ids == end_of_text, said.count(end_of_text)
             yield Step(ids, logits)
-            if ended.all():
+            if n_ended == len(ids):
                 return
             if seen is not None:
                 seen.scatter_(1, ids[:, None], ids[:, None] != end_of_text)

@@ -30,7 +30,7 @@ from minigpt.model import GPT, Block
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("decoding.c")
-PANEL = 32  # as in decoding.c: columns of a matrix that lie together, tokens of a block of keys
+PANEL = 32  # as in decoding.c: whole ones of columns; tokens of a block of keys and values
 _FLAGS = [
     "-O3", "-shared", "-fPIC",
     # Neither changes a result: nobody asks for errno, nor for exceptions of floating point.
@@ -77,10 +77,16 @@ def is_threaded() -> bool:
 def _loaded(command: list[str]) -> ctypes.CDLL:
     path = _cached(command)
     try:
-        return ctypes.CDLL(str(path))
+        return _opened(path)
     except OSError:  # damaged since
         path.unlink()
-        return ctypes.CDLL(str(_cached(command)))
+        return _opened(_cached(command))
+
+
+def _opened(path: Path) -> ctypes.CDLL:
+    opened = ctypes.CDLL(str(path))
+    opened.draw.argtypes = [*[c_int32] * 3, c_float, *[c_void_p] * 4]
+    return opened
 
 
 def _cached(command: list[str]) -> Path:
@@ -150,13 +156,13 @@ class _Model(ctypes.Structure):
     )  # fmt: skip
 
 
-_SCRATCH = ("x", "normed", "qkv", "mixed", "up", "scores")
+_SCRATCH = ("x", "normed", "qkv", "mixed", "up", "scores", "found")
 
 
 class _Batch(ctypes.Structure):
     _fields_ = (
         *((name, c_int32) for name in ("rows", "room", "threads")),
-        *((name, c_void_p) for name in ("starts", "ids", "at", "keys", "values", *_SCRATCH)),
+        *((name, c_void_p) for name in ("starts", "ids", "at", "blocks", *_SCRATCH)),
         ("logits", c_void_p),
     )  # fmt: skip
 
@@ -202,13 +208,13 @@ class NativeWeights:
         return _Norm(self._pointer(norm.weight), self._pointer(norm.bias))
 
     def _matrix(self, weight: Tensor, bias: Tensor | None) -> _Matrix:
-        """Panels of PANEL columns, each (in, PANEL): a product reads its weights in one stream."""
+        """Panels (in, 2 lanes): what decoding.c multiplies at once, it reads in one stream."""
         out, width = weight.shape
         padded = torch.zeros(-(-out // PANEL) * PANEL, width, **_FLOATS)
         padded[:out] = weight
-        panels = padded.view(-1, PANEL, width).transpose(1, 2)
+        panels = padded.view(-1, 2 * self._lanes, width).transpose(1, 2)
         if self.dtype == torch.bfloat16:  # element i beside element i + lanes: one load gives both
-            panels = panels.unflatten(2, (-1, 2, self._lanes)).transpose(3, 4)
+            panels = panels.unflatten(2, (2, self._lanes)).transpose(2, 3)
         added = torch.zeros(len(padded), **_FLOATS)
         if bias is not None:
             added[:out] = bias
@@ -223,15 +229,15 @@ class NativeWeights:
 class NativeBatch:
     """The texts of a batch: their keys and values, which new tokens are added to."""
 
-    def __init__(self, weights: NativeWeights, keys: Tensor, values: Tensor) -> None:
-        """`keys` (L, B, nh, room / PANEL, dk, PANEL), `values` (L, B, nh, room, dk)."""
-        self._weights, self._keys, self._values, self._rows = weights, keys, values, keys.shape[1]
-        self._threads = min(torch.get_num_threads(), max(_MOST_THREADS, self._rows // _ROWS))
-        self._each = torch.arange(self._rows + 1, dtype=torch.int32, device="cpu")
-        self._scratch = self._room_for(self._rows)
+    def __init__(self, weights: NativeWeights, rows: int) -> None:
+        self.weights, self._rows = weights, rows
+        self._threads = min(torch.get_num_threads(), max(_MOST_THREADS, rows // _ROWS))
+        self._blocks = list[Tensor]()  # of PANEL tokens: they grow, and nothing is copied
+        self._each = torch.arange(rows + 1, dtype=torch.int32, device="cpu")
+        self._step = self._struct(self._each)
 
-    def step(self, ids: Tensor, at: Tensor) -> Tensor:
-        """Logits (B, V) behind one token `ids` (B,) of each row, at its place `at` (B,).
+    def step(self, ids: Tensor, at: Tensor, end: int) -> Tensor:
+        """Logits (B, V) behind one token `ids` (B,) of each row, at its place `at` (B,) < `end`.
 
         Raises:
             IndexError: an id that is none of the vocabulary.
@@ -240,12 +246,16 @@ class NativeBatch:
         rows = self._rows
         if ids.shape != (rows,):
             raise ValueError(f"ids of shape {tuple(ids.shape)} for {rows} rows: give one for each")
-        logits = torch.empty(rows, self._weights.config.vocab_size, **_FLOATS)
-        self._read(self._each, ids, at, self._scratch, logits)
+        if end > len(self._blocks) * PANEL:
+            self._make_room(end)
+            self._step = self._struct(self._each)
+        logits = torch.empty(rows, self.weights.config.vocab_size, **_FLOATS)
+        self._read(self._step, ids, at, logits)
         return logits
 
     def fill(self, rows: list[int], texts: list[Tensor]) -> None:
         """Keys and values of `texts` (T,), from place 0, for those `rows`."""
+        self._make_room(max(len(text) for text in texts))
         waiting = dict(sorted(zip(rows, texts, strict=True)))
         while waiting:
             counts, now = [0] * self._rows, list[Tensor]()
@@ -255,27 +265,41 @@ class NativeBatch:
                 counts[row] = len(now[-1])
             starts = torch.tensor([0, *counts], device="cpu").cumsum(0, dtype=torch.int32)
             at = torch.cat([torch.arange(len(text), device="cpu") for text in now])
-            self._read(starts, torch.cat(now), at, self._room_for(len(at)), None)
+            self._read(self._struct(starts), torch.cat(now), at, None)
+        self._step = self._struct(self._each)
 
-    def _room_for(self, n: int) -> list[Tensor]:
-        """What decoding.c writes while it reads n tokens."""
-        c, threads = self._weights.config, self._threads
+    def _make_room(self, tokens: int) -> None:
+        c = self.weights.config
+        size = c.n_layers * self._rows * 2 * c.d_model * PANEL
+        while len(self._blocks) * PANEL < tokens:
+            # decoding.c reads PANEL elements at a time, behind the last where dk is no multiple.
+            block = torch.empty(size + PANEL, dtype=self.weights.dtype, device="cpu")
+            self._blocks.append(block)
+
+    def _struct(self, starts: Tensor) -> tuple[_Batch, list[object]]:
+        """All but the tokens and the logits; what it points to is to be held meanwhile."""
+        c, threads, n = self.weights.config, self._threads, int(starts[-1])
+        room = len(self._blocks)
         copies = 1 if self._rows >= _ROWS * threads else threads
+        wide = -(-c.d_model // c.n_heads // PANEL) * PANEL
         of_each = c.d_model, copies * c.d_model, 3 * c.d_model, c.d_model, c.d_ff
-        sizes = *(n * size for size in of_each), threads * (self._values.shape[3] + PANEL)
-        return [torch.empty(size, **_FLOATS) for size in sizes]
+        of_heads = threads * c.n_heads
+        sizes = *(n * size for size in of_each), of_heads * room * PANEL, of_heads * wide
+        scratch = [torch.empty(size, **_FLOATS) for size in sizes]
+        blocks = (c_void_p * room)(*(block.data_ptr() for block in self._blocks))
+        batch = _Batch(
+            self._rows, room * PANEL, threads, starts.data_ptr(), None, None,
+            ctypes.addressof(blocks), *(tensor.data_ptr() for tensor in scratch), None,
+        )  # fmt: skip
+        return batch, [starts, blocks, scratch]
 
     def _read(
-        self, starts: Tensor, ids: Tensor, at: Tensor, scratch: list[Tensor], logits: Tensor | None
+        self, struct: tuple[_Batch, list[object]], ids: Tensor, at: Tensor, logits: Tensor | None
     ) -> None:
         ids = ids.long().contiguous()
-        tensors = starts, ids, at, self._keys, self._values, *scratch
-        batch = _Batch(
-            self._rows, self._values.shape[3], self._threads,
-            *(tensor.data_ptr() for tensor in tensors),
-            None if logits is None else logits.data_ptr(),
-        )  # fmt: skip
-        weights = self._weights
+        batch, weights = struct[0], self.weights
+        batch.ids, batch.at = ids.data_ptr(), at.data_ptr()
+        batch.logits = None if logits is None else logits.data_ptr()
         if weights.library.read_tokens(ctypes.byref(weights.struct), ctypes.byref(batch)):
             raise IndexError(f"a token is none of the vocabulary of {weights.config.vocab_size}")
 
@@ -291,6 +315,6 @@ def draw(logits: Tensor, temperature: float, points: Tensor) -> Tensor:
     logits, points = logits.float().contiguous(), points.float().contiguous()
     ids = torch.empty(rows, dtype=torch.long, device="cpu")
     room = torch.empty(threads * (n + PANEL), **_FLOATS)
-    pointers = (c_void_p(tensor.data_ptr()) for tensor in (logits, points, room, ids))
-    found.draw(rows, n, threads, c_float(temperature), *pointers)
+    pointers = [tensor.data_ptr() for tensor in (logits, points, room, ids)]
+    found.draw(rows, n, threads, temperature, *pointers)
     return ids

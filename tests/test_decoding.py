@@ -64,7 +64,7 @@ def test_a_bfloat16_net_is_decoded_in_bfloat16_and_gives_float32_logits():
     exact = net(ids)[:, -1]
     decoder = Decoder(net.bfloat16(), list(ids[:, :-1]))
     logits = decoder.read(ids[:, -1])
-    assert decoder.values.dtype == torch.bfloat16
+    assert decoder.batch.weights.dtype == torch.bfloat16
     assert logits.dtype == torch.float32
     assert 0 < (logits - exact).abs().max() < 0.1 * exact.abs().max()
 
@@ -75,7 +75,7 @@ def test_a_float16_net_on_a_cpu_rounds_nothing_but_its_weights(batch):
     net, ids = make_net().half(), random_ids(batch, 40)
     reader = Decoder(net, list(ids[:, :5]))
     found = torch.stack([reader.read(new) for new in ids[:, 5:].unbind(1)], dim=1)
-    assert reader.values.dtype == torch.float32
+    assert reader.batch.weights.dtype == torch.float32
     exact = net.float()
     for row in range(batch):
         expected = torch.stack(reread(exact, ids[row], 5))
@@ -117,9 +117,9 @@ def test_weights_of_a_frozen_net_are_made_once_and_go_with_it(dtype, decoder):
     texts = list(random_ids(4, 5))
     with torch.inference_mode():
         first, again, one = Decoder(net, texts), Decoder(net, texts), Decoder(net, texts[:1])
-    assert again.weights is first.weights
+    assert again.batch.weights is first.batch.weights
     rows_count = decoder == "PyTorch" and dtype != torch.bfloat16
-    assert (one.weights is not first.weights) == rows_count
+    assert (one.batch.weights is not first.batch.weights) == rows_count
     there = weakref.ref(net)
     del net, first, again, one
     gc.collect()

@@ -24,7 +24,7 @@ def read(net: GPT, ids: torch.Tensor, threads: int = 1) -> torch.Tensor:
     try:
         with torch.inference_mode():
             decoder = Decoder(net, list(ids[:, :-3]))
-            assert isinstance(decoder.weights, native.NativeWeights)
+            assert isinstance(decoder.batch.weights, native.NativeWeights)
             return torch.stack([decoder.read(new) for new in ids[:, -3:].unbind(1)], dim=1)
     finally:
         torch.set_num_threads(before)
@@ -51,7 +51,7 @@ def test_vectors_of_avx_512_give_the_same(monkeypatch, tmp_path):
     """Sixteen lanes, which compilers make of smaller ones where the CPU has none."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     wide = native._compiled([*native.compiler(), "-D__AVX512F__", "-Wno-psabi", "-fopenmp"])
-    monkeypatch.setattr(native, "library", lambda: ctypes.CDLL(str(wide)))
+    monkeypatch.setattr(native, "library", lambda: native._opened(wide))
     torch.manual_seed(0)
     net = GPT(GPTConfig(71, 80, d_model=84, n_layers=2, n_heads=2, d_ff=50)).eval()
     ids = torch.randint(0, 71, (9, 40))
@@ -219,7 +219,7 @@ def test_a_compiler_without_openmp_is_used_for_few_rows(tmp_path, monkeypatch):
         with torch.inference_mode():
             decoder = Decoder(net, list(ids[:, :-1]))
             torch.testing.assert_close(decoder.read(ids[:, -1]), net(ids)[:, -1])
-        assert isinstance(decoder.weights, native.NativeWeights) == (rows == 3)
+        assert isinstance(decoder.batch.weights, native.NativeWeights) == (rows == 3)
 
 
 @pytest.mark.parametrize(
