@@ -43,12 +43,14 @@ enum then { SET, ADD, GELU };
 typedef struct { const void *weight; const float *bias; int32_t in, out; } matrix;
 typedef struct { const float *weight, *bias; } norm;
 typedef struct { norm norm1; matrix qkv, out; norm norm2; matrix up, down; } layer;
+typedef struct { const float *tokens, *places, *ones, *bias; } known; /* see `first_qkv` */
 typedef struct {
     int32_t vocab_size, d_model, n_layers, n_heads, d_ff, kind;
     float eps;
     const float *embedding, *positions; /* (V, d), scaled; (context, d) */
     norm final_norm;
     matrix unembed;
+    known known;
     const layer *layers;
 } model;
 typedef struct {
@@ -206,16 +208,38 @@ ALONE void product(enum kind kind, const matrix *m, int rows, const float *x, fl
 
 /* ---------------------------------------------------------------------- norm and attention */
 
+/* The mean of x (d), and what a difference from it is multiplied by: 1 / σ. */
+INLINE void moments(const float *x, int d, float eps, float *mean, float *factor) {
+    float sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < d; i++) sum += x[i];
+    *mean = sum / d;
+#pragma omp simd reduction(+ : squares)
+    for (int i = 0; i < d; i++) squares += (x[i] - *mean) * (x[i] - *mean);
+    *factor = 1.0f / sqrtf(squares / d + eps);
+}
+
 static void layer_norm(norm n, float eps, int d, int rows, const float *x, float *y) {
     for (int r = 0; r < rows; r++, x += d, y += d) {
-        float sum = 0, squares = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int i = 0; i < d; i++) sum += x[i];
-        float mean = sum / d;
-#pragma omp simd reduction(+ : squares)
-        for (int i = 0; i < d; i++) squares += (x[i] - mean) * (x[i] - mean);
-        float factor = 1.0f / sqrtf(squares / d + eps);
+        float mean, factor;
+        moments(x, d, eps, &mean, &factor);
         for (int i = 0; i < d; i++) y[i] = (x[i] - mean) * factor * n.weight[i] + n.bias[i];
+    }
+}
+
+/* W norm(e + p) + b of the first layer is (A e + A p - mean A 1) / σ + c, where A is W times the
+   norm's weight: no product, as A e is known of each token, A p of each place, A 1 and c (3 d). */
+static void first_qkv(const model *m, const batch *b, int first, int n, const float *x, float *qkv,
+                      int part, int parts) {
+    int d = m->d_model, start = 3 * d * part / parts, end = 3 * d * (part + 1) / parts;
+    for (int i = 0; i < n; i++) {
+        const float *token = m->known.tokens + b->ids[first + i] * 3 * d;
+        const float *place = m->known.places + b->at[first + i] * 3 * d;
+        float mean, factor;
+        moments(x + (size_t)i * d, d, m->eps, &mean, &factor);
+        for (int j = start; j < end; j++)
+            qkv[(size_t)i * 3 * d + j] =
+                (token[j] + place[j] - mean * m->known.ones[j]) * factor + m->known.bias[j];
     }
 }
 
@@ -364,8 +388,12 @@ static void run(const model *m, const batch *b, meeting *place) {
     for (int l = 0; l < m->n_layers; l++) {
         const layer *w = &m->layers[l];
         int mix = b->logits || l + 1 < m->n_layers; /* else its keys and values are all there is */
-        layer_norm(w->norm1, m->eps, d, n, x, normed);
-        product(kind, &w->qkv, n, normed, qkv, SET, part, parts);
+        if (l == 0 && m->known.tokens) {
+            first_qkv(m, b, first, n, x, qkv, part, parts);
+        } else {
+            layer_norm(w->norm1, m->eps, d, n, x, normed);
+            product(kind, &w->qkv, n, normed, qkv, SET, part, parts);
+        }
         meet(place, parts);
         int nh = m->n_heads, from = rows * nh * part / parts, to = rows * nh * (part + 1) / parts;
         for (int r = from / nh; r * nh < to; r++) {

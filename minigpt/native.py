@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.model import GPT, Block
@@ -39,6 +40,7 @@ _FLAGS = [
 ]  # fmt: skip
 _MOST_THREADS = 8  # of a batch that is too small to give each its own rows
 _MOST_TOKENS = 2048  # of prompts, read at once: 17 MB of room at the medium size, and a text more
+_MOST_KNOWN = 2**24  # numbers in the table of the first layer; 2.3 million at the medium size
 _ROWS = 4  # for each thread, and it has its own, as in decoding.c
 
 
@@ -148,11 +150,15 @@ class _Layer(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Known(ctypes.Structure):
+    _fields_ = tuple((name, c_void_p) for name in ("tokens", "places", "ones", "bias"))
+
+
 class _Model(ctypes.Structure):
     _fields_ = (
         *((name, c_int32) for name in ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff")),
         ("kind", c_int32), ("eps", c_float), ("embedding", c_void_p), ("positions", c_void_p),
-        ("final_norm", _Norm), ("unembed", _Matrix), ("layers", c_void_p),
+        ("final_norm", _Norm), ("unembed", _Matrix), ("known", _Known), ("layers", c_void_p),
     )  # fmt: skip
 
 
@@ -189,8 +195,29 @@ class NativeWeights:
             c.vocab_size, c.d_model, c.n_layers, c.n_heads, c.d_ff, _KINDS[dtype],
             net.final_norm.eps, self._pointer(net.embedding.weight * net.scale),
             self._pointer(net.positions), self._norm(net.final_norm),
-            self._matrix(net.embedding.weight, None), ctypes.addressof(self._layers),
+            self._matrix(net.embedding.weight, None), self._known(net),
+            ctypes.addressof(self._layers),
         )  # fmt: skip
+
+    def _known(self, net: GPT) -> _Known:
+        """What the first layer's queries, keys and values are made of, where that is no matrix.
+
+        Of how a model begins nothing but the mean and σ depends on more than a token or its place.
+        """
+        c, block = self.config, net.blocks[0]
+        if c.vocab_size * 3 * c.d_model > _MOST_KNOWN:
+            return _Known()
+        assert isinstance(block, Block)
+        qkv, norm = block.attention.qkv, block.norm1
+        with torch.inference_mode():
+            weight = qkv.weight.to(self.dtype).float()
+            scaled = weight * norm.weight.float()
+            return _Known(
+                self._pointer(F.linear((net.embedding.weight * net.scale).float(), scaled)),
+                self._pointer(F.linear(net.positions.float(), scaled)),
+                self._pointer(scaled.sum(dim=1)),
+                self._pointer(F.linear(norm.bias.float(), weight, qkv.bias.float())),
+            )
 
     def _layer(self, block: nn.Module) -> _Layer:
         assert isinstance(block, Block)

@@ -1,5 +1,6 @@
 """What is decoding.c's own; that it computes what a full pass does is in test_decoding.py."""
 
+import copy
 import ctypes
 import itertools
 import math
@@ -44,6 +45,24 @@ def test_any_number_of_rows_on_any_number_of_threads_gives_what_a_full_pass_does
     near = {} if dtype == torch.float32 else {"rtol": 0, "atol": 0.05 * expected.abs().max()}
     for threads in (1, 2, 3):
         torch.testing.assert_close(read(net, ids, threads), expected, **near)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_first_layer_that_is_tabulated_gives_what_its_product_does(monkeypatch, dtype):
+    torch.manual_seed(0)
+    net = GPT(GPTConfig(71, 80, d_model=64, n_layers=2, n_heads=2, d_ff=64)).eval()
+    for parameter in net.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    net, ids, found = net.to(dtype), torch.randint(0, 71, (9, 40)), []
+    for most in (2**24, 0):
+        monkeypatch.setattr(native, "_MOST_KNOWN", most)
+        tabulated = native.NativeWeights(copy.deepcopy(net).float(), dtype).struct.known.tokens
+        assert (tabulated is None) == (most == 0)
+        found += [read(net, ids, threads=2), read(net, ids[:2], threads=2)]
+    # Rounded keys and values make a step in bfloat16 of the last place of a float32.
+    near = {} if dtype == torch.float32 else {"rtol": 0, "atol": 1e-3}
+    torch.testing.assert_close(found[2:], found[:2], **near)
 
 
 @needs_compiler
@@ -179,7 +198,7 @@ def test_the_structs_are_those_of_the_source(tmp_path):
             assert offset == getattr(struct, field).offset, (name, field)
 
 
-STRUCTS = ("matrix", "norm", "layer", "model", "batch")
+STRUCTS = ("matrix", "norm", "layer", "known", "model", "batch")
 
 
 @needs_compiler
