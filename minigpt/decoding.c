@@ -27,7 +27,7 @@ static int omp_get_num_threads(void) { return 1; }
 #define LANES 8
 #endif
 #define WIDE (2 * LANES) /* columns of a matrix that lie together: bfloat16 are read two by two */
-#define PANEL 32 /* its columns are whole panels; tokens of a block of keys and values */
+#define PANEL 32 /* tokens of a block of keys and values; a matrix has columns for whole panels */
 #define ROWS 6   /* rows that are multiplied at once: as many sums as there are registers for */
 #define SUMS 12  /* vectors of them */
 #define UNROLL _Pragma("GCC unroll 16")
@@ -43,7 +43,7 @@ enum then { SET, ADD, GELU };
 typedef struct { const void *weight; const float *bias; int32_t in, out; } matrix;
 typedef struct { const float *weight, *bias; } norm;
 typedef struct { norm norm1; matrix qkv, out; norm norm2; matrix up, down; } layer;
-typedef struct { const float *tokens, *places, *ones, *bias; } known; /* see `first_qkv` */
+typedef struct { const float *tokens, *places, *bias; } known; /* see `first_qkv` */
 typedef struct {
     int32_t vocab_size, d_model, n_layers, n_heads, d_ff, kind;
     float eps;
@@ -183,10 +183,10 @@ INLINE void product_of(enum kind kind, const matrix *m, int rows, const float *x
     int end = panels * (part + 1) / parts * PANEL;
     for (int column = panels * part / parts * PANEL; column < end; column += WIDE)
         for (int g = 0; g < groups; g++) { /* of like size: few rows at once are slower */
-            int r = rows * g / groups;
+            int r = (int64_t)rows * g / groups, next = (int64_t)rows * (g + 1) / groups;
             const float *from = x + (size_t)r * m->in;
             float *to = y + (size_t)r * m->out;
-            switch (rows * (g + 1) / groups - r) { /* constants, for which loops are unrolled */
+            switch (next - r) { /* constants, for which loops are unrolled */
                 case 1: columns_of(1, kind, m, column, from, to, then); break;
                 case 2: columns_of(2, kind, m, column, from, to, then); break;
                 case 3: columns_of(3, kind, m, column, from, to, then); break;
@@ -227,8 +227,8 @@ static void layer_norm(norm n, float eps, int d, int rows, const float *x, float
     }
 }
 
-/* W norm(e + p) + b of the first layer is (A e + A p - mean A 1) / σ + c, where A is W times the
-   norm's weight: no product, as A e is known of each token, A p of each place, A 1 and c (3 d). */
+/* W norm(e + p) + b of the first layer is (A ê + A p̂) / σ + c, where A is W times the norm's weight, and
+   ê is e less its mean: no product, as A ê is known of each token, A p̂ of each place, and c (3 d). */
 static void first_qkv(const model *m, const batch *b, int first, int n, const float *x, float *qkv,
                       int part, int parts) {
     int d = m->d_model, start = 3 * d * part / parts, end = 3 * d * (part + 1) / parts;
@@ -238,8 +238,7 @@ static void first_qkv(const model *m, const batch *b, int first, int n, const fl
         float mean, factor;
         moments(x + (size_t)i * d, d, m->eps, &mean, &factor);
         for (int j = start; j < end; j++)
-            qkv[(size_t)i * 3 * d + j] =
-                (token[j] + place[j] - mean * m->known.ones[j]) * factor + m->known.bias[j];
+            qkv[(size_t)i * 3 * d + j] = (token[j] + place[j]) * factor + m->known.bias[j];
     }
 }
 
@@ -277,7 +276,7 @@ INLINE void keep(enum kind kind, const model *m, const batch *b, heads h, size_t
    of each: what lies together is read together. Both products are of one row. */
 INLINE void attend(enum kind kind, const model *m, const batch *b, heads h, size_t row, int n) {
     int d = m->d_model, dk = d / m->n_heads, length = b->at[n] + 1;
-    int wide = (dk + PANEL - 1) / PANEL * PANEL; /* of `found` */
+    int width = (dk + PANEL - 1) / PANEL * PANEL; /* of `found` */
     size_t size = kind == FLOAT32 ? 4 : 2;
     vec sums[SUMS];
     for (int t = 0; t < length; t += PANEL) {
@@ -295,7 +294,7 @@ INLINE void attend(enum kind kind, const model *m, const batch *b, heads h, size
         float factor = 1.0f / exponentials(p, length, 1.0f / sqrtf(dk));
         for (int t = 0; t < length; t++) p[t] *= factor;
     }
-    memset(h.found + h.first * wide, 0, (h.end - h.first) * wide * sizeof(float));
+    memset(h.found + h.first * width, 0, (h.end - h.first) * width * sizeof(float));
     for (int t = 0; t < length; t += PANEL) {
         const char *values = (const char *)b->blocks[t / PANEL] + (row + (size_t)d * PANEL) * size;
         int tokens = length - t < PANEL ? length - t : PANEL;
@@ -304,11 +303,11 @@ INLINE void attend(enum kind kind, const model *m, const batch *b, heads h, size
                 multiply(1, PANEL / LANES, kind, tokens, h.scores + (size_t)head * b->room + t, 0,
                          values + ((size_t)head * dk * PANEL + j) * size, dk, sums);
                 UNROLL for (int c = 0; c < PANEL / LANES; c++)
-                    *(vec *)(h.found + head * wide + j + c * LANES) += sums[c];
+                    *(vec *)(h.found + head * width + j + c * LANES) += sums[c];
             }
     }
     for (int head = h.first; head < h.end; head++) {
-        float *from = h.found + head * wide, in_order[PANEL];
+        float *from = h.found + head * width, in_order[PANEL];
         for (int j = 0; j < dk; j += PANEL) {
             UNROLL for (int c = 0; c < PANEL; c += 2 * LANES)
                 store(kind, in_order + c, *(vec *)(from + j + c), *(vec *)(from + j + c + LANES));

@@ -64,9 +64,9 @@ class Decoder:
         """Each row's text goes on with `ids` (B,): logits (B, V), float32, of what follows."""
         if self.longest == self.context:
             self._slide()
+        logits = self.batch.step(ids, self.at, self.longest + 1)
         self.new.append(ids)
         self.longest += 1
-        logits = self.batch.step(ids, self.at, self.longest)
         self.at += 1
         return logits
 
@@ -98,6 +98,7 @@ class TorchBatch:
         self.keys = torch.empty(*shape, 0, self.dk, BLOCK, **options)  # (…, R / BLOCK, dk, BLOCK)
         self.values = torch.empty(*shape, 0, self.dk, **options)  # (…, R, dk)
         self.rows = torch.arange(rows, device=device)
+        self.arranged = False
 
     def fill(self, rows: list[int], texts: list[Tensor]) -> None:
         """Keys and values of `texts` (T,), from place 0, for those `rows`."""

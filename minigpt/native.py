@@ -31,7 +31,7 @@ from minigpt.model import GPT, Block
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("decoding.c")
-PANEL = 32  # as in decoding.c: whole ones of columns; tokens of a block of keys and values
+PANEL = 32  # as in decoding.c: tokens of a block of keys and values; columns come in whole ones
 _FLAGS = [
     "-O3", "-shared", "-fPIC",
     # Neither changes a result: nobody asks for errno, nor for exceptions of floating point.
@@ -151,7 +151,7 @@ class _Layer(ctypes.Structure):
 
 
 class _Known(ctypes.Structure):
-    _fields_ = tuple((name, c_void_p) for name in ("tokens", "places", "ones", "bias"))
+    _fields_ = tuple((name, c_void_p) for name in ("tokens", "places", "bias"))
 
 
 class _Model(ctypes.Structure):
@@ -202,10 +202,11 @@ class NativeWeights:
     def _known(self, net: GPT) -> _Known:
         """What the first layer's queries, keys and values are made of, where that is no matrix.
 
-        Of how a model begins nothing but the mean and σ depends on more than a token or its place.
+        Of how a model begins nothing but σ depends on more than a token or its place.
         """
         c, block = self.config, net.blocks[0]
-        if c.vocab_size * 3 * c.d_model > _MOST_KNOWN:
+        n = (c.vocab_size + c.context_length) * 3 * c.d_model
+        if n > _MOST_KNOWN or net.embedding.weight.requires_grad:  # which is for one text alone
             return _Known()
         assert isinstance(block, Block)
         qkv, norm = block.attention.qkv, block.norm1
@@ -213,9 +214,8 @@ class NativeWeights:
             weight = qkv.weight.to(self.dtype).float()
             scaled = weight * norm.weight.float()
             return _Known(
-                self._pointer(F.linear((net.embedding.weight * net.scale).float(), scaled)),
-                self._pointer(F.linear(net.positions.float(), scaled)),
-                self._pointer(scaled.sum(dim=1)),
+                self._pointer(F.linear(_centred(net.embedding.weight * net.scale), scaled)),
+                self._pointer(F.linear(_centred(net.positions), scaled)),
                 self._pointer(F.linear(norm.bias.float(), weight, qkv.bias.float())),
             )
 
@@ -253,6 +253,10 @@ class NativeWeights:
         return copy.data_ptr()
 
 
+def _centred(rows: Tensor) -> Tensor:
+    return rows.float() - rows.float().mean(dim=1, keepdim=True)
+
+
 class NativeBatch:
     """The texts of a batch: their keys and values, which new tokens are added to."""
 
@@ -273,7 +277,7 @@ class NativeBatch:
         rows = self._rows
         if ids.shape != (rows,):
             raise ValueError(f"ids of shape {tuple(ids.shape)} for {rows} rows: give one for each")
-        if end > len(self._blocks) * PANEL:
+        if end > self._step[0].room:  # and not the blocks': C knows those of the struct
             self._make_room(end)
             self._step = self._struct(self._each)
         logits = torch.empty(rows, self.weights.config.vocab_size, **_FLOATS)
@@ -308,10 +312,10 @@ class NativeBatch:
         c, threads, n = self.weights.config, self._threads, int(starts[-1])
         room = len(self._blocks)
         copies = 1 if self._rows >= _ROWS * threads else threads
-        wide = -(-c.d_model // c.n_heads // PANEL) * PANEL
+        width = -(-c.d_model // c.n_heads // PANEL) * PANEL
         of_each = c.d_model, copies * c.d_model, 3 * c.d_model, c.d_model, c.d_ff
         of_heads = threads * c.n_heads
-        sizes = *(n * size for size in of_each), of_heads * room * PANEL, of_heads * wide
+        sizes = *(n * size for size in of_each), of_heads * room * PANEL, of_heads * width
         scratch = [torch.empty(size, **_FLOATS) for size in sizes]
         blocks = (c_void_p * room)(*(block.data_ptr() for block in self._blocks))
         batch = _Batch(

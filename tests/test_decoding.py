@@ -138,3 +138,15 @@ def test_weights_that_are_no_numbers_give_logits_that_are_none():
         net, ids = make_net(), random_ids(2, 9)
         net.get_parameter(name)[:] = torch.nan
         assert Decoder(net, list(ids[:, :-1])).read(ids[:, -1]).isnan().all()
+
+
+@torch.inference_mode()
+def test_a_read_that_fails_changes_nothing(decoder):
+    torch.manual_seed(0)
+    net = GPT(GPTConfig(61, 16, d_model=32, n_layers=2, n_heads=2, d_ff=32)).eval()
+    texts = [torch.randint(0, 61, (13,)) for _ in range(3)]
+    careful, careless = Decoder(net, texts), Decoder(net, texts)
+    for ids in torch.randint(0, 61, (6, 3)):  # up to the context, and beyond
+        with pytest.raises(IndexError):
+            careless.read(torch.tensor([1, 99, 2]))
+        assert torch.equal(careless.read(ids), careful.read(ids))

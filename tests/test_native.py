@@ -54,15 +54,39 @@ def test_a_first_layer_that_is_tabulated_gives_what_its_product_does(monkeypatch
     net = GPT(GPTConfig(71, 80, d_model=64, n_layers=2, n_heads=2, d_ff=64)).eval()
     for parameter in net.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    net, ids, found = net.to(dtype), torch.randint(0, 71, (9, 40)), []
-    for most in (2**24, 0):
+    net, ids, found = net.to(dtype).requires_grad_(False), torch.randint(0, 71, (9, 40)), []
+    for most in (151 * 3 * 64, 151 * 3 * 64 - 1):
         monkeypatch.setattr(native, "_MOST_KNOWN", most)
         tabulated = native.NativeWeights(copy.deepcopy(net).float(), dtype).struct.known.tokens
-        assert (tabulated is None) == (most == 0)
-        found += [read(net, ids, threads=2), read(net, ids[:2], threads=2)]
+        assert (tabulated is not None) == (most == 151 * 3 * 64)
+        found += [read(copy.deepcopy(net), some, threads=2) for some in (ids, ids[:2])]
     # Rounded keys and values make a step in bfloat16 of the last place of a float32.
     near = {} if dtype == torch.float32 else {"rtol": 0, "atol": 1e-3}
     torch.testing.assert_close(found[2:], found[:2], **near)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [3, 26])
+def test_rows_of_different_lengths_on_threads_that_divide_nothing_evenly(rows):
+    torch.manual_seed(0)
+    net = GPT(GPTConfig(71, 80, d_model=82, n_layers=2, n_heads=2, d_ff=50)).eval()
+    net.requires_grad_(False)
+    texts = [torch.randint(0, 71, (n,)) for n in torch.randint(0, 79, (rows,)).tolist()]
+    new = torch.randint(0, 71, (rows,))
+    pairs = zip(texts, new, strict=True)
+    expected = [net(torch.cat([text, one[None]])[None])[0, -1] for text, one in pairs]
+    for threads in (1, 2, 3, 4):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            with torch.inference_mode():
+                decoder = Decoder(net, texts)
+                torch.testing.assert_close(decoder.read(new), torch.stack(expected))
+        finally:
+            torch.set_num_threads(before)
+        assert isinstance(decoder.batch, native.NativeBatch)
+        for block in decoder.batch._blocks:  # room for what is read behind the last value
+            assert block.numel() == 2 * rows * 2 * 82 * native.PANEL + native.PANEL
 
 
 @needs_compiler
