@@ -30,6 +30,7 @@ static int omp_get_num_threads(void) { return 1; }
 #define PANEL 32 /* tokens of a block of keys and values; a matrix has columns for whole panels */
 #define ROWS 6   /* rows that are multiplied at once: as many sums as there are registers for */
 #define SUMS 12  /* vectors of them */
+#define OWN_ROWS 4 /* or more for each thread, and each has its own */
 #define UNROLL _Pragma("GCC unroll 16")
 #define INLINE static inline __attribute__((always_inline))
 #define ALONE static __attribute__((noinline)) /* its loops get registers of their own */
@@ -257,7 +258,7 @@ INLINE float exponentials(float *scores, int length, float scale) {
     return sum;
 }
 
-/* What one thread works with: its query heads of one layer. `keys` and `values` lie in blocks. */
+/* What one thread works with: its heads of one layer, and where it writes. */
 typedef struct { int first, end; float *scores, *found; } heads;
 
 /* Keys and values of new token n of row r go to their block. */
@@ -368,7 +369,7 @@ static void meet(meeting *place, int n) {
 /* Each thread has its own rows, or, of few rows, its own columns and heads of all of them. */
 static void run(const model *m, const batch *b, meeting *place) {
     int me = omp_get_thread_num(), n_threads = omp_get_num_threads(), d = m->d_model;
-    int by_rows = b->rows >= 4 * n_threads, part = by_rows ? 0 : me, parts = by_rows ? 1 : n_threads;
+    int by_rows = b->rows >= OWN_ROWS * n_threads, part = by_rows ? 0 : me, parts = by_rows ? 1 : n_threads;
     int row = by_rows ? b->rows * me / n_threads : 0;
     int rows = by_rows ? b->rows * (me + 1) / n_threads - row : b->rows;
     int first = b->starts[row], n = b->starts[row + rows] - first; /* of its tokens */

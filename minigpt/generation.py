@@ -104,7 +104,7 @@ def generate(
     try:
         decoder = Decoder(net, [prompt[:-1] for prompt in prompts])
         ids = torch.stack([prompt[-1] for prompt in prompts])  # (B,)
-        ended, n_ended = ids < 0, 0
+        ended, n_ended = torch.zeros_like(ids, dtype=torch.bool), 0
         n_tokens = vocab_size or net.config.vocab_size
         seen = _tokens_of(prompts, n_tokens, end_of_text) if penalised else None
         for step in range(sampling.max_tokens):
@@ -116,8 +116,9 @@ def generate(
             ids = sample(logits, sampling, generator, seen)
             if n_ended:
                 ids.masked_fill_(ended, end_of_text)
-            if end_of_text in (said := ids.tolist()):
-                ended, n_ended = ids == end_of_text, said.count(end_of_text)
+            n_ended = ids.tolist().count(end_of_text)
+            if n_ended:
+                ended = ids == end_of_text
             yield Step(ids, logits)
             if n_ended == len(ids):
                 return

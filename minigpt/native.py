@@ -41,7 +41,7 @@ _FLAGS = [
 _MOST_THREADS = 8  # of a batch that is too small to give each its own rows
 _MOST_TOKENS = 2048  # of prompts, read at once: 17 MB of room at the medium size, and a text more
 _MOST_KNOWN = 2**24  # numbers in the table of the first layer; 2.3 million at the medium size
-_ROWS = 4  # for each thread, and it has its own, as in decoding.c
+_OWN_ROWS = 4  # as in decoding.c: or more for each thread, and each has its own
 
 
 # ---------------------------------------------------------------------------- the library
@@ -262,7 +262,7 @@ class NativeBatch:
 
     def __init__(self, weights: NativeWeights, rows: int) -> None:
         self.weights, self._rows = weights, rows
-        self._threads = min(torch.get_num_threads(), max(_MOST_THREADS, rows // _ROWS))
+        self._threads = min(torch.get_num_threads(), max(_MOST_THREADS, rows // _OWN_ROWS))
         self._blocks = list[Tensor]()  # of PANEL tokens: they grow, and nothing is copied
         self._each = torch.arange(rows + 1, dtype=torch.int32, device="cpu")
         self._step = self._struct(self._each)
@@ -297,7 +297,6 @@ class NativeBatch:
             starts = torch.tensor([0, *counts], device="cpu").cumsum(0, dtype=torch.int32)
             at = torch.cat([torch.arange(len(text), device="cpu") for text in now])
             self._read(self._struct(starts), torch.cat(now), at, None)
-        self._step = self._struct(self._each)
 
     def _make_room(self, tokens: int) -> None:
         c = self.weights.config
@@ -311,7 +310,7 @@ class NativeBatch:
         """All but the tokens and the logits; what it points to is to be held meanwhile."""
         c, threads, n = self.weights.config, self._threads, int(starts[-1])
         room = len(self._blocks)
-        copies = 1 if self._rows >= _ROWS * threads else threads
+        copies = 1 if self._rows >= _OWN_ROWS * threads else threads
         width = -(-c.d_model // c.n_heads // PANEL) * PANEL
         of_each = c.d_model, copies * c.d_model, 3 * c.d_model, c.d_model, c.d_ff
         of_heads = threads * c.n_heads

@@ -202,9 +202,9 @@ def test_neither_end_of_the_random_numbers_draws_what_cannot_be():
 
 
 @needs_compiler
-def test_the_structs_are_those_of_the_source(tmp_path):
+def test_structs_and_constants_are_those_of_the_source(tmp_path):
     structs = {name: getattr(native, f"_{name.title()}") for name in STRUCTS}
-    lines = [f'#include "{native.SOURCE}"']
+    lines = [f'#include "{native.SOURCE}"', "const int panel = PANEL, own_rows = OWN_ROWS;"]
     for name, struct in structs.items():
         lines.append(f"int size_of_{name}(void) {{ return sizeof({name}); }}")
         lines += [
@@ -215,6 +215,8 @@ def test_the_structs_are_those_of_the_source(tmp_path):
     source.write_text("\n".join(lines), encoding="utf-8")
     subprocess.run([*command, "-w", "-shared", "-fPIC", source, "-lm", "-o", made], check=True)
     compiled = ctypes.CDLL(str(made))
+    for name, constant in {"panel": native.PANEL, "own_rows": native._OWN_ROWS}.items():
+        assert ctypes.c_int.in_dll(compiled, name).value == constant
     for name, struct in structs.items():
         assert getattr(compiled, f"size_of_{name}")() == ctypes.sizeof(struct)
         for field, _ in struct._fields_:
