@@ -235,21 +235,22 @@ def _prepared(net: GPT, rows: int) -> _Weights | NativeWeights:
     how = _product(net, rows)
     parameters = [p.detach() for p in (*net.parameters(), *net.buffers())]
     if any(p.requires_grad for p in net.parameters()) or any(p.is_inference() for p in parameters):
-        return _weights(net, how)
+        return _weights(net, how, kept=False)
     state = [(p.data_ptr(), p._version) for p in parameters]
     kept = _kept.get(net)
     if kept is None or kept.state != state:
         kept = _kept[net] = _Kept(parameters, state, {})
     if how not in kept.weights:
-        kept.weights[how] = _weights(net, how)
+        kept.weights[how] = _weights(net, how, kept=True)
     return kept.weights[how]
 
 
-def _weights(net: GPT, how: str) -> _Weights | NativeWeights:
+def _weights(net: GPT, how: str, kept: bool) -> _Weights | NativeWeights:
     cpu, stored = net.embedding.weight.device.type == "cpu", net.embedding.weight.dtype
     dtype = torch.float32 if cpu and stored == torch.float16 else stored
     if how == "native":
-        return NativeWeights(net if stored == torch.float32 else copy.deepcopy(net).float(), dtype)
+        exact = net if stored == torch.float32 else copy.deepcopy(net).float()
+        return NativeWeights(exact, dtype, tabulate=kept)
     float32 = None
     if dtype != stored:
         net = float32 = copy.deepcopy(net).float()

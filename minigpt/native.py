@@ -183,8 +183,11 @@ _FLOATS: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the default
 class NativeWeights:
     """The weights of a net as decoding.c wants them."""
 
-    def __init__(self, net: GPT, dtype: torch.dtype) -> None:
-        """`net` on a CPU; its matrices are kept in `dtype`, float32 or bfloat16, as keys are."""
+    def __init__(self, net: GPT, dtype: torch.dtype, tabulate: bool) -> None:
+        """`net` on a CPU; its matrices are kept in `dtype`, float32 or bfloat16, as keys are.
+
+        `tabulate` the first layer, which is worth its 1.2 GFLOP (medium) for more than one text.
+        """
         found, c = library(), net.config
         assert found is not None
         self.library, self.dtype, self.config = found, dtype, c
@@ -195,7 +198,7 @@ class NativeWeights:
             c.vocab_size, c.d_model, c.n_layers, c.n_heads, c.d_ff, _KINDS[dtype],
             net.final_norm.eps, self._pointer(net.embedding.weight * net.scale),
             self._pointer(net.positions), self._norm(net.final_norm),
-            self._matrix(net.embedding.weight, None), self._known(net),
+            self._matrix(net.embedding.weight, None), self._known(net) if tabulate else _Known(),
             ctypes.addressof(self._layers),
         )  # fmt: skip
 
@@ -205,8 +208,7 @@ class NativeWeights:
         Of how a model begins nothing but σ depends on more than a token or its place.
         """
         c, block = self.config, net.blocks[0]
-        n = (c.vocab_size + c.context_length) * 3 * c.d_model
-        if n > _MOST_KNOWN or net.embedding.weight.requires_grad:  # which is for one text alone
+        if (c.vocab_size + c.context_length) * 3 * c.d_model > _MOST_KNOWN:
             return _Known()
         assert isinstance(block, Block)
         qkv, norm = block.attention.qkv, block.norm1
