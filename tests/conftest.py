@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ from minigpt.job import Job
 os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).parent.parent
+
+
+def naming(*names: str) -> str:
+    """A pattern for `match`: a line with each of the names, in any order and words."""
+    return "".join(rf"(?=.*(?<!\w){re.escape(name)}(?!\w))" for name in names)
 
 
 def write_stories(path: Path, n: int, seed: int) -> Path:

@@ -18,6 +18,7 @@ from minigpt.data import (
     epoch_permutation,
 )
 from minigpt.model import IGNORE_INDEX
+from tests.conftest import naming
 
 # ---------------------------------------------------------------------------- windows
 
@@ -121,11 +122,11 @@ def test_starting_at_a_step_is_skipping_the_steps_before(start_step):
 
 def test_too_few_windows_for_a_batch_is_one_line_with_what_would_fit():
     sampler(32, 32, 1, seed=0)
-    with pytest.raises(UserError, match=r"has 12 windows.*batch of 32: use data\.batch_size=12"):
+    with pytest.raises(UserError, match=r"\b12\b.*\b32\b.*data\.batch_size=12\b"):
         sampler(12, 32, 1, seed=0)
-    with pytest.raises(UserError, match=r"of 8 on each of 4 devices: use data\.batch_size=7"):
+    with pytest.raises(UserError, match=naming("31", "8", "4", "data.batch_size=7")):
         sampler(31, 8, 1, seed=0, world_size=4)
-    with pytest.raises(UserError, match=r"has 0 windows.*: use a smaller model\.context_length"):
+    with pytest.raises(UserError, match=naming("0", "8", "model.context_length")):
         sampler(0, 8, 1, seed=0)
 
 
@@ -160,7 +161,7 @@ def test_what_could_not_be_prepared_is_not_taken_for_ready(config, tmp_path):
     broken = dataclasses.replace(config, cache_dir=str(tmp_path / "file/cache"))
     data = DataModule(broken, 16, n_steps=2, seed=1)
     for _ in range(2):
-        with pytest.raises(UserError, match="cannot write"):
+        with pytest.raises(UserError, match=naming("data.cache_dir")):
             data.setup()
 
 

@@ -29,6 +29,7 @@ from minigpt.model import GPT, GPTConfig
 from minigpt.runs import Run
 from minigpt.tokenizer import Tokenizer
 from tests import commands
+from tests.conftest import naming
 
 STORIES = [f"The {a} saw a {b}. [{a}]" for a in ("dog", "cat") for b in ("fox", "hen", "pig")] * 5
 TINY = GPTConfig(vocab_size=290, context_length=16, d_model=16, n_layers=2, n_heads=2, d_ff=16)
@@ -96,23 +97,23 @@ def test_perplexity_and_bits_per_byte_follow_from_the_mean():
 
 @pytest.mark.parametrize("stride", [0, 17])
 def test_a_stride_that_skips_tokens_is_refused(stride):
-    with pytest.raises(UserError, match=f"stride={stride}: choose from 1 to 16"):
+    with pytest.raises(UserError, match=naming("stride", str(stride), "16")):
         evaluate_loss(make_net(), random_tokens(50), stride=stride)
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "names"),
     [
-        ({"analogies": [["a", "b"]]}, "analogies: .a,b. is not three words"),
-        ({"stories": {"n": 0}}, "stories: n 0 must be at least 1"),
-        ({"stories": {"temperatures": [-1]}}, "temperature -1.0 must be 0"),
-        ({"stride": "wide"}, "stride='wide': expected a whole number"),
-        ({"seed": -1}, "seed -1 must not be negative"),
-        ({"strid": 1}, "unknown setting 'strid': did you mean stride"),
+        ({"analogies": [["a", "b"]]}, ["analogies", "a,b"]),
+        ({"stories": {"n": 0}}, ["stories", "n", "0"]),
+        ({"stories": {"temperatures": [-1]}}, ["temperature", "-1.0"]),
+        ({"stride": "wide"}, ["stride", "wide"]),
+        ({"seed": -1}, ["seed", "-1"]),
+        ({"strid": 1}, ["strid", "stride"]),
     ],
 )
-def test_impossible_settings_are_refused_by_name(settings, message):
-    with pytest.raises(UserError, match=message):
+def test_impossible_settings_are_refused_by_name(settings, names):
+    with pytest.raises(UserError, match=naming(*names)):
         build(EvaluationConfig, settings, "")
 
 
@@ -170,8 +171,8 @@ def test_a_run_is_all_that_evaluation_needs(run):
     assert all(len(row.stories) == 2 for row in found.temperatures)
     assert found.novelty_stories == len(STORIES)
     assert len(found.neighbours["dog"]) == 5
-    assert "tokens to this tokenizer" in found.neighbours["[crocodile]"]
-    assert "tokens to this tokenizer" in found.analogies["dog − cat + crocodile"]
+    assert "[crocodile]" in found.neighbours["[crocodile]"]
+    assert "crocodile" in found.analogies["dog − cat + crocodile"]
 
     written = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
     assert written == json.loads(json.dumps(asdict(found)))
@@ -187,7 +188,7 @@ def test_a_run_of_bfloat16_is_evaluated_so_where_that_is_native(
     monkeypatch.setattr(hardware, "cpu_has_bfloat16", lambda: native)
     (run / "summary.json").write_text('{"precision": "bf16-mixed"}')
     assert evaluate(Run.open(run), SHORT).precision == precision
-    assert ("no native bfloat16" in caplog.text) is not native
+    assert ("32-true" in caplog.text) is not native
 
 
 def test_prompts_do_not_share_their_random_numbers(run):
@@ -243,14 +244,16 @@ def test_the_command_prints_the_evaluation_and_leaves_no_folders_behind(run, tmp
 def test_a_place_that_cannot_be_written_to_is_said_before_anything_is_measured(
     run, tmp_path, monkeypatch
 ):
-    (tmp_path / "file").write_text("")
+    file = tmp_path / "file"
+    file.write_text("")
     monkeypatch.setattr(Run, "load_net", lambda _: pytest.fail("measured"))
-    with pytest.raises(UserError, match="cannot write evaluation.json .* give another folder, out"):
-        evaluate(Run.open(run), EvaluationConfig(), out=tmp_path / "file")
+    with pytest.raises(UserError, match=naming("evaluation.json", str(file), "out")):
+        evaluate(Run.open(run), EvaluationConfig(), out=file)
 
 
 def test_the_command_without_a_run_says_what_to_type(tmp_path):
     done = commands.run("evaluate.py", [], tmp_path)
     assert done.code == 2
-    expected = "give the run to evaluate: python evaluate.py ckpt=runs/<name>"
-    assert done.err.strip() == f"error: {expected}"
+    (line,) = done.err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert "python evaluate.py ckpt=runs/<name>" in line

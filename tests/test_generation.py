@@ -25,7 +25,7 @@ from minigpt.model import GPT, GPTConfig
 from minigpt.runs import Run
 from minigpt.tokenizer import Tokenizer
 from minigpt.training import train
-from tests.conftest import composed
+from tests.conftest import composed, naming
 
 EOT = 0
 GREEDY = SamplingConfig(temperature=0, max_tokens=40)
@@ -195,22 +195,22 @@ def test_top_p_keeps_the_fewest_that_hold_that_much_probability(p, kept):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "names"),
     [
-        ({"temperature": -0.1}, "temperature -0.1 must be 0"),
-        ({"temperature": math.nan}, "temperature nan must be 0"),
-        ({"top_k": 0}, "top_k 0 must be at least 1"),
-        ({"top_p": 0.0}, "top_p 0.0 must be above 0 and at most 1"),
-        ({"top_p": 1.5}, "top_p 1.5 must be above 0 and at most 1"),
-        ({"max_tokens": 0}, "max_tokens 0 must be at least 1"),
-        ({"min_p": -0.1}, "min_p -0.1 must be between 0 and 1"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty 0.0 must be from 0.01 to 100"),
-        ({"repetition_penalty": math.inf}, "repetition_penalty inf must be from 0.01 to 100"),
-        ({"seed": -1}, "seed -1 must be between 0 and"),
+        ({"temperature": -0.1}, ["temperature", "-0.1"]),
+        ({"temperature": math.nan}, ["temperature", "nan"]),
+        ({"top_k": 0}, ["top_k", "0"]),
+        ({"top_p": 0.0}, ["top_p", "0.0"]),
+        ({"top_p": 1.5}, ["top_p", "1.5"]),
+        ({"max_tokens": 0}, ["max_tokens", "0"]),
+        ({"min_p": -0.1}, ["min_p", "-0.1"]),
+        ({"repetition_penalty": 0.0}, ["repetition_penalty", "0.0", "0.01", "100"]),
+        ({"repetition_penalty": math.inf}, ["repetition_penalty", "inf", "0.01", "100"]),
+        ({"seed": -1}, ["seed", "-1"]),
     ],
 )
-def test_impossible_sampling_is_refused_by_name(settings, message):
-    with pytest.raises(UserError, match=message):
+def test_impossible_sampling_is_refused_by_name(settings, names):
+    with pytest.raises(UserError, match=naming(*names)):
         SamplingConfig(**settings)
 
 
@@ -297,7 +297,7 @@ def test_weights_that_are_no_numbers_are_one_line():
     net = make_net()
     with torch.no_grad():
         net.final_norm.bias[0] = math.nan
-    with pytest.raises(UserError, match="the weights of this model are broken"):
+    with pytest.raises(UserError, match="weights"):
         run(net, [[5]], GREEDY)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from minigpt.model import GPT, GPTConfig, KVCache, attend, sinusoids
+from tests.conftest import naming
 
 SIZES = {
     "small": (GPTConfig(d_model=128, n_heads=4, d_ff=256), 1_046_656),
@@ -50,18 +51,18 @@ def test_the_loss_before_training_is_that_of_guessing(size):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "names"),
     [
-        ({"d_model": 100, "n_heads": 8}, "d_model 100 is not divisible by n_heads 8"),
-        ({"d_model": 15, "n_heads": 3}, "d_model 15 is odd"),
-        ({"n_layers": 0}, "n_layers 0 must be at least 1"),
-        ({"context_length": -1}, "context_length -1 must be at least 1"),
-        ({"dropout": 1.0}, r"dropout 1.0 is not in \[0, 1\)"),
-        ({"embedding_scale": 0.0}, "embedding_scale 0.0 must be positive"),
+        ({"d_model": 100, "n_heads": 8}, ["d_model", "100", "n_heads", "8"]),
+        ({"d_model": 15, "n_heads": 3}, ["d_model", "15"]),
+        ({"n_layers": 0}, ["n_layers", "0"]),
+        ({"context_length": -1}, ["context_length", "-1"]),
+        ({"dropout": 1.0}, ["dropout", "1.0"]),
+        ({"embedding_scale": 0.0}, ["embedding_scale", "0.0"]),
     ],
 )
-def test_impossible_settings_are_refused_by_name(settings, message):
-    with pytest.raises(ValueError, match=message):
+def test_impossible_settings_are_refused_by_name(settings, names):
+    with pytest.raises(ValueError, match=naming(*names)):
         GPTConfig(**settings)
 
 
@@ -168,7 +169,7 @@ def test_decoding_in_pieces_through_the_cache_equals_one_pass(how):
         pieces = [net(piece, cache) for piece in ids.split([1, 6, 1, 3, 5], dim=1)]
         torch.testing.assert_close(torch.cat(pieces, dim=1), net(ids), atol=1e-5, rtol=1e-5)
     assert cache.length == 16
-    with pytest.raises(ValueError, match="17 tokens do not fit the context of 16"):
+    with pytest.raises(ValueError, match=naming("17", "16")):
         net(ids[:, :1], cache)
 
 

@@ -17,6 +17,7 @@ from minigpt.optimizers import (
     orthogonal,
     peak_lrs,
 )
+from tests.conftest import naming
 
 TINY = GPTConfig(vocab_size=50, context_length=16, d_model=16, n_layers=1, n_heads=2, d_ff=32)
 
@@ -157,17 +158,17 @@ def test_the_closure_is_called_once_with_gradients_on():
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "names"),
     [
-        ({"lr": 0.0}, "lr 0.0 must be positive"),
-        ({"matrix_lr": -1.0}, "matrix_lr -1.0 must be positive"),
-        ({"name": "adamw", "matrix_lr": 1e-3}, "matrix_lr is Muon's"),
-        ({"beta2": 1.0}, r"beta2 1.0 is not in \[0, 1\)"),
-        ({"momentum": 1.5}, r"momentum 1.5 is not in \[0, 1\)"),
-        ({"weight_decay": -0.1}, "weight_decay -0.1 must not be negative"),
-        ({"final_lr": 2.0}, "final_lr 2.0 is a share of the peak"),
+        ({"lr": 0.0}, ["lr", "0.0"]),
+        ({"matrix_lr": -1.0}, ["matrix_lr", "-1.0"]),
+        ({"name": "adamw", "matrix_lr": 1e-3}, ["matrix_lr", "adamw"]),
+        ({"beta2": 1.0}, ["beta2", "1.0"]),
+        ({"momentum": 1.5}, ["momentum", "1.5"]),
+        ({"weight_decay": -0.1}, ["weight_decay", "-0.1"]),
+        ({"final_lr": 2.0}, ["final_lr", "2.0"]),
     ],
 )
-def test_optimizer_settings_out_of_range_are_named(settings, message):
-    with pytest.raises(ValueError, match=message):
+def test_optimizer_settings_out_of_range_are_named(settings, names):
+    with pytest.raises(ValueError, match=naming(*names)):
         OptimizerConfig(**settings)
