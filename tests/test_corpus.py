@@ -10,6 +10,7 @@ import pytest
 from minigpt import corpus
 from minigpt.config import UserError
 from minigpt.corpus import END_OF_TEXT, Corpus, bundled_sample, local_files, read_stories
+from tests.conftest import naming
 
 STORIES = ["Tim had a ball.\nIt was red.", "Mia saw a bird — «oh!»", "The end 🐦."]
 TEXT = f"\n{END_OF_TEXT}\n".join(STORIES)
@@ -56,31 +57,31 @@ def test_text_without_separator_is_given_up_on_before_it_fills_memory(tmp_path, 
     monkeypatch.setattr(corpus, "_CHUNK", 100)
     monkeypatch.setattr(corpus, "_LONGEST", 1000)
     path = write(tmp_path / "a.txt", "x" * 5000 + TEXT)
-    with pytest.raises(UserError, match=r"separator.*data\.separator="):
+    with pytest.raises(UserError, match=naming("a.txt", "data.separator")):
         next(read_stories(path))
     path = write(tmp_path / "a.jsonl", '"' + "x" * 5000 + '"')
-    with pytest.raises(UserError, match="one story a line"):
+    with pytest.raises(UserError, match=naming("a.jsonl", "64 MB")):
         next(read_stories(path))
 
 
 PACKED = lzma.compress(TEXT.encode() * 100)
 BROKEN = {
-    "no_story.txt": (f"\n{END_OF_TEXT}\n ".encode(), "no story in it"),
-    "empty.jsonl": (b"", "no story in it"),
-    "one.txt": (b"Once upon a time.", r"no separator '<\|endoftext\|>'.*data\.separator="),
-    "latin.txt": (TEXT.encode() + b"caf\xe9", rf"0xe9 at offset {len(TEXT.encode()) + 3}.*iconv"),
-    "bom.txt": (b"\xef\xbb\xbfcaf\xe9!", "0xe9 at offset 6"),
+    "no_story.txt": (f"\n{END_OF_TEXT}\n ".encode(), r"\bstor(y|ies)\b"),
+    "empty.jsonl": (b"", r"\bstor(y|ies)\b"),
+    "one.txt": (b"Once upon a time.", naming(END_OF_TEXT, "data.separator")),
+    "latin.txt": (TEXT.encode() + b"caf\xe9", naming("0xe9", str(len(TEXT.encode()) + 3), "iconv")),
+    "bom.txt": (b"\xef\xbb\xbfcaf\xe9!", r"0xe9\D+6\b"),
     "wide.txt": (TEXT.encode("utf-16"), "iconv -f UTF-16"),
-    "cut.txt": ("é".encode()[:1], "0xc3 at offset 0"),
-    "short.xz": (PACKED[:-20], "damaged or cut short"),
-    "short.gz": (gzip.compress(TEXT.encode())[:-9], "damaged or cut short"),
-    "plain.gz": (TEXT.encode(), "damaged or cut short"),
-    "plain.xz": (TEXT.encode(), "damaged or cut short"),
-    "stories.csv": (TEXT.encode(), r"cannot read '\.csv'.*\.jsonl"),
-    "bad.jsonl": (b'{"text": "a"}\n\n{"text": ', r"bad\.jsonl:3: not JSON"),
-    "keys.jsonl": (b'{"title": "a", "body": "b"}', r"keys\.jsonl:1: .*keys: title, body"),
-    "number.jsonl": (b'{"text": 3}', r"number\.jsonl:1: not a text"),
-    "half.jsonl": (rb'"\ud83d!"', r"half\.jsonl:1: \\ud83d is half a character"),
+    "cut.txt": ("é".encode()[:1], r"0xc3\D+0\b"),
+    "short.xz": (PACKED[:-20], "damaged"),
+    "short.gz": (gzip.compress(TEXT.encode())[:-9], "damaged"),
+    "plain.gz": (TEXT.encode(), "damaged"),
+    "plain.xz": (TEXT.encode(), "damaged"),
+    "stories.csv": (TEXT.encode(), naming(".csv", ".jsonl")),
+    "bad.jsonl": (b'{"text": "a"}\n\n{"text": ', naming("bad.jsonl:3", "JSON")),
+    "keys.jsonl": (b'{"title": "a", "body": "b"}', naming("keys.jsonl:1", "title", "body")),
+    "number.jsonl": (b'{"text": 3}', naming("number.jsonl:1", "text")),
+    "half.jsonl": (rb'"\ud83d!"', naming("half.jsonl:1", r"\ud83d")),
 }
 
 
@@ -97,11 +98,11 @@ def test_a_file_that_cannot_be_read_is_explained_in_one_line_with_its_name(tmp_p
 @pytest.mark.parametrize(
     ("train", "message"),
     [
-        ([], r"data\.train_files=\["),
-        (["no.txt"], r"no file .*no\.txt.*data\.train_files="),
-        (["no*.txt"], r"no file .*no\*\.txt"),
-        (["."], r"is a folder.*\*\.txt"),
-        (["*"], r"cannot read '\.md'"),
+        ([], naming("data.train_files")),
+        (["no.txt"], naming("no.txt", "data.train_files")),
+        (["no*.txt"], naming("no*.txt", "data.train_files")),
+        (["."], naming("data.train_files", "*.txt")),
+        (["*"], naming("a.md", ".md")),
     ],
 )
 def test_a_name_that_gives_no_story_file_is_an_error_at_once(tmp_path, monkeypatch, train, message):
@@ -123,7 +124,7 @@ def test_globs_are_sorted_recursive_know_home_and_name_no_file_twice(tmp_path, m
 
 def test_a_file_in_both_splits_is_refused(tmp_path):
     path = write(tmp_path / "a.txt")
-    with pytest.raises(UserError, match=r"in data\.train_files and in data\.valid_files"):
+    with pytest.raises(UserError, match=naming("a.txt", "data.train_files", "data.valid_files")):
         local_files([str(path)], [str(tmp_path / "*.txt")])
 
 
@@ -134,15 +135,15 @@ def test_the_last_share_over_all_files_is_held_out(tmp_path):
     held_out = local_files([str(tmp_path / "*.txt")], [], holdout=0.15)
     assert list(held_out.stories("train")) == [f"story {i}" for i in range(17)]
     assert list(held_out.stories("valid")) == [f"story {i}" for i in range(17, 20)]
-    with pytest.raises(UserError, match=r"data\.holdout=0\.01 of 20 stories .* validation"):
+    with pytest.raises(UserError, match=naming("data.holdout", "0.01", "20", "validation")):
         local_files([str(tmp_path / "*.txt")], [], holdout=0.01).stories("train")
-    with pytest.raises(UserError, match=r"data\.holdout=0\.99 of 20 stories .* training"):
+    with pytest.raises(UserError, match=naming("data.holdout", "0.99", "20", "training")):
         local_files([str(tmp_path / "*.txt")], [], holdout=0.99).stories("valid")
 
 
 @pytest.mark.parametrize("holdout", [0, 1, -0.1, float("nan")])
 def test_a_holdout_that_is_no_share_is_refused(holdout):
-    with pytest.raises(UserError, match=r"data\.holdout=.* between 0 and 1"):
+    with pytest.raises(UserError, match=naming("data.holdout", str(holdout))):
         Corpus((), (), holdout)
 
 
@@ -153,7 +154,7 @@ def test_validation_files_stand_alone_and_the_cap_keeps_whole_training_stories(t
     assert list(Corpus((a,), (b,), max_train_bytes=two - 1).stories("train")) == STORIES[:1]
     only_valid = Corpus((), (b,), max_train_bytes=1)
     assert list(only_valid.stories("valid")) == ["held out"]
-    with pytest.raises(UserError, match="no training files"):
+    with pytest.raises(UserError, match=naming("data.train_files")):
         only_valid.stories("train")
 
 

@@ -12,8 +12,10 @@ from huggingface_hub.utils import close_session
 from minigpt import download
 from minigpt.config import UserError
 from minigpt.corpus import END_OF_TEXT, Corpus, download_tinystories
+from tests.conftest import naming
 
 TRAIN, VALID = "TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"
+WAYS_ON = ("data=tinystories_sample", "data=text")
 STORIES = [f"{n} birds — {'sang in the old tree ' * (20 + n % 30)}end" for n in range(600)]
 
 
@@ -166,7 +168,7 @@ def test_a_download_that_dies_is_explained_and_the_next_call_resumes_it(hub, tmp
 
     hub.drops[TRAIN] = 1
     monkeypatch.setattr(download, "_stream", die_after_the_first_half)
-    with pytest.raises(UserError, match=r"data=tinystories_sample.*data=text") as error:
+    with pytest.raises(UserError, match=naming(*WAYS_ON)) as error:
         download_tinystories(tmp_path, None)
     assert "\n" not in str(error.value)
     assert not (tmp_path / TRAIN).exists()
@@ -192,19 +194,16 @@ def test_a_file_that_changed_on_the_hub_is_not_resumed(hub, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("damage", "name"),
     [
-        (lambda hub: hub.etags.update({TRAIN: "0" * 64}), "its sha256 is not the hub's"),
-        (
-            lambda hub: hub.files.update({TRAIN: b"caf\xe9" + END_OF_TEXT.encode()}),
-            "it is not UTF-8",
-        ),
-        (lambda hub: hub.files.update({TRAIN: b"<html>log in</html>"}), r"no <\|endoftext\|>"),
+        (lambda hub: hub.etags.update({TRAIN: "0" * 64}), "sha256"),
+        (lambda hub: hub.files.update({TRAIN: b"caf\xe9" + END_OF_TEXT.encode()}), "UTF-8"),
+        (lambda hub: hub.files.update({TRAIN: b"<html>log in</html>"}), END_OF_TEXT),
     ],
 )
-def test_what_is_damaged_never_gets_the_final_name(hub, tmp_path, damage, message):
+def test_what_is_damaged_never_gets_the_final_name(hub, tmp_path, damage, name):
     damage(hub)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=naming(name)):
         download_tinystories(tmp_path, None)
     assert not (tmp_path / TRAIN).exists()
     assert not list(tmp_path.glob(f"{TRAIN}*.part"))  # else a next call would go on from there
@@ -229,19 +228,18 @@ def test_without_a_network_one_line_names_the_ways_on(hub, tmp_path, monkeypatch
     close = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
     close.server_close()
     nobody = f"http://127.0.0.1:{close.server_port}"
-    ways_on = r"data=tinystories_sample.*data=text"
-    with pytest.raises(UserError, match=f"{nobody}, ConnectError.*{ways_on}"):
+    with pytest.raises(UserError, match=naming(nobody, "ConnectError", *WAYS_ON)):
         download_tinystories(tmp_path, 1000, endpoint=nobody)
     hub.files.clear()  # the hub breaks down over each request
     monkeypatch.setattr(hub.servers[0], "handle_error", lambda *_: None)
-    with pytest.raises(UserError, match=ways_on):
+    with pytest.raises(UserError, match=naming(*WAYS_ON)):
         download_tinystories(tmp_path, 1000)
 
 
 def test_a_wrong_budget_and_a_folder_that_is_a_file_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"data\.download_tokens=0"):
+    with pytest.raises(UserError, match=naming("data.download_tokens", "0")):
         download_tinystories(tmp_path, 0)
     file = Path(tmp_path / "file")
     file.touch()
-    with pytest.raises(UserError, match="cannot keep TinyStories"):
+    with pytest.raises(UserError, match=naming(str(file))):
         download_tinystories(file, 1000)

@@ -18,6 +18,7 @@ from minigpt.embedding_map import (
 )
 from minigpt.embeddings import EmbeddingProbe
 from minigpt.tokenizer import Tokenizer
+from tests.conftest import naming
 
 WORDS = ("dad", "mom", "king", "run", "jump", "sing")
 CLUSTERED = {"roles": ("dad", "mom", "king", "grandpapa"), "activities": ("run", "jump", "sing")}
@@ -67,7 +68,7 @@ def test_the_png_and_the_svg_show_every_word(probe, tmp_path):
 def test_words_of_one_cluster_alone_are_not_held_against_others(probe):
     found = embedding_map(probe, {"roles": ("dad", "mom", "king"), "activities": ("jumpings",)})
     assert found.between is None
-    assert caption(found).startswith("Two words of one group have a mean cosine of 0.92. The map")
+    assert re.findall(r"\d\.\d+", caption(found)) == ["0.92"]
 
 
 def test_a_map_that_cannot_be_drawn_leaves_nothing_behind(probe, tmp_path, monkeypatch):
@@ -93,7 +94,7 @@ def test_no_label_covers_another(probe):
 
 
 def test_a_tokenizer_without_the_words_is_told_so(probe):
-    with pytest.raises(FewWordsError, match="only 1 of its words are single tokens"):
+    with pytest.raises(FewWordsError, match=naming("1", "data.vocab_size")):
         embedding_map(probe, {"roles": ("dad", "grandpapa")})
 
 

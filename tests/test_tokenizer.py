@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -6,6 +8,7 @@ from hypothesis import strategies as st
 
 from minigpt.config import UserError
 from minigpt.tokenizer import END_OF_TEXT, Tokenizer
+from tests.conftest import naming
 
 STORIES = [
     "Once upon a time there was a little dog named Max. Max liked to play.\n\nOne day he ran.",
@@ -94,7 +97,7 @@ def test_half_a_surrogate_pair_is_refused_in_one_line(tokenizer, use):
 
 @pytest.mark.parametrize("vocab_size", [0, 256, 65_537])
 def test_vocabulary_sizes_out_of_range_are_refused(vocab_size):
-    with pytest.raises(UserError, match=rf"{vocab_size} tokens .* from 257 .* to 65536"):
+    with pytest.raises(UserError, match=naming(str(vocab_size), "257", "65536")):
         Tokenizer.train(STORIES, vocab_size)
 
 
@@ -124,16 +127,16 @@ def test_files_that_are_not_our_tokenizer_are_refused_in_one_line(tokenizer, tmp
     other["pre_tokenizer"]["add_prefix_space"] = True
     without = json.loads(whole)
     without["added_tokens"] = []
-    for content, message in [
-        (None, "cannot read"),
-        (b"\xff\xfe", "not a tokenizer"),
-        (whole[: len(whole) // 2].encode(), "not a tokenizer"),
-        (json.dumps(other).encode(), "another kind"),
-        (json.dumps(without).encode(), "another kind"),
+    for content, names in [
+        (None, [os.strerror(errno.ENOENT)]),
+        (b"\xff\xfe", []),
+        (whole[: len(whole) // 2].encode(), []),
+        (json.dumps(other).encode(), [END_OF_TEXT]),
+        (json.dumps(without).encode(), [END_OF_TEXT]),
     ]:
         path.unlink(missing_ok=True)
         if content is not None:
             path.write_bytes(content)
-        with pytest.raises(UserError, match=message) as error:
+        with pytest.raises(UserError, match=naming(str(path), *names)) as error:
             Tokenizer.load(path)
         assert "\n" not in str(error.value)
