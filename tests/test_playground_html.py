@@ -62,7 +62,7 @@ def test_probability_rank_and_alternatives_are_the_models_own(monkeypatch, net, 
     assert (told.text, told.rank, ended.text, ended.rank) == (" dog", 3, "", 2)
     assert told.probability == pytest.approx(0.2)
     names, probabilities = zip(*told.alternatives, strict=True)
-    assert names[:3] == ("the", "(end of the story)", "dog")
+    assert names[:3] == ("the", token_name(tokenizer, 0), "dog")
     assert probabilities[:3] == pytest.approx((0.5, 0.3, 0.2))
     assert len(told.alternatives) == 5
 
@@ -83,8 +83,8 @@ def test_a_token_is_named_so_that_it_can_be_read(tokenizer):
     assert token_name(tokenizer, newline) == "↵"
     assert token_name(tokenizer, tokenizer.encode("d")[0]) == "…d"
     assert token_name(tokenizer, tokenizer.encode(" ")[0]) == "␣"
-    assert token_name(tokenizer, tokenizer.encode("é")[0]) == "(part of a character)"
-    assert token_name(tokenizer, 0) == "(end of the story)"
+    assert re.fullmatch(r"\(.*\bcharacter\b.*\)", token_name(tokenizer, tokenizer.encode("é")[0]))
+    assert re.fullmatch(r"\(.*\bend\b.*\)", token_name(tokenizer, 0))
 
 
 def test_whatever_a_visitor_types_is_escaped():
@@ -107,14 +107,14 @@ def test_a_token_carries_what_the_panel_shows():
     assert json.loads(html.unescape(re.findall('data-details="([^"]*)"', shown)[0])) == {
         "p": 0.25, "rank": 7, "alternatives": [["cat", 0.5]],
     }  # fmt: skip
-    assert "the end" in token_html(ShownToken("", 0.9, 1, ()))
+    assert re.search(r">[^<]*\bend\b[^<]*<", token_html(ShownToken("", 0.9, 1, ())))
 
 
 def test_the_heatmap_has_a_cell_for_each_look_back():
     weights = torch.tensor([[1.0, 0, 0], [0.25, 0.75, 0], [0.5, 0.25, 0.25]])
     shown = attention_html(["a", "b", "c"], weights)
     assert shown.count("<title>") == 6
-    assert "<title>b looks at a: 25.0%</title>" in shown
+    assert re.search(r"<title>b\b[^<]*\ba\b[^<]*\b25\.0%</title>", shown)
     rows = json.loads(html.unescape(re.findall('data-rows="([^"]*)"', shown)[0]))
     assert rows == [[1.0], [0.25, 0.75], [0.5, 0.25, 0.25]]
 
