@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -30,7 +31,7 @@ from minigpt.records import read_summary
 from minigpt.runs import Run, weights_fingerprint
 from minigpt.scaling_runs import find_runs, read_run
 from minigpt.training import train
-from tests.conftest import ROOT, composed, tiny_overrides
+from tests.conftest import ROOT, composed, naming, tiny_overrides
 from tests.test_cli import run_main
 
 PROMPT = "Once upon a time, Tom"
@@ -138,14 +139,15 @@ def test_an_export_counts_the_tokens_that_its_checkpoint_has_seen(run, tmp_path)
     torch.save(content, run / "checkpoints" / "best.ckpt")
     out = made(run, tmp_path / "out", format="safetensors")
     assert read_run(out).tokens == 640
-    assert "| tokens seen in training | 640 |" in (out / "README.md").read_text(encoding="utf-8")
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert re.search(r"\| [^|]*\btokens\b[^|]* \| 640 \|", card)
 
 
 def test_an_export_of_own_stories_is_evaluated_on_stories_that_are_given(
     run, trained, tmp_path, monkeypatch
 ):
     out = made(run, tmp_path / "out", format="safetensors", dtype="float32")
-    with pytest.raises(UserError, match="does not say where its stories lie: give data=text"):
+    with pytest.raises(UserError, match=naming(str(out), "data=text", "data.valid_files")):
         evaluate(Run.open(out), QUICK)
     before = evaluate(Run.open(run), QUICK)
     data = {"source": "text", "valid_files": [str(trained.parents[1] / "valid.txt")]}
@@ -178,10 +180,10 @@ def test_a_damaged_export_is_refused_in_one_line(run, tmp_path):
     whole = weights.read_bytes()
     for part in (whole[: len(whole) // 2], b"", b"Once upon a time"):
         weights.write_bytes(part)
-        with pytest.raises(UserError, match="is not a safetensors file, or is cut short"):
+        with pytest.raises(UserError, match=naming("model.safetensors")):
             Run.open(out).load_net()
     hf = made(run, tmp_path / "hf")
-    with pytest.raises(UserError, match=r"has no config\.yaml: give a run folder"):
+    with pytest.raises(UserError, match=naming("config.yaml")):
         Run.open(hf).load_net()
 
 
@@ -197,7 +199,7 @@ def test_numbers_are_given_only_for_the_weights_they_were_measured_on(run, tmp_p
 
     rounded = made(run, tmp_path / "rounded", format="safetensors")
     card = (rounded / "README.md").read_text(encoding="utf-8")
-    assert "| validation perplexity | not measured on these weights |" in card
+    assert re.search(r"\| validation perplexity \| [^|0-9]+ \|", card)
     assert not (rounded / "evaluation.json").exists()
     assert read_run(rounded).perplexity is None
 
@@ -234,9 +236,12 @@ def test_the_command_in_the_model_card_composes_to_the_settings_of_the_run(run, 
 def test_an_evaluation_that_lacks_a_number_is_named(run, tmp_path):
     evaluate(Run.open(run), QUICK)
     measured = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
-    for broken in (measured | {"precision": "32\n# Heading"}, {"weights": measured["weights"]}):
+    for broken, name in (
+        (measured | {"precision": "32\n# Heading"}, "precision"),
+        ({"weights": measured["weights"]}, "nats_per_token"),
+    ):
         (run / "evaluation.json").write_text(json.dumps(broken))
-        with pytest.raises(UserError, match=r"evaluation\.json: \w+ is .*, as Mini GPT never"):
+        with pytest.raises(UserError, match=naming("evaluation.json", name)):
             made(run, tmp_path / "out")
     (run / "evaluation.json").write_text("[" * 200_000)  # not measured, then
     made(run, tmp_path / "out")
@@ -277,7 +282,7 @@ def test_the_lines_for_lm_eval_write_what_evaluate_py_scores(run, tmp_path, monk
 def test_a_model_is_not_replaced_by_its_own_export_to_another_format(run, tmp_path):
     out = made(run, tmp_path / "out", format="safetensors")
     before = contents(out)
-    with pytest.raises(UserError, match="is the model itself, which --format hf would replace"):
+    with pytest.raises(UserError, match=naming(str(out), "--format hf")):
         made(out, out)
     assert contents(out) == before
     made(out, out, format="safetensors")  # its card anew
@@ -294,12 +299,12 @@ def test_an_earlier_export_is_replaced_and_nothing_else_is(run, tmp_path):
     made(run, out)
     assert contents(out) == before
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"holds notes\.txt, which no export made"):
+    with pytest.raises(UserError, match=naming(str(out), "notes.txt")):
         made(run, out)
     assert contents(out) == {**before, "notes.txt": b"mine"}
-    with pytest.raises(UserError, match=r"and \d more, which no export made"):
+    with pytest.raises(UserError, match=rf"{re.escape(str(run))}\D*\d"):
         made(run, run)
-    with pytest.raises(UserError, match="is a file: give a new folder"):
+    with pytest.raises(UserError, match=naming(str(out / "notes.txt"))):
         made(run, out / "notes.txt")
 
 
@@ -308,10 +313,10 @@ def test_an_export_that_fails_leaves_the_earlier_one_and_no_other_trace(run, tmp
     before, around = contents(out), sorted(tmp_path.iterdir())
 
     def full(*args: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(export_formats, "_hf_config", full)
-    with pytest.raises(UserError, match="cannot write .*: No space left on device"):
+    with pytest.raises(UserError, match=naming(str(out), os.strerror(errno.ENOSPC))):
         made(run, out)
     assert contents(out) == before
     assert sorted(tmp_path.iterdir()) == around
@@ -347,19 +352,19 @@ def test_the_current_folder_is_not_replaced(run, tmp_path, monkeypatch):
     (tmp_path / "new").mkdir()
     for here, typed in ((out, "."), (tmp_path / "new", "."), (out, out)):
         monkeypatch.chdir(here)
-        with pytest.raises(UserError, match="is the current folder or above it: type cd"):
+        with pytest.raises(UserError, match=naming(str(here.resolve()), "cd ..")):
             made(run, Path(typed))
     (tmp_path / "new" / "inside").mkdir()
     (tmp_path / "new" / "export.json").write_text('{"files": ["export.json", "inside"]}')
     monkeypatch.chdir(tmp_path / "new" / "inside")
-    with pytest.raises(UserError, match="is the current folder or above it"):
+    with pytest.raises(UserError, match=naming(str((tmp_path / "new").resolve()))):
         made(run, Path(".."))
 
 
 @pytest.mark.parametrize(("format", "module"), [("onnx", "onnx"), ("gguf", "gguf")])
 def test_a_missing_package_is_named_with_the_command(format, module, run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=rf"needs {module}: type pip install -e '\.\[export\]'"):
+    with pytest.raises(UserError, match=naming(module, "pip install -e '.[export]'")):
         made(run, tmp_path / "out", format=format)
     assert not (tmp_path / "out").exists()
 
@@ -385,14 +390,14 @@ def test_nothing_is_sent_unless_push_is_typed(run, tmp_path, hub, monkeypatch, c
     shown = capsys.readouterr().out
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert f"{size:,}  model.safetensors" in shown
-    assert "bytes in 7 files to https://huggingface.co/me/tiny" in shown
+    assert re.search(naming("7", "https://huggingface.co/me/tiny"), shown)
     assert hub.mock_calls == []
 
 
 def test_push_sends_the_files_of_the_export(run, tmp_path, hub, monkeypatch, capsys):
     out = tmp_path / "out"
     assert run_main(monkeypatch, "export", str(run), str(out), "--push", "me/tiny") == 0
-    assert capsys.readouterr().out.endswith("Sent to https://huggingface.co/me/tiny\n")
+    assert "https://huggingface.co/me/tiny" in capsys.readouterr().out.splitlines()[-1]
     hub.create_repo.assert_called_once_with(
         "me/tiny", repo_type="model", exist_ok=True, private=False
     )
@@ -400,20 +405,20 @@ def test_push_sends_the_files_of_the_export(run, tmp_path, hub, monkeypatch, cap
     assert (sent["repo_id"], sent["folder_path"]) == ("me/tiny", out)
     assert sorted(sent["allow_patterns"]) == sorted(path.name for path in out.iterdir())
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert "# me/tiny: a Mini GPT" in card
+    assert re.search("^# me/tiny\\b", card, re.MULTILINE)
     assert 'model="me/tiny"' in card
     words = ("--push", "me/tiny", "--private", "--format", "safetensors", "--license", "cc0-1.0")
     assert run_main(monkeypatch, "export", str(run), str(out), *words) == 0
     assert hub.create_repo.call_args.kwargs["private"]
     card = (out / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlicense: cc0-1.0\n")
-    assert "under the licence `cc0-1.0`.\n" in card
+    assert "`cc0-1.0`" in card
     assert "hf download me/tiny --local-dir tiny\nminigpt generate tiny --prompt" in card
 
 
 def test_nothing_private_is_sent_to_a_repository_that_is_public(tmp_path, hub):
     hub.model_info.return_value.private = False
-    with pytest.raises(UserError, match="me/tiny is there already, and public: make it private"):
+    with pytest.raises(UserError, match=naming("me/tiny", "--private")):
         push(tmp_path, "me/tiny", [], private=True)
     hub.upload_folder.assert_not_called()
     push(tmp_path, "me/tiny", [])
@@ -422,21 +427,21 @@ def test_nothing_private_is_sent_to_a_repository_that_is_public(tmp_path, hub):
 
 def test_a_hub_that_does_not_answer_is_one_line(tmp_path, hub):
     hub.create_repo.side_effect = ConnectionError("no route\nto host")
-    with pytest.raises(UserError, match="no file was published at me/tiny: no route to host"):
+    with pytest.raises(UserError, match=naming("me/tiny", "no route to host")):
         push(tmp_path, "me/tiny", [])
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (("--push", "me/tiny"), "needs a token: type hf auth login, or set HF_TOKEN"),
-        (("--push", "tiny"), "is not the name of a model: type --push user/name"),
-        (("--push", "me/ti ny"), "is not the name of a model: type --push user/name"),
-        (("--dry-run",), "add --push user/name"),
-        (("--private",), "add --push user/name"),
-        (("--license", "all mine"), "--license all mine is not the name of a licence"),
-        (("--dtype", "bfloat16"), "--format hf is float32, which is exact"),
-        (("--format", "pt"), "Invalid value for '--format'"),
+        (("--push", "me/tiny"), "HF_TOKEN"),
+        (("--push", "tiny"), "--push tiny"),
+        (("--push", "me/ti ny"), "--push me/ti ny"),
+        (("--dry-run",), "--push"),
+        (("--private",), "--push"),
+        (("--license", "all mine"), "--license all mine"),
+        (("--dtype", "bfloat16"), "--dtype"),
+        (("--format", "pt"), "--format"),
     ],
 )
 def test_a_wrong_option_is_refused_before_anything_is_written(
