@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 
@@ -74,12 +76,14 @@ def test_a_straight_line_on_log_axes_is_said_to_leave_e_unknown():
     fit = fit_sizes([Size(n, (8 * n**-0.1,)) for n in N])
     assert fit.alpha == pytest.approx(0.1, abs=0.02)
     assert fit.at_limit is not None
-    assert "E is at its limit" in fit.at_limit
+    assert re.search(r"\bE\b.*\b0\b", fit.at_limit)
 
 
 def test_losses_that_do_not_fall_are_said_not_to():
     fit = fit_sizes([Size(n, (2.0,)) for n in N])
-    assert fit.at_limit == "the loss does not fall with size"
+    assert fit.at_limit is not None
+    assert "loss" in fit.at_limit
+    assert not re.search("[Eα]", fit.at_limit)
 
 
 def test_each_size_is_foretold_by_the_smaller_ones_and_a_bend_is_above():

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from minigpt.generation import SamplingConfig, stream_text
 from minigpt.model import GPT, GPTConfig
 from minigpt.runs import Run
 from minigpt.tokenizer import Tokenizer
+from tests.conftest import naming
 
 STORIES = [
     "Once there was a girl named Lily. Lily ran to Tom.",
@@ -52,9 +54,9 @@ def test_openings_are_first_sentences_that_end_in_a_name(tokenizer):
     ]
     assert found[1].rest == " It ate. It slept."
     assert found[0].ids == (0, *tokenizer.encode("Once there was a girl named Lily."))
-    with pytest.raises(UserError, match="only 2 stories begin by naming .* 3 were asked for"):
+    with pytest.raises(UserError, match=naming("2", "3", "20")):
         story_openings(STORIES, tokenizer, 3, 40)
-    with pytest.raises(UserError, match="only 0 stories begin by naming somebody within 2 tokens"):
+    with pytest.raises(UserError, match=naming("0", "1", "2")):
         story_openings(STORIES, tokenizer, 1, 4)
 
 
@@ -150,7 +152,7 @@ def test_the_rank_is_the_place_of_the_expected_answer(monkeypatch):
     assert [word for word, _ in first.top[:2]] == ["king", "prince"]
     problem = answers.analogies[1]
     assert problem.rank is None
-    assert "'dad' is 4 tokens" in (problem.problem or "")
+    assert re.search(naming("'dad'", "4"), problem.problem or "")
     assert answers.summary["asked"] == 1
     assert answers.summary["first"] == 0
     assert answers.summary["among five"] == 1
@@ -211,8 +213,8 @@ def test_a_study_of_two_runs_writes_its_files(tokenizer, tmp_path, monkeypatch):
     assert "\n| smaller | 0.5 | " in (out / "coherence.md").read_text(encoding="utf-8")
     samples = (out / "samples.md").read_text(encoding="utf-8")
     assert samples.count(f"> {study.SAMPLE_PROMPT}") == 6
-    maps = (out / "embeddings.md").read_text(encoding="utf-8").partition("## Maps of words")[2]
-    assert "smaller: no map, only " in maps
+    maps = (out / "embeddings.md").read_text(encoding="utf-8").partition("## Maps")[2]
+    assert re.search("^smaller\\b.*data.vocab_size", maps, re.MULTILINE)
     embeddings = json.loads((out / "embeddings.json").read_text(encoding="utf-8"))
     assert list(embeddings) == ["smaller", "larger"]
     assert len(embeddings["larger"]["analogies"]) == 20
@@ -246,20 +248,21 @@ def test_a_map_is_drawn_of_each_run_whose_words_are_known(tmp_path):
     net = GPT(GPTConfig(tokenizer.vocab_size, 8, 16, n_layers=1, n_heads=2, d_ff=16))
     text = study._write_maps({"one": EmbeddingProbe(net, tokenizer)}, tmp_path)
     assert (tmp_path / "map-one.png").read_bytes().startswith(b"\x89PNG")
-    assert "![Map of words of one](map-one.png)" in text
+    assert sum("](map-one.png)" in part for part in text) == 1
 
 
 def test_runs_that_cannot_be_compared_are_refused(tokenizer, tmp_path):
     one = untrained(tmp_path / "one", tokenizer)
     other = untrained(tmp_path / "other", tokenizer, context=8)
-    with pytest.raises(UserError, match="one, other do not share tokenizer and context"):
+    with pytest.raises(UserError, match=naming("one, other", "tokenizer", "context")):
         study.write_study([one, other], tmp_path / "out")
-    with pytest.raises(UserError, match=r"two runs are called the same \(one, one\)"):
+    with pytest.raises(UserError, match=naming("one, one")):
         study.write_study([one, one], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("wrong", [{"n": 0}, {"seed": -1}])
 def test_settings_out_of_range_are_refused(wrong):
-    with pytest.raises(UserError, match="must"):
+    ((name, value),) = wrong.items()
+    with pytest.raises(UserError, match=naming(name, str(value))):
         study.StudyConfig(**wrong)
