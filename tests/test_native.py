@@ -14,6 +14,7 @@ from minigpt import native
 from minigpt.decoding import Decoder
 from minigpt.generation import SamplingConfig, sample, seeded_generator
 from minigpt.model import GPT, GPTConfig
+from tests.conftest import naming
 
 needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="no C compiler")
 
@@ -152,7 +153,7 @@ def test_too_few_ids_are_refused():
     net = GPT(GPTConfig(71, 80, d_model=64, n_layers=1, n_heads=2, d_ff=64)).eval()
     with torch.inference_mode():
         decoder = Decoder(net, [torch.tensor([1, 2])] * 16)
-        with pytest.raises(ValueError, match=r"ids of shape \(1,\) for 16 rows"):
+        with pytest.raises(ValueError, match=naming("(1,)", "16")):
             decoder.read(torch.tensor([3]))
         assert decoder.read(torch.full((16,), 3, dtype=torch.int32)).isfinite().all()
 
@@ -271,9 +272,9 @@ def test_a_compiler_without_openmp_is_used_for_few_rows(tmp_path, monkeypatch):
     ("cc", "said"),
     [
         ("", None),
-        ("cc '", "more slowly: No closing quotation"),
-        ("false", "more slowly: Command '['false', '--version']' returned non-zero exit status 1."),
-        ("nowhere/cc", "more slowly: [Errno 2] No such file or directory: 'nowhere/cc'"),
+        ("cc '", "quotation"),
+        ("false", "['false', '--version']"),
+        ("nowhere/cc", "nowhere/cc"),
     ],
 )
 def test_without_a_compiler_pytorch_decodes_and_a_broken_one_is_told_of(
@@ -281,9 +282,12 @@ def test_without_a_compiler_pytorch_decodes_and_a_broken_one_is_told_of(
 ):
     monkeypatch.setenv("CC", cc)
     assert native.library.__wrapped__() is None
-    assert [record.getMessage().partition("decoding.c, ")[2] for record in caplog.records] == (
-        [said] if said else []
-    )
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == (0 if said is None else 1)
+    for message in messages:
+        assert "decoding.c" in message
+        assert said in message
+        assert "\n" not in message
 
 
 def test_a_cache_that_cannot_be_written_is_told_of(tmp_path, monkeypatch, caplog):
