@@ -117,7 +117,7 @@ def playground(arguments: list[str], folder: Path) -> Iterator[Served]:
     reader.start()
     try:
         line = lines.get(timeout=120)
-        found = re.search(r"open (http://127\.0\.0\.1:\d+) in a browser", line)
+        found = re.search(r"(http://127\.0\.0\.1:\d+)", line)
         assert found, line
         yield Served(found.group(1), outbound)
         assert process.poll() is None, "the server ended by itself"

@@ -5,6 +5,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -222,6 +223,6 @@ def test_a_job_on_two_devices_that_diverges_leaves_the_other_jobs_to_train(
     two = ["model=small", "optimizer.lr=1e20,1e-3", "trainer=ddp", "trainer.devices=2"]
     launcher = started([text for text in sweep_of if "optimizer.lr" not in text] + two, log)
     assert launcher.wait(timeout=200) == 2
-    assert "error: the training loss became" in log.read_text(encoding="utf-8")
+    assert re.search(r"error: .*\bloss\b", log.read_text(encoding="utf-8"))
     ends = [read_summary(tmp_path / "sweep" / f"small-{n}")["status"] for n in (0, 1)]
     assert ends == ["failed", "finished"]

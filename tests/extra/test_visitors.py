@@ -2,12 +2,14 @@
 
 import http.client
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
+from tests.conftest import naming
 from tests.extra.conftest import Served
 
 pytestmark = pytest.mark.timeout(300)
@@ -32,14 +34,15 @@ def test_ten_visitors_at_once_all_get_a_story(served: Served):
     for prompt, story in zip(prompts, told, strict=True):
         assert f'<span class="prompt">{prompt}</span>' in story
         # Nobody has a seed: a story may end soon, and then says so.
-        assert story.count('class="token') > 5 or "The story ended" in story
+        ended = re.search(r'class="note">[^<]*\bended\b', story)
+        assert story.count('class="token') > 5 or ended
         assert 'class="note"' in story
     assert sum(story.count('class="token') for story in told) > 100
     assert served.reached_out() == ""
 
 
 def test_what_a_page_would_not_send_is_answered_and_crashes_nothing(served: Served):
-    assert "type at most 1000" in write(served.url, "x" * 5000, 10)
+    assert re.search(naming("5000", "1000"), write(served.url, "x" * 5000, 10))
     for typed in ([], ["dog", 99, 0, 1, 0, 10**9], [None] * 6, ["dog", None, 0, 1, 0, 9]):
         with httpx.Client(base_url=served.url, timeout=60, trust_env=False) as client:
             asked = client.post("/gradio_api/call/write", json={"data": typed})
