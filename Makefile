@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRA := $(BIN)/python -m pytest --override-ini addopts="-q --strict-markers"
 
-.PHONY: quickstart test test-browser test-cluster test-export test-wandb chaos bench lint audit format clean
+.PHONY: quickstart test test-browser test-cluster test-export test-wandb golden chaos bench lint audit format clean
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed
@@ -45,6 +45,9 @@ test-export: .venv/installed-tools  # exported models in other people's tools
 
 test-wandb: .venv/installed-dev  # W&B's programs, with a stand-in of its server
 	$(EXTRA) tests/extra/test_wandb.py
+
+golden: .venv/installed-dev  # logits, curves, stories and settings against those of commit c2cfd24
+	$(BIN)/python -m tests.golden
 
 chaos: .venv/installed-dev  # a run that is killed fifty times, files that are fuzzed: ten minutes
 	$(EXTRA) tests/extra/test_fuzz.py tests/extra/test_chaos.py
