@@ -10,7 +10,7 @@ import pytest
 from minigpt.export import ExportConfig, export
 from minigpt.runs import Run
 from minigpt.training import train
-from tests.bad_input import CASES, Break
+from tests.bad_input import CASES, Break, Names
 from tests.commands import run
 from tests.conftest import composed, tiny_overrides
 
@@ -47,16 +47,21 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
-def test_there_are_at_least_120():
-    assert len({(command, message) for command, _, message in CASES}) >= 120
+def listed(names: Names) -> tuple[str, ...]:
+    """One name or several, as several."""
+    return (names,) if isinstance(names, str) else names
+
+
+def case_id(command: str, broken: Break | None, names: Names) -> str:
+    """What is typed, how something was broken before, and the names."""
+    how = broken.__qualname__.partition(".")[0] if broken is not None else ""
+    return ascii(" ".join(filter(None, (command, how, *listed(names)))))[1:-1][:90]
 
 
 @pytest.mark.parametrize(
-    ("command", "broken", "message"),
-    CASES,
-    ids=[ascii(f"{command} {message}")[1:90] for command, _, message in CASES],
+    ("command", "broken", "names"), CASES, ids=[case_id(*case) for case in CASES]
 )
-def test_one_line_names_the_fault(command: str, broken: Break | None, message: str, here: Path):
+def test_one_line_names_the_fault(command: str, broken: Break | None, names: Names, here: Path):
     typed = [word.replace(str(here), ".") for word in tiny_overrides(here)]
     if broken is not None:
         broken(here)
@@ -66,7 +71,7 @@ def test_one_line_names_the_fault(command: str, broken: Break | None, message: s
     assert done.err.startswith("error: "), done.err
     assert done.err.count("\n") == 1, done.err
     assert done.err.strip().isprintable(), done.err
-    assert message in done.err
+    assert all(name in done.err for name in listed(names)), done.err
     assert (done.code, done.out) == (2, "")
     assert contents(here) == before
 
