@@ -37,9 +37,9 @@ def test_every_launcher_composes_with_or_without_its_package(name: str):
 def test_fsdp_is_one_override_away_and_says_what_it_needs():
     whole = ["trainer.strategy=fsdp", "callbacks=quiet", "optimizer=adamw"]
     assert job(whole).trainer.strategy == "fsdp"
-    with pytest.raises(UserError, match="shares each matrix out .* add optimizer=adamw"):
+    with pytest.raises(UserError, match="(?=.*strategy=fsdp)(?=.*optimizer=adamw)"):
         job(whole[:2])
-    with pytest.raises(UserError, match="strategy=fsdp writes no stories .* add callbacks=quiet"):
+    with pytest.raises(UserError, match="(?=.*strategy=fsdp)(?=.*callbacks=quiet)"):
         job(["trainer.strategy=fsdp"])
 
 

@@ -16,7 +16,7 @@ class Settings:
     steps: int = 1
     rate: float | None = None
     names: tuple[str, ...] = ()
-    kind: Literal["a", "b"] = "a"
+    kind: Literal["round", "square"] = "round"
     on: bool = False
     inner: Inner = Inner()
 
@@ -34,27 +34,30 @@ def test_values_arrive_in_the_types_of_the_dataclass():
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "names"),
     [
-        ({"stepz": 1}, "unknown setting 's.stepz': did you mean s.steps or s.rate?"),
-        ({"steps": 1.5}, "s.steps=1.5: expected a whole number"),
-        ({"steps": True}, "s.steps=True: expected a whole number"),
-        ({"steps": None}, "s.steps=None: expected a whole number"),
-        ({"steps": -1}, "s: steps -1 must not be negative"),
-        ({"rate": "fast"}, "s.rate='fast': expected a number"),
-        ({"rate": float("nan")}, "s.rate=nan: expected a finite number"),
-        ({"names": 3}, "s.names=3: expected a list, such as s.names=[a,b]"),
-        ({"kind": "c"}, "s.kind=c: choose from a, b"),
-        ({"on": 1}, "s.on=1: expected true or false"),
-        ({"inner": 3}, "s.inner=3: a group of settings; type s.inner.<setting>=<value>"),
-        ({"inner": {"width": "x"}}, "s.inner.width='x': expected a whole number"),
+        ({"stepz": 1}, ["s.stepz", "s.steps", "s.rate"]),
+        ({"steps": 1.5}, ["s.steps", "1.5"]),
+        ({"steps": True}, ["s.steps"]),
+        ({"steps": None}, ["s.steps"]),
+        ({"steps": -1}, ["steps", "-1"]),
+        ({"rate": "fast"}, ["s.rate", "fast"]),
+        ({"rate": float("nan")}, ["s.rate", "nan"]),
+        ({"names": 3}, ["s.names", "3", "s.names=[a,b]"]),
+        ({"kind": "c"}, ["s.kind", "round", "square"]),
+        ({"on": 1}, ["s.on", "1", "true", "false"]),
+        ({"inner": 3}, ["s.inner", "3", "s.inner."]),
+        ({"inner": {"width": "x"}}, ["s.inner.width"]),
     ],
 )
-def test_a_wrong_value_is_one_line_that_names_it(values, message):
+def test_a_wrong_value_is_one_line_that_names_it(values, names):
     with pytest.raises(UserError) as error:
         build(Settings, values, "s")
-    assert str(error.value) == message
+    assert all(name in str(error.value) for name in names)
+    assert str(error.value).isprintable()  # and so one line
 
 
 def test_a_name_like_no_other_is_answered_with_all_of_them():
-    assert unknown_name("zzz", ["b", "a"]) == "unknown setting 'zzz': choose from a, b"
+    said = unknown_name("zzz", ["beta", "alpha"])
+    assert "zzz" in said
+    assert 0 <= said.find("alpha") < said.find("beta")

@@ -20,16 +20,16 @@ def test_float16_on_a_cpu_becomes_what_it_has_and_says_so(monkeypatch, native, p
     monkeypatch.setattr(hardware, "cpu_has_bfloat16", lambda: native)
     found = Hardware.find("cpu", "auto", 1, "16-mixed")
     assert found.precision == precision
-    assert "16-mixed was asked for" in found.why
+    assert "16-mixed" in found.why
     assert not found.emulated
 
 
 def test_bfloat16_that_is_asked_for_is_used_and_the_log_says_if_it_is_slow(monkeypatch):
-    for native, why in (True, "as asked for"), (False, "does not multiply bfloat16 natively"):
+    for native in (True, False):
         monkeypatch.setattr(hardware, "cpu_has_bfloat16", lambda native=native: native)
         found = Hardware.find("cpu", "auto", 1, "bf16-mixed")
         assert found.precision == "bf16-mixed"
-        assert why in found.why
+        assert ("32-true" in found.why) is not native  # the faster one
         assert found.emulated is not native
 
 
@@ -45,11 +45,11 @@ def test_a_gpu_is_preferred_and_all_of_them_are_used(monkeypatch, native, precis
 
 def test_hardware_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="trainer.accelerator=gpu: this machine has none"):
+    with pytest.raises(UserError, match="trainer.accelerator=gpu"):
         Hardware.find("gpu", "auto", 1, "auto")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="this machine has 1 GPUs"):
+    with pytest.raises(UserError, match=r"(?=.*trainer\.devices=3)(?=.*\b1\b)"):
         Hardware.find("gpu", "3", 1, "auto")
 
 
@@ -58,10 +58,10 @@ def test_the_gpu_of_a_mac_is_one_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = Hardware.find("auto", "auto", 1, "auto")
     assert (found.accelerator, found.devices, found.precision) == ("mps", 1, "32-true")
-    with pytest.raises(UserError, match="trainer.devices=2: a Mac has one GPU"):
+    with pytest.raises(UserError, match="(?=.*devices=2)(?=.*trainer.accelerator=cpu)"):
         Hardware.find("auto", "2", 1, "auto")
     training._check_strategy("auto", found)
-    with pytest.raises(UserError, match="trainer.strategy=ddp is for several devices"):
+    with pytest.raises(UserError, match="(?=.*strategy=ddp)(?=.*trainer.accelerator=cpu)"):
         training._check_strategy("ddp", found)
 
 
@@ -70,37 +70,43 @@ SRUN = {"SLURM_NTASKS": "6", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "3",
         "SLURM_STEP_ID": "0", "SLURM_PROCID": "4", "SLURM_JOB_NAME": "train"}  # fmt: skip
 
 
-@pytest.mark.parametrize("variables", [TORCHRUN, SRUN], ids=["torchrun", "srun"])
-def test_there_is_a_device_for_each_process_that_a_launcher_started(monkeypatch, variables):
+@pytest.mark.parametrize(
+    ("launcher", "variables"), [("torchrun", TORCHRUN), ("srun", SRUN)], ids=["torchrun", "srun"]
+)
+def test_there_is_a_device_for_each_process_that_a_launcher_started(
+    monkeypatch, launcher, variables
+):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert global_rank() == 4
     for devices, num_nodes in (("auto", 1), ("3", 2)):
         found = Hardware.find("cpu", devices, num_nodes, "auto")
         assert (found.devices, found.num_nodes, found.world_size) == (3, 2, 6)
-    with pytest.raises(UserError, match=r"trainer.devices=2, but \w+ started 3 processes on 2 nod"):
+    with pytest.raises(
+        UserError, match=rf"(?=.*devices=2\b)(?=.*{launcher})(?=.*\b3\b)(?=.*[^=]\b2\b)"
+    ):
         Hardware.find("cpu", "2", 1, "auto")
-    with pytest.raises(UserError, match="trainer.num_nodes=4, but"):
+    with pytest.raises(UserError, match=rf"(?=.*trainer.num_nodes=4\b)(?=.*{launcher})"):
         Hardware.find("cpu", "auto", 4, "auto")
 
 
 @pytest.mark.parametrize(
-    ("missing", "message"),
+    ("missing", "named"),
     [
-        ("SLURM_STEP_ID", "Slurm has 6 tasks for this job: start them with srun"),
-        ("SLURM_NTASKS_PER_NODE", "ask Slurm for --ntasks-per-node=3, not for --ntasks"),
+        ("SLURM_STEP_ID", r"(?=.*\b6\b)(?=.*\bsrun\b)"),
+        ("SLURM_NTASKS_PER_NODE", r"--ntasks-per-node=3\b"),
     ],
 )
 def test_slurm_tasks_that_would_wait_for_each_other_for_ever_are_refused(
-    monkeypatch, missing, message
+    monkeypatch, missing, named
 ):
     for name, value in SRUN.items():
         if name != missing:
             monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=named):
         Hardware.find("cpu", "auto", 1, "auto")
 
 
 def test_several_nodes_need_a_launcher():
-    with pytest.raises(UserError, match="start the processes of several nodes with torchrun or sr"):
+    with pytest.raises(UserError, match="(?=.*trainer.num_nodes=2)(?=.*torchrun)(?=.*srun)"):
         Hardware.find("cpu", "2", 2, "auto")
