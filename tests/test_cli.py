@@ -24,8 +24,8 @@ def run_main(monkeypatch, *words: str) -> int:
 def test_help_lists_the_verbs_with_one_line_each(monkeypatch, capsys):
     assert run_main(monkeypatch, "--help") == 0
     shown = capsys.readouterr().out
-    assert "scaling" in shown
-    assert "Compare runs by size" in shown
+    verbs = ("export", "generate", "playground", "probe", "scaling", "study")
+    assert all(re.search(rf"\b{verb} +\w", shown) for verb in verbs)  # a name, then what it does
 
 
 def test_help_does_not_wait_for_torch_or_matplotlib():
@@ -75,20 +75,26 @@ def test_scaling_is_made_again_from_the_runs_that_it_kept(tmp_path, monkeypatch)
 
 def test_study_names_a_run_that_is_not_there(tmp_path, monkeypatch, capsys):
     assert run_main(monkeypatch, "study", str(tmp_path / "nowhere")) == 2
-    assert "nowhere does not exist: give a run folder" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert str(tmp_path / "nowhere") in err
 
 
 def test_a_mistake_of_the_user_is_one_line_on_stderr_and_exit_code_2(tmp_path, monkeypatch, capsys):
     assert run_main(monkeypatch, "scaling", str(tmp_path)) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("error: no run in ")
+    assert err.startswith("error: ")
+    assert str(tmp_path) in err
     assert err.count("\n") == 1
 
 
 def test_an_unknown_verb_leaves_with_exit_code_2(monkeypatch, capsys):
     assert run_main(monkeypatch, "scalling") == 2
-    assert "No such command 'scalling'" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "scalling" in err
+    assert "scaling" in err  # the verb that was meant
 
 
 def test_ctrl_c_leaves_quietly_with_exit_code_130(tmp_path, monkeypatch, capsys):
@@ -121,7 +127,8 @@ def test_generate_writes_stories_that_the_seed_decides(tiny, monkeypatch, capsys
         assert run_main(monkeypatch, *words, "--prompt", prompt) == 0
         out, err = capsys.readouterr()
         assert out.startswith(prompt)
-        assert ("the model reads its end alone" in err) == bool(prompt)
+        assert err.count("\n") == bool(prompt)  # a warning that names the context, of 16 tokens
+        assert bool(re.search(r"\b16\b", err)) == bool(prompt)
     for dtype in ("float32", "bfloat16"):
         with monkeypatch.context() as patched:
             taken = []
@@ -137,38 +144,40 @@ def test_generate_writes_stories_that_the_seed_decides(tiny, monkeypatch, capsys
     for has_bfloat16 in (True, False):
         monkeypatch.setattr("minigpt.hardware.cpu_has_bfloat16", lambda has=has_bfloat16: has)
         assert run_main(monkeypatch, *words, "--dtype", "bfloat16", "--max-tokens", "1") == 0
-        assert ("--dtype float32 is faster" in capsys.readouterr().err) is not has_bfloat16
-    for wrong, message in WRONG_PROMPTS.items():
+        assert ("--dtype float32" in capsys.readouterr().err) is not has_bfloat16
+    for wrong, names in WRONG_PROMPTS.items():
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a \xff")))
         assert run_main(monkeypatch, *words, "--prompt", wrong) == 2
         out, err = capsys.readouterr()
         assert out == ""
-        assert re.fullmatch(f"error: .*{message}.*\n", err)
+        assert re.fullmatch("error: .*\n", err)
+        assert all(name in err for name in names)
 
 
-WRONG_PROMPTS = {"\udcff": "half of a surrogate pair", "-": "standard input is not UTF-8 .*byte 2"}
+WRONG_PROMPTS = {"\udcff": [r"\udcff"], "-": ["UTF-8", "2"]}
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "names"),
     [
-        ("--top-p 2", "top_p 2.0 must be above 0 and at most 1"),
-        ("--temperature nan", "temperature nan must be 0"),
-        ("--temperature 0 --top-k 5 --min-p 0.1", "leave out --top-k and --min-p"),
-        ("--temperature 0 --n 2", "leave out --n 2"),
-        ("--n -1", "--n -1 must be at least 1"),
-        ("--seed -1", "seed -1 must be between 0"),
-        ("--repetition-penalty nan", "repetition_penalty nan must be from 0.01 to 100"),
-        ("--max-tokens 0", "max_tokens 0 must be at least 1"),
-        ("--min-p 3", "min_p 3.0 must be between 0 and 1"),
-        ("", "does not exist"),
+        ("--top-p 2", ["top_p", "2.0"]),
+        ("--temperature nan", ["temperature", "nan"]),
+        ("--temperature 0 --top-k 5 --min-p 0.1", ["--temperature", "--top-k", "--min-p"]),
+        ("--temperature 0 --n 2", ["--temperature", "--n 2"]),
+        ("--n -1", ["--n", "-1"]),
+        ("--seed -1", ["seed", "-1"]),
+        ("--repetition-penalty nan", ["repetition_penalty", "nan", "0.01", "100"]),
+        ("--max-tokens 0", ["max_tokens"]),
+        ("--min-p 3", ["min_p", "3.0"]),
+        ("", ["nowhere"]),
     ],
 )
-def test_generate_refuses_what_it_cannot_do_in_one_line(options, message, monkeypatch, capsys):
+def test_generate_refuses_what_it_cannot_do_in_one_line(options, names, monkeypatch, capsys):
     assert run_main(monkeypatch, "generate", "nowhere", *options.split()) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert re.fullmatch(f"error: .*{message}.*\n", err)
+    assert re.fullmatch("error: .*\n", err)
+    assert all(name in err for name in names)
 
 
 def test_a_reader_that_leaves_early_ends_generate_without_a_traceback(tiny):

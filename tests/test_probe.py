@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from rich.console import Console
@@ -41,8 +43,9 @@ def test_tables_show_words_ranks_and_reasons(probe):
     console.print(score_table(answers), score_line(answers), sep="\n")
     console.print(word_table("Nearest to [b]king", [("queen", 0.58), ("\n", 0.1)]))
     shown = console.export_text()
-    assert "'tall' is 2 tokens " in shown
-    assert "1 of 2 answers come first, 1 among the first five." in shown
+    assert re.search(r"'tall'.*\b2\b", shown)
+    assert re.search(r"\b1\b\D+\b2\b\D+\b1\b", score_line(answers))
+    assert score_line(answers) in shown
     assert "Nearest to [b]king" in shown
     assert " [b]the\\n " in shown
     assert "0.58" in shown
@@ -70,13 +73,15 @@ def test_probe_prints_tables_writes_the_map_and_explains_split_words(tiny, monke
     capsys.readouterr()
     assert run_main(monkeypatch, "probe", str(run), *words) == 2
     out, err = capsys.readouterr()
-    assert "Nearest to Mom" in out
+    assert re.search(r"\bMom (?!-)", out)
     assert "Mom - was + a" in out
-    assert "No map: only " in out
-    assert err.startswith("error: 'dadaists' is ")
+    assert "map" in out  # why there is none
+    assert not (run / MAP).exists()
+    assert err.startswith("error: ")
+    assert "dadaists" in err
     assert err.count("\n") == 1
     assert run_main(monkeypatch, "probe", str(run)) == 0
-    assert "of 0 answers come first" in capsys.readouterr().out
+    assert re.search(r"\b0\b\D+\b0\b", capsys.readouterr().out)
 
 
 def test_probe_writes_the_map_into_the_run_or_elsewhere(tmp_path, probe, monkeypatch, capsys):
@@ -95,4 +100,4 @@ def test_probe_writes_the_map_into_the_run_or_elsewhere(tmp_path, probe, monkeyp
     assert run_main(monkeypatch, "probe", "release") == 0
     assert (tmp_path / MAP).is_file()
     assert not released.exists()
-    assert "Wrote " in capsys.readouterr().out
+    assert MAP in capsys.readouterr().out

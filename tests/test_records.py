@@ -33,14 +33,14 @@ def test_a_run_that_has_written_nothing_yet_has_no_rows_samples_or_summary(tmp_p
 @pytest.mark.parametrize("damage", ["60,nonsense\n", "1,2,3,4,5,6,7,8,9\n", ",1,,,,,,\n", "60,1\n"])
 def test_a_damaged_row_is_named_by_file_and_line(tmp_path, damage):
     (tmp_path / "metrics.csv").write_text(HEADER + ROWS + damage + ROWS)
-    with pytest.raises(UserError, match=r"metrics\.csv, line 6: expected a row"):
+    with pytest.raises(UserError, match=r"metrics\.csv\b.*\b6\b"):
         read_metrics(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"step": 1}'])
 def test_a_damaged_sample_is_named_by_file_and_line(tmp_path, damage):
     (tmp_path / "samples.jsonl").write_text(damage + "\n")
-    with pytest.raises(UserError, match=r"samples\.jsonl, line 1: expected a sample"):
+    with pytest.raises(UserError, match=r"samples\.jsonl\b.*\b1\b"):
         read_samples(tmp_path)
 
 
