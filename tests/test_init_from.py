@@ -1,6 +1,7 @@
 """A run that begins with the weights and the tokenizer of another: `init_from`."""
 
 import dataclasses
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -69,7 +70,7 @@ def test_it_learns_and_keeps_the_tokenizer_on_other_stories(
     assert told["weights"] == weights_fingerprint(Run.open(parent).load_net())
     assert (told["name"], told["tokens"]) == ("parent", 1280)
     log = (child / "train.log").read_text(encoding="utf-8")
-    assert "of parent, which have seen 1.28k tokens; its tokenizer" in log
+    assert re.search(r"(?=.*\bparent\b).*\b1\.28k\b", log)
 
 
 def test_it_goes_on_after_a_stop_though_the_other_is_gone(
@@ -97,7 +98,7 @@ def test_an_export_tells_of_both_and_is_a_start_itself(
     export(Run.open(child), out, ExportConfig("safetensors"))
     seen = read_checkpoint(Run.open(child).checkpoint)["global_step"] * 64
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert f"| 1,280 (as parent) + {seen:,} |" in card
+    assert re.search(rf"\| 1,280 .*\bparent\b.* {seen:,} \|", card)
     for path in out.iterdir():
         assert str(tmp_path).encode() not in path.read_bytes(), path.name
 
@@ -123,7 +124,7 @@ def test_a_checkpoint_that_is_not_the_best_is_told_by_its_file(tiny: list[str], 
     child = train(composed([*tiny, f"init_from={last}", "name=child"]))
     assert read_summary(child)["init_from"]["path"] == "runs/parent/checkpoints/last.ckpt"
     line = read_run(child).line
-    assert line == "text of train.txt, vocabulary 300, 2.56k tokens, muon, from parent"
+    assert all(name in line for name in ("train.txt", "300", "2.56k", "muon", "parent"))
 
 
 def test_the_card_tells_of_the_data_of_both(tiny: list[str], parent: Path, tmp_path: Path):
@@ -135,8 +136,8 @@ def test_the_card_tells_of_the_data_of_both(tiny: list[str], parent: Path, tmp_p
     out = tmp_path / "out"
     export(Run.open(child), out, ExportConfig("safetensors"))
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert "Trained on the 14,849 stories" in card
-    assert "Then trained on texts of whoever made it" in card
+    assert "14,849" in card
+    assert "texts" in card
     assert "license: " not in card
     assert read_run(child).epochs == pytest.approx(1280 / read_summary(child)["train_tokens"])
     summary.unlink()
@@ -144,22 +145,22 @@ def test_the_card_tells_of_the_data_of_both(tiny: list[str], parent: Path, tmp_p
     assert read_summary(alone)["init_from"]["seconds"] is None
     export(Run.open(alone), out, ExportConfig("safetensors"))
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert "| an unknown time (as parent) + " in card
+    assert re.search(r"\|.* unknown .*\bparent\b.*\|", card)
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
+    ("key", "value", "named"),
     [
-        (None, "large", "init_from is not an object"),
-        (None, {"name": "x"}, "init_from.path is not set"),
-        ("tokens", "5", "init_from.tokens='5': expected a whole number"),
-        ("tokens", -5, "fewer than no tokens"),
-        ("name", "a\n```", "cannot be printed on one line"),
-        ("commands", [["rm", "-rf", "x"]], "a command that is not python train.py"),
+        (None, "large", "init_from"),
+        (None, {"name": "x"}, "init_from.path"),
+        ("tokens", "5", "init_from.tokens"),
+        ("tokens", -5, "init_from.*tokens"),
+        ("name", "a\n```", "init_from"),
+        ("commands", [["rm", "-rf", "x"]], "init_from.*python train.py"),
     ],
 )
 def test_a_summary_that_no_run_wrote_is_one_line(
-    tiny: list[str], parent: Path, key: str | None, value: object, message: str
+    tiny: list[str], parent: Path, key: str | None, value: object, named: str
 ):
     summary = read_summary(parent)
     whole = dataclasses.asdict(
@@ -169,8 +170,9 @@ def test_a_summary_that_no_run_wrote_is_one_line(
     write_json(parent / "summary.json", summary | {"init_from": whole})
     assert read_run(parent).tokens == 1285
     write_json(parent / "summary.json", summary | {"init_from": changed})
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=rf"(?=.*summary\.json)(?=.*{named})") as error:
         read_run(parent)
+    assert str(error.value).isprintable()  # and so one line
 
 
 def test_the_scaling_study_counts_all_tokens_and_compares_it_with_its_like_alone(
@@ -181,22 +183,28 @@ def test_the_scaling_study_counts_all_tokens_and_compares_it_with_its_like_alone
         run = read_run(folder)
         assert run.tokens == 2560
         assert [tokens for tokens, _ in run.curve] == [1280 + 640, 1280 + 1280]
-        assert run.line == "text of train.txt, vocabulary 300, 2.56k tokens, muon, from parent"
+        assert all(name in run.line for name in ("train.txt", "300", "2.56k", "muon", "parent"))
 
 
 @pytest.mark.parametrize(
-    ("typed", "message"),
+    ("typed", "named"),
     [
-        (["model.d_model=32"], "of another shape .*: type model=small or model.d_model=16"),
-        (["model.embedding_scale=1.0"], "of another shape .* model.embedding_scale=null"),
-        (["init_from=nowhere"], "nowhere does not exist"),
-        (["init_from=''"], "init_from is empty: type init_from=releases/large"),
+        (
+            ["model.d_model=32"],
+            r"(?=.*init_from=.*parent)(?=.*model=small\b)(?=.*model\.d_model=16)",
+        ),
+        (
+            ["model.embedding_scale=1.0"],
+            r"(?=.*init_from=.*parent)(?=.*model\.embedding_scale=null)",
+        ),
+        (["init_from=nowhere"], "nowhere"),
+        (["init_from=''"], "init_from=releases/large"),
     ],
 )
 def test_what_does_not_fit_is_told_before_anything_is_made(
-    tiny: list[str], parent: Path, typed: list[str], message: str
+    tiny: list[str], parent: Path, typed: list[str], named: str
 ):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=named):
         train(composed([*tiny, f"init_from={parent}", "name=child", *typed]))
     assert not (parent.parent / "child").exists()
 
@@ -209,7 +217,7 @@ def test_the_context_may_be_another(tiny: list[str], parent: Path):
 def test_a_run_that_began_with_random_weights_does_not_go_on_with_others(
     tiny: list[str], parent: Path
 ):
-    with pytest.raises(UserError, match=r"was begun with init_from=null, not .*parent: type that"):
+    with pytest.raises(UserError, match=r"(?=.*init_from=null)(?=.*/parent\b)"):
         train(composed([*tiny, "name=parent", "resume=auto", f"init_from={parent}"]))
 
 
@@ -221,15 +229,15 @@ def test_the_mean_with_what_a_run_began_with(tiny: list[str], parent: Path, tmp_
     for name, weight in nets[2].items():
         torch.testing.assert_close(weight, (nets[0][name] + nets[1][name]) / 2)
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert "| float32, the average of the final ones and those of parent |" in card
+    assert re.search(r"\| float32\b.* parent \|", card)
     assert "minigpt export runs/continued out --format safetensors --average\n" in card
 
-    with pytest.raises(UserError, match="began with random ones, or is an export: leave it out"):
+    with pytest.raises(UserError, match="--average"):
         export(Run.open(parent), tmp_path / "other", mean)
-    with pytest.raises(UserError, match="began with random ones, or is an export: leave it out"):
+    with pytest.raises(UserError, match="--average"):
         export(Run.open(out), tmp_path / "other", mean)
     shutil.rmtree(parent)
     train(composed([*tiny, "name=parent", "seed=2"]), size="small")
-    with pytest.raises(UserError, match="is no longer what the run began with"):
+    with pytest.raises(UserError, match="(?=.*parent)(?=.*--average)"):
         export(Run.open(child), tmp_path / "other", mean)
     assert not (tmp_path / "other").exists()

@@ -66,7 +66,7 @@ def test_a_run_that_a_scheduler_stops_goes_on_by_the_same_command(
         last = read_checkpoint(folder / "checkpoints/last.ckpt")
         assert last["global_step"] == summary["steps"]
         assert (folder / "report.html").is_file()
-        assert f"go on with: python train.py resume={folder}" in training.said()
+        assert f"python train.py resume={folder}" in training.said()
     assert (tmp_path / "asked").read_text() == "requeue 7\n"  # once: after SIGTERM Slurm does it
     training = Training(command, place / "stopped.txt", slurm)
     assert training.wait() == 0, training.said()
@@ -80,12 +80,13 @@ def test_a_run_that_is_started_twice_is_trained_once(place: Path):
     second = Training(command, place / "second.txt")
     assert second.wait() == 2
     assert second.said().startswith("error: ")
-    assert "is being trained by another process: wait for it" in second.said()
+    assert str(place / "runs/twice") in second.said()
+    assert "name=" in second.said()
     first.send(signal.SIGKILL)
     first.wait()
     third = Training([*command, "budget.tokens=99999"], place / "third.txt")
     assert third.wait() == 2
-    assert "was begun with budget.tokens=10240, not 99999: type that, or" in third.said()
+    assert all(name in third.said() for name in ("budget.tokens=10240", "99999", "name="))
 
 
 class Disk:
@@ -134,8 +135,8 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(place: Pat
     disk.fill(training, runs / "full/checkpoints/last-1.ckpt")
     assert training.wait() == 2, training.said()
     (error,) = [line for line in training.said().splitlines() if line.startswith("error: ")]
-    assert f"cannot write {runs / 'full'}" in error
-    assert f"make room there, then go on with python train.py resume={runs / 'full'}" in error
+    assert error.count(str(runs / "full")) >= 2  # what it could not write, and how to go on:
+    assert f"python train.py resume={runs / 'full'}" in error
     assert "Traceback" not in training.said()
     assert all(map(is_whole, last_checkpoints(runs / "full")))
     assert read_checkpoint(last_checkpoints(runs / "full")[0])["global_step"] >= 16
@@ -168,8 +169,8 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_used(
     content[len(content) // 2] ^= 8
     last.write_bytes(content[:-1000] if damage == "cut short" else content)
     train(composed([f"resume={killed}"]))
-    assert f"{last} is damaged" in caplog.text
-    assert "going on from" in (killed / "train.log").read_text(encoding="utf-8")
+    assert str(last) in caplog.text
+    assert f"{last.with_name('last-1.ckpt')}" in (killed / "train.log").read_text(encoding="utf-8")
     assert_same(killed, whole)
 
 
@@ -181,7 +182,7 @@ def test_weights_that_an_update_ruined_are_not_kept(
             torch.nn.init.constant_(self.net.final_norm.weight, torch.nan)
 
     monkeypatch.setattr("minigpt.module.GPTModule.configure_gradient_clipping", poison)
-    with pytest.raises(UserError, match=r"weights became nan .* at step 16 .* try optimizer\.lr="):
+    with pytest.raises(UserError, match=r"(?=.*\bnan\b)(?=.*\b16\b)(?=.*optimizer\.lr=)"):
         train(composed([*tiny, "callbacks.checkpoint_steps=1", "name=ruined"]))
     folder = Path(composed(tiny).runs_dir) / "ruined"
     kept = [read_checkpoint(path) for path in last_checkpoints(folder)]
@@ -217,7 +218,7 @@ def test_auto_goes_on_with_the_run_of_that_name_or_begins_it(
 
 
 def test_auto_needs_a_name_to_look_for(tiny: list[str]):
-    with pytest.raises(UserError, match="resume=auto goes on with the run of that name: add name="):
+    with pytest.raises(UserError, match=r"(?=.*resume=auto)(?=.*\bname=)"):
         train(composed([*tiny, "resume=auto"]))
 
 
@@ -256,7 +257,7 @@ def test_a_run_that_is_resumed_while_wandb_is_away_goes_on_offline(place: Path):
     command = [*overrides(place), "logger=wandb", "name=away", "resume=auto", "budget.tokens=640"]
     training = Training(command, place / "away.txt", variables)
     assert training.wait() == 0, training.said()
-    assert "W&B        no answer: " in training.said()
+    assert server.url in training.said()
     assert list((folder / "wandb").glob("offline-run-*-abcd1234"))
 
 

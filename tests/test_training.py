@@ -64,7 +64,6 @@ def test_a_share_of_the_peak_above_one_is_doubted_once(
     monkeypatch.setattr("minigpt.training.matmul_peak", lambda *_: peak)
     folder = train(composed(tiny))
     log = (folder / "train.log").read_text(encoding="utf-8")
-    assert log.count("while this machine was busy: delete ") == lines
     assert log.count("matmul_peak.json") == lines
 
 
@@ -158,7 +157,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
             torch.nn.init.constant_(self.net.final_norm.weight, math.nan)
 
     monkeypatch.setattr("minigpt.module.GPTModule.on_train_batch_start", poison)
-    with pytest.raises(UserError, match="loss became nan at step 15 .* try optimizer.lr="):
+    with pytest.raises(UserError, match=r"(?=.*\bnan\b)(?=.*\b15\b)(?=.*optimizer\.lr=)"):
         train(composed([*tiny, "name=diverged"]))
     folder = Path(composed(tiny).runs_dir) / "diverged"
     assert read_summary(folder)["status"] == "failed"
@@ -179,7 +178,7 @@ def test_two_runs_of_the_same_second_do_not_share_a_folder(
 
 def test_a_folder_without_a_checkpoint_is_not_to_be_gone_on_with(tiny: list[str], tmp_path: Path):
     (tmp_path / "runs/empty").mkdir(parents=True)
-    with pytest.raises(UserError, match="no checkpoint, so delete it or type resume=auto"):
+    with pytest.raises(UserError, match="(?=.*runs/empty)(?=.*resume=auto)"):
         train(composed([*tiny, "name=empty"]))
     train(composed([*tiny, "name=empty", "resume=auto"]))
 
@@ -188,7 +187,7 @@ def test_a_logger_that_is_not_installed_leaves_no_folder(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("minigpt.loggers.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="logger=tensorboard needs another package"):
+    with pytest.raises(UserError, match=r"(?=.*logger=tensorboard)(?=.*\[tensorboard\])"):
         train(composed([*tiny, "logger=tensorboard"]))
     assert not (tmp_path / "runs").exists()
 
@@ -196,7 +195,7 @@ def test_a_logger_that_is_not_installed_leaves_no_folder(
 def test_a_name_that_is_taken_is_refused(tiny: list[str], tmp_path: Path):
     (tmp_path / "runs/mine/checkpoints").mkdir(parents=True)
     (tmp_path / "runs/mine/checkpoints/last.ckpt").write_text("")
-    with pytest.raises(UserError, match="exists: go on with it by resume="):
+    with pytest.raises(UserError, match="resume=.*runs/mine"):
         train(composed([*tiny, "name=mine"]))
 
 
@@ -214,7 +213,7 @@ def test_float16_on_cpu_runs_and_the_log_says_what_it_became(tiny: list[str]):
     folder = train(composed([*tiny, "trainer.precision=16-mixed"]))
     log = (folder / "train.log").read_text(encoding="utf-8")
     became = "bf16-mixed" if cpu_has_bfloat16() else "32-true"
-    assert f"{became}: 16-mixed was asked for" in log
+    assert re.search(rf"\b{became}\b.*\b16-mixed\b", log)
 
 
 def test_tensorboard_is_one_override_away(tiny: list[str]):
@@ -238,26 +237,27 @@ def test_the_end_is_kept_when_a_checkpoint_is_due_there_and_validation_is_not(ti
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("overrides", "names"),
     [
-        (["+foo=1"], "unknown setting 'foo'"),
-        (["model.d_model=100", "model.n_heads=8"], "d_model 100 is not divisible by n_heads 8"),
-        (["budget=3"], "budget=3: a group of settings; type budget.<setting>=<value>"),
-        (["budget.tokens=100"], "less than one step of 2,048 tokens: type budget.tokens=2048"),
-        (["budget.tokens=1e6"], "warm-up of 500 steps does not fit the budget, which is 488 steps"),
-        (["trainer.max_steps=100"], "type budget.tokens=204800 instead"),
-        (["trainer.max_epochs=3"], "trainer.max_epochs=3: the length of a run is set in tokens"),
-        (["resume=runs/absent"], "does not exist: give a run folder"),
-        (["name=../x"], "is a folder's name under runs_dir, not a path"),
+        (["+foo=1"], ["foo"]),
+        (["model.d_model=100", "model.n_heads=8"], ["d_model", "100", "n_heads"]),
+        (["budget=3"], ["budget=3", "budget."]),
+        (["budget.tokens=100"], ["2,048", "budget.tokens=2048"]),
+        (["budget.tokens=1e6"], ["500", "488", "optimizer.warmup_steps", "budget.tokens"]),
+        (["trainer.max_steps=100"], ["trainer.max_steps=100", "budget.tokens=204800"]),
+        (["trainer.max_epochs=3"], ["trainer.max_epochs=3", "budget.tokens"]),
+        (["resume=runs/absent"], ["runs/absent"]),
+        (["name=../x"], ["name", "../x", "runs_dir"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_does_not_fit_together_is_said_before_anything_is_written(
-    overrides: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    overrides: list[str], names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=re.escape(message)):
+    with pytest.raises(UserError) as error:
         train(composed(overrides))
+    assert all(name in str(error.value) for name in names)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -312,7 +312,7 @@ def test_a_run_whose_stories_changed_is_not_resumed(
 ):
     stopped = stopped_at(5, monkeypatch, tiny)
     write_stories(tmp_path / "train.txt", 300, 9)
-    with pytest.raises(UserError, match="cannot go on here, as its .*train_tokens"):
+    with pytest.raises(UserError, match="train_tokens"):
         train(composed([f"resume={stopped}"]))
 
 
@@ -325,7 +325,7 @@ def test_weights_that_are_not_finite_are_never_kept(
 
     monkeypatch.setattr("minigpt.module.GPTModule.on_validation_epoch_start", poison)
     kept = [text for text in tiny if not text.startswith("callbacks.")]
-    with pytest.raises(UserError, match="the validation loss became nan at step 10"):
+    with pytest.raises(UserError, match=r"(?=.*\bnan\b)(?=.*\b10\b)"):
         train(composed([*kept, f"callbacks={callbacks}", "name=nan"]))
     assert not list(Path(composed(tiny).runs_dir).glob("nan/checkpoints/*"))
 
