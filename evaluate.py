@@ -6,8 +6,8 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from minigpt.config import UserError, build
-from minigpt.entry import one_line_errors, run_app
+from minigpt.cli.hydra_errors import one_line_errors, run_app
+from minigpt.core.settings import UserError, build
 
 CONF = Path(__file__).parent / "conf"
 
@@ -19,10 +19,10 @@ def main(config: DictConfig) -> None:
             raise UserError("give the run to evaluate: python evaluate.py ckpt=runs/<name>")
         from rich.console import Console
 
-        from minigpt.console import console  # for progress; what was found goes to stdout
-        from minigpt.evaluation import EvaluationConfig, evaluate, evaluation_name  # torch
-        from minigpt.evaluation_tables import show
-        from minigpt.runs import REPORT, Run
+        from minigpt.cli.tables import show
+        from minigpt.core.console import console
+        from minigpt.evaluation import EvaluationConfig, evaluate, evaluation_name
+        from minigpt.runs.folder import REPORT, Run
 
         settings: Any = OmegaConf.to_container(config, resolve=True)
         run, out = Run.open(str(settings.pop("ckpt"))), settings.pop("out")

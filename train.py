@@ -9,8 +9,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from minigpt.config import UserError
-from minigpt.entry import one_line_errors, run_app
+from minigpt.cli.hydra_errors import one_line_errors, run_app
+from minigpt.core.settings import UserError
 
 CONF = Path(__file__).parent / "conf"
 
@@ -32,7 +32,7 @@ def main(config: DictConfig) -> None:
     with one_line_errors():
         if config.resume not in (None, "auto") and typed:
             raise UserError(f"resume goes on with the settings of that run: leave out {typed[0]}")
-        from minigpt.training import train  # imports torch, which a mistake need not wait for
+        from minigpt.training.loop import train
 
         train(config, size=size)
 

@@ -25,9 +25,14 @@ import transformers
 from torch import Tensor
 from training import write_json
 
-from minigpt import native
-from minigpt.generation import SamplingConfig, generate, sample, seeded_generator
-from minigpt.hardware import cpu_has_bfloat16
+from minigpt.core.hardware import cpu_has_bfloat16
+from minigpt.generation.sampling import (
+    SamplingConfig,
+    generate,
+    sample,
+    seeded_generator,
+)
+from minigpt.kernels import decode
 from minigpt.model import GPT, GPTConfig
 
 PROMPT = 16  # tokens; the prompt and what follows fill the context, and no more: GPT-2 cannot
@@ -35,8 +40,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PEER = list(DTYPES)
 if not cpu_has_bfloat16():  # PyTorch emulates it there, at a hundredth of the speed
     del PEER[1]
-if native.library() is None:
-    raise SystemExit("error: this compares decoding.c as well: install a C compiler")
+if decode.library() is None:
+    raise SystemExit("error: this compares decode.c as well: install a C compiler")
 Candidate = Callable[[], int]  # writes tokens, and says how many
 
 
@@ -51,7 +56,7 @@ def ours(net: GPT, batch: int, prompt: int, new: int) -> Candidate:
 
 def by_pytorch(candidate: Candidate) -> Candidate:
     def write() -> int:
-        with patch.object(native, "library", return_value=None):
+        with patch.object(decode, "library", return_value=None):
             return candidate()
 
     return write

@@ -22,8 +22,8 @@ from typing import Any
 
 from training import peak_memory, write_json
 
-from minigpt.corpus import Corpus, bundled_sample
-from minigpt.preparation import DataConfig, prepare_split, prepare_tokenizer
+from minigpt.data.preparation import DataConfig, prepare_split, prepare_tokenizer
+from minigpt.data.sources import Corpus, bundled_sample
 
 
 def main() -> None:

@@ -120,11 +120,12 @@ def curves() -> dict[str, float]:
 def _losses(fast: bool) -> list[float]:
     import torch
 
-    from minigpt.data import DataConfig, DataModule
-    from minigpt.fast import accelerate
+    from minigpt.data.datamodule import DataModule
+    from minigpt.data.preparation import DataConfig
+    from minigpt.kernels.cpu import accelerate
+    from minigpt.kernels.microbatch import sharded_loss
     from minigpt.model import GPT
-    from minigpt.optimizers import OptimizerConfig, lr_factor, make_optimizer
-    from minigpt.shards import sharded_loss
+    from minigpt.training.optim import OptimizerConfig, lr_factor, make_optimizer
 
     data = DataModule(DataConfig(batch_size=8), 256, n_steps=STEPS, seed=1)
     data.setup("fit")

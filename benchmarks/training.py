@@ -58,11 +58,11 @@ def _ours(d_model: int, batch: int, context: int, precision: str, name: Any = "a
     """A step of this project, with the peer's optimizer or its own."""
     import torch
 
-    from minigpt.fast import accelerate
-    from minigpt.hardware import keep_freed_memory
+    from minigpt.core.hardware import keep_freed_memory
+    from minigpt.kernels.cpu import accelerate
+    from minigpt.kernels.microbatch import sharded_loss
     from minigpt.model import GPT
-    from minigpt.optimizers import OptimizerConfig, make_optimizer
-    from minigpt.shards import sharded_loss
+    from minigpt.training.optim import OptimizerConfig, make_optimizer
 
     keep_freed_memory()
     net = accelerate(GPT(shape_of(d_model, context)))
@@ -182,7 +182,7 @@ def peak_flops(candidate: Candidate) -> float:
 
 def precisions() -> list[str]:
     """What this CPU multiplies natively; the last is the fastest."""
-    from minigpt.hardware import cpu_has_bfloat16
+    from minigpt.core.hardware import cpu_has_bfloat16
 
     return ["float32", "bf16"] if cpu_has_bfloat16() else ["float32"]
 

@@ -24,18 +24,20 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from minigpt.config import UserError, build
-from minigpt.corpus import bundled_sample
-from minigpt.data import DataConfig, TokenWindows, open_corpus, prepare_split
-from minigpt.embeddings import EmbeddingProbe, SplitWordError
-from minigpt.fast import accelerate
-from minigpt.generation import SamplingConfig, generate_stories
-from minigpt.hardware import Hardware
+from minigpt.analysis.embeddings import EmbeddingProbe, SplitWordError
+from minigpt.analysis.repetition import Repetition, measure
+from minigpt.core.files import write_json
+from minigpt.core.hardware import Hardware
+from minigpt.core.settings import UserError, build
+from minigpt.data.preparation import DataConfig, open_corpus, prepare_split, with_cache_here
+from minigpt.data.sources import bundled_sample
+from minigpt.data.windows import TokenWindows
+from minigpt.generation.sampling import SamplingConfig, generate_stories
+from minigpt.kernels.cpu import accelerate
 from minigpt.model import GPT, IGNORE_INDEX, perplexity
-from minigpt.preparation import with_cache_here
-from minigpt.records import read_summary
-from minigpt.repetition import Repetition, measure
-from minigpt.runs import EVALUATION, Run, weights_fingerprint, write_json
+from minigpt.runs.checkpoint import weights_fingerprint
+from minigpt.runs.folder import EVALUATION, Run
+from minigpt.runs.records import read_summary
 from minigpt.tokenizer import Tokenizer
 
 log = logging.getLogger("minigpt")

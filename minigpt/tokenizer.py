@@ -19,8 +19,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from minigpt.config import UserError
-from minigpt.untrusted import parse_json, read_text
+from minigpt.core.files import parse_json, read_text
+from minigpt.core.settings import UserError
 
 END_OF_TEXT = "<|endoftext|>"  # the token; a separator in text files is corpus.py's affair
 MIN_VOCAB_SIZE = 257  # the 256 bytes and END_OF_TEXT

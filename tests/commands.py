@@ -15,8 +15,12 @@ from tests.conftest import ROOT
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    [f"minigpt.{name}" for name in ("training", "evaluation", "export", "study", "scaling", "cli")]
-    + ["minigpt.entry", "hydra._internal.hydra", "hydra.main", "omegaconf.grammar_visitor"]
+    [
+        *("minigpt.training.loop", "minigpt.evaluation", "minigpt.exporting.export"),
+        *("minigpt.analysis.study", "minigpt.scaling.study", "minigpt.cli.app"),
+        *("minigpt.cli.hydra_errors", "hydra._internal.hydra", "hydra.main"),
+        "omegaconf.grammar_visitor",
+    ]
 )
 
 
@@ -53,8 +57,8 @@ def _start(program: str, arguments: list[str], cwd: Path, streams: list[Path]) -
     os.chdir(cwd)
     sys.argv = [program, *arguments]
     if program == "minigpt":
-        from minigpt import cli
+        from minigpt.cli import app
 
-        cli.main()
+        app.main()
     else:
         runpy.run_path(str(ROOT / program), run_name="__main__")

@@ -10,9 +10,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from minigpt import native
-from minigpt.config import build
-from minigpt.job import Job
+from minigpt.core.settings import build
+from minigpt.kernels import decode
+from minigpt.training.config import Job
 
 # Nets this small are slower on two threads than on one, most of all beside other work.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -37,15 +37,15 @@ def write_stories(path: Path, n: int, seed: int) -> Path:
     return path
 
 
-@pytest.fixture(params=["decoding.c", "PyTorch"])
+@pytest.fixture(params=["decode.c", "PyTorch"])
 def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to decode, one after the other."""
     if request.param == "PyTorch":
-        monkeypatch.setattr(native, "library", lambda: None)
-    elif native.compiler() is None:
+        monkeypatch.setattr(decode, "library", lambda: None)
+    elif decode.compiler() is None:
         pytest.skip("no C compiler")
     else:
-        assert native.library() is not None
+        assert decode.library() is not None
     return request.param
 
 

@@ -90,13 +90,13 @@ def _train(
     os.dup2(file, 2)
     os.chdir(ROOT)
     os.environ.update(variables)
-    from minigpt import recovery
-    from minigpt.module import GPTModule
+    from minigpt.training import checkpointing
+    from minigpt.training.module import GPTModule
 
     memory = np.memmap(shared, np.int32, "r+", shape=2)
     _mark(memory, GPTModule, "optimizer_step", STEP)
     _mark(memory, GPTModule, "validation_step", VALIDATION)
-    _mark(memory, recovery, "write_checkpoint", CHECKPOINT)
+    _mark(memory, checkpointing, "write_checkpoint", CHECKPOINT)
     if before is not None:
         before()
     sys.argv = ["train.py", *arguments]

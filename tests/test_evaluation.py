@@ -12,9 +12,11 @@ import torch.nn.functional as F
 import yaml
 from rich.console import Console
 
-from minigpt import hardware
-from minigpt.config import UserError, build
-from minigpt.data import DataConfig, TokenWindows
+from minigpt.cli.tables import show
+from minigpt.core import hardware
+from minigpt.core.settings import UserError, build
+from minigpt.data.preparation import DataConfig
+from minigpt.data.windows import TokenWindows
 from minigpt.evaluation import (
     EvaluationConfig,
     Loss,
@@ -24,9 +26,8 @@ from minigpt.evaluation import (
     windows,
     write_stories,
 )
-from minigpt.evaluation_tables import show
 from minigpt.model import GPT, GPTConfig
-from minigpt.runs import Run
+from minigpt.runs.folder import Run
 from minigpt.tokenizer import Tokenizer
 from tests import commands
 from tests.conftest import naming

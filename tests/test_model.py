@@ -5,7 +5,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minigpt.model import GPT, GPTConfig, KVCache, attend, sinusoids
+from minigpt.model import (
+    GPT,
+    GPTConfig,
+    KVCache,
+    attend,
+    sinusoids,
+)
 from tests.conftest import naming
 
 SIZES = {

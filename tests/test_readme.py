@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from minigpt.scaling_runs import read_run
-from minigpt.training import train
+from minigpt.scaling.results import read_run
+from minigpt.training.loop import train
 from tests.commands import run
 from tests.conftest import ROOT, composed, write_stories
 

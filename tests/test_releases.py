@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from minigpt.generation import SamplingConfig, stream_text
-from minigpt.records import origin, read_summary
-from minigpt.runs import Run, weights_fingerprint
+from minigpt.generation.sampling import SamplingConfig, stream_text
+from minigpt.runs.checkpoint import weights_fingerprint
+from minigpt.runs.folder import Run
+from minigpt.runs.provenance import origin
+from minigpt.runs.records import read_summary
+from tests.cli.test_app import run_main
 from tests.conftest import ROOT, job
-from tests.test_cli import run_main
 
 RELEASES = sorted(path.parent for path in ROOT.glob("releases/*/model.safetensors"))
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minigpt.config import UserError
+from minigpt.core.settings import UserError
 from minigpt.tokenizer import END_OF_TEXT, Tokenizer
 from tests.conftest import naming
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from minigpt.corpus import bundled_sample
-from minigpt.training import train
+from minigpt.data.sources import bundled_sample
+from minigpt.training.loop import train
 from tests.conftest import composed
 
 # Python reads this at its start: whatever reaches out of the machine is noted in a file.
@@ -109,7 +109,7 @@ def playground(arguments: list[str], folder: Path) -> Iterator[Served]:
     outbound = folder / "outbound.txt"
     environment = os.environ | {"PYTHONPATH": str(folder), "OUTBOUND": str(outbound)}
     environment.pop("GRADIO_ANALYTICS_ENABLED", None)  # the page has to say so itself
-    command = [sys.executable, "-m", "minigpt.cli", "playground", *arguments, "--port", "0"]
+    command = [sys.executable, "-m", "minigpt.cli.app", "playground", *arguments, "--port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None
     lines: queue.Queue[str] = queue.Queue()

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from minigpt.records import read_metrics, read_summary
-from minigpt.runs import Run
+from minigpt.runs.folder import Run
+from minigpt.runs.records import read_metrics, read_summary
 from tests.conftest import ROOT, write_stories
 from tests.extra.slurm_cluster import free_port, slurm, slurm_cluster, wait_for
 

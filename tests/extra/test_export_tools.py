@@ -14,12 +14,12 @@ import torch
 import yaml
 from gguf import GGUFReader
 
-from minigpt.config import build
+from minigpt.core.settings import build
 from minigpt.evaluation import EvaluationConfig, evaluate
-from minigpt.export import ExportConfig, export
-from minigpt.generation import SamplingConfig, generate_stories
-from minigpt.runs import Run
-from minigpt.training import train
+from minigpt.exporting.export import ExportConfig, export
+from minigpt.generation.sampling import SamplingConfig, generate_stories
+from minigpt.runs.folder import Run
+from minigpt.training.loop import train
 from tests.conftest import composed, tiny_overrides
 
 CONTEXT = 16

@@ -11,16 +11,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minigpt.config import UserError, build, one_line
-from minigpt.corpus import read_stories
-from minigpt.export import ExportConfig, export
-from minigpt.job import Job
-from minigpt.loggers import MetricsCsv
-from minigpt.records import read_metrics, read_samples, read_summary
-from minigpt.runs import Run, is_whole, load_net, read_config
-from minigpt.scaling_runs import read_run
+from minigpt.core.settings import UserError, build, one_line
+from minigpt.data.sources import read_stories
+from minigpt.exporting.export import ExportConfig, export
+from minigpt.runs.checkpoint import is_whole, load_net
+from minigpt.runs.folder import Run, read_config
+from minigpt.runs.records import read_metrics, read_samples, read_summary
+from minigpt.scaling.results import read_run
 from minigpt.tokenizer import Tokenizer
-from minigpt.training import train
+from minigpt.training.config import Job
+from minigpt.training.loggers import MetricsCsv
+from minigpt.training.loop import train
 from tests.conftest import composed, tiny_overrides
 
 SECONDS = 30  # for each kind of file

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minigpt.records import Row, read_metrics
+from minigpt.runs.records import Row, read_metrics
 from tests.conftest import ROOT, tiny_overrides
 
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py"]

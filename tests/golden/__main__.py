@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minigpt.hardware import cpu_has_bfloat16
+from minigpt.core.hardware import cpu_has_bfloat16
 from tests.golden import values
 from tests.golden.values import CURVES, HERE, RELEASES, digest
 

@@ -19,13 +19,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from minigpt import native
-from minigpt.decoding import Decoder
 from minigpt.evaluation import EvaluationConfig, StoriesConfig, evaluate
-from minigpt.generation import SamplingConfig, stream_text
-from minigpt.records import read_metrics
-from minigpt.runs import Run, last_checkpoint, read_checkpoint
-from minigpt.training import train
+from minigpt.generation.decoder import Decoder
+from minigpt.generation.sampling import SamplingConfig, stream_text
+from minigpt.kernels import decode
+from minigpt.runs.checkpoint import read_checkpoint
+from minigpt.runs.folder import Run, last_checkpoint
+from minigpt.runs.records import read_metrics
+from minigpt.training.loop import train
 from tests.conftest import ROOT, composed
 
 HERE = Path(__file__).parent
@@ -85,25 +86,25 @@ def forward_logits(name: str) -> Tensor:
 
 @torch.inference_mode()
 def decoded_logits(name: str) -> Tensor:
-    """Logits (2, 8, 3000) of the last eight of `fixed_ids`, decoded one by one by decoding.c."""
+    """Logits (2, 8, 3000) of the last eight of `fixed_ids`, decoded one by one by decode.c."""
     ids, net = fixed_ids(), release(name).load_net()
     decoder = Decoder(net, list(ids[:, :-8]))
     return torch.stack([decoder.read(new) for new in ids[:, -8:].unbind(1)], dim=1)
 
 
 def has_c_backend() -> bool:
-    """Whether decoding.c can be compiled here."""
-    return native.library() is not None
+    """Whether decode.c can be compiled here."""
+    return decode.library() is not None
 
 
 @contextlib.contextmanager
 def torch_backend() -> Iterator[None]:
     """Decode with PyTorch alone."""
-    before, native.library = native.library, lambda: None
+    before, decode.library = decode.library, lambda: None
     try:
         yield
     finally:
-        native.library = before
+        decode.library = before
 
 
 def stories(name: str) -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""What a trained model has learned: embeddings, attention, coherence of its stories."""

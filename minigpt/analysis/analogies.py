@@ -1,0 +1,170 @@
+"""The embedding put to questions that were fixed before any answer was seen.
+
+>>> answers = ask(EmbeddingProbe(net, tokenizer))
+>>> answers.analogies[0].rank
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+
+from minigpt.analysis.embeddings import EmbeddingProbe, SplitWordError
+from minigpt.core.text import md_table
+
+WORDS = ("dad", "mom", "king", "happy", "run", "big")
+ANALOGIES = {  # first − second + third = expected; all single tokens of the sample's tokenizer
+    "gender": (
+        ("princess", "girl", "boy", "prince"),
+        ("mom", "girl", "boy", "dad"),
+        ("sister", "girl", "boy", "brother"),
+        ("woman", "girl", "boy", "man"),
+    ),
+    "royal": (
+        ("queen", "woman", "man", "king"),
+        ("queen", "mom", "dad", "king"),
+        ("prince", "boy", "man", "king"),
+        ("princess", "girl", "woman", "queen"),
+    ),
+    "plural": (
+        ("dogs", "dog", "cat", "cats"),
+        ("trees", "tree", "flower", "flowers"),
+        ("toys", "toy", "car", "cars"),
+        ("birds", "bird", "book", "books"),
+    ),
+    "tense": (
+        ("walked", "walk", "jump", "jumped"),
+        ("ran", "run", "go", "went"),
+        ("said", "say", "see", "saw"),
+        ("played", "play", "look", "looked"),
+    ),
+    "opposite": (
+        ("small", "big", "fast", "slow"),
+        ("sad", "happy", "good", "bad"),
+        ("cold", "hot", "wet", "dry"),
+        ("down", "up", "inside", "outside"),
+    ),
+}
+Found = list[tuple[str, float]]  # tokens and their cosines, nearest first
+
+
+@dataclass(frozen=True)
+class Analogy:
+    """One question and what came of it. `problem`: why nothing did, and the rest is empty."""
+
+    kind: str
+    question: str  # princess − girl + boy
+    expected: str
+    rank: int | None  # of the expected word among all but the three asked about; 1 is the nearest
+    top: Found  # the five nearest
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The neighbours of each word, or why it has none, and the analogies."""
+
+    neighbours: dict[str, Found | str]
+    analogies: list[Analogy]
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """How many analogies could be asked; shares with rank 1 and at most 5; median rank."""
+        ranks = [a.rank for a in self.analogies if a.rank is not None]
+        if not ranks:
+            return {"asked": 0}
+        return {
+            "asked": len(ranks),
+            "first": sum(rank == 1 for rank in ranks) / len(ranks),
+            "among five": sum(rank <= 5 for rank in ranks) / len(ranks),
+            "median rank": float(median(ranks)),
+        }
+
+
+def ask(probe: EmbeddingProbe) -> Answers:
+    """All the questions above."""
+    return Answers(
+        neighbours={word: _neighbours(probe, word) for word in WORDS},
+        analogies=[
+            _analogy(probe, kind, *words) for kind, group in ANALOGIES.items() for words in group
+        ],
+    )
+
+
+def _neighbours(probe: EmbeddingProbe, word: str) -> Found | str:
+    try:
+        return probe.neighbours(word)
+    except SplitWordError as error:
+        return str(error)
+
+
+def _analogy(probe: EmbeddingProbe, kind: str, a: str, b: str, c: str, expected: str) -> Analogy:
+    question = f"{a} − {b} + {c}"
+    try:
+        probe.token_id(expected)
+        ranked = probe.analogy(a, minus=b, plus=c, k=len(probe.unit))
+    except SplitWordError as error:
+        return Analogy(kind, question, expected, None, [], str(error))
+    rank = [word for word, _ in ranked].index(expected) + 1
+    return Analogy(kind, question, expected, rank, ranked[:5])
+
+
+def markdown(answers: dict[str, Answers]) -> str:
+    """embeddings.md: a column for each run."""
+    first = next(iter(answers.values()))
+    parts = [
+        "# Embeddings",
+        "Cosines of the token embedding. Nearest first, each word once, with or without a space "
+        "before it; the words asked about are left out. The rank of an expected answer is its "
+        "place among these; 1 is the nearest.",
+        "## Nearest neighbours",
+        md_table(
+            ["word", *answers],
+            [
+                [word, *(_listed(found.neighbours[word]) for found in answers.values())]
+                for word in first.neighbours
+            ],
+            left=1 + len(answers),
+        ),
+        "## Analogies",
+        md_table(
+            ["kind", "question", "expected", *answers],
+            [
+                [a.kind, a.question, a.expected]
+                + [_outcome(found.analogies[i]) for found in answers.values()]
+                for i, a in enumerate(first.analogies)
+            ],
+            left=3 + len(answers),
+        ),
+        "Rank of the expected answer, and the token that came first.",
+        md_table(
+            ["run", "asked", "rank 1", "rank 1 to 5", "median rank"],
+            [[name, *_summary_cells(found.summary)] for name, found in answers.items()],
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def shown(token: str) -> str:
+    """A token as a table can hold it: a line break as \\n."""
+    return repr(token)[1:-1] or "(a space)"
+
+
+def _listed(found: Found | str) -> str:
+    if isinstance(found, str):
+        return found
+    return ", ".join(f"{shown(word)} {cosine:.2f}" for word, cosine in found)
+
+
+def _outcome(analogy: Analogy) -> str:
+    if analogy.rank is None:
+        return analogy.problem or ""
+    word, cosine = analogy.top[0]
+    return f"{analogy.rank} ({shown(word)} {cosine:.2f})"
+
+
+def _summary_cells(summary: dict[str, float]) -> list[str]:
+    if not summary["asked"]:
+        return ["0", "–", "–", "–"]
+    shares = [f"{100 * summary[key]:.0f} %" for key in ("first", "among five")]
+    return [f"{summary['asked']:.0f}", *shares, f"{summary['median rank']:g}"]

@@ -1,0 +1,185 @@
+"""How well stories hang together, by size and temperature: what can be counted of it.
+
+    >>> openings = story_openings(bundled_sample().stories("valid"), tokenizer, 200, 256)
+    >>> stories = write_continuations(net, tokenizer, openings, temperature=0.8, seed=1)
+    >>> coherence(stories)
+
+Each story continues the first sentence of a validation story, one that names its hero: "Once upon a
+time, there was a little girl named Lily." What the writer of that story went on with is measured in
+the same way, and is what the numbers of a model are to be held against.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from minigpt.analysis.repetition import split_words
+from minigpt.core.settings import UserError
+from minigpt.generation.sampling import SamplingConfig, generate
+from minigpt.model import GPT, IGNORE_INDEX, perplexity
+from minigpt.tokenizer import Tokenizer
+
+# The whole first sentence, when its last words name somebody.
+OPENING = re.compile(r"[^.!?\"“]*\b(?:named|called) ([A-Z][a-z]+)\.(?=\s)")
+# Capitals behind a small letter or a comma: where no sentence begins.
+NAME = re.compile(r"(?<=[a-z,] )[A-Z][a-z]+\b")
+ROWS = 50  # stories written or scored together: at 256 tokens of the large size, 200 MB
+
+
+@dataclass(frozen=True)
+class Opening:
+    """The first sentence of a story, the name in it, and how its writer went on."""
+
+    text: str
+    name: str
+    ids: tuple[int, ...]  # of `text`, behind an end-of-text
+    rest: str  # of the story
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What comes after an opening, up to the end of the story or of the model's context."""
+
+    opening: Opening
+    ids: tuple[int, ...]  # without an end-of-text
+    text: str
+    ended: bool  # by an end-of-text
+
+
+@dataclass(frozen=True)
+class Coherence:
+    """Of a group of continuations. A share is None when there is nothing to take it of."""
+
+    unfinished: float  # share that had not ended where the context did
+    hero_kept: float | None  # share whose last third has the name of the opening
+    names: float  # others that a continuation brings in, on average
+    names_back: float | None  # share of these that come a second time
+
+
+def story_openings(
+    stories: Iterable[str], tokenizer: Tokenizer, n: int, context: int
+) -> list[Opening]:
+    """The first `n` openings among `stories` that take up at most half the context, in order.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    short = (o for o in _openings(stories, tokenizer) if len(o.ids) <= context // 2)
+    found = list(itertools.islice(short, n))
+    if len(found) < n:
+        raise UserError(
+            f"only {len(found)} stories begin by naming somebody within {context // 2} tokens, "
+            f"half the context: {n} were asked for"
+        )
+    return found
+
+
+def _openings(stories: Iterable[str], tokenizer: Tokenizer) -> Iterator[Opening]:
+    for story in stories:
+        if match := OPENING.match(story):
+            ids = (tokenizer.end_of_text, *tokenizer.encode(match[0]))
+            yield Opening(match[0], match[1], ids, story[match.end() :])
+
+
+def told_by_their_writers(
+    openings: Sequence[Opening], tokenizer: Tokenizer, context: int
+) -> list[Continuation]:
+    """The stories that the openings were taken from, cut where the model's context ends."""
+    found = []
+    for opening in openings:
+        ids = tokenizer.encode(opening.rest)
+        room = context - len(opening.ids)
+        ended = len(ids) < room  # as for a model, whose last token would be the end-of-text
+        kept = tuple(ids[:room])
+        found.append(Continuation(opening, kept, tokenizer.decode(kept), ended))
+    return found
+
+
+def write_continuations(
+    net: GPT, tokenizer: Tokenizer, openings: Sequence[Opening], temperature: float, seed: int
+) -> list[Continuation]:
+    """What the model makes of each opening, in their order.
+
+    Openings of as many tokens are continued together, up to ROWS of them; each such batch has a
+    seed of its own, counted up from `seed`.
+    """
+    found: dict[int, Continuation] = {}
+    for batch_seed, batch in enumerate(_batches(openings), start=seed):
+        ids = torch.tensor([openings[i].ids for i in batch])
+        room = net.config.context_length - ids.shape[1]
+        sampling = SamplingConfig(temperature, max_tokens=room, seed=batch_seed)
+        end, size = tokenizer.end_of_text, tokenizer.vocab_size
+        steps = [step.ids for step in generate(net, ids, sampling, end, vocab_size=size)]
+        for i, row in zip(batch, torch.stack(steps, dim=1).tolist(), strict=True):
+            ended = end in row
+            kept = tuple(row[: row.index(end)] if ended else row)
+            found[i] = Continuation(openings[i], kept, tokenizer.decode(kept), ended)
+    return [found[i] for i in range(len(openings))]
+
+
+def _batches(openings: Sequence[Opening]) -> Iterator[list[int]]:
+    by_length: dict[int, list[int]] = {}
+    for i, opening in enumerate(openings):
+        by_length.setdefault(len(opening.ids), []).append(i)
+    for _, places in sorted(by_length.items()):
+        for first in range(0, len(places), ROWS):
+            yield places[first : first + ROWS]
+
+
+def coherence(stories: Sequence[Continuation]) -> Coherence:
+    """The measures of `stories`, of which there is at least one."""
+    kept, names, back = [], [], []
+    for story in stories:
+        words = split_words(story.text)
+        if words:
+            last_third = words[len(words) - -(-len(words) // 3) :]  # rounded up
+            kept.append(story.opening.name.lower() in _without_possessive(last_third))
+        others = set(NAME.findall(story.text)) - {story.opening.name}
+        names.append(len(others))
+        back += [len(re.findall(rf"\b{name}\b", story.text)) > 1 for name in sorted(others)]
+    return Coherence(
+        unfinished=fmean(not story.ended for story in stories),
+        hero_kept=fmean(kept) if kept else None,
+        names=fmean(names),
+        names_back=fmean(back) if back else None,
+    )
+
+
+def _without_possessive(words: Iterable[str]) -> set[str]:
+    return {re.sub(r"['’]s$", "", word) for word in words}
+
+
+@torch.inference_mode()
+def score(net: GPT, stories: Sequence[Continuation], end_of_text: int) -> float:
+    """The perplexity of `stories` under a model, over their own tokens and not the openings'.
+
+    The end of a story counts where there is one. All must fit into the context of `net`, as those
+    of `write_continuations` do, and have at least one token or an end.
+    """
+    nats, n_tokens, device = 0.0, 0, net.embedding.weight.device
+    for first in range(0, len(stories), ROWS):
+        ids, targets = _rows(stories[first : first + ROWS], end_of_text)
+        n = int((targets != IGNORE_INDEX).sum())
+        nats += n * net.loss(ids.to(device), targets.to(device)).item()
+        n_tokens += n
+    return perplexity(nats / n_tokens)
+
+
+def _rows(stories: Sequence[Continuation], end_of_text: int) -> tuple[Tensor, Tensor]:
+    """(ids, targets), both (B, T), padded behind; targets inside an opening are IGNORE_INDEX."""
+    whole = [[*s.opening.ids, *s.ids, *([end_of_text] if s.ended else [])] for s in stories]
+    longest = max(map(len, whole)) - 1
+    ids = torch.full((len(stories), longest), end_of_text)
+    targets = torch.full((len(stories), longest), IGNORE_INDEX)
+    for row, (story, tokens) in enumerate(zip(stories, whole, strict=True)):
+        begin = len(story.opening.ids)
+        ids[row, : len(tokens) - 1] = torch.tensor(tokens[:-1])
+        targets[row, begin - 1 : len(tokens) - 1] = torch.tensor(tokens[begin:])
+    return ids, targets

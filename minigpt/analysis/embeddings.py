@@ -1,0 +1,136 @@
+"""What the token embedding has learned: nearest neighbours and analogies of words.
+
+>>> probe = EmbeddingProbe(run.load_net(), run.load_tokenizer())
+>>> probe.neighbours("dad")
+>>> probe.analogy("princess", minus="girl", plus="boy")
+>>> probe.analogy(*parse_analogy("princess - girl + boy"))
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minigpt.core.settings import UserError
+from minigpt.model import GPT
+from minigpt.tokenizer import Tokenizer
+
+_MINUS = "−–-"  # minus sign, en dash, hyphen (last, as it goes into [...])
+_WORD, _SIGN = rf"([^\s+{_MINUS}]+)", rf"([+{_MINUS}])"
+_ANALOGY = re.compile(rf"\s*{_WORD}\s*{_SIGN}\s*{_WORD}\s*{_SIGN}\s*{_WORD}\s*")
+
+
+class SplitWordError(UserError):
+    """The tokenizer has no single token for a word, so the word has no embedding of its own."""
+
+
+def parse_analogy(text: str) -> tuple[str, str, str]:
+    """`princess - girl + boy` as (word, minus, plus); `princess + boy - girl` is the same.
+
+    Raises:
+        UserError: not three words, one of them taken away and one added.
+    """
+    match = _ANALOGY.fullmatch(text)
+    if match:
+        word, first, second, sign, third = match.groups()
+        if sign == "+" != first:
+            return word, second, third
+        if first == "+" != sign:
+            return word, third, second
+    raise UserError(
+        f"'{' '.join(text.split())}' is not an analogy: type three words such as "
+        "princess - girl + boy"
+    )
+
+
+class EmbeddingProbe:
+    """Cosine geometry of the token embedding.
+
+    A word stands for the token that it is inside a story, with a space before it (" dad"), or,
+    where there is none, for the bare one ("Once"). Not so in small letters, where the bare ones are
+    pieces of longer words: "art" of "started". Found tokens are shown without that space, each word
+    once at its best cosine, and the words asked about are left out in either spelling.
+    """
+
+    def __init__(self, net: GPT | Tensor, tokenizer: Tokenizer) -> None:
+        """`net`: a model, or an embedding matrix (V, d) itself."""
+        matrix = net.embedding.weight if isinstance(net, GPT) else net
+        known = matrix[: tokenizer.vocab_size]  # a model may have room for more
+        self.unit = F.normalize(known.detach().float().cpu(), dim=-1)  # (V, d), rows of length 1
+        self.tokenizer = tokenizer
+
+    def neighbours(self, word: str, k: int = 5) -> list[tuple[str, float]]:
+        """The k nearest tokens to `word` with their cosines, nearest first.
+
+        Raises:
+            SplitWordError: `word` is not a single token.
+        """
+        return self._nearest(self._vector(word), k, leave_out={word.strip()})
+
+    def analogy(self, word: str, minus: str, plus: str, k: int = 5) -> list[tuple[str, float]]:
+        """The k tokens nearest to `word` − `minus` + `plus`, with their cosines.
+
+        The three vectors have length one before they are added (Mikolov, Yih and Zweig 2013,
+        section 4).
+
+        Raises:
+            SplitWordError: one of the three is not a single token.
+        """
+        target = self._vector(word) - self._vector(minus) + self._vector(plus)
+        return self._nearest(target, k, leave_out={w.strip() for w in (word, minus, plus)})
+
+    def single(self, words: Iterable[str]) -> list[str]:
+        """Those of `words` that are single tokens, in their order."""
+        return [word for word in words if self._is_single(word)]
+
+    def vectors(self, words: Iterable[str]) -> Tensor:
+        """The unit embeddings (n, d) of n words.
+
+        Raises:
+            SplitWordError: one of them is not a single token.
+        """
+        return self.unit[[self.token_id(word) for word in words]]
+
+    def token_id(self, word: str) -> int:
+        """The id of the single token that `word` is.
+
+        Raises:
+            SplitWordError: it is several, or nothing.
+        """
+        word = word.strip()
+        if not word:
+            raise SplitWordError("an empty word has no embedding: give a word such as dad")
+        spaced, bare = self.tokenizer.encode(f" {word}"), self.tokenizer.encode(word)
+        for ids in (spaced,) if word.islower() else (spaced, bare):
+            if len(ids) == 1:
+                return ids[0]
+        pieces = " + ".join(f"'{self.tokenizer.token(i)}'" for i in spaced)
+        raise SplitWordError(
+            f"'{word}' is {len(spaced)} tokens to this tokenizer ({pieces}) and has no embedding "
+            "of its own: give a more common word"
+        )
+
+    def _is_single(self, word: str) -> bool:
+        try:
+            self.token_id(word)
+        except SplitWordError:
+            return False
+        return True
+
+    def _vector(self, word: str) -> Tensor:  # (d,)
+        return self.unit[self.token_id(word)]
+
+    def _nearest(self, target: Tensor, k: int, leave_out: set[str]) -> list[tuple[str, float]]:
+        cosines = self.unit @ F.normalize(target, dim=-1)  # (V,)
+        found: dict[str, float] = {}
+        for token_id in torch.argsort(cosines, descending=True).tolist():
+            if len(found) == k:
+                break
+            text = self.tokenizer.token(token_id).removeprefix(" ")
+            if text not in leave_out and text not in found:
+                found[text] = cosines[token_id].item()
+        return list(found.items())

@@ -1,0 +1,1 @@
+"""Stories to batches: sources, preparation, windows and the data module."""

@@ -1,0 +1,365 @@
+"""From settings to token files: a corpus is read, a tokenizer trained, the stories encoded, once.
+
+Each split becomes one flat file of uint16 ids, story₁ EOT story₂ EOT ..., which training reads
+through a memory map. What is prepared lies in `<cache_dir>/prepared` under a fingerprint of
+everything that went into it, is written aside and renamed when it is whole, and is written by one
+process at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import tokenizers
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
+
+from minigpt.core.settings import UserError
+from minigpt.data.sources import (
+    END_OF_TEXT,
+    Corpus,
+    Split,
+    bundled_sample,
+    download_tinystories,
+    local_files,
+)
+from minigpt.tokenizer import Tokenizer, check_vocab_size, utf8_length
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_FORMAT = 1  # part of each fingerprint: count up when prepared files would come out otherwise
+_TOKENIZER_BYTES = 100_000_000  # enough for any vocabulary here; 10 s on two cores
+_BLOCK_CHARACTERS = 1 << 20  # encoded at a time: this, not the corpus, sets the peak of memory
+_TOKENS, _META, _TOKENIZER = "tokens.bin", "meta.json", "tokenizer.json"
+
+
+# ---------------------------------------------------------------------------- settings
+
+
+CACHE = ".cache"
+
+# tinystories_tuning: the bundled training stories, the last of them held out to choose settings by
+Source = Literal["tinystories_sample", "tinystories_tuning", "tinystories", "text"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on, and in which portions."""
+
+    source: Source = "tinystories_sample"
+    train_files: tuple[str, ...] = ()  # source=text: paths or globs
+    valid_files: tuple[str, ...] = ()  # none: the last `holdout` of the training stories
+    holdout: float = 0.05  # share of the stories, by count
+    separator: str = END_OF_TEXT  # what stands between the stories of a .txt file
+    download_tokens: int | None = 104_000_000  # source=tinystories; None: the whole file
+    vocab_size: int = 3000  # at most; few different words give fewer tokens
+    batch_size: int = 32  # windows per device and step
+    random_offset: bool = True  # cut the text at other places in each epoch after the first
+    cache_dir: str = CACHE  # downloads and prepared files
+
+    def __post_init__(self) -> None:
+        files = bool(self.train_files or self.valid_files)
+        if self.source == "text" and not files:
+            raise ValueError("source text needs data.train_files=[stories.txt]")
+        if self.source != "text" and files:
+            raise ValueError(f"source {self.source} reads no files of yours: add data=text")
+        if not 0 < self.holdout < 1:
+            raise ValueError(f"holdout {self.holdout} is a share: between 0 and 1, such as 0.05")
+        if not self.separator:
+            raise ValueError(f"separator is empty: leave it out for {END_OF_TEXT}")
+        if self.download_tokens is not None and self.download_tokens < 1:
+            raise ValueError(f"download_tokens {self.download_tokens}: at least 1, or null for all")
+        check_vocab_size(self.vocab_size)
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size {self.batch_size} must be at least 1")
+
+
+def with_cache_here(data: DataConfig, typed: str = CACHE) -> DataConfig:
+    """The settings of a run, which may lie on another machine by now, with a cache that is here.
+
+    The one that is `typed`, else that of the run if this machine has it, else the default.
+    """
+    own = typed == CACHE and Path(data.cache_dir).is_dir()
+    return data if own else dataclasses.replace(data, cache_dir=typed)
+
+
+def open_corpus(config: DataConfig, valid_only: bool = False) -> Corpus:
+    """The stories that `config` asks for, fetched first if they have to be.
+
+    With `valid_only`, nothing is fetched that only training needs, and "valid" alone can be read.
+    """
+    if config.source == "text":
+        separator = config.separator.replace("\\n", "\n").replace("\\t", "\t")  # as they are typed
+        return local_files(config.train_files, config.valid_files, config.holdout, separator)
+    if config.source == "tinystories":
+        downloads = Path(config.cache_dir) / "downloads"
+        return download_tinystories(downloads, config.download_tokens, valid_only)
+    if config.source == "tinystories_tuning":
+        return dataclasses.replace(bundled_sample(), valid_files=(), holdout=config.holdout)
+    return bundled_sample()
+
+
+# ---------------------------------------------------------------------------- preparation
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """One prepared split: `n_tokens` little-endian uint16 ids, story₁ EOT ... storyₙ EOT."""
+
+    path: Path
+    n_tokens: int  # END_OF_TEXT behind each story included
+    n_bytes: int  # of the stories alone, in UTF-8
+    n_stories: int
+
+    @classmethod
+    def load(cls, folder: Path) -> TokenFile:
+        """Open a prepared split after comparing it with its meta.json.
+
+        Raises:
+            OSError, ValueError, KeyError: it is not there, cut short, or damaged.
+        """
+        meta = _read_meta(folder)
+        found = cls(folder / _TOKENS, meta["tokens"], meta["bytes"], meta["stories"])
+        if found.path.stat().st_size != 2 * found.n_tokens:
+            raise ValueError(f"{found.path} does not hold {found.n_tokens} tokens")
+        _check(found.path, meta["blake2b"])
+        return found
+
+    def array(self) -> np.ndarray:
+        """The ids as a memory map: [n_tokens] uint16, read-only."""
+        return np.memmap(self.path, dtype="<u2", mode="r", shape=(self.n_tokens,))
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of story that a token stands for, on average."""
+        return self.n_bytes / self.n_tokens
+
+
+def prepare_tokenizer(corpus: Corpus, config: DataConfig) -> Tokenizer:
+    """The tokenizer of the training split of `corpus`, trained now or in an earlier run.
+
+    It learns from the first 100 MB of the training stories at most; validation is never read. With
+    few different words it is smaller than `config.vocab_size`: its own `vocab_size` tells.
+
+    Raises:
+        UserError: the corpus cannot be read, or the cache cannot be written.
+    """
+
+    def make(folder: Path) -> None:
+        stories = _first_bytes(corpus.stories("train"), _TOKENIZER_BYTES)
+        with _progress("training the tokenizer") as show:
+            tokenizer = Tokenizer.train(_each(stories, show), config.vocab_size)
+        tokenizer.save(folder / _TOKENIZER)
+        with (folder / _TOKENIZER).open("rb") as file:
+            checksum = hashlib.file_digest(file, "blake2b").hexdigest()
+        _write_meta(folder, {"blake2b": checksum, "of": ingredients})
+
+    def load(folder: Path) -> Tokenizer:
+        _check(folder / _TOKENIZER, _read_meta(folder)["blake2b"])
+        return Tokenizer.load(folder / _TOKENIZER)
+
+    ingredients = {
+        "corpus": corpus.fingerprint("train"),
+        "bytes": _TOKENIZER_BYTES,
+        "vocab_size": config.vocab_size,
+    }
+    path = _prepared(config.cache_dir, "tokenizer", ingredients)
+    return _cached(path, load, make)
+
+
+def prepare_split(
+    corpus: Corpus, split: Split, tokenizer: Tokenizer, cache_dir: str | Path
+) -> TokenFile:
+    """The ids of all stories of a split, encoded now or in an earlier run.
+
+    Memory does not grow with the corpus. A second process that wants the same split waits for the
+    first; a process that is killed leaves nothing that would be taken for a prepared split.
+
+    Raises:
+        UserError: the corpus cannot be read or has no story for the split, or the cache cannot
+            be written.
+    """
+    ingredients = {"corpus": corpus.fingerprint(split), "tokenizer": tokenizer.fingerprint}
+
+    def make(folder: Path) -> None:
+        began = time.perf_counter()
+        with _progress(f"encoding the {split} split") as show:
+            meta = _encode(corpus.stories(split), tokenizer, folder / _TOKENS, show)
+        if meta["stories"] == 0:
+            raise UserError(f"the {split} split has no story in it: give data=... with more text")
+        _write_meta(folder, meta | {"of": ingredients})
+        counts = meta["stories"], meta["bytes"] / 1e6, meta["tokens"], time.perf_counter() - began
+        log.info(f"encoded the {split} split: %d stories, %.1f MB, %d tokens, %.1f s", *counts)
+
+    return _cached(_prepared(cache_dir, split, ingredients), TokenFile.load, make)
+
+
+def _encode(
+    stories: Iterable[str], tokenizer: Tokenizer, path: Path, show: Callable[[int], None]
+) -> dict[str, Any]:
+    """Stream the ids of `stories` to `path`; returns the counts and the checksum of the file."""
+    n_tokens = n_bytes = n_stories = 0
+    checksum = hashlib.blake2b()
+    with path.open("wb") as file:
+        for block in _blocks(stories):
+            ids = tokenizer.encode_stories(block)
+            file.write(ids.data)
+            checksum.update(ids.data)
+            block_bytes = sum(map(utf8_length, block))
+            show(block_bytes)
+            n_tokens += len(ids)
+            n_bytes += block_bytes
+            n_stories += len(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return {
+        "tokens": n_tokens,
+        "bytes": n_bytes,
+        "stories": n_stories,
+        "blake2b": checksum.hexdigest(),
+    }
+
+
+def _blocks(stories: Iterable[str]) -> Iterator[list[str]]:
+    block: list[str] = []
+    room = _BLOCK_CHARACTERS
+    for story in stories:
+        block.append(story)
+        room -= len(story)
+        if room <= 0:
+            yield block
+            block, room = [], _BLOCK_CHARACTERS
+    if block:
+        yield block
+
+
+def _first_bytes(stories: Iterable[str], limit: int) -> Iterator[str]:
+    total = 0
+    for story in stories:
+        yield story
+        total += utf8_length(story)
+        if total >= limit:
+            return
+
+
+def _each(stories: Iterable[str], show: Callable[[int], None]) -> Iterator[str]:
+    for block in _blocks(stories):
+        yield from block
+        show(sum(map(utf8_length, block)))
+
+
+def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
+    """meta.json, which holds the checksum of what lies beside it, and its own."""
+    with (folder / _META).open("w", encoding="utf-8") as file:
+        json.dump(meta | {"meta": _checksum(meta)}, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    """Raises OSError, ValueError: there is none, or not as it was written."""
+    meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+    if not isinstance(meta, dict):
+        raise ValueError(f"{folder / _META} is not what was written")
+    # What was prepared before meta.json had a checksum of its own is still taken.
+    if meta.pop("meta", None) not in (None, _checksum(meta)):
+        raise ValueError(f"{folder / _META} is not what was written")
+    return meta
+
+
+def _checksum(meta: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _check(path: Path, blake2b: str) -> None:
+    """ValueError: the file is not what was written. Reads all of it: 0.3 s for 100M tokens."""
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "blake2b").hexdigest() != blake2b:
+            raise ValueError(f"{path} is not what was written")
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int], None]]:
+    """A line with bytes done and bytes per second; on a terminal only, and gone when done."""
+    console = Console(stderr=True)
+    columns = SpinnerColumn(), TextColumn(title), DownloadColumn(), TransferSpeedColumn()
+    disable = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=disable) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda n_bytes: progress.advance(task, n_bytes)
+
+
+# ---------------------------------------------------------------------------- cache
+
+
+def _prepared(cache_dir: str | Path, kind: str, ingredients: dict[str, Any]) -> Path:
+    """The folder for what these ingredients give, and no others."""
+    everything = {"format": _FORMAT, "tokenizers": tokenizers.__version__, **ingredients}
+    text = json.dumps(everything, sort_keys=True)
+    fingerprint = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return Path(cache_dir) / "prepared" / f"{kind}-{fingerprint}"
+
+
+def _cached(path: Path, load: Callable[[Path], T], make: Callable[[Path], None]) -> T:
+    """What `load` reads from the folder `path`, after `make` has filled it if need be.
+
+    `make` writes into a folder of another name that becomes `path` in one step, and only the
+    holder of the lock writes: a folder of that other name was left by a process that died.
+    """
+    try:
+        return load(path)
+    except (OSError, ValueError, KeyError):
+        pass  # not there yet or damaged: looked at once more under the lock
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path):
+            try:
+                return load(path)
+            except (OSError, ValueError, KeyError) as error:
+                if path.exists():
+                    log.warning("preparing %s again, it is damaged: %s", path, error)
+                    shutil.rmtree(path)
+            unfinished = path.with_name(f"{path.name}.unfinished")
+            if unfinished.exists():
+                shutil.rmtree(unfinished)
+            unfinished.mkdir()
+            try:
+                make(unfinished)
+                os.replace(unfinished, path)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error.strerror or error}): set data.cache_dir=... to a folder "
+            "with space that you may write to"
+        ) from None
+    return load(path)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.warning("waiting for another process that is preparing %s", path)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

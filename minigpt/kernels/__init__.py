@@ -1,0 +1,1 @@
+"""Faster computations of parts of the model than plain PyTorch has."""

@@ -1,0 +1,1 @@
+"""The local web page: tell stories and look inside."""

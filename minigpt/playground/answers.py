@@ -1,0 +1,215 @@
+"""A local web page to write stories, look at tokens, words and attention: `minigpt playground`.
+
+What the page asks for is answered by `Playground`, in HTML; playground_page.py lays the page out
+with Gradio. Whatever visitors type is bounded, and what is wrong with it is one line in the page.
+
+    >>> playground = Playground.load([Path("runs/small"), Path("runs/large")])
+    >>> serve(playground, "127.0.0.1", 7860)
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from minigpt.analysis.attention import attention_weights
+from minigpt.analysis.embedding_map import (
+    FewWordsError,
+    caption,
+    embedding_map,
+    map_svg,
+)
+from minigpt.analysis.embeddings import EmbeddingProbe, parse_analogy
+from minigpt.core.settings import UserError
+from minigpt.core.text import human_count
+from minigpt.generation.sampling import SamplingConfig, encode_prompt
+from minigpt.model import GPT
+from minigpt.playground.html import (
+    ShownToken,
+    attention_html,
+    bars_html,
+    note_html,
+    prompt_html,
+    stream_tokens,
+    token_html,
+)
+from minigpt.runs.folder import BEST, Run
+from minigpt.tokenizer import Tokenizer
+
+log = logging.getLogger("minigpt")
+
+MAX_RUNS = 4  # columns that a page has room for
+MAX_PROMPT = 1000  # characters
+MAX_TOKENS = 400  # of a story
+MAX_ATTENTION = 48  # tokens: what a heatmap can be read at
+UPDATE_SECONDS = 0.08  # between two looks at a growing story
+
+
+@dataclass(frozen=True)
+class Model:
+    """One run on the page."""
+
+    name: str
+    net: GPT
+    tokenizer: Tokenizer
+    probe: EmbeddingProbe
+    map: str  # HTML
+
+
+class Playground:
+    """What the page shows for what a visitor types. Keeps nothing: many may ask at once."""
+
+    def __init__(self, models: Sequence[Model]) -> None:
+        self.models = {model.name: model for model in models}
+
+    @classmethod
+    def load(cls, paths: Sequence[Path]) -> Playground:
+        """The models of the runs at `paths`.
+
+        Raises:
+            UserError: more than MAX_RUNS, or one that cannot be read.
+        """
+        if len(paths) > MAX_RUNS:
+            raise UserError(f"{len(paths)} runs do not fit on a page: give at most {MAX_RUNS}")
+        models: dict[Path, Model] = {}
+        for run in map(Run.open, paths):
+            if run.checkpoint not in models:
+                names = [model.name for model in models.values()]
+                models[run.checkpoint] = _load(run, names)
+        return cls(list(models.values()))
+
+    def write(
+        self,
+        prompt: str,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        max_tokens: int,
+    ) -> Iterator[tuple[str, ...]]:
+        """The story of each model as HTML, again and again while it grows.
+
+        All models sample with one seed. top_k 0 and top_p 1 mean without.
+        """
+        try:
+            prompt = _checked(prompt)
+            if not 1 <= max_tokens <= MAX_TOKENS:
+                raise UserError(f"a length of {max_tokens} must be from 1 to {MAX_TOKENS} tokens")
+            seed = random.getrandbits(31)
+            sampling = SamplingConfig(
+                temperature, top_k or None, top_p, max_tokens=max_tokens, seed=seed, min_p=min_p
+            )
+            writers = [_Writer(model, prompt, sampling) for model in self.models.values()]
+        except UserError as error:
+            yield (note_html(str(error), "error"),) * len(self.models)
+            return
+        last = 0.0  # the first token is shown at once
+        while sum(writer.advance() for writer in writers):
+            if time.monotonic() - last > UPDATE_SECONDS:
+                yield tuple(writer.html for writer in writers)
+                last = time.monotonic()
+        yield tuple(writer.html for writer in writers)
+
+    def neighbours(self, name: str, word: str) -> str:
+        """Bars of the tokens nearest to `word` in the model called `name`."""
+        try:
+            return bars_html(self.models[name].probe.neighbours(_checked(word, "a word"), k=8))
+        except UserError as error:
+            return note_html(str(error), "error")
+
+    def analogy(self, name: str, text: str) -> str:
+        """Bars of the answers to `princess - girl + boy`."""
+        try:
+            words = parse_analogy(_checked(text, "three words"))
+            return bars_html(self.models[name].probe.analogy(*words, k=8))
+        except UserError as error:
+            return note_html(str(error), "error")
+
+    def map(self, name: str) -> str:
+        """The map of words of the model called `name`."""
+        return self.models[name].map
+
+    def attention(self, name: str, text: str, layer: int, head: int) -> str:
+        """Where each token of `text` looks, in a layer and head that are counted from 1."""
+        model = self.models[name]
+        shape = model.net.config
+        try:
+            if not 1 <= layer <= shape.n_layers:
+                raise UserError(f"{name} has {shape.n_layers} layers: choose 1 to {shape.n_layers}")
+            if not 1 <= head <= shape.n_heads:
+                raise UserError(f"{name} has {shape.n_heads} heads: choose 1 to {shape.n_heads}")
+            every = encode_prompt(model.tokenizer, _checked(text, "a sentence"))
+        except UserError as error:
+            return note_html(str(error), "error")
+        ids = every[:, : min(MAX_ATTENTION, shape.context_length)]
+        names = ["(start) ", *map(model.tokenizer.token, ids[0, 1:].tolist())]
+        weights = attention_weights(model.net, ids.to(model.net.embedding.weight.device))
+        shown = attention_html(names, weights[layer - 1, head - 1])
+        if ids.shape[1] < every.shape[1]:
+            cut = f"Only the first {ids.shape[1]} of {every.shape[1]} tokens are shown."
+            shown = note_html(cut) + shown
+        return shown
+
+
+class _Writer:
+    """A story of one model that grows token by token."""
+
+    def __init__(self, model: Model, prompt: str, sampling: SamplingConfig) -> None:
+        length = len(model.tokenizer.encode(prompt))  # UserError now, not when it has begun
+        self.tokens = stream_tokens(model.net, model.tokenizer, prompt, sampling)
+        self.html = prompt_html(prompt)
+        context = model.net.config.context_length
+        if length >= context:
+            cut = f"{length} tokens outgrow the context of {context}: the model reads their end."
+            self.html = note_html(cut) + self.html
+        self.n, self.seconds, self.ended = 0, 0.0, False
+
+    def advance(self) -> bool:
+        """Write one more token; False when the story has ended."""
+        if self.ended:
+            return False
+        started = time.monotonic()
+        token: ShownToken | None = next(self.tokens, None)
+        self.seconds += time.monotonic() - started  # without the turns of the others
+        if token is not None:
+            self.n += 1
+            self.html += token_html(token)
+        self.ended = token is None or not token.text
+        if self.ended:
+            why = "The story ended" if token else "The longest length was reached"
+            speed = f"{self.n} tokens, {self.n / max(self.seconds, 1e-3):.0f} a second"
+            self.html += note_html(f"{why}: {speed}.")
+        return not self.ended
+
+
+def _load(run: Run, taken: Sequence[str]) -> Model:
+    net, tokenizer = run.load_net(), run.load_tokenizer()
+    name = run.folder.resolve().name
+    if run.checkpoint.stem != BEST:
+        name += f" {run.checkpoint.stem}"
+    name += f" ({human_count(net.n_parameters)} parameters)"
+    while name in taken:
+        name += " again"
+    probe = EmbeddingProbe(net, tokenizer)
+    try:
+        found = embedding_map(probe)
+        shown = f'<div class="map">{map_svg(found)}</div>{note_html(caption(found))}'
+    except FewWordsError as error:
+        shown = note_html(str(error), "error")
+    return Model(name, net, tokenizer, probe, shown)
+
+
+def _checked(text: str | None, what: str = "how the story begins, such as Once upon a time") -> str:
+    """`text`, if it is something and not too long. UserError otherwise."""
+    if text is None or not text.strip():
+        raise UserError(f"Nothing is typed: type {what}.")
+    if len(text) > MAX_PROMPT:
+        raise UserError(f"{len(text)} characters are too many: type at most {MAX_PROMPT}.")
+    return text
+
+
+# ---------------------------------------------------------------------------- the server

@@ -1,0 +1,277 @@
+"""What the scaling study knows of a run, read from the run's own files; and where it keeps them.
+
+    >>> runs = [read_run(folder) for folder in find_runs([Path("runs")])]
+
+A run leaves the same folder whether a W&B agent started it, `python train.py -m model=small,…`, or
+a person; reading folders is therefore all there is to do for either kind of sweep.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from minigpt.core.files import refuse_links_out, write_json, write_text
+from minigpt.core.settings import UserError
+from minigpt.core.text import human_count
+from minigpt.data.preparation import DataConfig
+from minigpt.runs.folder import (
+    CONFIG,
+    METRICS,
+    SUMMARY,
+    Run,
+)
+from minigpt.runs.provenance import Origin, origin
+from minigpt.runs.records import (
+    Row,
+    last_values,
+    read_metrics,
+    read_summary,
+    series,
+)
+
+LATE = 0.05  # the share of a run, at its end, whose steps give its training loss
+KEPT_ROWS = 200  # of the training before that, in a metrics.csv that is kept
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What one run came to. A number that was never measured, or is not finite, is None."""
+
+    path: Path
+    model: str  # the option of the config group: small, medium, large
+    data: str  # data.source
+    corpus: str  # the same, with the files of text and a vocabulary that is not the usual one
+    recipe: str  # optimizer, "plain sum" without a scale, "from <run>", "averaged"; "": not known
+    seed: int
+    status: str  # finished, interrupted, failed; unfinished: no summary, so running or killed
+    parameters: int | None
+    non_embedding_parameters: int | None
+    tokens: int  # seen in training, with those of the run whose weights it began with
+    tokens_of_data: int  # of those, seen of this data source
+    train_tokens: int | None  # of the training split, each counted once
+    flops_per_token: int | None  # of training
+    train_loss: float | None  # mean of the logged steps of the last 5 % of the run, dropout on
+    loss: float | None  # nats per token over the validation split, at the end of the run
+    best_loss: float | None  # the lowest there was at any validation
+    perplexity: float | None
+    bits_per_byte: float | None
+    curve: tuple[tuple[float, float], ...] = ()  # (tokens seen, validation loss)
+    settings: dict[str, Any] = field(default_factory=dict)  # of the recipe, such as data.batch_size
+
+    @property
+    def name(self) -> str:
+        """That of its folder."""
+        return self.path.resolve().name
+
+    @property
+    def line(self) -> str:
+        """What it shares with the runs it can be compared with: data, tokens seen, recipe."""
+        tokens = f"{human_count(self.tokens)} tokens"
+        return ", ".join(part for part in (self.corpus, tokens, self.recipe) if part)
+
+    @property
+    def point(self) -> tuple[int, float] | None:
+        """Its (parameters, perplexity) in the figure: None unless it finished with both."""
+        if self.status != "finished" or self.parameters is None or self.perplexity is None:
+            return None
+        return self.parameters, self.perplexity
+
+    @property
+    def epochs(self) -> float | None:
+        """How often it saw its training stories."""
+        return self.tokens_of_data / self.train_tokens if self.train_tokens else None
+
+
+def find_runs(folders: Sequence[Path]) -> list[Path]:
+    """The run folders among and below `folders`, each once, in the order of their names.
+
+    A checkpoint file stands for its run.
+
+    A run folder holds config.yaml, and summary.json or metrics.csv. Hidden folders and what lies
+    inside a run are not searched.
+
+    Raises:
+        UserError: a folder does not exist, or there is no run in any of them.
+    """
+    found = {}
+    for folder in folders:
+        if folder.is_file():
+            folder = Run.open(folder).folder
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder: give one with runs in it, such as runs")
+        for name, below, files in os.walk(folder):
+            below[:] = sorted(inner for inner in below if not inner.startswith("."))
+            if CONFIG in files and (SUMMARY in files or METRICS in files):
+                found.setdefault(Path(name).resolve(), Path(name))
+                below.clear()
+    if not found:
+        places = " or ".join(map(str, folders))
+        raise UserError(f"no run in {places}: make some with python train.py -m model=small,medium")
+    return list(found.values())
+
+
+def read_run(path: Path) -> RunResult:
+    """The result of the run in the folder `path`, finished or not.
+
+    Raises:
+        UserError: one of its files is missing or cannot be read; the message names it.
+    """
+    refuse_links_out(path)
+    summary, config, rows = read_summary(path), Run(path, path).config(), read_metrics(path)
+    numbers: dict[str, Any] = last_values(rows)
+    numbers |= {name: value for name, value in summary.items() if value is not None}
+
+    def number(name: str) -> Any:
+        value = numbers.get(name)
+        if value is None or (isinstance(value, float) and not math.isfinite(value)):
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"{path / SUMMARY}: {name} is {value!r}, expected a number")
+        return value
+
+    other = origin(summary, path / SUMMARY)
+    before = (other.tokens or 0) if other else 0
+    own = int(number("tokens") or 0)
+    try:
+        data, corpus, seed = config["data"]["source"], _corpus(config["data"]), config["seed"]
+    except (KeyError, TypeError):
+        raise UserError(f"{path / CONFIG} lacks data.source or seed: is it a run's?") from None
+    return RunResult(
+        path=path,
+        model=numbers.get("model", "unknown"),
+        data=data,
+        corpus=corpus,
+        recipe=_recipe(config, summary, other),
+        seed=seed,
+        status=numbers.get("status", "unfinished"),
+        parameters=number("parameters"),
+        non_embedding_parameters=number("non_embedding_parameters"),
+        tokens=before + own,
+        tokens_of_data=own + (before if other and set(other.sources) == {data} else 0),
+        train_tokens=number("train_tokens"),
+        flops_per_token=number("flops_per_token"),
+        train_loss=late_training_loss(rows),
+        loss=number("val/loss"),
+        best_loss=number("best_val_loss"),
+        perplexity=number("val/perplexity"),
+        bits_per_byte=number("val/bits_per_byte"),
+        curve=tuple(
+            (before + seen, loss)
+            for seen, loss in zip(*series(rows, "val/loss"), strict=True)
+            if math.isfinite(loss)
+        ),
+        settings=_settings(config) | ({"init_from": other.weights} if other else {}),
+    )
+
+
+def _corpus(data: dict[str, Any]) -> str:
+    files = [Path(name).name for name in data.get("train_files") or ()]
+    names = f" of {', '.join(files[:2])}" if files else ""
+    more = f" and {len(files) - 2} more" if len(files) > 2 else ""
+    size = data.get("vocab_size")
+    vocabulary = "" if size in (None, DataConfig.vocab_size) else f", vocabulary {size}"
+    return f"{data['source']}{names}{more}{vocabulary}"
+
+
+def _recipe(config: dict[str, Any], summary: dict[str, Any], other: Origin | None) -> str:
+    name = (config.get("optimizer") or {}).get("name")
+    scale = (config.get("model") or {}).get("embedding_scale")
+    begun = f"from {other.name}" if other else None
+    if other is None and config.get("init_from"):
+        begun = "from another run"  # whose name is in the summary that this one has not written
+    averaged = "averaged" if summary.get("averaged") is True else None  # by minigpt export
+    parts = (name, "plain sum" if scale == 1 else None, begun, averaged)
+    return ", ".join(part for part in parts if part)
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    groups = {
+        "model": ("dropout", "embedding_scale"),
+        "data": ("batch_size", "holdout", "random_offset", "vocab_size"),
+        "optimizer": tuple(config.get("optimizer") or {}),
+        "trainer": ("accumulate_grad_batches",),
+    }
+    return {
+        f"{group}.{key}": config[group][key]
+        for group, keys in groups.items()
+        for key in keys
+        if key in (config.get(group) or {})
+    }
+
+
+def late_training_loss(rows: list[Row]) -> float | None:
+    """The mean training loss over the last 5 % of the run, as one step's batch is a small sample.
+
+    The rate is near zero there, so that the weights hardly move. None: no step was logged there.
+    """
+    if not rows:
+        return None
+    late = [row["train/loss"] for row in rows if "train/loss" in row and _is_late(row, rows)]
+    return fmean(late) if late and all(map(math.isfinite, late)) else None
+
+
+def _is_late(row: Row, rows: list[Row]) -> bool:
+    return row["tokens"] >= (1 - LATE) * rows[-1]["tokens"]
+
+
+# ---------------------------------------------------------------------------------------- kept
+
+
+def keep_run(path: Path, into: Path) -> Path:
+    """Copy what the study needs of a run to `into`/<name>: for a repository, small and portable.
+
+    config.yaml loses the folders of this machine. metrics.csv has every validation and the last
+    5 % of the training whole, and some 200 of the rows before.
+
+    Raises:
+        UserError: another run of that name is there, or a file of this one cannot be read.
+    """
+    config, summary = Run(path, path).config(), read_summary(path)
+    folder = into / path.resolve().name
+    if folder.resolve() == path.resolve():
+        return folder
+    if folder.is_dir() and read_summary(folder) != summary:
+        raise UserError(
+            f"{folder} holds another run: remove it, or rename {path} before it is kept"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / METRICS, _thinned(read_metrics(path)))
+    write_json(folder / SUMMARY, summary)
+    write_text(folder / CONFIG, yaml.safe_dump(_portable(config), sort_keys=False))
+    return folder
+
+
+def _portable(value: Any) -> Any:
+    """`value` with every absolute path cut down to its last part."""
+    if isinstance(value, dict):
+        return {key: _portable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_portable(item) for item in value]
+    is_path = isinstance(value, str) and Path(value).is_absolute()
+    return Path(value).name if is_path else value
+
+
+def _thinned(rows: list[Row]) -> str:
+    every = max(1, math.ceil(len(rows) / KEPT_ROWS))
+    kept = [
+        row
+        for i, row in enumerate(rows)
+        if i % every == 0 or "val/loss" in row or _is_late(row, rows)
+    ]
+    text = io.StringIO()
+    columns = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    for row in kept:
+        writer.writerow({name: f"{value:.8g}" for name, value in row.items()})
+    return text.getvalue()

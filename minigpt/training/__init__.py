@@ -1,0 +1,1 @@
+"""A training run: config, module, optimizer, loop, checkpoints, report."""

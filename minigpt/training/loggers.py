@@ -1,0 +1,200 @@
+"""Where the numbers of a run go: metrics.csv always, W&B or TensorBoard beside it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import os
+import secrets
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers.logger import Logger
+
+from minigpt.core.distributed import global_rank
+from minigpt.core.files import write_text
+from minigpt.core.settings import UserError
+
+log = logging.getLogger("minigpt")
+
+WANDB_ID = "wandb-id.txt"  # in the run folder
+_WANDB_START_SECONDS = 30.0  # that a run waits for an answer before it goes on offline
+_WANDB_FINISH_SECONDS = 60.0  # that it waits at its end; WANDB_FINISH_TIMEOUT sets another
+
+COLUMNS = [
+    "step", "tokens", "train/loss", "val/loss", "val/perplexity", "val/bits_per_byte",
+    "tokens_per_second", "mfu", "lr", "grad_norm",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoggerConfig:
+    """Where numbers go beside metrics.csv."""
+
+    kind: Literal["csv", "wandb", "tensorboard"] = "csv"
+    project: str = "mini-gpt"
+
+
+class MetricsCsv(Logger):
+    """A Lightning logger that appends to one CSV file, so that no row waits in memory.
+
+    A cell is empty where a number was not measured at that step. A metric with a new name adds a
+    column. With `resume_step`, rows after that step are dropped, since training will make them
+    again; without it an existing file is replaced.
+    """
+
+    def __init__(self, path: Path, resume_step: int | None = None) -> None:
+        super().__init__()
+        self.path = path
+        rows: list[dict[str, str]] = []
+        self.columns = list(COLUMNS)
+        if resume_step is not None and path.is_file():
+            whole_lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a kill leaves halves
+            reader = csv.DictReader(whole_lines)
+            try:
+                rows = [row for row in reader if int(row["step"]) <= resume_step]
+            except (KeyError, TypeError, ValueError):
+                raise UserError(
+                    f"{path}, line {reader.line_num}: expected a row with a step: mend or delete "
+                    "that line"
+                ) from None
+            self.columns = list(reader.fieldnames or COLUMNS)
+        self._write_all(rows)
+
+    @property
+    def name(self) -> str:
+        """What Lightning calls this logger."""
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        """One file, one version."""
+        return ""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append a row; `step` counts updates made."""
+        row: dict[str, Any] = {k: f"{v:.8g}" for k, v in metrics.items() if k != "epoch"}
+        row["step"] = int(step or 0)
+        if "tokens" in row:
+            row["tokens"] = int(metrics["tokens"])
+        new = [key for key in row if key not in self.columns]
+        if new:
+            with self.path.open(newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+            self.columns += new
+            self._write_all(rows)
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Have the rows on the disk before a checkpoint that counts on them."""
+        with self.path.open("r+b") as file:  # Windows syncs no file that is open to be read
+            os.fsync(file.fileno())
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: config.yaml holds them."""
+
+    @rank_zero_only
+    def _write_all(self, rows: list[dict[str, str]]) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.path, text.getvalue())
+
+
+def check_logger(config: LoggerConfig) -> None:
+    """UserError: the logger that is asked for needs a package that is not installed."""
+    if config.kind == "tensorboard" and find_spec("tensorboard") is None:
+        raise UserError("logger=tensorboard needs another package: pip install -e '.[tensorboard]'")
+
+
+def extra_loggers(folder: Path, config: LoggerConfig) -> list[Logger]:
+    """The logger that was asked for beside metrics.csv."""
+    if config.kind == "tensorboard":
+        from lightning.pytorch.loggers import TensorBoardLogger
+
+        return [TensorBoardLogger(folder, name="tensorboard", version="")]
+    if config.kind == "wandb":
+        return [_wandb_logger(folder, config.project)]
+    return []
+
+
+def _wandb_logger(folder: Path, project: str) -> Logger:
+    """W&B with an id that is kept in the run folder, so that a resumed run goes on as the same.
+
+    Without an API key, and when a resumed run gets no answer from the server, it is kept offline.
+    """
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
+    from wandb.errors import AuthenticationError, CommError
+
+    asked = wandb.setup().settings
+    mode = asked.mode
+    try:
+        if mode != "disabled" and not wandb.login(prompt=False):
+            mode = "offline"
+    except AuthenticationError as error:  # or there is no answer at all
+        problem = " ".join(str(error).split())
+        if not (folder / WANDB_ID).is_file():
+            raise UserError(f"{problem} Set WANDB_MODE=offline, or type logger=csv") from None
+        log.warning("W&B        no answer: %s", problem)
+        mode = "offline"
+    settings = wandb.Settings(
+        init_timeout=min(asked.init_timeout, _WANDB_START_SECONDS),
+        finish_timeout=asked.finish_timeout or _WANDB_FINISH_SECONDS,
+        finish_timeout_raises=True,
+    )
+
+    def logger(mode: str) -> WandbLogger:
+        again = None if mode == "offline" else "allow"
+        made = WandbLogger(
+            folder.name, folder, id=_wandb_id(folder), project=project, mode=mode, resume=again,
+            settings=settings,
+        )  # fmt: skip
+        _ = made.experiment  # opens the run, on the first process alone
+        return made
+
+    if mode != "offline":
+        try:
+            return logger(mode)
+        except CommError as error:
+            log.warning("W&B        no answer: %s", " ".join(str(error).split()))
+    log.info("W&B        offline: later, wandb sync %s/wandb/offline-run-*", folder)
+    return logger("offline")
+
+
+def _wandb_id(folder: Path) -> str:
+    """The id of this run at W&B: that of its folder; for a new one the sweep's, or one made now."""
+    path = folder / WANDB_ID
+    if path.is_file():
+        return path.read_text(encoding="utf-8").strip()
+    made = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+    if global_rank() == 0:
+        write_text(path, made + "\n")
+    return made
+
+
+def finish_wandb(loggers: list[Logger], exit_code: int) -> None:
+    """Close this job's W&B run, if it has one; wait for a server that is slow, but not for ever."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    if not any(isinstance(logger, WandbLogger) for logger in loggers):
+        return
+    import wandb
+
+    run = wandb.run
+    try:
+        wandb.finish(exit_code=exit_code)
+    except TimeoutError:
+        assert run is not None
+        log.warning(
+            "W&B        took not all in time; it is kept: later, wandb sync %s",
+            Path(run.dir).parent,
+        )

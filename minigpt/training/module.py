@@ -1,0 +1,186 @@
+"""The LightningModule: loss, metrics and optimization around a GPT."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NoReturn
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
+
+from minigpt.core.settings import UserError
+from minigpt.model import (
+    GPT,
+    IGNORE_INDEX,
+    GPTConfig,
+    perplexity,
+)
+from minigpt.training.optim import (
+    OptimizerConfig,
+    lr_factor,
+    make_optimizer,
+    peak_lrs,
+)
+
+Batch = tuple[Tensor, Tensor]  # token ids (B, T) and targets (B, T), both int64
+
+
+class GPTModule(L.LightningModule):
+    """Trains a GPT on windows of tokens; logs losses, perplexity and bits per byte.
+
+    Args:
+        model: shape of the net.
+        optimizer: its settings, and those of its schedule.
+        n_steps: updates of the whole run: where the schedule ends.
+        tokens_per_step: over all devices and accumulated batches.
+        bytes_per_token: of the validation split, which turns nats per token into bits per byte.
+        made_of: plain values to keep in each checkpoint, such as the tokenizer's fingerprint.
+    """
+
+    def __init__(
+        self,
+        model: GPTConfig,
+        optimizer: OptimizerConfig,
+        n_steps: int,
+        tokens_per_step: int,
+        bytes_per_token: float,
+        made_of: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        # Plain values alone: a checkpoint is read with weights_only=True.
+        self.save_hyperparameters(
+            {
+                "model": dataclasses.asdict(model),
+                "optimizer": dataclasses.asdict(optimizer),
+                "n_steps": n_steps,
+                "tokens_per_step": tokens_per_step,
+                **(made_of or {}),
+            },
+            logger=False,
+        )
+        self.net = GPT(model)
+        self.settings = optimizer
+        self.peak_lrs = peak_lrs(optimizer, model.d_model)
+        self.n_steps, self.tokens_per_step = n_steps, tokens_per_step
+        self.bytes_per_token = bytes_per_token
+        self.val_nats = MeanMetric()
+        self._seed = torch.initial_seed()  # what `seed_everything` was given
+
+    def configure_model(self) -> None:
+        """Under FSDP each device keeps its share of the weights. Lightning calls it before fit."""
+        if not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            return
+        mesh = self.trainer.strategy.device_mesh["data_parallel"]
+        for module in (*self.net.blocks, self.net):
+            fully_shard(module, mesh=mesh)
+        register_fsdp_forward_method(self.net, "loss")
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits (B, T, V) for token ids (B, T)."""
+        return self.net(ids)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean loss of the batch in nats per token; stops the run when it is not finite."""
+        if self.net.config.dropout:
+            self._seed_dropout(batch_idx)
+        loss = self.net.loss(*batch)
+        mean = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
+        assert isinstance(mean, Tensor)  # over the devices, which so stop together if they do
+        self._check_finite("training", mean.item())
+        steps = self.global_step + 1
+        self.log("train/loss", mean)
+        if self.has_row(steps):
+            self.log("lr", self._lr())
+            # Lightning takes the logged "step" as the row's x-axis: updates made, counted from 1.
+            self.log_dict({"step": float(steps), "tokens": float(steps * self.tokens_per_step)})
+        return loss
+
+    def has_row(self, step: int) -> bool:
+        """Whether update `step`, from 1, becomes a row: each `log` costs half a millisecond."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return step % every == 0 or step >= self.n_steps
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Has Lightning validate after the last step, whatever the validation interval."""
+        if self.global_step >= self.n_steps:
+            self.trainer.should_stop = True
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Gathers nats per token, weighted by the tokens that are scored."""
+        loss = self.net.loss(*batch)
+        n_scored = (batch[1] != IGNORE_INDEX).sum()
+        if n_scored:
+            self._check_finite("validation", loss.item())  # the metric would leave NaNs out
+            self.val_nats.update(loss, weight=n_scored)
+
+    def on_validation_epoch_end(self) -> None:
+        """Loss, perplexity and bits per byte of the whole split."""
+        nats = float(self.val_nats.compute())
+        self.val_nats.reset()
+        metrics = {
+            "val/loss": nats,
+            "val/perplexity": perplexity(nats),
+            "val/bits_per_byte": nats / math.log(2) / self.bytes_per_token,
+        }
+        steps = float(self.global_step)
+        # The metric is already gathered over the devices.
+        self.log_dict(metrics, rank_zero_only=True)
+        self.log_dict({"step": steps, "tokens": steps * self.tokens_per_step}, rank_zero_only=True)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """The optimizer of the settings, and its schedule by step."""
+        c = self.settings
+        # A fused step unscales float16 gradients itself, after they should have been clipped.
+        fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
+        dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
+        optimizer = make_optimizer(self.net, c, self.net.config.d_model, fused, dtype)
+
+        def factor(step: int) -> float:
+            return lr_factor(step, self.n_steps, c.warmup_steps, c.final_lr, c.schedule)
+
+        schedule = LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        """Clips the norm of all gradients together, and logs what it was before."""
+        limit = self.settings.grad_clip or math.inf
+        norm = nn.utils.clip_grad_norm_(self.net.parameters(), limit)
+        if self.has_row(self.global_step + 1):
+            self.log("grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def check_weights(self) -> None:
+        """UserError: a weight is not finite; the loss of the next step would not be either."""
+        if not all(bool(weight.isfinite().all()) for weight in self.net.parameters()):
+            self._diverged("weights became nan or infinite")
+
+    def _check_finite(self, kind: str, loss: float) -> None:
+        if not math.isfinite(loss):
+            self._diverged(f"{kind} loss became {loss}")
+
+    def _diverged(self, what: str) -> NoReturn:
+        raise UserError(
+            f"the {what} at step {self.global_step} with a learning rate of {self._lr():.2e}: "
+            f"{self._gentler()} or a longer optimizer.warmup_steps"
+        )
+
+    def _seed_dropout(self, batch_idx: int) -> None:
+        """Make dropout a function of the batch's number, so that a resumed run drops the same."""
+        entropy = [self._seed, batch_idx, self.global_rank]
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
+
+    def _gentler(self) -> str:
+        """What to type for a third of each peak learning rate."""
+        return "try " + " ".join(f"optimizer.{k}={v / 3:.0e}" for k, v in self.peak_lrs.items())
+
+    def _lr(self) -> float:
+        return self.trainer.optimizers[0].param_groups[0]["lr"]

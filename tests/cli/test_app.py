@@ -1,0 +1,196 @@
+import io
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from minigpt.cli import app
+from minigpt.scaling import results
+from minigpt.training.loop import train
+from tests.conftest import composed
+from tests.run_folder import write_run
+
+
+def run_main(monkeypatch, *words: str) -> int:
+    """The exit code of `minigpt words…`."""
+    monkeypatch.setattr(sys, "argv", ["minigpt", *words])
+    with pytest.raises(SystemExit) as leaving:
+        app.main()
+    return int(leaving.value.code or 0)
+
+
+def test_help_lists_the_verbs_with_one_line_each(monkeypatch, capsys):
+    assert run_main(monkeypatch, "--help") == 0
+    shown = capsys.readouterr().out
+    verbs = ("export", "generate", "playground", "probe", "scaling", "study")
+    assert all(re.search(rf"\b{verb} +\w", shown) for verb in verbs)  # a name, then what it does
+
+
+def test_help_does_not_wait_for_torch_or_matplotlib():
+    code = (
+        "import sys; from minigpt.cli import app\n"
+        "sys.argv = ['minigpt', '--help']\n"
+        "try: app.main()\n"
+        "except SystemExit: print({'torch', 'lightning', 'matplotlib'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("set()\n")
+
+
+def test_scaling_prints_the_table_and_writes_into_the_first_folder(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "first")
+    assert run_main(monkeypatch, "scaling", str(tmp_path)) == 0
+    shown = capsys.readouterr().out
+    assert "first" in shown
+    assert "66.69" in shown
+    assert "17.75" in shown
+    assert {"scaling.md", "scaling.png", "scaling.json"} <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_scaling_writes_elsewhere_on_request(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "first")
+    (run / "best.ckpt").touch()  # not read: it stands for its run
+    both = str(run / "best.ckpt"), str(run)
+    assert run_main(monkeypatch, "scaling", *both, "--out", str(tmp_path / "out")) == 0
+    assert (tmp_path / "out" / "scaling.png").is_file()
+    assert not (run / "scaling.png").exists()
+
+
+def test_scaling_is_made_again_from_the_runs_that_it_kept(tmp_path, monkeypatch):
+    write_run(tmp_path / "runs" / "first")
+    write_run(tmp_path / "runs" / "killed", summary=None)
+    kept, out = tmp_path / "kept", tmp_path / "out"
+    words = ("scaling", str(tmp_path / "runs"), "--out", str(out), "--keep", str(kept))
+    assert run_main(monkeypatch, *words) == 0
+    assert [folder.name for folder in kept.iterdir()] == ["first"]
+    assert run_main(monkeypatch, "scaling", str(kept), "--out", str(tmp_path / "again")) == 0
+    first, again = (
+        json.loads((folder / "scaling.json").read_text(encoding="utf-8"))["runs"]
+        for folder in (out, tmp_path / "again")
+    )
+    assert [run for run in first if run["status"] == "finished"] == again
+
+
+def test_study_names_a_run_that_is_not_there(tmp_path, monkeypatch, capsys):
+    assert run_main(monkeypatch, "study", str(tmp_path / "nowhere")) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert str(tmp_path / "nowhere") in err
+
+
+def test_a_mistake_of_the_user_is_one_line_on_stderr_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    assert run_main(monkeypatch, "scaling", str(tmp_path)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert str(tmp_path) in err
+    assert err.count("\n") == 1
+
+
+def test_an_unknown_verb_leaves_with_exit_code_2(monkeypatch, capsys):
+    assert run_main(monkeypatch, "scalling") == 2
+    err = capsys.readouterr().err
+    assert "scalling" in err
+    assert "scaling" in err  # the verb that was meant
+
+
+def test_ctrl_c_leaves_quietly_with_exit_code_130(tmp_path, monkeypatch, capsys):
+    def interrupted(folders):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(results, "find_runs", interrupted)
+    assert run_main(monkeypatch, "scaling", str(tmp_path)) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_generate_writes_stories_that_the_seed_decides(tiny, monkeypatch, capsys):
+    folder = train(composed(tiny))
+    words = ("generate", str(folder), "--prompt", "Tom", "--max-tokens", "9")
+    told = []
+    for choice in (("--seed", "1"), ("--seed", "1"), ("--seed", "5"), ("--temperature", "0")):
+        capsys.readouterr()
+        assert run_main(monkeypatch, *words, *choice) == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1] != told[2]
+    assert all(text.startswith("Tom") for text in told)
+    assert run_main(monkeypatch, *words, "--n", "70", "--seed", "1") == 0
+    stories = capsys.readouterr().out.split("\n<|endoftext|>\n")
+    assert len(stories) == 70
+    assert all(story.startswith("Tom") for story in stories)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Zoë 🐉\r\n".encode())))
+    assert run_main(monkeypatch, *words, "--prompt", "-") == 0
+    assert capsys.readouterr().out.startswith("Zoë 🐉")
+    for prompt in ("", "Once upon a time, " * 40):
+        assert run_main(monkeypatch, *words, "--prompt", prompt) == 0
+        out, err = capsys.readouterr()
+        assert out.startswith(prompt)
+        assert err.count("\n") == bool(prompt)  # a warning that names the context, of 16 tokens
+        assert bool(re.search(r"\b16\b", err)) == bool(prompt)
+    for dtype in ("float32", "bfloat16"):
+        with monkeypatch.context() as patched:
+            taken = []
+            patched.setattr(
+                "minigpt.generation.sampling.stream_text",
+                lambda net, *rest, taken=taken: taken.append(net.embedding.weight.dtype) or "x",
+            )
+            assert run_main(monkeypatch, *words, "--dtype", dtype) == 0
+            assert taken == [getattr(torch, dtype)]
+        assert run_main(monkeypatch, *words, "--dtype", dtype) == 0
+        assert capsys.readouterr().out.startswith("Tomx\nTom")
+    monkeypatch.setattr("minigpt.kernels.decode.library", lambda: None)
+    for has_bfloat16 in (True, False):
+        monkeypatch.setattr("minigpt.core.hardware.cpu_has_bfloat16", lambda has=has_bfloat16: has)
+        assert run_main(monkeypatch, *words, "--dtype", "bfloat16", "--max-tokens", "1") == 0
+        assert ("--dtype float32" in capsys.readouterr().err) is not has_bfloat16
+    for wrong, names in WRONG_PROMPTS.items():
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a \xff")))
+        assert run_main(monkeypatch, *words, "--prompt", wrong) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert re.fullmatch("error: .*\n", err)
+        assert all(name in err for name in names)
+
+
+WRONG_PROMPTS = {"\udcff": [r"\udcff"], "-": ["UTF-8", "2"]}
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ("--top-p 2", ["top_p", "2.0"]),
+        ("--temperature nan", ["temperature", "nan"]),
+        ("--temperature 0 --top-k 5 --min-p 0.1", ["--temperature", "--top-k", "--min-p"]),
+        ("--temperature 0 --n 2", ["--temperature", "--n 2"]),
+        ("--n -1", ["--n", "-1"]),
+        ("--seed -1", ["seed", "-1"]),
+        ("--repetition-penalty nan", ["repetition_penalty", "nan", "0.01", "100"]),
+        ("--max-tokens 0", ["max_tokens"]),
+        ("--min-p 3", ["min_p", "3.0"]),
+        ("", ["nowhere"]),
+    ],
+)
+def test_generate_refuses_what_it_cannot_do_in_one_line(options, names, monkeypatch, capsys):
+    assert run_main(monkeypatch, "generate", "nowhere", *options.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch("error: .*\n", err)
+    assert all(name in err for name in names)
+
+
+def test_a_reader_that_leaves_early_ends_generate_without_a_traceback(tiny):
+    folder = train(composed(tiny))
+    words = [str(folder), "--n", "500", "--max-tokens", "60", "--temperature", "5"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "minigpt.cli.app", "generate", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""

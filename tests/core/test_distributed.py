@@ -1,0 +1,96 @@
+"""Several processes train as one, whoever started them: gloo on CPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minigpt.core.distributed import global_rank
+from minigpt.core.settings import UserError
+from minigpt.evaluation import EvaluationConfig, StoriesConfig, evaluate
+from minigpt.runs.folder import Run, new_run_folder
+from minigpt.runs.records import read_metrics, read_summary
+from minigpt.training.loop import train
+from tests.conftest import ROOT, composed
+
+pytestmark = pytest.mark.timeout(300)  # a process imports for five seconds, on a core of its own
+
+FEW = EvaluationConfig(stories=StoriesConfig(prompts=("Once",), n=1, max_tokens=5), words=("Tom",))
+
+
+def run(command: list[str]) -> str:
+    """What `command` says on stderr; it must succeed."""
+    variables = os.environ | {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=variables, capture_output=True, text=True, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "sync_dist" not in done.stderr
+    return done.stderr
+
+
+def check_equal(run: Path, alone: Path) -> None:
+    """Every loss, norm and rate of `run` is that of `alone`, to float32 rounding."""
+    columns = ("train/loss", "val/loss", "grad_norm", "lr")
+    rows = [
+        [{name: row[name] for name in ("step", "tokens", *columns) if name in row} for row in found]
+        for found in (read_metrics(run), read_metrics(alone))
+    ]
+    assert len(rows[0]) == len(rows[1]) > 10
+    for ours, theirs in zip(*rows, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.fixture
+def two(tiny: list[str]) -> list[str]:
+    return [*tiny, "trainer=ddp", "trainer.precision=32-true", "trainer.n_validations=2"]
+
+
+def test_a_job_of_a_multirun_on_two_devices_is_that_of_one_with_the_doubled_batch(
+    two: list[str], tmp_path: Path
+):
+    sweep = tmp_path / "runs/a sweep"
+    said = run(
+        [sys.executable, "train.py", "-m", *two, "trainer.devices=2", f"hydra.sweep.dir='{sweep}'"]
+    )
+    assert [path.name for path in sweep.iterdir() if path.is_dir()] == ["small-0"]
+    assert said.count("cpu ×2") == 1  # one process of two speaks
+    check_equal(sweep / "small-0", train(composed([*two, "data.batch_size=8"])))
+    evaluation = evaluate(Run.open(sweep / "small-0"), FEW)
+    logged = read_summary(sweep / "small-0")["val/perplexity"]
+    assert evaluation.perplexity == pytest.approx(logged, rel=1e-5)
+
+
+def test_the_processes_of_torchrun_share_a_folder_a_log_and_a_wandb_run(two: list[str]):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    run([*torchrun, "train.py", *two, "logger=wandb"])
+    (folder,) = Path(composed(two).runs_dir).iterdir()
+    assert len(list(folder.glob("wandb/offline-run-*"))) == 1
+    log = (folder / "train.log").read_text(encoding="utf-8")
+    assert [log.count(text) for text in ("cpu ×2", "report.html")] == [1, 1]
+    check_equal(folder, train(composed([*two, "data.batch_size=8"])))
+
+
+def test_a_run_under_srun_is_called_after_its_job_and_step(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("SLURM_JOB_ID", "71")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    folder = train(composed([*tiny, "resume=auto"]), size="small")
+    assert folder.name == "small-71.0"
+    assert train(composed([*tiny, "resume=auto"]), size="small") == folder  # queued again
+
+
+def test_the_others_find_the_folder_that_the_first_process_makes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setenv("MINIGPT_RUN_FOLDER", "none yet")  # is put back at the end
+    first = new_run_folder(tmp_path, None, "small")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert (global_rank(), new_run_folder(tmp_path, None, "small")) == (1, first)
+    monkeypatch.delenv("MINIGPT_RUN_FOLDER")
+    assert new_run_folder(tmp_path, "mine", "small") == tmp_path / "mine"
+    with pytest.raises(UserError, match="name="):
+        new_run_folder(tmp_path, None, "small")

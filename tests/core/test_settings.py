@@ -1,0 +1,63 @@
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from minigpt.core.settings import UserError, build, unknown_name
+
+
+@dataclass(frozen=True)
+class Inner:
+    width: int = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    steps: int = 1
+    rate: float | None = None
+    names: tuple[str, ...] = ()
+    kind: Literal["round", "square"] = "round"
+    on: bool = False
+    inner: Inner = Inner()
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"steps {self.steps} must not be negative")
+
+
+def test_values_arrive_in_the_types_of_the_dataclass():
+    made = build(Settings, {"steps": 1e7, "rate": 2, "names": ["x"], "inner": {"width": 3}}, "s")
+    assert made == Settings(10_000_000, 2.0, ("x",), inner=Inner(3))
+    assert isinstance(made.steps, int)
+    assert build(Settings, {"names": "one"}, "s").names == ("one",)
+    assert build(Settings, {"rate": None}, "s").rate is None
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ({"stepz": 1}, ["s.stepz", "s.steps", "s.rate"]),
+        ({"steps": 1.5}, ["s.steps", "1.5"]),
+        ({"steps": True}, ["s.steps"]),
+        ({"steps": None}, ["s.steps"]),
+        ({"steps": -1}, ["steps", "-1"]),
+        ({"rate": "fast"}, ["s.rate", "fast"]),
+        ({"rate": float("nan")}, ["s.rate", "nan"]),
+        ({"names": 3}, ["s.names", "3", "s.names=[a,b]"]),
+        ({"kind": "c"}, ["s.kind", "round", "square"]),
+        ({"on": 1}, ["s.on", "1", "true", "false"]),
+        ({"inner": 3}, ["s.inner", "3", "s.inner."]),
+        ({"inner": {"width": "x"}}, ["s.inner.width"]),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_names_it(values, names):
+    with pytest.raises(UserError) as error:
+        build(Settings, values, "s")
+    assert all(name in str(error.value) for name in names)
+    assert str(error.value).isprintable()  # and so one line
+
+
+def test_a_name_like_no_other_is_answered_with_all_of_them():
+    said = unknown_name("zzz", ["beta", "alpha"])
+    assert "zzz" in said
+    assert 0 <= said.find("alpha") < said.find("beta")

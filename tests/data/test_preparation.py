@@ -1,0 +1,370 @@
+import dataclasses
+import errno
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from minigpt.core.settings import UserError, build
+from minigpt.data import preparation
+from minigpt.data.preparation import (
+    DataConfig,
+    open_corpus,
+    prepare_split,
+    prepare_tokenizer,
+)
+from minigpt.data.sources import bundled_sample
+from minigpt.tokenizer import Tokenizer
+from tests.conftest import naming, tiny_overrides
+from tests.processes import Training
+
+STORIES = [f"Story {n}: the dog and the girl walk to the park.\n\nThen é." for n in range(50)]
+
+
+@dataclasses.dataclass
+class Listed:
+    """A corpus of the given stories that counts how often each split is read."""
+
+    train: Sequence[str] = tuple(STORIES)
+    valid: Sequence[str] = ("The end is near, said Tom.", "The end.")
+    reads: list[str] = dataclasses.field(default_factory=list)
+
+    def stories(self, split: str) -> Iterator[str]:
+        self.reads.append(split)
+        yield from getattr(self, split)
+
+    def fingerprint(self, split: str) -> dict[str, Any]:
+        return {"split": split, "stories": list(getattr(self, split))}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(STORIES, 300)
+
+
+def prepared(cache: Path) -> list[str]:
+    """What lies in the cache beside locks, which may stay."""
+    return sorted(p.name for p in (cache / "prepared").iterdir() if p.suffix != ".lock")
+
+
+def test_a_token_file_is_every_story_followed_by_end_of_text(tokenizer, tmp_path):
+    corpus = Listed()
+    found = prepare_split(corpus, "train", tokenizer, tmp_path)
+    expected = [id for ids in tokenizer.encode_batch(STORIES) for id in [*ids, 0]]
+    assert found.array().tolist() == expected
+    assert found.array().dtype == np.uint16
+    assert not found.array().flags.writeable
+    assert (found.n_tokens, found.n_stories) == (len(expected), 50)
+    assert found.n_bytes == len("".join(STORIES).encode())
+    assert found.bytes_per_token == found.n_bytes / found.n_tokens
+
+
+def test_blocks_do_not_show_in_the_result(tokenizer, tmp_path, monkeypatch):
+    whole = prepare_split(Listed(), "train", tokenizer, tmp_path / "whole")
+    monkeypatch.setattr(preparation, "_BLOCK_CHARACTERS", 200)
+    parts = prepare_split(Listed(), "train", tokenizer, tmp_path / "parts")
+    assert parts.path.read_bytes() == whole.path.read_bytes()
+    assert parts.n_bytes == whole.n_bytes
+
+
+def test_what_is_prepared_is_not_read_again(tmp_path):
+    corpus, config = Listed(), DataConfig(vocab_size=300, cache_dir=str(tmp_path))
+    for _ in range(2):
+        tokenizer = prepare_tokenizer(corpus, config)
+        prepare_split(corpus, "train", tokenizer, tmp_path)
+        prepare_split(corpus, "valid", tokenizer, tmp_path)
+    assert corpus.reads == ["train", "train", "valid"]
+
+
+def test_another_corpus_vocabulary_or_tokenizer_is_prepared_on_its_own(tmp_path):
+    config = DataConfig(vocab_size=300, cache_dir=str(tmp_path))
+    first = prepare_tokenizer(Listed(), config)
+    smaller = prepare_tokenizer(Listed(), dataclasses.replace(config, vocab_size=280))
+    assert (first.vocab_size, smaller.vocab_size) == (300, 280)
+    other = prepare_tokenizer(Listed(train=["cats and cats and cats"]), config)
+    assert other.fingerprint != first.fingerprint
+    paths = {prepare_split(Listed(), "valid", t, tmp_path).path for t in (first, smaller, other)}
+    assert len(paths) == 3
+
+
+def test_the_tokenizer_never_sees_validation_and_no_more_than_its_share(tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "_TOKENIZER_BYTES", 20)
+    corpus = Listed(train=["the first story", "the second story", "xyzxyz " * 100])
+    config = DataConfig(vocab_size=1000, cache_dir=str(tmp_path))
+    tokenizer = prepare_tokenizer(corpus, config)
+    assert corpus.reads == ["train"]
+    words = [tokenizer.token(id) for id in range(tokenizer.vocab_size)]
+    assert " second" in words
+    assert not [word for word in words if "xy" in word]
+
+
+class Broken(Listed):
+    def stories(self, split: str) -> Iterator[str]:
+        yield from super().stories(split)
+        raise UserError("stories.txt")
+
+
+def test_an_error_while_reading_leaves_nothing_behind(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "_BLOCK_CHARACTERS", 200)  # some blocks are written before
+    with pytest.raises(UserError, match="stories.txt"):
+        prepare_split(Broken(), "train", tokenizer, tmp_path)
+    with pytest.raises(UserError, match="stories.txt"):
+        prepare_tokenizer(Broken(), DataConfig(vocab_size=300, cache_dir=str(tmp_path)))
+    assert prepared(tmp_path) == []
+
+
+SLOW_PREPARATION = """
+import logging, sys
+from minigpt.data import preparation
+from minigpt.tokenizer import Tokenizer
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+preparation._BLOCK_CHARACTERS = 200
+stories = [f"Story {n}: the dog and the girl." for n in range(50)]
+tokenizer = Tokenizer.train(stories, 280)
+
+class Slow:
+    def fingerprint(self, split):
+        return {"stories": stories}
+    def stories(self, split):
+        for n, story in enumerate(stories):
+            if n == 40:
+                print("begun", flush=True)
+                sys.stdin.readline()
+            yield story
+
+print(preparation.prepare_split(Slow(), "train", tokenizer, sys.argv[1]).n_tokens)
+"""
+
+
+def start(cache: Path) -> subprocess.Popen[str]:
+    """A process that stops in the middle of its preparation until it reads a line."""
+    return subprocess.Popen(
+        [sys.executable, "-c", SLOW_PREPARATION, str(cache)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_killed_preparations_count_for_nothing_and_two_processes_prepare_once(tmp_path):
+    killed = start(tmp_path)
+    assert killed.stdout is not None
+    assert killed.stdout.readline() == "begun\n"
+    killed.kill()
+    killed.communicate()
+    (unfinished,) = prepared(tmp_path)
+    assert (tmp_path / "prepared" / unfinished / "tokens.bin").exists()
+
+    first = start(tmp_path)
+    assert first.stdout is not None
+    assert first.stdout.readline() == "begun\n"  # it holds the lock, and half is written
+    second = start(tmp_path)
+    assert second.stderr is not None
+    said = second.stderr.readline()
+    assert "waiting" in said
+    assert unfinished.removesuffix(".unfinished") in said
+    first_output, first_log = first.communicate("go on\n", timeout=60)
+    output, log = second.communicate(timeout=60)
+    assert (first.returncode, second.returncode) == (0, 0), first_log + log
+    encoded = naming("train", "50")  # stories
+    assert re.search(encoded, first_log)
+    assert not re.search(encoded, log)
+    assert "begun" not in output
+    assert output == first_output
+    (whole,) = prepared(tmp_path)
+    assert unfinished.startswith(whole)
+
+
+@pytest.mark.parametrize(
+    "damage", ["cut", "longer", "flipped", "no meta", "half a meta", "flipped meta"]
+)
+def test_a_damaged_token_file_is_prepared_again_and_the_log_says_so(
+    tokenizer, tmp_path, caplog, damage
+):
+    corpus = Listed()
+    path = prepare_split(corpus, "train", tokenizer, tmp_path).path
+    good, meta = path.read_bytes(), path.with_name("meta.json")
+    if damage == "no meta":
+        meta.unlink()
+    elif damage == "half a meta":
+        meta.write_text(meta.read_text()[:50])
+    elif damage == "flipped meta":  # bits per byte would be wrong, and nothing else
+        bytes_before = json.loads(meta.read_text())["bytes"]
+        meta.write_text(meta.read_text().replace(str(bytes_before), str(bytes_before + 1)))
+    else:
+        flipped = good[:100] + bytes([good[100] ^ 1]) + good[101:]
+        path.write_bytes({"cut": good[:-2], "longer": good + b"\0\0", "flipped": flipped}[damage])
+    again = prepare_split(corpus, "train", tokenizer, tmp_path)
+    assert again.path.read_bytes() == good
+    assert corpus.reads == ["train", "train"]
+    assert re.search(naming(str(path.parent), "damaged"), caplog.text)
+
+
+@pytest.mark.parametrize("damage", ["cut", "a word changed", "no meta"])
+def test_a_damaged_tokenizer_is_trained_again(tmp_path, caplog, damage):
+    config = DataConfig(vocab_size=300, cache_dir=str(tmp_path))
+    good = prepare_tokenizer(Listed(), config)
+    (path,) = tmp_path.rglob("tokenizer.json")
+    text = path.read_text()
+    if damage == "no meta":
+        path.with_name("meta.json").unlink()
+    else:
+        path.write_text(text[:1000] if damage == "cut" else text.replace("dog", "dig"))
+    assert prepare_tokenizer(Listed(), config).fingerprint == good.fingerprint
+    assert path.read_text() == text
+    assert re.search(naming(str(path.parent), "damaged"), caplog.text)
+
+
+def test_what_an_earlier_version_prepared_is_not_prepared_again(tokenizer, tmp_path):
+    corpus = Listed()
+    meta = prepare_split(corpus, "train", tokenizer, tmp_path).path.with_name("meta.json")
+    without = {key: value for key, value in json.loads(meta.read_text()).items() if key != "meta"}
+    meta.write_text(json.dumps(without))
+    prepare_split(corpus, "train", tokenizer, tmp_path)
+    assert corpus.reads == ["train"]
+
+
+@pytest.fixture
+def shared_folder() -> Iterator[Path]:
+    """A folder that everybody may read."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def as_nobody(cache: Path, function):
+    """`function()` without the right to write to `cache`, which root has whatever the mode."""
+    for path in [cache, *cache.rglob("*")]:
+        path.chmod(path.stat().st_mode & ~0o222)
+    root = os.geteuid() == 0
+    try:
+        if root:
+            os.seteuid(65534)
+        return function()
+    finally:
+        if root:
+            os.seteuid(0)
+        for path in [cache, *cache.rglob("*")]:
+            path.chmod(path.stat().st_mode | 0o200)
+
+
+def test_a_cache_that_is_read_only_is_read(tokenizer, shared_folder):
+    corpus = Listed()
+    made = prepare_split(corpus, "train", tokenizer, shared_folder)
+    found = as_nobody(
+        shared_folder, lambda: prepare_split(corpus, "train", tokenizer, shared_folder)
+    )
+    assert found == made
+    assert corpus.reads == ["train"]
+
+
+def test_in_a_read_only_cache_what_is_missing_or_damaged_is_one_line(tokenizer, shared_folder):
+    prepare = prepare_split(Listed(), "train", tokenizer, shared_folder)
+    prepare.path.write_bytes(b"")
+    for split in ("train", "valid"):
+        with pytest.raises(UserError, match=naming(os.strerror(errno.EACCES), "data.cache_dir")):
+            as_nobody(
+                shared_folder, lambda s=split: prepare_split(Listed(), s, tokenizer, shared_folder)
+            )
+
+
+def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(tokenizer, tmp_path):
+    config = DataConfig(vocab_size=300, cache_dir=str(tmp_path))
+    too_large = naming(os.strerror(errno.EFBIG), "data.cache_dir")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(UserError, match=too_large):
+            prepare_split(Listed(), "train", tokenizer, tmp_path)
+        with pytest.raises(UserError, match=too_large):
+            prepare_tokenizer(Listed(), config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert prepared(tmp_path) == []
+    assert prepare_split(Listed(), "train", tokenizer, tmp_path).n_stories == 50
+
+
+@pytest.mark.parametrize("n", [2, 8])
+def test_runs_that_start_at_once_prepare_once_and_all_train(n: int, tmp_path: Path):
+    command = [*tiny_overrides(tmp_path), "budget.tokens=192", "trainer.n_validations=1"]
+    runs = [Training([*command, f"name=r{i}"], tmp_path / f"r{i}.txt") for i in range(n)]
+    for run in runs:
+        assert run.wait() == 0, run.said()
+    everything = "".join(run.said() for run in runs)
+    assert len(re.findall(r"\bencoded\b.*\btrain\b", everything)) == 1
+    assert len(re.findall(r"\bencoded\b.*\bvalid\b", everything)) == 1
+    assert len(re.findall(r"\bfinished\b", everything)) == n
+    assert len(prepared(tmp_path / "cache")) == 3  # the tokenizer and two splits
+
+
+def test_a_cache_that_cannot_be_written_is_one_line_naming_the_override(tokenizer, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=naming("data.cache_dir")) as error:
+        prepare_split(Listed(), "train", tokenizer, tmp_path / "file")
+    assert "\n" not in str(error.value)
+
+
+def test_a_split_without_stories_is_refused(tokenizer, tmp_path):
+    with pytest.raises(UserError, match=naming("valid")):
+        prepare_split(Listed(valid=[]), "valid", tokenizer, tmp_path)
+
+
+def test_meta_json_tells_what_went_in(tokenizer, tmp_path):
+    found = prepare_split(Listed(), "valid", tokenizer, tmp_path)
+    meta = json.loads(found.path.with_name("meta.json").read_text())
+    assert meta["of"]["tokenizer"] == tokenizer.fingerprint
+    assert (meta["tokens"], meta["bytes"], meta["stories"]) == (found.n_tokens, found.n_bytes, 2)
+
+
+def test_own_text_and_the_bundled_sample_open_by_config(tmp_path):
+    text = tmp_path / "own.txt"
+    text.write_text("<|endoftext|>".join(STORIES), encoding="utf-8")
+    own = build(DataConfig, {"source": "text", "train_files": str(text), "holdout": 0.1}, "data")
+    corpus = open_corpus(own)
+    assert list(corpus.stories("train")) == STORIES[:45]
+    assert list(corpus.stories("valid")) == STORIES[45:]
+    assert open_corpus(DataConfig()) == bundled_sample()
+
+
+def test_an_empty_line_separates_stories_where_it_is_typed(tmp_path):
+    text = tmp_path / "poems.txt"
+    text.write_text("One\nline.\n\nTwo.\n\nThree.", encoding="utf-8")
+    config = DataConfig(source="text", valid_files=(str(text),), separator=r"\n\n")
+    assert list(open_corpus(config).stories("valid")) == ["One\nline.", "Two.", "Three."]
+
+
+def test_validation_files_alone_are_enough_to_evaluate_on(tokenizer, tmp_path):
+    text = tmp_path / "other.txt"
+    text.write_text("One.<|endoftext|>Two.", encoding="utf-8")
+    corpus = open_corpus(DataConfig(source="text", valid_files=(str(text),)))
+    assert prepare_split(corpus, "valid", tokenizer, tmp_path).n_stories == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ({"source": "text"}, ["source", "text", "data.train_files"]),
+        ({"train_files": ["a.txt"]}, ["data=text"]),
+        ({"holdout": 1.0}, ["data", "holdout", "1.0"]),
+        ({"separator": ""}, ["data", "separator"]),
+        ({"download_tokens": 0}, ["data", "download_tokens", "0"]),
+        ({"vocab_size": 70_000}, ["70000", "65536", "data.vocab_size"]),
+        ({"batch_size": 0}, ["data", "batch_size", "0"]),
+    ],
+)
+def test_settings_out_of_range_are_refused_in_one_line(values, names):
+    with pytest.raises(UserError, match=naming(*names)) as error:
+        build(DataConfig, values, "data")
+    assert "\n" not in str(error.value)

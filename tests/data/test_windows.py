@@ -1,0 +1,270 @@
+import dataclasses
+import itertools
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minigpt.core.settings import UserError
+from minigpt.data.datamodule import DataModule
+from minigpt.data.preparation import DataConfig
+from minigpt.data.windows import (
+    BudgetSampler,
+    TokenWindows,
+    epoch_offset,
+    epoch_permutation,
+)
+from minigpt.model import IGNORE_INDEX
+from tests.conftest import naming
+
+# ---------------------------------------------------------------------------- windows
+
+
+def test_targets_are_the_inputs_one_token_ahead():
+    windows = TokenWindows(np.arange(100, dtype=np.uint16), 8)
+    ids, targets = windows.__getitems__([24, 0, 91])
+    assert ids.shape == targets.shape == (3, 8)
+    assert ids.dtype == targets.dtype == torch.int64
+    assert ids.is_contiguous()
+    assert targets.is_contiguous()
+    assert ids[0].tolist() == list(range(24, 32))
+    assert torch.equal(targets, ids + 1)
+    assert torch.equal(windows[91][0], ids[2])
+
+
+@given(st.integers(1, 60), st.integers(1, 20))
+def test_side_by_side_every_token_but_the_first_is_predicted_once(n_tokens, context_length):
+    tokens = np.arange(1000, 1000 + n_tokens, dtype=np.uint16)
+    windows = TokenWindows(tokens, context_length)
+    predicted: list[int] = []
+    for ids, targets in (windows[start] for start in windows.side_by_side()):
+        known = targets != IGNORE_INDEX
+        assert torch.equal(ids[known], targets[known] - 1)
+        assert known.any()
+        predicted += targets[known].tolist()
+    assert predicted == tokens[1:].tolist()
+
+
+def test_behind_the_end_there_is_end_of_text_and_nothing_to_predict():
+    windows = TokenWindows(np.array([5, 6, 7, 8, 9, 10], dtype=np.uint16), 4)
+    ids, targets = windows.__getitems__([0, 4, 8])
+    assert ids.tolist() == [[5, 6, 7, 8], [9, 10, 0, 0], [0, 0, 0, 0]]
+    assert targets.tolist() == [[6, 7, 8, 9], [10, -100, -100, -100], [-100] * 4]
+
+
+def test_ids_above_32767_keep_their_sign():
+    windows = TokenWindows(np.array([65_535, 40_000, 1], dtype=np.uint16), 2)
+    assert windows[0][0].tolist() == [65_535, 40_000]
+
+
+# ---------------------------------------------------------------------------- the training order
+
+
+def sampler(n_windows: int, *args, **kwargs) -> BudgetSampler:
+    """Over windows of one token, which start at 0, 1, ..., n_windows - 1."""
+    return BudgetSampler(n_windows + 1, 1, *args, **kwargs)
+
+
+@settings(deadline=None)
+@given(
+    n_windows=st.integers(12, 40),
+    batch_size=st.integers(1, 4),
+    world_size=st.integers(1, 3),
+    seed=st.integers(0, 5),
+)
+def test_ranks_together_see_every_window_once_an_epoch(n_windows, batch_size, world_size, seed):
+    n_steps = 3 * n_windows // (batch_size * world_size)
+    ranks = [
+        sampler(n_windows, batch_size, n_steps, seed, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    batches = [batch for step in zip(*ranks, strict=True) for batch in step]
+    assert {len(batch) for batch in batches} == {batch_size}
+    order = list(itertools.chain.from_iterable(batches))
+    for epoch in range(len(order) // n_windows):
+        part = order[epoch * n_windows : (epoch + 1) * n_windows]
+        assert sorted(part) == list(range(n_windows))
+        assert part == epoch_permutation(n_windows, seed, epoch).tolist()
+
+
+def test_each_epoch_and_each_seed_has_an_order_of_its_own():
+    orders = {tuple(epoch_permutation(100, seed, epoch)) for seed in range(5) for epoch in range(5)}
+    assert len(orders) == 25
+
+
+def test_the_order_is_the_same_on_every_machine():
+    assert epoch_permutation(8, seed=1, epoch=0).tolist() == [5, 0, 1, 4, 2, 6, 3, 7]
+
+
+def test_with_an_offset_the_windows_lie_elsewhere_in_each_epoch_but_never_overlap():
+    # 7 windows of 4 in 33 tokens, at most 3 of which an offset can leave out
+    made = BudgetSampler(33, 4, 7, n_steps=20, seed=1, random_offset=True)
+    epochs = [sorted(starts) for starts in made]
+    offsets = [starts[0] for starts in epochs]
+    assert offsets[0] == 0
+    assert set(offsets) == {0, 1, 2, 3}
+    for offset, starts in zip(offsets, epochs, strict=True):
+        assert starts == list(range(offset, offset + 28, 4))
+    assert offsets == [epoch_offset(4, seed=1, epoch=epoch) for epoch in range(20)]
+    other = BudgetSampler(33, 4, 7, n_steps=20, seed=2, random_offset=True)
+    assert offsets != [min(starts) for starts in other]
+
+
+@pytest.mark.parametrize("start_step", [0, 1, 7, 49, 50])
+def test_starting_at_a_step_is_skipping_the_steps_before(start_step):
+    whole = list(sampler(10, 4, 50, seed=3))
+    assert len(whole) == 50
+    assert list(sampler(10, 4, 50, seed=3, start_step=start_step)) == whole[start_step:]
+
+
+def test_too_few_windows_for_a_batch_is_one_line_with_what_would_fit():
+    sampler(32, 32, 1, seed=0)
+    with pytest.raises(UserError, match=r"\b12\b.*\b32\b.*data\.batch_size=12\b"):
+        sampler(12, 32, 1, seed=0)
+    with pytest.raises(UserError, match=naming("31", "8", "4", "data.batch_size=7")):
+        sampler(31, 8, 1, seed=0, world_size=4)
+    with pytest.raises(UserError, match=naming("0", "8", "model.context_length")):
+        sampler(0, 8, 1, seed=0)
+
+
+# ---------------------------------------------------------------------------- data module
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> DataConfig:
+    folder = tmp_path_factory.mktemp("data")
+    for split, n in (("train", 400), ("valid", 60)):
+        stories = (f"Story {k} for {split}: the dog sat." for k in range(n))
+        (folder / f"{split}.txt").write_text("<|endoftext|>".join(stories), encoding="utf-8")
+    return DataConfig(
+        source="text",
+        train_files=(str(folder / "train.txt"),),
+        valid_files=(str(folder / "valid.txt"),),
+        vocab_size=300,
+        batch_size=4,
+        cache_dir=str(folder / "cache"),
+    )
+
+
+def opened(config: DataConfig, n_steps: int = 20, start_step: int = 0) -> DataModule:
+    data = DataModule(config, 16, n_steps, seed=1, start_step=start_step)
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def test_what_could_not_be_prepared_is_not_taken_for_ready(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    broken = dataclasses.replace(config, cache_dir=str(tmp_path / "file/cache"))
+    data = DataModule(broken, 16, n_steps=2, seed=1)
+    for _ in range(2):
+        with pytest.raises(UserError, match=naming("data.cache_dir")):
+            data.setup()
+
+
+def test_validation_loader_reads_its_whole_split_in_order_and_no_other(config):
+    data = opened(config)
+    targets = torch.cat([targets.flatten() for _, targets in data.val_dataloader()])
+    known = targets[targets != IGNORE_INDEX]
+    assert known.tolist() == data.valid.array()[1:].tolist()
+    text = data.tokenizer.decode(known.tolist())
+    assert text.count("for valid") == 60
+    assert "for train" not in text
+    assert data.bytes_per_token == data.valid.bytes_per_token
+
+
+def test_training_loader_has_full_batches_for_the_whole_run(config):
+    data = opened(config, n_steps=2000)  # several epochs
+    batches = list(data.train_dataloader())
+    assert len(batches) == 2000
+    assert {batch.shape for pair in batches for batch in pair} == {(4, 16)}
+    stream = data.train.array()
+    assert all(torch.equal(ids[:, 1:], targets[:, :-1]) for ids, targets in batches)
+    n_windows = (len(stream) - 1) // 16
+    first_epoch = torch.cat([ids for ids, _ in batches])[: n_windows - 1]
+    known = {tuple(stream[start : start + 16]) for start in range(0, n_windows * 16, 16)}
+    assert {tuple(row) for row in first_epoch.tolist()} <= known
+
+
+class FakeTrainer:
+    def __init__(self, rank: int, world_size: int):
+        self.global_rank, self.world_size = rank, world_size
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_the_validation_windows_without_repeats(config, world_size):
+    data = opened(config)
+    alone = torch.cat([targets for _, targets in data.val_dataloader()])
+    assert len(alone) % 3  # so that some rank of three has a window of no token
+    shares = []
+    for rank in range(world_size):
+        data.trainer = FakeTrainer(rank, world_size)  # type: ignore[assignment]
+        shares.append(torch.cat([targets for _, targets in data.val_dataloader()]))
+    assert len({len(share) for share in shares}) == 1
+    for rank, share in enumerate(shares):
+        mine = alone[rank::world_size]
+        assert torch.equal(share[: len(mine)], mine)
+        assert (share[len(mine) :] == IGNORE_INDEX).all()
+
+
+class Recorder(L.LightningModule):
+    """Trains nothing; keeps what it was given and the step it was given at."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[tuple[int, list[int]]] = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append((self.global_step, batch[0].flatten().tolist()))
+        return self.weight * 1.0
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class SaveAt(L.Callback):
+    def __init__(self, step: int, path: str):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers",
+    "ignore:.*your dataloader is not resumable",  # it is: start_step
+    "ignore:.*LeafSpec",  # within Lightning
+)
+@pytest.mark.parametrize("stopped_at", [7, 13])
+def test_a_resumed_run_sees_exactly_the_batches_that_were_left(config, tmp_path, stopped_at):
+    def fit(start_step: int, resume: str | None = None) -> Recorder:
+        trainer = L.Trainer(
+            max_steps=20,
+            max_epochs=-1,
+            val_check_interval=5,
+            check_val_every_n_epoch=None,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[SaveAt(stopped_at, checkpoint)],
+        )
+        module = Recorder()
+        data = DataModule(config, 16, 20, seed=1, start_step=start_step)
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+        return module
+
+    checkpoint = str(tmp_path / "stopped.ckpt")
+    whole = fit(0)
+    rest = fit(stopped_at, resume=checkpoint)
+    assert len(whole.seen) == 20
+    assert rest.seen == whole.seen[stopped_at:]

@@ -1,0 +1,120 @@
+"""The fast pieces give what the plain ones of model.py give."""
+
+import copy
+from itertools import islice
+from statistics import fmean
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from minigpt.data.datamodule import DataModule
+from minigpt.data.preparation import DataConfig
+from minigpt.data.sources import bundled_sample
+from minigpt.kernels.cpu import (
+    BLOCK,
+    CHUNK,
+    accelerate,
+    block_attention,
+    chunked_cross_entropy,
+)
+from minigpt.model import (
+    GPT,
+    IGNORE_INDEX,
+    GPTConfig,
+    attention,
+    linear_cross_entropy,
+)
+from minigpt.training.optim import OptimizerConfig, lr_factor, make_optimizer
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Norm of the difference over the norm."""
+    return float((a.detach().float() - b.detach().float()).norm() / b.detach().float().norm())
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK, 2 * BLOCK + 5, 256])
+@pytest.mark.parametrize("n_heads", [1, 3])
+def test_block_attention_and_its_gradient_are_those_of_attention(dtype, close, length, n_heads):
+    torch.manual_seed(0)
+    plain = torch.randn(2, length, 3 * n_heads * 16, requires_grad=True)
+    fast = plain.detach().to(dtype).requires_grad_()
+    expected, got = attention(plain, n_heads, "matmul"), block_attention(fast, n_heads)
+    downstream = torch.randn(expected.shape)
+    expected.backward(downstream)
+    got.backward(downstream.to(dtype))
+    assert got.dtype == dtype
+    assert got.shape == expected.shape
+    assert apart(got, expected) < close
+    assert apart(fast.grad, plain.grad) < close
+
+
+@pytest.mark.parametrize(("autocast", "close"), [(False, 1e-5), (True, 1e-2)])
+@pytest.mark.parametrize("ignored", [0, 7])
+def test_chunked_cross_entropy_and_its_gradients_are_those_of_cross_entropy(
+    autocast, close, ignored
+):
+    torch.manual_seed(0)
+    hidden = torch.randn(3, CHUNK // 2, 16, requires_grad=True)  # one chunk and a half
+    weight = torch.randn(50, 16, requires_grad=True)
+    targets = torch.randint(0, 50, hidden.shape[:2])
+    targets[0, :ignored] = IGNORE_INDEX
+    results = []
+    for function in (linear_cross_entropy, chunked_cross_entropy):
+        hidden.grad = weight.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = function(hidden, weight, targets)
+        (3 * loss).backward()
+        results.append((loss.detach(), hidden.grad, weight.grad))
+    (loss, *grads), (fast_loss, *fast_grads) = results
+    assert fast_loss.dtype == torch.float32
+    assert float(fast_loss) == pytest.approx(float(loss), rel=1e-3 if autocast else 1e-6)
+    for fast, plain in zip(fast_grads, grads, strict=True):
+        assert apart(fast, plain) < close
+    with torch.no_grad():
+        evaluated = chunked_cross_entropy(hidden, weight, targets)
+        expected = linear_cross_entropy(hidden, weight, targets)
+    assert float(evaluated) == pytest.approx(float(expected))
+
+
+def test_an_accelerated_net_learns_real_stories_as_the_plain_one_does(tmp_path):
+    stories = "\n<|endoftext|>\n".join(islice(bundled_sample().stories("train"), 600))
+    (tmp_path / "stories.txt").write_text(stories, encoding="utf-8")
+    settings = DataConfig(
+        "text", (str(tmp_path / "stories.txt"),), vocab_size=500, batch_size=4,
+        cache_dir=str(tmp_path),
+    )  # fmt: skip
+    data = DataModule(settings, 96, n_steps=200, seed=1)
+    data.setup("fit")
+    torch.manual_seed(0)
+    plain = GPT(GPTConfig(500, 96, d_model=32, n_layers=2, n_heads=2, d_ff=64))
+    fast = accelerate(copy.deepcopy(plain))
+    assert fast.blocks[0].attention.attend is block_attention
+    expected = _final_loss(plain, data, torch.float32)
+    got = _final_loss(fast, data, torch.bfloat16)
+    assert expected < 4.0  # from 6.2: something was learned
+    assert got == pytest.approx(expected, rel=0.005)
+
+
+def _final_loss(net, data, dtype):
+    """Of the last 20 steps, with the schedule of train.py: at a constant rate even the order of
+    additions decides where 200 steps end."""
+    optimizer = make_optimizer(net, OptimizerConfig(), 32, dtype=dtype)
+    schedule = LambdaLR(optimizer, lambda step: lr_factor(step, data.n_steps, 20, 0.0, "linear"))
+    losses = []
+    for ids, targets in data.train_dataloader():
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = net.loss(ids, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return fmean(losses[-20:])
+
+
+def test_sdpa_is_kept_where_it_is_asked_for():
+    net = accelerate(GPT(GPTConfig(d_model=16, n_heads=1, d_ff=16, attention="sdpa")))
+    assert net.blocks[0].attention.attend is not block_attention

@@ -1,0 +1,215 @@
+import html
+import re
+import socket
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from minigpt.analysis.embeddings import EmbeddingProbe
+from minigpt.core.settings import UserError
+from minigpt.model import GPT, GPTConfig
+from minigpt.playground import answers
+from minigpt.playground.answers import Model, Playground
+from minigpt.playground.html import ShownToken
+from minigpt.playground.server import listen, read_auth, require_gradio
+from minigpt.runs.folder import Run
+from minigpt.tokenizer import Tokenizer
+from tests.cli.test_app import run_main
+from tests.conftest import naming
+
+USUAL = {"temperature": 0.8, "top_k": 0, "top_p": 1, "min_p": 0, "max_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(["the dog ran and the cat sat with mom and dad"] * 5, 300)
+
+
+def model(name: str, tokenizer: Tokenizer, n_heads: int = 2) -> Model:
+    torch.manual_seed(0)
+    config = GPTConfig(tokenizer.vocab_size, 64, d_model=16, n_layers=2, n_heads=n_heads, d_ff=16)
+    net = GPT(config).eval()
+    return Model(name, net, tokenizer, EmbeddingProbe(net, tokenizer), "the map")
+
+
+@pytest.fixture
+def page(tokenizer) -> Playground:
+    return Playground([model("a", tokenizer), model("b", tokenizer, n_heads=4)])
+
+
+def plain(shown: str) -> str:
+    return re.sub("<[^>]*>", "", shown)
+
+
+def noted(shown: str, kind: str = "note") -> str:
+    """What the one line of this kind says."""
+    (line,) = re.findall(f'<div class="{kind}"[^>]*>([^<]*)</div>', shown)
+    return html.unescape(line)
+
+
+def test_a_story_grows_in_each_column_and_says_how_it_ended(page, monkeypatch):
+    monkeypatch.setattr(answers, "UPDATE_SECONDS", 0)
+    looks = list(page.write("the dog", **USUAL))
+    assert len(looks) > 5
+    for column in zip(*looks, strict=True):
+        assert all(later.startswith(earlier) for earlier, later in pairwise(column))
+        assert plain(column[0]).startswith("the dog")
+        assert column[0].count('class="token') == 1  # the first token is shown at once
+        n = column[-1].count('class="token')
+        assert re.search(naming(str(n), "tokens"), noted(column[-1]))
+
+
+def test_the_speed_of_a_story_leaves_out_what_is_not_its_own(page, monkeypatch):
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+
+    def tokens(net: GPT, *_: object) -> Iterator[ShownToken]:
+        for _ in range(5):
+            clock.now += 1 if net is page.models["a"].net else 0.1
+            yield ShownToken("dog", 1.0, 1, ())
+
+    monkeypatch.setattr(answers, "time", clock)
+    monkeypatch.setattr(answers, "stream_tokens", tokens)
+    shown: tuple[str, ...] = ()
+    for look in page.write("the dog", **USUAL):
+        shown = look
+        clock.now += 100  # what the page takes
+    said = [re.findall("[0-9]+", noted(column)) for column in shown]
+    assert said == [["5", "1"], ["5", "10"]]
+
+
+def test_a_prompt_beyond_the_context_is_said_to_be_read_from_its_end(page):
+    (*_, (shown, _)) = page.write("the dog ran and " * 40, **USUAL)
+    cut = noted(shown.partition('<span class="prompt">')[0])
+    assert re.search(naming("64"), cut)
+    assert len(re.findall("[0-9]+", cut)) == 2  # tokens of the prompt, and of the context
+
+
+def test_the_sliders_reach_the_sampler(page):
+    def told(**changed: float) -> tuple[str, ...]:
+        (*_, last) = page.write("the dog", **{**USUAL, **changed})
+        return tuple(plain(column.partition('<div class="note"')[0]) for column in last)
+
+    greedy = told(temperature=0)
+    assert told(temperature=2, top_k=1) == told(top_p=0.001) == told(min_p=1) == greedy
+    assert told(temperature=2) != greedy
+
+
+@pytest.mark.parametrize(
+    ("prompt", "changed", "names"),
+    [
+        (" \n", {}, ["type"]),
+        ("x" * 1001, {}, ["1001", "1000"]),
+        ("dog", {"max_tokens": 401}, ["401", "400"]),
+        ("dog", {"temperature": -1}, ["temperature", "-1"]),
+        ("\ud800", {}, ["surrogate"]),
+    ],
+)
+def test_what_is_wrong_is_one_line_in_each_column(page, prompt, changed, names):
+    (looks,) = page.write(prompt, **{**USUAL, **changed})
+    assert len(looks) == 2
+    for column in looks:
+        assert re.search(naming(*names), noted(column, "error"))
+        assert "\n" not in column
+
+
+def test_a_stopped_story_leaves_the_net_ready_for_the_next(page):
+    story = page.write("the dog", **USUAL)
+    next(story)
+    story.close()
+    assert not page.models["a"].net.training
+    assert len(list(page.write("the dog", **USUAL))) >= 1
+
+
+def test_words_are_answered_or_explained(page):
+    assert page.neighbours("a", "dog").count("<tr>") == 8
+    assert page.analogy("b", "dog - cat + mom").count("<tr>") == 8
+    assert "zzz" in noted(page.neighbours("a", "zzz"), "error")
+    assert "dog" in noted(page.analogy("a", "dog"), "error")
+    assert "type" in noted(page.neighbours("a", " "), "error")
+    assert page.map("a") == "the map"
+
+
+def test_attention_is_bounded_and_says_what_a_model_has(page):
+    shown = page.attention("b", "the dog ran", 2, 4)
+    assert shown.count("data-row=") == 4
+    assert "(start)" in shown
+    for wrong, name in (((1, 3), "heads"), ((0, 1), "layers")):
+        shown = page.attention("a", "the dog", *wrong)
+        assert re.search(naming("a", "2", name), noted(shown, "error"))
+    long = page.attention("a", "dog " * 200, 1, 1)
+    assert long.count("data-row=") == 48
+    assert re.search(naming("48"), noted(long))
+
+
+def test_runs_are_named_and_not_shown_twice(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(Run, "open", lambda path: Run(path.parent, path))
+    monkeypatch.setattr(Run, "load_net", lambda run: model("", tokenizer).net)
+    monkeypatch.setattr(Run, "load_tokenizer", lambda run: tokenizer)
+    one, last, other = (tmp_path / name for name in ("x/best.ckpt", "x/last.ckpt", "y/x/best.ckpt"))
+    names = list(Playground.load([one, one, last, other]).models)
+    size = names[0].removeprefix("x ")
+    assert names == [f"x {size}", f"x last {size}", f"x {size} again"]
+    assert "parameters" in size
+    no_map = noted(Playground.load([one]).map(names[0]), "error")
+    assert re.search(naming("2", "data.vocab_size"), no_map)
+    with pytest.raises(UserError, match=naming("5", "4")):
+        Playground.load([Path("x")] * 5)
+
+
+def test_a_taken_port_and_an_unknown_host_are_one_line():
+    with listen("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(UserError, match=naming("127.0.0.1", str(port), "in use")):
+            listen("127.0.0.1", port)
+    with pytest.raises(UserError, match=naming("nowhere.invalid", "--host")):
+        listen("nowhere.invalid", 1)
+
+
+def test_an_unknown_host_is_looked_up_once(monkeypatch):
+    asked = []
+
+    def look_up(host: str, *_: object, **__: object) -> None:
+        asked.append(host)
+        raise socket.gaierror(-2, "unknown")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    with pytest.raises(UserError, match=naming("nowhere.invalid", "7860", "unknown")):
+        listen("nowhere.invalid", None)
+    assert asked == ["nowhere.invalid"]
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=naming("a..b", "7860")):
+        listen("a..b", None)
+
+
+def test_without_a_port_the_next_free_one_is_taken(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setattr(answers, "FIRST_PORT", taken.getsockname()[1])
+        with listen("127.0.0.1", None) as found:
+            assert found.getsockname()[1] > taken.getsockname()[1]
+
+
+@pytest.mark.parametrize("text", ["user", "user:", ":password", ""])
+def test_auth_needs_a_name_and_a_password(text):
+    with pytest.raises(UserError, match=naming("--auth")):
+        read_auth(text)
+
+
+def test_auth_may_hold_a_colon_in_the_password():
+    assert read_auth("me:a:b") == ("me", "a:b")
+    assert read_auth(None) is None
+
+
+def test_missing_gradio_is_one_line_with_the_command(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install -e '.\[playground\]'"):
+        require_gradio()
+    assert run_main(monkeypatch, "playground", "runs/none") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert "pip install -e '.[playground]'" in line

@@ -1,0 +1,76 @@
+import json
+
+import pytest
+
+from minigpt.core.settings import UserError
+from minigpt.core.text import human_count, human_time
+from minigpt.runs.records import (
+    read_metrics,
+    read_samples,
+    read_summary,
+    series,
+)
+from tests.run_folder import HEADER, ROWS, write_run
+
+
+def test_empty_cells_were_not_measured_and_a_half_written_last_line_is_not_read(tmp_path):
+    run = write_run(tmp_path / "run")
+    with (run / "metrics.csv").open("a") as file:
+        file.write("50,409600,3.9,4.")
+    with (run / "samples.jsonl").open("a") as file:
+        file.write('{"step": 50, "tok')
+    rows = read_metrics(run)
+    assert [row["step"] for row in rows] == [10, 20, 30, 40]
+    assert series(rows, "val/loss") == ([163840, 327680], [5.5, 4.2])
+    assert [sample["step"] for sample in read_samples(run)] == [20, 40]
+
+
+def test_a_run_that_has_written_nothing_yet_has_no_rows_samples_or_summary(tmp_path):
+    assert (read_metrics(tmp_path), read_samples(tmp_path), read_summary(tmp_path)) == ([], [], {})
+
+
+@pytest.mark.parametrize("damage", ["60,nonsense\n", "1,2,3,4,5,6,7,8,9\n", ",1,,,,,,\n", "60,1\n"])
+def test_a_damaged_row_is_named_by_file_and_line(tmp_path, damage):
+    (tmp_path / "metrics.csv").write_text(HEADER + ROWS + damage + ROWS)
+    with pytest.raises(UserError, match=r"metrics\.csv\b.*\b6\b"):
+        read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"step": 1}'])
+def test_a_damaged_sample_is_named_by_file_and_line(tmp_path, damage):
+    (tmp_path / "samples.jsonl").write_text(damage + "\n")
+    with pytest.raises(UserError, match=r"samples\.jsonl\b.*\b1\b"):
+        read_samples(tmp_path)
+
+
+def test_a_story_with_a_unicode_line_separator_stays_one_sample(tmp_path):
+    story = {"step": 1, "tokens": 9, "prompt": "", "temperature": 1, "text": "one\u2028two\nthree"}
+    text = json.dumps(story, ensure_ascii=False) + "\n"
+    (tmp_path / "samples.jsonl").write_text(text, encoding="utf-8")
+    assert read_samples(tmp_path) == [story]
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (850, "850"),
+        (999.7, "1k"),
+        (39_500, "39.5k"),
+        (999_499, "999k"),
+        (999_600, "1M"),
+        (1_046_656, "1.05M"),
+        (104e6, "104M"),
+        (6.6e9, "6.6B"),
+    ],
+)
+def test_counts_are_written_with_three_digits_and_a_letter(number, text):
+    assert human_count(number) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (3900, "1 h 05 min")],
+)
+def test_times_are_written_with_two_units_at_most(seconds, text):
+    assert human_time(seconds) == text

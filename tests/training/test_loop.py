@@ -1,0 +1,395 @@
+"""train → resume → evaluate, on a tiny net and corpus."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from minigpt.core.hardware import Hardware, cpu_has_bfloat16
+from minigpt.core.settings import UserError
+from minigpt.evaluation import EvaluationConfig, StoriesConfig, evaluate
+from minigpt.model import GPT, GPTConfig
+from minigpt.runs.checkpoint import read_checkpoint
+from minigpt.runs.folder import Run
+from minigpt.runs.records import read_metrics, read_samples, read_summary
+from minigpt.training import loop
+from minigpt.training.config import TrainerConfig
+from minigpt.training.loop import train
+from tests.conftest import ROOT, composed, write_stories
+
+FEW = EvaluationConfig(stories=StoriesConfig(prompts=("Once",), n=1, max_tokens=5), words=("Tom",))
+
+
+def test_a_run_folder_holds_all_there_is_to_know(tiny: list[str], tmp_path: Path):
+    folder = train(composed(tiny), size="small")
+    assert folder.parent == tmp_path / "runs"
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml", "tokenizer.json", "metrics.csv", "samples.jsonl", "summary.json",
+        "report.html", "train.log", "checkpoints", ".lock",
+    }  # fmt: skip
+    rows = read_metrics(folder)
+    training = [row for row in rows if "train/loss" in row]
+    validation = [row for row in rows if "val/loss" in row]
+    assert [row["step"] for row in training] == list(range(1, 21))
+    assert [row["step"] for row in validation] == [10, 20]
+    assert all(row["tokens"] == 64 * row["step"] for row in rows)
+    assert {"lr", "grad_norm", "tokens_per_second", "mfu"} <= training[-1].keys()
+    last = validation[-1]
+    assert last["val/perplexity"] == pytest.approx(math.exp(last["val/loss"]), rel=1e-5)
+    assert abs(training[0]["train/loss"] - math.log(300)) < 0.1
+    assert [sample["step"] for sample in read_samples(folder)] == [10, 20]
+    summary = read_summary(folder)
+    assert (summary["status"], summary["steps"], summary["model"]) == ("finished", 20, "small")
+    net = Run.open(folder).load_net()
+    assert summary["flops_per_token"] == net.flops_per_token()
+    assert (
+        summary["train_tokens"]
+        == read_checkpoint(folder / "checkpoints/last.ckpt")["hyper_parameters"]["train_tokens"]
+    )
+    assert "<svg" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("peak", "lines"), [(1.0, 1), (1e30, 0)])
+def test_a_share_of_the_peak_above_one_is_doubted_once(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, peak: float, lines: int
+):
+    monkeypatch.setattr("minigpt.training.loop.matmul_peak", lambda *_: peak)
+    folder = train(composed(tiny))
+    log = (folder / "train.log").read_text(encoding="utf-8")
+    assert log.count("matmul_peak.json") == lines
+
+
+def test_evaluation_agrees_with_what_training_logged(tiny: list[str]):
+    folder = train(composed(tiny))
+    logged = read_summary(folder)
+    evaluation = evaluate(Run.open(folder), FEW)
+    assert evaluation.perplexity == pytest.approx(logged["val/perplexity"], rel=1e-4)
+    assert evaluation.bits_per_byte == pytest.approx(logged["val/bits_per_byte"], rel=1e-4)
+    written = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    assert written["perplexity"] == evaluation.perplexity
+
+
+def test_the_same_seed_trains_the_same_weights_and_another_does_not(tiny: list[str]):
+    weights = [
+        read_checkpoint(train(composed([*tiny, f"seed={seed}"])) / "checkpoints/last.ckpt")
+        for seed in (1, 1, 2)
+    ]
+    first, again, other = (content["state_dict"] for content in weights)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["net.embedding.weight"], other["net.embedding.weight"])
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "n_validations", "validated"),
+    [(1, 2, [10, 20]), (4, 6, [4, 8, 12, 16, 20])],  # 80 batches are no whole number of steps by 6
+)
+def test_a_run_that_stopped_half_way_goes_on_to_the_weights_of_one_that_did_not(
+    accumulate: int,
+    n_validations: int,
+    validated: list[int],
+    tiny: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    tiny = [
+        *tiny,
+        f"trainer.accumulate_grad_batches={accumulate}",
+        f"budget.tokens={1280 * accumulate}",
+        f"trainer.n_validations={n_validations}",
+    ]
+    whole = train(composed([*tiny, "name=whole"]))
+    with monkeypatch.context() as patch:
+        patch.setattr("minigpt.training.module.GPTModule.on_train_batch_start", fail_at_step(13))
+        with pytest.raises(RuntimeError, match="the power is gone"):
+            train(composed([*tiny, "name=broken"]))
+    broken = whole.parent / "broken"
+    assert read_summary(broken)["status"] == "failed"
+    assert train(composed([f"resume={broken}"])) == broken
+    assert read_summary(broken)["status"] == "finished"
+    assert [sample["step"] for sample in read_samples(broken)] == validated
+    assert train(composed([f"resume={broken}"])) == broken  # nothing is left to do
+    assert len(read_metrics(broken)) == len(read_metrics(whole))
+    ends = [read_checkpoint(run / "checkpoints/last.ckpt")["state_dict"] for run in (whole, broken)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    steps = [[row["step"] for row in read_metrics(run)] for run in (whole, broken)]
+    assert steps[0] == steps[1]
+
+
+def fail_at_step(step: int):
+    def on_train_batch_start(self, batch, batch_idx) -> None:
+        if self.global_step == step:
+            raise RuntimeError("the power is gone")
+
+    return on_train_batch_start
+
+
+def test_ctrl_c_keeps_the_state_and_writes_the_report(tiny: list[str], tmp_path: Path):
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *tiny, "budget.tokens=64e6", "name=stopped"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    folder = tmp_path / "runs/stopped"
+    while len(read_metrics(folder)) < 20 and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(2)  # SIGINT
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors
+    summary = read_summary(folder)
+    assert summary["status"] == "interrupted"
+    assert read_checkpoint(folder / "checkpoints/last.ckpt")["global_step"] == summary["steps"] > 0
+    assert "interrupted" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    def poison(self, batch, batch_idx) -> None:
+        if self.global_step == 15:
+            torch.nn.init.constant_(self.net.final_norm.weight, math.nan)
+
+    monkeypatch.setattr("minigpt.training.module.GPTModule.on_train_batch_start", poison)
+    with pytest.raises(UserError, match=r"(?=.*\bnan\b)(?=.*\b15\b)(?=.*optimizer\.lr=)"):
+        train(composed([*tiny, "name=diverged"]))
+    folder = Path(composed(tiny).runs_dir) / "diverged"
+    assert read_summary(folder)["status"] == "failed"
+    kept = read_checkpoint(folder / "checkpoints/last.ckpt")
+    assert kept["global_step"] == 10
+    assert all(weight.isfinite().all() for weight in kept["state_dict"].values())
+
+
+def test_two_runs_of_the_same_second_do_not_share_a_folder(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("time.strftime", lambda *_: "20260101-120000")
+    folders: list[Path] = []
+    for _ in range(2):
+        folders.append(train(composed(tiny), size="small"))
+    assert [f.name for f in folders] == ["small-20260101-120000", "small-20260101-120000-2"]
+
+
+def test_a_folder_without_a_checkpoint_is_not_to_be_gone_on_with(tiny: list[str], tmp_path: Path):
+    (tmp_path / "runs/empty").mkdir(parents=True)
+    with pytest.raises(UserError, match="(?=.*runs/empty)(?=.*resume=auto)"):
+        train(composed([*tiny, "name=empty"]))
+    train(composed([*tiny, "name=empty", "resume=auto"]))
+
+
+def test_a_logger_that_is_not_installed_leaves_no_folder(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("minigpt.training.loggers.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"(?=.*logger=tensorboard)(?=.*\[tensorboard\])"):
+        train(composed([*tiny, "logger=tensorboard"]))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_name_that_is_taken_is_refused(tiny: list[str], tmp_path: Path):
+    (tmp_path / "runs/mine/checkpoints").mkdir(parents=True)
+    (tmp_path / "runs/mine/checkpoints/last.ckpt").write_text("")
+    with pytest.raises(UserError, match="resume=.*runs/mine"):
+        train(composed([*tiny, "name=mine"]))
+
+
+def test_gradient_accumulation_gives_the_step_of_the_larger_batch(tiny: list[str]):
+    common = [*tiny, "trainer.precision=32-true", "optimizer.lr=1e-3"]
+    large = train(composed([*common, "data.batch_size=8"]))
+    small = train(composed([*common, "trainer.accumulate_grad_batches=2"]))
+    ends = [read_checkpoint(run / "checkpoints/last.ckpt") for run in (large, small)]
+    assert ends[0]["global_step"] == ends[1]["global_step"] == 10
+    for name, weight in ends[0]["state_dict"].items():
+        torch.testing.assert_close(weight, ends[1]["state_dict"][name], rtol=1e-3, atol=1e-5)
+
+
+def test_float16_on_cpu_runs_and_the_log_says_what_it_became(tiny: list[str]):
+    folder = train(composed([*tiny, "trainer.precision=16-mixed"]))
+    log = (folder / "train.log").read_text(encoding="utf-8")
+    became = "bf16-mixed" if cpu_has_bfloat16() else "32-true"
+    assert re.search(rf"\b{became}\b.*\b16-mixed\b", log)
+
+
+def test_tensorboard_is_one_override_away(tiny: list[str]):
+    folder = train(composed([*tiny, "logger=tensorboard"]))
+    assert list((folder / "tensorboard").glob("events.out.*"))
+
+
+def test_validation_comes_at_the_very_end_whatever_the_number_of_steps(tiny: list[str]):
+    folder = train(composed([*tiny, "budget.tokens=1408", "trainer.n_validations=3"]))  # 22 steps
+    steps = [row["step"] for row in read_metrics(folder) if "val/loss" in row]
+    assert steps == [8, 16, 22]
+
+
+def test_the_end_is_kept_when_a_checkpoint_is_due_there_and_validation_is_not(tiny: list[str]):
+    uneven = ["budget.tokens=1408", "trainer.n_validations=3", "callbacks.checkpoint_steps=11"]
+    folder = train(composed([*tiny, *uneven]))  # 22 steps, validated after 8, 16 and 22
+    last = read_checkpoint(folder / "checkpoints/last.ckpt")
+    best = read_checkpoint(folder / "checkpoints/best.ckpt")
+    assert last["global_step"] == read_summary(folder)["steps"] == 22
+    assert best["global_step"] == 22  # the lowest loss is that of the end
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        (["+foo=1"], ["foo"]),
+        (["model.d_model=100", "model.n_heads=8"], ["d_model", "100", "n_heads"]),
+        (["budget=3"], ["budget=3", "budget."]),
+        (["budget.tokens=100"], ["2,048", "budget.tokens=2048"]),
+        (["budget.tokens=1e6"], ["500", "488", "optimizer.warmup_steps", "budget.tokens"]),
+        (["trainer.max_steps=100"], ["trainer.max_steps=100", "budget.tokens=204800"]),
+        (["trainer.max_epochs=3"], ["trainer.max_epochs=3", "budget.tokens"]),
+        (["resume=runs/absent"], ["runs/absent"]),
+        (["name=../x"], ["name", "../x", "runs_dir"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_does_not_fit_together_is_said_before_anything_is_written(
+    overrides: list[str], names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        train(composed(overrides))
+    assert all(name in str(error.value) for name in names)
+    assert list(tmp_path.iterdir()) == []
+
+
+def stopped_at(step: int, monkeypatch: pytest.MonkeyPatch, overrides: list[str]) -> Path:
+    """The run folder of a run that gets a ctrl-C while it is in the middle of `step`."""
+    pressed: list[bool] = []
+
+    def on_train_batch_start(self, batch, batch_idx) -> None:
+        if self.global_step == step and not pressed:
+            pressed.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "minigpt.training.module.GPTModule.on_train_batch_start", on_train_batch_start
+        )
+        with pytest.raises(KeyboardInterrupt):
+            train(composed([*overrides, "name=stopped"]))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning leaves it ignored
+    return Path(composed(overrides).runs_dir) / "stopped"
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("step", [6, 9])  # 9: the step after which validation comes
+def test_after_ctrl_c_a_run_goes_on_as_if_it_had_not_stopped(
+    accumulate: int, step: int, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    tiny = [
+        *tiny,
+        f"trainer.accumulate_grad_batches={accumulate}",
+        f"budget.tokens={1280 * accumulate}",
+    ]
+    whole = train(composed([*tiny, "name=whole"]))
+    stopped = stopped_at(step, monkeypatch, tiny)
+    assert read_summary(stopped)["status"] == "interrupted"
+    commit = read_summary(stopped)["commit"]
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "source_commit", lambda: "a1b2")
+        train(composed([f"resume={stopped}"]))
+    assert read_summary(stopped)["commit"] == f"{commit}, a1b2"
+    ends = [
+        read_checkpoint(run / "checkpoints/last.ckpt")["state_dict"] for run in (whole, stopped)
+    ]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    rows = [
+        [(row["step"], row.get("val/loss")) for row in read_metrics(run)]
+        for run in (whole, stopped)
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_a_run_whose_stories_changed_is_not_resumed(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    stopped = stopped_at(5, monkeypatch, tiny)
+    write_stories(tmp_path / "train.txt", 300, 9)
+    with pytest.raises(UserError, match="train_tokens"):
+        train(composed([f"resume={stopped}"]))
+
+
+@pytest.mark.parametrize("callbacks", ["default", "quiet"])
+def test_weights_that_are_not_finite_are_never_kept(
+    callbacks: str, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    def poison(self) -> None:
+        torch.nn.init.constant_(self.net.final_norm.weight, math.nan)
+
+    monkeypatch.setattr("minigpt.training.module.GPTModule.on_validation_epoch_start", poison)
+    kept = [text for text in tiny if not text.startswith("callbacks.")]
+    with pytest.raises(UserError, match=r"(?=.*\bnan\b)(?=.*\b10\b)"):
+        train(composed([*kept, f"callbacks={callbacks}", "name=nan"]))
+    assert not list(Path(composed(tiny).runs_dir).glob("nan/checkpoints/*"))
+
+
+def test_compile_compiles_what_training_calls(tiny: list[str], monkeypatch: pytest.MonkeyPatch):
+    calls = []
+
+    def compile(function):  # stands in for torch.compile, which takes half a minute
+        def compiled(*arguments):
+            calls.append(len(arguments))
+            return function(*arguments)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile)
+    train(composed([*tiny, "trainer.compile=true", "trainer.n_validations=1"]))
+    assert len(calls) >= 20
+
+
+def test_a_run_is_evaluated_from_anywhere(tiny: list[str], tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    relative = [text.replace(f"{tmp_path}/", "") for text in tiny]
+    folder = train(composed(relative)).absolute()
+    (tmp_path / "else").mkdir()
+    monkeypatch.chdir(tmp_path / "else")
+    assert evaluate(Run.open(folder), FEW).perplexity > 1
+
+
+def test_a_run_that_was_moved_to_another_machine_is_evaluated_and_goes_on_there(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr("minigpt.training.module.GPTModule.on_train_batch_start", fail_at_step(13))
+        with pytest.raises(RuntimeError, match="the power is gone"):
+            train(composed([*tiny, "name=broken"]))
+    (tmp_path / "cache").rename(tmp_path / "cache-of-the-other-machine")
+    monkeypatch.chdir(tmp_path)
+    assert evaluate(Run.open("runs/broken"), FEW).perplexity > 1
+    assert (tmp_path / ".cache/prepared").is_dir()
+    folder = train(composed(["resume=runs/broken", "data.cache_dir=another"]))
+    assert read_summary(folder)["status"] == "finished"
+    assert (tmp_path / "another/prepared").is_dir()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cpu_takes_shards_unless_something_else_cannot_go_with_them(monkeypatch):
+    monkeypatch.setattr(loop, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(torch, "compile", lambda loss: ("compiled", loss))
+
+    def loss_on(device: str, **settings) -> object:
+        module = SimpleNamespace(net=GPT(GPTConfig(61, 16, d_model=16, n_layers=1, n_heads=1)))
+        hardware = Hardware(device, 1, 1, "32-true", "")
+        loop._speed_up(module, hardware, TrainerConfig(**settings))  # type: ignore[arg-type]
+        return vars(module.net).get("loss")
+
+    shards = loss_on("cpu")
+    assert callable(shards)
+    assert shards.__qualname__.startswith("sharded_loss")
+    assert loss_on("cpu", strategy="fsdp") is None  # the net's own
+    assert loss_on("cuda") is None
+    compiled = loss_on("cpu", compile=True)
+    assert isinstance(compiled, tuple)
+    assert compiled[0] == "compiled"
+    assert compiled[1].__qualname__ == "GPT.loss"

@@ -1,0 +1,140 @@
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from minigpt.training.report import smooth, write_report
+from tests.run_folder import HEADER, SUMMARY, write_run
+
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+class Page(HTMLParser):
+    """Every tag with its attributes; fails on a tag that is closed out of turn."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.stack: list[str] = []
+        self.feed(text)
+        assert not self.stack
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag
+
+
+def report(run) -> str:
+    return write_report(run).read_text(encoding="utf-8")
+
+
+def test_the_report_shows_numbers_charts_stories_config_and_the_next_commands(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    page = report(write_run(tmp_path / "runs" / "first"))
+    for text in ("66.69", "1.578", "1.05M", "328k", "3 min 20 s", "21k", "4.200"):
+        assert text in page
+    for title in ("Loss", "Validation perplexity", "Throughput", "Learning rate"):
+        assert f"<h3>{title}</h3><svg" in page
+    assert re.search(r'class="status finished">[^<]*\b328k\b', page)
+    assert re.search(r"<summary>\w+ 20 .*\b164k\b.*\b244\.69\b", page)
+    assert "name: first\nseed: 1\n" in page
+    assert "python evaluate.py ckpt=runs/first<" in page
+    assert "minigpt generate runs/first<" in page
+    assert not list((tmp_path / "runs/first").glob("*.tmp"))
+
+
+def test_the_page_is_well_formed_and_refers_to_nothing_outside_itself(tmp_path):
+    text = report(write_run(tmp_path / "run"))
+    tags = Page(text).tags
+    ids = [attrs["id"] for _, attrs in tags if "id" in attrs]
+    links = [attrs[k] for _, attrs in tags for k in ("src", "href", "xlink:href") if k in attrs]
+    links += re.findall(r"url\(([^)]*)\)", text)
+    assert links
+    assert len(ids) == len(set(ids))
+    assert {link for link in links if (link or "")[:1] != "#"} == set()
+    assert {(link or "")[1:] for link in links} <= set(ids)
+    assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in tags}
+    assert "@import" not in text
+
+
+def test_the_charts_take_their_colours_from_the_page_for_dark_mode(tmp_path):
+    text = report(write_run(tmp_path / "run"))
+    charts = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    assert {"var(--train)", "var(--val)", "var(--other)"} <= set(re.findall(r"var\(.*?\)", charts))
+    assert re.findall(r"#[0-9a-f]{6}\b", charts) == []
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_what_a_model_wrote_cannot_become_part_of_the_page(tmp_path):
+    run = write_run(tmp_path / "<i>run", SUMMARY | {"device": "<script>d"})
+    attack = "<script>alert(1)</script>"
+    story = {"step": 40, "tokens": 1, "prompt": attack, "temperature": attack, "text": attack * 2}
+    (run / "samples.jsonl").write_text(json.dumps(story) + "\n")
+    (run / "config.yaml").write_text(f"name: {attack}\n")
+    text = report(run)
+    assert "<script" not in text
+    assert "<i>" not in text
+    assert "&lt;script&gt;alert(1)" in text
+
+
+@pytest.mark.parametrize("text", ["Once upon a time", " upon a time"])
+def test_the_prompt_is_set_off_from_its_continuation_and_shown_once(tmp_path, text):
+    run = write_run(tmp_path / "run")
+    story = {"step": 40, "tokens": 1, "prompt": "Once", "temperature": 0.8, "text": text}
+    (run / "samples.jsonl").write_text(json.dumps(story) + "\n")
+    assert "<p><b>Once</b> upon a time</p>" in report(run)
+
+
+def test_of_many_stages_a_few_are_open_the_first_and_last_among_them(tmp_path):
+    run = write_run(tmp_path / "run")
+    story = {"tokens": 1, "prompt": "", "temperature": 1, "text": "x"}
+    lines = [json.dumps(story | {"step": step}) + "\n" for step in range(20)]
+    (run / "samples.jsonl").write_text("".join(lines))
+    stages = [attrs for _, attrs in Page(report(run)).tags if attrs.get("class") == "stage"]
+    opened = [i for i, attrs in enumerate(stages) if "open" in attrs]
+    assert (len(stages), len(opened), opened[0], opened[-1]) == (20, 5, 0, 19)
+
+
+@pytest.mark.parametrize(
+    ("status", "tokens"), [("interrupted", "246k"), ("failed", "246k"), (None, "328k")]
+)
+def test_a_run_that_did_not_finish_says_so_and_shows_the_last_measured_numbers(
+    tmp_path, status, tokens
+):
+    stopped = {"status": status, "tokens": 245_760, "val/perplexity": None}
+    text = report(write_run(tmp_path / "run", stopped if status else None))
+    (told,) = re.findall(r'<p class="status (.*)</p>', text)
+    assert re.match(rf'{status or "unfinished"}">.*\b{tokens}\b', told)
+    assert "<strong>66.69</strong>" in text
+    assert "Finished" not in text
+
+
+def test_a_run_stopped_before_its_first_measurement_still_gets_a_report(tmp_path):
+    text = report(tmp_path)
+    assert '<p class="status unfinished">' in text
+    assert not {"svg", "strong"} & {tag for tag, _ in Page(text).tags}
+
+
+def test_a_loss_that_is_no_longer_finite_is_reported_not_hidden(tmp_path):
+    run = write_run(
+        tmp_path / "run", SUMMARY | {"status": "failed", "val/perplexity": float("nan")}
+    )
+    (run / "metrics.csv").write_text(HEADER + "10,81920,nan,nan,nan,nan,20000,0.0005\n")
+    text = report(run)
+    assert "<strong>nan</strong>" in text
+    assert '<p class="status failed">' in text
+
+
+def test_smoothing_takes_as_many_neighbours_on_either_side():
+    assert smooth([1, 2, 3, 4, 5, 6], reach=2) == [1, 2, 3, 4, 5, 6]  # a straight line stays
+    assert smooth([0, 0, 9, 0, 0], reach=1) == [0, 3, 3, 3, 0]

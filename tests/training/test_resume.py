@@ -1,0 +1,246 @@
+"""A run that begins with the weights and the tokenizer of another: `init_from`."""
+
+import dataclasses
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from minigpt.core.files import write_json
+from minigpt.core.settings import UserError
+from minigpt.evaluation import EvaluationConfig, StoriesConfig, evaluate
+from minigpt.exporting.card import training_commands
+from minigpt.exporting.export import ExportConfig, export
+from minigpt.runs.checkpoint import read_checkpoint, weights_fingerprint
+from minigpt.runs.folder import Run
+from minigpt.runs.provenance import Origin, origin
+from minigpt.runs.records import read_metrics, read_summary
+from minigpt.scaling.results import keep_run, read_run
+from minigpt.training.loop import train
+from tests.conftest import composed, write_stories
+from tests.training.test_loop import fail_at_step
+
+FEW = EvaluationConfig(stories=StoriesConfig(prompts=("Once",), n=1, max_tokens=5), words=("Tom",))
+
+
+@pytest.fixture
+def parent(tiny: list[str]) -> Path:
+    return train(composed([*tiny, "name=parent"]), size="small")
+
+
+@pytest.fixture
+def other_stories(tmp_path: Path) -> list[str]:
+    """Other text than the parent's, of which another tokenizer would be made."""
+    files = [
+        write_stories(tmp_path / f"{name}.txt", n, seed)
+        for name, n, seed in (("other", 300, 7), ("rest", 40, 8))
+    ]
+    return [f"data.train_files=[{files[0]}]", f"data.valid_files=[{files[1]}]"]
+
+
+def weights(folder: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
+    return read_checkpoint(folder / "checkpoints" / name)["state_dict"]
+
+
+def test_it_begins_where_the_other_ended(tiny: list[str], parent: Path, tmp_path: Path):
+    still = ["optimizer.lr=1e-12", "optimizer.matrix_lr=1e-12", "trainer.precision=32-true"]
+    child = train(composed([*tiny, *still, f"init_from={parent}", "name=child"]))
+    # The best checkpoint is what `Run.open` takes of the parent: after 20 steps as here, or 10.
+    begun = Run.open(parent).load_net().state_dict()
+    for name, weight in Run.open(child).load_net().state_dict().items():
+        torch.testing.assert_close(weight, begun[name], rtol=0, atol=1e-7)
+    first = read_metrics(child)[0]["train/loss"]
+    assert first < read_metrics(parent)[0]["train/loss"] - 0.01
+
+
+def test_it_learns_and_keeps_the_tokenizer_on_other_stories(
+    tiny: list[str], parent: Path, other_stories: list[str]
+):
+    other = [text for text in tiny if "_files=" not in text] + other_stories
+    child = train(composed([*other, f"init_from={parent}", "name=child"]))
+    alone = train(composed([*other, "name=alone"]))
+    fingerprints = [Run.open(run).load_tokenizer().fingerprint for run in (parent, child, alone)]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+    assert not torch.equal(
+        weights(child)["net.embedding.weight"], weights(parent)["net.embedding.weight"]
+    )
+    evaluation = evaluate(Run.open(child), FEW)
+    assert evaluation.perplexity == pytest.approx(read_summary(child)["val/perplexity"], rel=1e-4)
+    told = read_summary(child)["init_from"]
+    assert told["weights"] == weights_fingerprint(Run.open(parent).load_net())
+    assert (told["name"], told["tokens"]) == ("parent", 1280)
+    log = (child / "train.log").read_text(encoding="utf-8")
+    assert re.search(r"(?=.*\bparent\b).*\b1\.28k\b", log)
+
+
+def test_it_goes_on_after_a_stop_though_the_other_is_gone(
+    tiny: list[str], parent: Path, monkeypatch: pytest.MonkeyPatch
+):
+    command = [*tiny, f"init_from={parent}", "callbacks.checkpoint_steps=5"]
+    whole = train(composed([*command, "name=whole"]))
+    with monkeypatch.context() as patch:
+        patch.setattr("minigpt.training.module.GPTModule.on_train_batch_start", fail_at_step(13))
+        with pytest.raises(RuntimeError, match="the power is gone"):
+            train(composed([*command, "name=broken", "resume=auto"]))
+    shutil.rmtree(parent)
+    broken = train(composed([*command, "name=broken", "resume=auto"]))
+    ends = weights(whole), weights(broken)
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert read_summary(broken)["init_from"] == read_summary(whole)["init_from"]
+
+
+def test_an_export_tells_of_both_and_is_a_start_itself(
+    tiny: list[str], parent: Path, tmp_path: Path
+):
+    child = train(composed([*tiny, f"init_from={parent}", "name=my child"]), size="small")
+    (child / "summary.json").unlink()  # as if it had been killed: the checkpoint tells it all
+    out = tmp_path / "out"
+    export(Run.open(child), out, ExportConfig("safetensors"))
+    seen = read_checkpoint(Run.open(child).checkpoint)["global_step"] * 64
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert re.search(rf"\| 1,280 .*\bparent\b.* {seen:,} \|", card)
+    for path in out.iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path.name
+
+    grandchild = train(composed([*tiny, f"init_from={out}", "name=grandchild"]), size="small")
+    summary = read_summary(grandchild)
+    told = origin(summary, grandchild)
+    assert told is not None
+    assert (told.name, told.tokens, told.sources) == ("out", 1280 + seen, ["text", "text"])
+    lines = training_commands(Run.open(grandchild).config(), summary, told)
+    commands = [shlex.split(line) for line in lines.replace("\\\n", "").splitlines()]
+    which = [[w for w in words if w.startswith(("init_from=", "name="))] for words in commands]
+    assert which == [
+        ["name=parent"],
+        ["init_from=runs/parent", "name=out"],
+        ["init_from=runs/out"],
+    ]
+    for words in commands:
+        composed(words[2:])
+
+
+def test_a_checkpoint_that_is_not_the_best_is_told_by_its_file(tiny: list[str], parent: Path):
+    last = parent / "checkpoints/last.ckpt"
+    child = train(composed([*tiny, f"init_from={last}", "name=child"]))
+    assert read_summary(child)["init_from"]["path"] == "runs/parent/checkpoints/last.ckpt"
+    line = read_run(child).line
+    assert all(name in line for name in ("train.txt", "300", "2.56k", "muon", "parent"))
+
+
+def test_the_card_tells_of_the_data_of_both(tiny: list[str], parent: Path, tmp_path: Path):
+    summary = parent / "summary.json"
+    config = parent / "config.yaml"
+    text = config.read_text(encoding="utf-8")
+    config.write_text(text.replace("source: text", "source: tinystories_sample"), encoding="utf-8")
+    child = train(composed([*tiny, f"init_from={parent}", "name=child"]))
+    out = tmp_path / "out"
+    export(Run.open(child), out, ExportConfig("safetensors"))
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "14,849" in card
+    assert "texts" in card
+    assert "license: " not in card
+    assert read_run(child).epochs == pytest.approx(1280 / read_summary(child)["train_tokens"])
+    summary.unlink()
+    alone = train(composed([*tiny, f"init_from={parent}", "name=alone"]))
+    assert read_summary(alone)["init_from"]["seconds"] is None
+    export(Run.open(alone), out, ExportConfig("safetensors"))
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert re.search(r"\|.* unknown .*\bparent\b.*\|", card)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        (None, "large", "init_from"),
+        (None, {"name": "x"}, "init_from.path"),
+        ("tokens", "5", "init_from.tokens"),
+        ("tokens", -5, "init_from.*tokens"),
+        ("name", "a\n```", "init_from"),
+        ("commands", [["rm", "-rf", "x"]], "init_from.*python train.py"),
+    ],
+)
+def test_a_summary_that_no_run_wrote_is_one_line(
+    tiny: list[str], parent: Path, key: str | None, value: object, named: str
+):
+    summary = read_summary(parent)
+    whole = dataclasses.asdict(
+        Origin("x", "runs/x", "0" * 32, 5, 1.0, ["text"], ["abc"], [["python", "train.py"]])
+    )
+    changed = value if key is None else whole | {key: value}
+    write_json(parent / "summary.json", summary | {"init_from": whole})
+    assert read_run(parent).tokens == 1285
+    write_json(parent / "summary.json", summary | {"init_from": changed})
+    with pytest.raises(UserError, match=rf"(?=.*summary\.json)(?=.*{named})") as error:
+        read_run(parent)
+    assert str(error.value).isprintable()  # and so one line
+
+
+def test_the_scaling_study_counts_all_tokens_and_compares_it_with_its_like_alone(
+    tiny: list[str], parent: Path, tmp_path: Path
+):
+    child = train(composed([*tiny, f"init_from={parent}", "name=child"]))
+    for folder in (child, keep_run(child, tmp_path / "kept")):
+        run = read_run(folder)
+        assert run.tokens == 2560
+        assert [tokens for tokens, _ in run.curve] == [1280 + 640, 1280 + 1280]
+        assert all(name in run.line for name in ("train.txt", "300", "2.56k", "muon", "parent"))
+
+
+@pytest.mark.parametrize(
+    ("typed", "named"),
+    [
+        (
+            ["model.d_model=32"],
+            r"(?=.*init_from=.*parent)(?=.*model=small\b)(?=.*model\.d_model=16)",
+        ),
+        (
+            ["model.embedding_scale=1.0"],
+            r"(?=.*init_from=.*parent)(?=.*model\.embedding_scale=null)",
+        ),
+        (["init_from=nowhere"], "nowhere"),
+        (["init_from=''"], "init_from=releases/large"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_anything_is_made(
+    tiny: list[str], parent: Path, typed: list[str], named: str
+):
+    with pytest.raises(UserError, match=named):
+        train(composed([*tiny, f"init_from={parent}", "name=child", *typed]))
+    assert not (parent.parent / "child").exists()
+
+
+def test_the_context_may_be_another(tiny: list[str], parent: Path):
+    child = train(composed([*tiny, f"init_from={parent}", "name=child", "model.context_length=32"]))
+    assert Run.open(child).load_net().config.context_length == 32
+
+
+def test_a_run_that_began_with_random_weights_does_not_go_on_with_others(
+    tiny: list[str], parent: Path
+):
+    with pytest.raises(UserError, match=r"(?=.*init_from=null)(?=.*/parent\b)"):
+        train(composed([*tiny, "name=parent", "resume=auto", f"init_from={parent}"]))
+
+
+def test_the_mean_with_what_a_run_began_with(tiny: list[str], parent: Path, tmp_path: Path):
+    child = train(composed([*tiny, f"init_from={parent}", "name=child"]), size="small")
+    out, mean = tmp_path / "out", ExportConfig("safetensors", dtype="float32", average=True)
+    export(Run.open(child), out, mean)
+    nets = [Run.open(folder).load_net().state_dict() for folder in (parent, child, out)]
+    for name, weight in nets[2].items():
+        torch.testing.assert_close(weight, (nets[0][name] + nets[1][name]) / 2)
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert re.search(r"\| float32\b.* parent \|", card)
+    assert "minigpt export runs/continued out --format safetensors --average\n" in card
+
+    with pytest.raises(UserError, match="--average"):
+        export(Run.open(parent), tmp_path / "other", mean)
+    with pytest.raises(UserError, match="--average"):
+        export(Run.open(out), tmp_path / "other", mean)
+    shutil.rmtree(parent)
+    train(composed([*tiny, "name=parent", "seed=2"]), size="small")
+    with pytest.raises(UserError, match="(?=.*parent)(?=.*--average)"):
+        export(Run.open(child), tmp_path / "other", mean)
+    assert not (tmp_path / "other").exists()
