@@ -1,8 +1,8 @@
-"""Plain values in, a validated dataclass out; and the one error that is the user's to mend.
+"""Build validated dataclasses from plain dicts; `UserError` marks mistakes the user can fix.
 
 Every part of the project takes its settings as a small frozen dataclass that checks itself in
 `__post_init__`. `build` makes one from a plain mapping (a composed Hydra config, the
-hyper-parameters of a checkpoint) and turns whatever is wrong with the mapping into one line.
+hyper-parameters of a checkpoint) and turns whatever is wrong with the mapping into a `UserError`.
 """
 
 from __future__ import annotations
@@ -12,27 +12,92 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
 
 class UserError(ValueError):
-    """Something the user typed or supplied is wrong.
+    """A mistake that the user can fix.
 
-    The message is one line: what was wrong, what is allowed, what to type instead. Entry points
-    print it without a traceback and leave with exit code 2.
+    `str` names the arguments of the library; the command line turns them into the settings or
+    options that were typed, on one line, and exits with code 2.
+
+    Args:
+        message: what is wrong and what is allowed.
+        argument: dotted name of the argument or field at fault, such as "data.batch_size".
+        value: what it was; left out where the message says it.
+        fix: what to set instead, by dotted name.
+        command: the verb and settings of a next step, such as ("train", {"resume": "runs/a"}).
     """
+
+    def __init__(
+        self,
+        message: str,
+        argument: str | None = None,
+        value: Any = dataclasses.MISSING,
+        fix: Mapping[str, Any] | None = None,
+        command: tuple[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message, self.argument, self.value = message, argument, value
+        self.fix, self.command = dict(fix or {}), command
+
+    def __str__(self) -> str:
+        parts = [self.message]
+        if self.fix:
+            parts.append("set " + " and ".join(f"{k}={v!r}" for k, v in self.fix.items()))
+        if self.command is not None:
+            parts.append(f"call {python_call(self.command[0], **self.command[1])}")
+        return self.subject(repr) + "; ".join(parts)
+
+    def subject(self, spell: Callable[[Any], str]) -> str:
+        """Return "argument=value: " for the front of the line; "" without an argument."""
+        if self.argument is None:
+            return ""
+        typed = "" if self.value is dataclasses.MISSING else f"={spell(self.value)}"
+        return f"{self.argument}{typed}: "
+
+    def within(self, section: str) -> UserError:
+        """Return this error with its arguments named as fields of `section`."""
+        if self.argument is None and not self.fix:
+            return self
+        prefix = f"{section}." if section else ""
+        argument = None if self.argument is None else prefix + self.argument
+        fix = {prefix + key: value for key, value in self.fix.items()}
+        return UserError(self.message, argument, self.value, fix, self.command)
+
+
+def python_call(verb: str, /, **settings: Any) -> str:
+    """Return the library call of a verb: what to do next in a notebook."""
+    if verb == "train":
+        typed = [f"{key}={value}" for key, value in settings.items()]
+        return f'minigpt.train(minigpt.load_config("train", {typed}))'
+    return f"minigpt.{verb}({', '.join(f'{str(value)!r}' for value in settings.values())})"
+
+
+_spell: Callable[..., str] = python_call
+
+
+def next_step(verb: str, /, **settings: Any) -> str:
+    """Return what to do next, for the log: a library call, or a command once `speak` was called."""
+    return _spell(verb, **settings)
+
+
+def speak(spell: Callable[..., str]) -> None:
+    """Have `next_step` spell steps by `spell(verb, **settings)`; for the command line alone."""
+    global _spell
+    _spell = spell
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Make the dataclass `cls` from `values`, checking names and types on the way.
+    """Return the dataclass `cls` made from `values`, with names and types checked.
 
     Args:
         cls: a dataclass; its `__post_init__` may raise ValueError for values out of range.
         values: one entry for each field to set; the others keep their defaults.
-        where: what the section is called on the command line (`model`, `data`, ...); "" at the top.
+        where: dotted name of the section (`model`, `data`, ...); "" at the top.
 
     Raises:
         UserError: an unknown name, a missing one, a value of the wrong type, or one that `cls`
@@ -49,12 +114,12 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     for field in fields:
         optional = field.default is not nothing or field.default_factory is not nothing
         if field.name not in values and not optional:
-            raise UserError(f"{prefix}{field.name} is not set: type {prefix}{field.name}=<value>")
+            raise UserError("is not set", f"{prefix}{field.name}")
     converted = {k: _convert(v, hints[k], f"{prefix}{k}") for k, v in values.items()}
     try:
         return cls(**converted)
-    except UserError:
-        raise
+    except UserError as error:
+        raise error.within(where) from None
     except ValueError as error:
         raise UserError(f"{where}: {error}" if where else str(error)) from None
 
@@ -82,7 +147,7 @@ def unknown_name(name: str, allowed: list[str], kind: str = "setting") -> str:
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
-    """`value` as the type `hint`, or a UserError that names both.
+    """Return `value` as the type `hint`, or raise a UserError that names both.
 
     Whole floats pass for integers, so that `budget.tokens=1e7` means what it says.
     """
@@ -94,16 +159,16 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         return _convert(value, inner, name)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise UserError(f"{name}={value}: a group of settings; type {name}.<setting>=<value>")
+            raise UserError(f"a group of settings; set {name}.<setting>", name, value)
         return build(hint, value, name)
     if origin is Literal:
         if value not in args:
-            raise UserError(f"{name}={value}: choose from {', '.join(map(str, args))}")
+            raise UserError(f"choose from {', '.join(map(str, args))}", name, value)
         return value
     if origin in (list, tuple):
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
-            raise UserError(f"{name}={value}: expected a list, such as {name}=[a,b]")
+            raise UserError(f"expected a list, such as {name}=[a,b]", name, value)
         return origin(_convert(item, args[0], name) for item in items)
     if hint is bool and isinstance(value, bool):
         return value
@@ -115,8 +180,8 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         if math.isfinite(value):
             return float(value)
-        raise UserError(f"{name}={value}: expected a finite number")
+        raise UserError("expected a finite number", name, value)
     if hint is str and isinstance(value, str | int | float):
         return str(value)
-    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    raise UserError(f"{name}={value!r}: expected {wanted.get(hint, hint)}")
+    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    raise UserError(f"expected {expected.get(hint, hint)}", name, value)
