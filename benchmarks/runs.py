@@ -125,7 +125,8 @@ def _losses(fast: bool) -> list[float]:
     from minigpt.kernels.cpu import accelerate
     from minigpt.kernels.microbatch import sharded_loss
     from minigpt.model import GPT
-    from minigpt.training.optim import OptimizerConfig, lr_factor, make_optimizer
+    from minigpt.training.config import OptimizerConfig
+    from minigpt.training.optim import lr_factor, make_optimizer
 
     data = DataModule(DataConfig(batch_size=8), 256, n_steps=STEPS, seed=1)
     data.setup("fit")

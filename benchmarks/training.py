@@ -58,13 +58,14 @@ def _ours(d_model: int, batch: int, context: int, precision: str, name: Any = "a
     """A step of this project, with the peer's optimizer or its own."""
     import torch
 
-    from minigpt.core.hardware import keep_freed_memory
+    from minigpt.core.process import tune_process
     from minigpt.kernels.cpu import accelerate
     from minigpt.kernels.microbatch import sharded_loss
     from minigpt.model import GPT
-    from minigpt.training.optim import OptimizerConfig, make_optimizer
+    from minigpt.training.config import OptimizerConfig
+    from minigpt.training.optim import make_optimizer
 
-    keep_freed_memory()
+    tune_process()
     net = accelerate(GPT(shape_of(d_model, context)))
     net.loss = sharded_loss(net)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32

@@ -36,7 +36,8 @@ from minigpt.generation.sampling import SamplingConfig, generate_stories
 from minigpt.kernels.cpu import accelerate
 from minigpt.model import GPT, IGNORE_INDEX, perplexity
 from minigpt.runs.checkpoint import weights_fingerprint
-from minigpt.runs.folder import EVALUATION, Run
+from minigpt.runs.folder import Run
+from minigpt.runs.names import EVALUATION
 from minigpt.runs.records import read_summary
 from minigpt.tokenizer import Tokenizer
 
@@ -73,8 +74,12 @@ class EvaluationConfig:
     batch_size: int = 32  # windows at a time
     seed: int = 1  # of the stories, the same at each temperature
     stories: StoriesConfig = field(default_factory=StoriesConfig)
-    words: tuple[str, ...] = ("dad",)  # whose nearest neighbours are shown
-    analogies: tuple[tuple[str, ...], ...] = (("princess", "girl", "boy"),)  # a − b + c
+    words: tuple[str, ...] = ("dad", "mom", "king", "dog", "happy", "ran", "red", "house")
+    analogies: tuple[tuple[str, ...], ...] = (  # a − b + c
+        ("princess", "girl", "boy"),
+        ("mom", "girl", "boy"),
+        ("queen", "woman", "man"),
+    )
     data: DataConfig | None = None  # another corpus; None: the one the run was trained on
 
     def __post_init__(self) -> None:
@@ -309,7 +314,7 @@ def evaluate(
     out = out or run.place
     _check_writable(out)  # now, and not after all was measured
     net = run.load_net()
-    own = run.config()
+    own = run.config
     trained_on = own_data(own)
     settings = config.data or trained_on
     if settings is None:
@@ -320,10 +325,10 @@ def evaluate(
     # A run that was killed left no summary, but what it asked for is the same on this machine.
     asked = own.get("trainer", {}).get("precision", "auto")
     precision = read_summary(run.folder).get("precision", asked)
-    hardware = Hardware.find("auto", "1", 1, precision)
+    hardware = Hardware.detect("auto", "1", 1, precision)
     if hardware.emulated:
         log.info("computed in 32-true, not %s: this CPU has no native bfloat16", precision)
-        hardware = Hardware.find("auto", "1", 1, "32-true")
+        hardware = Hardware.detect("auto", "1", 1, "32-true")
     net, tokenizer = accelerate(net.to(hardware.accelerator)), run.load_tokenizer()
 
     split = prepare_split(

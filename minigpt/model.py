@@ -26,14 +26,14 @@ LARGEST = 10**9  # weights and positions: beyond, a size was mistyped
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT. The defaults are the medium size, 3,404,032 parameters."""
+    """The shape of a GPT. The defaults are the small size, 1,046,656 parameters."""
 
     vocab_size: int = 3000
     context_length: int = 256  # tokens the model sees at once
-    d_model: int = 256  # width of the residual stream
+    d_model: int = 128  # width of the residual stream
     n_layers: int = 5
-    n_heads: int = 8  # each of width d_model / n_heads
-    d_ff: int = 512  # width inside the feed-forward
+    n_heads: int = 4  # each of width d_model / n_heads
+    d_ff: int = 256  # width inside the feed-forward
     dropout: float = 0.0  # on the embedding sum and on what each sublayer adds
     embedding_scale: float | None = None  # on the embedding before positions; None: sqrt(d_model)
     attention: Literal["auto", "sdpa", "matmul"] = "auto"  # how it is computed, not what

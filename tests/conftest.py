@@ -4,18 +4,16 @@ import os
 import random
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
 
-from minigpt.core.settings import build
+from minigpt.cli.compose import load_config
 from minigpt.kernels import decode
-from minigpt.training.config import Job
+from minigpt.training.config import TrainConfig
 
 # Nets this small are slower on two threads than on one, most of all beside other work.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MINIGPT_LOCAL"] = "none"  # the settings of this machine, conf/local, are not of a test
 
 ROOT = Path(__file__).parent.parent
 
@@ -81,13 +79,6 @@ def tiny_overrides(folder: Path) -> list[str]:
     ]
 
 
-def composed(overrides: list[str], name: str = "train") -> DictConfig:
+def composed(overrides: list[str]) -> TrainConfig:
     """The config that `train.py <overrides>` would get."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose(name, overrides)
-
-
-def job(overrides: list[str]) -> Job:
-    """The settings of the run that `train.py <overrides>` would make."""
-    plain: Any = OmegaConf.to_container(composed(overrides), resolve=True)
-    return build(Job, plain, "")
+    return load_config("train", overrides)

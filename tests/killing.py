@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from minigpt.runs.checkpoint import is_whole, read_checkpoint
-from minigpt.runs.folder import METRICS, SAMPLES, last_checkpoints
+from minigpt.runs.folder import last_checkpoints
+from minigpt.runs.names import METRICS, SAMPLES
 from tests.processes import CHECKPOINT, STARTING, STEP, VALIDATION, Training
 
 TIMING = {"tokens_per_second", "mfu"}  # columns that no two runs share

@@ -112,7 +112,7 @@ def write_study(runs: Sequence[Run], out: Path, config: StudyConfig | None = Non
     )
     write_json(out / "embeddings.json", {n: _answers_json(a) for n, a in answers.items()})
     write_text(out / "samples.md", samples_markdown(models))
-    device = Hardware.find("auto", "1", 1, "32-true").accelerator
+    device = Hardware.detect("auto", "1", 1, "32-true").accelerator
     for model in models:
         accelerate(model.net.to(device))
     rows = study_rows(models, config)

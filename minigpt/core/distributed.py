@@ -29,7 +29,7 @@ class Launcher:
     num_nodes: int
 
     @classmethod
-    def found(cls) -> Launcher | None:
+    def detect(cls) -> Launcher | None:
         """The launcher that the environment tells of; None where Lightning has to be it.
 
         Raises:
@@ -48,6 +48,24 @@ class Launcher:
         if n > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:  # Lightning insists on it
             raise UserError(f"ask Slurm for --ntasks-per-node={n // num_nodes}, not for --ntasks")
         return cls("srun", n // num_nodes, num_nodes)
+
+
+_may_start_processes = False
+
+
+def may_start_processes() -> bool:
+    """Return whether a run of several devices can have its processes.
+
+    Lightning starts them by typing the command line of this process again, which is right for the
+    command line of Mini GPT alone. torchrun and srun have started them already.
+    """
+    return _may_start_processes or global_rank() > 0 or Launcher.detect() is not None
+
+
+def allow_starting_processes() -> None:
+    """Let Lightning start processes by typing this process's command again; for cli/ alone."""
+    global _may_start_processes
+    _may_start_processes = True
 
 
 def step_name() -> str | None:

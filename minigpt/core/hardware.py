@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import platform
 import time
@@ -42,7 +41,7 @@ class Hardware:
         ) and not cpu_has_bfloat16()
 
     @classmethod
-    def find(cls, accelerator: str, devices: str, num_nodes: int, precision: str) -> Hardware:
+    def detect(cls, accelerator: str, devices: str, num_nodes: int, precision: str) -> Hardware:
         """What was asked for, and the best this machine has where that is `auto`.
 
         Under torchrun or srun the processes are there already, one for each device.
@@ -60,25 +59,25 @@ class Hardware:
         if accelerator == "auto":
             accelerator = next(name for name, there in present.items() if there)
         if not present[accelerator]:
-            raise UserError(f"trainer.accelerator={asked}: this machine has none")
+            raise UserError("this machine has none", "accelerator", asked)
         n_gpus = torch.cuda.device_count() if accelerator == "cuda" else 0
         n_devices = max(1, n_gpus) if devices == "auto" else int(devices)
-        launcher = Launcher.found()
+        launcher = Launcher.detect()
         if launcher is not None:
             _check_launched(launcher, devices, num_nodes)
             n_devices, num_nodes = launcher.devices, launcher.num_nodes
         elif num_nodes > 1:
             raise UserError(
-                f"trainer.num_nodes={num_nodes}: start the processes of several nodes with "
-                "torchrun or srun (docs/scaling-out.md)"
-            )
+                "start the processes of several nodes with torchrun or srun (docs/scaling-out.md)",
+                "num_nodes", num_nodes,
+            )  # fmt: skip
         if accelerator == "cuda" and n_devices > n_gpus:
-            raise UserError(f"trainer.devices={n_devices}: this machine has {n_gpus} GPUs")
+            raise UserError(f"this machine has {n_gpus} GPUs", "devices", n_devices)
         if accelerator == "mps" and n_devices > 1:
             raise UserError(
-                f"trainer.devices={n_devices}: a Mac has one GPU; for processes on its CPU add "
-                "trainer.accelerator=cpu"
-            )
+                "a Mac has one GPU; for processes on its CPU", "devices", n_devices,
+                {"accelerator": "cpu"},
+            )  # fmt: skip
         return cls(accelerator, n_devices, num_nodes, *_find_precision(precision, accelerator))
 
 
@@ -86,14 +85,14 @@ def _check_launched(launcher: Launcher, devices: str, num_nodes: int) -> None:
     """What was typed must not contradict the processes that are there; 1 node is the default."""
     wrong = []
     if devices not in ("auto", str(launcher.devices)):
-        wrong.append(f"trainer.devices={devices}")
+        wrong.append(f"devices={devices}")
     if num_nodes not in (1, launcher.num_nodes):
-        wrong.append(f"trainer.num_nodes={num_nodes}")
+        wrong.append(f"num_nodes={num_nodes}")
     if wrong:
         raise UserError(
-            f"{' '.join(wrong)}, but {launcher.name} started {launcher.devices} processes on "
-            f"{launcher.num_nodes} nodes: leave it out"
-        )
+            f"{launcher.name} started {launcher.devices} processes on {launcher.num_nodes} nodes: "
+            "leave it out", " ".join(wrong),
+        )  # fmt: skip
 
 
 def _find_precision(wanted: str, accelerator: str) -> tuple[str, str]:
@@ -101,7 +100,7 @@ def _find_precision(wanted: str, accelerator: str) -> tuple[str, str]:
     if accelerator == "cpu":
         return _find_cpu_precision(wanted)
     if wanted != "auto":
-        return wanted, "as asked for"
+        return wanted, "as requested"
     if accelerator == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16-mixed", "this GPU multiplies bfloat16 natively"
@@ -118,30 +117,16 @@ def _find_cpu_precision(wanted: str) -> tuple[str, str]:
             return "bf16-mixed", "this CPU multiplies bfloat16 natively"
         return "32-true", no_bfloat16
     if wanted == "16-mixed":
-        asked = "16-mixed was asked for: on CPU autocast has bfloat16 alone"
+        asked = "16-mixed was requested: on CPU autocast has bfloat16 alone"
         return ("bf16-mixed", asked) if native else ("32-true", f"{asked}, and {no_bfloat16}")
     if wanted == "bf16-mixed" and not native:
-        return wanted, f"as asked for, but {no_bfloat16}: 32-true is a hundred times faster"
-    return wanted, "as asked for"
+        return wanted, f"as requested, but {no_bfloat16}: 32-true is a hundred times faster"
+    return wanted, "as requested"
 
 
 def cpu_has_bfloat16() -> bool:
     """Whether the CPU has AVX512-BF16 or AMX; torch has no public question for it."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep the memory that is freed, for the rest of the process.
-
-    It hands every large tensor back to the kernel otherwise, which clears each page again when the
-    next step asks for it: training on a CPU then takes up to twice as long. Other C libraries are
-    left as they are.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and its top is never given back
-        libc.mallopt(-8, 1)  # M_ARENA_MAX: one heap
 
 
 PEAK_FILE = "matmul_peak.json"  # in the cache_dir

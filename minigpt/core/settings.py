@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
+MISSING = dataclasses.MISSING
 
 
 class UserError(ValueError):
@@ -36,7 +37,7 @@ class UserError(ValueError):
         self,
         message: str,
         argument: str | None = None,
-        value: Any = dataclasses.MISSING,
+        value: Any = MISSING,
         fix: Mapping[str, Any] | None = None,
         command: tuple[str, Mapping[str, Any]] | None = None,
     ) -> None:
@@ -56,7 +57,7 @@ class UserError(ValueError):
         """Return "argument=value: " for the front of the line; "" without an argument."""
         if self.argument is None:
             return ""
-        typed = "" if self.value is dataclasses.MISSING else f"={spell(self.value)}"
+        typed = "" if self.value is MISSING else f"={spell(self.value)}"
         return f"{self.argument}{typed}: "
 
     def within(self, section: str) -> UserError:
@@ -110,7 +111,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     for key in values:
         if key not in names:
             raise UserError(unknown_name(f"{prefix}{key}", [f"{prefix}{name}" for name in names]))
-    nothing = dataclasses.MISSING
+    nothing = MISSING
     for field in fields:
         optional = field.default is not nothing or field.default_factory is not nothing
         if field.name not in values and not optional:
@@ -122,6 +123,41 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         raise error.within(where) from None
     except ValueError as error:
         raise UserError(f"{where}: {error}" if where else str(error)) from None
+
+
+def plain_defaults(cls: type) -> dict[str, Any]:
+    """Return the defaults of the dataclass `cls` as plain values, as they are before `cls` checks.
+
+    A section becomes a dict, a tuple a list; None stays where a value depends on another one.
+    """
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hint := hints[field.name]):
+            values[field.name] = plain_defaults(hint)  # type: ignore[arg-type]
+        elif field.default is not MISSING:
+            values[field.name] = plain(field.default)
+        elif field.default_factory is not MISSING:
+            values[field.name] = plain(field.default_factory())
+    return values
+
+
+def plain(value: Any) -> Any:
+    """Return `value` with dataclasses as dicts and tuples as lists, which YAML and JSON know."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def flat(group: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return settings by the dotted names that they are typed with."""
+    names: dict[str, Any] = {}
+    for key, value in group.items():
+        inner = isinstance(value, dict)
+        names |= flat(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+    return names
 
 
 def one_line(error: Exception | str) -> str:
@@ -158,6 +194,8 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         (inner,) = [a for a in args if a is not type(None)]  # only `X | None` is used here
         return _convert(value, inner, name)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):
+            return value
         if not isinstance(value, Mapping):
             raise UserError(f"a group of settings; set {name}.<setting>", name, value)
         return build(hint, value, name)

@@ -35,7 +35,7 @@ class DataModule(L.LightningDataModule):
         n_steps: optimizer steps of the whole run: what `train_dataloader` has batches for.
         seed: of the training order.
         start_step: the step at which a resumed run goes on.
-        given: encode by this tokenizer; None: by one trained on the training split.
+        tokenizer: encodes the stories; None: one that is trained on the training split.
     """
 
     tokenizer: Tokenizer
@@ -49,10 +49,10 @@ class DataModule(L.LightningDataModule):
         n_steps: int,
         seed: int,
         start_step: int = 0,
-        given: Tokenizer | None = None,
+        tokenizer: Tokenizer | None = None,
     ):
         super().__init__()
-        self.given = given
+        self._given = tokenizer
         self.config, self.context_length = config, context_length
         self.n_steps, self.seed, self.start_step = n_steps, seed, start_step
         self._ready = False
@@ -71,7 +71,7 @@ class DataModule(L.LightningDataModule):
 
     def _prepare(self) -> tuple[Tokenizer, TokenFile, TokenFile]:
         corpus, cache_dir = open_corpus(self.config), self.config.cache_dir
-        tokenizer = self.given
+        tokenizer = self._given
         if tokenizer is None:
             tokenizer = prepare_tokenizer(corpus, self.config)
         train = prepare_split(corpus, "train", tokenizer, cache_dir)
@@ -89,7 +89,7 @@ class DataModule(L.LightningDataModule):
         sampler = BudgetSampler(
             self.train.n_tokens,
             self.context_length,
-            self.config.batch_size,
+            self.config.windows_per_batch,
             self.n_steps,
             self.seed,
             self.start_step,
@@ -110,7 +110,7 @@ class DataModule(L.LightningDataModule):
         starts, length = windows.side_by_side(), self.context_length
         each = -(-len(starts) // world_size)
         mine = range(rank * length, each * world_size * length, world_size * length)
-        return _loader(windows, sampler=mine, batch_size=self.config.batch_size)
+        return _loader(windows, sampler=mine, batch_size=self.config.windows_per_batch)
 
     def _rank(self) -> tuple[int, int]:
         trainer = self.trainer

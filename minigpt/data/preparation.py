@@ -68,7 +68,7 @@ class DataConfig:
     separator: str = END_OF_TEXT  # what stands between the stories of a .txt file
     download_tokens: int | None = 104_000_000  # source=tinystories; None: the whole file
     vocab_size: int = 3000  # at most; few different words give fewer tokens
-    batch_size: int = 32  # windows per device and step
+    batch_size: int | None = None  # windows per device and step; None: 8, of the full corpus 32
     random_offset: bool = True  # cut the text at other places in each epoch after the first
     cache_dir: str = CACHE  # downloads and prepared files
 
@@ -85,8 +85,16 @@ class DataConfig:
         if self.download_tokens is not None and self.download_tokens < 1:
             raise ValueError(f"download_tokens {self.download_tokens}: at least 1, or null for all")
         check_vocab_size(self.vocab_size)
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size {self.batch_size} must be at least 1")
+        if self.batch_size is None:
+            object.__setattr__(self, "batch_size", 32 if self.source == "tinystories" else 8)
+        elif self.batch_size < 1:
+            raise UserError("must be at least 1", "batch_size", self.batch_size)
+
+    @property
+    def windows_per_batch(self) -> int:
+        """`batch_size`, which is resolved by now."""
+        assert self.batch_size is not None
+        return self.batch_size
 
 
 def with_cache_here(data: DataConfig, typed: str = CACHE) -> DataConfig:

@@ -41,15 +41,10 @@ from minigpt.exporting.formats import (
 )
 from minigpt.model import GPT
 from minigpt.runs.checkpoint import weights_fingerprint
-from minigpt.runs.folder import (
-    CONFIG,
-    EVALUATION,
-    SUMMARY,
-    TOKENIZER,
-    Run,
-)
+from minigpt.runs.folder import Run
+from minigpt.runs.names import CONFIG, EVALUATION, SUMMARY, TOKENIZER
 from minigpt.runs.provenance import Origin, origin
-from minigpt.runs.records import check_facts, checkpoint_summary, read_summary
+from minigpt.runs.records import check_facts, read_summary
 
 CARD = "README.md"
 MARK = "export.json"  # says that this is an export, and which files belong to it
@@ -112,8 +107,8 @@ def export(
             f"{out} is the model itself, which --format {config.format} would replace: give a new "
             "folder"
         )
-    net, summary = run.load_net(), checkpoint_summary(run)
-    check_facts(run.config(), CONFIG_FACTS, run.folder / CONFIG)
+    net, summary = run.load_net(), run.summary
+    check_facts(run.config, CONFIG_FACTS, run.folder / CONFIG)
     check_facts(summary, SUMMARY_FACTS, run.folder / SUMMARY)
     began = origin(summary, run.folder / SUMMARY)
     if config.average:
@@ -129,7 +124,7 @@ def export(
             name=name or out.resolve().name,
             format=config.format,
             dtype=config.weights,
-            config=run.config(),
+            config=run.config,
             summary=summary,
             evaluation=evaluation,
             n_parameters=net.n_parameters,
@@ -158,7 +153,7 @@ def _write_files(
     if config.format == "safetensors":
         write_safetensors(net, folder, DTYPES[config.weights])
         tokenizer.save(folder / TOKENIZER)
-        _write_yaml(folder / CONFIG, portable_config(run.config()))
+        _write_yaml(folder / CONFIG, portable_config(run.config))
         write_json(folder / SUMMARY, _portable_summary(summary, evaluation))
     else:
         writers = {"hf": write_hf, "onnx": write_onnx, "gguf": write_gguf}
@@ -174,7 +169,7 @@ def _average(run: Run, net: GPT, began: Origin | None) -> None:
     Both lie in one valley of the loss, in whose middle it is lower than at either side (Izmailov et
     al. 2018, https://arxiv.org/abs/1803.05407; measured here: docs/LOG.md, 2026-11-25).
     """
-    asked = run.config().get("init_from")
+    asked = run.config.get("init_from")
     if began is None or not isinstance(asked, str):
         raise UserError(
             "--average takes the mean with the weights that a run began with, and this one began "
@@ -297,7 +292,7 @@ def _measure(run: Run, net: GPT, config: ExportConfig, console: Console | None) 
         folder = Path(name)
         write_safetensors(net, folder, DTYPES[config.weights])
         run.load_tokenizer().save(folder / TOKENIZER)
-        _write_yaml(folder / CONFIG, run.config())
+        _write_yaml(folder / CONFIG, run.config)
         write_json(folder / SUMMARY, read_summary(run.folder))
         evaluate(Run.open(folder), EvaluationConfig(), console, folder)
         found = _known_evaluation(folder, net)

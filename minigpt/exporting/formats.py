@@ -22,7 +22,7 @@ from minigpt.core.files import write_json
 from minigpt.core.settings import UserError
 from minigpt.generation.sampling import SamplingConfig
 from minigpt.model import GPT
-from minigpt.runs.folder import TOKENIZER, WEIGHTS
+from minigpt.runs.names import TOKENIZER, WEIGHTS
 from minigpt.tokenizer import END_OF_TEXT, Tokenizer
 
 # What a layer's parts are called in transformers' GPT-2, and in GGUF.

@@ -37,7 +37,8 @@ from minigpt.playground.html import (
     stream_tokens,
     token_html,
 )
-from minigpt.runs.folder import BEST, Run
+from minigpt.runs.folder import Run
+from minigpt.runs.names import BEST
 from minigpt.tokenizer import Tokenizer
 
 log = logging.getLogger("minigpt")

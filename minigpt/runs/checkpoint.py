@@ -9,7 +9,6 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,38 +18,25 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minigpt.core.files import check_archive, write_bytes
-from minigpt.core.settings import UserError, build
-from minigpt.model import GPT, GPTConfig
+from minigpt.core.settings import UserError
+from minigpt.model import GPT
 
 _CHECKSUM = b"blake2b="  # the comment at the end of a checkpoint, which is a zip archive
 _COMMENT_BYTES = len(_CHECKSUM) + 2 * hashlib.blake2b().digest_size
 
 
-def load_net(checkpoint: Path) -> GPT:
-    """The model in a checkpoint file of this project, on CPU.
-
-    Only tensors and plain values are read; a pickle that would run code is refused unrun.
+def with_weights(model: GPT, weights: dict[str, Tensor], path: Path) -> GPT:
+    """Return `model` with these weights, converted to its dtype. `path` names them in an error.
 
     Raises:
-        UserError: not a checkpoint, a truncated one, or one of another model.
+        UserError: they are those of another model.
     """
-    content = read_checkpoint(checkpoint)
-    settings = content["hyper_parameters"].get("model")
-    if not isinstance(settings, Mapping):
-        raise UserError(f"{checkpoint} is not a Mini GPT checkpoint: it holds no model settings")
-    weights = {k.removeprefix("net."): v for k, v in content["state_dict"].items()}
-    return _with_weights(build(GPTConfig, settings, "model"), weights, checkpoint)
-
-
-def _with_weights(config: GPTConfig, weights: dict[str, Tensor], path: Path) -> GPT:
-    """A float32 model with these weights, of whatever dtype they are. `path` is for the error."""
-    net = GPT(config)
     try:
-        net.load_state_dict(weights)
+        model.load_state_dict(weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} holds the weights of another model: {reason}") from None
-    return net
+    return model
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

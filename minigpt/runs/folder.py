@@ -1,7 +1,7 @@
-"""A run folder: what lies in it under which name, and how to get its model back.
+"""A run folder and the model in it.
 
->>> run = Run.open("runs/small-20260101-120000")  # or a checkpoint file in it, or an export of it
->>> net, tokenizer = run.load_net(), run.load_tokenizer()
+>>> run = Run.load("runs/small-20260101-120000")  # or a checkpoint file in it, or an export of it
+>>> model, tokenizer = run.load_model(), run.tokenizer
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import logging
 import os
 import re
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,109 +23,190 @@ from minigpt.core.distributed import global_rank
 from minigpt.core.files import read_yaml, refuse_links_out
 from minigpt.core.settings import UserError, build
 from minigpt.model import GPT, GPTConfig
-from minigpt.runs.checkpoint import _with_weights, is_whole, load_net, read_safetensors
+from minigpt.runs.checkpoint import is_whole, read_checkpoint, read_safetensors, with_weights
+from minigpt.runs.names import BEST, CHECKPOINTS, CONFIG, LAST, TOKENIZER, WEIGHTS
+from minigpt.runs.records import read_summary
 from minigpt.tokenizer import Tokenizer
 
-CONFIG = "config.yaml"
-TOKENIZER = "tokenizer.json"
-METRICS = "metrics.csv"
-SAMPLES = "samples.jsonl"
-SUMMARY = "summary.json"
-REPORT = "report.html"
-EVALUATION = "evaluation.json"
-CHECKPOINTS = "checkpoints"
-WEIGHTS = "model.safetensors"  # in place of checkpoints, in what `minigpt export` makes
-RUN_FOLDER_VARIABLE = "MINIGPT_RUN_FOLDER"  # rank 0 tells the ranks it launches
-BEST, LAST = "best", "last"  # checkpoints/best.ckpt, last.ckpt; before it last-1.ckpt, ...
-
-
 log = logging.getLogger("minigpt")
+
+RUN_FOLDER_VARIABLE = "MINIGPT_RUN_FOLDER"  # rank 0 tells the ranks it launches
+ModelFactory = Callable[[Any], GPT]  # a class derived from GPT, or a function of its config
+
+# What a setting meant that the files of an older run lack, as commit c2cfd24 read it; and the
+# settings that are none any more.
+OLD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "model": {"d_model": 256, "n_heads": 8, "d_ff": 512},
+    "data": {"batch_size": 32},
+    "optimizer": {"schedule": "cosine"},
+}
+OLD_SETTINGS = {"model": ("attention",)}
+
+
+class ModelClassError(UserError):
+    """A run was trained with a class of its own, `class_name`, which has to be given."""
+
+    def __init__(self, message: str, class_name: str) -> None:
+        super().__init__(message, "model")
+        self.class_name = class_name
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder and the checkpoint in it that is meant."""
+    """A run folder and the selected checkpoint. Its files are read once.
+
+    Args:
+        folder: the run folder, or an export in our own format.
+        checkpoint: the selected checkpoint, or the weights of an export.
+        model: class of the model, or a function from its config to a model; None: `GPT`.
+    """
 
     folder: Path
     checkpoint: Path
+    model: ModelFactory | None = None
 
     @classmethod
-    def open(cls, path: str | Path) -> Run:
-        """The run at `path`: its folder (the best checkpoint, else the last) or a checkpoint file.
+    def load(cls, path: str | Path | Run, model: ModelFactory | None = None) -> Run:
+        """Return the run at `path`: a run folder, a checkpoint file in one, or an export.
 
-        A folder of runs stands for the newest of them. In a folder, a damaged checkpoint is passed
-        over, and the log says so. A folder that `minigpt export --format safetensors` made is a run
-        as well.
+        In a folder the best checkpoint is selected, else the last; damaged ones are passed over,
+        and the log says so. A folder of runs stands for the newest of them.
+
+        Args:
+            path: where it is; a `Run` is returned as it is.
+            model: class or factory of a model that is no plain `GPT`.
 
         Raises:
             UserError: there is no run or no checkpoint there.
         """
+        if isinstance(path, Run):
+            return path
         path = Path(path)
         if path.is_dir():
             best, weights = path / CHECKPOINTS / f"{BEST}.ckpt", path / WEIGHTS
-            found = [*([best] if best.is_file() else []), *last_checkpoints(path)]
-            if not found and weights.is_file():
-                return cls(path, weights)
-            if not found:
+            checkpoints = [*([best] if best.is_file() else []), *last_checkpoints(path)]
+            if not checkpoints and weights.is_file():
+                return cls(path, weights, model)
+            if not checkpoints:
                 newest = max(path.glob(f"*/{CHECKPOINTS}/*.ckpt"), key=_modified, default=None)
                 if newest is not None:
-                    return cls.open(newest.parent.parent)
+                    return cls.load(newest.parent.parent, model)
                 raise UserError(
                     f"{path} holds no {CHECKPOINTS}/{BEST}.ckpt or {LAST}.ckpt: give the folder of "
-                    "a run (runs/<name>), or train one with python train.py"
+                    "a run, or train one"
                 )
             refuse_links_out(path)
-            return cls(path, first_undamaged(found))
+            return cls(path, first_undamaged(checkpoints), model)
         if not path.is_file():
             raise UserError(f"{path} does not exist: give a run folder (runs/<name>) or a .ckpt")
         inside = path.parent.name == CHECKPOINTS
         folder = path.parent.parent if inside else path.parent
         if inside:
             refuse_links_out(folder)
-        return cls(folder, path)
+        return cls(folder, path, model)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Resolved configuration of the run, as plain values."""
+        return read_config(self.folder)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Tokenizer that the run was trained with."""
+        path = self.folder / TOKENIZER
+        if not path.is_file():
+            raise UserError(f"{self.folder} has no {TOKENIZER}: give a checkpoint in its folder")
+        return Tokenizer.load(path)
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """Content of summary.json, with the steps and tokens that the checkpoint has seen.
+
+        {} while the run trains; a run that was killed left none.
+        """
+        summary = read_summary(self.folder)
+        if self.is_export:
+            return summary
+        content = read_checkpoint(self.checkpoint)
+        stored, steps = content["hyper_parameters"], content["global_step"]
+        if "init_from" in stored:
+            summary = {**summary, "init_from": stored["init_from"]}
+        if steps == summary.get("steps"):
+            return summary
+        per_step = stored.get("tokens_per_step")
+        return {**summary, "steps": steps, "tokens": per_step and steps * per_step}
 
     @property
-    def place(self) -> Path:
-        """Where what is found out about it goes: its folder, or here for an export, which is whole.
+    def is_export(self) -> bool:
+        """Whether this is what `minigpt export --format safetensors` wrote."""
+        return self.checkpoint.suffix == ".safetensors"
 
-        An export may be part of a repository, and its card tells of what lies in it.
+    @property
+    def output_dir(self) -> Path:
+        """Directory for evaluation output: the run folder, or the working directory for an export.
+
+        An export may be part of a repository, and its card lists what lies in it.
         """
-        return Path() if self.checkpoint.suffix == ".safetensors" else self.folder
+        return Path() if self.is_export else self.folder
 
-    def load_net(self, device: str | torch.device = "cpu") -> GPT:
-        """The model with the checkpoint's weights, in evaluation mode, in float32.
+    def load_model(self, device: str | torch.device = "cpu") -> GPT:
+        """Return the model with the checkpoint's weights in float32, frozen, in evaluation mode.
 
-        The weights are frozen, so that generation prepares them once; `net.requires_grad_()` lets
-        them be trained.
+        Only tensors and plain values are read; a pickle that would run code is refused unrun.
 
         Raises:
             UserError: not a checkpoint, a damaged one, or one of another run.
+            ModelClassError: the run's model is of another class than the one that was given.
         """
-        if self.checkpoint.suffix == ".safetensors":
+        factory = self._factory()
+        shape = build(config_class(factory), _current(self.config.get("model"), "model"), "model")
+        if self.is_export:
             weights = read_safetensors(self.checkpoint)
-            net = _with_weights(self._model(), weights, self.checkpoint)
         else:
-            net = load_net(self.checkpoint)
-        if net.config != self._model():
-            raise UserError(f"{self.checkpoint} is not of this run: its model is another one")
-        return net.to(device).eval().requires_grad_(False)
+            content = read_checkpoint(self.checkpoint)
+            stored = content["hyper_parameters"].get("model")
+            if not isinstance(stored, Mapping):
+                raise UserError(f"{self.checkpoint} holds no settings of a model: give another")
+            if build(type(shape), _current(stored, "model"), "model") != shape:
+                raise UserError(f"{self.checkpoint} is of another run: its model differs")
+            weights = {k.removeprefix("net."): v for k, v in content["state_dict"].items()}
+        model = with_weights(factory(shape), weights, self.checkpoint)
+        self._check_class(model)
+        return model.to(device).eval().requires_grad_(False)
+
+    open = load
+
+    def load_net(self, device: str | torch.device = "cpu") -> GPT:
+        return self.load_model(device)
 
     def load_tokenizer(self) -> Tokenizer:
-        """The tokenizer that the run was trained with."""
-        return Tokenizer.load(self._inside(TOKENIZER))
+        return self.tokenizer
 
-    def config(self) -> dict[str, Any]:
-        """The resolved configuration of the run, as plain values."""
-        return read_config(self.folder)
+    @property
+    def place(self) -> Path:
+        return self.output_dir
 
-    def _model(self) -> GPTConfig:
-        return build(GPTConfig, self.config().get("model", {}), "model")
+    def _factory(self) -> ModelFactory:
+        trained = self.config.get("model_class")
+        if trained is not None and self.model is None:
+            raise ModelClassError(f"{self.folder} was trained with the class {trained}", trained)
+        return self.model or GPT
 
-    def _inside(self, name: str) -> Path:
-        path = self.folder / name
-        if not path.is_file():
-            raise UserError(f"{self.folder} has no {name}: give a checkpoint in its run's folder")
-        return path
+    def _check_class(self, model: GPT) -> None:
+        trained = self.config.get("model_class") or class_path(GPT)
+        if type(model).__qualname__ != trained.rpartition(".")[2]:
+            given = class_path(type(model))
+            raise ModelClassError(f"{self.folder} was trained with {trained}, not {given}", trained)
+
+
+def class_path(cls: type) -> str:
+    """Return the dotted path of a class, such as minigpt.model.GPT."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def config_class(factory: ModelFactory) -> type[GPTConfig]:
+    """Return the dataclass of the config that `factory` makes models of."""
+    return getattr(factory, "config_class", GPTConfig)
 
 
 def last_checkpoints(folder: Path) -> list[Path]:
@@ -160,7 +243,7 @@ def last_checkpoint(path: Path) -> Path:
             return first_undamaged(found)
         path = path / CHECKPOINTS / f"{LAST}.ckpt"
     if not path.is_file():
-        raise UserError(f"{path} does not exist: give a run folder (runs/<name>) to go on with")
+        raise UserError(f"{path} does not exist: give a run folder to continue")
     return path
 
 
@@ -189,7 +272,7 @@ def new_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool = F
     if RUN_FOLDER_VARIABLE in os.environ:
         return Path(os.environ[RUN_FOLDER_VARIABLE])
     if name is None:
-        raise UserError("processes that are started one by one need name=<run> to share it")
+        raise UserError("is not set: processes that are started one by one share it", "name")
     return parent / name
 
 
@@ -198,7 +281,7 @@ def _make_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool) 
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot make the folder {parent} ({error.strerror}): set runs_dir=... to another"
+            f"cannot make this folder ({error.strerror})", "runs_dir", str(parent)
         ) from None
     base = name or f"{size}-{time.strftime('%Y%m%d-%H%M%S')}"
     for attempt in range(1, 1000):
@@ -208,18 +291,27 @@ def _make_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool) 
         except FileExistsError:
             if name is None:
                 continue
-            then = (
-                f"go on with it by resume={folder}"
-                if last_checkpoints(folder)
-                else "it has no checkpoint, so delete it or type resume=auto to begin there"
-            )
-            raise UserError(f"{folder} exists: {then}, or take another name=...") from None
+            if last_checkpoints(folder):
+                raise UserError(
+                    f"{folder} exists: choose another name, or continue it", "name", name,
+                    command=("train", {"resume": str(folder)}),
+                ) from None  # fmt: skip
+            raise UserError(
+                f"{folder} exists without a checkpoint: choose another name, or begin there",
+                "name", name, {"resume": "auto"},
+            ) from None  # fmt: skip
         return folder
-    raise UserError(f"{parent} holds a thousand runs of this second: give a name=...")
+    raise UserError(f"{parent} holds a thousand runs of this second: choose a name", "name")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The resolved configuration in a run folder, as plain values. UserError: there is none."""
+    """Return the resolved configuration in a run folder, as plain values.
+
+    What an older run lacks has the value that it meant then, by OLD_DEFAULTS.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
     path = folder / CONFIG
     try:
         config = read_yaml(path)
@@ -229,7 +321,17 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = None
     if not isinstance(config, dict):
         raise UserError(f"{path} does not hold the settings of a run: restore it or train again")
-    return config
+    sections = {key: _current(config[key], key) for key in OLD_DEFAULTS if key in config}
+    return config | sections
+
+
+def _current(values: Any, section: str) -> Any:
+    """Return a section of an older config as today's code reads it."""
+    if not isinstance(values, Mapping):
+        return values
+    gone = OLD_SETTINGS.get(section, ())
+    kept = {key: value for key, value in values.items() if key not in gone}
+    return {**OLD_DEFAULTS[section], **kept}
 
 
 def _modified(path: Path) -> float:

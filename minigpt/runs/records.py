@@ -16,13 +16,7 @@ from typing import Any
 
 from minigpt.core.files import parse_json, read_json, read_text
 from minigpt.core.settings import UserError
-from minigpt.runs.checkpoint import read_checkpoint
-from minigpt.runs.folder import (
-    METRICS,
-    SAMPLES,
-    SUMMARY,
-    Run,
-)
+from minigpt.runs.names import METRICS, SAMPLES, SUMMARY
 
 Row = dict[str, float]  # one row of metrics.csv: column name to value, measured cells alone
 
@@ -83,21 +77,6 @@ def read_summary(folder: Path) -> dict[str, Any]:
     if not isinstance(summary, dict):
         raise UserError(f"{path} is not a JSON object: move this run away, or train it again")
     return summary
-
-
-def checkpoint_summary(run: Run) -> dict[str, Any]:
-    """The run's summary.json, with the steps and tokens that the checkpoint meant has seen."""
-    summary = read_summary(run.folder)
-    if run.checkpoint.suffix == ".safetensors":
-        return summary
-    content = read_checkpoint(run.checkpoint)
-    made_of, steps = content["hyper_parameters"], content["global_step"]
-    if "init_from" in made_of:  # a run that was killed left no summary
-        summary = {**summary, "init_from": made_of["init_from"]}
-    if steps == summary.get("steps"):
-        return summary
-    per_step = made_of.get("tokens_per_step")
-    return {**summary, "steps": steps, "tokens": per_step and steps * per_step}
 
 
 def check_facts(told: Mapping[str, Any], kinds: Mapping[str, Any], where: Path) -> None:

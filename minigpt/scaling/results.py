@@ -24,12 +24,8 @@ from minigpt.core.files import refuse_links_out, write_json, write_text
 from minigpt.core.settings import UserError
 from minigpt.core.text import human_count
 from minigpt.data.preparation import DataConfig
-from minigpt.runs.folder import (
-    CONFIG,
-    METRICS,
-    SUMMARY,
-    Run,
-)
+from minigpt.runs.folder import Run
+from minigpt.runs.names import CONFIG, METRICS, SUMMARY
 from minigpt.runs.provenance import Origin, origin
 from minigpt.runs.records import (
     Row,
@@ -127,7 +123,7 @@ def read_run(path: Path) -> RunResult:
         UserError: one of its files is missing or cannot be read; the message names it.
     """
     refuse_links_out(path)
-    summary, config, rows = read_summary(path), Run(path, path).config(), read_metrics(path)
+    summary, config, rows = read_summary(path), Run(path, path).config, read_metrics(path)
     numbers: dict[str, Any] = last_values(rows)
     numbers |= {name: value for name, value in summary.items() if value is not None}
 
@@ -236,7 +232,7 @@ def keep_run(path: Path, into: Path) -> Path:
     Raises:
         UserError: another run of that name is there, or a file of this one cannot be read.
     """
-    config, summary = Run(path, path).config(), read_summary(path)
+    config, summary = Run(path, path).config, read_summary(path)
     folder = into / path.resolve().name
     if folder.resolve() == path.resolve():
         return folder

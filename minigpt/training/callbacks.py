@@ -10,7 +10,6 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,37 +24,14 @@ from minigpt.core.files import write_json, write_text
 from minigpt.core.text import human_count, human_time
 from minigpt.generation.sampling import SamplingConfig, generate_stories
 from minigpt.model import perplexity
-from minigpt.runs.folder import SAMPLES, SUMMARY
+from minigpt.runs.names import SAMPLES, SUMMARY
 from minigpt.runs.records import read_samples
 from minigpt.tokenizer import Tokenizer
 from minigpt.training.checkpointing import Checkpoints
+from minigpt.training.config import CallbacksConfig
 from minigpt.training.module import GPTModule
 
 log = logging.getLogger("minigpt")
-
-
-@dataclass(frozen=True)
-class CallbacksConfig:
-    """What a run keeps and shows while it trains."""
-
-    progress_bar: bool = True
-    prompts: tuple[str, ...] = ("Once upon a time",)  # continued at each validation
-    temperature: float = 0.8
-    max_tokens: int = 200  # of each of these stories
-    checkpoint_minutes: float = 10.0  # last.ckpt is at most this old (and written at validation)
-    checkpoint_steps: int | None = None  # also every so many updates
-    keep_checkpoints: int = 2  # last.ckpt and those before it; best.ckpt is kept beside them
-
-    def __post_init__(self) -> None:
-        if self.checkpoint_minutes <= 0:
-            raise ValueError(f"checkpoint_minutes {self.checkpoint_minutes} must be positive")
-        if self.checkpoint_steps is not None and self.checkpoint_steps < 1:
-            raise ValueError(
-                f"checkpoint_steps {self.checkpoint_steps} must be at least 1, or null"
-            )
-        if self.keep_checkpoints < 1:
-            raise ValueError(f"keep_checkpoints {self.keep_checkpoints} must be at least 1")
-        SamplingConfig(temperature=self.temperature, max_tokens=self.max_tokens)
 
 
 class Throughput(Callback):

@@ -28,7 +28,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from minigpt.core.settings import UserError
 from minigpt.runs.checkpoint import write_checkpoint
-from minigpt.runs.folder import BEST, CHECKPOINTS, LAST
+from minigpt.runs.names import BEST, CHECKPOINTS, LAST
 from minigpt.training.module import GPTModule
 
 log = logging.getLogger("minigpt")
@@ -48,9 +48,9 @@ def full_disk_in_one_line(folder: Path) -> Iterator[None]:
         if error.errno not in _NO_ROOM:
             raise
         raise UserError(
-            f"cannot write {error.filename or folder} ({error.strerror}): make room there, then go "
-            f"on with python train.py resume={folder}"
-        ) from None
+            f"cannot write {error.filename or folder} ({error.strerror}): free some space there, "
+            "then continue", command=("train", {"resume": str(folder)}),
+        ) from None  # fmt: skip
 
 
 class CheckpointFiles(TorchCheckpointIO):

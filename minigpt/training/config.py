@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from minigpt.core.settings import UserError
+from minigpt.core.settings import UserError, build, plain
 from minigpt.data.preparation import DataConfig
+from minigpt.generation.sampling import SamplingConfig
 from minigpt.model import GPTConfig
-from minigpt.training.callbacks import CallbacksConfig
-from minigpt.training.loggers import LoggerConfig
-from minigpt.training.optim import OptimizerConfig
 
-LONGEST_NAME = 200  # bytes; file systems allow 255, and names of files are made of it
+MAX_NAME_BYTES = 200  # file systems allow 255, and names of files are made of it
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,80 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         for name in ("num_nodes", "accumulate_grad_batches", "n_validations", "log_every_n_steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+                raise UserError("must be at least 1", name, getattr(self, name))
         if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):
-            raise ValueError(f"devices {self.devices} must be auto or a number of devices")
+            raise UserError("must be auto or a number of devices", "devices", self.devices)
         if self.accelerator not in ("auto", "cpu", "gpu", "cuda", "mps"):
-            raise ValueError(f"accelerator {self.accelerator}: choose from auto, cpu, gpu, mps")
+            raise UserError("choose from auto, cpu, gpu, mps", "accelerator", self.accelerator)
         if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"max_steps {self.max_steps}: leave it out, budget.tokens sets them")
+            raise UserError("leave it out: budget.tokens sets it", "max_steps", self.max_steps)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Muon with AdamW, or AdamW alone; linear warm-up and a decay that follows `schedule`."""
+
+    name: Literal["muon", "adamw"] = "muon"  # muon: on the matrices of the blocks, AdamW elsewhere
+    lr: float | None = None  # of AdamW at the peak; None: `default_lr` of the width
+    matrix_lr: float | None = None  # of Muon at the peak; None: `default_matrix_lr` of the width
+    beta1: float = 0.9
+    beta2: float = 0.999
+    momentum: float = 0.95  # of Muon
+    weight_decay: float = 0.1  # on matrices alone: not on biases and norms
+    warmup_steps: int = 500  # linear, from lr / warmup_steps
+    schedule: Literal["cosine", "linear"] | None = None  # None: linear with Muon, else cosine
+    final_lr: float = 0.0  # where the decay ends, as a share of the peak
+    grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
+
+    def __post_init__(self) -> None:
+        if self.schedule is None:
+            schedule = "linear" if self.name == "muon" else "cosine"
+            object.__setattr__(self, "schedule", schedule)
+        for name in ("lr", "matrix_lr"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise UserError("must be positive", name, getattr(self, name))
+        if self.name == "adamw" and self.matrix_lr is not None:
+            raise UserError("is Muon's: with adamw, lr is that of all weights", "matrix_lr")
+        for name in ("beta1", "beta2", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError("must be in [0, 1)", name, getattr(self, name))
+        for name in ("weight_decay", "warmup_steps", "grad_clip"):
+            if getattr(self, name) < 0:
+                raise UserError("must not be negative", name, getattr(self, name))
+        if not 0 <= self.final_lr <= 1:
+            raise UserError("is a share of the peak: 0 to 1", "final_lr", self.final_lr)
+
+
+@dataclass(frozen=True)
+class LoggerConfig:
+    """Where numbers go beside metrics.csv."""
+
+    kind: Literal["csv", "wandb", "tensorboard"] = "csv"
+    project: str = "mini-gpt"
+
+
+@dataclass(frozen=True)
+class CallbacksConfig:
+    """What a run keeps and shows while it trains."""
+
+    progress_bar: bool = True
+    prompts: tuple[str, ...] = ("Once upon a time",)  # continued at each validation
+    temperature: float = 0.8
+    max_tokens: int = 200  # of each of these stories
+    checkpoint_minutes: float = 10.0  # last.ckpt is at most this old (and written at validation)
+    checkpoint_steps: int | None = None  # also every so many updates
+    keep_checkpoints: int = 2  # last.ckpt and those before it; best.ckpt is kept beside them
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_minutes <= 0:
+            raise UserError("must be positive", "checkpoint_minutes", self.checkpoint_minutes)
+        if self.checkpoint_steps is not None and self.checkpoint_steps < 1:
+            raise UserError(
+                "must be at least 1, or null", "checkpoint_steps", self.checkpoint_steps
+            )
+        if self.keep_checkpoints < 1:
+            raise UserError("must be at least 1", "keep_checkpoints", self.keep_checkpoints)
+        SamplingConfig(temperature=self.temperature, max_tokens=self.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -52,91 +119,131 @@ class BudgetConfig:
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
-            raise ValueError(f"tokens {self.tokens} must be at least 1")
+            raise UserError("must be at least 1", "tokens", self.tokens)
 
 
 @dataclass(frozen=True)
-class Job:
-    """All settings of one training run, validated."""
+class TrainConfig:
+    """All settings of one training run, validated: the recipe that `train()` follows.
 
-    model: GPTConfig
-    data: DataConfig
-    optimizer: OptimizerConfig
-    trainer: TrainerConfig
-    logger: LoggerConfig
-    callbacks: CallbacksConfig
-    budget: BudgetConfig
-    name: str | None = None  # of the run folder
+    The defaults are those of the command line without a setting: the small model.
+    """
+
+    model: GPTConfig = field(default_factory=GPTConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    name: str | None = None  # of the run folder; None: size, date and time
     runs_dir: str = "runs"
-    resume: str | None = None
+    resume: str | None = None  # a run folder to continue; auto: the one called `name`
     init_from: str | None = None  # a run whose weights and tokenizer this one begins with
     seed: int = 1
-    size: str = "gpt"  # what the model config is called: small, medium, large
+    size: str | None = None  # name of the model's size; None: small, or gpt for another shape
+    model_class: str | None = None  # dotted path of the model's class; None: minigpt.model.GPT
+    overrides: tuple[str, ...] = field(default=(), compare=False)  # settings, as they were typed
 
     def __post_init__(self) -> None:
+        if self.size is None:
+            size = "small" if self.model == GPTConfig() else "gpt"
+            object.__setattr__(self, "size", size)
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed {self.seed} must be between 0 and {2**32 - 1}")
+            raise UserError(f"must be between 0 and {2**32 - 1}", "seed", self.seed)
         if self.name is not None:
             _check_name(self.name)
-        if self.runs_dir == "":
-            raise ValueError("runs_dir is empty: leave it out for runs")
-        if self.resume == "":
-            raise ValueError("resume is empty: type resume=runs/<name>, or leave it out")
-        if self.init_from == "":
-            raise ValueError("init_from is empty: type init_from=releases/large, or leave it out")
+        examples = {"runs_dir": "runs", "resume": "runs/<name>", "init_from": "releases/large"}
+        for name, example in examples.items():
+            if getattr(self, name) == "":
+                raise UserError(f"is empty: leave it out, or give one such as {example}", name)
         if self.trainer.strategy == "fsdp" and self.callbacks.prompts:
-            raise ValueError(  # the first device alone would wait for the weights of the others
-                "trainer.strategy=fsdp writes no stories while it trains: add callbacks=quiet"
-            )
+            raise UserError(  # the first device alone would wait for the weights of the others
+                "writes no stories while it trains", "trainer.strategy", "fsdp",
+                {"callbacks": "quiet"},
+            )  # fmt: skip
         if self.trainer.strategy == "fsdp" and self.optimizer.name == "muon":
-            raise ValueError(  # which needs whole matrices
-                "trainer.strategy=fsdp shares each matrix out over devices: add optimizer=adamw"
-            )
+            raise UserError(  # which needs whole matrices
+                "shares each matrix out over devices, and Muon needs whole ones",
+                "trainer.strategy", "fsdp", {"optimizer": "adamw"},
+            )  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], model: type[GPTConfig] = GPTConfig) -> TrainConfig:
+        """Return the validated config of plain values, such as a run's config.yaml.
+
+        Args:
+            values: by section, as `plain` gives them; what is left out keeps its default.
+            model: class of the section `model`.
+
+        Raises:
+            UserError: a name, a type or a value is wrong; the message has its dotted name.
+        """
+        shape = values.get("model", {})
+        if isinstance(shape, Mapping):
+            shape = build(model, shape, "model")
+        return build(cls, {**values, "model": shape}, "")
+
+
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """Return all settings as plain values, with absolute paths: to be found from anywhere."""
+    paths = {
+        "train_files": tuple(str(Path(name).absolute()) for name in config.data.train_files),
+        "valid_files": tuple(str(Path(name).absolute()) for name in config.data.valid_files),
+        "cache_dir": str(Path(config.data.cache_dir).absolute()),
+    }
+    init_from = str(Path(config.init_from).absolute()) if config.init_from else None
+    data = dataclasses.replace(config.data, **paths)
+    return plain(dataclasses.replace(config, data=data, init_from=init_from))
 
 
 def _check_name(name: str) -> None:
     if Path(name).name != name or name == "..":
-        raise ValueError(f"name {name!r} is a folder's name under runs_dir, not a path")
-    if not (name and name.isprintable() and len(name.encode()) <= LONGEST_NAME):
-        raise ValueError(
-            f"name {name!r} must be a folder's name: printable, at most {LONGEST_NAME} bytes"
+        raise UserError("must be a folder's name under runs_dir, not a path", "name", name)
+    if not (name and name.isprintable() and len(name.encode()) <= MAX_NAME_BYTES):
+        raise UserError(
+            f"must be a folder's name: printable, at most {MAX_NAME_BYTES} bytes", "name", name
         )
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     """How the budget is spent: `n_steps` updates of `tokens_per_step` tokens."""
 
     n_steps: int
     tokens_per_step: int
 
     @classmethod
-    def of(cls, job: Job, world_size: int) -> Plan:
-        """As many whole steps as the budget pays for. UserError: what does not fit together."""
-        c, budget = job.trainer, job.budget.tokens
-        per_step = job.data.batch_size * job.model.context_length * c.accumulate_grad_batches
-        per_step *= world_size
-        n_steps = budget // per_step
+    def from_config(cls, config: TrainConfig, world_size: int) -> Schedule:
+        """Return as many whole steps as the budget pays for, on `world_size` processes.
+
+        Raises:
+            UserError: budget, batch, warm-up or max_steps do not fit together.
+        """
+        trainer, budget = config.trainer, config.budget.tokens
+        windows = config.data.windows_per_batch * trainer.accumulate_grad_batches * world_size
+        per_step = windows * config.model.context_length
+        n_steps, warmup = budget // per_step, config.optimizer.warmup_steps
         if n_steps < 1:
             raise UserError(
-                f"budget.tokens={budget:,} is less than one step of {per_step:,} tokens: type "
-                f"budget.tokens={per_step} or more, or a smaller data.batch_size"
-            )
-        if job.optimizer.warmup_steps >= n_steps:
+                f"is less than one step of {per_step:,} tokens: a smaller data.batch_size has "
+                "shorter ones", "budget.tokens", budget, {"budget.tokens": per_step},
+            )  # fmt: skip
+        length = f"{n_steps:,} steps of {per_step:,} tokens"
+        if warmup >= n_steps:
             raise UserError(
-                f"a warm-up of {job.optimizer.warmup_steps:,} steps does not fit the budget, which "
-                f"is {n_steps:,} steps of {per_step:,} tokens: type "
-                f"optimizer.warmup_steps={n_steps // 10} or a larger budget.tokens"
-            )
-        if c.max_steps not in (None, n_steps):
+                f"does not fit the budget, which is {length}", "optimizer.warmup_steps", warmup,
+                {"optimizer.warmup_steps": n_steps // 10},
+            )  # fmt: skip
+        if trainer.max_steps not in (None, n_steps):
             raise UserError(
-                f"trainer.max_steps={c.max_steps} is not what budget.tokens={budget:,} pays for, "
-                f"which is {n_steps:,} steps of {per_step:,} tokens: type "
-                f"budget.tokens={c.max_steps * per_step} instead"
-            )
-        if c.max_epochs is not None:
+                f"is not what budget.tokens={budget} pays for, which is {length}",
+                "trainer.max_steps", trainer.max_steps,
+                {"budget.tokens": trainer.max_steps * per_step},
+            )  # fmt: skip
+        if trainer.max_epochs is not None:
             raise UserError(
-                f"trainer.max_epochs={c.max_epochs}: the length of a run is set in tokens, repeats "
-                "counted: type budget.tokens=<epochs × tokens of the training split> instead"
-            )
+                "the length of a run is set by budget.tokens, repeats counted: leave it out",
+                "trainer.max_epochs", trainer.max_epochs,
+            )  # fmt: skip
         return cls(n_steps, per_step)

@@ -7,10 +7,9 @@ import io
 import logging
 import os
 import secrets
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers.logger import Logger
@@ -18,6 +17,7 @@ from lightning.pytorch.loggers.logger import Logger
 from minigpt.core.distributed import global_rank
 from minigpt.core.files import write_text
 from minigpt.core.settings import UserError
+from minigpt.training.config import LoggerConfig
 
 log = logging.getLogger("minigpt")
 
@@ -29,14 +29,6 @@ COLUMNS = [
     "step", "tokens", "train/loss", "val/loss", "val/perplexity", "val/bits_per_byte",
     "tokens_per_second", "mfu", "lr", "grad_norm",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class LoggerConfig:
-    """Where numbers go beside metrics.csv."""
-
-    kind: Literal["csv", "wandb", "tensorboard"] = "csv"
-    project: str = "mini-gpt"
 
 
 class MetricsCsv(Logger):
@@ -59,7 +51,7 @@ class MetricsCsv(Logger):
                 rows = [row for row in reader if int(row["step"]) <= resume_step]
             except (KeyError, TypeError, ValueError):
                 raise UserError(
-                    f"{path}, line {reader.line_num}: expected a row with a step: mend or delete "
+                    f"{path}, line {reader.line_num}: expected a row with a step: fix or delete "
                     "that line"
                 ) from None
             self.columns = list(reader.fieldnames or COLUMNS)
@@ -112,7 +104,7 @@ class MetricsCsv(Logger):
 def check_logger(config: LoggerConfig) -> None:
     """UserError: the logger that is asked for needs a package that is not installed."""
     if config.kind == "tensorboard" and find_spec("tensorboard") is None:
-        raise UserError("logger=tensorboard needs another package: pip install -e '.[tensorboard]'")
+        raise UserError("needs another package: pip install tensorboard", "logger", config.kind)
 
 
 def extra_loggers(folder: Path, config: LoggerConfig) -> list[Logger]:
@@ -143,7 +135,7 @@ def _wandb_logger(folder: Path, project: str) -> Logger:
     except AuthenticationError as error:  # or there is no answer at all
         problem = " ".join(str(error).split())
         if not (folder / WANDB_ID).is_file():
-            raise UserError(f"{problem} Set WANDB_MODE=offline, or type logger=csv") from None
+            raise UserError(f"{problem} Set WANDB_MODE=offline, or logger.kind=csv") from None
         log.warning("W&B        no answer: %s", problem)
         mode = "offline"
     settings = wandb.Settings(
@@ -195,6 +187,6 @@ def finish_wandb(loggers: list[Logger], exit_code: int) -> None:
     except TimeoutError:
         assert run is not None
         log.warning(
-            "W&B        took not all in time; it is kept: later, wandb sync %s",
+            "W&B        upload timed out; the data are kept here: wandb sync %s",
             Path(run.dir).parent,
         )

@@ -1,7 +1,7 @@
-"""What train.py runs: a composed config in, a trained run folder out.
+"""Train a model: a `TrainConfig` in, a trained run folder out.
 
 Everything is checked before the run folder is made: every section of the config, then the budget,
-then the data. From there on the folder tells how the run went, however it ends.
+then the data. From there on the folder records how the run went, however it ends.
 """
 
 from __future__ import annotations
@@ -14,126 +14,190 @@ import os
 import signal
 import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
 import torch.distributed
 import yaml
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from omegaconf import DictConfig, OmegaConf
 
-from minigpt.core.distributed import Launcher, global_rank, step_name
+from minigpt.core.distributed import Launcher, global_rank, may_start_processes, step_name
 from minigpt.core.files import write_text
-from minigpt.core.hardware import PEAK_FILE, Hardware, keep_freed_memory, matmul_peak
-from minigpt.core.settings import UserError, build
+from minigpt.core.hardware import PEAK_FILE, Hardware, matmul_peak
+from minigpt.core.process import is_tuned, preserved_process
+from minigpt.core.settings import UserError, build, next_step, plain
 from minigpt.core.text import human_count
 from minigpt.data.datamodule import DataModule
+from minigpt.data.spool import spool_stories
 from minigpt.kernels.cpu import accelerate
 from minigpt.kernels.microbatch import sharded_loss
+from minigpt.model import GPT
 from minigpt.runs.folder import (
-    CONFIG,
-    METRICS,
-    REPORT,
-    TOKENIZER,
+    ModelClassError,
+    ModelFactory,
+    Run,
+    class_path,
+    config_class,
     last_checkpoints,
     new_run_folder,
 )
+from minigpt.runs.names import CONFIG, METRICS, REPORT, TOKENIZER
 from minigpt.runs.provenance import Origin, source_commit
 from minigpt.runs.records import read_summary
-from minigpt.training.callbacks import (
-    RunReport,
-    StorySamples,
-    Throughput,
-    TrainingProgress,
-)
+from minigpt.training.callbacks import RunReport, StorySamples, Throughput, TrainingProgress
 from minigpt.training.checkpointing import CheckpointFiles, Checkpoints, full_disk_in_one_line
-from minigpt.training.config import Job, Plan, TrainerConfig
-from minigpt.training.loggers import (
-    MetricsCsv,
-    check_logger,
-    extra_loggers,
-    finish_wandb,
-)
+from minigpt.training.config import Schedule, TrainConfig, TrainerConfig, settings_of
+from minigpt.training.loggers import MetricsCsv, check_logger, extra_loggers, finish_wandb
 from minigpt.training.module import GPTModule
 from minigpt.training.report import write_report
-from minigpt.training.resume import (
-    AUTO,
-    Start,
-    alone_in,
-    folder_to_resume,
-    settings,
-)
+from minigpt.training.resume import AUTO, ResumeState, folder_to_resume, run_lock
 
 log = logging.getLogger("minigpt")
 
 
-def train(config: DictConfig, size: str = "gpt") -> Path:
-    """Run one training job, or go on with one; returns its run folder.
+def train(
+    config: TrainConfig,
+    model: ModelFactory | None = None,
+    callbacks: Sequence[Callback] = (),
+    stories: Iterable[str] | None = None,
+    valid_stories: Iterable[str] | None = None,
+) -> Run:
+    """Train a model, or continue the run that `config.resume` names, and return the run.
+
+    The process is left as it was found: warnings, logging, signal handlers, matmul precision,
+    threads, random state and environment.
 
     Args:
-        config: composed from conf/train.yaml. With `resume` in it, the run's own settings are used.
-        size: what the model config is called: small, medium, large.
+        config: all settings, as `load_config` or `TrainConfig` make them.
+        model: class derived from `GPT`, or function from its config to a model; None: `GPT`.
+        callbacks: Lightning callbacks, called after those of Mini GPT.
+        stories: training stories, in place of those that `config.data` names.
+        valid_stories: validation stories; None: the last `config.data.holdout` of `stories`.
+
+    Returns:
+        The run, with its best checkpoint selected.
 
     Raises:
         UserError: a setting, the data, or both together are not right; the loss diverged; or
             another process trains this run.
     """
-    plain: Any = OmegaConf.to_container(config, resolve=True)
-    job = build(Job, {**plain, "size": size}, "")
-    if job.name is None and (step := step_name()) is not None:  # under srun
-        job = dataclasses.replace(job, name=f"{size}-{step}")
-    parent = Path(job.runs_dir)
+    with preserved_process():
+        config = _with_model(config, model)
+        folder = _train(_with_stories(config, stories, valid_stories), model, callbacks)
+        return Run.load(folder, model)
+
+
+def _train(config: TrainConfig, model: ModelFactory | None, callbacks: Sequence[Callback]) -> Path:
+    """Check everything, then make the run folder and train; return the folder."""
+    if config.name is None and (step := step_name()) is not None:  # under srun
+        config = dataclasses.replace(config, name=f"{config.size}-{step}")
     with contextlib.ExitStack() as stack:
-        folder = folder_to_resume(job, parent)
+        folder = folder_to_resume(config)
         if folder is not None:
-            stack.enter_context(alone_in(folder))
-        start = Start.of(job, folder)
-        job = start.job
-        c = job.trainer
-        hardware = Hardware.find(c.accelerator, c.devices, c.num_nodes, c.precision)
-        _check_strategy(c.strategy, hardware)
-        plan = Plan.of(job, hardware.world_size)
-        if folder is not None and start.step >= plan.n_steps:
-            log.info("%s has made all of its %d steps: nothing is left to do", folder, start.step)
+            stack.enter_context(run_lock(folder))
+        start = ResumeState.from_config(config, folder, model)
+        config = start.config
+        hardware = _hardware(config)
+        schedule = Schedule.from_config(config, hardware.world_size)
+        if folder is not None and start.step >= schedule.n_steps:
+            log.info("%s is already complete (%d steps)", folder, start.step)
             return folder
-        check_logger(job.logger)
-        _prepare_libraries(job.seed)
-        data = _data(job, plan, start)
-        module = _module(job, plan, data, start)
-        start.check_the_same(module)
+        check_logger(config.logger)
+        _prepare_libraries(config.seed)
+        data = _data(config, schedule, start)
+        module = _module(config, schedule, data, start, model)
+        start.check_unchanged(module)
+        if type(module.net) is not GPT:
+            config = dataclasses.replace(config, model_class=class_path(type(module.net)))
         if folder is None:
-            folder = new_run_folder(parent, job.name, job.size, exist_ok=job.resume == AUTO)
-            stack.enter_context(alone_in(folder))
+            parent = Path(config.runs_dir)
+            assert config.size is not None
+            folder = new_run_folder(parent, config.name, config.size, config.resume == AUTO)
+            stack.enter_context(run_lock(folder))
         stack.enter_context(full_disk_in_one_line(folder))
         stack.enter_context(_log_file(folder / "train.log"))
         if start.checkpoint is None and global_rank() == 0:
-            _write_inputs(folder, job, data)
+            _write_inputs(folder, config, data)
         start.clear(folder)
-        _describe(folder, job, plan, hardware, module, data, start.origin)
-        trainer = _trainer(folder, job, plan, hardware, module, data, start.step)
-        _speed_up(module, hardware, c)
+        _describe(folder, config, schedule, hardware, module, data, start.origin)
+        trainer = _trainer(folder, config, schedule, hardware, module, data, start.step, callbacks)
+        _speed_up(module, hardware, config.trainer)
         _fit(trainer, module, data, start.checkpoint)
         log.info("report: %s", folder / REPORT)
-        log.info("next:   python evaluate.py ckpt=%s", folder)
+        log.info("next:   %s", next_step("evaluate", ckpt=str(folder)))
     return folder
 
 
-def _module(job: Job, plan: Plan, data: DataModule, start: Start) -> GPTModule:
-    made_of = {"tokenizer": data.tokenizer.fingerprint, "train_tokens": data.train.n_tokens}
+def _with_model(config: TrainConfig, model: ModelFactory | None) -> TrainConfig:
+    """`config` with its model section of the class that `model` asks for."""
+    if model is None and config.model_class is not None:
+        raise ModelClassError("the config is for a class of its own", config.model_class)
+    shape = config_class(model or GPT)
+    if type(config.model) is not shape:
+        values = dataclasses.asdict(config.model)
+        config = dataclasses.replace(config, model=build(shape, values, "model"))
+    return config
+
+
+def _with_stories(
+    config: TrainConfig, stories: Iterable[str] | None, valid_stories: Iterable[str] | None
+) -> TrainConfig:
+    if stories is None:
+        if valid_stories is not None:
+            raise UserError("are given without stories to train on", "valid_stories")
+        return config
+    return dataclasses.replace(config, data=spool_stories(config.data, stories, valid_stories))
+
+
+def _hardware(config: TrainConfig) -> Hardware:
+    """What the run computes on.
+
+    Raises:
+        UserError: it cannot be had, or several processes would have to be started from here.
+    """
+    trainer = config.trainer
+    try:
+        hardware = Hardware.detect(
+            trainer.accelerator, trainer.devices, trainer.num_nodes, trainer.precision
+        )
+    except UserError as error:
+        raise error.within("trainer") from None
+    if hardware.accelerator == "mps" and trainer.strategy != "auto":
+        raise UserError(
+            "is for several devices, and a Mac has one GPU: leave it out", "trainer.strategy",
+            trainer.strategy, {"trainer.accelerator": "cpu"},
+        )  # fmt: skip
+    if hardware.world_size > 1 and not may_start_processes():
+        raise UserError(
+            "each device needs a process of its own, which only the command line or torchrun "
+            "starts", "trainer.devices", hardware.devices, {"trainer.devices": "1"},
+        )  # fmt: skip
+    return hardware
+
+
+def _module(
+    config: TrainConfig,
+    schedule: Schedule,
+    data: DataModule,
+    start: ResumeState,
+    model: ModelFactory | None,
+) -> GPTModule:
+    extra = {"tokenizer": data.tokenizer.fingerprint, "train_tokens": data.train.n_tokens}
     if start.origin is not None:
-        made_of["init_from"] = dataclasses.asdict(start.origin)
+        extra["init_from"] = dataclasses.asdict(start.origin)
     module = GPTModule(
-        job.model,
-        job.optimizer,
-        plan.n_steps,
-        plan.tokens_per_step,
+        config.model,
+        config.optimizer,
+        schedule.n_steps,
+        schedule.tokens_per_step,
         data.valid.bytes_per_token,
-        made_of,
+        extra,
+        model or GPT,
     )
     start.set_weights(module.net)
     return module
@@ -143,7 +207,8 @@ def _speed_up(module: GPTModule, hardware: Hardware, c: TrainerConfig) -> None:
     """The one place where the path of training is chosen: by device, and what goes together."""
     net, cpu = module.net, hardware.accelerator == "cpu"
     if cpu:
-        keep_freed_memory()
+        if not is_tuned():
+            log.info("memory     minigpt.tune_process() makes training on this CPU faster")
         accelerate(net)
     if c.compile:  # the loss and not the net: the names of its weights stay as they are
         net.loss = torch.compile(net.loss)
@@ -151,53 +216,53 @@ def _speed_up(module: GPTModule, hardware: Hardware, c: TrainerConfig) -> None:
         net.loss = sharded_loss(net)
 
 
-def _data(job: Job, plan: Plan, start: Start) -> DataModule:
-    """The data of the job, prepared; on one process before any other is started."""
-    accumulate = job.trainer.accumulate_grad_batches
+def _data(config: TrainConfig, schedule: Schedule, start: ResumeState) -> DataModule:
+    """The data of the run, prepared; on one process before any other is started."""
+    accumulate = config.trainer.accumulate_grad_batches
     data = DataModule(
-        job.data,
-        job.model.context_length,
-        n_steps=plan.n_steps * accumulate,
-        seed=job.seed,
+        config.data,
+        config.model.context_length,
+        n_steps=schedule.n_steps * accumulate,
+        seed=config.seed,
         start_step=start.step * accumulate,
-        given=start.tokenizer,
+        tokenizer=start.tokenizer,
     )
     data.setup("fit")  # prepares them too; `prepare_data` before it would read them all once more
-    if data.tokenizer.vocab_size > job.model.vocab_size:
+    if data.tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
-            f"model.vocab_size={job.model.vocab_size} is less than the {data.tokenizer.vocab_size} "
-            "tokens of the tokenizer: leave it out, it follows data.vocab_size"
-        )
+            f"is less than the {data.tokenizer.vocab_size} tokens of the tokenizer: leave it out, "
+            "it follows data.vocab_size", "model.vocab_size", config.model.vocab_size,
+        )  # fmt: skip
     return data
 
 
-def _write_inputs(folder: Path, job: Job, data: DataModule) -> None:
+def _write_inputs(folder: Path, config: TrainConfig, data: DataModule) -> None:
     """config.yaml and tokenizer.json: with a checkpoint, all that evaluation needs."""
-    plain = settings(dataclasses.replace(job, name=folder.name))
-    write_text(folder / CONFIG, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    values = settings_of(dataclasses.replace(config, name=folder.name))
+    write_text(folder / CONFIG, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     data.tokenizer.save(folder / TOKENIZER)
 
 
 def _describe(
     folder: Path,
-    job: Job,
-    plan: Plan,
+    config: TrainConfig,
+    schedule: Schedule,
     hardware: Hardware,
     module: GPTModule,
     data: DataModule,
     origin: Origin | None,
 ) -> None:
     """Say what is about to happen, so that a wrong setting is seen before it costs an hour."""
-    epochs = plan.n_steps * plan.tokens_per_step / data.train.n_tokens
+    epochs = schedule.n_steps * schedule.tokens_per_step / data.train.n_tokens
     peaks = ", ".join(f"{name} {peak:.2e}" for name, peak in module.peak_lrs.items())
     lines = {
         "run": str(folder),
-        "model": f"{job.size}, {module.net.n_parameters:,} parameters",
-        "data": f"{job.data.source}: {data.train.n_tokens:,} training and "
+        "model": f"{config.size}, {module.net.n_parameters:,} parameters",
+        "data": f"{config.data.source}: {data.train.n_tokens:,} training and "
         f"{data.valid.n_tokens:,} validation tokens, {data.valid.bytes_per_token:.2f} bytes each",
-        "budget": f"{human_count(job.budget.tokens)} tokens = {plan.n_steps:,} steps of "
-        f"{plan.tokens_per_step:,}, {epochs:.1f} times the training split",
-        "optimizer": f"{job.optimizer.name}, {peaks} after {job.optimizer.warmup_steps} steps of "
+        "budget": f"{human_count(config.budget.tokens)} tokens = {schedule.n_steps:,} steps of "
+        f"{schedule.tokens_per_step:,}, {epochs:.1f} times the training split",
+        "optimizer": f"{config.optimizer.name}, {peaks}, {config.optimizer.warmup_steps} steps of "
         "warm-up",
         "device": f"{hardware.accelerator} ×{hardware.world_size}",
         "precision": f"{hardware.precision}: {hardware.why}",
@@ -207,36 +272,37 @@ def _describe(
         lines["weights"] = f"of {origin.name}, which have seen {seen} tokens; its tokenizer"
     for key, text in lines.items():
         log.info("%-10s %s", key, text)
-    if job.init_from is None and data.tokenizer.vocab_size < job.data.vocab_size:
+    if config.init_from is None and data.tokenizer.vocab_size < config.data.vocab_size:
         log.warning(
             "the training stories give a vocabulary of %s tokens, fewer than data.vocab_size=%s",
-            f"{data.tokenizer.vocab_size:,}", f"{job.data.vocab_size:,}",
+            f"{data.tokenizer.vocab_size:,}", f"{config.data.vocab_size:,}",
         )  # fmt: skip
 
 
 def _trainer(
     folder: Path,
-    job: Job,
-    plan: Plan,
+    config: TrainConfig,
+    schedule: Schedule,
     hardware: Hardware,
     module: GPTModule,
     data: DataModule,
     start_step: int,
+    callbacks: Sequence[Callback],
 ) -> L.Trainer:
     """The Lightning Trainer with our callbacks and loggers."""
-    cache_dir = Path(job.data.cache_dir)
+    cache_dir = Path(config.data.cache_dir)
     peak = matmul_peak(hardware, cache_dir) * hardware.world_size
-    throughput = Throughput(job.trainer.log_every_n_steps, peak, cache_dir / PEAK_FILE)
-    keep = job.callbacks
+    throughput = Throughput(config.trainer.log_every_n_steps, peak, cache_dir / PEAK_FILE)
+    keep = config.callbacks
     files = CheckpointFiles(keep.keep_checkpoints)
     checkpoints = Checkpoints(folder, files, keep.checkpoint_minutes, keep.checkpoint_steps)
     facts = {
-        "model": job.size,
+        "model": config.size,
         "parameters": module.net.n_parameters,
         "non_embedding_parameters": module.net.n_parameters - module.net.n_embedding_parameters,
         "flops_per_token": module.net.flops_per_token(),
         "train_tokens": data.train.n_tokens,  # of the split, so epochs are tokens / these
-        "seed": job.seed,
+        "seed": config.seed,
         "device": hardware.accelerator,
         "devices": hardware.devices,  # of each node
         "num_nodes": hardware.num_nodes,
@@ -246,30 +312,31 @@ def _trainer(
             dict.fromkeys([*_commits_before(folder), source_commit() or "unknown"])
         ),
     }
-    accumulate = job.trainer.accumulate_grad_batches
+    accumulate = config.trainer.accumulate_grad_batches
     metrics = MetricsCsv(folder / METRICS, start_step or None)
-    loggers = [metrics, *extra_loggers(folder, job.logger)]
+    loggers = [metrics, *extra_loggers(folder, config.logger)]
     trainer = L.Trainer(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
         num_nodes=hardware.num_nodes,
-        strategy=_strategy(job.trainer.strategy, hardware),
+        strategy=_strategy(config.trainer.strategy, hardware),
         precision=hardware.precision,  # type: ignore[arg-type]
-        max_steps=plan.n_steps,
+        max_steps=schedule.n_steps,
         max_epochs=-1,
         accumulate_grad_batches=accumulate,
         # In batches, as the whole run is one pass of the loader; after whole steps, for it saves.
-        val_check_interval=accumulate * math.ceil(plan.n_steps / job.trainer.n_validations),
+        val_check_interval=accumulate * math.ceil(schedule.n_steps / config.trainer.n_validations),
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        log_every_n_steps=job.trainer.log_every_n_steps,
+        log_every_n_steps=config.trainer.log_every_n_steps,
         logger=loggers,
         callbacks=[
             throughput,
-            TrainingProgress(job.callbacks.progress_bar, throughput),
-            StorySamples(folder, data.tokenizer, job.callbacks, job.seed, start_step),
+            TrainingProgress(config.callbacks.progress_bar, throughput),
+            StorySamples(folder, data.tokenizer, config.callbacks, config.seed, start_step),
             checkpoints,
             RunReport(folder, facts, throughput, checkpoints, write_report),
+            *callbacks,
         ],
         default_root_dir=folder,
         enable_checkpointing=False,  # ours are among the callbacks
@@ -278,8 +345,8 @@ def _trainer(
         plugins=[files, *_environment()],
     )
     for logger in loggers:  # this opens the W&B run, which `_fit` closes
-        shape = dataclasses.asdict(job.model)  # beside `model`, which is the size's name
-        logger.log_hyperparams({**dataclasses.asdict(job), "shape": shape, **facts})
+        shape = dataclasses.asdict(config.model)  # beside `model`, which is the size's name
+        logger.log_hyperparams({**plain(config), "shape": shape, **facts})
     return trainer
 
 
@@ -289,15 +356,6 @@ def _commits_before(folder: Path) -> list[str]:
     with contextlib.suppress(UserError):  # a broken summary is written anew
         before = read_summary(folder).get("commit")
     return before.split(", ") if isinstance(before, str) else []
-
-
-def _check_strategy(name: str, hardware: Hardware) -> None:
-    """UserError: several processes cannot share the GPU of a Mac."""
-    if hardware.accelerator == "mps" and name != "auto":
-        raise UserError(
-            f"trainer.strategy={name} is for several devices, and a Mac has one GPU: leave it out, "
-            "or add trainer.accelerator=cpu"
-        )
 
 
 def _strategy(name: str, hardware: Hardware) -> Strategy | str:
@@ -313,13 +371,13 @@ def _strategy(name: str, hardware: Hardware) -> Strategy | str:
 
 def _environment() -> list[SLURMEnvironment]:
     """Under srun: `Checkpoints` queues the job again, and Lightning must not."""
-    launcher = Launcher.found()
+    launcher = Launcher.detect()
     srun = launcher is not None and launcher.name == "srun"
     return [SLURMEnvironment(auto_requeue=False)] if srun else []
 
 
 def _fit(trainer: L.Trainer, module: GPTModule, data: DataModule, checkpoint: Path | None) -> None:
-    """Train; and close the W&B run of this job with the exit code that tells how it went."""
+    """Train, then close the W&B run, if there is one, with the exit code of this run."""
     status = 1
     folder = Path(trainer.default_root_dir)
     try:
@@ -327,7 +385,7 @@ def _fit(trainer: L.Trainer, module: GPTModule, data: DataModule, checkpoint: Pa
         status = 0
     except SystemExit as leaving:  # Lightning's answer to ctrl-C and ours to other signals
         if last_checkpoints(folder):
-            log.info("go on with: python train.py resume=%s", folder)
+            log.info("continue:  %s", next_step("train", resume=str(folder)))
         if not isinstance(leaving, SIGTERMException):
             raise KeyboardInterrupt from None
         raise SystemExit(leaving.code or 128 + signal.SIGTERM) from None
@@ -338,7 +396,7 @@ def _fit(trainer: L.Trainer, module: GPTModule, data: DataModule, checkpoint: Pa
 
 def _end_processes(trainer: L.Trainer, finished: bool) -> None:
     """Leave no process that Lightning started, so that the next job of a multirun can start its."""
-    if global_rank() > 0 or Launcher.found() is not None:
+    if global_rank() > 0 or Launcher.detect() is not None:
         return
     started: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
     if torch.distributed.is_initialized():

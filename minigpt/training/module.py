@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import lightning as L
@@ -25,12 +26,8 @@ from minigpt.model import (
     GPTConfig,
     perplexity,
 )
-from minigpt.training.optim import (
-    OptimizerConfig,
-    lr_factor,
-    make_optimizer,
-    peak_lrs,
-)
+from minigpt.training.config import OptimizerConfig
+from minigpt.training.optim import lr_factor, make_optimizer, peak_lrs
 
 Batch = tuple[Tensor, Tensor]  # token ids (B, T) and targets (B, T), both int64
 
@@ -44,7 +41,8 @@ class GPTModule(L.LightningModule):
         n_steps: updates of the whole run: where the schedule ends.
         tokens_per_step: over all devices and accumulated batches.
         bytes_per_token: of the validation split, which turns nats per token into bits per byte.
-        made_of: plain values to keep in each checkpoint, such as the tokenizer's fingerprint.
+        extra_hparams: plain values to keep in each checkpoint: the tokenizer's fingerprint.
+        factory: makes the net: `GPT`, a class derived from it, or a function of `model`.
     """
 
     def __init__(
@@ -54,7 +52,8 @@ class GPTModule(L.LightningModule):
         n_steps: int,
         tokens_per_step: int,
         bytes_per_token: float,
-        made_of: dict[str, Any] | None = None,
+        extra_hparams: dict[str, Any] | None = None,
+        factory: Callable[[Any], GPT] = GPT,
     ) -> None:
         super().__init__()
         # Plain values alone: a checkpoint is read with weights_only=True.
@@ -64,11 +63,11 @@ class GPTModule(L.LightningModule):
                 "optimizer": dataclasses.asdict(optimizer),
                 "n_steps": n_steps,
                 "tokens_per_step": tokens_per_step,
-                **(made_of or {}),
+                **(extra_hparams or {}),
             },
             logger=False,
         )
-        self.net = GPT(model)
+        self.net = factory(model)
         self.settings = optimizer
         self.peak_lrs = peak_lrs(optimizer, model.d_model)
         self.n_steps, self.tokens_per_step = n_steps, tokens_per_step
@@ -95,7 +94,7 @@ class GPTModule(L.LightningModule):
             self._seed_dropout(batch_idx)
         loss = self.net.loss(*batch)
         mean = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
-        assert isinstance(mean, Tensor)  # over the devices, which so stop together if they do
+        assert isinstance(mean, Tensor)  # averaged over ranks so that all ranks stop together
         self._check_finite("training", mean.item())
         steps = self.global_step + 1
         self.log("train/loss", mean)
@@ -159,7 +158,7 @@ class GPTModule(L.LightningModule):
             self.log("grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def check_weights(self) -> None:
-        """UserError: a weight is not finite; the loss of the next step would not be either."""
+        """Raise UserError if a weight is not finite: the next loss would not be either."""
         if not all(bool(weight.isfinite().all()) for weight in self.net.parameters()):
             self._diverged("weights became nan or infinite")
 
@@ -169,18 +168,15 @@ class GPTModule(L.LightningModule):
 
     def _diverged(self, what: str) -> NoReturn:
         raise UserError(
-            f"the {what} at step {self.global_step} with a learning rate of {self._lr():.2e}: "
-            f"{self._gentler()} or a longer optimizer.warmup_steps"
+            f"the {what} at step {self.global_step} with a learning rate of {self._lr():.2e}: a "
+            "longer optimizer.warmup_steps may help, or a third of the learning rate",
+            fix={f"optimizer.{name}": float(f"{lr / 3:.0e}") for name, lr in self.peak_lrs.items()},
         )
 
     def _seed_dropout(self, batch_idx: int) -> None:
         """Make dropout a function of the batch's number, so that a resumed run drops the same."""
         entropy = [self._seed, batch_idx, self.global_rank]
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
-
-    def _gentler(self) -> str:
-        """What to type for a third of each peak learning rate."""
-        return "try " + " ".join(f"optimizer.{k}={v / 3:.0e}" for k, v in self.peak_lrs.items())
 
     def _lr(self) -> float:
         return self.trainer.optimizers[0].param_groups[0]["lr"]

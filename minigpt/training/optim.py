@@ -4,46 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from minigpt.training.config import OptimizerConfig
+
 Group = dict[str, Any]  # the parameters that share settings, under "params", and those settings
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """Muon with AdamW, or AdamW alone; linear warm-up and a decay that follows `schedule`."""
-
-    name: Literal["muon", "adamw"] = "muon"  # muon: on the matrices of the blocks, AdamW elsewhere
-    lr: float | None = None  # of AdamW at the peak; None: `default_lr` of the width
-    matrix_lr: float | None = None  # of Muon at the peak; None: `default_matrix_lr` of the width
-    beta1: float = 0.9
-    beta2: float = 0.999
-    momentum: float = 0.95  # of Muon
-    weight_decay: float = 0.1  # on matrices alone: not on biases and norms
-    warmup_steps: int = 500  # linear, from lr / warmup_steps
-    schedule: Literal["cosine", "linear"] = "cosine"  # from the peak to final_lr
-    final_lr: float = 0.0  # where the decay ends, as a share of the peak
-    grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "matrix_lr"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"{name} {getattr(self, name)} must be positive")
-        if self.name == "adamw" and self.matrix_lr is not None:
-            raise ValueError("matrix_lr is Muon's: with adamw, lr is that of all weights")
-        for name in ("beta1", "beta2", "momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is not in [0, 1)")
-        for name in ("weight_decay", "warmup_steps", "grad_clip"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)} must not be negative")
-        if not 0 <= self.final_lr <= 1:
-            raise ValueError(f"final_lr {self.final_lr} is a share of the peak: between 0 and 1")
 
 
 def default_lr(d_model: int, name: str = "muon") -> float:
@@ -75,7 +44,7 @@ def peak_lrs(config: OptimizerConfig, d_model: int) -> dict[str, float]:
 
 
 def lr_factor(
-    step: int, n_steps: int, warmup_steps: int, final_lr: float, schedule: str = "cosine"
+    step: int, n_steps: int, warmup_steps: int, final_lr: float, schedule: str | None = "cosine"
 ) -> float:
     """Share of the peak learning rate for update `step` (from 0) of `n_steps`.
 
@@ -120,7 +89,7 @@ def make_optimizer(
     if config.name == "adamw":
         return adamw
     muon = Muon(inside, peaks["matrix_lr"], config.momentum, config.weight_decay, dtype)
-    return Together(adamw, muon)
+    return CombinedOptimizer(adamw, muon)
 
 
 class Muon(Optimizer):
@@ -153,7 +122,7 @@ class Muon(Optimizer):
                     by_shape.setdefault(matrix.shape, []).append(matrix)
             for shape, matrices in by_shape.items():
                 momenta = torch.stack([self._momentum(p, group["momentum"]) for p in matrices])
-                updates = orthogonal(momenta.to(self.dtype)).to(matrices[0].dtype)
+                updates = newton_schulz(momenta.to(self.dtype)).to(matrices[0].dtype)
                 size = 0.2 * math.sqrt(max(shape))
                 for matrix, update in zip(matrices, updates, strict=True):
                     matrix.mul_(1 - group["lr"] * group["weight_decay"])
@@ -169,7 +138,7 @@ class Muon(Optimizer):
         return matrix.grad.lerp(state["momentum"], momentum)
 
 
-def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
+def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
     """For each of (k, m, n) about U Vᵀ, where its singular value decomposition is U S Vᵀ.
 
     A Newton-Schulz iteration, X ← a X + (b A + c A²) X with A = X Xᵀ, whose coefficients (Jordan
@@ -185,7 +154,7 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
-class Together(Optimizer):
+class CombinedOptimizer(Optimizer):
     """Several optimizers, each with parameters of its own, as the one that Lightning expects.
 
     Their groups and their state are this one's, so that schedules, checkpoints and moves between

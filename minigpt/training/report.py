@@ -23,7 +23,7 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from minigpt.core.files import write_text
 from minigpt.core.text import human_count, human_time
-from minigpt.runs.folder import CONFIG, REPORT
+from minigpt.runs.names import CONFIG, REPORT
 from minigpt.runs.records import (
     Row,
     last_values,

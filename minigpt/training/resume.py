@@ -13,42 +13,42 @@ from filelock import FileLock, Timeout
 
 from minigpt.core.distributed import global_rank
 from minigpt.core.files import refuse_links_out
-from minigpt.core.settings import UserError, build
+from minigpt.core.settings import UserError, build, flat
 from minigpt.data.preparation import with_cache_here
 from minigpt.exporting.card import hydra_text, training_words
 from minigpt.model import GPT, GPTConfig
 from minigpt.runs.checkpoint import is_whole, read_checkpoint, weights_fingerprint
 from minigpt.runs.folder import (
-    CHECKPOINTS,
-    SUMMARY,
-    TOKENIZER,
+    ModelClassError,
+    ModelFactory,
     Run,
+    config_class,
     last_checkpoint,
     last_checkpoints,
     read_config,
 )
+from minigpt.runs.names import CHECKPOINTS, SUMMARY, TOKENIZER
 from minigpt.runs.provenance import Origin, origin
-from minigpt.runs.records import checkpoint_summary
 from minigpt.tokenizer import Tokenizer
-from minigpt.training.config import Job
+from minigpt.training.config import TrainConfig, settings_of
 from minigpt.training.module import GPTModule
 
 log = logging.getLogger("minigpt")
 
 AUTO = "auto"  # resume=auto: the run of this name, if there is one
 # Settings that say where a run and its cache lie, and not what it is.
-_ASIDE = ("name", "runs_dir", "resume", "data.cache_dir")
+_ASIDE = ("name", "runs_dir", "resume", "data.cache_dir", "model_class", "overrides")
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
+class ResumeState:
     """A job, and the checkpoint it goes on from; without one it begins at step 0.
 
     With `init_from` it begins with the weights of another run, and keeps the tokenizer that gives
     its tokens their meaning.
     """
 
-    job: Job
+    config: TrainConfig
     checkpoint: Path | None = None
     step: int = 0
     hyper_parameters: dict[str, Any] | None = None
@@ -57,42 +57,49 @@ class Start:
     origin: Origin | None = None  # what this run is to tell of the other one
 
     @classmethod
-    def of(cls, job: Job, folder: Path | None) -> Start:
-        """What is in `folder`, which goes on with its own settings. No folder: a new run.
+    def from_config(
+        cls, config: TrainConfig, folder: Path | None, model: ModelFactory | None = None
+    ) -> ResumeState:
+        """Return where a run begins: in `folder`, by its own settings, or anew where it is None.
 
         Raises:
-            UserError: nothing there can be gone on from, or with resume=auto it is another job; or
-                the weights of `init_from` do not fit the model.
+            UserError: there is no checkpoint to resume, resume=auto found a run with other
+                settings, or the weights of `init_from` do not fit the model.
         """
-        if folder is None or (job.resume == AUTO and not last_checkpoints(folder)):
-            return cls(job) if job.init_from is None else cls._with_weights_of(job, job.init_from)
-        assert job.resume is not None
-        before = build(Job, read_config(folder), "")
-        if job.resume == AUTO:
-            _check_settings(job, before, folder)
-        data = with_cache_here(before.data, job.data.cache_dir)
+        if folder is None or (config.resume == AUTO and not last_checkpoints(folder)):
+            if config.init_from is None:
+                return cls(config)
+            return cls._from_weights(config, Run.load(config.init_from, model))
+        assert config.resume is not None
+        values = read_config(folder)
+        if values.get("model_class") is not None and model is None:
+            name = values["model_class"]
+            raise ModelClassError(f"{folder} was trained with the class {name}", name)
+        before = TrainConfig.from_dict(values, config_class(model or GPT))
+        if config.resume == AUTO:
+            _check_settings(config, before, folder)
+        data = with_cache_here(before.data, config.data.cache_dir)
         before = dataclasses.replace(before, data=data)
-        checkpoint = last_checkpoint(folder if job.resume == AUTO else Path(job.resume))
+        checkpoint = last_checkpoint(folder if config.resume == AUTO else Path(config.resume))
         content = read_checkpoint(checkpoint)
-        made_of, step = content["hyper_parameters"], content["global_step"]
-        other = origin(made_of, checkpoint)  # that run itself may be gone by now
+        stored, step = content["hyper_parameters"], content["global_step"]
+        other = origin(stored, checkpoint)  # that run itself may be gone by now
         tokenizer = Tokenizer.load(folder / TOKENIZER) if other else None
-        return cls(before, checkpoint, step, made_of, tokenizer=tokenizer, origin=other)
+        return cls(before, checkpoint, step, stored, tokenizer=tokenizer, origin=other)
 
     @classmethod
-    def _with_weights_of(cls, job: Job, path: str) -> Start:
-        run = Run.open(path)
-        net = run.load_net()
-        _check_shape(job, net.config, run)
-        return cls(job, net=net, tokenizer=run.load_tokenizer(), origin=_origin(run, net))
+    def _from_weights(cls, config: TrainConfig, run: Run) -> ResumeState:
+        net = run.load_model()
+        _check_shape(config, net.config, run)
+        return cls(config, net=net, tokenizer=run.tokenizer, origin=_origin(run, net))
 
     def set_weights(self, net: GPT) -> None:
         """Give `net` the weights that the run begins with, if they are not to be random."""
         if self.net is not None:
             net.load_state_dict(self.net.state_dict())
 
-    def check_the_same(self, module: GPTModule) -> None:
-        """UserError: the run would not go on with the steps and the stories it began with."""
+    def check_unchanged(self, module: GPTModule) -> None:
+        """Raise UserError if data, schedule or model changed since the checkpoint."""
         if self.hyper_parameters is None:
             return
         before = self.hyper_parameters
@@ -100,13 +107,14 @@ class Start:
         for key, value in module.hparams.items():
             then = before.get(key)
             if isinstance(value, dict) and isinstance(then, dict):
-                then = {**value, **then}  # a setting newer than the checkpoint: it had no other
+                # A setting newer than the checkpoint, which had no other, or one that is gone.
+                then = {key: then.get(key, now) for key, now in value.items()}
             if then != value:
                 changed.append(key)
         if changed:
             raise UserError(
-                f"{self.checkpoint} cannot go on here, as its {', '.join(changed)} would not be "
-                "the same: restore the stories and the number of devices, or train a new run"
+                f"{self.checkpoint} cannot be resumed: {', '.join(changed)} changed since; restore "
+                "the stories and the number of devices, or train a new run"
             )
 
     def clear(self, folder: Path) -> None:
@@ -119,58 +127,56 @@ class Start:
         for path in last_checkpoints(folder):
             if path == self.checkpoint:
                 break
-            if not is_whole(path):  # it is not to be kept in the place of a good one
-                log.warning("%s is damaged: going on from %s", path, self.checkpoint)
+            if not is_whole(path):  # do not let it push a good one out of the rotation
+                log.warning("%s is damaged: continuing from %s", path, self.checkpoint)
                 path.replace(path.with_name(f"{path.name}.damaged"))
 
 
-def folder_to_resume(job: Job, parent: Path) -> Path | None:
-    """The run folder that `job.resume` means; None: a new run begins.
+def folder_to_resume(config: TrainConfig) -> Path | None:
+    """Return the run folder that `config.resume` means; None where a new run begins.
 
     Raises:
-        UserError: there is no such run, resume=auto has no name to look for, or what training
-            would write there leads elsewhere.
+        UserError: there is no such run, resume=auto has no name to look for, or a link in the
+            folder leads elsewhere.
     """
-    folder = _find(job, parent)
+    folder = _find(config)
     if folder is not None:
         refuse_links_out(folder)
     return folder
 
 
-def _find(job: Job, parent: Path) -> Path | None:
-    if job.resume is None:
+def _find(config: TrainConfig) -> Path | None:
+    if config.resume is None:
         return None
-    if job.resume == AUTO:
-        if job.name is None:
-            raise UserError("resume=auto goes on with the run of that name: add name=<run>")
-        return parent / job.name if (parent / job.name).is_dir() else None
-    path = Path(job.resume)
+    if config.resume == AUTO:
+        if config.name is None:
+            raise UserError("continues the run of that name: set name", "resume", AUTO)
+        folder = Path(config.runs_dir) / config.name
+        return folder if folder.is_dir() else None
+    path = Path(config.resume)
     if last_checkpoints(path):
         return path
     return last_checkpoint(path).parent.parent
 
 
-def _check_shape(job: Job, found: GPTConfig, run: Run) -> None:
-    """UserError: the weights of `run`, of the shape `found`, do not fit the model of the job.
+def _check_shape(config: TrainConfig, trained: GPTConfig, run: Run) -> None:
+    """Raise UserError if the weights of `run`, of shape `trained`, do not fit the model.
 
     The context may be another one: positions are computed, not learned.
     """
-    shape = ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "embedding_scale")
-    other = [key for key in shape if getattr(found, key) != getattr(job.model, key)]
-    if not other:
-        return
-    size = run.config().get("size")
-    option = [f"model={size}"] if size not in (None, "gpt", job.size) else []
-    its = [f"model.{key}={hydra_text(getattr(found, key))}" for key in other]
-    raise UserError(
-        f"init_from={job.init_from} is of another shape than the model that is asked for: type "
-        f"{' or '.join([*option, ' '.join(its)])}"
-    )
+    names = [f.name for f in dataclasses.fields(trained) if f.name != "context_length"]
+    other = {k: getattr(trained, k) for k in names if k != "dropout"}
+    fix = {f"model.{k}": v for k, v in other.items() if getattr(config.model, k, None) != v}
+    size = run.config.get("size")
+    if fix and size not in (None, "gpt", config.size):
+        fix = {"model": size}
+    if fix:
+        raise UserError("is a model of another shape", "init_from", config.init_from, fix)
 
 
 def _origin(run: Run, net: GPT) -> Origin:
     """What a run that begins with the weights of `run`, which are those of `net`, tells of it."""
-    config, summary = run.config(), checkpoint_summary(run)
+    config, summary = run.config, run.summary
     before = origin(summary, run.folder / SUMMARY)
     name = run.folder.resolve().name
     file = run.checkpoint.relative_to(run.folder).as_posix()
@@ -207,7 +213,7 @@ def _total(before: float | None, own: float | None) -> float | None:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[None]:
     """Keep a second process from training the same run at the same time.
 
     Raises:
@@ -221,7 +227,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
-            f"{folder} is being trained by another process: wait for it, or take another name=..."
+            f"{folder} is being trained by another process: wait for it, or choose another name"
         ) from None
     try:
         yield
@@ -229,45 +235,12 @@ def alone_in(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def settings(job: Job) -> dict[str, Any]:
-    """All settings as plain values, with absolute paths: to be found again from anywhere."""
-    paths = {
-        "train_files": tuple(str(Path(name).absolute()) for name in job.data.train_files),
-        "valid_files": tuple(str(Path(name).absolute()) for name in job.data.valid_files),
-        "cache_dir": str(Path(job.data.cache_dir).absolute()),
-    }
-    init_from = str(Path(job.init_from).absolute()) if job.init_from else None
-    data = dataclasses.replace(job.data, **paths)
-    job = dataclasses.replace(job, data=data, init_from=init_from)
-    return _lists(dataclasses.asdict(job))
-
-
-def _lists(value: Any) -> Any:
-    """`value` with tuples as lists, which YAML knows."""
-    if isinstance(value, dict):
-        return {key: _lists(item) for key, item in value.items()}
-    return [_lists(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _check_settings(job: Job, before: Job, folder: Path) -> None:
-    """UserError: `job`, which is to go on with the run in `folder`, asks for another one."""
-    then, now = _typed(settings(before)), _typed(settings(job))
+def _check_settings(config: TrainConfig, before: TrainConfig, folder: Path) -> None:
+    """Raise UserError if `config`, which is to continue the run in `folder`, has other settings."""
+    then, now = flat(settings_of(before)), flat(settings_of(config))
     for name, value in now.items():
         if name not in _ASIDE and then[name] != value:
             raise UserError(
-                f"{folder} was begun with {name}={_as_typed(then[name])}, not {_as_typed(value)}: "
-                "type that, or take another name=..."
-            )
-
-
-def _as_typed(value: Any) -> str:
-    return hydra_text(value) if value is None or isinstance(value, bool) else str(value)
-
-
-def _typed(group: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings under the dotted names that they are typed with."""
-    names: dict[str, Any] = {}
-    for key, value in group.items():
-        inner = isinstance(value, dict)
-        names |= _typed(value, f"{prefix}{key}.") if inner else {prefix + key: value}
-    return names
+                f"{folder} was trained with another value: set that, or choose another name",
+                name, value, {name: then[name]},
+            )  # fmt: skip

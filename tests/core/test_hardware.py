@@ -11,7 +11,7 @@ from minigpt.training import loop
 @pytest.mark.parametrize(("native", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
 def test_a_cpu_trains_in_bfloat16_only_where_it_is_native(monkeypatch, native, precision):
     monkeypatch.setattr(hardware, "cpu_has_bfloat16", lambda: native)
-    found = Hardware.find("cpu", "auto", 1, "auto")
+    found = Hardware.detect("cpu", "auto", 1, "auto")
     assert (found.precision, found.devices) == (precision, 1)
     assert "bfloat16" in found.why
 
@@ -19,7 +19,7 @@ def test_a_cpu_trains_in_bfloat16_only_where_it_is_native(monkeypatch, native, p
 @pytest.mark.parametrize(("native", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
 def test_float16_on_a_cpu_becomes_what_it_has_and_says_so(monkeypatch, native, precision):
     monkeypatch.setattr(hardware, "cpu_has_bfloat16", lambda: native)
-    found = Hardware.find("cpu", "auto", 1, "16-mixed")
+    found = Hardware.detect("cpu", "auto", 1, "16-mixed")
     assert found.precision == precision
     assert "16-mixed" in found.why
     assert not found.emulated
@@ -28,7 +28,7 @@ def test_float16_on_a_cpu_becomes_what_it_has_and_says_so(monkeypatch, native, p
 def test_bfloat16_that_is_asked_for_is_used_and_the_log_says_if_it_is_slow(monkeypatch):
     for native in (True, False):
         monkeypatch.setattr(hardware, "cpu_has_bfloat16", lambda native=native: native)
-        found = Hardware.find("cpu", "auto", 1, "bf16-mixed")
+        found = Hardware.detect("cpu", "auto", 1, "bf16-mixed")
         assert found.precision == "bf16-mixed"
         assert ("32-true" in found.why) is not native  # the faster one
         assert found.emulated is not native
@@ -39,7 +39,7 @@ def test_a_gpu_is_preferred_and_all_of_them_are_used(monkeypatch, native, precis
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
-    found = Hardware.find("auto", "auto", 1, "auto")
+    found = Hardware.detect("auto", "auto", 1, "auto")
     assert (found.accelerator, found.devices, found.world_size) == ("cuda", 4, 4)
     assert found.precision == precision
 
@@ -47,20 +47,20 @@ def test_a_gpu_is_preferred_and_all_of_them_are_used(monkeypatch, native, precis
 def test_hardware_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="trainer.accelerator=gpu"):
-        Hardware.find("gpu", "auto", 1, "auto")
+        Hardware.detect("gpu", "auto", 1, "auto")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match=r"(?=.*trainer\.devices=3)(?=.*\b1\b)"):
-        Hardware.find("gpu", "3", 1, "auto")
+        Hardware.detect("gpu", "3", 1, "auto")
 
 
 def test_the_gpu_of_a_mac_is_one_device(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = Hardware.find("auto", "auto", 1, "auto")
+    found = Hardware.detect("auto", "auto", 1, "auto")
     assert (found.accelerator, found.devices, found.precision) == ("mps", 1, "32-true")
     with pytest.raises(UserError, match="(?=.*devices=2)(?=.*trainer.accelerator=cpu)"):
-        Hardware.find("auto", "2", 1, "auto")
+        Hardware.detect("auto", "2", 1, "auto")
     loop._check_strategy("auto", found)
     with pytest.raises(UserError, match="(?=.*strategy=ddp)(?=.*trainer.accelerator=cpu)"):
         loop._check_strategy("ddp", found)
@@ -81,14 +81,14 @@ def test_there_is_a_device_for_each_process_that_a_launcher_started(
         monkeypatch.setenv(name, value)
     assert global_rank() == 4
     for devices, num_nodes in (("auto", 1), ("3", 2)):
-        found = Hardware.find("cpu", devices, num_nodes, "auto")
+        found = Hardware.detect("cpu", devices, num_nodes, "auto")
         assert (found.devices, found.num_nodes, found.world_size) == (3, 2, 6)
     with pytest.raises(
         UserError, match=rf"(?=.*devices=2\b)(?=.*{launcher})(?=.*\b3\b)(?=.*[^=]\b2\b)"
     ):
-        Hardware.find("cpu", "2", 1, "auto")
+        Hardware.detect("cpu", "2", 1, "auto")
     with pytest.raises(UserError, match=rf"(?=.*trainer.num_nodes=4\b)(?=.*{launcher})"):
-        Hardware.find("cpu", "auto", 4, "auto")
+        Hardware.detect("cpu", "auto", 4, "auto")
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,9 @@ def test_slurm_tasks_that_would_wait_for_each_other_for_ever_are_refused(
         if name != missing:
             monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=named):
-        Hardware.find("cpu", "auto", 1, "auto")
+        Hardware.detect("cpu", "auto", 1, "auto")
 
 
 def test_several_nodes_need_a_launcher():
     with pytest.raises(UserError, match="(?=.*trainer.num_nodes=2)(?=.*torchrun)(?=.*srun)"):
-        Hardware.find("cpu", "2", 2, "auto")
+        Hardware.detect("cpu", "2", 2, "auto")

@@ -6,7 +6,7 @@ import torch
 from minigpt.core import hardware
 from minigpt.core.hardware import Hardware, matmul_peak
 
-CPU = Hardware.find("cpu", "1", 1, "32-true")
+CPU = Hardware.detect("cpu", "1", 1, "32-true")
 
 
 def test_the_peak_is_measured_once_and_kept(tmp_path, monkeypatch):
@@ -22,7 +22,7 @@ def test_each_dtype_has_its_own_and_a_damaged_file_is_made_again(tmp_path, monke
     for content in ("", "[1]", '{"old": null}'):
         kept.write_text(content)
         assert matmul_peak(CPU, tmp_path) == 4.0
-        assert matmul_peak(Hardware.find("cpu", "1", 1, "bf16-mixed"), tmp_path) == 2.0
+        assert matmul_peak(Hardware.detect("cpu", "1", 1, "bf16-mixed"), tmp_path) == 2.0
         assert sorted(json.loads(kept.read_text()).values()) == [2.0, 4.0]
 
 

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from torch import Tensor
 
+from minigpt.cli.compose import compose_values, load_config
 from minigpt.evaluation import EvaluationConfig, StoriesConfig, evaluate
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.sampling import SamplingConfig, stream_text
@@ -27,7 +26,7 @@ from minigpt.runs.checkpoint import read_checkpoint
 from minigpt.runs.folder import Run, last_checkpoint
 from minigpt.runs.records import read_metrics
 from minigpt.training.loop import train
-from tests.conftest import ROOT, composed
+from tests.conftest import ROOT
 
 HERE = Path(__file__).parent
 STORIES = HERE / "stories.txt.xz"
@@ -149,8 +148,8 @@ def curve(size: str, optimizer: str, folder: Path, precision: str = "32-true") -
     """Training losses of the first STEPS steps, and the validation loss behind them."""
     more = [f"trainer.precision={precision}", f"name={size}-{optimizer}-{precision}"]
     with two_threads():
-        run = train(composed([*overrides(size, optimizer, folder), *more]))
-    rows = read_metrics(run)
+        run = train(load_config("train", [*overrides(size, optimizer, folder), *more]))
+    rows = read_metrics(run.folder)
     return [row[key] for key in ("train/loss", "val/loss") for row in rows if key in row]
 
 
@@ -171,7 +170,7 @@ def kept_run(folder: Path) -> Iterator[str]:
 def resumed(folder: Path) -> str:
     """The hash of the weights of KEPT_RUN after it was resumed to its end, in `folder`."""
     with kept_run(folder) as run:
-        train(composed([f"resume={run}"]))
+        train(load_config("train", [f"resume={run}"]))
         content = read_checkpoint(last_checkpoint(Path(run)))
     assert content["global_step"] == STEPS
     return digest(content["state_dict"])
@@ -195,9 +194,7 @@ def evaluated(folder: Path) -> dict[str, Any]:
 def settings() -> dict[str, Any]:
     """What `--cfg job --resolve` prints, for no experiment and for each."""
     names = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
-    found = {}
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for name in ("", *names):
-            config = compose("train", [f"experiment={name}"] if name else [])
-            found[name] = OmegaConf.to_container(config, resolve=True)
-    return found
+    return {
+        name: compose_values("train", [f"experiment={name}"] if name else [])[0]
+        for name in ("", *names)
+    }

@@ -25,7 +25,8 @@ from minigpt.model import (
     attention,
     linear_cross_entropy,
 )
-from minigpt.training.optim import OptimizerConfig, lr_factor, make_optimizer
+from minigpt.training.config import OptimizerConfig
+from minigpt.training.optim import lr_factor, make_optimizer
 
 
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:

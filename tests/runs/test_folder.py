@@ -77,7 +77,7 @@ def test_a_checkpoint_gives_back_the_model_it_was_made_of(run):
 def test_tokenizer_and_config_come_from_the_folder_of_the_checkpoint(run):
     opened = Run.open(run / "checkpoints" / "last.ckpt")
     assert opened.load_tokenizer().vocab_size == 260
-    assert opened.config()["seed"] == 1
+    assert opened.config["seed"] == 1
     (run / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"tokenizer\.json"):
         opened.load_tokenizer()

@@ -12,7 +12,8 @@ import torch
 
 from minigpt.core.settings import UserError
 from minigpt.runs.checkpoint import is_whole, read_checkpoint
-from minigpt.runs.folder import METRICS, last_checkpoints
+from minigpt.runs.folder import last_checkpoints
+from minigpt.runs.names import METRICS
 from minigpt.runs.records import read_metrics, read_summary
 from minigpt.training.loop import train
 from tests.conftest import composed, tiny_overrides

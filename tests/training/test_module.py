@@ -5,8 +5,8 @@ import torch
 from torchmetrics.text import Perplexity
 
 from minigpt.model import IGNORE_INDEX, GPTConfig
+from minigpt.training.config import OptimizerConfig
 from minigpt.training.module import GPTModule
-from minigpt.training.optim import OptimizerConfig
 
 TINY = GPTConfig(vocab_size=50, context_length=16, d_model=16, n_layers=1, n_heads=2, d_ff=32)
 

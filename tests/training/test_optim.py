@@ -6,9 +6,9 @@ import torch
 from torch.optim import AdamW
 
 from minigpt.model import GPT, GPTConfig
+from minigpt.training.config import OptimizerConfig
 from minigpt.training.optim import (
     Muon,
-    OptimizerConfig,
     Together,
     default_lr,
     default_matrix_lr,

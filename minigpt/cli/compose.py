@@ -1,0 +1,211 @@
+"""Composed settings: the defaults of the dataclasses, conf/ over them, and what was typed.
+
+The dataclasses hold each default once; they are registered as one plain root node, the first of
+the defaults list, so that a YAML file holds only what differs and every setting can be typed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.singleton import Singleton
+from hydra.errors import HydraException
+from hydra.version import VersionBase
+from omegaconf import OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+import minigpt
+from minigpt.core.settings import UserError, build, plain_defaults, unknown_name
+
+NAMES = ("train", "evaluate")  # root configs in conf/
+CLASS_PATH = {"train": "model.class_path", "evaluate": "class_path"}
+
+
+def config_source() -> str:
+    """Return where conf/ is: in the checkout that holds the package, else in the package."""
+    root = Path(minigpt.__file__).parent.parent
+    beside = (root / "pyproject.toml").is_file() and (root / "conf/train.yaml").is_file()
+    return str(root / "conf") if beside else "pkg://minigpt.conf"
+
+
+def load_config(
+    name: str = "train", overrides: Sequence[str] = (), config_dir: str | Path | None = None
+) -> Any:
+    """Return the settings that the command line would make of `overrides`.
+
+    It works in any folder and inside another Hydra application, whose state it restores.
+
+    Args:
+        name: "train" or "evaluate".
+        overrides: settings as they are typed, such as ["model=large", "budget.tokens=20e6"].
+        config_dir: a folder with groups of your own, as --config-dir.
+
+    Returns:
+        A `TrainConfig`, or an `EvaluationConfig`.
+
+    Raises:
+        UserError: an unknown name or option, or a value that is not allowed.
+    """
+    if name not in NAMES:
+        raise UserError(unknown_name(name, list(NAMES), "config"))
+    values, size = compose_values(name, overrides, config_dir)
+    if name == "train":
+        return train_config(values, size, overrides, typed_class(name, overrides))
+    return evaluation_config(values)
+
+
+def compose_values(
+    name: str, overrides: Sequence[str] = (), config_dir: str | Path | None = None
+) -> tuple[dict[str, Any], str | None]:
+    """Return the composed settings as plain values, resolved, and the option of the model group."""
+    from minigpt.cli.hydra_errors import explain
+
+    words = [word for word in overrides if not word.startswith(f"{CLASS_PATH[name]}=")]
+    if config_dir is not None:
+        folder = Path(config_dir).expanduser().absolute()
+        if not folder.is_dir():
+            raise UserError("is no folder", "config_dir", str(config_dir))
+        words.append(f"hydra.searchpath=['file://{folder}']")
+    with own_hydra(name, overrides):
+        try:
+            config = compose(name, words, return_hydra_config=True)
+            size = config.hydra.runtime.choices.get("model")
+            with open_dict(config):
+                del config["hydra"]
+                if name == "evaluate" and OmegaConf.is_missing(config, "ckpt"):
+                    config.ckpt = None
+            values: Any = OmegaConf.to_container(config, resolve=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(explain(error, name)) from None
+    return values, size
+
+
+@contextlib.contextmanager
+def own_hydra(name: str, overrides: Sequence[str] = ()) -> Iterator[None]:
+    """A Hydra of our own, with the defaults of the root config `name`; restores the one before."""
+    instances, store = Singleton._instances, ConfigStore.instance()
+    before, repo = dict(instances), store.repo
+    store.repo = copy.copy(repo)
+    for kind in (GlobalHydra, VersionBase):
+        instances.pop(kind, None)
+    try:
+        register_defaults(name, overrides)
+        if (source := config_source()).startswith("pkg://"):
+            initialize_config_module(source.removeprefix("pkg://"), version_base="1.3")
+        else:
+            initialize_config_dir(source, version_base="1.3")
+        yield
+    finally:
+        instances.clear()
+        instances.update(before)
+        store.repo = repo
+
+
+def register_defaults(name: str, overrides: Sequence[str] = ()) -> None:
+    """Register the defaults of the root config `name` with Hydra, for what is typed."""
+    ConfigStore.instance().store(f"{name}_defaults", defaults(name, overrides))
+
+
+def defaults(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the default of every setting of `train` or `evaluate`, as plain values.
+
+    Args:
+        name: of the root config.
+        overrides: as typed; a class path has the settings of its class, data=… those of a corpus.
+    """
+    if name == "train":
+        from minigpt.runs.folder import config_class
+        from minigpt.training.config import TrainConfig
+
+        values = plain_defaults(TrainConfig)
+        for key in ("size", "model_class", "overrides"):  # which follow from what is typed
+            del values[key]
+        if (model := typed_class(name, overrides)) is not None:
+            values["model"] = plain_defaults(config_class(model))
+        values["model"]["class_path"] = None
+        return values
+    from minigpt.data.preparation import DataConfig
+    from minigpt.evaluation import EvaluationConfig
+
+    corpus = any(word.startswith("data=") and word != "data=null" for word in overrides)
+    data = plain_defaults(DataConfig) if corpus else None
+    own = {"ckpt": "???", "out": None, "class_path": None}
+    return {**own, **plain_defaults(EvaluationConfig), "data": data}
+
+
+# ---------------------------------------------------------------------------- into dataclasses
+
+
+def train_config(
+    values: dict[str, Any], size: str | None, overrides: Sequence[str], model: Any = None
+) -> Any:
+    """Return the `TrainConfig` of composed `values`.
+
+    Args:
+        values: composed, plain.
+        size: the option of the model group, such as large.
+        overrides: as typed, kept for the record.
+        model: class of the model, if it is no plain GPT.
+    """
+    from minigpt.runs.folder import class_path, config_class
+    from minigpt.training.config import TrainConfig
+
+    model_values = {k: v for k, v in values["model"].items() if k != "class_path"}
+    shape = build(config_class(model), model_values, "model")
+    more = {"size": size, "overrides": list(overrides), "model": shape}
+    name = None if model is None else class_path(model)
+    return build(TrainConfig, {**values, **more, "model_class": name}, "")
+
+
+def evaluation_config(values: dict[str, Any]) -> Any:
+    """Return the `EvaluationConfig` of composed `values`."""
+    from minigpt.evaluation import EvaluationConfig
+
+    own = ("ckpt", "out", "class_path")
+    return build(EvaluationConfig, {k: v for k, v in values.items() if k not in own}, "")
+
+
+# ---------------------------------------------------------------------------- a class of one's own
+
+
+def typed_class(name: str, overrides: Sequence[str]) -> Any:
+    """Return the model class that `overrides` name, or None."""
+    prefix = f"{CLASS_PATH[name]}="
+    paths = [word.removeprefix(prefix) for word in overrides if word.startswith(prefix)]
+    return import_class(paths[-1], CLASS_PATH[name]) if paths else None
+
+
+def import_class(path: str, argument: str) -> Any:
+    """Return the model class of the dotted `path`, which was typed: no file's word imports code.
+
+    The working directory is importable meanwhile.
+
+    Raises:
+        UserError: it does not import, or is no class derived from GPT.
+    """
+    from minigpt.model import GPT
+
+    module, _, name = path.strip("'\"").rpartition(".")
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except Exception as error:  # a module may raise anything while it is imported
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"does not import ({reason})", argument, path) from None
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(here)
+    if not (isinstance(found, type) and issubclass(found, GPT)):
+        raise UserError("is no class derived from minigpt.GPT", argument, path)
+    return found

@@ -1,0 +1,46 @@
+"""`minigpt evaluate`, and evaluate.py of a checkout: measure a trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from minigpt.cli.compose import evaluation_config, typed_class
+from minigpt.cli.program import Program
+from minigpt.cli.run import plain_values, run_app
+from minigpt.core.settings import UserError
+
+
+def main() -> None:
+    """Entry point."""
+    run_app("evaluate", _evaluate)
+
+
+def _evaluate(config: DictConfig, program: Program, classes: list[str]) -> None:
+    if OmegaConf.is_missing(config, "ckpt"):
+        command = program.command("evaluate", ckpt="runs/my-run")
+        raise UserError(f"give the run to evaluate: {command}", "ckpt")
+    from rich.console import Console
+
+    from minigpt.cli.tables import show
+    from minigpt.core.console import console  # for progress; results go to stdout
+    from minigpt.evaluation import evaluate, evaluation_name
+    from minigpt.runs.folder import Run
+    from minigpt.runs.names import REPORT
+
+    values = plain_values(config)
+    run = Run.load(str(values["ckpt"]), typed_class("evaluate", classes))
+    folder = run.output_dir if values["out"] is None else Path(str(values["out"]))
+    settings = evaluation_config(values)
+    evaluation = evaluate(run, settings, console, folder)
+    terminal = Console()
+    show(evaluation, terminal)
+    results = {"numbers": folder / evaluation_name(settings), "report": run.folder / REPORT}
+    for kind, path in results.items():
+        if path.is_file():
+            terminal.print(f"{kind + ':':9}{path}", markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The state of the whole process: tuned once by a program, left as it was by the library."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import platform
+import random
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+_tuned = False
+
+
+def tune_process() -> None:
+    """Have glibc keep the memory that is freed, for the rest of the process.
+
+    It hands every large tensor back to the kernel otherwise, which clears each page again when the
+    next step asks for it: training on a CPU then takes up to twice as long. This cannot be undone,
+    so programs call it and the library does not. Other C libraries are left as they are.
+    """
+    global _tuned
+    _tuned = True
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and its top is never given back
+        libc.mallopt(-8, 1)  # M_ARENA_MAX: one heap
+
+
+def is_tuned() -> bool:
+    """Return whether `tune_process` was called, or would change nothing."""
+    return _tuned or platform.libc_ver()[0] != "glibc"
+
+
+@contextlib.contextmanager
+def preserved_process() -> Iterator[None]:
+    """Restore what a training changes in its process, however it ends.
+
+    Warnings, levels and handlers of loggers, signal handlers, float32 matmul precision, threads,
+    random states (Python, NumPy, PyTorch) and environment variables.
+    """
+    main_thread = threading.current_thread() is threading.main_thread()
+    signals = {n: signal.getsignal(n) for n in signal.valid_signals()} if main_thread else {}
+    names = ("", "minigpt", "lightning", "lightning.pytorch", "lightning.fabric")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [(logger, logger.level, list(logger.handlers)) for logger in loggers]
+    environment = dict(os.environ)
+    matmul, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    states = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices), warnings.catch_warnings():
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(matmul)
+        os.environ.clear()
+        os.environ.update(environment)
+        for logger, level, handlers in levels:
+            logger.setLevel(level)
+            logger.handlers = handlers
+        for number, handler in signals.items():
+            if signal.getsignal(number) is not handler and handler is not None:
+                signal.signal(number, handler)

@@ -1,0 +1,65 @@
+"""Stories from any iterable, streamed into files that a later process can read again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from minigpt.core.settings import UserError
+from minigpt.data.preparation import DataConfig
+
+
+def spool_stories(
+    data: DataConfig, stories: Iterable[str], valid_stories: Iterable[str] | None = None
+) -> DataConfig:
+    """Write `stories` to `data.cache_dir` and return settings that read them from there.
+
+    Memory does not grow with the stories. Equal stories give equal files, so that their tokens are
+    prepared once.
+
+    Args:
+        data: settings of vocabulary, batch and cache; its own files are not read.
+        stories: training stories, each a text that is not empty.
+        valid_stories: validation stories; None: the last `data.holdout` of `stories`.
+
+    Raises:
+        UserError: an item is no text, there is none, or the cache cannot be written.
+    """
+    folder = Path(data.cache_dir) / "stories"
+    train = (_spool(stories, folder, "stories"),)
+    valid = () if valid_stories is None else (_spool(valid_stories, folder, "valid_stories"),)
+    return dataclasses.replace(data, source="text", train_files=train, valid_files=valid)
+
+
+def _spool(stories: Iterable[str], folder: Path, argument: str) -> str:
+    digest, n_stories = hashlib.blake2b(digest_size=8), 0
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
+            try:
+                for story in stories:
+                    if not isinstance(story, str):
+                        raise UserError(f"expected texts, got a {type(story).__name__}", argument)
+                    line = json.dumps({"text": story}).encode() + b"\n"
+                    digest.update(line)
+                    file.write(line)
+                    n_stories += 1
+                if not n_stories:
+                    raise UserError("holds no story", argument)
+                path = folder / f"{digest.hexdigest()}.jsonl"
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, path)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise UserError(
+            f"cannot write {folder} ({error.strerror})", "data.cache_dir", str(folder.parent)
+        ) from None
+    return str(path)
