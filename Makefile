@@ -62,6 +62,7 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 
 audit: .venv/installed-dev  # known vulnerabilities in what is installed
 	$(BIN)/python -m tests.audit

@@ -1,0 +1,87 @@
+"""Train and study a story-telling GPT under ten million parameters.
+
+    >>> import minigpt
+    >>> config = minigpt.load_config("train", ["model=large", "budget.tokens=20e6"])
+    >>> run = minigpt.train(config)
+    >>> minigpt.evaluate(run).perplexity
+    >>> for piece in minigpt.stream_story(run, "Once upon a time"): print(piece, end="")
+
+Every name is loaded when it is first used (PEP 562): `import minigpt` costs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minigpt.cli.compose import load_config
+    from minigpt.core.process import tune_process
+    from minigpt.core.settings import UserError
+    from minigpt.evaluation import EvaluationConfig, evaluate
+    from minigpt.exporting import ExportConfig, export
+    from minigpt.generation import SamplingConfig, generate, stream_story
+    from minigpt.model import GPT, GPTConfig
+    from minigpt.runs.folder import Run
+    from minigpt.tokenizer import Tokenizer
+    from minigpt.training.config import TrainConfig
+    from minigpt.training.loop import train
+
+    __version__: str
+
+_MODULES = {
+    "minigpt.cli.compose": ("load_config",),
+    "minigpt.core.process": ("tune_process",),
+    "minigpt.core.settings": ("UserError",),
+    "minigpt.evaluation": ("EvaluationConfig", "evaluate"),
+    "minigpt.exporting": ("ExportConfig", "export"),
+    "minigpt.generation": ("SamplingConfig", "generate", "stream_story"),
+    "minigpt.model": ("GPT", "GPTConfig"),
+    "minigpt.runs.folder": ("Run",),
+    "minigpt.tokenizer": ("Tokenizer",),
+    "minigpt.training.config": ("TrainConfig",),
+    "minigpt.training.loop": ("train",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "GPT",
+    "EvaluationConfig",
+    "ExportConfig",
+    "GPTConfig",
+    "Run",
+    "SamplingConfig",
+    "Tokenizer",
+    "TrainConfig",
+    "UserError",
+    "__version__",
+    "evaluate",
+    "export",
+    "generate",
+    "load_config",
+    "stream_story",
+    "train",
+    "tune_process",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            value: Any = version("minigpt")
+        except PackageNotFoundError:  # a checkout that is not installed
+            value = "0.1.0"
+    elif name in _MODULE_OF:
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    else:
+        raise AttributeError(
+            f"module 'minigpt' has no attribute '{name}': choose from {', '.join(__all__)}"
+        )
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

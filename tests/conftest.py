@@ -4,12 +4,14 @@ import os
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from minigpt.cli.compose import load_config
 from minigpt.kernels import decode
 from minigpt.training.config import TrainConfig
+from minigpt.training.loop import train
 
 # Nets this small are slower on two threads than on one, most of all beside other work.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -80,5 +82,10 @@ def tiny_overrides(folder: Path) -> list[str]:
 
 
 def composed(overrides: list[str]) -> TrainConfig:
-    """The config that `train.py <overrides>` would get."""
+    """The settings that `train.py <overrides>` would get."""
     return load_config("train", overrides)
+
+
+def trained_folder(overrides: list[str], **how: Any) -> Path:
+    """The folder of the run that `train.py <overrides>` would make; `how` goes to `train`."""
+    return train(composed(overrides), **how).folder

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from minigpt.scaling.results import read_run
-from minigpt.training.loop import train
 from tests.commands import run
-from tests.conftest import ROOT, composed, write_stories
+from tests.conftest import ROOT, trained_folder, write_stories
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
@@ -40,7 +39,7 @@ def place(tmp_path: Path, tiny: list[str]) -> Path:
     """An empty folder with stories and a finished run in it."""
     (tmp_path / "stories").mkdir()
     write_stories(tmp_path / "stories/mine.txt", 400, 3)
-    train(composed([*tiny, "name=first"]))
+    trained_folder([*tiny, "name=first"])
     return tmp_path
 
 

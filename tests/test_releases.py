@@ -14,7 +14,7 @@ from minigpt.runs.folder import Run
 from minigpt.runs.provenance import origin
 from minigpt.runs.records import read_summary
 from tests.cli.test_app import run_main
-from tests.conftest import ROOT, job
+from tests.conftest import ROOT, composed
 
 RELEASES = sorted(path.parent for path in ROOT.glob("releases/*/model.safetensors"))
 
@@ -31,7 +31,7 @@ def test_one_override_makes_a_release_again(folder: Path):
     made = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     begun = origin(read_summary(folder), folder)
     experiment = f"experiment=release_{folder.name}"
-    again = job([f"{experiment}_continued" if begun else experiment])
+    again = composed([f"{experiment}_continued" if begun else experiment])
     settings = dataclasses.asdict(again)
     for group in ("model", "optimizer", "budget", "trainer"):
         assert made[group] == settings[group]
@@ -40,7 +40,7 @@ def test_one_override_makes_a_release_again(folder: Path):
     if begun:  # and another made what it began with
         assert again.init_from == begun.path
         (command,) = begun.commands
-        first, then = job([experiment]), job(command[2:])
+        first, then = composed([experiment]), composed(command[2:])
         found = {"precision": then.trainer.precision}  # on that machine
         assert dataclasses.replace(first.trainer, **found) == then.trainer
         same = ("model", "data", "optimizer", "budget", "seed")

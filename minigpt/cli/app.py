@@ -1,13 +1,15 @@
 """The `minigpt` command: what to do with runs once they are trained.
 
 Each verb is one function below, which imports what it needs when it is called: `minigpt --help`
-must not wait for torch. Training and evaluation are `train.py` and `evaluate.py`.
+must not wait for torch. `train` and `evaluate` are Hydra apps, in modules of their own.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import re
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,8 +18,9 @@ from typing import Annotated, Any, Literal
 import typer
 import typer.core
 
+from minigpt.cli.program import Program, describe, leave
 from minigpt.core.console import show_log
-from minigpt.core.settings import UserError, one_line
+from minigpt.core.settings import UserError, one_line, speak
 
 Format = Literal["hf", "safetensors", "onnx", "gguf"]
 Dtype = Literal["float32", "bfloat16"]
@@ -352,15 +355,59 @@ def export(
         print(f"Sent to {send(out, push, files, private)}")
 
 
+# ---------------------------------------------------------------------------- Hydra's verbs
+
+_PASSED_ON: Any = {
+    "context_settings": {"ignore_unknown_options": True, "help_option_names": []},
+    "add_help_option": False,
+}
+_Settings = Annotated[
+    list[str] | None, typer.Argument(metavar="SETTING=VALUE...", help="--help lists them.")
+]
+
+
+@app.command("train", **_PASSED_ON)
+def train_verb(settings: _Settings = None) -> None:
+    """Train a model: minigpt train model=large budget.tokens=20e6. See minigpt train --help."""
+    from minigpt.cli.train import main
+
+    main()
+
+
+@app.command("evaluate", **_PASSED_ON)
+def evaluate_verb(settings: _Settings = None) -> None:
+    """Measure a model: minigpt evaluate ckpt=runs/<name>. See minigpt evaluate --help."""
+    from minigpt.cli.evaluate import main
+
+    main()
+
+
+@app.command()
+def sweep(
+    name: Annotated[str, typer.Argument(help="Of the sweep: scaling, scaling_seeds or recipe.")],
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; the default is <name>.yaml here.")
+    ] = None,
+) -> None:
+    """Write a W&B sweep file whose command is minigpt train, for wandb sweep."""
+    from minigpt.cli.sweep import write_sweep
+
+    path = write_sweep(name, out or Path(f"{name}.yaml"))
+    print(f"Wrote {path}. Next: wandb sweep {shlex.quote(str(path))}")
+
+
 def main() -> None:
     """Entry point: a mistake is one line on stderr and exit code 2, ctrl-C a quiet 130."""
     show_log()
     if len(sys.argv) == 1:
         sys.argv.append("--help")
+    verb = sys.argv[1]
+    program = Program(os.path.abspath(sys.argv[0]), (verb,), scripts=False)
+    speak(program.command)
     try:
         sys.exit(app(standalone_mode=False))
     except UserError as error:
-        problem = one_line(error)
+        problem = describe(error, program, _options(verb))
     except UsageError as error:
         verb = error.ctx.command_path if error.ctx else "minigpt"
         problem = f"{one_line(error.format_message()).rstrip('.')}; {verb} --help shows what is"
@@ -368,8 +415,14 @@ def main() -> None:
         if error.filename is None:
             raise
         problem = f"cannot read or write {error.filename}: {error.strerror}; give another place"
-    print(f"error: {problem}", file=sys.stderr)
-    sys.exit(2)
+    leave(problem)
+
+
+def _options(verb: str) -> frozenset[str]:
+    """The names of a verb's parameters that are typed as --name."""
+    command = getattr(typer.main.get_command(app), "commands", {}).get(verb)
+    parameters = command.params if command is not None else ()
+    return frozenset(p.name for p in parameters if p.param_type_name == "option")
 
 
 if __name__ == "__main__":

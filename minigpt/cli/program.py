@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from minigpt.core.settings import UserError, one_line
+from minigpt.core.settings import MISSING, ModelClassError, UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -67,43 +67,34 @@ def describe(error: UserError, program: Program, options: frozenset[str] = froze
 
     Args:
         error: its arguments are named as the library has them.
-        program: whose settings or options they are.
+        program: whose settings they are.
         options: names of arguments that are typed as --name of a verb.
     """
-    from minigpt.core.settings import MISSING
 
-    def named(argument: str) -> str:
-        return f"--{argument.replace('_', '-')}" if argument in options else argument
+    def typed(name: str, value: Any) -> str:
+        if name not in options:
+            return name if value is MISSING else f"{name}={hydra_value(value)}"
+        option = f"--{name.replace('_', '-')}"
+        return option if value is MISSING else f"{option} {value}"
 
-    parts = []
     head = error.message
     if error.argument is not None:
-        sign = " " if error.argument in options else "="
-        value = "" if error.value is MISSING else f"{sign}{hydra_value(error.value)}"
-        head = f"{named(error.argument)}{value}: {head}"
-    parts.append(head)
-    fixes = [
-        f"{named(k)} {v}" if k in options else f"{k}={hydra_value(v)}" for k, v in error.fix.items()
+        head = f"{typed(error.argument, error.value)}: {head}"
+    steps = [
+        typed(name, value) if name in options else shlex.quote(typed(name, value))
+        for name, value in error.fix.items()
     ]
-    class_name = getattr(error, "class_name", None)
-    if class_name is not None:
-        fixes.append(_class_option(program, class_name))
-    if fixes:
-        parts.append(
-            f"type {' '.join(map(shlex.quote, fixes)) if not options else ' '.join(fixes)}"
-        )
+    if isinstance(error, ModelClassError):
+        steps.append(f"{_class_option(program)}{error.class_name}")
     if error.command is not None:
         verb, settings = error.command
-        parts.append(f"type {program.command(verb, **settings)}")
-    return one_line(": ".join(parts[:2]) + "".join(f"; {part}" for part in parts[2:]))
+        steps.append(program.command(verb, **settings))
+    return one_line(f"{head}: type {' '.join(steps)}" if steps else head)
 
 
-def _class_option(program: Program, class_name: str) -> str:
-    if program.words[:1] == ("train",) or Path(program.path).name == "train.py":
-        return f"model.class_path={class_name}"
-    if program.words[:1] == ("evaluate",) or Path(program.path).name == "evaluate.py":
-        return f"class_path={class_name}"
-    return f"--class-path {class_name}"
+def _class_option(program: Program) -> str:
+    name = program.words[0] if program.words else Path(program.path).stem
+    return {"train": "model.class_path=", "evaluate": "class_path="}.get(name, "--class-path ")
 
 
 def leave(message: str) -> NoReturn:

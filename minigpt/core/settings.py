@@ -70,6 +70,14 @@ class UserError(ValueError):
         return UserError(self.message, argument, self.value, fix, self.command)
 
 
+class ModelClassError(UserError):
+    """A run was trained with a class of its own, `class_name`, which has to be given."""
+
+    def __init__(self, message: str, class_name: str) -> None:
+        super().__init__(message, "model")
+        self.class_name = class_name
+
+
 def python_call(verb: str, /, **settings: Any) -> str:
     """Return the library call of a verb: what to do next in a notebook."""
     if verb == "train":

@@ -21,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from minigpt.core.distributed import global_rank
 from minigpt.core.files import read_yaml, refuse_links_out
-from minigpt.core.settings import UserError, build
+from minigpt.core.settings import ModelClassError, UserError, build
 from minigpt.model import GPT, GPTConfig
 from minigpt.runs.checkpoint import is_whole, read_checkpoint, read_safetensors, with_weights
 from minigpt.runs.names import BEST, CHECKPOINTS, CONFIG, LAST, TOKENIZER, WEIGHTS
@@ -41,14 +41,6 @@ OLD_DEFAULTS: dict[str, dict[str, Any]] = {
     "optimizer": {"schedule": "cosine"},
 }
 OLD_SETTINGS = {"model": ("attention",)}
-
-
-class ModelClassError(UserError):
-    """A run was trained with a class of its own, `class_name`, which has to be given."""
-
-    def __init__(self, message: str, class_name: str) -> None:
-        super().__init__(message, "model")
-        self.class_name = class_name
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from minigpt.core.distributed import Launcher, global_rank, may_start_processes,
 from minigpt.core.files import write_text
 from minigpt.core.hardware import PEAK_FILE, Hardware, matmul_peak
 from minigpt.core.process import is_tuned, preserved_process
-from minigpt.core.settings import UserError, build, next_step, plain
+from minigpt.core.settings import ModelClassError, UserError, build, next_step, plain
 from minigpt.core.text import human_count
 from minigpt.data.datamodule import DataModule
 from minigpt.data.spool import spool_stories
@@ -38,7 +38,6 @@ from minigpt.kernels.cpu import accelerate
 from minigpt.kernels.microbatch import sharded_loss
 from minigpt.model import GPT
 from minigpt.runs.folder import (
-    ModelClassError,
     ModelFactory,
     Run,
     class_path,

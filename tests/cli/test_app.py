@@ -9,8 +9,7 @@ import torch
 
 from minigpt.cli import app
 from minigpt.scaling import results
-from minigpt.training.loop import train
-from tests.conftest import composed
+from tests.conftest import trained_folder
 from tests.run_folder import write_run
 
 
@@ -108,7 +107,7 @@ def test_ctrl_c_leaves_quietly_with_exit_code_130(tmp_path, monkeypatch, capsys)
 
 
 def test_generate_writes_stories_that_the_seed_decides(tiny, monkeypatch, capsys):
-    folder = train(composed(tiny))
+    folder = trained_folder(tiny)
     words = ("generate", str(folder), "--prompt", "Tom", "--max-tokens", "9")
     told = []
     for choice in (("--seed", "1"), ("--seed", "1"), ("--seed", "5"), ("--temperature", "0")):
@@ -182,7 +181,7 @@ def test_generate_refuses_what_it_cannot_do_in_one_line(options, names, monkeypa
 
 
 def test_a_reader_that_leaves_early_ends_generate_without_a_traceback(tiny):
-    folder = train(composed(tiny))
+    folder = trained_folder(tiny)
     words = [str(folder), "--n", "500", "--max-tokens", "60", "--temperature", "5"]
     with subprocess.Popen(
         [sys.executable, "-m", "minigpt.cli.app", "generate", *words],

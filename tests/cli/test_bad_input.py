@@ -9,10 +9,9 @@ import pytest
 
 from minigpt.exporting.export import ExportConfig, export
 from minigpt.runs.folder import Run
-from minigpt.training.loop import train
 from tests.bad_input import CASES, Break, Names
 from tests.commands import run
-from tests.conftest import composed, tiny_overrides
+from tests.conftest import tiny_overrides, trained_folder
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +19,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained run, its export, its stories and its cache."""
     folder = tmp_path_factory.mktemp("bad") / "template"
     folder.mkdir()
-    train(composed([*tiny_overrides(folder), "name=tiny"]))
+    trained_folder([*tiny_overrides(folder), "name=tiny"])
     export(Run.open(folder / "runs/tiny"), folder / "out", ExportConfig("safetensors"))
     return folder
 

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from minigpt.core.settings import UserError, build
 from minigpt.evaluation import EvaluationConfig
 from minigpt.model import GPT, GPTConfig
-from tests.conftest import ROOT, composed, job
+from tests.conftest import ROOT, composed
 
 OPTIONS = sorted(
     path.relative_to(ROOT / "conf").with_suffix("") for path in (ROOT / "conf").glob("*/*.yaml")
@@ -21,7 +21,7 @@ LAUNCHERS = sorted(path.stem for path in (ROOT / "conf/hydra/launcher").glob("*.
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
 def test_every_option_makes_a_job(option: Path):
     more = ["data.train_files=[a.txt]"] if option.name == "text" else []
-    made = job([f"{option.parent}={option.name}", *more])
+    made = composed([f"{option.parent}={option.name}", *more])
     assert made.budget.tokens > 0
 
 
@@ -36,11 +36,11 @@ def test_every_launcher_composes_with_or_without_its_package(name: str):
 
 def test_fsdp_is_one_override_away_and_says_what_it_needs():
     whole = ["trainer.strategy=fsdp", "callbacks=quiet", "optimizer=adamw"]
-    assert job(whole).trainer.strategy == "fsdp"
+    assert composed(whole).trainer.strategy == "fsdp"
     with pytest.raises(UserError, match="(?=.*strategy=fsdp)(?=.*optimizer=adamw)"):
-        job(whole[:2])
+        composed(whole[:2])
     with pytest.raises(UserError, match="(?=.*strategy=fsdp)(?=.*callbacks=quiet)"):
-        job(["trainer.strategy=fsdp"])
+        composed(["trainer.strategy=fsdp"])
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_fsdp_is_one_override_away_and_says_what_it_needs():
     ],
 )  # fmt: skip
 def test_the_sizes_differ_by_width_alone(size: str, parameters: int):
-    config = job([f"model={size}"]).model
+    config = composed([f"model={size}"]).model
     assert GPT(config).n_parameters == parameters
     assert (config.n_layers, config.vocab_size, config.context_length) == (5, 3000, 256)
     assert config.d_model / config.n_heads == 32
@@ -60,17 +60,17 @@ def test_the_sizes_differ_by_width_alone(size: str, parameters: int):
 
 
 def test_the_defaults_are_the_reference_recipe():
-    made = job([])
+    made = composed([])
     assert (made.optimizer.beta1, made.optimizer.beta2) == (0.9, 0.999)
     assert (made.optimizer.weight_decay, made.optimizer.warmup_steps) == (0.1, 500)
     assert (made.optimizer.grad_clip, made.optimizer.final_lr) == (1.0, 0.0)
     assert made.data.source == "tinystories_sample"
-    full = job(["experiment=full"])
+    full = composed(["experiment=full"])
     assert (full.budget.tokens, full.data.source) == (104_000_000, "tinystories")
 
 
 def test_the_reference_recipe_is_one_override_away():
-    made = job(["experiment=reference", "model=medium", "budget.tokens=104e6"])
+    made = composed(["experiment=reference", "model=medium", "budget.tokens=104e6"])
     o = made.optimizer
     assert (o.name, o.beta1, o.beta2, o.weight_decay) == ("adamw", 0.9, 0.999, 0.1)
     assert (o.warmup_steps, o.schedule, o.final_lr) == (500, "cosine", 0.0)
@@ -79,8 +79,8 @@ def test_the_reference_recipe_is_one_override_away():
 
 
 def test_the_vocabulary_of_the_model_follows_the_tokenizer():
-    assert job(["data.vocab_size=500"]).model.vocab_size == 500
-    assert job([]).model == GPTConfig(d_model=128, n_heads=4, d_ff=256)
+    assert composed(["data.vocab_size=500"]).model.vocab_size == 500
+    assert composed([]).model == GPTConfig(d_model=128, n_heads=4, d_ff=256)
 
 
 def test_the_evaluation_config_composes_with_and_without_another_corpus():

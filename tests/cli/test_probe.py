@@ -12,9 +12,8 @@ from minigpt.cli.tables import score_line, score_table, word_table
 from minigpt.model import GPT, GPTConfig
 from minigpt.runs.folder import Run
 from minigpt.tokenizer import Tokenizer
-from minigpt.training.loop import train
 from tests.cli.test_app import run_main
-from tests.conftest import composed
+from tests.conftest import trained_folder
 
 WORDS = ("king", "queen", "man", "woman", "apple")
 
@@ -68,7 +67,7 @@ def test_an_analogy_needs_no_quotes(typed, joined):
 
 
 def test_probe_prints_tables_writes_the_map_and_explains_split_words(tiny, monkeypatch, capsys):
-    run = train(composed(tiny))
+    run = trained_folder(tiny)
     words = ("--near", "Mom", "--near", "dadaists", "--analogy", "Mom", "-", "was", "+", "a")
     capsys.readouterr()
     assert run_main(monkeypatch, "probe", str(run), *words) == 2

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from minigpt.model import GPT
-from tests.conftest import ROOT, job
+from tests.conftest import ROOT, composed
 
 
 def of_wandb(name: str) -> dict[str, dict[str, Any]]:
@@ -31,11 +31,11 @@ def test_hydra_runs_the_same_sizes_with_no_account(name):
 
 
 def test_the_sizes_that_are_run_twice_are_those_under_two_million_parameters():
-    sizes = {size: job([f"model={size}"]).model for size in of_hydra("scaling")["model"]}
+    sizes = {size: composed([f"model={size}"]).model for size in of_hydra("scaling")["model"]}
     small = [size for size, model in sizes.items() if GPT(model).n_parameters < 2e6]
     assert of_hydra("scaling_seeds")["model"] == small
-    assert job(["experiment=scaling"]).seed == 1
-    assert job(["experiment=scaling_seeds"]).seed == 2
+    assert composed(["experiment=scaling"]).seed == 1
+    assert composed(["experiment=scaling_seeds"]).seed == 2
 
 
 def test_the_local_recipe_search_is_a_grid_inside_the_space_of_the_sweep():
@@ -47,6 +47,6 @@ def test_the_local_recipe_search_is_a_grid_inside_the_space_of_the_sweep():
                 assert value in space[name]["values"]
             else:
                 assert space[name]["min"] <= value <= space[name]["max"]
-            tried = job(["experiment=recipe", f"{name}={value:g}", "name=x"])
+            tried = composed(["experiment=recipe", f"{name}={value:g}", "name=x"])
             assert tried.data.source == "tinystories_tuning"
     assert tried.trainer.n_validations == 10

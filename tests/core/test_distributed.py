@@ -12,8 +12,7 @@ from minigpt.core.settings import UserError
 from minigpt.evaluation import EvaluationConfig, StoriesConfig, evaluate
 from minigpt.runs.folder import Run, new_run_folder
 from minigpt.runs.records import read_metrics, read_summary
-from minigpt.training.loop import train
-from tests.conftest import ROOT, composed
+from tests.conftest import ROOT, composed, trained_folder
 
 pytestmark = pytest.mark.timeout(300)  # a process imports for five seconds, on a core of its own
 
@@ -57,7 +56,7 @@ def test_a_job_of_a_multirun_on_two_devices_is_that_of_one_with_the_doubled_batc
     )
     assert [path.name for path in sweep.iterdir() if path.is_dir()] == ["small-0"]
     assert said.count("cpu ×2") == 1  # one process of two speaks
-    check_equal(sweep / "small-0", train(composed([*two, "data.batch_size=8"])))
+    check_equal(sweep / "small-0", trained_folder([*two, "data.batch_size=8"]))
     evaluation = evaluate(Run.open(sweep / "small-0"), FEW)
     logged = read_summary(sweep / "small-0")["val/perplexity"]
     assert evaluation.perplexity == pytest.approx(logged, rel=1e-5)
@@ -70,7 +69,7 @@ def test_the_processes_of_torchrun_share_a_folder_a_log_and_a_wandb_run(two: lis
     assert len(list(folder.glob("wandb/offline-run-*"))) == 1
     log = (folder / "train.log").read_text(encoding="utf-8")
     assert [log.count(text) for text in ("cpu ×2", "report.html")] == [1, 1]
-    check_equal(folder, train(composed([*two, "data.batch_size=8"])))
+    check_equal(folder, trained_folder([*two, "data.batch_size=8"]))
 
 
 def test_a_run_under_srun_is_called_after_its_job_and_step(
@@ -78,19 +77,19 @@ def test_a_run_under_srun_is_called_after_its_job_and_step(
 ):
     monkeypatch.setenv("SLURM_JOB_ID", "71")
     monkeypatch.setenv("SLURM_STEP_ID", "0")
-    folder = train(composed([*tiny, "resume=auto"]), size="small")
+    folder = trained_folder([*tiny, "resume=auto"])
     assert folder.name == "small-71.0"
-    assert train(composed([*tiny, "resume=auto"]), size="small") == folder  # queued again
+    assert trained_folder([*tiny, "resume=auto"]) == folder  # queued again
 
 
 def test_the_others_find_the_folder_that_the_first_process_makes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     monkeypatch.setenv("MINIGPT_RUN_FOLDER", "none yet")  # is put back at the end
-    first = new_run_folder(tmp_path, None, "small")
+    first = new_run_folder(tmp_path, None)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert (global_rank(), new_run_folder(tmp_path, None, "small")) == (1, first)
+    assert (global_rank(), new_run_folder(tmp_path, None)) == (1, first)
     monkeypatch.delenv("MINIGPT_RUN_FOLDER")
-    assert new_run_folder(tmp_path, "mine", "small") == tmp_path / "mine"
+    assert new_run_folder(tmp_path, "mine") == tmp_path / "mine"
     with pytest.raises(UserError, match="name="):
-        new_run_folder(tmp_path, None, "small")
+        new_run_folder(tmp_path, None)

@@ -32,9 +32,8 @@ from minigpt.runs.folder import Run
 from minigpt.runs.records import read_summary
 from minigpt.scaling.results import find_runs, read_run
 from minigpt.training.config import Job
-from minigpt.training.loop import train
 from tests.cli.test_app import run_main
-from tests.conftest import ROOT, composed, naming, tiny_overrides
+from tests.conftest import ROOT, composed, naming, tiny_overrides, trained_folder
 
 PROMPT = "Once upon a time, Tom"
 QUICK = EvaluationConfig(stories=StoriesConfig(prompts=(), temperatures=(0.5,)), words=())
@@ -44,7 +43,7 @@ QUICK = EvaluationConfig(stories=StoriesConfig(prompts=(), temperatures=(0.5,)),
 def trained(tmp_path_factory) -> Path:
     """A trained run, whose embedding scale is no power of two."""
     tiny = tiny_overrides(tmp_path_factory.mktemp("trained"))
-    return train(composed([*tiny, "model.d_model=12", "model.dropout=0.1", "name=tiny"]), "small")
+    return trained_folder([*tiny, "model.d_model=12", "model.dropout=0.1", "name=tiny"])
 
 
 @pytest.fixture

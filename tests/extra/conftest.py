@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 
 from minigpt.data.sources import bundled_sample
-from minigpt.training.loop import train
-from tests.conftest import composed
+from tests.conftest import trained_folder
 
 # Python reads this at its start: whatever reaches out of the machine is noted in a file.
 WATCH = """
@@ -64,27 +63,25 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, part in (("train", stories[100:]), ("valid", stories[:100])):
         text = "\n<|endoftext|>\n".join(part)
         (folder / f"{name}.txt").write_text(text, encoding="utf-8")
-    return train(
-        composed(
-            [
-                "data=text",
-                f"data.train_files=[{folder / 'train.txt'}]",
-                f"data.valid_files=[{folder / 'valid.txt'}]",
-                f"data.cache_dir={folder / 'cache'}",
-                "data.vocab_size=1500",
-                "data.batch_size=4",
-                f"runs_dir={folder}",
-                "name=tiny",
-                "model=small",
-                "model.context_length=128",
-                "model.n_layers=2",
-                "budget.tokens=80000",
-                "optimizer.warmup_steps=15",
-                "trainer.accelerator=cpu",
-                "trainer.n_validations=1",
-                "callbacks.progress_bar=false",
-            ]
-        )
+    return trained_folder(
+        [
+            "data=text",
+            f"data.train_files=[{folder / 'train.txt'}]",
+            f"data.valid_files=[{folder / 'valid.txt'}]",
+            f"data.cache_dir={folder / 'cache'}",
+            "data.vocab_size=1500",
+            "data.batch_size=4",
+            f"runs_dir={folder}",
+            "name=tiny",
+            "model=small",
+            "model.context_length=128",
+            "model.n_layers=2",
+            "budget.tokens=80000",
+            "optimizer.warmup_steps=15",
+            "trainer.accelerator=cpu",
+            "trainer.n_validations=1",
+            "callbacks.progress_bar=false",
+        ]
     )
 
 

@@ -19,8 +19,7 @@ from minigpt.evaluation import EvaluationConfig, evaluate
 from minigpt.exporting.export import ExportConfig, export
 from minigpt.generation.sampling import SamplingConfig, generate_stories
 from minigpt.runs.folder import Run
-from minigpt.training.loop import train
-from tests.conftest import composed, tiny_overrides
+from tests.conftest import tiny_overrides, trained_folder
 
 CONTEXT = 16
 ROOT = Path(__file__).parent.parent.parent
@@ -31,7 +30,7 @@ def place(tmp_path_factory) -> Path:
     """A folder with stories, and a run trained on them: `runs/tiny`, whose scale is √12."""
     folder = tmp_path_factory.mktemp("place")
     words = ["model.d_model=12", "trainer.precision=32-true", "name=tiny"]
-    train(composed([*tiny_overrides(folder), *words]), "small")
+    trained_folder([*tiny_overrides(folder), *words])
     return folder
 
 

@@ -21,8 +21,7 @@ from minigpt.scaling.results import read_run
 from minigpt.tokenizer import Tokenizer
 from minigpt.training.config import Job
 from minigpt.training.loggers import MetricsCsv
-from minigpt.training.loop import train
-from tests.conftest import composed, tiny_overrides
+from tests.conftest import tiny_overrides, trained_folder
 
 SECONDS = 30  # for each kind of file
 
@@ -82,7 +81,7 @@ def edited(content: bytes, changes: list[tuple[float, float, bytes]]) -> bytes:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run, its export, and stories in three forms."""
     folder = tmp_path_factory.mktemp("fuzz")
-    run = train(composed([*tiny_overrides(folder), "name=tiny"]))
+    run = trained_folder([*tiny_overrides(folder), "name=tiny"])
     export(Run.open(run), folder / "out", ExportConfig("safetensors"))
     shutil.copytree(run, folder / "run")
     text = (folder / "valid.txt").read_bytes()

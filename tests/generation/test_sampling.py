@@ -24,8 +24,7 @@ from minigpt.generation.sampling import (
 from minigpt.model import GPT, GPTConfig
 from minigpt.runs.folder import Run
 from minigpt.tokenizer import Tokenizer
-from minigpt.training.loop import train
-from tests.conftest import composed, naming
+from tests.conftest import naming, trained_folder
 
 EOT = 0
 GREEDY = SamplingConfig(temperature=0, max_tokens=40)
@@ -302,7 +301,7 @@ def test_weights_that_are_no_numbers_are_one_line():
 
 
 def test_a_run_tells_a_story_in_two_lines(tiny):
-    folder = train(composed(tiny))
+    folder = trained_folder(tiny)
     sampling = SamplingConfig(max_tokens=20, seed=1)
     told = "".join(stream_story(folder, "Tom had", sampling))
     run = Run.open(folder)

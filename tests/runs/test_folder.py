@@ -14,7 +14,6 @@ from minigpt.core.settings import UserError
 from minigpt.model import GPT, GPTConfig
 from minigpt.runs.checkpoint import (
     is_whole,
-    load_net,
     read_checkpoint,
     write_checkpoint,
 )
@@ -48,7 +47,7 @@ def run(tmp_path) -> Path:
 
 def refusal(path: Path) -> str:
     with pytest.raises(UserError) as error:
-        load_net(path)
+        Run.load(path).load_model()
     message = str(error.value)
     assert "\n" not in message
     assert str(path) in message
@@ -182,7 +181,7 @@ def test_a_checkpoint_is_whole_until_any_bit_of_it_changes(tmp_path):
     write_checkpoint(path, content(GPT(TINY)))
     assert is_whole(path)
     assert zipfile.ZipFile(path).testzip() is None  # a proper archive still
-    assert load_net(path).config == TINY
+    assert read_checkpoint(path)["hyper_parameters"]["model"] == asdict(TINY)
     good = path.read_bytes()
     for position in [*range(0, len(good), 997), *range(len(good) - 160, len(good), 3)]:
         path.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])

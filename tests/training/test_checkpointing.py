@@ -15,8 +15,7 @@ from minigpt.runs.checkpoint import is_whole, read_checkpoint
 from minigpt.runs.folder import last_checkpoints
 from minigpt.runs.names import METRICS
 from minigpt.runs.records import read_metrics, read_summary
-from minigpt.training.loop import train
-from tests.conftest import composed, tiny_overrides
+from tests.conftest import composed, tiny_overrides, trained_folder
 from tests.killing import assert_same, kill_and_resume, rows
 from tests.processes import CHECKPOINT, STEP, VALIDATION, Training
 from tests.wandb_server import WandbServer
@@ -154,7 +153,7 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_used(
     damage: str, tiny: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     tiny = [*tiny, "callbacks.checkpoint_steps=3"]
-    whole = train(composed([*tiny, "name=whole"]))
+    whole = trained_folder([*tiny, "name=whole"])
 
     def fail(self, batch, batch_idx) -> None:
         if self.global_step == 17:
@@ -163,14 +162,14 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_used(
     with monkeypatch.context() as patch:
         patch.setattr("minigpt.training.module.GPTModule.on_train_batch_start", fail)
         with pytest.raises(RuntimeError, match="the power is gone"):
-            train(composed([*tiny, "name=killed"]))
+            trained_folder([*tiny, "name=killed"])
     killed = whole.parent / "killed"
     last = killed / "checkpoints/last.ckpt"
     assert read_checkpoint(last)["global_step"] == 15
     content = bytearray(last.read_bytes())
     content[len(content) // 2] ^= 8
     last.write_bytes(content[:-1000] if damage == "cut short" else content)
-    train(composed([f"resume={killed}"]))
+    trained_folder([f"resume={killed}"])
     assert str(last) in caplog.text
     assert f"{last.with_name('last-1.ckpt')}" in (killed / "train.log").read_text(encoding="utf-8")
     assert_same(killed, whole)
@@ -185,7 +184,7 @@ def test_weights_that_an_update_ruined_are_not_kept(
 
     monkeypatch.setattr("minigpt.training.module.GPTModule.configure_gradient_clipping", poison)
     with pytest.raises(UserError, match=r"(?=.*\bnan\b)(?=.*\b16\b)(?=.*optimizer\.lr=)"):
-        train(composed([*tiny, "callbacks.checkpoint_steps=1", "name=ruined"]))
+        trained_folder([*tiny, "callbacks.checkpoint_steps=1", "name=ruined"])
     folder = Path(composed(tiny).runs_dir) / "ruined"
     kept = [read_checkpoint(path) for path in last_checkpoints(folder)]
     assert [content["global_step"] for content in kept] == [15, 14]
@@ -206,22 +205,22 @@ def test_auto_goes_on_with_the_run_of_that_name_or_begins_it(
     with monkeypatch.context() as patch:
         patch.setattr("minigpt.training.module.GPTModule.on_train_batch_start", fail)
         with pytest.raises(RuntimeError, match="the power is gone"):
-            train(composed(command))
+            trained_folder(command)
     begun: list[int] = []
     monkeypatch.setattr(
         "minigpt.training.module.GPTModule.on_train_batch_start",
         lambda self, *_: begun.append(self.global_step),
     )
-    folder = train(composed(command))
+    folder = trained_folder(command)
     assert folder.name == "mine"
     assert begun == list(range(max(0, steps - 1), 20))
     assert [row["step"] for row in read_metrics(folder) if "lr" in row] == list(range(1, 21))
-    assert train(composed(command)) == folder  # nothing is left to do
+    assert trained_folder(command) == folder  # nothing is left to do
 
 
 def test_auto_needs_a_name_to_look_for(tiny: list[str]):
     with pytest.raises(UserError, match=r"(?=.*resume=auto)(?=.*\bname=)"):
-        train(composed([*tiny, "resume=auto"]))
+        trained_folder([*tiny, "resume=auto"])
 
 
 def online(server: WandbServer) -> dict[str, str]:

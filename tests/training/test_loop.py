@@ -23,14 +23,13 @@ from minigpt.runs.folder import Run
 from minigpt.runs.records import read_metrics, read_samples, read_summary
 from minigpt.training import loop
 from minigpt.training.config import TrainerConfig
-from minigpt.training.loop import train
-from tests.conftest import ROOT, composed, write_stories
+from tests.conftest import ROOT, composed, trained_folder, write_stories
 
 FEW = EvaluationConfig(stories=StoriesConfig(prompts=("Once",), n=1, max_tokens=5), words=("Tom",))
 
 
 def test_a_run_folder_holds_all_there_is_to_know(tiny: list[str], tmp_path: Path):
-    folder = train(composed(tiny), size="small")
+    folder = trained_folder(tiny)
     assert folder.parent == tmp_path / "runs"
     assert {path.name for path in folder.iterdir()} == {
         "config.yaml", "tokenizer.json", "metrics.csv", "samples.jsonl", "summary.json",
@@ -48,7 +47,7 @@ def test_a_run_folder_holds_all_there_is_to_know(tiny: list[str], tmp_path: Path
     assert abs(training[0]["train/loss"] - math.log(300)) < 0.1
     assert [sample["step"] for sample in read_samples(folder)] == [10, 20]
     summary = read_summary(folder)
-    assert (summary["status"], summary["steps"], summary["model"]) == ("finished", 20, "small")
+    assert (summary["status"], summary["steps"], summary["model"]) == ("finished", 20)
     net = Run.open(folder).load_net()
     assert summary["flops_per_token"] == net.flops_per_token()
     assert (
@@ -63,13 +62,13 @@ def test_a_share_of_the_peak_above_one_is_doubted_once(
     tiny: list[str], monkeypatch: pytest.MonkeyPatch, peak: float, lines: int
 ):
     monkeypatch.setattr("minigpt.training.loop.matmul_peak", lambda *_: peak)
-    folder = train(composed(tiny))
+    folder = trained_folder(tiny)
     log = (folder / "train.log").read_text(encoding="utf-8")
     assert log.count("matmul_peak.json") == lines
 
 
 def test_evaluation_agrees_with_what_training_logged(tiny: list[str]):
-    folder = train(composed(tiny))
+    folder = trained_folder(tiny)
     logged = read_summary(folder)
     evaluation = evaluate(Run.open(folder), FEW)
     assert evaluation.perplexity == pytest.approx(logged["val/perplexity"], rel=1e-4)
@@ -80,7 +79,7 @@ def test_evaluation_agrees_with_what_training_logged(tiny: list[str]):
 
 def test_the_same_seed_trains_the_same_weights_and_another_does_not(tiny: list[str]):
     weights = [
-        read_checkpoint(train(composed([*tiny, f"seed={seed}"])) / "checkpoints/last.ckpt")
+        read_checkpoint(trained_folder([*tiny, f"seed={seed}"]) / "checkpoints/last.ckpt")
         for seed in (1, 1, 2)
     ]
     first, again, other = (content["state_dict"] for content in weights)
@@ -105,17 +104,17 @@ def test_a_run_that_stopped_half_way_goes_on_to_the_weights_of_one_that_did_not(
         f"budget.tokens={1280 * accumulate}",
         f"trainer.n_validations={n_validations}",
     ]
-    whole = train(composed([*tiny, "name=whole"]))
+    whole = trained_folder([*tiny, "name=whole"])
     with monkeypatch.context() as patch:
         patch.setattr("minigpt.training.module.GPTModule.on_train_batch_start", fail_at_step(13))
         with pytest.raises(RuntimeError, match="the power is gone"):
-            train(composed([*tiny, "name=broken"]))
+            trained_folder([*tiny, "name=broken"])
     broken = whole.parent / "broken"
     assert read_summary(broken)["status"] == "failed"
-    assert train(composed([f"resume={broken}"])) == broken
+    assert trained_folder([f"resume={broken}"]) == broken
     assert read_summary(broken)["status"] == "finished"
     assert [sample["step"] for sample in read_samples(broken)] == validated
-    assert train(composed([f"resume={broken}"])) == broken  # nothing is left to do
+    assert trained_folder([f"resume={broken}"]) == broken  # nothing is left to do
     assert len(read_metrics(broken)) == len(read_metrics(whole))
     ends = [read_checkpoint(run / "checkpoints/last.ckpt")["state_dict"] for run in (whole, broken)]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
@@ -159,7 +158,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
     monkeypatch.setattr("minigpt.training.module.GPTModule.on_train_batch_start", poison)
     with pytest.raises(UserError, match=r"(?=.*\bnan\b)(?=.*\b15\b)(?=.*optimizer\.lr=)"):
-        train(composed([*tiny, "name=diverged"]))
+        trained_folder([*tiny, "name=diverged"])
     folder = Path(composed(tiny).runs_dir) / "diverged"
     assert read_summary(folder)["status"] == "failed"
     kept = read_checkpoint(folder / "checkpoints/last.ckpt")
@@ -173,15 +172,15 @@ def test_two_runs_of_the_same_second_do_not_share_a_folder(
     monkeypatch.setattr("time.strftime", lambda *_: "20260101-120000")
     folders: list[Path] = []
     for _ in range(2):
-        folders.append(train(composed(tiny), size="small"))
+        folders.append(trained_folder(tiny))
     assert [f.name for f in folders] == ["small-20260101-120000", "small-20260101-120000-2"]
 
 
 def test_a_folder_without_a_checkpoint_is_not_to_be_gone_on_with(tiny: list[str], tmp_path: Path):
     (tmp_path / "runs/empty").mkdir(parents=True)
     with pytest.raises(UserError, match="(?=.*runs/empty)(?=.*resume=auto)"):
-        train(composed([*tiny, "name=empty"]))
-    train(composed([*tiny, "name=empty", "resume=auto"]))
+        trained_folder([*tiny, "name=empty"])
+    trained_folder([*tiny, "name=empty", "resume=auto"])
 
 
 def test_a_logger_that_is_not_installed_leaves_no_folder(
@@ -189,7 +188,7 @@ def test_a_logger_that_is_not_installed_leaves_no_folder(
 ):
     monkeypatch.setattr("minigpt.training.loggers.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"(?=.*logger=tensorboard)(?=.*\[tensorboard\])"):
-        train(composed([*tiny, "logger=tensorboard"]))
+        trained_folder([*tiny, "logger=tensorboard"])
     assert not (tmp_path / "runs").exists()
 
 
@@ -197,13 +196,13 @@ def test_a_name_that_is_taken_is_refused(tiny: list[str], tmp_path: Path):
     (tmp_path / "runs/mine/checkpoints").mkdir(parents=True)
     (tmp_path / "runs/mine/checkpoints/last.ckpt").write_text("")
     with pytest.raises(UserError, match="resume=.*runs/mine"):
-        train(composed([*tiny, "name=mine"]))
+        trained_folder([*tiny, "name=mine"])
 
 
 def test_gradient_accumulation_gives_the_step_of_the_larger_batch(tiny: list[str]):
     common = [*tiny, "trainer.precision=32-true", "optimizer.lr=1e-3"]
-    large = train(composed([*common, "data.batch_size=8"]))
-    small = train(composed([*common, "trainer.accumulate_grad_batches=2"]))
+    large = trained_folder([*common, "data.batch_size=8"])
+    small = trained_folder([*common, "trainer.accumulate_grad_batches=2"])
     ends = [read_checkpoint(run / "checkpoints/last.ckpt") for run in (large, small)]
     assert ends[0]["global_step"] == ends[1]["global_step"] == 10
     for name, weight in ends[0]["state_dict"].items():
@@ -211,26 +210,26 @@ def test_gradient_accumulation_gives_the_step_of_the_larger_batch(tiny: list[str
 
 
 def test_float16_on_cpu_runs_and_the_log_says_what_it_became(tiny: list[str]):
-    folder = train(composed([*tiny, "trainer.precision=16-mixed"]))
+    folder = trained_folder([*tiny, "trainer.precision=16-mixed"])
     log = (folder / "train.log").read_text(encoding="utf-8")
     became = "bf16-mixed" if cpu_has_bfloat16() else "32-true"
     assert re.search(rf"\b{became}\b.*\b16-mixed\b", log)
 
 
 def test_tensorboard_is_one_override_away(tiny: list[str]):
-    folder = train(composed([*tiny, "logger=tensorboard"]))
+    folder = trained_folder([*tiny, "logger=tensorboard"])
     assert list((folder / "tensorboard").glob("events.out.*"))
 
 
 def test_validation_comes_at_the_very_end_whatever_the_number_of_steps(tiny: list[str]):
-    folder = train(composed([*tiny, "budget.tokens=1408", "trainer.n_validations=3"]))  # 22 steps
+    folder = trained_folder([*tiny, "budget.tokens=1408", "trainer.n_validations=3"])  # 22 steps
     steps = [row["step"] for row in read_metrics(folder) if "val/loss" in row]
     assert steps == [8, 16, 22]
 
 
 def test_the_end_is_kept_when_a_checkpoint_is_due_there_and_validation_is_not(tiny: list[str]):
     uneven = ["budget.tokens=1408", "trainer.n_validations=3", "callbacks.checkpoint_steps=11"]
-    folder = train(composed([*tiny, *uneven]))  # 22 steps, validated after 8, 16 and 22
+    folder = trained_folder([*tiny, *uneven])  # 22 steps, validated after 8, 16 and 22
     last = read_checkpoint(folder / "checkpoints/last.ckpt")
     best = read_checkpoint(folder / "checkpoints/best.ckpt")
     assert last["global_step"] == read_summary(folder)["steps"] == 22
@@ -257,7 +256,7 @@ def test_what_does_not_fit_together_is_said_before_anything_is_written(
 ):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
-        train(composed(overrides))
+        trained_folder(overrides)
     assert all(name in str(error.value) for name in names)
     assert list(tmp_path.iterdir()) == []
 
@@ -276,7 +275,7 @@ def stopped_at(step: int, monkeypatch: pytest.MonkeyPatch, overrides: list[str])
             "minigpt.training.module.GPTModule.on_train_batch_start", on_train_batch_start
         )
         with pytest.raises(KeyboardInterrupt):
-            train(composed([*overrides, "name=stopped"]))
+            trained_folder([*overrides, "name=stopped"])
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning leaves it ignored
     return Path(composed(overrides).runs_dir) / "stopped"
 
@@ -291,13 +290,13 @@ def test_after_ctrl_c_a_run_goes_on_as_if_it_had_not_stopped(
         f"trainer.accumulate_grad_batches={accumulate}",
         f"budget.tokens={1280 * accumulate}",
     ]
-    whole = train(composed([*tiny, "name=whole"]))
+    whole = trained_folder([*tiny, "name=whole"])
     stopped = stopped_at(step, monkeypatch, tiny)
     assert read_summary(stopped)["status"] == "interrupted"
     commit = read_summary(stopped)["commit"]
     with monkeypatch.context() as patched:
         patched.setattr(loop, "source_commit", lambda: "a1b2")
-        train(composed([f"resume={stopped}"]))
+        trained_folder([f"resume={stopped}"])
     assert read_summary(stopped)["commit"] == f"{commit}, a1b2"
     ends = [
         read_checkpoint(run / "checkpoints/last.ckpt")["state_dict"] for run in (whole, stopped)
@@ -316,7 +315,7 @@ def test_a_run_whose_stories_changed_is_not_resumed(
     stopped = stopped_at(5, monkeypatch, tiny)
     write_stories(tmp_path / "train.txt", 300, 9)
     with pytest.raises(UserError, match="train_tokens"):
-        train(composed([f"resume={stopped}"]))
+        trained_folder([f"resume={stopped}"])
 
 
 @pytest.mark.parametrize("callbacks", ["default", "quiet"])
@@ -329,7 +328,7 @@ def test_weights_that_are_not_finite_are_never_kept(
     monkeypatch.setattr("minigpt.training.module.GPTModule.on_validation_epoch_start", poison)
     kept = [text for text in tiny if not text.startswith("callbacks.")]
     with pytest.raises(UserError, match=r"(?=.*\bnan\b)(?=.*\b10\b)"):
-        train(composed([*kept, f"callbacks={callbacks}", "name=nan"]))
+        trained_folder([*kept, f"callbacks={callbacks}", "name=nan"])
     assert not list(Path(composed(tiny).runs_dir).glob("nan/checkpoints/*"))
 
 
@@ -344,14 +343,14 @@ def test_compile_compiles_what_training_calls(tiny: list[str], monkeypatch: pyte
         return compiled
 
     monkeypatch.setattr(torch, "compile", compile)
-    train(composed([*tiny, "trainer.compile=true", "trainer.n_validations=1"]))
+    trained_folder([*tiny, "trainer.compile=true", "trainer.n_validations=1"])
     assert len(calls) >= 20
 
 
 def test_a_run_is_evaluated_from_anywhere(tiny: list[str], tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     relative = [text.replace(f"{tmp_path}/", "") for text in tiny]
-    folder = train(composed(relative)).absolute()
+    folder = trained_folder(relative).absolute()
     (tmp_path / "else").mkdir()
     monkeypatch.chdir(tmp_path / "else")
     assert evaluate(Run.open(folder), FEW).perplexity > 1
@@ -363,12 +362,12 @@ def test_a_run_that_was_moved_to_another_machine_is_evaluated_and_goes_on_there(
     with monkeypatch.context() as patch:
         patch.setattr("minigpt.training.module.GPTModule.on_train_batch_start", fail_at_step(13))
         with pytest.raises(RuntimeError, match="the power is gone"):
-            train(composed([*tiny, "name=broken"]))
+            trained_folder([*tiny, "name=broken"])
     (tmp_path / "cache").rename(tmp_path / "cache-of-the-other-machine")
     monkeypatch.chdir(tmp_path)
     assert evaluate(Run.open("runs/broken"), FEW).perplexity > 1
     assert (tmp_path / ".cache/prepared").is_dir()
-    folder = train(composed(["resume=runs/broken", "data.cache_dir=another"]))
+    folder = trained_folder(["resume=runs/broken", "data.cache_dir=another"])
     assert read_summary(folder)["status"] == "finished"
     assert (tmp_path / "another/prepared").is_dir()
     assert not (tmp_path / "cache").exists()

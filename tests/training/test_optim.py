@@ -8,13 +8,13 @@ from torch.optim import AdamW
 from minigpt.model import GPT, GPTConfig
 from minigpt.training.config import OptimizerConfig
 from minigpt.training.optim import (
+    CombinedOptimizer,
     Muon,
-    Together,
     default_lr,
     default_matrix_lr,
     lr_factor,
     make_optimizer,
-    orthogonal,
+    newton_schulz,
     peak_lrs,
 )
 from tests.conftest import naming
@@ -83,7 +83,7 @@ def test_weight_decay_is_on_matrices_alone_and_no_weight_is_left_out(name):
 
 def test_muon_moves_the_matrices_of_the_blocks_and_adamw_all_else():
     net, optimizer = net_and_optimizer()
-    assert isinstance(optimizer, Together)
+    assert isinstance(optimizer, CombinedOptimizer)
     adamw, muon = optimizer.parts
     assert isinstance(adamw, AdamW)
     assert isinstance(muon, Muon)
@@ -123,11 +123,11 @@ def test_a_step_of_muon_is_that_of_torch(dtype):
 def test_orthogonal_brings_every_singular_value_near_one():
     matrices = torch.randn(3, 20, 50, generator=torch.Generator().manual_seed(0))
     for x in (matrices, matrices.mT):
-        values = torch.linalg.svdvals(orthogonal(x))
+        values = torch.linalg.svdvals(newton_schulz(x))
         assert values.min() > 0.6
         assert values.max() < 1.3
         left, _, right = torch.linalg.svd(x, full_matrices=False)
-        cosine = torch.cosine_similarity(orthogonal(x).flatten(1), (left @ right).flatten(1))
+        cosine = torch.cosine_similarity(newton_schulz(x).flatten(1), (left @ right).flatten(1))
         assert cosine.min() > 0.97
 
 

@@ -19,8 +19,7 @@ from minigpt.runs.folder import Run
 from minigpt.runs.provenance import Origin, origin
 from minigpt.runs.records import read_metrics, read_summary
 from minigpt.scaling.results import keep_run, read_run
-from minigpt.training.loop import train
-from tests.conftest import composed, write_stories
+from tests.conftest import composed, trained_folder, write_stories
 from tests.training.test_loop import fail_at_step
 
 FEW = EvaluationConfig(stories=StoriesConfig(prompts=("Once",), n=1, max_tokens=5), words=("Tom",))
@@ -28,7 +27,7 @@ FEW = EvaluationConfig(stories=StoriesConfig(prompts=("Once",), n=1, max_tokens=
 
 @pytest.fixture
 def parent(tiny: list[str]) -> Path:
-    return train(composed([*tiny, "name=parent"]), size="small")
+    return trained_folder([*tiny, "name=parent"])
 
 
 @pytest.fixture
@@ -47,7 +46,7 @@ def weights(folder: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
 
 def test_it_begins_where_the_other_ended(tiny: list[str], parent: Path, tmp_path: Path):
     still = ["optimizer.lr=1e-12", "optimizer.matrix_lr=1e-12", "trainer.precision=32-true"]
-    child = train(composed([*tiny, *still, f"init_from={parent}", "name=child"]))
+    child = trained_folder([*tiny, *still, f"init_from={parent}", "name=child"])
     # The best checkpoint is what `Run.open` takes of the parent: after 20 steps as here, or 10.
     begun = Run.open(parent).load_net().state_dict()
     for name, weight in Run.open(child).load_net().state_dict().items():
@@ -60,8 +59,8 @@ def test_it_learns_and_keeps_the_tokenizer_on_other_stories(
     tiny: list[str], parent: Path, other_stories: list[str]
 ):
     other = [text for text in tiny if "_files=" not in text] + other_stories
-    child = train(composed([*other, f"init_from={parent}", "name=child"]))
-    alone = train(composed([*other, "name=alone"]))
+    child = trained_folder([*other, f"init_from={parent}", "name=child"])
+    alone = trained_folder([*other, "name=alone"])
     fingerprints = [Run.open(run).load_tokenizer().fingerprint for run in (parent, child, alone)]
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
     assert not torch.equal(
@@ -80,13 +79,13 @@ def test_it_goes_on_after_a_stop_though_the_other_is_gone(
     tiny: list[str], parent: Path, monkeypatch: pytest.MonkeyPatch
 ):
     command = [*tiny, f"init_from={parent}", "callbacks.checkpoint_steps=5"]
-    whole = train(composed([*command, "name=whole"]))
+    whole = trained_folder([*command, "name=whole"])
     with monkeypatch.context() as patch:
         patch.setattr("minigpt.training.module.GPTModule.on_train_batch_start", fail_at_step(13))
         with pytest.raises(RuntimeError, match="the power is gone"):
-            train(composed([*command, "name=broken", "resume=auto"]))
+            trained_folder([*command, "name=broken", "resume=auto"])
     shutil.rmtree(parent)
-    broken = train(composed([*command, "name=broken", "resume=auto"]))
+    broken = trained_folder([*command, "name=broken", "resume=auto"])
     ends = weights(whole), weights(broken)
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     assert read_summary(broken)["init_from"] == read_summary(whole)["init_from"]
@@ -95,7 +94,7 @@ def test_it_goes_on_after_a_stop_though_the_other_is_gone(
 def test_an_export_tells_of_both_and_is_a_start_itself(
     tiny: list[str], parent: Path, tmp_path: Path
 ):
-    child = train(composed([*tiny, f"init_from={parent}", "name=my child"]), size="small")
+    child = trained_folder([*tiny, f"init_from={parent}", "name=my child"])
     (child / "summary.json").unlink()  # as if it had been killed: the checkpoint tells it all
     out = tmp_path / "out"
     export(Run.open(child), out, ExportConfig("safetensors"))
@@ -105,7 +104,7 @@ def test_an_export_tells_of_both_and_is_a_start_itself(
     for path in out.iterdir():
         assert str(tmp_path).encode() not in path.read_bytes(), path.name
 
-    grandchild = train(composed([*tiny, f"init_from={out}", "name=grandchild"]), size="small")
+    grandchild = trained_folder([*tiny, f"init_from={out}", "name=grandchild"])
     summary = read_summary(grandchild)
     told = origin(summary, grandchild)
     assert told is not None
@@ -124,7 +123,7 @@ def test_an_export_tells_of_both_and_is_a_start_itself(
 
 def test_a_checkpoint_that_is_not_the_best_is_told_by_its_file(tiny: list[str], parent: Path):
     last = parent / "checkpoints/last.ckpt"
-    child = train(composed([*tiny, f"init_from={last}", "name=child"]))
+    child = trained_folder([*tiny, f"init_from={last}", "name=child"])
     assert read_summary(child)["init_from"]["path"] == "runs/parent/checkpoints/last.ckpt"
     line = read_run(child).line
     assert all(name in line for name in ("train.txt", "300", "2.56k", "muon", "parent"))
@@ -135,7 +134,7 @@ def test_the_card_tells_of_the_data_of_both(tiny: list[str], parent: Path, tmp_p
     config = parent / "config.yaml"
     text = config.read_text(encoding="utf-8")
     config.write_text(text.replace("source: text", "source: tinystories_sample"), encoding="utf-8")
-    child = train(composed([*tiny, f"init_from={parent}", "name=child"]))
+    child = trained_folder([*tiny, f"init_from={parent}", "name=child"])
     out = tmp_path / "out"
     export(Run.open(child), out, ExportConfig("safetensors"))
     card = (out / "README.md").read_text(encoding="utf-8")
@@ -144,7 +143,7 @@ def test_the_card_tells_of_the_data_of_both(tiny: list[str], parent: Path, tmp_p
     assert "license: " not in card
     assert read_run(child).epochs == pytest.approx(1280 / read_summary(child)["train_tokens"])
     summary.unlink()
-    alone = train(composed([*tiny, f"init_from={parent}", "name=alone"]))
+    alone = trained_folder([*tiny, f"init_from={parent}", "name=alone"])
     assert read_summary(alone)["init_from"]["seconds"] is None
     export(Run.open(alone), out, ExportConfig("safetensors"))
     card = (out / "README.md").read_text(encoding="utf-8")
@@ -181,7 +180,7 @@ def test_a_summary_that_no_run_wrote_is_one_line(
 def test_the_scaling_study_counts_all_tokens_and_compares_it_with_its_like_alone(
     tiny: list[str], parent: Path, tmp_path: Path
 ):
-    child = train(composed([*tiny, f"init_from={parent}", "name=child"]))
+    child = trained_folder([*tiny, f"init_from={parent}", "name=child"])
     for folder in (child, keep_run(child, tmp_path / "kept")):
         run = read_run(folder)
         assert run.tokens == 2560
@@ -208,12 +207,12 @@ def test_what_does_not_fit_is_told_before_anything_is_made(
     tiny: list[str], parent: Path, typed: list[str], named: str
 ):
     with pytest.raises(UserError, match=named):
-        train(composed([*tiny, f"init_from={parent}", "name=child", *typed]))
+        trained_folder([*tiny, f"init_from={parent}", "name=child", *typed])
     assert not (parent.parent / "child").exists()
 
 
 def test_the_context_may_be_another(tiny: list[str], parent: Path):
-    child = train(composed([*tiny, f"init_from={parent}", "name=child", "model.context_length=32"]))
+    child = trained_folder([*tiny, f"init_from={parent}", "name=child", "model.context_length=32"])
     assert Run.open(child).load_net().config.context_length == 32
 
 
@@ -221,11 +220,11 @@ def test_a_run_that_began_with_random_weights_does_not_go_on_with_others(
     tiny: list[str], parent: Path
 ):
     with pytest.raises(UserError, match=r"(?=.*init_from=null)(?=.*/parent\b)"):
-        train(composed([*tiny, "name=parent", "resume=auto", f"init_from={parent}"]))
+        trained_folder([*tiny, "name=parent", "resume=auto", f"init_from={parent}"])
 
 
 def test_the_mean_with_what_a_run_began_with(tiny: list[str], parent: Path, tmp_path: Path):
-    child = train(composed([*tiny, f"init_from={parent}", "name=child"]), size="small")
+    child = trained_folder([*tiny, f"init_from={parent}", "name=child"])
     out, mean = tmp_path / "out", ExportConfig("safetensors", dtype="float32", average=True)
     export(Run.open(child), out, mean)
     nets = [Run.open(folder).load_net().state_dict() for folder in (parent, child, out)]
@@ -240,7 +239,7 @@ def test_the_mean_with_what_a_run_began_with(tiny: list[str], parent: Path, tmp_
     with pytest.raises(UserError, match="--average"):
         export(Run.open(out), tmp_path / "other", mean)
     shutil.rmtree(parent)
-    train(composed([*tiny, "name=parent", "seed=2"]), size="small")
+    trained_folder([*tiny, "name=parent", "seed=2"])
     with pytest.raises(UserError, match="(?=.*parent)(?=.*--average)"):
         export(Run.open(child), tmp_path / "other", mean)
     assert not (tmp_path / "other").exists()

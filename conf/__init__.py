@@ -1,0 +1,1 @@
+"""The settings of train and evaluate, for Hydra; installed as `minigpt.conf`."""
