@@ -1,6 +1,11 @@
 """A corpus of a few hundred short stories and a net of a few thousand parameters."""
 
 import os
+
+# Before PyTorch is imported: nets this small are slower on two threads than on one.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MINIGPT_LOCAL"] = "none"  # conf/local, the settings of this machine, is not of a test
+
 import random
 import re
 from pathlib import Path
@@ -12,10 +17,6 @@ from minigpt.cli.compose import load_config
 from minigpt.kernels import decode
 from minigpt.training.config import TrainConfig
 from minigpt.training.loop import train
-
-# Nets this small are slower on two threads than on one, most of all beside other work.
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["MINIGPT_LOCAL"] = "none"  # the settings of this machine, conf/local, are not of a test
 
 ROOT = Path(__file__).parent.parent
 

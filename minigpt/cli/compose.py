@@ -182,7 +182,8 @@ def typed_class(name: str, overrides: Sequence[str]) -> Any:
     """Return the model class that `overrides` name, or None."""
     prefix = f"{CLASS_PATH[name]}="
     paths = [word.removeprefix(prefix) for word in overrides if word.startswith(prefix)]
-    return import_class(paths[-1], CLASS_PATH[name]) if paths else None
+    path = paths[-1] if paths else "null"
+    return None if path == "null" else import_class(path, CLASS_PATH[name])
 
 
 def import_class(path: str, argument: str) -> Any:

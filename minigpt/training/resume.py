@@ -226,8 +226,9 @@ def run_lock(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
-            f"{folder} is being trained by another process: wait for it, or choose another name"
-        ) from None
+            f"{folder} is being trained by another process: wait for it, or choose another name",
+            "name", folder.name,
+        ) from None  # fmt: skip
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ from minigpt.core.settings import UserError
 from minigpt.evaluation import EvaluationConfig, StoriesConfig, evaluate
 from minigpt.runs.folder import Run, new_run_folder
 from minigpt.runs.records import read_metrics, read_summary
-from tests.conftest import ROOT, composed, trained_folder
+from tests.conftest import ROOT, composed, naming, trained_folder
 
 pytestmark = pytest.mark.timeout(300)  # a process imports for five seconds, on a core of its own
 
@@ -86,10 +86,10 @@ def test_the_others_find_the_folder_that_the_first_process_makes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     monkeypatch.setenv("MINIGPT_RUN_FOLDER", "none yet")  # is put back at the end
-    first = new_run_folder(tmp_path, None)
+    first = new_run_folder(tmp_path, None, "small")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert (global_rank(), new_run_folder(tmp_path, None)) == (1, first)
+    assert (global_rank(), new_run_folder(tmp_path, None, "small")) == (1, first)
     monkeypatch.delenv("MINIGPT_RUN_FOLDER")
-    assert new_run_folder(tmp_path, "mine") == tmp_path / "mine"
-    with pytest.raises(UserError, match="name="):
-        new_run_folder(tmp_path, None)
+    assert new_run_folder(tmp_path, "mine", "small") == tmp_path / "mine"
+    with pytest.raises(UserError, match=naming("name")):
+        new_run_folder(tmp_path, None, "small")

@@ -47,7 +47,7 @@ def test_a_run_folder_holds_all_there_is_to_know(tiny: list[str], tmp_path: Path
     assert abs(training[0]["train/loss"] - math.log(300)) < 0.1
     assert [sample["step"] for sample in read_samples(folder)] == [10, 20]
     summary = read_summary(folder)
-    assert (summary["status"], summary["steps"], summary["model"]) == ("finished", 20)
+    assert (summary["status"], summary["steps"], summary["model"]) == ("finished", 20, "small")
     net = Run.open(folder).load_net()
     assert summary["flops_per_token"] == net.flops_per_token()
     assert (
@@ -178,7 +178,7 @@ def test_two_runs_of_the_same_second_do_not_share_a_folder(
 
 def test_a_folder_without_a_checkpoint_is_not_to_be_gone_on_with(tiny: list[str], tmp_path: Path):
     (tmp_path / "runs/empty").mkdir(parents=True)
-    with pytest.raises(UserError, match="(?=.*runs/empty)(?=.*resume=auto)"):
+    with pytest.raises(UserError, match="(?=.*runs/empty)(?=.*resume=.auto)"):
         trained_folder([*tiny, "name=empty"])
     trained_folder([*tiny, "name=empty", "resume=auto"])
 
@@ -187,7 +187,7 @@ def test_a_logger_that_is_not_installed_leaves_no_folder(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("minigpt.training.loggers.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"(?=.*logger=tensorboard)(?=.*\[tensorboard\])"):
+    with pytest.raises(UserError, match=r"(?=.*logger=.*tensorboard)(?=.*pip install tensorboard)"):
         trained_folder([*tiny, "logger=tensorboard"])
     assert not (tmp_path / "runs").exists()
 
@@ -243,7 +243,7 @@ def test_the_end_is_kept_when_a_checkpoint_is_due_there_and_validation_is_not(ti
         (["model.d_model=100", "model.n_heads=8"], ["d_model", "100", "n_heads"]),
         (["budget=3"], ["budget=3", "budget."]),
         (["budget.tokens=100"], ["2,048", "budget.tokens=2048"]),
-        (["budget.tokens=1e6"], ["500", "488", "optimizer.warmup_steps", "budget.tokens"]),
+        (["budget.tokens=1e6"], ["500", "488", "optimizer.warmup_steps=48"]),
         (["trainer.max_steps=100"], ["trainer.max_steps=100", "budget.tokens=204800"]),
         (["trainer.max_epochs=3"], ["trainer.max_epochs=3", "budget.tokens"]),
         (["resume=runs/absent"], ["runs/absent"]),

@@ -1,0 +1,222 @@
+"""Every file under conf/ composes, and agrees with the dataclasses and with the reference."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import hydra
+import pytest
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+
+from minigpt.cli.compose import compose_values, defaults, load_config
+from minigpt.core.settings import UserError, flat, plain
+from minigpt.evaluation import EvaluationConfig
+from minigpt.model import GPT, GPTConfig
+from minigpt.runs.records import read_metrics
+from minigpt.training.config import TrainConfig
+from minigpt.training.loop import train
+from tests.conftest import ROOT, composed, naming, tiny_overrides
+
+OPTIONS = sorted(
+    path.relative_to(ROOT / "conf").with_suffix("")
+    for path in (ROOT / "conf").glob("*/*.yaml")
+    if path.parent.name != "local"
+)
+LAUNCHERS = sorted(path.stem for path in (ROOT / "conf/hydra/launcher").glob("*.yaml"))
+
+
+def needed(option: Path) -> list[str]:
+    return ["data.train_files=[a.txt]"] if option.name == "text" else []
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
+def test_every_option_composes(option: Path):
+    config = composed([f"{option.parent}={option.name}", *needed(option)])
+    assert config.budget.tokens > 0
+
+
+@pytest.mark.parametrize(
+    "option", [option for option in OPTIONS if str(option.parent) != "experiment"], ids=str
+)
+def test_an_option_is_the_dataclass_with_what_its_file_says(option: Path):
+    """What the command line composes is what Python builds from the same values."""
+    group = str(option.parent)
+    said = yaml.safe_load((ROOT / "conf" / f"{option}.yaml").read_text(encoding="utf-8")) or {}
+    said = {key: value for key, value in said.items() if "${" not in str(value)}
+    if option.name == "text":
+        said["train_files"] = ["a.txt"]
+    if said.pop("defaults", None):
+        assert option.name == "ddp"
+    expected = TrainConfig.from_dict({group: said})
+    config = composed([f"{group}={option.name}", *needed(option)])
+    if option.name == "tinystories":
+        expected = dataclasses.replace(
+            expected, data=dataclasses.replace(expected.data, download_tokens=10_000_000)
+        )
+    assert dataclasses.replace(config, size=None) == dataclasses.replace(expected, size=None)
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
+def test_no_file_repeats_a_default_of_the_dataclasses(option: Path):
+    if str(option.parent) == "experiment":
+        return
+    said = yaml.safe_load((ROOT / "conf" / f"{option}.yaml").read_text(encoding="utf-8")) or {}
+    unresolved = defaults("train")[str(option.parent)]
+    repeated = [key for key, value in said.items() if unresolved.get(key, "none") == value]
+    assert repeated == []
+
+
+def test_the_defaults_of_the_command_line_are_those_of_the_dataclasses():
+    assert load_config("train") == TrainConfig()
+    assert load_config("evaluate") == EvaluationConfig()
+
+
+def test_every_setting_is_typed_without_a_plus():
+    values = flat(compose_values("train")[0])
+    for name in flat(defaults("train")):
+        assert name in values
+        compose_values("train", [f"{name}=null"])
+
+
+@pytest.mark.filterwarnings(r"ignore:\s*'hydra/launcher")  # as in cli/run.py
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_every_launcher_composes_with_or_without_its_package(name: str):
+    values, size = compose_values("train", [f"hydra/launcher={name}"])
+    assert values["budget"]["tokens"] > 0
+    assert size == "small"
+
+
+def test_fsdp_is_one_override_away_and_says_what_it_needs():
+    whole = ["trainer.strategy=fsdp", "callbacks=quiet", "optimizer=adamw"]
+    assert composed(whole).trainer.strategy == "fsdp"
+    with pytest.raises(UserError, match=naming("trainer.strategy", "optimizer")) as muon:
+        composed(whole[:2])
+    assert muon.value.fix == {"optimizer": "adamw"}
+    with pytest.raises(UserError, match=naming("trainer.strategy", "callbacks")) as stories:
+        composed(["trainer.strategy=fsdp"])
+    assert stories.value.fix == {"callbacks": "quiet"}
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters"),
+    [
+        ("small", 1_046_656), ("medium", 3_404_032), ("large", 7_072_128),  # the reference's
+        ("w32", 138_784), ("w64", 359_488), ("w96", 662_112), ("w192", 2_061_504),
+        ("w320", 5_074_240),
+    ],
+)  # fmt: skip
+def test_the_sizes_differ_by_width_alone(size: str, parameters: int):
+    config = composed([f"model={size}"])
+    assert config.size == size
+    assert GPT(config.model).n_parameters == parameters
+    shape = config.model
+    assert (shape.n_layers, shape.vocab_size, shape.context_length) == (5, 3000, 256)
+    assert shape.d_model / shape.n_heads == 32
+    assert shape.d_ff == 2 * shape.d_model
+
+
+def test_the_default_recipe():
+    config = composed([])
+    o = config.optimizer
+    assert (o.name, o.beta1, o.beta2, o.schedule) == ("muon", 0.9, 0.999, "linear")
+    assert (o.weight_decay, o.warmup_steps, o.grad_clip, o.final_lr) == (0.1, 500, 1.0, 0.0)
+    assert (config.data.source, config.data.batch_size) == ("tinystories_sample", 8)
+    full = composed(["experiment=full"])
+    assert (full.budget.tokens, full.data.source) == (104_000_000, "tinystories")
+    assert (full.data.batch_size, full.data.download_tokens) == (32, 104_000_000)
+
+
+def test_the_reference_recipe_is_one_override_away():
+    config = composed(["experiment=reference", "model=medium", "budget.tokens=104e6"])
+    o = config.optimizer
+    assert (o.name, o.beta1, o.beta2, o.weight_decay) == ("adamw", 0.9, 0.999, 0.1)
+    assert (o.warmup_steps, o.schedule, o.final_lr) == (500, "cosine", 0.0)
+    assert (config.model.embedding_scale, config.model.dropout) == (1.0, 0.0)
+    assert config.model.d_model == 256
+    assert (config.data.batch_size, config.data.random_offset) == (32, False)
+
+
+def test_the_vocabulary_of_the_model_follows_the_tokenizer():
+    assert composed(["data.vocab_size=500"]).model.vocab_size == 500
+    assert composed([]).model == GPTConfig(d_model=128, n_heads=4, d_ff=256)
+
+
+def test_the_evaluation_config_composes_with_and_without_another_corpus():
+    for overrides in ([], ["data=text", "data.valid_files=[a.txt]"]):
+        config = load_config("evaluate", ["ckpt=x", *overrides])
+        assert (config.data is not None) == bool(overrides)
+
+
+def test_load_config_records_overrides_and_size():
+    typed = ["model=large", "budget.tokens=20e6"]
+    config = load_config("train", typed)
+    assert (config.overrides, config.size) == (tuple(typed), "large")
+    assert config.budget.tokens == 20_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "names"),
+    [
+        ("trian", [], ["trian", "train"]),
+        ("train", ["model=tiny"], ["model=tiny"]),
+        ("train", ["modle=small"], ["modle", "model"]),
+        ("train", ["model.d_modle=3"], ["model.d_modle", "model.d_model"]),
+        ("train", ["optimizer.lr=fast"], ["optimizer.lr", "fast"]),
+        ("train", ["model.d_model=15"], ["model", "15"]),
+        ("train", ["model.class_path=no.Such"], ["model.class_path", "no.Such"]),
+        ("train", ["model.class_path=pathlib.Path"], ["model.class_path", "pathlib.Path"]),
+    ],
+)
+def test_load_config_names_what_is_unknown_in_one_line(name, overrides, names):
+    with pytest.raises(UserError, match=naming(*names)) as error:
+        load_config(name, overrides)
+    assert str(error.value).isprintable()
+
+
+def test_load_config_takes_groups_of_ones_own(tmp_path: Path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/mine.yaml").write_text("d_model: 64\nn_heads: 2\n")
+    config = load_config("train", ["model=mine"], config_dir=tmp_path)
+    assert (config.model.d_model, config.size) == (64, "mine")
+    with pytest.raises(UserError, match=naming("config_dir")):
+        load_config("train", config_dir=tmp_path / "absent")
+
+
+def test_load_config_restores_another_hydra_application(tmp_path: Path):
+    (tmp_path / "theirs.yaml").write_text("a: 1\n")
+    with hydra.initialize_config_dir(str(tmp_path), version_base="1.3"):
+        before = GlobalHydra.instance()
+        assert load_config("train").seed == 1
+        assert GlobalHydra.instance() is before
+        assert hydra.compose("theirs").a == 1
+    assert not GlobalHydra.instance().is_initialized()
+    assert not HydraConfig.initialized()
+
+
+def test_a_notebook_and_the_command_line_have_the_same_losses(tmp_path: Path):
+    overrides = [*tiny_overrides(tmp_path), "name=typed"]
+    command = [sys.executable, "train.py", *overrides]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    config = dataclasses.replace(load_config("train", overrides), name="notebook")
+    folders = tmp_path / "runs/typed", train(config).folder
+    losses = [[row["train/loss"] for row in read_metrics(f) if "lr" in row] for f in folders]
+    assert len(losses[0]) == 20
+    assert losses[0] == losses[1]
+
+
+def test_settings_survive_the_way_through_plain_values():
+    config = load_config("train", ["model=w64", "optimizer=adamw"])
+    assert TrainConfig.from_dict(plain(config)) == config
+
+
+def test_a_machine_has_settings_of_its_own_outside_git(tmp_path, monkeypatch):
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local/mine.yaml").write_text(
+        "# @package _global_\ntrainer:\n  precision: 32-true\n"
+    )
+    monkeypatch.setenv("MINIGPT_LOCAL", "mine")
+    assert load_config("train", config_dir=tmp_path).trainer.precision == "32-true"
+    assert load_config("train").trainer.precision == "auto"

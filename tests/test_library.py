@@ -1,0 +1,171 @@
+"""The library: what `import minigpt` gives, and what training from Python leaves behind."""
+
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+import minigpt
+from minigpt.core.settings import UserError
+from minigpt.evaluation import EvaluationConfig, StoriesConfig
+from minigpt.runs.records import read_metrics, read_summary
+from tests.conftest import ROOT, composed, naming, write_stories
+
+FEW = EvaluationConfig(stories=StoriesConfig(prompts=("Once",), n=1, max_tokens=5), words=("Tom",))
+
+
+def python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def test_import_costs_no_torch_and_less_than_a_tenth_of_a_second():
+    code = (
+        "import sys, time; began = time.process_time(); import minigpt\n"
+        "print(time.process_time() - began, 'torch' in sys.modules, 'hydra' in sys.modules)"
+    )
+    seconds, torch_loaded, hydra_loaded = python(code).split()
+    assert float(seconds) < 0.1
+    assert (torch_loaded, hydra_loaded) == ("False", "False")
+
+
+def test_every_public_name_loads_and_has_a_docstring():
+    assert set(dir(minigpt)) == set(minigpt.__all__)
+    for name in minigpt.__all__:
+        value = getattr(minigpt, name)
+        assert value.__doc__, name
+    assert minigpt.__version__[0].isdigit()
+    assert (ROOT / "minigpt/py.typed").is_file()
+
+
+def test_an_unknown_name_is_one_line_that_lists_the_others():
+    with pytest.raises(AttributeError, match=naming("trian", "train", "load_config")) as error:
+        _ = minigpt.trian
+    assert str(error.value).isprintable()
+
+
+def state_of_the_process() -> dict:
+    names = ("", "minigpt", "lightning.pytorch", "lightning.fabric")
+    loggers = [logging.getLogger(name) for name in names]
+    return {
+        "warnings": list(warnings.filters),
+        "logging": [(logger.level, list(logger.handlers)) for logger in loggers],
+        "signals": [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
+        "matmul": torch.get_float32_matmul_precision(),
+        "threads": torch.get_num_threads(),
+        "random": random.getstate(),
+        "numpy": np.random.get_state()[1].tolist(),
+        "torch": torch.get_rng_state().tolist(),
+        "environment": dict(os.environ),
+    }
+
+
+class Fail(Callback):
+    """Raises at the end of the fifth batch."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == 5:
+            raise RuntimeError("the power is gone")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_training_leaves_the_process_as_it_was(tiny: list[str], fails: bool):
+    config = composed(tiny)
+    before = state_of_the_process()
+    if fails:
+        with pytest.raises(RuntimeError, match="the power is gone"):
+            minigpt.train(config, callbacks=[Fail()])
+    else:
+        minigpt.train(config)
+    after = state_of_the_process()
+    assert {key: after[key] for key in before if after[key] != before[key]} == {}
+
+
+def test_training_works_in_a_thread(tiny: list[str]):
+    runs: list[minigpt.Run] = []
+    config = composed(tiny)
+    thread = threading.Thread(target=lambda: runs.append(minigpt.train(config)))
+    thread.start()
+    thread.join()
+    assert read_summary(runs[0].folder)["status"] == "finished"
+
+
+def test_several_devices_from_python_are_one_line(tiny: list[str], tmp_path: Path):
+    config = composed([*tiny, "trainer=ddp", "trainer.devices=2"])
+    code = "from minigpt.core import distributed; print(distributed.may_start_processes())"
+    assert python(code) == "False"
+    with pytest.raises(UserError, match=naming("trainer.devices=2")) as error:
+        minigpt.train(config)
+    assert str(error.value).isprintable()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_callbacks_are_called_by_lightning(tiny: list[str]):
+    steps: list[int] = []
+
+    class Count(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            steps.append(trainer.global_step)
+
+    minigpt.train(composed(tiny), callbacks=[Count()])
+    assert steps == list(range(1, 21))
+
+
+def stories_of(path: Path) -> Iterator[str]:
+    yield from path.read_text(encoding="utf-8").split("\n<|endoftext|>\n")
+
+
+def test_stories_from_an_iterable_train_as_those_of_a_file(tiny: list[str], tmp_path: Path):
+    typed = [word for word in tiny if not word.startswith(("data=", "data.train", "data.valid"))]
+    train, valid = stories_of(tmp_path / "train.txt"), stories_of(tmp_path / "valid.txt")
+    given = minigpt.train(composed(typed), stories=train, valid_stories=valid)
+    named = minigpt.train(composed(tiny))
+    losses = [[row["train/loss"] for row in read_metrics(r.folder) if "lr" in row]
+              for r in (given, named)]  # fmt: skip
+    assert losses[0] == losses[1]
+    evaluation = minigpt.evaluate(given, FEW)
+    assert evaluation.perplexity == pytest.approx(
+        read_summary(given.folder)["val/perplexity"], rel=1e-4
+    )
+    with pytest.raises(UserError, match=naming("stories")):
+        minigpt.train(composed(typed), stories=[])
+    with pytest.raises(UserError, match=naming("stories", "int")):
+        minigpt.train(composed(typed), stories=[1, 2])
+    with pytest.raises(UserError, match=naming("valid_stories")):
+        minigpt.train(composed(typed), valid_stories=["Once."])
+    assert not list((tmp_path / "cache/stories").glob("*.tmp"))
+
+
+def test_stories_without_a_validation_split_are_held_out(tiny: list[str], tmp_path: Path):
+    typed = [word for word in tiny if not word.startswith(("data=", "data.train", "data.valid"))]
+    path = write_stories(tmp_path / "all.txt", 300, 5)
+    run = minigpt.train(composed([*typed, "data.holdout=0.1"]), stories=stories_of(path))
+    assert run.config["data"]["holdout"] == 0.1
+    assert read_summary(run.folder)["status"] == "finished"
+
+
+def test_a_run_reads_its_files_once(tiny: list[str], monkeypatch: pytest.MonkeyPatch):
+    run = minigpt.Run.load(minigpt.train(composed(tiny)).folder)
+    assert (run.config is run.config, run.tokenizer is run.tokenizer) == (True, True)
+    assert run.summary["steps"] == 20
+    assert minigpt.Run.load(run) is run
+
+
+def test_a_story_is_streamed_from_a_run(tiny: list[str]):
+    run = minigpt.train(composed(tiny))
+    sampling = minigpt.SamplingConfig(max_tokens=8, seed=1)
+    pieces = list(minigpt.stream_story(run, "Tom had", sampling))
+    assert "".join(pieces) == minigpt.generate(run, "Tom had", 1, sampling)[0]
