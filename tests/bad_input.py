@@ -443,7 +443,7 @@ VERBS: list[Case] = [
     ("minigpt probe runs/tiny --analogy a - b", None, ("a - b", "princess - girl + boy")),
     ("minigpt probe runs/tiny --out train.txt", None, ("--out", "train.txt")),
     ("minigpt scaling nowhere", None, "nowhere"),
-    ("minigpt scaling cache", None, ("cache", "train.py")),
+    ("minigpt scaling cache", None, ("cache", "train")),
     (
         "minigpt scaling runs",
         write("runs/tiny/metrics.csv", "step,tokens\n1,x\n"),

@@ -257,9 +257,9 @@ def scaling(
     """
     from rich.console import Console
 
+    from minigpt.scaling.fit import run_warnings
     from minigpt.scaling.results import find_runs, keep_run, read_run
-    from minigpt.scaling.study import write_scaling
-    from minigpt.scaling.tables import notes, rich_table
+    from minigpt.scaling.tables import REFERENCE_NOTE, law_line, rich_table, write_scaling
 
     _check_folder(out)
     _check_folder(keep, "--keep")
@@ -269,13 +269,13 @@ def scaling(
             if run.point:
                 keep_run(run.path, keep)
     out = out or (folders[0] if folders[0].is_dir() else runs[0].path)
-    lines = write_scaling(runs, out)
+    laws = map(law_line, write_scaling(runs, out))
+    wrote = f"Wrote {out / 'scaling.md'}, scaling.json and figures."
+    paragraphs = (REFERENCE_NOTE, "\n".join(run_warnings(runs)), "\n".join(laws), wrote)
     console = Console()
-    console.print(rich_table(runs), "", notes(runs), sep="\n", markup=False, highlight=False)
-    for line in lines:
-        said = f"{line.label}: {line.verdict}" if line.fits else line.no_fit
-        console.print("", said, sep="\n", markup=False, highlight=False)
-    console.print("", f"Wrote {out / 'scaling.md'}, scaling.json and figures.", markup=False)
+    console.print(rich_table(runs))
+    for paragraph in filter(None, paragraphs):
+        console.print("", paragraph, sep="\n", markup=False, highlight=False)
 
 
 @app.command()
