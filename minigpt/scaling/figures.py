@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from minigpt.core.plots import INK, new_figure
 from minigpt.core.text import human_count
 from minigpt.model import perplexity
 from minigpt.scaling.fit import RunGroup
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, FAINT, REFERENCE_COLOUR = "#374151", "#e5e7eb", "#6b7280"
+REFERENCE_COLOUR = "#6b7280"
 LABEL = 9  # font size of the numbers at points
 ABOVE, BELOW = ((7, 5), "bottom"), ((-7, -5), "top")  # offset and vertical alignment of a number
 
@@ -119,17 +120,10 @@ def _styles(runs: Sequence[RunResult]) -> list[tuple[RunResult, Any, str, str]]:
 
 
 def _axes(xlabel: str, title: str) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure  # here: slow to import; not pyplot: no global figures
-
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set(xlabel=xlabel, ylabel="validation perplexity")
+    figure = new_figure(11, 5)
+    (axes,) = figure.axes
+    axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel="validation perplexity")
     axes.set_title(f"{title} (both axes logarithmic)", loc="left", fontsize=11)
-    axes.grid(color=FAINT, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
