@@ -7,14 +7,12 @@ must not wait for torch. Training and evaluation are `train.py` and `evaluate.py
 from __future__ import annotations
 
 import logging
-import re
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-import typer.core
 
 from minigpt.core.console import show_log
 from minigpt.core.settings import UserError, one_line
@@ -129,31 +127,7 @@ def _standard_input() -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-class _AnalogyCommand(typer.core.TyperCommand):
-    """Takes an analogy as it is spoken, too: --analogy princess - girl + boy, without quotes."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, join_analogies(args))
-
-
-def join_analogies(args: list[str]) -> list[str]:
-    """`args` with the words and signs behind each --analogy as one argument.
-
-    A sign is followed by its word or stands in front of it: `- girl` or `-girl`.
-    """
-    joined: list[str] = []
-    for arg in args:
-        behind = len(joined) > 1 and joined[-2] == "--analogy"
-        after_sign = behind and re.search(r"[-+−–]$", joined[-1])
-        is_sign = re.fullmatch(r"[-+−–]|[+−–]\w+|-(?!h$)\w+", arg)
-        if behind and (after_sign or is_sign):
-            joined[-1] += f" {arg}"
-        else:
-            joined.append(arg)
-    return joined
-
-
-@app.command(cls=_AnalogyCommand)
+@app.command()
 def probe(
     run: Annotated[Path, typer.Argument(help="A run folder, or a checkpoint file in one.")],
     near: Annotated[
@@ -161,7 +135,9 @@ def probe(
     ] = None,
     analogy: Annotated[
         list[str] | None,
-        typer.Option(help="Such as princess - girl + boy; may be repeated.", metavar="A - B + C"),
+        typer.Option(
+            help="Such as 'princess - girl + boy'; may be repeated.", metavar="'A - B + C'"
+        ),
     ] = None,
     k: Annotated[int, typer.Option(min=1, help="How many tokens to show.")] = 5,
     out: Annotated[
@@ -188,28 +164,28 @@ def probe(
     from minigpt.runs.folder import Run
 
     _check_folder(out)
-    asked = {text: parse_analogy(text) for text in analogy or []}
+    analogies = {text: parse_analogy(text) for text in analogy or []}
     opened = Run.open(run)
     probe = EmbeddingProbe(opened.load_net(), opened.load_tokenizer())
-    looks = {f"Nearest to {word}": partial(probe.neighbours, word, k) for word in near or []}
-    looks |= {text: partial(probe.analogy, *words, k) for text, words in asked.items()}
-    console, split = Console(), {}
-    for title, look in looks.items():
+    queries = {f"Nearest to {word}": partial(probe.neighbours, word, k) for word in near or []}
+    queries |= {text: partial(probe.analogy, *words, k) for text, words in analogies.items()}
+    console, problems = Console(), {}
+    for title, query in queries.items():
         try:
-            console.print(word_table(title, look()))
+            console.print(word_table(title, query()))
         except SplitWordError as error:
-            split[str(error)] = None  # once, though asked twice
-    if not near and not asked:
+            problems[str(error)] = None  # each once
+    if not queries:
         answers = ask(probe)
         console.print(score_table(answers), score_line(answers), sep="\n")
     try:
-        found, path = embedding_map(probe), (out or opened.place) / MAP
-        write_map(found, path)
-        console.print(f"Wrote {path}. {caption(found)}", markup=False, highlight=False)
-    except FewWordsError as error:  # the tables stand without it
+        layout, path = embedding_map(probe), (out or opened.place) / MAP
+        write_map(layout, path)
+        console.print(f"Wrote {path}. {caption(layout)}", markup=False, highlight=False)
+    except FewWordsError as error:  # the tables are of use without it
         console.print(f"No map: {error}", markup=False, highlight=False)
-    if split:
-        raise UserError("; ".join(split))
+    if problems:
+        raise UserError("; ".join(problems))
 
 
 @app.command()
