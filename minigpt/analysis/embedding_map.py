@@ -55,7 +55,6 @@ class EmbeddingMap:
     """Positions of words, and what shows how far the two dimensions can be trusted."""
 
     words: dict[str, list[str]]  # of each cluster, those that are single tokens
-    left_out: list[str]  # the others
     points: Tensor  # (n, 2), in the order of `words`
     explained: float  # share of the variance in the two dimensions
     within: float  # mean cosine of two words of one cluster, in all d dimensions
@@ -88,7 +87,6 @@ def embedding_map(
     other = ~torch.eye(len(kept), dtype=torch.bool)
     return EmbeddingMap(
         words=words,
-        left_out=[word for members in clusters.values() for word in members if word not in kept],
         points=points,
         explained=(s[:2].square().sum() / s.square().sum()).item(),
         within=cosines[same & other].mean().item(),

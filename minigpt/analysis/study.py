@@ -24,12 +24,7 @@ from minigpt.analysis.coherence import (
     story_openings,
     write_continuations,
 )
-from minigpt.analysis.embedding_map import (
-    FewWordsError,
-    caption,
-    embedding_map,
-    write_map,
-)
+from minigpt.analysis.embedding_map import FewWordsError, caption, embedding_map, write_map
 from minigpt.analysis.embeddings import EmbeddingProbe
 from minigpt.analysis.repetition import COPIED, NOVELTY_STORIES, Repetition, measure
 from minigpt.core.files import write_json, write_text

@@ -152,13 +152,7 @@ def probe(
     from rich.console import Console
 
     from minigpt.analysis.analogies import ask
-    from minigpt.analysis.embedding_map import (
-        MAP,
-        FewWordsError,
-        caption,
-        embedding_map,
-        write_map,
-    )
+    from minigpt.analysis.embedding_map import MAP, FewWordsError, caption, embedding_map, write_map
     from minigpt.analysis.embeddings import EmbeddingProbe, SplitWordError, parse_analogy
     from minigpt.cli.tables import score_line, score_table, word_table
     from minigpt.runs.folder import Run

@@ -23,20 +23,9 @@ from minigpt.core.files import refuse_links_out, write_json, write_text
 from minigpt.core.settings import UserError
 from minigpt.core.text import human_count
 from minigpt.data.preparation import DataConfig
-from minigpt.runs.folder import (
-    CONFIG,
-    METRICS,
-    SUMMARY,
-    Run,
-)
+from minigpt.runs.folder import CONFIG, METRICS, SUMMARY, Run
 from minigpt.runs.provenance import Origin, origin
-from minigpt.runs.records import (
-    Row,
-    last_values,
-    read_metrics,
-    read_summary,
-    series,
-)
+from minigpt.runs.records import Row, last_values, read_metrics, read_summary, series
 
 LATE = 0.05  # share of a run, at its end, whose logged steps give its training loss
 KEPT_ROWS = 200  # about as many rows of the training before that stay in a copied metrics.csv

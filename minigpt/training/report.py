@@ -23,14 +23,7 @@ from minigpt.core.files import write_text
 from minigpt.core.plots import INK, new_figure, to_svg
 from minigpt.core.text import human_count, human_time
 from minigpt.runs.folder import CONFIG, REPORT
-from minigpt.runs.records import (
-    Row,
-    last_values,
-    read_metrics,
-    read_samples,
-    read_summary,
-    series,
-)
+from minigpt.runs.records import Row, last_values, read_metrics, read_samples, read_summary, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
