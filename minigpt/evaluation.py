@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from minigpt.analysis.embeddings import EmbeddingProbe, SplitWordError
-from minigpt.analysis.repetition import Repetition, measure
+from minigpt.analysis.embeddings import EmbeddingProbe, Tokens, tokens_or_reason
+from minigpt.analysis.repetition import NOVELTY_STORIES, Repetition, measure
 from minigpt.core.files import write_json
 from minigpt.core.hardware import Hardware
 from minigpt.core.settings import UserError, build
@@ -43,8 +43,6 @@ from minigpt.tokenizer import Tokenizer
 
 log = logging.getLogger("minigpt")
 T = TypeVar("T")
-
-NOVELTY_STORIES = 15_000  # training stories looked through at most: two seconds
 
 
 # ---------------------------------------------------------------------------- settings
@@ -293,8 +291,8 @@ class Evaluation:
     bits_per_byte: float
     temperatures: list[Temperature]
     novelty_stories: int  # training stories that novelty was measured against
-    neighbours: dict[str, list[tuple[str, float]] | str]  # or why there are none
-    analogies: dict[str, list[tuple[str, float]] | str]
+    neighbours: dict[str, Tokens | str]  # or why there are none
+    analogies: dict[str, Tokens | str]
 
 
 def evaluate(
@@ -356,8 +354,11 @@ def evaluate(
         bits_per_byte=loss.bits_per_byte(split.bytes_per_token),
         temperatures=rows,
         novelty_stories=n_training,
-        neighbours={word: _neighbours(probe, word) for word in config.words},
-        analogies={f"{a} − {b} + {c}": _analogy(probe, a, b, c) for a, b, c in config.analogies},
+        neighbours={word: tokens_or_reason(probe.neighbours, word) for word in config.words},
+        analogies={
+            f"{a} − {b} + {c}": tokens_or_reason(probe.analogy, a, b, c)
+            for a, b, c in config.analogies
+        },
     )
     write_json(out / evaluation_name(config), dataclasses.asdict(evaluation))
     return evaluation
@@ -380,17 +381,3 @@ def evaluation_name(config: EvaluationConfig) -> str:
     other = f"-{config.data.source}" if config.data else ""
     stride = f"-stride{config.stride}" if config.stride else ""
     return EVALUATION.replace(".json", f"{other}{stride}.json")
-
-
-def _neighbours(probe: EmbeddingProbe, word: str) -> list[tuple[str, float]] | str:
-    try:
-        return probe.neighbours(word)
-    except SplitWordError as error:
-        return str(error)
-
-
-def _analogy(probe: EmbeddingProbe, a: str, b: str, c: str) -> list[tuple[str, float]] | str:
-    try:
-        return probe.analogy(a, minus=b, plus=c)
-    except SplitWordError as error:
-        return str(error)

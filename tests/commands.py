@@ -17,7 +17,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         *("minigpt.training.loop", "minigpt.evaluation", "minigpt.exporting.export"),
-        *("minigpt.analysis.study", "minigpt.scaling.study", "minigpt.cli.app"),
+        *("minigpt.analysis.study", "minigpt.scaling.tables", "minigpt.cli.app"),
         *("minigpt.cli.hydra_errors", "hydra._internal.hydra", "hydra.main"),
         "omegaconf.grammar_visitor",
     ]

@@ -22,7 +22,7 @@ ELSEWHERE = {  # shown to work by other tests, or by .ci/run itself
     "make quickstart": "test_quickstart_trains_and_then_evaluates",
     "minigpt generate releases/large": "test_releases.py",
     "python train.py experiment=full": "test_conf.py, test_download.py",
-    "minigpt probe runs/<name> --near dad --analogy princess - girl + boy": "test_probe.py",
+    "minigpt probe runs/<name> --near dad --analogy 'princess - girl + boy'": "test_probe.py",
     "pip install -e '.[playground]'": "make test-browser",
     "minigpt playground runs/<name>": "tests/extra/test_browser.py",
     "python train.py -m experiment=scaling": "test_sweep.py",

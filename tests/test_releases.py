@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -67,10 +68,10 @@ def test_every_verb_works_on_a_release_and_leaves_it_alone(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     for verb in (
         "generate release --max-tokens 5 --n 2",
-        "probe release --near dad --analogy princess - girl + boy",
+        "probe release --near dad --analogy 'princess - girl + boy'",
         "export release hf",
         "scaling release --out scaling",
     ):
-        assert run_main(monkeypatch, *verb.split()) == 0, capsys.readouterr().err
+        assert run_main(monkeypatch, *shlex.split(verb)) == 0, capsys.readouterr().err
     assert {"embedding_map.png", "hf", "scaling"} <= {path.name for path in tmp_path.iterdir()}
     assert {path.name: path.read_bytes() for path in release.iterdir()} == before

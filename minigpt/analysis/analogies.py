@@ -1,4 +1,4 @@
-"""The embedding put to questions that were fixed before any answer was seen.
+"""Fixed questions to the embedding: neighbours of six words and twenty analogies.
 
 >>> answers = ask(EmbeddingProbe(net, tokenizer))
 >>> answers.analogies[0].rank
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import median
 
-from minigpt.analysis.embeddings import EmbeddingProbe, SplitWordError
+from minigpt.analysis.embeddings import EmbeddingProbe, SplitWordError, Tokens, tokens_or_reason
 from minigpt.core.text import md_table
 
 WORDS = ("dad", "mom", "king", "happy", "run", "big")
@@ -45,31 +45,30 @@ ANALOGIES = {  # first − second + third = expected; all single tokens of the s
         ("down", "up", "inside", "outside"),
     ),
 }
-Found = list[tuple[str, float]]  # tokens and their cosines, nearest first
 
 
 @dataclass(frozen=True)
 class Analogy:
-    """One question and what came of it. `problem`: why nothing did, and the rest is empty."""
+    """A question and its answer."""
 
     kind: str
     question: str  # princess − girl + boy
     expected: str
     rank: int | None  # of the expected word among all but the three asked about; 1 is the nearest
-    top: Found  # the five nearest
-    problem: str | None = None
+    top: Tokens  # the five nearest
+    problem: str | None = None  # why there is no answer
 
 
 @dataclass(frozen=True)
 class Answers:
     """The neighbours of each word, or why it has none, and the analogies."""
 
-    neighbours: dict[str, Found | str]
+    neighbours: dict[str, Tokens | str]
     analogies: list[Analogy]
 
     @property
     def summary(self) -> dict[str, float]:
-        """How many analogies could be asked; shares with rank 1 and at most 5; median rank."""
+        """Number of analogies with an answer, shares of rank 1 and of at most 5, median rank."""
         ranks = [a.rank for a in self.analogies if a.rank is not None]
         if not ranks:
             return {"asked": 0}
@@ -82,20 +81,13 @@ class Answers:
 
 
 def ask(probe: EmbeddingProbe) -> Answers:
-    """All the questions above."""
+    """Ask all the questions above."""
     return Answers(
-        neighbours={word: _neighbours(probe, word) for word in WORDS},
+        neighbours={word: tokens_or_reason(probe.neighbours, word) for word in WORDS},
         analogies=[
             _analogy(probe, kind, *words) for kind, group in ANALOGIES.items() for words in group
         ],
     )
-
-
-def _neighbours(probe: EmbeddingProbe, word: str) -> Found | str:
-    try:
-        return probe.neighbours(word)
-    except SplitWordError as error:
-        return str(error)
 
 
 def _analogy(probe: EmbeddingProbe, kind: str, a: str, b: str, c: str, expected: str) -> Analogy:
@@ -110,18 +102,18 @@ def _analogy(probe: EmbeddingProbe, kind: str, a: str, b: str, c: str, expected:
 
 
 def markdown(answers: dict[str, Answers]) -> str:
-    """embeddings.md: a column for each run."""
+    """Return embeddings.md, with a column for each run."""
     first = next(iter(answers.values()))
     parts = [
         "# Embeddings",
         "Cosines of the token embedding. Nearest first, each word once, with or without a space "
-        "before it; the words asked about are left out. The rank of an expected answer is its "
-        "place among these; 1 is the nearest.",
+        "before it; the words of the question are left out. The rank of an expected answer is its "
+        "position among these; 1 is the nearest.",
         "## Nearest neighbours",
         md_table(
             ["word", *answers],
             [
-                [word, *(_listed(found.neighbours[word]) for found in answers.values())]
+                [word, *(_listed(each.neighbours[word]) for each in answers.values())]
                 for word in first.neighbours
             ],
             left=1 + len(answers),
@@ -131,7 +123,7 @@ def markdown(answers: dict[str, Answers]) -> str:
             ["kind", "question", "expected", *answers],
             [
                 [a.kind, a.question, a.expected]
-                + [_outcome(found.analogies[i]) for found in answers.values()]
+                + [_outcome(each.analogies[i]) for each in answers.values()]
                 for i, a in enumerate(first.analogies)
             ],
             left=3 + len(answers),
@@ -139,21 +131,21 @@ def markdown(answers: dict[str, Answers]) -> str:
         "Rank of the expected answer, and the token that came first.",
         md_table(
             ["run", "asked", "rank 1", "rank 1 to 5", "median rank"],
-            [[name, *_summary_cells(found.summary)] for name, found in answers.items()],
+            [[name, *_summary_cells(each.summary)] for name, each in answers.items()],
         ),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def shown(token: str) -> str:
-    """A token as a table can hold it: a line break as \\n."""
+    """Return a token as a cell of a table, with a line break as \\n."""
     return repr(token)[1:-1] or "(a space)"
 
 
-def _listed(found: Found | str) -> str:
-    if isinstance(found, str):
-        return found
-    return ", ".join(f"{shown(word)} {cosine:.2f}" for word, cosine in found)
+def _listed(tokens: Tokens | str) -> str:
+    if isinstance(tokens, str):
+        return tokens
+    return ", ".join(f"{shown(word)} {cosine:.2f}" for word, cosine in tokens)
 
 
 def _outcome(analogy: Analogy) -> str:

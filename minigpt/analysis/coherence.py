@@ -1,12 +1,12 @@
-"""How well stories hang together, by size and temperature: what can be counted of it.
+"""Heuristics of coherence: whether the names of a story come again.
 
     >>> openings = story_openings(bundled_sample().stories("valid"), tokenizer, 200, 256)
     >>> stories = write_continuations(net, tokenizer, openings, temperature=0.8, seed=1)
     >>> coherence(stories)
 
-Each story continues the first sentence of a validation story, one that names its hero: "Once upon a
-time, there was a little girl named Lily." What the writer of that story went on with is measured in
-the same way, and is what the numbers of a model are to be held against.
+Each story continues the first sentence of a validation story, one that names its protagonist: "Once
+upon a time, there was a little girl named Lily." The rest of that validation story, measured in the
+same way, is the human baseline. Names are a heuristic: a story may keep them and make no sense.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from minigpt.generation.sampling import SamplingConfig, generate
 from minigpt.model import GPT, IGNORE_INDEX, perplexity
 from minigpt.tokenizer import Tokenizer
 
-# The whole first sentence, when its last words name somebody.
+# The whole first sentence, where its last words name somebody.
 OPENING = re.compile(r"[^.!?\"“]*\b(?:named|called) ([A-Z][a-z]+)\.(?=\s)")
-# Capitals behind a small letter or a comma: where no sentence begins.
+# A capitalised word after a lower-case letter or a comma, where no sentence begins.
 NAME = re.compile(r"(?<=[a-z,] )[A-Z][a-z]+\b")
 ROWS = 50  # stories written or scored together: at 256 tokens of the large size, 200 MB
 
 
 @dataclass(frozen=True)
 class Opening:
-    """The first sentence of a story, the name in it, and how its writer went on."""
+    """The first sentence of a story, the name in it, and the rest of the story."""
 
     text: str
     name: str
-    ids: tuple[int, ...]  # of `text`, behind an end-of-text
-    rest: str  # of the story
+    ids: tuple[int, ...]  # an end-of-text, and those of `text`
+    rest: str
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """What comes after an opening, up to the end of the story or of the model's context."""
+    """The text after an opening, up to the end of the story or of the model's context."""
 
     opening: Opening
     ids: tuple[int, ...]  # without an end-of-text
@@ -55,30 +55,32 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Coherence:
-    """Of a group of continuations. A share is None when there is nothing to take it of."""
+    """Heuristics of a group of continuations. A share of nothing is None."""
 
     unfinished: float  # share that had not ended where the context did
-    hero_kept: float | None  # share whose last third has the name of the opening
-    names: float  # others that a continuation brings in, on average
-    names_back: float | None  # share of these that come a second time
+    protagonist_retention: float | None  # share whose last third has the name of the opening
+    names: float  # mean number of other names in a continuation
+    name_recurrence: float | None  # share of these names that come a second time
 
 
 def story_openings(
     stories: Iterable[str], tokenizer: Tokenizer, n: int, context: int
 ) -> list[Opening]:
-    """The first `n` openings among `stories` that take up at most half the context, in order.
+    """Return the first `n` openings among `stories` of at most half the context, in order.
 
     Raises:
         UserError: there are fewer.
     """
     short = (o for o in _openings(stories, tokenizer) if len(o.ids) <= context // 2)
-    found = list(itertools.islice(short, n))
-    if len(found) < n:
+    openings = list(itertools.islice(short, n))
+    if len(openings) < n:
         raise UserError(
-            f"only {len(found)} stories begin by naming somebody within {context // 2} tokens, "
-            f"half the context: {n} were asked for"
+            f"only {len(openings)} stories name somebody in a first sentence of at most "
+            f"{context // 2} tokens, half the context",
+            "n",
+            n,
         )
-    return found
+    return openings
 
 
 def _openings(stories: Iterable[str], tokenizer: Tokenizer) -> Iterator[Opening]:
@@ -88,67 +90,67 @@ def _openings(stories: Iterable[str], tokenizer: Tokenizer) -> Iterator[Opening]
             yield Opening(match[0], match[1], ids, story[match.end() :])
 
 
-def told_by_their_writers(
+def original_continuations(
     openings: Sequence[Opening], tokenizer: Tokenizer, context: int
 ) -> list[Continuation]:
-    """The stories that the openings were taken from, cut where the model's context ends."""
-    found = []
+    """Return how the stories of the openings continue, cut where the model's context ends."""
+    continuations = []
     for opening in openings:
         ids = tokenizer.encode(opening.rest)
-        room = context - len(opening.ids)
-        ended = len(ids) < room  # as for a model, whose last token would be the end-of-text
-        kept = tuple(ids[:room])
-        found.append(Continuation(opening, kept, tokenizer.decode(kept), ended))
-    return found
+        capacity = context - len(opening.ids)
+        ended = len(ids) < capacity  # as for a model, whose last token would be the end-of-text
+        ids = tuple(ids[:capacity])
+        continuations.append(Continuation(opening, ids, tokenizer.decode(ids), ended))
+    return continuations
 
 
 def write_continuations(
     net: GPT, tokenizer: Tokenizer, openings: Sequence[Opening], temperature: float, seed: int
 ) -> list[Continuation]:
-    """What the model makes of each opening, in their order.
+    """Sample a continuation of each opening, in their order.
 
-    Openings of as many tokens are continued together, up to ROWS of them; each such batch has a
+    Openings of equal length are continued together, up to ROWS of them. Each such batch has a
     seed of its own, counted up from `seed`.
     """
-    found: dict[int, Continuation] = {}
+    continuations: dict[int, Continuation] = {}
     for batch_seed, batch in enumerate(_batches(openings), start=seed):
         ids = torch.tensor([openings[i].ids for i in batch])
-        room = net.config.context_length - ids.shape[1]
-        sampling = SamplingConfig(temperature, max_tokens=room, seed=batch_seed)
+        capacity = net.config.context_length - ids.shape[1]
+        sampling = SamplingConfig(temperature, max_tokens=capacity, seed=batch_seed)
         end, size = tokenizer.end_of_text, tokenizer.vocab_size
         steps = [step.ids for step in generate(net, ids, sampling, end, vocab_size=size)]
         for i, row in zip(batch, torch.stack(steps, dim=1).tolist(), strict=True):
             ended = end in row
-            kept = tuple(row[: row.index(end)] if ended else row)
-            found[i] = Continuation(openings[i], kept, tokenizer.decode(kept), ended)
-    return [found[i] for i in range(len(openings))]
+            own = tuple(row[: row.index(end)] if ended else row)
+            continuations[i] = Continuation(openings[i], own, tokenizer.decode(own), ended)
+    return [continuations[i] for i in range(len(openings))]
 
 
 def _batches(openings: Sequence[Opening]) -> Iterator[list[int]]:
     by_length: dict[int, list[int]] = {}
     for i, opening in enumerate(openings):
         by_length.setdefault(len(opening.ids), []).append(i)
-    for _, places in sorted(by_length.items()):
-        for first in range(0, len(places), ROWS):
-            yield places[first : first + ROWS]
+    for _, indices in sorted(by_length.items()):
+        for first in range(0, len(indices), ROWS):
+            yield indices[first : first + ROWS]
 
 
 def coherence(stories: Sequence[Continuation]) -> Coherence:
-    """The measures of `stories`, of which there is at least one."""
-    kept, names, back = [], [], []
+    """Measure `stories`, of which there must be at least one."""
+    retained, names, recurring = [], [], []
     for story in stories:
         words = split_words(story.text)
         if words:
             last_third = words[len(words) - -(-len(words) // 3) :]  # rounded up
-            kept.append(story.opening.name.lower() in _without_possessive(last_third))
+            retained.append(story.opening.name.lower() in _without_possessive(last_third))
         others = set(NAME.findall(story.text)) - {story.opening.name}
         names.append(len(others))
-        back += [len(re.findall(rf"\b{name}\b", story.text)) > 1 for name in sorted(others)]
+        recurring += [len(re.findall(rf"\b{name}\b", story.text)) > 1 for name in sorted(others)]
     return Coherence(
         unfinished=fmean(not story.ended for story in stories),
-        hero_kept=fmean(kept) if kept else None,
+        protagonist_retention=fmean(retained) if retained else None,
         names=fmean(names),
-        names_back=fmean(back) if back else None,
+        name_recurrence=fmean(recurring) if recurring else None,
     )
 
 
@@ -158,7 +160,7 @@ def _without_possessive(words: Iterable[str]) -> set[str]:
 
 @torch.inference_mode()
 def score(net: GPT, stories: Sequence[Continuation], end_of_text: int) -> float:
-    """The perplexity of `stories` under a model, over their own tokens and not the openings'.
+    """Return the perplexity of `stories` under a model, without the tokens of their openings.
 
     The end of a story counts where there is one. All must fit into the context of `net`, as those
     of `write_continuations` do, and have at least one token or an end.
@@ -173,7 +175,7 @@ def score(net: GPT, stories: Sequence[Continuation], end_of_text: int) -> float:
 
 
 def _rows(stories: Sequence[Continuation], end_of_text: int) -> tuple[Tensor, Tensor]:
-    """(ids, targets), both (B, T), padded behind; targets inside an opening are IGNORE_INDEX."""
+    """Return (ids, targets), both (B, T), padded; targets in an opening are IGNORE_INDEX."""
     whole = [[*s.opening.ids, *s.ids, *([end_of_text] if s.ended else [])] for s in stories]
     longest = max(map(len, whole)) - 1
     ids = torch.full((len(stories), longest), end_of_text)

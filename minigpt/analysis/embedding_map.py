@@ -1,12 +1,11 @@
-"""A map of words: the token embedding flattened to two dimensions, clusters of words in colour.
+"""A map of words: the token embedding in two dimensions, with a colour for each cluster of words.
 
->>> found = embedding_map(EmbeddingProbe(net, tokenizer))
->>> write_map(found, Path("embedding_map.png"))
+>>> layout = embedding_map(EmbeddingProbe(net, tokenizer))
+>>> write_map(layout, Path("embedding_map.png"))
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minigpt.analysis.embeddings import EmbeddingProbe
-from minigpt.core.plots import write_png
+from minigpt.core.plots import INK, new_figure, to_svg, write_png
 from minigpt.core.settings import UserError
 
 if TYPE_CHECKING:
@@ -24,9 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAP = "embedding_map.png"
-INK = "#374151"
 
-# Words of children's stories, by what they mean. Those that a tokenizer splits are left out.
+# Words of children's stories by meaning. Words that a tokenizer splits are left out.
 CLUSTERS: dict[str, tuple[str, ...]] = {
     "family roles": (
         *("mom", "dad", "mommy", "daddy", "mother", "father", "parents", "sister", "brother"),
@@ -40,7 +38,7 @@ CLUSTERS: dict[str, tuple[str, ...]] = {
 }
 COLOURS = ("#2563eb", "#d97706")  # as many as there are clusters
 
-# Where a word may stand beside its dot: offset in points, and which end of it is there.
+# Positions of a word beside its dot, best first: offset in points, and its alignment.
 SIDES = tuple(
     ((x * reach, y * reach), {1: "left", 0: "center", -1: "right"}[x])
     for reach in (6, 11, 17, 24)
@@ -54,20 +52,21 @@ class FewWordsError(UserError):
 
 @dataclass(frozen=True)
 class EmbeddingMap:
-    """Where each word lies, and how far the two dimensions can be trusted."""
+    """Positions of words, and what shows how far the two dimensions can be trusted."""
 
     words: dict[str, list[str]]  # of each cluster, those that are single tokens
-    left_out: list[str]  # the others
     points: Tensor  # (n, 2), in the order of `words`
-    explained: float  # share of the variance that the two dimensions hold
+    explained: float  # share of the variance in the two dimensions
     within: float  # mean cosine of two words of one cluster, in all d dimensions
-    between: float | None  # the same of different clusters; None: one has them all
+    between: float | None  # of two words of different clusters; None: there is one cluster
 
 
 def embedding_map(
     probe: EmbeddingProbe, clusters: Mapping[str, Sequence[str]] = CLUSTERS
 ) -> EmbeddingMap:
-    """Lay the words of `clusters` out by the two principal components of their unit embeddings.
+    """Lay out the words of `clusters` by the first two principal components of their embeddings.
+
+    The embeddings have length one.
 
     Raises:
         FewWordsError: fewer than three of the words are single tokens.
@@ -76,8 +75,8 @@ def embedding_map(
     kept = [word for members in words.values() for word in members]
     if len(kept) < 3:
         raise FewWordsError(
-            f"only {len(kept)} of its words are single tokens to this tokenizer; one with a larger "
-            "data.vocab_size, trained on more stories, has more of them"
+            f"the tokenizer has only {len(kept)} of its words as single tokens; one with a larger "
+            "data.vocab_size, trained on more stories, has more"
         )
     unit = probe.vectors(kept)  # (n, d)
     u, s, _ = torch.linalg.svd(unit - unit.mean(dim=0), full_matrices=False)
@@ -88,7 +87,6 @@ def embedding_map(
     other = ~torch.eye(len(kept), dtype=torch.bool)
     return EmbeddingMap(
         words=words,
-        left_out=[word for members in clusters.values() for word in members if word not in kept],
         points=points,
         explained=(s[:2].square().sum() / s.square().sum()).item(),
         within=cosines[same & other].mean().item(),
@@ -96,41 +94,35 @@ def embedding_map(
     )
 
 
-def caption(found: EmbeddingMap) -> str:
-    """What the map shows, and its limits, in two sentences."""
-    between = "" if found.between is None else f", two of different groups {found.between:.2f}"
+def caption(layout: EmbeddingMap) -> str:
+    """Return what the map shows, and its limits."""
+    between = "" if layout.between is None else f", two of different groups {layout.between:.2f}"
     text = (
-        f"Two words of one group have a mean cosine of {found.within:.2f}{between}. The map keeps "
-        f"{found.explained:.0%} of the variance: words that are far apart on it are different, "
+        f"Two words of one group have a mean cosine of {layout.within:.2f}{between}. The map keeps "
+        f"{layout.explained:.0%} of the variance: words that are far apart on it are different, "
         "words that are close on it may still be."
     )
     return text.replace("-0", "−0")
 
 
-def map_figure(found: EmbeddingMap) -> Figure:
-    """The map: a dot and its word for each token, one colour for each cluster."""
-    from matplotlib.figure import Figure  # here: slow to import; not pyplot: no global figures
-
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    axes = figure.add_subplot()
-    groups = found.points.split([len(members) for members in found.words.values()])
-    for colour, name, points in zip(COLOURS, found.words, groups, strict=True):
+def map_figure(layout: EmbeddingMap) -> Figure:
+    """Draw a dot and its word for each token, one colour for each cluster."""
+    figure = new_figure(8, 6)
+    (axes,) = figure.axes
+    groups = layout.points.split([len(members) for members in layout.words.values()])
+    for colour, name, points in zip(COLOURS, layout.words, groups, strict=True):
         axes.scatter(*points.T.tolist(), s=22, color=colour, label=name)
-    axes.set_xlabel("first principal component", color=INK)
-    axes.set_ylabel("second principal component", color=INK)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xlabel="first principal component", ylabel="second principal component")
+    axes.set(xticks=[], yticks=[])
     axes.margins(0.08)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(INK)
     figure.legend(frameon=False, labelcolor=INK, fontsize=11, loc="outside upper left", ncols=2)
     figure.draw_without_rendering()  # fixes where a point lies on the figure
-    _label(axes, [word for members in found.words.values() for word in members], found.points)
+    _label(axes, [word for members in layout.words.values() for word in members], layout.points)
     return figure
 
 
 def _label(axes: Axes, words: list[str], points: Tensor) -> None:
-    """Write each word beside its dot, on the first side where it covers nothing."""
+    """Write each word beside its dot, at the first position where it covers nothing."""
     from matplotlib.transforms import Bbox
 
     dots = axes.transData.transform(points.numpy())
@@ -148,21 +140,11 @@ def _label(axes: Axes, words: list[str], points: Tensor) -> None:
         taken.append(box)
 
 
-def write_map(found: EmbeddingMap, path: Path) -> None:
-    """Write the map as a PNG, whole or not at all. The folder is made if missing."""
-    write_png(map_figure(found), path, dpi=150)
+def write_map(layout: EmbeddingMap, path: Path) -> None:
+    """Write the map as a PNG, whole or not at all. The folder is created if missing."""
+    write_png(map_figure(layout), path, dpi=150)
 
 
-def map_svg(found: EmbeddingMap) -> str:
-    """The map as an <svg> element for a page: real text in the page's own colour, no ground."""
-    from matplotlib import rc_context
-
-    figure = map_figure(found)
-    figure.patch.set_visible(False)
-    figure.axes[0].patch.set_visible(False)
-    text = io.StringIO()
-    with rc_context({"svg.fonttype": "none"}):
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(text, format="svg", metadata=nothing)
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :].replace(INK, "currentColor")  # without the XML prolog
+def map_svg(layout: EmbeddingMap) -> str:
+    """Return the map as an <svg> element for a page."""
+    return to_svg(map_figure(layout))

@@ -1,4 +1,4 @@
-"""What the token embedding has learned: nearest neighbours and analogies of words.
+"""Nearest neighbours and analogies of words in the token embedding.
 
 >>> probe = EmbeddingProbe(run.load_net(), run.load_tokenizer())
 >>> probe.neighbours("dad")
@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from torch import Tensor
 from minigpt.core.settings import UserError
 from minigpt.model import GPT
 from minigpt.tokenizer import Tokenizer
+
+Tokens = list[tuple[str, float]]  # with their cosines, nearest first
 
 _MINUS = "−–-"  # minus sign, en dash, hyphen (last, as it goes into [...])
 _WORD, _SIGN = rf"([^\s+{_MINUS}]+)", rf"([+{_MINUS}])"
@@ -29,10 +31,10 @@ class SplitWordError(UserError):
 
 
 def parse_analogy(text: str) -> tuple[str, str, str]:
-    """`princess - girl + boy` as (word, minus, plus); `princess + boy - girl` is the same.
+    """Return `princess - girl + boy` as (word, minus, plus); `princess + boy - girl` is the same.
 
     Raises:
-        UserError: not three words, one of them taken away and one added.
+        UserError: `text` is not three words, one of them subtracted and one added.
     """
     match = _ANALOGY.fullmatch(text)
     if match:
@@ -43,17 +45,25 @@ def parse_analogy(text: str) -> tuple[str, str, str]:
             return word, third, second
     raise UserError(
         f"'{' '.join(text.split())}' is not an analogy: type three words such as "
-        "princess - girl + boy"
+        "'princess - girl + boy'"
     )
+
+
+def tokens_or_reason(query: Callable[..., Tokens], *words: str) -> Tokens | str:
+    """Return `query(*words)`, or why there is no answer, where a word is not a single token."""
+    try:
+        return query(*words)
+    except SplitWordError as error:
+        return str(error)
 
 
 class EmbeddingProbe:
     """Cosine geometry of the token embedding.
 
     A word stands for the token that it is inside a story, with a space before it (" dad"), or,
-    where there is none, for the bare one ("Once"). Not so in small letters, where the bare ones are
-    pieces of longer words: "art" of "started". Found tokens are shown without that space, each word
-    once at its best cosine, and the words asked about are left out in either spelling.
+    where there is none, for the bare token ("Once"). In lower case there is no such fallback, as
+    bare tokens are pieces of longer words: "art" of "started". Results have no space, each word
+    once at its best cosine, without the words of the query in either spelling.
     """
 
     def __init__(self, net: GPT | Tensor, tokenizer: Tokenizer) -> None:
@@ -63,16 +73,16 @@ class EmbeddingProbe:
         self.unit = F.normalize(known.detach().float().cpu(), dim=-1)  # (V, d), rows of length 1
         self.tokenizer = tokenizer
 
-    def neighbours(self, word: str, k: int = 5) -> list[tuple[str, float]]:
-        """The k nearest tokens to `word` with their cosines, nearest first.
+    def neighbours(self, word: str, k: int = 5) -> Tokens:
+        """Return the k nearest tokens to `word` with their cosines, nearest first.
 
         Raises:
             SplitWordError: `word` is not a single token.
         """
         return self._nearest(self._vector(word), k, leave_out={word.strip()})
 
-    def analogy(self, word: str, minus: str, plus: str, k: int = 5) -> list[tuple[str, float]]:
-        """The k tokens nearest to `word` − `minus` + `plus`, with their cosines.
+    def analogy(self, word: str, minus: str, plus: str, k: int = 5) -> Tokens:
+        """Return the k tokens nearest to `word` − `minus` + `plus`, with their cosines.
 
         The three vectors have length one before they are added (Mikolov, Yih and Zweig 2013,
         section 4).
@@ -84,11 +94,11 @@ class EmbeddingProbe:
         return self._nearest(target, k, leave_out={w.strip() for w in (word, minus, plus)})
 
     def single(self, words: Iterable[str]) -> list[str]:
-        """Those of `words` that are single tokens, in their order."""
+        """Return those of `words` that are single tokens, in their order."""
         return [word for word in words if self._is_single(word)]
 
     def vectors(self, words: Iterable[str]) -> Tensor:
-        """The unit embeddings (n, d) of n words.
+        """Return the unit embeddings (n, d) of n words.
 
         Raises:
             SplitWordError: one of them is not a single token.
@@ -96,14 +106,14 @@ class EmbeddingProbe:
         return self.unit[[self.token_id(word) for word in words]]
 
     def token_id(self, word: str) -> int:
-        """The id of the single token that `word` is.
+        """Return the id of the single token that `word` is.
 
         Raises:
-            SplitWordError: it is several, or nothing.
+            SplitWordError: `word` is several tokens, or empty.
         """
         word = word.strip()
         if not word:
-            raise SplitWordError("an empty word has no embedding: give a word such as dad")
+            raise SplitWordError("an empty word has no embedding; give a word such as dad")
         spaced, bare = self.tokenizer.encode(f" {word}"), self.tokenizer.encode(word)
         for ids in (spaced,) if word.islower() else (spaced, bare):
             if len(ids) == 1:
@@ -111,7 +121,7 @@ class EmbeddingProbe:
         pieces = " + ".join(f"'{self.tokenizer.token(i)}'" for i in spaced)
         raise SplitWordError(
             f"'{word}' is {len(spaced)} tokens to this tokenizer ({pieces}) and has no embedding "
-            "of its own: give a more common word"
+            "of its own; give a more common word"
         )
 
     def _is_single(self, word: str) -> bool:
@@ -124,13 +134,13 @@ class EmbeddingProbe:
     def _vector(self, word: str) -> Tensor:  # (d,)
         return self.unit[self.token_id(word)]
 
-    def _nearest(self, target: Tensor, k: int, leave_out: set[str]) -> list[tuple[str, float]]:
+    def _nearest(self, target: Tensor, k: int, leave_out: set[str]) -> Tokens:
         cosines = self.unit @ F.normalize(target, dim=-1)  # (V,)
-        found: dict[str, float] = {}
+        nearest: dict[str, float] = {}
         for token_id in torch.argsort(cosines, descending=True).tolist():
-            if len(found) == k:
+            if len(nearest) == k:
                 break
             text = self.tokenizer.token(token_id).removeprefix(" ")
-            if text not in leave_out and text not in found:
-                found[text] = cosines[token_id].item()
-        return list(found.items())
+            if text not in leave_out and text not in nearest:
+                nearest[text] = cosines[token_id].item()
+        return list(nearest.items())

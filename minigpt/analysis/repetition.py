@@ -1,4 +1,4 @@
-"""How much stories repeat themselves, and how much they copy from the stories of the training."""
+"""How much stories repeat themselves, and how much they copy from the training stories."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 NGram = tuple[str, ...]
 COPIED = 4  # so many words in a row count as a repetition or a copy
+NOVELTY_STORIES = 15_000  # training stories searched for copies at most: two seconds
 
 
 @dataclass(frozen=True)
 class Repetition:
-    """What a group of texts is like. A share is None when there is nothing to take it of."""
+    """Word n-grams of a group of texts. A share of nothing is None."""
 
     words: float  # of a text, on average
     distinct: tuple[float | None, ...]  # share of different 1-, 2-, 3-grams (Li et al. 2016)
@@ -23,44 +24,43 @@ class Repetition:
 def measure(
     groups: Sequence[Sequence[str]], training: Iterable[str]
 ) -> tuple[list[Repetition], int]:
-    """One Repetition for each group of texts, and how many `training` stories were read.
+    """Return a Repetition for each group of texts, and how many `training` stories were read.
 
-    The training stories are streamed past the n-grams of the texts, so that there may be any
-    number of them.
+    The training stories are streamed and not kept, so that there may be any number of them.
     """
     words = [[split_words(text) for text in group] for group in groups]
     texts = [[ngrams(text, COPIED) for text in group] for group in words]
     unseen, n_training = remove_seen(
         {g for group in texts for text in group for g in text}, training
     )
-    found = []
-    for told, copied in zip(words, texts, strict=True):
-        pools = [[gram for text in told for gram in ngrams(text, n)] for n in (1, 2, 3)]
+    results = []
+    for texts_of_words, copied in zip(words, texts, strict=True):
+        pools = [[gram for text in texts_of_words for gram in ngrams(text, n)] for n in (1, 2, 3)]
         total = sum(map(len, copied))
         novel = sum(gram in unseen for text in copied for gram in text)
-        found.append(
+        results.append(
             Repetition(
-                words=sum(map(len, told)) / max(1, len(told)),
+                words=sum(map(len, texts_of_words)) / max(1, len(texts_of_words)),
                 distinct=tuple(_share(len(set(pool)), len(pool)) for pool in pools),
                 repeated=_share(sum(len(text) - len(set(text)) for text in copied), total),
                 novel=_share(novel, total) if n_training else None,
             )
         )
-    return found, n_training
+    return results, n_training
 
 
 def split_words(text: str) -> list[str]:
-    """The words of `text` in lower case, without punctuation."""
+    """Return the words of `text` in lower case, without punctuation."""
     return re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text.lower())
 
 
 def ngrams(words: list[str], n: int) -> list[NGram]:
-    """All runs of n words, in order."""
+    """Return all n-grams of `words`, in order."""
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
 def remove_seen(wanted: set[NGram], stories: Iterable[str]) -> tuple[set[NGram], int]:
-    """Those of the `wanted` 4-grams that none of `stories` has, and how many stories those were."""
+    """Return the `wanted` 4-grams that none of `stories` has, and the number of stories."""
     left, n_stories = set(wanted), 0
     for story in stories:
         left.difference_update(ngrams(split_words(story), COPIED))

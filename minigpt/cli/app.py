@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shlex
 import sys
 from functools import partial
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-import typer.core
 
 from minigpt.cli.program import Program, describe, leave
 from minigpt.core.console import show_log
@@ -132,31 +130,7 @@ def _standard_input() -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-class _AnalogyCommand(typer.core.TyperCommand):
-    """Takes an analogy as it is spoken, too: --analogy princess - girl + boy, without quotes."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, join_analogies(args))
-
-
-def join_analogies(args: list[str]) -> list[str]:
-    """`args` with the words and signs behind each --analogy as one argument.
-
-    A sign is followed by its word or stands in front of it: `- girl` or `-girl`.
-    """
-    joined: list[str] = []
-    for arg in args:
-        behind = len(joined) > 1 and joined[-2] == "--analogy"
-        after_sign = behind and re.search(r"[-+−–]$", joined[-1])
-        is_sign = re.fullmatch(r"[-+−–]|[+−–]\w+|-(?!h$)\w+", arg)
-        if behind and (after_sign or is_sign):
-            joined[-1] += f" {arg}"
-        else:
-            joined.append(arg)
-    return joined
-
-
-@app.command(cls=_AnalogyCommand)
+@app.command()
 def probe(
     run: Annotated[Path, typer.Argument(help="A run folder, or a checkpoint file in one.")],
     near: Annotated[
@@ -164,7 +138,9 @@ def probe(
     ] = None,
     analogy: Annotated[
         list[str] | None,
-        typer.Option(help="Such as princess - girl + boy; may be repeated.", metavar="A - B + C"),
+        typer.Option(
+            help="Such as 'princess - girl + boy'; may be repeated.", metavar="'A - B + C'"
+        ),
     ] = None,
     k: Annotated[int, typer.Option(min=1, help="How many tokens to show.")] = 5,
     out: Annotated[
@@ -179,40 +155,34 @@ def probe(
     from rich.console import Console
 
     from minigpt.analysis.analogies import ask
-    from minigpt.analysis.embedding_map import (
-        MAP,
-        FewWordsError,
-        caption,
-        embedding_map,
-        write_map,
-    )
+    from minigpt.analysis.embedding_map import MAP, FewWordsError, caption, embedding_map, write_map
     from minigpt.analysis.embeddings import EmbeddingProbe, SplitWordError, parse_analogy
     from minigpt.cli.tables import score_line, score_table, word_table
     from minigpt.runs.folder import Run
 
     _check_folder(out)
-    asked = {text: parse_analogy(text) for text in analogy or []}
+    analogies = {text: parse_analogy(text) for text in analogy or []}
     opened = Run.open(run)
     probe = EmbeddingProbe(opened.load_net(), opened.load_tokenizer())
-    looks = {f"Nearest to {word}": partial(probe.neighbours, word, k) for word in near or []}
-    looks |= {text: partial(probe.analogy, *words, k) for text, words in asked.items()}
-    console, split = Console(), {}
-    for title, look in looks.items():
+    queries = {f"Nearest to {word}": partial(probe.neighbours, word, k) for word in near or []}
+    queries |= {text: partial(probe.analogy, *words, k) for text, words in analogies.items()}
+    console, problems = Console(), {}
+    for title, query in queries.items():
         try:
-            console.print(word_table(title, look()))
+            console.print(word_table(title, query()))
         except SplitWordError as error:
-            split[str(error)] = None  # once, though asked twice
-    if not near and not asked:
+            problems[str(error)] = None  # each once
+    if not queries:
         answers = ask(probe)
         console.print(score_table(answers), score_line(answers), sep="\n")
     try:
-        found, path = embedding_map(probe), (out or opened.place) / MAP
-        write_map(found, path)
-        console.print(f"Wrote {path}. {caption(found)}", markup=False, highlight=False)
-    except FewWordsError as error:  # the tables stand without it
+        layout, path = embedding_map(probe), (out or opened.place) / MAP
+        write_map(layout, path)
+        console.print(f"Wrote {path}. {caption(layout)}", markup=False, highlight=False)
+    except FewWordsError as error:  # the tables are of use without it
         console.print(f"No map: {error}", markup=False, highlight=False)
-    if split:
-        raise UserError("; ".join(split))
+    if problems:
+        raise UserError("; ".join(problems))
 
 
 @app.command()
@@ -260,9 +230,9 @@ def scaling(
     """
     from rich.console import Console
 
+    from minigpt.scaling.fit import run_warnings
     from minigpt.scaling.results import find_runs, keep_run, read_run
-    from minigpt.scaling.study import write_scaling
-    from minigpt.scaling.tables import notes, rich_table
+    from minigpt.scaling.tables import REFERENCE_NOTE, law_line, rich_table, write_scaling
 
     _check_folder(out)
     _check_folder(keep, "--keep")
@@ -272,13 +242,13 @@ def scaling(
             if run.point:
                 keep_run(run.path, keep)
     out = out or (folders[0] if folders[0].is_dir() else runs[0].path)
-    lines = write_scaling(runs, out)
+    laws = map(law_line, write_scaling(runs, out))
+    wrote = f"Wrote {out / 'scaling.md'}, scaling.json and figures."
+    paragraphs = (REFERENCE_NOTE, "\n".join(run_warnings(runs)), "\n".join(laws), wrote)
     console = Console()
-    console.print(rich_table(runs), "", notes(runs), sep="\n", markup=False, highlight=False)
-    for line in lines:
-        said = f"{line.label}: {line.verdict}" if line.fits else line.no_fit
-        console.print("", said, sep="\n", markup=False, highlight=False)
-    console.print("", f"Wrote {out / 'scaling.md'}, scaling.json and figures.", markup=False)
+    console.print(rich_table(runs))
+    for paragraph in filter(None, paragraphs):
+        console.print("", paragraph, sep="\n", markup=False, highlight=False)
 
 
 @app.command()

@@ -1,9 +1,8 @@
-"""An evaluation on the terminal: the loss, a story of each temperature, tables of the rest."""
+"""Tables on the terminal: an evaluation, and the answers of `minigpt probe`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,26 +10,36 @@ from rich.table import Table
 from rich.text import Text
 
 from minigpt.analysis.analogies import Answers, shown
+from minigpt.analysis.embeddings import Tokens
+from minigpt.core.text import percent
 from minigpt.evaluation import Evaluation
 
-if TYPE_CHECKING:
-    from rich.table import Table
+# ---------------------------------------------------------------------------- evaluation
 
 
 def show(evaluation: Evaluation, console: Console) -> None:
-    """Print the evaluation: loss, stories, temperatures, neighbours, analogies."""
-    console.print(Text(_what_was_measured(evaluation)))
-    console.print(_loss_table(evaluation))
-    for row in evaluation.temperatures:
+    """Print an evaluation: loss, a story of each temperature, temperatures, words, analogies."""
+    e = evaluation
+    windows = "windows side by side" if e.stride is None else f"windows every {e.stride} tokens"
+    heading = (
+        f"{e.checkpoint}, {e.parameters:,} parameters, on the validation split of "
+        f"{e.data['source']}: {e.n_stories:,} stories, {e.n_tokens:,} tokens, {windows}, "
+        f"{e.precision} on {e.device}"
+    )
+    console.print(Text(heading), _loss_table(e), sep="\n")
+    for row in e.temperatures:
         for story in row.stories[:1]:
-            heading = Text(f"\ntemperature {row.temperature}\n", style="bold")
-            console.print(heading.append(story["prompt"], "dim").append(story["text"], "not bold"))
-    if any(row.stories for row in evaluation.temperatures):
-        console.print("", _temperature_table(evaluation), sep="\n")
-        console.print(Text(_what_the_shares_are(evaluation)))
-    for kind, found in (("word", evaluation.neighbours), ("analogy", evaluation.analogies)):
-        if found:
-            console.print("", _probe_table(kind, found), sep="\n")
+            title = Text(f"\ntemperature {row.temperature}\n", style="bold")
+            console.print(title.append(story["prompt"], "dim").append(story["text"], "not bold"))
+    if any(row.stories for row in e.temperatures):
+        legend = (
+            "Share of word n-grams: different; repeated within their story; new, that is, in none "
+            f"of {e.novelty_stories:,} training stories."
+        )
+        console.print("", _temperature_table(e), Text(legend), sep="\n")
+    for kind, answers in (("word", e.neighbours), ("analogy", e.analogies)):
+        if answers:
+            console.print("", _probe_table(kind, answers), sep="\n")
 
 
 def _loss_table(e: Evaluation) -> Table:
@@ -42,75 +51,52 @@ def _loss_table(e: Evaluation) -> Table:
     return table
 
 
-def _what_was_measured(e: Evaluation) -> str:
-    how = "windows side by side" if e.stride is None else f"windows every {e.stride} tokens"
-    return (
-        f"{e.checkpoint}, {e.parameters:,} parameters, on the validation split of "
-        f"{e.data['source']}: {e.n_stories:,} stories, {e.n_tokens:,} tokens, {how}, "
-        f"{e.precision} on {e.device}"
-    )
-
-
 def _temperature_table(e: Evaluation) -> Table:
-    columns = ("temperature", "words", "distinct 1", "2", "3", "repeated 4", "novel 4")
-    table = Table(*columns)
+    table = Table("temperature", "words", "distinct 1", "2", "3", "repeated 4", "novel 4")
     for column in table.columns:
         column.justify = "right"
     for row in e.temperatures:
         r = row.repetition
-        shares = map(_percent, (*r.distinct, r.repeated, r.novel))
+        shares = map(percent, (*r.distinct, r.repeated, r.novel))
         table.add_row(f"{row.temperature}", f"{r.words:.0f}", *shares)
     return table
 
 
-def _what_the_shares_are(e: Evaluation) -> str:
-    return (
-        "Share of word n-grams: different ones; ones their story had before; ones that none of "
-        f"{e.novelty_stories:,} training stories has."
-    )
-
-
-def _probe_table(kind: str, found: dict[str, list[tuple[str, float]] | str]) -> Table:
+def _probe_table(kind: str, answers: dict[str, Tokens | str]) -> Table:
     table = Table(kind, "nearest tokens, with cosine")
-    for asked, answer in found.items():
+    for question, answer in answers.items():
         if not isinstance(answer, str):
             answer = "  ".join(f"{word} {cosine:.2f}" for word, cosine in answer)
-        table.add_row(escape(asked), escape(answer))
+        table.add_row(escape(question), escape(answer))
     return table
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
+# ---------------------------------------------------------------------------- probe
 
 
-def score_line(answers: Answers) -> str:
-    """How many answers came first, and how many among the first five."""
-    ranks = [analogy.rank for analogy in answers.analogies if analogy.rank is not None]
-    first, near = sum(rank == 1 for rank in ranks), sum(rank <= 5 for rank in ranks)
-    return f"{first} of {len(ranks)} answers come first, {near} among the first five."
-
-
-def score_table(answers: Answers) -> Table:
-    """A row for each analogy."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("analogy", "answer", "the model says", "rank of the answer", title="Analogies")
-    for one in answers.analogies:
-        best = Text(shown(one.top[0][0]) if one.top else "")
-        why_not = (one.problem or "").split(" to this ")[0]
-        table.add_row(one.question, one.expected, best, str(one.rank) if one.rank else why_not)
-    return table
-
-
-def word_table(title: str, found: Iterable[tuple[str, float]]) -> Table:
-    """Words with their cosines, under the title."""
-    from rich.table import Table
-    from rich.text import Text
-
+def word_table(title: str, tokens: Iterable[tuple[str, float]]) -> Table:
+    """Return a table of tokens with their cosines."""
     table = Table()
     table.add_column(Text(title))
     table.add_column("cosine", justify="right")
-    for word, cosine in found:
-        table.add_row(Text(shown(word)), f"{cosine:.2f}")
+    for token, cosine in tokens:
+        table.add_row(Text(shown(token)), f"{cosine:.2f}")
     return table
+
+
+def score_table(answers: Answers) -> Table:
+    """Return a table with a row for each analogy."""
+    table = Table("analogy", "expected", "nearest token", "rank of expected", title="Analogies")
+    for analogy in answers.analogies:
+        nearest = Text(shown(analogy.top[0][0]) if analogy.top else "")
+        problem = (analogy.problem or "").split(" to this ")[0]
+        rank = str(analogy.rank) if analogy.rank else problem
+        table.add_row(analogy.question, analogy.expected, nearest, rank)
+    return table
+
+
+def score_line(answers: Answers) -> str:
+    """Return how many expected answers are the nearest token, and among the five nearest."""
+    ranks = [analogy.rank for analogy in answers.analogies if analogy.rank is not None]
+    first, near = sum(rank == 1 for rank in ranks), sum(rank <= 5 for rank in ranks)
+    return f"{first} of {len(ranks)} expected answers are nearest, {near} among the five nearest."

@@ -1,23 +1,64 @@
-"""A figure of Matplotlib in a file.
+"""Figures of Matplotlib in one style, as PNG files and as SVG elements of a page.
 
+>>> figure = new_figure(8, 6)
 >>> write_png(figure, Path("map.png"))
+>>> page = f"<figure>{to_svg(figure)}</figure>"
 """
 
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minigpt.core.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+INK = "#374151"  # text, axes and grid
+STYLE: Any = {  # a dict of rc parameters
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "grid.color", "text.color"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("axes.labelsize", "xtick.labelsize", "ytick.labelsize"), 9),
+    **dict.fromkeys(("axes.spines.right", "axes.spines.top"), False),
+    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
+    "grid.alpha": 0.13,
+}
+
+
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> Figure:
+    """Return a figure of `width` × `height` inches with rows × columns empty axes."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure  # here: slow to import; not pyplot: no global figures
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        figure.subplots(rows, columns)
+    return figure
+
 
 def write_png(figure: Figure, path: Path, dpi: int = 200) -> None:
-    """Write `figure` as a PNG, whole or not at all. The folder is made if missing."""
+    """Write `figure` as a PNG, whole or not at all. The folder is created if missing."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=dpi)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, picture.getbuffer())
+
+
+def to_svg(figure: Figure) -> str:
+    """Return `figure` as an <svg> element for a page, which may be light or dark.
+
+    Text stays text, the background is transparent, and INK becomes the text colour of the page.
+    Several of them may stand on one page: they share no id.
+    """
+    from matplotlib import rc_context
+
+    text = io.StringIO()
+    with rc_context({"svg.fonttype": "none"}):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(text, format="svg", metadata=nothing, transparent=True)
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]  # without the XML prolog, which HTML does not take
+    return re.sub(r'<g id="[^"]*"', "<g", svg).replace(INK, "currentColor")

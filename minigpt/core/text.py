@@ -16,6 +16,16 @@ def human_count(number: float) -> str:
     return f"{number:.3g}"
 
 
+def value_cell(value: float | None, form: str) -> str:
+    """Return a number as a cell of a table, by the format `form`; a dash stands for None."""
+    return "–" if value is None else format(value, form)
+
+
+def percent(share: float | None) -> str:
+    """Return a share as a cell of a table: 6.6 %; a dash stands for None."""
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
 def md_table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
     """A Markdown table whose first `left` columns are text and the others numbers."""
 

@@ -1,141 +1,103 @@
-"""The scaling study drawn: perplexity against parameters, tokens and compute.
+"""Figures of the scaling study: perplexity against parameters, tokens and compute.
 
-All axes are logarithmic. Beside our runs stand the three models of the reference.
+All axes are logarithmic. Every figure shows the three reference models beside the runs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import geometric_mean
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from minigpt.core.plots import INK, new_figure
 from minigpt.core.text import human_count
 from minigpt.model import perplexity
-from minigpt.scaling.fit import Fit
-from minigpt.scaling.results import RunResult
+from minigpt.scaling.fit import RunGroup
+from minigpt.scaling.results import REFERENCE, RunResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, FAINT, REFERENCE_COLOUR = "#374151", "#e5e7eb", "#6b7280"
-LABEL = 9  # points of the page: the size of numbers at points
+REFERENCE_COLOUR = "#6b7280"
+LABEL = 9  # font size of the numbers at points
+ABOVE, BELOW = ((7, 5), "bottom"), ((-7, -5), "top")  # offset and vertical alignment of a number
 
 
-@dataclass(frozen=True)
-class ReferenceModel:
-    """One of the three models this project sets out to beat: vocabulary 3,000, TinyStories."""
+def scaling_figure(groups: Sequence[RunGroup]) -> Figure:
+    """Draw perplexity against parameters: the mean of each size, and the law of each group.
 
-    parameters: int
-    perplexity: float  # validation
-    flops_per_token: int  # GPT.flops_per_token of the same shape
-
-    tokens: int = 104_000_000  # seen
-
-
-REFERENCE = (
-    ReferenceModel(1_046_656, 17.75, 8_202_240),
-    ReferenceModel(3_404_032, 10.23, 24_268_800),
-    ReferenceModel(7_072_128, 8.08, 48_199_680),
-)
-REFERENCE_LABEL = "reference, 104M tokens"
-
-
-@dataclass(frozen=True)
-class Point:
-    """All finished runs of one size on one line of the figure."""
-
-    parameters: int
-    runs: int
-    perplexity: float  # geometric mean over the runs: that of their mean loss
-    lowest: float
-    highest: float
-
-
-def curves(runs: Iterable[RunResult]) -> dict[str, list[Point]]:
-    """One line for each data source, token budget and recipe: its points by size."""
-    perplexities: dict[str, dict[int, list[float]]] = {}
-    for run in sorted(runs, key=lambda run: (run.parameters or 0, run.tokens)):
-        if run.point:
-            line = perplexities.setdefault(run.line, {})
-            line.setdefault(run.point[0], []).append(run.point[1])
-    return {
-        label: [Point(n, len(ys), geometric_mean(ys), min(ys), max(ys)) for n, ys in line.items()]
-        for label, line in perplexities.items()
-    }
-
-
-def scaling_figure(runs: Iterable[RunResult], fits: Mapping[str, Fit]) -> Figure:
-    """Against parameters: the mean of each size, and the law through those of a line.
-
-    A bar spans the lowest and the highest run of a size where there are several.
+    A bar spans the lowest and the highest run of a size that has several.
     """
-    runs = list(runs)
-    corpora = {run.corpus for run in runs}
-    common = f"{corpora.pop()}, " if len(corpora) == 1 else ""  # which no label has to repeat
+    corpora = {group.corpus for group in groups}
+    common = f"{corpora.pop()}, " if len(corpora) == 1 else ""  # left out of the labels
     figure, axes = _axes("parameters", "Perplexity against model size")
-    _reference(axes, {r.parameters: r.perplexity for r in REFERENCE})
-    alone: list[tuple[float, float]] = []  # points of no law
-    for i, (label, line) in enumerate(curves(runs).items()):
-        x, y = [point.parameters for point in line], [point.perplexity for point in line]
+    _draw_reference(axes, [(r.parameters, r.perplexity) for r in REFERENCE], "D--")
+    without_law: list[tuple[float, float]] = []
+    for i, group in enumerate(groups):
+        x, y = [size.parameters for size in group.sizes], [size.perplexity for size in group.sizes]
         bars = [
-            [max(0.0, point.perplexity - point.lowest) for point in line],  # rounding apart
-            [max(0.0, point.highest - point.perplexity) for point in line],
+            [max(0.0, size.perplexity - size.lowest) for size in group.sizes],  # never −1e-16
+            [max(0.0, size.highest - size.perplexity) for size in group.sizes],
         ]
-        law = fits.get(label)
-        form, said = "" if law else "-", label.removeprefix(common)
-        form += "osv^"[i // 10 % 4]  # there are ten colours
-        axes.errorbar(x, y, bars, fmt=form, color=f"C{i}", capsize=4, markersize=7, label=said)
+        law, label = group.fits.get("parameters"), group.label.removeprefix(common)
+        form = ("" if law else "-") + "osv^"[i // 10 % 4]  # there are ten colours
+        axes.errorbar(x, y, bars, fmt=form, color=f"C{i}", capsize=4, markersize=7, label=label)
         if law:
-            wide = np.geomspace(min(x) / 1.15, max(x) * 1.15, 100)
-            drawn = [perplexity(law.loss(n)) for n in wide]
-            name = f"L = {law.e:.2f} + {_power(law.a)} / N$^{{{law.alpha:.2f}}}$"
-            axes.plot(wide, drawn, "-", color=f"C{i}", linewidth=1.2, label=name)
-            _label(axes, zip(x, y, strict=True), "below")
+            sizes = np.geomspace(min(x) / 1.15, max(x) * 1.15, 100)
+            label = f"L = {law.e:.2f} + {_power(law.a)} / N$^{{{law.alpha:.2f}}}$"
+            curve = [perplexity(law.loss(n)) for n in sizes]
+            axes.plot(sizes, curve, "-", color=f"C{i}", linewidth=1.2, label=label)
+            for point in zip(x, y, strict=True):
+                _write(axes, point, *BELOW)
         else:
-            alone += zip(x, y, strict=True)
-    _label_beside(_finished(figure, axes), alone)
+            without_law += zip(x, y, strict=True)
+    _finish(axes)
+    _label_beside(axes, without_law)
     return figure
 
 
 def tokens_figure(runs: Sequence[RunResult]) -> Figure:
-    """Against tokens seen: the validation curve of each finished run, coloured by size.
+    """Draw perplexity against tokens seen: the validations of each finished run, by size.
 
     Recipes and data other than those of most runs are dashed.
     """
     figure, axes = _axes("tokens seen", "Perplexity against tokens seen")
-    _reference_points(axes, [(r.tokens, r.perplexity) for r in REFERENCE])
-    for run, colour, line, label in _coloured(runs):
-        x, y = zip(*run.curve, strict=True)
-        axes.plot(
-            x, list(map(perplexity, y)), f".{line}", color=colour, linewidth=1.2, markersize=4,
-            label=label,
-        )  # fmt: skip
-        axes.plot(x[-1], perplexity(y[-1]), "o", color=colour, markersize=7)
-    _finished(figure, axes)
+    _draw_reference(axes, [(r.tokens, r.perplexity) for r in REFERENCE], "D")
+    for run, colour, line, label in _styles(runs):
+        x, y = _curve(run)
+        style = f".{line}"
+        axes.plot(x, y, style, color=colour, linewidth=1.2, markersize=4, label=label)
+        axes.plot(x[-1], y[-1], "o", color=colour, markersize=7)
+    _finish(axes)
     return figure
 
 
 def compute_figure(runs: Sequence[RunResult]) -> Figure:
-    """Against floating-point operations of training: ends of runs large, the way there faint."""
+    """Draw perplexity against FLOPs of training: a large dot at the end of each run."""
     figure, axes = _axes("FLOPs of training", "Perplexity against compute")
-    _reference_points(axes, [(r.flops_per_token * r.tokens, r.perplexity) for r in REFERENCE])
-    for run, colour, line, label in _coloured([run for run in runs if run.flops_per_token]):
-        x, y = zip(*run.curve, strict=True)
+    _draw_reference(axes, [(r.flops_per_token * r.tokens, r.perplexity) for r in REFERENCE], "D")
+    for run, colour, line, label in _styles([run for run in runs if run.flops_per_token]):
+        x, y = _curve(run)
         flops = [(run.flops_per_token or 0) * tokens for tokens in x]
-        drawn = list(map(perplexity, y))
-        axes.plot(flops, drawn, line, color=colour, linewidth=1, alpha=0.5)
-        axes.plot(flops[-1], drawn[-1], "o", color=colour, markersize=7, label=label)
-    _finished(figure, axes)
+        axes.plot(flops, y, line, color=colour, linewidth=1, alpha=0.5)
+        axes.plot(flops[-1], y[-1], "o", color=colour, markersize=7, label=label)
+    _finish(axes)
     return figure
 
 
-def _coloured(runs: Sequence[RunResult]) -> list[tuple[RunResult, Any, str, str]]:
-    """The finished runs that have a curve: colour by size, line by recipe and data, one label."""
+def _curve(run: RunResult) -> tuple[list[float], list[float]]:
+    """Return (tokens seen, perplexity) of the validations."""
+    return [tokens for tokens, _ in run.curve], [perplexity(loss) for _, loss in run.curve]
+
+
+def _styles(runs: Sequence[RunResult]) -> list[tuple[RunResult, Any, str, str]]:
+    """Return the finished runs that have a curve, smallest first, with colour, line and label.
+
+    A label that an earlier run has is "_", which gives no second entry in the legend.
+    """
     from matplotlib import colormaps
 
     runs = sorted((r for r in runs if r.point and r.curve), key=lambda r: r.parameters or 0)
@@ -143,39 +105,30 @@ def _coloured(runs: Sequence[RunResult]) -> list[tuple[RunResult, Any, str, str]
     colours = colormaps["viridis"](np.linspace(0, 0.92, max(1, len(sizes))))
     kinds = [(run.corpus, run.recipe) for run in runs]
     usual = max(kinds, key=kinds.count, default=("", ""))
-    seen: set[str] = set()
-    found = []
-    for run in runs:
+    styles, labels = [], set()
+    for run, kind in zip(runs, kinds, strict=True):
         size = run.parameters or 0
-        label = f"{run.model}, {human_count(size)}"
-        kind = run.corpus, run.recipe
-        label += "".join(f", {its}" for its, most in zip(kind, usual, strict=True) if its != most)
+        unusual = [part for part, most in zip(kind, usual, strict=True) if part != most]
+        label = ", ".join([run.model, human_count(size), *unusual])
         line = "-" if kind == usual else "--"
-        found.append((run, colours[sizes.index(size)], line, "_" if label in seen else label))
-        seen.add(label)  # "_": no entry
-    return found
+        styles.append((run, colours[sizes.index(size)], line, "_" if label in labels else label))
+        labels.add(label)
+    return styles
 
 
 # ---------------------------------------------------------------------------------------- axes
 
 
 def _axes(xlabel: str, title: str) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure  # here: slow to import; not pyplot: no global figures
-
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set(xlabel=xlabel, ylabel="validation perplexity")
+    figure = new_figure(11, 5)
+    (axes,) = figure.axes
+    axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel="validation perplexity")
     axes.set_title(f"{title} (both axes logarithmic)", loc="left", fontsize=11)
-    axes.grid(color=FAINT, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def _finished(figure: Figure, axes: Axes) -> Axes:
-    """Ticks at round numbers, as many as the span of each axis leaves room for, and a legend."""
+def _finish(axes: Axes) -> None:
+    """Set ticks at round numbers, as many as the span of each axis has space for; add a legend."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.margins(x=0.1, y=0.12)
@@ -187,7 +140,6 @@ def _finished(figure: Figure, axes: Axes) -> Axes:
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
-    return axes
 
 
 def _count(value: float) -> str:
@@ -195,31 +147,17 @@ def _count(value: float) -> str:
 
 
 def _power(a: float) -> str:
-    """`a` for a legend: 8.42, 842, 1086, or 3.1e6."""
+    """Format A for a legend: 8.42, 842, 1086, or 3.1e6."""
     if a < 1e4:
         return f"{a:.3g}" if a < 1e3 else f"{a:.0f}"
     return f"{a:.1e}".replace("e+0", "e").replace("e+", "e")
 
 
-def _reference(axes: Axes, points: Mapping[int, float]) -> None:
-    x, y = list(points), list(points.values())
-    axes.plot(x, y, "D--", color=REFERENCE_COLOUR, markersize=6, label=REFERENCE_LABEL)
-    _label(axes, points.items(), "above")
-
-
-def _reference_points(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
-    x, y = zip(*points, strict=True)
-    axes.plot(x, y, "D", color=REFERENCE_COLOUR, markersize=6, label=REFERENCE_LABEL)
-    _label(axes, points, "above")
-
-
-def _label(
-    axes: Axes, points: Iterable[tuple[float, float]], side: Literal["above", "below"]
-) -> None:
-    """Write each perplexity at its point: right above it, or left below."""
-    offset, va = {"above": ((7, 5), "bottom"), "below": ((-7, -5), "top")}[side]
+def _draw_reference(axes: Axes, points: Sequence[tuple[float, float]], form: str) -> None:
+    label = f"reference, {human_count(REFERENCE[0].tokens)} tokens"
+    axes.plot(*zip(*points, strict=True), form, color=REFERENCE_COLOUR, markersize=6, label=label)
     for point in points:
-        _write(axes, point, offset, va)
+        _write(axes, point, *ABOVE)
 
 
 def _label_beside(axes: Axes, points: Iterable[tuple[float, float]]) -> None:
@@ -227,7 +165,7 @@ def _label_beside(axes: Axes, points: Iterable[tuple[float, float]]) -> None:
 
     The limits of the axes must be final.
     """
-    lowest: dict[float, float] = {}  # by size: how far down labels reach, in points of the page
+    lowest: dict[float, float] = {}  # by size: lower end of its labels, in points of the page
     for size, value in sorted(points, key=lambda point: -point[1]):
         height = axes.transData.transform((size, value))[1] * 72 / axes.figure.dpi
         top = min(height + LABEL / 2, lowest.get(size, math.inf))

@@ -1,9 +1,8 @@
-"""What the scaling study knows of a run, read from the run's own files; and where it keeps them.
+"""Results of runs, read from their folders, and a small copy of these folders for a repository.
 
     >>> runs = [read_run(folder) for folder in find_runs([Path("runs")])]
 
-A run leaves the same folder whether a W&B agent started it, `python train.py -m model=small,…`, or
-a person; reading folders is therefore all there is to do for either kind of sweep.
+A W&B agent, a Hydra sweep and a person leave the same folder, so that all of them are read alike.
 """
 
 from __future__ import annotations
@@ -27,27 +26,38 @@ from minigpt.data.preparation import DataConfig
 from minigpt.runs.folder import Run
 from minigpt.runs.names import CONFIG, METRICS, SUMMARY
 from minigpt.runs.provenance import Origin, origin
-from minigpt.runs.records import (
-    Row,
-    last_values,
-    read_metrics,
-    read_summary,
-    series,
-)
+from minigpt.runs.records import Row, last_values, read_metrics, read_summary, series
 
-LATE = 0.05  # the share of a run, at its end, whose steps give its training loss
-KEPT_ROWS = 200  # of the training before that, in a metrics.csv that is kept
+LATE = 0.05  # share of a run, at its end, whose logged steps give its training loss
+KEPT_ROWS = 200  # about as many rows of the training before that stay in a copied metrics.csv
+
+
+@dataclass(frozen=True)
+class ReferenceModel:
+    """One of the three reported models to beat: vocabulary 3,000, TinyStories."""
+
+    parameters: int
+    perplexity: float  # validation
+    flops_per_token: int  # GPT.flops_per_token of the same shape
+    tokens: int = 104_000_000  # seen in training
+
+
+REFERENCE = (
+    ReferenceModel(1_046_656, 17.75, 8_202_240),
+    ReferenceModel(3_404_032, 10.23, 24_268_800),
+    ReferenceModel(7_072_128, 8.08, 48_199_680),
+)
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What one run came to. A number that was never measured, or is not finite, is None."""
+    """The result of one run. A number that was not measured, or is not finite, is None."""
 
     path: Path
     model: str  # the option of the config group: small, medium, large
     data: str  # data.source
     corpus: str  # the same, with the files of text and a vocabulary that is not the usual one
-    recipe: str  # optimizer, "plain sum" without a scale, "from <run>", "averaged"; "": not known
+    recipe: str  # such as "adamw, unscaled embeddings" or "muon, from <run>, averaged"
     seed: int
     status: str  # finished, interrupted, failed; unfinished: no summary, so running or killed
     parameters: int | None
@@ -66,58 +76,63 @@ class RunResult:
 
     @property
     def name(self) -> str:
-        """That of its folder."""
+        """The name of the run folder."""
         return self.path.resolve().name
 
     @property
-    def line(self) -> str:
-        """What it shares with the runs it can be compared with: data, tokens seen, recipe."""
+    def group(self) -> str:
+        """Label of the runs that can be compared with this one: data, tokens seen, recipe."""
         tokens = f"{human_count(self.tokens)} tokens"
         return ", ".join(part for part in (self.corpus, tokens, self.recipe) if part)
 
     @property
     def point(self) -> tuple[int, float] | None:
-        """Its (parameters, perplexity) in the figure: None unless it finished with both."""
+        """(parameters, perplexity) in the figure; None unless the run finished with both."""
         if self.status != "finished" or self.parameters is None or self.perplexity is None:
             return None
         return self.parameters, self.perplexity
 
     @property
     def epochs(self) -> float | None:
-        """How often it saw its training stories."""
+        """How often the run saw its training stories."""
         return self.tokens_of_data / self.train_tokens if self.train_tokens else None
+
+    @property
+    def reference_perplexity(self) -> float | None:
+        """Perplexity of the reference model of exactly this many parameters, if there is one."""
+        return {model.parameters: model.perplexity for model in REFERENCE}.get(self.parameters or 0)
 
 
 def find_runs(folders: Sequence[Path]) -> list[Path]:
-    """The run folders among and below `folders`, each once, in the order of their names.
+    """Return the run folders among and below `folders`, each once, sorted within each of them.
 
-    A checkpoint file stands for its run.
-
-    A run folder holds config.yaml, and summary.json or metrics.csv. Hidden folders and what lies
-    inside a run are not searched.
+    A run folder holds config.yaml, and summary.json or metrics.csv. A checkpoint file stands for
+    its run. Hidden folders, and folders inside a run, are not searched.
 
     Raises:
         UserError: a folder does not exist, or there is no run in any of them.
     """
-    found = {}
+    runs: dict[Path, Path] = {}
     for folder in folders:
         if folder.is_file():
             folder = Run.open(folder).folder
         if not folder.is_dir():
-            raise UserError(f"{folder} is not a folder: give one with runs in it, such as runs")
+            raise UserError("is not a folder; give one with runs in it", "folders", str(folder))
         for name, below, files in os.walk(folder):
             below[:] = sorted(inner for inner in below if not inner.startswith("."))
             if CONFIG in files and (SUMMARY in files or METRICS in files):
-                found.setdefault(Path(name).resolve(), Path(name))
+                runs.setdefault(Path(name).resolve(), Path(name))
                 below.clear()
-    if not found:
-        places = " or ".join(map(str, folders))
-        raise UserError(f"no run in {places}: make some with python train.py -m model=small,medium")
-    return list(found.values())
+    if not runs:
+        raise UserError(
+            f"there is no run in {' or '.join(map(str, folders))}",
+            command=("train", {"experiment": "quickstart"}),
+        )
+    return list(runs.values())
 
 
 def read_run(path: Path) -> RunResult:
-    """The result of the run in the folder `path`, finished or not.
+    """Return the result of the run in the folder `path`, finished or not.
 
     Raises:
         UserError: one of its files is missing or cannot be read; the message names it.
@@ -135,25 +150,25 @@ def read_run(path: Path) -> RunResult:
             raise UserError(f"{path / SUMMARY}: {name} is {value!r}, expected a number")
         return value
 
-    other = origin(summary, path / SUMMARY)
-    before = (other.tokens or 0) if other else 0
+    parent = origin(summary, path / SUMMARY)
+    before = (parent.tokens or 0) if parent else 0
     own = int(number("tokens") or 0)
     try:
         data, corpus, seed = config["data"]["source"], _corpus(config["data"]), config["seed"]
     except (KeyError, TypeError):
-        raise UserError(f"{path / CONFIG} lacks data.source or seed: is it a run's?") from None
+        raise UserError(f"{path / CONFIG} lacks data.source or seed") from None
     return RunResult(
         path=path,
         model=numbers.get("model", "unknown"),
         data=data,
         corpus=corpus,
-        recipe=_recipe(config, summary, other),
+        recipe=_recipe(config, summary, parent),
         seed=seed,
         status=numbers.get("status", "unfinished"),
         parameters=number("parameters"),
         non_embedding_parameters=number("non_embedding_parameters"),
         tokens=before + own,
-        tokens_of_data=own + (before if other and set(other.sources) == {data} else 0),
+        tokens_of_data=own + (before if parent and set(parent.sources) == {data} else 0),
         train_tokens=number("train_tokens"),
         flops_per_token=number("flops_per_token"),
         train_loss=late_training_loss(rows),
@@ -166,7 +181,7 @@ def read_run(path: Path) -> RunResult:
             for seen, loss in zip(*series(rows, "val/loss"), strict=True)
             if math.isfinite(loss)
         ),
-        settings=_settings(config) | ({"init_from": other.weights} if other else {}),
+        settings=_settings(config) | ({"init_from": parent.weights} if parent else {}),
     )
 
 
@@ -179,14 +194,17 @@ def _corpus(data: dict[str, Any]) -> str:
     return f"{data['source']}{names}{more}{vocabulary}"
 
 
-def _recipe(config: dict[str, Any], summary: dict[str, Any], other: Origin | None) -> str:
-    name = (config.get("optimizer") or {}).get("name")
+def _recipe(config: dict[str, Any], summary: dict[str, Any], parent: Origin | None) -> str:
     scale = (config.get("model") or {}).get("embedding_scale")
-    begun = f"from {other.name}" if other else None
-    if other is None and config.get("init_from"):
-        begun = "from another run"  # whose name is in the summary that this one has not written
-    averaged = "averaged" if summary.get("averaged") is True else None  # by minigpt export
-    parts = (name, "plain sum" if scale == 1 else None, begun, averaged)
+    start = f"from {parent.name}" if parent else ""
+    if parent is None and config.get("init_from"):
+        start = "from another run"  # named in the summary, which this run has not written yet
+    parts = (
+        (config.get("optimizer") or {}).get("name"),
+        "unscaled embeddings" if scale == 1 else "",
+        start,
+        "averaged" if summary.get("averaged") is True else "",  # by minigpt export
+    )
     return ", ".join(part for part in parts if part)
 
 
@@ -206,9 +224,9 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def late_training_loss(rows: list[Row]) -> float | None:
-    """The mean training loss over the last 5 % of the run, as one step's batch is a small sample.
+    """Return the mean training loss of the steps logged in the last 5 % of the run.
 
-    The rate is near zero there, so that the weights hardly move. None: no step was logged there.
+    The learning rate is near zero there, so that the weights hardly move. None without such steps.
     """
     if not rows:
         return None
@@ -220,26 +238,27 @@ def _is_late(row: Row, rows: list[Row]) -> bool:
     return row["tokens"] >= (1 - LATE) * rows[-1]["tokens"]
 
 
-# ---------------------------------------------------------------------------------------- kept
+# ---------------------------------------------------------------------------- copies of runs
 
 
 def keep_run(path: Path, into: Path) -> Path:
-    """Copy what the study needs of a run to `into`/<name>: for a repository, small and portable.
+    """Copy what the study reads of a run to `into`/<name>, small enough for a repository.
 
-    config.yaml loses the folders of this machine. metrics.csv has every validation and the last
-    5 % of the training whole, and some 200 of the rows before.
+    Paths in config.yaml are cut to their last part. metrics.csv keeps every validation, the last
+    5 % of the training, and about 200 of the rows before.
+
+    Returns:
+        The folder of the copy.
 
     Raises:
-        UserError: another run of that name is there, or a file of this one cannot be read.
+        UserError: `into` has another run of that name, or a file of this one cannot be read.
     """
     config, summary = Run(path, path).config, read_summary(path)
     folder = into / path.resolve().name
     if folder.resolve() == path.resolve():
         return folder
     if folder.is_dir() and read_summary(folder) != summary:
-        raise UserError(
-            f"{folder} holds another run: remove it, or rename {path} before it is kept"
-        )
+        raise UserError(f"{folder} holds another run of this name: remove it, or rename {path}")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / METRICS, _thinned(read_metrics(path)))
     write_json(folder / SUMMARY, summary)
@@ -248,7 +267,7 @@ def keep_run(path: Path, into: Path) -> Path:
 
 
 def _portable(value: Any) -> Any:
-    """`value` with every absolute path cut down to its last part."""
+    """Return `value` with every absolute path cut to its last part."""
     if isinstance(value, dict):
         return {key: _portable(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,28 +1,35 @@
-"""The scaling study in words and tables: scaling.md, and the table of runs on the terminal."""
+"""The scaling study as files: scaling.md, scaling.json and three figures; and its terminal table.
+
+>>> runs = [read_run(folder) for folder in find_runs([Path("runs")])]
+>>> groups = write_scaling(runs, Path("runs"))
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from minigpt.core.text import human_count, md_table
-from minigpt.scaling.figures import REFERENCE
+from minigpt.core.files import write_json, write_text
+from minigpt.core.plots import write_png
+from minigpt.core.text import human_count, md_table, value_cell
+from minigpt.scaling.figures import compute_figure, scaling_figure, tokens_figure
 from minigpt.scaling.fit import (
-    LEAST_SIZES,
-    Fit,
-    Forecast,
-    Interval,
-)
-from minigpt.scaling.groups import (
     COUNTED,
-    Line,
+    MIN_SIZES,
+    REPLICATES,
+    Fit,
+    Interval,
+    RunGroup,
     SizeResult,
     by_size,
-    doubts,
+    run_groups,
+    run_warnings,
 )
-from minigpt.scaling.results import RunResult
+from minigpt.scaling.results import REFERENCE, RunResult
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,54 +46,76 @@ COLUMNS = {  # heading in scaling.md: heading on the terminal, where the row has
     "bits per byte": "bits/B",
     "reference perplexity": "ref.",
 }
+SIZE_COLUMNS = (
+    "runs of", "model", "runs", "spread", "epochs", "training loss", "validation loss", "gap",
+    "rise", "predicted", "measured − predicted", "above interval",
+)  # fmt: skip
+REFERENCE_NOTE = (
+    "The reference saw 104M tokens of the full TinyStories corpus: runs on other data or fewer "
+    "tokens are not directly comparable."
+)
 
 
-def reference_perplexity(run: RunResult) -> float | None:
-    """The reference's perplexity at exactly this parameter count, if it has one."""
-    known = {model.parameters: model.perplexity for model in REFERENCE}
-    return known.get(run.parameters or 0)
+def write_scaling(
+    runs: Iterable[RunResult], out: Path, replicates: int = REPLICATES
+) -> list[RunGroup]:
+    """Write scaling.md, scaling.json and three figures into `out`, which is created if missing.
+
+    Args:
+        runs: finished or not, in any order.
+        out: the folder.
+        replicates: how often the bootstrap fits again.
+
+    Returns:
+        The groups of runs that can be compared, with their laws.
+    """
+    runs = by_size(runs)
+    groups = run_groups(runs, replicates)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "scaling.md", markdown(runs, groups))
+    write_json(out / "scaling.json", as_json(runs, groups))
+    write_png(scaling_figure(groups), out / "scaling.png")
+    write_png(tokens_figure(runs), out / "scaling-tokens.png")
+    write_png(compute_figure(runs), out / "scaling-compute.png")
+    return groups
 
 
-def cells(run: RunResult, count: Callable[[float], str]) -> tuple[str, ...]:
-    """One row of the table, under `COLUMNS`; `count` writes the parameters; a dash: not known."""
-    return (
-        run.name if run.status == "finished" else f"{run.name} ({run.status})",
-        run.model,
-        "–" if run.parameters is None else count(run.parameters),
-        "–" if run.non_embedding_parameters is None else count(run.non_embedding_parameters),
-        human_count(run.tokens),
-        str(run.seed),
-        _text(run.loss, ".3f"),
-        _text(run.perplexity, ".2f"),
-        _text(run.bits_per_byte, ".3f"),
-        _text(reference_perplexity(run), ".2f"),
-    )
+def as_json(runs: Sequence[RunResult], groups: Sequence[RunGroup]) -> dict[str, Any]:
+    """Return the numbers of the tables and figures as plain values."""
+
+    def law(fit: Fit) -> dict[str, Any]:
+        names = ("e", "a", "alpha", "residual", "seed_noise", "at_limit")
+        intervals = {k: list(v) for k, v in fit.intervals.items()} if fit.intervals else None
+        return {name: getattr(fit, name) for name in names} | {"intervals": intervals}
+
+    return {
+        "runs": [
+            {"run": run.name, "group": run.group, "reference_perplexity": run.reference_perplexity}
+            | {k: v for k, v in dataclasses.asdict(run).items() if k != "path"}
+            for run in runs
+        ],
+        "groups": [
+            {
+                "label": group.label,
+                "sizes": [dataclasses.asdict(size) | {"gap": size.gap} for size in group.sizes],
+                "fits": {counted: law(fit) for counted, fit in group.fits.items()},
+                "predictions": [
+                    dataclasses.asdict(prediction) | {"above": prediction.above}
+                    for prediction in group.predictions
+                ],
+            }
+            for group in groups
+        ],
+        "warnings": run_warnings(runs),
+        "reference": [dataclasses.asdict(model) for model in REFERENCE],
+    }
 
 
-def _text(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
-def notes(runs: Sequence[RunResult]) -> str:
-    """What a reader must know before comparing two rows."""
-    sources = sorted({run.data for run in runs})
-    text = (
-        f"Validation at the end of each run, on {', '.join(sources)}. The reference saw 104M "
-        "tokens of the full TinyStories corpus, and does not say of which release: a run on other "
-        "data or fewer tokens is not like for like."
-    )
-    text += "".join(f" {doubt}" for doubt in doubts(runs))
-    left_out = sum(run.point is None for run in runs)
-    if left_out:
-        text += (
-            f" Not in the figure, as they did not finish or have no finite loss: {left_out} of "
-            f"{len(runs)} runs."
-        )
-    return text
+# ---------------------------------------------------------------------------- terminal
 
 
 def rich_table(runs: Iterable[RunResult]) -> Table:
-    """The table of runs for the terminal."""
+    """Return the table of runs for the terminal."""
     from rich.table import Table
     from rich.text import Text
 
@@ -95,154 +124,157 @@ def rich_table(runs: Iterable[RunResult]) -> Table:
         left = name in ("run", "model")
         table.add_column(name, justify="left" if left else "right", no_wrap=name != "run")
     for run in by_size(runs):
-        style = "" if run.point else "yellow"
-        row = [Text(cell, overflow="fold") for cell in cells(run, human_count)]  # [x] is no markup
-        table.add_row(*row, style=style)
+        row = [Text(cell, overflow="fold") for cell in _run_cells(run, human_count)]  # no markup
+        table.add_row(*row, style="" if run.point else "yellow")
     return table
 
 
-def markdown(runs: Sequence[RunResult], lines: Sequence[Line]) -> str:
-    """scaling.md: the runs, the figures, and for each line its fit and what repetition does."""
-    rows = [cells(run, "{:,}".format) for run in runs]
+def law_line(group: RunGroup) -> str:
+    """Return the law of a group on one line, or how many sizes it lacks."""
+    law = group.fits.get("parameters")
+    if law is None:
+        return f"{group.label}: no fit, {len(group.sizes)} of {MIN_SIZES} sizes"
+    return f"{group.label}: L = {law.e:.3f} + {law.a:.4g} / N^{law.alpha:.3f}"
+
+
+# ---------------------------------------------------------------------------- scaling.md
+
+
+def markdown(runs: Sequence[RunResult], groups: Sequence[RunGroup]) -> str:
+    """Return scaling.md: tables of the runs, recipes, laws and sizes, and the figures."""
+    warnings, recipes = run_warnings(runs), _recipe_rows(runs)
+    laws = [_law_cells(group, counted) for group in groups for counted in group.fits]
+    sizes = [_size_cells(group, size) for group in groups for size in group.sizes]
     parts = [
         "# Scaling",
-        md_table(list(COLUMNS), rows, left=2),
-        notes(runs),
+        md_table(list(COLUMNS), [_run_cells(run, "{:,}".format) for run in runs], left=2),
+        f"Validation at the end of each run. {REFERENCE_NOTE}",
+        "\n".join(f"- {warning}" for warning in warnings),
         "![Perplexity against parameters](scaling.png)",
-        *_recipes_markdown(runs),
-        *(part for line in lines if line.fits for part in _line_markdown(line)),
-        *_unfitted_markdown([line for line in lines if not line.fits]),
+    ]
+    if recipes:
+        parts += [
+            "## Recipes",
+            md_table(
+                ["model", "data", "recipe", "tokens", "runs", "perplexity", "lowest", "highest",
+                 "bits per byte", "reference"],
+                recipes,
+                left=3,
+            ),
+            "Sizes that were trained by several recipes on as many tokens of the same data. "
+            "Perplexity is that of the mean loss of the runs. `experiment=reference` is adamw, "
+            "unscaled embeddings; the reference does not report its batch size and learning rate, "
+            "so that those of conf/experiment/reference.yaml are untuned guesses.",
+        ]  # fmt: skip
+    if laws:
+        parts += [
+            "## Laws",
+            md_table(
+                ["runs of", "N", "E (nats)", "A", "α", "residual (nats)", "seed noise (nats)",
+                 "warning"],
+                laws,
+                left=2,
+            ),
+            "L = E + A / N^α, by least squares on the mean loss of each size. In brackets: 95 % of "
+            "the bootstrap replicates over seeds. They assume the same noise at all sizes, are too "
+            "narrow where few sizes have several seeds, and do not test the law itself.",
+        ]  # fmt: skip
+    if sizes:
+        parts += [
+            "## Sizes",
+            md_table(SIZE_COLUMNS, sizes, left=2),
+            f"A group needs {MIN_SIZES} sizes for a law. Losses are nats per token. Training loss "
+            "is the mean of the last 5 % of the run, with dropout where there is any. Spread is "
+            "the range of the seeds, gap is validation − training loss, rise is the final − the "
+            "lowest validation loss. Each size is predicted by the law through all smaller ones. "
+            "Repeated data bends the curve where epochs are above 1, the gap grows with size, and "
+            "the measured loss is above the interval of the prediction.",
+        ]
+    parts += [
         "## Tokens and compute",
-        "Each curve is the validations of a run on its way. The learning rate had decayed at the "
-        "ends alone (large dots): a run that was planned for as many tokens would stand lower "
-        "than a longer one passing there.",
+        "Each curve shows the validations of one run. The learning rate has decayed only at its "
+        "end (large dot): a run planned for fewer tokens would be lower there than a longer run "
+        "that passes by.",
         "![Perplexity against tokens seen](scaling-tokens.png)",
-        "FLOPs are 6 N + 12 L T d a token, N with the output matrix (PaLM, Chowdhery et al. 2022, "
-        "appendix B), times tokens.",
+        "FLOPs are 6 N + 12 L T d per token, N with the output matrix (PaLM, Chowdhery et al. "
+        "2022, appendix B), times tokens.",
         "![Perplexity against compute](scaling-compute.png)",
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _recipes_markdown(runs: Sequence[RunResult]) -> list[str]:
-    """Recipes side by side, where a size was trained by several on as much of the same data."""
-    cases: dict[tuple[int, str, str], dict[str, list[RunResult]]] = {}
-    for run in by_size(runs):
-        if run.point and run.parameters and run.loss is not None:
-            tokens = human_count(float(f"{run.tokens:.2g}"))  # steps of any size end near enough
-            case = run.parameters, run.data, tokens
-            cases.setdefault(case, {}).setdefault(run.recipe, []).append(run)
-    compared = {case: found for case, found in cases.items() if len(found) > 1}
-    if not compared:
-        return []
-    recipes = sorted({recipe for found in compared.values() for recipe in found})
-    rows = []
-    for (_, data, tokens), found in compared.items():
-        run = next(iter(found.values()))[0]
-        row = [run.model, data, tokens, _text(reference_perplexity(run), ".2f")]
-        rows.append(row + [_mean_of_seeds(found.get(recipe, [])) for recipe in recipes])
-    heads = ["model", "data", "tokens", "reference as reported", *recipes]
-    return [
-        "## Recipes",
-        md_table(heads, rows, left=2),
-        "Perplexity and bits per byte at the end, the mean of the seeds by its loss, lowest and "
-        "highest perplexity in brackets. The recipe of `experiment=reference` is adamw, plain sum: "
-        "the reference tells neither its batch nor its learning rate, which are guesses here "
-        "(conf/experiment/reference.yaml), not tuned. What is reported of it is after 104M tokens "
-        "of the full corpus.",
-    ]
-
-
-def _mean_of_seeds(runs: Sequence[RunResult]) -> str:
-    found = sorted(run.perplexity for run in runs if run.perplexity is not None)
-    bits = [run.bits_per_byte for run in runs if run.bits_per_byte is not None]
-    if not found:
-        return "–"
-    mean = math.exp(fmean(map(math.log, found)))
-    spread = f" [{found[0]:.2f}, {found[-1]:.2f}], {len(found)} seeds" if len(found) > 1 else ""
-    return f"{mean:.2f}{spread}" + (f" · {fmean(bits):.3f}" if bits else "")
-
-
-def _line_markdown(line: Line) -> list[str]:
-    laws = [[COUNTED[counted], *_law_cells(fit)] for counted, fit in line.fits.items()]
-    heads = ["N", "E (nats)", "A", "α", "residual (nats)"]
-    limits = {f"{COUNTED[c]}: {fit.at_limit}." for c, fit in line.fits.items() if fit.at_limit}
-    return [
-        f"## {line.label}",
-        "L = E + A / N^α, least squares on the mean loss of each size.",
-        md_table(heads, laws),
-        *sorted(limits),
-        _about_intervals(line.fits["parameters"]),
-        "### Repetition of the data",
-        md_table(
-            [
-                "model", "runs", "spread", "epochs", "training loss", "validation loss", "gap",
-                "rise from its lowest", "foretold", "measured − foretold",
-            ],
-            [_size_cells(size, line.forecasts) for size in line.sizes],
-        ),
-        "Training loss is the mean of the last 5 % of the run, with dropout on where there is any, "
-        "so that the gap is smaller than it would be without. The spread is that of the seeds, "
-        "highest less lowest validation loss. Each size is foretold by the fit to "
-        "all smaller ones.",
-        f"**{line.verdict}**",
-    ]  # fmt: skip
-
-
-def _unfitted_markdown(lines: Sequence[Line]) -> list[str]:
-    """What repetition does on the lines of too few sizes, in one table."""
-    if not lines:
-        return []
-    found = [(line.label, *_size_cells(size)[:7]) for line in lines for size in line.sizes]
-    heads = ["runs of", "model", "runs", "spread", "epochs", "training loss", "validation loss"]
-    return [
-        "## Too few sizes for a fit",
-        f"Three unknowns need at least {LEAST_SIZES} sizes with the same data, tokens and recipe: "
-        "`python train.py -m experiment=scaling` trains eight.",
-        md_table([*heads, "gap"], found, left=2),
-    ]
-
-
-def _law_cells(fit: Fit) -> list[str]:
-    numbers = {"e": ".3f", "a": ".4g", "alpha": ".3f"}
-    found = []
-    for name, form in numbers.items():
-        span = fit.intervals[name] if fit.intervals else None
-        found.append(format(getattr(fit, name), form) + _span(span, form))
-    return [*found, f"{fit.residual:.4f}"]
-
-
-def _span(span: Interval | None, form: str) -> str:
-    return f" [{span.low:{form}}, {span.high:{form}}]" if span else " (no interval)"
-
-
-def _about_intervals(fit: Fit) -> str:
-    if fit.seed_noise is None:
-        return (
-            "No interval can be had, as each size has one run: "
-            "python train.py -m experiment=scaling_seeds makes second ones."
-        )
-    twice = sum(len(size.losses) > 1 for size in fit.sizes)
+def _run_cells(run: RunResult, count: Callable[[float], str]) -> tuple[str, ...]:
+    """Return the row of a run under `COLUMNS`; `count` formats numbers of parameters."""
     return (
-        f"Intervals are 95 % of {len(fit.replicates)} bootstrap replicates over seeds, whose "
-        f"standard deviation is {fit.seed_noise:.4f} nats, pooled over the {twice} of "
-        f"{len(fit.sizes)} sizes that have several runs and taken to be alike at all. They say how "
-        "far chance moves the fit, and not whether the law holds; so few seeds know their own "
-        "noise only roughly, so that the intervals are rather too narrow."
+        run.name if run.status == "finished" else f"{run.name} ({run.status})",
+        run.model,
+        "–" if run.parameters is None else count(run.parameters),
+        "–" if run.non_embedding_parameters is None else count(run.non_embedding_parameters),
+        human_count(run.tokens),
+        str(run.seed),
+        value_cell(run.loss, ".3f"),
+        value_cell(run.perplexity, ".2f"),
+        value_cell(run.bits_per_byte, ".3f"),
+        value_cell(run.reference_perplexity, ".2f"),
     )
 
 
-def _size_cells(size: SizeResult, foretold: Sequence[Forecast] = ()) -> list[str]:
-    (forecast,) = [f for f in foretold if f.n == size.parameters] or [None]
-    return [
-        size.model,
-        str(size.runs),
-        _text(size.spread, ".3f"),
-        _text(size.epochs, ".1f"),
-        _text(size.train_loss, ".3f"),
-        _text(size.loss, ".3f"),
-        _text(size.gap, "+.3f"),
-        _text(size.rise, ".3f"),
-        f"{forecast.predicted:.3f}{_span(forecast.interval, '.3f')}" if forecast else "–",
-        f"{forecast.measured - forecast.predicted:+.3f}" if forecast else "–",
+def _recipe_rows(runs: Sequence[RunResult]) -> list[list[str]]:
+    """Return a row for each recipe of a size, data and token count that several recipes share."""
+    cases: dict[tuple[int, str, str], dict[str, list[RunResult]]] = {}
+    for run in by_size(runs):
+        if run.point and run.parameters and run.loss is not None:
+            tokens = human_count(float(f"{run.tokens:.2g}"))  # whole steps end near the budget
+            recipes = cases.setdefault((run.parameters, run.data, tokens), {})
+            recipes.setdefault(run.recipe, []).append(run)
+    rows = []
+    for (_, data, tokens), recipes in cases.items():
+        for recipe, members in sorted(recipes.items()) if len(recipes) > 1 else ():
+            run, several = members[0], len(members) > 1
+            values = [run.perplexity for run in members if run.perplexity is not None]
+            bits = [run.bits_per_byte for run in members if run.bits_per_byte is not None]
+            rows.append(
+                [
+                    *(run.model, data, recipe, tokens, str(len(members))),
+                    f"{math.exp(fmean(map(math.log, values))):.2f}",
+                    value_cell(min(values) if several else None, ".2f"),
+                    value_cell(max(values) if several else None, ".2f"),
+                    value_cell(fmean(bits) if bits else None, ".3f"),
+                    value_cell(run.reference_perplexity, ".2f"),
+                ]
+            )
+    return rows
+
+
+def _law_cells(group: RunGroup, counted: str) -> list[str]:
+    fit, cells = group.fits[counted], []
+    for name, form in (("e", ".3f"), ("a", ".4g"), ("alpha", ".3f")):
+        interval = fit.intervals[name] if fit.intervals else None
+        cells.append(format(getattr(fit, name), form) + _brackets(interval, form))
+    numbers = f"{fit.residual:.4f}", value_cell(fit.seed_noise, ".4f")
+    return [group.label, COUNTED[counted], *cells, *numbers, fit.at_limit or ""]
+
+
+def _size_cells(group: RunGroup, size: SizeResult) -> list[str]:
+    row = [
+        *(group.label, size.model, str(size.runs)),
+        value_cell(size.spread, ".3f"),
+        value_cell(size.epochs, ".1f"),
+        value_cell(size.train_loss, ".3f"),
+        value_cell(size.loss, ".3f"),
+        value_cell(size.gap, "+.3f"),
+        value_cell(size.rise, ".3f"),
     ]
+    for prediction in group.predictions:
+        if prediction.n == size.parameters:
+            return [
+                *row,
+                f"{prediction.predicted:.3f}{_brackets(prediction.interval, '.3f')}",
+                f"{prediction.measured - prediction.predicted:+.3f}",
+                {True: "yes", False: "no", None: "–"}[prediction.above],
+            ]
+    return [*row, "–", "–", "–"]
+
+
+def _brackets(interval: Interval | None, form: str) -> str:
+    return f" [{interval.low:{form}}, {interval.high:{form}}]" if interval else ""

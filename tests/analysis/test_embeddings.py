@@ -1,7 +1,12 @@
 import pytest
 import torch
 
-from minigpt.analysis.embeddings import EmbeddingProbe, SplitWordError, parse_analogy
+from minigpt.analysis.embeddings import (
+    EmbeddingProbe,
+    SplitWordError,
+    parse_analogy,
+    tokens_or_reason,
+)
 from minigpt.core.settings import UserError
 from minigpt.model import GPT, GPTConfig
 from minigpt.tokenizer import Tokenizer
@@ -115,3 +120,11 @@ def test_single_keeps_the_words_that_have_a_vector(tokenizer, matrix):
     assert probe.single(["king", "dadaists", "dad"]) == ["king", "dad"]
     king, dad = ids(tokenizer, " king", " dad")
     assert probe.vectors(["king", "dad"]).equal(probe.unit[[king, dad]])
+
+
+def test_tokens_or_reason_is_the_message_for_a_split_word(tokenizer, matrix):
+    probe, words = EmbeddingProbe(matrix, tokenizer), ("king", "man", "woman")
+    assert tokens_or_reason(probe.analogy, *words) == probe.analogy(*words)
+    reason = tokens_or_reason(probe.neighbours, "grandpapa")
+    assert isinstance(reason, str)
+    assert "'grandpapa'" in reason

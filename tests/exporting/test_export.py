@@ -223,7 +223,7 @@ def test_evaluate_measures_the_rounded_weights(run, tmp_path):
 
 
 def test_the_command_in_the_model_card_composes_to_the_settings_of_the_run(run, tmp_path):
-    config, summary = Run.open(run).config(), read_summary(run)
+    config, summary = Run.open(run).config, read_summary(run)
     words = shlex.split(training_commands(config, summary, None).replace("\\\n", ""))
     assert words[:2] == ["python", "train.py"]
     settings = OmegaConf.to_container(composed(words[2:]), resolve=True)
@@ -253,7 +253,7 @@ def test_an_evaluation_that_lacks_a_number_is_named(run, tmp_path):
 
 
 def test_what_a_run_says_stays_in_its_cell_and_its_command_on_its_lines(run, tmp_path):
-    config, summary = Run.open(run).config(), read_summary(run) | {"device": "cpu | gpu"}
+    config, summary = Run.open(run).config, read_summary(run) | {"device": "cpu | gpu"}
     (run / "summary.json").write_text(json.dumps(summary))
     config["data"]["separator"] = "\n```\n# It's a \\heading\n\u2028"
     (run / "config.yaml").write_text(yaml.safe_dump(config))
@@ -266,7 +266,7 @@ def test_what_a_run_says_stays_in_its_cell_and_its_command_on_its_lines(run, tmp
         capture_output=True, check=True, env={"LC_ALL": "C.UTF-8"},
     )  # fmt: skip
     words = typed.stdout.decode().split("\0")[:-1]
-    assert words == training_words(Run.open(run).config(), summary)
+    assert words == training_words(Run.open(run).config, summary)
 
 
 def test_the_lines_for_lm_eval_write_what_evaluate_py_scores(run, tmp_path, monkeypatch, capsys):

@@ -87,7 +87,7 @@ def test_a_config_that_is_none_is_refused_by_name(text, run):
     text = text if isinstance(text, bytes) else text.encode()
     (run / "config.yaml").write_bytes(text)
     with pytest.raises(UserError, match=r"config\.yaml") as error:
-        Run.open(run).config()
+        _ = Run.load(run).config
     assert "\n" not in str(error.value)
 
 

@@ -1,9 +1,15 @@
+import json
+import math
 import re
 
 import numpy as np
 import pytest
 
-from minigpt.scaling.fit import Size, fit_sizes, forecasts
+from minigpt.scaling.fit import Size, fit_sizes, predictions, run_groups, run_warnings
+from minigpt.scaling.results import find_runs
+from tests.conftest import naming
+from tests.run_folder import write_run
+from tests.scaling.conftest import results, sized
 
 N = (138_784, 359_488, 662_112, 1_046_656, 2_061_504, 3_404_032, 5_074_240, 7_072_128)
 E, A, ALPHA = 1.2, 800.0, 0.5
@@ -21,7 +27,7 @@ def noisy(spread: float, seed: int, sizes=N) -> list[Size]:
     ]
 
 
-def test_the_law_is_found_again_in_its_own_points_whatever_their_order():
+def test_fit_recovers_a_law_from_its_points_in_any_order():
     fit = fit_sizes([Size(n, (law(n),)) for n in reversed(N)])
     assert (fit.e, fit.a, fit.alpha) == pytest.approx((E, A, ALPHA), rel=1e-3)
     assert fit.residual < 1e-6
@@ -29,12 +35,12 @@ def test_the_law_is_found_again_in_its_own_points_whatever_their_order():
     assert fit.at_limit is None
 
 
-def test_without_a_second_seed_there_is_no_interval():
+def test_fit_of_one_seed_each_has_no_interval():
     fit = fit_sizes([Size(n, (law(n),)) for n in N[:4]])
     assert (fit.intervals, fit.seed_noise, fit.interval(N[5], 1)) == (None, None, None)
 
 
-def test_the_noise_of_the_seeds_is_pooled_by_hand():
+def test_seed_noise_is_pooled_over_the_sizes():
     sizes = [Size(n, (law(n),)) for n in N[:3]] + [Size(N[3], (2.0, 2.2)), Size(N[4], (1.7, 1.8))]
     fit = fit_sizes(sizes, replicates=2)
     assert fit.seed_noise == pytest.approx(((2 * 0.1**2 + 2 * 0.05**2) / 2) ** 0.5)
@@ -44,7 +50,7 @@ def test_the_noise_of_the_seeds_is_pooled_by_hand():
     )
 
 
-def test_intervals_hold_the_truth_about_as_often_as_they_say():
+def test_intervals_cover_the_true_values():
     held = {"e": 0, "a": 0, "alpha": 0}
     for seed in range(12):
         fit = fit_sizes(noisy(0.01, seed), replicates=60)
@@ -55,7 +61,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
     assert min(held.values()) >= 8  # of 12; with four degrees of freedom they run a little short
 
 
-def test_more_noise_makes_wider_intervals_and_the_same_seed_the_same_ones():
+def test_intervals_grow_with_noise_and_depend_on_the_seed_alone():
     few, much = (fit_sizes(noisy(spread, 1), replicates=60) for spread in (0.005, 0.02))
     assert few.intervals is not None
     assert much.intervals is not None
@@ -67,30 +73,108 @@ def test_more_noise_makes_wider_intervals_and_the_same_seed_the_same_ones():
     assert fit_sizes(noisy(0.005, 1), replicates=60).intervals == few.intervals
 
 
-def test_fewer_than_four_sizes_are_refused():
+def test_fit_of_fewer_than_four_sizes_is_refused():
     with pytest.raises(ValueError, match="3 sizes"):
         fit_sizes([Size(n, (law(n), law(n))) for n in N[:3]])
 
 
-def test_a_straight_line_on_log_axes_is_said_to_leave_e_unknown():
+def test_fit_of_a_power_law_reports_the_limit_of_e():
     fit = fit_sizes([Size(n, (8 * n**-0.1,)) for n in N])
     assert fit.alpha == pytest.approx(0.1, abs=0.02)
     assert fit.at_limit is not None
     assert re.search(r"\bE\b.*\b0\b", fit.at_limit)
 
 
-def test_losses_that_do_not_fall_are_said_not_to():
+def test_fit_of_a_constant_loss_reports_that_it_does_not_fall():
     fit = fit_sizes([Size(n, (2.0,)) for n in N])
     assert fit.at_limit is not None
     assert "loss" in fit.at_limit
     assert not re.search("[Eα]", fit.at_limit)
 
 
-def test_each_size_is_foretold_by_the_smaller_ones_and_a_bend_is_above():
+def test_prediction_from_smaller_sizes_is_exceeded_by_a_bend():
     straight = noisy(0.003, 4)
     bent = [Size(s.n, tuple(loss + 0.1 * (s.n > 4e6) for loss in s.losses)) for s in straight]
-    made = forecasts(bent, replicates=60)
-    assert [f.n for f in made] == list(N[4:])
-    assert made[2].above
-    assert max(abs(f.measured - f.predicted) for f in made[:2]) < 0.02
-    assert made[2].measured - made[2].predicted == pytest.approx(0.1, abs=0.02)
+    predicted = predictions(bent, replicates=60)
+    assert [p.n for p in predicted] == list(N[4:])
+    assert predicted[2].above
+    assert max(abs(p.measured - p.predicted) for p in predicted[:2]) < 0.02
+    assert predicted[2].measured - predicted[2].predicted == pytest.approx(0.1, abs=0.02)
+
+
+# ---------------------------------------------------------------------------- groups of runs
+
+
+def test_runs_of_one_size_are_one_result_with_mean_and_range(sweep):
+    (group,) = run_groups(results(sweep))
+    assert [(s.parameters, s.runs, s.perplexity, s.lowest, s.highest) for s in group.sizes] == [
+        (1_046_656, 2, pytest.approx(math.sqrt(16.0 * 20.0)), 16.0, 20.0),
+        (3_404_032, 1, pytest.approx(11.0), 11.0, 11.0),
+        (7_072_128, 1, pytest.approx(9.0), 9.0, 9.0),
+    ]
+    assert (group.fits, group.predictions) == ({}, ())
+
+
+def test_other_data_and_other_budgets_are_groups_of_their_own(sweep):
+    write_run(sweep / "d", sized("small", 15.0), data="tinystories")
+    write_run(sweep / "e", sized("small", 14.0, tokens=104_000_000))
+    labels = {group.label for group in run_groups(results(sweep))}
+    assert labels == {"text, 328k tokens", "tinystories, 328k tokens", "text, 104M tokens"}
+
+
+def test_group_measures_epochs_gap_rise_spread_and_a_bend(study):
+    (group,) = run_groups(results(study), replicates=50)
+    assert [size.runs for size in group.sizes] == [2, 2, 2, 2, 1]
+    assert [size.epochs for size in group.sizes] == [10] * 5
+    assert [size.gap for size in group.sizes] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4], abs=0.011)
+    assert [size.rise for size in group.sizes] == pytest.approx([0.03] * 5)
+    assert [size.spread for size in group.sizes[:4]] == pytest.approx([0.02] * 4)
+    assert group.sizes[4].spread is None
+    (last,) = group.predictions
+    assert last.measured - last.predicted == pytest.approx(0.19, abs=0.01)
+    assert last.above is True
+    assert group.fits.keys() == {"parameters", "non_embedding_parameters"}
+
+
+@pytest.mark.parametrize(
+    ("change", "epochs", "above"),
+    [
+        ({"train_tokens": None}, None, True),
+        ({"train_tokens": 400_000}, 0.8192, True),
+        ({"val/loss": 1.75, "val/perplexity": 5.75}, 10, False),
+    ],
+)
+def test_group_without_a_bend_or_without_repeated_data(study, change, epochs, above):
+    for run in find_runs([study]):
+        if "val/loss" not in change or run.name == "w4-seed1":
+            summary = json.loads((run / "summary.json").read_text())
+            (run / "summary.json").write_text(json.dumps(summary | change))
+    (group,) = run_groups(results(study), replicates=20)
+    assert group.sizes[-1].epochs == (epochs and pytest.approx(epochs))
+    assert group.predictions[-1].above is above
+
+
+def test_prediction_of_one_seed_each_has_no_interval(study):
+    (group,) = run_groups([run for run in results(study) if run.seed == 1])
+    (last,) = group.predictions
+    assert (last.interval, last.above) == (None, None)
+
+
+def test_warnings_name_runs_of_one_size_that_differ_or_share_a_seed(tmp_path, study):
+    assert run_warnings(results(study)) == []
+    for name, seed, batch in (("a", 1, 8), ("b", 1, 8), ("c", 2, 16)):
+        run = write_run(tmp_path / "more" / name, seed=seed)
+        text = (run / "config.yaml").read_text() + f"  batch_size: {batch}\n"
+        (run / "config.yaml").write_text(text)
+    runs = results(tmp_path / "more")
+    (different,), (alike,) = run_warnings(runs), run_warnings(runs[:2])
+    assert re.search(naming("a, b, c", "data.batch_size"), different)
+    assert "seed" not in different
+    assert re.search(naming("a, b", "seed"), alike)
+    assert "batch_size" not in alike
+
+
+def test_warnings_name_runs_that_are_left_out(sweep):
+    write_run(sweep / "nan", sized("small", math.nan))
+    left_out = run_warnings(results(sweep))
+    assert [line.split(",")[0] for line in left_out] == ["nan: no finite loss", "c: interrupted"]

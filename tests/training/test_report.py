@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from minigpt.training.report import smooth, write_report
+from minigpt.training.report import OTHER, TRAIN, VAL, smooth, write_report
 from tests.run_folder import HEADER, SUMMARY, write_run
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -36,9 +36,7 @@ def report(run) -> str:
     return write_report(run).read_text(encoding="utf-8")
 
 
-def test_the_report_shows_numbers_charts_stories_config_and_the_next_commands(
-    tmp_path, monkeypatch
-):
+def test_report_shows_numbers_charts_stories_config_and_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = report(write_run(tmp_path / "runs" / "first"))
     for text in ("66.69", "1.578", "1.05M", "328k", "3 min 20 s", "21k", "4.200"):
@@ -46,14 +44,15 @@ def test_the_report_shows_numbers_charts_stories_config_and_the_next_commands(
     for title in ("Loss", "Validation perplexity", "Throughput", "Learning rate"):
         assert f"<h3>{title}</h3><svg" in page
     assert re.search(r'class="status finished">[^<]*\b328k\b', page)
+    assert "small model on cpu in bf16-mixed" in " ".join(page.split())
     assert re.search(r"<summary>\w+ 20 .*\b164k\b.*\b244\.69\b", page)
     assert "name: first\nseed: 1\n" in page
-    assert "python evaluate.py ckpt=runs/first<" in page
+    assert "minigpt evaluate ckpt=runs/first<" in page
     assert "minigpt generate runs/first<" in page
     assert not list((tmp_path / "runs/first").glob("*.tmp"))
 
 
-def test_the_page_is_well_formed_and_refers_to_nothing_outside_itself(tmp_path):
+def test_page_is_well_formed_and_refers_to_nothing_outside(tmp_path):
     text = report(write_run(tmp_path / "run"))
     tags = Page(text).tags
     ids = [attrs["id"] for _, attrs in tags if "id" in attrs]
@@ -67,15 +66,29 @@ def test_the_page_is_well_formed_and_refers_to_nothing_outside_itself(tmp_path):
     assert "@import" not in text
 
 
-def test_the_charts_take_their_colours_from_the_page_for_dark_mode(tmp_path):
+def luminance(colour: str) -> float:
+    """Relative luminance of #rrggbb by WCAG 2."""
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_charts_are_readable_in_light_and_dark_mode(tmp_path):
     text = report(write_run(tmp_path / "run"))
     charts = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
-    assert {"var(--train)", "var(--val)", "var(--other)"} <= set(re.findall(r"var\(.*?\)", charts))
-    assert re.findall(r"#[0-9a-f]{6}\b", charts) == []
+    assert "fill: currentColor" in charts
+    colours = set(re.findall(r"#[0-9a-f]{6}\b", charts))
+    assert colours == {TRAIN, VAL, OTHER}
+    light, dark = re.findall(r"--card: (#\w{6})", text)
     assert "prefers-color-scheme: dark" in text
+    assert luminance(light) > 0.9
+    assert luminance(dark) < 0.02
+    for colour in colours:
+        assert (luminance(light) + 0.05) / (luminance(colour) + 0.05) >= 3
+        assert (luminance(colour) + 0.05) / (luminance(dark) + 0.05) >= 3
 
 
-def test_what_a_model_wrote_cannot_become_part_of_the_page(tmp_path):
+def test_page_escapes_stories_and_settings(tmp_path):
     run = write_run(tmp_path / "<i>run", SUMMARY | {"device": "<script>d"})
     attack = "<script>alert(1)</script>"
     story = {"step": 40, "tokens": 1, "prompt": attack, "temperature": attack, "text": attack * 2}
@@ -88,14 +101,14 @@ def test_what_a_model_wrote_cannot_become_part_of_the_page(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["Once upon a time", " upon a time"])
-def test_the_prompt_is_set_off_from_its_continuation_and_shown_once(tmp_path, text):
+def test_prompt_is_set_apart_and_shown_once(tmp_path, text):
     run = write_run(tmp_path / "run")
     story = {"step": 40, "tokens": 1, "prompt": "Once", "temperature": 0.8, "text": text}
     (run / "samples.jsonl").write_text(json.dumps(story) + "\n")
     assert "<p><b>Once</b> upon a time</p>" in report(run)
 
 
-def test_of_many_stages_a_few_are_open_the_first_and_last_among_them(tmp_path):
+def test_few_stages_are_open_with_the_first_and_last(tmp_path):
     run = write_run(tmp_path / "run")
     story = {"tokens": 1, "prompt": "", "temperature": 1, "text": "x"}
     lines = [json.dumps(story | {"step": step}) + "\n" for step in range(20)]
@@ -108,24 +121,22 @@ def test_of_many_stages_a_few_are_open_the_first_and_last_among_them(tmp_path):
 @pytest.mark.parametrize(
     ("status", "tokens"), [("interrupted", "246k"), ("failed", "246k"), (None, "328k")]
 )
-def test_a_run_that_did_not_finish_says_so_and_shows_the_last_measured_numbers(
-    tmp_path, status, tokens
-):
+def test_report_of_an_unfinished_run_shows_its_status_and_last_numbers(tmp_path, status, tokens):
     stopped = {"status": status, "tokens": 245_760, "val/perplexity": None}
     text = report(write_run(tmp_path / "run", stopped if status else None))
-    (told,) = re.findall(r'<p class="status (.*)</p>', text)
-    assert re.match(rf'{status or "unfinished"}">.*\b{tokens}\b', told)
+    (line,) = re.findall(r'<p class="status (.*?)</p>', text, re.DOTALL)
+    assert re.match(rf'(?s){status or "unfinished"}">.*\b{tokens}\b', line)
     assert "<strong>66.69</strong>" in text
     assert "Finished" not in text
 
 
-def test_a_run_stopped_before_its_first_measurement_still_gets_a_report(tmp_path):
+def test_report_of_a_run_without_measurements(tmp_path):
     text = report(tmp_path)
     assert '<p class="status unfinished">' in text
     assert not {"svg", "strong"} & {tag for tag, _ in Page(text).tags}
 
 
-def test_a_loss_that_is_no_longer_finite_is_reported_not_hidden(tmp_path):
+def test_report_shows_a_loss_that_is_not_finite(tmp_path):
     run = write_run(
         tmp_path / "run", SUMMARY | {"status": "failed", "val/perplexity": float("nan")}
     )

@@ -109,7 +109,7 @@ def test_an_export_tells_of_both_and_is_a_start_itself(
     told = origin(summary, grandchild)
     assert told is not None
     assert (told.name, told.tokens, told.sources) == ("out", 1280 + seen, ["text", "text"])
-    lines = training_commands(Run.open(grandchild).config(), summary, told)
+    lines = training_commands(Run.open(grandchild).config, summary, told)
     commands = [shlex.split(line) for line in lines.replace("\\\n", "").splitlines()]
     which = [[w for w in words if w.startswith(("init_from=", "name="))] for words in commands]
     assert which == [
