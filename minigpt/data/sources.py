@@ -335,9 +335,7 @@ def _expand(patterns: Sequence[str], setting: str) -> tuple[Path, ...]:
 # ---------------------------------------------------------------------------- download
 
 
-def download_tinystories(
-    folder: Path, tokens: int | None, valid_only: bool = False, endpoint: str | None = None
-) -> Corpus:
+def download_tinystories(folder: Path, tokens: int | None, valid_only: bool = False) -> Corpus:
     """TinyStories (GPT-4 version) from the Hugging Face Hub, kept in `folder`.
 
     Of the training file only the first stories are fetched, as many as `tokens` need, and a
@@ -348,7 +346,6 @@ def download_tinystories(
         folder: where the files are kept; made when missing.
         tokens: training tokens wanted, at 3.84 bytes each; None for the whole file (2.2 GB).
         valid_only: the training file is left where it is.
-        endpoint: address of the hub; the default is HF_ENDPOINT, else huggingface.co.
 
     Raises:
         UserError: the hub cannot be reached, what arrived is damaged, or nothing can be written.
@@ -360,10 +357,10 @@ def download_tinystories(
         for margin in (_STORY_MARGIN, _FILE_MARGIN)
     )
     try:
-        valid = fetch(folder, _REPO, _VALID, END_OF_TEXT, None, endpoint)
+        valid = fetch(folder, _REPO, _VALID, END_OF_TEXT, None)
         if valid_only:
             return Corpus((), (valid,))
-        train = fetch(folder, _REPO, _TRAIN, END_OF_TEXT, fetched, endpoint)
+        train = fetch(folder, _REPO, _TRAIN, END_OF_TEXT, fetched)
     except ConnectionError as error:
         raise UserError(
             f"could not download TinyStories ({error}): run the same again to go on where it "
