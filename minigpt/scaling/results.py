@@ -23,7 +23,7 @@ import yaml
 from minigpt.core.files import refuse_links_out, write_json, write_text
 from minigpt.core.settings import UserError
 from minigpt.core.text import human_count
-from minigpt.data.preparation import DataConfig
+from minigpt.data.config import DataConfig
 from minigpt.runs.folder import (
     CONFIG,
     METRICS,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from minigpt.core.settings import UserError
-from minigpt.data.preparation import DataConfig
+from minigpt.data.config import DataConfig
 from minigpt.model import GPTConfig
 from minigpt.training.callbacks import CallbacksConfig
 from minigpt.training.loggers import LoggerConfig

@@ -15,12 +15,13 @@ from huggingface_hub.utils import close_session
 
 from minigpt.core.settings import UserError
 from minigpt.data import download
-from minigpt.data.sources import END_OF_TEXT, Corpus, download_tinystories
+from minigpt.data.sources import Corpus, download_tinystories
+from minigpt.tokenizer import END_OF_TEXT
 from tests.conftest import naming
 
 TRAIN, VALID = "TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"
 COMMIT = "c0ffee" + "0" * 34
-WAYS_ON = ("data=tinystories_sample", "data=text")
+WAYS_ON = ("data.source", "tinystories_sample", "text")
 STORIES = [f"{n} birds — {'sang in the old tree ' * (20 + n % 30)}end" for n in range(600)]
 
 
@@ -281,10 +282,8 @@ def test_without_a_network_one_line_names_the_ways_on(hub, tmp_path, monkeypatch
         download_tinystories(tmp_path, 1000)
 
 
-def test_a_wrong_budget_and_a_folder_that_is_a_file_are_refused(tmp_path):
-    with pytest.raises(UserError, match=naming("data.download_tokens", "0")):
-        download_tinystories(tmp_path, 0)
+def test_a_download_folder_that_is_a_file_is_refused(tmp_path):
     file = Path(tmp_path / "file")
     file.touch()
-    with pytest.raises(UserError, match=naming(str(file))):
+    with pytest.raises(UserError, match=naming("data.cache_dir", str(file))):
         download_tinystories(file, 1000)
