@@ -139,7 +139,7 @@ def _whole_lines(path: Path) -> list[str]:
     if not path.is_file():
         return []
     try:
-        text = read_text(path, megabytes=1024)
+        text = read_text(path, max_bytes=1 << 30)
     except ValueError as error:
         raise UserError(
             f"{path} is not the text that a run writes ({error}): move this run away, or train it "
