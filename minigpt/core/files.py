@@ -75,12 +75,16 @@ def read_yaml(path: Path) -> Any:
 
 
 def check_archive(path: Path) -> None:
-    """Raise UserError if a zip archive would unpack to more than its size: torch packs nothing."""
+    """Raise UserError if a zip archive would unpack to more than its size: torch packs nothing.
+
+    It has no folders either: torch would return what happens to be in memory as their content.
+    """
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
     packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
-    if packed or sum(part.file_size for part in parts) > path.stat().st_size:
-        raise UserError(f"{path} would unpack to more than its size, as no checkpoint does")
+    folders = any(part.external_attr & 0x10 for part in parts)  # the MS-DOS attribute of a folder
+    if packed or folders or sum(part.file_size for part in parts) > path.stat().st_size:
+        raise UserError(f"{path} would not unpack to its own size, as checkpoints do")
 
 
 def refuse_links_out(folder: Path) -> None:
