@@ -22,7 +22,8 @@ from typing import Any
 
 from training import peak_memory, write_json
 
-from minigpt.data.preparation import DataConfig, prepare_split, prepare_tokenizer
+from minigpt.data.config import DataConfig
+from minigpt.data.preparation import prepare_split, prepare_tokenizer
 from minigpt.data.sources import Corpus, bundled_sample
 
 

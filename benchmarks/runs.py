@@ -120,8 +120,8 @@ def curves() -> dict[str, float]:
 def _losses(fast: bool) -> list[float]:
     import torch
 
+    from minigpt.data.config import DataConfig
     from minigpt.data.datamodule import DataModule
-    from minigpt.data.preparation import DataConfig
     from minigpt.kernels.cpu import accelerate
     from minigpt.kernels.microbatch import sharded_loss
     from minigpt.model import GPT

@@ -29,8 +29,9 @@ from minigpt.analysis.repetition import NOVELTY_STORIES, Repetition, measure
 from minigpt.core.files import write_json
 from minigpt.core.hardware import Hardware
 from minigpt.core.settings import UserError, build
-from minigpt.data.preparation import DataConfig, open_corpus, prepare_split, with_cache_here
-from minigpt.data.sources import bundled_sample
+from minigpt.data.config import DataConfig, with_cache_here
+from minigpt.data.preparation import prepare_split
+from minigpt.data.sources import bundled_sample, open_corpus
 from minigpt.data.windows import TokenWindows
 from minigpt.generation.sampling import SamplingConfig, generate_stories
 from minigpt.kernels.cpu import accelerate

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,10 +18,10 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from minigpt.core.files import parse_json, read_text
+from minigpt.core.files import parse_json, read_text, write_text
 from minigpt.core.settings import UserError
 
-END_OF_TEXT = "<|endoftext|>"  # the token; a separator in text files is corpus.py's affair
+END_OF_TEXT = "<|endoftext|>"  # the token, and what stands between the stories of text files
 MIN_VOCAB_SIZE = 257  # the 256 bytes and END_OF_TEXT
 MAX_VOCAB_SIZE = 65_536  # ids are stored in 16 bits
 
@@ -93,9 +92,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write tokenizer.json, whole or not at all."""
-        partial = Path(f"{path}.{os.getpid()}.tmp")
-        partial.write_text(self.to_json(), encoding="utf-8")
-        os.replace(partial, path)
+        write_text(Path(path), self.to_json())
 
     def to_json(self) -> str:
         """What `save` writes: the format of the `tokenizers` library."""
@@ -181,8 +178,10 @@ def check_vocab_size(vocab_size: int) -> None:
     """Raises UserError unless MIN_VOCAB_SIZE <= `vocab_size` <= MAX_VOCAB_SIZE."""
     if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
         raise UserError(
-            f"a vocabulary of {vocab_size} tokens cannot be made: choose from {MIN_VOCAB_SIZE} "
-            f"(all bytes and {END_OF_TEXT}) to {MAX_VOCAB_SIZE}, such as data.vocab_size=3000"
+            f"choose from {MIN_VOCAB_SIZE} (all bytes and {END_OF_TEXT}) to {MAX_VOCAB_SIZE}",
+            "vocab_size",
+            vocab_size,
+            fix={"vocab_size": 3000},
         )
 
 

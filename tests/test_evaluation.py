@@ -15,7 +15,7 @@ from rich.console import Console
 from minigpt.cli.tables import show
 from minigpt.core import hardware
 from minigpt.core.settings import UserError, build
-from minigpt.data.preparation import DataConfig
+from minigpt.data.config import DataConfig
 from minigpt.data.windows import TokenWindows
 from minigpt.evaluation import (
     EvaluationConfig,

@@ -134,7 +134,7 @@ def defaults(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
             values["model"] = plain_defaults(config_class(model))
         values["model"]["class_path"] = None
         return values
-    from minigpt.data.preparation import DataConfig
+    from minigpt.data.config import DataConfig
     from minigpt.evaluation import EvaluationConfig
 
     corpus = any(word.startswith("data=") and word != "data=null" for word in overrides)

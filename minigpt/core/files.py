@@ -1,7 +1,7 @@
-"""Files of a run may come from anybody: what is read of them is bounded before it is believed.
+"""Read and write small files safely: files of a run may come from anybody.
 
-Nothing here runs code, and no small file takes much memory: what unpacks to more than its own size,
-refers to itself, or nests without end is refused with the name of the file.
+What is read runs no code and takes bounded memory: plain values, a size limit, no YAML aliases.
+What is written is written whole or not at all.
 """
 
 from __future__ import annotations
@@ -19,89 +19,84 @@ import yaml
 from minigpt.core.settings import UserError
 
 _MEGABYTE = 1 << 20
-_LARGEST = 1 << 16  # characters of settings, fifty times those of a run
-_DEEPEST = 50  # groups within groups of settings
-# In C where there is one: the other takes minutes for a megabyte of brackets.
-_YAML: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_MAX_YAML_BYTES = 1 << 16  # fifty times the settings of a run; long numbers take quadratic time
 
 
-def read_text(path: Path, megabytes: int = 64) -> str:
-    """The UTF-8 text of a file that is small when it is honest.
+def read_text(path: Path, max_bytes: int = 64 * _MEGABYTE) -> str:
+    """Return the UTF-8 text of a file.
 
     Raises:
-        ValueError: it is larger than `megabytes`, or not UTF-8.
+        ValueError: it is larger than `max_bytes`, or not UTF-8.
         OSError: it cannot be read, or is a folder or a device.
     """
     if path.exists() and not path.is_file():  # reading a pipe would wait for ever
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     with path.open("rb") as file:
-        content = file.read(megabytes * _MEGABYTE + 1)
-    if len(content) > megabytes * _MEGABYTE:
-        raise ValueError(f"larger than {megabytes} MB")
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ValueError(f"larger than {max_bytes} bytes")
     return content.decode("utf-8")
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. ValueError: it is none; otherwise as `read_text`."""
+    """Return what a JSON file holds. ValueError: it is not JSON; otherwise as `read_text`."""
     return parse_json(read_text(path))
 
 
 def parse_json(text: str) -> Any:
-    """json.loads, with a ValueError in place of a RecursionError for what nests too deeply."""
+    """Return json.loads(text), with ValueError in place of RecursionError for deep nesting."""
     try:
         return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
-def read_yaml(path: Path) -> Any:
-    """What a YAML file holds, without aliases. ValueError: it is none; otherwise as `read_text`.
+class _PlainLoader(yaml.SafeLoader):
+    """Load plain values, without aliases: a kilobyte of those can print as gigabytes."""
 
-    An alias repeats a part of the file in a few bytes, and one of aliases repeats them all: a
-    kilobyte that prints as gigabytes. What a run writes has none.
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("aliases are not allowed")
+        return super().compose_node(parent, index)
+
+
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file of plain values holds.
+
+    Raises:
+        ValueError: it is not YAML, has aliases, or is larger than 64 kB; or as `read_text`.
+        OSError: as `read_text`.
     """
-    text = read_text(path, megabytes=1)
-    if len(text) > _LARGEST:  # some numbers take time that grows as the square of their length
-        raise ValueError(f"more than {_LARGEST} characters")
-    depth = 0
+    text = read_text(path, _MAX_YAML_BYTES)
     try:
-        for event in yaml.parse(text, _YAML):
-            depth += isinstance(event, yaml.CollectionStartEvent)
-            depth -= isinstance(event, yaml.CollectionEndEvent)
-            if depth > _DEEPEST or isinstance(event, yaml.AliasEvent):
-                raise ValueError("nested too deeply, or with aliases")
-        return yaml.load(text, _YAML)  # noqa: S506 (a safe loader)
-    except Exception as error:  # PyYAML answers values that are none with errors of several kinds
+        return yaml.load(text, _PlainLoader)  # noqa: S506 (a safe loader)
+    except Exception as error:  # PyYAML raises errors of many kinds, RecursionError among them
         raise ValueError(str(error)) from None
 
 
 def check_archive(path: Path) -> None:
-    """Whether a zip archive holds no more than its own size: torch packs nothing.
+    """Raise UserError if a zip archive would unpack to more than its size: torch packs nothing.
 
-    Raises:
-        UserError: it would unpack to more.
-        OSError, zipfile.BadZipFile: it cannot be read, or is no such archive.
+    It has no folders either: torch would return what happens to be in memory as their content.
     """
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
     packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
-    if packed or sum(part.file_size for part in parts) > path.stat().st_size:
-        raise UserError(f"{path} unpacks to more than its size, as no checkpoint does: refused")
+    folders = any(part.external_attr & 0x10 for part in parts)  # the MS-DOS attribute of a folder
+    if packed or folders or sum(part.file_size for part in parts) > path.stat().st_size:
+        raise UserError(f"{path} would not unpack to its own size, as checkpoints do")
 
 
 def refuse_links_out(folder: Path) -> None:
-    """Nothing that a run reads or writes may lie elsewhere than it seems to.
+    """Raise UserError if a file of the run `folder` is a link that leads out of it.
 
-    Whoever goes on with a run that somebody else sent would otherwise write where a link leads.
-
-    Raises:
-        UserError: a file or folder of the run `folder` is a link that leads out of it.
+    Whoever resumes a run that somebody else sent would otherwise write where the link leads.
     """
     inside = folder.resolve()
     for path in sorted([*folder.glob("*"), *folder.glob("checkpoints/*")]):
         if path.is_symlink() and not path.resolve().is_relative_to(inside):
             raise UserError(
-                f"{path} is a link that leads out of its run folder: put the file itself there"
+                f"{path} is a link that leads out of its run folder; put the file itself there"
             )
 
 
@@ -118,7 +113,7 @@ def write_text(path: Path, content: str) -> None:
 def write_bytes(
     path: Path, content: bytes | memoryview, move: list[tuple[Path, Path]] | None = None
 ) -> None:
-    """Write `content` aside, and on the disk for sure; then do the renames `move`, and its own."""
+    """Write `content` at `path`, whole or not at all, after the renames (old, new) in `move`."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

@@ -8,20 +8,11 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from minigpt.data.preparation import (
-    DataConfig,
-    TokenFile,
-    open_corpus,
-    prepare_split,
-    prepare_tokenizer,
-)
+from minigpt.data.config import DataConfig
+from minigpt.data.preparation import TokenFile, prepare_split, prepare_tokenizer
+from minigpt.data.sources import open_corpus
 from minigpt.data.windows import BudgetSampler, TokenWindows
 from minigpt.tokenizer import Tokenizer
-
-# ---------------------------------------------------------------------------- windows
-
-
-# ---------------------------------------------------------------------------- data module
 
 
 class DataModule(L.LightningDataModule):

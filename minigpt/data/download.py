@@ -1,33 +1,30 @@
 """Fetch a text file of a public dataset from the Hugging Face Hub: all of it, or its first part.
 
-`huggingface_hub` fetches whole files only; a training budget often needs a fifth of one. So this
-asks for ranges of bytes itself, and goes on where a broken download stopped.
+A training budget often needs a fifth of a file. `huggingface_hub` fetches whole files, and reads
+ranges of bytes of the others, so that a download that was interrupted continues where it stopped.
 """
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import mmap
 import os
-import re
 import shutil
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from filelock import FileLock
-from huggingface_hub import get_hf_file_metadata, get_session, hf_hub_url
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, httpx
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from huggingface_hub import (
+    HfFileSystem,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+)
+from huggingface_hub.utils import httpx
 
-T = TypeVar("T")
+from minigpt.data.progress import byte_progress
 
-_CHUNK = 1 << 20  # bytes read at a time
-_RETRY_WAITS = (0.5, 2.0, 5.0)  # seconds before each further try on a broken connection
-_TIMEOUT = 30.0  # seconds without a byte before a connection counts as broken
+_BLOCK = 16 << 20  # bytes fetched by one request, and held in memory
 
 
 def fetch(
@@ -36,64 +33,70 @@ def fetch(
     name: str,
     separator: str,
     n_bytes: int | None = None,
-    endpoint: str | None = None,
 ) -> Path:
-    """The file `name` of the dataset `repo`, or what whole stories its first `n_bytes` hold.
+    """Return the file `name` of the dataset `repo`, or the whole stories in its first `n_bytes`.
 
-    It is kept in `folder` as `name` when whole, else as <stem>.first-<n_bytes>.<version>.txt. So
-    the name tells a later request whether there is enough, which then needs no network; a larger
-    one goes on from there if the version (a hash of the hub's etag) is still the same. Only one
-    process at a time downloads; another waits, then finds the file there.
+    It is kept in `folder` as `name` when whole, else as <stem>.first-<n_bytes>.<version>.txt. The
+    name tells a later request whether there is enough, which then needs no network; a larger one
+    continues from there if the version (a hash of the hub's etag) is still the same. Only one
+    process downloads at a time; another one waits, and then finds the file there.
 
     Args:
-        folder: made when missing.
+        folder: created when missing.
+        repo: owner and name of the dataset.
+        name: path of the file in the dataset.
         separator: what stands after each story; a first part is cut behind the last one.
-        n_bytes: how much to fetch; None for the whole file.
-        endpoint: address of the hub; the default is HF_ENDPOINT, else huggingface.co.
+        n_bytes: how many bytes to fetch; None for the whole file.
+
+    The hub is HF_ENDPOINT, else huggingface.co.
 
     Raises:
         ConnectionError: the hub cannot be reached or refuses, or what arrived is damaged; the
-            message is one line. Of a broken download the part that came is kept.
+            message is one line.
         OSError: the folder cannot be written.
     """
-    endpoint = (endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{name}.lock"):
-        if found := _find(folder, name, n_bytes):
-            return found
+        parts = sorted(_first_parts(folder, name))
+        enough = [path for size, path in parts if n_bytes is not None and size >= n_bytes]
+        for path in (folder / name, *enough):
+            if path.is_file():
+                return path
+        endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+        telemetry_off, constants.HF_HUB_DISABLE_TELEMETRY = constants.HF_HUB_DISABLE_TELEMETRY, True
         try:
             return _fetch(folder, repo, name, separator, n_bytes, endpoint)
-        except (httpx.HTTPError, ConnectionError) as error:
+        except (OSError, RuntimeError, httpx.HTTPError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk's; those of the hub have no number
             reason = (str(error).splitlines() or ["no answer"])[0]
             raise ConnectionError(f"{endpoint}, {type(error).__name__}: {reason}") from error
-
-
-def _find(folder: Path, name: str, n_bytes: int | None) -> Path | None:
-    """What an earlier call left that is enough: the whole file, else the smallest first part."""
-    if (folder / name).is_file():
-        return folder / name
-    enough = [part for part in _first_parts(folder, name) if n_bytes and part[0] >= n_bytes]
-    return min(enough)[1] if enough else None
+        finally:
+            constants.HF_HUB_DISABLE_TELEMETRY = telemetry_off
 
 
 def _first_parts(folder: Path, name: str, version: str = "*") -> list[tuple[int, Path]]:
-    """Finished first parts of a file, each with the number of bytes that was asked for."""
+    """Return the finished first parts of a file, each with the bytes that were asked for."""
     paths = folder.glob(f"{Path(name).stem}.first-*.{version}.txt")
-    return [(int(re.findall(r"\.first-(\d+)\.", path.name)[-1]), path) for path in paths]
+    return [(int(path.name.split(".")[-3].removeprefix("first-")), path) for path in paths]
 
 
 def _fetch(
     folder: Path, repo: str, name: str, separator: str, n_bytes: int | None, endpoint: str
 ) -> Path:
-    def url(revision: str) -> str:
-        return hf_hub_url(repo, name, repo_type="dataset", revision=revision, endpoint=endpoint)
-
-    hub = _patiently(lambda: get_hf_file_metadata(url("main"), token=False))
+    hub = get_hf_file_metadata(hf_hub_url(repo, name, repo_type="dataset", endpoint=endpoint))
     if not (hub.etag and hub.size and hub.commit_hash):
         raise ConnectionError("no etag, size or commit in the answer")
-    whole = n_bytes is None or n_bytes >= hub.size
-    target = hub.size if n_bytes is None else min(n_bytes, hub.size)
     version = hashlib.sha256(hub.etag.encode()).hexdigest()[:12]
+    if n_bytes is None or n_bytes >= hub.size:
+        aside = folder / f"{name}.incoming"
+        try:
+            hf_hub_download(repo, name, repo_type="dataset", local_dir=aside, endpoint=endpoint)
+            _check(aside / name, separator, hub.etag)
+            (aside / name).replace(folder / name)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        return folder / name
 
     part = folder / f"{name}.{version}.part"
     for stale in set(folder.glob(f"{name}.*.part")) - {part}:
@@ -103,97 +106,45 @@ def _fetch(
     for _, smaller in _first_parts(folder, name, version):
         if smaller.stat().st_size > part.stat().st_size:
             shutil.copyfile(smaller, part)
-
-    _download(url(hub.commit_hash), part, target)  # by commit: the file cannot change meanwhile
+    file_system, path = HfFileSystem(endpoint=endpoint), f"datasets/{repo}/{name}"
+    source = file_system.open(path, "rb", revision=hub.commit_hash, cache_type="none")
+    with source, part.open("ab") as file, byte_progress(name, n_bytes, file.tell()) as show:
+        source.seek(file.tell())
+        while (wanted := min(_BLOCK, n_bytes - file.tell())) > 0:
+            block = source.read(wanted)
+            if not isinstance(block, bytes) or len(block) != wanted:  # ranges are ignored
+                raise ConnectionError(f"asked for {wanted} bytes, got {len(block)}")
+            file.write(block)
+            show(wanted)
     try:
-        end = _end_of_last_story(part, target, separator)
-        with part.open("r+b") as file:
-            file.truncate(hub.size if whole else end)
-            os.fsync(file.fileno())
-        _check(part, hub.etag if whole else "")
+        _check(part, separator, n_bytes=n_bytes)
     except ConnectionError:
-        part.unlink()  # damaged: the next call must not go on from here
+        part.unlink()  # damaged: the next call must not continue from here
         raise
-    final = folder / (name if whole else f"{Path(name).stem}.first-{n_bytes}.{version}.txt")
-    os.replace(part, final)
-    return final
+    return part.replace(folder / f"{Path(name).stem}.first-{n_bytes}.{version}.txt")
 
 
-def _patiently(request: Callable[[], T]) -> T:
-    """The answer to a request that is repeated, a few times, when its connection breaks."""
-    for wait in _RETRY_WAITS:
-        try:
-            return request()
-        except httpx.TransportError:
-            time.sleep(wait)
-    return request()
+def _check(path: Path, separator: str, etag: str = "", n_bytes: int = 0) -> None:
+    """Check what arrived; cut a first part of `n_bytes` behind its last separator.
 
-
-def _download(url: str, part: Path, target: int) -> None:
-    """Make `part` at least `target` bytes long, under a progress bar when there is a terminal."""
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(url.rsplit("/", 1)[-1], total=target)
-
-        def show(n_bytes: int) -> None:
-            progress.update(task, completed=n_bytes)
-
-        while part.stat().st_size < target:
-            _patiently(lambda: _stream(url, part, target, show))
-
-
-def _stream(url: str, part: Path, target: int, show: Callable[[int], None]) -> None:
-    """Add to `part`, up to `target` bytes. A connection that broke is an error if it gave nothing.
-
-    Otherwise the next call goes on, so that a long download may break any number of times.
+    Raises:
+        ConnectionError: no separator, not UTF-8, or not what a sha256 for an etag says.
     """
-    have = part.stat().st_size
-    headers = build_hf_headers(token=False)
-    headers |= {"Range": f"bytes={have}-{target - 1}", "Accept-Encoding": "identity"}
-    broken = None
-    try:
-        with get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT) as response:
-            hf_raise_for_status(response)
-            resumes = response.status_code == httpx.codes.PARTIAL_CONTENT  # else from byte 0
-            with part.open("ab" if resumes else "wb") as file:
-                for chunk in response.iter_raw():
-                    file.write(chunk[: target - file.tell()])
-                    show(file.tell())
-                    if file.tell() == target:
-                        break
-    except httpx.TransportError as error:
-        broken = error
-    if part.stat().st_size <= have:
-        raise broken or httpx.RemoteProtocolError("the answer was empty")
-
-
-def _end_of_last_story(part: Path, n_bytes: int, separator: str) -> int:
-    """Offset behind the last separator in the first `n_bytes`."""
     mark = separator.encode()
-    with (
-        part.open("rb") as file,
-        mmap.mmap(file.fileno(), n_bytes, access=mmap.ACCESS_READ) as view,
-    ):
-        start = view.rfind(mark)
-    if start < 0:
-        raise ConnectionError(
-            f"no {separator} in the first {n_bytes} bytes: ask for more, or it is another file"
-        )
-    return start + len(mark)
-
-
-def _check(part: Path, etag: str) -> None:
-    """Raise ConnectionError when `part` is not UTF-8, or not what a sha256 etag says."""
-    digest, utf8 = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
-    try:
-        with part.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-                utf8.decode(chunk)
-            utf8.decode(b"", final=True)
-    except UnicodeDecodeError:
-        raise ConnectionError(f"{part.name} arrived damaged: it is not UTF-8") from None
-    # Large files have their sha256 for an etag; small ones have a git hash, which is shorter.
-    if len(etag) == 64 and digest.hexdigest() != etag:
-        raise ConnectionError(f"{part.name} arrived damaged: its sha256 is not the hub's")
+    with path.open("r+b") as file:
+        with mmap.mmap(file.fileno(), n_bytes, access=mmap.ACCESS_READ) as content:
+            end = content.rfind(mark) + len(mark)
+        if end < len(mark):
+            raise ConnectionError(f"{path.name} holds no {separator} in the bytes that arrived")
+        if n_bytes:
+            file.truncate(end)
+            os.fsync(file.fileno())
+        # Large files have their sha256 for an etag; small ones have a git hash, which is shorter.
+        if len(etag) == 64 and hashlib.file_digest(file, "sha256").hexdigest() != etag:
+            raise ConnectionError(f"{path.name} arrived damaged: its sha256 is not the hub's")
+    with path.open(encoding="utf-8") as text:
+        try:
+            while text.read(_BLOCK):
+                pass
+        except UnicodeDecodeError:
+            raise ConnectionError(f"{path.name} arrived damaged: it is not UTF-8") from None

@@ -8,7 +8,6 @@ process at a time.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -19,24 +18,18 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import tokenizers
 from filelock import FileLock, Timeout
-from rich.console import Console
-from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
 
+from minigpt.core.files import read_json, write_json
 from minigpt.core.settings import UserError
-from minigpt.data.sources import (
-    END_OF_TEXT,
-    Corpus,
-    Split,
-    bundled_sample,
-    download_tinystories,
-    local_files,
-)
-from minigpt.tokenizer import Tokenizer, check_vocab_size, utf8_length
+from minigpt.data.config import DataConfig
+from minigpt.data.progress import byte_progress
+from minigpt.data.sources import Corpus, Split
+from minigpt.tokenizer import Tokenizer, utf8_length
 
 log = logging.getLogger(__name__)
 
@@ -46,83 +39,6 @@ _FORMAT = 1  # part of each fingerprint: count up when prepared files would come
 _TOKENIZER_BYTES = 100_000_000  # enough for any vocabulary here; 10 s on two cores
 _BLOCK_CHARACTERS = 1 << 20  # encoded at a time: this, not the corpus, sets the peak of memory
 _TOKENS, _META, _TOKENIZER = "tokens.bin", "meta.json", "tokenizer.json"
-
-
-# ---------------------------------------------------------------------------- settings
-
-
-CACHE = ".cache"
-
-# tinystories_tuning: the bundled training stories, the last of them held out to choose settings by
-Source = Literal["tinystories_sample", "tinystories_tuning", "tinystories", "text"]
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What to train on, and in which portions."""
-
-    source: Source = "tinystories_sample"
-    train_files: tuple[str, ...] = ()  # source=text: paths or globs
-    valid_files: tuple[str, ...] = ()  # none: the last `holdout` of the training stories
-    holdout: float = 0.05  # share of the stories, by count
-    separator: str = END_OF_TEXT  # what stands between the stories of a .txt file
-    download_tokens: int | None = 104_000_000  # source=tinystories; None: the whole file
-    vocab_size: int = 3000  # at most; few different words give fewer tokens
-    batch_size: int | None = None  # windows per device and step; None: 8, of the full corpus 32
-    random_offset: bool = True  # cut the text at other places in each epoch after the first
-    cache_dir: str = CACHE  # downloads and prepared files
-
-    def __post_init__(self) -> None:
-        files = bool(self.train_files or self.valid_files)
-        if self.source == "text" and not files:
-            raise ValueError("source text needs data.train_files=[stories.txt]")
-        if self.source != "text" and files:
-            raise ValueError(f"source {self.source} reads no files of yours: add data=text")
-        if not 0 < self.holdout < 1:
-            raise ValueError(f"holdout {self.holdout} is a share: between 0 and 1, such as 0.05")
-        if not self.separator:
-            raise ValueError(f"separator is empty: leave it out for {END_OF_TEXT}")
-        if self.download_tokens is not None and self.download_tokens < 1:
-            raise ValueError(f"download_tokens {self.download_tokens}: at least 1, or null for all")
-        check_vocab_size(self.vocab_size)
-        if self.batch_size is None:
-            object.__setattr__(self, "batch_size", 32 if self.source == "tinystories" else 8)
-        elif self.batch_size < 1:
-            raise UserError("must be at least 1", "batch_size", self.batch_size)
-
-    @property
-    def windows_per_batch(self) -> int:
-        """`batch_size`, which is resolved by now."""
-        assert self.batch_size is not None
-        return self.batch_size
-
-
-def with_cache_here(data: DataConfig, typed: str = CACHE) -> DataConfig:
-    """The settings of a run, which may lie on another machine by now, with a cache that is here.
-
-    The one that is `typed`, else that of the run if this machine has it, else the default.
-    """
-    own = typed == CACHE and Path(data.cache_dir).is_dir()
-    return data if own else dataclasses.replace(data, cache_dir=typed)
-
-
-def open_corpus(config: DataConfig, valid_only: bool = False) -> Corpus:
-    """The stories that `config` asks for, fetched first if they have to be.
-
-    With `valid_only`, nothing is fetched that only training needs, and "valid" alone can be read.
-    """
-    if config.source == "text":
-        separator = config.separator.replace("\\n", "\n").replace("\\t", "\t")  # as they are typed
-        return local_files(config.train_files, config.valid_files, config.holdout, separator)
-    if config.source == "tinystories":
-        downloads = Path(config.cache_dir) / "downloads"
-        return download_tinystories(downloads, config.download_tokens, valid_only)
-    if config.source == "tinystories_tuning":
-        return dataclasses.replace(bundled_sample(), valid_files=(), holdout=config.holdout)
-    return bundled_sample()
-
-
-# ---------------------------------------------------------------------------- preparation
 
 
 @dataclass(frozen=True)
@@ -170,7 +86,7 @@ def prepare_tokenizer(corpus: Corpus, config: DataConfig) -> Tokenizer:
 
     def make(folder: Path) -> None:
         stories = _first_bytes(corpus.stories("train"), _TOKENIZER_BYTES)
-        with _progress("training the tokenizer") as show:
+        with byte_progress("training the tokenizer") as show:
             tokenizer = Tokenizer.train(_each(stories, show), config.vocab_size)
         tokenizer.save(folder / _TOKENIZER)
         with (folder / _TOKENIZER).open("rb") as file:
@@ -206,10 +122,12 @@ def prepare_split(
 
     def make(folder: Path) -> None:
         began = time.perf_counter()
-        with _progress(f"encoding the {split} split") as show:
+        with byte_progress(f"encoding the {split} split") as show:
             meta = _encode(corpus.stories(split), tokenizer, folder / _TOKENS, show)
         if meta["stories"] == 0:
-            raise UserError(f"the {split} split has no story in it: give data=... with more text")
+            raise UserError(
+                f"the {split} split has no story in it; give it more text", "data.source"
+            )
         _write_meta(folder, meta | {"of": ingredients})
         counts = meta["stories"], meta["bytes"] / 1e6, meta["tokens"], time.perf_counter() - began
         log.info(f"encoded the {split} split: %d stories, %.1f MB, %d tokens, %.1f s", *counts)
@@ -272,20 +190,15 @@ def _each(stories: Iterable[str], show: Callable[[int], None]) -> Iterator[str]:
 
 
 def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
-    """meta.json, which holds the checksum of what lies beside it, and its own."""
-    with (folder / _META).open("w", encoding="utf-8") as file:
-        json.dump(meta | {"meta": _checksum(meta)}, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write meta.json, which holds the checksum of the file beside it, and its own."""
+    write_json(folder / _META, meta | {"meta": _checksum(meta)})
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
-    """Raises OSError, ValueError: there is none, or not as it was written."""
-    meta = json.loads((folder / _META).read_text(encoding="utf-8"))
-    if not isinstance(meta, dict):
-        raise ValueError(f"{folder / _META} is not what was written")
+    """Read meta.json. Raises OSError, ValueError: there is none, or not as it was written."""
+    meta = read_json(folder / _META)
     # What was prepared before meta.json had a checksum of its own is still taken.
-    if meta.pop("meta", None) not in (None, _checksum(meta)):
+    if not isinstance(meta, dict) or meta.pop("meta", None) not in (None, _checksum(meta)):
         raise ValueError(f"{folder / _META} is not what was written")
     return meta
 
@@ -299,17 +212,6 @@ def _check(path: Path, blake2b: str) -> None:
     with path.open("rb") as file:
         if hashlib.file_digest(file, "blake2b").hexdigest() != blake2b:
             raise ValueError(f"{path} is not what was written")
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Callable[[int], None]]:
-    """A line with bytes done and bytes per second; on a terminal only, and gone when done."""
-    console = Console(stderr=True)
-    columns = SpinnerColumn(), TextColumn(title), DownloadColumn(), TransferSpeedColumn()
-    disable = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=disable) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda n_bytes: progress.advance(task, n_bytes)
 
 
 # ---------------------------------------------------------------------------- cache
@@ -353,8 +255,9 @@ def _cached(path: Path, load: Callable[[Path], T], make: Callable[[Path], None])
                 shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:
         raise UserError(
-            f"cannot write {path} ({error.strerror or error}): set data.cache_dir=... to a folder "
-            "with space that you may write to"
+            f"cannot write {path} ({error.strerror or error}); name a folder with free space that "
+            "you may write to",
+            "data.cache_dir",
         ) from None
     return load(path)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from minigpt.core.settings import UserError
-from minigpt.data.preparation import DataConfig
+from minigpt.data.config import DataConfig
 
 
 def spool_stories(

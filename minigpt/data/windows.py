@@ -104,11 +104,13 @@ class BudgetSampler(Sampler[list[int]]):
         n_windows = max(0, n_tokens - 1 - last_offset) // context_length  # as many in each epoch
         if n_windows < batch_size * world_size:
             fits = n_windows // world_size
-            smaller = f"data.batch_size={fits}, " if fits else ""
             devices = f" on each of {world_size} devices" if world_size > 1 else ""
             raise UserError(
-                f"the training split has {n_windows} windows, fewer than one batch of "
-                f"{batch_size}{devices}: use {smaller}a smaller model.context_length or more text"
+                f"the training split has {n_windows} windows, fewer than one batch{devices}; "
+                "more text or a smaller model.context_length gives more",
+                "data.batch_size",
+                batch_size,
+                fix={"data.batch_size": fits} if fits else None,
             )
         self.n_windows, self.batch_size, self.seed = n_windows, batch_size, seed
         self.n_steps, self.start_step = n_steps, start_step

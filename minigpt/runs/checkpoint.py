@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,18 @@ from minigpt.core.files import check_archive, write_bytes
 from minigpt.core.settings import UserError
 from minigpt.model import GPT
 
-_CHECKSUM = b"blake2b="  # the comment at the end of a checkpoint, which is a zip archive
-_COMMENT_BYTES = len(_CHECKSUM) + 2 * hashlib.blake2b().digest_size
+
+def read_model(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
+    """Return the model settings in a checkpoint, and its weights by their names in the model.
+
+    Raises:
+        UserError: not a checkpoint, a damaged one, or one without a model.
+    """
+    content = read_checkpoint(path)
+    settings = content["hyper_parameters"].get("model")
+    if not isinstance(settings, Mapping):
+        raise UserError(f"{path} is not a checkpoint of Mini GPT: it has no model settings")
+    return settings, {k.removeprefix("net."): v for k, v in content["state_dict"].items()}
 
 
 def with_weights(model: GPT, weights: dict[str, Tensor], path: Path) -> GPT:
@@ -40,17 +50,15 @@ def with_weights(model: GPT, weights: dict[str, Tensor], path: Path) -> GPT:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. UserError: it is none, or is cut short."""
+    """Return the tensors of a safetensors file. UserError: it is none, or a truncated one."""
     try:
         return load_file(path)
     except (SafetensorError, OSError):
-        raise UserError(
-            f"{path} is not a safetensors file, or is cut short: export again"
-        ) from None
+        raise UserError(f"{path} is damaged or not a safetensors file; export it again") from None
 
 
 def weights_fingerprint(net: GPT) -> str:
-    """A hash of all parameters as float32: what was measured on one model holds for its equals."""
+    """Return a hash of all parameters as float32, which ties a measured number to the weights."""
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(net.named_parameters()):
         digest.update(name.encode())
@@ -59,75 +67,57 @@ def weights_fingerprint(net: GPT) -> str:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a Lightning checkpoint holds: tensors and plain values only (`weights_only=True`).
+    """Return what a Lightning checkpoint holds: tensors and plain values only.
 
     Raises:
-        UserError: not a checkpoint, a truncated one, one with code in it, one of another program.
+        UserError: not a checkpoint, a damaged one, one with code in it, one of another program.
     """
     try:
-        if zipfile.is_zipfile(path):
-            check_archive(path)
-        with warnings.catch_warnings(action="ignore"):  # of an odd pickle: it is refused below
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _load(path)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: give a run folder or a .ckpt file") from None
+        raise UserError(f"{path} does not exist; give a run folder or a .ckpt file") from None
     except UserError:
         raise
-    except pickle.UnpicklingError as error:
-        if re.search("unsupported (global|class)", str(error), re.IGNORECASE):
-            raise UserError(
-                f"{path} asks to run code, which a checkpoint never does: refused, and not run"
-            ) from None
-        raise UserError(_damaged(path)) from None
-    except Exception:  # torch.load answers damage with errors of a dozen kinds
-        raise UserError(_damaged(path)) from None
+    except Exception as error:  # torch.load raises errors of a dozen kinds for damaged files
+        code = re.search("unsupported (global|class)", str(error), re.IGNORECASE)
+        fault = "would run code, so it was not loaded" if code else "is damaged or no checkpoint"
+        raise UserError(f"{path} {fault}; give a run folder or another .ckpt file") from None
     parts = ("state_dict", "hyper_parameters")
     if not isinstance(content, dict) or not all(isinstance(content.get(p), dict) for p in parts):
-        raise UserError(f"{path} is not a checkpoint of Mini GPT: it holds no weights and settings")
+        raise UserError(f"{path} is not a checkpoint of Mini GPT: it has no weights and settings")
     return content
 
 
-def write_checkpoint(path: Path, content: dict[str, Any], keep: int = 1) -> None:
-    """Write a checkpoint whole or not at all, with a checksum; at most `keep` of its name stay.
+def _load(path: Path) -> Any:
+    if zipfile.is_zipfile(path):
+        check_archive(path)
+    with warnings.catch_warnings(action="ignore"):  # of an odd pickle, which is refused
+        return torch.load(path, map_location="cpu", weights_only=True)
 
-    With `keep` 3, x.ckpt that is there becomes x-1.ckpt, and that x-2.ckpt, which is replaced. The
-    checksum is the comment of the zip archive that torch writes, so that one rename brings both.
+
+def write_checkpoint(path: Path, content: dict[str, Any], keep: int = 1) -> None:
+    """Write a checkpoint whole or not at all; at most `keep` of its name stay.
+
+    With `keep` 3, an x.ckpt that is there becomes x-1.ckpt, and that x-2.ckpt, which is replaced.
 
     Raises:
         OSError: it could not be written; what was there before is still there.
     """
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    # The archive ends with the length of its comment, which torch leaves at 0 (2 bytes).
-    buffer.seek(-2, os.SEEK_END)
-    buffer.write(_COMMENT_BYTES.to_bytes(2, "little"))
-    buffer.write(_CHECKSUM + hashlib.blake2b(buffer.getbuffer()).hexdigest().encode())
     names = [path, *(path.with_stem(f"{path.stem}-{age}") for age in range(1, keep))]
     write_bytes(path, buffer.getbuffer(), move=list(zip(names[-2::-1], names[:0:-1], strict=True)))
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a checkpoint is as it was written, by its checksum.
-
-    One that was written without (by Lightning alone) is held against the CRC-32 of its parts.
-    """
+    """Return whether a checkpoint is undamaged, by the CRC-32s of the zip archive that it is."""
     try:
-        with path.open("rb") as file:
-            file.seek(-_COMMENT_BYTES, os.SEEK_END)
-            content_bytes, comment = file.tell(), file.read()
-            if comment.startswith(_CHECKSUM):
-                file.seek(0)
-                digest = hashlib.blake2b()
-                while content_bytes > 0:
-                    block = file.read(min(content_bytes, 1 << 20))
-                    digest.update(block)
-                    content_bytes -= len(block)
-                return comment == _CHECKSUM + digest.hexdigest().encode()
         with zipfile.ZipFile(path) as archive:
-            return not archive.comment and archive.testzip() is None
-    except Exception:  # zipfile answers damage with errors of several kinds
+            if archive.testzip() is not None:
+                return False
+        _load(path)  # the directory of the archive has no CRC-32
+    except pickle.UnpicklingError:
+        return True  # it was written like that: reading it says what is wrong
+    except Exception:  # zipfile and torch raise errors of many kinds for damaged files
         return False
-
-
-def _damaged(path: Path) -> str:
-    return f"{path} is not a checkpoint, or is cut short: give runs/<name> or a .ckpt written by it"
+    return True

@@ -23,7 +23,13 @@ from minigpt.core.distributed import global_rank
 from minigpt.core.files import read_yaml, refuse_links_out
 from minigpt.core.settings import ModelClassError, UserError, build
 from minigpt.model import GPT, GPTConfig
-from minigpt.runs.checkpoint import is_whole, read_checkpoint, read_safetensors, with_weights
+from minigpt.runs.checkpoint import (
+    is_whole,
+    read_checkpoint,
+    read_model,
+    read_safetensors,
+    with_weights,
+)
 from minigpt.runs.names import BEST, CHECKPOINTS, CONFIG, LAST, TOKENIZER, WEIGHTS
 from minigpt.runs.records import read_summary
 from minigpt.tokenizer import Tokenizer
@@ -155,13 +161,9 @@ class Run:
         if self.is_export:
             weights = read_safetensors(self.checkpoint)
         else:
-            content = read_checkpoint(self.checkpoint)
-            stored = content["hyper_parameters"].get("model")
-            if not isinstance(stored, Mapping):
-                raise UserError(f"{self.checkpoint} holds no settings of a model: give another")
+            stored, weights = read_model(self.checkpoint)
             if build(type(shape), _current(stored, "model"), "model") != shape:
                 raise UserError(f"{self.checkpoint} is of another run: its model differs")
-            weights = {k.removeprefix("net."): v for k, v in content["state_dict"].items()}
         model = with_weights(factory(shape), weights, self.checkpoint)
         self._check_class(model)
         return model.to(device).eval().requires_grad_(False)

@@ -1,10 +1,10 @@
-"""What a run wrote down as it trained, read back: metrics.csv, samples.jsonl, summary.json.
+"""Read what a run recorded as it trained: metrics.csv, samples.jsonl, summary.json.
 
     >>> rows = read_metrics(Path("runs/small-20260101-120000"))
     >>> tokens, loss = series(rows, "val/loss")
 
 Training appends to the first two files, so a run that was killed may leave half a line at the end;
-that half is not read. Anything else that makes no sense is a UserError with the file's name in it.
+that half is not read. Anything else that is wrong is a UserError with the name of the file.
 """
 
 from __future__ import annotations
@@ -22,47 +22,46 @@ Row = dict[str, float]  # one row of metrics.csv: column name to value, measured
 
 
 def read_metrics(folder: Path) -> list[Row]:
-    """The rows of the run's metrics.csv, each with `step` and `tokens`; [] when it has none yet.
+    """Return the rows of metrics.csv, each with `step` and `tokens`; [] when there are none yet.
 
     Raises:
         UserError: the file is not a table of numbers with those two columns.
     """
     path = folder / METRICS
     rows: list[Row] = []
-    table = csv.DictReader(_whole_lines(path), restval="missing")  # no number: a short row fails
+    table = csv.DictReader(_whole_lines(path), restval="missing")  # which is no number
     for cells in table:
         try:
             row = {name: float(cell) for name, cell in cells.items() if cell != ""}
         except (TypeError, ValueError):  # TypeError: a list of the cells beyond the header
-            raise UserError(_broken(path, table.line_num, "a row of numbers")) from None
+            raise _broken(path, table.line_num, "a row of numbers") from None
         if "step" not in row or "tokens" not in row:
-            raise UserError(_broken(path, table.line_num, "a row with step and tokens"))
+            raise _broken(path, table.line_num, "a row with step and tokens")
         rows.append(row)
     return rows
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
-    """The stories in the run's samples.jsonl, oldest first; [] when it has none yet.
+    """Return the stories in samples.jsonl, oldest first; [] when there are none yet.
 
     Raises:
         UserError: a line is not a JSON object with step, tokens, prompt, temperature and text.
     """
     path = folder / SAMPLES
-    samples = []
+    samples, keys = [], {"step", "tokens", "prompt", "temperature", "text"}
     for number, line in enumerate(_whole_lines(path), start=1):
         try:
             sample = parse_json(line)
         except ValueError:
             sample = None
-        keys = {"step", "tokens", "prompt", "temperature", "text"}
         if not isinstance(sample, dict) or not keys <= sample.keys():
-            raise UserError(_broken(path, number, "a sample with step, prompt and text"))
+            raise _broken(path, number, f"an object with {', '.join(sorted(keys))}")
         samples.append(sample)
     return samples
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """The run's summary.json; {} while it trains and when it was killed before writing one.
+    """Return summary.json; {} while the run trains, and when it was killed before writing one.
 
     Raises:
         UserError: the file is not a JSON object.
@@ -75,7 +74,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     except ValueError:  # not JSON, or not even UTF-8
         summary = None
     if not isinstance(summary, dict):
-        raise UserError(f"{path} is not a JSON object: move this run away, or train it again")
+        raise UserError(f"{path} is not a JSON object; remove the file, or leave this run out")
     return summary
 
 
@@ -103,29 +102,26 @@ def check_facts(told: Mapping[str, Any], kinds: Mapping[str, Any], where: Path) 
 
 
 def series(rows: list[Row], name: str) -> tuple[list[float], list[float]]:
-    """One column against tokens seen: (tokens, values), where it was measured."""
+    """Return one column against tokens seen, where it was measured: (tokens, values)."""
     measured = [(row["tokens"], row[name]) for row in rows if name in row]
     return [tokens for tokens, _ in measured], [value for _, value in measured]
 
 
 def last_values(rows: list[Row]) -> Row:
-    """The last measured value of every column."""
+    """Return the last measured value of every column."""
     return {name: value for row in rows for name, value in row.items()}
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """The lines of the file that have their end; none when there is no file."""
+    """Return the lines of a file that end; [] when there is no file."""
     if not path.is_file():
         return []
     try:
-        text = read_text(path, megabytes=1024)
+        text = read_text(path, max_bytes=1 << 30)
     except ValueError as error:
-        raise UserError(
-            f"{path} is not the text that a run writes ({error}): move this run away, or train it "
-            "again"
-        ) from None
+        raise UserError(f"cannot read {path} ({error}); leave this run out") from None
     return text.split("\n")[:-1]  # not splitlines, which also cuts at U+2028 inside a story
 
 
-def _broken(path: Path, line: int, wanted: str) -> str:
-    return f"{path}, line {line}: expected {wanted}; mend or delete that line, or leave the run out"
+def _broken(path: Path, line: int, expected: str) -> UserError:
+    return UserError(f"{path}, line {line}: expected {expected}; correct or delete this line")

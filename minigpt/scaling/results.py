@@ -22,7 +22,7 @@ import yaml
 from minigpt.core.files import refuse_links_out, write_json, write_text
 from minigpt.core.settings import UserError
 from minigpt.core.text import human_count
-from minigpt.data.preparation import DataConfig
+from minigpt.data.config import DataConfig
 from minigpt.runs.folder import Run
 from minigpt.runs.names import CONFIG, METRICS, SUMMARY
 from minigpt.runs.provenance import Origin, origin

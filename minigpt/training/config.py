@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minigpt.core.settings import UserError, build, plain
-from minigpt.data.preparation import DataConfig
+from minigpt.data.config import DataConfig
 from minigpt.generation.sampling import SamplingConfig
 from minigpt.model import GPTConfig
 

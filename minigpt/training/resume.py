@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from minigpt.core.distributed import global_rank
 from minigpt.core.files import refuse_links_out
 from minigpt.core.settings import ModelClassError, UserError, build, flat
-from minigpt.data.preparation import with_cache_here
+from minigpt.data.config import with_cache_here
 from minigpt.exporting.card import hydra_text, training_words
 from minigpt.model import GPT, GPTConfig
 from minigpt.runs.checkpoint import is_whole, read_checkpoint, weights_fingerprint

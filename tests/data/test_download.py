@@ -1,21 +1,27 @@
 import hashlib
+import json
 import math
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import HfFileSystem, constants
 from huggingface_hub.utils import close_session
 
 from minigpt.core.settings import UserError
 from minigpt.data import download
-from minigpt.data.sources import END_OF_TEXT, Corpus, download_tinystories
+from minigpt.data.sources import Corpus, download_tinystories
+from minigpt.tokenizer import END_OF_TEXT
 from tests.conftest import naming
 
 TRAIN, VALID = "TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"
-WAYS_ON = ("data=tinystories_sample", "data=text")
+COMMIT = "c0ffee" + "0" * 34
+WAYS_ON = ("data.source", "tinystories_sample", "text")
 STORIES = [f"{n} birds — {'sang in the old tree ' * (20 + n % 30)}end" for n in range(600)]
 
 
@@ -27,8 +33,8 @@ class Hub:
         self.files = {TRAIN: text.encode(), VALID: text[: len(text) // 50].encode()}
         self.drops: Counter[str] = Counter()  # answers to break off in the middle, by file
         self.ignores_ranges = False  # answer with the file from its start, whatever was asked for
-        self.refuse = False  # hang up on every request for bytes
-        self.ranges: list[tuple[str, int, int]] = []  # what was asked for: file, start, end
+        self.refuse_from: float = math.inf  # hang up on requests for bytes from this offset on
+        self.ranges: list[tuple[str, int, int]] = []  # requests: file, start, end
         self.n_requests = 0
         self.etags: dict[str, str] = {}  # what to say instead of the sha256
         hub = self
@@ -38,23 +44,30 @@ class Hub:
 
             def do_HEAD(self) -> None:
                 hub.n_requests += 1
-                content = hub.files[self.path.rsplit("/", 1)[-1]]
-                etag = hub.etags.get(self.path.rsplit("/", 1)[-1], sha256(content))
-                self.redirect({"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(content))})
+                name = self.path.rsplit("/", 1)[-1]
+                size = str(len(hub.files[name]))
+                self.redirect({"X-Linked-Etag": f'"{hub.etag(name)}"', "X-Linked-Size": size})
 
             def do_GET(self) -> None:
                 hub.n_requests += 1
+                assert "torch" not in self.headers["User-Agent"]  # telemetry of the library
+                if self.path.startswith(f"/api/datasets/roneneldan/TinyStories/revision/{COMMIT}"):
+                    return self.answer({"id": "roneneldan/TinyStories", "sha": COMMIT})
+                if self.path.startswith(f"/api/datasets/roneneldan/TinyStories/tree/{COMMIT}"):
+                    return self.answer(hub.tree())
                 if self.server is hub.servers[0]:
                     return self.redirect({})
                 name = self.path.rsplit("/", 1)[-1]
-                start, end = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+                size = len(hub.files[name])
+                asked = self.headers["Range"] or "bytes=0-"
+                start, end = (int(n or size - 1) for n in asked.removeprefix("bytes=").split("-"))
                 hub.ranges.append((name, start, end))
-                start, end = (0, -1) if hub.ignores_ranges else (start, end)
-                body = hub.files[name][start : end + 1 or None]
                 self.close_connection = True
-                if hub.refuse:
+                if start >= hub.refuse_from:
                     return None
-                self.send_response(200 if hub.ignores_ranges else 206)
+                whole = hub.ignores_ranges or "Range" not in self.headers
+                body = hub.files[name] if whole else hub.files[name][start : end + 1]
+                self.send_response(200 if whole else 206)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 if hub.drops[name] > 0:
@@ -62,12 +75,20 @@ class Hub:
                     body = body[: len(body) // 2]
                 self.wfile.write(body)
 
+            def answer(self, content: object) -> None:
+                body = json.dumps(content).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
             def redirect(self, headers: dict[str, str]) -> None:
                 assert self.path.startswith("/datasets/roneneldan/TinyStories/resolve/")
                 self.send_response(302)
                 name = self.path.rsplit("/", 1)[-1]
                 self.send_header("Location", f"{hub.address(1)}/store/{name}")
-                self.send_header("X-Repo-Commit", "c0ffee")
+                self.send_header("X-Repo-Commit", COMMIT)
                 self.send_header("Content-Length", "0")
                 for key, value in headers.items():
                     self.send_header(key, value)
@@ -84,21 +105,33 @@ class Hub:
     def address(self, server: int = 0) -> str:
         return f"http://127.0.0.1:{self.servers[server].server_port}"
 
+    def etag(self, name: str) -> str:
+        return self.etags.get(name, sha256(self.files[name]))
+
+    def tree(self) -> list[dict[str, object]]:
+        return [
+            {"type": "file", "path": name, "size": len(content), "oid": "0" * 40}
+            for name, content in self.files.items()
+        ]
+
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
 @pytest.fixture
-def hub(monkeypatch):
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     hub = Hub()
     for thread in hub.threads:
         thread.start()
     monkeypatch.setenv("HF_ENDPOINT", hub.address())
     monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setattr(download, "_RETRY_WAITS", (0.0, 0.0))
+    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda _: None))
+    monkeypatch.setattr("huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda _: None))
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what the library resumes by
     yield hub
     close_session()
+    HfFileSystem.clear_instance_cache()
     for server, thread in zip(hub.servers, hub.threads, strict=True):
         server.shutdown()
         server.server_close()
@@ -149,36 +182,45 @@ def test_a_budget_fetches_only_its_bytes_and_a_larger_one_goes_on_from_there(hub
     assert content(download_tinystories(tmp_path, 10**6)) == hub.files[TRAIN]
 
 
-def test_connections_that_break_on_the_way_are_taken_up_again(hub, tmp_path):
-    hub.drops[TRAIN] = 5  # more often than a request that brings nothing is repeated
-    assert content(download_tinystories(tmp_path, None)) == hub.files[TRAIN]
+def test_a_download_resumes_where_a_connection_broke(hub, tmp_path):
+    hub.drops[TRAIN] = 3
+    assert content(download_tinystories(tmp_path / "whole", None)) == hub.files[TRAIN]
     starts = [start for name, start, _ in hub.ranges if name == TRAIN]
     size = len(hub.files[TRAIN])
-    assert starts[:3] == [0, size // 2, size // 2 + (size - size // 2) // 2]
-    assert len(starts) == 6
+    assert len(starts) == 4
+    assert starts[0] == 0
+    assert 0.4 * size < starts[1] < starts[2] < starts[3]
 
 
-def test_a_download_that_dies_is_explained_and_the_next_call_resumes_it(hub, tmp_path, monkeypatch):
-    half = len(hub.files[TRAIN]) // 2
-    stream = download._stream
+def test_an_interrupted_first_part_is_resumed_by_the_next_call(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "_BLOCK", 10_000)
+    wanted = math.ceil(20_000 * 3.84 * 1.05)
+    hub.refuse_from = 30_000
+    with pytest.raises(UserError, match=naming(hub.address(), *WAYS_ON)) as error:
+        download_tinystories(tmp_path, 20_000)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("*first*"))
+    starts = [start for name, start, _ in hub.ranges if name == TRAIN]
+    assert starts[:4] == [0, 10_000, 20_000, 30_000]
+    assert set(starts[4:]) == {30_000}  # the tries of the library
 
-    def die_after_the_first_half(url, part, target, show):
-        hub.refuse = part.stat().st_size > 0 and part.name.startswith(TRAIN)
-        stream(url, part, target, show)
+    hub.refuse_from = math.inf
+    hub.ranges.clear()
+    interrupted = content(download_tinystories(tmp_path, 20_000))
+    assert [start for _, start, _ in hub.ranges] == list(range(30_000, wanted, 10_000))
+    assert {end for _, _, end in hub.ranges} == {*range(39_999, wanted - 1, 10_000), wanted - 1}
+    assert interrupted == content(download_tinystories(tmp_path / "again", 20_000))
 
+
+def test_an_interrupted_whole_file_leaves_nothing(hub, tmp_path):
+    hub.refuse_from = 1
     hub.drops[TRAIN] = 1
-    monkeypatch.setattr(download, "_stream", die_after_the_first_half)
-    with pytest.raises(UserError, match=naming(*WAYS_ON)) as error:
+    with pytest.raises(UserError, match=naming(hub.address(), *WAYS_ON)) as error:
         download_tinystories(tmp_path, None)
     assert "\n" not in str(error.value)
-    assert not (tmp_path / TRAIN).exists()
-    assert [start for name, start, _ in hub.ranges if name == TRAIN] == [0, half, half, half]
-
-    hub.refuse = False
-    monkeypatch.setattr(download, "_stream", stream)
-    hub.ranges.clear()
+    assert sorted(path.name for path in tmp_path.glob(f"{TRAIN}*")) == [f"{TRAIN}.lock"]
+    hub.refuse_from = math.inf
     assert content(download_tinystories(tmp_path, None)) == hub.files[TRAIN]
-    assert hub.ranges == [(TRAIN, half, 2 * half + len(hub.files[TRAIN]) % 2 - 1)]
 
 
 def test_a_file_that_changed_on_the_hub_is_not_resumed(hub, tmp_path):
@@ -194,27 +236,29 @@ def test_a_file_that_changed_on_the_hub_is_not_resumed(hub, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "name"),
+    ("tokens", "damage", "name"),
     [
-        (lambda hub: hub.etags.update({TRAIN: "0" * 64}), "sha256"),
-        (lambda hub: hub.files.update({TRAIN: b"caf\xe9" + END_OF_TEXT.encode()}), "UTF-8"),
-        (lambda hub: hub.files.update({TRAIN: b"<html>log in</html>"}), END_OF_TEXT),
+        (None, lambda hub: hub.etags.update({TRAIN: "0" * 64}), "sha256"),
+        (None, lambda hub: hub.files.update({TRAIN: b"caf\xe9" + END_OF_TEXT.encode()}), "UTF-8"),
+        (None, lambda hub: hub.files.update({TRAIN: b"<html>log in</html>"}), END_OF_TEXT),
+        (9, lambda hub: hub.files.update({TRAIN: b"\xe9" + END_OF_TEXT.encode() * 9}), "UTF-8"),
+        (9, lambda hub: hub.files.update({TRAIN: b"<html>log in</html>" * 9}), END_OF_TEXT),
     ],
 )
-def test_what_is_damaged_never_gets_the_final_name(hub, tmp_path, damage, name):
+def test_damaged_files_never_get_the_final_name(hub, tmp_path, tokens, damage, name):
     damage(hub)
     with pytest.raises(UserError, match=naming(name)):
-        download_tinystories(tmp_path, None)
-    assert not (tmp_path / TRAIN).exists()
-    assert not list(tmp_path.glob(f"{TRAIN}*.part"))  # else a next call would go on from there
+        download_tinystories(tmp_path, tokens)
+    stem = TRAIN.removesuffix(".txt")  # a .part would be continued by the next call
+    assert sorted(path.name for path in tmp_path.glob(f"{stem}*")) == [f"{TRAIN}.lock"]
 
 
-def test_a_server_that_ignores_ranges_starts_the_file_over(hub, tmp_path):
-    small = download_tinystories(tmp_path, 20_000)
+def test_a_server_that_ignores_ranges_is_refused(hub, tmp_path):
     hub.ignores_ranges = True
-    larger = download_tinystories(tmp_path, 50_000)
-    assert content(larger).startswith(content(small))
-    assert hub.files[TRAIN].startswith(content(larger))
+    with pytest.raises(UserError, match=naming(hub.address(), *WAYS_ON)):
+        download_tinystories(tmp_path, 20_000)
+    hub.ignores_ranges = False
+    assert hub.files[TRAIN].startswith(content(download_tinystories(tmp_path, 20_000)))
 
 
 def test_two_processes_at_once_download_once(hub, tmp_path):
@@ -228,18 +272,18 @@ def test_without_a_network_one_line_names_the_ways_on(hub, tmp_path, monkeypatch
     close = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
     close.server_close()
     nobody = f"http://127.0.0.1:{close.server_port}"
+    monkeypatch.setenv("HF_ENDPOINT", nobody)
     with pytest.raises(UserError, match=naming(nobody, "ConnectError", *WAYS_ON)):
-        download_tinystories(tmp_path, 1000, endpoint=nobody)
+        download_tinystories(tmp_path, 1000)
+    monkeypatch.setenv("HF_ENDPOINT", hub.address())
     hub.files.clear()  # the hub breaks down over each request
     monkeypatch.setattr(hub.servers[0], "handle_error", lambda *_: None)
     with pytest.raises(UserError, match=naming(*WAYS_ON)):
         download_tinystories(tmp_path, 1000)
 
 
-def test_a_wrong_budget_and_a_folder_that_is_a_file_are_refused(tmp_path):
-    with pytest.raises(UserError, match=naming("data.download_tokens", "0")):
-        download_tinystories(tmp_path, 0)
+def test_a_download_folder_that_is_a_file_is_refused(tmp_path):
     file = Path(tmp_path / "file")
     file.touch()
-    with pytest.raises(UserError, match=naming(str(file))):
+    with pytest.raises(UserError, match=naming("data.cache_dir", str(file))):
         download_tinystories(file, 1000)

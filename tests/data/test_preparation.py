@@ -15,15 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minigpt.core.settings import UserError, build
+from minigpt.core.settings import UserError
 from minigpt.data import preparation
-from minigpt.data.preparation import (
-    DataConfig,
-    open_corpus,
-    prepare_split,
-    prepare_tokenizer,
-)
-from minigpt.data.sources import bundled_sample
+from minigpt.data.config import DataConfig
+from minigpt.data.preparation import prepare_split, prepare_tokenizer
+from minigpt.data.sources import open_corpus
 from minigpt.tokenizer import Tokenizer
 from tests.conftest import naming, tiny_overrides
 from tests.processes import Training
@@ -328,43 +324,8 @@ def test_meta_json_tells_what_went_in(tokenizer, tmp_path):
     assert (meta["tokens"], meta["bytes"], meta["stories"]) == (found.n_tokens, found.n_bytes, 2)
 
 
-def test_own_text_and_the_bundled_sample_open_by_config(tmp_path):
-    text = tmp_path / "own.txt"
-    text.write_text("<|endoftext|>".join(STORIES), encoding="utf-8")
-    own = build(DataConfig, {"source": "text", "train_files": str(text), "holdout": 0.1}, "data")
-    corpus = open_corpus(own)
-    assert list(corpus.stories("train")) == STORIES[:45]
-    assert list(corpus.stories("valid")) == STORIES[45:]
-    assert open_corpus(DataConfig()) == bundled_sample()
-
-
-def test_an_empty_line_separates_stories_where_it_is_typed(tmp_path):
-    text = tmp_path / "poems.txt"
-    text.write_text("One\nline.\n\nTwo.\n\nThree.", encoding="utf-8")
-    config = DataConfig(source="text", valid_files=(str(text),), separator=r"\n\n")
-    assert list(open_corpus(config).stories("valid")) == ["One\nline.", "Two.", "Three."]
-
-
 def test_validation_files_alone_are_enough_to_evaluate_on(tokenizer, tmp_path):
     text = tmp_path / "other.txt"
     text.write_text("One.<|endoftext|>Two.", encoding="utf-8")
     corpus = open_corpus(DataConfig(source="text", valid_files=(str(text),)))
     assert prepare_split(corpus, "valid", tokenizer, tmp_path).n_stories == 2
-
-
-@pytest.mark.parametrize(
-    ("values", "names"),
-    [
-        ({"source": "text"}, ["source", "text", "data.train_files"]),
-        ({"train_files": ["a.txt"]}, ["data=text"]),
-        ({"holdout": 1.0}, ["data", "holdout", "1.0"]),
-        ({"separator": ""}, ["data", "separator"]),
-        ({"download_tokens": 0}, ["data", "download_tokens", "0"]),
-        ({"vocab_size": 70_000}, ["70000", "65536", "data.vocab_size"]),
-        ({"batch_size": 0}, ["data", "batch_size", "0"]),
-    ],
-)
-def test_settings_out_of_range_are_refused_in_one_line(values, names):
-    with pytest.raises(UserError, match=naming(*names)) as error:
-        build(DataConfig, values, "data")
-    assert "\n" not in str(error.value)

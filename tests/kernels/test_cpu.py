@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from minigpt.data.config import DataConfig
 from minigpt.data.datamodule import DataModule
-from minigpt.data.preparation import DataConfig
 from minigpt.data.sources import bundled_sample
 from minigpt.kernels.cpu import (
     BLOCK,

@@ -3,13 +3,7 @@ import json
 import pytest
 
 from minigpt.core.settings import UserError
-from minigpt.core.text import human_count, human_time
-from minigpt.runs.records import (
-    read_metrics,
-    read_samples,
-    read_summary,
-    series,
-)
+from minigpt.runs.records import read_metrics, read_samples, read_summary, series
 from tests.run_folder import HEADER, ROWS, write_run
 
 
@@ -50,27 +44,9 @@ def test_a_story_with_a_unicode_line_separator_stays_one_sample(tmp_path):
     assert read_samples(tmp_path) == [story]
 
 
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [
-        (0, "0"),
-        (850, "850"),
-        (999.7, "1k"),
-        (39_500, "39.5k"),
-        (999_499, "999k"),
-        (999_600, "1M"),
-        (1_046_656, "1.05M"),
-        (104e6, "104M"),
-        (6.6e9, "6.6B"),
-    ],
-)
-def test_counts_are_written_with_three_digits_and_a_letter(number, text):
-    assert human_count(number) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.4, "0 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (3900, "1 h 05 min")],
-)
-def test_times_are_written_with_two_units_at_most(seconds, text):
-    assert human_time(seconds) == text
+@pytest.mark.parametrize("name", ["metrics.csv", "samples.jsonl", "summary.json"])
+def test_a_file_that_is_not_utf8_is_named(name, tmp_path):
+    (tmp_path / name).write_bytes(b"\xff\n")
+    readers = {"metrics.csv": read_metrics, "samples.jsonl": read_samples}
+    with pytest.raises(UserError, match=name):
+        readers.get(name, read_summary)(tmp_path)

@@ -1,0 +1,31 @@
+import pytest
+
+from minigpt.core.settings import UserError, build
+from minigpt.data.config import DataConfig
+from tests.conftest import naming
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ({"source": "text"}, ["source", "text", "data.train_files"]),
+        ({"train_files": ["a.txt"]}, ["data.train_files", "data.source", "text"]),
+        ({"valid_files": ["a.txt"]}, ["data.valid_files", "data.source", "text"]),
+        ({"holdout": 1.0}, ["data.holdout", "1.0"]),
+        ({"holdout": 0}, ["data.holdout", "0.0"]),
+        ({"holdout": -0.1}, ["data.holdout", "-0.1"]),
+        ({"separator": ""}, ["data.separator"]),
+        ({"download_tokens": 0}, ["data.download_tokens", "0"]),
+        ({"vocab_size": 70_000}, ["70000", "65536", "data.vocab_size"]),
+        ({"batch_size": 0}, ["data.batch_size", "0"]),
+    ],
+)
+def test_settings_out_of_range_are_refused_in_one_line(values, names):
+    with pytest.raises(UserError, match=naming(*names)) as error:
+        build(DataConfig, values, "data")
+    assert "\n" not in str(error.value)
+
+
+def test_a_holdout_of_nan_is_refused():
+    with pytest.raises(UserError, match=naming("holdout", "nan")):
+        DataConfig(holdout=float("nan"))
