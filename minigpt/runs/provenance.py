@@ -2,24 +2,57 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from minigpt.core.settings import UserError, build
 
 
-def source_commit() -> str | None:
-    """The git commit of this code, with -dirty behind it when changed; None outside a checkout."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    here = Path(__file__).parent
+def source_commit() -> str:
+    """Return the git commit of this code, or its version where the commit is not known.
+
+    A checkout is asked through git, and its commit ends in -dirty if files were changed. An
+    installed copy knows the commit that pip installed it from (PEP 610). The repository of
+    somebody else that surrounds it, such as a project with a virtual environment in it, does not
+    count.
+    """
+    package = Path(__file__).resolve().parents[1]
+    return _checkout_commit(package.parent) or _installed_commit(package)
+
+
+def _checkout_commit(root: Path) -> str | None:
+    """Return what git says of the repository at `root`; None if that is not this project's."""
     try:
-        done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10)  # noqa: S603
-    except (OSError, subprocess.TimeoutExpired):
+        project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        if project["name"] != "minigpt":
+            return None
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+        environment["GIT_CEILING_DIRECTORIES"] = str(root.parent)  # look no higher than `root`
+        command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+        process = subprocess.run(  # noqa: S603
+            command, cwd=root, env=environment, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, ValueError, KeyError, TypeError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    return process.stdout.strip() or None
+
+
+def _installed_commit(package: Path) -> str:
+    try:
+        distribution = metadata.distribution("minigpt")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+    origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+    same = Path(str(distribution.locate_file("minigpt"))).resolve() == package
+    commit: str | None = origin.get("vcs_info", {}).get("commit_id") if same else None
+    return commit or distribution.version
 
 
 @dataclass(frozen=True)

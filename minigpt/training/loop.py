@@ -242,9 +242,7 @@ def _trainer(
         "num_nodes": hardware.num_nodes,
         "precision": hardware.precision,
         **{key: value for key, value in module.hparams.items() if key == "init_from"},
-        "commit": ", ".join(
-            dict.fromkeys([*_commits_before(folder), source_commit() or "unknown"])
-        ),
+        "commit": ", ".join(dict.fromkeys([*_commits_before(folder), source_commit()])),
     }
     accumulate = job.trainer.accumulate_grad_batches
     metrics = MetricsCsv(folder / METRICS, start_step or None)
