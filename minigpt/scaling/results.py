@@ -30,7 +30,7 @@ from minigpt.runs.folder import (
     SUMMARY,
     Run,
 )
-from minigpt.runs.provenance import Origin, origin
+from minigpt.runs.provenance import Parent, parent_of
 from minigpt.runs.records import (
     Row,
     last_values,
@@ -139,7 +139,7 @@ def read_run(path: Path) -> RunResult:
             raise UserError(f"{path / SUMMARY}: {name} is {value!r}, expected a number")
         return value
 
-    other = origin(summary, path / SUMMARY)
+    other = parent_of(summary, path / SUMMARY)
     before = (other.tokens or 0) if other else 0
     own = int(number("tokens") or 0)
     try:
@@ -183,7 +183,7 @@ def _corpus(data: dict[str, Any]) -> str:
     return f"{data['source']}{names}{more}{vocabulary}"
 
 
-def _recipe(config: dict[str, Any], summary: dict[str, Any], other: Origin | None) -> str:
+def _recipe(config: dict[str, Any], summary: dict[str, Any], other: Parent | None) -> str:
     name = (config.get("optimizer") or {}).get("name")
     scale = (config.get("model") or {}).get("embedding_scale")
     begun = f"from {other.name}" if other else None

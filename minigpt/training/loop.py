@@ -43,7 +43,7 @@ from minigpt.runs.folder import (
     last_checkpoints,
     new_run_folder,
 )
-from minigpt.runs.provenance import Origin, source_commit
+from minigpt.runs.provenance import Parent, source_commit
 from minigpt.runs.records import read_summary
 from minigpt.training.callbacks import (
     RunReport,
@@ -114,7 +114,7 @@ def train(config: DictConfig, size: str = "gpt") -> Path:
         if start.checkpoint is None and global_rank() == 0:
             _write_inputs(folder, job, data)
         start.clear(folder)
-        _describe(folder, job, plan, hardware, module, data, start.origin)
+        _describe(folder, job, plan, hardware, module, data, start.parent)
         trainer = _trainer(folder, job, plan, hardware, module, data, start.step)
         _speed_up(module, hardware, c)
         _fit(trainer, module, data, start.checkpoint)
@@ -125,8 +125,8 @@ def train(config: DictConfig, size: str = "gpt") -> Path:
 
 def _module(job: Job, plan: Plan, data: DataModule, start: Start) -> GPTModule:
     made_of = {"tokenizer": data.tokenizer.fingerprint, "train_tokens": data.train.n_tokens}
-    if start.origin is not None:
-        made_of["init_from"] = dataclasses.asdict(start.origin)
+    if start.parent is not None:
+        made_of["init_from"] = dataclasses.asdict(start.parent)
     module = GPTModule(
         job.model,
         job.optimizer,
@@ -185,7 +185,7 @@ def _describe(
     hardware: Hardware,
     module: GPTModule,
     data: DataModule,
-    origin: Origin | None,
+    parent: Parent | None,
 ) -> None:
     """Say what is about to happen, so that a wrong setting is seen before it costs an hour."""
     epochs = plan.n_steps * plan.tokens_per_step / data.train.n_tokens
@@ -202,9 +202,9 @@ def _describe(
         "device": f"{hardware.accelerator} ×{hardware.world_size}",
         "precision": f"{hardware.precision}: {hardware.why}",
     }
-    if origin is not None:
-        seen = "an unknown number of" if origin.tokens is None else human_count(origin.tokens)
-        lines["weights"] = f"of {origin.name}, which have seen {seen} tokens; its tokenizer"
+    if parent is not None:
+        seen = "an unknown number of" if parent.tokens is None else human_count(parent.tokens)
+        lines["weights"] = f"of {parent.name}, which have seen {seen} tokens; its tokenizer"
     for key, text in lines.items():
         log.info("%-10s %s", key, text)
     if job.init_from is None and data.tokenizer.vocab_size < job.data.vocab_size:

@@ -15,7 +15,6 @@ from minigpt.core.distributed import global_rank
 from minigpt.core.files import refuse_links_out
 from minigpt.core.settings import UserError, build
 from minigpt.data.preparation import with_cache_here
-from minigpt.exporting.card import hydra_text, training_words
 from minigpt.model import GPT, GPTConfig
 from minigpt.runs.checkpoint import is_whole, read_checkpoint, weights_fingerprint
 from minigpt.runs.folder import (
@@ -27,7 +26,7 @@ from minigpt.runs.folder import (
     last_checkpoints,
     read_config,
 )
-from minigpt.runs.provenance import Origin, origin
+from minigpt.runs.provenance import Parent, parent_of
 from minigpt.runs.records import checkpoint_summary
 from minigpt.tokenizer import Tokenizer
 from minigpt.training.config import Job
@@ -54,7 +53,7 @@ class Start:
     hyper_parameters: dict[str, Any] | None = None
     net: GPT | None = None  # the other run's, for a run that begins
     tokenizer: Tokenizer | None = None  # the other run's; None: one is trained on the stories
-    origin: Origin | None = None  # what this run is to tell of the other one
+    parent: Parent | None = None  # the other run, for the records of this one
 
     @classmethod
     def of(cls, job: Job, folder: Path | None) -> Start:
@@ -75,16 +74,18 @@ class Start:
         checkpoint = last_checkpoint(folder if job.resume == AUTO else Path(job.resume))
         content = read_checkpoint(checkpoint)
         made_of, step = content["hyper_parameters"], content["global_step"]
-        other = origin(made_of, checkpoint)  # that run itself may be gone by now
-        tokenizer = Tokenizer.load(folder / TOKENIZER) if other else None
-        return cls(before, checkpoint, step, made_of, tokenizer=tokenizer, origin=other)
+        parent = parent_of(made_of, checkpoint)  # that run itself may be gone by now
+        tokenizer = Tokenizer.load(folder / TOKENIZER) if parent else None
+        if parent is not None:  # an earlier version wrote more about it
+            made_of = {**made_of, "init_from": dataclasses.asdict(parent)}
+        return cls(before, checkpoint, step, made_of, tokenizer=tokenizer, parent=parent)
 
     @classmethod
     def _with_weights_of(cls, job: Job, path: str) -> Start:
         run = Run.open(path)
         net = run.load_net()
         _check_shape(job, net.config, run)
-        return cls(job, net=net, tokenizer=run.load_tokenizer(), origin=_origin(run, net))
+        return cls(job, net=net, tokenizer=run.load_tokenizer(), parent=_parent(run, net))
 
     def set_weights(self, net: GPT) -> None:
         """Give `net` the weights that the run begins with, if they are not to be random."""
@@ -160,50 +161,39 @@ def _check_shape(job: Job, found: GPTConfig, run: Run) -> None:
     if not other:
         return
     size = run.config().get("size")
-    option = [f"model={size}"] if size not in (None, "gpt", job.size) else []
-    its = [f"model.{key}={hydra_text(getattr(found, key))}" for key in other]
+    fix = {"model": size} if size not in (None, "gpt", job.size) else {}
     raise UserError(
-        f"init_from={job.init_from} is of another shape than the model that is asked for: type "
-        f"{' or '.join([*option, ' '.join(its)])}"
+        "its weights are of another shape than the model",
+        "init_from",
+        job.init_from,
+        fix={**fix, **{f"model.{key}": getattr(found, key) for key in other}},
     )
 
 
-def _origin(run: Run, net: GPT) -> Origin:
-    """What a run that begins with the weights of `run`, which are those of `net`, tells of it."""
+def _parent(run: Run, net: GPT) -> Parent:
+    """Return what a run that begins with `net`, the weights of `run`, records about them."""
     config, summary = run.config(), checkpoint_summary(run)
-    before = origin(summary, run.folder / SUMMARY)
-    name = run.folder.resolve().name
-    file = run.checkpoint.relative_to(run.folder).as_posix()
-    with contextlib.suppress(UserError):
-        if Run.open(run.folder).checkpoint == run.checkpoint:
-            file = ""  # the folder alone means it
+    before = parent_of(summary, run.folder / SUMMARY)
+    sources = before.sources if before else []
+
+    def total(name: str) -> Any:
+        own, earlier = summary.get(name), getattr(before, name) if before else 0
+        return None if own is None or earlier is None else earlier + own
+
     try:
-        words = [*training_words(config, summary, before), f"name={hydra_text(name)}"]
-        told = {
-            "name": name,
-            "path": f"runs/{name}/{file}".rstrip("/"),
+        entry = {
+            "name": run.folder.resolve().name,
             "weights": weights_fingerprint(net),
-            "tokens": _total(before.tokens if before else 0, summary.get("tokens")),
-            "seconds": _total(before.seconds if before else 0, summary.get("seconds")),
-            "sources": [*(before.sources if before else []), config["data"]["source"]],
-            "commits": [*(before.commits if before else []), *_commits(summary)],
-            "commands": [*(before.commands if before else []), words],
+            "tokens": total("tokens"),
+            "seconds": total("seconds"),
+            "sources": [*sources, config["data"]["source"]],
         }
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError):
         raise UserError(
-            f"{run.folder} does not tell how it was trained: its config.yaml or summary.json is "
+            f"{run.folder} does not record how it was trained: its config.yaml or summary.json is "
             "not what a run writes"
         ) from None
-    return build(Origin, told, f"{run.folder}")
-
-
-def _commits(summary: dict[str, Any]) -> list[str]:
-    commits: str = summary.get("commit") or "unknown"
-    return commits.split(", ")
-
-
-def _total(before: float | None, own: float | None) -> float | None:
-    return None if before is None or own is None else before + own
+    return build(Parent, entry, f"{run.folder}")
 
 
 @contextlib.contextmanager
@@ -255,13 +245,11 @@ def _check_settings(job: Job, before: Job, folder: Path) -> None:
     for name, value in now.items():
         if name not in _ASIDE and then[name] != value:
             raise UserError(
-                f"{folder} was begun with {name}={_as_typed(then[name])}, not {_as_typed(value)}: "
-                "type that, or take another name=..."
+                f"not what {folder} was trained with; choose another name, or set it back",
+                name,
+                value,
+                fix={name: then[name]},
             )
-
-
-def _as_typed(value: Any) -> str:
-    return hydra_text(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _typed(group: dict[str, Any], prefix: str = "") -> dict[str, Any]:

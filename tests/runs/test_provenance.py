@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 import minigpt
-from minigpt.runs.provenance import source_commit
-from tests.conftest import ROOT
+from minigpt.core.settings import UserError
+from minigpt.runs.provenance import Parent, parent_of, portable_overrides, source_commit
+from tests.conftest import ROOT, naming
 
 PACKAGE = Path(minigpt.__file__).parent
 VERSION = metadata.version("minigpt")
@@ -100,3 +101,55 @@ def test_commit_of_a_copy_that_pip_installed_from_git(elsewhere):
     assert commit_of_copy(installed) == "c0ffee"
     (info / "direct_url.json").write_text('{"url": "file:///x", "archive_info": {}}')
     assert commit_of_copy(installed) == "0.2.0"
+
+
+def test_overrides_lose_the_folders_of_the_machine():
+    typed = [
+        "model=large",
+        "data.train_files=[/home/me/a b/x.txt,'~/y.txt',stories/*.txt]",
+        "++init_from=/home/me/runs/large",
+        r"data.valid_files=[C:\Users\me\z.txt]",
+        "data.separator=</s>",
+        "name=x/y",
+        "data.cache_dir=/tmp/me",
+        "runs_dir=/tmp/me",
+        "logger=wandb",
+        "+logger.wandb.entity=me",
+        "callbacks.n=1",
+        "resume=auto",
+    ]
+    assert portable_overrides(typed) == [
+        "model=large",
+        "data.train_files=[x.txt,'y.txt',stories/*.txt]",
+        "++init_from=large",
+        "data.valid_files=[z.txt]",
+        "data.separator=</s>",
+        "name=x/y",
+    ]
+
+
+WHOLE = {"name": "a", "weights": "0" * 32, "tokens": 5, "seconds": 1.0, "sources": ["text"]}
+
+
+def test_parent_ignores_entries_of_older_runs():
+    older = {"path": "runs/a", "commits": ["c"], "commands": [["python", "train.py"]]}
+    parent = parent_of({"init_from": WHOLE | older}, Path("summary.json"))
+    assert parent == Parent("a", "0" * 32, 5, 1.0, ["text"])
+    assert parent_of({}, Path("summary.json")) is None
+
+
+@pytest.mark.parametrize(
+    ("entry", "name"),
+    [
+        ("large", "init_from"),
+        ({"name": "x"}, "init_from.weights"),
+        (WHOLE | {"tokens": "5"}, "init_from.tokens"),
+        (WHOLE | {"tokens": -5}, "tokens"),
+        (WHOLE | {"name": "a\n```"}, "name"),
+        (WHOLE | {"sources": ["a\n```"]}, "sources"),
+    ],
+)
+def test_parent_that_no_run_wrote_is_refused(entry: object, name: str):
+    with pytest.raises(UserError, match=naming("summary.json", "init_from", name)) as error:
+        parent_of({"init_from": entry}, Path("summary.json"))
+    assert str(error.value).isprintable()

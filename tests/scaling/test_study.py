@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from minigpt.core.settings import UserError
-from minigpt.runs.provenance import Origin
+from minigpt.runs.provenance import Parent
 from minigpt.scaling.figures import (
     REFERENCE,
     compute_figure,
@@ -326,7 +326,7 @@ def test_a_loss_that_is_not_finite_is_no_number_of_the_study(tmp_path):
 
 
 def test_a_run_that_was_averaged_is_another_line(tmp_path):
-    told = Origin("large", "runs/large", "a1b2", 1000, 2.0, ["text"], ["c3d4"], [])
+    told = Parent("large", "a1b2", 1000, 2.0, ["text"])
     begun = {"init_from": dataclasses.asdict(told)}
     write_run(tmp_path / "a", sized("large", 5.85) | begun)
     write_run(tmp_path / "b", sized("large", 5.75) | begun | {"averaged": True})
