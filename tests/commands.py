@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
-        *("minigpt.training.loop", "minigpt.evaluation", "minigpt.exporting.export"),
+        *("minigpt.training.loop", "minigpt.evaluation", "minigpt.exporting"),
         *("minigpt.analysis.study", "minigpt.scaling.tables", "minigpt.cli.app"),
         *("minigpt.cli.hydra_errors", "hydra._internal.hydra", "hydra.main"),
         "omegaconf.grammar_visitor",

@@ -7,12 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import yaml
 
 from minigpt.generation.sampling import SamplingConfig, stream_text
 from minigpt.runs.checkpoint import weights_fingerprint
 from minigpt.runs.folder import Run
-from minigpt.runs.provenance import origin
 from minigpt.runs.records import read_summary
 from tests.cli.test_app import run_main
 from tests.conftest import ROOT, composed
@@ -29,8 +27,8 @@ def test_there_is_one_that_quickstart_shows():
 
 @pytest.mark.parametrize("folder", RELEASES, ids=lambda path: path.name)
 def test_one_override_makes_a_release_again(folder: Path):
-    made = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    begun = origin(read_summary(folder), folder)
+    made = Run.load(folder).config
+    begun = read_summary(folder).get("init_from")
     experiment = f"experiment=release_{folder.name}"
     again = composed([f"{experiment}_continued" if begun else experiment])
     settings = dataclasses.asdict(again)
@@ -39,8 +37,8 @@ def test_one_override_makes_a_release_again(folder: Path):
     assert made["seed"] == again.seed
     assert made["data"].items() <= settings["data"].items()
     if begun:  # and another made what it began with
-        assert again.init_from == begun.path
-        (command,) = begun.commands
+        assert again.init_from == begun["path"]
+        (command,) = begun["commands"]
         first, then = composed([experiment]), composed(command[2:])
         found = {"precision": then.trainer.precision}  # on that machine
         assert dataclasses.replace(first.trainer, **found) == then.trainer

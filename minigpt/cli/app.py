@@ -307,22 +307,23 @@ def export(
     if private and push is None:
         raise UserError("--private is for what --push makes: add --push user/name")
     from minigpt.core.console import console
-    from minigpt.exporting.export import ExportConfig, check_place
-    from minigpt.exporting.export import export as write
-    from minigpt.exporting.hub import check_repository, listing
-    from minigpt.exporting.hub import push as send
+    from minigpt.exporting import ExportConfig
+    from minigpt.exporting import export as write
+    from minigpt.exporting.folder import check_output
+    from minigpt.exporting.hub import check_repository, push_folder
     from minigpt.runs.folder import Run
 
     config = ExportConfig(format, dtype, evaluate, license, average)
-    check_place(out)
+    check_output(out)
     if push is not None:
         check_repository(push, dry_run)
     files = write(Run.open(run), out, config, push, console)
     print(f"Wrote {out}: {', '.join(path.name for path in files)}")
     if push is not None and dry_run:
-        print(f"Nothing was sent. Without --dry-run this would be:\n{listing(push, files)}")
+        print(f"Nothing was sent. Without --dry-run, to https://huggingface.co/{push}:")
+        print("\n".join(f"{path.stat().st_size:>12,}  {path.name}" for path in files))
     elif push is not None:
-        print(f"Sent to {send(out, push, files, private)}")
+        print(f"Sent to {push_folder(out, push, private)}")
 
 
 # ---------------------------------------------------------------------------- Hydra's verbs

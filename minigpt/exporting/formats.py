@@ -83,9 +83,10 @@ def renamed(name: str, names: Mapping[str, str], parts: Mapping[str, str], layer
 # ---------------------------------------------------------------------------- ours
 
 
-def write_safetensors(net: GPT, folder: Path, dtype: torch.dtype) -> None:
-    """model.safetensors: our own names, every weight in `dtype`."""
+def write_safetensors(net: GPT, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype) -> None:
+    """Write model.safetensors with our own names, every weight in `dtype`; tokenizer.json."""
     _write_weights({name: w.to(dtype) for name, w in net.state_dict().items()}, folder)
+    tokenizer.save(folder / TOKENIZER)
 
 
 def _write_weights(weights: dict[str, Tensor], folder: Path) -> None:
@@ -194,8 +195,8 @@ def write_onnx(net: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     Raises:
         UserError: onnx or onnxscript is not installed.
     """
-    _installed("onnx")
-    _installed("onnxscript")
+    for package in ("onnx", "onnxscript"):
+        _installed(package)
     from torch.export import Dim
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision
@@ -268,8 +269,8 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int, kind: Any
 
 
 def _installed(package: str) -> Any:
-    """The package, imported. UserError: it is not installed."""
+    """Import a package and return it; raise UserError if it is not installed."""
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise UserError(f"this format needs {package}: type pip install -e '.[export]'") from None
+        raise UserError(f"this needs the package {package}: type pip install {package}") from None

@@ -10,7 +10,6 @@ that half is not read. Anything else that is wrong is a UserError with the name 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,29 +75,6 @@ def read_summary(folder: Path) -> dict[str, Any]:
     if not isinstance(summary, dict):
         raise UserError(f"{path} is not a JSON object; remove the file, or leave this run out")
     return summary
-
-
-def check_facts(told: Mapping[str, Any], kinds: Mapping[str, Any], where: Path) -> None:
-    """Whether what a file tells can be shown: of the type that is written there, on one line.
-
-    Args:
-        told: what the file `where` holds.
-        kinds: of each fact its type, such as `str | None`, or a mapping for facts within it.
-
-    Raises:
-        UserError: one of them is another, or text with a line break or the like in it.
-    """
-    for name, kind in kinds.items():
-        value = told.get(name)
-        inner = isinstance(kind, Mapping)
-        right = isinstance(value, Mapping if inner else kind)
-        if not right or (isinstance(value, str) and not value.isprintable()):
-            raise UserError(
-                f"{where}: {name} is {value!r}, as Mini GPT never writes it: restore that file or "
-                "make it again"
-            )
-        if inner:
-            check_facts(told[name], kind, where)
 
 
 def series(rows: list[Row], name: str) -> tuple[list[float], list[float]]:

@@ -25,7 +25,7 @@ from minigpt.core.text import human_count
 from minigpt.data.config import DataConfig
 from minigpt.runs.folder import Run
 from minigpt.runs.names import CONFIG, METRICS, SUMMARY
-from minigpt.runs.provenance import Origin, origin
+from minigpt.runs.provenance import Parent, parent_of
 from minigpt.runs.records import Row, last_values, read_metrics, read_summary, series
 
 LATE = 0.05  # share of a run, at its end, whose logged steps give its training loss
@@ -150,7 +150,7 @@ def read_run(path: Path) -> RunResult:
             raise UserError(f"{path / SUMMARY}: {name} is {value!r}, expected a number")
         return value
 
-    parent = origin(summary, path / SUMMARY)
+    parent = parent_of(summary, path / SUMMARY)
     before = (parent.tokens or 0) if parent else 0
     own = int(number("tokens") or 0)
     try:
@@ -194,7 +194,7 @@ def _corpus(data: dict[str, Any]) -> str:
     return f"{data['source']}{names}{more}{vocabulary}"
 
 
-def _recipe(config: dict[str, Any], summary: dict[str, Any], parent: Origin | None) -> str:
+def _recipe(config: dict[str, Any], summary: dict[str, Any], parent: Parent | None) -> str:
     scale = (config.get("model") or {}).get("embedding_scale")
     start = f"from {parent.name}" if parent else ""
     if parent is None and config.get("init_from"):

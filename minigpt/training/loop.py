@@ -46,7 +46,7 @@ from minigpt.runs.folder import (
     new_run_folder,
 )
 from minigpt.runs.names import CONFIG, METRICS, REPORT, TOKENIZER
-from minigpt.runs.provenance import Origin, source_commit
+from minigpt.runs.provenance import Parent, source_commit
 from minigpt.runs.records import read_summary
 from minigpt.training.callbacks import RunReport, StorySamples, Throughput, TrainingProgress
 from minigpt.training.checkpointing import CheckpointFiles, Checkpoints, full_disk_in_one_line
@@ -123,7 +123,7 @@ def _train(config: TrainConfig, model: ModelFactory | None, callbacks: Sequence[
         if start.checkpoint is None and global_rank() == 0:
             _write_inputs(folder, config, data)
         start.clear(folder)
-        _describe(folder, config, schedule, hardware, module, data, start.origin)
+        _describe(folder, config, schedule, hardware, module, data, start.parent)
         trainer = _trainer(folder, config, schedule, hardware, module, data, start.step, callbacks)
         _speed_up(module, hardware, config.trainer)
         _fit(trainer, module, data, start.checkpoint)
@@ -187,8 +187,8 @@ def _module(
     model: ModelFactory | None,
 ) -> GPTModule:
     extra = {"tokenizer": data.tokenizer.fingerprint, "train_tokens": data.train.n_tokens}
-    if start.origin is not None:
-        extra["init_from"] = dataclasses.asdict(start.origin)
+    if start.parent is not None:
+        extra["init_from"] = dataclasses.asdict(start.parent)
     module = GPTModule(
         config.model,
         config.optimizer,
@@ -249,7 +249,7 @@ def _describe(
     hardware: Hardware,
     module: GPTModule,
     data: DataModule,
-    origin: Origin | None,
+    parent: Parent | None,
 ) -> None:
     """Say what is about to happen, so that a wrong setting is seen before it costs an hour."""
     epochs = schedule.n_steps * schedule.tokens_per_step / data.train.n_tokens
@@ -266,9 +266,9 @@ def _describe(
         "device": f"{hardware.accelerator} ×{hardware.world_size}",
         "precision": f"{hardware.precision}: {hardware.why}",
     }
-    if origin is not None:
-        seen = "an unknown number of" if origin.tokens is None else human_count(origin.tokens)
-        lines["weights"] = f"of {origin.name}, which have seen {seen} tokens; its tokenizer"
+    if parent is not None:
+        seen = "an unknown number of" if parent.tokens is None else human_count(parent.tokens)
+        lines["weights"] = f"of {parent.name}, which have seen {seen} tokens; its tokenizer"
     for key, text in lines.items():
         log.info("%-10s %s", key, text)
     if config.init_from is None and data.tokenizer.vocab_size < config.data.vocab_size:
@@ -307,9 +307,7 @@ def _trainer(
         "num_nodes": hardware.num_nodes,
         "precision": hardware.precision,
         **{key: value for key, value in module.hparams.items() if key == "init_from"},
-        "commit": ", ".join(
-            dict.fromkeys([*_commits_before(folder), source_commit() or "unknown"])
-        ),
+        "commit": ", ".join(dict.fromkeys([*_commits_before(folder), source_commit()])),
     }
     accumulate = config.trainer.accumulate_grad_batches
     metrics = MetricsCsv(folder / METRICS, start_step or None)

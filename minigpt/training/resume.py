@@ -15,7 +15,6 @@ from minigpt.core.distributed import global_rank
 from minigpt.core.files import refuse_links_out
 from minigpt.core.settings import ModelClassError, UserError, build, flat
 from minigpt.data.config import with_cache_here
-from minigpt.exporting.card import hydra_text, training_words
 from minigpt.model import GPT, GPTConfig
 from minigpt.runs.checkpoint import is_whole, read_checkpoint, weights_fingerprint
 from minigpt.runs.folder import (
@@ -27,7 +26,7 @@ from minigpt.runs.folder import (
     read_config,
 )
 from minigpt.runs.names import CHECKPOINTS, SUMMARY, TOKENIZER
-from minigpt.runs.provenance import Origin, origin
+from minigpt.runs.provenance import Parent, parent_of
 from minigpt.tokenizer import Tokenizer
 from minigpt.training.config import TrainConfig, settings_of
 from minigpt.training.module import GPTModule
@@ -53,7 +52,7 @@ class ResumeState:
     hyper_parameters: dict[str, Any] | None = None
     net: GPT | None = None  # the other run's, for a run that begins
     tokenizer: Tokenizer | None = None  # the other run's; None: one is trained on the stories
-    origin: Origin | None = None  # what this run is to tell of the other one
+    parent: Parent | None = None  # the other run, for the records of this one
 
     @classmethod
     def from_config(
@@ -82,15 +81,17 @@ class ResumeState:
         checkpoint = last_checkpoint(folder if config.resume == AUTO else Path(config.resume))
         content = read_checkpoint(checkpoint)
         stored, step = content["hyper_parameters"], content["global_step"]
-        other = origin(stored, checkpoint)  # that run itself may be gone by now
-        tokenizer = Tokenizer.load(folder / TOKENIZER) if other else None
-        return cls(before, checkpoint, step, stored, tokenizer=tokenizer, origin=other)
+        parent = parent_of(stored, checkpoint)  # that run itself may be gone by now
+        tokenizer = Tokenizer.load(folder / TOKENIZER) if parent else None
+        if parent is not None:  # an earlier version wrote more about it
+            stored = {**stored, "init_from": dataclasses.asdict(parent)}
+        return cls(before, checkpoint, step, stored, tokenizer=tokenizer, parent=parent)
 
     @classmethod
     def _from_weights(cls, config: TrainConfig, run: Run) -> ResumeState:
         net = run.load_model()
         _check_shape(config, net.config, run)
-        return cls(config, net=net, tokenizer=run.tokenizer, origin=_origin(run, net))
+        return cls(config, net=net, tokenizer=run.tokenizer, parent=_parent(run, net))
 
     def set_weights(self, net: GPT) -> None:
         """Give `net` the weights that the run begins with, if they are not to be random."""
@@ -173,42 +174,30 @@ def _check_shape(config: TrainConfig, trained: GPTConfig, run: Run) -> None:
         raise UserError("is a model of another shape", "init_from", config.init_from, fix)
 
 
-def _origin(run: Run, net: GPT) -> Origin:
-    """What a run that begins with the weights of `run`, which are those of `net`, tells of it."""
+def _parent(run: Run, net: GPT) -> Parent:
+    """Return what a run that begins with `net`, the weights of `run`, records about them."""
     config, summary = run.config, run.summary
-    before = origin(summary, run.folder / SUMMARY)
-    name = run.folder.resolve().name
-    file = run.checkpoint.relative_to(run.folder).as_posix()
-    with contextlib.suppress(UserError):
-        if Run.open(run.folder).checkpoint == run.checkpoint:
-            file = ""  # the folder alone means it
+    before = parent_of(summary, run.folder / SUMMARY)
+    sources = before.sources if before else []
+
+    def total(name: str) -> Any:
+        own, earlier = summary.get(name), getattr(before, name) if before else 0
+        return None if own is None or earlier is None else earlier + own
+
     try:
-        words = [*training_words(config, summary, before), f"name={hydra_text(name)}"]
-        told = {
-            "name": name,
-            "path": f"runs/{name}/{file}".rstrip("/"),
+        entry = {
+            "name": run.folder.resolve().name,
             "weights": weights_fingerprint(net),
-            "tokens": _total(before.tokens if before else 0, summary.get("tokens")),
-            "seconds": _total(before.seconds if before else 0, summary.get("seconds")),
-            "sources": [*(before.sources if before else []), config["data"]["source"]],
-            "commits": [*(before.commits if before else []), *_commits(summary)],
-            "commands": [*(before.commands if before else []), words],
+            "tokens": total("tokens"),
+            "seconds": total("seconds"),
+            "sources": [*sources, config["data"]["source"]],
         }
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError):
         raise UserError(
-            f"{run.folder} does not tell how it was trained: its config.yaml or summary.json is "
+            f"{run.folder} does not record how it was trained: its config.yaml or summary.json is "
             "not what a run writes"
         ) from None
-    return build(Origin, told, f"{run.folder}")
-
-
-def _commits(summary: dict[str, Any]) -> list[str]:
-    commits: str = summary.get("commit") or "unknown"
-    return commits.split(", ")
-
-
-def _total(before: float | None, own: float | None) -> float | None:
-    return None if before is None or own is None else before + own
+    return build(Parent, entry, f"{run.folder}")
 
 
 @contextlib.contextmanager

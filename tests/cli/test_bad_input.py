@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minigpt.exporting.export import ExportConfig, export
+from minigpt.exporting import ExportConfig, export
 from minigpt.runs.folder import Run
 from tests.bad_input import CASES, Break, Names
 from tests.commands import run

@@ -16,7 +16,7 @@ from gguf import GGUFReader
 
 from minigpt.core.settings import build
 from minigpt.evaluation import EvaluationConfig, evaluate
-from minigpt.exporting.export import ExportConfig, export
+from minigpt.exporting import ExportConfig, export
 from minigpt.generation.sampling import SamplingConfig, generate_stories
 from minigpt.runs.folder import Run
 from tests.conftest import tiny_overrides, trained_folder

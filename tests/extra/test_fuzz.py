@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from minigpt.core.settings import UserError, build, one_line
 from minigpt.data.files import read_stories
-from minigpt.exporting.export import ExportConfig, export
+from minigpt.exporting import ExportConfig, export
 from minigpt.runs.checkpoint import is_whole, load_net
 from minigpt.runs.folder import Run, read_config
 from minigpt.runs.records import read_metrics, read_samples, read_summary

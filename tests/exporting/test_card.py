@@ -1,0 +1,110 @@
+import json
+import math
+import re
+import shlex
+
+import pytest
+from huggingface_hub import ModelCard
+
+from minigpt.core.settings import UserError, build
+from minigpt.evaluation import evaluate
+from minigpt.exporting import ExportConfig, export
+from minigpt.runs.folder import Run
+from minigpt.runs.records import read_summary
+from minigpt.training.config import Job
+from tests.conftest import naming
+from tests.exporting.conftest import QUICK, card_of, change_config, exported, row_of
+
+CRAFTED = "32 | x\n\n# Heading\n---\n```\u2028\x1b[31m"
+
+
+def test_command_of_the_card_composes_to_the_settings_of_the_run(run, tmp_path):
+    card = card_of(exported(run, tmp_path / "out"))
+    (command,) = re.findall(r"```sh\n(.*?)\n```", card, re.DOTALL)
+    words = shlex.split(command)
+    assert words[:2] == ["minigpt", "train"]
+    config = Run.open(run).config
+    assert "data.train_files=[train.txt]" in words
+    own = build(Job, {key: value for key, value in config.items() if key != "overrides"}, "")
+    again = job(words[2:])
+    for group in ("model", "optimizer", "budget", "trainer", "seed"):
+        assert getattr(again, group) == getattr(own, group)
+    assert again.data.batch_size == own.data.batch_size
+    once_more = exported(exported(run, tmp_path / "ours", format="safetensors"), tmp_path / "hf")
+    assert command in card_of(once_more)
+
+
+@pytest.mark.parametrize("overrides", [None, ["data.separator=\n```\n# Heading"]])
+def test_card_without_a_printable_command_names_the_config(overrides, run, tmp_path):
+    change_config(run, overrides=overrides)
+    card = card_of(exported(run, tmp_path / "out"))
+    assert "minigpt train" not in card
+    assert "config.yaml" in card
+    assert "# Heading" not in card
+
+
+def test_metadata_holds_the_measured_numbers(run, tmp_path):
+    own = evaluate(Run.open(run), QUICK)
+    data = ModelCard.load(exported(run, tmp_path / "me-tiny") / "README.md").data
+    assert data.model_name == "me-tiny"
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
+    values = {result.metric_type: result.metric_value for result in data.eval_results}
+    assert values == {
+        "perplexity": round(own.perplexity, 3),
+        "bits_per_byte": round(own.bits_per_byte, 4),
+    }
+    assert {(r.dataset_type, r.dataset_split) for r in data.eval_results} == {
+        ("text", "validation")
+    }
+    assert (data.datasets, data.license) == (None, None)
+    ours = ModelCard.load(exported(run, tmp_path / "b", format="safetensors") / "README.md").data
+    assert (ours.library_name, ours.eval_results) == (None, None)  # other weights
+
+
+def test_metadata_of_tinystories_names_the_data_and_the_license(run, tmp_path):
+    config = Run.open(run).config
+    change_config(run, data=config["data"] | {"source": "tinystories_sample"})
+    data = ModelCard.load(exported(run, tmp_path / "out") / "README.md").data
+    assert (data.license, data.datasets) == ("mit", ["roneneldan/TinyStories"])
+    assert data.language == ["en"]
+    assert data.tags == ["mini-gpt", "tinystories"]
+
+
+@pytest.mark.parametrize("format", ["hf", "safetensors"])
+def test_crafted_values_stay_on_their_line_of_the_card(format, run, tmp_path):
+    evaluate(Run.open(run), QUICK)
+    plain = card_of(exported(run, tmp_path / "plain", format=format, dtype="float32"))
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation |= {"precision": CRAFTED, "device": CRAFTED, "data": {"source": CRAFTED}}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    names = ("tokens", "seconds", "device", "devices", "num_nodes", "precision", "commit")
+    summary = read_summary(run) | dict.fromkeys(names, CRAFTED)
+    (run / "summary.json").write_text(json.dumps(summary))
+    config = Run.open(run).config
+    data = config["data"] | {"source": f"text{CRAFTED}"}
+    change_config(run, name=CRAFTED, seed=CRAFTED, data=data)
+    out = tmp_path / "crafted"
+    export(Run.open(run), out, ExportConfig(format, "float32"), name=f"x {CRAFTED}")
+    card = card_of(out)
+    assert card.count("\n") == plain.count("\n")
+    assert all(line.isprintable() for line in card.split("\n"))
+    assert row_of(card, "precision of training").startswith("32 \\| x # Heading --- ```")
+    assert row_of(card, "tokens seen in training").startswith("32")
+    assert ModelCard.load(out / "README.md").data.model_name
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -1, "many", [], {"a": 1}, True, 1e308])
+def test_values_of_a_wrong_type_give_a_card(number, run, tmp_path):
+    names = ("tokens", "seconds", "device", "devices", "num_nodes", "precision", "commit")
+    summary = read_summary(run) | dict.fromkeys(names, number)
+    (run / "summary.json").write_text(json.dumps(summary))
+    card = card_of(exported(run, tmp_path / "out"))
+    assert row_of(card, "tokens seen in training")
+
+
+@pytest.mark.parametrize("data", [None, [], {}, {"source": 1}])
+def test_config_without_a_source_is_refused(data, run, tmp_path):
+    change_config(run, data=data)
+    with pytest.raises(UserError, match=naming("config.yaml", "data.source")):
+        exported(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
