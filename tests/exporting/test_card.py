@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 from minigpt.core.settings import UserError, build
 from minigpt.evaluation import evaluate
 from minigpt.exporting import ExportConfig, export
+from minigpt.exporting.card import _command
 from minigpt.runs.folder import Run
 from minigpt.runs.records import read_summary
 from minigpt.training.config import Job
@@ -108,3 +109,11 @@ def test_config_without_a_source_is_refused(data, run, tmp_path):
     with pytest.raises(UserError, match=naming("config.yaml", "data.source")):
         exported(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_command_of_averaged_weights_names_the_run_that_is_averaged():
+    typed = {"overrides": ["seed=2"], "name": "a b"}
+    assert _command(typed, averaged=True) == "minigpt train seed=2 'name=a b'"
+    assert _command(typed, averaged=False) == "minigpt train seed=2"
+    assert _command(typed | {"overrides": ["name=c"]}, averaged=True) == "minigpt train name=c"
+    assert _command({"overrides": []}, averaged=False) == "minigpt train"
