@@ -38,7 +38,7 @@ UPDATE_SECONDS = 0.08  # between two looks at a growing story
 
 
 @dataclass(frozen=True)
-class Model:
+class LoadedModel:
     """The model of one run on the page."""
 
     name: str
@@ -51,7 +51,7 @@ class Model:
 class Playground:
     """What the page shows for what a visitor types. Keeps nothing: many may ask at once."""
 
-    def __init__(self, models: Sequence[Model]) -> None:
+    def __init__(self, models: Sequence[LoadedModel]) -> None:
         self.models = {model.name: model for model in models}
 
     @classmethod
@@ -63,7 +63,7 @@ class Playground:
         """
         if len(paths) > MAX_RUNS:
             raise UserError(f"{len(paths)} runs do not fit on a page: give at most {MAX_RUNS}")
-        models: dict[Path, Model] = {}
+        models: dict[Path, LoadedModel] = {}
         for run in map(Run.open, paths):
             if run.checkpoint not in models:
                 names = [model.name for model in models.values()]
@@ -146,7 +146,7 @@ class Playground:
 class _Writer:
     """A story of one model that grows token by token."""
 
-    def __init__(self, model: Model, prompt: str, sampling: SamplingConfig) -> None:
+    def __init__(self, model: LoadedModel, prompt: str, sampling: SamplingConfig) -> None:
         length = len(model.tokenizer.encode(prompt))  # UserError now, not when it has begun
         self.tokens = stream_tokens(model.net, model.tokenizer, prompt, sampling)
         self.html = prompt_html(prompt)
@@ -174,7 +174,7 @@ class _Writer:
         return not self.ended
 
 
-def _load(run: Run, taken: Sequence[str]) -> Model:
+def _load(run: Run, taken: Sequence[str]) -> LoadedModel:
     net, tokenizer = run.load_net(), run.load_tokenizer()
     name = run.folder.resolve().name
     if run.checkpoint.stem != BEST:
@@ -188,7 +188,7 @@ def _load(run: Run, taken: Sequence[str]) -> Model:
         word_map = f'<div class="map">{map_svg(words)}</div>{note_html(caption(words))}'
     except FewWordsError as error:
         word_map = note_html(str(error), "error")
-    return Model(name, net, tokenizer, probe, word_map)
+    return LoadedModel(name, net, tokenizer, probe, word_map)
 
 
 def _checked(text: str | None, what: str = "how the story begins, such as Once upon a time") -> str:

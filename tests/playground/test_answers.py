@@ -13,7 +13,7 @@ from minigpt.analysis.embeddings import EmbeddingProbe
 from minigpt.core.settings import UserError
 from minigpt.model import GPT, GPTConfig
 from minigpt.playground import answers
-from minigpt.playground.answers import Model, Playground
+from minigpt.playground.answers import LoadedModel, Playground
 from minigpt.playground.html import ShownToken
 from minigpt.runs.folder import Run
 from minigpt.tokenizer import Tokenizer
@@ -27,11 +27,11 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(["the dog ran and the cat sat with mom and dad"] * 5, 300)
 
 
-def model(name: str, tokenizer: Tokenizer, n_heads: int = 2) -> Model:
+def model(name: str, tokenizer: Tokenizer, n_heads: int = 2) -> LoadedModel:
     torch.manual_seed(0)
     config = GPTConfig(tokenizer.vocab_size, 64, d_model=16, n_layers=2, n_heads=n_heads, d_ff=16)
     net = GPT(config).eval()
-    return Model(name, net, tokenizer, EmbeddingProbe(net, tokenizer), "the map")
+    return LoadedModel(name, net, tokenizer, EmbeddingProbe(net, tokenizer), "the map")
 
 
 @pytest.fixture
