@@ -202,12 +202,9 @@ def playground(
     ] = None,
 ) -> None:
     """Open a local web page: stories token by token, words, a map, attention."""
-    from minigpt.playground.answers import Playground
-    from minigpt.playground.server import read_auth, require_gradio, serve
+    from minigpt.playground.server import serve
 
-    require_gradio()
-    who = read_auth(auth)
-    serve(Playground.load(runs), host, port, who)
+    serve(runs, host, port, auth)
 
 
 @app.command()

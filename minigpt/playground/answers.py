@@ -1,15 +1,10 @@
-"""A local web page to write stories, look at tokens, words and attention: `minigpt playground`.
+"""What the playground's page shows for what visitors type.
 
-What the page asks for is answered by `Playground`, in HTML; playground_page.py lays the page out
-with Gradio. Whatever visitors type is bounded, and what is wrong with it is one line in the page.
-
-    >>> playground = Playground.load([Path("runs/small"), Path("runs/large")])
-    >>> serve(playground, "127.0.0.1", 7860)
+`Playground` answers in HTML. Whatever is typed is bounded, and a mistake is one line in the page.
 """
 
 from __future__ import annotations
 
-import logging
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -17,12 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minigpt.analysis.attention import attention_weights
-from minigpt.analysis.embedding_map import (
-    FewWordsError,
-    caption,
-    embedding_map,
-    map_svg,
-)
+from minigpt.analysis.embedding_map import FewWordsError, caption, embedding_map, map_svg
 from minigpt.analysis.embeddings import EmbeddingProbe, parse_analogy
 from minigpt.core.settings import UserError
 from minigpt.core.text import human_count
@@ -41,8 +31,6 @@ from minigpt.runs.folder import Run
 from minigpt.runs.names import BEST
 from minigpt.tokenizer import Tokenizer
 
-log = logging.getLogger("minigpt")
-
 MAX_RUNS = 4  # columns that a page has room for
 MAX_PROMPT = 1000  # characters
 MAX_TOKENS = 400  # of a story
@@ -51,8 +39,8 @@ UPDATE_SECONDS = 0.08  # between two looks at a growing story
 
 
 @dataclass(frozen=True)
-class Model:
-    """One run on the page."""
+class LoadedModel:
+    """The model of one run on the page."""
 
     name: str
     net: GPT
@@ -64,7 +52,7 @@ class Model:
 class Playground:
     """What the page shows for what a visitor types. Keeps nothing: many may ask at once."""
 
-    def __init__(self, models: Sequence[Model]) -> None:
+    def __init__(self, models: Sequence[LoadedModel]) -> None:
         self.models = {model.name: model for model in models}
 
     @classmethod
@@ -76,7 +64,7 @@ class Playground:
         """
         if len(paths) > MAX_RUNS:
             raise UserError(f"{len(paths)} runs do not fit on a page: give at most {MAX_RUNS}")
-        models: dict[Path, Model] = {}
+        models: dict[Path, LoadedModel] = {}
         for run in map(Run.open, paths):
             if run.checkpoint not in models:
                 names = [model.name for model in models.values()]
@@ -143,23 +131,23 @@ class Playground:
                 raise UserError(f"{name} has {shape.n_layers} layers: choose 1 to {shape.n_layers}")
             if not 1 <= head <= shape.n_heads:
                 raise UserError(f"{name} has {shape.n_heads} heads: choose 1 to {shape.n_heads}")
-            every = encode_prompt(model.tokenizer, _checked(text, "a sentence"))
+            text_ids = encode_prompt(model.tokenizer, _checked(text, "a sentence"))
         except UserError as error:
             return note_html(str(error), "error")
-        ids = every[:, : min(MAX_ATTENTION, shape.context_length)]
+        ids = text_ids[:, : min(MAX_ATTENTION, shape.context_length)]
         names = ["(start) ", *map(model.tokenizer.token, ids[0, 1:].tolist())]
         weights = attention_weights(model.net, ids.to(model.net.embedding.weight.device))
-        shown = attention_html(names, weights[layer - 1, head - 1])
-        if ids.shape[1] < every.shape[1]:
-            cut = f"Only the first {ids.shape[1]} of {every.shape[1]} tokens are shown."
-            shown = note_html(cut) + shown
-        return shown
+        matrix = attention_html(names, weights[layer - 1, head - 1])
+        if ids.shape[1] < text_ids.shape[1]:
+            cut = f"Only the first {ids.shape[1]} of {text_ids.shape[1]} tokens are shown."
+            return note_html(cut) + matrix
+        return matrix
 
 
 class _Writer:
     """A story of one model that grows token by token."""
 
-    def __init__(self, model: Model, prompt: str, sampling: SamplingConfig) -> None:
+    def __init__(self, model: LoadedModel, prompt: str, sampling: SamplingConfig) -> None:
         length = len(model.tokenizer.encode(prompt))  # UserError now, not when it has begun
         self.tokens = stream_tokens(model.net, model.tokenizer, prompt, sampling)
         self.html = prompt_html(prompt)
@@ -187,7 +175,7 @@ class _Writer:
         return not self.ended
 
 
-def _load(run: Run, taken: Sequence[str]) -> Model:
+def _load(run: Run, taken: Sequence[str]) -> LoadedModel:
     net, tokenizer = run.load_net(), run.load_tokenizer()
     name = run.folder.resolve().name
     if run.checkpoint.stem != BEST:
@@ -197,11 +185,11 @@ def _load(run: Run, taken: Sequence[str]) -> Model:
         name += " again"
     probe = EmbeddingProbe(net, tokenizer)
     try:
-        found = embedding_map(probe)
-        shown = f'<div class="map">{map_svg(found)}</div>{note_html(caption(found))}'
+        words = embedding_map(probe)
+        word_map = f'<div class="map">{map_svg(words)}</div>{note_html(caption(words))}'
     except FewWordsError as error:
-        shown = note_html(str(error), "error")
-    return Model(name, net, tokenizer, probe, shown)
+        word_map = note_html(str(error), "error")
+    return LoadedModel(name, net, tokenizer, probe, word_map)
 
 
 def _checked(text: str | None, what: str = "how the story begins, such as Once upon a time") -> str:
@@ -211,6 +199,3 @@ def _checked(text: str | None, what: str = "how the story begins, such as Once u
     if len(text) > MAX_PROMPT:
         raise UserError(f"{len(text)} characters are too many: type at most {MAX_PROMPT}.")
     return text
-
-
-# ---------------------------------------------------------------------------- the server

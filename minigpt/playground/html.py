@@ -114,13 +114,13 @@ def note_html(text: str, kind: str = "note") -> str:
     return f'<div class="{kind}"{role}>{html.escape(text)}</div>'
 
 
-def bars_html(found: Iterable[tuple[str, float]]) -> str:
+def bars_html(cosines: Iterable[tuple[str, float]]) -> str:
     """Words with their cosines, as bars."""
     rows = "".join(
         f'<tr><th scope="row">{html.escape(word.replace(chr(10), "↵") or "␣")}</th>'
         f'<td class="bar"><div style="width:{100 * max(0.0, cosine):.0f}%"></div></td>'
         f"<td>{cosine:.2f}</td></tr>"
-        for word, cosine in found
+        for word, cosine in cosines
     )
     return f'<table class="bars"><tbody>{rows}</tbody></table>'
 

@@ -1,70 +1,107 @@
-"""The playground's server: where it listens and who may come in."""
+"""The playground's server: it loads the runs, listens, and may ask for a login."""
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import importlib.util
 import logging
+import os
 import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.request import getproxies
 
 from minigpt.core.settings import UserError
 from minigpt.playground.answers import Playground
 
+if TYPE_CHECKING:
+    from gradio import Blocks
+
 log = logging.getLogger("minigpt")
 
-FIRST_PORT, N_PORTS = 7860, 100
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def require_gradio() -> None:
-    """UserError with the command to type, where Gradio is not installed."""
+def serve(
+    runs: Sequence[Path], host: str = "127.0.0.1", port: int | None = None, auth: str | None = None
+) -> None:
+    """Serve a page with the models of `runs` until ctrl-C; the log says where it is.
+
+    Args:
+        runs: one to four run folders or checkpoint files.
+        host: the name or address to listen at.
+        port: 0 takes any free one, None the first free one from 7860 on.
+        auth: "user:password" asks visitors for both.
+
+    Raises:
+        UserError: Gradio is missing, a run cannot be read, or nothing can listen there.
+    """
     if importlib.util.find_spec("gradio") is None:
-        raise UserError("the playground needs Gradio: pip install -e '.[playground]'")
+        raise UserError("the playground needs Gradio: pip install gradio")
+    login = read_login(auth)
+    page = start(Playground.load(runs), host, port, login)
+    if host.strip("[]") not in LOOPBACK and login is None:
+        log.warning("anybody who reaches %s can use the page: no auth was given", host)
+    log.info("open %s in a browser (ctrl-C stops the page)", page.local_url)
+    try:
+        page.server.thread.join()
+    finally:
+        page.close(verbose=False)
 
 
-def read_auth(text: str | None) -> tuple[str, str] | None:
-    """`user:password` as a pair. UserError for anything else."""
-    if text is None:
-        return None
-    user, _, password = text.partition(":")
-    if not (user and password):
-        raise UserError("--auth takes a name and a password: --auth user:password")
-    return user, password
-
-
-def listen(host: str, port: int | None) -> socket.socket:
-    """A socket that listens at `host`; without a port, at the first free one from 7860 on.
+def start(
+    playground: Playground, host: str, port: int | None, login: tuple[str, str] | None = None
+) -> Blocks:
+    """Return the page, which answers at its `local_url` in a thread of its own.
 
     Raises:
         UserError: the port is taken or not allowed, or there is no such host.
     """
-    ports = range(FIRST_PORT, FIRST_PORT + N_PORTS) if port is None else [port]
-    try:
-        family = socket.getaddrinfo(host, ports[0], type=socket.SOCK_STREAM)[0][0]
-        for candidate in ports[:-1]:
-            with contextlib.suppress(OSError):
-                return socket.create_server((host, candidate), family=family, backlog=128)
-        return socket.create_server((host, ports[-1]), family=family, backlog=128)
+    host = host.strip("[]")
+    try:  # Gradio itself tries a port on 127.0.0.1 alone, and a bad host for minutes
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.create_server((host, port or 0), family=family) as trial:
+            port = trial.getsockname()[1] if port == 0 else port
+        return _launch(playground, f"[{host}]" if ":" in host else host, port, login)
     except (OSError, UnicodeError) as error:  # UnicodeError: no host is spelled so
         reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"cannot listen at {host}, port {ports[0]}: {reason}; choose another --host or --port"
-        ) from None
+        if isinstance(error, UnicodeError | socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            raise UserError(f"cannot listen there: {reason}", "host", host) from None
+        raise UserError(f"cannot listen at {host}: {reason}", "port", port) from None
 
 
-def serve(
-    playground: Playground, host: str, port: int | None, auth: tuple[str, str] | None = None
-) -> None:
-    """Serve the page until ctrl-C, and say on the log where it is.
+def _launch(
+    playground: Playground, host: str, port: int | None, login: tuple[str, str] | None
+) -> Blocks:
+    from minigpt.playground.page import build_page, page_theme, static_text
 
-    Raises:
-        UserError: Gradio is missing, or nothing can listen there.
-    """
-    require_gradio()
-    from minigpt.playground.page import run_server
+    # Gradio checks that its page answers: not by way of a proxy.
+    os.environ["no_proxy"] = f"{getproxies().get('no', '')},localhost,{host.strip('[]')}"
+    page = build_page(playground)
+    page.launch(
+        prevent_thread_lock=True,
+        server_name=host,
+        server_port=port,
+        auth=login,
+        theme=page_theme(),
+        css=static_text("playground.css"),
+        footer_links=[],
+        max_file_size="1kb",  # nothing is to be uploaded
+        run_history=False,  # browsers do not keep what visitors type
+        enable_monitoring=False,
+        share=False,
+        ssr_mode=False,
+        quiet=True,
+    )
+    return page
 
-    listening = listen(host, port)
-    if host not in LOOPBACK and auth is None:
-        log.warning("everybody who reaches %s can use the page: --auth user:password asks", host)
-    shown = f"[{host}]" if ":" in host else host
-    run_server(playground, listening, auth, f"http://{shown}:{listening.getsockname()[1]}")
+
+def read_login(auth: str | None) -> tuple[str, str] | None:
+    """Return `user:password` as a pair. Raise UserError for anything else."""
+    if auth is None:
+        return None
+    user, _, password = auth.partition(":")
+    if not (user and password):
+        raise UserError("takes a name and a password, user:password", "auth")
+    return user, password

@@ -4,6 +4,7 @@ import contextlib
 import os
 import queue
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -104,7 +105,8 @@ def playground(arguments: list[str], folder: Path) -> Iterator[Served]:
     """`minigpt playground <arguments>`, watched from the scratch folder `folder`."""
     (folder / "sitecustomize.py").write_text(WATCH)
     outbound = folder / "outbound.txt"
-    environment = os.environ | {"PYTHONPATH": str(folder), "OUTBOUND": str(outbound)}
+    paths = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    environment = os.environ | {"PYTHONPATH": paths, "OUTBOUND": str(outbound)}
     environment.pop("GRADIO_ANALYTICS_ENABLED", None)  # the page has to say so itself
     command = [sys.executable, "-m", "minigpt.cli.app", "playground", *arguments, "--port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
@@ -118,10 +120,13 @@ def playground(arguments: list[str], folder: Path) -> Iterator[Served]:
         assert found, line
         yield Served(found.group(1), outbound)
         assert process.poll() is None, "the server ended by itself"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+        reader.join(timeout=10)
         said = "".join(lines.get() for _ in range(lines.qsize()))
         assert "minigpt/" not in said, said  # Gradio prints what it refuses; nothing of ours fails
     finally:
-        process.terminate()
+        process.kill()
         process.wait(timeout=30)
         reader.join(timeout=10)
         process.stderr.close()

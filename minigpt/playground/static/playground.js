@@ -9,19 +9,19 @@ let wasAt = 0;
 const moved = () => pointed && Math.abs(pointed.getBoundingClientRect().top - wasAt) > 2;
 
 function panel() {
-  let found = document.getElementById("token-panel");
-  if (!found) {
-    found = document.createElement("div");
-    found.id = "token-panel";
-    found.setAttribute("role", "tooltip");
-    found.hidden = true;
-    document.body.appendChild(found);
-    document.addEventListener("scroll", () => (found.hidden ||= moved()), true);
+  let box = document.getElementById("token-panel");
+  if (!box) {
+    box = document.createElement("div");
+    box.id = "token-panel";
+    box.setAttribute("role", "tooltip");
+    box.hidden = true;
+    document.body.appendChild(box);
+    document.addEventListener("scroll", () => (box.hidden ||= moved()), true);
     document.addEventListener("keydown", (event) => {
-      if (event.key === "Escape") found.hidden = true;
+      if (event.key === "Escape") box.hidden = true;
     });
   }
-  return found;
+  return box;
 }
 
 function line(name, p, chosen) {
@@ -39,21 +39,21 @@ function line(name, p, chosen) {
 
 function showAlternatives(token) {
   const { p, rank, alternatives } = JSON.parse(token.dataset.details);
-  const found = panel();
+  const box = panel();
   const title = document.createElement("p");
   title.textContent = "What the model expected here";
-  found.replaceChildren(
+  box.replaceChildren(
     title, ...alternatives.map(([name, q], i) => line(name, q, i + 1 === rank)));
   if (rank > alternatives.length) {
-    found.append(line("chosen, number " + rank, p, true));
+    box.append(line("chosen, number " + rank, p, true));
   }
-  found.hidden = false;
+  box.hidden = false;
   [pointed, wasAt] = [token, token.getBoundingClientRect().top];
   const at = token.getClientRects()[0];
   const width = document.documentElement.clientWidth;
-  found.style.left = Math.max(8, Math.min(at.left, width - found.offsetWidth - 8)) + "px";
-  const below = at.bottom + 6 + found.offsetHeight < window.innerHeight;
-  found.style.top = (below ? at.bottom + 6 : at.top - found.offsetHeight - 6) + "px";
+  box.style.left = Math.max(8, Math.min(at.left, width - box.offsetWidth - 8)) + "px";
+  const below = at.bottom + 6 + box.offsetHeight < window.innerHeight;
+  box.style.top = (below ? at.bottom + 6 : at.top - box.offsetHeight - 6) + "px";
 }
 
 function showLooks(token) {

@@ -1,0 +1,99 @@
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from minigpt.core.settings import UserError
+from minigpt.playground.answers import Playground
+from minigpt.playground.server import read_login, serve, start
+from tests.cli.test_app import run_main
+from tests.conftest import naming
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        yield other.getsockname()[1]
+
+
+def test_a_taken_port_is_one_line(taken_port):
+    with pytest.raises(UserError, match=naming("127.0.0.1", "in use")) as error:
+        start(Playground([]), "127.0.0.1", taken_port)
+    assert (error.value.argument, error.value.value) == ("port", taken_port)
+
+
+@pytest.mark.parametrize("port", [None, 1])
+@pytest.mark.parametrize("host", ["a..b", "192.0.2.1", "nowhere.invalid"])
+def test_an_unknown_host_is_looked_up_once(monkeypatch, host, port):
+    lookups, look_up = [], socket.getaddrinfo
+
+    def counted(host: str, *args: int, **kwargs: int) -> object:
+        lookups.append(host)
+        if host == "nowhere.invalid":
+            raise socket.gaierror(-2, "unknown")
+        return look_up(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", counted)
+    with pytest.raises(UserError, match="cannot") as error:
+        start(Playground([]), host, port)
+    assert (error.value.argument, error.value.value) == ("host", host)
+    assert lookups == [host]
+
+
+# In a process of its own: Gradio leaves event loops open. The proxy must not be asked.
+FREE_PORTS = """
+import httpx
+from gradio import http_server
+from minigpt.playground.answers import Playground
+from minigpt.playground.server import start
+from minigpt.tokenizer import Tokenizer
+from tests.playground.test_answers import model
+
+http_server.INITIAL_PORT_VALUE = {port}
+playground = Playground([model("a", Tokenizer.train(["the dog ran"] * 5, 300))])
+for host in {hosts}:
+    page = start(playground, host, None)
+    print(page.server_port, httpx.get(page.local_url, trust_env=False).status_code)
+"""
+
+
+def test_without_a_port_the_next_free_one_is_taken(taken_port):
+    hosts = ["127.0.0.1", "localhost", "::1", "[::1]", "0.0.0.0"]
+    proxy = {"http_proxy": "http://192.0.2.1:9", "no_proxy": "example.org"}
+    process = subprocess.run(
+        [sys.executable, "-c", FREE_PORTS.format(port=taken_port, hosts=hosts)],
+        env=os.environ | proxy,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    answers = [line.split() for line in process.stdout.splitlines()]
+    ports = [int(port) for port, _ in answers]
+    assert len(ports) == len(hosts)
+    assert ports[0] > taken_port
+    assert {status for _, status in answers} == {"200"}
+
+
+@pytest.mark.parametrize("auth", ["user", "user:", ":password", ""])
+def test_auth_needs_a_name_and_a_password(auth):
+    with pytest.raises(UserError, match=naming("user:password")) as error:
+        serve([], auth=auth)
+    assert error.value.argument == "auth"
+
+
+def test_auth_may_hold_a_colon_in_the_password():
+    assert read_login("me:a:b") == ("me", "a:b")
+    assert read_login(None) is None
+
+
+def test_missing_gradio_is_one_line_with_the_command(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install gradio"):
+        serve([])
+    assert run_main(monkeypatch, "playground", "runs/none") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert "pip install gradio" in line
