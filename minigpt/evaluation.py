@@ -1,7 +1,7 @@
 """What evaluate.py runs: a trained model in, numbers over the whole validation split, stories and
 embedding probes out.
 
-    >>> evaluation = evaluate(Run.open("runs/my-run"), EvaluationConfig(stride=128))
+    >>> evaluation = evaluate(Run.load("runs/my-run"), EvaluationConfig(stride=128))
     >>> evaluation.perplexity
 """
 
@@ -310,9 +310,9 @@ def evaluate(
         UserError: no run, a damaged checkpoint, a corpus that cannot be read, a wrong setting, or
             a folder that cannot be written to.
     """
-    out = out or run.place
+    out = out or run.output_dir
     _check_writable(out)  # now, and not after all was measured
-    net = run.load_net()
+    net = run.load_model()
     own = run.config
     trained_on = own_data(own)
     settings = config.data or trained_on
@@ -328,7 +328,7 @@ def evaluate(
     if hardware.emulated:
         log.info("computed in 32-true, not %s: this CPU has no native bfloat16", precision)
         hardware = Hardware.detect("auto", "1", 1, "32-true")
-    net, tokenizer = accelerate(net.to(hardware.accelerator)), run.load_tokenizer()
+    net, tokenizer = accelerate(net.to(hardware.accelerator)), run.tokenizer
 
     split = prepare_split(
         open_corpus(settings, valid_only=True), "valid", tokenizer, settings.cache_dir

@@ -159,10 +159,10 @@ SHORT = EvaluationConfig(
 
 
 def test_a_run_is_all_that_evaluation_needs(run):
-    found = evaluate(Run.open(run), SHORT)
-    opened = Run.open(run)
-    stream = [i for s in STORIES[::7] for i in (*opened.load_tokenizer().encode(s), 0)]
-    loss = evaluate_loss(opened.load_net(), np.array(stream, dtype=np.uint16))
+    found = evaluate(Run.load(run), SHORT)
+    opened = Run.load(run)
+    stream = [i for s in STORIES[::7] for i in (*opened.tokenizer.encode(s), 0)]
+    loss = evaluate_loss(opened.load_model(), np.array(stream, dtype=np.uint16))
     assert (found.n_stories, found.n_tokens) == (5, len(stream) - 1)
     assert found.perplexity == pytest.approx(loss.perplexity)
     n_bytes = sum(len(s.encode()) for s in STORIES[::7])
@@ -177,7 +177,7 @@ def test_a_run_is_all_that_evaluation_needs(run):
 
     written = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
     assert written == json.loads(json.dumps(asdict(found)))
-    again = evaluate(Run.open(run), SHORT)
+    again = evaluate(Run.load(run), SHORT)
     assert again == found  # the same seed, the same stories
 
 
@@ -188,12 +188,12 @@ def test_a_run_of_bfloat16_is_evaluated_so_where_that_is_native(
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(hardware, "cpu_has_bfloat16", lambda: native)
     (run / "summary.json").write_text('{"precision": "bf16-mixed"}')
-    assert evaluate(Run.open(run), SHORT).precision == precision
+    assert evaluate(Run.load(run), SHORT).precision == precision
     assert ("32-true" in caplog.text) is not native
 
 
 def test_prompts_do_not_share_their_random_numbers(run):
-    net, tokenizer = Run.open(run).load_net(), Run.open(run).load_tokenizer()
+    net, tokenizer = Run.load(run).load_model(), Run.load(run).tokenizer
     with torch.no_grad():
         net.embedding.weight.zero_()  # equal logits: the text depends on the random numbers alone
     config = StoriesConfig(("The dog", "The cat"), (0.5, 1.2), n=2, max_tokens=20)
@@ -209,14 +209,14 @@ def test_another_corpus_is_read_with_the_tokenizer_of_the_run(run, tmp_path):
         cache_dir=str(tmp_path / "cache"),
     )
     (tmp_path / "train.txt").unlink()  # the run's own stories need not be there
-    found = evaluate(Run.open(run), EvaluationConfig(data=other, stories=SHORT.stories, words=()))
-    assert found.n_tokens == len(Run.open(run).load_tokenizer().encode("A hen saw a hen."))
+    found = evaluate(Run.load(run), EvaluationConfig(data=other, stories=SHORT.stories, words=()))
+    assert found.n_tokens == len(Run.load(run).tokenizer.encode("A hen saw a hen."))
     assert found.novelty_stories == 0
     assert all(row.repetition.novel is None for row in found.temperatures)
 
 
 def test_what_is_shown_holds_the_numbers_and_takes_no_brackets_for_colours(run):
-    found = evaluate(Run.open(run), SHORT)
+    found = evaluate(Run.load(run), SHORT)
     console = Console(record=True, width=140, file=io.StringIO())
     show(found, console)
     text = console.export_text()
@@ -247,9 +247,9 @@ def test_a_place_that_cannot_be_written_to_is_said_before_anything_is_measured(
 ):
     file = tmp_path / "file"
     file.write_text("")
-    monkeypatch.setattr(Run, "load_net", lambda _: pytest.fail("measured"))
+    monkeypatch.setattr(Run, "load_model", lambda _: pytest.fail("measured"))
     with pytest.raises(UserError, match=naming("evaluation.json", str(file), "out")):
-        evaluate(Run.open(run), EvaluationConfig(), out=file)
+        evaluate(Run.load(run), EvaluationConfig(), out=file)
 
 
 def test_the_command_without_a_run_says_what_to_type(tmp_path):

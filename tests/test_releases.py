@@ -48,15 +48,15 @@ def test_one_override_makes_a_release_again(folder: Path):
 
 @pytest.mark.parametrize("folder", RELEASES, ids=lambda path: path.name)
 def test_a_release_is_what_it_says(folder: Path):
-    run = Run.open(folder)
-    net, evaluation = run.load_net(), json.loads((folder / "evaluation.json").read_text())
+    run = Run.load(folder)
+    net, evaluation = run.load_model(), json.loads((folder / "evaluation.json").read_text())
     assert evaluation["weights"] == weights_fingerprint(net)
     assert (evaluation["n_stories"], evaluation["data"]["source"]) == (3000, "tinystories_sample")
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert f"**{evaluation['perplexity']:.3f}**" in card
     assert f"{net.n_parameters:,} parameters" in card
     sampling = SamplingConfig(temperature=0, max_tokens=20)
-    story = "".join(stream_text(net, run.load_tokenizer(), "Once upon a time", sampling))
+    story = "".join(stream_text(net, run.tokenizer, "Once upon a time", sampling))
     assert story.startswith(", there was a")
 
 

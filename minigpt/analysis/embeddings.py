@@ -1,6 +1,6 @@
 """Nearest neighbours and analogies of words in the token embedding.
 
->>> probe = EmbeddingProbe(run.load_net(), run.load_tokenizer())
+>>> probe = EmbeddingProbe(run.load_model(), run.tokenizer)
 >>> probe.neighbours("dad")
 >>> probe.analogy("princess", minus="girl", plus="boy")
 >>> probe.analogy(*parse_analogy("princess - girl + boy"))

@@ -1,6 +1,6 @@
 """Compare trained models: coherence by temperature, sample stories, embeddings.
 
->>> write_study([Run.open("runs/small"), Run.open("runs/large")], Path("docs/results"))
+>>> write_study([Run.load("runs/small"), Run.load("runs/large")], Path("docs/results"))
 """
 
 from __future__ import annotations
@@ -122,8 +122,7 @@ def write_study(runs: Sequence[Run], out: Path, config: StudyConfig | None = Non
 def _loaded(runs: Sequence[Run]) -> list[StudiedModel]:
     """Load the models on the CPU, smallest first."""
     models = [
-        StudiedModel(run.folder.resolve().name, run.load_net(), run.load_tokenizer())
-        for run in runs
+        StudiedModel(run.folder.resolve().name, run.load_model(), run.tokenizer) for run in runs
     ]
     names = [model.name for model in models]
     if len(set(names)) < len(names):

@@ -80,8 +80,8 @@ def generate(
     )
     filters = {"--top-k": top_k, "--top-p": top_p, "--min-p": min_p}
     _check_generate(temperature, n, [name for name, value in filters.items() if value is not None])
-    opened = Run.open(run)
-    net, tokenizer = opened.load_net().to(getattr(torch, dtype)), opened.load_tokenizer()
+    opened = Run.load(run)
+    net, tokenizer = opened.load_model().to(getattr(torch, dtype)), opened.tokenizer
     prompt = _standard_input() if prompt == "-" else prompt
     length = len(tokenizer.encode(prompt))  # refused before anything is shown
     if length >= net.config.context_length:
@@ -162,8 +162,8 @@ def probe(
 
     _check_folder(out)
     analogies = {text: parse_analogy(text) for text in analogy or []}
-    opened = Run.open(run)
-    probe = EmbeddingProbe(opened.load_net(), opened.load_tokenizer())
+    opened = Run.load(run)
+    probe = EmbeddingProbe(opened.load_model(), opened.tokenizer)
     queries = {f"Nearest to {word}": partial(probe.neighbours, word, k) for word in near or []}
     queries |= {text: partial(probe.analogy, *words, k) for text, words in analogies.items()}
     console, problems = Console(), {}
@@ -176,7 +176,7 @@ def probe(
         answers = ask(probe)
         console.print(score_table(answers), score_line(answers), sep="\n")
     try:
-        layout, path = embedding_map(probe), (out or opened.place) / MAP
+        layout, path = embedding_map(probe), (out or opened.output_dir) / MAP
         write_map(layout, path)
         console.print(f"Wrote {path}. {caption(layout)}", markup=False, highlight=False)
     except FewWordsError as error:  # the tables are of use without it
@@ -263,7 +263,7 @@ def study(
     from minigpt.runs.folder import Run
 
     _check_folder(out)
-    write_study([Run.open(run) for run in runs], out, StudyConfig(n=n, seed=seed))
+    write_study([Run.load(run) for run in runs], out, StudyConfig(n=n, seed=seed))
     print(f"Wrote {out / 'coherence.md'}, samples.md and embeddings.md.")
 
 
@@ -314,7 +314,7 @@ def export(
     check_output(out)
     if push is not None:
         check_repository(push, dry_run)
-    files = write(Run.open(run), out, config, push, console)
+    files = write(Run.load(run), out, config, push, console)
     print(f"Wrote {out}: {', '.join(path.name for path in files)}")
     if push is not None and dry_run:
         print(f"Nothing was sent. Without --dry-run, to https://huggingface.co/{push}:")

@@ -1,6 +1,6 @@
 """Export a run as files that others can use.
 
-    >>> export(Run.open("runs/my-run"), "out", ExportConfig(format="hf"))
+    >>> export(Run.load("runs/my-run"), "out", ExportConfig(format="hf"))
     [PosixPath('out/README.md'), PosixPath('out/config.json'), ...]
 
 The numbers in an export are those that were measured on the very weights in it, which their
@@ -32,7 +32,6 @@ from minigpt.runs.checkpoint import weights_fingerprint
 from minigpt.runs.folder import Run
 from minigpt.runs.names import CONFIG, EVALUATION, SUMMARY
 from minigpt.runs.provenance import MACHINE, Parent, parent_of, portable_overrides
-from minigpt.runs.records import checkpoint_summary
 from minigpt.tokenizer import Tokenizer
 
 CARD = "README.md"
@@ -116,8 +115,8 @@ def export(
             "out",
             str(out),
         )
-    net, tokenizer, settings = run.load_net(), run.load_tokenizer(), run.config
-    summary = checkpoint_summary(run)
+    net, tokenizer, settings = run.load_model(), run.tokenizer, run.config
+    summary = run.summary
     parent = parent_of(summary, run.folder / SUMMARY)
     if parent is not None:  # without what earlier versions wrote about it
         summary = {**summary, "init_from": dataclasses.asdict(parent)}
@@ -167,7 +166,7 @@ def _write_run(
     dtype: torch.dtype,
     folder: Path,
 ) -> None:
-    """Write what `Run.open` takes for a run."""
+    """Write what `Run.load` takes for a run."""
     write_safetensors(net, tokenizer, folder, dtype)
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     write_text(folder / CONFIG, text)
@@ -189,7 +188,7 @@ def _average(net: GPT, settings: Mapping[str, Any], parent: Parent | None) -> No
             "average",
             fix={"average": False},
         )
-    first = Run.open(path).load_net()
+    first = Run.load(path).load_model()
     if weights_fingerprint(first) != parent.weights:
         raise UserError(
             f"{path} no longer holds the weights that the run began with: restore it, or",
@@ -272,6 +271,6 @@ def _measure(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_run(net, tokenizer, settings, summary, dtype, folder)
-        result = evaluate(Run.open(folder), EvaluationConfig(), console, folder)
+        result = evaluate(Run.load(folder), EvaluationConfig(), console, folder)
     evaluation = dataclasses.asdict(result)
     return {**evaluation, "data": _portable_data(evaluation["data"])}

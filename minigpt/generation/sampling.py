@@ -216,8 +216,8 @@ def stream_story(
     Raises:
         UserError: no run there, or a prompt that is not valid Unicode.
     """
-    opened = run if isinstance(run, Run) else Run.open(run)
-    net, tokenizer = opened.load_net(), opened.load_tokenizer()
+    opened = run if isinstance(run, Run) else Run.load(run)
+    net, tokenizer = opened.load_model(), opened.tokenizer
     yield from stream_text(net, tokenizer, prompt, sampling or SamplingConfig())
 
 

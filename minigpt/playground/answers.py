@@ -65,7 +65,7 @@ class Playground:
         if len(paths) > MAX_RUNS:
             raise UserError(f"{len(paths)} runs do not fit on a page: give at most {MAX_RUNS}")
         models: dict[Path, LoadedModel] = {}
-        for run in map(Run.open, paths):
+        for run in map(Run.load, paths):
             if run.checkpoint not in models:
                 names = [model.name for model in models.values()]
                 models[run.checkpoint] = _load(run, names)
@@ -176,7 +176,7 @@ class _Writer:
 
 
 def _load(run: Run, taken: Sequence[str]) -> LoadedModel:
-    net, tokenizer = run.load_net(), run.load_tokenizer()
+    net, tokenizer = run.load_model(), run.tokenizer
     name = run.folder.resolve().name
     if run.checkpoint.stem != BEST:
         name += f" {run.checkpoint.stem}"

@@ -168,18 +168,6 @@ class Run:
         self._check_class(model)
         return model.to(device).eval().requires_grad_(False)
 
-    open = load
-
-    def load_net(self, device: str | torch.device = "cpu") -> GPT:
-        return self.load_model(device)
-
-    def load_tokenizer(self) -> Tokenizer:
-        return self.tokenizer
-
-    @property
-    def place(self) -> Path:
-        return self.output_dir
-
     def _factory(self) -> ModelFactory:
         trained = self.config.get("model_class")
         if trained is not None and self.model is None:

@@ -115,7 +115,7 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
     runs: dict[Path, Path] = {}
     for folder in folders:
         if folder.is_file():
-            folder = Run.open(folder).folder
+            folder = Run.load(folder).folder
         if not folder.is_dir():
             raise UserError("is not a folder; give one with runs in it", "folders", str(folder))
         for name, below, files in os.walk(folder):

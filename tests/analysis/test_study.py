@@ -35,7 +35,7 @@ def untrained(folder: Path, tokenizer: Tokenizer, context: int = 40, d_ff: int =
     torch.save(content, folder / "checkpoints/last.ckpt")
     (folder / "config.yaml").write_text(json.dumps({"model": asdict(shape)}))
     tokenizer.save(folder / "tokenizer.json")
-    return Run.open(folder)
+    return Run.load(folder)
 
 
 def test_study_of_two_runs_writes_its_files(tokenizer, tmp_path, monkeypatch):
@@ -81,7 +81,7 @@ def test_samples_of_the_study_are_those_of_generate(tokenizer, tmp_path, monkeyp
     with pytest.raises(ReachedError):
         study.write_study([run], tmp_path / "out")
     sampling = SamplingConfig(study.SAMPLE_TEMPERATURE, max_tokens=study.SAMPLE_TOKENS, seed=2)
-    text = "".join(stream_text(run.load_net(), tokenizer, study.SAMPLE_PROMPT, sampling))
+    text = "".join(stream_text(run.load_model(), tokenizer, study.SAMPLE_PROMPT, sampling))
     quoted = "\n".join(f"> {line}".rstrip() for line in (study.SAMPLE_PROMPT + text).split("\n"))
     assert f"Seed 2:\n\n{quoted}\n" in (tmp_path / "out/samples.md").read_text(encoding="utf-8")
 

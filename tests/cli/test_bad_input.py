@@ -20,7 +20,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bad") / "template"
     folder.mkdir()
     trained_folder([*tiny_overrides(folder), "name=tiny"])
-    export(Run.open(folder / "runs/tiny"), folder / "out", ExportConfig("safetensors"))
+    export(Run.load(folder / "runs/tiny"), folder / "out", ExportConfig("safetensors"))
     return folder
 
 

@@ -75,7 +75,7 @@ def test_probe_writes_the_map_into_the_run_or_elsewhere(tmp_path, probe, monkeyp
     matrix = torch.eye(probe.tokenizer.vocab_size, 8)
     config = GPTConfig(len(matrix), 8, d_model=8, n_layers=1, n_heads=2, d_ff=8)
     monkeypatch.setattr(Run, "open", lambda path: Run(tmp_path / "run", tmp_path / "run"))
-    monkeypatch.setattr(Run, "load_net", lambda run: GPT(config))
+    monkeypatch.setattr(Run, "load_model", lambda run: GPT(config))
     monkeypatch.setattr(Run, "load_tokenizer", lambda run: probe.tokenizer)
     assert run_main(monkeypatch, "probe", "run", "--near", "king") == 0
     assert (tmp_path / "run" / MAP).is_file()

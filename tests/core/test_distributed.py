@@ -57,7 +57,7 @@ def test_a_job_of_a_multirun_on_two_devices_is_that_of_one_with_the_doubled_batc
     assert [path.name for path in sweep.iterdir() if path.is_dir()] == ["small-0"]
     assert said.count("cpu ×2") == 1  # one process of two speaks
     check_equal(sweep / "small-0", trained_folder([*two, "data.batch_size=8"]))
-    evaluation = evaluate(Run.open(sweep / "small-0"), FEW)
+    evaluation = evaluate(Run.load(sweep / "small-0"), FEW)
     logged = read_summary(sweep / "small-0")["val/perplexity"]
     assert evaluation.perplexity == pytest.approx(logged, rel=1e-5)
 

@@ -23,9 +23,7 @@ def trained(tmp_path_factory) -> Path:
     """A trained run, whose embedding scale is no power of two."""
     tiny = tiny_overrides(tmp_path_factory.mktemp("trained"))
     typed = [*tiny, "model.d_model=12", "model.dropout=0.1", "name=tiny"]
-    folder = train(composed(typed), "small")
-    change_config(folder, overrides=typed)
-    return folder
+    return train(composed(typed)).folder
 
 
 @pytest.fixture
@@ -36,7 +34,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 def exported(run: Path, out: Path, **settings: str) -> Path:
     """Export `run` into `out`; returns `out`."""
-    export(Run.open(run), out, build(ExportConfig, settings, ""))
+    export(Run.load(run), out, build(ExportConfig, settings, ""))
     return out
 
 

@@ -6,14 +6,14 @@ import shlex
 import pytest
 from huggingface_hub import ModelCard
 
-from minigpt.core.settings import UserError, build
+from minigpt.core.settings import UserError
 from minigpt.evaluation import evaluate
 from minigpt.exporting import ExportConfig, export
 from minigpt.exporting.card import _command
 from minigpt.runs.folder import Run
 from minigpt.runs.records import read_summary
-from minigpt.training.config import Job
-from tests.conftest import naming
+from minigpt.training.config import TrainConfig
+from tests.conftest import composed, naming
 from tests.exporting.conftest import QUICK, card_of, change_config, exported, row_of
 
 CRAFTED = "32 | x\n\n# Heading\n---\n```\u2028\x1b[31m"
@@ -24,10 +24,10 @@ def test_command_of_the_card_composes_to_the_settings_of_the_run(run, tmp_path):
     (command,) = re.findall(r"```sh\n(.*?)\n```", card, re.DOTALL)
     words = shlex.split(command)
     assert words[:2] == ["minigpt", "train"]
-    config = Run.open(run).config
+    config = Run.load(run).config
     assert "data.train_files=[train.txt]" in words
-    own = build(Job, {key: value for key, value in config.items() if key != "overrides"}, "")
-    again = job(words[2:])
+    own = TrainConfig.from_dict(config)
+    again = composed(words[2:])
     for group in ("model", "optimizer", "budget", "trainer", "seed"):
         assert getattr(again, group) == getattr(own, group)
     assert again.data.batch_size == own.data.batch_size
@@ -45,7 +45,7 @@ def test_card_without_a_printable_command_names_the_config(overrides, run, tmp_p
 
 
 def test_metadata_holds_the_measured_numbers(run, tmp_path):
-    own = evaluate(Run.open(run), QUICK)
+    own = evaluate(Run.load(run), QUICK)
     data = ModelCard.load(exported(run, tmp_path / "me-tiny") / "README.md").data
     assert data.model_name == "me-tiny"
     assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
@@ -63,7 +63,7 @@ def test_metadata_holds_the_measured_numbers(run, tmp_path):
 
 
 def test_metadata_of_tinystories_names_the_data_and_the_license(run, tmp_path):
-    config = Run.open(run).config
+    config = Run.load(run).config
     change_config(run, data=config["data"] | {"source": "tinystories_sample"})
     data = ModelCard.load(exported(run, tmp_path / "out") / "README.md").data
     assert (data.license, data.datasets) == ("mit", ["roneneldan/TinyStories"])
@@ -73,7 +73,7 @@ def test_metadata_of_tinystories_names_the_data_and_the_license(run, tmp_path):
 
 @pytest.mark.parametrize("format", ["hf", "safetensors"])
 def test_crafted_values_stay_on_their_line_of_the_card(format, run, tmp_path):
-    evaluate(Run.open(run), QUICK)
+    evaluate(Run.load(run), QUICK)
     plain = card_of(exported(run, tmp_path / "plain", format=format, dtype="float32"))
     evaluation = json.loads((run / "evaluation.json").read_text())
     evaluation |= {"precision": CRAFTED, "device": CRAFTED, "data": {"source": CRAFTED}}
@@ -81,11 +81,11 @@ def test_crafted_values_stay_on_their_line_of_the_card(format, run, tmp_path):
     names = ("tokens", "seconds", "device", "devices", "num_nodes", "precision", "commit")
     summary = read_summary(run) | dict.fromkeys(names, CRAFTED)
     (run / "summary.json").write_text(json.dumps(summary))
-    config = Run.open(run).config
+    config = Run.load(run).config
     data = config["data"] | {"source": f"text{CRAFTED}"}
     change_config(run, name=CRAFTED, seed=CRAFTED, data=data)
     out = tmp_path / "crafted"
-    export(Run.open(run), out, ExportConfig(format, "float32"), name=f"x {CRAFTED}")
+    export(Run.load(run), out, ExportConfig(format, "float32"), name=f"x {CRAFTED}")
     card = card_of(out)
     assert card.count("\n") == plain.count("\n")
     assert all(line.isprintable() for line in card.split("\n"))

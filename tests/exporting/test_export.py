@@ -21,6 +21,7 @@ from minigpt.runs.folder import Run
 from minigpt.runs.provenance import Parent
 from minigpt.runs.records import read_summary
 from minigpt.scaling.results import find_runs, read_run
+from minigpt.tokenizer import Tokenizer
 from tests.cli.test_app import run_main
 from tests.conftest import ROOT, naming
 from tests.exporting.conftest import QUICK, card_of, contents, exported, row_of
@@ -43,12 +44,12 @@ def no_path_in(out: Path) -> None:
 
 def test_safetensors_export_is_a_run_without_paths(run, tmp_path, monkeypatch, capsys):
     out = exported(run, tmp_path / "release", format="safetensors")
-    opened, net = Run.open(out), Run.open(run).load_net()
-    weights = opened.load_net().state_dict()
+    opened, net = Run.load(out), Run.load(run).load_model()
+    weights = opened.load_model().state_dict()
     for name, weight in net.state_dict().items():
         assert torch.equal(weights[name], weight.bfloat16().float())
-    assert opened.load_tokenizer().fingerprint == Run.open(run).load_tokenizer().fingerprint
-    assert Run.open(out / "model.safetensors") == opened
+    assert opened.tokenizer.fingerprint == Run.load(run).tokenizer.fingerprint
+    assert Run.load(out / "model.safetensors") == opened
     assert read_run(*find_runs([out])).tokens == 1280
     assert run_main(monkeypatch, "generate", str(out), "--max-tokens", "3") == 0
     assert "Once upon a time" in capsys.readouterr().out
@@ -69,17 +70,17 @@ def test_tokens_are_those_of_the_checkpoint(run, tmp_path):
 def test_export_of_own_stories_is_evaluated_on_given_stories(run, trained, tmp_path, monkeypatch):
     out = exported(run, tmp_path / "out", format="safetensors", dtype="float32")
     with pytest.raises(UserError, match=naming(str(out), "data=text", "data.valid_files")):
-        evaluate(Run.open(out), QUICK)
-    before = evaluate(Run.open(run), QUICK)
+        evaluate(Run.load(out), QUICK)
+    before = evaluate(Run.load(run), QUICK)
     data = {"source": "text", "valid_files": [str(trained.parents[1] / "valid.txt")]}
     data["cache_dir"] = str(tmp_path / "cache")
     given = build(EvaluationConfig, {"data": data, "stories": {"prompts": []}, "words": []}, "")
     before_it = contents(out)
     monkeypatch.chdir(tmp_path)
-    after = evaluate(Run.open(out), given)
+    after = evaluate(Run.load(out), given)
     assert contents(out) == before_it  # it may be part of a repository
     assert (tmp_path / "evaluation-text.json").is_file()
-    evaluate(Run.open(out), given, out=tmp_path / "new")
+    evaluate(Run.load(out), given, out=tmp_path / "new")
     assert (tmp_path / "new" / "evaluation-text.json").is_file()
     assert (after.perplexity, after.weights) == (before.perplexity, before.weights)
 
@@ -99,7 +100,7 @@ def test_tinystories_source_stays_in_the_config(run, tmp_path):
 
 
 def test_evaluation_is_copied_only_for_the_same_weights(run, tmp_path):
-    own = evaluate(Run.open(run), QUICK)
+    own = evaluate(Run.load(run), QUICK)
     exact = exported(run, tmp_path / "exact", format="safetensors", dtype="float32")
     assert row_of(card_of(exact), "validation perplexity") == f"**{own.perplexity:.3f}**"
     assert json.loads((exact / "evaluation.json").read_text())["weights"] == own.weights
@@ -113,10 +114,10 @@ def test_evaluation_is_copied_only_for_the_same_weights(run, tmp_path):
 
 def test_evaluate_measures_the_rounded_weights(run, tmp_path):
     out = tmp_path / "out"
-    export(Run.open(run), out, ExportConfig("safetensors", evaluate=True))
+    export(Run.load(run), out, ExportConfig("safetensors", evaluate=True))
     measured = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
-    assert measured["weights"] == weights_fingerprint(Run.open(out).load_net())
-    assert measured["weights"] != weights_fingerprint(Run.open(run).load_net())
+    assert measured["weights"] == weights_fingerprint(Run.load(out).load_model())
+    assert measured["weights"] != weights_fingerprint(Run.load(run).load_model())
     assert f"**{measured['perplexity']:.3f}**" == row_of(card_of(out), "validation perplexity")
     assert not (run / "evaluation.json").exists()
     no_path_in(out)
@@ -125,7 +126,7 @@ def test_evaluate_measures_the_rounded_weights(run, tmp_path):
 
 
 def test_evaluation_that_lacks_a_number_is_named(run, tmp_path):
-    evaluate(Run.open(run), QUICK)
+    evaluate(Run.load(run), QUICK)
     measured = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
     for broken, name in (
         (measured | {"perplexity": "low"}, "perplexity"),
@@ -146,13 +147,13 @@ def test_weights_are_hashed_once_and_the_tokenizer_is_read_once(run, tmp_path, m
         calls.append("weights")
         return weights_fingerprint(net)
 
-    def load_tokenizer(self: Run):
+    def load_tokenizer(path: Path) -> Tokenizer:
         calls.append("tokenizer")
-        return original(self)
+        return original(path)
 
-    original = Run.load_tokenizer
+    original = Tokenizer.load
     monkeypatch.setattr(exporter, "weights_fingerprint", counted)
-    monkeypatch.setattr(Run, "load_tokenizer", load_tokenizer)
+    monkeypatch.setattr(Tokenizer, "load", load_tokenizer)
     exported(run, tmp_path / "out", format="safetensors")
     assert sorted(calls) == ["tokenizer", "weights"]
 
@@ -174,7 +175,7 @@ def test_lm_eval_document_holds_the_tokens_of_evaluation(run, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     exec(code.replace("runs/<name>", str(run)), {})
     first = int(capsys.readouterr().out.removeprefix("ID: "))
-    tokenizer = Run.open(run).load_tokenizer()
+    tokenizer = Run.load(run).tokenizer
     (line,) = (tmp_path / "stories.jsonl").read_text(encoding="utf-8").splitlines()
     text = tokenizer.decode([first]) + json.loads(line)["text"]
     assert text.split("<|endoftext|>")[:-1] == list(bundled_sample().stories("valid"))

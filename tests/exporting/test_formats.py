@@ -19,7 +19,7 @@ def test_transformers_computes_the_logits_and_stories_of_the_run(run, tmp_path, 
     from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
     out = exported(run, tmp_path / "out")
-    net, tokenizer = Run.open(run).load_net(), Run.open(run).load_tokenizer()
+    net, tokenizer = Run.load(run).load_model(), Run.load(run).tokenizer
     theirs = AutoModelForCausalLM.from_pretrained(out).eval()
     ids = torch.randint(0, 300, (3, 16), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -42,7 +42,7 @@ def test_transformers_tokenizer_gives_our_ids(run, tmp_path):
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(exported(run, tmp_path / "out"), model_max_length=10**6)
-    ours = Run.open(run).load_tokenizer()
+    ours = Run.load(run).tokenizer
     stories = list(islice(bundled_sample().stories("valid"), 50))
     odd = ["", " ", "  naïve 😀☃ 你好\n\n\ttab  end ", "don't\r\n\u2028I'LL", "e\u0301 \x00"]
     for text in stories + odd:
@@ -64,10 +64,10 @@ def test_damaged_safetensors_are_refused(run, tmp_path):
     for part in (whole[: len(whole) // 2], b"", b"Once upon a time"):
         weights.write_bytes(part)
         with pytest.raises(UserError, match=naming("model.safetensors")):
-            Run.open(out).load_net()
+            Run.load(out).load_model()
     hf = exported(run, tmp_path / "hf")
     with pytest.raises(UserError, match=naming("config.yaml")):
-        Run.open(hf).load_net()
+        Run.load(hf).load_model()
 
 
 @pytest.mark.parametrize(("format", "module"), [("onnx", "onnx"), ("gguf", "gguf")])

@@ -213,7 +213,7 @@ def test_fsdp_on_two_processes_takes_the_steps_of_one_and_goes_on(
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)
     ends = [read_summary(run)["val/perplexity"] for run in (folder, alone)]
     assert ends[0] == pytest.approx(ends[1], rel=1e-3)
-    assert Run.open(folder).load_net().n_parameters == Run.open(alone).load_net().n_parameters
+    assert Run.load(folder).load_model().n_parameters == Run.load(alone).load_model().n_parameters
 
 
 def test_a_job_on_two_devices_that_diverges_leaves_the_other_jobs_to_train(

@@ -35,7 +35,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def made(place: Path, format: str) -> tuple[Run, Path]:
-    run, out = Run.open(place / "runs" / "tiny"), place / format
+    run, out = Run.load(place / "runs" / "tiny"), place / format
     export(run, out, build(ExportConfig, {"format": format}, ""))
     return run, out
 
@@ -43,7 +43,7 @@ def made(place: Path, format: str) -> tuple[Run, Path]:
 @pytest.mark.filterwarnings("ignore")  # of packages that are not ours
 def test_onnxruntime_computes_the_same_for_any_batch_and_length(place):
     run, out = made(place, "onnx")
-    net, session = run.load_net(), onnxruntime.InferenceSession(out / "model.onnx")
+    net, session = run.load_model(), onnxruntime.InferenceSession(out / "model.onnx")
     for batch, length in ((1, 1), (1, CONTEXT), (5, 7), (2, CONTEXT)):
         ids = torch.randint(0, 300, (batch, length))
         (logits,) = session.run(None, {"ids": ids.numpy()})
@@ -55,7 +55,7 @@ def test_onnxruntime_computes_the_same_for_any_batch_and_length(place):
 def whole_windows(place: Path, run: Run) -> tuple[list[str], int, list[int]]:
     """Validation stories whose predictions fill whole windows: stories, bytes, all their ids."""
     stories = (place / "valid.txt").read_text(encoding="utf-8").split("\n<|endoftext|>\n")
-    tokenizer = run.load_tokenizer()
+    tokenizer = run.tokenizer
     for n in range(len(stories), 1, -1):
         ids = tokenizer.encode_stories(stories[:n]).tolist()
         if (len(ids) - 1) % CONTEXT == 0:
@@ -103,7 +103,7 @@ def test_lm_eval_agrees_with_evaluate(place):
     assert ours.n_tokens == len(ids) - 1
 
     # evaluate.py scores all tokens but the first, which lm_eval is given as the prefix.
-    first = run.load_tokenizer().decode(ids[:1])
+    first = run.tokenizer.decode(ids[:1])
     text = "".join(f"{story}<|endoftext|>" for story in stories).removeprefix(first)
     bits_per_byte = lm_eval(place / "task", out, text, prefix=ids[0])
     nats = bits_per_byte * math.log(2) * len(text.encode())
@@ -114,7 +114,7 @@ def test_lm_eval_agrees_with_evaluate(place):
 
 def test_a_gguf_file_holds_the_model_under_llama_cpps_names(place):
     run, out = made(place, "gguf")
-    net, tokenizer, reader = run.load_net(), run.load_tokenizer(), GGUFReader(out / "model.gguf")
+    net, tokenizer, reader = run.load_model(), run.tokenizer, GGUFReader(out / "model.gguf")
     tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
     assert len(tensors) == len(net.state_dict()) + 1  # the positions
     torch.testing.assert_close(tensors["token_embd.weight"], net.embedding.weight * 12**0.5)
@@ -140,7 +140,7 @@ def test_llama_cpp_tells_the_same_greedy_story(place):
     run, out = made(place, "gguf")
     prompt = "Once upon a time, Tom"
     greedy = SamplingConfig(temperature=0, max_tokens=6)
-    ours = generate_stories(run.load_net(), run.load_tokenizer(), prompt, 1, greedy)[0]
+    ours = generate_stories(run.load_model(), run.tokenizer, prompt, 1, greedy)[0]
     llama = llama_cpp.Llama(str(out / "model.gguf"), n_ctx=CONTEXT, verbose=False)
     theirs = llama(prompt, max_tokens=6, temperature=0, repeat_penalty=1.0)
     assert theirs["choices"][0]["text"] == ours

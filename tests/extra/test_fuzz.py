@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from minigpt.core.settings import UserError, build, one_line
 from minigpt.data.files import read_stories
 from minigpt.exporting import ExportConfig, export
-from minigpt.runs.checkpoint import is_whole, load_net
+from minigpt.runs.checkpoint import is_whole, read_model
 from minigpt.runs.folder import Run, read_config
 from minigpt.runs.records import read_metrics, read_samples, read_summary
 from minigpt.scaling.results import read_run
@@ -37,8 +37,8 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "run/metrics.csv": lambda path: (read_metrics(path.parent), MetricsCsv(path, resume_step=9)),
     "run/samples.jsonl": lambda path: read_samples(path.parent),
     "run/summary.json": lambda path: (read_summary(path.parent), read_run(path.parent)),
-    "run/checkpoints/best.ckpt": lambda path: (is_whole(path), load_net(path)),
-    "out/model.safetensors": lambda path: Run.open(path.parent).load_net(),
+    "run/checkpoints/best.ckpt": lambda path: (is_whole(path), read_model(path)),
+    "out/model.safetensors": lambda path: Run.load(path.parent).load_model(),
     "stories.txt": _stories,
     "stories.jsonl": _stories,
     "stories.txt.xz": _stories,
@@ -82,7 +82,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run, its export, and stories in three forms."""
     folder = tmp_path_factory.mktemp("fuzz")
     run = trained_folder([*tiny_overrides(folder), "name=tiny"])
-    export(Run.open(run), folder / "out", ExportConfig("safetensors"))
+    export(Run.load(run), folder / "out", ExportConfig("safetensors"))
     shutil.copytree(run, folder / "run")
     text = (folder / "valid.txt").read_bytes()
     (folder / "stories.txt").write_bytes(text)

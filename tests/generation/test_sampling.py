@@ -304,9 +304,9 @@ def test_a_run_tells_a_story_in_two_lines(tiny):
     folder = trained_folder(tiny)
     sampling = SamplingConfig(max_tokens=20, seed=1)
     told = "".join(stream_story(folder, "Tom had", sampling))
-    run = Run.open(folder)
+    run = Run.load(folder)
     assert told
-    assert told == "".join(stream_text(run.load_net(), run.load_tokenizer(), "Tom had", sampling))
+    assert told == "".join(stream_text(run.load_model(), run.tokenizer, "Tom had", sampling))
     assert told == "".join(stream_story(run, "Tom had", sampling))
 
 

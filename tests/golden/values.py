@@ -73,20 +73,20 @@ def fixed_ids() -> Tensor:
 
 
 def release(name: str) -> Run:
-    return Run.open(ROOT / "releases" / name)
+    return Run.load(ROOT / "releases" / name)
 
 
 @torch.inference_mode()
 def forward_logits(name: str) -> Tensor:
     """Logits (2, 96, 3000) of one pass over `fixed_ids`."""
     with two_threads():
-        return release(name).load_net()(fixed_ids())
+        return release(name).load_model()(fixed_ids())
 
 
 @torch.inference_mode()
 def decoded_logits(name: str) -> Tensor:
     """Logits (2, 8, 3000) of the last eight of `fixed_ids`, decoded one by one by decode.c."""
-    ids, net = fixed_ids(), release(name).load_net()
+    ids, net = fixed_ids(), release(name).load_model()
     decoder = Decoder(net, list(ids[:, :-8]))
     return torch.stack([decoder.read(new) for new in ids[:, -8:].unbind(1)], dim=1)
 
@@ -109,7 +109,7 @@ def torch_backend() -> Iterator[None]:
 def stories(name: str) -> dict[str, str]:
     """A greedy and a seeded story of a release, by PyTorch."""
     run = release(name)
-    net, tokenizer = run.load_net(), run.load_tokenizer()
+    net, tokenizer = run.load_model(), run.tokenizer
     how = {
         "greedy": SamplingConfig(temperature=0, max_tokens=120),
         "seed 1": SamplingConfig(temperature=0.8, max_tokens=120, seed=1),
@@ -180,7 +180,7 @@ def evaluated(folder: Path) -> dict[str, Any]:
     """Perplexity, bits per byte and a greedy story of KEPT_RUN as it is, in `folder`."""
     few = StoriesConfig(prompts=("Once upon a time",), temperatures=(0.0,), n=1, max_tokens=40)
     with kept_run(folder) as run, torch_backend():
-        evaluation = evaluate(Run.open(run), EvaluationConfig(stories=few))
+        evaluation = evaluate(Run.load(run), EvaluationConfig(stories=few))
     return {
         "perplexity": evaluation.perplexity,
         "bits_per_byte": evaluation.bits_per_byte,

@@ -37,17 +37,17 @@ def run(tmp_path) -> Path:
 
 def test_a_folder_is_its_best_checkpoint_and_a_file_is_itself(run):
     checkpoints = run / "checkpoints"
-    best, last = Run.open(run), Run.open(str(checkpoints / "last.ckpt"))
+    best, last = Run.load(run), Run.load(str(checkpoints / "last.ckpt"))
     assert (best.checkpoint, last.checkpoint) == (checkpoints / "best.ckpt", checkpoints / "last.ckpt")  # fmt: skip  # noqa: E501
     assert best.folder == last.folder == run
-    assert not torch.equal(best.load_net().embedding.weight, last.load_net().embedding.weight)
+    assert not torch.equal(best.load_model().embedding.weight, last.load_model().embedding.weight)
     (checkpoints / "best.ckpt").unlink()
-    assert Run.open(run).checkpoint == checkpoints / "last.ckpt"
+    assert Run.load(run).checkpoint == checkpoints / "last.ckpt"
 
 
 def test_a_checkpoint_gives_back_the_model_it_was_made_of(run):
     torch.manual_seed(0)
-    expected, net = GPT(TINY).eval(), Run.open(run).load_net()
+    expected, net = GPT(TINY).eval(), Run.load(run).load_model()
     ids = torch.tensor([[1, 2, 3]])
     assert not net.training
     assert net.config == TINY
@@ -55,12 +55,12 @@ def test_a_checkpoint_gives_back_the_model_it_was_made_of(run):
 
 
 def test_tokenizer_and_config_come_from_the_folder_of_the_checkpoint(run):
-    opened = Run.open(run / "checkpoints" / "last.ckpt")
-    assert opened.load_tokenizer().vocab_size == 260
+    opened = Run.load(run / "checkpoints" / "last.ckpt")
+    assert opened.tokenizer.vocab_size == 260
     assert opened.config["seed"] == 1
     (run / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"tokenizer\.json"):
-        opened.load_tokenizer()
+        _ = opened.tokenizer
 
 
 @pytest.mark.parametrize("text", ["a: [", "- a\n- list", "", b"\xff\xfe\x00"])
@@ -74,15 +74,15 @@ def test_a_config_that_is_none_is_refused_by_name(text, run):
 
 def test_a_path_without_a_run_is_refused_with_what_to_give(tmp_path):
     with pytest.raises(UserError, match=r"(?=.*absent)(?=.*runs/<name>)(?=.*\.ckpt)"):
-        Run.open(tmp_path / "absent")
+        Run.load(tmp_path / "absent")
     with pytest.raises(UserError, match=r"(?=.*best\.ckpt)(?=.*last\.ckpt)"):
-        Run.open(tmp_path)
+        Run.load(tmp_path)
 
 
 def test_a_damaged_best_checkpoint_is_passed_over(run, caplog):
     (run / "checkpoints" / "best.ckpt").write_bytes(b"PK")
-    assert Run.open(run).checkpoint == run / "checkpoints" / "last.ckpt"
+    assert Run.load(run).checkpoint == run / "checkpoints" / "last.ckpt"
     assert str(run / "checkpoints" / "best.ckpt") in caplog.text
     (run / "checkpoints" / "last.ckpt").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"best\.ckpt"):
-        Run.open(run).load_net()
+        Run.load(run).load_model()

@@ -48,7 +48,7 @@ def test_a_run_folder_holds_all_there_is_to_know(tiny: list[str], tmp_path: Path
     assert [sample["step"] for sample in read_samples(folder)] == [10, 20]
     summary = read_summary(folder)
     assert (summary["status"], summary["steps"], summary["model"]) == ("finished", 20, "small")
-    net = Run.open(folder).load_net()
+    net = Run.load(folder).load_model()
     assert summary["flops_per_token"] == net.flops_per_token()
     assert (
         summary["train_tokens"]
@@ -70,7 +70,7 @@ def test_a_share_of_the_peak_above_one_is_doubted_once(
 def test_evaluation_agrees_with_what_training_logged(tiny: list[str]):
     folder = trained_folder(tiny)
     logged = read_summary(folder)
-    evaluation = evaluate(Run.open(folder), FEW)
+    evaluation = evaluate(Run.load(folder), FEW)
     assert evaluation.perplexity == pytest.approx(logged["val/perplexity"], rel=1e-4)
     assert evaluation.bits_per_byte == pytest.approx(logged["val/bits_per_byte"], rel=1e-4)
     written = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
@@ -353,7 +353,7 @@ def test_a_run_is_evaluated_from_anywhere(tiny: list[str], tmp_path: Path, monke
     folder = trained_folder(relative).absolute()
     (tmp_path / "else").mkdir()
     monkeypatch.chdir(tmp_path / "else")
-    assert evaluate(Run.open(folder), FEW).perplexity > 1
+    assert evaluate(Run.load(folder), FEW).perplexity > 1
 
 
 def test_a_run_that_was_moved_to_another_machine_is_evaluated_and_goes_on_there(
@@ -365,7 +365,7 @@ def test_a_run_that_was_moved_to_another_machine_is_evaluated_and_goes_on_there(
             trained_folder([*tiny, "name=broken"])
     (tmp_path / "cache").rename(tmp_path / "cache-of-the-other-machine")
     monkeypatch.chdir(tmp_path)
-    assert evaluate(Run.open("runs/broken"), FEW).perplexity > 1
+    assert evaluate(Run.load("runs/broken"), FEW).perplexity > 1
     assert (tmp_path / ".cache/prepared").is_dir()
     folder = trained_folder(["resume=runs/broken", "data.cache_dir=another"])
     assert read_summary(folder)["status"] == "finished"

@@ -45,9 +45,9 @@ def weights(folder: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
 def test_it_begins_where_the_other_ended(tiny: list[str], parent: Path, tmp_path: Path):
     still = ["optimizer.lr=1e-12", "optimizer.matrix_lr=1e-12", "trainer.precision=32-true"]
     child = trained_folder([*tiny, *still, f"init_from={parent}", "name=child"])
-    # The best checkpoint is what `Run.open` takes of the parent: after 20 steps as here, or 10.
-    begun = Run.open(parent).load_net().state_dict()
-    for name, weight in Run.open(child).load_net().state_dict().items():
+    # The best checkpoint is what `Run.load` takes of the parent: after 20 steps as here, or 10.
+    begun = Run.load(parent).load_model().state_dict()
+    for name, weight in Run.load(child).load_model().state_dict().items():
         torch.testing.assert_close(weight, begun[name], rtol=0, atol=1e-7)
     first = read_metrics(child)[0]["train/loss"]
     assert first < read_metrics(parent)[0]["train/loss"] - 0.01
@@ -59,15 +59,15 @@ def test_it_learns_and_keeps_the_tokenizer_on_other_stories(
     other = [text for text in tiny if "_files=" not in text] + other_stories
     child = trained_folder([*other, f"init_from={parent}", "name=child"])
     alone = trained_folder([*other, "name=alone"])
-    fingerprints = [Run.open(run).load_tokenizer().fingerprint for run in (parent, child, alone)]
+    fingerprints = [Run.load(run).tokenizer.fingerprint for run in (parent, child, alone)]
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
     assert not torch.equal(
         weights(child)["net.embedding.weight"], weights(parent)["net.embedding.weight"]
     )
-    evaluation = evaluate(Run.open(child), FEW)
+    evaluation = evaluate(Run.load(child), FEW)
     assert evaluation.perplexity == pytest.approx(read_summary(child)["val/perplexity"], rel=1e-4)
     told = read_summary(child)["init_from"]
-    assert told["weights"] == weights_fingerprint(Run.open(parent).load_net())
+    assert told["weights"] == weights_fingerprint(Run.load(parent).load_model())
     assert (told["name"], told["tokens"]) == ("parent", 1280)
     log = (child / "train.log").read_text(encoding="utf-8")
     assert re.search(r"(?=.*\bparent\b).*\b1\.28k\b", log)
@@ -95,8 +95,8 @@ def test_an_export_tells_of_both_and_is_a_start_itself(
     child = trained_folder([*tiny, f"init_from={parent}", "name=my child"])
     (child / "summary.json").unlink()  # as if it had been killed: the checkpoint tells it all
     out = tmp_path / "out"
-    export(Run.open(child), out, ExportConfig("safetensors"))
-    seen = read_checkpoint(Run.open(child).checkpoint)["global_step"] * 64
+    export(Run.load(child), out, ExportConfig("safetensors"))
+    seen = read_checkpoint(Run.load(child).checkpoint)["global_step"] * 64
     card = (out / "README.md").read_text(encoding="utf-8")
     assert re.search(rf"\| 1,280 .*\bparent\b.* {seen:,} \|", card)
     for path in out.iterdir():
@@ -107,13 +107,13 @@ def test_an_export_tells_of_both_and_is_a_start_itself(
     told = parent_of(summary, grandchild)
     assert told is not None
     assert (told.name, told.tokens, told.sources) == ("out", 1280 + seen, ["text", "text"])
-    assert told.weights == weights_fingerprint(Run.open(out).load_net())
+    assert told.weights == weights_fingerprint(Run.load(out).load_model())
 
 
 def test_init_from_a_checkpoint_file_is_kept_in_the_config(tiny: list[str], parent: Path):
     last = parent / "checkpoints/last.ckpt"
     child = trained_folder([*tiny, f"init_from={last}", "name=child"])
-    assert Run.open(child).config["init_from"] == str(last)
+    assert Run.load(child).config["init_from"] == str(last)
     assert read_summary(child)["init_from"]["name"] == "parent"
     line = read_run(child).line
     assert all(name in line for name in ("train.txt", "300", "2.56k", "muon", "parent"))
@@ -147,7 +147,7 @@ def test_the_card_tells_of_the_data_of_both(tiny: list[str], parent: Path, tmp_p
     config.write_text(text.replace("source: text", "source: tinystories_sample"), encoding="utf-8")
     child = trained_folder([*tiny, f"init_from={parent}", "name=child"])
     out = tmp_path / "out"
-    export(Run.open(child), out, ExportConfig("safetensors"))
+    export(Run.load(child), out, ExportConfig("safetensors"))
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "14,849" in card
     assert "texts" in card
@@ -156,7 +156,7 @@ def test_the_card_tells_of_the_data_of_both(tiny: list[str], parent: Path, tmp_p
     summary.unlink()
     alone = trained_folder([*tiny, f"init_from={parent}", "name=alone"])
     assert read_summary(alone)["init_from"]["seconds"] is None
-    export(Run.open(alone), out, ExportConfig("safetensors"))
+    export(Run.load(alone), out, ExportConfig("safetensors"))
     card = (out / "README.md").read_text(encoding="utf-8")
     assert re.search(r"\|.* not recorded .*\bparent\b.*\|", card)
 
@@ -213,7 +213,7 @@ def test_init_from_no_run_is_refused(tiny: list[str], parent: Path, typed: str, 
 
 def test_the_context_may_be_another(tiny: list[str], parent: Path):
     child = trained_folder([*tiny, f"init_from={parent}", "name=child", "model.context_length=32"])
-    assert Run.open(child).load_net().config.context_length == 32
+    assert Run.load(child).load_model().config.context_length == 32
 
 
 def test_a_run_that_began_with_random_weights_does_not_go_on_with_others(
@@ -227,8 +227,8 @@ def test_a_run_that_began_with_random_weights_does_not_go_on_with_others(
 def test_the_mean_with_what_a_run_began_with(tiny: list[str], parent: Path, tmp_path: Path):
     child = trained_folder([*tiny, f"init_from={parent}", "name=child"])
     out, mean = tmp_path / "out", ExportConfig("safetensors", dtype="float32", average=True)
-    export(Run.open(child), out, mean)
-    nets = [Run.open(folder).load_net().state_dict() for folder in (parent, child, out)]
+    export(Run.load(child), out, mean)
+    nets = [Run.load(folder).load_model().state_dict() for folder in (parent, child, out)]
     for name, weight in nets[2].items():
         torch.testing.assert_close(weight, (nets[0][name] + nets[1][name]) / 2)
     card = (out / "README.md").read_text(encoding="utf-8")
@@ -237,10 +237,10 @@ def test_the_mean_with_what_a_run_began_with(tiny: list[str], parent: Path, tmp_
 
     for run in (parent, out):
         with pytest.raises(UserError) as error:
-            export(Run.open(run), tmp_path / "other", mean)
+            export(Run.load(run), tmp_path / "other", mean)
         assert error.value.argument == "average"
     shutil.rmtree(parent)
     trained_folder([*tiny, "name=parent", "seed=2"])
     with pytest.raises(UserError, match="(?=.*parent)(?=.*average)"):
-        export(Run.open(child), tmp_path / "other", mean)
+        export(Run.load(child), tmp_path / "other", mean)
     assert not (tmp_path / "other").exists()
