@@ -4,6 +4,8 @@
 >>> done.code, done.out, done.err
 """
 
+import contextlib
+import io
 import multiprocessing
 import os
 import runpy
@@ -11,7 +13,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from hydra.core.global_hydra import GlobalHydra
+
+from minigpt.cli import app, evaluate, train
+from minigpt.core import distributed, settings
+from minigpt.core.process import preserved_process
 from tests.conftest import ROOT
+
+MAINS = {"train.py": train.main, "evaluate.py": evaluate.main, "minigpt": app.main}
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -46,6 +55,31 @@ def run(program: str, arguments: list[str], cwd: Path, stdin: bytes = b"") -> Do
     assert process.exitcode is not None
     out, err = (path.read_text(encoding="utf-8") for path in streams[1:])
     return Done(process.exitcode, out, err)
+
+
+def run_here(program: str, arguments: list[str], cwd: Path, stdin: bytes = b"") -> Done:
+    """The same in this process, which is left as it was: faster, where nothing can kill it."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    before = sys.argv, sys.stdin
+    sys.argv, sys.stdin = [program, *arguments], io.TextIOWrapper(io.BytesIO(stdin), "utf-8")
+    code = 0
+    try:
+        with (
+            preserved_process(),
+            contextlib.chdir(cwd),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            MAINS[program]()
+    except SystemExit as leaving:
+        code = int(leaving.code or 0)
+    finally:
+        sys.argv, sys.stdin = before
+        GlobalHydra.instance().clear()
+        settings.speak(settings.python_call)
+        distributed._may_start_processes = False
+    texts = (stream.buffer.getvalue().decode() for stream in (out, err))  # type: ignore[attr-defined]
+    return Done(code, *texts)
 
 
 def _start(program: str, arguments: list[str], cwd: Path, streams: list[Path]) -> None:

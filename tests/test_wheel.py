@@ -33,7 +33,7 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (source / "conf/local/default.yaml").write_text("# @package _global_\nseed: 7\n")
     code = (
         "import sys; from setuptools import build_meta as b\n"
-        "b.build_sdist(sys.argv[1]); b.build_wheel(sys.argv[1])"
+        "out = sys.argv[1]; b.build_sdist(out); b.build_wheel(out)"
     )
     command = [sys.executable, "-c", code, str(dist)]
     subprocess.run(command, cwd=source, check=True, capture_output=True)

@@ -31,7 +31,10 @@ def explain(error: Exception, name: str) -> str:
         or re.search(r"No match in the defaults list.*\n?.*'([^']+)'", text)
     )
     if unknown:
-        return unknown_name(unknown.group(1).lstrip("+"), setting_names(name))
+        setting = unknown.group(1).lstrip("+")
+        if name == "evaluate" and setting.startswith("data."):
+            return f"{setting} is a setting of another corpus than the run's: add data=text"
+        return unknown_name(setting, setting_names(name))
     missing = re.search(r"Missing mandatory value: (\S+)", text)
     if missing:
         return f"{missing.group(1)} is not set: type {missing.group(1)}=<value>"

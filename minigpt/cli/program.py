@@ -12,6 +12,9 @@ from typing import Any, NoReturn
 
 from minigpt.core.settings import MISSING, ModelClassError, UserError, one_line
 
+# Settings that choose an option of their group: typed as the group's.
+OPTION_OF = {"data.source": "data", "optimizer.name": "optimizer", "logger.kind": "logger"}
+
 
 @dataclass(frozen=True)
 class Program:
@@ -72,6 +75,7 @@ def describe(error: UserError, program: Program, options: frozenset[str] = froze
     """
 
     def typed(name: str, value: Any) -> str:
+        name = OPTION_OF.get(name, name)
         if name not in options:
             return name if value is MISSING else f"{name}={hydra_value(value)}"
         option = f"--{name.replace('_', '-')}"

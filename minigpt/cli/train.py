@@ -28,7 +28,7 @@ def _train(config: DictConfig, program: Program, classes: list[str]) -> None:
     if job.mode == RunMode.MULTIRUN:
         # The same place whenever a scheduler starts this job, of a name that the others have not.
         config.runs_dir = job.sweep.dir
-        config.name = config.name or f"{job.runtime.choices['model']}-{job.job.num}"
+        config.name = config.name or f"{job.runtime.choices.get('model')}-{job.job.num}"
         config.resume = config.resume or "auto"
         place = [f"{key}={hydra_value(config[key])}" for key in ("runs_dir", "name", "resume")]
     # What Lightning types to start processes for more devices: this job, not the whole sweep.
@@ -40,7 +40,7 @@ def _train(config: DictConfig, program: Program, classes: list[str]) -> None:
 
     tune_process()
     model = typed_class("train", classes)
-    values, size = plain_values(config), job.runtime.choices["model"]
+    values, size = plain_values(config), job.runtime.choices.get("model")
     train(train_config(values, size, [*overrides, *classes], model), model)
 
 

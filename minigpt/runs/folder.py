@@ -97,6 +97,10 @@ class Run:
             return cls(path, first_undamaged(checkpoints), model)
         if not path.is_file():
             raise UserError(f"{path} does not exist: give a run folder (runs/<name>) or a .ckpt")
+        if path.suffix not in (".ckpt", ".safetensors"):
+            raise UserError(
+                f"{path} is not a checkpoint: give a run folder (runs/<name>) or a .ckpt"
+            )
         inside = path.parent.name == CHECKPOINTS
         folder = path.parent.parent if inside else path.parent
         if inside:

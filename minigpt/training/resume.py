@@ -25,7 +25,7 @@ from minigpt.runs.folder import (
     last_checkpoints,
     read_config,
 )
-from minigpt.runs.names import CHECKPOINTS, SUMMARY, TOKENIZER
+from minigpt.runs.names import CHECKPOINTS, CONFIG, SUMMARY, TOKENIZER
 from minigpt.runs.provenance import Parent, parent_of
 from minigpt.tokenizer import Tokenizer
 from minigpt.training.config import TrainConfig, settings_of
@@ -34,6 +34,7 @@ from minigpt.training.module import GPTModule
 log = logging.getLogger("minigpt")
 
 AUTO = "auto"  # resume=auto: the run of this name, if there is one
+_SECTIONS = ("model", "data", "optimizer", "trainer", "budget", "seed")  # of every config.yaml
 # Settings that say where a run and its cache lie, and not what it is.
 _ASIDE = ("name", "runs_dir", "resume", "data.cache_dir", "model_class", "overrides")
 
@@ -70,6 +71,9 @@ class ResumeState:
             return cls._from_weights(config, Run.load(config.init_from, model))
         assert config.resume is not None
         values = read_config(folder)
+        lacking = [name for name in _SECTIONS if name not in values]
+        if lacking:
+            raise UserError(f"{folder / CONFIG} lacks {', '.join(lacking)}: restore it")
         if values.get("model_class") is not None and model is None:
             name = values["model_class"]
             raise ModelClassError(f"{folder} was trained with the class {name}", name)
@@ -150,7 +154,7 @@ def _find(config: TrainConfig) -> Path | None:
         return None
     if config.resume == AUTO:
         if config.name is None:
-            raise UserError("continues the run of that name: set name", "resume", AUTO)
+            raise UserError("continues the run of a name", "resume", AUTO, {"name": "my-run"})
         folder = Path(config.runs_dir) / config.name
         return folder if folder.is_dir() else None
     path = Path(config.resume)

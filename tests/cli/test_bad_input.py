@@ -10,7 +10,7 @@ import pytest
 from minigpt.exporting import ExportConfig, export
 from minigpt.runs.folder import Run
 from tests.bad_input import CASES, Break, Names
-from tests.commands import run
+from tests.commands import run, run_here
 from tests.conftest import tiny_overrides, trained_folder
 
 
@@ -58,15 +58,21 @@ def case_id(command: str, broken: Break | None, names: Names) -> str:
 
 
 @pytest.mark.parametrize(
-    ("command", "broken", "names"), CASES, ids=[case_id(*case) for case in CASES]
+    ("forked", "command", "broken", "names"),
+    [(number % 3 == 0, *case) for number, case in enumerate(CASES)],
+    ids=[case_id(*case) for case in CASES],
 )
-def test_one_line_names_the_fault(command: str, broken: Break | None, names: Names, here: Path):
+def test_one_line_names_the_fault(
+    forked: bool, command: str, broken: Break | None, names: Names, here: Path
+):
+    """Every third case in a process of its own, the others in this one."""
     typed = [word.replace(str(here), ".") for word in tiny_overrides(here)]
     if broken is not None:
         broken(here)
     before = contents(here)
     stdin = here.with_name("x.stdin")
-    done = run(*split(command, typed), here, stdin=stdin.read_bytes() if stdin.is_file() else b"")
+    data = stdin.read_bytes() if stdin.is_file() else b""
+    done = (run if forked else run_here)(*split(command, typed), here, stdin=data)
     assert done.err.startswith("error: "), done.err
     assert done.err.count("\n") == 1, done.err
     assert done.err.strip().isprintable(), done.err

@@ -60,7 +60,7 @@ def test_tokenizer_and_config_come_from_the_folder_of_the_checkpoint(run):
     assert opened.config["seed"] == 1
     (run / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"tokenizer\.json"):
-        _ = opened.tokenizer
+        _ = Run.load(run).tokenizer
 
 
 @pytest.mark.parametrize("text", ["a: [", "- a\n- list", "", b"\xff\xfe\x00"])

@@ -115,7 +115,7 @@ def test_init_from_a_checkpoint_file_is_kept_in_the_config(tiny: list[str], pare
     child = trained_folder([*tiny, f"init_from={last}", "name=child"])
     assert Run.load(child).config["init_from"] == str(last)
     assert read_summary(child)["init_from"]["name"] == "parent"
-    line = read_run(child).line
+    line = read_run(child).group
     assert all(name in line for name in ("train.txt", "300", "2.56k", "muon", "parent"))
 
 
@@ -182,14 +182,14 @@ def test_the_scaling_study_counts_all_tokens_and_compares_it_with_its_like_alone
         run = read_run(folder)
         assert run.tokens == 2560
         assert [tokens for tokens, _ in run.curve] == [1280 + 640, 1280 + 1280]
-        assert all(name in run.line for name in ("train.txt", "300", "2.56k", "muon", "parent"))
+        assert all(name in run.group for name in ("train.txt", "300", "2.56k", "muon", "parent"))
 
 
 @pytest.mark.parametrize(
     ("typed", "fix"),
     [
-        (["model.d_model=32"], {"model": "small", "model.d_model": 16}),
-        (["model.embedding_scale=1.0"], {"model": "small", "model.embedding_scale": None}),
+        (["model.d_model=32"], {"model.d_model": 16}),
+        (["model.embedding_scale=1.0"], {"model.embedding_scale": None}),
     ],
 )
 def test_init_from_another_shape_names_the_settings(
