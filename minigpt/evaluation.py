@@ -33,7 +33,7 @@ from minigpt.data.preparation import DataConfig, open_corpus, prepare_split, wit
 from minigpt.data.sources import bundled_sample
 from minigpt.data.windows import TokenWindows
 from minigpt.generation.sampling import SamplingConfig, generate_stories
-from minigpt.kernels.cpu import accelerate
+from minigpt.kernels.choice import kernels_for
 from minigpt.model import GPT, IGNORE_INDEX, perplexity
 from minigpt.runs.checkpoint import weights_fingerprint
 from minigpt.runs.folder import EVALUATION, Run
@@ -324,7 +324,8 @@ def evaluate(
     if hardware.emulated:
         log.info("computed in 32-true, not %s: this CPU has no native bfloat16", precision)
         hardware = Hardware.find("auto", "1", 1, "32-true")
-    net, tokenizer = accelerate(net.to(hardware.accelerator)), run.load_tokenizer()
+    device, tokenizer = hardware.accelerator, run.load_tokenizer()
+    net = net.to(device).use(kernels_for(device))
 
     split = prepare_split(
         open_corpus(settings, valid_only=True), "valid", tokenizer, settings.cache_dir

@@ -11,7 +11,6 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from minigpt.core.settings import build
-from minigpt.kernels import decode
 from minigpt.training.config import Job
 
 # Nets this small are slower on two threads than on one, most of all beside other work.
@@ -35,18 +34,6 @@ def write_stories(path: Path, n: int, seed: int) -> Path:
     ]
     path.write_text("\n<|endoftext|>\n".join(stories), encoding="utf-8")
     return path
-
-
-@pytest.fixture(params=["decode.c", "PyTorch"])
-def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to decode, one after the other."""
-    if request.param == "PyTorch":
-        monkeypatch.setattr(decode, "library", lambda: None)
-    elif decode.compiler() is None:
-        pytest.skip("no C compiler")
-    else:
-        assert decode.library() is not None
-    return request.param
 
 
 @pytest.fixture

@@ -98,7 +98,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     parts = ("state_dict", "hyper_parameters")
     if not isinstance(content, dict) or not all(isinstance(content.get(p), dict) for p in parts):
         raise UserError(f"{path} is not a checkpoint of Mini GPT: it holds no weights and settings")
+    drop_removed_settings(content["hyper_parameters"])
     return content
+
+
+def drop_removed_settings(config: dict[str, Any]) -> None:
+    """Remove from `config` what an earlier version stored and no longer has a meaning."""
+    if isinstance(config.get("model"), dict):
+        config["model"].pop("attention", None)  # a choice of kernels, not of shape
 
 
 def write_checkpoint(path: Path, content: dict[str, Any], keep: int = 1) -> None:

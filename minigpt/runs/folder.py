@@ -21,7 +21,13 @@ from minigpt.core.distributed import global_rank
 from minigpt.core.files import read_yaml, refuse_links_out
 from minigpt.core.settings import UserError, build
 from minigpt.model import GPT, GPTConfig
-from minigpt.runs.checkpoint import _with_weights, is_whole, load_net, read_safetensors
+from minigpt.runs.checkpoint import (
+    _with_weights,
+    drop_removed_settings,
+    is_whole,
+    load_net,
+    read_safetensors,
+)
 from minigpt.tokenizer import Tokenizer
 
 CONFIG = "config.yaml"
@@ -229,6 +235,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = None
     if not isinstance(config, dict):
         raise UserError(f"{path} does not hold the settings of a run: restore it or train again")
+    drop_removed_settings(config)
     return config
 
 

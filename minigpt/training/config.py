@@ -8,6 +8,7 @@ from typing import Literal
 
 from minigpt.core.settings import UserError
 from minigpt.data.preparation import DataConfig
+from minigpt.kernels.choice import Choice
 from minigpt.model import GPTConfig
 from minigpt.training.callbacks import CallbacksConfig
 from minigpt.training.loggers import LoggerConfig
@@ -29,6 +30,9 @@ class TrainerConfig:
     n_validations: int = 5
     log_every_n_steps: int = 10
     compile: bool = False
+    kernels: Choice = "auto"
+    """What computes attention and loss: `cpu` is this package's kernels for CPUs, which also take
+    batches in parts, one thread per core; `torch` is plain PyTorch; `auto` chooses by device."""
     max_steps: int | None = None
     max_epochs: int | None = None
 

@@ -33,8 +33,9 @@ from minigpt.core.hardware import PEAK_FILE, Hardware, keep_freed_memory, matmul
 from minigpt.core.settings import UserError, build
 from minigpt.core.text import human_count
 from minigpt.data.datamodule import DataModule
-from minigpt.kernels.cpu import accelerate
-from minigpt.kernels.microbatch import sharded_loss
+from minigpt.kernels.choice import kernels_for
+from minigpt.kernels.microbatch import microbatched_loss
+from minigpt.model import Kernels
 from minigpt.runs.folder import (
     CONFIG,
     METRICS,
@@ -97,6 +98,7 @@ def train(config: DictConfig, size: str = "gpt") -> Path:
         c = job.trainer
         hardware = Hardware.find(c.accelerator, c.devices, c.num_nodes, c.precision)
         _check_strategy(c.strategy, hardware)
+        kernels = kernels_for(hardware.accelerator, c.kernels)
         plan = Plan.of(job, hardware.world_size)
         if folder is not None and start.step >= plan.n_steps:
             log.info("%s has made all of its %d steps: nothing is left to do", folder, start.step)
@@ -114,9 +116,9 @@ def train(config: DictConfig, size: str = "gpt") -> Path:
         if start.checkpoint is None and global_rank() == 0:
             _write_inputs(folder, job, data)
         start.clear(folder)
-        _describe(folder, job, plan, hardware, module, data, start.origin)
+        _describe(folder, job, plan, hardware, module, data, start.origin, kernels)
         trainer = _trainer(folder, job, plan, hardware, module, data, start.step)
-        _speed_up(module, hardware, c)
+        _speed_up(module, kernels, c)
         _fit(trainer, module, data, start.checkpoint)
         log.info("report: %s", folder / REPORT)
         log.info("next:   python evaluate.py ckpt=%s", folder)
@@ -139,16 +141,15 @@ def _module(job: Job, plan: Plan, data: DataModule, start: Start) -> GPTModule:
     return module
 
 
-def _speed_up(module: GPTModule, hardware: Hardware, c: TrainerConfig) -> None:
-    """The one place where the path of training is chosen: by device, and what goes together."""
-    net, cpu = module.net, hardware.accelerator == "cpu"
-    if cpu:
+def _speed_up(module: GPTModule, kernels: Kernels, c: TrainerConfig) -> None:
+    """Have the loss computed by `kernels`, compiled or in micro-batches where both can be."""
+    net = module.net.use(kernels)
+    if kernels.name == "cpu":
         keep_freed_memory()
-        accelerate(net)
     if c.compile:  # the loss and not the net: the names of its weights stay as they are
-        net.loss = torch.compile(net.loss)
-    elif cpu and c.strategy != "fsdp":  # which gathers the weights of one forward pass at a time
-        net.loss = sharded_loss(net)
+        module.fast_loss = torch.compile(net.loss)
+    elif kernels.name == "cpu" and c.strategy != "fsdp":  # which gathers weights for one pass
+        module.fast_loss = microbatched_loss(net)
 
 
 def _data(job: Job, plan: Plan, start: Start) -> DataModule:
@@ -186,6 +187,7 @@ def _describe(
     module: GPTModule,
     data: DataModule,
     origin: Origin | None,
+    kernels: Kernels,
 ) -> None:
     """Say what is about to happen, so that a wrong setting is seen before it costs an hour."""
     epochs = plan.n_steps * plan.tokens_per_step / data.train.n_tokens
@@ -201,6 +203,7 @@ def _describe(
         "warm-up",
         "device": f"{hardware.accelerator} ×{hardware.world_size}",
         "precision": f"{hardware.precision}: {hardware.why}",
+        "kernels": kernels.name,
     }
     if origin is not None:
         seen = "an unknown number of" if origin.tokens is None else human_count(origin.tokens)
