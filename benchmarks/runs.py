@@ -122,8 +122,8 @@ def _losses(fast: bool) -> list[float]:
 
     from minigpt.data.config import DataConfig
     from minigpt.data.datamodule import DataModule
-    from minigpt.kernels.cpu import accelerate
-    from minigpt.kernels.microbatch import sharded_loss
+    from minigpt.kernels.cpu import CPU
+    from minigpt.kernels.microbatch import microbatched_loss
     from minigpt.model import GPT
     from minigpt.training.config import OptimizerConfig
     from minigpt.training.optim import lr_factor, make_optimizer
@@ -132,9 +132,7 @@ def _losses(fast: bool) -> list[float]:
     data.setup("fit")
     torch.manual_seed(1)
     net = GPT(shape_of(128, 256))
-    if fast:
-        accelerate(net)
-        net.loss = sharded_loss(net)
+    loss_of = microbatched_loss(net.use(CPU)) if fast else net.loss
     config = OptimizerConfig(warmup_steps=20)
     half = fast and precisions()[-1] == "bf16"
     dtype = torch.bfloat16 if half else torch.float32
@@ -145,7 +143,7 @@ def _losses(fast: bool) -> list[float]:
     losses = []
     for ids, targets in data.train_dataloader():
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            loss = net.loss(ids, targets)
+            loss = loss_of(ids, targets)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)

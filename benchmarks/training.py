@@ -59,19 +59,19 @@ def _ours(d_model: int, batch: int, context: int, precision: str, name: Any = "a
     import torch
 
     from minigpt.core.process import tune_process
-    from minigpt.kernels.cpu import accelerate
-    from minigpt.kernels.microbatch import sharded_loss
+    from minigpt.kernels.cpu import CPU
+    from minigpt.kernels.microbatch import microbatched_loss
     from minigpt.model import GPT
     from minigpt.training.config import OptimizerConfig
     from minigpt.training.optim import make_optimizer
 
     tune_process()
-    net = accelerate(GPT(shape_of(d_model, context)))
-    net.loss = sharded_loss(net)
+    net = GPT(shape_of(d_model, context)).use(CPU)
+    loss = microbatched_loss(net)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     optimizer = make_optimizer(net, OptimizerConfig(name), d_model, dtype=dtype)
     tokens = torch.randint(0, VOCABULARY, (batch, context + 1))
-    return _step(net, optimizer, lambda: net.loss(tokens[:, :-1], tokens[:, 1:]), precision)
+    return _step(net, optimizer, lambda: loss(tokens[:, :-1], tokens[:, 1:]), precision)
 
 
 def _muon(d_model: int, batch: int, context: int, precision: str) -> Any:
@@ -273,12 +273,12 @@ def sweep_figure(rows: list[dict[str, Any]]) -> Figure:
 
 
 def profile(steps: int = 5) -> None:
-    """Print where one thread spends a medium step of one shard, by operator, in milliseconds."""
+    """Print the milliseconds of each operator in a medium step of one micro-batch on one thread."""
     import torch
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    torch.set_num_threads(1)  # or the profiler would not see the threads of the shards
+    torch.set_num_threads(1)  # or the profiler would not see the threads of micro-batches
     step = _ours(256, 8, 256, precisions()[-1])
     for _ in range(3):
         step()

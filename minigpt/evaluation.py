@@ -34,7 +34,7 @@ from minigpt.data.preparation import prepare_split
 from minigpt.data.sources import bundled_sample, open_corpus
 from minigpt.data.windows import TokenWindows
 from minigpt.generation.sampling import SamplingConfig, generate_stories
-from minigpt.kernels.cpu import accelerate
+from minigpt.kernels.choice import kernels_for
 from minigpt.model import GPT, IGNORE_INDEX, perplexity
 from minigpt.runs.checkpoint import weights_fingerprint
 from minigpt.runs.folder import Run
@@ -328,7 +328,8 @@ def evaluate(
     if hardware.emulated:
         log.info("computed in 32-true, not %s: this CPU has no native bfloat16", precision)
         hardware = Hardware.detect("auto", "1", 1, "32-true")
-    net, tokenizer = accelerate(net.to(hardware.accelerator)), run.tokenizer
+    device, tokenizer = hardware.accelerator, run.tokenizer
+    net = net.to(device).use(kernels_for(device))
 
     split = prepare_split(
         open_corpus(settings, valid_only=True), "valid", tokenizer, settings.cache_dir

@@ -1,27 +1,25 @@
 """The whole model: a pre-norm, weight-tied GPT with fixed sinusoidal positions.
 
-Reads top to bottom: settings, positions, attention, feed-forward, block, GPT. Pure PyTorch; no
-Lightning, no Hydra. In the shape comments B is the batch, T the tokens of a window, d the width
-(`d_model`), nh the heads, dk = d / nh, V the vocabulary.
+Reads top to bottom: settings, positions, kernels, cache, attention, feed-forward, block, GPT. Pure
+PyTorch. In the shape comments B is the batch, T the tokens given, S those they may look at, d the
+width (`d_model`), nh the heads, dk = d / nh, V the vocabulary.
 
-    >>> net = GPT(GPTConfig(d_model=128, n_heads=4, d_ff=256))
-    >>> logits = net(torch.randint(0, 3000, (2, 256)))  # (2, 256, 3000)
+    >>> model = GPT(GPTConfig(d_model=128, n_heads=4, d_ff=256))
+    >>> logits = model(torch.randint(0, 3000, (2, 256)))  # (2, 256, 3000)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 IGNORE_INDEX = -100  # a target that is not scored: padding
-LARGEST = 10**9  # weights and positions: beyond, a size was mistyped
 
 
 @dataclass(frozen=True)
@@ -29,14 +27,21 @@ class GPTConfig:
     """The shape of a GPT. The defaults are the small size, 1,046,656 parameters."""
 
     vocab_size: int = 3000
-    context_length: int = 256  # tokens the model sees at once
-    d_model: int = 128  # width of the residual stream
+    """Number of token ids the model reads and predicts."""
+    context_length: int = 256
+    """Number of tokens the model sees at once."""
+    d_model: int = 128
+    """Width of the residual stream; even, and a multiple of `n_heads`."""
     n_layers: int = 5
-    n_heads: int = 4  # each of width d_model / n_heads
-    d_ff: int = 256  # width inside the feed-forward
-    dropout: float = 0.0  # on the embedding sum and on what each sublayer adds
-    embedding_scale: float | None = None  # on the embedding before positions; None: sqrt(d_model)
-    attention: Literal["auto", "sdpa", "matmul"] = "auto"  # how it is computed, not what
+    """Number of blocks."""
+    n_heads: int = 4
+    """Number of attention heads in each block, each of width d_model / n_heads."""
+    d_ff: int = 256
+    """Width inside the feed-forward layers."""
+    dropout: float = 0.0
+    """Dropout probability on the embedding sum and on what each sublayer adds."""
+    embedding_scale: float | None = None
+    """Factor on the embedding before positions are added; None means sqrt(d_model)."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "d_model", "n_layers", "n_heads", "d_ff"):
@@ -44,11 +49,8 @@ class GPTConfig:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         size = self.d_model * (self.vocab_size + self.context_length)
         size += self.n_layers * self.d_model * (4 * self.d_model + 2 * self.d_ff)
-        if size > LARGEST:
-            raise ValueError(
-                f"{size:.0e} weights are more than {LARGEST:.0e}: take a smaller d_model, d_ff, "
-                "n_layers, vocab_size or context_length"
-            )
+        if size > 10**9:  # weights and positions: one of these was mistyped
+            raise ValueError(f"more than 1e9 weights: choose a smaller shape than {self}")
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}")
         if self.d_model % 2:
@@ -60,7 +62,7 @@ class GPTConfig:
 
 
 def sinusoids(length: int, d_model: int) -> Tensor:
-    """Position table (length, d_model): sine in the even columns, cosine in the odd ones.
+    """Return the position table (length, d_model): sine in even columns, cosine in odd ones.
 
     Column pair i turns with wavelength 2π · 10000^(2i / d_model) tokens (Vaswani et al. 2017,
     section 3.5). Computed in float64, so that every device has the same float32 table.
@@ -71,83 +73,86 @@ def sinusoids(length: int, d_model: int) -> Tensor:
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).float()
 
 
-class KVCache:
-    """Keys and values of the tokens seen so far, so that a new token costs one token's work.
+@dataclass(frozen=True)
+class Kernels:
+    """Faster ways to compute the two expensive parts of training; None means as written below."""
 
-    `GPT.forward(ids, cache)` appends to it, as many tokens to each row.
+    name: str = "torch"
+    """What a log calls them."""
+    attention: Callable[[Tensor, int], Tensor] | None = None
+    """Causal attention: queries, keys and values (B, T, 3 d) and n_heads to (B, T, d)."""
+    linear_cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    """Mean loss, in float32, of hidden (B, T, d), weight (V, d) and targets (B, T)."""
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, so that a new token costs one token's work.
+
+    `GPT.forward(ids, cache)` writes those of `ids` in place, behind what each sequence of the batch
+    holds. There is room for `capacity` tokens in each. With `keep_weights`, each layer appends its
+    attention weights (B, nh, T, S) to `weights`.
     """
 
-    def __init__(self) -> None:
-        self.layers: list[tuple[Tensor, Tensor]] = []  # keys and values, each (B, nh, T, dk)
+    def __init__(self, capacity: int, keep_weights: bool = False) -> None:
+        self.layers: list[Tensor] = []  # keys and values of each, (2, B, nh, capacity, dk)
+        self.capacity, self.length = capacity, 0  # tokens of the longest sequence
+        self.lengths = torch.zeros(1, dtype=torch.long)  # (B,) of each, or (1,) of all
+        self.weights: list[Tensor] | None = [] if keep_weights else None
 
-    @property
-    def length(self) -> int:
-        """Tokens held."""
-        return self.layers[0][0].shape[2] if self.layers else 0
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Keep the first `lengths[b]` tokens of each sequence b; what is behind was padding."""
+        self.length = max(lengths)
+        self.lengths = torch.tensor(lengths[:1] if min(lengths) == self.length else lengths)
+
+    def extend(self, x: Tensor) -> Tensor:
+        """Begin a pass over x (B, T, d), and return the positions of its tokens, (B, T) or (1, T).
+
+        It also makes `mask`, (B or 1, 1, T, S): 0 where a token may look, -inf elsewhere.
+        """
+        new = torch.arange(x.shape[1], device=x.device)
+        self.positions = self.lengths.to(x.device)[:, None] + new
+        self.lengths, self.length = self.positions[:, -1] + 1, self.length + x.shape[1]
+        later = torch.arange(self.length, device=x.device) > self.positions[..., None]
+        self.mask = x.new_zeros(later.shape).masked_fill_(later, -math.inf)[:, None]
+        return self.positions
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k, v (B, nh, T, dk) behind what `layer` holds; return all it holds then."""
-        if layer < len(self.layers):
-            held_k, held_v = self.layers[layer]
-            k, v = torch.cat([held_k, k], dim=2), torch.cat([held_v, v], dim=2)
-        self.layers[layer : layer + 1] = [(k, v)]
-        return k, v
+        """Write k, v (B, nh, T, dk) of this pass; return all of `layer`, each (B, nh, S, dk)."""
+        if layer == len(self.layers):  # zeros: what is masked is multiplied too
+            self.layers.append(k.new_zeros(2, *k.shape[:2], self.capacity, k.shape[3]))
+        held = self.layers[layer][:, :, :, : self.length]
+        at = self.positions[:, None, :, None].expand_as(k)
+        return held[0].scatter_(2, at, k), held[1].scatter_(2, at, v)
 
 
 class CausalSelfAttention(nn.Module):
     """Each token gathers from itself and the tokens before it."""
+
+    kernels = Kernels()
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.n_heads = layer, config.n_heads
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
         self.out = nn.Linear(config.d_model, config.d_model)
-        # fast.py may put another in its place.
-        self.attend: Callable[[Tensor, int], Tensor] = partial(attention, how=config.attention)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:  # (B, T, d) -> (B, T, d)
-        qkv = self.qkv(x)  # (B, T, 3 d)
-        if cache is None:
-            return self.out(self.attend(qkv, self.n_heads))
-        q, k, v = split_heads(qkv, self.n_heads)
-        return self.out(merge_heads(attend(q, *cache.append(self.layer, k, v))))
-
-
-def attention(qkv: Tensor, n_heads: int, how: str = "auto") -> Tensor:
-    """Causal self-attention of (B, T, 3 d), queries, keys and values side by side: (B, T, d)."""
-    return merge_heads(attend(*split_heads(qkv, n_heads), how))
-
-
-def split_heads(qkv: Tensor, n_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, T, 3 d) as queries, keys and values, each (B, nh, T, dk); views, nothing is copied."""
-    q, k, v = qkv.unflatten(-1, (3, n_heads, -1)).permute(2, 0, 3, 1, 4)
-    return q, k, v
-
-
-def merge_heads(y: Tensor) -> Tensor:
-    """(B, nh, T, dk) as (B, T, d)."""
-    return y.transpose(1, 2).flatten(2)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, how: str = "auto") -> Tensor:
-    """Causal attention of queries (B, nh, T, dk) over keys and values (B, nh, S, dk), S >= T.
-
-    The queries are the last T of the S positions. `how` picks the kernel and not the result:
-    `sdpa` is PyTorch's fused one; `matmul` spells it out, which is faster on CPUs at this head
-    size; `auto` takes matmul on CPU and sdpa elsewhere.
-    """
-    T, S, dk = q.shape[2], k.shape[2], q.shape[3]  # noqa: N806
-    if how == "sdpa" or (how == "auto" and q.device.type != "cpu"):
-        if T == S:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(T, S, q))
-    scores = (q * dk**-0.5) @ k.transpose(-2, -1)  # (B, nh, T, S)
-    return (scores + causal_mask(T, S, scores)).softmax(dim=-1).to(v.dtype) @ v
-
-
-def causal_mask(T: int, S: int, like: Tensor) -> Tensor:  # noqa: N803
-    """(T, S): 0 where query t may look at key s (s <= t + S - T), -inf elsewhere."""
-    return torch.full((T, S), -math.inf, dtype=like.dtype, device=like.device).triu(S - T + 1)
+        qkv = self.qkv(x)  # (B, T, 3 d): queries, keys and values side by side
+        if cache is None and self.kernels.attention is not None:
+            return self.out(self.kernels.attention(qkv, self.n_heads))
+        q, k, v = qkv.unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, nh, T, dk)
+        if cache is None:  # query t may look at key s where s <= t
+            T = x.shape[1]  # noqa: N806
+            mask = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+        else:
+            mask = cache.mask
+            k, v = cache.append(self.layer, k, v)  # (B, nh, S, dk)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, nh, T, S)
+        weights = (scores + mask).softmax(dim=-1)
+        if cache is not None and cache.weights is not None:
+            cache.weights.append(weights)
+        y = weights.to(v.dtype) @ v  # (B, nh, T, dk)
+        return self.out(y.transpose(1, 2).flatten(2))  # heads side by side: (B, T, d)
 
 
 class FeedForward(nn.Module):
@@ -195,8 +200,17 @@ class GPT(nn.Module):
     The output projection is the embedding matrix itself. The embedding is multiplied by
     `embedding_scale` before the positions are added: so small, it would drown in sinusoids of
     amplitude 1 (Vaswani et al. 2017, section 3.4, scale by sqrt(d_model) as well).
+
+    A subclass overrides one of two methods. With `hidden` it keeps the fused loss, the
+    cross-entropy of `hidden(ids) @ embedding.weight.T`. With `forward` its loss is the
+    cross-entropy of the logits that `forward` returns. Either way `loss` is what training,
+    validation and evaluation measure, and generation samples from `forward`. A method that takes no
+    `cache` is decoded by a full pass for each token. `config_class` names a dataclass derived from
+    GPTConfig, for parameters of the subclass's own.
     """
 
+    config_class: ClassVar[type[GPTConfig]] = GPTConfig
+    kernels = Kernels()
     positions: Tensor
 
     def __init__(self, config: GPTConfig) -> None:
@@ -209,7 +223,6 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.final_norm = nn.LayerNorm(config.d_model)
-        self.cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_cross_entropy
         self._initialise()
 
     def _initialise(self) -> None:
@@ -222,28 +235,44 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=std)
         nn.init.normal_(self.embedding.weight, std=0.3 / math.sqrt(self.config.d_model))
 
-    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits (B, T, V) of the token after each of `ids` (B, T).
+    def use(self, kernels: Kernels) -> Self:
+        """Compute with `kernels` from now on, and return the model. They change no weight."""
+        for module in self.modules():
+            if isinstance(module, GPT | CausalSelfAttention):
+                module.kernels = kernels
+        return self
 
-        With a `cache`, `ids` continue the tokens it holds, and it then holds them too. Raises
-        ValueError when the tokens are more than the context.
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Return the logits (B, T, V) of the token after each of `ids` (B, T).
+
+        With a `cache`, `ids` continue the tokens it holds, and it then holds them too.
+
+        Raises:
+            ValueError: the tokens are more than the context.
         """
-        return F.linear(self.hidden(ids, cache), self.embedding.weight)
+        hidden = self.hidden(ids) if cache is None else self.hidden(ids, cache)
+        return F.linear(hidden, self.embedding.weight)
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The normalised residual stream (B, T, d) after the last block."""
-        start = cache.length if cache is not None else 0
-        end = start + ids.shape[1]
+        """Return the normalised residual stream (B, T, d) after the last block."""
+        T = ids.shape[1]  # noqa: N806
+        end = T if cache is None else cache.length + T
         if end > self.config.context_length:
             raise ValueError(f"{end} tokens do not fit the context of {self.config.context_length}")
-        x = self.dropout(self.embedding(ids) * self.scale + self.positions[start:end])  # (B, T, d)
+        x = self.embedding(ids) * self.scale  # (B, T, d)
+        at = slice(T) if cache is None else cache.extend(x)
+        x = self.dropout(x + self.positions[at])
         for block in self.blocks:
             x = block(x, cache)
         return self.final_norm(x)
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats (float32) of targets (B, T) that are not IGNORE_INDEX."""
-        return self.cross_entropy(self.hidden(ids), self.embedding.weight, targets)
+        """Return the mean cross-entropy in nats (float32) of targets (B, T) not IGNORE_INDEX."""
+        fused = self.kernels.linear_cross_entropy
+        if fused is not None and type(self).forward is GPT.forward:
+            return fused(self.hidden(ids), self.embedding.weight, targets)
+        logits = self.forward(ids).float().flatten(0, 1)  # (B T, V)
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX)
 
     @property
     def n_parameters(self) -> int:
@@ -256,7 +285,7 @@ class GPT(nn.Module):
         return self.embedding.weight.numel()
 
     def flops_per_token(self) -> int:
-        """FLOPs of a training step, forward and backward, for each token: 6 N + 12 L T d.
+        """Return the FLOPs of a training step, forward and backward, per token: 6 N + 12 L T d.
 
         N counts the parameters that multiply (every matrix, the tied one once, as the output);
         attention is counted as if it were not causal (PaLM, Chowdhery et al. 2022, appendix B).
@@ -266,15 +295,6 @@ class GPT(nn.Module):
         return 6 * matrices + 12 * c.n_layers * c.context_length * c.d_model
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy, in nats and float32, of the logits `hidden` (B, T, d) @ `weight` (V, d).
-
-    Targets (B, T) that are IGNORE_INDEX do not count.
-    """
-    logits = F.linear(hidden, weight).float()  # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
-
-
 def perplexity(nats_per_token: float) -> float:
-    """exp of the mean cross-entropy; infinity where a float cannot hold it."""
+    """Return exp of the mean cross-entropy; infinity where a float cannot hold it."""
     return math.exp(nats_per_token) if nats_per_token < 700 else math.inf

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from minigpt.cli.compose import load_config
-from minigpt.kernels import decode
 from minigpt.training.config import TrainConfig
 from minigpt.training.loop import train
 
@@ -36,18 +35,6 @@ def write_stories(path: Path, n: int, seed: int) -> Path:
     ]
     path.write_text("\n<|endoftext|>\n".join(stories), encoding="utf-8")
     return path
-
-
-@pytest.fixture(params=["decode.c", "PyTorch"])
-def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to decode, one after the other."""
-    if request.param == "PyTorch":
-        monkeypatch.setattr(decode, "library", lambda: None)
-    elif decode.compiler() is None:
-        pytest.skip("no C compiler")
-    else:
-        assert decode.library() is not None
-    return request.param
 
 
 @pytest.fixture

@@ -1,3 +1,4 @@
+import copy
 import math
 from dataclasses import replace
 
@@ -5,11 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from minigpt.kernels.choice import fused_attention
+from minigpt.kernels.cpu import CPU
 from minigpt.model import (
     GPT,
+    IGNORE_INDEX,
     GPTConfig,
+    Kernels,
     KVCache,
-    attend,
     sinusoids,
 )
 from tests.conftest import naming
@@ -146,9 +150,9 @@ def test_an_embedding_scale_of_one_is_a_plain_sum():
     torch.testing.assert_close(net.hidden(ids), net.final_norm(x))
 
 
-@pytest.mark.parametrize("how", ["sdpa", "matmul"])
-def test_a_token_changes_what_follows_it_and_nothing_before(how):
-    net, t = shaken(replace(TINY, attention=how)), 6
+@pytest.mark.parametrize("kernels", [Kernels(), Kernels(attention=fused_attention), CPU])
+def test_a_token_changes_what_follows_it_and_nothing_before(kernels):
+    net, t = shaken(TINY).use(kernels), 6
     ids = random_ids(TINY, 1, 16)
     changed = ids.clone()
     changed[0, t] = (ids[0, t] + 1) % TINY.vocab_size
@@ -166,11 +170,11 @@ def test_a_row_does_not_depend_on_the_rows_beside_it():
         torch.testing.assert_close(net(ids), alone, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("how", ["sdpa", "matmul"])
-def test_decoding_in_pieces_through_the_cache_equals_one_pass(how):
-    net = shaken(replace(TINY, attention=how))
+@pytest.mark.parametrize("kernels", [Kernels(), Kernels(attention=fused_attention), CPU])
+def test_decoding_in_pieces_through_the_cache_equals_one_pass(kernels):
+    net = shaken(TINY).use(kernels)
     ids = random_ids(TINY, 3, 16)
-    cache = KVCache()
+    cache = KVCache(16)
     with torch.no_grad():
         pieces = [net(piece, cache) for piece in ids.split([1, 6, 1, 3, 5], dim=1)]
         torch.testing.assert_close(torch.cat(pieces, dim=1), net(ids), atol=1e-5, rtol=1e-5)
@@ -179,12 +183,88 @@ def test_decoding_in_pieces_through_the_cache_equals_one_pass(how):
         net(ids[:, :1], cache)
 
 
-@pytest.mark.parametrize("queries", [1, 4, 9])
-def test_the_fused_attention_equals_the_one_spelled_out(queries):
+def test_sequences_of_a_cache_may_differ_in_length():
+    net, lengths = shaken(TINY), [3, 9, 5]
+    ids, cache = random_ids(TINY, 3, 9), KVCache(16)
+    following = random_ids(TINY, 3, 4)
+    with torch.no_grad():
+        net(ids, cache)
+        cache.truncate(lengths)
+        pieces = [net(new, cache) for new in following.split([1, 3], dim=1)]
+        for row, length in enumerate(lengths):
+            alone = net(torch.cat([ids[row, :length], following[row]])[None])[0, length:]
+            got = torch.cat(pieces, dim=1)[row]
+            torch.testing.assert_close(got, alone, atol=1e-5, rtol=1e-5)
+    assert cache.lengths.tolist() == [7, 13, 9]
+    assert cache.length == 13
+
+
+def test_a_cache_is_written_in_place():
+    net, cache = shaken(TINY), KVCache(16)
+    with torch.no_grad():
+        net(random_ids(TINY, 2, 5), cache)
+        addresses = [layer.data_ptr() for layer in cache.layers]
+        for _ in range(11):
+            net(random_ids(TINY, 2, 1), cache)
+    assert [layer.data_ptr() for layer in cache.layers] == addresses
+    assert {tuple(layer.shape) for layer in cache.layers} == {(2, 2, 2, 16, 8)}
+
+
+def test_a_plain_logit_for_each_token_has_gradients_also_with_a_cache():
+    net, ids = shaken(TINY), random_ids(TINY, 2, 5)
+    net(ids, KVCache(5)).sum().backward()
+    with_cache = [parameter.grad.clone() for parameter in net.parameters()]
+    net.zero_grad()
+    net(ids).sum().backward()
+    for got, expected in zip(with_cache, net.parameters(), strict=True):
+        torch.testing.assert_close(got, expected.grad)
+
+
+class Flipped(GPT):
+    """Another forward."""
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        return super().forward(ids, cache).flip(-1)
+
+
+class Louder(GPT):
+    """Another hidden."""
+
+    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        return 2 * super().hidden(ids, cache)
+
+
+class Uncached(GPT):
+    """Another forward, which takes no cache."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids).flip(-1)
+
+
+@pytest.mark.parametrize("kernels", [Kernels(), CPU])
+@pytest.mark.parametrize("cls", [GPT, Flipped, Louder, Uncached])
+def test_the_loss_of_a_subclass_is_the_cross_entropy_of_its_forward(cls, kernels):
     torch.manual_seed(0)
-    k, v = torch.randn(2, 2, 3, 9, 8).unbind()
-    q = torch.randn(2, 3, queries, 8)
-    torch.testing.assert_close(attend(q, k, v, "sdpa"), attend(q, k, v, "matmul"))
+    net, ids = cls(TINY).use(kernels), random_ids(TINY, 3, 17)
+    ids, targets = ids[:, :-1], ids[:, 1:].clone()
+    targets[1, 4:] = IGNORE_INDEX
+    logits = net(ids)
+    expected = nn.functional.cross_entropy(logits[targets >= 0], targets[targets >= 0])
+    torch.testing.assert_close(net.loss(ids, targets), expected)
+    if cls is not GPT:
+        assert not torch.allclose(logits, GPT.forward(shaken(TINY), ids))
+    plain = GPT(TINY)
+    plain.load_state_dict(net.state_dict())
+    same = torch.allclose(net.loss(ids, targets), plain.loss(ids, targets), atol=1e-4)
+    assert same is (cls is GPT)
+
+
+def test_kernels_are_chosen_for_a_whole_model():
+    net = shaken(TINY).use(CPU)
+    assert net.kernels == net.blocks[1].attention.kernels == CPU
+    assert copy.deepcopy(net).use(Kernels()).blocks[0].attention.kernels.name == "torch"
+    assert shaken(TINY).kernels.name == "torch"
+    assert net.kernels.name == "cpu"
 
 
 def test_embedding_and_output_are_one_matrix_also_after_saving_and_loading(tmp_path):

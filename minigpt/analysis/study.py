@@ -34,7 +34,7 @@ from minigpt.core.settings import UserError
 from minigpt.core.text import md_table, percent, value_cell
 from minigpt.data.sources import bundled_sample
 from minigpt.generation.sampling import SamplingConfig, stream_text
-from minigpt.kernels.cpu import accelerate
+from minigpt.kernels.choice import kernels_for
 from minigpt.model import GPT
 from minigpt.runs.folder import Run
 from minigpt.tokenizer import Tokenizer
@@ -111,7 +111,7 @@ def write_study(runs: Sequence[Run], out: Path, config: StudyConfig | None = Non
     write_text(out / "samples.md", samples_markdown(models))
     device = Hardware.detect("auto", "1", 1, "32-true").accelerator
     for model in models:
-        accelerate(model.net.to(device))
+        model.net.to(device).use(kernels_for(device))
     rows = study_rows(models, config)
     write_text(out / "coherence.md", coherence_markdown(rows, models, config))
     settings = dataclasses.asdict(config) | {"judge": models[-1].name}

@@ -70,8 +70,8 @@ def generate(
     import torch
 
     from minigpt.core.hardware import cpu_has_bfloat16
+    from minigpt.generation.decoder import c_backend
     from minigpt.generation.sampling import SamplingConfig, iterate_stories, stream_text
-    from minigpt.kernels import decode
     from minigpt.runs.folder import Run
     from minigpt.tokenizer import END_OF_TEXT
 
@@ -89,7 +89,7 @@ def generate(
             "a prompt of %s tokens outgrows the context of %s: the model reads its end alone",
             f"{length:,}", net.config.context_length,
         )  # fmt: skip
-    if dtype == "bfloat16" and decode.library() is None and not cpu_has_bfloat16():
+    if dtype == "bfloat16" and c_backend() is None and not cpu_has_bfloat16():
         log.warning("neither decode.c nor native bfloat16 here: --dtype float32 is faster")
     if n == 1:
         print(prompt, end="", flush=True)

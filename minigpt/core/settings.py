@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 MISSING = dataclasses.MISSING
+RENAMED = {"model.attention": "trainer.kernels"}  # settings of earlier versions
 
 
 class UserError(ValueError):
@@ -180,6 +181,8 @@ def one_line(error: Exception | str) -> str:
 
 def unknown_name(name: str, allowed: list[str], kind: str = "setting") -> str:
     """One line for a name that does not exist: the nearest ones that do, or all of them."""
+    if name in RENAMED:
+        return f"unknown {kind} '{name}': it is {RENAMED[name]} now"
     if "." in name:
         allowed = [other for other in allowed if "." in other] or allowed
     near = difflib.get_close_matches(name, allowed, n=3, cutoff=0.6)

@@ -11,14 +11,13 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from minigpt.core.settings import UserError
-from minigpt.generation.decoder import Decoder
-from minigpt.kernels import decode
+from minigpt.generation.decoder import Backend, Decoder, c_backend
 from minigpt.model import GPT
 from minigpt.runs.folder import Run
 from minigpt.tokenizer import Tokenizer
@@ -29,15 +28,24 @@ COLDEST = 1e-6  # below it all mass is on the likeliest token, and dividing by i
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is chosen. Of several filters, top_k comes first, then top_p, min_p."""
+    """How text is generated. Of several filters, top_k comes first, then top_p, then min_p."""
 
-    temperature: float = 0.8  # 0: always the likeliest token; 1: as the model believes
-    top_k: int | None = None  # choose among the k likeliest alone
-    top_p: float | None = None  # choose among the fewest that hold this much probability
-    max_tokens: int = 256  # new tokens at most
-    seed: int | None = None  # None: another story each time
-    min_p: float | None = None  # only those at least this share as probable as the likeliest
-    repetition_penalty: float = 1.0  # above 1: tokens of prompt and text become less likely
+    temperature: float = 0.8
+    """What logits are divided by; 0 means that the most likely token is always chosen."""
+    top_k: int | None = None
+    """Choose among the k most likely tokens alone."""
+    top_p: float | None = None
+    """Choose among the fewest tokens that together have this probability."""
+    max_tokens: int = 256
+    """Largest number of new tokens."""
+    seed: int | None = None
+    """Seed of the random numbers; None means another text each time."""
+    min_p: float | None = None
+    """Leave out tokens less probable than this share of the most likely one."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens of prompt and text become less likely."""
+    backend: Backend = "auto"
+    """What computes: `torch` is `GPT.forward`, `c` is decode.c; `auto` is `c` where possible."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -60,6 +68,8 @@ class SamplingConfig:
             raise UserError(f"seed {self.seed} must be between 0 and 2^63 − 1")
         if self.max_tokens < 1:
             raise UserError(f"max_tokens {self.max_tokens} must be at least 1")
+        if self.backend not in get_args(Backend):
+            raise UserError("choose from auto, torch, c", "backend", self.backend)
 
 
 class Step(NamedTuple):
@@ -93,7 +103,7 @@ def generate(
         vocab_size: tokens of the tokenizer, where the net has room for more; the rest stays unsaid.
 
     Raises:
-        UserError: the weights give logits that are no numbers.
+        UserError: the weights give logits that are no numbers, or the backend cannot decode them.
     """
     device = net.embedding.weight.device
     prompts = [torch.as_tensor(row, dtype=torch.long, device=device) for row in prompt_ids]
@@ -102,7 +112,7 @@ def generate(
     was_training = net.training
     net.eval()
     try:
-        decoder = Decoder(net, [prompt[:-1] for prompt in prompts])
+        decoder = Decoder(net, [prompt[:-1] for prompt in prompts], sampling.backend)
         ids = torch.stack([prompt[-1] for prompt in prompts])  # (B,)
         ended, n_ended = torch.zeros_like(ids, dtype=torch.bool), 0
         n_tokens = vocab_size or net.config.vocab_size
@@ -158,8 +168,9 @@ def sample(
         logits = keep_min_p(logits, sampling.min_p)
     # One random number a row, where torch.multinomial draws one for each token of the vocabulary.
     points = torch.rand(len(logits), generator=generator, dtype=torch.float32, device=logits.device)
-    if logits.device.type == "cpu" and decode.library():
-        return decode.draw(logits, temperature, points)
+    c = c_backend() if sampling.backend != "torch" and logits.device.type == "cpu" else None
+    if c is not None:
+        return c.sample(logits, temperature, points)
     mass = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)
     # Rounding must not take a point to the end of the last token.
     end = mass[:, -1].nextafter(torch.zeros_like(mass[:, -1]))

@@ -1,7 +1,6 @@
-"""The two pieces of a GPT that a CPU computes several times faster than PyTorch's own do.
+"""Attention and loss as a CPU computes them several times faster than PyTorch's own operators.
 
-`accelerate(net)` puts them in the place of `attention` and `linear_cross_entropy` of model.py.
-They give the same numbers up to rounding and change no weight. Both write out their backward pass,
+They give the same numbers as those of model.py, up to rounding. Both write out their backward pass,
 in the dtype of autocast where it is on. Numbers: docs/performance.md.
 """
 
@@ -14,35 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minigpt.model import (
-    GPT,
-    IGNORE_INDEX,
-    CausalSelfAttention,
-    merge_heads,
-    split_heads,
-)
+from minigpt.model import IGNORE_INDEX, Kernels
 
 BLOCK = 64  # queries at a time: small enough to skip most of the masked half
 TINY = torch.finfo(torch.float32).tiny  # a probability that underflows costs 87 nats, not infinity
 CHUNK = 2048  # tokens whose logits are held at a time: (CHUNK, V) stays near the caches
 
 
-def accelerate(net: GPT) -> GPT:
-    """Give `net` the fast pieces where they are faster: on a CPU. Returns `net`."""
-    if net.embedding.weight.device.type == "cpu":
-        net.cross_entropy = chunked_cross_entropy
-        if net.config.attention == "auto":
-            for module in net.modules():
-                if isinstance(module, CausalSelfAttention):
-                    module.attend = block_attention
-    return net
-
-
 # ---------------------------------------------------------------------------- attention
 
 
 def block_attention(qkv: Tensor, n_heads: int) -> Tensor:
-    """Causal self-attention of (B, T, 3 d), block of queries by block: (B, T, d).
+    """Compute causal self-attention of (B, T, 3 d), block of queries by block: (B, T, d).
 
     A block of queries sees no keys behind its own last one, so with n blocks only (n + 1) / 2n of
     the score matrix is computed: five eighths at T = 256.
@@ -60,7 +42,7 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, n_heads: int) -> Tensor:
-        q, k, v = (_dense(x) for x in split_heads(qkv, n_heads))  # (N, T, dk)
+        q, k, v = (_dense(x) for x in _split_heads(qkv, n_heads))  # (N, T, dk)
         q *= q.shape[2] ** -0.5
         T, y = q.shape[1], torch.empty_like(q)  # noqa: N806
         mask = torch.full((BLOCK, BLOCK), -math.inf, dtype=q.dtype).triu(1)
@@ -75,13 +57,13 @@ class _BlockAttention(torch.autograd.Function):
             probabilities.append(p)
         ctx.save_for_backward(qkv, *probabilities)
         ctx.n_heads = n_heads
-        return merge_heads(y.unflatten(0, (-1, n_heads)))
+        return y.unflatten(0, (-1, n_heads)).transpose(1, 2).flatten(2)  # (B, T, d)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         qkv, *probabilities = ctx.saved_tensors
         dqkv, heads = torch.empty_like(qkv), (-1, ctx.n_heads)
-        q, k, v = (_dense(x) for x in split_heads(qkv, ctx.n_heads))  # (N, T, dk)
+        q, k, v = (_dense(x) for x in _split_heads(qkv, ctx.n_heads))  # (N, T, dk)
         dy = _dense(grads[0].unflatten(-1, (ctx.n_heads, -1)).transpose(1, 2))
         T, scale = q.shape[1], q.shape[2] ** -0.5  # noqa: N806
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -94,9 +76,14 @@ class _BlockAttention(torch.autograd.Function):
             dv[:, :e] += torch.bmm(p.transpose(1, 2), dy[:, s:e])
         dq *= scale
         dk *= scale
-        for into, x in zip(split_heads(dqkv, ctx.n_heads), (dq, dk, dv), strict=True):
+        for into, x in zip(_split_heads(dqkv, ctx.n_heads), (dq, dk, dv), strict=True):
             into.copy_(x.unflatten(0, heads))
         return dqkv, None
+
+
+def _split_heads(qkv: Tensor, n_heads: int) -> Tensor:
+    """View (B, T, 3 d) as queries, keys and values, (3, B, nh, T, dk)."""
+    return qkv.unflatten(-1, (3, n_heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -113,10 +100,11 @@ def _softmax(x: Tensor) -> Tensor:
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """`linear_cross_entropy` without the logits of all tokens in memory at once.
+    """Compute the mean loss without the logits of all tokens in memory at once.
 
-    With gradients on, they are computed together with the loss: the softmax is the larger part of
-    both. Without, the log-softmax is taken in float32.
+    `hidden` (B, T, d), `weight` (V, d), `targets` (B, T); the result is in nats and float32. With
+    gradients on, they are computed together with the loss: the softmax is the larger part of both.
+    Without, the log-softmax is taken in float32.
     """
     rows, wanted = hidden.flatten(0, 1), targets.flatten()
     if torch.is_autocast_enabled("cpu"):
@@ -164,3 +152,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         drows, dweight, n = ctx.saved_tensors
         factor = grads[0] / n
         return drows * factor, dweight * factor, None
+
+
+CPU = Kernels("cpu", block_attention, chunked_cross_entropy)

@@ -1,8 +1,8 @@
-/* New tokens of a batch of texts through a GPT, whose keys and values are kept: what decoding.py
-   computes with PyTorch, in one call. At one token a step PyTorch's hundred small operators cost more
+/* New tokens of a batch of sequences through a GPT, whose keys and values are kept: what GPT.forward
+   computes with a KVCache, in one call. At one token a step PyTorch's hundred small operators cost more
    than the arithmetic.
 
-   native.py compiles this file once, where there is a C compiler, and fills the structs. Weights are
+   decode.py compiles this file once, where there is a C compiler, and fills the structs. Weights are
    float32 or bfloat16, and so are keys and values; everything is computed in float32. Vectors are
    those of GCC and Clang, so that one source serves AVX2, AVX-512 and NEON. */
 
@@ -44,25 +44,23 @@ enum then { SET, ADD, GELU };
 typedef struct { const void *weight; const float *bias; int32_t in, out; } matrix;
 typedef struct { const float *weight, *bias; } norm;
 typedef struct { norm norm1; matrix qkv, out; norm norm2; matrix up, down; } layer;
-typedef struct { const float *tokens, *places, *bias; } known; /* see `first_qkv` */
 typedef struct {
     int32_t vocab_size, d_model, n_layers, n_heads, d_ff, kind;
     float eps;
     const float *embedding, *positions; /* (V, d), scaled; (context, d) */
     norm final_norm;
-    matrix unembed;
-    known known;
+    matrix lm_head;
     const layer *layers;
 } model;
 typedef struct {
-    int32_t rows, room, threads; /* rows: texts, B; room: tokens, in whole panels */
-    const int32_t *starts;       /* (B + 1,) where the new tokens of each row begin, of N */
-    const int64_t *ids, *at;     /* (N,) the new tokens, and their places in their rows */
+    int32_t rows, capacity, threads; /* rows: sequences, B; capacity: tokens, in whole panels */
+    const int32_t *starts;           /* (B + 1,) where the new tokens of each row begin, of N */
+    const int64_t *ids, *positions;  /* (N,) the new tokens, and their positions in their rows */
     void *const *blocks; /* PANEL tokens each: (L, B) keys (nh, dk, PANEL), values (nh, PANEL, dk) */
     float *x, *normed;   /* (N, d); the same, or of few rows for each thread: see `run` */
     float *qkv, *mixed, *up; /* (N, 3 d), (N, d), (N, d_ff) */
-    float *scores, *found;   /* (threads, nh, room), (threads, nh, dk in whole panels) */
-    float *logits;           /* (B, V) where each row has one token; or none wanted */
+    float *scores, *outputs; /* (threads, nh, capacity), (threads, nh, dk in whole panels) */
+    float *logits;           /* (B, V) where each row has one token; or null */
 } batch;
 
 const int32_t lanes = LANES;
@@ -209,37 +207,16 @@ ALONE void product(enum kind kind, const matrix *m, int rows, const float *x, fl
 
 /* ---------------------------------------------------------------------- norm and attention */
 
-/* The mean of x (d), and what a difference from it is multiplied by: 1 / σ. */
-INLINE void moments(const float *x, int d, float eps, float *mean, float *factor) {
-    float sum = 0, squares = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < d; i++) sum += x[i];
-    *mean = sum / d;
-#pragma omp simd reduction(+ : squares)
-    for (int i = 0; i < d; i++) squares += (x[i] - *mean) * (x[i] - *mean);
-    *factor = 1.0f / sqrtf(squares / d + eps);
-}
-
 static void layer_norm(norm n, float eps, int d, int rows, const float *x, float *y) {
     for (int r = 0; r < rows; r++, x += d, y += d) {
-        float mean, factor;
-        moments(x, d, eps, &mean, &factor);
+        float sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int i = 0; i < d; i++) sum += x[i];
+        float mean = sum / d;
+#pragma omp simd reduction(+ : squares)
+        for (int i = 0; i < d; i++) squares += (x[i] - mean) * (x[i] - mean);
+        float factor = 1.0f / sqrtf(squares / d + eps);
         for (int i = 0; i < d; i++) y[i] = (x[i] - mean) * factor * n.weight[i] + n.bias[i];
-    }
-}
-
-/* W norm(e + p) + b of the first layer is (A ê + A p̂) / σ + c, where A is W times the norm's weight, and
-   ê is e less its mean: no product, as A ê is known of each token, A p̂ of each place, and c (3 d). */
-static void first_qkv(const model *m, const batch *b, int first, int n, const float *x, float *qkv,
-                      int part, int parts) {
-    int d = m->d_model, start = 3 * d * part / parts, end = 3 * d * (part + 1) / parts;
-    for (int i = 0; i < n; i++) {
-        const float *token = m->known.tokens + b->ids[first + i] * 3 * d;
-        const float *place = m->known.places + b->at[first + i] * 3 * d;
-        float mean, factor;
-        moments(x + (size_t)i * d, d, m->eps, &mean, &factor);
-        for (int j = start; j < end; j++)
-            qkv[(size_t)i * 3 * d + j] = (token[j] + place[j]) * factor + m->known.bias[j];
     }
 }
 
@@ -259,25 +236,25 @@ INLINE float exponentials(float *scores, int length, float scale) {
 }
 
 /* What one thread works with: its heads of one layer, and where it writes. */
-typedef struct { int first, end; float *scores, *found; } heads;
+typedef struct { int first, end; float *scores, *outputs; } heads;
 
 /* Keys and values of new token n of row r go to their block. */
 INLINE void keep(enum kind kind, const model *m, const batch *b, heads h, size_t row, int n) {
-    int d = m->d_model, dk = d / m->n_heads, place = b->at[n] % PANEL;
-    void *block = b->blocks[b->at[n] / PANEL];
+    int d = m->d_model, dk = d / m->n_heads, position = b->positions[n] % PANEL; /* in its block */
+    void *block = b->blocks[b->positions[n] / PANEL];
     for (int head = h.first; head < h.end; head++) {
         const float *k = b->qkv + (size_t)n * 3 * d + d + head * dk, *v = k + d;
         size_t keys = row + (size_t)head * dk * PANEL, values = keys + (size_t)d * PANEL;
-        for (int i = 0; i < dk; i++) put(kind, block, values + place * dk + i, v[i]);
-        for (int i = 0; i < dk; i++) put(kind, block, keys + i * PANEL + place, k[i]);
+        for (int i = 0; i < dk; i++) put(kind, block, values + position * dk + i, v[i]);
+        for (int i = 0; i < dk; i++) put(kind, block, keys + i * PANEL + position, k[i]);
     }
 }
 
 /* New token n of row r looks at the row up to itself: its part of `mixed`. Block by block, all heads
    of each: what lies together is read together. Both products are of one row. */
 INLINE void attend(enum kind kind, const model *m, const batch *b, heads h, size_t row, int n) {
-    int d = m->d_model, dk = d / m->n_heads, length = b->at[n] + 1;
-    int width = (dk + PANEL - 1) / PANEL * PANEL; /* of `found` */
+    int d = m->d_model, dk = d / m->n_heads, length = b->positions[n] + 1;
+    int width = (dk + PANEL - 1) / PANEL * PANEL; /* of `outputs` */
     size_t size = kind == FLOAT32 ? 4 : 2;
     vec sums[SUMS];
     for (int t = 0; t < length; t += PANEL) {
@@ -286,29 +263,29 @@ INLINE void attend(enum kind kind, const model *m, const batch *b, heads h, size
             multiply(1, PANEL / LANES, kind, dk, b->qkv + (size_t)n * 3 * d + head * dk, 0,
                      keys + (size_t)head * dk * PANEL * size, PANEL, sums);
             UNROLL for (int c = 0; c < PANEL / LANES; c += 2)
-                store(kind, h.scores + (size_t)head * b->room + t + c * LANES, sums[c],
+                store(kind, h.scores + (size_t)head * b->capacity + t + c * LANES, sums[c],
                       sums[c + 1]);
         }
     }
     for (int head = h.first; head < h.end; head++) {
-        float *p = h.scores + (size_t)head * b->room;
+        float *p = h.scores + (size_t)head * b->capacity;
         float factor = 1.0f / exponentials(p, length, 1.0f / sqrtf(dk));
         for (int t = 0; t < length; t++) p[t] *= factor;
     }
-    memset(h.found + h.first * width, 0, (h.end - h.first) * width * sizeof(float));
+    memset(h.outputs + h.first * width, 0, (h.end - h.first) * width * sizeof(float));
     for (int t = 0; t < length; t += PANEL) {
         const char *values = (const char *)b->blocks[t / PANEL] + (row + (size_t)d * PANEL) * size;
         int tokens = length - t < PANEL ? length - t : PANEL;
         for (int head = h.first; head < h.end; head++)
             for (int j = 0; j < dk; j += PANEL) {
-                multiply(1, PANEL / LANES, kind, tokens, h.scores + (size_t)head * b->room + t, 0,
+                multiply(1, PANEL / LANES, kind, tokens, h.scores + (size_t)head * b->capacity + t, 0,
                          values + ((size_t)head * dk * PANEL + j) * size, dk, sums);
                 UNROLL for (int c = 0; c < PANEL / LANES; c++)
-                    *(vec *)(h.found + head * width + j + c * LANES) += sums[c];
+                    *(vec *)(h.outputs + head * width + j + c * LANES) += sums[c];
             }
     }
     for (int head = h.first; head < h.end; head++) {
-        float *from = h.found + head * width, in_order[PANEL];
+        float *from = h.outputs + head * width, in_order[PANEL];
         for (int j = 0; j < dk; j += PANEL) {
             UNROLL for (int c = 0; c < PANEL; c += 2 * LANES)
                 store(kind, in_order + c, *(vec *)(from + j + c), *(vec *)(from + j + c + LANES));
@@ -318,7 +295,7 @@ INLINE void attend(enum kind kind, const model *m, const batch *b, heads h, size
     }
 }
 
-/* Keys and values of the new tokens of row r, and if `mix`, what they find. */
+/* Keys and values of the new tokens of row r, and if `mix`, the output of attention for them. */
 INLINE void attend_row_of(enum kind kind, const model *m, const batch *b, int l, int r, heads h, int mix) {
     int first = b->starts[r], end = b->starts[r + 1];
     size_t row = ((size_t)l * b->rows + r) * 2 * m->d_model * PANEL;
@@ -328,7 +305,7 @@ INLINE void attend_row_of(enum kind kind, const model *m, const batch *b, int l,
     int step = end - first == 1 ? h.end - h.first : 1;
     for (int head = h.first; head < h.end; head += step)
         for (int n = first; n < end; n++)
-            attend(kind, m, b, (heads){head, head + step, h.scores, h.found}, row, n);
+            attend(kind, m, b, (heads){head, head + step, h.scores, h.outputs}, row, n);
 }
 
 ALONE void attend_row(const model *m, const batch *b, int l, int r, heads h, int mix) {
@@ -344,30 +321,30 @@ typedef struct {
     atomic_int arrived, round;
     pthread_mutex_t lock;
     pthread_cond_t next;
-} meeting;
+} barrier;
 
-/* Until all n threads are here: some 20 μs awake, then asleep. OpenMP's own barrier sleeps at once
-   where a process has more threads than cores, as a server has; waking up takes longer than that. */
-static void meet(meeting *place, int n) {
+/* Wait until all n threads are here: some 20 μs awake, then asleep. OpenMP's own barrier sleeps at
+   once where a process has more threads than cores, as a server has; waking up takes longer. */
+static void wait_for_all(barrier *b, int n) {
     if (n == 1) return;
-    int round = atomic_load(&place->round);
-    if (atomic_fetch_add(&place->arrived, 1) == n - 1) {
-        atomic_store(&place->arrived, 0);
-        pthread_mutex_lock(&place->lock);
-        atomic_store(&place->round, round + 1);
-        pthread_cond_broadcast(&place->next);
-        pthread_mutex_unlock(&place->lock);
+    int round = atomic_load(&b->round);
+    if (atomic_fetch_add(&b->arrived, 1) == n - 1) {
+        atomic_store(&b->arrived, 0);
+        pthread_mutex_lock(&b->lock);
+        atomic_store(&b->round, round + 1);
+        pthread_cond_broadcast(&b->next);
+        pthread_mutex_unlock(&b->lock);
         return;
     }
     for (int looks = 0; looks < 20000; looks++)
-        if (atomic_load_explicit(&place->round, memory_order_acquire) != round) return;
-    pthread_mutex_lock(&place->lock);
-    while (atomic_load(&place->round) == round) pthread_cond_wait(&place->next, &place->lock);
-    pthread_mutex_unlock(&place->lock);
+        if (atomic_load_explicit(&b->round, memory_order_acquire) != round) return;
+    pthread_mutex_lock(&b->lock);
+    while (atomic_load(&b->round) == round) pthread_cond_wait(&b->next, &b->lock);
+    pthread_mutex_unlock(&b->lock);
 }
 
 /* Each thread has its own rows, or, of few rows, its own columns and heads of all of them. */
-static void run(const model *m, const batch *b, meeting *place) {
+static void run(const model *m, const batch *b, barrier *all) {
     int me = omp_get_thread_num(), n_threads = omp_get_num_threads(), d = m->d_model;
     int by_rows = b->rows >= OWN_ROWS * n_threads, part = by_rows ? 0 : me, parts = by_rows ? 1 : n_threads;
     int row = by_rows ? b->rows * me / n_threads : 0;
@@ -377,59 +354,55 @@ static void run(const model *m, const batch *b, meeting *place) {
     /* Each thread its own, also of columns: it need not wait for another. */
     float *normed = b->normed + (size_t)(by_rows ? first : me * n) * d;
     float *qkv = b->qkv + (size_t)first * 3 * d, *up = b->up + (size_t)first * m->d_ff;
-    float *scores = b->scores + (size_t)me * m->n_heads * b->room;
-    float *found = b->found + (size_t)me * m->n_heads * ((d / m->n_heads + PANEL - 1) / PANEL * PANEL);
+    float *scores = b->scores + (size_t)me * m->n_heads * b->capacity;
+    float *outputs = b->outputs + (size_t)me * m->n_heads * ((d / m->n_heads + PANEL - 1) / PANEL * PANEL);
     enum kind kind = m->kind;
     for (int i = n * part / parts; i < n * (part + 1) / parts; i++)
         for (int j = 0; j < d; j++)
             x[(size_t)i * d + j] = m->embedding[b->ids[first + i] * d + j]
-                                 + m->positions[b->at[first + i] * d + j];
-    meet(place, parts);
+                                 + m->positions[b->positions[first + i] * d + j];
+    wait_for_all(all, parts);
     for (int l = 0; l < m->n_layers; l++) {
         const layer *w = &m->layers[l];
         int mix = b->logits || l + 1 < m->n_layers; /* else its keys and values are all there is */
-        if (l == 0 && m->known.tokens) {
-            first_qkv(m, b, first, n, x, qkv, part, parts);
-        } else {
-            layer_norm(w->norm1, m->eps, d, n, x, normed);
-            product(kind, &w->qkv, n, normed, qkv, SET, part, parts);
-        }
-        meet(place, parts);
+        layer_norm(w->norm1, m->eps, d, n, x, normed);
+        product(kind, &w->qkv, n, normed, qkv, SET, part, parts);
+        wait_for_all(all, parts);
         int nh = m->n_heads, from = rows * nh * part / parts, to = rows * nh * (part + 1) / parts;
         for (int r = from / nh; r * nh < to; r++) {
             heads h = {from > r * nh ? from - r * nh : 0, to - r * nh < nh ? to - r * nh : nh, scores,
-                       found};
+                       outputs};
             attend_row(m, b, l, row + r, h, mix);
         }
         if (!mix) return;
-        meet(place, parts);
+        wait_for_all(all, parts);
         product(kind, &w->out, n, mixed, x, ADD, part, parts);
-        meet(place, parts);
+        wait_for_all(all, parts);
         layer_norm(w->norm2, m->eps, d, n, x, normed);
         product(kind, &w->up, n, normed, up, GELU, part, parts);
-        meet(place, parts);
+        wait_for_all(all, parts);
         product(kind, &w->down, n, up, x, ADD, part, parts);
-        meet(place, parts);
+        wait_for_all(all, parts);
     }
     layer_norm(m->final_norm, m->eps, d, n, x, normed);
-    product(kind, &m->unembed, n, normed, b->logits + (size_t)first * m->vocab_size, SET, part,
+    product(kind, &m->lm_head, n, normed, b->logits + (size_t)first * m->vocab_size, SET, part,
             parts);
 }
 
-/* 0, or -1 when an id is none of the vocabulary; nothing is computed then. */
+/* Returns 0, or -1 when an id is not in the vocabulary; nothing is computed then. */
 int read_tokens(const model *m, const batch *b) {
     for (int i = 0; i < b->starts[b->rows]; i++)
         if (b->ids[i] < 0 || b->ids[i] >= m->vocab_size) return -1;
-    meeting place = {0, 0, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER};
+    barrier all = {0, 0, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER};
 #pragma omp parallel num_threads(b->threads)
-    run(m, b, &place);
+    run(m, b, &all);
     return 0;
 }
 
 /* ------------------------------------------------------------------------------- sampling */
 
 /* The token at which the probabilities, summed in order, pass a point in [0, 1). p: the logits. */
-static int64_t draw_one(float *p, int n, float temperature, float point) {
+static int64_t sample_one(float *p, int n, float temperature, float point) {
     float target = point * exponentials(p, n, 1.0f / temperature), sum = 0, before = 0;
     int block = 0;
     for (int i = 0; i < n && sum <= target; i += PANEL) {
@@ -445,15 +418,15 @@ static int64_t draw_one(float *p, int n, float temperature, float point) {
     return token;
 }
 
-/* A token for each of `rows` logits (rows, n); `room` is for (threads, n + PANEL). */
-void draw(int rows, int n, int threads, float temperature, const float *logits,
-          const float *points, float *room, int64_t *ids) {
+/* A token for each of `rows` logits (rows, n); `scratch` is (threads, n + PANEL). */
+void sample(int rows, int n, int threads, float temperature, const float *logits,
+            const float *points, float *scratch, int64_t *ids) {
     (void)threads; /* without OpenMP there is one */
 #pragma omp parallel for num_threads(threads)
     for (int r = 0; r < rows; r++) {
-        float *p = room + (size_t)omp_get_thread_num() * (n + PANEL);
+        float *p = scratch + (size_t)omp_get_thread_num() * (n + PANEL);
         memcpy(p, logits + (size_t)r * n, n * sizeof(float));
         memset(p + n, 0, PANEL * sizeof(float));
-        ids[r] = draw_one(p, n, temperature, points[r]);
+        ids[r] = sample_one(p, n, temperature, points[r]);
     }
 }

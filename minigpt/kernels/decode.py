@@ -1,12 +1,14 @@
 """decode.c from Python: compiled once where there is a C compiler, called with tensors.
 
-The compiler is `gcc`, `cc` or `clang`, or what the environment variable CC names; an empty CC does
-without. What it made lies below ~/.cache/minigpt (XDG_CACHE_HOME), under a name of its own for each
-source, command and kind of CPU. Where there is none, decoding.py computes the same with PyTorch.
+It is an optional backend of `generation.decoder`, for a GPT that is on a CPU and computes exactly
+what model.py says. The compiler is `gcc`, `cc` or `clang`, or what the environment variable CC
+names; an empty CC does without. The compiled library lies below ~/.cache/minigpt (XDG_CACHE_HOME),
+under a name of its own for each source, command and kind of CPU.
 """
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import hashlib
@@ -20,13 +22,13 @@ import sys
 import tempfile
 from ctypes import c_float, c_int32, c_void_p
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minigpt.model import GPT, Block
+from minigpt.model import GPT, Block, CausalSelfAttention, FeedForward, GPTConfig
 
 log = logging.getLogger(__name__)
 
@@ -39,17 +41,20 @@ _FLAGS = [
     *([] if platform.machine() == "arm64" else ["-march=native"]),  # Apple's are all alike
 ]  # fmt: skip
 _MOST_THREADS = 8  # of a batch that is too small to give each its own rows
-_MOST_TOKENS = 2048  # of prompts, read at once: 17 MB of room at the medium size, and a text more
-_MOST_KNOWN = 2**24  # numbers in the table of the first layer; 2.3 million at the medium size
+_MOST_TOKENS = 2048  # of prompts, read at once: 17 MB at the medium size, and one prompt more
 _OWN_ROWS = 4  # as in decode.c: or more for each thread, and each has its own
 
 
 # ---------------------------------------------------------------------------- the library
 
 
-@functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled decode.c; None where there is no compiler, or what it made is of no use."""
+    """Return the compiled decode.c; None without a working compiler, or if it computes wrongly."""
+    return None if False in _verdicts.values() else _compiled_here()
+
+
+@functools.cache
+def _compiled_here() -> ctypes.CDLL | None:
     try:
         command = compiler()
         return None if command is None else _loaded(command)
@@ -61,7 +66,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def compiler() -> list[str] | None:
-    """The command of a C compiler, if there is one. ValueError: CC has an open quote."""
+    """Return the command of a C compiler, if there is one; ValueError if CC has an open quote."""
     if sys.platform == "win32":
         return None
     named = os.environ.get("CC")
@@ -71,9 +76,9 @@ def compiler() -> list[str] | None:
 
 
 def is_threaded() -> bool:
-    """Whether `library()` works on several threads: compilers without OpenMP make one for one."""
-    found = library()
-    return found is not None and bool(c_int32.in_dll(found, "threaded").value)
+    """Whether `library()` works on several threads: that needs a compiler with OpenMP."""
+    compiled = library()
+    return compiled is not None and bool(c_int32.in_dll(compiled, "threaded").value)
 
 
 def _loaded(command: list[str]) -> ctypes.CDLL:
@@ -86,13 +91,13 @@ def _loaded(command: list[str]) -> ctypes.CDLL:
 
 
 def _opened(path: Path) -> ctypes.CDLL:
-    opened = ctypes.CDLL(str(path))
-    opened.draw.argtypes = [*[c_int32] * 3, c_float, *[c_void_p] * 4]
-    return opened
+    compiled = ctypes.CDLL(str(path))
+    compiled.sample.argtypes = [*[c_int32] * 3, c_float, *[c_void_p] * 4]
+    return compiled
 
 
 def _cached(command: list[str]) -> Path:
-    """Where the library lies, made now unless it is there."""
+    """Return the path of the library, compiled now unless it is there."""
     # PyTorch's own threads do the work, by the OpenMP of GCC; Apple's compiler has none.
     if sys.platform == "linux":
         try:
@@ -110,9 +115,9 @@ def _compiled(command: list[str]) -> Path:
     if not (cache / name).exists():
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            made = Path(folder, name)
-            _run([*command, *_FLAGS, str(SOURCE), "-o", str(made), "-lm"])
-            made.replace(cache / name)  # whole or not at all, whoever else makes it too
+            output = Path(folder, name)
+            _run([*command, *_FLAGS, str(SOURCE), "-o", str(output), "-lm"])
+            output.replace(cache / name)  # whole or not at all, whoever else compiles it too
     return cache / name
 
 
@@ -150,25 +155,21 @@ class _Layer(ctypes.Structure):
     )  # fmt: skip
 
 
-class _Known(ctypes.Structure):
-    _fields_ = tuple((name, c_void_p) for name in ("tokens", "places", "bias"))
-
-
 class _Model(ctypes.Structure):
     _fields_ = (
         *((name, c_int32) for name in ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff")),
         ("kind", c_int32), ("eps", c_float), ("embedding", c_void_p), ("positions", c_void_p),
-        ("final_norm", _Norm), ("unembed", _Matrix), ("known", _Known), ("layers", c_void_p),
+        ("final_norm", _Norm), ("lm_head", _Matrix), ("layers", c_void_p),
     )  # fmt: skip
 
 
-_SCRATCH = ("x", "normed", "qkv", "mixed", "up", "scores", "found")
+_SCRATCH = ("x", "normed", "qkv", "mixed", "up", "scores", "outputs")
 
 
 class _Batch(ctypes.Structure):
     _fields_ = (
-        *((name, c_int32) for name in ("rows", "room", "threads")),
-        *((name, c_void_p) for name in ("starts", "ids", "at", "blocks", *_SCRATCH)),
+        *((name, c_int32) for name in ("rows", "capacity", "threads")),
+        *((name, c_void_p) for name in ("starts", "ids", "positions", "blocks", *_SCRATCH)),
         ("logits", c_void_p),
     )  # fmt: skip
 
@@ -180,46 +181,28 @@ _FLOATS: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the default
 # ---------------------------------------------------------------------------- calls
 
 
-class NativeWeights:
-    """The weights of a net as decode.c wants them."""
+class Weights:
+    """The weights of a model as decode.c reads them.
 
-    def __init__(self, net: GPT, dtype: torch.dtype, tabulate: bool) -> None:
-        """`net` on a CPU; its matrices are kept in `dtype`, float32 or bfloat16, as keys are.
+    Args:
+        net: a model on a CPU, in float32.
+        dtype: of its matrices in the copy that is made, and of keys and values: float32 or
+            bfloat16.
+    """
 
-        `tabulate` the first layer, which is worth its 1.2 GFLOP (medium) for more than one text.
-        """
-        found, c = library(), net.config
-        assert found is not None
-        self.library, self.dtype, self.config = found, dtype, c
+    def __init__(self, net: GPT, dtype: torch.dtype) -> None:
+        compiled, c = library(), net.config
+        assert compiled is not None
+        self.library, self.dtype, self.config = compiled, dtype, c
         self._held = list[Tensor]()  # a pointer keeps no tensor alive
-        self._lanes = c_int32.in_dll(found, "lanes").value
+        self._lanes = c_int32.in_dll(compiled, "lanes").value
         self._layers = (_Layer * c.n_layers)(*(self._layer(block) for block in net.blocks))
         self.struct = _Model(
             c.vocab_size, c.d_model, c.n_layers, c.n_heads, c.d_ff, _KINDS[dtype],
             net.final_norm.eps, self._pointer(net.embedding.weight * net.scale),
             self._pointer(net.positions), self._norm(net.final_norm),
-            self._matrix(net.embedding.weight, None), self._known(net) if tabulate else _Known(),
-            ctypes.addressof(self._layers),
+            self._matrix(net.embedding.weight, None), ctypes.addressof(self._layers),
         )  # fmt: skip
-
-    def _known(self, net: GPT) -> _Known:
-        """What the first layer's queries, keys and values are made of, where that is no matrix.
-
-        Of how a model begins nothing but σ depends on more than a token or its place.
-        """
-        c, block = self.config, net.blocks[0]
-        if (c.vocab_size + c.context_length) * 3 * c.d_model > _MOST_KNOWN:
-            return _Known()
-        assert isinstance(block, Block)
-        qkv, norm = block.attention.qkv, block.norm1
-        with torch.inference_mode():
-            weight = qkv.weight.to(self.dtype).float()
-            scaled = weight * norm.weight.float()
-            return _Known(
-                self._pointer(F.linear(_centred(net.embedding.weight * net.scale), scaled)),
-                self._pointer(F.linear(_centred(net.positions), scaled)),
-                self._pointer(F.linear(norm.bias.float(), weight, qkv.bias.float())),
-            )
 
     def _layer(self, block: nn.Module) -> _Layer:
         assert isinstance(block, Block)
@@ -255,14 +238,10 @@ class NativeWeights:
         return copy.data_ptr()
 
 
-def _centred(rows: Tensor) -> Tensor:
-    return rows.float() - rows.float().mean(dim=1, keepdim=True)
+class Batch:
+    """The keys and values of a batch of `rows` sequences, which new tokens are added to."""
 
-
-class NativeBatch:
-    """The texts of a batch: their keys and values, which new tokens are added to."""
-
-    def __init__(self, weights: NativeWeights, rows: int) -> None:
+    def __init__(self, weights: Weights, rows: int) -> None:
         self.weights, self._rows = weights, rows
         self._threads = min(torch.get_num_threads(), max(_MOST_THREADS, rows // _OWN_ROWS))
         self._blocks = list[Tensor]()  # of PANEL tokens: they grow, and nothing is copied
@@ -270,25 +249,26 @@ class NativeBatch:
         self._step = self._struct(self._each)
 
     def step(self, ids: Tensor, at: Tensor, end: int) -> Tensor:
-        """Logits (B, V) behind one token `ids` (B,) of each row, at its place `at` (B,) < `end`.
+        """Return logits (B, V) of what follows the tokens `ids` (B,), one of each sequence.
+
+        Args:
+            ids: the new tokens, on a CPU.
+            at: their positions (B,), int64.
+            end: the largest position plus one.
 
         Raises:
-            IndexError: an id that is none of the vocabulary.
-            ValueError: not one id for each row.
+            IndexError: an id is not in the vocabulary.
         """
-        rows = self._rows
-        if ids.shape != (rows,):
-            raise ValueError(f"ids of shape {tuple(ids.shape)} for {rows} rows: give one for each")
-        if end > self._step[0].room:  # and not the blocks': C knows those of the struct
-            self._make_room(end)
+        if end > self._step[0].capacity:  # and not the blocks': C knows those of the struct
+            self._reserve(end)
             self._step = self._struct(self._each)
-        logits = torch.empty(rows, self.weights.config.vocab_size, **_FLOATS)
+        logits = torch.empty(self._rows, self.weights.config.vocab_size, **_FLOATS)
         self._read(self._step, ids, at, logits)
         return logits
 
     def fill(self, rows: list[int], texts: list[Tensor]) -> None:
-        """Keys and values of `texts` (T,), from place 0, for those `rows`."""
-        self._make_room(max(len(text) for text in texts))
+        """Compute keys and values of `texts` (T,), from position 0, for those `rows`."""
+        self._reserve(max(len(text) for text in texts))
         waiting = dict(sorted(zip(rows, texts, strict=True)))
         while waiting:
             counts, now = [0] * self._rows, list[Tensor]()
@@ -300,7 +280,7 @@ class NativeBatch:
             at = torch.cat([torch.arange(len(text), device="cpu") for text in now])
             self._read(self._struct(starts), torch.cat(now), at, None)
 
-    def _make_room(self, tokens: int) -> None:
+    def _reserve(self, tokens: int) -> None:
         c = self.weights.config
         size = c.n_layers * self._rows * 2 * c.d_model * PANEL
         while len(self._blocks) * PANEL < tokens:
@@ -309,18 +289,18 @@ class NativeBatch:
             self._blocks.append(block)
 
     def _struct(self, starts: Tensor) -> tuple[_Batch, list[object]]:
-        """All but the tokens and the logits; what it points to is to be held meanwhile."""
+        """Return a batch without tokens and logits, and what must stay alive as long as it does."""
         c, threads, n = self.weights.config, self._threads, int(starts[-1])
-        room = len(self._blocks)
+        n_blocks = len(self._blocks)
         copies = 1 if self._rows >= _OWN_ROWS * threads else threads
         width = -(-c.d_model // c.n_heads // PANEL) * PANEL
         of_each = c.d_model, copies * c.d_model, 3 * c.d_model, c.d_model, c.d_ff
         of_heads = threads * c.n_heads
-        sizes = *(n * size for size in of_each), of_heads * room * PANEL, of_heads * width
+        sizes = *(n * size for size in of_each), of_heads * n_blocks * PANEL, of_heads * width
         scratch = [torch.empty(size, **_FLOATS) for size in sizes]
-        blocks = (c_void_p * room)(*(block.data_ptr() for block in self._blocks))
+        blocks = (c_void_p * n_blocks)(*(block.data_ptr() for block in self._blocks))
         batch = _Batch(
-            self._rows, room * PANEL, threads, starts.data_ptr(), None, None,
+            self._rows, n_blocks * PANEL, threads, starts.data_ptr(), None, None,
             ctypes.addressof(blocks), *(tensor.data_ptr() for tensor in scratch), None,
         )  # fmt: skip
         return batch, [starts, blocks, scratch]
@@ -330,23 +310,126 @@ class NativeBatch:
     ) -> None:
         ids = ids.long().contiguous()
         batch, weights = struct[0], self.weights
-        batch.ids, batch.at = ids.data_ptr(), at.data_ptr()
+        batch.ids, batch.positions = ids.data_ptr(), at.data_ptr()
         batch.logits = None if logits is None else logits.data_ptr()
         if weights.library.read_tokens(ctypes.byref(weights.struct), ctypes.byref(batch)):
-            raise IndexError(f"a token is none of the vocabulary of {weights.config.vocab_size}")
+            raise IndexError(f"an id is not in the vocabulary of {weights.config.vocab_size}")
 
 
-def draw(logits: Tensor, temperature: float, points: Tensor) -> Tensor:
-    """For each row the token at which softmax(logits / temperature), summed, passes its point.
+def sample(logits: Tensor, temperature: float, points: Tensor) -> Tensor:
+    """Return for each row the id at which softmax(logits / temperature), summed, passes its point.
 
-    `logits` (B, V) on a CPU, `points` (B,) in [0, 1); ids (B,). Wants `library()`.
+    `logits` (B, V) on a CPU, `points` (B,) in [0, 1); ids (B,). There must be a `library()`.
     """
-    found, (rows, n) = library(), logits.shape
-    assert found is not None
+    compiled, (rows, n) = library(), logits.shape
+    assert compiled is not None
     threads = min(torch.get_num_threads(), -(-rows // 8))
     logits, points = logits.float().contiguous(), points.float().contiguous()
     ids = torch.empty(rows, dtype=torch.long, device="cpu")
-    room = torch.empty(threads * (n + PANEL), **_FLOATS)
-    pointers = [tensor.data_ptr() for tensor in (logits, points, room, ids)]
-    found.draw(rows, n, threads, temperature, *pointers)
+    scratch = torch.empty(threads * (n + PANEL), **_FLOATS)
+    pointers = [tensor.data_ptr() for tensor in (logits, points, scratch, ids)]
+    compiled.sample(rows, n, threads, temperature, *pointers)
     return ids
+
+
+# ---------------------------------------------------------------------------- what it knows
+
+_FORWARDS = {cls: cls.forward for cls in (GPT, Block, CausalSelfAttention, FeedForward)}
+_HIDDEN = GPT.hidden
+_verdicts: dict[torch.dtype, bool] = {}  # whether decode.c was right; asked once for each dtype
+
+
+def unsupported(net: GPT) -> str | None:
+    """Return why decode.c cannot decode `net`, or None where it can."""
+    weight = next(net.parameters())
+    if weight.device.type != "cpu":
+        return f"the model is on {weight.device}, not on a CPU"
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"its weights are {weight.dtype}"
+    if library() is None:
+        return "no C compiler works here: install gcc or clang"
+    if not _is_plain(net):
+        return f"it knows GPT alone, and {type(net).__qualname__} has parts or methods of its own"
+    return None
+
+
+def _is_plain(net: GPT) -> bool:
+    """Whether all that `net` computes is as in model.py: no subclass, hook or replaced part."""
+    return (
+        type(net) is GPT
+        and type(net.config) is GPTConfig
+        and all(cls.forward is forward for cls, forward in _FORWARDS.items())
+        and GPT.hidden is _HIDDEN
+        and not any(
+            m._forward_hooks or m._forward_pre_hooks or {"forward", "hidden"} & vars(m).keys()
+            for m in net.modules()
+        )
+        and _parts(net) == _parts_of(net.config)
+    )
+
+
+def _parts(net: GPT) -> list[tuple[Any, ...]]:
+    modules = [(name, type(m), getattr(m, "eps", None)) for name, m in net.named_modules()]
+    return [*modules, *((name, weight.shape) for name, weight in net.named_parameters())]
+
+
+@functools.cache
+def _parts_of(config: GPTConfig) -> list[tuple[Any, ...]]:
+    with torch.device("meta"):
+        return _parts(GPT(config))
+
+
+class _Kept(NamedTuple):
+    """The packed weights of a model as it was."""
+
+    parameters: list[Tensor]  # held, so that no new ones take their addresses
+    state: list[tuple[int, int]]  # address and version of each
+    weights: Weights
+
+
+_kept: WeakKeyDictionary[GPT, _Kept] = WeakKeyDictionary()  # no value may hold its key
+
+
+def prepared(net: GPT) -> Weights | None:
+    """Return the packed weights of a supported `net`; None if decode.c computes something else.
+
+    Those of a frozen model are packed once. Not so where a parameter requires a gradient, because
+    PyTorch does not count what fused optimizers write.
+    """
+    parameters = [p.detach() for p in (*net.parameters(), *net.buffers())]
+    if any(p.requires_grad for p in net.parameters()) or any(p.is_inference() for p in parameters):
+        return _packed(net)
+    state = [(p.data_ptr(), p._version) for p in parameters]
+    kept = _kept.get(net)
+    if kept is None or kept.state != state:
+        if (weights := _packed(net)) is None:
+            return None
+        kept = _kept[net] = _Kept(parameters, state, weights)
+    return kept.weights
+
+
+def _packed(net: GPT) -> Weights | None:
+    stored = net.embedding.weight.dtype
+    whole = all(p.dtype == torch.float32 for p in (*net.parameters(), *net.buffers()))
+    exact = net if whole else copy.deepcopy(net).float()
+    weights = Weights(exact, torch.float32 if stored == torch.float16 else stored)
+    return weights if _agrees(weights, exact) else None
+
+
+@torch.inference_mode()
+def _agrees(weights: Weights, net: GPT) -> bool:
+    """Whether decode.c gives the logits of `net`, compared at its first use for each dtype."""
+    if weights.dtype in _verdicts:
+        return _verdicts[weights.dtype]
+    n = min(5, net.config.context_length)
+    ids = torch.arange(n) % net.config.vocab_size
+    batch = Batch(weights, 1)
+    batch.fill([0], [ids[:-1]])
+    logits, expected = batch.step(ids[-1:], torch.tensor([n - 1]), n), net(ids[None])[:, -1]
+    if not expected.isfinite().all():  # which says nothing about decode.c
+        return True
+    share = 1e-3 if weights.dtype == torch.float32 else 5e-2
+    _verdicts[weights.dtype] = bool((logits - expected).abs().max() <= share * expected.abs().max())
+    if not _verdicts[weights.dtype]:
+        log.warning("decode.c is not used: its logits are not those of GPT.forward on this machine")
+    return _verdicts[weights.dtype]

@@ -1,9 +1,9 @@
-"""The loss of a batch on a CPU: one thread to each core, a few windows at a time.
+"""The loss of a batch on a CPU: one thread per core, a few windows at a time.
 
 Threads that share every operator wait for each other a thousand times in a step, and the tensors of
 a whole batch fit no cache. So each thread takes its part of the batch through the forward and the
-backward pass by itself, in shards; it needs memory for one shard and for the gradients, whatever
-the batch. Numbers: docs/performance.md.
+backward pass by itself, in micro-batches; it needs memory for one micro-batch and for the
+gradients, whatever the batch. Numbers: docs/performance.md.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from threading import Barrier
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minigpt.model import GPT, IGNORE_INDEX
 
-TOKENS = 2048  # of a shard: its activations stay near the caches
+TOKENS = 2048  # of a micro-batch: its activations stay near the caches
 
 
 class Loss(Protocol):
@@ -28,51 +28,51 @@ class Loss(Protocol):
     def __call__(self, ids: Tensor, targets: Tensor) -> Tensor: ...  # (B, T) both
 
 
-def sharded_loss(net: GPT, n_threads: int | None = None) -> Loss:
-    """What `net.loss` gives, by `n_threads` threads (None: as many as PyTorch's operators take).
+def microbatched_loss(net: GPT, n_threads: int | None = None) -> Loss:
+    """Return a function that gives what `net.loss` gives, computed by `n_threads` threads.
 
-    Gradients are computed together with the loss, for the weights that want one, and added up in
-    the same order each time. A batch of fewer windows than threads is left to `net.loss`, and so is
-    every batch of a net with dropout: the threads would draw their random numbers in no order.
+    None means as many as PyTorch's operators take. Gradients are computed together with the loss,
+    for the weights that require one, and added up in the same order each time. A batch of fewer
+    windows than threads is left to `net.loss`, and so is every batch of a model with dropout: the
+    threads would draw their random numbers in no order.
     """
-    loss = net.loss
-    if net.config.dropout:
-        return loss
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in net.modules()):
+        return net.loss
 
-    def sharded(ids: Tensor, targets: Tensor) -> Tensor:
+    def microbatched(ids: Tensor, targets: Tensor) -> Tensor:
         n = n_threads or torch.get_num_threads()  # now: Lightning shares them out among processes
         if len(ids) < n:
-            return loss(ids, targets)
+            return net.loss(ids, targets)
         learns = torch.is_grad_enabled()
         weights = [p for p in net.parameters() if p.requires_grad] if learns else []
-        return _ShardedLoss.apply(loss, n, ids, targets, *weights)  # type: ignore[no-any-return]
+        return _MicroBatchedLoss.apply(net.loss, n, ids, targets, *weights)  # type: ignore[no-any-return]
 
-    return sharded
+    return microbatched
 
 
-class _ShardedLoss(torch.autograd.Function):
-    """The sum over shards of their mean loss times their share of the scored tokens."""
+class _MicroBatchedLoss(torch.autograd.Function):
+    """The sum over micro-batches of their mean loss times their share of the scored tokens."""
 
     @staticmethod
     def forward(
         ctx: Any, loss: Loss, n_threads: int, ids: Tensor, targets: Tensor, *weights: Tensor
     ) -> Tensor:
-        size = max(1, TOKENS // ids.shape[1])  # windows of a shard
+        size = max(1, TOKENS // ids.shape[1])  # windows of a micro-batch
         n_scored = (targets != IGNORE_INDEX).sum()
         # A thread has its own autocast and its own grad mode.
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
         def part(rows: tuple[Tensor, Tensor]) -> tuple[Tensor, list[Tensor]]:
             nats, gradients = torch.zeros(()), list[Tensor]()
-            for shard in zip(*(x.split(size) for x in rows), strict=True):
-                share = (shard[1] != IGNORE_INDEX).sum() / n_scored
+            for batch in zip(*(x.split(size) for x in rows), strict=True):
+                share = (batch[1] != IGNORE_INDEX).sum() / n_scored
                 if not share:  # padding alone, whose mean is that of nothing
                     continue
                 with torch.set_grad_enabled(bool(weights)):
                     with torch.autocast("cpu", dtype, dtype is not None, cache_enabled=False):
-                        more = loss(*shard) * share
-                    if weights:
-                        _add(gradients, torch.autograd.grad(more, weights))
+                        more = loss(*batch) * share
+                    if weights:  # a subclass may have weights that its loss does not depend on
+                        _add(gradients, torch.autograd.grad(more, weights, materialize_grads=True))
                 nats += more.detach()
             return nats, gradients
 
@@ -102,15 +102,16 @@ def _add(sums: list[Tensor], more: Sequence[Tensor]) -> None:
 
 @cache
 def _threads(n: int) -> ThreadPoolExecutor:
-    """`n` threads that live as long as the process, each with operators of one thread."""
-    pool, before, all_there = ThreadPoolExecutor(n, "shard"), torch.get_num_threads(), Barrier(n)
+    """Return a pool of `n` threads that lives as long as the process; each runs operators alone."""
+    pool, before = ThreadPoolExecutor(n, "micro-batch"), torch.get_num_threads()
+    barrier = Barrier(n)
 
-    def alone() -> None:
+    def use_one_thread() -> None:
         torch.set_num_threads(1)  # of this thread, and of each that is new
         torch.get_num_threads()  # a thread takes the number for new ones when first asked
-        all_there.wait()
+        barrier.wait()
 
-    for started in [pool.submit(alone) for _ in range(n)]:
+    for started in [pool.submit(use_one_thread) for _ in range(n)]:
         started.result()
     torch.set_num_threads(before)
     return pool

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from minigpt.core.settings import UserError, build, plain
 from minigpt.data.config import DataConfig
 from minigpt.generation.sampling import SamplingConfig
+from minigpt.kernels.choice import Choice
 from minigpt.model import GPTConfig
 
 MAX_NAME_BYTES = 200  # file systems allow 255, and names of files are made of it
@@ -29,6 +30,9 @@ class TrainerConfig:
     n_validations: int = 5
     log_every_n_steps: int = 10
     compile: bool = False
+    kernels: Choice = "auto"
+    """What computes attention and loss: `cpu` is this package's kernels for CPUs, which also take
+    batches in parts, one thread per core; `torch` is plain PyTorch; `auto` chooses by device."""
     max_steps: int | None = None
     max_epochs: int | None = None
 

@@ -34,9 +34,9 @@ from minigpt.core.settings import ModelClassError, UserError, build, next_step, 
 from minigpt.core.text import human_count
 from minigpt.data.datamodule import DataModule
 from minigpt.data.spool import spool_stories
-from minigpt.kernels.cpu import accelerate
-from minigpt.kernels.microbatch import sharded_loss
-from minigpt.model import GPT
+from minigpt.kernels.choice import kernels_for
+from minigpt.kernels.microbatch import microbatched_loss
+from minigpt.model import GPT, Kernels
 from minigpt.runs.folder import (
     ModelFactory,
     Run,
@@ -102,6 +102,7 @@ def _train(config: TrainConfig, model: ModelFactory | None, callbacks: Sequence[
         start = ResumeState.from_config(config, folder, model)
         config = start.config
         hardware = _hardware(config)
+        kernels = kernels_for(hardware.accelerator, config.trainer.kernels)
         schedule = Schedule.from_config(config, hardware.world_size)
         if folder is not None and start.step >= schedule.n_steps:
             log.info("%s is already complete (%d steps)", folder, start.step)
@@ -123,9 +124,9 @@ def _train(config: TrainConfig, model: ModelFactory | None, callbacks: Sequence[
         if start.checkpoint is None and global_rank() == 0:
             _write_inputs(folder, config, data)
         start.clear(folder)
-        _describe(folder, config, schedule, hardware, module, data, start.parent)
+        _describe(folder, config, schedule, hardware, module, data, start.parent, kernels)
         trainer = _trainer(folder, config, schedule, hardware, module, data, start.step, callbacks)
-        _speed_up(module, hardware, config.trainer)
+        _speed_up(module, kernels, config.trainer)
         _fit(trainer, module, data, start.checkpoint)
         log.info("report: %s", folder / REPORT)
         log.info("next:   %s", next_step("evaluate", ckpt=str(folder)))
@@ -202,17 +203,15 @@ def _module(
     return module
 
 
-def _speed_up(module: GPTModule, hardware: Hardware, c: TrainerConfig) -> None:
-    """The one place where the path of training is chosen: by device, and what goes together."""
-    net, cpu = module.net, hardware.accelerator == "cpu"
-    if cpu:
-        if not is_tuned():
-            log.info("memory     minigpt.tune_process() makes training on this CPU faster")
-        accelerate(net)
+def _speed_up(module: GPTModule, kernels: Kernels, c: TrainerConfig) -> None:
+    """Have the loss computed by `kernels`, compiled or in micro-batches where both can be."""
+    net = module.net.use(kernels)
+    if kernels.name == "cpu" and not is_tuned():
+        log.info("memory     minigpt.tune_process() makes training on this CPU faster")
     if c.compile:  # the loss and not the net: the names of its weights stay as they are
-        net.loss = torch.compile(net.loss)
-    elif cpu and c.strategy != "fsdp":  # which gathers the weights of one forward pass at a time
-        net.loss = sharded_loss(net)
+        module.fast_loss = torch.compile(net.loss)
+    elif kernels.name == "cpu" and c.strategy != "fsdp":  # which gathers weights for one pass
+        module.fast_loss = microbatched_loss(net)
 
 
 def _data(config: TrainConfig, schedule: Schedule, start: ResumeState) -> DataModule:
@@ -250,6 +249,7 @@ def _describe(
     module: GPTModule,
     data: DataModule,
     parent: Parent | None,
+    kernels: Kernels,
 ) -> None:
     """Say what is about to happen, so that a wrong setting is seen before it costs an hour."""
     epochs = schedule.n_steps * schedule.tokens_per_step / data.train.n_tokens
@@ -265,6 +265,7 @@ def _describe(
         "warm-up",
         "device": f"{hardware.accelerator} ×{hardware.world_size}",
         "precision": f"{hardware.precision}: {hardware.why}",
+        "kernels": kernels.name,
     }
     if parent is not None:
         seen = "an unknown number of" if parent.tokens is None else human_count(parent.tokens)

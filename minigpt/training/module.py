@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
 from minigpt.core.settings import UserError
+from minigpt.kernels.microbatch import Loss
 from minigpt.model import (
     GPT,
     IGNORE_INDEX,
@@ -68,6 +69,7 @@ class GPTModule(L.LightningModule):
             logger=False,
         )
         self.net = factory(model)
+        self.fast_loss: Loss | None = None  # another way to compute what `net.loss` gives
         self.settings = optimizer
         self.peak_lrs = peak_lrs(optimizer, model.d_model)
         self.n_steps, self.tokens_per_step = n_steps, tokens_per_step
@@ -88,11 +90,15 @@ class GPTModule(L.LightningModule):
         """Logits (B, T, V) for token ids (B, T)."""
         return self.net(ids)
 
+    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss of ids and targets, (B, T) each, in nats per token."""
+        return (self.fast_loss or self.net.loss)(ids, targets)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the batch in nats per token; stops the run when it is not finite."""
         if self.net.config.dropout:
             self._seed_dropout(batch_idx)
-        loss = self.net.loss(*batch)
+        loss = self.loss(*batch)
         mean = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
         assert isinstance(mean, Tensor)  # averaged over ranks so that all ranks stop together
         self._check_finite("training", mean.item())
@@ -116,7 +122,7 @@ class GPTModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Gathers nats per token, weighted by the tokens that are scored."""
-        loss = self.net.loss(*batch)
+        loss = self.loss(*batch)
         n_scored = (batch[1] != IGNORE_INDEX).sum()
         if n_scored:
             self._check_finite("validation", loss.item())  # the metric would leave NaNs out

@@ -1,13 +1,12 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from minigpt.analysis.attention import attention_weights
-from minigpt.model import (
-    GPT,
-    GPTConfig,
-    attend,
-    split_heads,
-)
+from minigpt.core.settings import UserError
+from minigpt.kernels.cpu import CPU
+from minigpt.model import GPT, GPTConfig
 from tests.conftest import naming
 
 
@@ -26,15 +25,40 @@ def test_each_row_is_a_distribution_over_the_past(net):
 
 
 def test_they_are_the_weights_that_the_model_uses(net):
-    seen = []
+    qkvs, outputs = [], []
     for block in net.blocks:
-        block.attention.qkv.register_forward_hook(lambda _m, _x, qkv: seen.append(qkv))
+        block.attention.qkv.register_forward_hook(lambda _m, _x, qkv: qkvs.append(qkv))
+        block.attention.out.register_forward_hook(lambda _m, x, _y: outputs.append(x[0]))
     ids = torch.randint(0, 50, (1, 12))
     with torch.inference_mode():
         net(ids)
-    for qkv, weights in zip(seen[:3], attention_weights(net, ids), strict=True):
-        q, k, v = split_heads(qkv, 2)
-        torch.testing.assert_close(weights @ v[0], attend(q, k, v)[0])
+    for qkv, output, weights in zip(
+        qkvs[:3], outputs[:3], attention_weights(net, ids), strict=True
+    ):
+        values = qkv.unflatten(-1, (3, 2, -1))[0, :, 2].transpose(0, 1)  # (nh, T, dk)
+        torch.testing.assert_close((weights @ values).transpose(0, 1).flatten(1), output[0])
+
+
+def test_kernels_and_threads_change_nothing(net):
+    texts = [torch.randint(0, 50, (1, length)) for length in (3, 7, 12, 5)]
+    expected = [attention_weights(net, ids) for ids in texts]
+    net.use(CPU)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for got, weights in zip(
+                pool.map(attention_weights, [net] * 4, texts), expected, strict=True
+            ):
+                assert torch.equal(got, weights)
+
+
+def test_a_forward_without_a_cache_is_refused_by_name():
+    class Uncached(GPT):
+        def forward(self, ids):
+            return super().forward(ids)
+
+    net = Uncached(GPTConfig(50, 12, d_model=16, n_layers=1, n_heads=2, d_ff=32)).eval()
+    with pytest.raises(UserError, match=naming("Uncached.forward", "cache")):
+        attention_weights(net, torch.zeros(1, 3, dtype=torch.long))
 
 
 def test_more_tokens_than_the_context_are_refused(net):

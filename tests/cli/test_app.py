@@ -140,7 +140,7 @@ def test_generate_writes_stories_that_the_seed_decides(tiny, monkeypatch, capsys
             assert taken == [getattr(torch, dtype)]
         assert run_main(monkeypatch, *words, "--dtype", dtype) == 0
         assert capsys.readouterr().out.startswith("Tomx\nTom")
-    monkeypatch.setattr("minigpt.kernels.decode.library", lambda: None)
+    monkeypatch.setattr("minigpt.generation.decoder.c_backend", lambda: None)
     for has_bfloat16 in (True, False):
         monkeypatch.setattr("minigpt.core.hardware.cpu_has_bfloat16", lambda has=has_bfloat16: has)
         assert run_main(monkeypatch, *words, "--dtype", "bfloat16", "--max-tokens", "1") == 0

@@ -36,6 +36,12 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(["Once upon a time there was a dragon.", "Once there was a cat."], 270)
 
 
+@pytest.fixture
+def backend() -> str:
+    """What computes; tests/kernels/test_decode.py runs some of these for decode.c."""
+    return "torch"
+
+
 def make_net(vocab_size: int = 61, context: int = 16) -> GPT:
     torch.manual_seed(3)
     net = GPT(GPTConfig(vocab_size, context, d_model=16, n_layers=2, n_heads=2, d_ff=24)).eval()
@@ -51,10 +57,10 @@ def run(net: GPT, prompt: Tensor | list[list[int]], sampling: SamplingConfig) ->
     )  # (B, steps)
 
 
-@pytest.mark.usefixtures("decoder")
 @pytest.mark.parametrize("length", [1, 5, 16, 17, 60])
-def test_cached_decoding_equals_reading_the_whole_window_again_at_each_token(length):
-    net, sampling = make_net(), SamplingConfig(temperature=1.5, max_tokens=40, seed=1)
+def test_cached_decoding_equals_reading_the_whole_window_again_at_each_token(length, backend):
+    net = make_net()
+    sampling = SamplingConfig(temperature=1.5, max_tokens=40, seed=1, backend=backend)
     window = torch.randint(1, 61, (2, length), generator=torch.Generator().manual_seed(length))
     never = -1  # no token ends the text
     got = list(generate(net, window, sampling, never))
@@ -113,20 +119,18 @@ def test_training_can_go_on_after_generation_and_between_its_tokens():
     assert net.embedding.weight.grad is not None
 
 
-@pytest.mark.usefixtures("decoder")
-def test_samples_follow_the_softmax_at_the_given_temperature():
+def test_samples_follow_the_softmax_at_the_given_temperature(backend):
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0]).expand(20_000, -1)
     generator = torch.Generator().manual_seed(0)
     for temperature in (0.5, 1.0, 2.0):
-        ids = sample(logits, SamplingConfig(temperature), generator)
+        ids = sample(logits, SamplingConfig(temperature, backend=backend), generator)
         shares = ids.bincount(minlength=4) / len(ids)
         torch.testing.assert_close(
             shares, (logits[0] / temperature).softmax(-1), atol=0.015, rtol=0
         )
 
 
-@pytest.mark.usefixtures("decoder")
-def test_the_coldest_temperatures_and_the_narrowest_choices_take_the_likeliest_token():
+def test_the_coldest_temperatures_and_the_narrowest_choices_take_the_likeliest_token(backend):
     logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(0)) * 5
     generator = torch.Generator().manual_seed(0)
     for settings in (
@@ -137,7 +141,7 @@ def test_the_coldest_temperatures_and_the_narrowest_choices_take_the_likeliest_t
         {"top_p": 1e-9},
         {"min_p": 1.0},
     ):
-        ids = sample(logits, SamplingConfig(**settings), generator)
+        ids = sample(logits, SamplingConfig(**settings, backend=backend), generator)
         assert torch.equal(ids, logits.argmax(-1)), settings
 
 
@@ -206,6 +210,7 @@ def test_top_p_keeps_the_fewest_that_hold_that_much_probability(p, kept):
         ({"repetition_penalty": 0.0}, ["repetition_penalty", "0.0", "0.01", "100"]),
         ({"repetition_penalty": math.inf}, ["repetition_penalty", "inf", "0.01", "100"]),
         ({"seed": -1}, ["seed", "-1"]),
+        ({"backend": "onnx"}, ["backend", "onnx", "auto", "torch", "c"]),
     ],
 )
 def test_impossible_sampling_is_refused_by_name(settings, names):
@@ -238,7 +243,7 @@ def test_stories_of_one_batch_differ_and_stop_before_the_end_of_text(tokenizer):
 
 
 def test_many_stories_are_written_in_batches_that_do_not_repeat_each_other(tokenizer, monkeypatch):
-    net, sampling = make_net(tokenizer.vocab_size), SamplingConfig(1.5, max_tokens=12, seed=1)
+    net, settings = make_net(tokenizer.vocab_size), SamplingConfig(1.5, max_tokens=12, seed=1)
     sizes = []
 
     def watched(net, rows, *args):
@@ -247,10 +252,10 @@ def test_many_stories_are_written_in_batches_that_do_not_repeat_each_other(token
 
     monkeypatch.setattr(sampling, "MAX_BATCH", 4)
     monkeypatch.setattr(sampling, "generate", watched)
-    stories = generate_stories(net, tokenizer, "Once", 10, sampling)
+    stories = generate_stories(net, tokenizer, "Once", 10, settings)
     assert sizes == [4, 4, 2]
     assert len(set(stories)) == 10
-    assert stories == generate_stories(net, tokenizer, "Once", 10, sampling)
+    assert stories == generate_stories(net, tokenizer, "Once", 10, settings)
 
 
 def test_a_story_of_several_is_given_out_when_it_has_ended(tokenizer, monkeypatch):

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from minigpt.cli.compose import compose_values, load_config
 from minigpt.evaluation import EvaluationConfig, StoriesConfig, evaluate
-from minigpt.generation.decoder import Decoder
+from minigpt.generation.decoder import Decoder, c_backend
 from minigpt.generation.sampling import SamplingConfig, stream_text
-from minigpt.kernels import decode
 from minigpt.runs.checkpoint import read_checkpoint
 from minigpt.runs.folder import Run, last_checkpoint
 from minigpt.runs.records import read_metrics
@@ -87,23 +86,13 @@ def forward_logits(name: str) -> Tensor:
 def decoded_logits(name: str) -> Tensor:
     """Logits (2, 8, 3000) of the last eight of `fixed_ids`, decoded one by one by decode.c."""
     ids, net = fixed_ids(), release(name).load_model()
-    decoder = Decoder(net, list(ids[:, :-8]))
+    decoder = Decoder(net, list(ids[:, :-8]), "c")
     return torch.stack([decoder.read(new) for new in ids[:, -8:].unbind(1)], dim=1)
 
 
 def has_c_backend() -> bool:
     """Whether decode.c can be compiled here."""
-    return decode.library() is not None
-
-
-@contextlib.contextmanager
-def torch_backend() -> Iterator[None]:
-    """Decode with PyTorch alone."""
-    before, decode.library = decode.library, lambda: None
-    try:
-        yield
-    finally:
-        decode.library = before
+    return c_backend() is not None
 
 
 def stories(name: str) -> dict[str, str]:
@@ -111,10 +100,10 @@ def stories(name: str) -> dict[str, str]:
     run = release(name)
     net, tokenizer = run.load_model(), run.tokenizer
     how = {
-        "greedy": SamplingConfig(temperature=0, max_tokens=120),
-        "seed 1": SamplingConfig(temperature=0.8, max_tokens=120, seed=1),
+        "greedy": SamplingConfig(temperature=0, max_tokens=120, backend="torch"),
+        "seed 1": SamplingConfig(temperature=0.8, max_tokens=120, seed=1, backend="torch"),
     }
-    with two_threads(), torch_backend():
+    with two_threads():
         return {
             key: "".join(stream_text(net, tokenizer, "Once upon a time", sampling))
             for key, sampling in how.items()
@@ -179,7 +168,7 @@ def resumed(folder: Path) -> str:
 def evaluated(folder: Path) -> dict[str, Any]:
     """Perplexity, bits per byte and a greedy story of KEPT_RUN as it is, in `folder`."""
     few = StoriesConfig(prompts=("Once upon a time",), temperatures=(0.0,), n=1, max_tokens=40)
-    with kept_run(folder) as run, torch_backend():
+    with kept_run(folder) as run:
         evaluation = evaluate(Run.load(run), EvaluationConfig(stories=few))
     return {
         "perplexity": evaluation.perplexity,

@@ -1,22 +1,50 @@
-"""What is decode.c's own; that it computes what a full pass does is in test_decoding.py."""
+"""decode.c: what is its own, and tests of generation that it must pass as PyTorch does."""
 
-import copy
 import ctypes
+import gc
 import itertools
 import math
 import subprocess
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
-from minigpt.generation.decoder import Decoder
+from minigpt.core.settings import UserError
+from minigpt.generation import decoder as decoder_module
+from minigpt.generation.decoder import CachedBatch, Decoder
 from minigpt.generation.sampling import SamplingConfig, sample, seeded_generator
 from minigpt.kernels import decode
 from minigpt.model import GPT, GPTConfig
 from tests.conftest import naming
+from tests.generation.test_decoder import (  # noqa: F401 - tests, with the backend below
+    Flipped,
+    make_net,
+    random_ids,
+    test_a_bfloat16_net_is_decoded_in_bfloat16_and_gives_float32_logits,
+    test_a_float16_net_on_a_cpu_rounds_nothing_but_its_weights,
+    test_a_read_that_fails_changes_nothing,
+    test_an_id_outside_the_vocabulary_is_an_index_error,
+    test_each_row_has_the_logits_of_a_full_pass_over_its_window_alone,
+    test_the_medium_shape_agrees_to_float32_rounding_beyond_its_context,
+    test_weights_that_are_no_numbers_give_logits_that_are_none,
+    test_weights_that_have_changed_are_not_taken_from_before,
+)
+from tests.generation.test_sampling import (  # noqa: F401
+    test_cached_decoding_equals_reading_the_whole_window_again_at_each_token,
+    test_samples_follow_the_softmax_at_the_given_temperature,
+    test_the_coldest_temperatures_and_the_narrowest_choices_take_the_likeliest_token,
+)
 
 needs_compiler = pytest.mark.skipif(decode.compiler() is None, reason="no C compiler")
+
+
+@pytest.fixture
+def backend() -> str:
+    if decode.compiler() is None:
+        pytest.skip("no C compiler")
+    return "c"
 
 
 def read(net: GPT, ids: torch.Tensor, threads: int = 1) -> torch.Tensor:
@@ -25,8 +53,8 @@ def read(net: GPT, ids: torch.Tensor, threads: int = 1) -> torch.Tensor:
     torch.set_num_threads(threads)
     try:
         with torch.inference_mode():
-            decoder = Decoder(net, list(ids[:, :-3]))
-            assert isinstance(decoder.batch.weights, decode.NativeWeights)
+            decoder = Decoder(net, list(ids[:, :-3]), "c")
+            assert isinstance(decoder.batch, decode.Batch)
             return torch.stack([decoder.read(new) for new in ids[:, -3:].unbind(1)], dim=1)
     finally:
         torch.set_num_threads(before)
@@ -49,24 +77,6 @@ def test_any_number_of_rows_on_any_number_of_threads_gives_what_a_full_pass_does
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_first_layer_that_is_tabulated_gives_what_its_product_does(monkeypatch, dtype):
-    torch.manual_seed(0)
-    net = GPT(GPTConfig(71, 80, d_model=64, n_layers=2, n_heads=2, d_ff=64)).eval()
-    for parameter in net.parameters():
-        parameter.data.add_(0.1 * torch.randn_like(parameter))
-    net, ids, found = net.to(dtype).requires_grad_(False), torch.randint(0, 71, (9, 40)), []
-    for most in (151 * 3 * 64, 151 * 3 * 64 - 1):
-        monkeypatch.setattr(decode, "_MOST_KNOWN", most)
-        tabulated = decode.NativeWeights(copy.deepcopy(net).float(), dtype, tabulate=True)
-        assert (tabulated.struct.known.tokens is not None) == (most == 151 * 3 * 64)
-        found += [read(copy.deepcopy(net), some, threads=2) for some in (ids, ids[:2])]
-    # Rounded keys and values make a step in bfloat16 of the last place of a float32.
-    near = {} if dtype == torch.float32 else {"rtol": 0, "atol": 1e-3}
-    torch.testing.assert_close(found[2:], found[:2], **near)
-
-
-@needs_compiler
 @pytest.mark.parametrize("rows", [3, 26])
 def test_rows_of_different_lengths_on_threads_that_divide_nothing_evenly(rows):
     torch.manual_seed(0)
@@ -81,11 +91,11 @@ def test_rows_of_different_lengths_on_threads_that_divide_nothing_evenly(rows):
         torch.set_num_threads(threads)
         try:
             with torch.inference_mode():
-                decoder = Decoder(net, texts)
+                decoder = Decoder(net, texts, "c")
                 torch.testing.assert_close(decoder.read(new), torch.stack(expected))
         finally:
             torch.set_num_threads(before)
-        assert isinstance(decoder.batch, decode.NativeBatch)
+        assert isinstance(decoder.batch, decode.Batch)
         for block in decoder.batch._blocks:  # room for what is read behind the last value
             assert block.numel() == 2 * rows * 2 * 82 * decode.PANEL + decode.PANEL
 
@@ -106,7 +116,7 @@ def test_vectors_of_avx_512_give_the_same(monkeypatch, tmp_path):
     torch.testing.assert_close(read(net.bfloat16(), ids, 2), expected, rtol=0, atol=near)
     logits, points = torch.randn(9, 71), torch.rand(9)
     mass = logits.softmax(-1).cumsum(-1)
-    assert decode.draw(logits, 1.0, points).tolist() == [
+    assert decode.sample(logits, 1.0, points).tolist() == [
         int(torch.searchsorted(row, point)) for row, point in zip(mass, points, strict=True)
     ]
 
@@ -122,7 +132,7 @@ def test_default_dtypes_and_parts_in_another_dtype_change_nothing():
         torch.set_default_dtype(dtype)
         try:
             found = read(net, ids)
-            drawn = decode.draw(expected.reshape(-1, 71), 1.0, torch.zeros(15))
+            drawn = decode.sample(expected.reshape(-1, 71), 1.0, torch.zeros(15))
         finally:
             torch.set_default_dtype(torch.float32)
         torch.testing.assert_close(found, expected)
@@ -141,20 +151,17 @@ def test_default_dtypes_and_parts_in_another_dtype_change_nothing():
 def test_logits_of_any_dtype_are_sampled(dtype):
     logits = torch.full((4, 80), -30.0, dtype=dtype)
     logits[:, 50] = 30.0
-    for library in (decode.library, lambda: None):
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(decode, "library", library)
-            generator = seeded_generator(0, torch.device("cpu"))
-            assert sample(logits, SamplingConfig(1.0), generator).tolist() == [50] * 4
+    for backend in ("c", "torch"):
+        generator = seeded_generator(0, torch.device("cpu"))
+        sampling = SamplingConfig(1.0, backend=backend)
+        assert sample(logits, sampling, generator).tolist() == [50] * 4
 
 
 @needs_compiler
-def test_too_few_ids_are_refused():
+def test_ids_of_another_dtype_are_read():
     net = GPT(GPTConfig(71, 80, d_model=64, n_layers=1, n_heads=2, d_ff=64)).eval()
     with torch.inference_mode():
-        decoder = Decoder(net, [torch.tensor([1, 2])] * 16)
-        with pytest.raises(ValueError, match=naming("(1,)", "16")):
-            decoder.read(torch.tensor([3]))
+        decoder = Decoder(net, [torch.tensor([1, 2])] * 16, "c")
         assert decoder.read(torch.full((16,), 3, dtype=torch.int32)).isfinite().all()
 
 
@@ -178,28 +185,28 @@ def test_bfloat16_rounds_weights_keys_and_values_and_nothing_else():
 
 
 @needs_compiler
-def test_the_token_drawn_is_that_of_pytorch_for_the_same_random_number(monkeypatch):
+def test_the_token_sampled_is_that_of_pytorch_for_the_same_random_number():
     torch.manual_seed(0)
     for n, temperature in itertools.product((1, 7, 8, 33, 3000), (0.3, 1.0, 2.5)):
         logits, drawn = 4 * torch.randn(200, n), []
         logits[:, ::3] -= 100.0  # as good as impossible
-        for library in (decode.library, lambda: None):
-            with monkeypatch.context() as patched:
-                patched.setattr(decode, "library", library)
-                generator = seeded_generator(1, torch.device("cpu"))
-                drawn.append(sample(logits, SamplingConfig(temperature), generator))
+        for backend in ("c", "torch"):
+            generator = seeded_generator(1, torch.device("cpu"))
+            drawn.append(sample(logits, SamplingConfig(temperature, backend=backend), generator))
         assert (drawn[0] == drawn[1]).float().mean() >= 0.99  # but where sums are rounded apart
         assert n == 1 or len(drawn[0].unique()) > 1
 
 
 @needs_compiler
-def test_neither_end_of_the_random_numbers_draws_what_cannot_be():
+def test_neither_end_of_the_random_numbers_samples_what_cannot_be():
     logits = torch.full((5, 70), -math.inf)
     logits[:, 40:43] = torch.tensor([1.0, 1.0, 0.0])
     points = torch.tensor([0.0, 0.3, 0.5, 0.9, 1 - 2**-24])
-    assert decode.draw(logits, 1.0, points).tolist() == [40, 40, 41, 42, 42]
-    assert decode.draw(logits[:1], 1.0, torch.ones(1)).tolist() == [42]  # as rounding might have it
-    assert 0 <= decode.draw(torch.full((1, 70), math.nan), 1.0, points[:1]).item() < 70
+    assert decode.sample(logits, 1.0, points).tolist() == [40, 40, 41, 42, 42]
+    assert decode.sample(logits[:1], 1.0, torch.ones(1)).tolist() == [
+        42
+    ]  # as rounding might have it
+    assert 0 <= decode.sample(torch.full((1, 70), math.nan), 1.0, points[:1]).item() < 70
 
 
 @needs_compiler
@@ -225,7 +232,7 @@ def test_structs_and_constants_are_those_of_the_source(tmp_path):
             assert offset == getattr(struct, field).offset, (name, field)
 
 
-STRUCTS = ("matrix", "norm", "layer", "known", "model", "batch")
+STRUCTS = ("matrix", "norm", "layer", "model", "batch")
 
 
 @needs_compiler
@@ -240,7 +247,7 @@ def test_it_is_compiled_once_and_whole(tmp_path, monkeypatch):
     assert made.stat().st_mtime_ns == written
     assert decode._cached([*command, "-DOTHER"]) != made
     made.write_bytes(b"")  # as a disk might leave it
-    assert decode._loaded(command).draw
+    assert decode._loaded(command).sample
     assert made.stat().st_size > 0
     other = Path(tmp_path, "other.c")
     other.write_text(decode.SOURCE.read_text() + "\n")
@@ -250,7 +257,7 @@ def test_it_is_compiled_once_and_whole(tmp_path, monkeypatch):
 
 @needs_compiler
 def test_a_compiler_without_openmp_is_used_for_few_rows(tmp_path, monkeypatch):
-    """For many PyTorch has more threads."""
+    """For many PyTorch has more threads, unless the backend is asked for."""
     script = tmp_path / "mycc"
     script.write_text('#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec cc "$@"\n')
     script.chmod(0o755)
@@ -260,12 +267,14 @@ def test_a_compiler_without_openmp_is_used_for_few_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     net = GPT(GPTConfig(71, 80, d_model=64, n_layers=1, n_heads=2, d_ff=64)).eval()
     net.requires_grad_(False)
-    for rows in (3, 4):
+    for rows, backend, cls in (
+        (3, "auto", decode.Batch), (4, "auto", CachedBatch), (4, "c", decode.Batch)
+    ):  # fmt: skip
         ids = torch.randint(0, 71, (rows, 9))
         with torch.inference_mode():
-            decoder = Decoder(net, list(ids[:, :-1]))
+            decoder = Decoder(net, list(ids[:, :-1]), backend)
             torch.testing.assert_close(decoder.read(ids[:, -1]), net(ids)[:, -1])
-        assert isinstance(decoder.batch.weights, decode.NativeWeights) == (rows == 3)
+        assert isinstance(decoder.batch, cls)
 
 
 @pytest.mark.parametrize(
@@ -277,11 +286,11 @@ def test_a_compiler_without_openmp_is_used_for_few_rows(tmp_path, monkeypatch):
         ("nowhere/cc", "nowhere/cc"),
     ],
 )
-def test_without_a_compiler_pytorch_decodes_and_a_broken_one_is_told_of(
+def test_without_a_compiler_there_is_no_library_and_a_broken_one_is_told_of(
     cc, said, monkeypatch, caplog
 ):
     monkeypatch.setenv("CC", cc)
-    assert decode.library.__wrapped__() is None
+    assert decode._compiled_here.__wrapped__() is None
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == (0 if said is None else 1)
     for message in messages:
@@ -294,5 +303,118 @@ def test_a_cache_that_cannot_be_written_is_told_of(tmp_path, monkeypatch, caplog
     (tmp_path / "minigpt").write_text("a file")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "cc -v" if decode.compiler() else "true")
-    assert decode.library.__wrapped__() is None
+    assert decode._compiled_here.__wrapped__() is None
     assert "File exists" in caplog.text
+
+
+# ---------------------------------------------------------------------------- what it knows
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_of_a_frozen_net_are_packed_once_and_go_with_it(dtype):
+    net = make_net().to(dtype).requires_grad_(False)
+    texts = list(random_ids(4, 5))
+    with torch.inference_mode():
+        first, again = Decoder(net, texts, "c"), Decoder(net, texts[:1], "c")
+    assert again.batch.weights is first.batch.weights
+    there = weakref.ref(net)
+    del net, first, again
+    gc.collect()
+    assert there() is None
+
+
+class Same(GPT):
+    """Nothing of its own but its name."""
+
+
+def with_part(change) -> GPT:
+    net = make_net()
+    change(net)
+    return net
+
+
+OTHERS = {
+    "a subclass": lambda: make_net(cls=Flipped),
+    "a subclass with nothing of its own": lambda: make_net(cls=Same),
+    "a replaced forward": lambda: with_part(lambda net: setattr(net, "forward", lambda *_: 0)),
+    "a replaced hidden": lambda: with_part(lambda net: setattr(net, "hidden", lambda *_: 0)),
+    "a hook": lambda: with_part(lambda net: net.blocks[0].register_forward_hook(lambda *_: None)),
+    "another activation": lambda: with_part(
+        lambda net: setattr(net.blocks[1].feed_forward, "forward", lambda x: x)
+    ),
+    "a layer less": lambda: with_part(lambda net: net.blocks.__delitem__(1)),
+    "another width": lambda: with_part(
+        lambda net: setattr(net.blocks[0].feed_forward, "up", torch.nn.Linear(16, 25))
+    ),
+    "another norm": lambda: with_part(
+        lambda net: setattr(net.blocks[0], "norm1", torch.nn.RMSNorm(16))
+    ),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_it_does_not_know_is_refused_by_name_and_left_to_pytorch(kind):
+    net = OTHERS[kind]()
+    with pytest.raises(UserError, match=naming("backend", type(net).__name__, "torch")) as caught:
+        Decoder(net, [], "c")
+    assert "\n" not in str(caught.value)
+    assert decode.unsupported(net) is not None
+    assert decode.unsupported(make_net()) is None
+
+
+@needs_compiler
+def test_a_replaced_method_of_a_class_is_noticed(monkeypatch):
+    net = make_net()
+    monkeypatch.setattr(GPT, "forward", Flipped.forward)
+    assert decode.unsupported(net) is not None
+
+
+@needs_compiler
+@pytest.mark.parametrize(("cls", "lines"), [(GPT, 0), (Flipped, 1)])
+def test_a_subclass_falls_back_with_one_line(cls, lines, caplog):
+    decoder_module._say_once.cache_clear()
+    for _ in range(3):
+        decoder = Decoder(make_net(cls=cls), [torch.tensor([1])])
+        assert isinstance(decoder.batch, CachedBatch) == bool(lines)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == lines
+    assert all("Flipped" in message for message in messages)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_build_that_computes_something_else_is_not_used(dtype, tmp_path, monkeypatch, caplog):
+    source = decode.SOURCE.read_text(encoding="utf-8")
+    wrong = tmp_path / "wrong.c"
+    wrong.write_text(source.replace("if (then == GELU) sum = gelu(sum);", ""), encoding="utf-8")
+    assert wrong.read_text(encoding="utf-8") != source
+    monkeypatch.setattr(decode, "SOURCE", wrong)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(decode, "_verdicts", {})
+    library = decode._loaded(decode.compiler())
+    monkeypatch.setattr(decode, "_compiled_here", lambda: library)
+    net, ids = make_net().to(dtype), random_ids(2, 9)
+    with torch.inference_mode():
+        decoder = Decoder(net, list(ids[:, :-1]))
+        assert torch.allclose(decoder.read(ids[:, -1]), net(ids)[:, -1].float(), atol=0.5)
+    assert isinstance(decoder.batch, CachedBatch)
+    assert decoder_module.c_backend() is None  # nor for sampling
+    with pytest.raises(UserError, match="backend"):
+        Decoder(net, list(ids), "c")
+    (record,) = caplog.records
+    assert "decode.c" in record.getMessage()
+
+
+def test_without_a_compiler_it_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(decode, "_compiled_here", lambda: None)
+    with pytest.raises(UserError, match=naming("backend", "compiler", "torch")) as caught:
+        Decoder(make_net(), [torch.tensor([1])], "c")
+    assert "\n" not in str(caught.value)
+    assert isinstance(Decoder(make_net(), [torch.tensor([1])]).batch, CachedBatch)
+
+
+def test_a_dtype_that_it_does_not_know_is_refused():
+    with pytest.raises(UserError, match=naming("backend", "torch")):
+        Decoder(make_net().double(), [torch.tensor([1])], "c")

@@ -14,9 +14,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minigpt.core.hardware import Hardware, cpu_has_bfloat16
+from minigpt.core.hardware import cpu_has_bfloat16
 from minigpt.core.settings import UserError
 from minigpt.evaluation import EvaluationConfig, StoriesConfig, evaluate
+from minigpt.kernels.choice import kernels_for
 from minigpt.model import GPT, GPTConfig
 from minigpt.runs.checkpoint import read_checkpoint
 from minigpt.runs.folder import Run
@@ -373,20 +374,21 @@ def test_a_run_that_was_moved_to_another_machine_is_evaluated_and_goes_on_there(
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_cpu_takes_shards_unless_something_else_cannot_go_with_them(monkeypatch):
+def test_a_cpu_takes_micro_batches_unless_something_else_cannot_go_with_them(monkeypatch):
     monkeypatch.setattr(loop, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(torch, "compile", lambda loss: ("compiled", loss))
 
     def loss_on(device: str, **settings) -> object:
         module = SimpleNamespace(net=GPT(GPTConfig(61, 16, d_model=16, n_layers=1, n_heads=1)))
-        hardware = Hardware(device, 1, 1, "32-true", "")
-        loop._speed_up(module, hardware, TrainerConfig(**settings))  # type: ignore[arg-type]
-        return vars(module.net).get("loss")
+        c = TrainerConfig(**settings)
+        loop._speed_up(module, kernels_for(device, c.kernels), c)  # type: ignore[arg-type]
+        return vars(module).get("fast_loss")
 
-    shards = loss_on("cpu")
-    assert callable(shards)
-    assert shards.__qualname__.startswith("sharded_loss")
+    micro_batches = loss_on("cpu")
+    assert callable(micro_batches)
+    assert micro_batches.__qualname__.startswith("microbatched_loss")
     assert loss_on("cpu", strategy="fsdp") is None  # the net's own
+    assert loss_on("cpu", kernels="torch") is None
     assert loss_on("cuda") is None
     compiled = loss_on("cpu", compile=True)
     assert isinstance(compiled, tuple)
