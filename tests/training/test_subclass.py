@@ -1,0 +1,142 @@
+"""A class of one's own: trained, resumed, evaluated, told from and averaged as its forward says."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import minigpt
+from minigpt.core.settings import ModelClassError, UserError
+from minigpt.evaluation import EvaluationConfig, StoriesConfig
+from minigpt.exporting import ExportConfig, export
+from minigpt.model import GPT, GPTConfig
+from minigpt.runs.checkpoint import read_checkpoint
+from minigpt.runs.records import read_metrics, read_summary
+from tests.conftest import composed, naming
+from tests.training.test_loop import fail_at_step
+
+FEW = EvaluationConfig(stories=StoriesConfig(prompts=("Tom",), n=1, max_tokens=5), words=())
+
+
+class Flipped(GPT):
+    """Logits in the opposite order of the vocabulary."""
+
+    def forward(self, ids: Tensor, cache: object = None) -> Tensor:
+        return super().forward(ids, cache).flip(-1)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class ScaledConfig(GPTConfig):
+    """A shape with a parameter of its own."""
+
+    sharpness: float = 1.0
+    """Factor on the hidden state."""
+
+
+class Scaled(GPT):
+    """Multiplies the hidden state, and keeps the fused loss."""
+
+    config_class = ScaledConfig
+
+    def hidden(self, ids: Tensor, cache: object = None) -> Tensor:
+        sharpness = self.config.sharpness  # type: ignore[attr-defined]
+        return sharpness * super().hidden(ids, cache)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def flipped(tiny: list[str]) -> minigpt.Run:
+    return minigpt.train(composed([*tiny, "name=flipped"]), model=Flipped)
+
+
+def test_loss_of_a_subclass_is_the_cross_entropy_of_its_forward():
+    torch.manual_seed(0)
+    net = Flipped(GPTConfig(61, 16, d_model=16, n_layers=1, n_heads=2, d_ff=16))
+    ids, targets = torch.randint(0, 61, (2, 2, 9))
+    expected = F.cross_entropy(net(ids).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(net.loss(ids, targets), expected)
+    torch.testing.assert_close(net(ids), GPT.forward(net, ids).flip(-1))
+
+
+def test_subclass_is_evaluated_by_its_own_forward(flipped: minigpt.Run):
+    logged = read_summary(flipped.folder)
+    assert logged["val/perplexity"] < 150  # of 300: it learned
+    assert minigpt.evaluate(flipped, FEW).perplexity == pytest.approx(
+        logged["val/perplexity"], rel=1e-3
+    )
+
+
+def test_subclass_generates_what_its_forward_says(flipped: minigpt.Run):
+    sampling = minigpt.SamplingConfig(temperature=0, max_tokens=6)
+    (story,) = minigpt.generate(flipped, "Tom had", 1, sampling)
+    net, tokenizer = flipped.load_model(), flipped.tokenizer
+    ids = [tokenizer.end_of_text, *tokenizer.encode("Tom had")]
+    text: list[int] = []
+    while len(text) < 6:
+        new = int(net(torch.tensor([(ids + text)[-16:]]))[0, -1].argmax())
+        if new == tokenizer.end_of_text:
+            break
+        text.append(new)
+    assert story == tokenizer.decode(text)
+
+
+def test_subclass_resumes_bit_exactly(tiny: list[str], monkeypatch: pytest.MonkeyPatch):
+    kept = [*tiny, "callbacks.checkpoint_steps=5"]
+    whole = minigpt.train(composed([*kept, "name=whole"]), model=Flipped)
+    with monkeypatch.context() as patch:
+        patch.setattr("minigpt.training.module.GPTModule.on_train_batch_start", fail_at_step(13))
+        with pytest.raises(RuntimeError, match="the power is gone"):
+            minigpt.train(composed([*kept, "name=broken"]), model=Flipped)
+    folder = whole.folder.parent / "broken"
+    with pytest.raises(ModelClassError, match=naming("Flipped")):
+        minigpt.train(composed([f"resume={folder}"]))
+    broken = minigpt.train(composed([f"resume={folder}"]), model=Flipped)
+    ends = [
+        read_checkpoint(run.folder / "checkpoints/last.ckpt")["state_dict"]
+        for run in (whole, broken)
+    ]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_run_of_a_subclass_needs_its_class(flipped: minigpt.Run):
+    for wrong in (None, GPT, Scaled):
+        with pytest.raises(ModelClassError, match=naming("Flipped")) as error:
+            minigpt.Run.load(flipped.folder, wrong).load_model()
+        assert error.value.class_name.endswith("Flipped")
+    assert type(minigpt.Run.load(flipped.folder, Flipped).load_model()) is Flipped
+
+
+def test_parameters_of_a_class_are_checked_and_stored(tiny: list[str]):
+    shape = dataclasses.replace(composed(tiny).model)
+    config = dataclasses.replace(
+        composed(tiny), model=ScaledConfig(**dataclasses.asdict(shape), sharpness=2.0)
+    )
+    run = minigpt.train(config, model=Scaled)
+    assert run.config["model"]["sharpness"] == 2.0
+    net = minigpt.Run.load(run.folder, Scaled).load_model()
+    assert net.config.sharpness == 2.0  # type: ignore[attr-defined]
+    first = read_metrics(run.folder)[0]["train/loss"]
+    plain = read_metrics(minigpt.train(composed(tiny)).folder)[0]["train/loss"]
+    assert abs(first - math.log(300)) < 1
+    assert first != plain
+
+
+def test_export_of_a_subclass_is_refused_by_name_and_its_mean_is_right(
+    tiny: list[str], flipped: minigpt.Run, tmp_path: Path
+):
+    for kind in ("hf", "onnx", "gguf"):
+        with pytest.raises(UserError, match=naming("Flipped")):
+            export(flipped, tmp_path / kind, ExportConfig(format=kind))
+    more = composed([*tiny, f"init_from={flipped.folder}", "name=more", "seed=2"])
+    child = minigpt.train(more, model=Flipped)
+    mean = ExportConfig("safetensors", dtype="float32", average=True)
+    export(child, tmp_path / "mean", mean)
+    run = minigpt.Run.load(tmp_path / "mean", Flipped)
+    weights = [r.load_model().state_dict() for r in (flipped, child, run)]
+    for name, weight in weights[2].items():
+        torch.testing.assert_close(weight, (weights[0][name] + weights[1][name]) / 2)
+    assert type(run.load_model()) is Flipped
