@@ -297,19 +297,27 @@ class Evaluation:
 
 
 def evaluate(
-    run: Run, config: EvaluationConfig, console: Console | None = None, out: Path | None = None
+    run: Run | str | Path,
+    config: EvaluationConfig | None = None,
+    console: Console | None = None,
+    out: Path | None = None,
 ) -> Evaluation:
-    """Measure a run's checkpoint and write evaluation.json into `out`; None: its folder.
-
-    For an export it is the current folder.
+    """Measure a run's checkpoint, write evaluation.json, and return what is in it.
 
     Device: the best here. Precision: the one it was trained in, so that the loss is the one that
     training logged; float32 where this machine would only emulate that.
+
+    Args:
+        run: a run, or where it is.
+        config: what to measure; None: the defaults.
+        console: where to show progress; None: nowhere.
+        out: folder of evaluation.json; None: the run's, and for an export the current one.
 
     Raises:
         UserError: no run, a damaged checkpoint, a corpus that cannot be read, a wrong setting, or
             a folder that cannot be written to.
     """
+    run, config = Run.load(run), config or EvaluationConfig()
     out = out or run.output_dir
     _check_writable(out)  # now, and not after all was measured
     net = run.load_model()

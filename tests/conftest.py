@@ -4,7 +4,7 @@ import os
 
 # Before PyTorch is imported: nets this small are slower on two threads than on one.
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["MINIGPT_LOCAL"] = "none"  # conf/local, the settings of this machine, is not of a test
+os.environ["MINIGPT_LOCAL"] = "null"  # conf/local, the settings of this machine, is not of a test
 
 import random
 import re

@@ -70,9 +70,9 @@ def compose_values(
     """Return the composed settings as plain values, resolved, and the option of the model group."""
     from minigpt.cli.hydra_errors import explain
 
-    words = [word for word in overrides if not word.startswith(f"{CLASS_PATH[name]}=")]
-    if config_dir is not None:
-        folder = Path(config_dir).expanduser().absolute()
+    folder = None if config_dir is None else Path(config_dir).expanduser().absolute()
+    words = composed_words(name, overrides, folder)
+    if folder is not None:
         if not folder.is_dir():
             raise UserError("is no folder", "config_dir", str(config_dir))
         words.append(f"hydra.searchpath=['file://{folder}']")
@@ -88,6 +88,21 @@ def compose_values(
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(explain(error, name)) from None
     return values, size
+
+
+def composed_words(name: str, typed: Sequence[str], folder: Path | None = None) -> list[str]:
+    """Return what Hydra is to read of `typed`: no class path, and MINIGPT_LOCAL for conf/local.
+
+    Args:
+        name: of the root config.
+        typed: settings, as they were typed.
+        folder: with groups of one's own.
+    """
+    words = [word for word in typed if not word.startswith(f"{CLASS_PATH[name]}=")]
+    there = any((Path(f) / "local").is_dir() for f in (config_source(), folder) if f is not None)
+    if name == "train" and there and (local := os.environ.get("MINIGPT_LOCAL")):
+        words.append(f"local={local}")
+    return words
 
 
 @contextlib.contextmanager

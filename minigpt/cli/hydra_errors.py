@@ -38,7 +38,7 @@ def explain(error: Exception, name: str) -> str:
     missing = re.search(r"Missing mandatory value: (\S+)", text)
     if missing:
         return f"{missing.group(1)} is not set: type {missing.group(1)}=<value>"
-    return text.partition("\n")[0]
+    return " ".join(text.split("\n")[:2])  # behind it Hydra lists its own types
 
 
 def _unknown_option(file: str, name: str) -> str:

@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from minigpt.cli.compose import CLASS_PATH, config_source, register_defaults
+from minigpt.cli.compose import CLASS_PATH, composed_words, config_source, register_defaults
 from minigpt.cli.hydra_errors import explain, explain_failure
 from minigpt.cli.program import Program, describe, leave
 from minigpt.core.console import show_log
@@ -86,8 +86,7 @@ def _prepare(name: str, program: Program, arguments: list[str]) -> None:
         sys.argv = [program.path, "--help", *more]
         return
     register_defaults(name, arguments)
-    rest = [word for word in arguments if not word.startswith(f"{CLASS_PATH[name]}=")]
-    sys.argv = [program.path, *rest, *more]
+    sys.argv = [program.path, *composed_words(name, arguments), *more]
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ def main() -> None:
 def _train(config: DictConfig, program: Program, classes: list[str]) -> None:
     job = HydraConfig.get()
     overrides: Any = OmegaConf.to_container(job.overrides.task)  # as typed, nothing looked up yet
+    overrides = [word for word in overrides if not word.startswith("local=")]  # MINIGPT_LOCAL
     own = [word for word in overrides if not word.startswith(("resume=", "data.cache_dir="))]
     place: list[str] = []
     if job.mode == RunMode.MULTIRUN:

@@ -227,9 +227,8 @@ def stream_story(
     Raises:
         UserError: no run there, or a prompt that is not valid Unicode.
     """
-    opened = run if isinstance(run, Run) else Run.load(run)
-    net, tokenizer = opened.load_model(), opened.tokenizer
-    yield from stream_text(net, tokenizer, prompt, sampling or SamplingConfig())
+    run = Run.load(run)
+    yield from stream_text(run.load_model(), run.tokenizer, prompt, sampling or SamplingConfig())
 
 
 def stream_text(
