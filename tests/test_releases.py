@@ -33,7 +33,7 @@ def test_one_override_makes_a_release_again(folder: Path):
     again = composed([f"{experiment}_continued" if begun else experiment])
     settings = dataclasses.asdict(again)
     for group in ("model", "optimizer", "budget", "trainer"):
-        assert made[group] == settings[group]
+        assert made[group].items() <= settings[group].items()  # a later setting has its default
     assert made["seed"] == again.seed
     assert made["data"].items() <= settings["data"].items()
     if begun:  # and another made what it began with
