@@ -375,7 +375,6 @@ def test_a_run_that_was_moved_to_another_machine_is_evaluated_and_goes_on_there(
 
 
 def test_a_cpu_takes_micro_batches_unless_something_else_cannot_go_with_them(monkeypatch):
-    monkeypatch.setattr(loop, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(torch, "compile", lambda loss: ("compiled", loss))
 
     def loss_on(device: str, **settings) -> object:
