@@ -115,15 +115,14 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """
     hints = typing.get_type_hints(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-    names = [field.name for field in fields]
     prefix = f"{where}." if where else ""
+    names = [f"{prefix}{field.name}" for field in fields]
     for key in values:
-        if key not in names:
-            raise UserError(unknown_name(f"{prefix}{key}", [f"{prefix}{name}" for name in names]))
-    nothing = MISSING
+        if f"{prefix}{key}" not in names:
+            raise UserError(unknown_name(f"{prefix}{key}", names))
     for field in fields:
-        optional = field.default is not nothing or field.default_factory is not nothing
-        if field.name not in values and not optional:
+        required = field.default is MISSING and field.default_factory is MISSING
+        if required and field.name not in values:
             raise UserError("is not set", f"{prefix}{field.name}")
     converted = {k: _convert(v, hints[k], f"{prefix}{k}") for k, v in values.items()}
     try:
@@ -132,6 +131,14 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         raise error.within(where) from None
     except ValueError as error:
         raise UserError(f"{where}: {error}" if where else str(error)) from None
+
+
+def check(config: Any, message: str, allows: Callable[[Any], bool], *names: str) -> None:
+    """Raise UserError with `message` for the first field that is not None and not allowed."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not allows(value):
+            raise UserError(message, name, value)
 
 
 def plain_defaults(cls: type) -> dict[str, Any]:
@@ -221,12 +228,10 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         return origin(_convert(item, args[0], name) for item in items)
     if hint is bool and isinstance(value, bool):
         return value
-    if hint is int and not isinstance(value, bool):
-        if isinstance(value, int):
-            return value
-        if isinstance(value, float) and value.is_integer():
-            return int(value)
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int and number and value % 1 == 0:
+        return int(value)
+    if hint is float and number:
         if math.isfinite(value):
             return float(value)
         raise UserError("expected a finite number", name, value)
