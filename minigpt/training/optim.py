@@ -12,7 +12,6 @@ from torch.optim import AdamW, Optimizer
 
 from minigpt.training.config import OptimizerConfig
 
-Group = dict[str, Any]  # the parameters that share settings, under "params", and those settings
 
 
 def default_lr(d_model: int, name: str = "muon") -> float:

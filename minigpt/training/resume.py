@@ -68,20 +68,21 @@ class ResumeState:
         if folder is None or (config.resume == AUTO and not last_checkpoints(folder)):
             if config.init_from is None:
                 return cls(config)
-            return cls._from_weights(config, Run.load(config.init_from, model))
+            run = Run.load(config.init_from, model)
+            net = run.load_model()
+            _check_shape(config, net.config, run)
+            return cls(config, net=net, tokenizer=run.tokenizer, parent=_parent(run, net))
         assert config.resume is not None
         values = read_config(folder)
         lacking = [name for name in _SECTIONS if name not in values]
         if lacking:
             raise UserError(f"{folder / CONFIG} lacks {', '.join(lacking)}: restore it")
-        if values.get("model_class") is not None and model is None:
-            name = values["model_class"]
+        if (name := values.get("model_class")) is not None and model is None:
             raise ModelClassError(f"{folder} was trained with the class {name}", name)
         before = TrainConfig.from_dict(values, config_class(model or GPT))
         if config.resume == AUTO:
             _check_settings(config, before, folder)
         data = with_cache_here(before.data, config.data.cache_dir)
-        before = dataclasses.replace(before, data=data)
         checkpoint = last_checkpoint(folder if config.resume == AUTO else Path(config.resume))
         content = read_checkpoint(checkpoint)
         stored, step = content["hyper_parameters"], content["global_step"]
@@ -89,27 +90,16 @@ class ResumeState:
         tokenizer = Tokenizer.load(folder / TOKENIZER) if parent else None
         if parent is not None:  # an earlier version wrote more about it
             stored = {**stored, "init_from": dataclasses.asdict(parent)}
-        return cls(before, checkpoint, step, stored, tokenizer=tokenizer, parent=parent)
-
-    @classmethod
-    def _from_weights(cls, config: TrainConfig, run: Run) -> ResumeState:
-        net = run.load_model()
-        _check_shape(config, net.config, run)
-        return cls(config, net=net, tokenizer=run.tokenizer, parent=_parent(run, net))
-
-    def set_weights(self, net: GPT) -> None:
-        """Give `net` the weights that the run begins with, if they are not to be random."""
-        if self.net is not None:
-            net.load_state_dict(self.net.state_dict())
+        config = dataclasses.replace(before, data=data)
+        return cls(config, checkpoint, step, stored, tokenizer=tokenizer, parent=parent)
 
     def check_unchanged(self, module: GPTModule) -> None:
         """Raise UserError if data, schedule or model changed since the checkpoint."""
         if self.hyper_parameters is None:
             return
-        before = self.hyper_parameters
         changed = []
         for key, value in module.hparams.items():
-            then = before.get(key)
+            then = self.hyper_parameters.get(key)
             if isinstance(value, dict) and isinstance(then, dict):
                 # A setting newer than the checkpoint, which had no other, or one that is gone.
                 then = {key: then.get(key, now) for key, now in value.items()}
@@ -123,8 +113,6 @@ class ResumeState:
 
     def clear(self, folder: Path) -> None:
         """Remove what a killed process left half-written; set damaged checkpoints aside."""
-        if global_rank() > 0:
-            return
         for pattern in ("*.tmp", f"{CHECKPOINTS}/*.tmp"):
             for leftover in folder.glob(pattern):
                 leftover.unlink()
@@ -143,24 +131,19 @@ def folder_to_resume(config: TrainConfig) -> Path | None:
         UserError: there is no such run, resume=auto has no name to look for, or a link in the
             folder leads elsewhere.
     """
-    folder = _find(config)
-    if folder is not None:
-        refuse_links_out(folder)
-    return folder
-
-
-def _find(config: TrainConfig) -> Path | None:
     if config.resume is None:
         return None
+    folder = Path(config.resume)
     if config.resume == AUTO:
         if config.name is None:
             raise UserError("continues the run of a name", "resume", AUTO, {"name": "my-run"})
         folder = Path(config.runs_dir) / config.name
-        return folder if folder.is_dir() else None
-    path = Path(config.resume)
-    if last_checkpoints(path):
-        return path
-    return last_checkpoint(path).parent.parent
+        if not folder.is_dir():
+            return None
+    elif not last_checkpoints(folder):
+        folder = last_checkpoint(folder).parent.parent
+    refuse_links_out(folder)
+    return folder
 
 
 def _check_shape(config: TrainConfig, trained: GPTConfig, run: Run) -> None:
@@ -180,9 +163,8 @@ def _check_shape(config: TrainConfig, trained: GPTConfig, run: Run) -> None:
 
 def _parent(run: Run, net: GPT) -> Parent:
     """Return what a run that begins with `net`, the weights of `run`, records about them."""
-    config, summary = run.config, run.summary
+    summary = run.summary
     before = parent_of(summary, run.folder / SUMMARY)
-    sources = before.sources if before else []
 
     def total(name: str) -> Any:
         own, earlier = summary.get(name), getattr(before, name) if before else 0
@@ -194,7 +176,7 @@ def _parent(run: Run, net: GPT) -> Parent:
             "weights": weights_fingerprint(net),
             "tokens": total("tokens"),
             "seconds": total("seconds"),
-            "sources": [*sources, config["data"]["source"]],
+            "sources": [*(before.sources if before else []), run.config["data"]["source"]],
         }
     except (KeyError, TypeError):
         raise UserError(
@@ -214,24 +196,21 @@ def run_lock(folder: Path) -> Iterator[None]:
     if global_rank() > 0:  # the first process holds it for all of the run
         yield
         return
-    lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
         raise UserError(
             f"{folder} is being trained by another process: wait for it, or choose another name",
             "name", folder.name,
         ) from None  # fmt: skip
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def _check_settings(config: TrainConfig, before: TrainConfig, folder: Path) -> None:
     """Raise UserError if `config`, which is to continue the run in `folder`, has other settings."""
-    then, now = flat(settings_of(before)), flat(settings_of(config))
-    for name, value in now.items():
+    then = flat(settings_of(before))
+    for name, value in flat(settings_of(config)).items():
         if name not in _ASIDE and then[name] != value:
             raise UserError(
                 f"{folder} was trained with another value: set that, or choose another name",
