@@ -47,15 +47,11 @@ class Hardware:
             UserError: this machine has no such accelerator, or not so many; another number of
                 devices or nodes than the launcher started processes for.
         """
-        present = {
-            "cuda": torch.cuda.is_available(),
-            "mps": torch.backends.mps.is_available(),
-            "cpu": True,
-        }
+        present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         asked, accelerator = accelerator, "cuda" if accelerator == "gpu" else accelerator
         if accelerator == "auto":
-            accelerator = next(name for name, there in present.items() if there)
-        if not present[accelerator]:
+            accelerator = next((name for name, there in present.items() if there), "cpu")
+        if not present.get(accelerator, True):
             raise UserError("this machine has none", "accelerator", asked)
         n_gpus = torch.cuda.device_count() if accelerator == "cuda" else 0
         n_devices = max(1, n_gpus) if devices == "auto" else int(devices)
@@ -64,17 +60,17 @@ class Hardware:
             _check_launched(launcher, devices, num_nodes)
             n_devices, num_nodes = launcher.devices, launcher.num_nodes
         elif num_nodes > 1:
-            raise UserError(
-                "start the processes of several nodes with torchrun or srun (docs/scaling-out.md)",
-                "num_nodes", num_nodes,
-            )  # fmt: skip
+            message = (
+                "start the processes of several nodes by torchrun or srun: docs/scaling-out.md"
+            )
+            raise UserError(message, "num_nodes", num_nodes)
         if accelerator == "cuda" and n_devices > n_gpus:
             raise UserError(f"this machine has {n_gpus} GPUs", "devices", n_devices)
         if accelerator == "mps" and n_devices > 1:
+            fix = {"accelerator": "cpu"}
             raise UserError(
-                "a Mac has one GPU; for processes on its CPU", "devices", n_devices,
-                {"accelerator": "cpu"},
-            )  # fmt: skip
+                "a Mac has one GPU; for processes on its CPU", "devices", n_devices, fix
+            )
         return cls(accelerator, n_devices, num_nodes, *_find_precision(precision, accelerator))
 
 
@@ -82,7 +78,7 @@ def _check_launched(launcher: Launcher, devices: str, num_nodes: int) -> None:
     """What was typed must not contradict the processes that are there; 1 node is the default."""
     start = f"{launcher.name} started {launcher.devices} processes on {launcher.num_nodes} nodes"
     if devices not in ("auto", str(launcher.devices)):
-        raise UserError(f"{start}: leave it out", "devices", devices)
+        raise UserError(f"{start}: leave it out", "devices", int(devices))
     if num_nodes not in (1, launcher.num_nodes):
         raise UserError(f"{start}: leave it out", "num_nodes", num_nodes)
 
@@ -90,9 +86,8 @@ def _check_launched(launcher: Launcher, devices: str, num_nodes: int) -> None:
 def _find_precision(wanted: str, accelerator: str) -> tuple[str, str]:
     """The precision to train in, and why. bfloat16 that is emulated would take minutes a step."""
     if accelerator == "mps":
-        return (
-            ("32-true", "the safe choice on MPS") if wanted == "auto" else (wanted, "as requested")
-        )
+        safe = "32-true", "the safe choice on MPS"
+        return safe if wanted == "auto" else (wanted, "as requested")
     cpu = accelerator == "cpu"
     native = cpu_has_bfloat16() if cpu else torch.cuda.is_bf16_supported(including_emulation=False)
     device, other = ("CPU", "32-true") if cpu else ("GPU", "16-mixed")

@@ -63,8 +63,6 @@ class UserError(ValueError):
 
     def within(self, section: str) -> UserError:
         """Return this error with its arguments named as fields of `section`."""
-        if self.argument is None and not self.fix:
-            return self
         prefix = f"{section}." if section else ""
         argument = None if self.argument is None else prefix + self.argument
         fix = {prefix + key: value for key, value in self.fix.items()}
@@ -149,12 +147,11 @@ def plain_defaults(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
         if dataclasses.is_dataclass(hint := hints[field.name]):
             values[field.name] = plain_defaults(hint)  # type: ignore[arg-type]
-        elif field.default is not MISSING:
-            values[field.name] = plain(field.default)
-        elif field.default_factory is not MISSING:
-            values[field.name] = plain(field.default_factory())
+        elif default is not MISSING:
+            values[field.name] = plain(default)
     return values
 
 

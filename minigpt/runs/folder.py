@@ -88,13 +88,10 @@ class Run:
                 return cls(path, first_undamaged(checkpoints), model)
             if weights.is_file():
                 return cls(path, weights, model)
-            newest = max(path.glob(f"*/{CHECKPOINTS}/*.ckpt"), key=_modified, default=None)
+            newest = max(path.glob(f"*/{CHECKPOINTS}/*.ckpt"), key=os.path.getmtime, default=None)
             if newest is not None:
                 return cls.load(newest.parent.parent, model)
-            raise UserError(
-                f"{path} holds no {CHECKPOINTS}/{BEST}.ckpt or {LAST}.ckpt: give the folder of a "
-                "run, or train one"
-            )
+            raise UserError(f"{path} holds no checkpoint: give the folder of a run, or train one")
         if not path.is_file() or path.suffix not in (".ckpt", ".safetensors"):
             fault = "is not a checkpoint" if path.is_file() else "does not exist"
             raise UserError(f"{path} {fault}: give a run folder (runs/<name>) or a .ckpt")
@@ -187,7 +184,6 @@ def config_class(factory: ModelFactory) -> type[GPTConfig]:
 
 def last_checkpoints(folder: Path) -> list[Path]:
     """last.ckpt of a run folder and those before it that were kept, the newest first."""
-
     paths = (folder / CHECKPOINTS).glob(f"{LAST}*.ckpt")
     matches = ((re.fullmatch(rf"{LAST}(?:-(\d+))?", path.stem), path) for path in paths)
     ages = [(int(match[1] or 0), path) for match, path in matches if match]
@@ -264,15 +260,11 @@ def _make_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool) 
         except FileExistsError:
             if name is None:
                 continue
+        resume: dict[str, Any] = {"fix": {"resume": "auto"}}  # begin there
         if last_checkpoints(folder):
-            raise UserError(
-                f"{folder} exists: choose another name, or continue it", "name", name,
-                command=("train", {"resume": str(folder)}),
-            )  # fmt: skip
-        raise UserError(
-            f"{folder} exists without a checkpoint: choose another name, or begin there",
-            "name", name, {"resume": "auto"},
-        )  # fmt: skip
+            resume = {"command": ("train", {"resume": str(folder)})}
+        message = f"{folder} exists: choose another name, or continue it"
+        raise UserError(message, "name", name, **resume)
     raise UserError(f"{parent} holds a thousand runs of this second: choose a name", "name")
 
 
@@ -304,7 +296,3 @@ def _current(values: Any, section: str) -> Any:
     gone = OLD_SETTINGS.get(section, ())
     kept = {key: value for key, value in values.items() if key not in gone}
     return {**OLD_DEFAULTS[section], **kept}
-
-
-def _modified(path: Path) -> float:
-    return path.stat().st_mtime

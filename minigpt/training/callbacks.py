@@ -68,10 +68,8 @@ class Throughput(Callback):
             self.module.log_dict({"tokens_per_second": self.speed, "mfu": mfu})
             if mfu > 1 and not self._warned and trainer.is_global_zero:
                 self._warned = True
-                log.warning(
-                    "mfu is above 1, so the peak was measured while this machine was busy: delete "
-                    "%s and the next run measures it again", self.peak_file,
-                )  # fmt: skip
+                reason = "the peak was measured while this machine was busy"
+                log.warning("mfu is above 1: %s; delete %s to repeat it", reason, self.peak_file)
         if self._steps >= self.every * trainer.accumulate_grad_batches:
             self._steps, self._elapsed = 0, 0.0
 

@@ -29,6 +29,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from minigpt.core.settings import UserError
 from minigpt.runs.checkpoint import write_checkpoint
 from minigpt.runs.names import BEST, CHECKPOINTS, LAST
+from minigpt.training.config import CallbacksConfig
 from minigpt.training.module import GPTModule
 
 log = logging.getLogger("minigpt")
@@ -47,10 +48,10 @@ def full_disk_in_one_line(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
-        raise UserError(
-            f"cannot write {error.filename or folder} ({error.strerror}): free some space there, "
-            "then continue", command=("train", {"resume": str(folder)}),
-        ) from None  # fmt: skip
+        message = (
+            f"cannot write {error.filename or folder} ({error.strerror}): free some space there"
+        )
+        raise UserError(message, command=("train", {"resume": str(folder)})) from None
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -92,24 +93,21 @@ class CheckpointFiles(TorchCheckpointIO):
 class Checkpoints(Callback):
     """best.ckpt, of the lowest validation loss, and last.ckpt, of the latest state.
 
-    Both are written at validation; last.ckpt every `minutes` and every `steps` as well, and when
+    Both are written at validation; last.ckpt every so many minutes and steps as well, and when
     the run is asked to stop: by ctrl-C (a second one stops at once), by SIGTERM, or under Slurm by
     SIGUSR1, after which the job is put back into the queue. A run that fails keeps what it had.
 
     Args:
         module: the model in training, whose weights are checked before they are written.
         folder: of the run.
-        files: the trainer's plugin that writes them.
-        minutes: how old last.ckpt gets at most.
-        steps: how many updates apart, if that is sooner.
+        keep: how old last.ckpt gets at most, in minutes and in steps.
+
+    The trainer needs `files` as a plugin: it writes the checkpoints.
     """
 
-    def __init__(
-        self, module: GPTModule, folder: Path, files: CheckpointFiles, minutes: float,
-        steps: int | None,
-    ) -> None:  # fmt: skip
-        self.module, self.folder, self.files = module, folder / CHECKPOINTS, files
-        self.minutes, self.steps = minutes, steps
+    def __init__(self, module: GPTModule, folder: Path, keep: CallbacksConfig) -> None:
+        self.module, self.folder, self.keep = module, folder / CHECKPOINTS, keep
+        self.files = CheckpointFiles(keep.keep_checkpoints)
         self.best_val_loss = math.inf
         self._saved = time.monotonic()
         self._asked = 0  # the signal that this process got
@@ -151,8 +149,9 @@ class Checkpoints(Callback):
             return  # inside a step
         ends = trainer.global_step >= self.module.n_steps  # and is validated, whatever the interval
         validates_next = ends or not (batch_idx + 1) % trainer.val_check_batch
-        late = time.monotonic() - self._saved > 60 * self.minutes
-        late |= self.steps is not None and trainer.global_step % self.steps == 0
+        late = time.monotonic() - self._saved > 60 * self.keep.checkpoint_minutes
+        steps = self.keep.checkpoint_steps
+        late |= steps is not None and trainer.global_step % steps == 0
         urgency = self._asked or (_LATE if late else 0)
         if trainer.world_size > 1:  # all stop together and save together, or none does
             asked = torch.tensor(urgency, device=trainer.strategy.root_device)

@@ -44,6 +44,8 @@ class TrainerConfig:
         if self.accelerator not in ("auto", "cpu", "gpu", "cuda", "mps"):
             raise UserError("choose from auto, cpu, gpu, mps", "accelerator", self.accelerator)
         check(self, "leave it out: budget.tokens sets it", lambda n: n >= 1, "max_steps")
+        length = "leave it out: budget.tokens, repeats counted, sets the length of a run"
+        check(self, length, lambda _: False, "max_epochs")
 
 
 @dataclass(frozen=True)
@@ -142,26 +144,21 @@ class TrainConfig:
         limit = 2**32 - 1
         check(self, f"must be between 0 and {limit}", lambda n: 0 <= n <= limit, "seed")
         if (name := self.name) is not None:
-            short = name.isprintable() and 0 < len(name.encode()) <= MAX_NAME_BYTES
-            if not short or Path(name).name != name or name == "..":
-                raise UserError(
-                    "must be a folder's name under runs_dir, not a path: printable, at most "
-                    f"{MAX_NAME_BYTES} bytes", "name", name,
-                )  # fmt: skip
+            fits = name.isprintable() and 0 < len(name.encode()) <= MAX_NAME_BYTES
+            if not fits or Path(name).name != name or name == "..":
+                limit = f"printable, at most {MAX_NAME_BYTES} bytes"
+                raise UserError(f"must be a folder's name, not a path: {limit}", "name", name)
         examples = {"runs_dir": "runs", "resume": "runs/<name>", "init_from": "releases/large"}
         for name, example in examples.items():
             if getattr(self, name) == "":
                 raise UserError(f"is empty: leave it out, or give one such as {example}", name)
-        if self.trainer.strategy == "fsdp" and self.callbacks.prompts:
-            raise UserError(  # the first device alone would wait for the weights of the others
-                "writes no stories while it trains", "trainer.strategy", "fsdp",
-                {"callbacks": "quiet"},
-            )  # fmt: skip
-        if self.trainer.strategy == "fsdp" and self.optimizer.name == "muon":
-            raise UserError(  # which needs whole matrices
-                "shares each matrix out over devices, and Muon needs whole ones",
-                "trainer.strategy", "fsdp", {"optimizer": "adamw"},
-            )  # fmt: skip
+        fsdp, name = self.trainer.strategy == "fsdp", "trainer.strategy"
+        if fsdp and self.callbacks.prompts:  # the first device would wait for the others' weights
+            message = "writes no stories while it trains"
+            raise UserError(message, name, "fsdp", {"callbacks": "quiet"})
+        if fsdp and self.optimizer.name == "muon":
+            message = "shares each matrix out over devices, and Muon needs whole ones"
+            raise UserError(message, name, "fsdp", {"optimizer": "adamw"})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], model: type[GPTConfig] = GPTConfig) -> TrainConfig:
@@ -211,25 +208,14 @@ class Schedule:
         per_step = windows * config.model.context_length
         n_steps, warmup = budget // per_step, config.optimizer.warmup_steps
         if n_steps < 1:
-            raise UserError(
-                f"is less than one step of {per_step:,} tokens: a smaller data.batch_size has "
-                "shorter ones", "budget.tokens", budget, {"budget.tokens": per_step},
-            )  # fmt: skip
+            message = f"is less than a step of {per_step:,} tokens; a smaller data.batch_size helps"
+            raise UserError(message, "budget.tokens", budget, {"budget.tokens": per_step})
         length = f"{n_steps:,} steps of {per_step:,} tokens"
         if warmup >= n_steps:
-            raise UserError(
-                f"does not fit the budget, which is {length}", "optimizer.warmup_steps", warmup,
-                {"optimizer.warmup_steps": n_steps // 10},
-            )  # fmt: skip
-        if trainer.max_steps not in (None, n_steps):
-            raise UserError(
-                f"is not what budget.tokens={budget} pays for, which is {length}",
-                "trainer.max_steps", trainer.max_steps,
-                {"budget.tokens": trainer.max_steps * per_step},
-            )  # fmt: skip
-        if trainer.max_epochs is not None:
-            raise UserError(
-                "the length of a run is set by budget.tokens, repeats counted: leave it out",
-                "trainer.max_epochs", trainer.max_epochs,
-            )  # fmt: skip
+            name, message = "optimizer.warmup_steps", f"does not fit the budget, which is {length}"
+            raise UserError(message, name, warmup, {name: n_steps // 10})
+        if (max_steps := trainer.max_steps) not in (None, n_steps):
+            message = f"is not what budget.tokens={budget} pays for, which is {length}"
+            fix = {"budget.tokens": max_steps * per_step}
+            raise UserError(message, "trainer.max_steps", max_steps, fix)
         return cls(n_steps, per_step)

@@ -131,11 +131,10 @@ def _wandb_logger(folder: Path, project: str) -> Logger:
             raise UserError(f"{error} Set WANDB_MODE=offline, or logger.kind=csv") from None
         log.warning("W&B        no answer: %s", one_line(error))
         mode = "offline"
-    settings = wandb.Settings(
-        init_timeout=min(asked.init_timeout, _WANDB_START_SECONDS),
-        finish_timeout=asked.finish_timeout or _WANDB_FINISH_SECONDS,
-        finish_timeout_raises=True,
-    )
+    start = min(asked.init_timeout, _WANDB_START_SECONDS)
+    finish = asked.finish_timeout or _WANDB_FINISH_SECONDS
+    timeouts = {"init_timeout": start, "finish_timeout": finish, "finish_timeout_raises": True}
+    settings = wandb.Settings(**timeouts)
 
     def logger(mode: str) -> WandbLogger:
         wandb_logger = WandbLogger(

@@ -39,19 +39,12 @@ from minigpt.data.spool import spool_stories
 from minigpt.kernels.choice import kernels_for
 from minigpt.kernels.microbatch import microbatched_loss
 from minigpt.model import GPT, Kernels
-from minigpt.runs.folder import (
-    ModelFactory,
-    Run,
-    class_path,
-    config_class,
-    last_checkpoints,
-    new_run_folder,
-)
-from minigpt.runs.names import CONFIG, METRICS, REPORT, TOKENIZER
+from minigpt.runs.folder import ModelFactory, Run, class_path, config_class, new_run_folder
+from minigpt.runs.names import CHECKPOINTS, CONFIG, METRICS, REPORT, TOKENIZER
 from minigpt.runs.provenance import source_commit
 from minigpt.runs.records import read_summary
 from minigpt.training.callbacks import RunReport, StorySamples, Throughput, TrainingProgress
-from minigpt.training.checkpointing import CheckpointFiles, Checkpoints, full_disk_in_one_line
+from minigpt.training.checkpointing import Checkpoints, full_disk_in_one_line
 from minigpt.training.config import Schedule, TrainConfig, TrainerConfig, settings_of
 from minigpt.training.loggers import MetricsCsv, check_logger, extra_loggers, finish_wandb
 from minigpt.training.module import GPTModule
@@ -100,10 +93,11 @@ def _train(config: TrainConfig, model: ModelFactory | None, callbacks: Sequence[
     """Check everything, then make the run folder and train; return the folder."""
     if config.name is None and (step := step_name()) is not None:  # under srun
         config = dataclasses.replace(config, name=f"{config.size}-{step}")
+    lock = run_lock if global_rank() == 0 else contextlib.nullcontext  # held for all of the run
     with contextlib.ExitStack() as stack:
         folder = folder_to_resume(config)
         if folder is not None:
-            stack.enter_context(run_lock(folder))
+            stack.enter_context(lock(folder))
         start = ResumeState.from_config(config, folder, model)
         config = start.config
         hardware = _hardware(config.trainer)
@@ -114,15 +108,15 @@ def _train(config: TrainConfig, model: ModelFactory | None, callbacks: Sequence[
             return folder
         check_logger(config.logger)
         _prepare_libraries(config.seed)
-        data = _data(config, schedule, start)
-        module = _module(start, schedule, data, model)
+        data = start.prepared_data(schedule)
+        module = start.module(schedule, data, model)
         if type(module.net) is not GPT:
             config = dataclasses.replace(config, model_class=class_path(type(module.net)))
         if folder is None:
             parent = Path(config.runs_dir)
             assert config.size is not None
             folder = new_run_folder(parent, config.name, config.size, config.resume == AUTO)
-            stack.enter_context(run_lock(folder))
+            stack.enter_context(lock(folder))
         stack.enter_context(full_disk_in_one_line(folder))
         training = _Training(folder, config, start, hardware, schedule, data, module)
         if global_rank() == 0:
@@ -150,46 +144,24 @@ def _with_model(config: TrainConfig, model: ModelFactory | None) -> TrainConfig:
     return config
 
 
-def _hardware(trainer: TrainerConfig) -> Hardware:
+def _hardware(c: TrainerConfig) -> Hardware:
     """What the run computes on.
 
     Raises:
         UserError: it cannot be had, or several processes would have to be started from here.
     """
     try:
-        hardware = Hardware.detect(
-            trainer.accelerator, trainer.devices, trainer.num_nodes, trainer.precision
-        )
+        hardware = Hardware.detect(c.accelerator, c.devices, c.num_nodes, c.precision)
     except UserError as error:
         raise error.within("trainer") from None
-    if hardware.accelerator == "mps" and trainer.strategy != "auto":
-        raise UserError(
-            "is for several devices, and a Mac has one GPU: leave it out", "trainer.strategy",
-            trainer.strategy, {"trainer.accelerator": "cpu"},
-        )  # fmt: skip
+    if hardware.accelerator == "mps" and c.strategy != "auto":
+        message = "is for several devices, and a Mac has one GPU: leave it out"
+        fix = {"trainer.accelerator": "cpu"}
+        raise UserError(message, "trainer.strategy", c.strategy, fix)
     if hardware.world_size > 1 and not may_start_processes():
-        raise UserError(
-            "each device needs a process of its own, which only the command line or torchrun "
-            "starts", "trainer.devices", hardware.devices, {"trainer.devices": "1"},
-        )  # fmt: skip
+        message = "each device needs a process, which only the command line or torchrun starts"
+        raise UserError(message, "trainer.devices", hardware.devices, {"trainer.devices": "1"})
     return hardware
-
-
-def _module(
-    start: ResumeState, schedule: Schedule, data: DataModule, model: ModelFactory | None
-) -> GPTModule:
-    """The model in training, with the weights that the run begins with."""
-    extra = {"tokenizer": data.tokenizer.fingerprint, "train_tokens": data.train.n_tokens}
-    if start.parent is not None:
-        extra["init_from"] = dataclasses.asdict(start.parent)
-    module = GPTModule(
-        start.config.model, start.config.optimizer, schedule.n_steps, schedule.tokens_per_step,
-        data.valid.bytes_per_token, extra, model or GPT,
-    )  # fmt: skip
-    if start.net is not None:
-        module.net.load_state_dict(start.net.state_dict())
-    start.check_unchanged(module)
-    return module
 
 
 def _speed_up(module: GPTModule, kernels: Kernels, c: TrainerConfig) -> None:
@@ -201,22 +173,6 @@ def _speed_up(module: GPTModule, kernels: Kernels, c: TrainerConfig) -> None:
         module.fast_loss = torch.compile(net.loss)
     elif kernels.name == "cpu" and c.strategy != "fsdp":  # which gathers weights for one pass
         module.fast_loss = microbatched_loss(net)
-
-
-def _data(config: TrainConfig, schedule: Schedule, start: ResumeState) -> DataModule:
-    """The data of the run, prepared; on one process before any other is started."""
-    accumulate = config.trainer.accumulate_grad_batches
-    data = DataModule(
-        config.data, config.model.context_length, schedule.n_steps * accumulate, config.seed,
-        start.step * accumulate, start.tokenizer,
-    )  # fmt: skip
-    data.setup("fit")  # prepares them too; `prepare_data` before it would read them all once more
-    if data.tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"is less than the {data.tokenizer.vocab_size} tokens of the tokenizer: leave it out, "
-            "it follows data.vocab_size", "model.vocab_size", config.model.vocab_size,
-        )  # fmt: skip
-    return data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,14 +197,14 @@ class _Training:
     def describe(self, kernels: Kernels) -> None:
         """Log what is about to happen, so that a wrong setting is seen before it costs an hour."""
         config, data, schedule, hardware = self.config, self.data, self.schedule, self.hardware
+        valid, parent = data.valid, self.start.parent
         epochs = schedule.n_steps * schedule.tokens_per_step / data.train.n_tokens
         peaks = ", ".join(f"{name} {peak:.2e}" for name, peak in self.module.peak_lrs.items())
         lines = {
             "run": str(self.folder),
             "model": f"{config.size}, {self.module.net.n_parameters:,} parameters",
             "data": f"{config.data.source}: {data.train.n_tokens:,} training and "
-            f"{data.valid.n_tokens:,} validation tokens, {data.valid.bytes_per_token:.2f} bytes "
-            "each",
+            f"{valid.n_tokens:,} validation tokens, {valid.bytes_per_token:.2f} bytes each",
             "budget": f"{human_count(config.budget.tokens)} tokens = {schedule.n_steps:,} steps of "
             f"{schedule.tokens_per_step:,}, {epochs:.1f} times the training split",
             "optimizer": f"{config.optimizer.name}, {peaks}, {config.optimizer.warmup_steps} steps "
@@ -257,7 +213,7 @@ class _Training:
             "precision": f"{hardware.precision}: {hardware.why}",
             "kernels": kernels.name,
         }
-        if (parent := self.start.parent) is not None:
+        if parent is not None:
             seen = "an unknown number of" if parent.tokens is None else human_count(parent.tokens)
             lines["weights"] = f"of {parent.name}, which have seen {seen} tokens; its tokenizer"
         for key, text in lines.items():
@@ -274,10 +230,7 @@ class _Training:
         cache_dir, start_step = Path(config.data.cache_dir), self.start.step
         peak = matmul_peak(hardware, cache_dir) * hardware.world_size
         throughput = Throughput(module, c.log_every_n_steps, peak, cache_dir / PEAK_FILE)
-        files = CheckpointFiles(keep.keep_checkpoints)
-        checkpoints = Checkpoints(
-            module, folder, files, keep.checkpoint_minutes, keep.checkpoint_steps
-        )
+        checkpoints = Checkpoints(module, folder, keep)
         facts = self._facts()
         loggers = [MetricsCsv(folder / METRICS, start_step or None)]
         loggers += extra_loggers(folder, config.logger)
@@ -317,7 +270,7 @@ class _Training:
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,  # the data module deals out the windows itself
-            plugins=[files, *environment],
+            plugins=[checkpoints.files, *environment],
         )
         for logger in loggers:  # this opens the W&B run, which `_fit` closes
             shape = dataclasses.asdict(config.model)  # beside `model`, which is the size's name
@@ -331,7 +284,7 @@ class _Training:
             before = read_summary(self.folder).get("commit")
             if isinstance(before, str):  # of earlier parts of the run
                 commits = ", ".join(dict.fromkeys([*before.split(", "), commits]))
-        init_from = self.module.hparams.get("init_from")
+        parent = self.start.parent
         return {
             "model": self.config.size,
             "parameters": net.n_parameters,
@@ -343,7 +296,7 @@ class _Training:
             "devices": hardware.devices,  # of each node
             "num_nodes": hardware.num_nodes,
             "precision": hardware.precision,
-            **({"init_from": init_from} if init_from else {}),
+            **({"init_from": dataclasses.asdict(parent)} if parent else {}),
             "commit": commits,
         }
 
@@ -356,7 +309,7 @@ def _fit(trainer: L.Trainer, module: GPTModule, data: DataModule, checkpoint: Pa
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         status = 0
     except SystemExit as leaving:  # Lightning's answer to ctrl-C and ours to other signals
-        if last_checkpoints(folder):
+        if (folder / CHECKPOINTS).is_dir():
             log.info("continue:  %s", next_step("train", resume=str(folder)))
         if not isinstance(leaving, SIGTERMException):
             raise KeyboardInterrupt from None

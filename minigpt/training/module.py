@@ -52,17 +52,10 @@ class GPTModule(L.LightningModule):
         factory: Callable[[Any], GPT] = GPT,
     ) -> None:
         super().__init__()
+        sections = {"model": dataclasses.asdict(model), "optimizer": dataclasses.asdict(optimizer)}
+        steps = {"n_steps": n_steps, "tokens_per_step": tokens_per_step}
         # Plain values alone: a checkpoint is read with weights_only=True.
-        self.save_hyperparameters(
-            {
-                "model": dataclasses.asdict(model),
-                "optimizer": dataclasses.asdict(optimizer),
-                "n_steps": n_steps,
-                "tokens_per_step": tokens_per_step,
-                **(extra_hparams or {}),
-            },
-            logger=False,
-        )
+        self.save_hyperparameters({**sections, **steps, **(extra_hparams or {})}, logger=False)
         self.net = factory(model)
         self.fast_loss: Loss | None = None  # another way to compute what `net.loss` gives
         self.settings = optimizer

@@ -49,9 +49,9 @@ def write_report(run_dir: Path) -> Path:
     """
     rows, summary = read_metrics(run_dir), read_summary(run_dir)
     config = run_dir / CONFIG
-    templates = PackageLoader("minigpt", "training")
+    loader = PackageLoader("minigpt", "training")
     environment = Environment(
-        loader=templates, autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     page = environment.get_template("report.html.j2").render(
         name=run_dir.resolve().name,
@@ -111,11 +111,10 @@ def _commands(run_dir: Path) -> list[tuple[str, str]]:
     """Return (reason, command) to type next, in the folder where the run was started."""
     run = run_dir.resolve()
     run = (run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run).as_posix()
+    settings = shlex.quote(f"ckpt={run}")
+    study = "Perplexity over the whole validation split, stories at four temperatures, embeddings"
     return [
-        (
-            "Perplexity over the whole validation split, stories at four temperatures, embeddings",
-            f"minigpt evaluate {shlex.quote(f'ckpt={run}')}",
-        ),
+        (study, f"minigpt evaluate {settings}"),
         ("Stories of your own", f"minigpt generate {shlex.quote(run)}"),
     ]
 
