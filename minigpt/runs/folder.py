@@ -91,7 +91,8 @@ class Run:
             newest = max(path.glob(f"*/{CHECKPOINTS}/*.ckpt"), key=os.path.getmtime, default=None)
             if newest is not None:
                 return cls.load(newest.parent.parent, model)
-            raise UserError(f"{path} holds no checkpoint: give the folder of a run, or train one")
+            names = f"{CHECKPOINTS}/{BEST}.ckpt or {LAST}.ckpt"
+            raise UserError(f"{path} holds no {names}: give the folder of a run, or train one")
         if not path.is_file() or path.suffix not in (".ckpt", ".safetensors"):
             fault = "is not a checkpoint" if path.is_file() else "does not exist"
             raise UserError(f"{path} {fault}: give a run folder (runs/<name>) or a .ckpt")

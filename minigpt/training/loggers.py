@@ -127,14 +127,14 @@ def _wandb_logger(folder: Path, project: str) -> Logger:
         if mode != "disabled" and not wandb.login(prompt=False):
             mode = "offline"
     except AuthenticationError as error:  # or there is no answer at all
+        problem = one_line(error)
         if not (folder / WANDB_ID).is_file():
-            raise UserError(f"{error} Set WANDB_MODE=offline, or logger.kind=csv") from None
-        log.warning("W&B        no answer: %s", one_line(error))
+            raise UserError(f"{problem} Set WANDB_MODE=offline, or logger.kind=csv") from None
+        log.warning("W&B        no answer: %s", problem)
         mode = "offline"
     start = min(asked.init_timeout, _WANDB_START_SECONDS)
     finish = asked.finish_timeout or _WANDB_FINISH_SECONDS
-    timeouts = {"init_timeout": start, "finish_timeout": finish, "finish_timeout_raises": True}
-    settings = wandb.Settings(**timeouts)
+    settings = wandb.Settings(init_timeout=start, finish_timeout=finish, finish_timeout_raises=True)
 
     def logger(mode: str) -> WandbLogger:
         wandb_logger = WandbLogger(

@@ -94,7 +94,7 @@ class ResumeState:
         data = DataModule(config.data, length, n_batches, config.seed, start_batch, self.tokenizer)
         data.setup("fit")  # prepares them too; `prepare_data` first would read them all once more
         if (size := data.tokenizer.vocab_size) > vocab_size:
-            message = f"is less than the {size} tokens of the tokenizer: leave it out"
+            message = f"is below the tokenizer's {size}: leave it out, it follows data.vocab_size"
             raise UserError(message, "model.vocab_size", vocab_size)
         return data
 
