@@ -146,8 +146,8 @@ class TrainConfig:
         if (name := self.name) is not None:
             fits = name.isprintable() and 0 < len(name.encode()) <= MAX_NAME_BYTES
             if not fits or Path(name).name != name or name == "..":
-                limit = f"printable, at most {MAX_NAME_BYTES} bytes"
-                raise UserError(f"must be a folder's name, not a path: {limit}", "name", name)
+                message = "must be a folder's name under runs_dir, not a path: printable, at most"
+                raise UserError(f"{message} {MAX_NAME_BYTES} bytes", "name", name)
         examples = {"runs_dir": "runs", "resume": "runs/<name>", "init_from": "releases/large"}
         for name, example in examples.items():
             if getattr(self, name) == "":
