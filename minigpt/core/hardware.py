@@ -8,7 +8,6 @@ import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -35,10 +34,8 @@ class Hardware:
     @property
     def emulated(self) -> bool:
         """Whether this machine only emulates the precision: on a CPU, a hundred times slower."""
-        return (self.accelerator, self.precision) == (
-            "cpu",
-            "bf16-mixed",
-        ) and not cpu_has_bfloat16()
+        bfloat16_on_cpu = (self.accelerator, self.precision) == ("cpu", "bf16-mixed")
+        return bfloat16_on_cpu and not cpu_has_bfloat16()
 
     @classmethod
     def detect(cls, accelerator: str, devices: str, num_nodes: int, precision: str) -> Hardware:
@@ -50,15 +47,11 @@ class Hardware:
             UserError: this machine has no such accelerator, or not so many; another number of
                 devices or nodes than the launcher started processes for.
         """
-        asked, accelerator = accelerator, {"gpu": "cuda"}.get(accelerator, accelerator)
-        present = {
-            "cuda": torch.cuda.is_available(),
-            "mps": torch.backends.mps.is_available(),
-            "cpu": True,
-        }
+        present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        asked, accelerator = accelerator, "cuda" if accelerator == "gpu" else accelerator
         if accelerator == "auto":
-            accelerator = next(name for name, there in present.items() if there)
-        if not present[accelerator]:
+            accelerator = next((name for name, there in present.items() if there), "cpu")
+        if not present.get(accelerator, True):
             raise UserError("this machine has none", "accelerator", asked)
         n_gpus = torch.cuda.device_count() if accelerator == "cuda" else 0
         n_devices = max(1, n_gpus) if devices == "auto" else int(devices)
@@ -67,60 +60,45 @@ class Hardware:
             _check_launched(launcher, devices, num_nodes)
             n_devices, num_nodes = launcher.devices, launcher.num_nodes
         elif num_nodes > 1:
-            raise UserError(
-                "start the processes of several nodes with torchrun or srun (docs/scaling-out.md)",
-                "num_nodes", num_nodes,
-            )  # fmt: skip
+            message = (
+                "start the processes of several nodes by torchrun or srun: docs/scaling-out.md"
+            )
+            raise UserError(message, "num_nodes", num_nodes)
         if accelerator == "cuda" and n_devices > n_gpus:
             raise UserError(f"this machine has {n_gpus} GPUs", "devices", n_devices)
         if accelerator == "mps" and n_devices > 1:
+            fix = {"accelerator": "cpu"}
             raise UserError(
-                "a Mac has one GPU; for processes on its CPU", "devices", n_devices,
-                {"accelerator": "cpu"},
-            )  # fmt: skip
+                "a Mac has one GPU; for processes on its CPU", "devices", n_devices, fix
+            )
         return cls(accelerator, n_devices, num_nodes, *_find_precision(precision, accelerator))
 
 
 def _check_launched(launcher: Launcher, devices: str, num_nodes: int) -> None:
     """What was typed must not contradict the processes that are there; 1 node is the default."""
-    wrong = []
+    start = f"{launcher.name} started {launcher.devices} processes on {launcher.num_nodes} nodes"
     if devices not in ("auto", str(launcher.devices)):
-        wrong.append(f"devices={devices}")
+        raise UserError(f"{start}: leave it out", "devices", int(devices))
     if num_nodes not in (1, launcher.num_nodes):
-        wrong.append(f"num_nodes={num_nodes}")
-    if wrong:
-        raise UserError(
-            f"{launcher.name} started {launcher.devices} processes on {launcher.num_nodes} nodes: "
-            "leave it out", " ".join(wrong),
-        )  # fmt: skip
+        raise UserError(f"{start}: leave it out", "num_nodes", num_nodes)
 
 
 def _find_precision(wanted: str, accelerator: str) -> tuple[str, str]:
-    """The precision to train in, and why."""
-    if accelerator == "cpu":
-        return _find_cpu_precision(wanted)
-    if wanted != "auto":
-        return wanted, "as requested"
-    if accelerator == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bf16-mixed", "this GPU multiplies bfloat16 natively"
-        return "16-mixed", "this GPU has no native bfloat16"
-    return "32-true", "the safe choice on MPS"
-
-
-def _find_cpu_precision(wanted: str) -> tuple[str, str]:
-    """The same on a CPU, where bfloat16 that is not native would take minutes a step."""
-    native = cpu_has_bfloat16()
-    no_bfloat16 = "this CPU does not multiply bfloat16 natively"
+    """The precision to train in, and why. bfloat16 that is emulated would take minutes a step."""
+    if accelerator == "mps":
+        safe = "32-true", "the safe choice on MPS"
+        return safe if wanted == "auto" else (wanted, "as requested")
+    cpu = accelerator == "cpu"
+    native = cpu_has_bfloat16() if cpu else torch.cuda.is_bf16_supported(including_emulation=False)
+    device, other = ("CPU", "32-true") if cpu else ("GPU", "16-mixed")
+    why = f"this {device} {'multiplies' if native else 'does not multiply'} bfloat16 natively"
     if wanted == "auto":
-        if native:
-            return "bf16-mixed", "this CPU multiplies bfloat16 natively"
-        return "32-true", no_bfloat16
-    if wanted == "16-mixed":
-        asked = "16-mixed was requested: on CPU autocast has bfloat16 alone"
-        return ("bf16-mixed", asked) if native else ("32-true", f"{asked}, and {no_bfloat16}")
-    if wanted == "bf16-mixed" and not native:
-        return wanted, f"as requested, but {no_bfloat16}: 32-true is a hundred times faster"
+        return "bf16-mixed" if native else other, why
+    if cpu and wanted == "16-mixed":
+        why = f"16-mixed was requested: on CPU autocast has bfloat16 alone, and {why}"
+        return "bf16-mixed" if native else other, why
+    if cpu and wanted == "bf16-mixed" and not native:
+        return wanted, f"as requested, but {why}: 32-true is a hundred times faster"
     return wanted, "as requested"
 
 
@@ -149,7 +127,11 @@ def matmul_peak(hardware: Hardware, cache_dir: Path) -> float:
     tf32 = torch.get_float32_matmul_precision() if dtype == torch.float32 else ""
     parts = (platform.node(), accelerator, name, str(dtype), tf32, str(torch.get_num_threads()))
     key, path = " ".join(filter(None, parts)), cache_dir / PEAK_FILE
-    known = _read(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known = {k: v for k, v in content.items() if isinstance(v, float)}
+    except (OSError, ValueError, AttributeError):  # never measured, or damaged
+        known = {}
     if key not in known:
         known[key] = _measure(accelerator, dtype)
         with contextlib.suppress(OSError):  # a cache that others share: measured again next time
@@ -177,13 +159,3 @@ def _fastest(side: int, accelerator: str, dtype: torch.dtype, tries: int) -> flo
             getattr(torch, accelerator).synchronize()
         seconds.append(time.perf_counter() - start)
     return min(seconds[1:])
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # never measured, or damaged: it is measured (again)
-        return {}
-    return (
-        {k: v for k, v in known.items() if isinstance(v, float)} if isinstance(known, dict) else {}
-    )

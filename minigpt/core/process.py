@@ -50,8 +50,7 @@ def preserved_process() -> Iterator[None]:
     main_thread = threading.current_thread() is threading.main_thread()
     signals = {n: signal.getsignal(n) for n in signal.valid_signals()} if main_thread else {}
     names = ("", "minigpt", "lightning", "lightning.pytorch", "lightning.fabric")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [(logger, logger.level, list(logger.handlers)) for logger in loggers]
+    levels = [(log, log.level, list(log.handlers)) for log in map(logging.getLogger, names)]
     environment = dict(os.environ)
     matmul, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
     states = random.getstate(), np.random.get_state()

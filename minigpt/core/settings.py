@@ -63,8 +63,6 @@ class UserError(ValueError):
 
     def within(self, section: str) -> UserError:
         """Return this error with its arguments named as fields of `section`."""
-        if self.argument is None and not self.fix:
-            return self
         prefix = f"{section}." if section else ""
         argument = None if self.argument is None else prefix + self.argument
         fix = {prefix + key: value for key, value in self.fix.items()}
@@ -115,15 +113,14 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """
     hints = typing.get_type_hints(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-    names = [field.name for field in fields]
     prefix = f"{where}." if where else ""
+    names = [f"{prefix}{field.name}" for field in fields]
     for key in values:
-        if key not in names:
-            raise UserError(unknown_name(f"{prefix}{key}", [f"{prefix}{name}" for name in names]))
-    nothing = MISSING
+        if f"{prefix}{key}" not in names:
+            raise UserError(unknown_name(f"{prefix}{key}", names))
     for field in fields:
-        optional = field.default is not nothing or field.default_factory is not nothing
-        if field.name not in values and not optional:
+        required = field.default is MISSING and field.default_factory is MISSING
+        if required and field.name not in values:
             raise UserError("is not set", f"{prefix}{field.name}")
     converted = {k: _convert(v, hints[k], f"{prefix}{k}") for k, v in values.items()}
     try:
@@ -134,6 +131,14 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         raise UserError(f"{where}: {error}" if where else str(error)) from None
 
 
+def check(config: Any, message: str, allows: Callable[[Any], bool], *names: str) -> None:
+    """Raise UserError with `message` for the first field that is not None and not allowed."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not allows(value):
+            raise UserError(message, name, value)
+
+
 def plain_defaults(cls: type) -> dict[str, Any]:
     """Return the defaults of the dataclass `cls` as plain values, as they are before `cls` checks.
 
@@ -142,12 +147,11 @@ def plain_defaults(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
         if dataclasses.is_dataclass(hint := hints[field.name]):
             values[field.name] = plain_defaults(hint)  # type: ignore[arg-type]
-        elif field.default is not MISSING:
-            values[field.name] = plain(field.default)
-        elif field.default_factory is not MISSING:
-            values[field.name] = plain(field.default_factory())
+        elif default is not MISSING:
+            values[field.name] = plain(default)
     return values
 
 
@@ -221,12 +225,10 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         return origin(_convert(item, args[0], name) for item in items)
     if hint is bool and isinstance(value, bool):
         return value
-    if hint is int and not isinstance(value, bool):
-        if isinstance(value, int):
-            return value
-        if isinstance(value, float) and value.is_integer():
-            return int(value)
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int and number and value % 1 == 0:
+        return int(value)
+    if hint is float and number:
         if math.isfinite(value):
             return float(value)
         raise UserError("expected a finite number", name, value)

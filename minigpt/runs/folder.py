@@ -83,29 +83,23 @@ class Run:
         if path.is_dir():
             best, weights = path / CHECKPOINTS / f"{BEST}.ckpt", path / WEIGHTS
             checkpoints = [*([best] if best.is_file() else []), *last_checkpoints(path)]
-            if not checkpoints and weights.is_file():
+            if checkpoints:
+                refuse_links_out(path)
+                return cls(path, first_undamaged(checkpoints), model)
+            if weights.is_file():
                 return cls(path, weights, model)
-            if not checkpoints:
-                newest = max(path.glob(f"*/{CHECKPOINTS}/*.ckpt"), key=_modified, default=None)
-                if newest is not None:
-                    return cls.load(newest.parent.parent, model)
-                raise UserError(
-                    f"{path} holds no {CHECKPOINTS}/{BEST}.ckpt or {LAST}.ckpt: give the folder of "
-                    "a run, or train one"
-                )
-            refuse_links_out(path)
-            return cls(path, first_undamaged(checkpoints), model)
-        if not path.is_file():
-            raise UserError(f"{path} does not exist: give a run folder (runs/<name>) or a .ckpt")
-        if path.suffix not in (".ckpt", ".safetensors"):
-            raise UserError(
-                f"{path} is not a checkpoint: give a run folder (runs/<name>) or a .ckpt"
-            )
-        inside = path.parent.name == CHECKPOINTS
-        folder = path.parent.parent if inside else path.parent
-        if inside:
-            refuse_links_out(folder)
-        return cls(folder, path, model)
+            newest = max(path.glob(f"*/{CHECKPOINTS}/*.ckpt"), key=os.path.getmtime, default=None)
+            if newest is not None:
+                return cls.load(newest.parent.parent, model)
+            names = f"{CHECKPOINTS}/{BEST}.ckpt or {LAST}.ckpt"
+            raise UserError(f"{path} holds no {names}: give the folder of a run, or train one")
+        if not path.is_file() or path.suffix not in (".ckpt", ".safetensors"):
+            fault = "is not a checkpoint" if path.is_file() else "does not exist"
+            raise UserError(f"{path} {fault}: give a run folder (runs/<name>) or a .ckpt")
+        if path.parent.name != CHECKPOINTS:
+            return cls(path.parent, path, model)
+        refuse_links_out(path.parent.parent)
+        return cls(path.parent.parent, path, model)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -160,7 +154,10 @@ class Run:
             UserError: not a checkpoint, a damaged one, or one of another run.
             ModelClassError: the run's model is of another class than the one that was given.
         """
-        factory = self._factory()
+        trained = self.config.get("model_class")
+        if trained is not None and self.model is None:
+            raise ModelClassError(f"{self.folder} was trained with the class {trained}", trained)
+        factory = self.model or GPT
         shape = build(config_class(factory), _current(self.config.get("model"), "model"), "model")
         if self.is_export:
             weights = read_safetensors(self.checkpoint)
@@ -169,20 +166,11 @@ class Run:
             if build(type(shape), _current(stored, "model"), "model") != shape:
                 raise UserError(f"{self.checkpoint} is of another run: its model differs")
         model = with_weights(factory(shape), weights, self.checkpoint)
-        self._check_class(model)
-        return model.to(device).eval().requires_grad_(False)
-
-    def _factory(self) -> ModelFactory:
-        trained = self.config.get("model_class")
-        if trained is not None and self.model is None:
-            raise ModelClassError(f"{self.folder} was trained with the class {trained}", trained)
-        return self.model or GPT
-
-    def _check_class(self, model: GPT) -> None:
-        trained = self.config.get("model_class") or class_path(GPT)
+        trained = trained or class_path(GPT)
         if type(model).__qualname__ != trained.rpartition(".")[2]:
             given = class_path(type(model))
             raise ModelClassError(f"{self.folder} was trained with {trained}, not {given}", trained)
+        return model.to(device).eval().requires_grad_(False)
 
 
 def class_path(cls: type) -> str:
@@ -197,13 +185,10 @@ def config_class(factory: ModelFactory) -> type[GPTConfig]:
 
 def last_checkpoints(folder: Path) -> list[Path]:
     """last.ckpt of a run folder and those before it that were kept, the newest first."""
-
-    def age(path: Path) -> int:  # 0 for last.ckpt, 1 for last-1.ckpt
-        return int(path.stem.partition("-")[2] or 0)
-
-    names = re.compile(rf"{LAST}(-\d+)?\.ckpt")
-    found = (folder / CHECKPOINTS).glob(f"{LAST}*.ckpt")
-    return sorted((path for path in found if names.fullmatch(path.name)), key=age)
+    paths = (folder / CHECKPOINTS).glob(f"{LAST}*.ckpt")
+    matches = ((re.fullmatch(rf"{LAST}(?:-(\d+))?", path.stem), path) for path in paths)
+    ages = [(int(match[1] or 0), path) for match, path in matches if match]
+    return [path for _, path in sorted(ages)]
 
 
 def first_undamaged(checkpoints: list[Path]) -> Path:
@@ -223,10 +208,9 @@ def last_checkpoint(path: Path) -> Path:
     Raises:
         UserError: there is none.
     """
+    if checkpoints := last_checkpoints(path):
+        return first_undamaged(checkpoints)
     if path.is_dir():
-        found = last_checkpoints(path)
-        if found:
-            return first_undamaged(found)
         path = path / CHECKPOINTS / f"{LAST}.ckpt"
     if not path.is_file():
         raise UserError(f"{path} does not exist: give a run folder to continue")
@@ -266,27 +250,22 @@ def _make_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool) 
     try:
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"cannot make this folder ({error.strerror})", "runs_dir", str(parent)
-        ) from None
+        reason = f"cannot make this folder ({error.strerror})"
+        raise UserError(reason, "runs_dir", str(parent)) from None
     base = name or f"{size}-{time.strftime('%Y%m%d-%H%M%S')}"
     for attempt in range(1, 1000):
         folder = parent / (base if attempt == 1 else f"{base}-{attempt}")
         try:
             folder.mkdir(exist_ok=exist_ok and name is not None)
+            return folder
         except FileExistsError:
             if name is None:
                 continue
-            if last_checkpoints(folder):
-                raise UserError(
-                    f"{folder} exists: choose another name, or continue it", "name", name,
-                    command=("train", {"resume": str(folder)}),
-                ) from None  # fmt: skip
-            raise UserError(
-                f"{folder} exists without a checkpoint: choose another name, or begin there",
-                "name", name, {"resume": "auto"},
-            ) from None  # fmt: skip
-        return folder
+        resume: dict[str, Any] = {"fix": {"resume": "auto"}}  # begin there
+        if last_checkpoints(folder):
+            resume = {"command": ("train", {"resume": str(folder)})}
+        message = f"{folder} exists: choose another name, or continue it"
+        raise UserError(message, "name", name, **resume)
     raise UserError(f"{parent} holds a thousand runs of this second: choose a name", "name")
 
 
@@ -318,7 +297,3 @@ def _current(values: Any, section: str) -> Any:
     gone = OLD_SETTINGS.get(section, ())
     kept = {key: value for key, value in values.items() if key not in gone}
     return {**OLD_DEFAULTS[section], **kept}
-
-
-def _modified(path: Path) -> float:
-    return path.stat().st_mtime

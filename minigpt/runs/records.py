@@ -28,14 +28,14 @@ def read_metrics(folder: Path) -> list[Row]:
     """
     path = folder / METRICS
     rows: list[Row] = []
-    table = csv.DictReader(_whole_lines(path), restval="missing")  # which is no number
+    table = csv.DictReader(whole_lines(path), restval="missing")  # which is no number
     for cells in table:
         try:
             row = {name: float(cell) for name, cell in cells.items() if cell != ""}
         except (TypeError, ValueError):  # TypeError: a list of the cells beyond the header
-            raise _broken(path, table.line_num, "a row of numbers") from None
+            raise broken_line(path, table.line_num, "a row of numbers") from None
         if "step" not in row or "tokens" not in row:
-            raise _broken(path, table.line_num, "a row with step and tokens")
+            raise broken_line(path, table.line_num, "a row with step and tokens")
         rows.append(row)
     return rows
 
@@ -48,13 +48,13 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / SAMPLES
     samples, keys = [], {"step", "tokens", "prompt", "temperature", "text"}
-    for number, line in enumerate(_whole_lines(path), start=1):
+    for number, line in enumerate(whole_lines(path), start=1):
         try:
             sample = parse_json(line)
         except ValueError:
             sample = None
         if not isinstance(sample, dict) or not keys <= sample.keys():
-            raise _broken(path, number, f"an object with {', '.join(sorted(keys))}")
+            raise broken_line(path, number, f"an object with {', '.join(sorted(keys))}")
         samples.append(sample)
     return samples
 
@@ -88,7 +88,7 @@ def last_values(rows: list[Row]) -> Row:
     return {name: value for row in rows for name, value in row.items()}
 
 
-def _whole_lines(path: Path) -> list[str]:
+def whole_lines(path: Path) -> list[str]:
     """Return the lines of a file that end; [] when there is no file."""
     if not path.is_file():
         return []
@@ -99,5 +99,6 @@ def _whole_lines(path: Path) -> list[str]:
     return text.split("\n")[:-1]  # not splitlines, which also cuts at U+2028 inside a story
 
 
-def _broken(path: Path, line: int, expected: str) -> UserError:
+def broken_line(path: Path, line: int, expected: str) -> UserError:
+    """Return the error for a line of a file that is not what training writes."""
     return UserError(f"{path}, line {line}: expected {expected}; correct or delete this line")

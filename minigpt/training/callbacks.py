@@ -1,6 +1,6 @@
 """What happens beside the training step: throughput, stories, progress bar, summary and report.
 
-Checkpoints are in recovery.py.
+Checkpoints are in checkpointing.py.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from minigpt.core.console import console
+from minigpt.core.distributed import global_rank
 from minigpt.core.files import write_json, write_text
 from minigpt.core.text import human_count, human_time
 from minigpt.generation.sampling import SamplingConfig, generate_stories
@@ -30,6 +30,7 @@ from minigpt.tokenizer import Tokenizer
 from minigpt.training.checkpointing import Checkpoints
 from minigpt.training.config import CallbacksConfig
 from minigpt.training.module import GPTModule
+from minigpt.training.report import write_report
 
 log = logging.getLogger("minigpt")
 
@@ -44,52 +45,35 @@ class Throughput(Callback):
     and the log tells how to have it measured again.
     """
 
-    def __init__(self, every: int, peak: float, peak_file: Path) -> None:
-        self.every, self.peak, self.seconds, self.speed = every, peak, 0.0, 0.0
-        self.peak_file, self._told = peak_file, False
+    def __init__(self, module: GPTModule, every: int, peak: float, peak_file: Path) -> None:
+        self.module, self.every, self.peak, self.peak_file = module, every, peak, peak_file
+        self.seconds, self.speed, self._warned = 0.0, 0.0, False
         self._steps, self._elapsed = 0, 0.0  # in the present window
         self._mark: float | None = None  # when the last step ended; None: behind a pause
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, *_: Any, **__: Any) -> None:
         if self._mark is None:
             self._mark = time.perf_counter()
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        assert isinstance(pl_module, GPTModule)
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         assert self._mark is not None
         now = time.perf_counter()
         self._elapsed += now - self._mark
         self.seconds += now - self._mark
         self._mark, self._steps = now, self._steps + 1
-        tokens_per_batch = pl_module.tokens_per_step / trainer.accumulate_grad_batches
+        tokens_per_batch = self.module.tokens_per_step / trainer.accumulate_grad_batches
         self.speed = self._steps * tokens_per_batch / self._elapsed
-        if pl_module.has_row(trainer.global_step):
-            pl_module.log("tokens_per_second", self.speed)
-            mfu = self.speed * pl_module.net.flops_per_token() / self.peak
-            pl_module.log("mfu", mfu)
-            self._doubt_the_peak(mfu)
+        if self.module.has_row(trainer.global_step):
+            mfu = self.speed * self.module.net.flops_per_token() / self.peak
+            self.module.log_dict({"tokens_per_second": self.speed, "mfu": mfu})
+            if mfu > 1 and not self._warned and trainer.is_global_zero:
+                self._warned = True
+                reason = "the peak was measured while this machine was busy"
+                log.warning("mfu is above 1: %s; delete %s to repeat it", reason, self.peak_file)
         if self._steps >= self.every * trainer.accumulate_grad_batches:
             self._steps, self._elapsed = 0, 0.0
 
-    @rank_zero_only
-    def _doubt_the_peak(self, mfu: float) -> None:
-        if mfu > 1 and not self._told:
-            self._told = True
-            log.warning(
-                "mfu is above 1, so the peak was measured while this machine was busy: delete %s "
-                "and the next run measures it again", self.peak_file,
-            )  # fmt: skip
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_start(self, *_: Any, **__: Any) -> None:
         self._mark = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -106,36 +90,28 @@ class StorySamples(Callback):
     """
 
     def __init__(
-        self,
-        folder: Path,
-        tokenizer: Tokenizer,
-        config: CallbacksConfig,
-        seed: int,
-        start_step: int = 0,
-    ) -> None:
-        self.path, self.tokenizer, self.config = folder / SAMPLES, tokenizer, config
-        self.start_step = start_step
-        self.sampling = SamplingConfig(
-            temperature=config.temperature, max_tokens=config.max_tokens, seed=seed
-        )
+        self, module: GPTModule, folder: Path, tokenizer: Tokenizer, config: CallbacksConfig,
+        seed: int, start_step: int,
+    ) -> None:  # fmt: skip
+        self.module, self.tokenizer, self.config = module, tokenizer, config
+        self.path, self.start_step = folder / SAMPLES, start_step
+        self.sampling = SamplingConfig(config.temperature, max_tokens=config.max_tokens, seed=seed)
 
     @rank_zero_only
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, *_: Any, **__: Any) -> None:
         samples = read_samples(self.path.parent)
         before = [sample for sample in samples if sample["step"] <= self.start_step]
         write_text(self.path, "".join(_line(sample) for sample in before))
 
     @rank_zero_only
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, GPTModule)
-        if trainer.sanity_checking:
-            return
+    def on_validation_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        net, step = self.module.net, trainer.global_step
         with self.path.open("a", encoding="utf-8") as file:
             for prompt in self.config.prompts:
-                (story,) = generate_stories(pl_module.net, self.tokenizer, prompt, 1, self.sampling)
+                (story,) = generate_stories(net, self.tokenizer, prompt, 1, self.sampling)
                 sample = {
-                    "step": trainer.global_step,
-                    "tokens": trainer.global_step * pl_module.tokens_per_step,
+                    "step": step,
+                    "tokens": step * self.module.tokens_per_step,
                     "prompt": prompt,
                     "temperature": self.config.temperature,
                     "text": story,
@@ -147,15 +123,14 @@ def _line(sample: dict[str, Any]) -> str:
     return json.dumps(sample, ensure_ascii=False) + "\n"
 
 
-class TrainingProgress(ProgressBar):
+class TrainingProgress(Callback):
     """One line: tokens seen, loss, perplexity, tokens per second, time left.
 
     Where the output is no terminal, a plain line at each validation takes its place.
     """
 
-    def __init__(self, show: bool, throughput: Throughput) -> None:
-        super().__init__()
-        self.throughput = throughput
+    def __init__(self, module: GPTModule, show: bool, throughput: Throughput) -> None:
+        self.module, self.throughput = module, throughput
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=8),
@@ -163,64 +138,44 @@ class TrainingProgress(ProgressBar):
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
             console=console,
-            disable=not (show and console.is_terminal),
+            disable=not (show and console.is_terminal) or global_rank() > 0,
             refresh_per_second=4,
             transient=True,
         )
 
-    def disable(self) -> None:
-        self.bar.disable = True
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, GPTModule)
-        self.task = self.bar.add_task(
-            "training", total=pl_module.n_steps, completed=trainer.global_step, seen="", numbers=""
-        )
+    def on_train_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        total, step = self.module.n_steps, trainer.global_step
+        self.task = self.bar.add_task("training", True, total, step, seen="", numbers="")
         self.bar.start()
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        assert isinstance(pl_module, GPTModule)
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         if self.bar.disable or trainer.global_step % 5:
             return
         metrics = trainer.callback_metrics
-        size, loss = pl_module.tokens_per_step, float(metrics["train/loss"])
+        size, loss = self.module.tokens_per_step, float(metrics["train/loss"])
         numbers = f"loss {loss:.3f} · ppl {perplexity(loss):.2f}"
         if "val/perplexity" in metrics:
             numbers += f" · val {float(metrics['val/perplexity']):.2f}"
         numbers += f" · {self.throughput.speed:,.0f} tok/s"
-        seen = human_count(trainer.global_step * size) + "/" + human_count(pl_module.n_steps * size)
-        self.bar.update(self.task, completed=trainer.global_step, seen=seen, numbers=numbers)
+        step, total = trainer.global_step, self.module.n_steps
+        seen = f"{human_count(step * size)}/{human_count(total * size)}"
+        self.bar.update(self.task, completed=step, seen=seen, numbers=numbers)
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn == "fit" and self.bar.tasks:
-            self.bar.update(self.task, description="validating")
+    def on_validation_start(self, *_: Any, **__: Any) -> None:
+        self.bar.update(self.task, description="validating")
 
     @rank_zero_only
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, GPTModule)
-        metrics = trainer.callback_metrics
-        if self.bar.tasks:
-            self.bar.update(self.task, description="training")
-        log.info(
-            "%s tokens: validation perplexity %.3f, %.4f bits per byte",
-            human_count(trainer.global_step * pl_module.tokens_per_step),
-            float(metrics["val/perplexity"]),
-            float(metrics["val/bits_per_byte"]),
-        )
+    def on_validation_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        self.bar.update(self.task, description="training")
+        seen = human_count(trainer.global_step * self.module.tokens_per_step)
+        names, metrics = ("val/perplexity", "val/bits_per_byte"), trainer.callback_metrics
+        values = (metrics[name] for name in names)
+        log.info("%s tokens: validation perplexity %.3f, %.4f bits per byte", seen, *values)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         self.bar.stop()
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, *_: Any, **__: Any) -> None:
         self.bar.stop()
 
 
@@ -228,53 +183,43 @@ class RunReport(Callback):
     """Writes summary.json and report.html when the run ends, however it ends.
 
     `facts` are what is known of the run before it starts: model, parameters, device, precision.
-    `write_report` makes the page of a run folder.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        facts: dict[str, Any],
-        throughput: Throughput,
+        self, module: GPTModule, folder: Path, facts: dict[str, Any], throughput: Throughput,
         checkpoints: Checkpoints,
-        write_report: Callable[[Path], Path],
-    ) -> None:
-        self.folder, self.facts, self.write_report = folder, facts, write_report
+    ) -> None:  # fmt: skip
+        self.module, self.folder, self.facts = module, folder, facts
         self.throughput, self.checkpoints = throughput, checkpoints
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._write(trainer, pl_module, "finished")
+    def on_train_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        self._write(trainer, "finished")
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         interrupted = isinstance(exception, KeyboardInterrupt | SIGTERMException)
         try:
-            self._write(trainer, pl_module, "interrupted" if interrupted else "failed")
+            self._write(trainer, "interrupted" if interrupted else "failed")
         except OSError as error:  # a full disk: what stopped the run is to be told, not this
             log.warning("no report: %s", error)
 
     @rank_zero_only
-    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, status: str) -> None:
-        assert isinstance(pl_module, GPTModule)
-        steps = trainer.global_step
-        measured = {k: float(v) for k, v in trainer.callback_metrics.items()}
-        wanted = ("train/loss", "val/loss", "val/perplexity", "val/bits_per_byte")
-        numbers = {name: measured[name] for name in wanted if name in measured}
+    def _write(self, trainer: L.Trainer, status: str) -> None:
+        steps, seconds = trainer.global_step, self.throughput.seconds
+        tokens, metrics = steps * self.module.tokens_per_step, trainer.callback_metrics
+        names = ("train/loss", "val/loss", "val/perplexity", "val/bits_per_byte")
         best = self.checkpoints.best_val_loss
-        tokens, seconds = steps * pl_module.tokens_per_step, self.throughput.seconds
-        write_json(
-            self.folder / SUMMARY,
-            {
-                **self.facts,
-                "status": status,
-                "steps": steps,
-                "tokens": tokens,
-                "seconds": round(seconds, 1),
-                "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
-                **numbers,
-                "best_val_loss": best if math.isfinite(best) else None,
-            },
-        )
-        self.write_report(self.folder)
+        summary = {
+            **self.facts,
+            "status": status,
+            "steps": steps,
+            "tokens": tokens,
+            "seconds": round(seconds, 1),
+            "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
+            **{name: float(metrics[name]) for name in names if name in metrics},
+            "best_val_loss": best if math.isfinite(best) else None,
+        }
+        write_json(self.folder / SUMMARY, summary)
+        write_report(self.folder)
         log.info("%s after %s: %s tokens", status, human_time(seconds), f"{tokens:,}")

@@ -29,6 +29,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from minigpt.core.settings import UserError
 from minigpt.runs.checkpoint import write_checkpoint
 from minigpt.runs.names import BEST, CHECKPOINTS, LAST
+from minigpt.training.config import CallbacksConfig
 from minigpt.training.module import GPTModule
 
 log = logging.getLogger("minigpt")
@@ -47,10 +48,10 @@ def full_disk_in_one_line(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
-        raise UserError(
-            f"cannot write {error.filename or folder} ({error.strerror}): free some space there, "
-            "then continue", command=("train", {"resume": str(folder)}),
-        ) from None  # fmt: skip
+        message = (
+            f"cannot write {error.filename or folder} ({error.strerror}): free some space there"
+        )
+        raise UserError(message, command=("train", {"resume": str(folder)})) from None
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -82,34 +83,31 @@ class CheckpointFiles(TorchCheckpointIO):
             error.filename = str(path)
             raise
 
-    def write_held(self) -> bool:
-        """Write what is held, if anything is; whether it was."""
-        if self._held is None:
-            return False
-        held, self._held, self.hold = self._held, None, False
-        self.save_checkpoint(*held)
-        return True
+    def write_held(self) -> None:
+        """Write what is held, if anything is."""
+        if self._held is not None:
+            held, self._held, self.hold = self._held, None, False
+            self.save_checkpoint(*held)
 
 
 class Checkpoints(Callback):
     """best.ckpt, of the lowest validation loss, and last.ckpt, of the latest state.
 
-    Both are written at validation; last.ckpt every `minutes` and every `steps` as well, and when
+    Both are written at validation; last.ckpt every so many minutes and steps as well, and when
     the run is asked to stop: by ctrl-C (a second one stops at once), by SIGTERM, or under Slurm by
     SIGUSR1, after which the job is put back into the queue. A run that fails keeps what it had.
 
     Args:
+        module: the model in training, whose weights are checked before they are written.
         folder: of the run.
-        files: the trainer's plugin that writes them.
-        minutes: how old last.ckpt gets at most.
-        steps: how many updates apart, if that is sooner.
+        keep: how old last.ckpt gets at most, in minutes and in steps.
+
+    The trainer needs `files` as a plugin: it writes the checkpoints.
     """
 
-    def __init__(
-        self, folder: Path, files: CheckpointFiles, minutes: float, steps: int | None = None
-    ) -> None:
-        self.folder, self.files = folder / CHECKPOINTS, files
-        self.minutes, self.steps = minutes, steps
+    def __init__(self, module: GPTModule, folder: Path, keep: CallbacksConfig) -> None:
+        self.module, self.folder, self.keep = module, folder / CHECKPOINTS, keep
+        self.files = CheckpointFiles(keep.keep_checkpoints)
         self.best_val_loss = math.inf
         self._saved = time.monotonic()
         self._asked = 0  # the signal that this process got
@@ -117,7 +115,7 @@ class Checkpoints(Callback):
         self._settled = False  # last.ckpt holds the present state
         self._before: dict[int, Any] = {}  # handlers of signals
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, *_: Any, **__: Any) -> None:
         """Take the signals over from Lightning, which would act on them in the middle of a step."""
         if threading.current_thread() is not threading.main_thread():
             return
@@ -133,9 +131,7 @@ class Checkpoints(Callback):
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, self._before[number])
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         self.files.write_held()
         if self._stop and self._settled:
             if self._stop == signal.SIGINT:
@@ -146,22 +142,16 @@ class Checkpoints(Callback):
         self._settled = False
 
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(trainer.val_check_batch, int)
-        assert isinstance(pl_module, GPTModule)
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # inside a step
-        ends = trainer.global_step >= pl_module.n_steps  # and is validated, whatever the interval
+        ends = trainer.global_step >= self.module.n_steps  # and is validated, whatever the interval
         validates_next = ends or not (batch_idx + 1) % trainer.val_check_batch
-        late = time.monotonic() - self._saved > 60 * self.minutes
-        if self.steps is not None:
-            late = late or trainer.global_step % self.steps == 0
+        late = time.monotonic() - self._saved > 60 * self.keep.checkpoint_minutes
+        steps = self.keep.checkpoint_steps
+        late |= steps is not None and trainer.global_step % steps == 0
         urgency = self._asked or (_LATE if late else 0)
         if trainer.world_size > 1:  # all stop together and save together, or none does
             asked = torch.tensor(urgency, device=trainer.strategy.root_device)
@@ -169,25 +159,22 @@ class Checkpoints(Callback):
         self._stop = urgency if urgency != _LATE else 0
         if urgency and not validates_next:
             self.files.hold = True
-            self._save(trainer, pl_module, LAST)
+            self._save(trainer, LAST)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn != "fit":
-            return
+    def on_validation_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         loss = float(trainer.callback_metrics["val/loss"])
         if loss < self.best_val_loss:
             self.best_val_loss = loss
-            self._save(trainer, pl_module, BEST)
-        self._save(trainer, pl_module, LAST)
+            self._save(trainer, BEST)
+        self._save(trainer, LAST)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def teardown(self, *_: Any, **__: Any) -> None:
         for number, handler in self._before.items():
             if signal.getsignal(number) == self._ask_to_stop:
                 signal.signal(number, handler)
 
-    def _save(self, trainer: L.Trainer, pl_module: L.LightningModule, name: str) -> None:
-        assert isinstance(pl_module, GPTModule)
-        pl_module.check_weights()
+    def _save(self, trainer: L.Trainer, name: str) -> None:
+        self.module.check_weights()
         self._saved = time.monotonic()
         for logger in trainer.loggers:
             logger.save()
@@ -203,10 +190,9 @@ class Checkpoints(Callback):
 
 def _requeue() -> None:
     """Put this Slurm job back into the queue, as Slurm does not by itself for a warning signal."""
-    if "SLURM_ARRAY_JOB_ID" in os.environ:
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    else:
-        job = os.environ["SLURM_JOB_ID"]
+    names = ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
+    array = "_".join(os.environ[name] for name in names if name in os.environ)
+    job = array or os.environ["SLURM_JOB_ID"]
     try:
         subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)  # noqa: S603, S607
         log.info("Slurm job %s is back in the queue", job)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from minigpt.core.settings import UserError, build, plain
+from minigpt.core.settings import UserError, build, check, plain
 from minigpt.data.config import DataConfig
 from minigpt.generation.sampling import SamplingConfig
 from minigpt.kernels.choice import Choice
@@ -37,15 +37,15 @@ class TrainerConfig:
     max_epochs: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_nodes", "accumulate_grad_batches", "n_validations", "log_every_n_steps"):
-            if getattr(self, name) < 1:
-                raise UserError("must be at least 1", name, getattr(self, name))
+        counts = ("num_nodes", "accumulate_grad_batches", "n_validations", "log_every_n_steps")
+        check(self, "must be at least 1", lambda n: n >= 1, *counts)
         if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):
             raise UserError("must be auto or a number of devices", "devices", self.devices)
         if self.accelerator not in ("auto", "cpu", "gpu", "cuda", "mps"):
             raise UserError("choose from auto, cpu, gpu, mps", "accelerator", self.accelerator)
-        if self.max_steps is not None and self.max_steps < 1:
-            raise UserError("leave it out: budget.tokens sets it", "max_steps", self.max_steps)
+        check(self, "leave it out: budget.tokens sets it", lambda n: n >= 1, "max_steps")
+        length = "leave it out: budget.tokens, repeats counted, sets the length of a run"
+        check(self, length, lambda _: False, "max_epochs")
 
 
 @dataclass(frozen=True)
@@ -68,19 +68,13 @@ class OptimizerConfig:
         if self.schedule is None:
             schedule = "linear" if self.name == "muon" else "cosine"
             object.__setattr__(self, "schedule", schedule)
-        for name in ("lr", "matrix_lr"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise UserError("must be positive", name, getattr(self, name))
         if self.name == "adamw" and self.matrix_lr is not None:
             raise UserError("is Muon's: with adamw, lr is that of all weights", "matrix_lr")
-        for name in ("beta1", "beta2", "momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError("must be in [0, 1)", name, getattr(self, name))
-        for name in ("weight_decay", "warmup_steps", "grad_clip"):
-            if getattr(self, name) < 0:
-                raise UserError("must not be negative", name, getattr(self, name))
-        if not 0 <= self.final_lr <= 1:
-            raise UserError("is a share of the peak: 0 to 1", "final_lr", self.final_lr)
+        check(self, "must be positive", lambda lr: lr > 0, "lr", "matrix_lr")
+        check(self, "must be in [0, 1)", lambda x: 0 <= x < 1, "beta1", "beta2", "momentum")
+        names = ("weight_decay", "warmup_steps", "grad_clip")
+        check(self, "must not be negative", lambda x: x >= 0, *names)
+        check(self, "is a share of the peak: 0 to 1", lambda x: 0 <= x <= 1, "final_lr")
 
 
 @dataclass(frozen=True)
@@ -104,14 +98,9 @@ class CallbacksConfig:
     keep_checkpoints: int = 2  # last.ckpt and those before it; best.ckpt is kept beside them
 
     def __post_init__(self) -> None:
-        if self.checkpoint_minutes <= 0:
-            raise UserError("must be positive", "checkpoint_minutes", self.checkpoint_minutes)
-        if self.checkpoint_steps is not None and self.checkpoint_steps < 1:
-            raise UserError(
-                "must be at least 1, or null", "checkpoint_steps", self.checkpoint_steps
-            )
-        if self.keep_checkpoints < 1:
-            raise UserError("must be at least 1", "keep_checkpoints", self.keep_checkpoints)
+        check(self, "must be positive", lambda x: x > 0, "checkpoint_minutes")
+        counts = ("checkpoint_steps", "keep_checkpoints")
+        check(self, "must be at least 1", lambda n: n >= 1, *counts)
         SamplingConfig(temperature=self.temperature, max_tokens=self.max_tokens)
 
 
@@ -122,8 +111,7 @@ class BudgetConfig:
     tokens: int = 10_000_000  # seen, repeats counted
 
     def __post_init__(self) -> None:
-        if self.tokens < 1:
-            raise UserError("must be at least 1", "tokens", self.tokens)
+        check(self, "must be at least 1", lambda n: n >= 1, "tokens")
 
 
 @dataclass(frozen=True)
@@ -153,24 +141,24 @@ class TrainConfig:
         if self.size is None:
             size = "small" if self.model == GPTConfig() else "gpt"
             object.__setattr__(self, "size", size)
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"must be between 0 and {2**32 - 1}", "seed", self.seed)
-        if self.name is not None:
-            _check_name(self.name)
+        limit = 2**32 - 1
+        check(self, f"must be between 0 and {limit}", lambda n: 0 <= n <= limit, "seed")
+        if (name := self.name) is not None:
+            fits = name.isprintable() and 0 < len(name.encode()) <= MAX_NAME_BYTES
+            if not fits or Path(name).name != name or name == "..":
+                message = "must be a folder's name under runs_dir, not a path: printable, at most"
+                raise UserError(f"{message} {MAX_NAME_BYTES} bytes", "name", name)
         examples = {"runs_dir": "runs", "resume": "runs/<name>", "init_from": "releases/large"}
         for name, example in examples.items():
             if getattr(self, name) == "":
                 raise UserError(f"is empty: leave it out, or give one such as {example}", name)
-        if self.trainer.strategy == "fsdp" and self.callbacks.prompts:
-            raise UserError(  # the first device alone would wait for the weights of the others
-                "writes no stories while it trains", "trainer.strategy", "fsdp",
-                {"callbacks": "quiet"},
-            )  # fmt: skip
-        if self.trainer.strategy == "fsdp" and self.optimizer.name == "muon":
-            raise UserError(  # which needs whole matrices
-                "shares each matrix out over devices, and Muon needs whole ones",
-                "trainer.strategy", "fsdp", {"optimizer": "adamw"},
-            )  # fmt: skip
+        fsdp, name = self.trainer.strategy == "fsdp", "trainer.strategy"
+        if fsdp and self.callbacks.prompts:  # the first device would wait for the others' weights
+            message = "writes no stories while it trains"
+            raise UserError(message, name, "fsdp", {"callbacks": "quiet"})
+        if fsdp and self.optimizer.name == "muon":
+            message = "shares each matrix out over devices, and Muon needs whole ones"
+            raise UserError(message, name, "fsdp", {"optimizer": "adamw"})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], model: type[GPTConfig] = GPTConfig) -> TrainConfig:
@@ -201,15 +189,6 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
     return plain(dataclasses.replace(config, data=data, init_from=init_from))
 
 
-def _check_name(name: str) -> None:
-    if Path(name).name != name or name == "..":
-        raise UserError("must be a folder's name under runs_dir, not a path", "name", name)
-    if not (name and name.isprintable() and len(name.encode()) <= MAX_NAME_BYTES):
-        raise UserError(
-            f"must be a folder's name: printable, at most {MAX_NAME_BYTES} bytes", "name", name
-        )
-
-
 @dataclass(frozen=True)
 class Schedule:
     """How the budget is spent: `n_steps` updates of `tokens_per_step` tokens."""
@@ -229,25 +208,14 @@ class Schedule:
         per_step = windows * config.model.context_length
         n_steps, warmup = budget // per_step, config.optimizer.warmup_steps
         if n_steps < 1:
-            raise UserError(
-                f"is less than one step of {per_step:,} tokens: a smaller data.batch_size has "
-                "shorter ones", "budget.tokens", budget, {"budget.tokens": per_step},
-            )  # fmt: skip
+            message = f"is less than a step of {per_step:,} tokens; a smaller data.batch_size helps"
+            raise UserError(message, "budget.tokens", budget, {"budget.tokens": per_step})
         length = f"{n_steps:,} steps of {per_step:,} tokens"
         if warmup >= n_steps:
-            raise UserError(
-                f"does not fit the budget, which is {length}", "optimizer.warmup_steps", warmup,
-                {"optimizer.warmup_steps": n_steps // 10},
-            )  # fmt: skip
-        if trainer.max_steps not in (None, n_steps):
-            raise UserError(
-                f"is not what budget.tokens={budget} pays for, which is {length}",
-                "trainer.max_steps", trainer.max_steps,
-                {"budget.tokens": trainer.max_steps * per_step},
-            )  # fmt: skip
-        if trainer.max_epochs is not None:
-            raise UserError(
-                "the length of a run is set by budget.tokens, repeats counted: leave it out",
-                "trainer.max_epochs", trainer.max_epochs,
-            )  # fmt: skip
+            name, message = "optimizer.warmup_steps", f"does not fit the budget, which is {length}"
+            raise UserError(message, name, warmup, {name: n_steps // 10})
+        if (max_steps := trainer.max_steps) not in (None, n_steps):
+            message = f"is not what budget.tokens={budget} pays for, which is {length}"
+            fix = {"budget.tokens": max_steps * per_step}
+            raise UserError(message, "trainer.max_steps", max_steps, fix)
         return cls(n_steps, per_step)

@@ -16,7 +16,8 @@ from lightning.pytorch.loggers.logger import Logger
 
 from minigpt.core.distributed import global_rank
 from minigpt.core.files import write_text
-from minigpt.core.settings import UserError
+from minigpt.core.settings import UserError, one_line
+from minigpt.runs.records import broken_line, whole_lines
 from minigpt.training.config import LoggerConfig
 
 log = logging.getLogger("minigpt")
@@ -42,18 +43,14 @@ class MetricsCsv(Logger):
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
         super().__init__()
         self.path = path
-        rows: list[dict[str, str]] = []
         self.columns = list(COLUMNS)
-        if resume_step is not None and path.is_file():
-            whole_lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a kill leaves halves
-            reader = csv.DictReader(whole_lines)
+        rows: list[dict[str, str]] = []
+        if resume_step is not None:
+            reader = csv.DictReader(whole_lines(path))
             try:
                 rows = [row for row in reader if int(row["step"]) <= resume_step]
             except (KeyError, TypeError, ValueError):
-                raise UserError(
-                    f"{path}, line {reader.line_num}: expected a row with a step: fix or delete "
-                    "that line"
-                ) from None
+                raise broken_line(path, reader.line_num, "a row with a step") from None
             self.columns = list(reader.fieldnames or COLUMNS)
         self._write_all(rows)
 
@@ -74,8 +71,7 @@ class MetricsCsv(Logger):
         row["step"] = int(step or 0)
         if "tokens" in row:
             row["tokens"] = int(metrics["tokens"])
-        new = [key for key in row if key not in self.columns]
-        if new:
+        if new := [key for key in row if key not in self.columns]:
             with self.path.open(newline="", encoding="utf-8") as file:
                 rows = list(csv.DictReader(file))
             self.columns += new
@@ -113,9 +109,7 @@ def extra_loggers(folder: Path, config: LoggerConfig) -> list[Logger]:
         from lightning.pytorch.loggers import TensorBoardLogger
 
         return [TensorBoardLogger(folder, name="tensorboard", version="")]
-    if config.kind == "wandb":
-        return [_wandb_logger(folder, config.project)]
-    return []
+    return [_wandb_logger(folder, config.project)] if config.kind == "wandb" else []
 
 
 def _wandb_logger(folder: Path, project: str) -> Logger:
@@ -133,31 +127,28 @@ def _wandb_logger(folder: Path, project: str) -> Logger:
         if mode != "disabled" and not wandb.login(prompt=False):
             mode = "offline"
     except AuthenticationError as error:  # or there is no answer at all
-        problem = " ".join(str(error).split())
+        problem = one_line(error)
         if not (folder / WANDB_ID).is_file():
             raise UserError(f"{problem} Set WANDB_MODE=offline, or logger.kind=csv") from None
         log.warning("W&B        no answer: %s", problem)
         mode = "offline"
-    settings = wandb.Settings(
-        init_timeout=min(asked.init_timeout, _WANDB_START_SECONDS),
-        finish_timeout=asked.finish_timeout or _WANDB_FINISH_SECONDS,
-        finish_timeout_raises=True,
-    )
+    start = min(asked.init_timeout, _WANDB_START_SECONDS)
+    finish = asked.finish_timeout or _WANDB_FINISH_SECONDS
+    settings = wandb.Settings(init_timeout=start, finish_timeout=finish, finish_timeout_raises=True)
 
     def logger(mode: str) -> WandbLogger:
-        again = None if mode == "offline" else "allow"
-        made = WandbLogger(
-            folder.name, folder, id=_wandb_id(folder), project=project, mode=mode, resume=again,
-            settings=settings,
+        wandb_logger = WandbLogger(
+            folder.name, folder, id=_wandb_id(folder), project=project, mode=mode,
+            resume=None if mode == "offline" else "allow", settings=settings,
         )  # fmt: skip
-        _ = made.experiment  # opens the run, on the first process alone
-        return made
+        _ = wandb_logger.experiment  # opens the run, on the first process alone
+        return wandb_logger
 
     if mode != "offline":
         try:
             return logger(mode)
         except CommError as error:
-            log.warning("W&B        no answer: %s", " ".join(str(error).split()))
+            log.warning("W&B        no answer: %s", one_line(error))
     log.info("W&B        offline: later, wandb sync %s/wandb/offline-run-*", folder)
     return logger("offline")
 
@@ -167,10 +158,10 @@ def _wandb_id(folder: Path) -> str:
     path = folder / WANDB_ID
     if path.is_file():
         return path.read_text(encoding="utf-8").strip()
-    made = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+    wandb_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
     if global_rank() == 0:
-        write_text(path, made + "\n")
-    return made
+        write_text(path, wandb_id + "\n")
+    return wandb_id
 
 
 def finish_wandb(loggers: list[Logger], exit_code: int) -> None:
@@ -186,7 +177,5 @@ def finish_wandb(loggers: list[Logger], exit_code: int) -> None:
         wandb.finish(exit_code=exit_code)
     except TimeoutError:
         assert run is not None
-        log.warning(
-            "W&B        upload timed out; the data are kept here: wandb sync %s",
-            Path(run.dir).parent,
-        )
+        kept = Path(run.dir).parent
+        log.warning("W&B        upload timed out; the data are kept here: wandb sync %s", kept)

@@ -14,8 +14,9 @@ import os
 import signal
 import subprocess
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -26,6 +27,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from minigpt.core.console import log_file
 from minigpt.core.distributed import Launcher, global_rank, may_start_processes, step_name
 from minigpt.core.files import write_text
 from minigpt.core.hardware import PEAK_FILE, Hardware, matmul_peak
@@ -37,23 +39,15 @@ from minigpt.data.spool import spool_stories
 from minigpt.kernels.choice import kernels_for
 from minigpt.kernels.microbatch import microbatched_loss
 from minigpt.model import GPT, Kernels
-from minigpt.runs.folder import (
-    ModelFactory,
-    Run,
-    class_path,
-    config_class,
-    last_checkpoints,
-    new_run_folder,
-)
-from minigpt.runs.names import CONFIG, METRICS, REPORT, TOKENIZER
-from minigpt.runs.provenance import Parent, source_commit
+from minigpt.runs.folder import ModelFactory, Run, class_path, config_class, new_run_folder
+from minigpt.runs.names import CHECKPOINTS, CONFIG, METRICS, REPORT, TOKENIZER
+from minigpt.runs.provenance import source_commit
 from minigpt.runs.records import read_summary
 from minigpt.training.callbacks import RunReport, StorySamples, Throughput, TrainingProgress
-from minigpt.training.checkpointing import CheckpointFiles, Checkpoints, full_disk_in_one_line
+from minigpt.training.checkpointing import Checkpoints, full_disk_in_one_line
 from minigpt.training.config import Schedule, TrainConfig, TrainerConfig, settings_of
 from minigpt.training.loggers import MetricsCsv, check_logger, extra_loggers, finish_wandb
 from minigpt.training.module import GPTModule
-from minigpt.training.report import write_report
 from minigpt.training.resume import AUTO, ResumeState, folder_to_resume, run_lock
 
 log = logging.getLogger("minigpt")
@@ -87,21 +81,26 @@ def train(
     """
     with preserved_process():
         config = _with_model(config, model)
-        folder = _train(_with_stories(config, stories, valid_stories), model, callbacks)
-        return Run.load(folder, model)
+        if stories is not None:
+            data = spool_stories(config.data, stories, valid_stories)
+            config = dataclasses.replace(config, data=data)
+        elif valid_stories is not None:
+            raise UserError("are given without stories to train on", "valid_stories")
+        return Run.load(_train(config, model, callbacks), model)
 
 
 def _train(config: TrainConfig, model: ModelFactory | None, callbacks: Sequence[Callback]) -> Path:
     """Check everything, then make the run folder and train; return the folder."""
     if config.name is None and (step := step_name()) is not None:  # under srun
         config = dataclasses.replace(config, name=f"{config.size}-{step}")
+    lock = run_lock if global_rank() == 0 else contextlib.nullcontext  # held for all of the run
     with contextlib.ExitStack() as stack:
         folder = folder_to_resume(config)
         if folder is not None:
-            stack.enter_context(run_lock(folder))
+            stack.enter_context(lock(folder))
         start = ResumeState.from_config(config, folder, model)
         config = start.config
-        hardware = _hardware(config)
+        hardware = _hardware(config.trainer)
         kernels = kernels_for(hardware.accelerator, config.trainer.kernels)
         schedule = Schedule.from_config(config, hardware.world_size)
         if folder is not None and start.step >= schedule.n_steps:
@@ -109,23 +108,24 @@ def _train(config: TrainConfig, model: ModelFactory | None, callbacks: Sequence[
             return folder
         check_logger(config.logger)
         _prepare_libraries(config.seed)
-        data = _data(config, schedule, start)
-        module = _module(config, schedule, data, start, model)
-        start.check_unchanged(module)
+        data = start.prepared_data(schedule)
+        module = start.module(schedule, data, model)
         if type(module.net) is not GPT:
             config = dataclasses.replace(config, model_class=class_path(type(module.net)))
         if folder is None:
             parent = Path(config.runs_dir)
             assert config.size is not None
             folder = new_run_folder(parent, config.name, config.size, config.resume == AUTO)
-            stack.enter_context(run_lock(folder))
+            stack.enter_context(lock(folder))
         stack.enter_context(full_disk_in_one_line(folder))
-        stack.enter_context(_log_file(folder / "train.log"))
-        if start.checkpoint is None and global_rank() == 0:
-            _write_inputs(folder, config, data)
-        start.clear(folder)
-        _describe(folder, config, schedule, hardware, module, data, start.parent, kernels)
-        trainer = _trainer(folder, config, schedule, hardware, module, data, start.step, callbacks)
+        training = _Training(folder, config, start, hardware, schedule, data, module)
+        if global_rank() == 0:
+            stack.enter_context(log_file(folder / "train.log"))
+            if start.checkpoint is None:
+                training.write_inputs()
+            start.clear(folder)
+        training.describe(kernels)
+        trainer = training.trainer(callbacks)
         _speed_up(module, kernels, config.trainer)
         _fit(trainer, module, data, start.checkpoint)
         log.info("report: %s", folder / REPORT)
@@ -144,63 +144,24 @@ def _with_model(config: TrainConfig, model: ModelFactory | None) -> TrainConfig:
     return config
 
 
-def _with_stories(
-    config: TrainConfig, stories: Iterable[str] | None, valid_stories: Iterable[str] | None
-) -> TrainConfig:
-    if stories is None:
-        if valid_stories is not None:
-            raise UserError("are given without stories to train on", "valid_stories")
-        return config
-    return dataclasses.replace(config, data=spool_stories(config.data, stories, valid_stories))
-
-
-def _hardware(config: TrainConfig) -> Hardware:
+def _hardware(c: TrainerConfig) -> Hardware:
     """What the run computes on.
 
     Raises:
         UserError: it cannot be had, or several processes would have to be started from here.
     """
-    trainer = config.trainer
     try:
-        hardware = Hardware.detect(
-            trainer.accelerator, trainer.devices, trainer.num_nodes, trainer.precision
-        )
+        hardware = Hardware.detect(c.accelerator, c.devices, c.num_nodes, c.precision)
     except UserError as error:
         raise error.within("trainer") from None
-    if hardware.accelerator == "mps" and trainer.strategy != "auto":
-        raise UserError(
-            "is for several devices, and a Mac has one GPU: leave it out", "trainer.strategy",
-            trainer.strategy, {"trainer.accelerator": "cpu"},
-        )  # fmt: skip
+    if hardware.accelerator == "mps" and c.strategy != "auto":
+        message = "is for several devices, and a Mac has one GPU: leave it out"
+        fix = {"trainer.accelerator": "cpu"}
+        raise UserError(message, "trainer.strategy", c.strategy, fix)
     if hardware.world_size > 1 and not may_start_processes():
-        raise UserError(
-            "each device needs a process of its own, which only the command line or torchrun "
-            "starts", "trainer.devices", hardware.devices, {"trainer.devices": "1"},
-        )  # fmt: skip
+        message = "each device needs a process, which only the command line or torchrun starts"
+        raise UserError(message, "trainer.devices", hardware.devices, {"trainer.devices": "1"})
     return hardware
-
-
-def _module(
-    config: TrainConfig,
-    schedule: Schedule,
-    data: DataModule,
-    start: ResumeState,
-    model: ModelFactory | None,
-) -> GPTModule:
-    extra = {"tokenizer": data.tokenizer.fingerprint, "train_tokens": data.train.n_tokens}
-    if start.parent is not None:
-        extra["init_from"] = dataclasses.asdict(start.parent)
-    module = GPTModule(
-        config.model,
-        config.optimizer,
-        schedule.n_steps,
-        schedule.tokens_per_step,
-        data.valid.bytes_per_token,
-        extra,
-        model or GPT,
-    )
-    start.set_weights(module.net)
-    return module
 
 
 def _speed_up(module: GPTModule, kernels: Kernels, c: TrainerConfig) -> None:
@@ -214,164 +175,130 @@ def _speed_up(module: GPTModule, kernels: Kernels, c: TrainerConfig) -> None:
         module.fast_loss = microbatched_loss(net)
 
 
-def _data(config: TrainConfig, schedule: Schedule, start: ResumeState) -> DataModule:
-    """The data of the run, prepared; on one process before any other is started."""
-    accumulate = config.trainer.accumulate_grad_batches
-    data = DataModule(
-        config.data,
-        config.model.context_length,
-        n_steps=schedule.n_steps * accumulate,
-        seed=config.seed,
-        start_step=start.step * accumulate,
-        tokenizer=start.tokenizer,
-    )
-    data.setup("fit")  # prepares them too; `prepare_data` before it would read them all once more
-    if data.tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"is less than the {data.tokenizer.vocab_size} tokens of the tokenizer: leave it out, "
-            "it follows data.vocab_size", "model.vocab_size", config.model.vocab_size,
-        )  # fmt: skip
-    return data
+@dataclasses.dataclass(frozen=True)
+class _Training:
+    """A run that is about to start: its folder, its settings and its parts, all of them checked."""
 
+    folder: Path
+    config: TrainConfig
+    start: ResumeState
+    hardware: Hardware
+    schedule: Schedule
+    data: DataModule
+    module: GPTModule
 
-def _write_inputs(folder: Path, config: TrainConfig, data: DataModule) -> None:
-    """config.yaml and tokenizer.json: with a checkpoint, all that evaluation needs."""
-    values = settings_of(dataclasses.replace(config, name=folder.name))
-    write_text(folder / CONFIG, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-    data.tokenizer.save(folder / TOKENIZER)
+    def write_inputs(self) -> None:
+        """Write config.yaml and tokenizer.json: with a checkpoint, all that evaluation needs."""
+        values = settings_of(dataclasses.replace(self.config, name=self.folder.name))
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        write_text(self.folder / CONFIG, text)
+        self.data.tokenizer.save(self.folder / TOKENIZER)
 
+    def describe(self, kernels: Kernels) -> None:
+        """Log what is about to happen, so that a wrong setting is seen before it costs an hour."""
+        config, data, schedule, hardware = self.config, self.data, self.schedule, self.hardware
+        valid, parent = data.valid, self.start.parent
+        epochs = schedule.n_steps * schedule.tokens_per_step / data.train.n_tokens
+        peaks = ", ".join(f"{name} {peak:.2e}" for name, peak in self.module.peak_lrs.items())
+        lines = {
+            "run": str(self.folder),
+            "model": f"{config.size}, {self.module.net.n_parameters:,} parameters",
+            "data": f"{config.data.source}: {data.train.n_tokens:,} training and "
+            f"{valid.n_tokens:,} validation tokens, {valid.bytes_per_token:.2f} bytes each",
+            "budget": f"{human_count(config.budget.tokens)} tokens = {schedule.n_steps:,} steps of "
+            f"{schedule.tokens_per_step:,}, {epochs:.1f} times the training split",
+            "optimizer": f"{config.optimizer.name}, {peaks}, {config.optimizer.warmup_steps} steps "
+            "of warm-up",
+            "device": f"{hardware.accelerator} ×{hardware.world_size}",
+            "precision": f"{hardware.precision}: {hardware.why}",
+            "kernels": kernels.name,
+        }
+        if parent is not None:
+            seen = "an unknown number of" if parent.tokens is None else human_count(parent.tokens)
+            lines["weights"] = f"of {parent.name}, which have seen {seen} tokens; its tokenizer"
+        for key, text in lines.items():
+            log.info("%-10s %s", key, text)
+        size, limit = data.tokenizer.vocab_size, config.data.vocab_size
+        if config.init_from is None and size < limit:
+            fewer = f"{size:,} tokens, fewer than data.vocab_size={limit:,}"
+            log.warning("the training stories give a vocabulary of %s", fewer)
 
-def _describe(
-    folder: Path,
-    config: TrainConfig,
-    schedule: Schedule,
-    hardware: Hardware,
-    module: GPTModule,
-    data: DataModule,
-    parent: Parent | None,
-    kernels: Kernels,
-) -> None:
-    """Say what is about to happen, so that a wrong setting is seen before it costs an hour."""
-    epochs = schedule.n_steps * schedule.tokens_per_step / data.train.n_tokens
-    peaks = ", ".join(f"{name} {peak:.2e}" for name, peak in module.peak_lrs.items())
-    lines = {
-        "run": str(folder),
-        "model": f"{config.size}, {module.net.n_parameters:,} parameters",
-        "data": f"{config.data.source}: {data.train.n_tokens:,} training and "
-        f"{data.valid.n_tokens:,} validation tokens, {data.valid.bytes_per_token:.2f} bytes each",
-        "budget": f"{human_count(config.budget.tokens)} tokens = {schedule.n_steps:,} steps of "
-        f"{schedule.tokens_per_step:,}, {epochs:.1f} times the training split",
-        "optimizer": f"{config.optimizer.name}, {peaks}, {config.optimizer.warmup_steps} steps of "
-        "warm-up",
-        "device": f"{hardware.accelerator} ×{hardware.world_size}",
-        "precision": f"{hardware.precision}: {hardware.why}",
-        "kernels": kernels.name,
-    }
-    if parent is not None:
-        seen = "an unknown number of" if parent.tokens is None else human_count(parent.tokens)
-        lines["weights"] = f"of {parent.name}, which have seen {seen} tokens; its tokenizer"
-    for key, text in lines.items():
-        log.info("%-10s %s", key, text)
-    if config.init_from is None and data.tokenizer.vocab_size < config.data.vocab_size:
-        log.warning(
-            "the training stories give a vocabulary of %s tokens, fewer than data.vocab_size=%s",
-            f"{data.tokenizer.vocab_size:,}", f"{config.data.vocab_size:,}",
-        )  # fmt: skip
+    def trainer(self, callbacks: Sequence[Callback]) -> L.Trainer:
+        """Return the Lightning Trainer with our callbacks and loggers."""
+        folder, config, hardware = self.folder, self.config, self.hardware
+        module, c, keep = self.module, config.trainer, config.callbacks
+        cache_dir, start_step = Path(config.data.cache_dir), self.start.step
+        peak = matmul_peak(hardware, cache_dir) * hardware.world_size
+        throughput = Throughput(module, c.log_every_n_steps, peak, cache_dir / PEAK_FILE)
+        checkpoints = Checkpoints(module, folder, keep)
+        facts = self._facts()
+        loggers = [MetricsCsv(folder / METRICS, start_step or None)]
+        loggers += extra_loggers(folder, config.logger)
+        strategy: Strategy | str = c.strategy
+        if strategy == "fsdp":  # FSDP2, on which `GPTModule` shards its net; one file, to be read
+            strategy = ModelParallelStrategy(
+                hardware.world_size, tensor_parallel_size=1, save_distributed_checkpoint=False
+            )
+        srun = getattr(Launcher.detect(), "name", None) == "srun"
+        # Under srun `Checkpoints` queues the job again, and Lightning must not.
+        environment = [SLURMEnvironment(auto_requeue=False)] if srun else []
+        accumulate, n_steps = c.accumulate_grad_batches, self.schedule.n_steps
+        trainer = L.Trainer(
+            accelerator=hardware.accelerator,
+            devices=hardware.devices,
+            num_nodes=hardware.num_nodes,
+            strategy=strategy,
+            precision=hardware.precision,  # type: ignore[arg-type]
+            max_steps=n_steps,
+            accumulate_grad_batches=accumulate,
+            # In batches, as a run is one pass of the loader; after whole steps, because it saves.
+            val_check_interval=accumulate * math.ceil(n_steps / c.n_validations),
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            log_every_n_steps=c.log_every_n_steps,
+            logger=loggers,
+            callbacks=[
+                throughput,
+                TrainingProgress(module, keep.progress_bar, throughput),
+                StorySamples(module, folder, self.data.tokenizer, keep, config.seed, start_step),
+                checkpoints,
+                RunReport(module, folder, facts, throughput, checkpoints),
+                *callbacks,
+            ],
+            default_root_dir=folder,
+            enable_checkpointing=False,  # ours are among the callbacks
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,  # the data module deals out the windows itself
+            plugins=[checkpoints.files, *environment],
+        )
+        for logger in loggers:  # this opens the W&B run, which `_fit` closes
+            shape = dataclasses.asdict(config.model)  # beside `model`, which is the size's name
+            logger.log_hyperparams({**plain(config), "shape": shape, **facts})
+        return trainer
 
-
-def _trainer(
-    folder: Path,
-    config: TrainConfig,
-    schedule: Schedule,
-    hardware: Hardware,
-    module: GPTModule,
-    data: DataModule,
-    start_step: int,
-    callbacks: Sequence[Callback],
-) -> L.Trainer:
-    """The Lightning Trainer with our callbacks and loggers."""
-    cache_dir = Path(config.data.cache_dir)
-    peak = matmul_peak(hardware, cache_dir) * hardware.world_size
-    throughput = Throughput(config.trainer.log_every_n_steps, peak, cache_dir / PEAK_FILE)
-    keep = config.callbacks
-    files = CheckpointFiles(keep.keep_checkpoints)
-    checkpoints = Checkpoints(folder, files, keep.checkpoint_minutes, keep.checkpoint_steps)
-    facts = {
-        "model": config.size,
-        "parameters": module.net.n_parameters,
-        "non_embedding_parameters": module.net.n_parameters - module.net.n_embedding_parameters,
-        "flops_per_token": module.net.flops_per_token(),
-        "train_tokens": data.train.n_tokens,  # of the split, so epochs are tokens / these
-        "seed": config.seed,
-        "device": hardware.accelerator,
-        "devices": hardware.devices,  # of each node
-        "num_nodes": hardware.num_nodes,
-        "precision": hardware.precision,
-        **{key: value for key, value in module.hparams.items() if key == "init_from"},
-        "commit": ", ".join(dict.fromkeys([*_commits_before(folder), source_commit()])),
-    }
-    accumulate = config.trainer.accumulate_grad_batches
-    metrics = MetricsCsv(folder / METRICS, start_step or None)
-    loggers = [metrics, *extra_loggers(folder, config.logger)]
-    trainer = L.Trainer(
-        accelerator=hardware.accelerator,
-        devices=hardware.devices,
-        num_nodes=hardware.num_nodes,
-        strategy=_strategy(config.trainer.strategy, hardware),
-        precision=hardware.precision,  # type: ignore[arg-type]
-        max_steps=schedule.n_steps,
-        max_epochs=-1,
-        accumulate_grad_batches=accumulate,
-        # In batches, as the whole run is one pass of the loader; after whole steps, for it saves.
-        val_check_interval=accumulate * math.ceil(schedule.n_steps / config.trainer.n_validations),
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        log_every_n_steps=config.trainer.log_every_n_steps,
-        logger=loggers,
-        callbacks=[
-            throughput,
-            TrainingProgress(config.callbacks.progress_bar, throughput),
-            StorySamples(folder, data.tokenizer, config.callbacks, config.seed, start_step),
-            checkpoints,
-            RunReport(folder, facts, throughput, checkpoints, write_report),
-            *callbacks,
-        ],
-        default_root_dir=folder,
-        enable_checkpointing=False,  # ours are among the callbacks
-        enable_model_summary=False,
-        use_distributed_sampler=False,  # the data module deals out the windows itself
-        plugins=[files, *_environment()],
-    )
-    for logger in loggers:  # this opens the W&B run, which `_fit` closes
-        shape = dataclasses.asdict(config.model)  # beside `model`, which is the size's name
-        logger.log_hyperparams({**plain(config), "shape": shape, **facts})
-    return trainer
-
-
-def _commits_before(folder: Path) -> list[str]:
-    """Those by which earlier parts of the run were trained, as far as its summary tells."""
-    before = None
-    with contextlib.suppress(UserError):  # a broken summary is written anew
-        before = read_summary(folder).get("commit")
-    return before.split(", ") if isinstance(before, str) else []
-
-
-def _strategy(name: str, hardware: Hardware) -> Strategy | str:
-    """How the devices share the work. `fsdp` is FSDP2, on which `GPTModule` shards its net."""
-    if name != "fsdp":
-        return name
-    return ModelParallelStrategy(
-        data_parallel_size=hardware.world_size,
-        tensor_parallel_size=1,
-        save_distributed_checkpoint=False,  # one file, as evaluation reads it
-    )
-
-
-def _environment() -> list[SLURMEnvironment]:
-    """Under srun: `Checkpoints` queues the job again, and Lightning must not."""
-    launcher = Launcher.detect()
-    srun = launcher is not None and launcher.name == "srun"
-    return [SLURMEnvironment(auto_requeue=False)] if srun else []
+    def _facts(self) -> dict[str, Any]:
+        """Return what is known of the run before it starts, for its summary."""
+        net, hardware, commits = self.module.net, self.hardware, source_commit()
+        with contextlib.suppress(UserError):  # a broken summary is written anew
+            before = read_summary(self.folder).get("commit")
+            if isinstance(before, str):  # of earlier parts of the run
+                commits = ", ".join(dict.fromkeys([*before.split(", "), commits]))
+        parent = self.start.parent
+        return {
+            "model": self.config.size,
+            "parameters": net.n_parameters,
+            "non_embedding_parameters": net.n_parameters - net.n_embedding_parameters,
+            "flops_per_token": net.flops_per_token(),
+            "train_tokens": self.data.train.n_tokens,  # of the split: epochs are tokens / these
+            "seed": self.config.seed,
+            "device": hardware.accelerator,
+            "devices": hardware.devices,  # of each node
+            "num_nodes": hardware.num_nodes,
+            "precision": hardware.precision,
+            **({"init_from": dataclasses.asdict(parent)} if parent else {}),
+            "commit": commits,
+        }
 
 
 def _fit(trainer: L.Trainer, module: GPTModule, data: DataModule, checkpoint: Path | None) -> None:
@@ -382,7 +309,7 @@ def _fit(trainer: L.Trainer, module: GPTModule, data: DataModule, checkpoint: Pa
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         status = 0
     except SystemExit as leaving:  # Lightning's answer to ctrl-C and ours to other signals
-        if last_checkpoints(folder):
+        if (folder / CHECKPOINTS).is_dir():
             log.info("continue:  %s", next_step("train", resume=str(folder)))
         if not isinstance(leaving, SIGTERMException):
             raise KeyboardInterrupt from None
@@ -422,28 +349,3 @@ def _prepare_libraries(seed: int) -> None:
     warnings.filterwarnings("ignore", ".*sync_dist=True.* when logging on epoch level")
     warnings.filterwarnings("ignore", "The `srun` command is available")  # `Launcher` checks
     warnings.filterwarnings("ignore", ".*LeafSpec.*deprecated.*")  # Lightning 2.6 on torch 2.13
-
-
-@contextlib.contextmanager
-def _log_file(path: Path) -> Iterator[None]:
-    """Also write what the log says to `path`; the first process alone."""
-    if global_rank() > 0:
-        yield
-        return
-    handler = _LogFile(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        with contextlib.suppress(OSError):  # what did not fit before does not fit now
-            handler.close()
-
-
-class _LogFile(logging.FileHandler):
-    """On a full disk a line is left out: the terminal has it too."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        pass

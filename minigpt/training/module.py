@@ -21,12 +21,7 @@ from torchmetrics import MeanMetric
 
 from minigpt.core.settings import UserError
 from minigpt.kernels.microbatch import Loss
-from minigpt.model import (
-    GPT,
-    IGNORE_INDEX,
-    GPTConfig,
-    perplexity,
-)
+from minigpt.model import GPT, IGNORE_INDEX, GPTConfig, perplexity
 from minigpt.training.config import OptimizerConfig
 from minigpt.training.optim import lr_factor, make_optimizer, peak_lrs
 
@@ -57,17 +52,10 @@ class GPTModule(L.LightningModule):
         factory: Callable[[Any], GPT] = GPT,
     ) -> None:
         super().__init__()
+        sections = {"model": dataclasses.asdict(model), "optimizer": dataclasses.asdict(optimizer)}
+        steps = {"n_steps": n_steps, "tokens_per_step": tokens_per_step}
         # Plain values alone: a checkpoint is read with weights_only=True.
-        self.save_hyperparameters(
-            {
-                "model": dataclasses.asdict(model),
-                "optimizer": dataclasses.asdict(optimizer),
-                "n_steps": n_steps,
-                "tokens_per_step": tokens_per_step,
-                **(extra_hparams or {}),
-            },
-            logger=False,
-        )
+        self.save_hyperparameters({**sections, **steps, **(extra_hparams or {})}, logger=False)
         self.net = factory(model)
         self.fast_loss: Loss | None = None  # another way to compute what `net.loss` gives
         self.settings = optimizer
@@ -138,9 +126,8 @@ class GPTModule(L.LightningModule):
             "val/bits_per_byte": nats / math.log(2) / self.bytes_per_token,
         }
         steps = float(self.global_step)
-        # The metric is already gathered over the devices.
-        self.log_dict(metrics, rank_zero_only=True)
-        self.log_dict({"step": steps, "tokens": steps * self.tokens_per_step}, rank_zero_only=True)
+        metrics |= {"step": steps, "tokens": steps * self.tokens_per_step}
+        self.log_dict(metrics, rank_zero_only=True)  # already gathered over the devices
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer of the settings, and its schedule by step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,8 +12,6 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from minigpt.training.config import OptimizerConfig
-
-Group = dict[str, Any]  # the parameters that share settings, under "params", and those settings
 
 
 def default_lr(d_model: int, name: str = "muon") -> float:
@@ -36,10 +35,9 @@ def default_matrix_lr(d_model: int) -> float:
 
 def peak_lrs(config: OptimizerConfig, d_model: int) -> dict[str, float]:
     """The peak learning rates that hold for this width, by the name of their setting."""
-    peaks = {"lr": config.lr if config.lr is not None else default_lr(d_model, config.name)}
+    peaks = {"lr": config.lr or default_lr(d_model, config.name)}
     if config.name == "muon":
-        matrix_lr = config.matrix_lr
-        peaks["matrix_lr"] = matrix_lr if matrix_lr is not None else default_matrix_lr(d_model)
+        peaks["matrix_lr"] = config.matrix_lr or default_matrix_lr(d_model)
     return peaks
 
 
@@ -79,13 +77,9 @@ def make_optimizer(
         into = vectors if parameter.dim() < 2 else inside if "embedding" not in name else rest
         into.append(parameter)
     rest = rest if config.name == "muon" else inside + rest
-    adamw = AdamW(
-        [{"params": rest, "weight_decay": config.weight_decay}, {"params": vectors}],
-        lr=peaks["lr"],
-        betas=(config.beta1, config.beta2),
-        weight_decay=0.0,
-        fused=fused,
-    )
+    groups = [{"params": rest, "weight_decay": config.weight_decay}, {"params": vectors}]
+    betas = config.beta1, config.beta2
+    adamw = AdamW(groups, peaks["lr"], betas, weight_decay=0.0, fused=fused)
     if config.name == "adamw":
         return adamw
     muon = Muon(inside, peaks["matrix_lr"], config.momentum, config.weight_decay, dtype)
@@ -167,11 +161,10 @@ class CombinedOptimizer(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        start = 0
+        groups = iter(self.param_groups)
         for part in self.parts:
-            end = start + len(part.param_groups)
-            part.state, part.param_groups = self.state, self.param_groups[start:end]
-            start = end
+            part.param_groups = list(islice(groups, len(part.param_groups)))
+            part.state = self.state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called when a state dict is loaded, which replaces groups and state."""
@@ -181,10 +174,8 @@ class CombinedOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """One step of each. The closure, if any, is called once; returns what it returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for part in self.parts:
             part.step()
         return loss

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import math
 import shlex
-from importlib import resources
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from minigpt.core.files import write_text
 from minigpt.core.plots import INK, new_figure, to_svg
@@ -50,7 +49,11 @@ def write_report(run_dir: Path) -> Path:
     """
     rows, summary = read_metrics(run_dir), read_summary(run_dir)
     config = run_dir / CONFIG
-    page = _template().render(
+    loader = PackageLoader("minigpt", "training")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    page = environment.get_template("report.html.j2").render(
         name=run_dir.resolve().name,
         status=summary.get("status", "unfinished"),
         tokens=human_count(summary.get("tokens") or last_values(rows).get("tokens", 0)),
@@ -108,11 +111,10 @@ def _commands(run_dir: Path) -> list[tuple[str, str]]:
     """Return (reason, command) to type next, in the folder where the run was started."""
     run = run_dir.resolve()
     run = (run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run).as_posix()
+    settings = shlex.quote(f"ckpt={run}")
+    study = "Perplexity over the whole validation split, stories at four temperatures, embeddings"
     return [
-        (
-            "Perplexity over the whole validation split, stories at four temperatures, embeddings",
-            f"minigpt evaluate {shlex.quote(f'ckpt={run}')}",
-        ),
+        (study, f"minigpt evaluate {settings}"),
         ("Stories of your own", f"minigpt generate {shlex.quote(run)}"),
     ]
 
@@ -146,11 +148,8 @@ def smooth(values: list[float], reach: int) -> list[float]:
 
     As many on the left as on the right, so that a falling curve is not drawn late or too high.
     """
-    means = []
-    for i in range(len(values)):
-        near = min(reach, i, len(values) - 1 - i)
-        means.append(fmean(values[i - near : i + near + 1]))
-    return means
+    near = [min(reach, i, len(values) - 1 - i) for i in range(len(values))]
+    return [fmean(values[i - n : i + n + 1]) for i, n in enumerate(near)]
 
 
 def _charts(rows: list[Row]) -> list[tuple[str, str]]:
@@ -214,9 +213,3 @@ def _axes(label: str) -> tuple[Figure, Axes]:
     axes.set(xlabel="tokens seen", ylabel=label)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value)))
     return figure, axes
-
-
-def _template() -> Template:
-    source = resources.files("minigpt").joinpath("training/report.html.j2")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    return environment.from_string(source.read_text(encoding="utf-8"))

@@ -11,24 +11,17 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from minigpt.core.distributed import global_rank
 from minigpt.core.files import refuse_links_out
 from minigpt.core.settings import ModelClassError, UserError, build, flat
 from minigpt.data.config import with_cache_here
+from minigpt.data.datamodule import DataModule
 from minigpt.model import GPT, GPTConfig
 from minigpt.runs.checkpoint import is_whole, read_checkpoint, weights_fingerprint
-from minigpt.runs.folder import (
-    ModelFactory,
-    Run,
-    config_class,
-    last_checkpoint,
-    last_checkpoints,
-    read_config,
-)
-from minigpt.runs.names import CHECKPOINTS, CONFIG, SUMMARY, TOKENIZER
+from minigpt.runs.folder import ModelFactory, Run, config_class, last_checkpoint, last_checkpoints
+from minigpt.runs.names import CHECKPOINTS, CONFIG, SUMMARY
 from minigpt.runs.provenance import Parent, parent_of
 from minigpt.tokenizer import Tokenizer
-from minigpt.training.config import TrainConfig, settings_of
+from minigpt.training.config import Schedule, TrainConfig, settings_of
 from minigpt.training.module import GPTModule
 
 log = logging.getLogger("minigpt")
@@ -68,63 +61,79 @@ class ResumeState:
         if folder is None or (config.resume == AUTO and not last_checkpoints(folder)):
             if config.init_from is None:
                 return cls(config)
-            return cls._from_weights(config, Run.load(config.init_from, model))
+            run = Run.load(config.init_from, model)
+            net = run.load_model()
+            _check_shape(config, net.config, run)
+            return cls(config, net=net, tokenizer=run.tokenizer, parent=_parent(run, net))
         assert config.resume is not None
-        values = read_config(folder)
-        lacking = [name for name in _SECTIONS if name not in values]
-        if lacking:
+        checkpoint = last_checkpoint(folder if config.resume == AUTO else Path(config.resume))
+        run = Run(folder, checkpoint)
+        values = run.config
+        if lacking := [name for name in _SECTIONS if name not in values]:
             raise UserError(f"{folder / CONFIG} lacks {', '.join(lacking)}: restore it")
-        if values.get("model_class") is not None and model is None:
-            name = values["model_class"]
+        if (name := values.get("model_class")) is not None and model is None:
             raise ModelClassError(f"{folder} was trained with the class {name}", name)
         before = TrainConfig.from_dict(values, config_class(model or GPT))
         if config.resume == AUTO:
             _check_settings(config, before, folder)
         data = with_cache_here(before.data, config.data.cache_dir)
-        before = dataclasses.replace(before, data=data)
-        checkpoint = last_checkpoint(folder if config.resume == AUTO else Path(config.resume))
         content = read_checkpoint(checkpoint)
         stored, step = content["hyper_parameters"], content["global_step"]
         parent = parent_of(stored, checkpoint)  # that run itself may be gone by now
-        tokenizer = Tokenizer.load(folder / TOKENIZER) if parent else None
+        tokenizer = run.tokenizer if parent else None
         if parent is not None:  # an earlier version wrote more about it
             stored = {**stored, "init_from": dataclasses.asdict(parent)}
-        return cls(before, checkpoint, step, stored, tokenizer=tokenizer, parent=parent)
+        config = dataclasses.replace(before, data=data)
+        return cls(config, checkpoint, step, stored, tokenizer=tokenizer, parent=parent)
 
-    @classmethod
-    def _from_weights(cls, config: TrainConfig, run: Run) -> ResumeState:
-        net = run.load_model()
-        _check_shape(config, net.config, run)
-        return cls(config, net=net, tokenizer=run.tokenizer, parent=_parent(run, net))
+    def prepared_data(self, schedule: Schedule) -> DataModule:
+        """Return the data of the run, prepared on one process before any other is started."""
+        config, accumulate = self.config, self.config.trainer.accumulate_grad_batches
+        n_batches, start_batch = schedule.n_steps * accumulate, self.step * accumulate
+        length, vocab_size = config.model.context_length, config.model.vocab_size
+        data = DataModule(config.data, length, n_batches, config.seed, start_batch, self.tokenizer)
+        data.setup("fit")  # prepares them too; `prepare_data` first would read them all once more
+        if (size := data.tokenizer.vocab_size) > vocab_size:
+            message = f"is below the tokenizer's {size}: leave it out, it follows data.vocab_size"
+            raise UserError(message, "model.vocab_size", vocab_size)
+        return data
 
-    def set_weights(self, net: GPT) -> None:
-        """Give `net` the weights that the run begins with, if they are not to be random."""
+    def module(self, schedule: Schedule, data: DataModule, model: ModelFactory | None) -> GPTModule:
+        """Return the model in training, with the weights that the run begins with.
+
+        Raises:
+            UserError: data, schedule or model changed since the checkpoint.
+        """
+        extra = {"tokenizer": data.tokenizer.fingerprint, "train_tokens": data.train.n_tokens}
+        if self.parent is not None:
+            extra["init_from"] = dataclasses.asdict(self.parent)
+        module = GPTModule(
+            self.config.model, self.config.optimizer, schedule.n_steps, schedule.tokens_per_step,
+            data.valid.bytes_per_token, extra, model or GPT,
+        )  # fmt: skip
         if self.net is not None:
-            net.load_state_dict(self.net.state_dict())
+            module.net.load_state_dict(self.net.state_dict())
+        self._check_unchanged(module)
+        return module
 
-    def check_unchanged(self, module: GPTModule) -> None:
+    def _check_unchanged(self, module: GPTModule) -> None:
         """Raise UserError if data, schedule or model changed since the checkpoint."""
         if self.hyper_parameters is None:
             return
-        before = self.hyper_parameters
         changed = []
         for key, value in module.hparams.items():
-            then = before.get(key)
+            then = self.hyper_parameters.get(key)
             if isinstance(value, dict) and isinstance(then, dict):
                 # A setting newer than the checkpoint, which had no other, or one that is gone.
                 then = {key: then.get(key, now) for key, now in value.items()}
             if then != value:
                 changed.append(key)
         if changed:
-            raise UserError(
-                f"{self.checkpoint} cannot be resumed: {', '.join(changed)} changed since; restore "
-                "the stories and the number of devices, or train a new run"
-            )
+            message = f"{self.checkpoint} cannot be resumed: {', '.join(changed)} changed since"
+            raise UserError(f"{message}; restore stories and number of devices, or train a new run")
 
     def clear(self, folder: Path) -> None:
         """Remove what a killed process left half-written; set damaged checkpoints aside."""
-        if global_rank() > 0:
-            return
         for pattern in ("*.tmp", f"{CHECKPOINTS}/*.tmp"):
             for leftover in folder.glob(pattern):
                 leftover.unlink()
@@ -143,24 +152,19 @@ def folder_to_resume(config: TrainConfig) -> Path | None:
         UserError: there is no such run, resume=auto has no name to look for, or a link in the
             folder leads elsewhere.
     """
-    folder = _find(config)
-    if folder is not None:
-        refuse_links_out(folder)
-    return folder
-
-
-def _find(config: TrainConfig) -> Path | None:
     if config.resume is None:
         return None
+    folder = Path(config.resume)
     if config.resume == AUTO:
         if config.name is None:
             raise UserError("continues the run of a name", "resume", AUTO, {"name": "my-run"})
         folder = Path(config.runs_dir) / config.name
-        return folder if folder.is_dir() else None
-    path = Path(config.resume)
-    if last_checkpoints(path):
-        return path
-    return last_checkpoint(path).parent.parent
+        if not folder.is_dir():
+            return None
+    elif not last_checkpoints(folder):
+        folder = last_checkpoint(folder).parent.parent
+    refuse_links_out(folder)
+    return folder
 
 
 def _check_shape(config: TrainConfig, trained: GPTConfig, run: Run) -> None:
@@ -168,9 +172,11 @@ def _check_shape(config: TrainConfig, trained: GPTConfig, run: Run) -> None:
 
     The context may be another one: positions are computed, not learned.
     """
-    names = [f.name for f in dataclasses.fields(trained) if f.name != "context_length"]
-    other = {k: getattr(trained, k) for k in names if k != "dropout"}
-    fix = {f"model.{k}": v for k, v in other.items() if getattr(config.model, k, None) != v}
+    fix = {
+        f"model.{name}": value
+        for name, value in dataclasses.asdict(trained).items()
+        if name not in ("context_length", "dropout") and getattr(config.model, name, None) != value
+    }
     size = run.config.get("size")
     if fix and size not in (None, "gpt", config.size):
         fix = {"model": size}
@@ -180,9 +186,8 @@ def _check_shape(config: TrainConfig, trained: GPTConfig, run: Run) -> None:
 
 def _parent(run: Run, net: GPT) -> Parent:
     """Return what a run that begins with `net`, the weights of `run`, records about them."""
-    config, summary = run.config, run.summary
+    summary = run.summary
     before = parent_of(summary, run.folder / SUMMARY)
-    sources = before.sources if before else []
 
     def total(name: str) -> Any:
         own, earlier = summary.get(name), getattr(before, name) if before else 0
@@ -194,13 +199,11 @@ def _parent(run: Run, net: GPT) -> Parent:
             "weights": weights_fingerprint(net),
             "tokens": total("tokens"),
             "seconds": total("seconds"),
-            "sources": [*sources, config["data"]["source"]],
+            "sources": [*(before.sources if before else []), run.config["data"]["source"]],
         }
     except (KeyError, TypeError):
-        raise UserError(
-            f"{run.folder} does not record how it was trained: its config.yaml or summary.json is "
-            "not what a run writes"
-        ) from None
+        message = f"{run.folder} does not record how it was trained"
+        raise UserError(f"{message}: restore its {CONFIG} and {SUMMARY}") from None
     return build(Parent, entry, f"{run.folder}")
 
 
@@ -211,29 +214,19 @@ def run_lock(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process does. The lock of one that was killed is gone with it.
     """
-    if global_rank() > 0:  # the first process holds it for all of the run
-        yield
-        return
-    lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
-        raise UserError(
-            f"{folder} is being trained by another process: wait for it, or choose another name",
-            "name", folder.name,
-        ) from None  # fmt: skip
-    try:
+        message = f"{folder} is being trained by another process: wait, or choose another name"
+        raise UserError(message, "name", folder.name) from None
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def _check_settings(config: TrainConfig, before: TrainConfig, folder: Path) -> None:
     """Raise UserError if `config`, which is to continue the run in `folder`, has other settings."""
-    then, now = flat(settings_of(before)), flat(settings_of(config))
-    for name, value in now.items():
+    then = flat(settings_of(before))
+    for name, value in flat(settings_of(config)).items():
         if name not in _ASIDE and then[name] != value:
-            raise UserError(
-                f"{folder} was trained with another value: set that, or choose another name",
-                name, value, {name: then[name]},
-            )  # fmt: skip
+            message = f"{folder} was trained with another value: set that, or choose another name"
+            raise UserError(message, name, value, {name: then[name]})
