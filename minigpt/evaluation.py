@@ -13,10 +13,10 @@ import itertools
 import logging
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +43,6 @@ from minigpt.runs.records import read_summary
 from minigpt.tokenizer import Tokenizer
 
 log = logging.getLogger("minigpt")
-T = TypeVar("T")
 
 
 # ---------------------------------------------------------------------------- settings
@@ -60,7 +59,7 @@ class StoriesConfig:
 
     def __post_init__(self) -> None:
         if self.n < 1:
-            raise ValueError(f"n {self.n} must be at least 1; stories.prompts=[] asks for none")
+            raise UserError("must be at least 1", "n", self.n, fix={"prompts": []})
         for temperature in self.temperatures:
             SamplingConfig(temperature=temperature, max_tokens=self.max_tokens)
 
@@ -83,15 +82,13 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise ValueError(f"batch_size {self.batch_size} must be at least 1")
+            raise UserError("must be at least 1", "batch_size", self.batch_size)
         if self.seed < 0:
-            raise ValueError(f"seed {self.seed} must not be negative")
+            raise UserError("must not be negative", "seed", self.seed)
         for words in self.analogies:
             if len(words) != 3:
-                raise ValueError(
-                    f"analogies: [{','.join(words)}] is not three words, such as "
-                    "analogies=[[princess,girl,boy]]"
-                )
+                example = {"analogies": [["princess", "girl", "boy"]]}
+                raise UserError("are not three words", "analogies", list(words), fix=example)
 
 
 # ---------------------------------------------------------------------------- loss of a split
@@ -145,18 +142,20 @@ def evaluate_loss(
     context, device = net.config.context_length, net.embedding.weight.device
     stride = context if stride is None else stride
     if not 1 <= stride <= context:
-        raise UserError(
-            f"stride={stride}: choose from 1 to {context}, the context of this model, such as "
-            f"stride={max(1, context // 2)}"
-        )
+        problem = f"choose from 1 to {context}, the context of this model"
+        raise UserError(problem, "stride", stride, fix={"stride": max(1, context // 2)})
     n_windows = 1 + max(0, math.ceil((len(tokens) - 1 - context) / stride))
-    batches = [
-        range(first, min(first + batch_size, n_windows))
-        for first in range(0, n_windows, batch_size)
-    ]
+    batches = [range(n_windows)[i : i + batch_size] for i in range(0, n_windows, batch_size)]
+    half = torch.float16 if precision == "16-mixed" else torch.bfloat16
+    mixed = torch.autocast(device.type, half, enabled=precision.endswith("-mixed"))
+    hidden = console is None or not console.is_terminal
     nats, n_tokens = 0.0, 0
-    with torch.inference_mode(), _autocast(precision, device), _evaluation_mode(net):
-        for batch in _progress(batches, "validation split", console):
+    with torch.inference_mode(), mixed, contextlib.ExitStack() as at_exit:
+        at_exit.callback(net.train, net.training)
+        net.eval()
+        for batch in track(
+            batches, "validation split", console=console, transient=True, disable=hidden
+        ):
             ids, targets = windows(tokens, batch, context, stride)
             n = int((targets != IGNORE_INDEX).sum())
             nats += n * net.loss(ids.to(device), targets.to(device)).item()
@@ -176,29 +175,6 @@ def windows(
     later = torch.tensor(starts) > 0
     targets[later, : context - stride] = IGNORE_INDEX
     return ids, targets
-
-
-@contextlib.contextmanager
-def _evaluation_mode(net: GPT) -> Iterator[None]:
-    was_training = net.training
-    net.eval()
-    try:
-        yield
-    finally:
-        net.train(was_training)
-
-
-def _autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    if not precision.endswith("-mixed"):
-        return contextlib.nullcontext()
-    half = torch.float16 if precision == "16-mixed" else torch.bfloat16
-    return torch.autocast(device.type, dtype=half)
-
-
-def _progress(items: list[T], title: str, console: Console | None) -> Iterable[T]:
-    if console is None or not console.is_terminal:
-        return items
-    return track(items, title, console=console, transient=True)
 
 
 # ---------------------------------------------------------------------------- stories
@@ -221,15 +197,15 @@ def write_stories(
     A prompt has the same random numbers at each temperature, and no two prompts have the same:
     stories would otherwise repeat one another.
     """
-    told = []
+    groups = []
     for temperature in config.temperatures:
         stories = []
         for i, prompt in enumerate(config.prompts):
             sampling = SamplingConfig(temperature, max_tokens=config.max_tokens, seed=seed + i)
             texts = generate_stories(net, tokenizer, prompt, config.n, sampling)
             stories += [{"prompt": prompt, "text": text} for text in texts]
-        told.append(stories)
-    return told
+        groups.append(stories)
+    return groups
 
 
 def compare_temperatures(
@@ -239,11 +215,16 @@ def compare_temperatures(
 ) -> tuple[list[Temperature], int]:
     """A row for each temperature, and how many training stories novelty was measured against.
 
-    That is 0 when the run's own training files are not there any more, which the log says.
+    It is measured against the first training stories of the run; for any TinyStories run against
+    those of the bundled sample. If they cannot be read any more the log says so, and it is 0.
     """
-    texts = [[story["text"] for story in told] for told in stories]
+    texts = [[story["text"] for story in group] for group in stories]
     try:
-        measured, n_training = measure(texts, training_stories(trained_on))
+        if trained_on is None:
+            raise UserError("an export does not say where they are")
+        corpus = open_corpus(trained_on) if trained_on.source == "text" else bundled_sample()
+        training = itertools.islice(corpus.stories("train"), NOVELTY_STORIES)
+        measured, n_training = measure(texts, training)
     except UserError as error:
         log.warning("novelty is left out, as the training stories cannot be read: %s", error)
         measured, n_training = measure(texts, [])
@@ -256,18 +237,6 @@ def own_data(run_config: dict[str, Any]) -> DataConfig | None:
     if data.get("source") == "text" and "train_files" not in data:
         return None
     return with_cache_here(build(DataConfig, data, "data"))
-
-
-def training_stories(settings: DataConfig | None) -> Iterator[str]:
-    """The first training stories of a run; for any TinyStories run those of the bundled sample.
-
-    Raises:
-        UserError: nobody knows where they are, or they cannot be read.
-    """
-    if settings is None:
-        raise UserError("an export does not say where they are")
-    corpus = open_corpus(settings) if settings.source == "text" else bundled_sample()
-    return itertools.islice(corpus.stories("train"), NOVELTY_STORIES)
 
 
 # ---------------------------------------------------------------------------- all of it
@@ -325,10 +294,8 @@ def evaluate(
     trained_on = own_data(own)
     settings = config.data or trained_on
     if settings is None:
-        raise UserError(
-            f"{run.folder} does not say where its stories lie: give data=text "
-            "'data.valid_files=[stories.txt]'"
-        )
+        files = {"data": "text", "data.valid_files": ["stories.txt"]}
+        raise UserError(f"{run.folder} does not say where its stories lie", fix=files)
     # A run that was killed left no summary, but what it asked for is the same on this machine.
     asked = own.get("trainer", {}).get("precision", "auto")
     precision = read_summary(run.folder).get("precision", asked)
@@ -336,15 +303,12 @@ def evaluate(
     if hardware.emulated:
         log.info("computed in 32-true, not %s: this CPU has no native bfloat16", precision)
         hardware = Hardware.detect("auto", "1", 1, "32-true")
-    device, tokenizer = hardware.accelerator, run.tokenizer
+    device, precision, tokenizer = hardware.accelerator, hardware.precision, run.tokenizer
     net = net.to(device).use(kernels_for(device))
-
-    split = prepare_split(
-        open_corpus(settings, valid_only=True), "valid", tokenizer, settings.cache_dir
-    )
-    loss = evaluate_loss(
-        net, split.array(), config.batch_size, config.stride, hardware.precision, console
-    )
+    corpus = open_corpus(settings, valid_only=True)
+    split = prepare_split(corpus, "valid", tokenizer, settings.cache_dir)
+    batching = config.batch_size, config.stride
+    loss = evaluate_loss(net, split.array(), *batching, precision, console)
     stories = write_stories(net, tokenizer, config.stories, config.seed)
     rows, n_training = compare_temperatures(config.stories.temperatures, stories, trained_on)
     probe = EmbeddingProbe(net, tokenizer)
@@ -352,8 +316,8 @@ def evaluate(
         checkpoint=run.checkpoint.name,
         weights=weights_fingerprint(net),
         parameters=net.n_parameters,
-        device=hardware.accelerator,
-        precision=hardware.precision,
+        device=device,
+        precision=precision,
         data=dataclasses.asdict(settings),
         stride=config.stride,
         seed=config.seed,
@@ -377,13 +341,10 @@ def evaluate(
 def _check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UserError(
-            f"cannot write evaluation.json into {folder} ({error.strerror}): give another folder, "
-            "out=..."
-        ) from None
+        problem = f"cannot write evaluation.json there ({error.strerror}); give another folder"
+        raise UserError(problem, "out", str(folder)) from None
 
 
 def evaluation_name(config: EvaluationConfig) -> str:

@@ -80,14 +80,11 @@ class Tokenizer:
         except OSError as error:
             raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
         except Exception:  # the library raises bare Exception for what it cannot parse
-            raise UserError(
-                f"{path} is not a tokenizer.json; take the one of a run folder"
-            ) from None
+            problem = f"{path} is not a tokenizer.json; take the one of a run folder"
+            raise UserError(problem) from None
         if not _is_ours(library):
-            raise UserError(
-                f"{path} is a tokenizer of another kind; expected a byte-level BPE with "
-                f"{END_OF_TEXT} as token 0, such as the tokenizer.json of a run folder"
-            )
+            expected = f"a byte-level BPE with {END_OF_TEXT} as token 0"
+            raise UserError(f"{path} is a tokenizer of another kind; expected {expected}")
         return cls(library)
 
     def save(self, path: str | Path) -> None:
@@ -177,12 +174,8 @@ def _stored(ids: list[int]) -> bytes:
 def check_vocab_size(vocab_size: int) -> None:
     """Raises UserError unless MIN_VOCAB_SIZE <= `vocab_size` <= MAX_VOCAB_SIZE."""
     if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
-        raise UserError(
-            f"choose from {MIN_VOCAB_SIZE} (all bytes and {END_OF_TEXT}) to {MAX_VOCAB_SIZE}",
-            "vocab_size",
-            vocab_size,
-            fix={"vocab_size": 3000},
-        )
+        limits = f"choose from {MIN_VOCAB_SIZE} (all bytes and {END_OF_TEXT}) to {MAX_VOCAB_SIZE}"
+        raise UserError(limits, "vocab_size", vocab_size, fix={"vocab_size": 3000})
 
 
 def utf8_length(text: str) -> int:
@@ -195,10 +188,8 @@ def utf8_length(text: str) -> int:
         return len(text.encode("utf-8"))
     except UnicodeEncodeError as error:
         near = text[max(0, error.start - 20) : error.end + 20]
-        raise UserError(
-            f"the text holds half of a surrogate pair, which is not a character, in {near!a}: "
-            "remove it or write the whole character"
-        ) from None
+        problem = f"the text holds half of a surrogate pair, which is not a character, in {near!a}"
+        raise UserError(f"{problem}; remove it or write the whole character") from None
 
 
 def _checked(texts: Iterable[str]) -> Iterator[str]:
@@ -216,9 +207,8 @@ def _untrained() -> tokenizers.Tokenizer:
 
 def _is_ours(library: tokenizers.Tokenizer) -> bool:
     """Whether `library` is what `Tokenizer.train` makes, whatever its words and merges."""
-    expected = _untrained()
+    expected, vocabulary = _untrained(), library.get_vocab()
     expected.add_special_tokens([END_OF_TEXT])
-    vocabulary = library.get_vocab()
     return (
         _settings(library) == _settings(expected)
         and vocabulary.keys() >= {END_OF_TEXT, *pre_tokenizers.ByteLevel.alphabet()}
@@ -229,6 +219,5 @@ def _is_ours(library: tokenizers.Tokenizer) -> bool:
 
 def _settings(library: tokenizers.Tokenizer) -> dict[str, Any]:
     settings = json.loads(library.to_str())
-    for learned in ("vocab", "merges"):
-        del settings["model"][learned]
+    del settings["model"]["vocab"], settings["model"]["merges"]
     return settings

@@ -105,7 +105,7 @@ def test_a_stride_that_skips_tokens_is_refused(stride):
 @pytest.mark.parametrize(
     ("settings", "names"),
     [
-        ({"analogies": [["a", "b"]]}, ["analogies", "a,b"]),
+        ({"analogies": [["a", "b"]]}, ["analogies", "a", "b"]),
         ({"stories": {"n": 0}}, ["stories", "n", "0"]),
         ({"stories": {"temperatures": [-1]}}, ["temperature", "-1.0"]),
         ({"stride": "wide"}, ["stride", "wide"]),

@@ -82,12 +82,9 @@ class Answers:
 
 def ask(probe: EmbeddingProbe) -> Answers:
     """Ask all the questions above."""
-    return Answers(
-        neighbours={word: tokens_or_reason(probe.neighbours, word) for word in WORDS},
-        analogies=[
-            _analogy(probe, kind, *words) for kind, group in ANALOGIES.items() for words in group
-        ],
-    )
+    neighbours = {word: tokens_or_reason(probe.neighbours, word) for word in WORDS}
+    questions = ((kind, *words) for kind, group in ANALOGIES.items() for words in group)
+    return Answers(neighbours, [_analogy(probe, *question) for question in questions])
 
 
 def _analogy(probe: EmbeddingProbe, kind: str, a: str, b: str, c: str, expected: str) -> Analogy:
@@ -103,18 +100,15 @@ def _analogy(probe: EmbeddingProbe, kind: str, a: str, b: str, c: str, expected:
 
 def markdown(answers: dict[str, Answers]) -> str:
     """Return embeddings.md, with a column for each run."""
-    first = next(iter(answers.values()))
     parts = [
         "# Embeddings",
-        "Cosines of the token embedding. Nearest first, each word once, with or without a space "
-        "before it; the words of the question are left out. The rank of an expected answer is its "
-        "position among these; 1 is the nearest.",
+        "Cosines of the token embedding, nearest first, without the words of the question.",
         "## Nearest neighbours",
         md_table(
             ["word", *answers],
             [
                 [word, *(_listed(each.neighbours[word]) for each in answers.values())]
-                for word in first.neighbours
+                for word in next(iter(answers.values())).neighbours
             ],
             left=1 + len(answers),
         ),
@@ -122,13 +116,12 @@ def markdown(answers: dict[str, Answers]) -> str:
         md_table(
             ["kind", "question", "expected", *answers],
             [
-                [a.kind, a.question, a.expected]
-                + [_outcome(each.analogies[i]) for each in answers.values()]
-                for i, a in enumerate(first.analogies)
+                [asked[0].kind, asked[0].question, asked[0].expected, *map(_outcome, asked)]
+                for asked in zip(*(each.analogies for each in answers.values()), strict=True)
             ],
             left=3 + len(answers),
         ),
-        "Rank of the expected answer, and the token that came first.",
+        "Rank of the expected answer among the tokens by cosine, and the token that came first.",
         md_table(
             ["run", "asked", "rank 1", "rank 1 to 5", "median rank"],
             [[name, *_summary_cells(each.summary)] for name, each in answers.items()],

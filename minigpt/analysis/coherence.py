@@ -11,7 +11,6 @@ same way, is the human baseline. Names are a heuristic: a story may keep them an
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -71,23 +70,17 @@ def story_openings(
     Raises:
         UserError: there are fewer.
     """
-    short = (o for o in _openings(stories, tokenizer) if len(o.ids) <= context // 2)
-    openings = list(itertools.islice(short, n))
-    if len(openings) < n:
-        raise UserError(
-            f"only {len(openings)} stories name somebody in a first sentence of at most "
-            f"{context // 2} tokens, half the context",
-            "n",
-            n,
-        )
-    return openings
-
-
-def _openings(stories: Iterable[str], tokenizer: Tokenizer) -> Iterator[Opening]:
+    openings = []
     for story in stories:
         if match := OPENING.match(story):
             ids = (tokenizer.end_of_text, *tokenizer.encode(match[0]))
-            yield Opening(match[0], match[1], ids, story[match.end() :])
+            if len(ids) <= context // 2:
+                openings.append(Opening(match[0], match[1], ids, story[match.end() :]))
+            if len(openings) == n:
+                return openings
+    half, n_openings = context // 2, len(openings)
+    problem = f"only {n_openings} stories name somebody in their first {half} tokens, half the"
+    raise UserError(f"{problem} context", "n", n)
 
 
 def original_continuations(
@@ -142,7 +135,8 @@ def coherence(stories: Sequence[Continuation]) -> Coherence:
         words = split_words(story.text)
         if words:
             last_third = words[len(words) - -(-len(words) // 3) :]  # rounded up
-            retained.append(story.opening.name.lower() in _without_possessive(last_third))
+            without_possessive = {re.sub(r"['’]s$", "", word) for word in last_third}
+            retained.append(story.opening.name.lower() in without_possessive)
         others = set(NAME.findall(story.text)) - {story.opening.name}
         names.append(len(others))
         recurring += [len(re.findall(rf"\b{name}\b", story.text)) > 1 for name in sorted(others)]
@@ -152,10 +146,6 @@ def coherence(stories: Sequence[Continuation]) -> Coherence:
         names=fmean(names),
         name_recurrence=fmean(recurring) if recurring else None,
     )
-
-
-def _without_possessive(words: Iterable[str]) -> set[str]:
-    return {re.sub(r"['’]s$", "", word) for word in words}
 
 
 @torch.inference_mode()

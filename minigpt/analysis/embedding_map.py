@@ -74,10 +74,8 @@ def embedding_map(
     words = {name: probe.single(members) for name, members in clusters.items()}
     kept = [word for members in words.values() for word in members]
     if len(kept) < 3:
-        raise FewWordsError(
-            f"the tokenizer has only {len(kept)} of its words as single tokens; one with a larger "
-            "data.vocab_size, trained on more stories, has more"
-        )
+        few = f"only {len(kept)} of its words are single tokens"
+        raise FewWordsError(f"{few}; a larger data.vocab_size and more stories give more")
     unit = probe.vectors(kept)  # (n, d)
     u, s, _ = torch.linalg.svd(unit - unit.mean(dim=0), full_matrices=False)
     points = u[:, :2] * s[:2]
@@ -96,13 +94,10 @@ def embedding_map(
 
 def caption(layout: EmbeddingMap) -> str:
     """Return what the map shows, and its limits."""
-    between = "" if layout.between is None else f", two of different groups {layout.between:.2f}"
-    text = (
-        f"Two words of one group have a mean cosine of {layout.within:.2f}{between}. The map keeps "
-        f"{layout.explained:.0%} of the variance: words that are far apart on it are different, "
-        "words that are close on it may still be."
-    )
-    return text.replace("-0", "−0")
+    between = "" if layout.between is None else f", between groups {layout.between:.2f}"
+    cosines = f"Mean cosine within a group {layout.within:.2f}{between}.".replace("-0", "−0")
+    kept = f"{layout.explained:.0%} of the variance"
+    return f"{cosines} The map keeps {kept}, so that words close on it may still differ."
 
 
 def map_figure(layout: EmbeddingMap) -> Figure:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable
 
@@ -43,10 +44,8 @@ def parse_analogy(text: str) -> tuple[str, str, str]:
             return word, second, third
         if first == "+" != sign:
             return word, third, second
-    raise UserError(
-        f"'{' '.join(text.split())}' is not an analogy: type three words such as "
-        "'princess - girl + boy'"
-    )
+    words = " ".join(text.split())
+    raise UserError(f"'{words}' is not an analogy of three words such as 'princess - girl + boy'")
 
 
 def tokens_or_reason(query: Callable[..., Tokens], *words: str) -> Tokens | str:
@@ -79,7 +78,7 @@ class EmbeddingProbe:
         Raises:
             SplitWordError: `word` is not a single token.
         """
-        return self._nearest(self._vector(word), k, leave_out={word.strip()})
+        return self._nearest(self.vectors([word])[0], k, leave_out={word.strip()})
 
     def analogy(self, word: str, minus: str, plus: str, k: int = 5) -> Tokens:
         """Return the k tokens nearest to `word` − `minus` + `plus`, with their cosines.
@@ -90,12 +89,17 @@ class EmbeddingProbe:
         Raises:
             SplitWordError: one of the three is not a single token.
         """
-        target = self._vector(word) - self._vector(minus) + self._vector(plus)
-        return self._nearest(target, k, leave_out={w.strip() for w in (word, minus, plus)})
+        a, b, c = self.vectors((word, minus, plus))
+        return self._nearest(a - b + c, k, leave_out={w.strip() for w in (word, minus, plus)})
 
     def single(self, words: Iterable[str]) -> list[str]:
         """Return those of `words` that are single tokens, in their order."""
-        return [word for word in words if self._is_single(word)]
+        singles = []
+        for word in words:
+            with contextlib.suppress(SplitWordError):
+                self.token_id(word)
+                singles.append(word)
+        return singles
 
     def vectors(self, words: Iterable[str]) -> Tensor:
         """Return the unit embeddings (n, d) of n words.
@@ -119,20 +123,8 @@ class EmbeddingProbe:
             if len(ids) == 1:
                 return ids[0]
         pieces = " + ".join(f"'{self.tokenizer.token(i)}'" for i in spaced)
-        raise SplitWordError(
-            f"'{word}' is {len(spaced)} tokens to this tokenizer ({pieces}) and has no embedding "
-            "of its own; give a more common word"
-        )
-
-    def _is_single(self, word: str) -> bool:
-        try:
-            self.token_id(word)
-        except SplitWordError:
-            return False
-        return True
-
-    def _vector(self, word: str) -> Tensor:  # (d,)
-        return self.unit[self.token_id(word)]
+        problem = f"'{word}' is {len(spaced)} tokens to this tokenizer ({pieces})"
+        raise SplitWordError(f"{problem} and has no embedding of its own; give a more common word")
 
     def _nearest(self, target: Tensor, k: int, leave_out: set[str]) -> Tokens:
         cosines = self.unit @ F.normalize(target, dim=-1)  # (V,)

@@ -30,9 +30,10 @@ def measure(
     """
     words = [[split_words(text) for text in group] for group in groups]
     texts = [[ngrams(text, COPIED) for text in group] for group in words]
-    unseen, n_training = remove_seen(
-        {g for group in texts for text in group for g in text}, training
-    )
+    unseen, n_training = {gram for group in texts for text in group for gram in text}, 0
+    for story in training:
+        unseen.difference_update(ngrams(split_words(story), COPIED))
+        n_training += 1
     results = []
     for texts_of_words, copied in zip(words, texts, strict=True):
         pools = [[gram for text in texts_of_words for gram in ngrams(text, n)] for n in (1, 2, 3)]
@@ -57,15 +58,6 @@ def split_words(text: str) -> list[str]:
 def ngrams(words: list[str], n: int) -> list[NGram]:
     """Return all n-grams of `words`, in order."""
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-
-
-def remove_seen(wanted: set[NGram], stories: Iterable[str]) -> tuple[set[NGram], int]:
-    """Return the `wanted` 4-grams that none of `stories` has, and the number of stories."""
-    left, n_stories = set(wanted), 0
-    for story in stories:
-        left.difference_update(ngrams(split_words(story), COPIED))
-        n_stories += 1
-    return left, n_stories
 
 
 def _share(part: int, whole: int) -> float | None:

@@ -13,8 +13,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from minigpt.analysis import analogies
-from minigpt.analysis.analogies import Answers
 from minigpt.analysis.coherence import (
     Coherence,
     Continuation,
@@ -103,11 +104,10 @@ def write_study(runs: Sequence[Run], out: Path, config: StudyConfig | None = Non
     out.mkdir(parents=True, exist_ok=True)
     probes = {m.name: EmbeddingProbe(m.net, m.tokenizer) for m in models}
     answers = {name: analogies.ask(probe) for name, probe in probes.items()}
-    maps = _write_maps(probes, out)
-    write_text(
-        out / "embeddings.md", "\n\n".join([analogies.markdown(answers).rstrip(), *maps, ""])
-    )
-    write_json(out / "embeddings.json", {n: _answers_json(a) for n, a in answers.items()})
+    parts = analogies.markdown(answers).rstrip(), *_write_maps(probes, out), ""
+    write_text(out / "embeddings.md", "\n\n".join(parts))
+    plain = {n: dataclasses.asdict(a) | {"summary": a.summary} for n, a in answers.items()}
+    write_json(out / "embeddings.json", plain)
     write_text(out / "samples.md", samples_markdown(models))
     device = Hardware.detect("auto", "1", 1, "32-true").accelerator
     for model in models:
@@ -121,20 +121,16 @@ def write_study(runs: Sequence[Run], out: Path, config: StudyConfig | None = Non
 
 def _loaded(runs: Sequence[Run]) -> list[StudiedModel]:
     """Load the models on the CPU, smallest first."""
-    models = [
-        StudiedModel(run.folder.resolve().name, run.load_model(), run.tokenizer) for run in runs
-    ]
-    names = [model.name for model in models]
+    names = [run.folder.resolve().name for run in runs]
     if len(set(names)) < len(names):
         raise UserError("two runs have one name; rename the folder of one", "runs", names)
+    models = [
+        StudiedModel(n, r.load_model(), r.tokenizer) for n, r in zip(names, runs, strict=True)
+    ]
     kinds = {(m.tokenizer.fingerprint, m.net.config.context_length) for m in models}
     if len(kinds) > 1:
-        raise UserError(
-            "tokenizer or context differ, so that the largest model cannot score the stories of "
-            "the others; study them one by one",
-            "runs",
-            names,
-        )
+        problem = "tokenizer or context differ, so that no model can score all stories"
+        raise UserError(f"{problem}; study them one by one", "runs", names)
     return sorted(models, key=lambda model: model.net.n_parameters)
 
 
@@ -149,10 +145,6 @@ def _write_maps(probes: Mapping[str, EmbeddingProbe], out: Path) -> list[str]:
         except FewWordsError as error:
             text.append(f"{name}: no map, {error}")
     return ["## Maps of words", *text]
-
-
-def _answers_json(answers: Answers) -> dict[str, Any]:
-    return dataclasses.asdict(answers) | {"summary": answers.summary}
 
 
 def _row_json(row: Row) -> dict[str, Any]:
@@ -181,9 +173,8 @@ def study_rows(models: Sequence[StudiedModel], config: StudyConfig) -> list[Row]
             log.info("%s: %d stories at temperature %g", model.name, config.n, temperature)
             stories = write_continuations(model.net, tokenizer, openings, temperature, config.seed)
             groups.append((model.name, model.net.n_parameters, temperature, stories))
-    texts = [[story.text for story in stories] for *_, stories in groups]
     training = islice(bundled_sample().stories("train"), NOVELTY_STORIES)
-    repetitions, _ = measure(texts, training)
+    repetitions, _ = measure([[s.text for s in stories] for *_, stories in groups], training)
     end = tokenizer.end_of_text
     return [
         Row(name, size, temperature, coherence(stories), repetition, score(judge, stories, end))
@@ -205,10 +196,9 @@ def coherence_markdown(
     return f"""# Coherence and temperature
 
 {config.n} stories of each run at each temperature, seed {config.seed}, without top-k and top-p.
-Each continues the first sentence of a story of the bundled validation split, the first {config.n}
-that name somebody in it ("… a little girl named Lily."), until the story ends or the context of
-{context} tokens is full. The first row is the human baseline: the rest of the original stories, cut
-at the same length. Compare a model with that row and not with 100 %.
+Each continues the first sentence of a validation story that names somebody, until the story ends or
+the context of {context} tokens is full. The first row, the rest of these stories cut at the same
+length, is the human baseline to compare with.
 
 {md_table(HEADS, map(_cells, rows))}
 
@@ -216,15 +206,13 @@ at the same length. Compare a model with that row and not with 100 %.
 
 All measures but perplexity are heuristics of coherence: they count words and names.
 
-- words: mean length of a continuation. distinct 1, 2, 3: share of different word n-grams among all
-  {config.n} continuations, which depends on their number and length. repeated 4: share of word
-  4-grams that the same continuation had before. new 4: share of 4-grams that no story of the
-  bundled training split has.
-- protagonist retention: share of continuations whose last third has the name of the opening;
-  pronouns do not count. names: mean number of other names in a continuation. name recurrence: share
-  of these that come a second time. A name is a capitalised word where no sentence begins.
-- perplexity: of the continuations under {judge.name} ({judge.net.n_parameters:,} parameters). It is
-  low for dull stories too, so that the best value is that of the originals.
+- words: mean length. distinct 1, 2, 3: share of different word n-grams among all continuations.
+  repeated 4: share of word 4-grams that the same continuation had before. new 4: share that no
+  story of the bundled training split has.
+- protagonist retention: share of continuations whose last third has the name of the opening.
+  names: mean number of other names. name recurrence: share of these that come a second time. A
+  name is a capitalised word where no sentence begins.
+- perplexity: under {judge.name} ({judge.net.n_parameters:,} parameters); low for dull stories too.
 - unfinished: share that had not ended where the context did.
 
 The standard error of a share of {config.n} stories is {50 / config.n**0.5:.1f} points at 50 % and
@@ -261,10 +249,9 @@ def coherence_figure(rows: Sequence[Row]) -> Figure:
     figure = new_figure(8.4, 5.4, rows=2, columns=3)
     for axes, (title, value) in zip(figure.axes, measures.items(), strict=True):
         for i, name in enumerate(dict.fromkeys(row.run for row in rows if row.run != ORIGINALS)):
-            own = [row for row in rows if row.run == name]
-            known = [(row.temperature, value(row)) for row in own if value(row) is not None]
-            if known:
-                axes.plot(*zip(*known, strict=True), "o-", color=f"C{i}", markersize=4, label=name)
+            own = [(row.temperature, value(row)) for row in rows if row.run == name]
+            points = np.array(own, float).T  # None becomes NaN, which is not drawn
+            axes.plot(*points, "o-", color=f"C{i}", markersize=4, label=name)
         (human,) = [value(row) for row in rows if row.run == ORIGINALS]
         if human is not None:
             axes.axhline(human, color="#6b7280", linestyle="--", linewidth=1.2, label=ORIGINALS)
@@ -277,10 +264,8 @@ def coherence_figure(rows: Sequence[Row]) -> Figure:
             axes.yaxis.set_minor_locator(NullLocator())
         else:
             axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor=INK
-    )
+    legend = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside lower center", ncols=4, frameon=False, labelcolor=INK)
     return figure
 
 
@@ -295,18 +280,14 @@ def samples_markdown(models: Sequence[StudiedModel]) -> str:
     """
     parts = [
         "# Samples",
-        f"Three stories of each run, unedited: the prompt “{SAMPLE_PROMPT}”, temperature "
-        f"{SAMPLE_TEMPERATURE:g}, at most {SAMPLE_TOKENS} tokens, seeds "
-        f"{', '.join(map(str, SAMPLE_SEEDS))}. Reproduce one by `minigpt generate <run> "
-        f"--temperature {SAMPLE_TEMPERATURE:g} --max-tokens {SAMPLE_TOKENS} --seed <seed>`.",
+        f"Unedited, by `minigpt generate <run> --prompt '{SAMPLE_PROMPT}' --temperature "
+        f"{SAMPLE_TEMPERATURE:g} --max-tokens {SAMPLE_TOKENS} --seed <seed>`.",
     ]
     for model in models:
         parts.append(f"## {model.name}, {model.net.n_parameters:,} parameters")
         for seed in SAMPLE_SEEDS:
             sampling = SamplingConfig(SAMPLE_TEMPERATURE, max_tokens=SAMPLE_TOKENS, seed=seed)
             text = "".join(stream_text(model.net, model.tokenizer, SAMPLE_PROMPT, sampling))
-            quoted = "\n".join(
-                f"> {line}".rstrip() for line in f"{SAMPLE_PROMPT}{text}".split("\n")
-            )
-            parts += [f"Seed {seed}:", quoted]
+            lines = f"{SAMPLE_PROMPT}{text}".split("\n")
+            parts += [f"Seed {seed}:", "\n".join(f"> {line}".rstrip() for line in lines)]
     return "\n\n".join(parts) + "\n"

@@ -60,15 +60,11 @@ class DataConfig:
             name = "train_files" if self.train_files else "valid_files"
             raise UserError(f"source {self.source} reads no files", name, fix={"source": "text"})
         if not 0 < self.holdout < 1:
-            raise UserError(
-                "a share is between 0 and 1", "holdout", self.holdout, fix={"holdout": 0.05}
-            )
+            raise UserError("must be between 0 and 1", "holdout", self.holdout)
         if not self.separator:
             raise UserError("must not be empty", "separator", fix={"separator": END_OF_TEXT})
         if self.download_tokens is not None and self.download_tokens < 1:
-            raise UserError(
-                "must be at least 1, or None for all", "download_tokens", self.download_tokens
-            )
+            raise UserError("must be at least 1 or None", "download_tokens", self.download_tokens)
         check_vocab_size(self.vocab_size)
         if self.batch_size is None:
             object.__setattr__(self, "batch_size", 32 if self.source == "tinystories" else 8)

@@ -62,9 +62,7 @@ class DataModule(L.LightningDataModule):
 
     def _prepare(self) -> tuple[Tokenizer, TokenFile, TokenFile]:
         corpus, cache_dir = open_corpus(self.config), self.config.cache_dir
-        tokenizer = self._given
-        if tokenizer is None:
-            tokenizer = prepare_tokenizer(corpus, self.config)
+        tokenizer = self._given or prepare_tokenizer(corpus, self.config)
         train = prepare_split(corpus, "train", tokenizer, cache_dir)
         return tokenizer, train, prepare_split(corpus, "valid", tokenizer, cache_dir)
 
@@ -76,18 +74,9 @@ class DataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """The batches from `start_step` to the end of the run."""
         windows = TokenWindows(self.train.array(), self.context_length)
-        rank, world_size = self._rank()
-        sampler = BudgetSampler(
-            self.train.n_tokens,
-            self.context_length,
-            self.config.windows_per_batch,
-            self.n_steps,
-            self.seed,
-            self.start_step,
-            rank,
-            world_size,
-            self.config.random_offset,
-        )
+        shape = self.train.n_tokens, self.context_length, self.config.windows_per_batch
+        order = self.n_steps, self.seed, self.start_step
+        sampler = BudgetSampler(*shape, *order, *self._rank(), self.config.random_offset)
         return _loader(windows, batch_sampler=sampler)
 
     def val_dataloader(self) -> DataLoader:
@@ -110,14 +99,6 @@ class DataModule(L.LightningDataModule):
 
 def _loader(windows: TokenWindows, **how: Any) -> DataLoader:
     # No workers: a batch is gathered in microseconds, less than handing it to another process.
-    return DataLoader(
-        windows,
-        collate_fn=_as_it_is,
-        num_workers=0,
-        pin_memory=torch.cuda.is_available(),
-        **how,
-    )
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch  # TokenWindows.__getitems__ has already put it together
+    # TokenWindows.__getitems__ has already put it together.
+    pin_memory = torch.cuda.is_available()
+    return DataLoader(windows, collate_fn=lambda batch: batch, pin_memory=pin_memory, **how)

@@ -27,13 +27,7 @@ from minigpt.data.progress import byte_progress
 _BLOCK = 16 << 20  # bytes fetched by one request, and held in memory
 
 
-def fetch(
-    folder: Path,
-    repo: str,
-    name: str,
-    separator: str,
-    n_bytes: int | None = None,
-) -> Path:
+def fetch(folder: Path, repo: str, name: str, separator: str, n_bytes: int | None = None) -> Path:
     """Return the file `name` of the dataset `repo`, or the whole stories in its first `n_bytes`.
 
     It is kept in `folder` as `name` when whole, else as <stem>.first-<n_bytes>.<version>.txt. The
@@ -69,7 +63,7 @@ def fetch(
         except (OSError, RuntimeError, httpx.HTTPError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # the disk's; those of the hub have no number
-            reason = (str(error).splitlines() or ["no answer"])[0]
+            reason, *_ = str(error).splitlines() or ["no answer"]
             raise ConnectionError(f"{endpoint}, {type(error).__name__}: {reason}") from error
         finally:
             constants.HF_HUB_DISABLE_TELEMETRY = telemetry_off

@@ -14,7 +14,7 @@ from typing import Any
 
 from minigpt.core.files import parse_json
 from minigpt.core.settings import UserError
-from minigpt.tokenizer import END_OF_TEXT
+from minigpt.tokenizer import END_OF_TEXT, utf8_length
 
 _CHUNK = 1 << 20  # bytes read at a time
 _LONGEST = 64 << 20  # characters a story may have; what keeps memory bounded without a separator
@@ -52,20 +52,13 @@ def is_jsonl(path: Path) -> bool:
     """
     name = path.name.lower()
     unpacked = name.removesuffix(".xz").removesuffix(".gz")
-    if unpacked.endswith(".jsonl"):
-        return True
-    if unpacked != name or unpacked.endswith(".txt"):
-        return False
-    raise UserError(
-        f"{path}: cannot read {path.suffix!r} files; convert it to .txt or .jsonl (.xz, .gz)"
-    )
+    if unpacked == name and not name.endswith((".txt", ".jsonl")):
+        raise UserError(f"{path}: cannot read {path.suffix!r} files; convert to .txt or .jsonl")
+    return unpacked.endswith(".jsonl")
 
 
 def _text_stories(path: Path, separator: str) -> Iterator[str]:
-    remedy = (
-        f"put a line {END_OF_TEXT} after each story, or set data.separator to what divides them, "
-        "such as '\\n\\n' for an empty line"
-    )
+    remedy = f"put a line {END_OF_TEXT} after each story, or set data.separator"
     too_long = UserError(f"{path}: 64 MB without {separator!r} are no story; {remedy}")
     pieces = _split(_decode(path), separator, too_long)
     # Two pieces before the first story goes out: a file without a separator is not one long story.
@@ -88,13 +81,10 @@ def _json_stories(path: Path) -> Iterator[str]:
                 value = value["story" if "story" in value else "text"]
             if not isinstance(value, str):
                 raise ValueError("not a text")
-            value.encode()  # JSON can spell half a surrogate pair, UTF-8 cannot
+            utf8_length(value)  # JSON can spell half a surrogate pair, UTF-8 cannot
         except KeyError:
             keys = ", ".join(value) or "none"
             raise UserError(f"{path}:{number}: no key 'story' or 'text', only {keys}") from None
-        except UnicodeEncodeError as error:
-            half = value[error.start].encode("unicode_escape").decode()
-            raise UserError(f"{path}:{number}: {half} is half a character; add the rest") from None
         except ValueError as error:
             example = '{"text": "Once upon a time ..."}'
             raise UserError(f"{path}:{number}: {error}; write JSON such as {example}") from None
@@ -124,11 +114,9 @@ def _decode(path: Path) -> Iterator[str]:
             # error.object also holds bytes kept from the chunk before: count from its end.
             at = offset + len(chunk) - len(error.object) + error.start
             utf16 = offset == 0 and chunk[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-            guess = "UTF-16" if utf16 else "WINDOWS-1252"
-            raise UserError(
-                f"{path} is not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {at}): "
-                f"save it as UTF-8, for example with iconv -f {guess} -t UTF-8"
-            ) from None
+            convert = f"iconv -f {'UTF-16' if utf16 else 'WINDOWS-1252'} -t UTF-8"
+            byte = f"byte 0x{error.object[error.start]:02x} at offset {at}"
+            raise UserError(f"{path} is not UTF-8 ({byte}); save it as such by {convert}") from None
         offset += len(chunk)
         yield text
 
@@ -142,14 +130,11 @@ def _unpack(path: Path) -> Iterator[bytes]:
             while chunk := file.read(_CHUNK):
                 most -= len(chunk)
                 if most < 0 and opener is not open:
-                    raise UserError(
-                        f"{path} unpacks to more than {_UNPACKED_TIMES} times its size, as no "
-                        "text does; unpack it yourself if you trust it"
-                    )
+                    large = f"unpacks to more than {_UNPACKED_TIMES} times its size"
+                    raise UserError(f"{path} {large}; unpack it yourself if you trust it")
                 yield chunk
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(
-            f"{path} is damaged or truncated ({error}); copy or download it again"
-        ) from None
+        problem = f"{path} is damaged or truncated ({error})"
+        raise UserError(f"{problem}; copy or download it again") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None

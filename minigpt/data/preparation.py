@@ -8,14 +8,15 @@ process at a time.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,11 +59,11 @@ class TokenFile:
             OSError, ValueError, KeyError: it is not there, cut short, or damaged.
         """
         meta = _read_meta(folder)
-        found = cls(folder / _TOKENS, meta["tokens"], meta["bytes"], meta["stories"])
-        if found.path.stat().st_size != 2 * found.n_tokens:
-            raise ValueError(f"{found.path} does not hold {found.n_tokens} tokens")
-        _check(found.path, meta["blake2b"])
-        return found
+        tokens = cls(folder / _TOKENS, meta["tokens"], meta["bytes"], meta["stories"])
+        if tokens.path.stat().st_size != 2 * tokens.n_tokens:
+            raise ValueError(f"{tokens.path} does not hold {tokens.n_tokens} tokens")
+        _check(tokens.path, meta["blake2b"])
+        return tokens
 
     def array(self) -> np.ndarray:
         """The ids as a memory map: [n_tokens] uint16, read-only."""
@@ -89,9 +90,7 @@ def prepare_tokenizer(corpus: Corpus, config: DataConfig) -> Tokenizer:
         with byte_progress("training the tokenizer") as show:
             tokenizer = Tokenizer.train(_each(stories, show), config.vocab_size)
         tokenizer.save(folder / _TOKENIZER)
-        with (folder / _TOKENIZER).open("rb") as file:
-            checksum = hashlib.file_digest(file, "blake2b").hexdigest()
-        _write_meta(folder, {"blake2b": checksum, "of": ingredients})
+        _write_meta(folder, {"blake2b": _digest(folder / _TOKENIZER), "of": ingredients})
 
     def load(folder: Path) -> Tokenizer:
         _check(folder / _TOKENIZER, _read_meta(folder)["blake2b"])
@@ -102,8 +101,7 @@ def prepare_tokenizer(corpus: Corpus, config: DataConfig) -> Tokenizer:
         "bytes": _TOKENIZER_BYTES,
         "vocab_size": config.vocab_size,
     }
-    path = _prepared(config.cache_dir, "tokenizer", ingredients)
-    return _cached(path, load, make)
+    return _cached(_prepared(config.cache_dir, "tokenizer", ingredients), load, make)
 
 
 def prepare_split(
@@ -125,9 +123,7 @@ def prepare_split(
         with byte_progress(f"encoding the {split} split") as show:
             meta = _encode(corpus.stories(split), tokenizer, folder / _TOKENS, show)
         if meta["stories"] == 0:
-            raise UserError(
-                f"the {split} split has no story in it; give it more text", "data.source"
-            )
+            raise UserError(f"the {split} split has no story; give it more text", "data.source")
         _write_meta(folder, meta | {"of": ingredients})
         counts = meta["stories"], meta["bytes"] / 1e6, meta["tokens"], time.perf_counter() - began
         log.info(f"encoded the {split} split: %d stories, %.1f MB, %d tokens, %.1f s", *counts)
@@ -139,8 +135,7 @@ def _encode(
     stories: Iterable[str], tokenizer: Tokenizer, path: Path, show: Callable[[int], None]
 ) -> dict[str, Any]:
     """Stream the ids of `stories` to `path`; returns the counts and the checksum of the file."""
-    n_tokens = n_bytes = n_stories = 0
-    checksum = hashlib.blake2b()
+    counts, checksum = Counter(tokens=0, bytes=0, stories=0), hashlib.blake2b()
     with path.open("wb") as file:
         for block in _blocks(stories):
             ids = tokenizer.encode_stories(block)
@@ -148,28 +143,20 @@ def _encode(
             checksum.update(ids.data)
             block_bytes = sum(map(utf8_length, block))
             show(block_bytes)
-            n_tokens += len(ids)
-            n_bytes += block_bytes
-            n_stories += len(block)
+            counts.update(tokens=len(ids), bytes=block_bytes, stories=len(block))
         file.flush()
         os.fsync(file.fileno())
-    return {
-        "tokens": n_tokens,
-        "bytes": n_bytes,
-        "stories": n_stories,
-        "blake2b": checksum.hexdigest(),
-    }
+    return {**counts, "blake2b": checksum.hexdigest()}
 
 
 def _blocks(stories: Iterable[str]) -> Iterator[list[str]]:
-    block: list[str] = []
-    room = _BLOCK_CHARACTERS
+    block, capacity = [], _BLOCK_CHARACTERS
     for story in stories:
         block.append(story)
-        room -= len(story)
-        if room <= 0:
+        capacity -= len(story)
+        if capacity <= 0:
             yield block
-            block, room = [], _BLOCK_CHARACTERS
+            block, capacity = [], _BLOCK_CHARACTERS
     if block:
         yield block
 
@@ -209,9 +196,13 @@ def _checksum(meta: dict[str, Any]) -> str:
 
 def _check(path: Path, blake2b: str) -> None:
     """ValueError: the file is not what was written. Reads all of it: 0.3 s for 100M tokens."""
+    if _digest(path) != blake2b:
+        raise ValueError(f"{path} is not what was written")
+
+
+def _digest(path: Path) -> str:
     with path.open("rb") as file:
-        if hashlib.file_digest(file, "blake2b").hexdigest() != blake2b:
-            raise ValueError(f"{path} is not what was written")
+        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 # ---------------------------------------------------------------------------- cache
@@ -237,7 +228,14 @@ def _cached(path: Path, load: Callable[[Path], T], make: Callable[[Path], None])
         pass  # not there yet or damaged: looked at once more under the lock
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path):
+        lock = FileLock(f"{path}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.warning("waiting for another process that is preparing %s", path)
+            lock.acquire()
+        with contextlib.ExitStack() as at_exit:
+            at_exit.callback(lock.release)
             try:
                 return load(path)
             except (OSError, ValueError, KeyError) as error:
@@ -245,32 +243,12 @@ def _cached(path: Path, load: Callable[[Path], T], make: Callable[[Path], None])
                     log.warning("preparing %s again, it is damaged: %s", path, error)
                     shutil.rmtree(path)
             unfinished = path.with_name(f"{path.name}.unfinished")
-            if unfinished.exists():
-                shutil.rmtree(unfinished)
+            at_exit.callback(shutil.rmtree, unfinished, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
-            try:
-                make(unfinished)
-                os.replace(unfinished, path)
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
+            make(unfinished)
+            unfinished.replace(path)
     except OSError as error:
-        raise UserError(
-            f"cannot write {path} ({error.strerror or error}); name a folder with free space that "
-            "you may write to",
-            "data.cache_dir",
-        ) from None
+        problem = f"cannot write {path} ({error.strerror or error})"
+        raise UserError(f"{problem}; name another folder", "data.cache_dir") from None
     return load(path)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    lock = FileLock(f"{path}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.warning("waiting for another process that is preparing %s", path)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()

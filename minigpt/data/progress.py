@@ -5,14 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich import progress
 
 from minigpt.core.console import console
 
@@ -31,9 +24,10 @@ def byte_progress(
     Yields:
         A function to call with the number of bytes done since its last call.
     """
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn()
-    speed = TransferSpeedColumn(), *([TimeRemainingColumn()] if total is not None else [])
+    amount = progress.DownloadColumn(), progress.TransferSpeedColumn()
+    remaining = [] if total is None else [progress.TimeRemainingColumn()]
+    columns = "{task.description}", progress.BarColumn(), *amount, *remaining
     disable = not console.is_terminal
-    with Progress(*columns, *speed, console=console, transient=True, disable=disable) as progress:
-        task = progress.add_task(title, total=total, completed=done)
-        yield lambda n_bytes: progress.advance(task, n_bytes)
+    with progress.Progress(*columns, console=console, transient=True, disable=disable) as bar:
+        task = bar.add_task(title, total=total, completed=done)
+        yield lambda n_bytes: bar.advance(task, n_bytes)

@@ -60,9 +60,8 @@ class Corpus:
             if self.valid_files:
                 return self._read(self.valid_files)
             return itertools.islice(self._read(self.train_files), self._n_train, None)
-        stories = self._read(self.train_files)
-        if not self.valid_files:
-            stories = itertools.islice(stories, self._n_train)
+        n_train = None if self.valid_files else self._n_train
+        stories = itertools.islice(self._read(self.train_files), n_train)
         return stories if self.max_train_bytes is None else _take(stories, self.max_train_bytes)
 
     def fingerprint(self, split: Split) -> dict[str, Any]:
@@ -79,11 +78,8 @@ class Corpus:
 
     def _read(self, files: tuple[Path, ...]) -> Iterator[str]:
         if not files:
-            raise UserError(
-                "there are no training files",
-                "data.train_files",
-                fix={"data.train_files": ["stories.txt"]},
-            )
+            example = {"data.train_files": ["stories.txt"]}
+            raise UserError("there are no training files", "data.train_files", fix=example)
         return itertools.chain.from_iterable(read_stories(path, self.separator) for path in files)
 
     @cached_property
@@ -93,12 +89,9 @@ class Corpus:
         n_valid = round(total * self.holdout)
         if not 0 < n_valid < total:
             lacking = "training" if n_valid else "validation"
-            raise UserError(
-                f"of {total} stories this leaves none for {lacking}; choose another share, or name "
-                "data.valid_files",
-                "data.holdout",
-                self.holdout,
-            )
+            problem = f"of {total} stories this leaves none for {lacking}"
+            remedy = "choose another share, or name data.valid_files"
+            raise UserError(f"{problem}; {remedy}", "data.holdout", self.holdout)
         return total - n_valid
 
 
@@ -166,11 +159,8 @@ def local_files(
     train, valid = _expand(train_files, "train_files"), _expand(valid_files, "valid_files")
     for path in train:
         if path.resolve() in {other.resolve() for other in valid}:
-            raise UserError(
-                f"{path} is in data.train_files too, and validation needs other stories; leave "
-                "this out to hold some of them out",
-                "data.valid_files",
-            )
+            problem = f"{path} is in data.train_files too; name others, or none to hold some out"
+            raise UserError(problem, "data.valid_files")
     return Corpus(train, valid, holdout, separator)
 
 
@@ -216,21 +206,15 @@ def download_tinystories(folder: Path, tokens: int | None, valid_only: bool = Fa
         for margin in (_STORY_MARGIN, _FILE_MARGIN)
     )
     try:
-        valid = fetch(folder, _REPO, _VALID, END_OF_TEXT, None)
+        valid = fetch(folder, _REPO, _VALID, END_OF_TEXT)
         if valid_only:
             return Corpus((), (valid,))
         train = fetch(folder, _REPO, _TRAIN, END_OF_TEXT, fetched)
     except ConnectionError as error:
-        raise UserError(
-            f"could not download TinyStories ({error}); try again to continue the download, or "
-            "use tinystories_sample (bundled) or text (your own files)",
-            "data.source",
-            "tinystories",
-        ) from None
+        remedy = "try again to continue, or use tinystories_sample (bundled) or text (your files)"
+        problem = f"could not download TinyStories ({error}); {remedy}"
+        raise UserError(problem, "data.source", "tinystories") from None
     except OSError as error:
-        raise UserError(
-            f"cannot write TinyStories to {folder} ({error.strerror or error}); name a folder with "
-            "free space that you may write to",
-            "data.cache_dir",
-        ) from None
+        problem = f"cannot write TinyStories to {folder} ({error.strerror or error})"
+        raise UserError(f"{problem}; name another folder", "data.cache_dir") from None
     return Corpus((train,), (valid,), max_train_bytes=kept)

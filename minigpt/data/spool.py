@@ -40,8 +40,9 @@ def _spool(stories: Iterable[str], folder: Path, argument: str) -> str:
     digest, n_stories = hashlib.blake2b(digest_size=8), 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
-            try:
+        with tempfile.TemporaryDirectory(".tmp", dir=folder) as aside:
+            unfinished = Path(aside) / "stories.jsonl"
+            with unfinished.open("wb") as file:
                 for story in stories:
                     if not isinstance(story, str):
                         raise UserError(f"expected texts, got a {type(story).__name__}", argument)
@@ -49,17 +50,11 @@ def _spool(stories: Iterable[str], folder: Path, argument: str) -> str:
                     digest.update(line)
                     file.write(line)
                     n_stories += 1
-                if not n_stories:
-                    raise UserError("holds no story", argument)
-                path = folder / f"{digest.hexdigest()}.jsonl"
                 file.flush()
                 os.fsync(file.fileno())
-                os.replace(file.name, path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+            if not n_stories:
+                raise UserError("holds no story", argument)
+            return str(unfinished.replace(folder / f"{digest.hexdigest()}.jsonl"))
     except OSError as error:
-        raise UserError(
-            f"cannot write {folder} ({error.strerror})", "data.cache_dir", str(folder.parent)
-        ) from None
-    return str(path)
+        problem = f"cannot write {folder} ({error.strerror})"
+        raise UserError(problem, "data.cache_dir", str(folder.parent)) from None

@@ -44,10 +44,9 @@ class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
         inside = positions < len(self.tokens)
         rows = self.tokens[np.where(inside, positions, 0)].astype(np.int64)
         ids, targets = np.where(inside, rows, 0), np.where(inside, rows, IGNORE_INDEX)
-        return (
-            torch.from_numpy(np.ascontiguousarray(ids[:, :-1])),
-            torch.from_numpy(np.ascontiguousarray(targets[:, 1:])),
-        )
+        parts = ids[:, :-1], targets[:, 1:]
+        inputs, shifted = (torch.from_numpy(np.ascontiguousarray(part)) for part in parts)
+        return inputs, shifted
 
 
 @lru_cache(maxsize=2)  # a batch touches at most two epochs
@@ -104,14 +103,10 @@ class BudgetSampler(Sampler[list[int]]):
         n_windows = max(0, n_tokens - 1 - last_offset) // context_length  # as many in each epoch
         if n_windows < batch_size * world_size:
             fits = n_windows // world_size
-            devices = f" on each of {world_size} devices" if world_size > 1 else ""
-            raise UserError(
-                f"the training split has {n_windows} windows, fewer than one batch{devices}; "
-                "more text or a smaller model.context_length gives more",
-                "data.batch_size",
-                batch_size,
-                fix={"data.batch_size": fits} if fits else None,
-            )
+            fix = {"data.batch_size": fits} if fits else None
+            few = f"the training split has {n_windows} windows for {world_size} device(s)"
+            problem = f"{few}; more text or a smaller model.context_length gives more"
+            raise UserError(problem, "data.batch_size", batch_size, fix)
         self.n_windows, self.batch_size, self.seed = n_windows, batch_size, seed
         self.n_steps, self.start_step = n_steps, start_step
         self.rank, self.world_size = rank, world_size

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -38,10 +38,8 @@ def scaling_figure(groups: Sequence[RunGroup]) -> Figure:
     without_law: list[tuple[float, float]] = []
     for i, group in enumerate(groups):
         x, y = [size.parameters for size in group.sizes], [size.perplexity for size in group.sizes]
-        bars = [
-            [max(0.0, size.perplexity - size.lowest) for size in group.sizes],  # never −1e-16
-            [max(0.0, size.highest - size.perplexity) for size in group.sizes],
-        ]
+        spans = [(s.perplexity - s.lowest, s.highest - s.perplexity) for s in group.sizes]
+        bars = np.maximum(spans, 0).T  # never −1e-16
         law, label = group.fits.get("parameters"), group.label.removeprefix(common)
         form = ("" if law else "-") + "osv^"[i // 10 % 4]  # there are ten colours
         axes.errorbar(x, y, bars, fmt=form, color=f"C{i}", capsize=4, markersize=7, label=label)
@@ -66,12 +64,7 @@ def tokens_figure(runs: Sequence[RunResult]) -> Figure:
     """
     figure, axes = _axes("tokens seen", "Perplexity against tokens seen")
     _draw_reference(axes, [(r.tokens, r.perplexity) for r in REFERENCE], "D")
-    for run, colour, line, label in _styles(runs):
-        x, y = _curve(run)
-        style = f".{line}"
-        axes.plot(x, y, style, color=colour, linewidth=1.2, markersize=4, label=label)
-        axes.plot(x[-1], y[-1], "o", color=colour, markersize=7)
-    _finish(axes)
+    _draw_curves(axes, runs, [1] * len(runs))
     return figure
 
 
@@ -79,41 +72,35 @@ def compute_figure(runs: Sequence[RunResult]) -> Figure:
     """Draw perplexity against FLOPs of training: a large dot at the end of each run."""
     figure, axes = _axes("FLOPs of training", "Perplexity against compute")
     _draw_reference(axes, [(r.flops_per_token * r.tokens, r.perplexity) for r in REFERENCE], "D")
-    for run, colour, line, label in _styles([run for run in runs if run.flops_per_token]):
-        x, y = _curve(run)
-        flops = [(run.flops_per_token or 0) * tokens for tokens in x]
-        axes.plot(flops, y, line, color=colour, linewidth=1, alpha=0.5)
-        axes.plot(flops[-1], y[-1], "o", color=colour, markersize=7, label=label)
-    _finish(axes)
+    _draw_curves(axes, runs, [run.flops_per_token for run in runs])
     return figure
 
 
-def _curve(run: RunResult) -> tuple[list[float], list[float]]:
-    """Return (tokens seen, perplexity) of the validations."""
-    return [tokens for tokens, _ in run.curve], [perplexity(loss) for _, loss in run.curve]
+def _draw_curves(axes: Axes, runs: Sequence[RunResult], per_token: Sequence[int | None]) -> None:
+    """Draw the validations of each finished run against tokens × `per_token`, by size.
 
-
-def _styles(runs: Sequence[RunResult]) -> list[tuple[RunResult, Any, str, str]]:
-    """Return the finished runs that have a curve, smallest first, with colour, line and label.
-
-    A label that an earlier run has is "_", which gives no second entry in the legend.
+    The legend has each label once. Runs without `per_token` are left out.
     """
     from matplotlib import colormaps
 
-    runs = sorted((r for r in runs if r.point and r.curve), key=lambda r: r.parameters or 0)
-    sizes = sorted({run.parameters or 0 for run in runs})
+    scaled = [(r, x) for r, x in zip(runs, per_token, strict=True) if x and r.point and r.curve]
+    sizes = sorted({run.parameters or 0 for run, _ in scaled})
     colours = colormaps["viridis"](np.linspace(0, 0.92, max(1, len(sizes))))
-    kinds = [(run.corpus, run.recipe) for run in runs]
+    kinds = [(run.corpus, run.recipe) for run, _ in scaled]
     usual = max(kinds, key=kinds.count, default=("", ""))
-    styles, labels = [], set()
-    for run, kind in zip(runs, kinds, strict=True):
-        size = run.parameters or 0
+    labels = set()
+    for run, scale in sorted(scaled, key=lambda pair: pair[0].parameters or 0):
+        size, kind = run.parameters or 0, (run.corpus, run.recipe)
         unusual = [part for part, most in zip(kind, usual, strict=True) if part != most]
         label = ", ".join([run.model, human_count(size), *unusual])
-        line = "-" if kind == usual else "--"
-        styles.append((run, colours[sizes.index(size)], line, "_" if label in labels else label))
+        colour, line = colours[sizes.index(size)], ".-" if kind == usual else ".--"
+        x = [scale * tokens for tokens, _ in run.curve]
+        y = [perplexity(loss) for _, loss in run.curve]
+        once = None if label in labels else label
+        axes.plot(x, y, line, color=colour, linewidth=1.2, markersize=4, label=once)
+        axes.plot(x[-1], y[-1], "o", color=colour, markersize=7)
         labels.add(label)
-    return styles
+    _finish(axes)
 
 
 # ---------------------------------------------------------------------------------------- axes
@@ -148,9 +135,9 @@ def _count(value: float) -> str:
 
 def _power(a: float) -> str:
     """Format A for a legend: 8.42, 842, 1086, or 3.1e6."""
-    if a < 1e4:
-        return f"{a:.3g}" if a < 1e3 else f"{a:.0f}"
-    return f"{a:.1e}".replace("e+0", "e").replace("e+", "e")
+    if a < 1e3:
+        return f"{a:.3g}"
+    return f"{a:.0f}" if a < 1e4 else f"{a:.1e}".replace("e+0", "e").replace("e+", "e")
 
 
 def _draw_reference(axes: Axes, points: Sequence[tuple[float, float]], form: str) -> None:
@@ -174,13 +161,6 @@ def _label_beside(axes: Axes, points: Iterable[tuple[float, float]]) -> None:
 
 
 def _write(axes: Axes, point: tuple[float, float], offset: tuple[float, float], va: str) -> None:
-    axes.annotate(
-        f"{point[1]:.2f}",
-        point,
-        textcoords="offset points",
-        xytext=offset,
-        ha="left" if offset[0] > 0 else "right",
-        va=va,
-        fontsize=LABEL,
-        color=INK,
-    )
+    text, side = f"{point[1]:.2f}", "left" if offset[0] > 0 else "right"
+    place = {"xytext": offset, "textcoords": "offset points", "ha": side, "va": va}
+    axes.annotate(text, point, fontsize=LABEL, color=INK, **place)

@@ -115,30 +115,26 @@ def fit_sizes(sizes: Sequence[Size], replicates: int = REPLICATES, seed: int = 0
         raise ValueError(f"{len(sizes)} sizes: a fit of three unknowns needs {MIN_SIZES}")
     n, means = np.array([s.n for s in sizes], float), np.array([s.mean for s in sizes])
     e, a, alpha = _fit(n, means)
-    deviations = _deviations(sizes)
-    samples = np.empty((0, 3))
-    if len(deviations):
+    law = e + a * n**-alpha
+    several = [(np.array(s.losses) - s.mean, len(s.losses)) for s in sizes if len(s.losses) > 1]
+    pool, samples = np.empty(0), np.empty((0, 3))
+    seed_noise = intervals = None
+    if several:
+        squares = sum((loss - s.mean) ** 2 for s in sizes for loss in s.losses)
+        seed_noise = float(np.sqrt(squares / sum(k - 1 for _, k in several)))
+        pool = np.concatenate([deviations * np.sqrt(k / (k - 1)) for deviations, k in several])
         random = np.random.default_rng(seed)
-        noise = [random.choice(deviations, (replicates, len(s.losses))).mean(1) for s in sizes]
+        noise = [random.choice(pool, (replicates, len(s.losses))).mean(1) for s in sizes]
         # Around the law and not around the means: residuals of the law are no noise of seeds.
-        law = e + a * n**-alpha
-        samples = np.array([_fit(n, law + shift, alpha) for shift in np.array(noise).T])
-    columns = zip(("e", "a", "alpha"), samples.T, strict=True)
-    return Fit(
-        sizes=sizes,
-        e=e,
-        a=a,
-        alpha=alpha,
-        residual=float(np.sqrt(np.mean((means - e - a * n**-alpha) ** 2))),
-        seed_noise=_seed_noise(sizes),
-        intervals={k: _interval(column) for k, column in columns} if len(samples) else None,
-        deviations=deviations,
-        replicates=samples,
-    )
+        samples = np.array([_fit(n, law + shift, (alpha,)) for shift in np.array(noise).T])
+        columns = zip(("e", "a", "alpha"), samples.T, strict=True)
+        intervals = {name: _interval(column) for name, column in columns}
+    residual = float(np.sqrt(np.mean((means - e - a * n**-alpha) ** 2)))
+    return Fit(sizes, e, a, alpha, residual, seed_noise, intervals, pool, samples)
 
 
-def _fit(n: Array, losses: Array, start: float | None = None) -> tuple[float, float, float]:
-    """Return (E, A, α).
+def _fit(n: Array, losses: Array, starts: Sequence[float] = STARTS) -> tuple[float, float, float]:
+    """Return (E, A, α); the search begins at the best of `starts`, values of α.
 
     The search has B, the excess at the middle size, in place of A, as B is near one.
     """
@@ -154,30 +150,11 @@ def _fit(n: Array, losses: Array, start: float | None = None) -> tuple[float, fl
         start = np.array([max(e, 0.0), max(b, 0.0), alpha])
         return float(np.sum((law(n, *start) - losses) ** 2)), start
 
-    starts = STARTS if start is None else (start,)
-    _, first = min((linear(alpha) for alpha in starts), key=lambda candidate: candidate[0])
-    best, _ = curve_fit(
-        law, n, losses, first, bounds=([0, 0, 0], [np.inf, np.inf, MAX_ALPHA]), max_nfev=2000
-    )
+    _, first = min(map(linear, starts), key=lambda candidate: candidate[0])
+    bounds = [0, 0, 0], [np.inf, np.inf, MAX_ALPHA]
+    best, _ = curve_fit(law, n, losses, first, bounds=bounds, max_nfev=2000)
     e, b, alpha = map(float, best)
     return e, b * float(middle) ** alpha, alpha
-
-
-def _deviations(sizes: Sequence[Size]) -> Array:
-    """Return the deviation of each run from the mean of its k > 1 runs, times sqrt(k / (k − 1))."""
-    pools = [
-        (np.array(s.losses) - s.mean) * np.sqrt(len(s.losses) / (len(s.losses) - 1))
-        for s in sizes
-        if len(s.losses) > 1
-    ]
-    return np.concatenate(pools) if pools else np.empty(0)
-
-
-def _seed_noise(sizes: Sequence[Size]) -> float | None:
-    """Return the pooled standard deviation of a run about the mean of its size."""
-    freedom = sum(len(s.losses) - 1 for s in sizes)
-    squares = sum((loss - s.mean) ** 2 for s in sizes for loss in s.losses)
-    return float(np.sqrt(squares / freedom)) if freedom else None
 
 
 def _interval(values: Array) -> Interval:
@@ -196,11 +173,7 @@ class Prediction:
     predicted: float
     interval: Interval | None  # of the mean of as many runs as were measured
     measured: float
-
-    @property
-    def above(self) -> bool | None:
-        """Whether the measured loss is above the interval; None without one."""
-        return None if self.interval is None else self.measured > self.interval.high
+    above: bool | None  # whether the measured loss is above the interval; None without one
 
 
 def predictions(sizes: Sequence[Size], replicates: int = REPLICATES) -> list[Prediction]:
@@ -210,7 +183,8 @@ def predictions(sizes: Sequence[Size], replicates: int = REPLICATES) -> list[Pre
     for i, size in enumerate(sizes[MIN_SIZES:], start=MIN_SIZES):
         fit = fit_sizes(sizes[:i], replicates)
         interval = fit.interval(size.n, len(size.losses))
-        results.append(Prediction(size.n, fit.loss(size.n), interval, size.mean))
+        above = size.mean > interval.high if interval else None
+        results.append(Prediction(size.n, fit.loss(size.n), interval, size.mean, above))
     return results
 
 
@@ -232,13 +206,7 @@ class SizeResult:
     loss: float | None
     spread: float | None  # highest − lowest validation loss of the runs; None: there is one run
     rise: float | None  # of the validation loss, from its lowest to the end
-
-    @property
-    def gap(self) -> float | None:
-        """Validation loss − training loss, nats per token."""
-        if self.loss is None or self.train_loss is None:
-            return None
-        return self.loss - self.train_loss
+    gap: float | None  # validation loss − training loss
 
 
 @dataclass(frozen=True)
@@ -260,9 +228,7 @@ def by_size(runs: Iterable[RunResult]) -> list[RunResult]:
 def run_groups(runs: Iterable[RunResult], replicates: int = REPLICATES) -> list[RunGroup]:
     """Group the finished runs by `RunResult.group`, and fit each group of at least four sizes."""
     finished = [run for run in by_size(runs) if run.point and run.loss is not None]
-    return [
-        _run_group(label, members, replicates) for label, members in _by(finished, "group").items()
-    ]
+    return [_run_group(runs, replicates) for _, runs in _by(finished, "group")]
 
 
 def run_warnings(runs: Iterable[RunResult]) -> list[str]:
@@ -274,14 +240,11 @@ def run_warnings(runs: Iterable[RunResult]) -> list[str]:
         else:
             status = "no finite loss" if run.status == "finished" else run.status
             warnings.append(f"{run.name}: {status}, not in figures and fits")
-    for group in _by(finished, "group").values():
-        for same in _by(group, "parameters").values():
+    for _, group in _by(finished, "group"):
+        for _, same in _by(group, "parameters"):
             names, settings = ", ".join(run.name for run in same), [run.settings for run in same]
-            different = [
-                key
-                for key in sorted({key for values in settings for key in values})
-                if any(values.get(key) != settings[0].get(key) for values in settings)
-            ]
+            keys = sorted(set().union(*settings))
+            different = [k for k in keys if any(s.get(k) != settings[0].get(k) for s in settings)]
             if different:
                 warnings.append(f"{names}: differ in {', '.join(different)}")
             elif len({run.seed for run in same}) < len(same):
@@ -289,34 +252,29 @@ def run_warnings(runs: Iterable[RunResult]) -> list[str]:
     return warnings
 
 
-def _by(runs: Iterable[RunResult], attribute: str) -> dict[Any, list[RunResult]]:
+def _by(runs: Iterable[RunResult], attribute: str) -> Iterable[tuple[Any, list[RunResult]]]:
     groups: dict[Any, list[RunResult]] = {}
     for run in runs:
         groups.setdefault(getattr(run, attribute), []).append(run)
-    return groups
+    return groups.items()
 
 
-def _run_group(label: str, runs: list[RunResult], replicates: int) -> RunGroup:
+def _run_group(runs: list[RunResult], replicates: int) -> RunGroup:
     fits = {}
     for counted in COUNTED:
-        sizes = [
-            Size(n, tuple(run.loss for run in same if run.loss is not None))
-            for n, same in _by(runs, counted).items()
-            if n is not None
-        ]
+        losses = {n: [r.loss for r in same if r.loss is not None] for n, same in _by(runs, counted)}
+        sizes = [Size(n, tuple(values)) for n, values in losses.items() if n is not None]
         if len(sizes) >= MIN_SIZES:
             fits[counted] = fit_sizes(sizes, replicates)
     law = fits.get("parameters")
-    return RunGroup(
-        label=label,
-        corpus=runs[0].corpus,
-        sizes=tuple(map(_size_result, _by(runs, "parameters").values())),
-        fits=fits,
-        predictions=tuple(predictions(law.sizes, replicates)) if law else (),
-    )
+    predicted = tuple(predictions(law.sizes, replicates)) if law else ()
+    sizes = tuple(size_result(same) for _, same in _by(runs, "parameters"))
+    return RunGroup(runs[0].group, runs[0].corpus, sizes, fits, predicted)
 
 
-def _size_result(runs: list[RunResult]) -> SizeResult:
+def size_result(runs: Sequence[RunResult]) -> SizeResult:
+    """Return the mean of finished runs of one size."""
+
     def mean(values: Iterable[float | None]) -> float | None:
         known = [value for value in values if value is not None]
         return fmean(known) if known else None
@@ -324,6 +282,8 @@ def _size_result(runs: list[RunResult]) -> SizeResult:
     points = [run.point for run in runs if run.point]
     perplexities = [perplexity for _, perplexity in points]
     losses = [run.loss for run in runs if run.loss is not None]
+    loss, train_loss = mean(losses), mean(run.train_loss for run in runs)
+    rises = [r.loss - r.best_loss for r in runs if r.loss is not None and r.best_loss is not None]
     return SizeResult(
         model=runs[0].model,
         parameters=points[0][0],
@@ -332,12 +292,9 @@ def _size_result(runs: list[RunResult]) -> SizeResult:
         lowest=min(perplexities),
         highest=max(perplexities),
         epochs=mean(run.epochs for run in runs),
-        train_loss=mean(run.train_loss for run in runs),
-        loss=mean(losses),
+        train_loss=train_loss,
+        loss=loss,
         spread=max(losses) - min(losses) if len(losses) > 1 else None,
-        rise=mean(
-            run.loss - run.best_loss
-            for run in runs
-            if run.loss is not None and run.best_loss is not None
-        ),
+        rise=mean(rises),
+        gap=None if loss is None or train_loss is None else loss - train_loss,
     )

@@ -82,8 +82,8 @@ class RunResult:
     @property
     def group(self) -> str:
         """Label of the runs that can be compared with this one: data, tokens seen, recipe."""
-        tokens = f"{human_count(self.tokens)} tokens"
-        return ", ".join(part for part in (self.corpus, tokens, self.recipe) if part)
+        parts = self.corpus, f"{human_count(self.tokens)} tokens", self.recipe
+        return ", ".join(filter(None, parts))
 
     @property
     def point(self) -> tuple[int, float] | None:
@@ -152,7 +152,7 @@ def read_run(path: Path) -> RunResult:
 
     parent = parent_of(summary, path / SUMMARY)
     before = (parent.tokens or 0) if parent else 0
-    own = int(number("tokens") or 0)
+    own, losses = int(number("tokens") or 0), zip(*series(rows, "val/loss"), strict=True)
     try:
         data, corpus, seed = config["data"]["source"], _corpus(config["data"]), config["seed"]
     except (KeyError, TypeError):
@@ -176,11 +176,7 @@ def read_run(path: Path) -> RunResult:
         best_loss=number("best_val_loss"),
         perplexity=number("val/perplexity"),
         bits_per_byte=number("val/bits_per_byte"),
-        curve=tuple(
-            (before + seen, loss)
-            for seen, loss in zip(*series(rows, "val/loss"), strict=True)
-            if math.isfinite(loss)
-        ),
+        curve=tuple((before + seen, loss) for seen, loss in losses if math.isfinite(loss)),
         settings=_settings(config) | ({"init_from": parent.weights} if parent else {}),
     )
 
@@ -189,21 +185,20 @@ def _corpus(data: dict[str, Any]) -> str:
     files = [Path(name).name for name in data.get("train_files") or ()]
     names = f" of {', '.join(files[:2])}" if files else ""
     more = f" and {len(files) - 2} more" if len(files) > 2 else ""
-    size = data.get("vocab_size")
-    vocabulary = "" if size in (None, DataConfig.vocab_size) else f", vocabulary {size}"
+    size = data.get("vocab_size") or DataConfig.vocab_size
+    vocabulary = "" if size == DataConfig.vocab_size else f", vocabulary {size}"
     return f"{data['source']}{names}{more}{vocabulary}"
 
 
 def _recipe(config: dict[str, Any], summary: dict[str, Any], parent: Parent | None) -> str:
     scale = (config.get("model") or {}).get("embedding_scale")
-    start = f"from {parent.name}" if parent else ""
-    if parent is None and config.get("init_from"):
-        start = "from another run"  # named in the summary, which this run has not written yet
+    # A run that has not written its summary yet does not name its parent.
+    start = parent.name if parent else "another run" if config.get("init_from") else None
     parts = (
         (config.get("optimizer") or {}).get("name"),
-        "unscaled embeddings" if scale == 1 else "",
-        start,
-        "averaged" if summary.get("averaged") is True else "",  # by minigpt export
+        scale == 1 and "unscaled embeddings",
+        start and f"from {start}",
+        summary.get("averaged") is True and "averaged",  # by minigpt export
     )
     return ", ".join(part for part in parts if part)
 
@@ -228,8 +223,6 @@ def late_training_loss(rows: list[Row]) -> float | None:
 
     The learning rate is near zero there, so that the weights hardly move. None without such steps.
     """
-    if not rows:
-        return None
     late = [row["train/loss"] for row in rows if "train/loss" in row and _is_late(row, rows)]
     return fmean(late) if late and all(map(math.isfinite, late)) else None
 
@@ -278,15 +271,11 @@ def _portable(value: Any) -> Any:
 
 def _thinned(rows: list[Row]) -> str:
     every = max(1, math.ceil(len(rows) / KEPT_ROWS))
-    kept = [
-        row
-        for i, row in enumerate(rows)
-        if i % every == 0 or "val/loss" in row or _is_late(row, rows)
-    ]
     text = io.StringIO()
     columns = dict.fromkeys(name for row in rows for name in row)
     writer = csv.DictWriter(text, list(columns), lineterminator="\n")
     writer.writeheader()
-    for row in kept:
-        writer.writerow({name: f"{value:.8g}" for name, value in row.items()})
+    for i, row in enumerate(rows):
+        if i % every == 0 or "val/loss" in row or _is_late(row, rows):
+            writer.writerow({name: f"{value:.8g}" for name, value in row.items()})
     return text.getvalue()

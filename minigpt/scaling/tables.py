@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
 
 from minigpt.core.files import write_json, write_text
 from minigpt.core.plots import write_png
@@ -21,18 +23,15 @@ from minigpt.scaling.fit import (
     COUNTED,
     MIN_SIZES,
     REPLICATES,
-    Fit,
     Interval,
     RunGroup,
     SizeResult,
     by_size,
     run_groups,
     run_warnings,
+    size_result,
 )
 from minigpt.scaling.results import REFERENCE, RunResult
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 COLUMNS = {  # heading in scaling.md: heading on the terminal, where the row has 80 characters
     "run": "run",
@@ -46,14 +45,18 @@ COLUMNS = {  # heading in scaling.md: heading on the terminal, where the row has
     "bits per byte": "bits/B",
     "reference perplexity": "ref.",
 }
+RECIPE_COLUMNS = (
+    "model", "data", "recipe", "tokens", "runs", "perplexity", "lowest", "highest",
+    "bits per byte", "reference",
+)  # fmt: skip
+LAW_COLUMNS = (
+    "runs of", "N", "E (nats)", "A", "α", "residual (nats)", "seed noise (nats)", "warning",
+)  # fmt: skip
 SIZE_COLUMNS = (
     "runs of", "model", "runs", "spread", "epochs", "training loss", "validation loss", "gap",
     "rise", "predicted", "measured − predicted", "above interval",
 )  # fmt: skip
-REFERENCE_NOTE = (
-    "The reference saw 104M tokens of the full TinyStories corpus: runs on other data or fewer "
-    "tokens are not directly comparable."
-)
+REFERENCE_NOTE = "The reference: 104M tokens of the full TinyStories corpus."
 
 
 def write_scaling(
@@ -82,32 +85,24 @@ def write_scaling(
 
 def as_json(runs: Sequence[RunResult], groups: Sequence[RunGroup]) -> dict[str, Any]:
     """Return the numbers of the tables and figures as plain values."""
-
-    def law(fit: Fit) -> dict[str, Any]:
-        names = ("e", "a", "alpha", "residual", "seed_noise", "at_limit")
-        intervals = {k: list(v) for k, v in fit.intervals.items()} if fit.intervals else None
-        return {name: getattr(fit, name) for name in names} | {"intervals": intervals}
-
+    law = ("e", "a", "alpha", "residual", "seed_noise", "at_limit", "intervals")
     return {
         "runs": [
             {"run": run.name, "group": run.group, "reference_perplexity": run.reference_perplexity}
-            | {k: v for k, v in dataclasses.asdict(run).items() if k != "path"}
+            | {k: v for k, v in asdict(run).items() if k != "path"}
             for run in runs
         ],
         "groups": [
             {
                 "label": group.label,
-                "sizes": [dataclasses.asdict(size) | {"gap": size.gap} for size in group.sizes],
-                "fits": {counted: law(fit) for counted, fit in group.fits.items()},
-                "predictions": [
-                    dataclasses.asdict(prediction) | {"above": prediction.above}
-                    for prediction in group.predictions
-                ],
+                "sizes": list(map(asdict, group.sizes)),
+                "fits": {n: {k: getattr(fit, k) for k in law} for n, fit in group.fits.items()},
+                "predictions": list(map(asdict, group.predictions)),
             }
             for group in groups
         ],
         "warnings": run_warnings(runs),
-        "reference": [dataclasses.asdict(model) for model in REFERENCE],
+        "reference": list(map(asdict, REFERENCE)),
     }
 
 
@@ -116,9 +111,6 @@ def as_json(runs: Sequence[RunResult], groups: Sequence[RunGroup]) -> dict[str, 
 
 def rich_table(runs: Iterable[RunResult]) -> Table:
     """Return the table of runs for the terminal."""
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in COLUMNS.values():
         left = name in ("run", "model")
@@ -142,65 +134,40 @@ def law_line(group: RunGroup) -> str:
 
 def markdown(runs: Sequence[RunResult], groups: Sequence[RunGroup]) -> str:
     """Return scaling.md: tables of the runs, recipes, laws and sizes, and the figures."""
-    warnings, recipes = run_warnings(runs), _recipe_rows(runs)
     laws = [_law_cells(group, counted) for group in groups for counted in group.fits]
     sizes = [_size_cells(group, size) for group in groups for size in group.sizes]
     parts = [
         "# Scaling",
         md_table(list(COLUMNS), [_run_cells(run, "{:,}".format) for run in runs], left=2),
-        f"Validation at the end of each run. {REFERENCE_NOTE}",
-        "\n".join(f"- {warning}" for warning in warnings),
+        f"Validation loss at the end of each run. {REFERENCE_NOTE}",
+        "\n".join(f"- {warning}" for warning in run_warnings(runs)),
         "![Perplexity against parameters](scaling.png)",
     ]
-    if recipes:
-        parts += [
-            "## Recipes",
-            md_table(
-                ["model", "data", "recipe", "tokens", "runs", "perplexity", "lowest", "highest",
-                 "bits per byte", "reference"],
-                recipes,
-                left=3,
-            ),
-            "Sizes that were trained by several recipes on as many tokens of the same data. "
-            "Perplexity is that of the mean loss of the runs. `experiment=reference` is adamw, "
-            "unscaled embeddings; the reference does not report its batch size and learning rate, "
-            "so that those of conf/experiment/reference.yaml are untuned guesses.",
-        ]  # fmt: skip
-    if laws:
-        parts += [
-            "## Laws",
-            md_table(
-                ["runs of", "N", "E (nats)", "A", "α", "residual (nats)", "seed noise (nats)",
-                 "warning"],
-                laws,
-                left=2,
-            ),
-            "L = E + A / N^α, by least squares on the mean loss of each size. In brackets: 95 % of "
-            "the bootstrap replicates over seeds. They assume the same noise at all sizes, are too "
-            "narrow where few sizes have several seeds, and do not test the law itself.",
-        ]  # fmt: skip
-    if sizes:
-        parts += [
-            "## Sizes",
-            md_table(SIZE_COLUMNS, sizes, left=2),
-            f"A group needs {MIN_SIZES} sizes for a law. Losses are nats per token. Training loss "
-            "is the mean of the last 5 % of the run, with dropout where there is any. Spread is "
-            "the range of the seeds, gap is validation − training loss, rise is the final − the "
-            "lowest validation loss. Each size is predicted by the law through all smaller ones. "
-            "Repeated data bends the curve where epochs are above 1, the gap grows with size, and "
-            "the measured loss is above the interval of the prediction.",
-        ]
+    for title, columns, rows, left, note in (
+        (
+            "Recipes", RECIPE_COLUMNS, _recipe_rows(runs), 3,
+            "Runs of one size on as many tokens of the same data; perplexity of the mean loss.",
+        ),
+        (
+            "Laws", LAW_COLUMNS, laws, 2,
+            "L = E + A / N^α, least squares. In brackets: 95 % of a bootstrap over seeds.",
+        ),
+        (
+            "Sizes", SIZE_COLUMNS, sizes, 2,
+            "Nats per token. Gap: validation − training loss (last 5 % of the run). Rise: final − "
+            "lowest validation loss. Predicted: by the law through all smaller sizes.",
+        ),
+    ):  # fmt: skip
+        if rows:
+            parts += [f"## {title}", md_table(columns, rows, left), note]
     parts += [
         "## Tokens and compute",
-        "Each curve shows the validations of one run. The learning rate has decayed only at its "
-        "end (large dot): a run planned for fewer tokens would be lower there than a longer run "
-        "that passes by.",
         "![Perplexity against tokens seen](scaling-tokens.png)",
-        "FLOPs are 6 N + 12 L T d per token, N with the output matrix (PaLM, Chowdhery et al. "
-        "2022, appendix B), times tokens.",
         "![Perplexity against compute](scaling-compute.png)",
+        "Validations of each run; the learning rate has decayed only at the large dot. FLOPs are "
+        "6 N + 12 L T d per token, N with the output matrix.",
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _run_cells(run: RunResult, count: Callable[[float], str]) -> tuple[str, ...]:
@@ -208,8 +175,7 @@ def _run_cells(run: RunResult, count: Callable[[float], str]) -> tuple[str, ...]
     return (
         run.name if run.status == "finished" else f"{run.name} ({run.status})",
         run.model,
-        "–" if run.parameters is None else count(run.parameters),
-        "–" if run.non_embedding_parameters is None else count(run.non_embedding_parameters),
+        *("–" if n is None else count(n) for n in (run.parameters, run.non_embedding_parameters)),
         human_count(run.tokens),
         str(run.seed),
         value_cell(run.loss, ".3f"),
@@ -223,24 +189,22 @@ def _recipe_rows(runs: Sequence[RunResult]) -> list[list[str]]:
     """Return a row for each recipe of a size, data and token count that several recipes share."""
     cases: dict[tuple[int, str, str], dict[str, list[RunResult]]] = {}
     for run in by_size(runs):
-        if run.point and run.parameters and run.loss is not None:
+        if run.point and run.loss is not None:
             tokens = human_count(float(f"{run.tokens:.2g}"))  # whole steps end near the budget
-            recipes = cases.setdefault((run.parameters, run.data, tokens), {})
+            recipes = cases.setdefault((run.point[0], run.data, tokens), {})
             recipes.setdefault(run.recipe, []).append(run)
     rows = []
     for (_, data, tokens), recipes in cases.items():
         for recipe, members in sorted(recipes.items()) if len(recipes) > 1 else ():
-            run, several = members[0], len(members) > 1
-            values = [run.perplexity for run in members if run.perplexity is not None]
+            size = size_result(members)
+            limits = (size.lowest, size.highest) if size.runs > 1 else (None, None)
             bits = [run.bits_per_byte for run in members if run.bits_per_byte is not None]
+            numbers = (value_cell(value, ".2f") for value in (size.perplexity, *limits))
             rows.append(
                 [
-                    *(run.model, data, recipe, tokens, str(len(members))),
-                    f"{math.exp(fmean(map(math.log, values))):.2f}",
-                    value_cell(min(values) if several else None, ".2f"),
-                    value_cell(max(values) if several else None, ".2f"),
+                    *(size.model, data, recipe, tokens, str(size.runs), *numbers),
                     value_cell(fmean(bits) if bits else None, ".3f"),
-                    value_cell(run.reference_perplexity, ".2f"),
+                    value_cell(members[0].reference_perplexity, ".2f"),
                 ]
             )
     return rows
@@ -250,31 +214,26 @@ def _law_cells(group: RunGroup, counted: str) -> list[str]:
     fit, cells = group.fits[counted], []
     for name, form in (("e", ".3f"), ("a", ".4g"), ("alpha", ".3f")):
         interval = fit.intervals[name] if fit.intervals else None
-        cells.append(format(getattr(fit, name), form) + _brackets(interval, form))
+        cells.append(_with_interval(getattr(fit, name), interval, form))
     numbers = f"{fit.residual:.4f}", value_cell(fit.seed_noise, ".4f")
     return [group.label, COUNTED[counted], *cells, *numbers, fit.at_limit or ""]
 
 
 def _size_cells(group: RunGroup, size: SizeResult) -> list[str]:
-    row = [
-        *(group.label, size.model, str(size.runs)),
-        value_cell(size.spread, ".3f"),
-        value_cell(size.epochs, ".1f"),
-        value_cell(size.train_loss, ".3f"),
-        value_cell(size.loss, ".3f"),
-        value_cell(size.gap, "+.3f"),
-        value_cell(size.rise, ".3f"),
-    ]
+    losses = (size.train_loss, ".3f"), (size.loss, ".3f"), (size.gap, "+.3f"), (size.rise, ".3f")
+    numbers = (size.spread, ".3f"), (size.epochs, ".1f"), *losses
+    predicted = ["–", "–", "–"]
     for prediction in group.predictions:
         if prediction.n == size.parameters:
-            return [
-                *row,
-                f"{prediction.predicted:.3f}{_brackets(prediction.interval, '.3f')}",
+            predicted = [
+                _with_interval(prediction.predicted, prediction.interval, ".3f"),
                 f"{prediction.measured - prediction.predicted:+.3f}",
                 {True: "yes", False: "no", None: "–"}[prediction.above],
             ]
-    return [*row, "–", "–", "–"]
+    cells = (value_cell(value, form) for value, form in numbers)
+    return [group.label, size.model, str(size.runs), *cells, *predicted]
 
 
-def _brackets(interval: Interval | None, form: str) -> str:
-    return f" [{interval.low:{form}}, {interval.high:{form}}]" if interval else ""
+def _with_interval(value: float, interval: Interval | None, form: str) -> str:
+    brackets = f" [{interval.low:{form}}, {interval.high:{form}}]" if interval else ""
+    return format(value, form) + brackets

@@ -53,7 +53,7 @@ def test_kernels_and_threads_change_nothing(net):
 
 def test_a_forward_without_a_cache_is_refused_by_name():
     class Uncached(GPT):
-        def forward(self, ids):
+        def forward(self, ids):  # pyright: ignore[reportIncompatibleMethodOverride]
             return super().forward(ids)
 
     net = Uncached(GPTConfig(50, 12, d_model=16, n_layers=1, n_heads=2, d_ff=32)).eval()

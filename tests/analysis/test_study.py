@@ -75,7 +75,7 @@ def test_samples_of_the_study_are_those_of_generate(tokenizer, tmp_path, monkeyp
         raise ReachedError
 
     there = SimpleNamespace(accelerator="meta")
-    monkeypatch.setattr(study.Hardware, "find", lambda *asked: there)
+    monkeypatch.setattr(study.Hardware, "detect", lambda *asked: there)
     monkeypatch.setattr(study, "study_rows", study_rows)
     run = untrained(tmp_path / "one", tokenizer)
     with pytest.raises(ReachedError):

@@ -4,7 +4,7 @@ import math
 import pytest
 
 from minigpt.core.settings import UserError
-from minigpt.runs.provenance import Origin
+from minigpt.runs.provenance import Parent
 from minigpt.scaling.results import find_runs, keep_run, read_run
 from tests.conftest import naming
 from tests.run_folder import SUMMARY, write_run
@@ -77,7 +77,7 @@ def test_group_names_the_files_of_text_and_an_unusual_vocabulary(tmp_path):
 
 
 def test_recipe_names_the_parent_and_averaged_weights(tmp_path):
-    parent = Origin("large", "runs/large", "a1b2", 1000, 2.0, ["text"], ["c3d4"], [])
+    parent = Parent("large", "a1b2", 1000, 2.0, ["text"])
     summary = {"init_from": dataclasses.asdict(parent)}
     write_run(tmp_path / "a", sized("large", 5.85) | summary)
     write_run(tmp_path / "b", sized("large", 5.75) | summary | {"averaged": True})
