@@ -5,7 +5,7 @@
 The medium shape with random weights. All candidates write the same number of tokens behind the
 same prompt, with key/value caches, at temperature 0.8 and without an end; they take turns within
 one run and their medians are compared. Before that, the logits of both are shown to be equal.
-"by PyTorch" is this project where there is no C compiler.
+"by PyTorch" is this project without decode.c, as where there is no C compiler.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
-from unittest.mock import patch
 
 import torch
 import transformers
@@ -26,13 +25,15 @@ from torch import Tensor
 from training import write_json
 
 from minigpt.core.hardware import cpu_has_bfloat16
+from minigpt.exporting.formats import HF_NAMES, HF_PARTS, renamed
+from minigpt.exporting.formats import as_gpt2 as weights_of_gpt2
+from minigpt.generation.decoder import Backend, c_backend
 from minigpt.generation.sampling import (
     SamplingConfig,
     generate,
     sample,
     seeded_generator,
 )
-from minigpt.kernels import decode
 from minigpt.model import GPT, GPTConfig
 
 PROMPT = 16  # tokens; the prompt and what follows fill the context, and no more: GPT-2 cannot
@@ -40,7 +41,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PEER = list(DTYPES)
 if not cpu_has_bfloat16():  # PyTorch emulates it there, at a hundredth of the speed
     del PEER[1]
-if decode.library() is None:
+if c_backend() is None:
     raise SystemExit("error: this compares decode.c as well: install a C compiler")
 Candidate = Callable[[], int]  # writes tokens, and says how many
 
@@ -48,18 +49,11 @@ Candidate = Callable[[], int]  # writes tokens, and says how many
 # ---------------------------------------------------------------------------- candidates
 
 
-def ours(net: GPT, batch: int, prompt: int, new: int) -> Candidate:
+def ours(net: GPT, batch: int, prompt: int, new: int, backend: Backend = "c") -> Candidate:
     """This project, by the iterator that every caller uses."""
-    ids, sampling = random_prompt(net.config, batch, prompt), SamplingConfig(0.8, max_tokens=new)
+    ids = random_prompt(net.config, batch, prompt)
+    sampling = SamplingConfig(0.8, max_tokens=new, backend=backend)
     return lambda: batch * sum(1 for _ in generate(net, ids, sampling, end_of_text=-1))
-
-
-def by_pytorch(candidate: Candidate) -> Candidate:
-    def write() -> int:
-        with patch.object(decode, "library", return_value=None):
-            return candidate()
-
-    return write
 
 
 def peer(net: Any, config: GPTConfig, batch: int, new: int) -> Candidate:
@@ -106,7 +100,7 @@ def random_prompt(config: GPTConfig, batch: int, length: int) -> Tensor:
 
 
 def as_gpt2(net: GPT) -> Any:
-    """`net` as a GPT-2: the embedding scale goes into the tied matrix, and out of the last norm."""
+    """Return `net` as a GPT-2 of transformers, with the same logits."""
     c = net.config
     peer = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
@@ -115,23 +109,12 @@ def as_gpt2(net: GPT) -> Any:
             bos_token_id=None, eos_token_id=None,
         )
     ).eval()  # fmt: skip
-    names = {
-        "norm1": "ln_1", "norm2": "ln_2", "attention.qkv": "attn.c_attn",
-        "attention.out": "attn.c_proj", "feed_forward.up": "mlp.c_fc",
-        "feed_forward.down": "mlp.c_proj",
-    }  # fmt: skip
-    weights = {
-        "wte.weight": net.embedding.weight * net.scale,
-        "wpe.weight": net.positions,
-        "ln_f.weight": net.final_norm.weight / net.scale,
-        "ln_f.bias": net.final_norm.bias / net.scale,
-    }
-    for name, weight in net.blocks.state_dict().items():
-        layer, _, rest = name.partition(".")
-        part, _, kind = rest.rpartition(".")
-        transposed = weight.t() if weight.dim() == 2 else weight  # GPT-2 has (in, out)
-        weights[f"h.{layer}.{names[part]}.{kind}"] = transposed
-    peer.transformer.load_state_dict(weights)
+    weights = {}
+    for name, weight in weights_of_gpt2(net).items():
+        # GPT-2 keeps the matrices of a layer as (in, out).
+        transposed = weight.t() if name.startswith("blocks.") and weight.dim() == 2 else weight
+        weights[renamed(name, HF_NAMES, HF_PARTS, "transformer.h")] = transposed
+    peer.load_state_dict(weights, strict=False)  # the output is the embedding, which is there
     ids = random_prompt(c, 2, c.context_length)
     with torch.no_grad():
         torch.testing.assert_close(peer(ids).logits, net(ids), atol=1e-4, rtol=1e-4)
@@ -168,8 +151,8 @@ def compare(rounds: int, new: int) -> dict[str, Any]:
     for precision in PEER:
         own = copy.deepcopy(net).to(DTYPES[precision])
         for batch in (1, 32, 64):
-            candidates[f"ours by PyTorch {precision} batch {batch}"] = by_pytorch(
-                ours(own, batch, PROMPT, new)
+            candidates[f"ours by PyTorch {precision} batch {batch}"] = ours(
+                own, batch, PROMPT, new, "torch"
             )
         other = copy.deepcopy(gpt2)
         torch.nn.Module.to(other, DTYPES[precision])

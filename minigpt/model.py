@@ -94,7 +94,7 @@ class KVCache:
     """
 
     def __init__(self, capacity: int, keep_weights: bool = False) -> None:
-        self.layers: list[Tensor] = []  # keys and values of each, (2, B, nh, capacity, dk)
+        self.layers: list[Tensor] = []  # keys and values, (2, B, nh, capacity, dk), as they come
         self.capacity, self.length = capacity, 0  # tokens of the longest sequence
         self.lengths = torch.zeros(1, dtype=torch.long)  # (B,) of each, or (1,) of all
         self.weights: list[Tensor] | None = [] if keep_weights else None
@@ -112,15 +112,17 @@ class KVCache:
         new = torch.arange(x.shape[1], device=x.device)
         self.positions = self.lengths.to(x.device)[:, None] + new
         self.lengths, self.length = self.positions[:, -1] + 1, self.length + x.shape[1]
+        self.layer = 0  # the one that comes next
         later = torch.arange(self.length, device=x.device) > self.positions[..., None]
         self.mask = x.new_zeros(later.shape).masked_fill_(later, -math.inf)[:, None]
         return self.positions
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, nh, T, dk) of this pass; return all of `layer`, each (B, nh, S, dk)."""
-        if layer == len(self.layers):  # zeros: what is masked is multiplied too
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, nh, T, dk) of the next layer, and return all it holds, (B, nh, S, dk)."""
+        if self.layer == len(self.layers):  # zeros: what is masked is multiplied too
             self.layers.append(k.new_zeros(2, *k.shape[:2], self.capacity, k.shape[3]))
-        held = self.layers[layer][:, :, :, : self.length]
+        held = self.layers[self.layer][:, :, :, : self.length]
+        self.layer += 1
         at = self.positions[:, None, :, None].expand_as(k)
         return held[0].scatter_(2, at, k), held[1].scatter_(2, at, v)
 
@@ -130,9 +132,9 @@ class CausalSelfAttention(nn.Module):
 
     kernels = Kernels()
 
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.layer, self.n_heads = layer, config.n_heads
+        self.n_heads = config.n_heads
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
         self.out = nn.Linear(config.d_model, config.d_model)
 
@@ -141,13 +143,10 @@ class CausalSelfAttention(nn.Module):
         if cache is None and self.kernels.attention is not None:
             return self.out(self.kernels.attention(qkv, self.n_heads))
         q, k, v = qkv.unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, nh, T, dk)
-        if cache is None:  # query t may look at key s where s <= t
-            T = x.shape[1]  # noqa: N806
-            mask = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
-        else:
-            mask = cache.mask
-            k, v = cache.append(self.layer, k, v)  # (B, nh, S, dk)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, nh, S, dk)
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, nh, T, S)
+        mask = torch.full_like(scores[0, 0], -math.inf).triu(1) if cache is None else cache.mask
         weights = (scores + mask).softmax(dim=-1)
         if cache is not None and cache.weights is not None:
             cache.weights.append(weights)
@@ -170,10 +169,10 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Pre-norm: each sublayer reads a normalised stream and adds to the plain one."""
 
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.d_model)
-        self.attention = CausalSelfAttention(config, layer)
+        self.attention = CausalSelfAttention(config)
         self.norm2 = nn.LayerNorm(config.d_model)
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -221,7 +220,7 @@ class GPT(nn.Module):
         table = sinusoids(config.context_length, config.d_model)
         self.register_buffer("positions", table, persistent=False)  # a formula, not a weight
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.final_norm = nn.LayerNorm(config.d_model)
         self._initialise()
 

@@ -210,7 +210,7 @@ def test_a_cache_is_written_in_place():
     assert {tuple(layer.shape) for layer in cache.layers} == {(2, 2, 2, 16, 8)}
 
 
-def test_a_plain_logit_for_each_token_has_gradients_also_with_a_cache():
+def test_gradients_with_a_cache_are_those_without():
     net, ids = shaken(TINY), random_ids(TINY, 2, 5)
     net(ids, KVCache(5)).sum().backward()
     with_cache = [parameter.grad.clone() for parameter in net.parameters()]

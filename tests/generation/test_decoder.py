@@ -171,6 +171,17 @@ class Residual(GPT):
         return super().hidden(ids, cache) + self.embedding(ids)
 
 
+class Looped(GPT):
+    """Each block twice."""
+
+    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = self.embedding(ids) * self.scale
+        x = x + self.positions[slice(ids.shape[1]) if cache is None else cache.extend(x)]
+        for block in (*self.blocks, *self.blocks):
+            x = block(x, cache)
+        return self.final_norm(x)
+
+
 class Uncached(GPT):
     """Another forward, which takes no cache, and looks at the whole text."""
 
@@ -192,7 +203,7 @@ class Forgetful(GPT):
         return super().forward(ids)
 
 
-SUBCLASSES = [Flipped, Passed, Residual, Uncached, UncachedHidden]
+SUBCLASSES = [Flipped, Passed, Residual, Looped, Uncached, UncachedHidden]
 
 
 @pytest.mark.parametrize("cls", SUBCLASSES)
