@@ -37,6 +37,7 @@ from minigpt.generation.sampling import (
 from minigpt.model import GPT, GPTConfig
 
 PROMPT = 16  # tokens; the prompt and what follows fill the context, and no more: GPT-2 cannot
+MEDIUM = GPTConfig(d_model=256, n_heads=8, d_ff=512)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PEER = list(DTYPES)
 if not cpu_has_bfloat16():  # PyTorch emulates it there, at a hundredth of the speed
@@ -139,7 +140,7 @@ def measure(candidates: dict[str, Candidate], rounds: int) -> dict[str, float]:
 
 def compare(rounds: int, new: int) -> dict[str, Any]:
     torch.manual_seed(0)
-    net = GPT(GPTConfig()).eval().requires_grad_(False)  # frozen, as `Run.load_net` gives it
+    net = GPT(MEDIUM).eval().requires_grad_(False)  # frozen, as `Run.load_model` gives it
     gpt2 = as_gpt2(net)
     context = net.config.context_length
     candidates: dict[str, Candidate] = {}

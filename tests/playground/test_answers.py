@@ -146,8 +146,8 @@ def test_attention_is_bounded_and_says_what_a_model_has(page):
 
 def test_runs_are_named_and_not_shown_twice(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(Run, "open", lambda path: Run(path.parent, path))
-    monkeypatch.setattr(Run, "load_net", lambda run: model("", tokenizer).net)
-    monkeypatch.setattr(Run, "load_tokenizer", lambda run: tokenizer)
+    monkeypatch.setattr(Run, "load_model", lambda run: model("", tokenizer).net)
+    monkeypatch.setattr(Run, "tokenizer", tokenizer)
     one, last, other = (tmp_path / name for name in ("x/best.ckpt", "x/last.ckpt", "y/x/best.ckpt"))
     names = list(Playground.load([one, one, last, other]).models)
     size = names[0].removeprefix("x ")
