@@ -10,9 +10,10 @@ import logging
 import os
 import shlex
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -20,8 +21,16 @@ from minigpt.cli.program import Program, describe, leave
 from minigpt.core.console import show_log
 from minigpt.core.settings import UserError, one_line, speak
 
+if TYPE_CHECKING:
+    from minigpt.runs.folder import Run
+
 Format = Literal["hf", "safetensors", "onnx", "gguf"]
 Dtype = Literal["float32", "bfloat16"]
+RunPath = Annotated[Path, typer.Argument(help="A run folder, or a checkpoint file in one.")]
+ClassPath = Annotated[
+    str | None,
+    typer.Option(help="Class of a run whose model is no plain GPT.", metavar="PACKAGE.CLASS"),
+]
 log = logging.getLogger("minigpt")
 UsageError: Any = typer.BadParameter.__base__  # which typer does not name
 
@@ -41,7 +50,7 @@ def _minigpt() -> None:
 
 @app.command()
 def generate(
-    run: Annotated[Path, typer.Argument(help="A run folder, or a checkpoint file in one.")],
+    run: RunPath,
     prompt: Annotated[
         str, typer.Option(help="How the story begins; - reads it from standard input.")
     ] = "Once upon a time",
@@ -62,6 +71,7 @@ def generate(
         Dtype,
         typer.Option(help="bfloat16 rounds the weights, and is faster for many."),
     ] = "float32",
+    class_path: ClassPath = None,
 ) -> None:
     """Write stories. One is shown as it is sampled, and stops at its end.
 
@@ -72,7 +82,6 @@ def generate(
     from minigpt.core.hardware import cpu_has_bfloat16
     from minigpt.generation.decoder import c_backend
     from minigpt.generation.sampling import SamplingConfig, iterate_stories, stream_text
-    from minigpt.runs.folder import Run
     from minigpt.tokenizer import END_OF_TEXT
 
     sampling = SamplingConfig(
@@ -80,7 +89,7 @@ def generate(
     )
     filters = {"--top-k": top_k, "--top-p": top_p, "--min-p": min_p}
     _check_generate(temperature, n, [name for name, value in filters.items() if value is not None])
-    opened = Run.load(run)
+    (opened,) = _load([run], class_path)
     net, tokenizer = opened.load_model().to(getattr(torch, dtype)), opened.tokenizer
     prompt = _standard_input() if prompt == "-" else prompt
     length = len(tokenizer.encode(prompt))  # refused before anything is shown
@@ -116,6 +125,20 @@ def _check_generate(temperature: float, n: int, filters: list[str]) -> None:
         )
 
 
+def _load(paths: list[Path], class_path: str | None) -> list[Run]:
+    """Load runs. Those of a class of their own take the class; plain ones may stand beside them."""
+    from minigpt.runs.folder import Run
+
+    runs = [Run.load(path) for path in paths]
+    if class_path is None:
+        return runs
+    from minigpt.cli.compose import import_class
+
+    model = import_class(class_path, "class_path")
+    own = [run for run in runs if run.config.get("model_class") is not None] or runs
+    return [replace(run, model=model) if run in own else run for run in runs]
+
+
 def _check_folder(path: Path | None, option: str = "--out") -> None:
     if path is not None and path.exists() and not path.is_dir():
         raise UserError(f"{option} {path} is a file: give a folder, new or not")
@@ -132,7 +155,7 @@ def _standard_input() -> str:
 
 @app.command()
 def probe(
-    run: Annotated[Path, typer.Argument(help="A run folder, or a checkpoint file in one.")],
+    run: RunPath,
     near: Annotated[
         list[str] | None, typer.Option(help="A word whose nearest tokens to show; may be repeated.")
     ] = None,
@@ -147,6 +170,7 @@ def probe(
         Path | None,
         typer.Option(help="Where the map goes; without it, into the run (for an export: here)."),
     ] = None,
+    class_path: ClassPath = None,
 ) -> None:
     """Look into the embedding: nearest words, analogies, and a map of words as a PNG.
 
@@ -158,11 +182,10 @@ def probe(
     from minigpt.analysis.embedding_map import MAP, FewWordsError, caption, embedding_map, write_map
     from minigpt.analysis.embeddings import EmbeddingProbe, SplitWordError, parse_analogy
     from minigpt.cli.tables import score_line, score_table, word_table
-    from minigpt.runs.folder import Run
 
     _check_folder(out)
     analogies = {text: parse_analogy(text) for text in analogy or []}
-    opened = Run.load(run)
+    (opened,) = _load([run], class_path)
     probe = EmbeddingProbe(opened.load_model(), opened.tokenizer)
     queries = {f"Nearest to {word}": partial(probe.neighbours, word, k) for word in near or []}
     queries |= {text: partial(probe.analogy, *words, k) for text, words in analogies.items()}
@@ -200,11 +223,12 @@ def playground(
     auth: Annotated[
         str | None, typer.Option(help="Who may come in.", metavar="USER:PASSWORD")
     ] = None,
+    class_path: ClassPath = None,
 ) -> None:
     """Open a local web page: stories token by token, words, a map, attention."""
     from minigpt.playground.server import serve
 
-    serve(runs, host, port, auth)
+    serve(_load(runs, class_path), host, port, auth)
 
 
 @app.command()
@@ -254,22 +278,22 @@ def study(
     out: Annotated[Path, typer.Option(help="Where to write.")] = Path("study"),
     n: Annotated[int, typer.Option(help="Stories of each run at each temperature.")] = 200,
     seed: Annotated[int, typer.Option(help="Of the stories.")] = 1,
+    class_path: ClassPath = None,
 ) -> None:
     """Compare what runs write and know: coherence by temperature, samples, embeddings.
 
     Writes coherence.md, samples.md and embeddings.md, with their figure and JSON.
     """
     from minigpt.analysis.study import StudyConfig, write_study
-    from minigpt.runs.folder import Run
 
     _check_folder(out)
-    write_study([Run.load(run) for run in runs], out, StudyConfig(n=n, seed=seed))
+    write_study(_load(runs, class_path), out, StudyConfig(n=n, seed=seed))
     print(f"Wrote {out / 'coherence.md'}, samples.md and embeddings.md.")
 
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder, or a checkpoint file in one.")],
+    run: RunPath,
     out: Annotated[Path, typer.Argument(help="A new folder, or an earlier export to replace.")],
     format: Annotated[
         Format,
@@ -297,6 +321,7 @@ def export(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="With --push: list what would be sent, send nothing.")
     ] = False,
+    class_path: ClassPath = None,
 ) -> None:
     """Write a model for other programs, with a model card; nothing is sent without --push."""
     if dry_run and push is None:
@@ -308,13 +333,13 @@ def export(
     from minigpt.exporting import export as write
     from minigpt.exporting.folder import check_output
     from minigpt.exporting.hub import check_repository, push_folder
-    from minigpt.runs.folder import Run
 
     config = ExportConfig(format, dtype, evaluate, license, average)
     check_output(out)
     if push is not None:
         check_repository(push, dry_run)
-    files = write(Run.load(run), out, config, push, console)
+    (opened,) = _load([run], class_path)
+    files = write(opened, out, config, push, console)
     print(f"Wrote {out}: {', '.join(path.name for path in files)}")
     if push is not None and dry_run:
         print(f"Nothing was sent. Without --dry-run, to https://huggingface.co/{push}:")

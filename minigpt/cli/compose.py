@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -192,7 +193,7 @@ def import_class(path: str, argument: str) -> Any:
     The working directory is importable meanwhile.
 
     Raises:
-        UserError: it does not import, or is no class derived from GPT.
+        UserError: it does not import, is no class derived from GPT, or takes other arguments.
     """
     from minigpt.model import GPT
 
@@ -200,13 +201,17 @@ def import_class(path: str, argument: str) -> Any:
     here = os.getcwd()
     sys.path.insert(0, here)
     try:
-        found = getattr(importlib.import_module(module), name)
+        model = getattr(importlib.import_module(module), name)
     except Exception as error:  # a module may raise anything while it is imported
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"does not import ({reason})", argument, path) from None
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(here)
-    if not (isinstance(found, type) and issubclass(found, GPT)):
+    if not (isinstance(model, type) and issubclass(model, GPT)):
         raise UserError("is no class derived from minigpt.GPT", argument, path)
-    return found
+    try:
+        inspect.signature(model).bind(None)
+    except TypeError as error:
+        raise UserError(f"is not made from a config alone ({error})", argument, path) from None
+    return model

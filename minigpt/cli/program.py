@@ -82,7 +82,7 @@ def describe(error: UserError, program: Program, options: frozenset[str] = froze
         return option if value is MISSING else f"{option} {value}"
 
     head = error.message
-    if error.argument is not None:
+    if error.argument is not None and not isinstance(error, ModelClassError):
         head = f"{typed(error.argument, error.value)}: {head}"
     steps = [
         typed(name, value) if name in options else shlex.quote(typed(name, value))

@@ -29,7 +29,7 @@ from minigpt.exporting.folder import MARK, check_output, read_object, whole_fold
 from minigpt.exporting.formats import write_gguf, write_hf, write_onnx, write_safetensors
 from minigpt.model import GPT
 from minigpt.runs.checkpoint import weights_fingerprint
-from minigpt.runs.folder import Run
+from minigpt.runs.folder import Run, class_path
 from minigpt.runs.names import CONFIG, EVALUATION, SUMMARY
 from minigpt.runs.provenance import MACHINE, Parent, parent_of, portable_overrides
 from minigpt.tokenizer import Tokenizer
@@ -116,19 +116,26 @@ def export(
             str(out),
         )
     net, tokenizer, settings = run.load_model(), run.tokenizer, run.config
+    if type(net) is not GPT and config.format != "safetensors":
+        raise UserError(
+            f"no other program computes {class_path(type(net))}",
+            "format",
+            config.format,
+            fix={"format": "safetensors"},
+        )
     summary = run.summary
     parent = parent_of(summary, run.folder / SUMMARY)
     if parent is not None:  # without what earlier versions wrote about it
         summary = {**summary, "init_from": dataclasses.asdict(parent)}
     if config.average:
-        _average(net, settings, parent)
+        _average(net, run, parent)
         summary = {**summary, "averaged": True}
     portable = _portable_config(settings, run.folder / CONFIG)
     dtype = DTYPES[config.weights]
     _round(net, dtype)  # to what will be read back
     evaluation = _measured(run.folder, weights_fingerprint(net))
     if evaluation is None and config.evaluate:
-        evaluation = _measure(net, tokenizer, settings, summary, dtype, console)
+        evaluation = _measure(net, run, summary, dtype, console)
     card = model_card(
         name=name or out.resolve().name,
         format=config.format,
@@ -174,13 +181,13 @@ def _write_run(
 
 
 @torch.no_grad()
-def _average(net: GPT, settings: Mapping[str, Any], parent: Parent | None) -> None:
+def _average(net: GPT, run: Run, parent: Parent | None) -> None:
     """Make `net` the mean of itself and of the weights that its run began with.
 
     Both lie in one valley of the loss, in whose middle it is lower than at either side (Izmailov et
     al. 2018, https://arxiv.org/abs/1803.05407; measured here: docs/LOG.md, 2026-11-25).
     """
-    path = settings.get("init_from")
+    path = run.config.get("init_from")
     if parent is None or not isinstance(path, str):
         raise UserError(
             "takes the mean with the weights that a run began with; this one began with random "
@@ -188,7 +195,7 @@ def _average(net: GPT, settings: Mapping[str, Any], parent: Parent | None) -> No
             "average",
             fix={"average": False},
         )
-    first = Run.load(path).load_model()
+    first = Run.load(path, run.model).load_model()
     if weights_fingerprint(first) != parent.weights:
         raise UserError(
             f"{path} no longer holds the weights that the run began with: restore it, or",
@@ -260,17 +267,12 @@ def _measured(folder: Path, weights: str) -> dict[str, Any] | None:
 
 
 def _measure(
-    net: GPT,
-    tokenizer: Tokenizer,
-    settings: dict[str, Any],
-    summary: dict[str, Any],
-    dtype: torch.dtype,
-    console: Console | None,
+    net: GPT, run: Run, summary: dict[str, Any], dtype: torch.dtype, console: Console | None
 ) -> dict[str, Any]:
-    """Evaluate `net`, which holds the rounded weights of a run with these records."""
+    """Evaluate `net`, which holds the rounded weights of `run`."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _write_run(net, tokenizer, settings, summary, dtype, folder)
-        result = evaluate(Run.load(folder), EvaluationConfig(), console, folder)
+        _write_run(net, run.tokenizer, run.config, summary, dtype, folder)
+        result = evaluate(Run.load(folder, run.model), EvaluationConfig(), console, folder)
     evaluation = dataclasses.asdict(result)
     return {**evaluation, "data": _portable_data(evaluation["data"])}

@@ -56,16 +56,16 @@ class Playground:
         self.models = {model.name: model for model in models}
 
     @classmethod
-    def load(cls, paths: Sequence[Path]) -> Playground:
-        """The models of the runs at `paths`.
+    def load(cls, runs: Sequence[Run]) -> Playground:
+        """Return a page with the models of `runs`, each once.
 
         Raises:
             UserError: more than MAX_RUNS, or one that cannot be read.
         """
-        if len(paths) > MAX_RUNS:
-            raise UserError(f"{len(paths)} runs do not fit on a page: give at most {MAX_RUNS}")
+        if len(runs) > MAX_RUNS:
+            raise UserError(f"{len(runs)} runs do not fit on a page: give at most {MAX_RUNS}")
         models: dict[Path, LoadedModel] = {}
-        for run in map(Run.load, paths):
+        for run in runs:
             if run.checkpoint not in models:
                 names = [model.name for model in models.values()]
                 models[run.checkpoint] = _load(run, names)

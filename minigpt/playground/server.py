@@ -8,12 +8,12 @@ import logging
 import os
 import socket
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.request import getproxies
 
 from minigpt.core.settings import UserError
 from minigpt.playground.answers import Playground
+from minigpt.runs.folder import Run
 
 if TYPE_CHECKING:
     from gradio import Blocks
@@ -24,12 +24,12 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(
-    runs: Sequence[Path], host: str = "127.0.0.1", port: int | None = None, auth: str | None = None
+    runs: Sequence[Run], host: str = "127.0.0.1", port: int | None = None, auth: str | None = None
 ) -> None:
     """Serve a page with the models of `runs` until ctrl-C; the log says where it is.
 
     Args:
-        runs: one to four run folders or checkpoint files.
+        runs: one to four.
         host: the name or address to listen at.
         port: 0 takes any free one, None the first free one from 7860 on.
         auth: "user:password" asks visitors for both.

@@ -55,8 +55,8 @@ def test_too_little_memory_is_one_line_on_every_system(told: str):
 @pytest.mark.parametrize(
     ("launcher", "package", "missing", "no_cluster"),
     [
-        ("submitit_slurm", "submitit", "pip install -e '.[slurm]'", "srun"),
-        ("ray", "ray", "pip install -e '.[ray]'", "ray start --head"),
+        ("submitit_slurm", "submitit", "pip install hydra-submitit-launcher", "srun"),
+        ("ray", "ray", "pip install hydra-ray-launcher", "ray start --head"),
     ],
 )
 def test_a_launcher_with_no_package_or_no_cluster_says_so_in_one_line(

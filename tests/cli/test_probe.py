@@ -74,15 +74,15 @@ def test_probe_prints_tables_and_explains_split_words(tiny, monkeypatch, capsys)
 def test_probe_writes_the_map_into_the_run_or_elsewhere(tmp_path, probe, monkeypatch, capsys):
     matrix = torch.eye(probe.tokenizer.vocab_size, 8)
     config = GPTConfig(len(matrix), 8, d_model=8, n_layers=1, n_heads=2, d_ff=8)
-    monkeypatch.setattr(Run, "open", lambda path: Run(tmp_path / "run", tmp_path / "run"))
+    monkeypatch.setattr(Run, "load", lambda path: Run(tmp_path / "run", tmp_path / "run"))
     monkeypatch.setattr(Run, "load_model", lambda run: GPT(config))
-    monkeypatch.setattr(Run, "load_tokenizer", lambda run: probe.tokenizer)
+    monkeypatch.setattr(Run, "tokenizer", probe.tokenizer)
     assert run_main(monkeypatch, "probe", "run", "--near", "king") == 0
     assert (tmp_path / "run" / MAP).is_file()
     assert run_main(monkeypatch, "probe", "run", "--out", str(tmp_path / "out")) == 0
     assert (tmp_path / "out" / MAP).is_file()
     released = tmp_path / "release"
-    monkeypatch.setattr(Run, "open", lambda path: Run(released, released / "model.safetensors"))
+    monkeypatch.setattr(Run, "load", lambda path: Run(released, released / "model.safetensors"))
     monkeypatch.chdir(tmp_path)
     assert run_main(monkeypatch, "probe", "release") == 0
     assert (tmp_path / MAP).is_file()
