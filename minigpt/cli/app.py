@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer import Argument, Option
 
 from minigpt.cli.program import Program, describe, leave
 from minigpt.core.console import show_log
@@ -26,11 +27,8 @@ if TYPE_CHECKING:
 
 Format = Literal["hf", "safetensors", "onnx", "gguf"]
 Dtype = Literal["float32", "bfloat16"]
-RunPath = Annotated[Path, typer.Argument(help="A run folder, or a checkpoint file in one.")]
-ClassPath = Annotated[
-    str | None,
-    typer.Option(help="Class of a run whose model is no plain GPT.", metavar="PACKAGE.CLASS"),
-]
+RunPath = Annotated[Path, Argument(help="A run folder, or a checkpoint file in one.")]
+ClassPath = Annotated[str | None, Option(help="Class of the model, such as mypackage.MyGPT.")]
 log = logging.getLogger("minigpt")
 UsageError: Any = typer.BadParameter.__base__  # which typer does not name
 
@@ -51,26 +49,16 @@ def _minigpt() -> None:
 @app.command()
 def generate(
     run: RunPath,
-    prompt: Annotated[
-        str, typer.Option(help="How the story begins; - reads it from standard input.")
-    ] = "Once upon a time",
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Choose among this much mass.")] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(help="Leave out what is less probable than this × the likeliest."),
-    ] = None,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: words of prompt and story come back less.")
-    ] = 1.0,
-    max_tokens: Annotated[int, typer.Option(help="The longest continuation.")] = 256,
-    n: Annotated[int, typer.Option(help="How many stories.")] = 1,
-    seed: Annotated[int | None, typer.Option(help="The same seed, the same stories.")] = None,
-    dtype: Annotated[
-        Dtype,
-        typer.Option(help="bfloat16 rounds the weights, and is faster for many."),
-    ] = "float32",
+    prompt: Annotated[str, Option(help="How it begins; -: standard input.")] = "Once upon a time",
+    temperature: Annotated[float, Option(help="0: always the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, Option(help="Choose among the k likeliest.")] = None,
+    top_p: Annotated[float | None, Option(help="Choose among this much mass.")] = None,
+    min_p: Annotated[float | None, Option(help="Least share of the top-1 probability.")] = None,
+    repetition_penalty: Annotated[float, Option(help="Above 1: tokens come back less.")] = 1.0,
+    max_tokens: Annotated[int, Option(help="The longest continuation.")] = 256,
+    n: Annotated[int, Option(help="How many stories.")] = 1,
+    seed: Annotated[int | None, Option(help="The same seed, the same stories.")] = None,
+    dtype: Annotated[Dtype, Option(help="bfloat16 rounds weights; faster for many.")] = "float32",
     class_path: ClassPath = None,
 ) -> None:
     """Write stories. One is shown as it is sampled, and stops at its end.
@@ -87,8 +75,13 @@ def generate(
     sampling = SamplingConfig(
         temperature, top_k, top_p, max_tokens, seed, min_p, repetition_penalty
     )
-    filters = {"--top-k": top_k, "--top-p": top_p, "--min-p": min_p}
-    _check_generate(temperature, n, [name for name, value in filters.items() if value is not None])
+    if n < 1:
+        raise UserError("must be at least 1", "n", n)
+    options = {"--top-k": top_k, "--top-p": top_p, "--min-p": min_p, "--n": None if n == 1 else n}
+    unused = [f"{name} {value}" for name, value in options.items() if value is not None]
+    if temperature == 0 and unused:
+        problem = "always takes the most likely token, and so writes one story: leave out "
+        raise UserError(f"{problem}{' and '.join(unused)}", "temperature", 0)
     (opened,) = _load([run], class_path)
     net, tokenizer = opened.load_model().to(getattr(torch, dtype)), opened.tokenizer
     prompt = _standard_input() if prompt == "-" else prompt
@@ -108,21 +101,6 @@ def generate(
         return
     for story, text in enumerate(iterate_stories(net, tokenizer, prompt, n, sampling)):
         print(f"{END_OF_TEXT}\n" if story else "", prompt, text, sep="", flush=True)
-
-
-def _check_generate(temperature: float, n: int, filters: list[str]) -> None:
-    if n < 1:
-        raise UserError(f"--n {n} must be at least 1")
-    if temperature == 0 and filters:
-        raise UserError(
-            f"--temperature 0 always takes the likeliest token: leave out {' and '.join(filters)}, "
-            "or take a temperature above 0"
-        )
-    if temperature == 0 and n > 1:
-        raise UserError(
-            f"--temperature 0 writes one story only: leave out --n {n}, "
-            "or take a temperature above 0"
-        )
 
 
 def _load(paths: list[Path], class_path: str | None) -> list[Run]:
@@ -157,18 +135,15 @@ def _standard_input() -> str:
 def probe(
     run: RunPath,
     near: Annotated[
-        list[str] | None, typer.Option(help="A word whose nearest tokens to show; may be repeated.")
+        list[str] | None, Option(help="A word whose nearest tokens to show; may be repeated.")
     ] = None,
     analogy: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Such as 'princess - girl + boy'; may be repeated.", metavar="'A - B + C'"
-        ),
+        Option(help="Such as 'princess - girl + boy'; may be repeated.", metavar="'A - B + C'"),
     ] = None,
-    k: Annotated[int, typer.Option(min=1, help="How many tokens to show.")] = 5,
+    k: Annotated[int, Option(min=1, help="How many tokens to show.")] = 5,
     out: Annotated[
-        Path | None,
-        typer.Option(help="Where the map goes; without it, into the run (for an export: here)."),
+        Path | None, Option(help="Where the map goes; default: the run, or here for an export.")
     ] = None,
     class_path: ClassPath = None,
 ) -> None:
@@ -210,19 +185,12 @@ def probe(
 
 @app.command()
 def playground(
-    runs: Annotated[
-        list[Path], typer.Argument(help="One to four run folders or checkpoints, side by side.")
-    ],
-    host: Annotated[
-        str, typer.Option(help="Where to listen; the default is this machine alone.")
-    ] = "127.0.0.1",
+    runs: Annotated[list[Path], Argument(help="One to four runs, shown side by side.")],
+    host: Annotated[str, Option(help="Where to listen; by default, locally.")] = "127.0.0.1",
     port: Annotated[
-        int | None,
-        typer.Option(min=0, max=65535, help="Without it, the first free one from 7860 on."),
+        int | None, Option(min=0, max=65535, help="First free one from 7860 on.")
     ] = None,
-    auth: Annotated[
-        str | None, typer.Option(help="Who may come in.", metavar="USER:PASSWORD")
-    ] = None,
+    auth: Annotated[str | None, Option(help="Require a login.", metavar="USER:PASSWORD")] = None,
     class_path: ClassPath = None,
 ) -> None:
     """Open a local web page: stories token by token, words, a map, attention."""
@@ -233,17 +201,9 @@ def playground(
 
 @app.command()
 def scaling(
-    folders: Annotated[
-        list[Path], typer.Argument(help="Run folders, or folders with runs somewhere below them.")
-    ],
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Where to write; without it, into the first folder given."),
-    ] = None,
-    keep: Annotated[
-        Path | None,
-        typer.Option(help="Copy what is read of the finished runs here: small, for a repository."),
-    ] = None,
+    folders: Annotated[list[Path], Argument(help="Run folders, or folders with runs inside.")],
+    out: Annotated[Path | None, Option(help="Where to write; default: the first folder.")] = None,
+    keep: Annotated[Path | None, Option(help="Copy the records of finished runs here.")] = None,
 ) -> None:
     """Compare runs by size: tables, L = E + A / N^α fitted, and three log-log figures.
 
@@ -258,10 +218,9 @@ def scaling(
     _check_folder(out)
     _check_folder(keep, "--keep")
     runs = [read_run(folder) for folder in find_runs(folders)]
-    if keep is not None:
-        for run in runs:
-            if run.point:
-                keep_run(run.path, keep)
+    for run in runs:
+        if keep is not None and run.point:
+            keep_run(run.path, keep)
     out = out or (folders[0] if folders[0].is_dir() else runs[0].path)
     laws = map(law_line, write_scaling(runs, out))
     wrote = f"Wrote {out / 'scaling.md'}, scaling.json and figures."
@@ -274,10 +233,10 @@ def scaling(
 
 @app.command()
 def study(
-    runs: Annotated[list[Path], typer.Argument(help="The runs to compare, of different sizes.")],
-    out: Annotated[Path, typer.Option(help="Where to write.")] = Path("study"),
-    n: Annotated[int, typer.Option(help="Stories of each run at each temperature.")] = 200,
-    seed: Annotated[int, typer.Option(help="Of the stories.")] = 1,
+    runs: Annotated[list[Path], Argument(help="The runs to compare, of different sizes.")],
+    out: Annotated[Path, Option(help="Where to write.")] = Path("study"),
+    n: Annotated[int, Option(help="Stories of each run at each temperature.")] = 200,
+    seed: Annotated[int, Option(help="Of the stories.")] = 1,
     class_path: ClassPath = None,
 ) -> None:
     """Compare what runs write and know: coherence by temperature, samples, embeddings.
@@ -294,40 +253,21 @@ def study(
 @app.command()
 def export(
     run: RunPath,
-    out: Annotated[Path, typer.Argument(help="A new folder, or an earlier export to replace.")],
-    format: Annotated[
-        Format,
-        typer.Option(help="hf: for transformers. safetensors: for this project. onnx, gguf."),
-    ] = "hf",
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(help="Of the weights in safetensors: bfloat16 unless you ask for float32."),
-    ] = None,
-    license: Annotated[
-        str | None, typer.Option(help="Of the weights, for the model card: mit, cc-by-4.0, ...")
-    ] = None,
-    evaluate: Annotated[
-        bool, typer.Option("--evaluate", help="Measure the exported weights if nobody has yet.")
-    ] = False,
-    average: Annotated[
-        bool, typer.Option("--average", help="Of a run with init_from: the mean with that run.")
-    ] = False,
-    push: Annotated[
-        str | None, typer.Option(help="Send it to the Hugging Face Hub as this user/name.")
-    ] = None,
-    private: Annotated[
-        bool, typer.Option("--private", help="With --push: a new repository only you can see.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="With --push: list what would be sent, send nothing.")
-    ] = False,
+    out: Annotated[Path, Argument(help="A new folder, or an earlier export to replace.")],
+    format: Annotated[Format, Option(help="hf: transformers; safetensors: Mini GPT.")] = "hf",
+    dtype: Annotated[Dtype | None, Option(help="Of safetensors: bfloat16 by default.")] = None,
+    license: Annotated[str | None, Option(help="Of the weights: mit, cc-by-4.0, ...")] = None,
+    evaluate: Annotated[bool, Option("--evaluate", help="Measure the weights if needed.")] = False,
+    average: Annotated[bool, Option("--average", help="Mean with the run of init_from.")] = False,
+    push: Annotated[str | None, Option(help="Send to the Hugging Face Hub as user/name.")] = None,
+    private: Annotated[bool, Option("--private", help="With --push: nobody else sees it.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="With --push: list, send nothing.")] = False,
     class_path: ClassPath = None,
 ) -> None:
     """Write a model for other programs, with a model card; nothing is sent without --push."""
-    if dry_run and push is None:
-        raise UserError("--dry-run lists what --push would send: add --push user/name")
-    if private and push is None:
-        raise UserError("--private is for what --push makes: add --push user/name")
+    for option, is_set in {"--dry-run": dry_run, "--private": private}.items():
+        if is_set and push is None:
+            raise UserError(f"{option} is for what --push sends: add --push user/name")
     from minigpt.core.console import console
     from minigpt.exporting import ExportConfig
     from minigpt.exporting import export as write
@@ -355,7 +295,7 @@ _PASSED_ON: Any = {
     "add_help_option": False,
 }
 _Settings = Annotated[
-    list[str] | None, typer.Argument(metavar="SETTING=VALUE...", help="--help lists them.")
+    list[str] | None, Argument(metavar="SETTING=VALUE...", help="--help lists them.")
 ]
 
 
@@ -377,10 +317,8 @@ def evaluate_verb(settings: _Settings = None) -> None:
 
 @app.command()
 def sweep(
-    name: Annotated[str, typer.Argument(help="Of the sweep: scaling, scaling_seeds or recipe.")],
-    out: Annotated[
-        Path | None, typer.Option(help="File to write; the default is <name>.yaml here.")
-    ] = None,
+    name: Annotated[str, Argument(help="Of the sweep: scaling, scaling_seeds or recipe.")],
+    out: Annotated[Path | None, Option(help="File to write; default: <name>.yaml here.")] = None,
 ) -> None:
     """Write a W&B sweep file whose command is minigpt train, for wandb sweep."""
     from minigpt.cli.sweep import write_sweep

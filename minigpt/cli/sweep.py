@@ -19,8 +19,10 @@ def write_sweep(name: str, path: Path) -> Path:
     Raises:
         UserError: there is no sweep of that name, or the file exists.
     """
-    sweeps = {file.name.removesuffix(".yaml"): file for file in _folder().iterdir()
-              if file.name.endswith(".yaml")}  # fmt: skip
+    beside = Path(minigpt.__file__).parent.parent / "sweeps"  # in a checkout
+    folder = beside if beside.is_dir() else resources.files("minigpt") / "sweeps"
+    files = [file for file in folder.iterdir() if file.name.endswith(".yaml")]
+    sweeps = {file.name.removesuffix(".yaml"): file for file in files}
     if name not in sweeps:
         raise UserError(unknown_name(name, sorted(sweeps), "sweep"))
     if path.exists():
@@ -33,9 +35,3 @@ def write_sweep(name: str, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, yaml.safe_dump(sweep, sort_keys=False))
     return path
-
-
-def _folder() -> Any:
-    """The sweeps of the checkout that holds the package, else those in the package."""
-    beside = Path(minigpt.__file__).parent.parent / "sweeps"
-    return beside if beside.is_dir() else resources.files("minigpt") / "sweeps"
