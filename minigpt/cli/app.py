@@ -7,7 +7,6 @@ must not wait for torch. `train` and `evaluate` are Hydra apps, in modules of th
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 import sys
 from dataclasses import replace
@@ -333,7 +332,7 @@ def main() -> None:
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     verb = sys.argv[1]
-    program = Program(os.path.abspath(sys.argv[0]), (verb,), scripts=False)
+    program = Program.detect(verb)
     speak(program.command)
     try:
         sys.exit(app(standalone_mode=False))

@@ -26,10 +26,8 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import minigpt
+from minigpt.cli.program import CLASS_PATH
 from minigpt.core.settings import UserError, build, plain_defaults, unknown_name
-
-NAMES = ("train", "evaluate")  # root configs in conf/
-CLASS_PATH = {"train": "model.class_path", "evaluate": "class_path"}
 
 
 def config_source() -> str:
@@ -57,8 +55,8 @@ def load_config(
     Raises:
         UserError: an unknown name or option, or a value that is not allowed.
     """
-    if name not in NAMES:
-        raise UserError(unknown_name(name, list(NAMES), "config"))
+    if name not in CLASS_PATH:
+        raise UserError(unknown_name(name, list(CLASS_PATH), "config"))
     values, size = compose_values(name, overrides, config_dir)
     if name == "train":
         return train_config(values, size, overrides, typed_class(name, overrides))
@@ -71,7 +69,7 @@ def compose_values(
     """Return the composed settings as plain values, resolved, and the option of the model group."""
     from minigpt.cli.hydra_errors import explain
 
-    words = [word for word in overrides if not word.startswith(f"{CLASS_PATH[name]}=")]
+    words = [word for word in overrides if not word.startswith(CLASS_PATH[name])]
     if config_dir is not None:
         folder = Path(config_dir).expanduser().absolute()
         if not folder.is_dir():
@@ -83,12 +81,15 @@ def compose_values(
             size = config.hydra.runtime.choices.get("model")
             with open_dict(config):
                 del config["hydra"]
-                if name == "evaluate" and OmegaConf.is_missing(config, "ckpt"):
-                    config.ckpt = None
-            values: Any = OmegaConf.to_container(config, resolve=True)
+            return plain_values(config), size
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(explain(error, name)) from None
-    return values, size
+
+
+def plain_values(config: Any) -> dict[str, Any]:
+    """Return a composed config as plain values, resolved."""
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    return values
 
 
 @contextlib.contextmanager
@@ -161,11 +162,14 @@ def train_config(
     from minigpt.runs.folder import class_path, config_class
     from minigpt.training.config import TrainConfig
 
-    model_values = {k: v for k, v in values["model"].items() if k != "class_path"}
-    shape = build(config_class(model), model_values, "model")
-    more = {"size": size, "overrides": list(overrides), "model": shape}
-    name = None if model is None else class_path(model)
-    return build(TrainConfig, {**values, **more, "model_class": name}, "")
+    settings = {k: v for k, v in values["model"].items() if k != "class_path"}
+    more = {
+        "size": size,
+        "overrides": list(overrides),
+        "model": build(config_class(model), settings, "model"),
+        "model_class": None if model is None else class_path(model),
+    }
+    return build(TrainConfig, {**values, **more}, "")
 
 
 def evaluation_config(values: dict[str, Any]) -> Any:
@@ -181,10 +185,11 @@ def evaluation_config(values: dict[str, Any]) -> Any:
 
 def typed_class(name: str, overrides: Sequence[str]) -> Any:
     """Return the model class that `overrides` name, or None."""
-    prefix = f"{CLASS_PATH[name]}="
-    paths = [word.removeprefix(prefix) for word in overrides if word.startswith(prefix)]
-    path = paths[-1] if paths else "null"
-    return None if path == "null" else import_class(path, CLASS_PATH[name])
+    argument = CLASS_PATH[name]
+    paths = [word.removeprefix(argument) for word in overrides if word.startswith(argument)]
+    if not paths or paths[-1] == "null":
+        return None
+    return import_class(paths[-1], argument.removesuffix("="))
 
 
 def import_class(path: str, argument: str) -> Any:
@@ -203,8 +208,7 @@ def import_class(path: str, argument: str) -> Any:
     try:
         model = getattr(importlib.import_module(module), name)
     except Exception as error:  # a module may raise anything while it is imported
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"does not import ({reason})", argument, path) from None
+        raise UserError(f"does not import ({error!r})", argument, path) from None
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(here)

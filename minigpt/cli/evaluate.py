@@ -6,9 +6,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from minigpt.cli.compose import evaluation_config, typed_class
+from minigpt.cli.compose import evaluation_config, plain_values, typed_class
 from minigpt.cli.program import Program
-from minigpt.cli.run import plain_values, run_app
+from minigpt.cli.run import run_app
 from minigpt.core.settings import UserError
 
 
