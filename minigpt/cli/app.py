@@ -11,6 +11,7 @@ import shlex
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -37,12 +38,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-@app.callback()
-def _minigpt() -> None:
-    # A group of verbs even while there is one: typer would otherwise drop the verb's name.
-    pass
 
 
 @app.command()
@@ -85,18 +80,13 @@ def generate(
     net, tokenizer = opened.load_model().to(getattr(torch, dtype)), opened.tokenizer
     prompt = _standard_input() if prompt == "-" else prompt
     length = len(tokenizer.encode(prompt))  # refused before anything is shown
-    if length >= net.config.context_length:
-        log.warning(
-            "a prompt of %s tokens outgrows the context of %s: the model reads its end alone",
-            f"{length:,}", net.config.context_length,
-        )  # fmt: skip
+    if length >= (context := net.config.context_length):
+        log.warning("the model reads only the end of %d tokens: its context is %d", length, context)
     if dtype == "bfloat16" and c_backend() is None and not cpu_has_bfloat16():
         log.warning("neither decode.c nor native bfloat16 here: --dtype float32 is faster")
     if n == 1:
-        print(prompt, end="", flush=True)
-        for piece in stream_text(net, tokenizer, prompt, sampling):
+        for piece in chain([prompt], stream_text(net, tokenizer, prompt, sampling), ["\n"]):
             print(piece, end="", flush=True)
-        print()
         return
     for story, text in enumerate(iterate_stories(net, tokenizer, prompt, n, sampling)):
         print(f"{END_OF_TEXT}\n" if story else "", prompt, text, sep="", flush=True)
@@ -289,25 +279,20 @@ def export(
 
 # ---------------------------------------------------------------------------- Hydra's verbs
 
-_PASSED_ON: Any = {
-    "context_settings": {"ignore_unknown_options": True, "help_option_names": []},
-    "add_help_option": False,
-}
-_Settings = Annotated[
-    list[str] | None, Argument(metavar="SETTING=VALUE...", help="--help lists them.")
-]
+_PASSED_ON = {"ignore_unknown_options": True, "help_option_names": []}
+Settings = Annotated[list[str] | None, Argument(metavar="SETTING=VALUE...")]
 
 
-@app.command("train", **_PASSED_ON)
-def train_verb(settings: _Settings = None) -> None:
+@app.command("train", context_settings=_PASSED_ON)
+def train_verb(settings: Settings = None) -> None:
     """Train a model: minigpt train model=large budget.tokens=20e6. See minigpt train --help."""
     from minigpt.cli.train import main
 
     main()
 
 
-@app.command("evaluate", **_PASSED_ON)
-def evaluate_verb(settings: _Settings = None) -> None:
+@app.command("evaluate", context_settings=_PASSED_ON)
+def evaluate_verb(settings: Settings = None) -> None:
     """Measure a model: minigpt evaluate ckpt=runs/<name>. See minigpt evaluate --help."""
     from minigpt.cli.evaluate import main
 

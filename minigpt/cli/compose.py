@@ -163,12 +163,9 @@ def train_config(
     from minigpt.training.config import TrainConfig
 
     settings = {k: v for k, v in values["model"].items() if k != "class_path"}
-    more = {
-        "size": size,
-        "overrides": list(overrides),
-        "model": build(config_class(model), settings, "model"),
-        "model_class": None if model is None else class_path(model),
-    }
+    shape = build(config_class(model), settings, "model")
+    name = None if model is None else class_path(model)
+    more = {"size": size, "overrides": list(overrides), "model": shape, "model_class": name}
     return build(TrainConfig, {**values, **more}, "")
 
 

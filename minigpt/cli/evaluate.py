@@ -19,8 +19,8 @@ def main() -> None:
 
 def _evaluate(config: DictConfig, program: Program, classes: list[str]) -> None:
     if OmegaConf.is_missing(config, "ckpt"):
-        command = program.command("evaluate", ckpt="runs/my-run")
-        raise UserError(f"give the run to evaluate: {command}", "ckpt")
+        example = ("evaluate", {"ckpt": "runs/my-run"})
+        raise UserError("give the run to evaluate", "ckpt", command=example)
     from rich.console import Console
 
     from minigpt.cli.tables import show

@@ -63,11 +63,8 @@ def _groups(name: str) -> dict[str, list[str]]:
 
     with own_hydra(name):
         loader = GlobalHydra.instance().config_loader()
-        names = [g for g in loader.get_group_options("", ObjectType.GROUP) if g != "hydra"]
-        return {
-            group: sorted(loader.get_group_options(group))
-            for group in (*names, "hydra/launcher", "hydra/sweeper")
-        }
+        names = [*loader.get_group_options("", ObjectType.GROUP), "hydra/launcher", "hydra/sweeper"]
+        return {name: sorted(loader.get_group_options(name)) for name in names if name != "hydra"}
 
 
 FAILURES = {  # what an error says, and what to do about it

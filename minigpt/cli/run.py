@@ -68,16 +68,14 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
     except (HydraException, OmegaConfBaseException) as error:
         leave(explain(error, name))
     except (RuntimeError, ConnectionError, ValueError) as error:
-        reason = explain_failure(error)
-        if reason is None:
-            raise
-        leave(reason)
+        if reason := explain_failure(error):
+            leave(reason)
+        raise
 
 
 def _prepare(name: str, program: Program, arguments: list[str]) -> None:
     """Register the defaults, and leave in sys.argv what Hydra is to read."""
-    called = f"hydra.help.app_name='{' '.join(('minigpt', *program.words))}'"
-    more = [called] if program.words else []
+    more = [f"hydra.help.app_name='minigpt {word}'" for word in program.words]
     if {"--help", "-h"} & set(arguments):  # answered at once: without torch, so without defaults
         from hydra.core.config_store import ConfigStore
 

@@ -28,9 +28,8 @@ def write_sweep(name: str, path: Path) -> Path:
     if path.exists():
         raise UserError(f"{path} exists: remove it, or give another file", "out")
     sweep: dict[str, Any] = yaml.safe_load(sweeps[name].read_text(encoding="utf-8"))
-    words = [word for word in sweep["command"] if word not in ("${interpreter}", "${program}")]
-    after = words.index("${env}") + 1
-    sweep["command"] = [*words[:after], "minigpt", "train", *words[after:]]
+    words = {"${interpreter}": "minigpt", "${program}": "train"}
+    sweep["command"] = [words.get(word, word) for word in sweep["command"]]
     sweep["program"] = "minigpt"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, yaml.safe_dump(sweep, sort_keys=False))
