@@ -39,5 +39,5 @@ class ExportConfig:
 
     @property
     def weights(self) -> str:
-        """Type of the exported weights: a key of DTYPES."""
+        """Type of the exported weights."""
         return self.dtype or ("bfloat16" if self.format == "safetensors" else "float32")

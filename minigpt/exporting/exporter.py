@@ -34,7 +34,6 @@ from minigpt.runs.provenance import MACHINE, Parent, parent_of, portable_overrid
 from minigpt.tokenizer import Tokenizer
 
 CARD = "README.md"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NUMBERS = ("nats_per_token", "perplexity", "bits_per_byte", "n_stories", "n_tokens")
 WRITERS = {"hf": write_hf, "onnx": write_onnx, "gguf": write_gguf}
 
@@ -81,7 +80,7 @@ def export(
         _average(net, run, parent)
         summary = {**summary, "averaged": True}
     portable = _portable_config(settings, run.folder / CONFIG)
-    dtype = DTYPES[config.weights]
+    dtype: torch.dtype = getattr(torch, config.weights)
     for parameter in net.parameters():  # round to what is read back; positions are no parameter
         parameter.copy_(parameter.to(dtype))
     evaluation = _measured(run.folder, weights_fingerprint(net))

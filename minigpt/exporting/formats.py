@@ -89,8 +89,22 @@ def write_hf(net: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     _write_weights(weights, folder)
     end = tokenizer.end_of_text
     write_json(folder / "config.json", _hf_config(net, end))
-    write_json(folder / "generation_config.json", _generation_config(net, end))
-    write_json(folder / "tokenizer_config.json", _hf_tokenizer_config(net))
+    sampling = {  # our default
+        "do_sample": True,
+        "temperature": SamplingConfig().temperature,
+        "top_k": 0,  # all tokens: transformers would take the 50 most likely
+        "max_length": net.config.context_length,  # of the table of positions
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end),
+    }
+    write_json(folder / "generation_config.json", sampling)
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT),
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": net.config.context_length,
+    }
+    write_json(folder / "tokenizer_config.json", tokenizer_config)
     write_tokenizer_with_prefix(tokenizer, folder / TOKENIZER)
 
 
@@ -114,27 +128,6 @@ def _hf_config(net: GPT, end: int) -> dict[str, Any]:
         "bos_token_id": end,
         "eos_token_id": end,
         "dtype": "float32",
-    }
-
-
-def _generation_config(net: GPT, end: int) -> dict[str, Any]:
-    """Our default sampling; a story ends where the table of positions does."""
-    return {
-        "do_sample": True,
-        "temperature": SamplingConfig().temperature,
-        "top_k": 0,  # all tokens: transformers would take the 50 likeliest
-        "max_length": net.config.context_length,
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end),
-    }
-
-
-def _hf_tokenizer_config(net: GPT) -> dict[str, Any]:
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT),
-        "padding_side": "left",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": net.config.context_length,
     }
 
 
