@@ -45,24 +45,10 @@ _MODULES = {
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "GPT",
-    "EvaluationConfig",
-    "ExportConfig",
-    "GPTConfig",
-    "Run",
-    "SamplingConfig",
-    "Tokenizer",
-    "TrainConfig",
-    "UserError",
-    "__version__",
-    "evaluate",
-    "export",
-    "generate",
-    "load_config",
-    "stream_story",
-    "train",
-    "tune_process",
-]
+    "GPT", "EvaluationConfig", "ExportConfig", "GPTConfig", "Run", "SamplingConfig", "Tokenizer",
+    "TrainConfig", "UserError", "__version__", "evaluate", "export", "generate", "load_config",
+    "stream_story", "train", "tune_process",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

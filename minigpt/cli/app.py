@@ -7,21 +7,28 @@ must not wait for torch. `train` and `evaluate` are Hydra apps, in modules of th
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 import sys
+from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer import Argument, Option
 
 from minigpt.cli.program import Program, describe, leave
 from minigpt.core.console import show_log
 from minigpt.core.settings import UserError, one_line, speak
 
+if TYPE_CHECKING:
+    from minigpt.runs.folder import Run
+
 Format = Literal["hf", "safetensors", "onnx", "gguf"]
 Dtype = Literal["float32", "bfloat16"]
+RunPath = Annotated[Path, Argument(help="A run folder, or a checkpoint file in one.")]
+ClassPath = Annotated[str | None, Option(help="Class of the model, such as mypackage.MyGPT.")]
 log = logging.getLogger("minigpt")
 UsageError: Any = typer.BadParameter.__base__  # which typer does not name
 
@@ -33,35 +40,20 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _minigpt() -> None:
-    # A group of verbs even while there is one: typer would otherwise drop the verb's name.
-    pass
-
-
 @app.command()
 def generate(
-    run: Annotated[Path, typer.Argument(help="A run folder, or a checkpoint file in one.")],
-    prompt: Annotated[
-        str, typer.Option(help="How the story begins; - reads it from standard input.")
-    ] = "Once upon a time",
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Choose among this much mass.")] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(help="Leave out what is less probable than this × the likeliest."),
-    ] = None,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: words of prompt and story come back less.")
-    ] = 1.0,
-    max_tokens: Annotated[int, typer.Option(help="The longest continuation.")] = 256,
-    n: Annotated[int, typer.Option(help="How many stories.")] = 1,
-    seed: Annotated[int | None, typer.Option(help="The same seed, the same stories.")] = None,
-    dtype: Annotated[
-        Dtype,
-        typer.Option(help="bfloat16 rounds the weights, and is faster for many."),
-    ] = "float32",
+    run: RunPath,
+    prompt: Annotated[str, Option(help="How it begins; -: standard input.")] = "Once upon a time",
+    temperature: Annotated[float, Option(help="0: always the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, Option(help="Choose among the k likeliest.")] = None,
+    top_p: Annotated[float | None, Option(help="Choose among this much mass.")] = None,
+    min_p: Annotated[float | None, Option(help="Least share of the top-1 probability.")] = None,
+    repetition_penalty: Annotated[float, Option(help="Above 1: tokens come back less.")] = 1.0,
+    max_tokens: Annotated[int, Option(help="The longest continuation.")] = 256,
+    n: Annotated[int, Option(help="How many stories.")] = 1,
+    seed: Annotated[int | None, Option(help="The same seed, the same stories.")] = None,
+    dtype: Annotated[Dtype, Option(help="bfloat16 rounds weights; faster for many.")] = "float32",
+    class_path: ClassPath = None,
 ) -> None:
     """Write stories. One is shown as it is sampled, and stops at its end.
 
@@ -72,48 +64,46 @@ def generate(
     from minigpt.core.hardware import cpu_has_bfloat16
     from minigpt.generation.decoder import c_backend
     from minigpt.generation.sampling import SamplingConfig, iterate_stories, stream_text
-    from minigpt.runs.folder import Run
     from minigpt.tokenizer import END_OF_TEXT
 
     sampling = SamplingConfig(
         temperature, top_k, top_p, max_tokens, seed, min_p, repetition_penalty
     )
-    filters = {"--top-k": top_k, "--top-p": top_p, "--min-p": min_p}
-    _check_generate(temperature, n, [name for name, value in filters.items() if value is not None])
-    opened = Run.load(run)
+    if n < 1:
+        raise UserError("must be at least 1", "n", n)
+    options = {"--top-k": top_k, "--top-p": top_p, "--min-p": min_p, "--n": None if n == 1 else n}
+    unused = [f"{name} {value}" for name, value in options.items() if value is not None]
+    if temperature == 0 and unused:
+        problem = "always takes the most likely token, and so writes one story: leave out "
+        raise UserError(f"{problem}{' and '.join(unused)}", "temperature", 0)
+    (opened,) = _load([run], class_path)
     net, tokenizer = opened.load_model().to(getattr(torch, dtype)), opened.tokenizer
     prompt = _standard_input() if prompt == "-" else prompt
     length = len(tokenizer.encode(prompt))  # refused before anything is shown
-    if length >= net.config.context_length:
-        log.warning(
-            "a prompt of %s tokens outgrows the context of %s: the model reads its end alone",
-            f"{length:,}", net.config.context_length,
-        )  # fmt: skip
+    if length >= (context := net.config.context_length):
+        log.warning("the model reads only the end of %d tokens: its context is %d", length, context)
     if dtype == "bfloat16" and c_backend() is None and not cpu_has_bfloat16():
         log.warning("neither decode.c nor native bfloat16 here: --dtype float32 is faster")
     if n == 1:
-        print(prompt, end="", flush=True)
-        for piece in stream_text(net, tokenizer, prompt, sampling):
+        for piece in chain([prompt], stream_text(net, tokenizer, prompt, sampling), ["\n"]):
             print(piece, end="", flush=True)
-        print()
         return
     for story, text in enumerate(iterate_stories(net, tokenizer, prompt, n, sampling)):
         print(f"{END_OF_TEXT}\n" if story else "", prompt, text, sep="", flush=True)
 
 
-def _check_generate(temperature: float, n: int, filters: list[str]) -> None:
-    if n < 1:
-        raise UserError(f"--n {n} must be at least 1")
-    if temperature == 0 and filters:
-        raise UserError(
-            f"--temperature 0 always takes the likeliest token: leave out {' and '.join(filters)}, "
-            "or take a temperature above 0"
-        )
-    if temperature == 0 and n > 1:
-        raise UserError(
-            f"--temperature 0 writes one story only: leave out --n {n}, "
-            "or take a temperature above 0"
-        )
+def _load(paths: list[Path], class_path: str | None) -> list[Run]:
+    """Load runs. Those of a class of their own take the class; plain ones may stand beside them."""
+    from minigpt.runs.folder import Run
+
+    runs = [Run.load(path) for path in paths]
+    if class_path is None:
+        return runs
+    from minigpt.cli.compose import import_class
+
+    model = import_class(class_path, "class_path")
+    own = [run for run in runs if run.config.get("model_class") is not None] or runs
+    return [replace(run, model=model) if run in own else run for run in runs]
 
 
 def _check_folder(path: Path | None, option: str = "--out") -> None:
@@ -132,21 +122,19 @@ def _standard_input() -> str:
 
 @app.command()
 def probe(
-    run: Annotated[Path, typer.Argument(help="A run folder, or a checkpoint file in one.")],
+    run: RunPath,
     near: Annotated[
-        list[str] | None, typer.Option(help="A word whose nearest tokens to show; may be repeated.")
+        list[str] | None, Option(help="A word whose nearest tokens to show; may be repeated.")
     ] = None,
     analogy: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Such as 'princess - girl + boy'; may be repeated.", metavar="'A - B + C'"
-        ),
+        Option(help="Such as 'princess - girl + boy'; may be repeated.", metavar="'A - B + C'"),
     ] = None,
-    k: Annotated[int, typer.Option(min=1, help="How many tokens to show.")] = 5,
+    k: Annotated[int, Option(min=1, help="How many tokens to show.")] = 5,
     out: Annotated[
-        Path | None,
-        typer.Option(help="Where the map goes; without it, into the run (for an export: here)."),
+        Path | None, Option(help="Where the map goes; default: the run, or here for an export.")
     ] = None,
+    class_path: ClassPath = None,
 ) -> None:
     """Look into the embedding: nearest words, analogies, and a map of words as a PNG.
 
@@ -158,11 +146,10 @@ def probe(
     from minigpt.analysis.embedding_map import MAP, FewWordsError, caption, embedding_map, write_map
     from minigpt.analysis.embeddings import EmbeddingProbe, SplitWordError, parse_analogy
     from minigpt.cli.tables import score_line, score_table, word_table
-    from minigpt.runs.folder import Run
 
     _check_folder(out)
     analogies = {text: parse_analogy(text) for text in analogy or []}
-    opened = Run.load(run)
+    (opened,) = _load([run], class_path)
     probe = EmbeddingProbe(opened.load_model(), opened.tokenizer)
     queries = {f"Nearest to {word}": partial(probe.neighbours, word, k) for word in near or []}
     queries |= {text: partial(probe.analogy, *words, k) for text, words in analogies.items()}
@@ -187,39 +174,25 @@ def probe(
 
 @app.command()
 def playground(
-    runs: Annotated[
-        list[Path], typer.Argument(help="One to four run folders or checkpoints, side by side.")
-    ],
-    host: Annotated[
-        str, typer.Option(help="Where to listen; the default is this machine alone.")
-    ] = "127.0.0.1",
+    runs: Annotated[list[Path], Argument(help="One to four runs, shown side by side.")],
+    host: Annotated[str, Option(help="Where to listen; by default, locally.")] = "127.0.0.1",
     port: Annotated[
-        int | None,
-        typer.Option(min=0, max=65535, help="Without it, the first free one from 7860 on."),
+        int | None, Option(min=0, max=65535, help="First free one from 7860 on.")
     ] = None,
-    auth: Annotated[
-        str | None, typer.Option(help="Who may come in.", metavar="USER:PASSWORD")
-    ] = None,
+    auth: Annotated[str | None, Option(help="Require a login.", metavar="USER:PASSWORD")] = None,
+    class_path: ClassPath = None,
 ) -> None:
     """Open a local web page: stories token by token, words, a map, attention."""
     from minigpt.playground.server import serve
 
-    serve(runs, host, port, auth)
+    serve(_load(runs, class_path), host, port, auth)
 
 
 @app.command()
 def scaling(
-    folders: Annotated[
-        list[Path], typer.Argument(help="Run folders, or folders with runs somewhere below them.")
-    ],
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Where to write; without it, into the first folder given."),
-    ] = None,
-    keep: Annotated[
-        Path | None,
-        typer.Option(help="Copy what is read of the finished runs here: small, for a repository."),
-    ] = None,
+    folders: Annotated[list[Path], Argument(help="Run folders, or folders with runs inside.")],
+    out: Annotated[Path | None, Option(help="Where to write; default: the first folder.")] = None,
+    keep: Annotated[Path | None, Option(help="Copy the records of finished runs here.")] = None,
 ) -> None:
     """Compare runs by size: tables, L = E + A / N^α fitted, and three log-log figures.
 
@@ -234,10 +207,9 @@ def scaling(
     _check_folder(out)
     _check_folder(keep, "--keep")
     runs = [read_run(folder) for folder in find_runs(folders)]
-    if keep is not None:
-        for run in runs:
-            if run.point:
-                keep_run(run.path, keep)
+    for run in runs:
+        if keep is not None and run.point:
+            keep_run(run.path, keep)
     out = out or (folders[0] if folders[0].is_dir() else runs[0].path)
     laws = map(law_line, write_scaling(runs, out))
     wrote = f"Wrote {out / 'scaling.md'}, scaling.json and figures."
@@ -250,71 +222,53 @@ def scaling(
 
 @app.command()
 def study(
-    runs: Annotated[list[Path], typer.Argument(help="The runs to compare, of different sizes.")],
-    out: Annotated[Path, typer.Option(help="Where to write.")] = Path("study"),
-    n: Annotated[int, typer.Option(help="Stories of each run at each temperature.")] = 200,
-    seed: Annotated[int, typer.Option(help="Of the stories.")] = 1,
+    runs: Annotated[list[Path], Argument(help="The runs to compare, of different sizes.")],
+    out: Annotated[Path, Option(help="Where to write.")] = Path("study"),
+    n: Annotated[int, Option(help="Stories of each run at each temperature.")] = 200,
+    seed: Annotated[int, Option(help="Of the stories.")] = 1,
+    class_path: ClassPath = None,
 ) -> None:
     """Compare what runs write and know: coherence by temperature, samples, embeddings.
 
     Writes coherence.md, samples.md and embeddings.md, with their figure and JSON.
     """
     from minigpt.analysis.study import StudyConfig, write_study
-    from minigpt.runs.folder import Run
 
     _check_folder(out)
-    write_study([Run.load(run) for run in runs], out, StudyConfig(n=n, seed=seed))
+    write_study(_load(runs, class_path), out, StudyConfig(n=n, seed=seed))
     print(f"Wrote {out / 'coherence.md'}, samples.md and embeddings.md.")
 
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder, or a checkpoint file in one.")],
-    out: Annotated[Path, typer.Argument(help="A new folder, or an earlier export to replace.")],
-    format: Annotated[
-        Format,
-        typer.Option(help="hf: for transformers. safetensors: for this project. onnx, gguf."),
-    ] = "hf",
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(help="Of the weights in safetensors: bfloat16 unless you ask for float32."),
-    ] = None,
-    license: Annotated[
-        str | None, typer.Option(help="Of the weights, for the model card: mit, cc-by-4.0, ...")
-    ] = None,
-    evaluate: Annotated[
-        bool, typer.Option("--evaluate", help="Measure the exported weights if nobody has yet.")
-    ] = False,
-    average: Annotated[
-        bool, typer.Option("--average", help="Of a run with init_from: the mean with that run.")
-    ] = False,
-    push: Annotated[
-        str | None, typer.Option(help="Send it to the Hugging Face Hub as this user/name.")
-    ] = None,
-    private: Annotated[
-        bool, typer.Option("--private", help="With --push: a new repository only you can see.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="With --push: list what would be sent, send nothing.")
-    ] = False,
+    run: RunPath,
+    out: Annotated[Path, Argument(help="A new folder, or an earlier export to replace.")],
+    format: Annotated[Format, Option(help="hf: transformers; safetensors: Mini GPT.")] = "hf",
+    dtype: Annotated[Dtype | None, Option(help="Of safetensors: bfloat16 by default.")] = None,
+    license: Annotated[str | None, Option(help="Of the weights: mit, cc-by-4.0, ...")] = None,
+    evaluate: Annotated[bool, Option("--evaluate", help="Measure the weights if needed.")] = False,
+    average: Annotated[bool, Option("--average", help="Mean with the run of init_from.")] = False,
+    push: Annotated[str | None, Option(help="Send to the Hugging Face Hub as user/name.")] = None,
+    private: Annotated[bool, Option("--private", help="With --push: nobody else sees it.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="With --push: list, send nothing.")] = False,
+    class_path: ClassPath = None,
 ) -> None:
     """Write a model for other programs, with a model card; nothing is sent without --push."""
-    if dry_run and push is None:
-        raise UserError("--dry-run lists what --push would send: add --push user/name")
-    if private and push is None:
-        raise UserError("--private is for what --push makes: add --push user/name")
+    for option, is_set in {"--dry-run": dry_run, "--private": private}.items():
+        if is_set and push is None:
+            raise UserError(f"{option} is for what --push sends: add --push user/name")
     from minigpt.core.console import console
     from minigpt.exporting import ExportConfig
     from minigpt.exporting import export as write
     from minigpt.exporting.folder import check_output
     from minigpt.exporting.hub import check_repository, push_folder
-    from minigpt.runs.folder import Run
 
     config = ExportConfig(format, dtype, evaluate, license, average)
     check_output(out)
     if push is not None:
         check_repository(push, dry_run)
-    files = write(Run.load(run), out, config, push, console)
+    (opened,) = _load([run], class_path)
+    files = write(opened, out, config, push, console)
     print(f"Wrote {out}: {', '.join(path.name for path in files)}")
     if push is not None and dry_run:
         print(f"Nothing was sent. Without --dry-run, to https://huggingface.co/{push}:")
@@ -325,25 +279,20 @@ def export(
 
 # ---------------------------------------------------------------------------- Hydra's verbs
 
-_PASSED_ON: Any = {
-    "context_settings": {"ignore_unknown_options": True, "help_option_names": []},
-    "add_help_option": False,
-}
-_Settings = Annotated[
-    list[str] | None, typer.Argument(metavar="SETTING=VALUE...", help="--help lists them.")
-]
+_PASSED_ON = {"ignore_unknown_options": True, "help_option_names": []}
+Settings = Annotated[list[str] | None, Argument(metavar="SETTING=VALUE...")]
 
 
-@app.command("train", **_PASSED_ON)
-def train_verb(settings: _Settings = None) -> None:
+@app.command("train", context_settings=_PASSED_ON)
+def train_verb(settings: Settings = None) -> None:
     """Train a model: minigpt train model=large budget.tokens=20e6. See minigpt train --help."""
     from minigpt.cli.train import main
 
     main()
 
 
-@app.command("evaluate", **_PASSED_ON)
-def evaluate_verb(settings: _Settings = None) -> None:
+@app.command("evaluate", context_settings=_PASSED_ON)
+def evaluate_verb(settings: Settings = None) -> None:
     """Measure a model: minigpt evaluate ckpt=runs/<name>. See minigpt evaluate --help."""
     from minigpt.cli.evaluate import main
 
@@ -352,10 +301,8 @@ def evaluate_verb(settings: _Settings = None) -> None:
 
 @app.command()
 def sweep(
-    name: Annotated[str, typer.Argument(help="Of the sweep: scaling, scaling_seeds or recipe.")],
-    out: Annotated[
-        Path | None, typer.Option(help="File to write; the default is <name>.yaml here.")
-    ] = None,
+    name: Annotated[str, Argument(help="Of the sweep: scaling, scaling_seeds or recipe.")],
+    out: Annotated[Path | None, Option(help="File to write; default: <name>.yaml here.")] = None,
 ) -> None:
     """Write a W&B sweep file whose command is minigpt train, for wandb sweep."""
     from minigpt.cli.sweep import write_sweep
@@ -370,7 +317,7 @@ def main() -> None:
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     verb = sys.argv[1]
-    program = Program(os.path.abspath(sys.argv[0]), (verb,), scripts=False)
+    program = Program.detect(verb)
     speak(program.command)
     try:
         sys.exit(app(standalone_mode=False))

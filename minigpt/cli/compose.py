@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,10 +26,8 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import minigpt
+from minigpt.cli.program import CLASS_PATH
 from minigpt.core.settings import UserError, build, plain_defaults, unknown_name
-
-NAMES = ("train", "evaluate")  # root configs in conf/
-CLASS_PATH = {"train": "model.class_path", "evaluate": "class_path"}
 
 
 def config_source() -> str:
@@ -56,8 +55,8 @@ def load_config(
     Raises:
         UserError: an unknown name or option, or a value that is not allowed.
     """
-    if name not in NAMES:
-        raise UserError(unknown_name(name, list(NAMES), "config"))
+    if name not in CLASS_PATH:
+        raise UserError(unknown_name(name, list(CLASS_PATH), "config"))
     values, size = compose_values(name, overrides, config_dir)
     if name == "train":
         return train_config(values, size, overrides, typed_class(name, overrides))
@@ -82,12 +81,15 @@ def compose_values(
             size = config.hydra.runtime.choices.get("model")
             with open_dict(config):
                 del config["hydra"]
-                if name == "evaluate" and OmegaConf.is_missing(config, "ckpt"):
-                    config.ckpt = None
-            values: Any = OmegaConf.to_container(config, resolve=True)
+            return plain_values(config), size
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(explain(error, name)) from None
-    return values, size
+
+
+def plain_values(config: Any) -> dict[str, Any]:
+    """Return a composed config as plain values, resolved."""
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    return values
 
 
 def composed_words(name: str, typed: Sequence[str], folder: Path | None = None) -> list[str]:
@@ -98,7 +100,7 @@ def composed_words(name: str, typed: Sequence[str], folder: Path | None = None) 
         typed: settings, as they were typed.
         folder: with groups of one's own.
     """
-    words = [word for word in typed if not word.startswith(f"{CLASS_PATH[name]}=")]
+    words = [word for word in typed if not word.startswith(CLASS_PATH[name])]
     there = any((Path(f) / "local").is_dir() for f in (config_source(), folder) if f is not None)
     if name == "train" and there and (local := os.environ.get("MINIGPT_LOCAL")):
         words.append(f"local={local}")
@@ -175,11 +177,11 @@ def train_config(
     from minigpt.runs.folder import class_path, config_class
     from minigpt.training.config import TrainConfig
 
-    model_values = {k: v for k, v in values["model"].items() if k != "class_path"}
-    shape = build(config_class(model), model_values, "model")
-    more = {"size": size, "overrides": list(overrides), "model": shape}
+    settings = {k: v for k, v in values["model"].items() if k != "class_path"}
+    shape = build(config_class(model), settings, "model")
     name = None if model is None else class_path(model)
-    return build(TrainConfig, {**values, **more, "model_class": name}, "")
+    more = {"size": size, "overrides": list(overrides), "model": shape, "model_class": name}
+    return build(TrainConfig, {**values, **more}, "")
 
 
 def evaluation_config(values: dict[str, Any]) -> Any:
@@ -195,10 +197,11 @@ def evaluation_config(values: dict[str, Any]) -> Any:
 
 def typed_class(name: str, overrides: Sequence[str]) -> Any:
     """Return the model class that `overrides` name, or None."""
-    prefix = f"{CLASS_PATH[name]}="
-    paths = [word.removeprefix(prefix) for word in overrides if word.startswith(prefix)]
-    path = paths[-1] if paths else "null"
-    return None if path == "null" else import_class(path, CLASS_PATH[name])
+    argument = CLASS_PATH[name]
+    paths = [word.removeprefix(argument) for word in overrides if word.startswith(argument)]
+    if not paths or paths[-1] == "null":
+        return None
+    return import_class(paths[-1], argument.removesuffix("="))
 
 
 def import_class(path: str, argument: str) -> Any:
@@ -207,7 +210,7 @@ def import_class(path: str, argument: str) -> Any:
     The working directory is importable meanwhile.
 
     Raises:
-        UserError: it does not import, or is no class derived from GPT.
+        UserError: it does not import, is no class derived from GPT, or takes other arguments.
     """
     from minigpt.model import GPT
 
@@ -215,13 +218,16 @@ def import_class(path: str, argument: str) -> Any:
     here = os.getcwd()
     sys.path.insert(0, here)
     try:
-        found = getattr(importlib.import_module(module), name)
+        model = getattr(importlib.import_module(module), name)
     except Exception as error:  # a module may raise anything while it is imported
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"does not import ({reason})", argument, path) from None
+        raise UserError(f"does not import ({error!r})", argument, path) from None
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(here)
-    if not (isinstance(found, type) and issubclass(found, GPT)):
+    if not (isinstance(model, type) and issubclass(model, GPT)):
         raise UserError("is no class derived from minigpt.GPT", argument, path)
-    return found
+    try:
+        inspect.signature(model).bind(None)
+    except TypeError as error:
+        raise UserError(f"is not made from a config alone ({error})", argument, path) from None
+    return model

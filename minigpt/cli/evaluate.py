@@ -6,9 +6,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from minigpt.cli.compose import evaluation_config, typed_class
+from minigpt.cli.compose import evaluation_config, plain_values, typed_class
 from minigpt.cli.program import Program
-from minigpt.cli.run import plain_values, run_app
+from minigpt.cli.run import run_app
 from minigpt.core.settings import UserError
 
 
@@ -19,8 +19,8 @@ def main() -> None:
 
 def _evaluate(config: DictConfig, program: Program, classes: list[str]) -> None:
     if OmegaConf.is_missing(config, "ckpt"):
-        command = program.command("evaluate", ckpt="runs/my-run")
-        raise UserError(f"give the run to evaluate: {command}", "ckpt")
+        example = ("evaluate", {"ckpt": "runs/my-run"})
+        raise UserError("give the run to evaluate", "ckpt", command=example)
     from rich.console import Console
 
     from minigpt.cli.tables import show

@@ -22,9 +22,7 @@ def explain(error: Exception, name: str) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _unknown_option(str(error.missing_cfg_file), name)
     if isinstance(error, OverrideParseException):
-        return (
-            f"cannot read '{error.override}': settings are typed as key=value, lists as key=[a,b]"
-        )
+        return f"cannot read '{error.override}': type settings as key=value, lists as key=[a,b]"
     unknown = (
         re.search(r"Could not override '([^']+)'", text)
         or re.search(r"Key '([^']+)' is not in struct", text)
@@ -65,11 +63,22 @@ def _groups(name: str) -> dict[str, list[str]]:
 
     with own_hydra(name):
         loader = GlobalHydra.instance().config_loader()
-        names = [g for g in loader.get_group_options("", ObjectType.GROUP) if g != "hydra"]
-        return {
-            group: sorted(loader.get_group_options(group))
-            for group in (*names, "hydra/launcher", "hydra/sweeper")
-        }
+        names = [*loader.get_group_options("", ObjectType.GROUP), "hydra/launcher", "hydra/sweeper"]
+        return {name: sorted(loader.get_group_options(name)) for name in names if name != "hydra"}
+
+
+FAILURES = {  # what an error says, and what to do about it
+    "can't allocate memory|(out of|not enough) memory": "not enough memory for this: take a "
+    "smaller data.batch_size, model.context_length or model",
+    r"Unknown plugin class : 'hydra_plugins\.hydra_(?P<name>\w+)_launcher": "hydra/launcher needs "
+    r"another package: pip install hydra-\g<name>-launcher",
+    "^Config group override must be a string": "a setting has no name: settings are typed as "
+    "key=value",
+    'Could not detect "srun"': "there is no srun here: type this where jobs of a Slurm cluster are "
+    "submitted",
+    "Could not find any running Ray instance": "no Ray cluster runs here: start one with ray start "
+    "--head, or type hydra.launcher.ray.init.address=local",
+}
 
 
 def explain_failure(error: Exception) -> str | None:
@@ -77,23 +86,7 @@ def explain_failure(error: Exception) -> str | None:
 
     Of PyTorch's many errors only those of memory are told apart, by their words.
     """
-    text = str(error)
-    if re.search("can't allocate memory|(out of|not enough) memory", text):
-        return (
-            "not enough memory for this: take a smaller data.batch_size, model.context_length "
-            "or model"
-        )
-    plugin = re.search(r"Unknown plugin class : 'hydra_plugins\.hydra_(\w+)_launcher", text)
-    if plugin:
-        package = f"hydra-{plugin.group(1)}-launcher"
-        return f"hydra/launcher needs another package: pip install {package}"
-    if text.startswith("Config group override must be a string"):
-        return "a setting has no name: settings are typed as key=value"
-    if 'Could not detect "srun"' in text:
-        return "there is no srun here: type this where jobs of a Slurm cluster are submitted"
-    if "Could not find any running Ray instance" in text:
-        return (
-            "no Ray cluster runs here: start one with ray start --head, or type "
-            "hydra.launcher.ray.init.address=local"
-        )
+    for pattern, advice in FAILURES.items():
+        if match := re.search(pattern, str(error)):
+            return match.expand(advice)
     return None

@@ -14,6 +14,8 @@ from minigpt.core.settings import MISSING, ModelClassError, UserError, one_line
 
 # Settings that choose an option of their group: typed as the group's.
 OPTION_OF = {"data.source": "data", "optimizer.name": "optimizer", "logger.kind": "logger"}
+# What a model class is typed with.
+CLASS_PATH = {"train": "model.class_path=", "evaluate": "class_path="}
 
 
 @dataclass(frozen=True)
@@ -22,20 +24,17 @@ class Program:
 
     Args:
         path: what Python ran, absolute.
-        words: the verb behind it, if any.
-        scripts: whether it is a script of a checkout.
+        words: the verb behind it; () for a script of a checkout.
     """
 
     path: str
     words: tuple[str, ...]
-    scripts: bool
 
     @classmethod
     def detect(cls, name: str) -> Program:
         """Return the program that this process is, which runs the verb `name`."""
         path = os.path.abspath(sys.argv[0])
-        scripts = Path(path).name in ("train.py", "evaluate.py")
-        return cls(path, () if scripts else (name,), scripts)
+        return cls(path, () if Path(path).name in ("train.py", "evaluate.py") else (name,))
 
     @property
     def arguments(self) -> list[str]:
@@ -45,7 +44,7 @@ class Program:
     def command(self, verb: str, /, **settings: Any) -> str:
         """Return the command line of a verb with `settings`, as a shell takes it."""
         if verb in ("train", "evaluate"):
-            start = f"python {verb}.py" if self.scripts else f"minigpt {verb}"
+            start = f"minigpt {verb}" if self.words else f"python {verb}.py"
             words = [f"{key}={hydra_value(value)}" for key, value in settings.items()]
         else:
             start, words = f"minigpt {verb}", [str(value) for value in settings.values()]
@@ -75,30 +74,26 @@ def describe(error: UserError, program: Program, options: frozenset[str] = froze
     """
 
     def typed(name: str, value: Any) -> str:
+        if name in options:
+            option = f"--{name.replace('_', '-')}"
+            return option if value is MISSING else f"{option} {value}"
         name = OPTION_OF.get(name, name)
-        if name not in options:
-            return name if value is MISSING else f"{name}={hydra_value(value)}"
-        option = f"--{name.replace('_', '-')}"
-        return option if value is MISSING else f"{option} {value}"
+        return name if value is MISSING else f"{name}={hydra_value(value)}"
 
     head = error.message
-    if error.argument is not None:
+    if error.argument is not None and not isinstance(error, ModelClassError):
         head = f"{typed(error.argument, error.value)}: {head}"
     steps = [
         typed(name, value) if name in options else shlex.quote(typed(name, value))
         for name, value in error.fix.items()
     ]
     if isinstance(error, ModelClassError):
-        steps.append(f"{_class_option(program)}{error.class_name}")
+        verb = program.words[0] if program.words else Path(program.path).stem
+        steps.append(f"{CLASS_PATH.get(verb, '--class-path ')}{error.class_name}")
     if error.command is not None:
         verb, settings = error.command
         steps.append(program.command(verb, **settings))
     return one_line(f"{head}: type {' '.join(steps)}" if steps else head)
-
-
-def _class_option(program: Program) -> str:
-    name = program.words[0] if program.words else Path(program.path).stem
-    return {"train": "model.class_path=", "evaluate": "class_path="}.get(name, "--class-path ")
 
 
 def leave(message: str) -> NoReturn:

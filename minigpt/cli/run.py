@@ -9,7 +9,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import zip_longest
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -18,9 +17,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from minigpt.cli.compose import CLASS_PATH, composed_words, config_source, register_defaults
+from minigpt.cli.compose import composed_words, config_source, register_defaults
 from minigpt.cli.hydra_errors import explain, explain_failure
-from minigpt.cli.program import Program, describe, leave
+from minigpt.cli.program import CLASS_PATH, Program, describe, leave
 from minigpt.core.console import show_log
 from minigpt.core.distributed import allow_starting_processes, global_rank
 from minigpt.core.settings import UserError, speak
@@ -52,7 +51,7 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
     speak(program.command)
     allow_starting_processes()
     arguments = program.arguments
-    classes = [word for word in arguments if word.startswith(f"{CLASS_PATH[name]}=")]
+    classes = [word for word in arguments if word.startswith(CLASS_PATH[name])]
 
     def job(config: DictConfig) -> None:
         with _one_line_errors(program):
@@ -69,16 +68,14 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
     except (HydraException, OmegaConfBaseException) as error:
         leave(explain(error, name))
     except (RuntimeError, ConnectionError, ValueError) as error:
-        reason = explain_failure(error)
-        if reason is None:
-            raise
-        leave(reason)
+        if reason := explain_failure(error):
+            leave(reason)
+        raise
 
 
 def _prepare(name: str, program: Program, arguments: list[str]) -> None:
     """Register the defaults, and leave in sys.argv what Hydra is to read."""
-    called = f"hydra.help.app_name='{' '.join(('minigpt', *program.words))}'"
-    more = [] if program.scripts else [called]
+    more = [f"hydra.help.app_name='minigpt {word}'" for word in program.words]
     if {"--help", "-h"} & set(arguments):  # answered at once: without torch, so without defaults
         from hydra.core.config_store import ConfigStore
 
@@ -120,11 +117,3 @@ def _check_dashes(arguments: list[str]) -> None:
             value = value if equals else following
             typed = f"{flag.lstrip('-')}={value or '<value>'}"
             raise UserError(f"settings are typed without dashes: type {typed}, not {argument}")
-
-
-def plain_values(config: Any) -> dict[str, Any]:
-    """Return a composed config as plain values, resolved."""
-    from omegaconf import OmegaConf
-
-    values: Any = OmegaConf.to_container(config, resolve=True)
-    return values

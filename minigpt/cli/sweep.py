@@ -19,23 +19,18 @@ def write_sweep(name: str, path: Path) -> Path:
     Raises:
         UserError: there is no sweep of that name, or the file exists.
     """
-    sweeps = {file.name.removesuffix(".yaml"): file for file in _folder().iterdir()
-              if file.name.endswith(".yaml")}  # fmt: skip
+    beside = Path(minigpt.__file__).parent.parent / "sweeps"  # in a checkout
+    folder = beside if beside.is_dir() else resources.files("minigpt") / "sweeps"
+    files = [file for file in folder.iterdir() if file.name.endswith(".yaml")]
+    sweeps = {file.name.removesuffix(".yaml"): file for file in files}
     if name not in sweeps:
         raise UserError(unknown_name(name, sorted(sweeps), "sweep"))
     if path.exists():
         raise UserError(f"{path} exists: remove it, or give another file", "out")
     sweep: dict[str, Any] = yaml.safe_load(sweeps[name].read_text(encoding="utf-8"))
-    words = [word for word in sweep["command"] if word not in ("${interpreter}", "${program}")]
-    after = words.index("${env}") + 1
-    sweep["command"] = [*words[:after], "minigpt", "train", *words[after:]]
+    words = {"${interpreter}": "minigpt", "${program}": "train"}
+    sweep["command"] = [words.get(word, word) for word in sweep["command"]]
     sweep["program"] = "minigpt"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, yaml.safe_dump(sweep, sort_keys=False))
     return path
-
-
-def _folder() -> Any:
-    """The sweeps of the checkout that holds the package, else those in the package."""
-    beside = Path(minigpt.__file__).parent.parent / "sweeps"
-    return beside if beside.is_dir() else resources.files("minigpt") / "sweeps"

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from minigpt.analysis.analogies import Answers, shown
@@ -43,8 +43,7 @@ def show(evaluation: Evaluation, console: Console) -> None:
 
 
 def _loss_table(e: Evaluation) -> Table:
-    table = Table("measure", "value")
-    table.columns[1].justify = "right"
+    table = Table("measure", Column("value", justify="right"))
     table.add_row("perplexity", f"{e.perplexity:.3f}")
     table.add_row("nats per token", f"{e.nats_per_token:.4f}")
     table.add_row("bits per byte", f"{e.bits_per_byte:.4f}")
@@ -52,9 +51,8 @@ def _loss_table(e: Evaluation) -> Table:
 
 
 def _temperature_table(e: Evaluation) -> Table:
-    table = Table("temperature", "words", "distinct 1", "2", "3", "repeated 4", "novel 4")
-    for column in table.columns:
-        column.justify = "right"
+    heads = ("temperature", "words", "distinct 1", "2", "3", "repeated 4", "novel 4")
+    table = Table(*(Column(head, justify="right") for head in heads))
     for row in e.temperatures:
         r = row.repetition
         shares = map(percent, (*r.distinct, r.repeated, r.novel))
@@ -76,9 +74,7 @@ def _probe_table(kind: str, answers: dict[str, Tokens | str]) -> Table:
 
 def word_table(title: str, tokens: Iterable[tuple[str, float]]) -> Table:
     """Return a table of tokens with their cosines."""
-    table = Table()
-    table.add_column(Text(title))
-    table.add_column("cosine", justify="right")
+    table = Table(Column(Text(title)), Column("cosine", justify="right"))
     for token, cosine in tokens:
         table.add_row(Text(shown(token)), f"{cosine:.2f}")
     return table

@@ -9,9 +9,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from minigpt.cli.compose import train_config, typed_class
+from minigpt.cli.compose import plain_values, train_config, typed_class
 from minigpt.cli.program import Program, hydra_value
-from minigpt.cli.run import plain_values, run_app
+from minigpt.cli.run import run_app
 from minigpt.core.settings import UserError
 
 

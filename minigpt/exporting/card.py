@@ -16,9 +16,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from minigpt.core.settings import one_line
 from minigpt.core.text import BAR, human_time
+from minigpt.exporting.config import ExportConfig
 from minigpt.model import GPT
 from minigpt.runs.provenance import Parent
 
+Record = Mapping[str, Any]  # what a file of a run holds
 TINYSTORIES = "roneneldan/TinyStories"
 CORPORA = {
     "tinystories_sample": "the 14,849 stories of the bundled sample",
@@ -27,42 +29,33 @@ CORPORA = {
 
 
 def model_card(
-    name: str,
-    format: str,
-    dtype: str,
-    net: GPT,
-    vocabulary: int,
-    config: Mapping[str, Any],
-    summary: Mapping[str, Any],
-    evaluation: Mapping[str, Any] | None,
-    parent: Parent | None = None,
-    license: str | None = None,
-) -> str:
+    name: str, export: ExportConfig, net: GPT, vocabulary: int, config: Record, summary: Record,
+    evaluation: Record | None, parent: Parent | None,
+) -> str:  # fmt: skip
     """Return the text of README.md, with the metadata that the Hub reads in front.
 
     Args:
         name: of the model: its folder's, or user/name on the Hub.
-        format: of the export: hf, safetensors, onnx or gguf.
-        dtype: type of the weights.
+        export: what is written; its license None means that of the code for TinyStories.
         net: the model.
         vocabulary: number of tokens of the tokenizer.
         config: the run's settings, without paths.
         summary: the run's summary.json; {} when it left none.
         evaluation: evaluation.json as measured on these very weights; None if not measured.
         parent: the run whose weights this one began with.
-        license: of the weights; None means that of the code for TinyStories, else unspecified.
     """
-    name = _cell(name)
+    name, license = _cell(name), export.license
     sources: list[str] = [*(parent.sources if parent else []), config["data"]["source"]]
     stories = [source for source in sources if source.startswith("tinystories")]
     if license is None and len(stories) == len(sources):
         license = "mit"
     averaged = parent is not None and summary.get("averaged") is True
     card = ModelCard.from_template(
-        _metadata(name, format, bool(stories), evaluation, license),
+        _metadata(name, export.format, bool(stories), evaluation, license),
         template_str=resources.files("minigpt.exporting").joinpath("card.md.j2").read_text("utf-8"),
         **{"cell": _cell, "count": _count, "time": _time},
-        **{"name": name, "format": format, "dtype": dtype, "net": net, "vocabulary": vocabulary},
+        **{"name": name, "format": export.format, "dtype": export.weights, "net": net},
+        vocabulary=vocabulary,
         **{"config": config, "summary": summary, "evaluation": evaluation, "parent": parent},
         place=name.split("/")[1] if "/" in name else f"path/to/{name}",
         on_hub="/" in name,
@@ -80,11 +73,7 @@ def model_card(
 
 
 def _metadata(
-    name: str,
-    format: str,
-    tinystories: bool,
-    evaluation: Mapping[str, Any] | None,
-    license: str | None,
+    name: str, format: str, tinystories: bool, evaluation: Record | None, license: str | None
 ) -> ModelCardData:
     """Return what the Hub shows and searches: license, data, and the measured numbers."""
     results = []
@@ -128,7 +117,7 @@ def _time(seconds: Any) -> str:
     return human_time(seconds) if known else _cell(seconds)
 
 
-def _devices(summary: Mapping[str, Any]) -> str:
+def _devices(summary: Record) -> str:
     """Return the device, and how many of it there were over all nodes."""
     numbers = [summary.get("devices"), summary.get("num_nodes")]
     n = math.prod(number for number in numbers if isinstance(number, int))
@@ -136,7 +125,7 @@ def _devices(summary: Mapping[str, Any]) -> str:
     return device if n == 1 else f"{n} × {device}"
 
 
-def _command(config: Mapping[str, Any], averaged: bool) -> str | None:
+def _command(config: Record, averaged: bool) -> str | None:
     """Return the command that trained the run; None if it was not recorded on one line."""
     overrides = config.get("overrides")
     if overrides is None or not all(typed.isprintable() for typed in overrides):

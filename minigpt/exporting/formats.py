@@ -9,75 +9,57 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import re
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from safetensors.torch import save
+from tokenizers import processors
 from torch import Tensor
 
-from minigpt.core.files import write_json
+from minigpt.core.files import write_json, write_text
 from minigpt.core.settings import UserError
 from minigpt.generation.sampling import SamplingConfig
 from minigpt.model import GPT
 from minigpt.runs.names import TOKENIZER, WEIGHTS
 from minigpt.tokenizer import END_OF_TEXT, Tokenizer
 
-# What a layer's parts are called in transformers' GPT-2, and in GGUF.
-HF_PARTS = {
-    "norm1": "ln_1",
-    "attention.qkv": "attn.c_attn",
-    "attention.out": "attn.c_proj",
-    "norm2": "ln_2",
-    "feed_forward.up": "mlp.c_fc",
-    "feed_forward.down": "mlp.c_proj",
+NAMES = {  # ours: what transformers' GPT-2 and GGUF call it
+    "embedding": ("transformer.wte", "token_embd"),
+    "positions": ("transformer.wpe", "position_embd"),
+    "final_norm": ("transformer.ln_f", "output_norm"),
+    "blocks": ("transformer.h", "blk"),
+    "norm1": ("ln_1", "attn_norm"),
+    "attention.qkv": ("attn.c_attn", "attn_qkv"),
+    "attention.out": ("attn.c_proj", "attn_output"),
+    "norm2": ("ln_2", "ffn_norm"),
+    "feed_forward.up": ("mlp.c_fc", "ffn_up"),
+    "feed_forward.down": ("mlp.c_proj", "ffn_down"),
 }
-HF_NAMES = {
-    "embedding.weight": "transformer.wte.weight",
-    "positions": "transformer.wpe.weight",
-    "final_norm.weight": "transformer.ln_f.weight",
-    "final_norm.bias": "transformer.ln_f.bias",
-}
-GGUF_PARTS = {
-    "norm1": "attn_norm",
-    "attention.qkv": "attn_qkv",
-    "attention.out": "attn_output",
-    "norm2": "ffn_norm",
-    "feed_forward.up": "ffn_up",
-    "feed_forward.down": "ffn_down",
-}
-GGUF_NAMES = {
-    "embedding.weight": "token_embd.weight",
-    "positions": "position_embd.weight",
-    "final_norm.weight": "output_norm.weight",
-    "final_norm.bias": "output_norm.bias",
-}
+HF, GGUF = range(2)  # columns of NAMES
 
 
 def as_gpt2(net: GPT) -> dict[str, Tensor]:
-    """The weights of the GPT-2 that computes the same logits, under our names.
+    """Return the weights of the GPT-2 that computes the same logits, under our names.
 
     GPT-2 has a table of positions, which holds the sinusoids; and it adds an embedding that is not
     scaled, though output and embedding are one matrix here as there. So that matrix takes the
     scale, and the final norm, whose result it multiplies, the inverse: the products are the same
     up to rounding, and exactly where the scale is a power of two (the medium size).
     """
-    weights = {**net.state_dict(), "positions": net.positions}
+    weights = {**net.state_dict(), "positions.weight": net.positions}
     weights["embedding.weight"] = weights["embedding.weight"] * net.scale
     for name in ("final_norm.weight", "final_norm.bias"):
         weights[name] = weights[name] / net.scale
     return weights
 
 
-def renamed(name: str, names: Mapping[str, str], parts: Mapping[str, str], layer: str) -> str:
-    """One of our names in the words of another program, whose layers are called `layer`.<i>."""
-    if name in names:
-        return names[name]
-    _, index, inside = name.split(".", 2)  # blocks.<i>.<part>.weight
-    part, kind = inside.rsplit(".", 1)
-    return f"{layer}.{index}.{parts[part]}.{kind}"
+def renamed(name: str, column: int) -> str:
+    """Return one of our names, such as blocks.0.norm1.bias, in the words of another program."""
+    return re.sub("|".join(NAMES), lambda match: NAMES[match[0]][column], name)
 
 
 # ---------------------------------------------------------------------------- ours
@@ -103,12 +85,26 @@ def write_hf(net: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     for name, weight in as_gpt2(net).items():
         # GPT-2 keeps the matrices of a layer as (in, out), nn.Linear as (out, in).
         weight = weight.T if name.startswith("blocks.") and weight.dim() == 2 else weight
-        weights[renamed(name, HF_NAMES, HF_PARTS, "transformer.h")] = weight.contiguous()
+        weights[renamed(name, HF)] = weight.contiguous()
     _write_weights(weights, folder)
     end = tokenizer.end_of_text
     write_json(folder / "config.json", _hf_config(net, end))
-    write_json(folder / "generation_config.json", _generation_config(net, end))
-    write_json(folder / "tokenizer_config.json", _hf_tokenizer_config(net))
+    sampling = {  # our default
+        "do_sample": True,
+        "temperature": SamplingConfig().temperature,
+        "top_k": 0,  # all tokens: transformers would take the 50 most likely
+        "max_length": net.config.context_length,  # of the table of positions
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end),
+    }
+    write_json(folder / "generation_config.json", sampling)
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT),
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": net.config.context_length,
+    }
+    write_json(folder / "tokenizer_config.json", tokenizer_config)
     write_tokenizer_with_prefix(tokenizer, folder / TOKENIZER)
 
 
@@ -135,53 +131,18 @@ def _hf_config(net: GPT, end: int) -> dict[str, Any]:
     }
 
 
-def _generation_config(net: GPT, end: int) -> dict[str, Any]:
-    """Our default sampling; a story ends where the table of positions does."""
-    ours = SamplingConfig()
-    return {
-        "do_sample": True,
-        "temperature": ours.temperature,
-        "top_k": 0,  # all tokens: transformers would take the 50 likeliest
-        "max_length": net.config.context_length,
-        "bos_token_id": end,
-        "eos_token_id": end,
-        "pad_token_id": end,
-    }
-
-
-def _hf_tokenizer_config(net: GPT) -> dict[str, Any]:
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
-        "pad_token": END_OF_TEXT,
-        "padding_side": "left",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": net.config.context_length,
-    }
-
-
 def write_tokenizer_with_prefix(tokenizer: Tokenizer, path: Path) -> None:
-    """tokenizer.json that puts END_OF_TEXT in front of a text unless told not to.
+    """Write a tokenizer.json that puts END_OF_TEXT in front of a text unless told not to.
 
     Every story began after one in training, and `minigpt generate` puts one there as well.
     """
-    settings = json.loads(tokenizer.to_json())
-    prefix = {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}
-    first, second = ({"Sequence": {"id": id, "type_id": 0}} for id in "AB")
-    settings["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [prefix, first],
-        "pair": [prefix, first, second],
-        "special_tokens": {
-            END_OF_TEXT: {
-                "id": END_OF_TEXT,
-                "ids": [tokenizer.end_of_text],
-                "tokens": [END_OF_TEXT],
-            }
-        },
-    }
-    write_json(path, settings)
+    library = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    library.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A",
+        pair=f"{END_OF_TEXT} $A $B",
+        special_tokens=[(END_OF_TEXT, tokenizer.end_of_text)],
+    )
+    write_text(path, f"{library.to_str(pretty=True)}\n")
 
 
 # ---------------------------------------------------------------------------- ONNX
@@ -195,17 +156,18 @@ def write_onnx(net: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     Raises:
         UserError: onnx or onnxscript is not installed.
     """
-    for package in ("onnx", "onnxscript"):
-        _installed(package)
+    _installed("onnx")
+    _installed("onnxscript")
     from torch.export import Dim
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision
-    axes = {0: Dim("batch", min=1), 1: Dim("length", min=1, max=net.config.context_length)}
+    context = net.config.context_length
+    axes = {0: Dim("batch", min=1), 1: Dim("length", min=1, max=context)}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*LeafSpec.*deprecated.*")  # of torch 2.13 itself
         program = torch.onnx.export(
             net,
-            (torch.zeros(2, min(3, net.config.context_length), dtype=torch.int64),),
+            (torch.zeros(2, min(3, context), dtype=torch.int64),),
             dynamo=True,
             input_names=["ids"],
             output_names=["logits"],
@@ -243,7 +205,7 @@ def write_gguf(net: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     _add_tokenizer(writer, tokenizer, c.vocab_size, gguf.TokenType)
     for name, weight in as_gpt2(net).items():
-        writer.add_tensor(renamed(name, GGUF_NAMES, GGUF_PARTS, "blk"), weight.numpy())
+        writer.add_tensor(renamed(name, GGUF), weight.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -15,20 +15,16 @@ def check_repository(push: str, dry_run: bool = False) -> None:
         dry_run: whether nothing is to be sent, which needs no token.
     """
     from huggingface_hub import get_token
-    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     try:
         validate_repo_id(push)
-        valid = push.count("/") == 1
-    except HFValidationError:
-        valid = False
-    if not valid:
-        raise UserError("not the name of a model on the Hub: give user/name", "push", push)
+        _user, _name = push.split("/")  # ValueError unless there are both
+    except ValueError:
+        problem = "not the name of a model on the Hub: give user/name"
+        raise UserError(problem, "push", push) from None
     if not dry_run and get_token() is None:
-        raise UserError(
-            "the Hugging Face Hub needs a token: type hf auth login, or set HF_TOKEN", "push", push
-        )
+        raise UserError("the Hub needs a token: type hf auth login, or set HF_TOKEN", "push", push)
 
 
 def push_folder(folder: Path, push: str, private: bool = False) -> str:
@@ -53,9 +49,8 @@ def push_folder(folder: Path, push: str, private: bool = False) -> str:
         url = api.create_repo(push, repo_type="model", exist_ok=True, private=private)
         if private and not api.model_info(push).private:
             raise UserError(f"is public: make it private at {url}/settings", "push", push)
-        api.upload_folder(
-            repo_id=push, folder_path=folder, commit_message="Model exported by Mini GPT"
-        )
+        message = "Model exported by Mini GPT"
+        api.upload_folder(repo_id=push, folder_path=folder, commit_message=message)
     except (httpx.HTTPError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"nothing was published: {reason}", "push", push) from None

@@ -19,7 +19,6 @@ from minigpt.core.text import human_count
 from minigpt.generation.sampling import SamplingConfig, encode_prompt
 from minigpt.model import GPT
 from minigpt.playground.html import (
-    ShownToken,
     attention_html,
     bars_html,
     note_html,
@@ -56,30 +55,24 @@ class Playground:
         self.models = {model.name: model for model in models}
 
     @classmethod
-    def load(cls, paths: Sequence[Path]) -> Playground:
-        """The models of the runs at `paths`.
+    def load(cls, runs: Sequence[Run]) -> Playground:
+        """Return a page with the models of `runs`, each once.
 
         Raises:
             UserError: more than MAX_RUNS, or one that cannot be read.
         """
-        if len(paths) > MAX_RUNS:
-            raise UserError(f"{len(paths)} runs do not fit on a page: give at most {MAX_RUNS}")
+        if len(runs) > MAX_RUNS:
+            raise UserError(f"{len(runs)} runs do not fit on a page: give at most {MAX_RUNS}")
         models: dict[Path, LoadedModel] = {}
-        for run in map(Run.load, paths):
+        for run in runs:
             if run.checkpoint not in models:
-                names = [model.name for model in models.values()]
-                models[run.checkpoint] = _load(run, names)
+                models[run.checkpoint] = _load(run, [model.name for model in models.values()])
         return cls(list(models.values()))
 
     def write(
-        self,
-        prompt: str,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        min_p: float,
+        self, prompt: str, temperature: float, top_k: int, top_p: float, min_p: float,
         max_tokens: int,
-    ) -> Iterator[tuple[str, ...]]:
+    ) -> Iterator[tuple[str, ...]]:  # fmt: skip
         """The story of each model as HTML, again and again while it grows.
 
         All models sample with one seed. top_k 0 and top_p 1 mean without.
@@ -88,20 +81,21 @@ class Playground:
             prompt = _checked(prompt)
             if not 1 <= max_tokens <= MAX_TOKENS:
                 raise UserError(f"a length of {max_tokens} must be from 1 to {MAX_TOKENS} tokens")
-            seed = random.getrandbits(31)
             sampling = SamplingConfig(
-                temperature, top_k or None, top_p, max_tokens=max_tokens, seed=seed, min_p=min_p
+                temperature, top_k or None, top_p, max_tokens, random.getrandbits(31), min_p
             )
-            writers = [_Writer(model, prompt, sampling) for model in self.models.values()]
+            stories = [_story(model, prompt, sampling) for model in self.models.values()]
+            shown = [next(story) for story in stories]
         except UserError as error:
             yield (note_html(str(error), "error"),) * len(self.models)
             return
         last = 0.0  # the first token is shown at once
-        while sum(writer.advance() for writer in writers):
+        while any(looks := [next(story, "") for story in stories]):
+            shown = [look or before for look, before in zip(looks, shown, strict=True)]
             if time.monotonic() - last > UPDATE_SECONDS:
-                yield tuple(writer.html for writer in writers)
+                yield tuple(shown)
                 last = time.monotonic()
-        yield tuple(writer.html for writer in writers)
+        yield tuple(shown)
 
     def neighbours(self, name: str, word: str) -> str:
         """Bars of the tokens nearest to `word` in the model called `name`."""
@@ -127,52 +121,44 @@ class Playground:
         model = self.models[name]
         shape = model.net.config
         try:
-            if not 1 <= layer <= shape.n_layers:
-                raise UserError(f"{name} has {shape.n_layers} layers: choose 1 to {shape.n_layers}")
-            if not 1 <= head <= shape.n_heads:
-                raise UserError(f"{name} has {shape.n_heads} heads: choose 1 to {shape.n_heads}")
+            for part, i, n in (("layers", layer, shape.n_layers), ("heads", head, shape.n_heads)):
+                if not 1 <= i <= n:
+                    raise UserError(f"{name} has {n} {part}: choose 1 to {n}")
             text_ids = encode_prompt(model.tokenizer, _checked(text, "a sentence"))
+            ids = text_ids[:, : min(MAX_ATTENTION, shape.context_length)]
+            weights = attention_weights(model.net, ids.to(model.net.embedding.weight.device))
         except UserError as error:
             return note_html(str(error), "error")
-        ids = text_ids[:, : min(MAX_ATTENTION, shape.context_length)]
         names = ["(start) ", *map(model.tokenizer.token, ids[0, 1:].tolist())]
-        weights = attention_weights(model.net, ids.to(model.net.embedding.weight.device))
-        matrix = attention_html(names, weights[layer - 1, head - 1])
-        if ids.shape[1] < text_ids.shape[1]:
-            cut = f"Only the first {ids.shape[1]} of {text_ids.shape[1]} tokens are shown."
-            return note_html(cut) + matrix
-        return matrix
+        shown = attention_html(names, weights[layer - 1, head - 1])
+        if ids.shape[1] == text_ids.shape[1]:
+            return shown
+        cut = f"Only the first {ids.shape[1]} of {text_ids.shape[1]} tokens are shown."
+        return note_html(cut) + shown
 
 
-class _Writer:
-    """A story of one model that grows token by token."""
-
-    def __init__(self, model: LoadedModel, prompt: str, sampling: SamplingConfig) -> None:
-        length = len(model.tokenizer.encode(prompt))  # UserError now, not when it has begun
-        self.tokens = stream_tokens(model.net, model.tokenizer, prompt, sampling)
-        self.html = prompt_html(prompt)
-        context = model.net.config.context_length
-        if length >= context:
-            cut = f"{length} tokens outgrow the context of {context}: the model reads their end."
-            self.html = note_html(cut) + self.html
-        self.n, self.seconds, self.ended = 0, 0.0, False
-
-    def advance(self) -> bool:
-        """Write one more token; False when the story has ended."""
-        if self.ended:
-            return False
+def _story(model: LoadedModel, prompt: str, sampling: SamplingConfig) -> Iterator[str]:
+    """Yield a story as HTML: the prompt alone, then again with each token; how it ended last."""
+    length, context = len(model.tokenizer.encode(prompt)), model.net.config.context_length
+    shown = prompt_html(prompt)
+    if length >= context:
+        cut = f"{length} tokens outgrow the context of {context}: the model reads their end."
+        shown = note_html(cut) + shown
+    yield shown
+    tokens = stream_tokens(model.net, model.tokenizer, prompt, sampling)
+    n, seconds, end = 0, 0.0, "The longest length was reached"
+    while True:
         started = time.monotonic()
-        token: ShownToken | None = next(self.tokens, None)
-        self.seconds += time.monotonic() - started  # without the turns of the others
-        if token is not None:
-            self.n += 1
-            self.html += token_html(token)
-        self.ended = token is None or not token.text
-        if self.ended:
-            why = "The story ended" if token else "The longest length was reached"
-            speed = f"{self.n} tokens, {self.n / max(self.seconds, 1e-3):.0f} a second"
-            self.html += note_html(f"{why}: {speed}.")
-        return not self.ended
+        token = next(tokens, None)
+        seconds += time.monotonic() - started  # without the turns of the others
+        if token is None:
+            break
+        n, shown = n + 1, shown + token_html(token)
+        if not token.text:
+            end = "The story ended"
+            break
+        yield shown
+    yield shown + note_html(f"{end}: {n} tokens, {n / max(seconds, 1e-3):.0f} a second.")
 
 
 def _load(run: Run, taken: Sequence[str]) -> LoadedModel:

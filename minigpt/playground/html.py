@@ -48,13 +48,9 @@ def stream_tokens(
     ids, end, size = encode_prompt(tokenizer, prompt), tokenizer.end_of_text, tokenizer.vocab_size
     for step in generate(net, ids, sampling, end, vocab_size=size):
         chosen = int(step.ids.item())
-        ended = chosen == end
-        if shown and ended:
-            yield shown
-            shown = None
         token = _judged(step.logits[0].softmax(dim=-1), chosen, tokenizer)
-        if ended:
-            yield token
+        if chosen == end:
+            yield from (shown, token) if shown else (token,)
             return
         pending.append(chosen)
         if shown:
@@ -155,23 +151,20 @@ def _heatmap(names: Sequence[str], rows: list[list[float]]) -> str:
     cells, labels = [], []
     names = [name.strip(" ").replace("\n", "↵") or "␣" for name in names]
     for i, (name, row) in enumerate(zip(names, rows, strict=True)):
-        place = MARGIN + CELL * i
+        at = MARGIN + CELL * i
         text = html.escape(name if len(name) <= 10 else f"{name[:9]}…")
-        labels.append(f'<text x="{MARGIN - 4}" y="{place + 10}" text-anchor="end">{text}</text>')
-        labels.append(
-            f'<text transform="translate({place + 10} {MARGIN - 4}) rotate(-90)">{text}</text>'
-        )
+        labels += [
+            f'<text x="{MARGIN - 4}" y="{at + 10}" text-anchor="end">{text}</text>',
+            f'<text transform="translate({at + 10} {MARGIN - 4}) rotate(-90)">{text}</text>',
+        ]
         for j, weight in enumerate(row):
             title = f"{html.escape(f'{name} looks at {names[j]}')}: {weight:.1%}"
             cells.append(
-                f'<rect x="{MARGIN + CELL * j}" y="{place}" width="{CELL - 1}" '
-                f'height="{CELL - 1}" style="fill-opacity:{weight**0.5:.3f}">'
-                f"<title>{title}</title></rect>"
+                f'<rect x="{MARGIN + CELL * j}" y="{at}" width="{CELL - 1}" height="{CELL - 1}" '
+                f'style="fill-opacity:{weight**0.5:.3f}"><title>{title}</title></rect>'
             )
-        cells.append(
-            f'<rect class="frame" x="{MARGIN}" y="{place}" width="{CELL * (i + 1) - 1}" '
-            f'height="{CELL - 1}"/>'
-        )
+        frame = f'x="{MARGIN}" y="{at}" width="{CELL * (i + 1) - 1}" height="{CELL - 1}"'
+        cells.append(f'<rect class="frame" {frame}/>')
     return (
         f'<svg class="heatmap" viewBox="0 0 {side} {side}" style="max-width:{1.3 * side:.0f}px" '
         f'role="img" aria-label="attention matrix">{"".join(cells)}{"".join(labels)}</svg>'

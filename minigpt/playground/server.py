@@ -8,12 +8,12 @@ import logging
 import os
 import socket
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.request import getproxies
 
 from minigpt.core.settings import UserError
 from minigpt.playground.answers import Playground
+from minigpt.runs.folder import Run
 
 if TYPE_CHECKING:
     from gradio import Blocks
@@ -24,12 +24,12 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(
-    runs: Sequence[Path], host: str = "127.0.0.1", port: int | None = None, auth: str | None = None
+    runs: Sequence[Run], host: str = "127.0.0.1", port: int | None = None, auth: str | None = None
 ) -> None:
     """Serve a page with the models of `runs` until ctrl-C; the log says where it is.
 
     Args:
-        runs: one to four run folders or checkpoint files.
+        runs: one to four.
         host: the name or address to listen at.
         port: 0 takes any free one, None the first free one from 7860 on.
         auth: "user:password" asks visitors for both.
@@ -59,41 +59,35 @@ def start(
         UserError: the port is taken or not allowed, or there is no such host.
     """
     host = host.strip("[]")
+    # Gradio checks that its page answers: not by way of a proxy.
+    os.environ["no_proxy"] = f"{getproxies().get('no', '')},localhost,{host}"
     try:  # Gradio itself tries a port on 127.0.0.1 alone, and a bad host for minutes
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         with socket.create_server((host, port or 0), family=family) as trial:
             port = trial.getsockname()[1] if port == 0 else port
-        return _launch(playground, f"[{host}]" if ":" in host else host, port, login)
+        from minigpt.playground.page import build_page, page_theme, static_text
+
+        page = build_page(playground)
+        page.launch(
+            prevent_thread_lock=True,
+            server_name=f"[{host}]" if ":" in host else host,
+            server_port=port,
+            auth=login,
+            theme=page_theme(),
+            css=static_text("playground.css"),
+            footer_links=[],
+            max_file_size="1kb",  # nothing is to be uploaded
+            run_history=False,  # browsers do not keep what visitors type
+            enable_monitoring=False,
+            share=False,
+            ssr_mode=False,
+            quiet=True,
+        )
     except (OSError, UnicodeError) as error:  # UnicodeError: no host is spelled so
         reason = getattr(error, "strerror", None) or error
         if isinstance(error, UnicodeError | socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
             raise UserError(f"cannot listen there: {reason}", "host", host) from None
         raise UserError(f"cannot listen at {host}: {reason}", "port", port) from None
-
-
-def _launch(
-    playground: Playground, host: str, port: int | None, login: tuple[str, str] | None
-) -> Blocks:
-    from minigpt.playground.page import build_page, page_theme, static_text
-
-    # Gradio checks that its page answers: not by way of a proxy.
-    os.environ["no_proxy"] = f"{getproxies().get('no', '')},localhost,{host.strip('[]')}"
-    page = build_page(playground)
-    page.launch(
-        prevent_thread_lock=True,
-        server_name=host,
-        server_port=port,
-        auth=login,
-        theme=page_theme(),
-        css=static_text("playground.css"),
-        footer_links=[],
-        max_file_size="1kb",  # nothing is to be uploaded
-        run_history=False,  # browsers do not keep what visitors type
-        enable_monitoring=False,
-        share=False,
-        ssr_mode=False,
-        quiet=True,
-    )
     return page
 
 

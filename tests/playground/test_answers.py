@@ -3,7 +3,6 @@ import random
 import re
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -145,10 +144,10 @@ def test_attention_is_bounded_and_says_what_a_model_has(page):
 
 
 def test_runs_are_named_and_not_shown_twice(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(Run, "open", lambda path: Run(path.parent, path))
     monkeypatch.setattr(Run, "load_model", lambda run: model("", tokenizer).net)
     monkeypatch.setattr(Run, "tokenizer", tokenizer)
-    one, last, other = (tmp_path / name for name in ("x/best.ckpt", "x/last.ckpt", "y/x/best.ckpt"))
+    paths = [tmp_path / name for name in ("x/best.ckpt", "x/last.ckpt", "y/x/best.ckpt")]
+    one, last, other = (Run(path.parent, path) for path in paths)
     names = list(Playground.load([one, one, last, other]).models)
     size = names[0].removeprefix("x ")
     assert names == [f"x {size}", f"x last {size}", f"x {size} again"]
@@ -156,4 +155,4 @@ def test_runs_are_named_and_not_shown_twice(tmp_path, tokenizer, monkeypatch):
     no_map = noted(Playground.load([one]).map(names[0]), "error")
     assert re.search(naming("2", "data.vocab_size"), no_map)
     with pytest.raises(UserError, match=naming("5", "4")):
-        Playground.load([Path("x")] * 5)
+        Playground.load([one] * 5)

@@ -9,6 +9,7 @@ import pytest
 from minigpt.core.settings import UserError
 from minigpt.playground.answers import Playground
 from minigpt.playground.server import read_login, serve, start
+from minigpt.runs.folder import Run
 from tests.cli.test_app import run_main
 from tests.conftest import naming
 
@@ -93,6 +94,7 @@ def test_missing_gradio_is_one_line_with_the_command(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install gradio"):
         serve([])
+    monkeypatch.setattr(Run, "load", lambda path: None)
     assert run_main(monkeypatch, "playground", "runs/none") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
