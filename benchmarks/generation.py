@@ -25,7 +25,7 @@ from torch import Tensor
 from training import write_json
 
 from minigpt.core.hardware import cpu_has_bfloat16
-from minigpt.exporting.formats import HF_NAMES, HF_PARTS, renamed
+from minigpt.exporting.formats import HF, renamed
 from minigpt.exporting.formats import as_gpt2 as weights_of_gpt2
 from minigpt.generation.decoder import Backend, c_backend
 from minigpt.generation.sampling import (
@@ -114,7 +114,7 @@ def as_gpt2(net: GPT) -> Any:
     for name, weight in weights_of_gpt2(net).items():
         # GPT-2 keeps the matrices of a layer as (in, out).
         transposed = weight.t() if name.startswith("blocks.") and weight.dim() == 2 else weight
-        weights[renamed(name, HF_NAMES, HF_PARTS, "transformer.h")] = transposed
+        weights[renamed(name, HF)] = transposed
     peer.load_state_dict(weights, strict=False)  # the output is the embedding, which is there
     ids = random_prompt(c, 2, c.context_length)
     with torch.no_grad():

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minigpt.core.settings import UserError, build, one_line
+from minigpt.core.settings import UserError, one_line
 from minigpt.data.files import read_stories
 from minigpt.exporting import ExportConfig, export
 from minigpt.runs.checkpoint import is_whole, read_model
@@ -19,7 +19,7 @@ from minigpt.runs.folder import Run, read_config
 from minigpt.runs.records import read_metrics, read_samples, read_summary
 from minigpt.scaling.results import read_run
 from minigpt.tokenizer import Tokenizer
-from minigpt.training.config import Job
+from minigpt.training.config import TrainConfig
 from minigpt.training.loggers import MetricsCsv
 from tests.conftest import tiny_overrides, trained_folder
 
@@ -33,7 +33,7 @@ def _stories(path: Path) -> Any:
 # What is read of each file of the folder below.
 READERS: dict[str, Callable[[Path], Any]] = {
     "run/tokenizer.json": lambda path: Tokenizer.load(path).encode("Once upon a time 🐉"),
-    "run/config.yaml": lambda path: build(Job, read_config(path.parent), ""),
+    "run/config.yaml": lambda path: TrainConfig.from_dict(read_config(path.parent)),
     "run/metrics.csv": lambda path: (read_metrics(path.parent), MetricsCsv(path, resume_step=9)),
     "run/samples.jsonl": lambda path: read_samples(path.parent),
     "run/summary.json": lambda path: (read_summary(path.parent), read_run(path.parent)),
