@@ -82,7 +82,7 @@ def python_call(verb: str, /, **settings: Any) -> str:
     if verb == "train":
         typed = [f"{key}={value}" for key, value in settings.items()]
         return f'minigpt.train(minigpt.load_config("train", {typed}))'
-    return f"minigpt.{verb}({', '.join(f'{str(value)!r}' for value in settings.values())})"
+    return f"minigpt.{verb}({str(next(iter(settings.values())))!r})"
 
 
 _spell: Callable[..., str] = python_call

@@ -129,7 +129,8 @@ def _train(config: TrainConfig, model: ModelFactory | None, callbacks: Sequence[
         _speed_up(module, kernels, config.trainer)
         _fit(trainer, module, data, start.checkpoint)
         log.info("report: %s", folder / REPORT)
-        log.info("next:   %s", next_step("evaluate", ckpt=str(folder)))
+        more = _class_setting(module.net)
+        log.info("next:   %s", next_step("evaluate", ckpt=str(folder), **more))
     return folder
 
 
@@ -173,6 +174,11 @@ def _speed_up(module: GPTModule, kernels: Kernels, c: TrainerConfig) -> None:
         module.fast_loss = torch.compile(net.loss)
     elif kernels.name == "cpu" and c.strategy != "fsdp":  # which gathers weights for one pass
         module.fast_loss = microbatched_loss(net)
+
+
+def _class_setting(net: GPT) -> dict[str, str]:
+    """The setting that names the class of a net which is no plain GPT."""
+    return {} if type(net) is GPT else {"class_path": class_path(type(net))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,7 +316,8 @@ def _fit(trainer: L.Trainer, module: GPTModule, data: DataModule, checkpoint: Pa
         status = 0
     except SystemExit as leaving:  # Lightning's answer to ctrl-C and ours to other signals
         if (folder / CHECKPOINTS).is_dir():
-            log.info("continue:  %s", next_step("train", resume=str(folder)))
+            more = {f"model.{key}": value for key, value in _class_setting(module.net).items()}
+            log.info("continue:  %s", next_step("train", resume=str(folder), **more))
         if not isinstance(leaving, SIGTERMException):
             raise KeyboardInterrupt from None
         raise SystemExit(leaving.code or 128 + signal.SIGTERM) from None
