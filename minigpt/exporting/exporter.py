@@ -26,6 +26,7 @@ from minigpt.exporting.card import Record, model_card
 from minigpt.exporting.config import ExportConfig
 from minigpt.exporting.folder import MARK, check_output, read_object, whole_folder
 from minigpt.exporting.formats import write_gguf, write_hf, write_onnx, write_safetensors
+from minigpt.kernels.decode import is_plain
 from minigpt.model import GPT
 from minigpt.runs.checkpoint import weights_fingerprint
 from minigpt.runs.folder import Run, class_path
@@ -69,8 +70,8 @@ def export(
         problem = f"is the model itself, which {config.format} would replace: give a new folder"
         raise UserError(problem, "out", str(out))
     net, tokenizer, settings = run.load_model(), run.tokenizer, run.config
-    if type(net) is not GPT and config.format != "safetensors":
-        problem = f"no other program computes {class_path(type(net))}"
+    if not is_plain(net) and config.format != "safetensors":
+        problem = f"no other program computes {class_path(run.model or type(net))}"
         raise UserError(problem, "format", config.format, {"format": "safetensors"})
     summary = run.summary
     parent = parent_of(summary, run.folder / SUMMARY)

@@ -348,12 +348,12 @@ def unsupported(net: GPT) -> str | None:
         return f"its weights are {weight.dtype}"
     if library() is None:
         return "no C compiler works here: install gcc or clang"
-    if not _is_plain(net):
+    if not is_plain(net):
         return f"it knows GPT alone, and {type(net).__qualname__} has parts or methods of its own"
     return None
 
 
-def _is_plain(net: GPT) -> bool:
+def is_plain(net: GPT) -> bool:
     """Whether all that `net` computes is as in model.py: no subclass, hook or replaced part."""
     return (
         type(net) is GPT

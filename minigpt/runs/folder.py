@@ -167,15 +167,15 @@ class Run:
                 raise UserError(f"{self.checkpoint} is of another run: its model differs")
         model = with_weights(factory(shape), weights, self.checkpoint)
         trained = trained or class_path(GPT)
-        if type(model).__qualname__ != trained.rpartition(".")[2]:
-            given = class_path(type(model))
+        given = class_path(factory)
+        if given.rpartition(".")[2] != trained.rpartition(".")[2]:
             raise ModelClassError(f"{self.folder} was trained with {trained}, not {given}", trained)
         return model.to(device).eval().requires_grad_(False)
 
 
-def class_path(cls: type) -> str:
-    """Return the dotted path of a class, such as minigpt.model.GPT."""
-    return f"{cls.__module__}.{cls.__qualname__}"
+def class_path(factory: ModelFactory) -> str:
+    """Return the dotted path of a class or function, such as minigpt.model.GPT."""
+    return f"{factory.__module__}.{getattr(factory, '__qualname__', repr(factory))}"
 
 
 def config_class(factory: ModelFactory) -> type[GPTConfig]:

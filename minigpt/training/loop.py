@@ -37,6 +37,7 @@ from minigpt.core.text import human_count
 from minigpt.data.datamodule import DataModule
 from minigpt.data.spool import spool_stories
 from minigpt.kernels.choice import kernels_for
+from minigpt.kernels.decode import is_plain
 from minigpt.kernels.microbatch import microbatched_loss
 from minigpt.model import GPT, Kernels
 from minigpt.runs.folder import ModelFactory, Run, class_path, config_class, new_run_folder
@@ -110,8 +111,8 @@ def _train(config: TrainConfig, model: ModelFactory | None, callbacks: Sequence[
         _prepare_libraries(config.seed)
         data = start.prepared_data(schedule)
         module = start.module(schedule, data, model)
-        if type(module.net) is not GPT:
-            config = dataclasses.replace(config, model_class=class_path(type(module.net)))
+        if not is_plain(module.net):
+            config = dataclasses.replace(config, model_class=class_path(model or GPT))
         if folder is None:
             parent = Path(config.runs_dir)
             assert config.size is not None
@@ -127,9 +128,9 @@ def _train(config: TrainConfig, model: ModelFactory | None, callbacks: Sequence[
         training.describe(kernels)
         trainer = training.trainer(callbacks)
         _speed_up(module, kernels, config.trainer)
-        _fit(trainer, module, data, start.checkpoint)
+        _fit(trainer, module, data, start.checkpoint, config)
         log.info("report: %s", folder / REPORT)
-        more = _class_setting(module.net)
+        more = _class_setting(config)
         log.info("next:   %s", next_step("evaluate", ckpt=str(folder), **more))
     return folder
 
@@ -176,9 +177,9 @@ def _speed_up(module: GPTModule, kernels: Kernels, c: TrainerConfig) -> None:
         module.fast_loss = microbatched_loss(net)
 
 
-def _class_setting(net: GPT) -> dict[str, str]:
-    """The setting that names the class of a net which is no plain GPT."""
-    return {} if type(net) is GPT else {"class_path": class_path(type(net))}
+def _class_setting(config: TrainConfig) -> dict[str, str]:
+    """The setting that names the class of a model that is no plain GPT."""
+    return {} if config.model_class is None else {"class_path": config.model_class}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,7 +308,13 @@ class _Training:
         }
 
 
-def _fit(trainer: L.Trainer, module: GPTModule, data: DataModule, checkpoint: Path | None) -> None:
+def _fit(
+    trainer: L.Trainer,
+    module: GPTModule,
+    data: DataModule,
+    checkpoint: Path | None,
+    config: TrainConfig,
+) -> None:
     """Train, then close the W&B run, if there is one, with the exit code of this run."""
     status = 1
     folder = Path(trainer.default_root_dir)
@@ -316,7 +323,7 @@ def _fit(trainer: L.Trainer, module: GPTModule, data: DataModule, checkpoint: Pa
         status = 0
     except SystemExit as leaving:  # Lightning's answer to ctrl-C and ours to other signals
         if (folder / CHECKPOINTS).is_dir():
-            more = {f"model.{key}": value for key, value in _class_setting(module.net).items()}
+            more = {f"model.{key}": value for key, value in _class_setting(config).items()}
             log.info("continue:  %s", next_step("train", resume=str(folder), **more))
         if not isinstance(leaving, SIGTERMException):
             raise KeyboardInterrupt from None

@@ -69,7 +69,7 @@ def test_tokens_are_those_of_the_checkpoint(run, tmp_path):
 
 def test_export_of_own_stories_is_evaluated_on_given_stories(run, trained, tmp_path, monkeypatch):
     out = exported(run, tmp_path / "out", format="safetensors", dtype="float32")
-    with pytest.raises(UserError, match=naming(str(out), "data=text", "data.valid_files")):
+    with pytest.raises(UserError, match=naming(str(out), "data", "data.valid_files")):
         evaluate(Run.load(out), QUICK)
     before = evaluate(Run.load(run), QUICK)
     data = {"source": "text", "valid_files": [str(trained.parents[1] / "valid.txt")]}

@@ -14,7 +14,7 @@ import minigpt
 from minigpt.core.settings import ModelClassError, UserError
 from minigpt.evaluation import EvaluationConfig, StoriesConfig
 from minigpt.exporting import ExportConfig, export
-from minigpt.model import GPT, GPTConfig
+from minigpt.model import GPT, FeedForward, GPTConfig
 from minigpt.runs.checkpoint import read_checkpoint
 from minigpt.runs.records import read_metrics, read_summary
 from tests.conftest import composed, naming
@@ -108,6 +108,32 @@ def test_run_of_a_subclass_needs_its_class(flipped: minigpt.Run):
             minigpt.Run.load(flipped.folder, wrong).load_model()
         assert error.value.class_name.endswith("Flipped")
     assert type(minigpt.Run.load(flipped.folder, Flipped).load_model()) is Flipped
+
+
+class Squared(FeedForward):
+    """ReLU² in place of GELU (So et al. 2021, arXiv 2109.08668)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x)).square())
+
+
+def squared(config: GPTConfig) -> GPT:
+    """A plain GPT with another feed-forward in each block."""
+    net = GPT(config)
+    for block in net.blocks:
+        block.feed_forward = Squared(config)
+    net._initialise()
+    return net
+
+
+def test_factory_that_replaces_parts_is_recorded_and_asked_for(tiny: list[str], tmp_path: Path):
+    run = minigpt.train(composed(tiny), model=squared)
+    logged = read_summary(run.folder)["val/perplexity"]
+    assert minigpt.evaluate(run, FEW).perplexity == pytest.approx(logged, rel=1e-3)
+    with pytest.raises(ModelClassError, match=naming("squared")):
+        minigpt.evaluate(str(run.folder), FEW)
+    with pytest.raises(UserError, match=naming("squared")):
+        export(run, tmp_path / "hf", ExportConfig(format="hf"))
 
 
 def test_parameters_of_a_class_are_checked_and_stored(tiny: list[str]):
