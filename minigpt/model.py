@@ -114,7 +114,7 @@ class KVCache:
         self.lengths, self.length = self.positions[:, -1] + 1, self.length + x.shape[1]
         self.layer = 0  # the one that comes next
         later = torch.arange(self.length, device=x.device) > self.positions[..., None]
-        self.mask = x.new_zeros(later.shape).masked_fill_(later, -math.inf)[:, None]
+        self.mask = torch.where(later, -math.inf, 0.0)[:, None]
         return self.positions
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -79,7 +79,6 @@ class Step(NamedTuple):
     logits: Tensor  # (B, V) float32: the model's own, before temperature and filters
 
 
-@torch.inference_mode()
 def generate(
     net: GPT,
     prompt_ids: Tensor | Sequence[Sequence[int]],
@@ -112,28 +111,33 @@ def generate(
     was_training = net.training
     net.eval()
     try:
-        decoder = Decoder(net, [prompt[:-1] for prompt in prompts], sampling.backend)
-        ids = torch.stack([prompt[-1] for prompt in prompts])  # (B,)
-        ended, n_ended = torch.zeros_like(ids, dtype=torch.bool), 0
-        n_tokens = vocab_size or net.config.vocab_size
-        seen = _tokens_of(prompts, n_tokens, end_of_text) if penalised else None
+        # Not the whole generator: its caller is not in inference mode between two tokens.
+        with torch.inference_mode():
+            decoder = Decoder(net, [prompt[:-1] for prompt in prompts], sampling.backend)
+            ids = torch.stack([prompt[-1] for prompt in prompts])  # (B,)
+            ended, n_ended = torch.zeros_like(ids, dtype=torch.bool), 0
+            n_tokens = vocab_size or net.config.vocab_size
+            seen = _tokens_of(prompts, n_tokens, end_of_text) if penalised else None
         for step in range(sampling.max_tokens):
-            logits = decoder.read(ids)
-            if n_tokens < logits.shape[1]:
-                logits = logits[:, :n_tokens]
-            if step == 0 and not logits.isfinite().all():
-                raise UserError("the weights of this model are broken: its logits are no numbers")
-            ids = sample(logits, sampling, generator, seen)
-            if n_ended:
-                ids.masked_fill_(ended, end_of_text)
-            n_ended = ids.tolist().count(end_of_text)
-            if n_ended:
-                ended = ids == end_of_text
+            with torch.inference_mode():
+                logits = decoder.read(ids)
+                if n_tokens < logits.shape[1]:
+                    logits = logits[:, :n_tokens]
+                if step == 0 and not logits.isfinite().all():
+                    raise UserError(
+                        "the weights of this model are broken: its logits are not finite"
+                    )
+                ids = sample(logits, sampling, generator, seen)
+                if n_ended:
+                    ids.masked_fill_(ended, end_of_text)
+                n_ended = ids.tolist().count(end_of_text)
+                if n_ended:
+                    ended = ids == end_of_text
+                if seen is not None:
+                    seen.scatter_(1, ids[:, None], ids[:, None] != end_of_text)
             yield Step(ids, logits)
             if n_ended == len(ids):
                 return
-            if seen is not None:
-                seen.scatter_(1, ids[:, None], ids[:, None] != end_of_text)
     finally:
         net.train(was_training)
 

@@ -57,7 +57,7 @@ def library() -> ctypes.CDLL | None:
 def _compiled_here() -> ctypes.CDLL | None:
     try:
         command = compiler()
-        return None if command is None else _loaded(command)
+        return _loaded(command) if command is not None and SOURCE.is_file() else None
     except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as error:  # or no home
         reason = getattr(error, "stderr", None) or error
         first = str(reason).strip().split("\n")[0]
@@ -327,8 +327,10 @@ def sample(logits: Tensor, temperature: float, points: Tensor) -> Tensor:
     logits, points = logits.float().contiguous(), points.float().contiguous()
     ids = torch.empty(rows, dtype=torch.long, device="cpu")
     scratch = torch.empty(threads * (n + PANEL), **_FLOATS)
-    pointers = [tensor.data_ptr() for tensor in (logits, points, scratch, ids)]
-    compiled.sample(rows, n, threads, temperature, *pointers)
+    compiled.sample(
+        rows, n, threads, temperature,
+        logits.data_ptr(), points.data_ptr(), scratch.data_ptr(), ids.data_ptr(),
+    )  # fmt: skip
     return ids
 
 
