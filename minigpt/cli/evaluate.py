@@ -40,7 +40,3 @@ def _evaluate(config: DictConfig, program: Program, classes: list[str]) -> None:
     for kind, path in results.items():
         if path.is_file():
             terminal.print(f"{kind + ':':9}{path}", markup=False, highlight=False)
-
-
-if __name__ == "__main__":
-    main()

@@ -43,7 +43,3 @@ def _train(config: DictConfig, program: Program, classes: list[str]) -> None:
     model = typed_class("train", classes)
     values, size = plain_values(config), job.runtime.choices.get("model")
     train(train_config(values, size, [*overrides, *classes], model), model)
-
-
-if __name__ == "__main__":
-    main()
