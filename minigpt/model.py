@@ -1,8 +1,15 @@
-"""The whole model: a pre-norm, weight-tied GPT with fixed sinusoidal positions.
+"""The whole model: a pre-norm, weight-tied GPT with fixed sinusoidal positions, in pure PyTorch.
 
-Reads top to bottom: settings, positions, kernels, cache, attention, feed-forward, block, GPT. Pure
-PyTorch. In the shape comments B is the batch, T the tokens given, S those they may look at, d the
-width (`d_model`), nh the heads, dk = d / nh, V the vocabulary.
+The module reads from top to bottom: config, positions, kernels, cache, attention, feed-forward,
+block, GPT. Shape comments use these letters:
+
+    B   batch size (number of sequences)
+    T   number of input tokens in each sequence
+    S   number of tokens attended to: T, plus those in the cache
+    d   width of the residual stream (`d_model`)
+    nh  number of attention heads
+    hs  head size, d / nh
+    V   vocabulary size
 
     >>> model = GPT(GPTConfig(d_model=128, n_heads=4, d_ff=256))
     >>> logits = model(torch.randint(0, 3000, (2, 256)))  # (2, 256, 3000)
@@ -19,29 +26,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORE_INDEX = -100  # a target that is not scored: padding
+IGNORE_INDEX = -100  # target id of padding, which the loss ignores
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT. The defaults are the small size, 1,046,656 parameters."""
+    """Shape of a GPT; the defaults give the small size, with 1,046,656 parameters.
+
+    Raises:
+        ValueError: a value is out of range, or the values do not fit each other.
+    """
 
     vocab_size: int = 3000
-    """Number of token ids the model reads and predicts."""
+    """Number of token ids that the model reads and predicts; at least that of the tokenizer."""
     context_length: int = 256
-    """Number of tokens the model sees at once."""
+    """Largest number of tokens that the model can attend to."""
     d_model: int = 128
-    """Width of the residual stream; even, and a multiple of `n_heads`."""
+    """Width of the residual stream; an even number and a multiple of `n_heads`."""
     n_layers: int = 5
-    """Number of blocks."""
+    """Number of transformer blocks, each with an attention and a feed-forward layer."""
     n_heads: int = 4
-    """Number of attention heads in each block, each of width d_model / n_heads."""
+    """Number of attention heads in each block; each head has width d_model / n_heads."""
     d_ff: int = 256
-    """Width inside the feed-forward layers."""
+    """Width of the hidden layer of each feed-forward layer."""
     dropout: float = 0.0
-    """Dropout probability on the embedding sum and on what each sublayer adds."""
+    """Dropout probability, in [0, 1), after the embeddings and after each sublayer."""
     embedding_scale: float | None = None
-    """Factor on the embedding before positions are added; None means sqrt(d_model)."""
+    """Factor on the token embeddings before positions are added; None means sqrt(d_model)."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "d_model", "n_layers", "n_heads", "d_ff"):
@@ -49,86 +60,115 @@ class GPTConfig:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         size = self.d_model * (self.vocab_size + self.context_length)
         size += self.n_layers * self.d_model * (4 * self.d_model + 2 * self.d_ff)
-        if size > 10**9:  # weights and positions: one of these was mistyped
-            raise ValueError(f"more than 1e9 weights: choose a smaller shape than {self}")
+        if size > 10**9:  # probably a typing error; fail before any memory is allocated
+            raise ValueError(f"the model must not have more than 1e9 weights, as {self} would")
         if self.d_model % self.n_heads:
-            raise ValueError(f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}")
+            raise ValueError(f"d_model {self.d_model} must be a multiple of n_heads {self.n_heads}")
         if self.d_model % 2:
-            raise ValueError(f"d_model {self.d_model} is odd: sinusoids come in sine-cosine pairs")
+            raise ValueError(f"d_model {self.d_model} must be even, for pairs of sine and cosine")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
+            raise ValueError(f"dropout {self.dropout} must be at least 0 and below 1")
         if self.embedding_scale is not None and self.embedding_scale <= 0:
-            raise ValueError(f"embedding_scale {self.embedding_scale} must be positive")
+            raise ValueError(f"embedding_scale {self.embedding_scale} must be above 0, or None")
 
 
 def sinusoids(length: int, d_model: int) -> Tensor:
-    """Return the position table (length, d_model): sine in even columns, cosine in odd ones.
+    """Return the table of position encodings, with sines in even and cosines in odd columns.
 
-    Column pair i turns with wavelength 2π · 10000^(2i / d_model) tokens (Vaswani et al. 2017,
-    section 3.5). Computed in float64, so that every device has the same float32 table.
+    The wavelength of column pair i is 2π · 10000^(2i / d_model) tokens (Vaswani et al. 2017,
+    arXiv 1706.03762, section 3.5). The table is computed in float64, so that its float32 values are
+    the same on every device.
+
+    Args:
+        length: number of positions.
+        d_model: width of the table; even.
+
+    Returns:
+        The table (length, d_model), float32.
     """
     position = torch.arange(length, dtype=torch.float64)[:, None]
     frequency = 10000.0 ** (-torch.arange(0, d_model, 2, dtype=torch.float64) / d_model)
-    angle = position * frequency  # (length, d/2)
+    angle = position * frequency  # (length, d / 2)
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).float()
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """Faster ways to compute the two expensive parts of training; None means as written below."""
+    """Faster implementations of two parts of training; None selects that of this module."""
 
     name: str = "torch"
-    """What a log calls them."""
+    """Name of the set in the log."""
     attention: Callable[[Tensor, int], Tensor] | None = None
-    """Causal attention: queries, keys and values (B, T, 3 d) and n_heads to (B, T, d)."""
+    """Function from (qkv (B, T, 3 d), n_heads) to the output of causal attention, (B, T, d)."""
     linear_cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-    """Mean loss, in float32, of hidden (B, T, d), weight (V, d) and targets (B, T)."""
+    """Function from (hidden (B, T, d), weight (V, d), targets (B, T)) to the mean loss, float32."""
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, so that a new token costs one token's work.
+    """Keys and values of past tokens, so that decoding a token does not recompute earlier ones.
 
-    `GPT.forward(ids, cache)` writes those of `ids` in place, behind what each sequence of the batch
-    holds. There is room for `capacity` tokens in each. With `keep_weights`, each layer appends its
-    attention weights (B, nh, T, S) to `weights`.
+    `GPT.forward(ids, cache)` appends the keys and values of `ids` in place to those of each
+    sequence. Sequences of a batch may differ in length.
+
+    Args:
+        capacity: largest number of tokens per sequence.
+        keep_weights: whether each layer appends its attention weights (B, nh, T, S) to `weights`.
     """
 
     def __init__(self, capacity: int, keep_weights: bool = False) -> None:
-        self.layers: list[Tensor] = []  # keys and values, (2, B, nh, capacity, dk), as they come
-        self.capacity, self.length = capacity, 0  # tokens of the longest sequence
-        self.lengths = torch.zeros(1, dtype=torch.long)  # (B,) of each, or (1,) of all
+        self.layers: list[Tensor] = []  # keys and values (2, B, nh, capacity, hs) of each layer
+        self.capacity, self.length = capacity, 0  # length: that of the longest sequence
+        self.lengths = torch.zeros(1, dtype=torch.long)  # (B,), or (1,) if all are equal
         self.weights: list[Tensor] | None = [] if keep_weights else None
 
     def truncate(self, lengths: Sequence[int]) -> None:
-        """Keep the first `lengths[b]` tokens of each sequence b; what is behind was padding."""
+        """Remove all but the first tokens of each sequence, such as padding at its end.
+
+        Args:
+            lengths: number of tokens to keep, for each of the B sequences.
+        """
         self.length = max(lengths)
         self.lengths = torch.tensor(lengths[:1] if min(lengths) == self.length else lengths)
 
     def extend(self, x: Tensor) -> Tensor:
-        """Begin a pass over x (B, T, d), and return the positions of its tokens, (B, T) or (1, T).
+        """Prepare a forward pass over new tokens, and return their positions.
 
-        It also makes `mask`, (B or 1, 1, T, S): 0 where a token may look, -inf elsewhere.
+        This also sets `mask` (B or 1, 1, T, S): 0 where a token attends, -inf elsewhere.
+
+        Args:
+            x: embeddings (B, T, d) of the new tokens; only the shape and the device are used.
+
+        Returns:
+            Positions (B, T), or (1, T) if all sequences have the same length.
         """
         new = torch.arange(x.shape[1], device=x.device)
-        self.positions = self.lengths.to(x.device)[:, None] + new
+        self.positions = self.lengths.to(x.device)[:, None] + new  # (B or 1, T)
         self.lengths, self.length = self.positions[:, -1] + 1, self.length + x.shape[1]
-        self.layer = 0  # the one that comes next
+        self.layer = 0  # index of the layer whose keys and values `append` expects next
         later = torch.arange(self.length, device=x.device) > self.positions[..., None]
-        self.mask = torch.where(later, -math.inf, 0.0)[:, None]
+        self.mask = torch.where(later, -math.inf, 0.0)[:, None]  # (B or 1, 1, T, S)
         return self.positions
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, nh, T, dk) of the next layer, and return all it holds, (B, nh, S, dk)."""
-        if self.layer == len(self.layers):  # zeros: what is masked is multiplied too
+        """Append keys and values of the new tokens for one layer; layers are called in order.
+
+        Args:
+            k: keys (B, nh, T, hs).
+            v: values (B, nh, T, hs).
+
+        Returns:
+            Keys and values (B, nh, S, hs) of all tokens of that layer.
+        """
+        if self.layer == len(self.layers):  # zeros, because masked values are multiplied by 0
             self.layers.append(k.new_zeros(2, *k.shape[:2], self.capacity, k.shape[3]))
-        held = self.layers[self.layer][:, :, :, : self.length]
+        stored = self.layers[self.layer][:, :, :, : self.length]  # (2, B, nh, S, hs)
         self.layer += 1
-        at = self.positions[:, None, :, None].expand_as(k)
-        return held[0].scatter_(2, at, k), held[1].scatter_(2, at, v)
+        positions = self.positions[:, None, :, None].expand_as(k)
+        return stored[0].scatter_(2, positions, k), stored[1].scatter_(2, positions, v)
 
 
 class CausalSelfAttention(nn.Module):
-    """Each token gathers from itself and the tokens before it."""
+    """Multi-head self-attention in which a token attends to itself and to the tokens before it."""
 
     kernels = Kernels()
 
@@ -139,23 +179,23 @@ class CausalSelfAttention(nn.Module):
         self.out = nn.Linear(config.d_model, config.d_model)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:  # (B, T, d) -> (B, T, d)
-        qkv = self.qkv(x)  # (B, T, 3 d): queries, keys and values side by side
+        qkv = self.qkv(x)  # (B, T, 3 d): queries, keys and values, concatenated
         if cache is None and self.kernels.attention is not None:
             return self.out(self.kernels.attention(qkv, self.n_heads))
-        q, k, v = qkv.unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, nh, T, dk)
+        q, k, v = qkv.unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
         if cache is not None:
-            k, v = cache.append(k, v)  # (B, nh, S, dk)
+            k, v = cache.append(k, v)  # (B, nh, S, hs)
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, nh, T, S)
         mask = torch.full_like(scores[0, 0], -math.inf).triu(1) if cache is None else cache.mask
         weights = (scores + mask).softmax(dim=-1)
         if cache is not None and cache.weights is not None:
             cache.weights.append(weights)
-        y = weights.to(v.dtype) @ v  # (B, nh, T, dk)
-        return self.out(y.transpose(1, 2).flatten(2))  # heads side by side: (B, T, d)
+        y = weights.to(v.dtype) @ v  # (B, nh, T, hs)
+        return self.out(y.transpose(1, 2).flatten(2))  # heads concatenated: (B, T, d)
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a GELU between, on each token by itself."""
+    """Two linear layers with a GELU between them, applied to each token separately."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -167,7 +207,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm: each sublayer reads a normalised stream and adds to the plain one."""
+    """Pre-norm transformer block: x + sublayer(LayerNorm(x)), for attention and feed-forward."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -183,29 +223,41 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Token ids in, logits of the next token out.
+    """Decoder-only transformer: token ids in, logits of the next token out.
 
     Initial weights:
 
-    | what                             | how                                                  |
-    |----------------------------------|------------------------------------------------------|
-    | token embedding (and output)     | normal, std 0.3 / sqrt(d_model): logits of std 0.3   |
-    |                                  | at any width, so the first loss is ln V + 0.05       |
-    | linear weights                   | normal, std 0.02                                     |
-    | `attention.out`, `down` weights  | normal, std 0.02 / sqrt(2 n_layers) (GPT-2): what    |
-    |                                  | the residual stream gathers does not grow with depth |
-    | biases; LayerNorm weight, bias   | 0; 1, 0                                              |
+    | parameters                       | initial values                                          |
+    |----------------------------------|---------------------------------------------------------|
+    | token embedding (tied to output) | normal, std 0.3 / sqrt(d_model): logits have std 0.3 at |
+    |                                  | any width, so the initial loss is ln V + 0.05           |
+    | linear weights                   | normal, std 0.02                                        |
+    | `attention.out`, `down` weights  | normal, std 0.02 / sqrt(2 n_layers), as in GPT-2, so    |
+    |                                  | the sum of all sublayers does not grow with depth       |
+    | biases                           | 0                                                       |
+    | LayerNorm                        | weight 1, bias 0                                        |
 
-    The output projection is the embedding matrix itself. The embedding is multiplied by
-    `embedding_scale` before the positions are added: so small, it would drown in sinusoids of
-    amplitude 1 (Vaswani et al. 2017, section 3.4, scale by sqrt(d_model) as well).
+    The output projection is the embedding matrix itself (Press and Wolf 2017, arXiv 1608.05859).
+    Token embeddings are multiplied by `embedding_scale` before positions are added; unscaled, they
+    would be small beside sinusoids of amplitude 1. Vaswani et al. 2017 (arXiv 1706.03762,
+    section 3.4) also scale them by sqrt(d_model).
 
-    A subclass overrides one of two methods. With `hidden` it keeps the fused loss, the
-    cross-entropy of `hidden(ids) @ embedding.weight.T`. With `forward` its loss is the
-    cross-entropy of the logits that `forward` returns. Either way `loss` is what training,
-    validation and evaluation measure, and generation samples from `forward`. A method that takes no
-    `cache` is decoded by a full pass for each token. `config_class` names a dataclass derived from
-    GPTConfig, for parameters of the subclass's own.
+    Subclasses override one of two methods:
+
+    - `hidden`: the loss stays fused, the cross-entropy of `hidden(ids) @ embedding.weight.T`.
+    - `forward`: the loss is the cross-entropy of the logits that `forward` returns.
+
+    Training, validation and evaluation measure `loss`; generation samples from `forward`. If the
+    overriding method has no `cache` parameter, generation runs a full forward pass for each token.
+
+    Args:
+        config: shape of the model.
+
+    Attributes:
+        config_class: dataclass of `config`; a subclass with parameters of its own sets it to a
+            dataclass derived from `GPTConfig`.
+        kernels: implementations of attention and loss; set by `use`.
+        positions: table of position encodings (context_length, d_model), a buffer.
     """
 
     config_class: ClassVar[type[GPTConfig]] = GPTConfig
@@ -218,7 +270,7 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.scale = config.embedding_scale or math.sqrt(config.d_model)
         table = sinusoids(config.context_length, config.d_model)
-        self.register_buffer("positions", table, persistent=False)  # a formula, not a weight
+        self.register_buffer("positions", table, persistent=False)  # computed, so not saved
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.final_norm = nn.LayerNorm(config.d_model)
@@ -235,59 +287,98 @@ class GPT(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.3 / math.sqrt(self.config.d_model))
 
     def use(self, kernels: Kernels) -> Self:
-        """Compute with `kernels` from now on, and return the model. They change no weight."""
+        """Compute attention and loss by `kernels` from now on; the weights stay as they are.
+
+        Args:
+            kernels: implementations that give the same results up to rounding.
+
+        Returns:
+            The model itself.
+        """
         for module in self.modules():
             if isinstance(module, GPT | CausalSelfAttention):
                 module.kernels = kernels
         return self
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Return the logits (B, T, V) of the token after each of `ids` (B, T).
+        """Return the logits of the next token at every position.
 
-        With a `cache`, `ids` continue the tokens it holds, and it then holds them too.
+        Args:
+            ids: token ids (B, T), int64, in [0, V).
+            cache: past tokens of the sequences, which `ids` continue and are appended to; None
+                means that `ids` begin at position 0.
+
+        Returns:
+            Logits (B, T, V).
 
         Raises:
-            ValueError: the tokens are more than the context.
+            ValueError: the sequences would be longer than `config.context_length`.
         """
         hidden = self.hidden(ids) if cache is None else self.hidden(ids, cache)
         return F.linear(hidden, self.embedding.weight)
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Return the normalised residual stream (B, T, d) after the last block."""
+        """Return the residual stream after the last block and the final LayerNorm.
+
+        Args:
+            ids: token ids (B, T), int64, in [0, V).
+            cache: as in `forward`.
+
+        Returns:
+            Hidden states (B, T, d); times the transposed embedding matrix they are the logits.
+
+        Raises:
+            ValueError: the sequences would be longer than `config.context_length`.
+        """
         T = ids.shape[1]  # noqa: N806
         end = T if cache is None else cache.length + T
         if end > self.config.context_length:
-            raise ValueError(f"{end} tokens do not fit the context of {self.config.context_length}")
+            raise ValueError(f"{end} tokens exceed context_length {self.config.context_length}")
         x = self.embedding(ids) * self.scale  # (B, T, d)
-        at = slice(T) if cache is None else cache.extend(x)
-        x = self.dropout(x + self.positions[at])
+        positions = slice(T) if cache is None else cache.extend(x)
+        x = self.dropout(x + self.positions[positions])
         for block in self.blocks:
             x = block(x, cache)
         return self.final_norm(x)
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean cross-entropy in nats (float32) of targets (B, T) not IGNORE_INDEX."""
+        """Return the mean cross-entropy of the targets.
+
+        Args:
+            ids: token ids (B, T), int64, in [0, V).
+            targets: ids (B, T) of the next token at each position; IGNORE_INDEX is not scored.
+
+        Returns:
+            Nats per scored token, a float32 scalar.
+
+        Raises:
+            ValueError: the sequences are longer than `config.context_length`.
+        """
         fused = self.kernels.linear_cross_entropy
         if fused is not None and type(self).forward is GPT.forward:
             return fused(self.hidden(ids), self.embedding.weight, targets)
-        logits = self.forward(ids).float().flatten(0, 1)  # (B T, V)
+        logits = self.forward(ids).float().flatten(0, 1)  # (B · T, V)
         return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX)
 
     @property
     def n_parameters(self) -> int:
-        """Trainable parameters; the tied matrix counts once."""
+        """Number of parameters; the tied embedding matrix counts once."""
         return sum(p.numel() for p in self.parameters())
 
     @property
     def n_embedding_parameters(self) -> int:
-        """Those of the token embedding, which is also the output projection."""
+        """Number of parameters of the token embedding, which is also the output projection."""
         return self.embedding.weight.numel()
 
     def flops_per_token(self) -> int:
-        """Return the FLOPs of a training step, forward and backward, per token: 6 N + 12 L T d.
+        """Return the FLOPs per token of a forward and backward pass, 6 N + 12 L T d.
 
-        N counts the parameters that multiply (every matrix, the tied one once, as the output);
-        attention is counted as if it were not causal (PaLM, Chowdhery et al. 2022, appendix B).
+        N is the number of weights in matrices, with the tied one counted once, as the output
+        projection; L is `n_layers`, T `context_length`. Attention is counted as if it were not
+        causal (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
+
+        Returns:
+            Floating-point operations per trained token, where a multiply-add counts as two.
         """
         matrices = sum(p.numel() for p in self.parameters() if p.dim() == 2)
         c = self.config
@@ -295,5 +386,12 @@ class GPT(nn.Module):
 
 
 def perplexity(nats_per_token: float) -> float:
-    """Return exp of the mean cross-entropy; infinity where a float cannot hold it."""
+    """Return the perplexity of a mean cross-entropy.
+
+    Args:
+        nats_per_token: mean cross-entropy in nats.
+
+    Returns:
+        exp(nats_per_token); infinity from 700 nats on, where exp would soon overflow.
+    """
     return math.exp(nats_per_token) if nats_per_token < 700 else math.inf
