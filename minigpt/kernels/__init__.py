@@ -1,1 +1,1 @@
-"""Faster computations of parts of the model than plain PyTorch has."""
+"""Faster implementations of parts of the model: training on CPUs, and decoding in C."""

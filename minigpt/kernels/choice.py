@@ -1,4 +1,4 @@
-"""The choice of kernels: by device, or by the name that is typed as `trainer.kernels`."""
+"""Choice of the kernels for training: by device, or by the setting `trainer.kernels`."""
 
 from __future__ import annotations
 
@@ -15,28 +15,39 @@ Choice = Literal["auto", "torch", "cpu"]
 
 
 def kernels_for(device: str, choice: Choice = "auto") -> Kernels:
-    """Return what computes attention and loss on `device`, such as "cpu" or "cuda".
+    """Return the implementations of attention and loss for a device.
 
     Args:
-        device: the type of device that the model is on.
-        choice: "cpu" means the kernels of this package for CPUs, "torch" those of PyTorch; "auto"
-            takes the first on a CPU and the second elsewhere.
+        device: type of the model's device, such as "cpu" or "cuda".
+        choice: "cpu" for the kernels of this package, which run on CPUs; "torch" for PyTorch's own;
+            "auto" for "cpu" on a CPU and "torch" on other devices.
+
+    Returns:
+        The kernels, for `GPT.use`.
 
     Raises:
-        UserError: "cpu" was chosen for another device.
+        UserError: `choice` is "cpu", but `device` is not.
     """
     if choice == "cpu" and device != "cpu":
-        raise UserError(f"the device is {device}", "kernels", choice, fix={"kernels": "auto"})
+        problem = f"these kernels run on a CPU, and the device is {device}"
+        raise UserError(problem, "kernels", choice, fix={"kernels": "auto"})
     if device != "cpu":
         return Kernels(attention=fused_attention)
     return Kernels() if choice == "torch" else CPU
 
 
 def fused_attention(qkv: Tensor, n_heads: int) -> Tensor:
-    """Compute causal self-attention of (B, T, 3 d) by PyTorch's fused operator: (B, T, d).
+    """Return causal self-attention by PyTorch's fused operator.
 
-    On CPUs it is slower, at heads of width 32, than products that are spelled out.
+    With heads of width 32, separate matrix products are faster than this operator on CPUs.
+
+    Args:
+        qkv: queries, keys and values (B, T, 3 d), concatenated.
+        n_heads: number of heads, a divisor of d.
+
+    Returns:
+        The attention output of all heads, concatenated (B, T, d).
     """
-    q, k, v = qkv.unflatten(-1, (3, n_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, nh, T, dk)
+    q, k, v = qkv.unflatten(-1, (3, n_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return y.transpose(1, 2).flatten(2)

@@ -1,7 +1,7 @@
-"""Attention and loss as a CPU computes them several times faster than PyTorch's own operators.
+"""Attention and loss for training on CPUs, several times faster than PyTorch's own operators.
 
-They give the same numbers as those of model.py, up to rounding. Both write out their backward pass,
-in the dtype of autocast where it is on. Numbers: docs/performance.md.
+Results equal those of model.py up to rounding. Both functions implement their backward pass by
+hand, and compute in the dtype of autocast if it is on. Measurements: docs/performance.md.
 """
 
 from __future__ import annotations
@@ -15,41 +15,48 @@ from torch import Tensor
 
 from minigpt.model import IGNORE_INDEX, Kernels
 
-BLOCK = 64  # queries at a time: small enough to skip most of the masked half
-TINY = torch.finfo(torch.float32).tiny  # a probability that underflows costs 87 nats, not infinity
-CHUNK = 2048  # tokens whose logits are held at a time: (CHUNK, V) stays near the caches
+BLOCK = 64  # queries per block: small enough to skip most of the masked half of the scores
+TINY = torch.finfo(torch.float32).tiny  # limits the loss of a token to 87 nats, on underflow
+CHUNK = 2048  # tokens whose logits are computed at once: few enough to stay in the caches
 
 
 # ---------------------------------------------------------------------------- attention
 
 
 def block_attention(qkv: Tensor, n_heads: int) -> Tensor:
-    """Compute causal self-attention of (B, T, 3 d), block of queries by block: (B, T, d).
+    """Return causal self-attention, computed for one block of queries at a time.
 
-    A block of queries sees no keys behind its own last one, so with n blocks only (n + 1) / 2n of
-    the score matrix is computed: five eighths at T = 256.
+    A block needs no keys after its last query, so with n blocks only (n + 1) / 2n of the score
+    matrix is computed: five eighths at T = 256.
+
+    Args:
+        qkv: queries, keys and values (B, T, 3 d), concatenated.
+        n_heads: number of heads, a divisor of d.
+
+    Returns:
+        The attention output of all heads, concatenated (B, T, d).
     """
     return _BlockAttention.apply(qkv, n_heads)  # type: ignore[no-any-return]
 
 
 class _BlockAttention(torch.autograd.Function):
-    """Batched matrix products, with heads and batch folded into N = B · nh.
+    """Attention by batched matrix products, with batch and heads flattened to N = B · nh.
 
-    For a block of b queries and the e keys it may see: P = softmax(q kᵀ / √dk + mask) (N, b, e) and
-    y = P v. Backward, from dy: dP = dy vᵀ, dS = P ∘ (dP − rowsum(P ∘ dP)), and then dq = dS k,
-    dk += dSᵀ q, dv += Pᵀ dy, the first two over √dk.
+    For a block of b queries, which attend to e keys: P = softmax(q kᵀ / √hs + mask) (N, b, e) and
+    y = P v. Backward, from dy: dP = dy vᵀ, dS = P ∘ (dP − rowsum(P ∘ dP)), dq = dS k / √hs,
+    dk += dSᵀ q / √hs, dv += Pᵀ dy.
     """
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, n_heads: int) -> Tensor:
-        q, k, v = (_dense(x) for x in _split_heads(qkv, n_heads))  # (N, T, dk)
+        q, k, v = (_dense(x) for x in _split_heads(qkv, n_heads))  # (N, T, hs)
         q *= q.shape[2] ** -0.5
         T, y = q.shape[1], torch.empty_like(q)  # noqa: N806
         mask = torch.full((BLOCK, BLOCK), -math.inf, dtype=q.dtype).triu(1)
         probabilities = []
         for s in range(0, T, BLOCK):
             e = min(s + BLOCK, T)
-            keys = k[:, :e].contiguous()  # or oneDNN copies it while it is transposed, slowly
+            keys = k[:, :e].contiguous()  # otherwise oneDNN makes a slow transposed copy
             scores = torch.bmm(q[:, s:e], keys.transpose(1, 2))  # (N, b, e)
             scores[:, :, s:e] += mask[: e - s, : e - s]
             p = _softmax(scores)
@@ -63,7 +70,7 @@ class _BlockAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         qkv, *probabilities = ctx.saved_tensors
         dqkv, heads = torch.empty_like(qkv), (-1, ctx.n_heads)
-        q, k, v = (_dense(x) for x in _split_heads(qkv, ctx.n_heads))  # (N, T, dk)
+        q, k, v = (_dense(x) for x in _split_heads(qkv, ctx.n_heads))  # (N, T, hs)
         dy = _dense(grads[0].unflatten(-1, (ctx.n_heads, -1)).transpose(1, 2))
         T, scale = q.shape[1], q.shape[2] ** -0.5  # noqa: N806
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -76,23 +83,23 @@ class _BlockAttention(torch.autograd.Function):
             dv[:, :e] += torch.bmm(p.transpose(1, 2), dy[:, s:e])
         dq *= scale
         dk *= scale
-        for into, x in zip(_split_heads(dqkv, ctx.n_heads), (dq, dk, dv), strict=True):
-            into.copy_(x.unflatten(0, heads))
+        for target, x in zip(_split_heads(dqkv, ctx.n_heads), (dq, dk, dv), strict=True):
+            target.copy_(x.unflatten(0, heads))
         return dqkv, None
 
 
 def _split_heads(qkv: Tensor, n_heads: int) -> Tensor:
-    """View (B, T, 3 d) as queries, keys and values, (3, B, nh, T, dk)."""
+    """Return a view of (B, T, 3 d) as queries, keys and values, (3, B, nh, T, hs)."""
     return qkv.unflatten(-1, (3, n_heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 def _dense(x: Tensor) -> Tensor:
-    """A copy of (B, nh, T, dk) as (N, T, dk), laid out in that order."""
+    """Return a contiguous copy of (B, nh, T, hs) as (N, T, hs)."""
     return x.clone(memory_format=torch.contiguous_format).flatten(0, 1)
 
 
 def _softmax(x: Tensor) -> Tensor:
-    """Over the last dimension, in the dtype of `x` even under autocast."""
+    """Return the softmax over the last dimension in the dtype of `x`, even under autocast."""
     return torch.ops.aten._softmax(x, -1, False)
 
 
@@ -100,30 +107,38 @@ def _softmax(x: Tensor) -> Tensor:
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Compute the mean loss without the logits of all tokens in memory at once.
+    """Return the mean loss, computed in chunks of CHUNK tokens to limit the memory for logits.
 
-    `hidden` (B, T, d), `weight` (V, d), `targets` (B, T); the result is in nats and float32. With
-    gradients on, they are computed together with the loss: the softmax is the larger part of both.
-    Without, the log-softmax is taken in float32.
+    With gradients enabled, the forward pass also computes the gradients, because the softmax is
+    most of the work of both. Without, the log-softmax is computed in float32.
+
+    Args:
+        hidden: hidden states (B, T, d).
+        weight: output projection (V, d).
+        targets: ids (B, T) of the next tokens; IGNORE_INDEX is not scored.
+
+    Returns:
+        Nats per scored token, a float32 scalar.
     """
-    rows, wanted = hidden.flatten(0, 1), targets.flatten()
+    rows, targets = hidden.flatten(0, 1), targets.flatten()  # (B · T, d), (B · T,)
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         rows, weight = rows.to(dtype), weight.to(dtype)
     if torch.is_grad_enabled():
-        return _ChunkedCrossEntropy.apply(rows, weight, wanted)  # type: ignore[no-any-return]
+        return _ChunkedCrossEntropy.apply(rows, weight, targets)  # type: ignore[no-any-return]
     nats = torch.zeros(())
-    for h, t in zip(rows.split(CHUNK), wanted.split(CHUNK), strict=True):
+    for h, t in zip(rows.split(CHUNK), targets.split(CHUNK), strict=True):
         logits = F.linear(h, weight).float()
         nats += F.cross_entropy(logits, t, ignore_index=IGNORE_INDEX, reduction="sum")
-    return nats / (wanted != IGNORE_INDEX).sum()
+    return nats / (targets != IGNORE_INDEX).sum()
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """With P = softmax(h Wᵀ) and Y the one-hot targets: dh = (P − Y) W / n, dW = (P − Y)ᵀ h / n.
+    """Cross-entropy whose forward pass also computes the gradients.
 
-    In bfloat16 the loss is the mean of −log of probabilities that were rounded to nearest: each is
-    off by up to 0.2 %, either way, and their mean over a batch by about 2e-5 nats.
+    With P = softmax(h Wᵀ), Y the one-hot targets and n their number: dh = (P − Y) W / n and
+    dW = (P − Y)ᵀ h / n. In bfloat16 the loss uses probabilities rounded to nearest: each has a
+    relative error of up to 0.2 %, and the mean loss of a batch an error of about 2e-5 nats.
     """
 
     @staticmethod
@@ -134,14 +149,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scored = targets != IGNORE_INDEX
         n = scored.sum()
         for s in range(0, len(rows), CHUNK):
-            h, keep = rows[s : s + CHUNK], scored[s : s + CHUNK]
+            h, mask = rows[s : s + CHUNK], scored[s : s + CHUNK]
             p = _softmax(h @ weight.t())  # (CHUNK, V)
             target = torch.arange(len(h)), targets[s : s + CHUNK].clamp_min(0)
-            right = p[target]  # the probability of each target
-            nats -= torch.where(keep, right.float().clamp_min(TINY).log(), 0.0).sum()
-            p.index_put_(target, right - 1)  # now P - Y
-            if not keep.all():
-                p *= keep[:, None]
+            likelihood = p[target]  # (CHUNK,)
+            nats -= torch.where(mask, likelihood.float().clamp_min(TINY).log(), 0.0).sum()
+            p.index_put_(target, likelihood - 1)  # now P − Y
+            if not mask.all():
+                p *= mask[:, None]
             torch.mm(p, weight, out=drows[s : s + CHUNK])
             dweight += p.t() @ h
         ctx.save_for_backward(drows, dweight, n)

@@ -1,10 +1,13 @@
-/* New tokens of a batch of sequences through a GPT, whose keys and values are kept: what GPT.forward
-   computes with a KVCache, in one call. At one token a step PyTorch's hundred small operators cost more
-   than the arithmetic.
+/* One forward pass of a GPT over the new tokens of a batch of sequences, with cached keys and values:
+   what GPT.forward computes with a KVCache, in one call. When each step decodes one token, calling
+   PyTorch's hundred small operators costs more than the arithmetic.
 
-   decode.py compiles this file once, where there is a C compiler, and fills the structs. Weights are
-   float32 or bfloat16, and so are keys and values; everything is computed in float32. Vectors are
-   those of GCC and Clang, so that one source serves AVX2, AVX-512 and NEON. */
+   decode.py compiles this file once, if there is a C compiler, and fills the structs. Weights, keys
+   and values are float32 or bfloat16; all arithmetic is in float32. The vector extensions of GCC and
+   Clang let one source serve AVX2, AVX-512 and NEON.
+
+   Letters in shapes: B sequences, N new tokens of all of them, L layers, d width, nh heads, hs head
+   size, V vocabulary. */
 
 #include <math.h>
 #include <pthread.h>
@@ -26,20 +29,20 @@ static int omp_get_num_threads(void) { return 1; }
 #else
 #define LANES 8
 #endif
-#define WIDE (2 * LANES) /* columns of a matrix that lie together: bfloat16 are read two by two */
-#define PANEL 32 /* tokens of a block of keys and values; a matrix has columns for whole panels */
-#define ROWS 6   /* rows that are multiplied at once: as many sums as there are registers for */
-#define SUMS 12  /* vectors of them */
-#define OWN_ROWS 4 /* or more for each thread, and each has its own */
+#define WIDE (2 * LANES) /* columns stored together: one load gives two vectors of bfloat16 */
+#define PANEL 32 /* tokens per block of keys and values; the columns of a matrix are padded to it */
+#define ROWS 6   /* rows multiplied at once: their sums just fit the registers */
+#define SUMS 12  /* vectors of sums */
+#define MIN_SEQUENCES 4 /* per thread, for threads to work on separate sequences */
 #define UNROLL _Pragma("GCC unroll 16")
 #define INLINE static inline __attribute__((always_inline))
-#define ALONE static __attribute__((noinline)) /* its loops get registers of their own */
+#define NOINLINE static __attribute__((noinline)) /* its loops are allocated registers separately */
 
-/* may_alias: they are read from where floats, or two bfloat16 beside each other, were written. */
+/* may_alias: vectors are loaded from memory that was written as floats or as pairs of bfloat16. */
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 enum kind { FLOAT32, BFLOAT16 };
-enum then { SET, ADD, GELU };
+enum epilogue { SET, ADD, GELU };
 
 typedef struct { const void *weight; const float *bias; int32_t in, out; } matrix;
 typedef struct { const float *weight, *bias; } norm;
@@ -53,23 +56,24 @@ typedef struct {
     const layer *layers;
 } model;
 typedef struct {
-    int32_t rows, capacity, threads; /* rows: sequences, B; capacity: tokens, in whole panels */
-    const int32_t *starts;           /* (B + 1,) where the new tokens of each row begin, of N */
-    const int64_t *ids, *positions;  /* (N,) the new tokens, and their positions in their rows */
-    void *const *blocks; /* PANEL tokens each: (L, B) keys (nh, dk, PANEL), values (nh, PANEL, dk) */
-    float *x, *normed;   /* (N, d); the same, or of few rows for each thread: see `run` */
-    float *qkv, *mixed, *up; /* (N, 3 d), (N, d), (N, d_ff) */
-    float *scores, *outputs; /* (threads, nh, capacity), (threads, nh, dk in whole panels) */
-    float *logits;           /* (B, V) where each row has one token; or null */
+    int32_t n_sequences, capacity, threads; /* B; capacity in tokens, a multiple of PANEL */
+    const int32_t *starts;          /* (B + 1,) index of the first new token of each sequence, and N */
+    const int64_t *ids, *positions; /* (N,) new tokens, and their positions in their sequences */
+    void *const *blocks; /* of PANEL tokens: (L, B) keys (nh, hs, PANEL) and values (nh, PANEL, hs) */
+    float *x, *normed;   /* (N, d); normed (threads, N, d) if threads share sequences: see `run` */
+    float *qkv, *attended, *up; /* (N, 3 d), (N, d), (N, d_ff) */
+    float *scores, *outputs; /* (threads, nh, capacity), (threads, nh, hs padded to PANEL) */
+    float *logits;           /* (B, V), with one new token per sequence; or null for none */
 } batch;
 
 const int32_t lanes = LANES;
 
 /* ------------------------------------------------------------------------------- vectors */
 
-INLINE vec pick(ivec where, vec a, vec b) { return (vec)(((ivec)a & where) | ((ivec)b & ~where)); }
+INLINE vec blend(ivec where, vec a, vec b) { return (vec)(((ivec)a & where) | ((ivec)b & ~where)); }
 
-/* Two vectors of elements i, i + 1, …; of bfloat16 the even ones and the odd ones. */
+/* Load two vectors from element i on: of float32 the first and second half, of bfloat16 the even and
+   the odd elements. */
 INLINE void load(enum kind kind, const void *from, size_t i, vec *a, vec *b) {
     if (kind == FLOAT32) {
         *a = *(const vec *)((const float *)from + i);
@@ -81,7 +85,7 @@ INLINE void load(enum kind kind, const void *from, size_t i, vec *a, vec *b) {
     }
 }
 
-/* What `load` has put apart, in its order again. */
+/* Store two vectors that `load` separated, in the original order of their elements. */
 INLINE void store(enum kind kind, float *to, vec a, vec b) {
     if (kind == FLOAT32) {
         *(vec *)to = a;
@@ -91,22 +95,24 @@ INLINE void store(enum kind kind, float *to, vec a, vec b) {
     }
 }
 
+/* Write one value as element i. */
 INLINE void put(enum kind kind, void *to, size_t i, float value) {
     if (kind == FLOAT32) {
         ((float *)to)[i] = value;
-    } else { /* to the nearest, ties to even */
+    } else { /* round to nearest, ties to even */
         uint32_t bits;
         memcpy(&bits, &value, 4);
         ((uint16_t *)to)[i] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     }
 }
 
-/* e^x of x <= 0 to float32 rounding, 0 below -87: 2^n e^r with |r| <= ln 2 / 2, and e^r by Taylor's series. */
+/* e^x for x <= 0, accurate to float32 rounding; 0 below -87. x = n ln 2 + r with |r| <= ln 2 / 2, so
+   e^x = 2^n e^r, with e^r by its Taylor series. */
 INLINE vec exponential(vec x) {
-    vec n = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum is rounded to a whole number */
+    vec n = x * 1.44269504f + 12582912.0f; /* adding 1.5 * 2^23 rounds to a whole number */
     ivec power = ((ivec)n + 127) << 23, tiny = x < -87.0f;
     n -= 12582912.0f;
-    vec r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts, the first exact */
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 as a sum of two parts, the first exact */
     vec sum = 1.0f / 720 + r * (1.0f / 5040);
     sum = 1.0f / 120 + r * sum;
     sum = 1.0f / 24 + r * sum;
@@ -117,25 +123,26 @@ INLINE vec exponential(vec x) {
     return (vec)((ivec)(sum * (vec)power) & ~tiny);
 }
 
-/* x Φ(x); 1 - erf to 1.5e-7 by Abramowitz and Stegun 1964, 7.1.26. */
+/* x Φ(x), with 1 - erf to 1.5e-7 (Abramowitz and Stegun 1964, 7.1.26). */
 INLINE vec gelu(vec x) {
     vec z = (vec)((ivec)x & 0x7fffffff) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * z);
     vec sum = 1.061405429f * t - 1.453152027f;
     sum = ((sum * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f;
     vec tail = 0.5f * sum * t * exponential(-z * z); /* Φ(-|x|) */
-    return x * pick(x < 0, tail, 1.0f - tail);
+    return x * blend(x < 0, tail, 1.0f - tail);
 }
 
 /* ------------------------------------------------------------------------------ products */
 
-/* Σ_k x[r][k] w[k][c], k < in, of `rows` rows and `vecs` vectors of columns, in registers: vector
-   r vecs + c of `sums`. Of few rows each sum is several, in turns, which need not wait for themselves. */
+/* Compute Σ_k x[r][k] w[k][c], k < in, for `rows` rows and `vecs` vectors of columns in registers.
+   The result is vector r vecs + c of `sums`. With few rows each sum is split into partial sums, so
+   that consecutive additions do not depend on each other. */
 INLINE void multiply(int rows, int vecs, enum kind kind, int in, const float *x, size_t x_stride,
                      const void *w, size_t w_stride, vec sums[SUMS]) {
-    int turns = rows * vecs <= 2 ? 4 : rows * vecs <= 6 ? 2 : 1, k = 0;
-    UNROLL for (int s = 0; s < turns * rows * vecs; s++) sums[s] = (vec){0};
-    for (; k + turns <= in; k += turns)
-        UNROLL for (int t = 0; t < turns; t++) {
+    int partials = rows * vecs <= 2 ? 4 : rows * vecs <= 6 ? 2 : 1, k = 0;
+    UNROLL for (int s = 0; s < partials * rows * vecs; s++) sums[s] = (vec){0};
+    for (; k + partials <= in; k += partials)
+        UNROLL for (int t = 0; t < partials; t++) {
             vec columns[PANEL / LANES];
             UNROLL for (int c = 0; c < vecs; c += 2)
                 load(kind, w, (k + t) * w_stride + c * LANES, &columns[c], &columns[c + 1]);
@@ -152,13 +159,13 @@ INLINE void multiply(int rows, int vecs, enum kind kind, int in, const float *x,
                 sums[r * vecs + c + 1] += x[r * x_stride + k] * b;
             }
         }
-    UNROLL for (int t = 1; t < turns; t++)
+    UNROLL for (int t = 1; t < partials; t++)
         UNROLL for (int s = 0; s < rows * vecs; s++) sums[s] += sums[t * rows * vecs + s];
 }
 
-/* WIDE columns from `column` on of some rows of a product. The weights are packed for `load`. */
+/* Compute WIDE columns of a product, from `column` on. The weights are packed for `load`. */
 INLINE void columns_of(int rows, enum kind kind, const matrix *m, int column, const float *x, float *y,
-                       enum then then) {
+                       enum epilogue epilogue) {
     vec sums[SUMS];
     size_t start = (size_t)column * m->in * (kind == FLOAT32 ? 4 : 2);
     multiply(rows, 2, kind, m->in, x, m->in, (const char *)m->weight + start, WIDE, sums);
@@ -167,42 +174,43 @@ INLINE void columns_of(int rows, enum kind kind, const matrix *m, int column, co
             int j = column + c * LANES;
             float *to = y + (size_t)r * m->out + j;
             vec sum = sums[r * 2 + c] + *(const vec *)(m->bias + j);
-            if (then == GELU) sum = gelu(sum);
+            if (epilogue == GELU) sum = gelu(sum);
             if (j + LANES <= m->out) {
-                if (then == ADD) sum += *(vec *)to;
+                if (epilogue == ADD) sum += *(vec *)to;
                 *(vec *)to = sum;
             } else
-                for (int l = 0; j + l < m->out; l++) to[l] = then == ADD ? to[l] + sum[l] : sum[l];
+                for (int l = 0; j + l < m->out; l++) to[l] = epilogue == ADD ? to[l] + sum[l] : sum[l];
         }
 }
 
 INLINE void product_of(enum kind kind, const matrix *m, int rows, const float *x, float *y,
-                       enum then then, int part, int parts) {
+                       enum epilogue epilogue, int part, int parts) {
     int panels = (m->out + PANEL - 1) / PANEL, groups = (rows + ROWS - 1) / ROWS;
     int end = panels * (part + 1) / parts * PANEL;
     for (int column = panels * part / parts * PANEL; column < end; column += WIDE)
-        for (int g = 0; g < groups; g++) { /* of like size: few rows at once are slower */
+        for (int g = 0; g < groups; g++) { /* of similar size, because few rows at once are slower */
             int r = (int64_t)rows * g / groups, next = (int64_t)rows * (g + 1) / groups;
             const float *from = x + (size_t)r * m->in;
             float *to = y + (size_t)r * m->out;
-            switch (next - r) { /* constants, for which loops are unrolled */
-                case 1: columns_of(1, kind, m, column, from, to, then); break;
-                case 2: columns_of(2, kind, m, column, from, to, then); break;
-                case 3: columns_of(3, kind, m, column, from, to, then); break;
-                case 4: columns_of(4, kind, m, column, from, to, then); break;
-                case 5: columns_of(5, kind, m, column, from, to, then); break;
-                default: columns_of(ROWS, kind, m, column, from, to, then);
+            switch (next - r) { /* a constant number of rows lets the compiler unroll */
+                case 1: columns_of(1, kind, m, column, from, to, epilogue); break;
+                case 2: columns_of(2, kind, m, column, from, to, epilogue); break;
+                case 3: columns_of(3, kind, m, column, from, to, epilogue); break;
+                case 4: columns_of(4, kind, m, column, from, to, epilogue); break;
+                case 5: columns_of(5, kind, m, column, from, to, epilogue); break;
+                default: columns_of(ROWS, kind, m, column, from, to, epilogue);
             }
         }
 }
 
-/* y (rows, out) = x (rows, in) W + bias; added to y, or its GELU; columns of one part of `parts`. */
-ALONE void product(enum kind kind, const matrix *m, int rows, const float *x, float *y, enum then then,
-                   int part, int parts) {
+/* y (rows, out) = x (rows, in) W + bias, or its GELU, or added to y; for one of `parts` equal parts of
+   the columns. */
+NOINLINE void product(enum kind kind, const matrix *m, int rows, const float *x, float *y,
+                      enum epilogue epilogue, int part, int parts) {
     if (kind == FLOAT32)
-        product_of(FLOAT32, m, rows, x, y, then, part, parts);
+        product_of(FLOAT32, m, rows, x, y, epilogue, part, parts);
     else
-        product_of(BFLOAT16, m, rows, x, y, then, part, parts);
+        product_of(BFLOAT16, m, rows, x, y, epilogue, part, parts);
 }
 
 /* ---------------------------------------------------------------------- norm and attention */
@@ -220,48 +228,48 @@ static void layer_norm(norm n, float eps, int d, int rows, const float *x, float
     }
 }
 
-/* softmax(scale · scores) but for the division: by what is returned. */
+/* Replace scores by exp(scale · (scores - maximum)) and return their sum, the divisor of softmax. */
 INLINE float exponentials(float *scores, int length, float scale) {
     int end = (length + LANES - 1) / LANES * LANES;
     for (int t = length; t < end; t++) scores[t] = -INFINITY;
-    vec most = *(vec *)scores, sums = {0};
+    vec maximum = *(vec *)scores, sums = {0};
     for (int t = LANES; t < end; t += LANES)
-        most = pick(*(vec *)(scores + t) > most, *(vec *)(scores + t), most);
-    float top = most[0], sum = 0;
-    for (int l = 1; l < LANES; l++) top = most[l] > top ? most[l] : top;
+        maximum = blend(*(vec *)(scores + t) > maximum, *(vec *)(scores + t), maximum);
+    float top = maximum[0], sum = 0;
+    for (int l = 1; l < LANES; l++) top = maximum[l] > top ? maximum[l] : top;
     for (int t = 0; t < end; t += LANES)
         sums += *(vec *)(scores + t) = exponential((*(vec *)(scores + t) - top) * scale);
     for (int l = 0; l < LANES; l++) sum += sums[l];
     return sum;
 }
 
-/* What one thread works with: its heads of one layer, and where it writes. */
+/* The heads of one layer that a thread computes, and its scratch memory. */
 typedef struct { int first, end; float *scores, *outputs; } heads;
 
-/* Keys and values of new token n of row r go to their block. */
-INLINE void keep(enum kind kind, const model *m, const batch *b, heads h, size_t row, int n) {
-    int d = m->d_model, dk = d / m->n_heads, position = b->positions[n] % PANEL; /* in its block */
+/* Write keys and values of new token n to their block, in which its sequence begins at `offset`. */
+INLINE void append_kv(enum kind kind, const model *m, const batch *b, heads h, size_t offset, int n) {
+    int d = m->d_model, hs = d / m->n_heads, position = b->positions[n] % PANEL; /* within the block */
     void *block = b->blocks[b->positions[n] / PANEL];
     for (int head = h.first; head < h.end; head++) {
-        const float *k = b->qkv + (size_t)n * 3 * d + d + head * dk, *v = k + d;
-        size_t keys = row + (size_t)head * dk * PANEL, values = keys + (size_t)d * PANEL;
-        for (int i = 0; i < dk; i++) put(kind, block, values + position * dk + i, v[i]);
-        for (int i = 0; i < dk; i++) put(kind, block, keys + i * PANEL + position, k[i]);
+        const float *k = b->qkv + (size_t)n * 3 * d + d + head * hs, *v = k + d;
+        size_t keys = offset + (size_t)head * hs * PANEL, values = keys + (size_t)d * PANEL;
+        for (int i = 0; i < hs; i++) put(kind, block, values + position * hs + i, v[i]);
+        for (int i = 0; i < hs; i++) put(kind, block, keys + i * PANEL + position, k[i]);
     }
 }
 
-/* New token n of row r looks at the row up to itself: its part of `mixed`. Block by block, all heads
-   of each: what lies together is read together. Both products are of one row. */
-INLINE void attend(enum kind kind, const model *m, const batch *b, heads h, size_t row, int n) {
-    int d = m->d_model, dk = d / m->n_heads, length = b->positions[n] + 1;
-    int width = (dk + PANEL - 1) / PANEL * PANEL; /* of `outputs` */
+/* Compute attention of new token n to the tokens of its sequence up to itself, into `attended`: block by
+   block, with all heads of a block, which is the order of memory. Both products have one row. */
+INLINE void attend(enum kind kind, const model *m, const batch *b, heads h, size_t offset, int n) {
+    int d = m->d_model, hs = d / m->n_heads, length = b->positions[n] + 1;
+    int width = (hs + PANEL - 1) / PANEL * PANEL; /* of `outputs` */
     size_t size = kind == FLOAT32 ? 4 : 2;
     vec sums[SUMS];
     for (int t = 0; t < length; t += PANEL) {
-        const char *keys = (const char *)b->blocks[t / PANEL] + row * size;
+        const char *keys = (const char *)b->blocks[t / PANEL] + offset * size;
         for (int head = h.first; head < h.end; head++) {
-            multiply(1, PANEL / LANES, kind, dk, b->qkv + (size_t)n * 3 * d + head * dk, 0,
-                     keys + (size_t)head * dk * PANEL * size, PANEL, sums);
+            multiply(1, PANEL / LANES, kind, hs, b->qkv + (size_t)n * 3 * d + head * hs, 0,
+                     keys + (size_t)head * hs * PANEL * size, PANEL, sums);
             UNROLL for (int c = 0; c < PANEL / LANES; c += 2)
                 store(kind, h.scores + (size_t)head * b->capacity + t + c * LANES, sums[c],
                       sums[c + 1]);
@@ -269,50 +277,52 @@ INLINE void attend(enum kind kind, const model *m, const batch *b, heads h, size
     }
     for (int head = h.first; head < h.end; head++) {
         float *p = h.scores + (size_t)head * b->capacity;
-        float factor = 1.0f / exponentials(p, length, 1.0f / sqrtf(dk));
+        float factor = 1.0f / exponentials(p, length, 1.0f / sqrtf(hs));
         for (int t = 0; t < length; t++) p[t] *= factor;
     }
     memset(h.outputs + h.first * width, 0, (h.end - h.first) * width * sizeof(float));
     for (int t = 0; t < length; t += PANEL) {
-        const char *values = (const char *)b->blocks[t / PANEL] + (row + (size_t)d * PANEL) * size;
+        const char *values = (const char *)b->blocks[t / PANEL] + (offset + (size_t)d * PANEL) * size;
         int tokens = length - t < PANEL ? length - t : PANEL;
         for (int head = h.first; head < h.end; head++)
-            for (int j = 0; j < dk; j += PANEL) {
+            for (int j = 0; j < hs; j += PANEL) {
                 multiply(1, PANEL / LANES, kind, tokens, h.scores + (size_t)head * b->capacity + t, 0,
-                         values + ((size_t)head * dk * PANEL + j) * size, dk, sums);
+                         values + ((size_t)head * hs * PANEL + j) * size, hs, sums);
                 UNROLL for (int c = 0; c < PANEL / LANES; c++)
                     *(vec *)(h.outputs + head * width + j + c * LANES) += sums[c];
             }
     }
     for (int head = h.first; head < h.end; head++) {
         float *from = h.outputs + head * width, in_order[PANEL];
-        for (int j = 0; j < dk; j += PANEL) {
+        for (int j = 0; j < hs; j += PANEL) {
             UNROLL for (int c = 0; c < PANEL; c += 2 * LANES)
                 store(kind, in_order + c, *(vec *)(from + j + c), *(vec *)(from + j + c + LANES));
-            int n_columns = dk - j < PANEL ? dk - j : PANEL;
-            memcpy(b->mixed + (size_t)n * d + head * dk + j, in_order, n_columns * sizeof(float));
+            int n_columns = hs - j < PANEL ? hs - j : PANEL;
+            memcpy(b->attended + (size_t)n * d + head * hs + j, in_order, n_columns * sizeof(float));
         }
     }
 }
 
-/* Keys and values of the new tokens of row r, and if `mix`, the output of attention for them. */
-INLINE void attend_row_of(enum kind kind, const model *m, const batch *b, int l, int r, heads h, int mix) {
+/* Append keys and values of the new tokens of sequence r and, with `need_output`, compute attention for
+   them. */
+INLINE void attend_sequence_of(enum kind kind, const model *m, const batch *b, int l, int r, heads h,
+                               int need_output) {
     int first = b->starts[r], end = b->starts[r + 1];
-    size_t row = ((size_t)l * b->rows + r) * 2 * m->d_model * PANEL;
-    for (int n = first; n < end; n++) keep(kind, m, b, h, row, n);
-    if (!mix) return;
-    /* Of many tokens head by head, whose keys and values stay in the nearest cache. */
+    size_t offset = ((size_t)l * b->n_sequences + r) * 2 * m->d_model * PANEL;
+    for (int n = first; n < end; n++) append_kv(kind, m, b, h, offset, n);
+    if (!need_output) return;
+    /* With many tokens, head by head, so that keys and values of a head stay in the L1 cache. */
     int step = end - first == 1 ? h.end - h.first : 1;
     for (int head = h.first; head < h.end; head += step)
         for (int n = first; n < end; n++)
-            attend(kind, m, b, (heads){head, head + step, h.scores, h.outputs}, row, n);
+            attend(kind, m, b, (heads){head, head + step, h.scores, h.outputs}, offset, n);
 }
 
-ALONE void attend_row(const model *m, const batch *b, int l, int r, heads h, int mix) {
+NOINLINE void attend_sequence(const model *m, const batch *b, int l, int r, heads h, int need_output) {
     if (m->kind == FLOAT32)
-        attend_row_of(FLOAT32, m, b, l, r, h, mix);
+        attend_sequence_of(FLOAT32, m, b, l, r, h, need_output);
     else
-        attend_row_of(BFLOAT16, m, b, l, r, h, mix);
+        attend_sequence_of(BFLOAT16, m, b, l, r, h, need_output);
 }
 
 /* ---------------------------------------------------------------------------------- layers */
@@ -323,8 +333,8 @@ typedef struct {
     pthread_cond_t next;
 } barrier;
 
-/* Wait until all n threads are here: some 20 μs awake, then asleep. OpenMP's own barrier sleeps at
-   once where a process has more threads than cores, as a server has; waking up takes longer. */
+/* Wait until all n threads have arrived: spin for about 20 μs, then sleep. OpenMP's own barrier sleeps
+   at once if a process has more threads than cores, as a server has, and waking up takes longer. */
 static void wait_for_all(barrier *b, int n) {
     if (n == 1) return;
     int round = atomic_load(&b->round);
@@ -336,26 +346,29 @@ static void wait_for_all(barrier *b, int n) {
         pthread_mutex_unlock(&b->lock);
         return;
     }
-    for (int looks = 0; looks < 20000; looks++)
+    for (int spins = 0; spins < 20000; spins++)
         if (atomic_load_explicit(&b->round, memory_order_acquire) != round) return;
     pthread_mutex_lock(&b->lock);
     while (atomic_load(&b->round) == round) pthread_cond_wait(&b->next, &b->lock);
     pthread_mutex_unlock(&b->lock);
 }
 
-/* Each thread has its own rows, or, of few rows, its own columns and heads of all of them. */
+/* Run this thread's share of a forward pass: its own sequences or, if there are few sequences, its own
+   columns and heads of all of them. */
 static void run(const model *m, const batch *b, barrier *all) {
-    int me = omp_get_thread_num(), n_threads = omp_get_num_threads(), d = m->d_model;
-    int by_rows = b->rows >= OWN_ROWS * n_threads, part = by_rows ? 0 : me, parts = by_rows ? 1 : n_threads;
-    int row = by_rows ? b->rows * me / n_threads : 0;
-    int rows = by_rows ? b->rows * (me + 1) / n_threads - row : b->rows;
-    int first = b->starts[row], n = b->starts[row + rows] - first; /* of its tokens */
-    float *x = b->x + (size_t)first * d, *mixed = b->mixed + (size_t)first * d;
-    /* Each thread its own, also of columns: it need not wait for another. */
-    float *normed = b->normed + (size_t)(by_rows ? first : me * n) * d;
+    int thread = omp_get_thread_num(), n_threads = omp_get_num_threads(), d = m->d_model;
+    int separate = b->n_sequences >= MIN_SEQUENCES * n_threads; /* each thread has its own sequences */
+    int part = separate ? 0 : thread, parts = separate ? 1 : n_threads;
+    int begin = separate ? b->n_sequences * thread / n_threads : 0; /* the first of its sequences */
+    int end = separate ? b->n_sequences * (thread + 1) / n_threads : b->n_sequences;
+    int first = b->starts[begin], n = b->starts[end] - first; /* new tokens of these sequences */
+    float *x = b->x + (size_t)first * d, *attended = b->attended + (size_t)first * d;
+    /* One copy per thread even if threads share sequences, which saves a barrier. */
+    float *normed = b->normed + (size_t)(separate ? first : thread * n) * d;
     float *qkv = b->qkv + (size_t)first * 3 * d, *up = b->up + (size_t)first * m->d_ff;
-    float *scores = b->scores + (size_t)me * m->n_heads * b->capacity;
-    float *outputs = b->outputs + (size_t)me * m->n_heads * ((d / m->n_heads + PANEL - 1) / PANEL * PANEL);
+    float *scores = b->scores + (size_t)thread * m->n_heads * b->capacity;
+    int width = (d / m->n_heads + PANEL - 1) / PANEL * PANEL;
+    float *outputs = b->outputs + (size_t)thread * m->n_heads * width;
     enum kind kind = m->kind;
     for (int i = n * part / parts; i < n * (part + 1) / parts; i++)
         for (int j = 0; j < d; j++)
@@ -364,19 +377,20 @@ static void run(const model *m, const batch *b, barrier *all) {
     wait_for_all(all, parts);
     for (int l = 0; l < m->n_layers; l++) {
         const layer *w = &m->layers[l];
-        int mix = b->logits || l + 1 < m->n_layers; /* else its keys and values are all there is */
+        int need_output = b->logits || l + 1 < m->n_layers; /* else keys and values alone */
         layer_norm(w->norm1, m->eps, d, n, x, normed);
         product(kind, &w->qkv, n, normed, qkv, SET, part, parts);
         wait_for_all(all, parts);
-        int nh = m->n_heads, from = rows * nh * part / parts, to = rows * nh * (part + 1) / parts;
+        int nh = m->n_heads, n_pairs = (end - begin) * nh; /* of sequences and heads */
+        int from = n_pairs * part / parts, to = n_pairs * (part + 1) / parts;
         for (int r = from / nh; r * nh < to; r++) {
             heads h = {from > r * nh ? from - r * nh : 0, to - r * nh < nh ? to - r * nh : nh, scores,
                        outputs};
-            attend_row(m, b, l, row + r, h, mix);
+            attend_sequence(m, b, l, begin + r, h, need_output);
         }
-        if (!mix) return;
+        if (!need_output) return;
         wait_for_all(all, parts);
-        product(kind, &w->out, n, mixed, x, ADD, part, parts);
+        product(kind, &w->out, n, attended, x, ADD, part, parts);
         wait_for_all(all, parts);
         layer_norm(w->norm2, m->eps, d, n, x, normed);
         product(kind, &w->up, n, normed, up, GELU, part, parts);
@@ -389,9 +403,10 @@ static void run(const model *m, const batch *b, barrier *all) {
             parts);
 }
 
-/* Returns 0, or -1 when an id is not in the vocabulary; nothing is computed then. */
+/* Run a forward pass over the new tokens. Return 0, or -1 without computing anything if an id is not
+   in the vocabulary. */
 int read_tokens(const model *m, const batch *b) {
-    for (int i = 0; i < b->starts[b->rows]; i++)
+    for (int i = 0; i < b->starts[b->n_sequences]; i++)
         if (b->ids[i] < 0 || b->ids[i] >= m->vocab_size) return -1;
     barrier all = {0, 0, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER};
 #pragma omp parallel num_threads(b->threads)
@@ -401,7 +416,8 @@ int read_tokens(const model *m, const batch *b) {
 
 /* ------------------------------------------------------------------------------- sampling */
 
-/* The token at which the probabilities, summed in order, pass a point in [0, 1). p: the logits. */
+/* Return the first token at which the cumulative probability exceeds `point`, in [0, 1). p holds the
+   logits and is overwritten. */
 static int64_t sample_one(float *p, int n, float temperature, float point) {
     float target = point * exponentials(p, n, 1.0f / temperature), sum = 0, before = 0;
     int block = 0;
@@ -412,16 +428,16 @@ static int64_t sample_one(float *p, int n, float temperature, float point) {
         for (int l = 0; l < LANES; l++) more += sums[l];
         if (more > 0) { block = i; before = sum; sum += more; }
     }
-    int64_t token = block; /* rounding must not take it to one that cannot be: p > 0 */
+    int64_t token = block; /* rounding must not select a token of probability 0 */
     for (int i = block; i < block + PANEL && before <= target; i++)
         if (p[i] > 0) { token = i; before += p[i]; }
     return token;
 }
 
-/* A token for each of `rows` logits (rows, n); `scratch` is (threads, n + PANEL). */
+/* Sample one token for each row of `logits` (rows, n); `scratch` is (threads, n + PANEL). */
 void sample(int rows, int n, int threads, float temperature, const float *logits,
             const float *points, float *scratch, int64_t *ids) {
-    (void)threads; /* without OpenMP there is one */
+    (void)threads; /* unused without OpenMP */
 #pragma omp parallel for num_threads(threads)
     for (int r = 0; r < rows; r++) {
         float *p = scratch + (size_t)omp_get_thread_num() * (n + PANEL);

@@ -1,9 +1,9 @@
-"""decode.c from Python: compiled once where there is a C compiler, called with tensors.
+"""Python binding of decode.c, which is compiled at its first use if there is a C compiler.
 
-It is an optional backend of `generation.decoder`, for a GPT that is on a CPU and computes exactly
-what model.py says. The compiler is `gcc`, `cc` or `clang`, or what the environment variable CC
-names; an empty CC does without. The compiled library lies below ~/.cache/minigpt (XDG_CACHE_HOME),
-under a name of its own for each source, command and kind of CPU.
+It is an optional backend of `generation.decoder`, for a GPT on a CPU that computes exactly what
+model.py does. The compiler is the command in the environment variable CC, else `gcc`, `cc` or
+`clang`; an empty CC disables this backend. The compiled library is cached in ~/.cache/minigpt, or
+in `minigpt` below XDG_CACHE_HOME, under a name that depends on source, command and kind of CPU.
 """
 
 from __future__ import annotations
@@ -33,40 +33,45 @@ from minigpt.model import GPT, Block, CausalSelfAttention, FeedForward, GPTConfi
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("decode.c")
-PANEL = 32  # as in decode.c: tokens of a block of keys and values; columns come in whole ones
+PANEL = 32  # as in decode.c: tokens per block of keys and values; columns are padded to it
 _FLAGS = [
     "-O3", "-shared", "-fPIC",
-    # Neither changes a result: nobody asks for errno, nor for exceptions of floating point.
+    # Neither changes a result: decode.c reads neither errno nor floating-point exceptions.
     "-fno-math-errno", "-fno-trapping-math",
-    *([] if platform.machine() == "arm64" else ["-march=native"]),  # Apple's are all alike
+    *([] if platform.machine() == "arm64" else ["-march=native"]),  # not needed on Apple silicon
 ]  # fmt: skip
-_MOST_THREADS = 8  # of a batch that is too small to give each its own rows
-_MOST_TOKENS = 2048  # of prompts, read at once: 17 MB at the medium size, and one prompt more
-_OWN_ROWS = 4  # as in decode.c: or more for each thread, and each has its own
+_MAX_THREADS = 8  # for a batch too small to give each thread sequences of its own
+_MAX_TOKENS = 2048  # a pass over prompts starts no further prompt beyond this: 17 MB (medium size)
+_MIN_SEQUENCES = 4  # as in decode.c: per thread, for threads to work on separate sequences
+MISMATCH = "its logits differ from GPT.forward: was model.py changed, but not decode.c?"
 
 
 # ---------------------------------------------------------------------------- the library
 
 
 def library() -> ctypes.CDLL | None:
-    """Return the compiled decode.c; None without a working compiler, or if it computes wrongly."""
-    return None if False in _verdicts.values() else _compiled_here()
+    """Return the compiled decode.c; None without a working compiler or if its self-check failed."""
+    return None if False in _self_checks.values() else _compiled_library()
 
 
 @functools.cache
-def _compiled_here() -> ctypes.CDLL | None:
+def _compiled_library() -> ctypes.CDLL | None:
     try:
         command = compiler()
-        return _loaded(command) if command is not None and SOURCE.is_file() else None
+        return _load(command) if command is not None and SOURCE.is_file() else None
     except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as error:  # or no home
         reason = getattr(error, "stderr", None) or error
         first = str(reason).strip().split("\n")[0]
-        log.warning("text is generated without decode.c, more slowly: %s", first)
+        log.warning("decode.c cannot be used, so generation is slower: %s", first)
         return None
 
 
 def compiler() -> list[str] | None:
-    """Return the command of a C compiler, if there is one; ValueError if CC has an open quote."""
+    """Return the command of the C compiler, split into words; None if there is none.
+
+    Raises:
+        ValueError: the environment variable CC has an unbalanced quote.
+    """
     if sys.platform == "win32":
         return None
     named = os.environ.get("CC")
@@ -76,40 +81,40 @@ def compiler() -> list[str] | None:
 
 
 def is_threaded() -> bool:
-    """Whether `library()` works on several threads: that needs a compiler with OpenMP."""
+    """Return whether `library()` runs on several threads, for which it is compiled with OpenMP."""
     compiled = library()
     return compiled is not None and bool(c_int32.in_dll(compiled, "threaded").value)
 
 
-def _loaded(command: list[str]) -> ctypes.CDLL:
-    path = _cached(command)
+def _load(command: list[str]) -> ctypes.CDLL:
+    path = _cached_path(command)
     try:
-        return _opened(path)
-    except OSError:  # damaged since
+        return _open(path)
+    except OSError:  # the cached file is damaged
         path.unlink()
-        return _opened(_cached(command))
+        return _open(_cached_path(command))
 
 
-def _opened(path: Path) -> ctypes.CDLL:
+def _open(path: Path) -> ctypes.CDLL:
     compiled = ctypes.CDLL(str(path))
     compiled.sample.argtypes = [*[c_int32] * 3, c_float, *[c_void_p] * 4]
     return compiled
 
 
-def _cached(command: list[str]) -> Path:
-    """Return the path of the library, compiled now unless it is there."""
-    # PyTorch's own threads do the work, by the OpenMP of GCC; Apple's compiler has none.
+def _cached_path(command: list[str]) -> Path:
+    """Return the path of the library in the cache, compiled if it is not there yet."""
+    # GCC's OpenMP runs it on PyTorch's own threads; Apple's compiler has no OpenMP.
     if sys.platform == "linux":
         try:
-            return _compiled([*command, "-fopenmp"])
+            return _compile([*command, "-fopenmp"])
         except subprocess.CalledProcessError:
             log.debug("%s has no OpenMP", command[0])
-    return _compiled(command)
+    return _compile(command)
 
 
-def _compiled(command: list[str]) -> Path:
+def _compile(command: list[str]) -> Path:
     version = _run([*command, "--version"])
-    parts = SOURCE.read_text(encoding="utf-8"), command, _FLAGS, version, _cpu()
+    parts = SOURCE.read_text(encoding="utf-8"), command, _FLAGS, version, _cpu_name()
     name = f"decoding-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minigpt"
     if not (cache / name).exists():
@@ -117,7 +122,7 @@ def _compiled(command: list[str]) -> Path:
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             output = Path(folder, name)
             _run([*command, *_FLAGS, str(SOURCE), "-o", str(output), "-lm"])
-            output.replace(cache / name)  # whole or not at all, whoever else compiles it too
+            output.replace(cache / name)  # atomic: other processes may compile it as well
     return cache / name
 
 
@@ -127,8 +132,8 @@ def _run(command: list[str]) -> str:
     ).stdout
 
 
-def _cpu() -> str:
-    """What `-march=native` depends on: a home may be shared by machines of several kinds."""
+def _cpu_name() -> str:
+    """Return what `-march=native` depends on: machines of several kinds may share the cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
@@ -163,45 +168,45 @@ class _Model(ctypes.Structure):
     )  # fmt: skip
 
 
-_SCRATCH = ("x", "normed", "qkv", "mixed", "up", "scores", "outputs")
+_SCRATCH = ("x", "normed", "qkv", "attended", "up", "scores", "outputs")
 
 
 class _Batch(ctypes.Structure):
     _fields_ = (
-        *((name, c_int32) for name in ("rows", "capacity", "threads")),
+        *((name, c_int32) for name in ("n_sequences", "capacity", "threads")),
         *((name, c_void_p) for name in ("starts", "ids", "positions", "blocks", *_SCRATCH)),
         ("logits", c_void_p),
     )  # fmt: skip
 
 
+_Step = tuple[_Batch, list[object]]  # a batch, and the objects it points to
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
-_FLOATS: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
+_FLOATS: Any = {"dtype": torch.float32, "device": "cpu"}  # independent of PyTorch's defaults
 
 
 # ---------------------------------------------------------------------------- calls
 
 
 class Weights:
-    """The weights of a model as decode.c reads them.
+    """Packed copy of a model's weights in the layout that decode.c reads.
 
     Args:
-        net: a model on a CPU, in float32.
-        dtype: of its matrices in the copy that is made, and of keys and values: float32 or
-            bfloat16.
+        model: a model in float32 on a CPU.
+        dtype: type of the copied matrices, and of keys and values: float32 or bfloat16.
     """
 
-    def __init__(self, net: GPT, dtype: torch.dtype) -> None:
-        compiled, c = library(), net.config
+    def __init__(self, model: GPT, dtype: torch.dtype) -> None:
+        compiled, c = library(), model.config
         assert compiled is not None
         self.library, self.dtype, self.config = compiled, dtype, c
-        self._held = list[Tensor]()  # a pointer keeps no tensor alive
+        self._tensors = list[Tensor]()  # keeps alive what the struct points to
         self._lanes = c_int32.in_dll(compiled, "lanes").value
-        self._layers = (_Layer * c.n_layers)(*(self._layer(block) for block in net.blocks))
+        self._layers = (_Layer * c.n_layers)(*(self._layer(block) for block in model.blocks))
         self.struct = _Model(
             c.vocab_size, c.d_model, c.n_layers, c.n_heads, c.d_ff, _KINDS[dtype],
-            net.final_norm.eps, self._pointer(net.embedding.weight * net.scale),
-            self._pointer(net.positions), self._norm(net.final_norm),
-            self._matrix(net.embedding.weight, None), ctypes.addressof(self._layers),
+            model.final_norm.eps, self._pointer(model.embedding.weight * model.scale),
+            self._pointer(model.positions), self._norm(model.final_norm),
+            self._matrix(model.embedding.weight, None), ctypes.addressof(self._layers),
         )  # fmt: skip
 
     def _layer(self, block: nn.Module) -> _Layer:
@@ -220,106 +225,126 @@ class Weights:
         return _Norm(self._pointer(norm.weight), self._pointer(norm.bias))
 
     def _matrix(self, weight: Tensor, bias: Tensor | None) -> _Matrix:
-        """Panels (in, 2 lanes): what decode.c multiplies at once, it reads in one stream."""
+        """Pack a matrix in panels (in, 2 lanes), so that decode.c reads memory in order."""
         out, width = weight.shape
         padded = torch.zeros(-(-out // PANEL) * PANEL, width, **_FLOATS)
         padded[:out] = weight
         panels = padded.view(-1, 2 * self._lanes, width).transpose(1, 2)
-        if self.dtype == torch.bfloat16:  # element i beside element i + lanes: one load gives both
+        if self.dtype == torch.bfloat16:  # interleave i and i + lanes: one load gives both
             panels = panels.unflatten(2, (2, self._lanes)).transpose(2, 3)
-        added = torch.zeros(len(padded), **_FLOATS)
+        padded_bias = torch.zeros(len(padded), **_FLOATS)
         if bias is not None:
-            added[:out] = bias
-        return _Matrix(self._pointer(panels, self.dtype), self._pointer(added), width, out)
+            padded_bias[:out] = bias
+        return _Matrix(self._pointer(panels, self.dtype), self._pointer(padded_bias), width, out)
 
     def _pointer(self, tensor: Tensor, dtype: torch.dtype = torch.float32) -> int:
         copy = torch.empty(tensor.shape, dtype=dtype, device="cpu")
-        self._held.append(copy.copy_(tensor.detach()))
+        self._tensors.append(copy.copy_(tensor.detach()))
         return copy.data_ptr()
 
 
 class Batch:
-    """The keys and values of a batch of `rows` sequences, which new tokens are added to."""
+    """Keys and values of a batch of sequences, as a backend of `generation.decoder.Decoder`.
 
-    def __init__(self, weights: Weights, rows: int) -> None:
-        self.weights, self._rows = weights, rows
-        self._threads = min(torch.get_num_threads(), max(_MOST_THREADS, rows // _OWN_ROWS))
-        self._blocks = list[Tensor]()  # of PANEL tokens: they grow, and nothing is copied
-        self._each = torch.arange(rows + 1, dtype=torch.int32, device="cpu")
-        self._step = self._struct(self._each)
+    Args:
+        weights: the packed weights of the model.
+        n_sequences: number of sequences, B.
+    """
 
-    def step(self, ids: Tensor, at: Tensor, end: int) -> Tensor:
-        """Return logits (B, V) of what follows the tokens `ids` (B,), one of each sequence.
+    def __init__(self, weights: Weights, n_sequences: int) -> None:
+        self.weights, self._n_sequences = weights, n_sequences
+        useful = max(_MAX_THREADS, n_sequences // _MIN_SEQUENCES)
+        self._threads = min(torch.get_num_threads(), useful)
+        self._blocks = list[Tensor]()  # of PANEL tokens each: growing copies nothing
+        self._single = torch.arange(n_sequences + 1, dtype=torch.int32, device="cpu")
+        self._step = self._struct(self._single)
+
+    def step(self, ids: Tensor, positions: Tensor, end: int) -> Tensor:
+        """Append one token to each sequence and return the logits of the next one.
 
         Args:
-            ids: the new tokens, on a CPU.
-            at: their positions (B,), int64.
+            ids: the new tokens (B,), on a CPU.
+            positions: their positions (B,), int64.
             end: the largest position plus one.
+
+        Returns:
+            Logits (B, V), float32.
 
         Raises:
             IndexError: an id is not in the vocabulary.
         """
-        if end > self._step[0].capacity:  # and not the blocks': C knows those of the struct
+        if end > self._step[0].capacity:  # of the struct, which may lag behind the blocks
             self._reserve(end)
-            self._step = self._struct(self._each)
-        logits = torch.empty(self._rows, self.weights.config.vocab_size, **_FLOATS)
-        self._read(self._step, ids, at, logits)
+            self._step = self._struct(self._single)
+        logits = torch.empty(self._n_sequences, self.weights.config.vocab_size, **_FLOATS)
+        self._read(self._step, ids, positions, logits)
         return logits
 
-    def fill(self, rows: list[int], texts: list[Tensor]) -> None:
-        """Compute keys and values of `texts` (T,), from position 0, for those `rows`."""
-        self._reserve(max(len(text) for text in texts))
-        waiting = dict(sorted(zip(rows, texts, strict=True)))
-        while waiting:
-            counts, now = [0] * self._rows, list[Tensor]()
-            while waiting and sum(counts) < _MOST_TOKENS:
-                row = next(iter(waiting))
-                now.append(waiting.pop(row))
-                counts[row] = len(now[-1])
-            starts = torch.tensor([0, *counts], device="cpu").cumsum(0, dtype=torch.int32)
-            at = torch.cat([torch.arange(len(text), device="cpu") for text in now])
-            self._read(self._struct(starts), torch.cat(now), at, None)
+    def fill(self, indices: list[int], sequences: list[Tensor]) -> None:
+        """Replace some sequences, from position 0, and compute their keys and values.
 
-    def _reserve(self, tokens: int) -> None:
+        Args:
+            indices: which sequences to replace, in [0, B).
+            sequences: new token ids (T,) of each of them.
+        """
+        self._reserve(max(map(len, sequences)))
+        waiting = dict(sorted(zip(indices, sequences, strict=True)))
+        while waiting:
+            lengths, chunk = [0] * self._n_sequences, list[Tensor]()
+            while waiting and sum(lengths) < _MAX_TOKENS:
+                index = next(iter(waiting))
+                chunk.append(waiting.pop(index))
+                lengths[index] = len(chunk[-1])
+            starts = torch.tensor([0, *lengths], device="cpu").cumsum(0, dtype=torch.int32)
+            positions = torch.cat([torch.arange(len(ids), device="cpu") for ids in chunk])
+            self._read(self._struct(starts), torch.cat(chunk), positions, None)
+
+    def _reserve(self, capacity: int) -> None:
         c = self.weights.config
-        size = c.n_layers * self._rows * 2 * c.d_model * PANEL
-        while len(self._blocks) * PANEL < tokens:
-            # decode.c reads PANEL elements at a time, behind the last where dk is no multiple.
+        size = c.n_layers * self._n_sequences * 2 * c.d_model * PANEL
+        while len(self._blocks) * PANEL < capacity:
+            # + PANEL: decode.c reads PANEL elements at once, beyond the end if hs is no multiple.
             block = torch.empty(size + PANEL, dtype=self.weights.dtype, device="cpu")
             self._blocks.append(block)
 
-    def _struct(self, starts: Tensor) -> tuple[_Batch, list[object]]:
-        """Return a batch without tokens and logits, and what must stay alive as long as it does."""
+    def _struct(self, starts: Tensor) -> _Step:
+        """Return a batch without tokens and logits, and the objects it points to."""
         c, threads, n = self.weights.config, self._threads, int(starts[-1])
         n_blocks = len(self._blocks)
-        copies = 1 if self._rows >= _OWN_ROWS * threads else threads
+        copies = 1 if self._n_sequences >= _MIN_SEQUENCES * threads else threads
         width = -(-c.d_model // c.n_heads // PANEL) * PANEL
-        of_each = c.d_model, copies * c.d_model, 3 * c.d_model, c.d_model, c.d_ff
-        of_heads = threads * c.n_heads
-        sizes = *(n * size for size in of_each), of_heads * n_blocks * PANEL, of_heads * width
+        widths = c.d_model, copies * c.d_model, 3 * c.d_model, c.d_model, c.d_ff
+        heads = threads * c.n_heads
+        sizes = *(n * size for size in widths), heads * n_blocks * PANEL, heads * width
         scratch = [torch.empty(size, **_FLOATS) for size in sizes]
         blocks = (c_void_p * n_blocks)(*(block.data_ptr() for block in self._blocks))
         batch = _Batch(
-            self._rows, n_blocks * PANEL, threads, starts.data_ptr(), None, None,
+            self._n_sequences, n_blocks * PANEL, threads, starts.data_ptr(), None, None,
             ctypes.addressof(blocks), *(tensor.data_ptr() for tensor in scratch), None,
         )  # fmt: skip
         return batch, [starts, blocks, scratch]
 
-    def _read(
-        self, struct: tuple[_Batch, list[object]], ids: Tensor, at: Tensor, logits: Tensor | None
-    ) -> None:
+    def _read(self, struct: _Step, ids: Tensor, positions: Tensor, logits: Tensor | None) -> None:
         ids = ids.long().contiguous()
         batch, weights = struct[0], self.weights
-        batch.ids, batch.positions = ids.data_ptr(), at.data_ptr()
+        batch.ids, batch.positions = ids.data_ptr(), positions.data_ptr()
         batch.logits = None if logits is None else logits.data_ptr()
         if weights.library.read_tokens(ctypes.byref(weights.struct), ctypes.byref(batch)):
             raise IndexError(f"an id is not in the vocabulary of {weights.config.vocab_size}")
 
 
 def sample(logits: Tensor, temperature: float, points: Tensor) -> Tensor:
-    """Return for each row the id at which softmax(logits / temperature), summed, passes its point.
+    """Sample ids from softmax(logits / temperature) by inverse transform sampling.
 
-    `logits` (B, V) on a CPU, `points` (B,) in [0, 1); ids (B,). There must be a `library()`.
+    This needs a `library()`.
+
+    Args:
+        logits: (B, V), on a CPU.
+        temperature: above 0.
+        points: a uniform random number in [0, 1) for each row, (B,).
+
+    Returns:
+        The first id (B,) of each row whose cumulative probability exceeds its point.
     """
     compiled, (rows, n) = library(), logits.shape
     assert compiled is not None
@@ -334,45 +359,48 @@ def sample(logits: Tensor, temperature: float, points: Tensor) -> Tensor:
     return ids
 
 
-# ---------------------------------------------------------------------------- what it knows
+# ---------------------------------------------------------------------------- supported models
 
 _FORWARDS = {cls: cls.forward for cls in (GPT, Block, CausalSelfAttention, FeedForward)}
 _HIDDEN = GPT.hidden
-_verdicts: dict[torch.dtype, bool] = {}  # whether decode.c was right; asked once for each dtype
+_self_checks: dict[torch.dtype, bool] = {}  # whether decode.c was right, once for each dtype
 
 
-def unsupported(net: GPT) -> str | None:
-    """Return why decode.c cannot decode `net`, or None where it can."""
-    weight = next(net.parameters())
+def unsupported(model: GPT) -> str | None:
+    """Return the reason why decode.c cannot decode `model`; None if it can."""
+    weight = next(model.parameters())
     if weight.device.type != "cpu":
         return f"the model is on {weight.device}, not on a CPU"
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"its weights are {weight.dtype}"
+        return f"its weights are {weight.dtype}, not float32, bfloat16 or float16"
+    if False in _self_checks.values():
+        return MISMATCH
     if library() is None:
-        return "no C compiler works here: install gcc or clang"
-    if not is_plain(net):
-        return f"it knows GPT alone, and {type(net).__qualname__} has parts or methods of its own"
+        return "it needs a working C compiler: install gcc or clang"
+    if not is_plain(model):
+        name = type(model).__qualname__
+        return f"it computes GPT only, and this {name} has methods, hooks or parts of its own"
     return None
 
 
-def is_plain(net: GPT) -> bool:
-    """Whether all that `net` computes is as in model.py: no subclass, hook or replaced part."""
+def is_plain(model: GPT) -> bool:
+    """Return whether `model` computes what model.py does: no subclass, hook or replaced part."""
     return (
-        type(net) is GPT
-        and type(net.config) is GPTConfig
+        type(model) is GPT
+        and type(model.config) is GPTConfig
         and all(cls.forward is forward for cls, forward in _FORWARDS.items())
         and GPT.hidden is _HIDDEN
         and not any(
             m._forward_hooks or m._forward_pre_hooks or {"forward", "hidden"} & vars(m).keys()
-            for m in net.modules()
+            for m in model.modules()
         )
-        and _parts(net) == _parts_of(net.config)
+        and _parts(model) == _parts_of(model.config)
     )
 
 
-def _parts(net: GPT) -> list[tuple[Any, ...]]:
-    modules = [(name, type(m), getattr(m, "eps", None)) for name, m in net.named_modules()]
-    return [*modules, *((name, weight.shape) for name, weight in net.named_parameters())]
+def _parts(model: GPT) -> list[tuple[Any, ...]]:
+    modules = [(name, type(m), getattr(m, "eps", None)) for name, m in model.named_modules()]
+    return [*modules, *((name, weight.shape) for name, weight in model.named_parameters())]
 
 
 @functools.cache
@@ -381,57 +409,59 @@ def _parts_of(config: GPTConfig) -> list[tuple[Any, ...]]:
         return _parts(GPT(config))
 
 
-class _Kept(NamedTuple):
-    """The packed weights of a model as it was."""
+class _Packed(NamedTuple):
+    """Packed weights, and the state of the model that they were packed from."""
 
-    parameters: list[Tensor]  # held, so that no new ones take their addresses
-    state: list[tuple[int, int]]  # address and version of each
+    parameters: list[Tensor]  # kept alive, so that their addresses cannot be reused
+    state: list[tuple[int, int]]  # address and version counter of each
     weights: Weights
 
 
-_kept: WeakKeyDictionary[GPT, _Kept] = WeakKeyDictionary()  # no value may hold its key
+_cache: WeakKeyDictionary[GPT, _Packed] = WeakKeyDictionary()  # no value may refer to its key
 
 
-def prepared(net: GPT) -> Weights | None:
-    """Return the packed weights of a supported `net`; None if decode.c computes something else.
+def packed_weights(model: GPT) -> Weights | None:
+    """Return the packed weights of a supported model; None if the self-check of decode.c fails.
 
-    Those of a frozen model are packed once. Not so where a parameter requires a gradient, because
-    PyTorch does not count what fused optimizers write.
+    The weights of a frozen model are packed once. If a parameter requires a gradient, they are
+    packed each time, because fused optimizers do not increment the version counters of PyTorch.
     """
-    parameters = [p.detach() for p in (*net.parameters(), *net.buffers())]
-    if any(p.requires_grad for p in net.parameters()) or any(p.is_inference() for p in parameters):
-        return _packed(net)
+    tensors = *model.parameters(), *model.buffers()
+    parameters = [p.detach() for p in tensors]
+    if any(p.requires_grad for p in tensors) or any(p.is_inference() for p in parameters):
+        return _pack(model)
     state = [(p.data_ptr(), p._version) for p in parameters]
-    kept = _kept.get(net)
-    if kept is None or kept.state != state:
-        if (weights := _packed(net)) is None:
+    packed = _cache.get(model)
+    if packed is None or packed.state != state:
+        if (weights := _pack(model)) is None:
             return None
-        kept = _kept[net] = _Kept(parameters, state, weights)
-    return kept.weights
+        packed = _cache[model] = _Packed(parameters, state, weights)
+    return packed.weights
 
 
-def _packed(net: GPT) -> Weights | None:
-    stored = net.embedding.weight.dtype
-    whole = all(p.dtype == torch.float32 for p in (*net.parameters(), *net.buffers()))
-    exact = net if whole else copy.deepcopy(net).float()
-    weights = Weights(exact, torch.float32 if stored == torch.float16 else stored)
-    return weights if _agrees(weights, exact) else None
+def _pack(model: GPT) -> Weights | None:
+    dtype = model.embedding.weight.dtype
+    is_float32 = all(p.dtype == torch.float32 for p in (*model.parameters(), *model.buffers()))
+    exact = model if is_float32 else copy.deepcopy(model).float()
+    weights = Weights(exact, torch.float32 if dtype == torch.float16 else dtype)
+    return weights if _passes_self_check(weights, exact) else None
 
 
 @torch.inference_mode()
-def _agrees(weights: Weights, net: GPT) -> bool:
-    """Whether decode.c gives the logits of `net`, compared at its first use for each dtype."""
-    if weights.dtype in _verdicts:
-        return _verdicts[weights.dtype]
-    n = min(5, net.config.context_length)
-    ids = torch.arange(n) % net.config.vocab_size
+def _passes_self_check(weights: Weights, model: GPT) -> bool:
+    """Return whether decode.c gives the logits of `model`, compared once for each dtype."""
+    if weights.dtype in _self_checks:
+        return _self_checks[weights.dtype]
+    n = min(5, model.config.context_length)
+    ids = torch.arange(n) % model.config.vocab_size
     batch = Batch(weights, 1)
     batch.fill([0], [ids[:-1]])
-    logits, expected = batch.step(ids[-1:], torch.tensor([n - 1]), n), net(ids[None])[:, -1]
-    if not expected.isfinite().all():  # which says nothing about decode.c
+    logits, expected = batch.step(ids[-1:], torch.tensor([n - 1]), n), model(ids[None])[:, -1]
+    if not expected.isfinite().all():  # broken weights, which say nothing about decode.c
         return True
-    share = 1e-3 if weights.dtype == torch.float32 else 5e-2
-    _verdicts[weights.dtype] = bool((logits - expected).abs().max() <= share * expected.abs().max())
-    if not _verdicts[weights.dtype]:
-        log.warning("decode.c is not used: its logits are not those of GPT.forward on this machine")
-    return _verdicts[weights.dtype]
+    tolerance = 1e-3 if weights.dtype == torch.float32 else 5e-2
+    difference = (logits - expected).abs().max()
+    _self_checks[weights.dtype] = bool(difference <= tolerance * expected.abs().max())
+    if not _self_checks[weights.dtype]:
+        log.warning("decode.c is not used: %s", MISMATCH)
+    return _self_checks[weights.dtype]

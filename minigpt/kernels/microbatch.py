@@ -1,9 +1,9 @@
-"""The loss of a batch on a CPU: one thread per core, a few windows at a time.
+"""Loss of a batch on a CPU, computed in micro-batches by one thread per core.
 
-Threads that share every operator wait for each other a thousand times in a step, and the tensors of
-a whole batch fit no cache. So each thread takes its part of the batch through the forward and the
-backward pass by itself, in micro-batches; it needs memory for one micro-batch and for the
-gradients, whatever the batch. Numbers: docs/performance.md.
+If all threads share every operator, they synchronise a thousand times in a step, and the
+activations of a whole batch exceed the caches. Here each thread runs the forward and the backward
+pass for its part of the batch on its own, in micro-batches. Its memory holds one micro-batch and
+the gradients, regardless of the batch size. Measurements: docs/performance.md.
 """
 
 from __future__ import annotations
@@ -19,80 +19,89 @@ from torch import Tensor, nn
 
 from minigpt.model import GPT, IGNORE_INDEX
 
-TOKENS = 2048  # of a micro-batch: its activations stay near the caches
+TOKENS = 2048  # tokens per micro-batch: few enough for activations to stay in the caches
 
 
 class Loss(Protocol):
-    """Mean nats per token, float32."""
+    """Function from ids (B, T) and targets (B, T) to the mean nats per token, float32."""
 
-    def __call__(self, ids: Tensor, targets: Tensor) -> Tensor: ...  # (B, T) both
+    def __call__(self, ids: Tensor, targets: Tensor) -> Tensor: ...
 
 
-def microbatched_loss(net: GPT, n_threads: int | None = None) -> Loss:
-    """Return a function that gives what `net.loss` gives, computed by `n_threads` threads.
+def microbatched_loss(model: GPT, n_threads: int | None = None) -> Loss:
+    """Return a function equivalent to `model.loss` that computes in micro-batches on threads.
 
-    None means as many as PyTorch's operators take. Gradients are computed together with the loss,
-    for the weights that require one, and added up in the same order each time. A batch of fewer
-    windows than threads is left to `net.loss`, and so is every batch of a model with dropout: the
-    threads would draw their random numbers in no order.
+    The function computes the gradients of trainable weights together with the loss, and sums them
+    in a fixed order, so that results are reproducible. It calls `model.loss` for a batch with fewer
+    windows than threads. For a model with dropout `model.loss` itself is returned, because threads
+    would draw random numbers in an undefined order.
+
+    Args:
+        model: the model, on a CPU.
+        n_threads: number of threads; None means as many as PyTorch uses within an operator.
+
+    Returns:
+        The function, from ids (B, T) and targets (B, T) to the mean loss in nats, float32.
     """
-    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in net.modules()):
-        return net.loss
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+        return model.loss
 
     def microbatched(ids: Tensor, targets: Tensor) -> Tensor:
-        n = n_threads or torch.get_num_threads()  # now: Lightning shares them out among processes
+        n = (
+            n_threads or torch.get_num_threads()
+        )  # read late: Lightning divides the threads among processes
         if len(ids) < n:
-            return net.loss(ids, targets)
-        learns = torch.is_grad_enabled()
-        weights = [p for p in net.parameters() if p.requires_grad] if learns else []
-        return _MicroBatchedLoss.apply(net.loss, n, ids, targets, *weights)  # type: ignore[no-any-return]
+            return model.loss(ids, targets)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        weights = trainable if torch.is_grad_enabled() else []
+        return _MicroBatchedLoss.apply(model.loss, n, ids, targets, *weights)  # type: ignore[no-any-return]
 
     return microbatched
 
 
 class _MicroBatchedLoss(torch.autograd.Function):
-    """The sum over micro-batches of their mean loss times their share of the scored tokens."""
+    """Mean loss, as the sum over micro-batches of mean loss times share of the scored tokens."""
 
     @staticmethod
     def forward(
         ctx: Any, loss: Loss, n_threads: int, ids: Tensor, targets: Tensor, *weights: Tensor
     ) -> Tensor:
-        size = max(1, TOKENS // ids.shape[1])  # windows of a micro-batch
+        size = max(1, TOKENS // ids.shape[1])  # windows per micro-batch
         n_scored = (targets != IGNORE_INDEX).sum()
-        # A thread has its own autocast and its own grad mode.
+        # Autocast and grad mode are per thread, so each thread sets them again.
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
         def part(rows: tuple[Tensor, Tensor]) -> tuple[Tensor, list[Tensor]]:
             nats, gradients = torch.zeros(()), list[Tensor]()
             for batch in zip(*(x.split(size) for x in rows), strict=True):
                 share = (batch[1] != IGNORE_INDEX).sum() / n_scored
-                if not share:  # padding alone, whose mean is that of nothing
+                if not share:  # only padding, whose mean loss is undefined
                     continue
                 with torch.set_grad_enabled(bool(weights)):
                     with torch.autocast("cpu", dtype, dtype is not None, cache_enabled=False):
-                        more = loss(*batch) * share
-                    if weights:  # a subclass may have weights that its loss does not depend on
-                        _add(gradients, torch.autograd.grad(more, weights, materialize_grads=True))
-                nats += more.detach()
+                        term = loss(*batch) * share
+                    if weights:  # materialize_grads: a subclass may have unused weights
+                        _add(gradients, torch.autograd.grad(term, weights, materialize_grads=True))
+                nats += term.detach()
             return nats, gradients
 
         parts = zip(ids.chunk(n_threads), targets.chunk(n_threads), strict=True)
         run = map if n_threads == 1 else _threads(n_threads).map
         (nats, gradients), *others = run(part, parts)
-        for more, more_gradients in others:
-            nats += more
-            _add(gradients, more_gradients)
+        for other_nats, other_gradients in others:
+            nats += other_nats
+            _add(gradients, other_gradients)
         ctx.gradients = gradients or [torch.zeros_like(weight) for weight in weights]
         return nats
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None  # or they would live as long as the loss
+        gradients, ctx.gradients = ctx.gradients, None  # frees them before the loss is freed
         return None, None, None, None, *(gradient.mul_(grads[0]) for gradient in gradients)
 
 
 def _add(sums: list[Tensor], more: Sequence[Tensor]) -> None:
-    """Add `more` to `sums`, which may be empty so far."""
+    """Add `more` to `sums` in place; an empty list stands for zeros."""
     if not sums:
         sums.extend(more)
     elif more:
@@ -102,13 +111,13 @@ def _add(sums: list[Tensor], more: Sequence[Tensor]) -> None:
 
 @cache
 def _threads(n: int) -> ThreadPoolExecutor:
-    """Return a pool of `n` threads that lives as long as the process; each runs operators alone."""
+    """Return the process-wide pool of `n` threads, whose operators use one thread each."""
     pool, before = ThreadPoolExecutor(n, "micro-batch"), torch.get_num_threads()
     barrier = Barrier(n)
 
     def use_one_thread() -> None:
-        torch.set_num_threads(1)  # of this thread, and of each that is new
-        torch.get_num_threads()  # a thread takes the number for new ones when first asked
+        torch.set_num_threads(1)  # for this thread, and for threads that start later
+        torch.get_num_threads()  # makes this thread adopt the number before it is restored below
         barrier.wait()
 
     for started in [pool.submit(use_one_thread) for _ in range(n)]:

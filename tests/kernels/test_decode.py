@@ -104,8 +104,8 @@ def test_rows_of_different_lengths_on_threads_that_divide_nothing_evenly(rows):
 def test_vectors_of_avx_512_give_the_same(monkeypatch, tmp_path):
     """Sixteen lanes, which compilers make of smaller ones where the CPU has none."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    wide = decode._compiled([*decode.compiler(), "-D__AVX512F__", "-Wno-psabi", "-fopenmp"])
-    monkeypatch.setattr(decode, "library", lambda: decode._opened(wide))
+    wide = decode._compile([*decode.compiler(), "-D__AVX512F__", "-Wno-psabi", "-fopenmp"])
+    monkeypatch.setattr(decode, "library", lambda: decode._open(wide))
     torch.manual_seed(0)
     net = GPT(GPTConfig(71, 80, d_model=84, n_layers=2, n_heads=2, d_ff=50)).eval()
     ids = torch.randint(0, 71, (9, 40))
@@ -212,7 +212,7 @@ def test_neither_end_of_the_random_numbers_samples_what_cannot_be():
 @needs_compiler
 def test_structs_and_constants_are_those_of_the_source(tmp_path):
     structs = {name: getattr(decode, f"_{name.title()}") for name in STRUCTS}
-    lines = [f'#include "{decode.SOURCE}"', "const int panel = PANEL, own_rows = OWN_ROWS;"]
+    lines = [f'#include "{decode.SOURCE}"', "const int panel = PANEL, min_sequences = MIN_SEQUENCES;"]
     for name, struct in structs.items():
         lines.append(f"int size_of_{name}(void) {{ return sizeof({name}); }}")
         lines += [
@@ -223,7 +223,7 @@ def test_structs_and_constants_are_those_of_the_source(tmp_path):
     source.write_text("\n".join(lines), encoding="utf-8")
     subprocess.run([*command, "-w", "-shared", "-fPIC", source, "-lm", "-o", made], check=True)
     compiled = ctypes.CDLL(str(made))
-    for name, constant in {"panel": decode.PANEL, "own_rows": decode._OWN_ROWS}.items():
+    for name, constant in {"panel": decode.PANEL, "min_sequences": decode._MIN_SEQUENCES}.items():
         assert ctypes.c_int.in_dll(compiled, name).value == constant
     for name, struct in structs.items():
         assert getattr(compiled, f"size_of_{name}")() == ctypes.sizeof(struct)
@@ -240,19 +240,19 @@ def test_it_is_compiled_once_and_whole(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     command = decode.compiler()
     assert command
-    made = decode._cached(command)
+    made = decode._cached_path(command)
     assert [path.name for path in (tmp_path / "minigpt").iterdir()] == [made.name]
     written = made.stat().st_mtime_ns
-    assert decode._cached(command) == made
+    assert decode._cached_path(command) == made
     assert made.stat().st_mtime_ns == written
-    assert decode._cached([*command, "-DOTHER"]) != made
+    assert decode._cached_path([*command, "-DOTHER"]) != made
     made.write_bytes(b"")  # as a disk might leave it
-    assert decode._loaded(command).sample
+    assert decode._load(command).sample
     assert made.stat().st_size > 0
     other = Path(tmp_path, "other.c")
     other.write_text(decode.SOURCE.read_text() + "\n")
     monkeypatch.setattr(decode, "SOURCE", other)
-    assert decode._cached(command) != made
+    assert decode._cached_path(command) != made
 
 
 @needs_compiler
@@ -262,7 +262,7 @@ def test_a_compiler_without_openmp_is_used_for_few_rows(tmp_path, monkeypatch):
     script.write_text('#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec cc "$@"\n')
     script.chmod(0o755)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    alone = decode._loaded([str(script)])
+    alone = decode._load([str(script)])
     monkeypatch.setattr(decode, "library", lambda: alone)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     net = GPT(GPTConfig(71, 80, d_model=64, n_layers=1, n_heads=2, d_ff=64)).eval()
@@ -290,7 +290,7 @@ def test_without_a_compiler_there_is_no_library_and_a_broken_one_is_told_of(
     cc, said, monkeypatch, caplog
 ):
     monkeypatch.setenv("CC", cc)
-    assert decode._compiled_here.__wrapped__() is None
+    assert decode._compiled_library.__wrapped__() is None
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == (0 if said is None else 1)
     for message in messages:
@@ -303,7 +303,7 @@ def test_a_cache_that_cannot_be_written_is_told_of(tmp_path, monkeypatch, caplog
     (tmp_path / "minigpt").write_text("a file")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "cc -v" if decode.compiler() else "true")
-    assert decode._compiled_here.__wrapped__() is None
+    assert decode._compiled_library.__wrapped__() is None
     assert "File exists" in caplog.text
 
 
@@ -388,13 +388,13 @@ def test_a_subclass_falls_back_with_one_line(cls, lines, caplog):
 def test_a_build_that_computes_something_else_is_not_used(dtype, tmp_path, monkeypatch, caplog):
     source = decode.SOURCE.read_text(encoding="utf-8")
     wrong = tmp_path / "wrong.c"
-    wrong.write_text(source.replace("if (then == GELU) sum = gelu(sum);", ""), encoding="utf-8")
+    wrong.write_text(source.replace("if (epilogue == GELU) sum = gelu(sum);", ""), encoding="utf-8")
     assert wrong.read_text(encoding="utf-8") != source
     monkeypatch.setattr(decode, "SOURCE", wrong)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(decode, "_verdicts", {})
-    library = decode._loaded(decode.compiler())
-    monkeypatch.setattr(decode, "_compiled_here", lambda: library)
+    monkeypatch.setattr(decode, "_self_checks", {})
+    library = decode._load(decode.compiler())
+    monkeypatch.setattr(decode, "_compiled_library", lambda: library)
     net, ids = make_net().to(dtype), random_ids(2, 9)
     with torch.inference_mode():
         decoder = Decoder(net, list(ids[:, :-1]))
@@ -408,7 +408,7 @@ def test_a_build_that_computes_something_else_is_not_used(dtype, tmp_path, monke
 
 
 def test_without_a_compiler_it_is_refused_in_one_line(monkeypatch):
-    monkeypatch.setattr(decode, "_compiled_here", lambda: None)
+    monkeypatch.setattr(decode, "_compiled_library", lambda: None)
     with pytest.raises(UserError, match=naming("backend", "compiler", "torch")) as caught:
         Decoder(make_net(), [torch.tensor([1])], "c")
     assert "\n" not in str(caught.value)
