@@ -16,16 +16,19 @@ def generate(
     n: int = 1,
     sampling: SamplingConfig | None = None,
 ) -> list[str]:
-    """Return `n` continuations of `prompt` by the model of `run`, without the prompt.
+    """Return `n` continuations of a prompt by the model of a run.
 
     Args:
-        run: a run, or where it is.
-        prompt: how each story begins.
+        run: a run, or the path of its folder, of a checkpoint or of an export.
+        prompt: beginning of each story.
         n: number of stories, at least 1.
-        sampling: how tokens are chosen; None: the defaults, another story each time.
+        sampling: how tokens are chosen; None means the defaults, with a new seed each time.
+
+    Returns:
+        The continuations, without the prompt.
 
     Raises:
-        UserError: there is no run, or the prompt is not valid Unicode.
+        UserError: `run` is not a run or cannot be read, or the prompt is not valid Unicode.
     """
     run = Run.load(run)
     return generate_stories(

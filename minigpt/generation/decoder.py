@@ -1,10 +1,10 @@
-"""Texts continued token by token: keys and values are kept, logits of the next token come out.
+"""Incremental decoding: feed one token per sequence, get the logits of the next one.
 
-`Decoder` decodes by `GPT.forward` and a `KVCache`. On a CPU with a C compiler `kernels/decode.c`
-computes the same faster, for a model that is exactly a GPT. Numbers: docs/generation.md.
+`Decoder` decodes by `GPT.forward` and a `KVCache`, or faster by `kernels/decode.c`, on a CPU with a
+C compiler and for a model that is exactly a `GPT`. Measurements: docs/generation.md.
 
     >>> decoder = Decoder(model, [torch.tensor([0, 17, 4])])
-    >>> logits = decoder.read(torch.tensor([56]))  # (1, V): of the token after 0 17 4 56
+    >>> logits = decoder.read(torch.tensor([56]))  # (1, V), after the tokens 0, 17, 4, 56
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from minigpt.model import GPT, KVCache
 
 try:
     from minigpt.kernels import decode
-except ImportError:  # it is optional: without it PyTorch decodes
+except ImportError:  # the module is optional: without it PyTorch decodes
     decode = None
 
 log = logging.getLogger(__name__)
@@ -35,128 +35,159 @@ Backend = Literal["auto", "torch", "c"]
 
 
 class Batch(Protocol):
-    """Sequences that are continued together, as a backend holds them."""
+    """Sequences that are decoded together by one backend."""
 
-    def fill(self, rows: list[int], texts: list[Tensor]) -> None:
-        """Let the sequences `rows` be `texts`, ids (T,) each."""
+    def fill(self, indices: list[int], sequences: list[Tensor]) -> None:
+        """Replace the sequences at `indices` by `sequences`, ids (T,) each."""
         ...
 
-    def step(self, ids: Tensor, at: Tensor, end: int) -> Tensor:
-        """Append `ids` (B,) at positions `at` (B,), the largest being `end` - 1: logits (B, V)."""
+    def step(self, ids: Tensor, positions: Tensor, end: int) -> Tensor:
+        """Append one token to each sequence and return the logits of the next one.
+
+        Args:
+            ids: the new tokens (B,).
+            positions: their positions (B,).
+            end: the largest position plus one.
+
+        Returns:
+            Logits (B, V), float32.
+        """
         ...
 
 
 class Decoder:
-    """A batch of texts of any lengths, each of which grows by a token at a step.
+    """A batch of sequences of any lengths that grow by one token per step.
 
-    Positions are absolute and the context is finite, so a text that outgrows it is shifted: the
-    last half of the context is read again from position 0, and reading continues from there. A text
-    that is longer from the start is cut down by the same rule. Each text is shifted when it is full
-    itself, and gives the logits that it would give alone.
+    When a sequence reaches the context length, a context shift takes place: the last half of the
+    context is read again from position 0, and decoding continues after it. A prompt that is longer
+    than the context is truncated by the same rule. Sequences shift independently, so each one gets
+    the logits that it would get alone.
 
-    The model must be in evaluation mode and must not be trained meanwhile. The "c" backend keeps
-    the packed weights of a frozen model from text to text; what is written through `.data`, which
-    PyTorch does not count, is not seen. On a CPU a float16 model is computed in float32, and "c"
-    computes a bfloat16 one in float32 with weights, keys and values in bfloat16.
+    The model must be in evaluation mode and must not be trained meanwhile. The "c" backend caches
+    the packed weights of a frozen model; in-place writes through `.data` do not bump PyTorch's
+    version counter, so they do not invalidate that cache. On a CPU a float16 model is computed in
+    float32; "c" computes a bfloat16 model in float32, with weights, keys and values in bfloat16.
 
     Args:
-        net: the model; a subclass is decoded by its own `forward`.
-        texts: ids (T,) of each text, T >= 0, on the device of the model.
-        backend: "torch" decodes by `net.forward`, "c" by kernels/decode.c; "auto" takes "c" where
-            it is possible.
+        model: the model; a subclass is decoded by its own `forward`.
+        prompts: ids (T,) of each sequence, T >= 0, on the device of the model.
+        backend: "torch" decodes by `model.forward`, "c" by kernels/decode.c; "auto" selects "c" if
+            it can decode this model here.
 
     Raises:
-        UserError: the backend is "c" and cannot decode this model here.
+        UserError: the backend is "c", which cannot decode this model here.
     """
 
-    def __init__(self, net: GPT, texts: Sequence[Tensor], backend: Backend = "auto") -> None:
-        self.batch = _batch(net, len(texts), backend)
-        self.context = net.config.context_length
+    def __init__(self, model: GPT, prompts: Sequence[Tensor], backend: Backend = "auto") -> None:
+        self.batch = _batch(model, len(prompts), backend)
+        self.context = model.config.context_length
         self.half = max(1, self.context // 2)
-        self.texts = texts
-        self.new: deque[Tensor] = deque(maxlen=self.half)  # ids (B,) read behind `texts`
-        # (B,) tokens held of each text: the position of the next one.
-        self.at = torch.zeros(len(texts), dtype=torch.long, device=net.embedding.weight.device)
-        kept = [text if len(text) < self.context else self._tail(text) for text in texts]
-        self._fill(list(range(len(texts))), kept)
+        self.prompts = prompts
+        self.new: deque[Tensor] = deque(maxlen=self.half)  # ids (B,) read after `prompts`
+        # (B,) number of tokens of each sequence in the batch, which is the next position.
+        device = model.embedding.weight.device
+        self.positions = torch.zeros(len(prompts), dtype=torch.long, device=device)
+        fitting = [ids if len(ids) < self.context else self._truncated(ids) for ids in prompts]
+        self._fill(list(range(len(prompts))), fitting)
 
     def read(self, ids: Tensor) -> Tensor:
-        """Continue each text by one of `ids` (B,): logits (B, V), float32, of what follows."""
-        if ids.shape != self.at.shape:
-            raise ValueError(f"ids of shape {tuple(ids.shape)} for {len(self.at)} texts")
+        """Append one token to each sequence and return the logits of the next one.
+
+        Args:
+            ids: the new tokens (B,), on the device of the model.
+
+        Returns:
+            Logits (B, V), float32.
+
+        Raises:
+            ValueError: `ids` does not have one id per sequence.
+            IndexError: an id is not in the vocabulary; the sequences stay as they were.
+        """
+        if ids.shape != self.positions.shape:
+            raise ValueError(f"ids of shape {tuple(ids.shape)} for {len(self.positions)} sequences")
         if self.longest == self.context:
             self._shift()
-        logits = self.batch.step(ids, self.at, self.longest + 1)
+        logits = self.batch.step(ids, self.positions, self.longest + 1)
         self.new.append(ids)
         self.longest += 1
-        self.at += 1
+        self.positions += 1
         return logits
 
     def _shift(self) -> None:
-        full = [row for row, at in enumerate(self.at.tolist()) if at == self.context]
+        full = [i for i, position in enumerate(self.positions.tolist()) if position == self.context]
         new = torch.stack(tuple(self.new), dim=1)  # (B, at most half)
-        self._fill(full, [self._tail(torch.cat([self.texts[row], new[row]])) for row in full])
+        self._fill(full, [self._truncated(torch.cat([self.prompts[i], new[i]])) for i in full])
 
-    def _tail(self, text: Tensor) -> Tensor:
-        """What a shift keeps: with the token that is read next, the last half of the context."""
-        return text[len(text) - (self.half - 1) :]
+    def _truncated(self, ids: Tensor) -> Tensor:
+        """Return the end of a sequence; with the next token it is half of the context."""
+        return ids[len(ids) - (self.half - 1) :]
 
-    def _fill(self, rows: list[int], texts: list[Tensor]) -> None:
-        self.at[rows] = torch.tensor([len(text) for text in texts], device=self.at.device)
-        self.longest = int(self.at.max())
-        self.batch.fill(rows, texts)
+    def _fill(self, indices: list[int], sequences: list[Tensor]) -> None:
+        lengths = [len(ids) for ids in sequences]
+        self.positions[indices] = torch.tensor(lengths, device=self.positions.device)
+        self.longest = int(self.positions.max())
+        self.batch.fill(indices, sequences)
 
 
 class CachedBatch:
-    """A batch that is decoded by `net.forward` and a KVCache."""
+    """Batch that is decoded by `model.forward` and a `KVCache`."""
 
-    def __init__(self, net: GPT, rows: int) -> None:
-        self.net, self.rows, self.cache = net, rows, KVCache(net.config.context_length)
+    def __init__(self, model: GPT, n_sequences: int) -> None:
+        self.model, self.n_sequences = model, n_sequences
+        self.cache = KVCache(model.config.context_length)
 
-    def fill(self, rows: list[int], texts: list[Tensor]) -> None:
-        cache = KVCache(self.net.config.context_length)
-        ids = pad_sequence(texts, batch_first=True)  # behind a text, where it cannot look
-        if ids.shape[1] and type(self.net).forward is GPT.forward:
-            self.net.hidden(ids, cache)  # no logits, which nobody asks for here
+    def fill(self, indices: list[int], sequences: list[Tensor]) -> None:
+        """Replace the sequences at `indices`, and compute their keys and values."""
+        cache = KVCache(self.model.config.context_length)
+        ids = pad_sequence(sequences, batch_first=True)  # at the end, which is never attended to
+        if ids.shape[1] and type(self.model).forward is GPT.forward:
+            self.model.hidden(ids, cache)  # `forward` would also compute logits, unused here
         elif ids.shape[1]:
-            self.net(ids, cache=cache)
-        lengths = self.cache.lengths.expand(self.rows).tolist()
-        for row, text in zip(rows, texts, strict=True):
-            lengths[row] = len(text)
-        if len(rows) == self.rows:
+            self.model(ids, cache=cache)
+        lengths = self.cache.lengths.expand(self.n_sequences).tolist()
+        for index, sequence in zip(indices, sequences, strict=True):
+            lengths[index] = len(sequence)
+        if len(indices) == self.n_sequences:
             self.cache = cache
         else:
-            # The texts that are filled may all be empty: then `cache` has no layers.
-            for held, new in zip(self.cache.layers, cache.layers, strict=False):
-                held[:, rows, :, : cache.length] = new[:, :, :, : cache.length]
+            # Not strict: if all new sequences are empty, `cache` has no layers.
+            for stored, new in zip(self.cache.layers, cache.layers, strict=False):
+                stored[:, indices, :, : cache.length] = new[:, :, :, : cache.length]
         self.cache.truncate(lengths)
 
-    def step(self, ids: Tensor, at: Tensor, end: int) -> Tensor:
-        logits = self.net(ids[:, None], cache=self.cache)[:, -1].float()
+    def step(self, ids: Tensor, positions: Tensor, end: int) -> Tensor:
+        """Append one token to each sequence and return logits (B, V) of the next one."""
+        logits = self.model(ids[:, None], cache=self.cache)[:, -1].float()
         if self.cache.length != end:
-            raise UserError(f"{type(self.net).__qualname__}.forward takes a cache, but keeps none")
+            name = f"{type(self.model).__qualname__}.forward"
+            raise UserError(
+                f"{name} has a parameter `cache` but does not append to it: pass it on to "
+                "super().forward, or remove the parameter"
+            )
         return logits
 
 
 class UncachedBatch:
-    """A batch of a model whose forward takes no cache: each step is a full pass over the texts."""
+    """Batch of a model whose forward has no cache: each step is a pass over whole sequences."""
 
-    def __init__(self, net: GPT, rows: int) -> None:
-        self.net, self.texts = net, [torch.empty(0)] * rows
+    def __init__(self, model: GPT, n_sequences: int) -> None:
+        self.model, self.sequences = model, [torch.empty(0)] * n_sequences
 
-    def fill(self, rows: list[int], texts: list[Tensor]) -> None:
-        for row, text in zip(rows, texts, strict=True):
-            self.texts[row] = text
+    def fill(self, indices: list[int], sequences: list[Tensor]) -> None:
+        """Replace the sequences at `indices`."""
+        for index, sequence in zip(indices, sequences, strict=True):
+            self.sequences[index] = sequence
 
-    def step(self, ids: Tensor, at: Tensor, end: int) -> Tensor:
-        texts = [torch.cat([text, new[None]]) for text, new in zip(self.texts, ids, strict=True)]
+    def step(self, ids: Tensor, positions: Tensor, end: int) -> Tensor:
+        """Append one token to each sequence and return logits (B, V) of the next one."""
+        sequences = [torch.cat([s, new[None]]) for s, new in zip(self.sequences, ids, strict=True)]
         logits: list[Tensor] = list(ids)
-        for length in {len(text) for text in texts}:  # those of one length together: no padding
-            rows = [row for row, text in enumerate(texts) if len(text) == length]
-            last = self.net(torch.stack([texts[row] for row in rows]))[:, -1].float()
-            for row, of_row in zip(rows, last, strict=True):
-                logits[row] = of_row
-        self.texts = texts
+        for length in {len(s) for s in sequences}:  # a pass for each length needs no padding
+            indices = [i for i, s in enumerate(sequences) if len(s) == length]
+            last = self.model(torch.stack([sequences[i] for i in indices]))[:, -1].float()
+            for i, row in zip(indices, last, strict=True):
+                logits[i] = row
+        self.sequences = sequences
         return torch.stack(logits)
 
 
@@ -164,49 +195,54 @@ class UncachedBatch:
 
 
 def c_backend() -> Any | None:
-    """Return the module that calls decode.c; None without it or without a C compiler."""
+    """Return the module that binds decode.c; None if it is missing or has no usable library."""
     return decode if decode is not None and decode.library() is not None else None
 
 
-def takes_cache(net: GPT) -> bool:
-    """Whether `net.forward` decodes with a KVCache: that of a subclass may take none."""
+def takes_cache(model: GPT) -> bool:
+    """Return whether `model` decodes with a `KVCache`, which a subclass may not support."""
     return all(
         "cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        for parameters in (inspect.signature(f).parameters for f in (net.forward, net.hidden))
+        for parameters in (inspect.signature(f).parameters for f in (model.forward, model.hidden))
     )
 
 
-def _batch(net: GPT, rows: int, backend: Backend) -> Batch:
-    """Return an empty batch of the backend that is asked for, or of the fastest one."""
+def _batch(model: GPT, n_sequences: int, backend: Backend) -> Batch:
+    """Return an empty batch of `backend`, or of the fastest one for "auto"."""
     if backend != "torch":
-        batch, reason = _c_batch(net, rows, backend)
+        batch, reason = _c_batch(model, n_sequences, backend)
         if batch is not None:
             return batch
         if backend == "c":
-            raise UserError(f"decode.c is of no use: {reason}", "backend", fix={"backend": "torch"})
-        if type(net) is not GPT and c_backend() is not None:
-            _say_once(f"PyTorch decodes {type(net).__qualname__}: decode.c knows GPT alone")
-    if net.embedding.weight.dtype == torch.float16 and net.embedding.weight.device.type == "cpu":
-        net = copy.deepcopy(net).float()
-    if takes_cache(net):
-        return CachedBatch(net, rows)
-    _say_once(f"{type(net).__qualname__} takes no cache: each token costs a pass over the text")
-    return UncachedBatch(net, rows)
+            problem = f"decode.c cannot decode this model here: {reason}"
+            raise UserError(problem, "backend", backend, fix={"backend": "torch"})
+        if type(model) is not GPT and c_backend() is not None:
+            name = type(model).__qualname__
+            _warn_once(f"PyTorch decodes {name}, more slowly: decode.c supports only GPT itself")
+    weight = model.embedding.weight
+    if weight.dtype == torch.float16 and weight.device.type == "cpu":
+        model = copy.deepcopy(model).float()
+    if takes_cache(model):
+        return CachedBatch(model, n_sequences)
+    name = type(model).__qualname__
+    _warn_once(f"{name} takes no `cache`, so each token needs a pass over the whole text")
+    return UncachedBatch(model, n_sequences)
 
 
-def _c_batch(net: GPT, rows: int, backend: Backend) -> tuple[Batch | None, str]:
-    """Return a batch for decode.c, or None and the reason."""
+def _c_batch(model: GPT, n_sequences: int, backend: Backend) -> tuple[Batch | None, str]:
+    """Return a batch for decode.c, or None and the reason why there is none."""
     if decode is None:
         return None, "minigpt.kernels.decode is missing"
-    if (reason := decode.unsupported(net)) is not None:
+    if (reason := decode.unsupported(model)) is not None:
         return None, reason
-    if backend == "auto" and rows >= 4 and torch.get_num_threads() > 1 and not decode.is_threaded():
-        return None, "it works on one thread, and PyTorch on several"
-    if (weights := decode.prepared(net)) is None:
-        return None, "its logits are not those of GPT.forward on this machine"
-    return decode.Batch(weights, rows), ""
+    threads = torch.get_num_threads()
+    if backend == "auto" and n_sequences >= 4 and threads > 1 and not decode.is_threaded():
+        return None, "it runs on one thread, and PyTorch on several"
+    if (weights := decode.packed_weights(model)) is None:
+        return None, decode.MISMATCH
+    return decode.Batch(weights, n_sequences), ""
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def _warn_once(message: str) -> None:
     log.warning(message)

@@ -1,4 +1,4 @@
-"""Stories out of a model: sampling one token at a time, with cached keys and values.
+"""Sampling: choose one token after another, and stream the text.
 
 >>> for piece in stream_story("runs/my-run", "Once upon a time", SamplingConfig(temperature=0.5)):
 ...     print(piece, end="", flush=True)
@@ -16,107 +16,109 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from minigpt.core.settings import UserError
+from minigpt.core.settings import UserError, check
 from minigpt.generation.decoder import Backend, Decoder, c_backend
 from minigpt.model import GPT
 from minigpt.runs.folder import Run
 from minigpt.tokenizer import Tokenizer
 
-MAX_BATCH = 64  # rows of `iterate_stories`: 170 MB of keys and values at the medium size
-COLDEST = 1e-6  # below it all mass is on the likeliest token, and dividing by it overflows
+MAX_BATCH = 64  # sequences per batch: 170 MB of keys and values at the medium size
+MIN_TEMPERATURE = 1e-6  # below it sampling is greedy, because the division would overflow
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How text is generated. Of several filters, top_k comes first, then top_p, then min_p."""
+    """How tokens are chosen. Filters apply in the order top_k, top_p, min_p.
+
+    Raises:
+        UserError: a value is out of range.
+    """
 
     temperature: float = 0.8
-    """What logits are divided by; 0 means that the most likely token is always chosen."""
+    """Divisor of the logits, at least 0; 0 always chooses the most likely token."""
     top_k: int | None = None
-    """Choose among the k most likely tokens alone."""
+    """Number of most likely tokens to choose among, at least 1; None means all tokens."""
     top_p: float | None = None
-    """Choose among the fewest tokens that together have this probability."""
+    """Total probability, in (0, 1], of the most likely tokens to choose among; None means 1."""
     max_tokens: int = 256
-    """Largest number of new tokens."""
+    """Largest number of new tokens, at least 1."""
     seed: int | None = None
-    """Seed of the random numbers; None means another text each time."""
+    """Seed of the random numbers, in [0, 2^63); None means a new one each time."""
     min_p: float | None = None
-    """Leave out tokens less probable than this share of the most likely one."""
+    """Least probability of a token relative to the most likely one, in [0, 1]; None means 0."""
     repetition_penalty: float = 1.0
-    """Above 1, tokens of prompt and text become less likely."""
+    """Penalty in [0.01, 100] on tokens of prompt and text; above 1 they become less likely."""
     backend: Backend = "auto"
-    """What computes: `torch` is `GPT.forward`, `c` is decode.c; `auto` is `c` where possible."""
+    """Decode by `GPT.forward` (torch) or decode.c (c); auto means c for models it can decode."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UserError(
-                f"temperature {self.temperature} must be 0 (always the likeliest token) or more; "
-                "0.8 is a good one"
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k {self.top_k} must be at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p {self.top_p} must be above 0 and at most 1")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise UserError(f"min_p {self.min_p} must be between 0 and 1")
-        if not 0.01 <= self.repetition_penalty <= 100:  # logits stay finite
-            raise UserError(
-                f"repetition_penalty {self.repetition_penalty} must be from 0.01 to 100: "
-                "1 is none, 1.2 a strong one"
-            )
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise UserError(f"seed {self.seed} must be between 0 and 2^63 − 1")
-        if self.max_tokens < 1:
-            raise UserError(f"max_tokens {self.max_tokens} must be at least 1")
-        if self.backend not in get_args(Backend):
-            raise UserError("choose from auto, torch, c", "backend", self.backend)
+        greedy = "must be finite and at least 0, which always chooses the most likely token"
+        check(self, greedy, lambda t: math.isfinite(t) and t >= 0, "temperature")
+        check(self, "must be at least 1", lambda n: n >= 1, "top_k", "max_tokens")
+        check(self, "must be above 0 and at most 1", lambda p: 0 < p <= 1, "top_p")
+        check(self, "must be from 0 to 1", lambda p: 0 <= p <= 1, "min_p")
+        penalty = "must be from 0.01 to 100; 1 means none, and 1.2 is strong"
+        check(self, penalty, lambda x: 0.01 <= x <= 100, "repetition_penalty")  # finite logits
+        check(self, "must be from 0 to 2^63 − 1", lambda seed: 0 <= seed < 2**63, "seed")
+        backends = get_args(Backend)
+        check(self, f"choose from {', '.join(backends)}", backends.__contains__, "backend")
 
 
 class Step(NamedTuple):
-    """One more token for each row, and what the model thought of all of them."""
+    """One new token for each sequence.
 
-    ids: Tensor  # (B,) int64
-    logits: Tensor  # (B, V) float32: the model's own, before temperature and filters
+    Attributes:
+        ids: the tokens (B,), int64.
+        logits: the model's logits (B, V), float32, before penalty, temperature and filters.
+    """
+
+    ids: Tensor
+    logits: Tensor
 
 
 def generate(
-    net: GPT,
+    model: GPT,
     prompt_ids: Tensor | Sequence[Sequence[int]],
     sampling: SamplingConfig,
     end_of_text: int,
     generator: torch.Generator | None = None,
     vocab_size: int | None = None,
 ) -> Iterator[Step]:
-    """Continue each row of `prompt_ids` by one token at each step.
+    """Continue each prompt by one token per step.
 
-    A row that has ended goes on with `end_of_text`; the iteration stops when all have, or after
-    `max_tokens` steps. `Decoder` says what becomes of texts that outgrow the context. The caller's
-    random state is left alone; the net is in evaluation mode until the iterator ends or is closed.
+    A sequence that has ended is padded with `end_of_text`. Iteration stops when all sequences have
+    ended, or after `max_tokens` steps. `Decoder` describes the context shift of long sequences. The
+    global random state is not used. The model is in evaluation mode until the iterator ends or is
+    closed.
 
     Args:
-        net: its weights must not change meanwhile; its dtype is what is stored (see `Decoder`).
-        prompt_ids: (B, T), or B rows of different lengths. No row may be empty.
+        model: the model, whose weights must not change meanwhile.
+        prompt_ids: token ids (B, T), or B sequences of different lengths, none of them empty.
         sampling: how the next token is chosen.
-        end_of_text: the id that ends a row; -1: none does.
-        generator: random numbers in place of those of `sampling.seed`, on the device of the net.
-        vocab_size: tokens of the tokenizer, where the net has room for more; the rest stays unsaid.
+        end_of_text: id that ends a sequence; -1 means that none does.
+        generator: random generator on the device of the model; None means one with `sampling.seed`.
+        vocab_size: number of tokens of the tokenizer; larger ids, which only the model has, are
+            never chosen. None means that of the model.
+
+    Yields:
+        The chosen token of each sequence, with the logits it was chosen by.
 
     Raises:
-        UserError: the weights give logits that are no numbers, or the backend cannot decode them.
+        UserError: the logits are not finite, or the backend cannot decode the model.
     """
-    device = net.embedding.weight.device
+    device = model.embedding.weight.device
     prompts = [torch.as_tensor(row, dtype=torch.long, device=device) for row in prompt_ids]
     generator = generator or seeded_generator(sampling.seed, device)
     penalised = sampling.repetition_penalty != 1.0
-    was_training = net.training
-    net.eval()
+    was_training = model.training
+    model.eval()
     try:
-        # Not the whole generator: its caller is not in inference mode between two tokens.
+        # Not around the `yield`: the caller must not be in inference mode between two tokens.
         with torch.inference_mode():
-            decoder = Decoder(net, [prompt[:-1] for prompt in prompts], sampling.backend)
+            decoder = Decoder(model, [prompt[:-1] for prompt in prompts], sampling.backend)
             ids = torch.stack([prompt[-1] for prompt in prompts])  # (B,)
             ended, n_ended = torch.zeros_like(ids, dtype=torch.bool), 0
-            n_tokens = vocab_size or net.config.vocab_size
+            n_tokens = vocab_size or model.config.vocab_size
             seen = _tokens_of(prompts, n_tokens, end_of_text) if penalised else None
         for step in range(sampling.max_tokens):
             with torch.inference_mode():
@@ -125,7 +127,8 @@ def generate(
                     logits = logits[:, :n_tokens]
                 if step == 0 and not logits.isfinite().all():
                     raise UserError(
-                        "the weights of this model are broken: its logits are not finite"
+                        "the weights of this model are broken, because its logits are not finite: "
+                        "choose another checkpoint"
                     )
                 ids = sample(logits, sampling, generator, seen)
                 if n_ended:
@@ -139,11 +142,11 @@ def generate(
             if n_ended == len(ids):
                 return
     finally:
-        net.train(was_training)
+        model.train(was_training)
 
 
 def _tokens_of(prompts: list[Tensor], vocab_size: int, end_of_text: int) -> Tensor:
-    """(B, V) bool: the tokens of each prompt, without `end_of_text`, which begins it."""
+    """Return which tokens each prompt contains, (B, V) bool, except the `end_of_text` before it."""
     seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=prompts[0].device)
     for row, prompt in zip(seen, prompts, strict=True):
         row[prompt[prompt != end_of_text]] = True
@@ -156,10 +159,20 @@ def sample(
     generator: torch.Generator,
     seen: Tensor | None = None,
 ) -> Tensor:
-    """One id (B,) for each row of `logits` (B, V). `seen` (B, V): tokens of the text so far."""
+    """Sample one id for each row of logits.
+
+    Args:
+        logits: (B, V).
+        sampling: how tokens are chosen.
+        generator: random generator on the device of `logits`.
+        seen: (B, V) bool, tokens to apply the repetition penalty to; None means none.
+
+    Returns:
+        Ids (B,), int64.
+    """
     if seen is not None:
         logits = penalise(logits, seen, sampling.repetition_penalty)
-    if sampling.temperature < COLDEST:
+    if sampling.temperature < MIN_TEMPERATURE:
         return logits.argmax(dim=-1)
     temperature, filters = sampling.temperature, (sampling.top_k, sampling.top_p, sampling.min_p)
     if filters != (None, None, None):
@@ -170,50 +183,51 @@ def sample(
         logits = keep_top_p(logits, sampling.top_p)
     if sampling.min_p is not None:
         logits = keep_min_p(logits, sampling.min_p)
-    # One random number a row, where torch.multinomial draws one for each token of the vocabulary.
+    # One random number per row; torch.multinomial would need one for each token of the vocabulary.
     points = torch.rand(len(logits), generator=generator, dtype=torch.float32, device=logits.device)
     c = c_backend() if sampling.backend != "torch" and logits.device.type == "cpu" else None
     if c is not None:
         return c.sample(logits, temperature, points)
     mass = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)
-    # Rounding must not take a point to the end of the last token.
+    # Rounding must not move a point beyond the last token.
     end = mass[:, -1].nextafter(torch.zeros_like(mass[:, -1]))
     points = torch.minimum(points * mass[:, -1], end)
     return torch.searchsorted(mass, points[:, None], right=True).squeeze(1)
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """`logits` (B, V) of tokens in `seen` (B, V) made less likely by `penalty` > 1.
+    """Return logits (B, V) with a repetition penalty on the tokens in `seen` (B, V).
 
-    Keskar et al. 2019 (arXiv 1909.05858), section 4.1, where it divides; like transformers, this
-    multiplies the negative ones, which dividing would make more likely.
+    Keskar et al. 2019 (arXiv 1909.05858, section 4.1) divide logits by the penalty. As in
+    transformers, negative logits are multiplied instead, because division would raise them.
     """
     lowered = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen, lowered, logits)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """`logits` (B, V) with -inf for all but the k largest of each row."""
+    """Return logits (B, V) with -inf for all but the k largest of each row."""
     values, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
     return torch.full_like(logits, -math.inf).scatter(-1, ids, values)
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """`logits` (B, V) with -inf outside the nucleus: the fewest likeliest that hold mass p.
+    """Return logits (B, V) with -inf outside the nucleus.
 
-    Holtzman et al. 2020, section 3.1. The likeliest token always stays.
+    The nucleus is the smallest set of most likely tokens with a total probability of at least p
+    (Holtzman et al. 2020, arXiv 1904.09751, section 3.1). It contains at least one token.
     """
     ordered, ids = logits.sort(dim=-1, descending=True)
     mass = ordered.softmax(dim=-1)
-    before = mass.cumsum(dim=-1) - mass  # what the likelier ones hold already
-    before[:, 0] = 0.0  # exactly: rounding must not cost a row its last token
+    before = mass.cumsum(dim=-1) - mass  # total probability of more likely tokens
+    before[:, 0] = 0.0  # exactly, so that rounding cannot mask the most likely token
     return torch.full_like(logits, -math.inf).scatter(
         -1, ids, ordered.masked_fill(before >= p, -math.inf)
     )
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """`logits` (B, V) with -inf where the probability is below `p` times that of the likeliest.
+    """Return logits (B, V) with -inf for tokens less than p times as likely as the most likely one.
 
     Nguyen et al. 2024 (arXiv 2407.01082).
     """
@@ -226,79 +240,97 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
 def stream_story(
     run: str | Path | Run, prompt: str = "Once upon a time", sampling: SamplingConfig | None = None
 ) -> Iterator[str]:
-    """What the model of `run` writes after `prompt`, in pieces, as it is written.
+    """Stream the continuation of a prompt by the model of a run.
+
+    Args:
+        run: a run, or the path of its folder, of a checkpoint or of an export.
+        prompt: beginning of the story.
+        sampling: how tokens are chosen; None means the defaults, with a new seed each time.
+
+    Yields:
+        Pieces of the continuation, without the prompt, as soon as they are sampled.
 
     Raises:
-        UserError: no run there, or a prompt that is not valid Unicode.
+        UserError: `run` is not a run or cannot be read, or the prompt is not valid Unicode.
     """
     run = Run.load(run)
     yield from stream_text(run.load_model(), run.tokenizer, prompt, sampling or SamplingConfig())
 
 
 def stream_text(
-    net: GPT, tokenizer: Tokenizer, prompt: str, sampling: SamplingConfig
+    model: GPT, tokenizer: Tokenizer, prompt: str, sampling: SamplingConfig
 ) -> Iterator[str]:
-    """What the model writes after `prompt`, in pieces, as it is written.
+    """Stream the continuation of a prompt by a model.
 
-    A token may hold part of a UTF-8 character: its bytes are held back until the character is
-    whole, so that the pieces join to the text that `generate_stories` would give.
+    A token may end within a UTF-8 character. Its last bytes are then withheld until the character
+    is complete, so that the pieces join to the text that `generate_stories` returns.
+
+    Args:
+        model: the model.
+        tokenizer: the tokenizer that the model was trained with.
+        prompt: beginning of the story.
+        sampling: how tokens are chosen.
+
+    Yields:
+        Pieces of the continuation, without the prompt.
     """
-    pending: list[int] = []  # ids whose last character is not whole yet
-    shown = 0  # characters of `pending` that were given out
+    pending: list[int] = []  # ids since the last complete character
+    n_yielded = 0  # number of characters of `pending` that were yielded
     end, size = tokenizer.end_of_text, tokenizer.vocab_size
-    for ids, _ in generate(net, encode_prompt(tokenizer, prompt), sampling, end, vocab_size=size):
+    for ids, _ in generate(model, encode_prompt(tokenizer, prompt), sampling, end, vocab_size=size):
         if ids.item() == end:
             break
         pending.append(int(ids.item()))
         text = tokenizer.decode(pending)
-        whole = text.removesuffix("\N{REPLACEMENT CHARACTER}")  # an unfinished one reads as this
-        if len(whole) > shown:
-            yield whole[shown:]
-        pending, shown = ([], 0) if whole == text else (pending, len(whole))
+        complete = text.removesuffix("\N{REPLACEMENT CHARACTER}")  # for an incomplete character
+        if len(complete) > n_yielded:
+            yield complete[n_yielded:]
+        pending, n_yielded = ([], 0) if complete == text else (pending, len(complete))
     if pending:
-        yield tokenizer.decode(pending)[shown:]
+        yield tokenizer.decode(pending)[n_yielded:]
 
 
 def generate_stories(
-    net: GPT, tokenizer: Tokenizer, prompt: str, n: int, sampling: SamplingConfig
+    model: GPT, tokenizer: Tokenizer, prompt: str, n: int, sampling: SamplingConfig
 ) -> list[str]:
-    """`n` continuations of `prompt`, without it."""
-    return list(iterate_stories(net, tokenizer, prompt, n, sampling))
+    """Return `n` continuations of `prompt`, without the prompt."""
+    return list(iterate_stories(model, tokenizer, prompt, n, sampling))
 
 
 def iterate_stories(
-    net: GPT, tokenizer: Tokenizer, prompt: str, n: int, sampling: SamplingConfig
+    model: GPT, tokenizer: Tokenizer, prompt: str, n: int, sampling: SamplingConfig
 ) -> Iterator[str]:
-    """`n` continuations of `prompt`, without it, written MAX_BATCH at a time.
+    """Yield `n` continuations of `prompt`, without the prompt, sampled MAX_BATCH at a time.
 
-    Each is given out as soon as it and those before it have ended.
+    A story is yielded as soon as it and all stories before it have ended.
     """
     prompt_ids = encode_prompt(tokenizer, prompt)
-    generator = seeded_generator(sampling.seed, net.embedding.weight.device)
+    generator = seeded_generator(sampling.seed, model.embedding.weight.device)
     end, size = tokenizer.end_of_text, tokenizer.vocab_size
     for first in range(0, n, MAX_BATCH):
-        rows = prompt_ids.expand(min(MAX_BATCH, n - first), -1)
-        written: deque[list[int]] = deque([] for _ in rows)  # of the stories not given out yet
-        for ids, _ in generate(net, rows, sampling, end, generator, size):
-            for story, token in zip(written, ids.tolist()[-len(written) :], strict=True):
+        prompts = prompt_ids.expand(min(MAX_BATCH, n - first), -1)
+        stories: deque[list[int]] = deque([] for _ in prompts)  # ids of stories not yet yielded
+        for ids, _ in generate(model, prompts, sampling, end, generator, size):
+            for story, token in zip(stories, ids.tolist()[-len(stories) :], strict=True):
                 story.append(token)
-            while written and written[0][-1] == end:
-                yield tokenizer.decode(_until(written.popleft(), end))
-        for story in written:
+            while stories and stories[0][-1] == end:
+                yield tokenizer.decode(_until(stories.popleft(), end))
+        for story in stories:
             yield tokenizer.decode(_until(story, end))
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
-    """`prompt` as ids (1, T), behind an end-of-text: in training every story begins after one."""
+    """Return a prompt as ids (1, T), after the end-of-text that precedes stories in training."""
     return torch.tensor([[tokenizer.end_of_text, *tokenizer.encode(prompt)]])
 
 
 def _until(ids: list[int], end: int) -> list[int]:
+    """Return the ids before the first `end`."""
     return ids[: ids.index(end)] if end in ids else ids
 
 
 def seeded_generator(seed: int | None, device: torch.device) -> torch.Generator:
-    """Random numbers on `device`: the same for the same seed, new ones for None."""
+    """Return a random generator on `device`; None as a seed means a new one each time."""
     generator = torch.Generator(device)
     if seed is None:
         generator.seed()

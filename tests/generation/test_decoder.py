@@ -234,7 +234,7 @@ def test_a_subclass_generates_what_its_forward_says(cls):
 
 @pytest.mark.parametrize(("cls", "lines"), [(GPT, 0), (Flipped, 0), (Uncached, 1)])
 def test_full_passes_are_told_of_in_one_line(cls, lines, caplog):
-    decoder_module._say_once.cache_clear()
+    decoder_module._warn_once.cache_clear()
     for _ in range(3):
         Decoder(make_net(cls=cls), [torch.tensor([1])], "torch")
     messages = [record.getMessage() for record in caplog.records]

@@ -374,7 +374,7 @@ def test_a_replaced_method_of_a_class_is_noticed(monkeypatch):
 @needs_compiler
 @pytest.mark.parametrize(("cls", "lines"), [(GPT, 0), (Flipped, 1)])
 def test_a_subclass_falls_back_with_one_line(cls, lines, caplog):
-    decoder_module._say_once.cache_clear()
+    decoder_module._warn_once.cache_clear()
     for _ in range(3):
         decoder = Decoder(make_net(cls=cls), [torch.tensor([1])])
         assert isinstance(decoder.batch, CachedBatch) == bool(lines)
