@@ -1,1 +1,1 @@
-"""Settings, files, processes, hardware, terminal, text and plots: what every other package uses."""
+"""Shared basics: settings, files, processes, hardware, terminal, text and plots."""

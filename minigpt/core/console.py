@@ -1,4 +1,4 @@
-"""The terminal: one console for log lines and progress bars, so that neither tears the other."""
+"""Terminal output: one console for log lines and progress bars, so that they do not overlap."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ class _ConsoleHandler(logging.Handler):
 
 
 def show_log() -> None:
-    """Print what the package logs, from INFO on, above any progress bar.
+    """Print log records of the package from level INFO on, above any progress bar.
 
-    A terminal or file that cannot show a character gets a question mark, not a traceback.
+    Characters that the terminal or file cannot encode are replaced by question marks. Only the
+    process of rank 0 prints.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     log.setLevel(logging.INFO)
-    log.handlers = [] if global_rank() else [_ConsoleHandler()]  # one process speaks for all
+    log.handlers = [] if global_rank() else [_ConsoleHandler()]
 
 
 @contextlib.contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Also write what the log says to `path`."""
+    """Also append log records of the package to the file `path`, with the time of each."""
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.handleError = lambda record: None  # on a full disk a line is left out
+    handler.handleError = lambda record: None  # training continues when the disk is full
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -46,5 +47,5 @@ def log_file(path: Path) -> Iterator[None]:
         yield
     finally:
         log.removeHandler(handler)
-        with contextlib.suppress(OSError):  # what did not fit before does not fit now
+        with contextlib.suppress(OSError):  # the disk may still be full
             handler.close()

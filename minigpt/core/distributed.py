@@ -1,7 +1,6 @@
-"""Which of a run's processes this is, and how many a launcher outside of Lightning started.
+"""Rank of this process, and detection of torchrun and srun.
 
-Lightning starts the processes for further devices itself, unless torchrun or Slurm's srun has
-started them already.
+Without a launcher, Lightning starts the processes for further devices itself.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from minigpt.core.settings import UserError
 
 
 def global_rank() -> int:
-    """Which of the run's processes this is: 0 for the first, or the only one."""
+    """Return the rank of this process among those of the run; 0 for the first or only one."""
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):  # torchrun, Lightning's launcher, srun
         if name in os.environ:
             return int(os.environ[name])
@@ -22,31 +21,39 @@ def global_rank() -> int:
 
 @dataclass(frozen=True)
 class Launcher:
-    """A program that started the processes of this run, this one among them."""
+    """External program that started the processes of this run.
 
-    name: str  # torchrun or srun
-    devices: int  # processes on each node
+    Attributes:
+        name: "torchrun" or "srun".
+        devices: number of processes on each node.
+        num_nodes: number of nodes.
+    """
+
+    name: str
+    devices: int
     num_nodes: int
 
     @classmethod
     def detect(cls) -> Launcher | None:
-        """The launcher that the environment tells of; None where Lightning has to be it.
+        """Return the launcher, by its environment variables; None if there is none.
 
         Raises:
-            UserError: Slurm has several tasks for the job, but srun did not start them.
+            UserError: the job has several Slurm tasks that srun did not start, or that were not
+                requested with --ntasks-per-node.
         """
         if "TORCHELASTIC_RUN_ID" in os.environ:
             n, on_each_node = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
             return cls("torchrun", on_each_node, n // on_each_node)
-        # In an interactive allocation Lightning starts its own processes, and so do we.
+        # Like Lightning, do not count an interactive allocation: srun starts nothing there.
         interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
         if "SLURM_NTASKS" not in os.environ or interactive:
             return None
         n, num_nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES", 1))
         if n > 1 and "SLURM_STEP_ID" not in os.environ:
-            raise UserError(f"Slurm has {n} tasks for this job: start them with srun python ...")
-        if n > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:  # Lightning insists on it
-            raise UserError(f"ask Slurm for --ntasks-per-node={n // num_nodes}, not for --ntasks")
+            raise UserError(f"Slurm has {n} tasks for this job: start them by srun python ...")
+        if n > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:  # Lightning requires it
+            fix = f"--ntasks-per-node={n // num_nodes}"
+            raise UserError(f"Lightning needs the tasks per node: submit with {fix}, not --ntasks")
         return cls("srun", n // num_nodes, num_nodes)
 
 
@@ -54,21 +61,21 @@ _may_start_processes = False
 
 
 def may_start_processes() -> bool:
-    """Return whether a run of several devices can have its processes.
+    """Return whether a run on several devices can have a process for each.
 
-    Lightning starts them by typing the command line of this process again, which is right for the
-    command line of Mini GPT alone. torchrun and srun have started them already.
+    Lightning starts them by running the command line of this process again, which works for the
+    programs of Mini GPT only. torchrun and srun have already started them.
     """
     return _may_start_processes or global_rank() > 0 or Launcher.detect() is not None
 
 
 def allow_starting_processes() -> None:
-    """Let Lightning start processes by typing this process's command again; for cli/ alone."""
+    """Allow Lightning to start processes with this process's command line; called by cli/ only."""
     global _may_start_processes
     _may_start_processes = True
 
 
 def step_name() -> str | None:
-    """Names what srun runs here, on all nodes and each time it is queued alike; None elsewhere."""
+    """Return job and step of srun, which all nodes and requeued jobs share; None without srun."""
     job, step = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID")
     return f"{job}.{step}" if job and step else None

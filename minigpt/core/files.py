@@ -1,7 +1,7 @@
-"""Read and write small files safely: files of a run may come from anybody.
+"""Read untrusted small files safely, and write files atomically.
 
-What is read runs no code and takes bounded memory: plain values, a size limit, no YAML aliases.
-What is written is written whole or not at all.
+Files of a run may come from other people. Readers run no code and use bounded memory: they accept
+plain values only, limit the size and refuse YAML aliases. Writers replace a file as a whole.
 """
 
 from __future__ import annotations
@@ -19,17 +19,21 @@ import yaml
 from minigpt.core.settings import UserError
 
 _MEGABYTE = 1 << 20
-_MAX_YAML_BYTES = 1 << 16  # fifty times the settings of a run; long numbers take quadratic time
+_MAX_YAML_BYTES = 1 << 16  # 50 times a config.yaml; parsing long numbers takes quadratic time
 
 
 def read_text(path: Path, max_bytes: int = 64 * _MEGABYTE) -> str:
     """Return the UTF-8 text of a file.
 
+    Args:
+        path: the file.
+        max_bytes: largest size that is read.
+
     Raises:
-        ValueError: it is larger than `max_bytes`, or not UTF-8.
-        OSError: it cannot be read, or is a folder or a device.
+        ValueError: the file is larger than `max_bytes`, or not UTF-8.
+        OSError: the file cannot be read, or is a folder, a pipe or a device.
     """
-    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+    if path.exists() and not path.is_file():  # reading a pipe would block for ever
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     with path.open("rb") as file:
         content = file.read(max_bytes + 1)
@@ -39,12 +43,21 @@ def read_text(path: Path, max_bytes: int = 64 * _MEGABYTE) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds. ValueError: it is not JSON; otherwise as `read_text`."""
+    """Return the content of a JSON file.
+
+    Raises:
+        ValueError: the file is not JSON, or is larger than 64 MB.
+        OSError: the file cannot be read.
+    """
     return parse_json(read_text(path))
 
 
 def parse_json(text: str) -> Any:
-    """Return json.loads(text), with ValueError in place of RecursionError for deep nesting."""
+    """Return the content of a JSON text.
+
+    Raises:
+        ValueError: the text is not JSON, or is nested too deeply.
+    """
     try:
         return json.loads(text)
     except RecursionError:
@@ -52,7 +65,7 @@ def parse_json(text: str) -> Any:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Load plain values, without aliases: a kilobyte of those can print as gigabytes."""
+    """Load plain values without aliases, of which a kilobyte can expand to gigabytes."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -61,59 +74,69 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> Any:
-    """Return what a YAML file of plain values holds.
+    """Return the content of a YAML file of plain values.
 
     Raises:
-        ValueError: it is not YAML, has aliases, or is larger than 64 kB; or as `read_text`.
-        OSError: as `read_text`.
+        ValueError: the file is not YAML of plain values, has aliases, or is larger than 64 kB.
+        OSError: the file cannot be read.
     """
     text = read_text(path, _MAX_YAML_BYTES)
     try:
         return yaml.load(text, _PlainLoader)  # noqa: S506 (a safe loader)
-    except Exception as error:  # PyYAML raises errors of many kinds, RecursionError among them
+    except Exception as error:  # PyYAML raises many types of errors, even RecursionError
         raise ValueError(str(error)) from None
 
 
 def check_archive(path: Path) -> None:
-    """Raise UserError if a zip archive would unpack to more than its size: torch packs nothing.
+    """Raise UserError for a zip archive that torch would not have written.
 
-    It has no folders either: torch would return what happens to be in memory as their content.
+    Archives of torch are uncompressed, so a compressed one may expand to fill the memory. They have
+    no folders either, for which torch would return uninitialised memory.
     """
     with zipfile.ZipFile(path) as archive:
-        parts = archive.infolist()
-    packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
-    folders = any(part.external_attr & 0x10 for part in parts)  # the MS-DOS attribute of a folder
-    if packed or folders or sum(part.file_size for part in parts) > path.stat().st_size:
-        raise UserError(f"{path} would not unpack to its own size, as checkpoints do")
+        entries = archive.infolist()
+    compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    folders = any(entry.external_attr & 0x10 for entry in entries)  # the MS-DOS folder attribute
+    if compressed or folders or sum(e.file_size for e in entries) > path.stat().st_size:
+        raise UserError(f"{path} was not written by torch.save: give another checkpoint")
 
 
 def refuse_links_out(folder: Path) -> None:
-    """Raise UserError if a file of the run `folder` is a link that leads out of it.
+    """Raise UserError if a file of a run folder is a link to a path outside it.
 
-    Whoever resumes a run that somebody else sent would otherwise write where the link leads.
+    Resuming a run of unknown origin would otherwise overwrite the target of the link.
     """
     inside = folder.resolve()
     for path in sorted([*folder.glob("*"), *folder.glob("checkpoints/*")]):
         if path.is_symlink() and not path.resolve().is_relative_to(inside):
             raise UserError(
-                f"{path} is a link that leads out of its run folder; put the file itself there"
+                f"{path} is a link to a path outside the run folder: replace it by the file itself"
             )
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as JSON at `path`, whole or not at all."""
+    """Write `content` to `path` as JSON, atomically."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write `content` at `path` in UTF-8, whole or not at all."""
+    """Write `content` to `path` in UTF-8, atomically."""
     write_bytes(path, content.encode("utf-8"))
 
 
 def write_bytes(
     path: Path, content: bytes | memoryview, move: list[tuple[Path, Path]] | None = None
 ) -> None:
-    """Write `content` at `path`, whole or not at all, after the renames (old, new) in `move`."""
+    """Write `content` to `path` atomically.
+
+    Args:
+        path: the file, which is replaced if it exists.
+        content: the bytes.
+        move: pairs (old, new) of files to rename just before; missing ones are skipped.
+
+    Raises:
+        OSError: the file cannot be written; the old one is unchanged.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -127,7 +150,7 @@ def write_bytes(
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # the renames too
+    if os.name == "posix":  # make the renames durable as well
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

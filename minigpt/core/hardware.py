@@ -1,4 +1,4 @@
-"""What this machine computes on: accelerator, devices and the precision that suits them."""
+"""Detection of accelerator, devices and precision, and measurement of peak FLOP/s."""
 
 from __future__ import annotations
 
@@ -18,41 +18,56 @@ from minigpt.core.settings import UserError
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a run computes on, and how precisely."""
+    """Devices and precision of a run.
 
-    accelerator: str  # cpu, cuda or mps
+    Attributes:
+        accelerator: "cpu", "cuda" or "mps".
+        devices: number of devices on each node, with one process each.
+        num_nodes: number of nodes.
+        precision: Lightning's name, such as "bf16-mixed".
+        why: reason for this precision, for the log.
+    """
+
+    accelerator: str
     devices: int
     num_nodes: int
     precision: str
-    why: str  # this precision
+    why: str
 
     @property
     def world_size(self) -> int:
-        """Processes in all."""
+        """Number of processes on all nodes."""
         return self.devices * self.num_nodes
 
     @property
     def emulated(self) -> bool:
-        """Whether this machine only emulates the precision: on a CPU, a hundred times slower."""
+        """Whether the CPU emulates the precision, which is a hundred times slower."""
         bfloat16_on_cpu = (self.accelerator, self.precision) == ("cpu", "bf16-mixed")
         return bfloat16_on_cpu and not cpu_has_bfloat16()
 
     @classmethod
     def detect(cls, accelerator: str, devices: str, num_nodes: int, precision: str) -> Hardware:
-        """What was asked for, and the best this machine has where that is `auto`.
+        """Resolve the settings of the trainer for this machine.
 
-        Under torchrun or srun the processes are there already, one for each device.
+        Under torchrun or srun, devices and nodes are those that processes were started for.
+
+        Args:
+            accelerator: "auto", "cpu", "gpu", "cuda" or "mps".
+            devices: number of devices on each node, or "auto" for all GPUs, else 1.
+            num_nodes: number of nodes.
+            precision: Lightning's name, or "auto" for the best one of the device.
 
         Raises:
-            UserError: this machine has no such accelerator, or not so many; another number of
-                devices or nodes than the launcher started processes for.
+            UserError: this machine lacks the accelerator or has fewer devices, or a launcher
+                started another number of processes.
         """
         present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        asked, accelerator = accelerator, "cuda" if accelerator == "gpu" else accelerator
+        typed, accelerator = accelerator, "cuda" if accelerator == "gpu" else accelerator
         if accelerator == "auto":
             accelerator = next((name for name, there in present.items() if there), "cpu")
         if not present.get(accelerator, True):
-            raise UserError("this machine has none", "accelerator", asked)
+            problem = "PyTorch finds no such device on this machine"
+            raise UserError(problem, "accelerator", typed, fix={"accelerator": "auto"})
         n_gpus = torch.cuda.device_count() if accelerator == "cuda" else 0
         n_devices = max(1, n_gpus) if devices == "auto" else int(devices)
         launcher = Launcher.detect()
@@ -60,66 +75,70 @@ class Hardware:
             _check_launched(launcher, devices, num_nodes)
             n_devices, num_nodes = launcher.devices, launcher.num_nodes
         elif num_nodes > 1:
-            message = (
-                "start the processes of several nodes by torchrun or srun: docs/scaling-out.md"
-            )
+            message = "several nodes need torchrun or srun: see docs/scaling-out.md"
             raise UserError(message, "num_nodes", num_nodes)
         if accelerator == "cuda" and n_devices > n_gpus:
-            raise UserError(f"this machine has {n_gpus} GPUs", "devices", n_devices)
+            problem = f"the number of GPUs on this machine is {n_gpus}"
+            raise UserError(problem, "devices", n_devices, fix={"devices": "auto"})
         if accelerator == "mps" and n_devices > 1:
-            fix = {"accelerator": "cpu"}
-            raise UserError(
-                "a Mac has one GPU; for processes on its CPU", "devices", n_devices, fix
-            )
+            problem = "must be 1, as a Mac has one GPU; for several processes on its CPU"
+            raise UserError(problem, "devices", n_devices, {"accelerator": "cpu"})
         return cls(accelerator, n_devices, num_nodes, *_find_precision(precision, accelerator))
 
 
 def _check_launched(launcher: Launcher, devices: str, num_nodes: int) -> None:
-    """What was typed must not contradict the processes that are there; 1 node is the default."""
+    """Raise UserError if the settings contradict the processes that the launcher started."""
     start = f"{launcher.name} started {launcher.devices} processes on {launcher.num_nodes} nodes"
     if devices not in ("auto", str(launcher.devices)):
-        raise UserError(f"{start}: leave it out", "devices", int(devices))
-    if num_nodes not in (1, launcher.num_nodes):
-        raise UserError(f"{start}: leave it out", "num_nodes", num_nodes)
+        raise UserError(f"{start}: leave this out", "devices", int(devices))
+    if num_nodes not in (1, launcher.num_nodes):  # 1 is the default
+        raise UserError(f"{start}: leave this out", "num_nodes", num_nodes)
 
 
-def _find_precision(wanted: str, accelerator: str) -> tuple[str, str]:
-    """The precision to train in, and why. bfloat16 that is emulated would take minutes a step."""
+def _find_precision(setting: str, accelerator: str) -> tuple[str, str]:
+    """Return the precision to train in and the reason; "auto" avoids emulated bfloat16."""
     if accelerator == "mps":
-        safe = "32-true", "the safe choice on MPS"
-        return safe if wanted == "auto" else (wanted, "as requested")
+        default = "32-true", "the safe choice on MPS"
+        return default if setting == "auto" else (setting, "as requested")
     cpu = accelerator == "cpu"
     native = cpu_has_bfloat16() if cpu else torch.cuda.is_bf16_supported(including_emulation=False)
     device, other = ("CPU", "32-true") if cpu else ("GPU", "16-mixed")
     why = f"this {device} {'multiplies' if native else 'does not multiply'} bfloat16 natively"
-    if wanted == "auto":
+    if setting == "auto":
         return "bf16-mixed" if native else other, why
-    if cpu and wanted == "16-mixed":
-        why = f"16-mixed was requested: on CPU autocast has bfloat16 alone, and {why}"
+    if cpu and setting == "16-mixed":
+        why = f"16-mixed was requested: on a CPU autocast supports only bfloat16, and {why}"
         return "bf16-mixed" if native else other, why
-    if cpu and wanted == "bf16-mixed" and not native:
-        return wanted, f"as requested, but {why}: 32-true is a hundred times faster"
-    return wanted, "as requested"
+    if cpu and setting == "bf16-mixed" and not native:
+        return setting, f"as requested, but {why}: 32-true is a hundred times faster"
+    return setting, "as requested"
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether the CPU has AVX512-BF16 or AMX; torch has no public question for it."""
+    """Return whether the CPU has AVX512-BF16 or AMX, for which torch has no public function."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 PEAK_FILE = "matmul_peak.json"  # in the cache_dir
-_SIDE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # of the matrices: large enough to reach the peak
-_ENOUGH = 0.015  # seconds of one product: larger matrices would tell no more
+_SIDE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # largest matrices, which reach the peak
+_ENOUGH = 0.015  # seconds per product that suffice: larger matrices would not change the result
 _TRIES = 7
 _DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": torch.float32}
 
 
 def matmul_peak(hardware: Hardware, cache_dir: Path) -> float:
-    """FLOP/s of one device, multiplying square matrices in the dtype that the run multiplies in.
+    """Return the peak FLOP/s of one device, by multiplying square matrices.
 
-    Measured once for each host, device, dtype and number of threads: the fastest of a few
-    products, a fifth to half a second on a CPU. Kept in matmul_peak.json below `cache_dir`; delete
-    it to measure again. Where nothing can be written, each run measures anew.
+    The fastest of a few products counts, which takes 0.2 to 0.5 s on a CPU. The result is cached
+    for each host, device, dtype and number of threads in `cache_dir`/matmul_peak.json; delete the
+    file to measure again. If it cannot be written, each run measures anew.
+
+    Args:
+        hardware: the device, and the precision that decides the dtype.
+        cache_dir: folder of the cache.
+
+    Returns:
+        Floating-point operations per second, where a multiply-add counts as two.
     """
     accelerator, dtype = hardware.accelerator, _DTYPES[hardware.precision]
     cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
@@ -129,19 +148,19 @@ def matmul_peak(hardware: Hardware, cache_dir: Path) -> float:
     key, path = " ".join(filter(None, parts)), cache_dir / PEAK_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        known = {k: v for k, v in content.items() if isinstance(v, float)}
-    except (OSError, ValueError, AttributeError):  # never measured, or damaged
-        known = {}
-    if key not in known:
-        known[key] = _measure(accelerator, dtype)
-        with contextlib.suppress(OSError):  # a cache that others share: measured again next time
+        peaks = {k: v for k, v in content.items() if isinstance(v, float)}
+    except (OSError, ValueError, AttributeError):  # missing or damaged
+        peaks = {}
+    if key not in peaks:
+        peaks[key] = _measure(accelerator, dtype)
+        with contextlib.suppress(OSError):  # a read-only cache: measure again next time
             cache_dir.mkdir(parents=True, exist_ok=True)
-            write_json(path, known)
-    return known[key]
+            write_json(path, peaks)
+    return peaks[key]
 
 
 def _measure(accelerator: str, dtype: torch.dtype) -> float:
-    # From small to large, so that a dtype the device only emulates does not take minutes.
+    # Sizes increase until a product takes long enough, as emulated dtypes may be very slow.
     side = 256
     while side < _SIDE[accelerator] and _fastest(side, accelerator, dtype, 2) < _ENOUGH:
         side *= 2
@@ -149,7 +168,7 @@ def _measure(accelerator: str, dtype: torch.dtype) -> float:
 
 
 def _fastest(side: int, accelerator: str, dtype: torch.dtype, tries: int) -> float:
-    """Seconds of the fastest of some products of square matrices; the first one warms up."""
+    """Return the seconds of the fastest of some matrix products, without the first, a warm-up."""
     a = torch.full((side, side), 0.5, dtype=dtype, device=accelerator)
     seconds = []
     for _ in range(tries):

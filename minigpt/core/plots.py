@@ -1,4 +1,4 @@
-"""Figures of Matplotlib in one style, as PNG files and as SVG elements of a page.
+"""Matplotlib figures in one style, as PNG files and as inline SVG for HTML pages.
 
 >>> figure = new_figure(8, 6)
 >>> write_png(figure, Path("map.png"))
@@ -29,9 +29,16 @@ STYLE: Any = {  # a dict of rc parameters
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> Figure:
-    """Return a figure of `width` × `height` inches with rows × columns empty axes."""
+    """Return a figure with a grid of empty axes.
+
+    Args:
+        width: width in inches.
+        height: height in inches.
+        rows: number of rows of axes.
+        columns: number of columns of axes.
+    """
     from matplotlib import rc_context
-    from matplotlib.figure import Figure  # here: slow to import; not pyplot: no global figures
+    from matplotlib.figure import Figure  # imported here, as it is slow; pyplot would keep figures
 
     with rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -40,7 +47,7 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
 
 
 def write_png(figure: Figure, path: Path, dpi: int = 200) -> None:
-    """Write `figure` as a PNG, whole or not at all. The folder is created if missing."""
+    """Write `figure` to `path` as a PNG, atomically; the folder is created if missing."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=dpi)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,10 +55,10 @@ def write_png(figure: Figure, path: Path, dpi: int = 200) -> None:
 
 
 def to_svg(figure: Figure) -> str:
-    """Return `figure` as an <svg> element for a page, which may be light or dark.
+    """Return `figure` as an <svg> element for a light or dark HTML page.
 
-    Text stays text, the background is transparent, and INK becomes the text colour of the page.
-    Several of them may stand on one page: they share no id.
+    Text stays selectable, the background is transparent, and INK becomes the text colour of the
+    page. Elements of several figures have different ids, so they can be on one page.
     """
     from matplotlib import rc_context
 
@@ -60,5 +67,5 @@ def to_svg(figure: Figure) -> str:
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(text, format="svg", metadata=nothing, transparent=True)
     svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]  # without the XML prolog, which HTML does not take
+    svg = svg[svg.index("<svg") :]  # without the XML prolog, which HTML does not allow
     return re.sub(r'<g id="[^"]*"', "<g", svg).replace(INK, "currentColor")

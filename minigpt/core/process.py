@@ -1,4 +1,4 @@
-"""The state of the whole process: tuned once by a program, left as it was by the library."""
+"""State of the process: programs tune it once, the library restores it after training."""
 
 from __future__ import annotations
 
@@ -20,32 +20,33 @@ _tuned = False
 
 
 def tune_process() -> None:
-    """Have glibc keep the memory that is freed, for the rest of the process.
+    """Make glibc keep freed memory for the rest of the process, which speeds up CPU training.
 
-    It hands every large tensor back to the kernel otherwise, which clears each page again when the
-    next step asks for it: training on a CPU then takes up to twice as long. This cannot be undone,
-    so programs call it and the library does not. Other C libraries are left as they are.
+    By default glibc returns the memory of every large tensor to the kernel, which clears each page
+    again at the next allocation; training on a CPU then takes up to twice as long. The change
+    cannot be undone, so programs make it and the library does not. It has no effect on other C
+    libraries.
     """
     global _tuned
     _tuned = True
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and its top is never given back
-        libc.mallopt(-8, 1)  # M_ARENA_MAX: one heap
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: allocate large blocks on the heap
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
+        libc.mallopt(-8, 1)  # M_ARENA_MAX: use a single heap
 
 
 def is_tuned() -> bool:
-    """Return whether `tune_process` was called, or would change nothing."""
+    """Return whether `tune_process` was called or is not needed."""
     return _tuned or platform.libc_ver()[0] != "glibc"
 
 
 @contextlib.contextmanager
 def preserved_process() -> Iterator[None]:
-    """Restore what a training changes in its process, however it ends.
+    """Restore the state of the process when the body ends or raises.
 
-    Warnings, levels and handlers of loggers, signal handlers, float32 matmul precision, threads,
-    random states (Python, NumPy, PyTorch) and environment variables.
+    The state is warnings, levels and handlers of loggers, signal handlers, float32 matmul
+    precision, number of threads, random states (Python, NumPy, PyTorch) and environment variables.
     """
     main_thread = threading.current_thread() is threading.main_thread()
     signals = {n: signal.getsignal(n) for n in signal.valid_signals()} if main_thread else {}

@@ -1,8 +1,8 @@
 """Build validated dataclasses from plain dicts; `UserError` marks mistakes the user can fix.
 
-Every part of the project takes its settings as a small frozen dataclass that checks itself in
-`__post_init__`. `build` makes one from a plain mapping (a composed Hydra config, the
-hyper-parameters of a checkpoint) and turns whatever is wrong with the mapping into a `UserError`.
+Settings are frozen dataclasses that check their values in `__post_init__`. `build` creates one from
+a plain mapping, such as a composed Hydra config or the hyper-parameters of a checkpoint, and raises
+a `UserError` for anything that is wrong with the mapping.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 MISSING = dataclasses.MISSING
-RENAMED = {"model.attention": "trainer.kernels"}  # settings of earlier versions
+RENAMED = {"model.attention": "trainer.kernels"}  # old name to new name of a setting
 
 
 class UserError(ValueError):
-    """A mistake that the user can fix.
+    """Mistake that the user can fix.
 
-    `str` names the arguments of the library; the command line turns them into the settings or
-    options that were typed, on one line, and exits with code 2.
+    `str(error)` names arguments of the library. The command line names the corresponding settings
+    or options instead, prints the error on one line, and exits with code 2.
 
     Args:
         message: what is wrong and what is allowed.
-        argument: dotted name of the argument or field at fault, such as "data.batch_size".
-        value: what it was; left out where the message says it.
-        fix: what to set instead, by dotted name.
-        command: the verb and settings of a next step, such as ("train", {"resume": "runs/a"}).
+        argument: dotted name of the wrong argument or field, such as "data.batch_size".
+        value: its value; omitted if the message contains it.
+        fix: values to set instead, by dotted name.
+        command: verb and settings of a next step, such as ("train", {"resume": "runs/a"}).
     """
 
     def __init__(
@@ -55,14 +55,25 @@ class UserError(ValueError):
         return self.subject(repr) + "; ".join(parts)
 
     def subject(self, spell: Callable[[Any], str]) -> str:
-        """Return "argument=value: " for the front of the line; "" without an argument."""
+        """Return the beginning of the error's line.
+
+        Args:
+            spell: function that formats the value.
+
+        Returns:
+            "argument=value: ", or "" if the error has no argument.
+        """
         if self.argument is None:
             return ""
         typed = "" if self.value is MISSING else f"={spell(self.value)}"
         return f"{self.argument}{typed}: "
 
     def within(self, section: str) -> UserError:
-        """Return this error with its arguments named as fields of `section`."""
+        """Return a copy of this error whose arguments are fields of a section.
+
+        Args:
+            section: dotted name to put before the names of arguments; "" leaves them.
+        """
         prefix = f"{section}." if section else ""
         argument = None if self.argument is None else prefix + self.argument
         fix = {prefix + key: value for key, value in self.fix.items()}
@@ -70,7 +81,12 @@ class UserError(ValueError):
 
 
 class ModelClassError(UserError):
-    """A run was trained with a class of its own, `class_name`, which has to be given."""
+    """Error for a run that needs the class of its model, which was not given.
+
+    Args:
+        message: what is wrong.
+        class_name: dotted path of the class that the run was trained with.
+    """
 
     def __init__(self, message: str, class_name: str) -> None:
         super().__init__(message, "model")
@@ -78,7 +94,7 @@ class ModelClassError(UserError):
 
 
 def python_call(verb: str, /, **settings: Any) -> str:
-    """Return the library call of a verb: what to do next in a notebook."""
+    """Return the library call for a verb and its settings, as the next step in a notebook."""
     if verb == "train":
         typed = [f"{key}={value}" for key, value in settings.items()]
         return f'minigpt.train(minigpt.load_config("train", {typed}))'
@@ -89,27 +105,26 @@ _spell: Callable[..., str] = python_call
 
 
 def next_step(verb: str, /, **settings: Any) -> str:
-    """Return what to do next, for the log: a library call, or a command once `speak` was called."""
+    """Return the next step for a log message: a library call or, after `speak`, a command."""
     return _spell(verb, **settings)
 
 
 def speak(spell: Callable[..., str]) -> None:
-    """Have `next_step` spell steps by `spell(verb, **settings)`; for the command line alone."""
+    """Make `next_step` return `spell(verb, **settings)`; called by the command line only."""
     global _spell
     _spell = spell
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Return the dataclass `cls` made from `values`, with names and types checked.
+    """Return an instance of a dataclass from plain values, with names and types checked.
 
     Args:
-        cls: a dataclass; its `__post_init__` may raise ValueError for values out of range.
-        values: one entry for each field to set; the others keep their defaults.
-        where: dotted name of the section (`model`, `data`, ...); "" at the top.
+        cls: the dataclass; its `__post_init__` may raise ValueError for values out of range.
+        values: values of fields by name; the other fields keep their defaults.
+        where: dotted name of the section for errors, such as "model"; "" at the top level.
 
     Raises:
-        UserError: an unknown name, a missing one, a value of the wrong type, or one that `cls`
-            refuses.
+        UserError: a name is unknown or missing, or a value has the wrong type or is out of range.
     """
     hints = typing.get_type_hints(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
@@ -121,7 +136,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     for field in fields:
         required = field.default is MISSING and field.default_factory is MISSING
         if required and field.name not in values:
-            raise UserError("is not set", f"{prefix}{field.name}")
+            raise UserError("is required, and has no default: set it", f"{prefix}{field.name}")
     converted = {k: _convert(v, hints[k], f"{prefix}{k}") for k, v in values.items()}
     try:
         return cls(**converted)
@@ -132,7 +147,14 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
 
 def check(config: Any, message: str, allows: Callable[[Any], bool], *names: str) -> None:
-    """Raise UserError with `message` for the first field that is not None and not allowed."""
+    """Raise UserError for the first of the named fields that is neither None nor allowed.
+
+    Args:
+        config: the object with the fields.
+        message: which values are allowed.
+        allows: function from a value to whether it is allowed.
+        names: names of the fields.
+    """
     for name in names:
         value = getattr(config, name)
         if value is not None and not allows(value):
@@ -140,9 +162,9 @@ def check(config: Any, message: str, allows: Callable[[Any], bool], *names: str)
 
 
 def plain_defaults(cls: type) -> dict[str, Any]:
-    """Return the defaults of the dataclass `cls` as plain values, as they are before `cls` checks.
+    """Return the defaults of a dataclass as plain values, before `__post_init__` resolves them.
 
-    A section becomes a dict, a tuple a list; None stays where a value depends on another one.
+    Sections become dicts and tuples become lists.
     """
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
@@ -156,7 +178,7 @@ def plain_defaults(cls: type) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Return `value` with dataclasses as dicts and tuples as lists, which YAML and JSON know."""
+    """Return `value` with dataclasses as dicts and tuples as lists, for YAML and JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return plain(dataclasses.asdict(value))
     if isinstance(value, dict):
@@ -165,7 +187,7 @@ def plain(value: Any) -> Any:
 
 
 def flat(group: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return settings by the dotted names that they are typed with."""
+    """Return nested settings as a flat dict by dotted names, such as "data.batch_size"."""
     names: dict[str, Any] = {}
     for key, value in group.items():
         inner = isinstance(value, dict)
@@ -174,9 +196,9 @@ def flat(group: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def one_line(error: Exception | str) -> str:
-    """A message as a terminal may show it: on one line, no control characters, not endless.
+    """Return a message on one line, without control characters and at most 1000 characters long.
 
-    Values that were typed, or read from a file, are part of messages.
+    Messages contain values that users typed or that were read from untrusted files.
     """
     text = " ".join(str(error).split())
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -184,35 +206,41 @@ def one_line(error: Exception | str) -> str:
 
 
 def unknown_name(name: str, allowed: list[str], kind: str = "setting") -> str:
-    """One line for a name that does not exist: the nearest ones that do, or all of them."""
+    """Return the message for a name that does not exist, with similar or all allowed names.
+
+    Args:
+        name: the unknown name.
+        allowed: names that exist.
+        kind: noun for the message.
+    """
     if name in RENAMED:
-        return f"unknown {kind} '{name}': it is {RENAMED[name]} now"
+        return f"unknown {kind} '{name}': it is now called {RENAMED[name]}"
     if "." in name:
         allowed = [other for other in allowed if "." in other] or allowed
     near = difflib.get_close_matches(name, allowed, n=3, cutoff=0.6)
     if near:
         return f"unknown {kind} '{name}': did you mean {' or '.join(near)}?"
     if len(allowed) > 20:
-        return f"unknown {kind} '{name}': --help shows the common ones, --cfg job all of them"
+        return f"unknown {kind} '{name}': --help lists the common ones, --cfg job all of them"
     return f"unknown {kind} '{name}': choose from {', '.join(sorted(allowed))}"
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
     """Return `value` as the type `hint`, or raise a UserError that names both.
 
-    Whole floats pass for integers, so that `budget.tokens=1e7` means what it says.
+    Whole floats are accepted for integers, so that budget.tokens=1e7 can be typed.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        (inner,) = [a for a in args if a is not type(None)]  # only `X | None` is used here
+        (inner,) = [a for a in args if a is not type(None)]  # the only unions in use are `X | None`
         return _convert(value, inner, name)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
         if not isinstance(value, Mapping):
-            raise UserError(f"a group of settings; set {name}.<setting>", name, value)
+            raise UserError(f"this is a group of settings: set {name}.<setting>", name, value)
         return build(hint, value, name)
     if origin is Literal:
         if value not in args:
@@ -234,5 +262,5 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         raise UserError("expected a finite number", name, value)
     if hint is str and isinstance(value, str | int | float):
         return str(value)
-    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     raise UserError(f"expected {expected.get(hint, hint)}", name, value)

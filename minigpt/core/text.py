@@ -1,33 +1,39 @@
-"""Numbers, durations and tables as text."""
+"""Formatting of numbers, durations and Markdown tables."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 
-BAR = "\\|"  # a bar inside a cell of a Markdown table
+BAR = "\\|"  # an escaped bar within a cell of a Markdown table
 
 
 def human_count(number: float) -> str:
-    """Three digits and a letter: 1.05M parameters, 104M tokens, 39.5k tokens per second."""
+    """Return a number with three digits and a letter, such as 39.5k, 1.05M or 6.6B."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= 0.9995 * size:  # what would round up to 1000 takes the next letter
+        if abs(number) >= 0.9995 * size:  # 999.5k would be rounded to 1000k
             return f"{number / size:.3g}{letter}"
     return f"{number:.3g}"
 
 
 def value_cell(value: float | None, form: str) -> str:
-    """Return a number as a cell of a table, by the format `form`; a dash stands for None."""
+    """Return a number for a table cell in the format `form`, such as ".3f"; a dash for None."""
     return "–" if value is None else format(value, form)
 
 
 def percent(share: float | None) -> str:
-    """Return a share as a cell of a table: 6.6 %; a dash stands for None."""
+    """Return a share for a table cell, such as 6.6 % for 0.066; a dash for None."""
     return "–" if share is None else f"{100 * share:.1f} %"
 
 
 def md_table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table whose first `left` columns are text and the others numbers."""
+    """Return a Markdown table.
+
+    Args:
+        heads: heads of the columns.
+        rows: cells of each row.
+        left: number of left-aligned columns; the others are aligned right, for numbers.
+    """
 
     def line(cells: Sequence[str]) -> str:
         return f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |"
@@ -37,7 +43,7 @@ def md_table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1)
 
 
 def human_time(seconds: float) -> str:
-    """Two units at most: 42 s, 3 min 20 s, 1 h 05 min."""
+    """Return a duration with at most two units: 42 s, 3 min 20 s, 1 h 05 min."""
     total = math.floor(seconds + 0.5)
     if total < 60:
         return f"{total} s"
