@@ -1,1 +1,1 @@
-"""The run folder: its files, checkpoints, records and provenance."""
+"""Run folders: their files, checkpoints, records and provenance."""

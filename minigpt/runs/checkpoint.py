@@ -1,4 +1,4 @@
-"""Checkpoint files: reading, writing, damage, and the weights in them."""
+"""Checkpoint files: read, write and verify them."""
 
 from __future__ import annotations
 
@@ -21,25 +21,35 @@ from minigpt.core.files import check_archive, write_bytes
 from minigpt.core.settings import UserError
 from minigpt.model import GPT
 
+_MISSING = "it lacks weights or model settings; give a run folder or another .ckpt file"
+
 
 def read_model(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
     """Return the model settings in a checkpoint, and its weights by their names in the model.
 
+    Args:
+        path: the checkpoint file.
+
     Raises:
-        UserError: not a checkpoint, a damaged one, or one without a model.
+        UserError: the file is not a checkpoint of Mini GPT, or is damaged.
     """
     content = read_checkpoint(path)
     settings = content["hyper_parameters"].get("model")
     if not isinstance(settings, Mapping):
-        raise UserError(f"{path} is not a checkpoint of Mini GPT: it has no model settings")
+        raise UserError(f"{path} is not a checkpoint of Mini GPT: {_MISSING}")
     return settings, {k.removeprefix("net."): v for k, v in content["state_dict"].items()}
 
 
 def with_weights(model: GPT, weights: dict[str, Tensor], path: Path) -> GPT:
-    """Return `model` with these weights, converted to its dtype. `path` names them in an error.
+    """Load weights into a model, converted to its dtype, and return it.
+
+    Args:
+        model: the model.
+        weights: tensors by the names of the model's parameters.
+        path: file of the weights, for errors.
 
     Raises:
-        UserError: they are those of another model.
+        UserError: the weights have other names or shapes than the model's parameters.
     """
     try:
         model.load_state_dict(weights)
@@ -50,58 +60,70 @@ def with_weights(model: GPT, weights: dict[str, Tensor], path: Path) -> GPT:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file. UserError: it is none, or a truncated one."""
+    """Return the tensors of a safetensors file.
+
+    Raises:
+        UserError: the file is not a safetensors file, or is truncated.
+    """
     try:
         return load_file(path)
     except (SafetensorError, OSError):
         raise UserError(f"{path} is damaged or not a safetensors file; export it again") from None
 
 
-def weights_fingerprint(net: GPT) -> str:
-    """Return a hash of all parameters as float32, which ties a measured number to the weights."""
+def weights_fingerprint(model: GPT) -> str:
+    """Return a hash of all parameters as float32; models with equal hashes share evaluations."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, weight in sorted(net.named_parameters()):
+    for name, weight in sorted(model.named_parameters()):
         digest.update(name.encode())
         digest.update(weight.detach().float().cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return what a Lightning checkpoint holds: tensors and plain values only.
+    """Return the content of a Lightning checkpoint: tensors and plain values only.
+
+    Args:
+        path: the checkpoint file.
 
     Raises:
-        UserError: not a checkpoint, a damaged one, one with code in it, one of another program.
+        UserError: the file is not a checkpoint of Mini GPT, is damaged, or contains code.
     """
     try:
         content = _load(path)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give a run folder or a .ckpt file") from None
+        raise UserError(f"{path} does not exist: give a run folder or a .ckpt file") from None
     except UserError:
         raise
-    except Exception as error:  # torch.load raises errors of a dozen kinds for damaged files
+    except Exception as error:  # torch.load raises many types of errors for damaged files
         code = re.search("unsupported (global|class)", str(error), re.IGNORECASE)
-        fault = "would run code, so it was not loaded" if code else "is damaged or no checkpoint"
-        raise UserError(f"{path} {fault}; give a run folder or another .ckpt file") from None
+        fault = "contains code, which is never run" if code else "is damaged or not a checkpoint"
+        raise UserError(f"{path} {fault}: give a run folder or another .ckpt file") from None
     parts = ("state_dict", "hyper_parameters")
     if not isinstance(content, dict) or not all(isinstance(content.get(p), dict) for p in parts):
-        raise UserError(f"{path} is not a checkpoint of Mini GPT: it has no weights and settings")
+        raise UserError(f"{path} is not a checkpoint of Mini GPT: {_MISSING}")
     return content
 
 
 def _load(path: Path) -> Any:
     if zipfile.is_zipfile(path):
         check_archive(path)
-    with warnings.catch_warnings(action="ignore"):  # of an odd pickle, which is refused
+    with warnings.catch_warnings(action="ignore"):  # about odd pickles, which are refused anyway
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def write_checkpoint(path: Path, content: dict[str, Any], keep: int = 1) -> None:
-    """Write a checkpoint whole or not at all; at most `keep` of its name stay.
+    """Write a checkpoint atomically, and keep some earlier ones of the same name.
 
-    With `keep` 3, an x.ckpt that is there becomes x-1.ckpt, and that x-2.ckpt, which is replaced.
+    With `keep` 3, x-1.ckpt is renamed to x-2.ckpt, which it replaces, and x.ckpt to x-1.ckpt.
+
+    Args:
+        path: the checkpoint file.
+        content: tensors and plain values.
+        keep: largest number of checkpoints of this name, including the new one.
 
     Raises:
-        OSError: it could not be written; what was there before is still there.
+        OSError: the checkpoint could not be written; earlier ones are unchanged.
     """
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -110,14 +132,14 @@ def write_checkpoint(path: Path, content: dict[str, Any], keep: int = 1) -> None
 
 
 def is_whole(path: Path) -> bool:
-    """Return whether a checkpoint is undamaged, by the CRC-32s of the zip archive that it is."""
+    """Return whether a checkpoint is undamaged, by the CRC-32 checksums of its zip archive."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
                 return False
-        _load(path)  # the directory of the archive has no CRC-32
+        _load(path)  # because the directory of the archive has no checksum
     except pickle.UnpicklingError:
-        return True  # it was written like that: reading it says what is wrong
-    except Exception:  # zipfile and torch raise errors of many kinds for damaged files
+        return True  # not damaged but refused: `read_checkpoint` reports why
+    except Exception:  # zipfile and torch raise many types of errors for damaged files
         return False
     return True

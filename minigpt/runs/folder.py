@@ -1,6 +1,6 @@
 """A run folder and the model in it.
 
->>> run = Run.load("runs/small-20260101-120000")  # or a checkpoint file in it, or an export of it
+>>> run = Run.load("runs/small-20260101-120000")  # a run, a checkpoint file in it, or an export
 >>> model, tokenizer = run.load_model(), run.tokenizer
 """
 
@@ -36,11 +36,11 @@ from minigpt.tokenizer import Tokenizer
 
 log = logging.getLogger("minigpt")
 
-RUN_FOLDER_VARIABLE = "MINIGPT_RUN_FOLDER"  # rank 0 tells the ranks it launches
-ModelFactory = Callable[[Any], GPT]  # a class derived from GPT, or a function of its config
+RUN_FOLDER_VARIABLE = "MINIGPT_RUN_FOLDER"  # passes the folder from rank 0 to the ranks it starts
+ModelFactory = Callable[[Any], GPT]  # a subclass of GPT, or a function from config to model
 
-# What a setting meant that the files of an older run lack, as commit c2cfd24 read it; and the
-# settings that are none any more.
+# Values of settings that config.yaml of an older run lacks, as of commit c2cfd24, and settings that
+# no longer exist.
 OLD_DEFAULTS: dict[str, dict[str, Any]] = {
     "model": {"d_model": 256, "n_heads": 8, "d_ff": 512},
     "data": {"batch_size": 32},
@@ -51,12 +51,12 @@ OLD_SETTINGS = {"model": ("attention",)}
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder and the selected checkpoint. Its files are read once.
+    """A run folder and the selected checkpoint; each file is read at most once.
 
     Args:
-        folder: the run folder, or an export in our own format.
-        checkpoint: the selected checkpoint, or the weights of an export.
-        model: class of the model, or a function from its config to a model; None: `GPT`.
+        folder: the run folder, or an export in the format safetensors.
+        checkpoint: the selected checkpoint, or the weights of the export.
+        model: class of the model, or a function from its config to a model; None means `GPT`.
     """
 
     folder: Path
@@ -65,17 +65,18 @@ class Run:
 
     @classmethod
     def load(cls, path: str | Path | Run, model: ModelFactory | None = None) -> Run:
-        """Return the run at `path`: a run folder, a checkpoint file in one, or an export.
+        """Return the run at a path.
 
-        In a folder the best checkpoint is selected, else the last; damaged ones are passed over,
-        and the log says so. A folder of runs stands for the newest of them.
+        For a run folder the best checkpoint is selected, or the last one if there is no best.
+        Damaged checkpoints are skipped with a warning.
 
         Args:
-            path: where it is; a `Run` is returned as it is.
-            model: class or factory of a model that is no plain `GPT`.
+            path: a run folder, a folder of runs (which selects the newest), a checkpoint file in a
+                run folder, or an export; a `Run` is returned unchanged.
+            model: class of the model, or a function from its config to a model; None means `GPT`.
 
         Raises:
-            UserError: there is no run or no checkpoint there.
+            UserError: there is no run or no checkpoint at `path`.
         """
         if isinstance(path, Run):
             return path
@@ -92,10 +93,10 @@ class Run:
             if newest is not None:
                 return cls.load(newest.parent.parent, model)
             names = f"{CHECKPOINTS}/{BEST}.ckpt or {LAST}.ckpt"
-            raise UserError(f"{path} holds no {names}: give the folder of a run, or train one")
+            raise UserError(f"{path} has no {names}: give a run folder, or train a model first")
         if not path.is_file() or path.suffix not in (".ckpt", ".safetensors"):
             fault = "is not a checkpoint" if path.is_file() else "does not exist"
-            raise UserError(f"{path} {fault}: give a run folder (runs/<name>) or a .ckpt")
+            raise UserError(f"{path} {fault}: give a run folder (runs/<name>) or a .ckpt file")
         if path.parent.name != CHECKPOINTS:
             return cls(path.parent, path, model)
         refuse_links_out(path.parent.parent)
@@ -103,22 +104,36 @@ class Run:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Resolved configuration of the run, as plain values."""
+        """Resolved configuration of the run as plain values.
+
+        Raises:
+            UserError: config.yaml is missing or damaged.
+        """
         return read_config(self.folder)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Tokenizer that the run was trained with."""
+        """Tokenizer that the run was trained with.
+
+        Raises:
+            UserError: tokenizer.json is missing or damaged.
+        """
         path = self.folder / TOKENIZER
         if not path.is_file():
-            raise UserError(f"{self.folder} has no {TOKENIZER}: give a checkpoint in its folder")
+            raise UserError(
+                f"{self.folder} has no {TOKENIZER}: give a run folder with all its files"
+            )
         return Tokenizer.load(path)
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """Content of summary.json, with the steps and tokens that the checkpoint has seen.
+        """Content of summary.json, with steps and tokens of the selected checkpoint.
 
-        {} while the run trains; a run that was killed left none.
+        While a run trains, or after it was killed, there is no summary.json, and only these two are
+        present.
+
+        Raises:
+            UserError: summary.json or the checkpoint is damaged.
         """
         summary = read_summary(self.folder)
         if self.is_export:
@@ -134,29 +149,37 @@ class Run:
 
     @property
     def is_export(self) -> bool:
-        """Whether this is what `minigpt export --format safetensors` wrote."""
+        """Whether this is an export in the format safetensors instead of a run folder."""
         return self.checkpoint.suffix == ".safetensors"
 
     @property
     def output_dir(self) -> Path:
         """Directory for evaluation output: the run folder, or the working directory for an export.
 
-        An export may be part of a repository, and its card lists what lies in it.
+        Exports are not changed, because they may be repositories whose card describes their files.
         """
         return Path() if self.is_export else self.folder
 
     def load_model(self, device: str | torch.device = "cpu") -> GPT:
-        """Return the model with the checkpoint's weights in float32, frozen, in evaluation mode.
+        """Return the model with the weights of the selected checkpoint.
 
-        Only tensors and plain values are read; a pickle that would run code is refused unrun.
+        Only tensors and plain values are read; a checkpoint that contains code is refused, and the
+        code is not run.
+
+        Args:
+            device: device of the weights.
+
+        Returns:
+            The model in float32, frozen and in evaluation mode.
 
         Raises:
-            UserError: not a checkpoint, a damaged one, or one of another run.
-            ModelClassError: the run's model is of another class than the one that was given.
+            UserError: the checkpoint is damaged, or belongs to another run.
+            ModelClassError: the run was trained with another class than `GPT` or the given one.
         """
         trained = self.config.get("model_class")
         if trained is not None and self.model is None:
-            raise ModelClassError(f"{self.folder} was trained with the class {trained}", trained)
+            problem = f"{self.folder} was trained with the class {trained}, which must be given"
+            raise ModelClassError(problem, trained)
         factory = self.model or GPT
         shape = build(config_class(factory), _current(self.config.get("model"), "model"), "model")
         if self.is_export:
@@ -164,12 +187,13 @@ class Run:
         else:
             stored, weights = read_model(self.checkpoint)
             if build(type(shape), _current(stored, "model"), "model") != shape:
-                raise UserError(f"{self.checkpoint} is of another run: its model differs")
+                fix = "give a checkpoint that was written in this folder"
+                raise UserError(f"{self.checkpoint} has another model than {CONFIG}: {fix}")
         model = with_weights(factory(shape), weights, self.checkpoint)
         trained = trained or class_path(GPT)
-        given = class_path(factory)
-        if given.rpartition(".")[2] != trained.rpartition(".")[2]:
-            raise ModelClassError(f"{self.folder} was trained with {trained}, not {given}", trained)
+        name = class_path(factory)
+        if name.rpartition(".")[2] != trained.rpartition(".")[2]:
+            raise ModelClassError(f"{self.folder} was trained with {trained}, not {name}", trained)
         return model.to(device).eval().requires_grad_(False)
 
 
@@ -179,12 +203,12 @@ def class_path(factory: ModelFactory) -> str:
 
 
 def config_class(factory: ModelFactory) -> type[GPTConfig]:
-    """Return the dataclass of the config that `factory` makes models of."""
+    """Return the dataclass of the configs that `factory` takes."""
     return getattr(factory, "config_class", GPTConfig)
 
 
 def last_checkpoints(folder: Path) -> list[Path]:
-    """last.ckpt of a run folder and those before it that were kept, the newest first."""
+    """Return last.ckpt, last-1.ckpt, ... of a run folder, the newest first."""
     paths = (folder / CHECKPOINTS).glob(f"{LAST}*.ckpt")
     matches = ((re.fullmatch(rf"{LAST}(?:-(\d+))?", path.stem), path) for path in paths)
     ages = [(int(match[1] or 0), path) for match, path in matches if match]
@@ -192,42 +216,47 @@ def last_checkpoints(folder: Path) -> list[Path]:
 
 
 def first_undamaged(checkpoints: list[Path]) -> Path:
-    """The first that is whole, or the very first: reading it tells what is wrong with it."""
+    """Return the first undamaged checkpoint; if all are damaged, the first, whose error is read."""
     for checkpoint in checkpoints:
         if is_whole(checkpoint):
             return checkpoint
-        log.warning("%s is damaged, its checksum does not fit: passed over", checkpoint)
+        log.warning("%s is damaged and was skipped: its checksum does not match", checkpoint)
     return checkpoints[0]
 
 
 def last_checkpoint(path: Path) -> Path:
-    """The checkpoint that a run goes on from: `path` itself, or the last one of its run folder.
+    """Return the checkpoint to resume from.
 
-    Of a folder's checkpoints a damaged one is passed over, and the log says so.
+    Args:
+        path: a checkpoint file, or a run folder, which stands for its newest undamaged checkpoint.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no checkpoint at `path`.
     """
     if checkpoints := last_checkpoints(path):
         return first_undamaged(checkpoints)
     if path.is_dir():
         path = path / CHECKPOINTS / f"{LAST}.ckpt"
     if not path.is_file():
-        raise UserError(f"{path} does not exist: give a run folder to continue")
+        raise UserError(f"{path} does not exist: give a run folder with a checkpoint")
     return path
 
 
 def new_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool = False) -> Path:
-    """A folder in `parent` that no other run has, made now: two runs never share one.
+    """Create and return the folder of a new run, which all processes of the run share.
 
-    With `exist_ok` the folder `name` may be there already: one that a killed run left empty.
+    The process of rank 0 creates it and passes its path to the others: through the store of
+    torchrun, or in the environment of processes that Lightning starts. Processes started otherwise,
+    as by srun, need a name.
 
-    Without a name it is called after the size and the time. The first process makes it and tells
-    the others: those of torchrun through torchrun's store, those that Lightning starts by the
-    environment. Others can know it by name alone.
+    Args:
+        parent: folder of all runs, created if missing.
+        name: name of the run; None means one from size and time.
+        size: name of the model size.
+        exist_ok: whether the folder `name` may exist, as after a run that was killed early.
 
     Raises:
-        UserError: the name is taken.
+        UserError: the folder exists or cannot be created.
     """
     torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     store = next(rendezvous("env://"))[0] if torchrun else None
@@ -238,11 +267,11 @@ def new_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool = F
             store.set(RUN_FOLDER_VARIABLE, str(folder))
         return folder
     if store is not None:
-        return Path(store.get(RUN_FOLDER_VARIABLE).decode())  # waits until it is there
+        return Path(store.get(RUN_FOLDER_VARIABLE).decode())  # blocks until rank 0 has set it
     if RUN_FOLDER_VARIABLE in os.environ:
         return Path(os.environ[RUN_FOLDER_VARIABLE])
     if name is None:
-        raise UserError("is not set: processes that are started one by one share it", "name")
+        raise UserError("set a name, so that all processes of the run use one folder", "name")
     return parent / name
 
 
@@ -250,8 +279,8 @@ def _make_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool) 
     try:
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        reason = f"cannot make this folder ({error.strerror})"
-        raise UserError(reason, "runs_dir", str(parent)) from None
+        problem = f"cannot create this folder ({error.strerror}): choose another one"
+        raise UserError(problem, "runs_dir", str(parent)) from None
     base = name or f"{size}-{time.strftime('%Y%m%d-%H%M%S')}"
     for attempt in range(1, 1000):
         folder = parent / (base if attempt == 1 else f"{base}-{attempt}")
@@ -261,21 +290,24 @@ def _make_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool) 
         except FileExistsError:
             if name is None:
                 continue
-        resume: dict[str, Any] = {"fix": {"resume": "auto"}}  # begin there
+        resume: dict[str, Any] = {"fix": {"resume": "auto"}}  # starts anew in the same folder
         if last_checkpoints(folder):
             resume = {"command": ("train", {"resume": str(folder)})}
-        message = f"{folder} exists: choose another name, or continue it"
+        message = f"{folder} exists: choose another name, or resume that run"
         raise UserError(message, "name", name, **resume)
-    raise UserError(f"{parent} holds a thousand runs of this second: choose a name", "name")
+    raise UserError(f"{parent} has no free folder {base}-<n>: choose a name", "name")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the resolved configuration in a run folder, as plain values.
+    """Return the resolved configuration in a run folder as plain values.
 
-    What an older run lacks has the value that it meant then, by OLD_DEFAULTS.
+    Settings that are missing, because the run is older, get their former values from OLD_DEFAULTS.
+
+    Args:
+        folder: the run folder.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: config.yaml is missing or damaged.
     """
     path = folder / CONFIG
     try:
@@ -285,15 +317,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):  # not YAML, or not even UTF-8
         config = None
     if not isinstance(config, dict):
-        raise UserError(f"{path} does not hold the settings of a run: restore it or train again")
+        raise UserError(f"{path} is not a dictionary of settings: restore it, or train again")
     sections = {key: _current(config[key], key) for key in OLD_DEFAULTS if key in config}
     return config | sections
 
 
 def _current(values: Any, section: str) -> Any:
-    """Return a section of an older config as today's code reads it."""
+    """Return a section of a config that may be older, in the form of the current version."""
     if not isinstance(values, Mapping):
         return values
-    gone = OLD_SETTINGS.get(section, ())
-    kept = {key: value for key, value in values.items() if key not in gone}
-    return {**OLD_DEFAULTS[section], **kept}
+    removed = OLD_SETTINGS.get(section, ())
+    current = {key: value for key, value in values.items() if key not in removed}
+    return {**OLD_DEFAULTS[section], **current}

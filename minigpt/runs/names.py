@@ -1,4 +1,4 @@
-"""What lies in a run folder, under which name."""
+"""Names of the files in a run folder."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ SUMMARY = "summary.json"
 REPORT = "report.html"
 EVALUATION = "evaluation.json"
 CHECKPOINTS = "checkpoints"
-WEIGHTS = "model.safetensors"  # in place of checkpoints, in what `minigpt export` makes
-BEST, LAST = "best", "last"  # checkpoints/best.ckpt, last.ckpt; before it last-1.ckpt, ...
+WEIGHTS = "model.safetensors"  # in an export, instead of checkpoints
+BEST, LAST = "best", "last"  # checkpoints/best.ckpt, last.ckpt; older ones: last-1.ckpt, ...

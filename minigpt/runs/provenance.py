@@ -1,4 +1,4 @@
-"""Where weights come from: the commit of the code, what was typed, and the parent run."""
+"""Provenance of weights: commit of the code, overrides, and the parent run."""
 
 from __future__ import annotations
 
@@ -15,31 +15,30 @@ from typing import Any
 
 from minigpt.core.settings import UserError, build
 
-# Settings of the machine that a run was trained on, which no copy of it needs.
+# Settings that depend on the machine of a run, which exports leave out.
 MACHINE = ("runs_dir", "resume", "logger", "callbacks")
 _FOLDERS = re.compile(r"""(?<=[=,\s"'(\[{])(?:~|[A-Za-z]:)?[/\\](?:[^,()\[\]{}"']*[/\\])?""")
 
 
 def source_commit() -> str:
-    """Return the git commit of this code, or its version where the commit is not known.
+    """Return the git commit of this code, or its version if the commit is unknown.
 
-    A checkout is asked through git, and its commit ends in -dirty if files were changed. An
-    installed copy knows the commit that pip installed it from (PEP 610). The repository of
-    somebody else that surrounds it, such as a project with a virtual environment in it, does not
-    count.
+    In a checkout, git reports the commit, with the suffix -dirty if files were changed. For an
+    installed copy it is the commit that pip installed from (PEP 610). A surrounding repository of
+    another project, such as one with a virtual environment in it, is ignored.
     """
     package = Path(__file__).resolve().parents[1]
     return _checkout_commit(package.parent) or _installed_commit(package)
 
 
 def _checkout_commit(root: Path) -> str | None:
-    """Return what git says of the repository at `root`; None if that is not this project's."""
+    """Return the commit of the repository at `root`; None if it is not that of this project."""
     try:
         project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         if project["name"] != "minigpt":
             return None
         environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-        environment["GIT_CEILING_DIRECTORIES"] = str(root.parent)  # look no higher than `root`
+        environment["GIT_CEILING_DIRECTORIES"] = str(root.parent)  # ignores those around it
         command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
         process = subprocess.run(  # noqa: S603
             command, cwd=root, env=environment, capture_output=True, text=True, timeout=10
@@ -54,19 +53,23 @@ def _installed_commit(package: Path) -> str:
         distribution = metadata.distribution("minigpt")
     except metadata.PackageNotFoundError:
         return "unknown"
-    origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+    direct_url = json.loads(distribution.read_text("direct_url.json") or "{}")
     same = Path(str(distribution.locate_file("minigpt"))).resolve() == package
-    commit: str | None = origin.get("vcs_info", {}).get("commit_id") if same else None
+    commit: str | None = direct_url.get("vcs_info", {}).get("commit_id") if same else None
     return commit or distribution.version
 
 
 def portable_overrides(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides of a run as they were typed, without what is about its machine.
+    """Return the overrides of a run without those that depend on its machine.
 
-    Settings of logging and of places are left out; of an absolute path only the last name stays.
+    Settings of logging, callbacks and folders are left out. Absolute paths are reduced to their
+    last component.
+
+    Args:
+        overrides: the overrides as typed, such as "model=large".
     """
-    kept = [o for o in overrides if re.split(r"[./=@]", o.lstrip("+~"))[0] not in MACHINE]
-    return [_FOLDERS.sub("", o) for o in kept if not o.lstrip("+").startswith("data.cache_dir=")]
+    typed = [o for o in overrides if re.split(r"[./=@]", o.lstrip("+~"))[0] not in MACHINE]
+    return [_FOLDERS.sub("", o) for o in typed if not o.lstrip("+").startswith("data.cache_dir=")]
 
 
 @dataclass(frozen=True)
@@ -77,19 +80,19 @@ class Parent:
     """
 
     name: str
-    """Name of the run's folder."""
+    """Name of the folder of the parent run."""
 
     weights: str
-    """Fingerprint of the weights."""
+    """Fingerprint of the weights, by `weights_fingerprint`."""
 
     tokens: int | None
-    """Tokens that the weights were trained on; None if not known."""
+    """Number of tokens that the weights were trained on; None means unknown."""
 
     seconds: float | None
-    """Time that the weights were trained for; None if not known."""
+    """Training time of the weights in seconds; None means unknown."""
 
     sources: list[str]
-    """Every `data.source` that the weights were trained on, in order."""
+    """Every `data.source` that the weights were trained on, oldest first."""
 
     def __post_init__(self) -> None:
         if not all(text.isprintable() for text in (self.name, *self.sources)):
@@ -99,25 +102,25 @@ class Parent:
 
 
 def parent_of(record: Mapping[str, Any], path: Path) -> Parent | None:
-    """Return the parent in a run's summary or in the hyper-parameters of its checkpoint.
+    """Return the parent of a run, from its summary or the hyper-parameters of its checkpoint.
 
-    Entries that earlier versions wrote, such as the commands of all ancestors, are ignored.
+    Further entries of earlier versions, such as the commands of all ancestors, are ignored.
 
     Args:
-        record: what was read, with the parent under the key `init_from`.
-        path: the file it was read from, for messages.
+        record: the summary or hyper-parameters, with the parent under the key `init_from`.
+        path: file of the record, for errors.
 
     Returns:
-        The parent; None for a run that began with random weights.
+        The parent; None for a run that started from random weights.
 
     Raises:
-        UserError: the entry is not what a run writes.
+        UserError: the entry is not a valid record of a parent.
     """
     entry = record.get("init_from")
     if entry is None:
         return None
     if not isinstance(entry, Mapping):
-        raise UserError(f"{path}: init_from is not an object: restore the file, or train again")
+        raise UserError(f"{path}: init_from must be an object: restore the file, or train again")
     names = {field.name for field in fields(Parent)}
-    known = {name: value for name, value in entry.items() if name in names}
-    return build(Parent, known, f"{path}: init_from")
+    values = {name: value for name, value in entry.items() if name in names}
+    return build(Parent, values, f"{path}: init_from")

@@ -1,10 +1,10 @@
-"""Read what a run recorded as it trained: metrics.csv, samples.jsonl, summary.json.
+"""Read the records of a run: metrics.csv, samples.jsonl and summary.json.
 
     >>> rows = read_metrics(Path("runs/small-20260101-120000"))
     >>> tokens, loss = series(rows, "val/loss")
 
-Training appends to the first two files, so a run that was killed may leave half a line at the end;
-that half is not read. Anything else that is wrong is a UserError with the name of the file.
+Training appends to the first two files, so a killed run may leave an incomplete last line, which is
+ignored. Anything else that is wrong raises a UserError with the name of the file.
 """
 
 from __future__ import annotations
@@ -17,22 +17,28 @@ from minigpt.core.files import parse_json, read_json, read_text
 from minigpt.core.settings import UserError
 from minigpt.runs.names import METRICS, SAMPLES, SUMMARY
 
-Row = dict[str, float]  # one row of metrics.csv: column name to value, measured cells alone
+Row = dict[str, float]  # a row of metrics.csv, from column to value, without empty cells
 
 
 def read_metrics(folder: Path) -> list[Row]:
-    """Return the rows of metrics.csv, each with `step` and `tokens`; [] when there are none yet.
+    """Return the rows of metrics.csv, each with `step` and `tokens`.
+
+    Args:
+        folder: the run folder.
+
+    Returns:
+        The rows, oldest first; [] if there are none yet.
 
     Raises:
         UserError: the file is not a table of numbers with those two columns.
     """
     path = folder / METRICS
     rows: list[Row] = []
-    table = csv.DictReader(whole_lines(path), restval="missing")  # which is no number
+    table = csv.DictReader(whole_lines(path), restval="missing")  # not a number, so refused below
     for cells in table:
         try:
             row = {name: float(cell) for name, cell in cells.items() if cell != ""}
-        except (TypeError, ValueError):  # TypeError: a list of the cells beyond the header
+        except (TypeError, ValueError):  # TypeError: more cells than columns
             raise broken_line(path, table.line_num, "a row of numbers") from None
         if "step" not in row or "tokens" not in row:
             raise broken_line(path, table.line_num, "a row with step and tokens")
@@ -41,7 +47,10 @@ def read_metrics(folder: Path) -> list[Row]:
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
-    """Return the stories in samples.jsonl, oldest first; [] when there are none yet.
+    """Return the stories in samples.jsonl, oldest first; [] if there are none yet.
+
+    Args:
+        folder: the run folder.
 
     Raises:
         UserError: a line is not a JSON object with step, tokens, prompt, temperature and text.
@@ -60,7 +69,10 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """Return summary.json; {} while the run trains, and when it was killed before writing one.
+    """Return the content of summary.json; {} if a run is training or was killed.
+
+    Args:
+        folder: the run folder.
 
     Raises:
         UserError: the file is not a JSON object.
@@ -73,32 +85,40 @@ def read_summary(folder: Path) -> dict[str, Any]:
     except ValueError:  # not JSON, or not even UTF-8
         summary = None
     if not isinstance(summary, dict):
-        raise UserError(f"{path} is not a JSON object; remove the file, or leave this run out")
+        raise UserError(f"{path} is not a JSON object: remove the file, or leave this run out")
     return summary
 
 
 def series(rows: list[Row], name: str) -> tuple[list[float], list[float]]:
-    """Return one column against tokens seen, where it was measured: (tokens, values)."""
+    """Return a column of metrics.csv as a function of training tokens.
+
+    Args:
+        rows: rows from `read_metrics`.
+        name: name of the column.
+
+    Returns:
+        Tokens and values, two lists of equal length, of the rows where it was measured.
+    """
     measured = [(row["tokens"], row[name]) for row in rows if name in row]
     return [tokens for tokens, _ in measured], [value for _, value in measured]
 
 
 def last_values(rows: list[Row]) -> Row:
-    """Return the last measured value of every column."""
+    """Return the last measured value of each column."""
     return {name: value for row in rows for name, value in row.items()}
 
 
 def whole_lines(path: Path) -> list[str]:
-    """Return the lines of a file that end; [] when there is no file."""
+    """Return the complete lines of a file, which end in a line break; [] without a file."""
     if not path.is_file():
         return []
     try:
         text = read_text(path, max_bytes=1 << 30)
     except ValueError as error:
-        raise UserError(f"cannot read {path} ({error}); leave this run out") from None
-    return text.split("\n")[:-1]  # not splitlines, which also cuts at U+2028 inside a story
+        raise UserError(f"cannot read {path} ({error}): leave this run out") from None
+    return text.split("\n")[:-1]  # splitlines would also split at U+2028 within a story
 
 
 def broken_line(path: Path, line: int, expected: str) -> UserError:
-    """Return the error for a line of a file that is not what training writes."""
-    return UserError(f"{path}, line {line}: expected {expected}; correct or delete this line")
+    """Return the error for an invalid line of a file that training wrote."""
+    return UserError(f"{path}, line {line}: expected {expected}: correct or delete this line")
