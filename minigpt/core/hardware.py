@@ -81,7 +81,7 @@ class Hardware:
             problem = f"the number of GPUs on this machine is {n_gpus}"
             raise UserError(problem, "devices", n_devices, fix={"devices": "auto"})
         if accelerator == "mps" and n_devices > 1:
-            problem = "must be 1, as a Mac has one GPU; for several processes on its CPU"
+            problem = "a Mac has one GPU, but its CPU can run several processes"
             raise UserError(problem, "devices", n_devices, {"accelerator": "cpu"})
         return cls(accelerator, n_devices, num_nodes, *_find_precision(precision, accelerator))
 

@@ -1,4 +1,4 @@
-"""A trained model in the formats of other programs, with its model card."""
+"""Export of trained models to the formats of other programs, with a model card."""
 
 from minigpt.exporting.config import ExportConfig
 from minigpt.exporting.exporter import export

@@ -1,7 +1,7 @@
-"""The README.md of an exported model: what it is, what it was trained on, how well it does.
+"""Model card of an export: README.md with description, training data and measured quality.
 
-What it says of a run comes out of the run's files, which may come from anybody, so that `_cell`
-puts each value on one line.
+Its values come from files of a run, which may be untrusted, so `_cell` puts each of them on one
+line.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from minigpt.exporting.config import ExportConfig
 from minigpt.model import GPT
 from minigpt.runs.provenance import Parent
 
-Record = Mapping[str, Any]  # what a file of a run holds
+Record = Mapping[str, Any]  # content of a JSON or YAML file of a run
 TINYSTORIES = "roneneldan/TinyStories"
 CORPORA = {
-    "tinystories_sample": "the 14,849 stories of the bundled sample",
-    "tinystories": "the V2 training file of the full corpus",
+    "tinystories_sample": "14,849 stories of the TinyStories corpus",
+    "tinystories": "the training split (V2) of the TinyStories corpus",
 }
 
 
 def model_card(
-    name: str, export: ExportConfig, net: GPT, vocabulary: int, config: Record, summary: Record,
+    name: str, export: ExportConfig, model: GPT, vocabulary: int, config: Record, summary: Record,
     evaluation: Record | None, parent: Parent | None,
 ) -> str:  # fmt: skip
-    """Return the text of README.md, with the metadata that the Hub reads in front.
+    """Return the text of README.md, after the metadata that the Hub reads.
 
     Args:
-        name: of the model: its folder's, or user/name on the Hub.
-        export: what is written; its license None means that of the code for TinyStories.
-        net: the model.
+        name: name of the folder, or user/name on the Hub.
+        export: settings of the export.
+        model: the model.
         vocabulary: number of tokens of the tokenizer.
-        config: the run's settings, without paths.
-        summary: the run's summary.json; {} when it left none.
-        evaluation: evaluation.json as measured on these very weights; None if not measured.
-        parent: the run whose weights this one began with.
+        config: settings of the run, without paths.
+        summary: content of summary.json; {} if there is none.
+        evaluation: content of evaluation.json for exactly these weights; None if not evaluated.
+        parent: the run whose weights this one was initialised with; None for random weights.
     """
     name, license = _cell(name), export.license
     sources: list[str] = [*(parent.sources if parent else []), config["data"]["source"]]
@@ -54,10 +54,10 @@ def model_card(
         _metadata(name, export.format, bool(stories), evaluation, license),
         template_str=resources.files("minigpt.exporting").joinpath("card.md.j2").read_text("utf-8"),
         **{"cell": _cell, "count": _count, "time": _time},
-        **{"name": name, "format": export.format, "dtype": export.weights, "net": net},
+        **{"name": name, "format": export.format, "dtype": export.weights, "model": model},
         vocabulary=vocabulary,
         **{"config": config, "summary": summary, "evaluation": evaluation, "parent": parent},
-        place=name.split("/")[1] if "/" in name else f"path/to/{name}",
+        local_path=name.split("/")[1] if "/" in name else f"path/to/{name}",
         on_hub="/" in name,
         averaged=averaged,
         devices=_devices(summary),
@@ -75,7 +75,7 @@ def model_card(
 def _metadata(
     name: str, format: str, tinystories: bool, evaluation: Record | None, license: str | None
 ) -> ModelCardData:
-    """Return what the Hub shows and searches: license, data, and the measured numbers."""
+    """Return the metadata that the Hub displays: license, data and evaluation results."""
     results = []
     if evaluation is not None:
         source = _cell(evaluation["data"].get("source"))
@@ -104,7 +104,7 @@ def _metadata(
 
 
 def _cell(value: Any) -> str:
-    """Return a value out of a file as text that stays in its cell of a table, on one line."""
+    """Return an untrusted value as text for a table cell, on one line."""
     return "not recorded" if value is None else one_line(str(value)).replace("|", BAR)
 
 
@@ -113,12 +113,12 @@ def _count(number: Any) -> str:
 
 
 def _time(seconds: Any) -> str:
-    known = isinstance(seconds, int | float) and math.isfinite(seconds)
-    return human_time(seconds) if known else _cell(seconds)
+    finite = isinstance(seconds, int | float) and math.isfinite(seconds)
+    return human_time(seconds) if finite else _cell(seconds)
 
 
 def _devices(summary: Record) -> str:
-    """Return the device, and how many of it there were over all nodes."""
+    """Return the name of the device and, if there were several on all nodes, their number."""
     numbers = [summary.get("devices"), summary.get("num_nodes")]
     n = math.prod(number for number in numbers if isinstance(number, int))
     device = summary.get("device") or "an unknown device"
@@ -126,7 +126,7 @@ def _devices(summary: Record) -> str:
 
 
 def _command(config: Record, averaged: bool) -> str | None:
-    """Return the command that trained the run; None if it was not recorded on one line."""
+    """Return the command that trained the run; None if it is not recorded or not printable."""
     overrides = config.get("overrides")
     if overrides is None or not all(typed.isprintable() for typed in overrides):
         return None

@@ -1,4 +1,4 @@
-"""What to export, and as what."""
+"""Settings of an export."""
 
 from __future__ import annotations
 
@@ -11,33 +11,37 @@ from minigpt.core.settings import UserError
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """What to write."""
+    """Format of an export, and what it contains.
+
+    Raises:
+        UserError: the license is not an identifier, or the format does not support the dtype.
+    """
 
     format: Literal["hf", "safetensors", "onnx", "gguf"] = "hf"
-    """Format of the files: of transformers, of this project, ONNX, or of llama.cpp."""
+    """File format: transformers (hf), Mini GPT (safetensors), ONNX (onnx) or llama.cpp (gguf)."""
 
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Type of the weights; None means bfloat16 for safetensors, else float32."""
+    """Type of the weights; None means bfloat16 for safetensors and float32 for other formats."""
 
     evaluate: bool = False
-    """Whether to evaluate the exported weights if no evaluation of them is there."""
+    """Whether to evaluate the exported weights if they have not been evaluated yet."""
 
     license: str | None = None
-    """License of the weights as the Hub spells it, such as mit; None leaves it to the data."""
+    """License of the weights, as an identifier of the Hub; None means mit for TinyStories only."""
 
     average: bool = False
-    """Whether to export the mean of the weights and of those that the run began with."""
+    """Whether to average the final weights with those that the run was initialised with."""
 
     def __post_init__(self) -> None:
         if self.license is not None and not re.fullmatch(r"[\w.-]+", self.license):
             raise UserError(
-                "not spelled as on the Hub: mit, cc-by-4.0, ...", "license", self.license
+                "must be an identifier of the Hub: mit, cc-by-4.0, ...", "license", self.license
             )
         if self.dtype == "bfloat16" and self.format != "safetensors":
-            message = f"{self.format} is written in float32, which is exact: leave this out, or"
+            message = f"the format {self.format} supports only float32"
             raise UserError(message, "dtype", self.dtype, {"format": "safetensors"})
 
     @property
     def weights(self) -> str:
-        """Type of the exported weights."""
+        """Resolved type of the exported weights, such as "float32"."""
         return self.dtype or ("bfloat16" if self.format == "safetensors" else "float32")

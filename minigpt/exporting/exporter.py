@@ -1,10 +1,9 @@
-"""Export a run as files that others can use.
+"""Export a run to files that other programs can use.
 
     >>> export(Run.load("runs/my-run"), "out", ExportConfig(format="hf"))
     [PosixPath('out/README.md'), PosixPath('out/config.json'), ...]
 
-The numbers in an export are those that were measured on the very weights in it, which their
-fingerprint tells, or none.
+An export only contains evaluation results of exactly its own weights, by their fingerprint.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from minigpt.core.settings import UserError
 from minigpt.evaluation import EvaluationConfig, evaluate
 from minigpt.exporting.card import Record, model_card
 from minigpt.exporting.config import ExportConfig
-from minigpt.exporting.folder import MARK, check_output, read_object, whole_folder
+from minigpt.exporting.folder import MARKER, atomic_folder, check_output, read_object
 from minigpt.exporting.formats import write_gguf, write_hf, write_onnx, write_safetensors
 from minigpt.kernels.decode import is_plain
 from minigpt.model import GPT
@@ -46,101 +45,100 @@ def export(
     name: str | None = None,
     console: Console | None = None,
 ) -> list[Path]:
-    """Write the model of `run` and its model card into the folder `out`.
-
-    The folder is written beside its place and renamed when it is whole.
+    """Write the model of a run and its model card to a folder, atomically.
 
     Args:
-        run: a run, or an export in our own format.
-        out: new, empty, or an earlier export, which is replaced.
-        config: what to write; None means the format of transformers.
+        run: a run, or an export in the format safetensors.
+        out: the output folder: new, empty, or an earlier export, which is replaced.
+        config: settings of the export; None means the defaults, the format of transformers.
         name: title of the model card, such as user/name; None means the name of the folder.
-        console: where to show the progress of an evaluation; None means nowhere.
+        console: console for the progress of an evaluation; None shows none.
 
     Returns:
-        The files in `out`.
+        The files in `out`, sorted.
 
     Raises:
-        UserError: `out` is neither new, empty nor an earlier export, or is the run itself; the run
-            cannot be read; a package is missing.
+        UserError: the run cannot be read, `out` contains other files or is the run itself, the
+            format does not support the model, or a package is missing.
     """
     out, config = Path(out), config or ExportConfig()
     check_output(out)
     if out.resolve() == run.folder.resolve() and config.format != "safetensors":
-        problem = f"is the model itself, which {config.format} would replace: give a new folder"
+        problem = f"{config.format} would replace the model itself: give a new folder"
         raise UserError(problem, "out", str(out))
-    net, tokenizer, settings = run.load_model(), run.tokenizer, run.config
-    if not is_plain(net) and config.format != "safetensors":
-        problem = f"no other program computes {class_path(run.model or type(net))}"
+    model, tokenizer, settings = run.load_model(), run.tokenizer, run.config
+    if not is_plain(model) and config.format != "safetensors":
+        problem = f"other programs cannot run {class_path(run.model or type(model))}"
         raise UserError(problem, "format", config.format, {"format": "safetensors"})
     summary = run.summary
     parent = parent_of(summary, run.folder / SUMMARY)
-    if parent is not None:  # without what earlier versions wrote about it
+    if parent is not None:  # without additional entries of earlier versions
         summary = {**summary, "init_from": dataclasses.asdict(parent)}
     if config.average:
-        _average(net, run, parent)
+        _average(model, run, parent)
         summary = {**summary, "averaged": True}
     portable = _portable_config(settings, run.folder / CONFIG)
     dtype: torch.dtype = getattr(torch, config.weights)
-    for parameter in net.parameters():  # round to what is read back; positions are no parameter
+    for parameter in model.parameters():  # so that results are those of the rounded weights
         parameter.copy_(parameter.to(dtype))
-    evaluation = _measured(run.folder, weights_fingerprint(net))
+    evaluation = _stored_evaluation(run.folder, weights_fingerprint(model))
     if evaluation is None and config.evaluate:
-        evaluation = _measure(net, run, summary, dtype, console)
+        evaluation = _new_evaluation(model, run, summary, dtype, console)
     title, size = name or out.resolve().name, tokenizer.vocab_size
-    card = model_card(title, config, net, size, portable, summary, evaluation, parent)
-    with whole_folder(out) as folder:
+    card = model_card(title, config, model, size, portable, summary, evaluation, parent)
+    with atomic_folder(out) as folder:
         if config.format == "safetensors":
             summary = _portable_summary(summary, evaluation)
-            _write_run(net, tokenizer, portable, summary, dtype, folder)
+            _write_run(model, tokenizer, portable, summary, dtype, folder)
         else:
-            WRITERS[config.format](net, tokenizer, folder)
+            WRITERS[config.format](model, tokenizer, folder)
         if evaluation is not None:
             write_json(folder / EVALUATION, evaluation)
         write_text(folder / CARD, card)
-        files = sorted([MARK, *(path.name for path in folder.iterdir())])
-        mark = {"format": config.format, "dtype": config.weights, "files": files}
-        write_json(folder / MARK, mark)
+        files = sorted([MARKER, *(path.name for path in folder.iterdir())])
+        marker = {"format": config.format, "dtype": config.weights, "files": files}
+        write_json(folder / MARKER, marker)
     return sorted(out.iterdir())
 
 
 def _write_run(
-    net: GPT, tokenizer: Tokenizer, settings: Record, summary: Record, dtype: torch.dtype,
+    model: GPT, tokenizer: Tokenizer, settings: Record, summary: Record, dtype: torch.dtype,
     folder: Path,
 ) -> None:  # fmt: skip
-    """Write what `Run.load` takes for a run."""
-    write_safetensors(net, tokenizer, folder, dtype)
+    """Write the files that `Run.load` reads, in the format safetensors."""
+    write_safetensors(model, tokenizer, folder, dtype)
     write_text(folder / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     write_json(folder / SUMMARY, summary)
 
 
-def _average(net: GPT, run: Run, parent: Parent | None) -> None:
-    """Make `net` the mean of itself and of the weights that its run began with.
+def _average(model: GPT, run: Run, parent: Parent | None) -> None:
+    """Replace the weights of `model` by the mean with those that its run was initialised with.
 
-    Both lie in one valley of the loss, in whose middle it is lower than at either side (Izmailov et
-    al. 2018, https://arxiv.org/abs/1803.05407; measured here: docs/LOG.md, 2026-11-25).
+    Both are in the same basin of the loss, which is lower between them than at either (Izmailov et
+    al. 2018, arXiv 1803.05407; measured in docs/LOG.md, 2026-11-25).
     """
     path = run.config.get("init_from")
     if parent is None or not isinstance(path, str):
-        raise UserError("leave it out: this run began with no weights of another", "average")
+        problem = "this run was not initialised with weights of another run: leave this out"
+        raise UserError(problem, "average")
     first = Run.load(path, run.model).load_model()
     if weights_fingerprint(first) != parent.weights:
-        problem = f"{path} no longer holds the weights that the run began with: restore it, or"
-        raise UserError(problem, "average", fix={"average": False})
-    for weight, other in zip(net.parameters(), first.parameters(), strict=True):
+        problem = f"{path} has changed since this run was initialised with it: restore it"
+        raise UserError(problem, "average")
+    for weight, other in zip(model.parameters(), first.parameters(), strict=True):
         weight.lerp_(other, 0.5)
 
 
-# ---------------------------------------------------------------------------- the run, portable
+# ---------------------------------------------------------------------------- portable records
 
 
 def _portable_config(settings: Record, path: Path) -> dict[str, Any]:
-    """Return the settings without those of the machine. `path` is where they were read."""
+    """Return the settings without those of the machine; `path` is their file, for errors."""
     data = settings.get("data")
     if not isinstance(data, Mapping) or not isinstance(data.get("source"), str):
-        raise UserError(f"{path} does not hold data.source: restore the file, or train again")
-    left_out = (*MACHINE, "init_from", "data", "overrides")
-    portable = {key: value for key, value in settings.items() if key not in left_out}
+        raise UserError(f"{path} has no valid data.source: restore the file, or train again")
+    excluded = (*MACHINE, "init_from", "data", "overrides")
+    portable = {key: value for key, value in settings.items() if key not in excluded}
     portable["data"] = _portable_data(data)
     overrides = settings.get("overrides")
     if isinstance(overrides, list) and all(isinstance(typed, str) for typed in overrides):
@@ -149,13 +147,13 @@ def _portable_config(settings: Record, path: Path) -> dict[str, Any]:
 
 
 def _portable_data(data: Record) -> dict[str, Any]:
-    """Return the settings of a corpus without paths: TinyStories is found by name."""
+    """Return the settings of a corpus without paths; TinyStories needs none."""
     paths = ("train_files", "valid_files", "cache_dir")
     return {key: value for key, value in data.items() if key not in paths}
 
 
 def _portable_summary(summary: Record, evaluation: Record | None) -> dict[str, Any]:
-    """Return the summary with the losses of the exported weights instead of those in training."""
+    """Return the summary with the validation results of the exported weights only."""
     portable = {k: value for k, value in summary.items() if "loss" not in k and "/" not in k}
     if evaluation is not None:
         names = {
@@ -167,31 +165,31 @@ def _portable_summary(summary: Record, evaluation: Record | None) -> dict[str, A
     return portable
 
 
-# ---------------------------------------------------------------------------- what is measured
+# ---------------------------------------------------------------------------- evaluation
 
 
-def _measured(folder: Path, weights: str) -> dict[str, Any] | None:
-    """Return the run's evaluation.json if it was measured on the weights of this fingerprint."""
+def _stored_evaluation(folder: Path, weights: str) -> dict[str, Any] | None:
+    """Return the content of evaluation.json if it is of the weights with this fingerprint."""
     evaluation = read_object(folder / EVALUATION)
     if evaluation.get("weights") != weights:
         return None
     data = evaluation.get("data")
-    wrong = [key for key in NUMBERS if not isinstance(evaluation.get(key), int | float)]
-    if wrong or not isinstance(data, Mapping):
+    invalid = [key for key in NUMBERS if not isinstance(evaluation.get(key), int | float)]
+    if invalid or not isinstance(data, Mapping):
         raise UserError(
-            f"{folder / EVALUATION} is not what an evaluation writes: {(*wrong, 'data')[0]}",
+            f"{folder / EVALUATION} is damaged: {(*invalid, 'data')[0]} is missing or invalid",
             command=("evaluate", {"ckpt": str(folder)}),
         )
     return {**evaluation, "data": _portable_data(data)}
 
 
-def _measure(
-    net: GPT, run: Run, summary: dict[str, Any], dtype: torch.dtype, console: Console | None
+def _new_evaluation(
+    model: GPT, run: Run, summary: dict[str, Any], dtype: torch.dtype, console: Console | None
 ) -> dict[str, Any]:
-    """Evaluate `net`, which holds the rounded weights of `run`."""
+    """Evaluate `model`, which has the rounded weights of `run`."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _write_run(net, run.tokenizer, run.config, summary, dtype, folder)
+        _write_run(model, run.tokenizer, run.config, summary, dtype, folder)
         result = evaluate(Run.load(folder, run.model), EvaluationConfig(), console, folder)
     evaluation = dataclasses.asdict(result)
     return {**evaluation, "data": _portable_data(evaluation["data"])}

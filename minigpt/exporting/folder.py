@@ -1,4 +1,4 @@
-"""The folder that an export is written into: what may be replaced, and replacing it whole."""
+"""Output folder of an export: check that it may be replaced, and replace it atomically."""
 
 from __future__ import annotations
 
@@ -12,46 +12,52 @@ from typing import Any
 from minigpt.core.files import read_json
 from minigpt.core.settings import UserError
 
-MARK = "export.json"  # says that this is an export, and which files belong to it
-_ALSO = ("report.html", "evaluation*.json")  # what an evaluation may leave in one
+MARKER = "export.json"  # marks a folder as an export, and lists its files
+_RESULTS = ("report.html", "evaluation*.json")  # files of an evaluation, which may be replaced
 
 
 def check_output(out: Path) -> None:
-    """Raise UserError unless `out` is new, empty, or an earlier export with nothing added.
+    """Raise UserError unless a folder is new, empty, or an earlier export without other files.
 
-    The current folder cannot be replaced, nor one above it: programs would continue in a removed
-    one.
+    The working directory and those above it cannot be replaced, because programs would keep running
+    in a removed directory.
+
+    Args:
+        out: the output folder.
     """
     if not out.exists():
         return
     if not out.is_dir():
-        raise UserError("is a file: give a new folder to export into", "out", str(out))
+        raise UserError("this is a file: give a new folder to export into", "out", str(out))
     present = {path.name for path in out.iterdir()}
-    ours = {path.name for pattern in _ALSO for path in out.glob(pattern)}
-    listed = read_object(out / MARK).get("files")
-    if isinstance(listed, list):
-        ours |= set(map(str, listed))
-    foreign = sorted(present - ours if MARK in present else present)
+    own = {path.name for pattern in _RESULTS for path in out.glob(pattern)}
+    files = read_object(out / MARKER).get("files")
+    if isinstance(files, list):
+        own |= set(map(str, files))
+    foreign = sorted(present - own if MARKER in present else present)
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise UserError(
-            f"holds {foreign[0]}{more}, which no export wrote: give a new folder, or move it away",
+            f"{foreign[0]}{more} in this folder are not of an export: give a new folder",
             "out",
             str(out),
         )
     if Path.cwd().is_relative_to(out.resolve()):
         raise UserError(
-            f"{out.resolve()}, which an export would replace, is the current folder or above it: "
-            "type cd .. first, or give another folder",
+            f"{out.resolve()} cannot be replaced, because it is or contains the current folder: "
+            "run cd .. first, or give another folder",
             "out",
         )
 
 
 @contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """Yield a new folder that takes the place of `out` after the body, or disappears if it fails.
+def atomic_folder(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder that replaces `out` if the body succeeds and is removed if it fails.
 
-    What was at `out` is removed once the new folder is there, and put back if that never comes.
+    The old folder at `out` is removed at the end, or restored if the replacement fails.
+
+    Raises:
+        UserError: the folder cannot be written.
     """
     target = out.resolve()
     folder = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -64,7 +70,8 @@ def whole_folder(out: Path) -> Iterator[Path]:
         folder.rename(target)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
+        problem = f"cannot write this folder ({error.strerror or error}): choose another one"
+        raise UserError(problem, "out", str(out)) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if old.exists() and not target.exists():
@@ -72,7 +79,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; {} when there is none that can be read."""
+    """Return the object in a JSON file; {} if there is no valid one."""
     try:
         content = read_json(path)
     except (OSError, ValueError):

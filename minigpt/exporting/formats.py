@@ -1,7 +1,7 @@
-"""One writer for each format that `minigpt export` knows: a model into the files of that format.
+"""Writers of the export formats, one function for each.
 
-Other programs know this architecture as GPT-2, with two differences, which `as_gpt2` removes
-without changing what the model computes. Every writer leaves float32 but `write_safetensors`.
+Other programs can run this architecture as a GPT-2, after `as_gpt2` has removed the two differences
+from it. All formats are float32, except the one of `write_safetensors`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from minigpt.model import GPT
 from minigpt.runs.names import TOKENIZER, WEIGHTS
 from minigpt.tokenizer import END_OF_TEXT, Tokenizer
 
-NAMES = {  # ours: what transformers' GPT-2 and GGUF call it
+NAMES = {  # name in Mini GPT: names in the GPT-2 of transformers and in GGUF
     "embedding": ("transformer.wte", "token_embd"),
     "positions": ("transformer.wpe", "position_embd"),
     "final_norm": ("transformer.ln_f", "output_norm"),
@@ -42,58 +42,82 @@ NAMES = {  # ours: what transformers' GPT-2 and GGUF call it
 HF, GGUF = range(2)  # columns of NAMES
 
 
-def as_gpt2(net: GPT) -> dict[str, Tensor]:
-    """Return the weights of the GPT-2 that computes the same logits, under our names.
+def as_gpt2(model: GPT) -> dict[str, Tensor]:
+    """Return the weights of a GPT-2 that computes the same logits, by the names of Mini GPT.
 
-    GPT-2 has a table of positions, which holds the sinusoids; and it adds an embedding that is not
-    scaled, though output and embedding are one matrix here as there. So that matrix takes the
-    scale, and the final norm, whose result it multiplies, the inverse: the products are the same
-    up to rounding, and exactly where the scale is a power of two (the medium size).
+    GPT-2 has a position table as a weight, which gets the sinusoids, and unscaled embeddings. So
+    the embedding matrix is multiplied by the scale and, because it is also the output projection,
+    the final LayerNorm is divided by it. Logits stay the same up to rounding; if the scale is a
+    power of two, as at the medium size, exactly.
+
+    Args:
+        model: a plain `GPT`.
+
+    Returns:
+        Tensors by name, in the shapes of Mini GPT.
     """
-    weights = {**net.state_dict(), "positions.weight": net.positions}
-    weights["embedding.weight"] = weights["embedding.weight"] * net.scale
+    weights = {**model.state_dict(), "positions.weight": model.positions}
+    weights["embedding.weight"] = weights["embedding.weight"] * model.scale
     for name in ("final_norm.weight", "final_norm.bias"):
-        weights[name] = weights[name] / net.scale
+        weights[name] = weights[name] / model.scale
     return weights
 
 
 def renamed(name: str, column: int) -> str:
-    """Return one of our names, such as blocks.0.norm1.bias, in the words of another program."""
+    """Return the name of a tensor in another format.
+
+    Args:
+        name: name in Mini GPT, such as "blocks.0.norm1.bias".
+        column: HF or GGUF.
+    """
     return re.sub("|".join(NAMES), lambda match: NAMES[match[0]][column], name)
 
 
-# ---------------------------------------------------------------------------- ours
+# ---------------------------------------------------------------------------- Mini GPT
 
 
-def write_safetensors(net: GPT, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype) -> None:
-    """Write model.safetensors with our own names, every weight in `dtype`; tokenizer.json."""
-    _write_weights({name: w.to(dtype) for name, w in net.state_dict().items()}, folder)
+def write_safetensors(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype) -> None:
+    """Write model.safetensors, with the names of Mini GPT, and tokenizer.json.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        folder: the output folder.
+        dtype: type of all weights in the file.
+    """
+    _write_weights({name: w.to(dtype) for name, w in model.state_dict().items()}, folder)
     tokenizer.save(folder / TOKENIZER)
 
 
 def _write_weights(weights: dict[str, Tensor], folder: Path) -> None:
-    # Not save_file, whose file nobody else may read.
+    # Not save_file, which makes the file readable for its owner only.
     (folder / WEIGHTS).write_bytes(save(weights, metadata={"format": "pt"}))
 
 
 # ---------------------------------------------------------------------------- Hugging Face
 
 
-def write_hf(net: GPT, tokenizer: Tokenizer, folder: Path) -> None:
-    """What transformers' AutoModelForCausalLM and AutoTokenizer load."""
+def write_hf(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the files that transformers' AutoModelForCausalLM and AutoTokenizer load.
+
+    Args:
+        model: a plain `GPT`.
+        tokenizer: its tokenizer.
+        folder: the output folder.
+    """
     weights = {}
-    for name, weight in as_gpt2(net).items():
-        # GPT-2 keeps the matrices of a layer as (in, out), nn.Linear as (out, in).
+    for name, weight in as_gpt2(model).items():
+        # GPT-2 stores the matrices of a block as (in, out), nn.Linear as (out, in).
         weight = weight.T if name.startswith("blocks.") and weight.dim() == 2 else weight
         weights[renamed(name, HF)] = weight.contiguous()
     _write_weights(weights, folder)
     end = tokenizer.end_of_text
-    write_json(folder / "config.json", _hf_config(net, end))
-    sampling = {  # our default
+    write_json(folder / "config.json", _hf_config(model, end))
+    sampling = {  # the defaults of Mini GPT
         "do_sample": True,
         "temperature": SamplingConfig().temperature,
-        "top_k": 0,  # all tokens: transformers would take the 50 most likely
-        "max_length": net.config.context_length,  # of the table of positions
+        "top_k": 0,  # all tokens; the default of transformers is 50
+        "max_length": model.config.context_length,  # length of the position table
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end),
     }
     write_json(folder / "generation_config.json", sampling)
@@ -102,14 +126,14 @@ def write_hf(net: GPT, tokenizer: Tokenizer, folder: Path) -> None:
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT),
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
-        "model_max_length": net.config.context_length,
+        "model_max_length": model.config.context_length,
     }
     write_json(folder / "tokenizer_config.json", tokenizer_config)
     write_tokenizer_with_prefix(tokenizer, folder / TOKENIZER)
 
 
-def _hf_config(net: GPT, end: int) -> dict[str, Any]:
-    c = net.config
+def _hf_config(model: GPT, end: int) -> dict[str, Any]:
+    c = model.config
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -119,8 +143,8 @@ def _hf_config(net: GPT, end: int) -> dict[str, Any]:
         "n_layer": c.n_layers,
         "n_head": c.n_heads,
         "n_inner": c.d_ff,
-        "activation_function": "gelu",  # the exact one: GPT-2's own is an approximation by tanh
-        "layer_norm_epsilon": net.final_norm.eps,
+        "activation_function": "gelu",  # exact; the default of GPT-2 is the tanh approximation
+        "layer_norm_epsilon": model.final_norm.eps,
         "embd_pdrop": c.dropout,
         "resid_pdrop": c.dropout,
         "attn_pdrop": 0.0,
@@ -132,9 +156,13 @@ def _hf_config(net: GPT, end: int) -> dict[str, Any]:
 
 
 def write_tokenizer_with_prefix(tokenizer: Tokenizer, path: Path) -> None:
-    """Write a tokenizer.json that puts END_OF_TEXT in front of a text unless told not to.
+    """Write a tokenizer.json that puts END_OF_TEXT before each text, as a special token.
 
-    Every story began after one in training, and `minigpt generate` puts one there as well.
+    Every training story follows one, and `minigpt generate` puts one before the prompt as well.
+
+    Args:
+        tokenizer: the tokenizer.
+        path: the file to write.
     """
     library = tokenizers.Tokenizer.from_str(tokenizer.to_json())
     library.post_processor = processors.TemplateProcessing(
@@ -148,25 +176,31 @@ def write_tokenizer_with_prefix(tokenizer: Tokenizer, path: Path) -> None:
 # ---------------------------------------------------------------------------- ONNX
 
 
-def write_onnx(net: GPT, tokenizer: Tokenizer, folder: Path) -> None:
-    """model.onnx: `ids` (batch, length) int64 in, `logits` (batch, length, V) float32 out.
+def write_onnx(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write model.onnx and tokenizer.json.
 
-    Any batch, and any length from 1 to the context.
+    The input is `ids` (batch, length), int64, for any batch size and any length from 1 to the
+    context length; the output is `logits` (batch, length, V), float32.
+
+    Args:
+        model: a plain `GPT`.
+        tokenizer: its tokenizer.
+        folder: the output folder.
 
     Raises:
         UserError: onnx or onnxscript is not installed.
     """
-    _installed("onnx")
-    _installed("onnxscript")
+    _import_optional("onnx")
+    _import_optional("onnxscript")
     from torch.export import Dim
 
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision
-    context = net.config.context_length
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is missing
+    context = model.config.context_length
     axes = {0: Dim("batch", min=1), 1: Dim("length", min=1, max=context)}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*LeafSpec.*deprecated.*")  # of torch 2.13 itself
+        warnings.filterwarnings("ignore", ".*LeafSpec.*deprecated.*")  # by torch 2.13 itself
         program = torch.onnx.export(
-            net,
+            model,
             (torch.zeros(2, min(3, context), dtype=torch.int64),),
             dynamo=True,
             input_names=["ids"],
@@ -174,9 +208,9 @@ def write_onnx(net: GPT, tokenizer: Tokenizer, folder: Path) -> None:
             dynamic_shapes={"ids": axes},
             verbose=False,
         )
-    assert program is not None  # with dynamo it is not
+    assert program is not None  # as always with dynamo=True
     for node in program.model.graph.all_nodes():
-        node.metadata_props.clear()  # where on this machine the source of each step lies
+        node.metadata_props.clear()  # source paths of this machine
     program.save(folder / "model.onnx", external_data=False)
     tokenizer.save(folder / TOKENIZER)
 
@@ -184,27 +218,32 @@ def write_onnx(net: GPT, tokenizer: Tokenizer, folder: Path) -> None:
 # ---------------------------------------------------------------------------- GGUF
 
 
-def write_gguf(net: GPT, tokenizer: Tokenizer, folder: Path) -> None:
-    """model.gguf: what llama.cpp reads, as its GPT-2, float32.
+def write_gguf(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write model.gguf, a GPT-2 in float32 for llama.cpp, which includes the tokenizer.
 
-    llama.cpp approximates GELU by tanh, and looks it up in a table of half precision: its logits
-    are near ours, not equal to them (docs/sharing.md has the difference).
+    llama.cpp approximates GELU by tanh and by a float16 lookup table, so its logits differ slightly
+    (docs/sharing.md has the measurement).
+
+    Args:
+        model: a plain `GPT`.
+        tokenizer: its tokenizer.
+        folder: the output folder.
 
     Raises:
         UserError: gguf is not installed.
     """
-    gguf = _installed("gguf")
-    c = net.config
+    gguf = _import_optional("gguf")
+    c = model.config
     writer = gguf.GGUFWriter(folder / "model.gguf", "gpt2")
     writer.add_block_count(c.n_layers)
     writer.add_context_length(c.context_length)
     writer.add_embedding_length(c.d_model)
     writer.add_feed_forward_length(c.d_ff)
     writer.add_head_count(c.n_heads)
-    writer.add_layer_norm_eps(net.final_norm.eps)
+    writer.add_layer_norm_eps(model.final_norm.eps)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     _add_tokenizer(writer, tokenizer, c.vocab_size, gguf.TokenType)
-    for name, weight in as_gpt2(net).items():
+    for name, weight in as_gpt2(model).items():
         writer.add_tensor(renamed(name, GGUF), weight.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -213,10 +252,10 @@ def write_gguf(net: GPT, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int, kind: Any) -> None:
-    """Vocabulary and merges; `gpt-2` names the cutting into words that ours does too."""
-    model = json.loads(tokenizer.to_json())["model"]
-    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
-    tokens += [f"<unused{i}>" for i in range(len(tokens), vocab_size)]  # the matrix has their rows
+    """Add vocabulary and merges; "gpt-2" names the pre-tokenizer, the same as in Mini GPT."""
+    bpe = json.loads(tokenizer.to_json())["model"]
+    tokens = sorted(bpe["vocab"], key=bpe["vocab"].__getitem__)
+    tokens += [f"<unused{i}>" for i in range(len(tokens), vocab_size)]  # rows without a token
     types = [kind.NORMAL] * len(tokens)
     types[tokenizer.vocab_size :] = [kind.UNUSED] * (vocab_size - tokenizer.vocab_size)
     types[tokenizer.end_of_text] = kind.CONTROL
@@ -224,15 +263,15 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int, kind: Any
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
+    writer.add_token_merges([" ".join(pair) for pair in bpe["merges"]])
     writer.add_bos_token_id(tokenizer.end_of_text)
     writer.add_eos_token_id(tokenizer.end_of_text)
     writer.add_add_bos_token(True)
 
 
-def _installed(package: str) -> Any:
-    """Import a package and return it; raise UserError if it is not installed."""
+def _import_optional(package: str) -> Any:
+    """Import and return a package; raise UserError if it is not installed."""
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise UserError(f"this needs the package {package}: type pip install {package}") from None
+        raise UserError(f"this format needs {package}: run pip install {package}") from None

@@ -1,4 +1,4 @@
-"""Send an exported folder to the Hugging Face Hub: the only code here that sends anything."""
+"""Publish an export on the Hugging Face Hub; no other module uploads anything."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from minigpt.core.settings import UserError
 
 
 def check_repository(push: str, dry_run: bool = False) -> None:
-    """Raise UserError unless `push` is user/name and there is a token to send with.
+    """Check the name of a repository, and that there is a token to publish with.
 
     Args:
-        push: name of the repository on the Hub.
-        dry_run: whether nothing is to be sent, which needs no token.
+        push: name of the repository on the Hub, user/name.
+        dry_run: whether nothing will be published, which needs no token.
+
+    Raises:
+        UserError: the name is not valid, or there is no token.
     """
     from huggingface_hub import get_token
     from huggingface_hub.utils import validate_repo_id
@@ -21,25 +24,25 @@ def check_repository(push: str, dry_run: bool = False) -> None:
         validate_repo_id(push)
         _user, _name = push.split("/")  # ValueError unless there are both
     except ValueError:
-        problem = "not the name of a model on the Hub: give user/name"
+        problem = "this is not the name of a repository on the Hub: give user/name"
         raise UserError(problem, "push", push) from None
     if not dry_run and get_token() is None:
-        raise UserError("the Hub needs a token: type hf auth login, or set HF_TOKEN", "push", push)
+        raise UserError("the Hub needs a token: run hf auth login, or set HF_TOKEN", "push", push)
 
 
 def push_folder(folder: Path, push: str, private: bool = False) -> str:
-    """Send all files of `folder` as one commit; the repository is created if there is none.
+    """Upload all files of a folder in one commit; the repository is created if missing.
 
     Args:
-        folder: an export.
-        push: name of the repository, user/name.
-        private: whether to create it private; one that is there already must be private.
+        folder: the folder of an export.
+        push: name of the repository on the Hub, user/name.
+        private: whether the repository must be private; a new one is created so.
 
     Returns:
-        The address of the model.
+        The URL of the model.
 
     Raises:
-        UserError: the Hub cannot be reached or refuses; the repository is public.
+        UserError: the Hub cannot be reached or refuses the upload, or the repository is public.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import httpx
@@ -48,7 +51,8 @@ def push_folder(folder: Path, push: str, private: bool = False) -> str:
     try:
         url = api.create_repo(push, repo_type="model", exist_ok=True, private=private)
         if private and not api.model_info(push).private:
-            raise UserError(f"is public: make it private at {url}/settings", "push", push)
+            problem = f"the repository is public: make it private at {url}/settings"
+            raise UserError(problem, "push", push)
         message = "Model exported by Mini GPT"
         api.upload_folder(repo_id=push, folder_path=folder, commit_message=message)
     except (httpx.HTTPError, OSError) as error:

@@ -89,8 +89,8 @@ def test_crafted_values_stay_on_their_line_of_the_card(format, run, tmp_path):
     card = card_of(out)
     assert card.count("\n") == plain.count("\n")
     assert all(line.isprintable() for line in card.split("\n"))
-    assert row_of(card, "precision of training").startswith("32 \\| x # Heading --- ```")
-    assert row_of(card, "tokens seen in training").startswith("32")
+    assert row_of(card, "training precision").startswith("32 \\| x # Heading --- ```")
+    assert row_of(card, "training tokens").startswith("32")
     assert ModelCard.load(out / "README.md").data.model_name
 
 
@@ -100,7 +100,7 @@ def test_values_of_a_wrong_type_give_a_card(number, run, tmp_path):
     summary = read_summary(run) | dict.fromkeys(names, number)
     (run / "summary.json").write_text(json.dumps(summary))
     card = card_of(exported(run, tmp_path / "out"))
-    assert row_of(card, "tokens seen in training")
+    assert row_of(card, "training tokens")
 
 
 @pytest.mark.parametrize("data", [None, [], {}, {"source": 1}])

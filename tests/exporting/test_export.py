@@ -64,7 +64,7 @@ def test_tokens_are_those_of_the_checkpoint(run, tmp_path):
     torch.save(content, run / "checkpoints" / "best.ckpt")
     out = exported(run, tmp_path / "out", format="safetensors")
     assert read_run(out).tokens == 640
-    assert row_of(card_of(out), "tokens seen in training") == "640"
+    assert row_of(card_of(out), "training tokens") == "640"
 
 
 def test_export_of_own_stories_is_evaluated_on_given_stories(run, trained, tmp_path, monkeypatch):
