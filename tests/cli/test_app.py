@@ -160,15 +160,15 @@ WRONG_PROMPTS = {"\udcff": [r"\udcff"], "-": ["UTF-8", "2"]}
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ("--top-p 2", ["top_p", "2.0"]),
-        ("--temperature nan", ["temperature", "nan"]),
+        ("--top-p 2", ["--top-p", "2.0"]),
+        ("--temperature nan", ["--temperature", "nan"]),
         ("--temperature 0 --top-k 5 --min-p 0.1", ["--temperature", "--top-k", "--min-p"]),
         ("--temperature 0 --n 2", ["--temperature", "--n 2"]),
         ("--n -1", ["--n", "-1"]),
-        ("--seed -1", ["seed", "-1"]),
-        ("--repetition-penalty nan", ["repetition_penalty", "nan", "0.01", "100"]),
-        ("--max-tokens 0", ["max_tokens"]),
-        ("--min-p 3", ["min_p", "3.0"]),
+        ("--seed -1", ["--seed", "-1"]),
+        ("--repetition-penalty nan", ["--repetition-penalty", "nan", "0.01", "100"]),
+        ("--max-tokens 0", ["--max-tokens"]),
+        ("--min-p 3", ["--min-p", "3.0"]),
         ("", ["nowhere"]),
     ],
 )
