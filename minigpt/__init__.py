@@ -1,12 +1,28 @@
-"""Train and study a story-telling GPT under ten million parameters.
+"""Mini GPT: train and study language models for short stories, with 1 to 10 million parameters.
+
+Train a model, measure it, generate a story, and export it for transformers:
 
     >>> import minigpt
-    >>> config = minigpt.load_config("train", ["model=large", "budget.tokens=20e6"])
+    >>> config = minigpt.load_config("train", ["model=small", "budget.tokens=20e6"])
     >>> run = minigpt.train(config)
     >>> minigpt.evaluate(run).perplexity
-    >>> for piece in minigpt.stream_story(run, "Once upon a time"): print(piece, end="")
+    >>> for piece in minigpt.stream_story(run, "Once upon a time"):
+    ...     print(piece, end="")
+    >>> minigpt.export(run, "my-model")
 
-Every name is loaded when it is first used (PEP 562): `import minigpt` costs no torch.
+The public API:
+
+- `load_config`: settings of training or evaluation, by the names of the command line
+- `train`, `TrainConfig`: train a model, or resume a run
+- `Run`: the folder of a run, or an export, with its settings, tokenizer and model
+- `evaluate`, `EvaluationConfig`: measure perplexity, bits per byte, and generated stories
+- `generate`, `stream_story`, `SamplingConfig`: generate stories
+- `export`, `ExportConfig`: write a model for transformers, ONNX, llama.cpp or as a release
+- `GPT`, `GPTConfig`, `Tokenizer`: the model, its shape, and its tokenizer
+- `tune_process`: speed up training on a CPU, for the whole process
+- `UserError`: error for mistakes that the user can fix
+
+Names are imported at their first use (PEP 562), so `import minigpt` does not import torch.
 """
 
 from __future__ import annotations
@@ -57,7 +73,7 @@ def __getattr__(name: str) -> Any:
 
         try:
             value: Any = version("minigpt")
-        except PackageNotFoundError:  # a checkout that is not installed
+        except PackageNotFoundError:  # in a checkout that is not installed
             value = "0.1.0"
     elif name in _MODULE_OF:
         value = getattr(importlib.import_module(_MODULE_OF[name]), name)
