@@ -1,4 +1,4 @@
-"""The library: what `import minigpt` gives, and what training from Python leaves behind."""
+"""The public API of `import minigpt`, and the effects of training on its process."""
 
 import logging
 import os
@@ -26,16 +26,16 @@ FEW = EvaluationConfig(stories=StoriesConfig(prompts=("Once",), n=1, max_tokens=
 
 
 def python(code: str) -> str:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    return done.stdout.strip()
+    return process.stdout.strip()
 
 
 def test_import_costs_no_torch_and_less_than_a_tenth_of_a_second():
     code = (
-        "import sys, time; began = time.process_time(); import minigpt\n"
-        "print(time.process_time() - began, 'torch' in sys.modules, 'hydra' in sys.modules)"
+        "import sys, time; start = time.process_time(); import minigpt\n"
+        "print(time.process_time() - start, 'torch' in sys.modules, 'hydra' in sys.modules)"
     )
     seconds, torch_loaded, hydra_loaded = python(code).split()
     assert float(seconds) < 0.1
@@ -48,10 +48,10 @@ def test_every_public_name_loads_and_has_a_docstring():
         value = getattr(minigpt, name)
         assert value.__doc__, name
     assert minigpt.__version__[0].isdigit()
-    assert (ROOT / "minigpt/py.typed").is_file()
+    assert (ROOT / "minigpt/py.overrides").is_file()
 
 
-def test_an_unknown_name_is_one_line_that_lists_the_others():
+def test_unknown_attribute_lists_the_public_names():
     with pytest.raises(AttributeError, match=naming("trian", "train", "load_config")) as error:
         _ = minigpt.trian
     assert str(error.value).isprintable()
@@ -78,7 +78,7 @@ class Fail(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.global_step == 5:
-            raise RuntimeError("the power is gone")
+            raise RuntimeError("power failure")
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -86,7 +86,7 @@ def test_training_leaves_the_process_as_it_was(tiny: list[str], fails: bool):
     config = composed(tiny)
     before = state_of_the_process()
     if fails:
-        with pytest.raises(RuntimeError, match="the power is gone"):
+        with pytest.raises(RuntimeError, match="power failure"):
             minigpt.train(config, callbacks=[Fail()])
     else:
         minigpt.train(config)
@@ -103,7 +103,7 @@ def test_training_works_in_a_thread(tiny: list[str]):
     assert read_summary(runs[0].folder)["status"] == "finished"
 
 
-def test_several_devices_from_python_are_one_line(tiny: list[str], tmp_path: Path):
+def test_several_devices_from_python_are_refused(tiny: list[str], tmp_path: Path):
     config = composed([*tiny, "trainer=ddp", "trainer.devices=2"])
     code = "from minigpt.core import distributed; print(distributed.may_start_processes())"
     assert python(code) == "False"
@@ -129,30 +129,34 @@ def stories_of(path: Path) -> Iterator[str]:
 
 
 def test_stories_from_an_iterable_train_as_those_of_a_file(tiny: list[str], tmp_path: Path):
-    typed = [word for word in tiny if not word.startswith(("data=", "data.train", "data.valid"))]
+    overrides = [
+        word for word in tiny if not word.startswith(("data=", "data.train", "data.valid"))
+    ]
     train, valid = stories_of(tmp_path / "train.txt"), stories_of(tmp_path / "valid.txt")
-    given = minigpt.train(composed(typed), stories=train, valid_stories=valid)
-    named = minigpt.train(composed(tiny))
+    iterable_run = minigpt.train(composed(overrides), stories=train, valid_stories=valid)
+    file_run = minigpt.train(composed(tiny))
     losses = [[row["train/loss"] for row in read_metrics(r.folder) if "lr" in row]
-              for r in (given, named)]  # fmt: skip
+              for r in (iterable_run, file_run)]  # fmt: skip
     assert losses[0] == losses[1]
-    evaluation = minigpt.evaluate(given, FEW)
+    evaluation = minigpt.evaluate(iterable_run, FEW)
     assert evaluation.perplexity == pytest.approx(
-        read_summary(given.folder)["val/perplexity"], rel=1e-4
+        read_summary(iterable_run.folder)["val/perplexity"], rel=1e-4
     )
     with pytest.raises(UserError, match=naming("stories")):
-        minigpt.train(composed(typed), stories=[])
+        minigpt.train(composed(overrides), stories=[])
     with pytest.raises(UserError, match=naming("stories", "int")):
-        minigpt.train(composed(typed), stories=[1, 2])
+        minigpt.train(composed(overrides), stories=[1, 2])
     with pytest.raises(UserError, match=naming("valid_stories")):
-        minigpt.train(composed(typed), valid_stories=["Once."])
+        minigpt.train(composed(overrides), valid_stories=["Once."])
     assert not list((tmp_path / "cache/stories").glob("*.tmp"))
 
 
 def test_stories_without_a_validation_split_are_held_out(tiny: list[str], tmp_path: Path):
-    typed = [word for word in tiny if not word.startswith(("data=", "data.train", "data.valid"))]
+    overrides = [
+        word for word in tiny if not word.startswith(("data=", "data.train", "data.valid"))
+    ]
     path = write_stories(tmp_path / "all.txt", 300, 5)
-    run = minigpt.train(composed([*typed, "data.holdout=0.1"]), stories=stories_of(path))
+    run = minigpt.train(composed([*overrides, "data.holdout=0.1"]), stories=stories_of(path))
     assert run.config["data"]["holdout"] == 0.1
     assert read_summary(run.folder)["status"] == "finished"
 
@@ -164,7 +168,7 @@ def test_a_run_reads_its_files_once(tiny: list[str], monkeypatch: pytest.MonkeyP
     assert minigpt.Run.load(run) is run
 
 
-def test_a_story_is_streamed_from_a_run(tiny: list[str]):
+def test_stream_story_equals_generate(tiny: list[str]):
     run = minigpt.train(composed(tiny))
     sampling = minigpt.SamplingConfig(max_tokens=8, seed=1)
     pieces = list(minigpt.stream_story(run, "Tom had", sampling))

@@ -26,14 +26,14 @@ SIZES = {
 TINY = GPTConfig(vocab_size=61, context_length=16, d_model=16, n_layers=2, n_heads=2, d_ff=24)
 
 
-def shaken(config: GPTConfig, seed: int = 0) -> GPT:
-    """A net whose every weight, bias and norm counts: none sits at 0 or 1."""
+def random_model(config: GPTConfig, seed: int = 0) -> GPT:
+    """Return a model in which every parameter differs from its initial 0 or 1."""
     torch.manual_seed(seed)
-    net = GPT(config).eval()
+    model = GPT(config).eval()
     with torch.no_grad():
-        for parameter in net.parameters():
+        for parameter in model.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
-    return net
+    return model
 
 
 def random_ids(config: GPTConfig, batch: int, length: int) -> Tensor:
@@ -42,15 +42,15 @@ def random_ids(config: GPTConfig, batch: int, length: int) -> Tensor:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_three_sizes_have_exactly_the_parameters_of_the_reference(size):
+def test_numbers_of_parameters_of_the_three_sizes(size):
     config, expected = SIZES[size]
-    net = GPT(config)
-    assert net.n_parameters == expected
-    assert net.n_embedding_parameters == 3000 * config.d_model
+    model = GPT(config)
+    assert model.n_parameters == expected
+    assert model.n_embedding_parameters == 3000 * config.d_model
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_loss_before_training_is_that_of_guessing(size):
+def test_initial_loss_is_that_of_a_uniform_guess(size):
     config, _ = SIZES[size]
     ids = random_ids(config, 2, config.context_length + 1)
     for seed in range(3):
@@ -71,12 +71,12 @@ def test_the_loss_before_training_is_that_of_guessing(size):
         ({"embedding_scale": 0.0}, ["embedding_scale", "0.0"]),
     ],
 )
-def test_impossible_settings_are_refused_by_name(settings, names):
+def test_invalid_gpt_config_is_refused_by_name(settings, names):
     with pytest.raises(ValueError, match=naming(*names)):
         GPTConfig(**settings)
 
 
-def test_the_position_table_follows_the_formula():
+def test_sinusoids_follow_the_formula():
     length, d = 50, 12
     table = sinusoids(length, d)
     assert table.dtype == torch.float32
@@ -90,19 +90,19 @@ def test_the_position_table_follows_the_formula():
 @pytest.mark.parametrize("scale", [None, 1.0, 3.0])
 def test_logits_equal_those_of_gpt2_in_transformers_with_the_same_weights(scale):
     config = replace(SIZES["small"][0], vocab_size=500, embedding_scale=scale)
-    net = shaken(config)
+    model = random_model(config)
     ids = random_ids(config, 2, config.context_length)
     with torch.no_grad():
-        ours, theirs = net(ids), as_gpt2(net)(ids).logits
+        ours, theirs = model(ids), as_gpt2(model)(ids).logits
     assert theirs.std() > 0.5  # the weights are large enough for a difference to show
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
-def as_gpt2(net: GPT) -> nn.Module:
-    """The weights of `net` laid into transformers' GPT-2, whose linear weights are (in, out)."""
+def as_gpt2(model: GPT) -> nn.Module:
+    """Return the GPT-2 of transformers with the weights of `model`; its matrices are (in, out)."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    c = net.config
+    c = model.config
     theirs = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=c.vocab_size,
@@ -118,10 +118,10 @@ def as_gpt2(net: GPT) -> nn.Module:
     ).eval()
     scale = c.embedding_scale or math.sqrt(c.d_model)
     weights = {
-        "wte.weight": net.embedding.weight * scale,  # their output is this one too, hence / scale
+        "wte.weight": model.embedding.weight * scale,  # their output is this one too, hence / scale
         "wpe.weight": sinusoids(c.context_length, c.d_model),
-        "ln_f.weight": net.final_norm.weight / scale,
-        "ln_f.bias": net.final_norm.bias / scale,
+        "ln_f.weight": model.final_norm.weight / scale,
+        "ln_f.bias": model.final_norm.bias / scale,
     }
     names = {
         "norm1": "ln_1",
@@ -131,7 +131,7 @@ def as_gpt2(net: GPT) -> nn.Module:
         "feed_forward.up": "mlp.c_fc",
         "feed_forward.down": "mlp.c_proj",
     }
-    for layer, block in enumerate(net.blocks):
+    for layer, block in enumerate(model.blocks):
         for ours, theirs_name in names.items():
             module = block.get_submodule(ours)
             weight = module.weight.T if isinstance(module, nn.Linear) else module.weight
@@ -141,101 +141,101 @@ def as_gpt2(net: GPT) -> nn.Module:
     return theirs
 
 
-def test_an_embedding_scale_of_one_is_a_plain_sum():
-    net = shaken(replace(TINY, embedding_scale=1.0))
+def test_embedding_scale_of_one_leaves_embeddings_unscaled():
+    model = random_model(replace(TINY, embedding_scale=1.0))
     ids = random_ids(TINY, 2, 5)
-    x = net.embedding.weight[ids] + sinusoids(16, 16)[:5]
-    for block in net.blocks:
+    x = model.embedding.weight[ids] + sinusoids(16, 16)[:5]
+    for block in model.blocks:
         x = block(x)
-    torch.testing.assert_close(net.hidden(ids), net.final_norm(x))
+    torch.testing.assert_close(model.hidden(ids), model.final_norm(x))
 
 
 @pytest.mark.parametrize("kernels", [Kernels(), Kernels(attention=fused_attention), CPU])
-def test_a_token_changes_what_follows_it_and_nothing_before(kernels):
-    net, t = shaken(TINY).use(kernels), 6
+def test_attention_is_causal(kernels):
+    model, t = random_model(TINY).use(kernels), 6
     ids = random_ids(TINY, 1, 16)
     changed = ids.clone()
     changed[0, t] = (ids[0, t] + 1) % TINY.vocab_size
     with torch.no_grad():
-        difference = (net(ids) - net(changed)).abs().amax(dim=(0, 2))  # (T,)
+        difference = (model(ids) - model(changed)).abs().amax(dim=(0, 2))  # (T,)
     assert (difference[:t] == 0).all()
     assert (difference[t:] > 1e-4).all()
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it():
-    net = shaken(TINY)
+def test_sequences_of_a_batch_are_independent():
+    model = random_model(TINY)
     ids = random_ids(TINY, 5, 16)
     with torch.no_grad():
-        alone = torch.cat([net(row[None]) for row in ids])
-        torch.testing.assert_close(net(ids), alone, atol=1e-5, rtol=1e-5)
+        alone = torch.cat([model(row[None]) for row in ids])
+        torch.testing.assert_close(model(ids), alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kernels", [Kernels(), Kernels(attention=fused_attention), CPU])
-def test_decoding_in_pieces_through_the_cache_equals_one_pass(kernels):
-    net = shaken(TINY).use(kernels)
+def test_logits_with_a_cache_equal_those_of_one_pass(kernels):
+    model = random_model(TINY).use(kernels)
     ids = random_ids(TINY, 3, 16)
     cache = KVCache(16)
     with torch.no_grad():
-        pieces = [net(piece, cache) for piece in ids.split([1, 6, 1, 3, 5], dim=1)]
-        torch.testing.assert_close(torch.cat(pieces, dim=1), net(ids), atol=1e-5, rtol=1e-5)
+        pieces = [model(piece, cache) for piece in ids.split([1, 6, 1, 3, 5], dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids), atol=1e-5, rtol=1e-5)
     assert cache.length == 16
     with pytest.raises(ValueError, match=naming("17", "16")):
-        net(ids[:, :1], cache)
+        model(ids[:, :1], cache)
 
 
-def test_sequences_of_a_cache_may_differ_in_length():
-    net, lengths = shaken(TINY), [3, 9, 5]
+def test_sequences_of_a_kv_cache_may_differ_in_length():
+    model, lengths = random_model(TINY), [3, 9, 5]
     ids, cache = random_ids(TINY, 3, 9), KVCache(16)
     following = random_ids(TINY, 3, 4)
     with torch.no_grad():
-        net(ids, cache)
+        model(ids, cache)
         cache.truncate(lengths)
-        pieces = [net(new, cache) for new in following.split([1, 3], dim=1)]
+        pieces = [model(new, cache) for new in following.split([1, 3], dim=1)]
         for row, length in enumerate(lengths):
-            alone = net(torch.cat([ids[row, :length], following[row]])[None])[0, length:]
-            got = torch.cat(pieces, dim=1)[row]
-            torch.testing.assert_close(got, alone, atol=1e-5, rtol=1e-5)
+            alone = model(torch.cat([ids[row, :length], following[row]])[None])[0, length:]
+            result = torch.cat(pieces, dim=1)[row]
+            torch.testing.assert_close(result, alone, atol=1e-5, rtol=1e-5)
     assert cache.lengths.tolist() == [7, 13, 9]
     assert cache.length == 13
 
 
-def test_a_cache_is_written_in_place():
-    net, cache = shaken(TINY), KVCache(16)
+def test_kv_cache_is_written_in_place():
+    model, cache = random_model(TINY), KVCache(16)
     with torch.no_grad():
-        net(random_ids(TINY, 2, 5), cache)
+        model(random_ids(TINY, 2, 5), cache)
         addresses = [layer.data_ptr() for layer in cache.layers]
         for _ in range(11):
-            net(random_ids(TINY, 2, 1), cache)
+            model(random_ids(TINY, 2, 1), cache)
     assert [layer.data_ptr() for layer in cache.layers] == addresses
     assert {tuple(layer.shape) for layer in cache.layers} == {(2, 2, 2, 16, 8)}
 
 
 def test_gradients_with_a_cache_are_those_without():
-    net, ids = shaken(TINY), random_ids(TINY, 2, 5)
-    net(ids, KVCache(5)).sum().backward()
-    with_cache = [parameter.grad.clone() for parameter in net.parameters()]
-    net.zero_grad()
-    net(ids).sum().backward()
-    for got, expected in zip(with_cache, net.parameters(), strict=True):
-        torch.testing.assert_close(got, expected.grad)
+    model, ids = random_model(TINY), random_ids(TINY, 2, 5)
+    model(ids, KVCache(5)).sum().backward()
+    with_cache = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model(ids).sum().backward()
+    for result, expected in zip(with_cache, model.parameters(), strict=True):
+        torch.testing.assert_close(result, expected.grad)
 
 
 class Flipped(GPT):
-    """Another forward."""
+    """A subclass that overrides forward."""
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         return super().forward(ids, cache).flip(-1)
 
 
 class Louder(GPT):
-    """Another hidden."""
+    """A subclass that overrides hidden."""
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         return 2 * super().hidden(ids, cache)
 
 
 class Uncached(GPT):
-    """Another forward, which takes no cache."""
+    """A subclass whose forward takes no cache."""
 
     def forward(self, ids: Tensor) -> Tensor:
         return super().forward(ids).flip(-1)
@@ -245,58 +245,58 @@ class Uncached(GPT):
 @pytest.mark.parametrize("cls", [GPT, Flipped, Louder, Uncached])
 def test_the_loss_of_a_subclass_is_the_cross_entropy_of_its_forward(cls, kernels):
     torch.manual_seed(0)
-    net, ids = cls(TINY).use(kernels), random_ids(TINY, 3, 17)
+    model, ids = cls(TINY).use(kernels), random_ids(TINY, 3, 17)
     ids, targets = ids[:, :-1], ids[:, 1:].clone()
     targets[1, 4:] = IGNORE_INDEX
-    logits = net(ids)
+    logits = model(ids)
     expected = nn.functional.cross_entropy(logits[targets >= 0], targets[targets >= 0])
-    torch.testing.assert_close(net.loss(ids, targets), expected)
+    torch.testing.assert_close(model.loss(ids, targets), expected)
     if cls is not GPT:
-        assert not torch.allclose(logits, GPT.forward(shaken(TINY), ids))
+        assert not torch.allclose(logits, GPT.forward(random_model(TINY), ids))
     plain = GPT(TINY)
-    plain.load_state_dict(net.state_dict())
-    same = torch.allclose(net.loss(ids, targets), plain.loss(ids, targets), atol=1e-4)
+    plain.load_state_dict(model.state_dict())
+    same = torch.allclose(model.loss(ids, targets), plain.loss(ids, targets), atol=1e-4)
     assert same is (cls is GPT)
 
 
-def test_kernels_are_chosen_for_a_whole_model():
-    net = shaken(TINY).use(CPU)
-    assert net.kernels == net.blocks[1].attention.kernels == CPU
-    assert copy.deepcopy(net).use(Kernels()).blocks[0].attention.kernels.name == "torch"
-    assert shaken(TINY).kernels.name == "torch"
-    assert net.kernels.name == "cpu"
+def test_use_sets_the_kernels_of_all_modules():
+    model = random_model(TINY).use(CPU)
+    assert model.kernels == model.blocks[1].attention.kernels == CPU
+    assert copy.deepcopy(model).use(Kernels()).blocks[0].attention.kernels.name == "torch"
+    assert random_model(TINY).kernels.name == "torch"
+    assert model.kernels.name == "cpu"
 
 
-def test_embedding_and_output_are_one_matrix_also_after_saving_and_loading(tmp_path):
-    torch.save(shaken(TINY, seed=1).state_dict(), tmp_path / "weights.pt")
+def test_embedding_and_output_stay_tied_after_saving_and_loading(tmp_path):
+    torch.save(random_model(TINY, seed=1).state_dict(), tmp_path / "weights.pt")
     weights = torch.load(tmp_path / "weights.pt", weights_only=True)
     tables = [name for name, weight in weights.items() if weight.shape == (61, 16)]
     assert tables == ["embedding.weight"]
-    assert "positions" not in weights  # a formula is not saved
+    assert "positions" not in weights  # computed, so not saved
 
-    net = GPT(TINY).eval()
-    net.load_state_dict(weights)
+    model = GPT(TINY).eval()
+    model.load_state_dict(weights)
     ids = torch.tensor([[3]])
-    before = net(ids)
+    before = model(ids)
     with torch.no_grad():
-        net.embedding.weight[5] += 1.0  # not among the inputs: only the output can change
-    changed = (net(ids) - before).flatten().nonzero().flatten().tolist()
+        model.embedding.weight[5] += 1.0  # not among the inputs: only the output can change
+    changed = (model(ids) - before).flatten().nonzero().flatten().tolist()
     assert changed == [5]
 
 
 def test_padding_is_not_scored():
-    net, ids = shaken(TINY), random_ids(TINY, 1, 9)
+    model, ids = random_model(TINY), random_ids(TINY, 1, 9)
     targets = ids[:, 1:].clone()
-    expected = net.loss(ids[:, :5], targets[:, :5])
+    expected = model.loss(ids[:, :5], targets[:, :5])
     targets[:, 5:] = -100
-    torch.testing.assert_close(net.loss(ids[:, :-1], targets), expected)
+    torch.testing.assert_close(model.loss(ids[:, :-1], targets), expected)
 
 
 def test_dropout_is_random_in_training_and_absent_in_evaluation():
-    net, ids = shaken(replace(TINY, dropout=0.5)), random_ids(TINY, 1, 8)
-    torch.testing.assert_close(net(ids), net(ids))
-    net.train()
-    assert not torch.allclose(net(ids), net(ids))
+    model, ids = random_model(replace(TINY, dropout=0.5)), random_ids(TINY, 1, 8)
+    torch.testing.assert_close(model(ids), model(ids))
+    model.train()
+    assert not torch.allclose(model(ids), model(ids))
 
 
 def test_flops_of_a_training_step_follow_the_formula():

@@ -1,4 +1,4 @@
-"""Several processes train as one, whoever started them: gloo on CPU."""
+"""Training in several processes, started by Lightning, torchrun or srun: gloo on CPU."""
 
 import os
 import subprocess
@@ -20,22 +20,22 @@ FEW = EvaluationConfig(stories=StoriesConfig(prompts=("Once",), n=1, max_tokens=
 
 
 def run(command: list[str]) -> str:
-    """What `command` says on stderr; it must succeed."""
+    """Run `command`, which must succeed, and return its stderr."""
     variables = os.environ | {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"}
-    done = subprocess.run(
+    process = subprocess.run(
         command, cwd=ROOT, env=variables, capture_output=True, text=True, encoding="utf-8"
     )
-    assert done.returncode == 0, done.stderr
-    assert "sync_dist" not in done.stderr
-    return done.stderr
+    assert process.returncode == 0, process.stderr
+    assert "sync_dist" not in process.stderr
+    return process.stderr
 
 
 def check_equal(run: Path, alone: Path) -> None:
-    """Every loss, norm and rate of `run` is that of `alone`, to float32 rounding."""
+    """Check that losses, norms and learning rates of `run` equal those of `alone`."""
     columns = ("train/loss", "val/loss", "grad_norm", "lr")
     rows = [
-        [{name: row[name] for name in ("step", "tokens", *columns) if name in row} for row in found]
-        for found in (read_metrics(run), read_metrics(alone))
+        [{name: row[name] for name in ("step", "tokens", *columns) if name in row} for row in rows]
+        for rows in (read_metrics(run), read_metrics(alone))
     ]
     assert len(rows[0]) == len(rows[1]) > 10
     for ours, theirs in zip(*rows, strict=True):
@@ -47,15 +47,15 @@ def two(tiny: list[str]) -> list[str]:
     return [*tiny, "trainer=ddp", "trainer.precision=32-true", "trainer.n_validations=2"]
 
 
-def test_a_job_of_a_multirun_on_two_devices_is_that_of_one_with_the_doubled_batch(
+def test_multirun_on_two_devices_equals_one_device_with_twice_the_batch(
     two: list[str], tmp_path: Path
 ):
     sweep = tmp_path / "runs/a sweep"
-    said = run(
+    log = run(
         [sys.executable, "train.py", "-m", *two, "trainer.devices=2", f"hydra.sweep.dir='{sweep}'"]
     )
     assert [path.name for path in sweep.iterdir() if path.is_dir()] == ["small-0"]
-    assert said.count("cpu ×2") == 1  # one process of two speaks
+    assert log.count("cpu ×2") == 1  # only rank 0 logs
     check_equal(sweep / "small-0", trained_folder([*two, "data.batch_size=8"]))
     evaluation = evaluate(Run.load(sweep / "small-0"), FEW)
     logged = read_summary(sweep / "small-0")["val/perplexity"]
@@ -72,9 +72,7 @@ def test_the_processes_of_torchrun_share_a_folder_a_log_and_a_wandb_run(two: lis
     check_equal(folder, trained_folder([*two, "data.batch_size=8"]))
 
 
-def test_a_run_under_srun_is_called_after_its_job_and_step(
-    tiny: list[str], monkeypatch: pytest.MonkeyPatch
-):
+def test_run_under_srun_is_named_by_job_and_step(tiny: list[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SLURM_JOB_ID", "71")
     monkeypatch.setenv("SLURM_STEP_ID", "0")
     folder = trained_folder([*tiny, "resume=auto"])
@@ -82,7 +80,7 @@ def test_a_run_under_srun_is_called_after_its_job_and_step(
     assert trained_folder([*tiny, "resume=auto"]) == folder  # queued again
 
 
-def test_the_others_find_the_folder_that_the_first_process_makes(
+def test_new_run_folder_of_rank_0_is_shared_by_all_ranks(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     monkeypatch.setenv("MINIGPT_RUN_FOLDER", "none yet")  # is put back at the end

@@ -23,7 +23,7 @@ ALIAS_BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 )
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+def test_write_text_is_atomic(tmp_path):
     path = tmp_path / "numbers.json"
     write_json(path, {"story": "é"})
     before = path.read_text(encoding="utf-8")
@@ -33,7 +33,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert path.read_text(encoding="utf-8") == before
 
 
-def test_a_disk_that_fills_up_leaves_the_file_as_it_was(tmp_path):
+def test_write_on_a_full_disk_leaves_the_old_file(tmp_path):
     path = tmp_path / "text.txt"
     write_text(path, "before")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

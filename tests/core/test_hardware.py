@@ -12,27 +12,27 @@ from minigpt.training.loop import train
 @pytest.mark.parametrize(("native", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
 def test_a_cpu_trains_in_bfloat16_only_where_it_is_native(monkeypatch, native, precision):
     monkeypatch.setattr(hardware, "cpu_has_bfloat16", lambda: native)
-    found = Hardware.detect("cpu", "auto", 1, "auto")
-    assert (found.precision, found.devices) == (precision, 1)
-    assert "bfloat16" in found.why
+    result = Hardware.detect("cpu", "auto", 1, "auto")
+    assert (result.precision, result.devices) == (precision, 1)
+    assert "bfloat16" in result.why
 
 
 @pytest.mark.parametrize(("native", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
-def test_float16_on_a_cpu_becomes_what_it_has_and_says_so(monkeypatch, native, precision):
+def test_float16_precision_on_a_cpu_is_replaced_with_a_reason(monkeypatch, native, precision):
     monkeypatch.setattr(hardware, "cpu_has_bfloat16", lambda: native)
-    found = Hardware.detect("cpu", "auto", 1, "16-mixed")
-    assert found.precision == precision
-    assert "16-mixed" in found.why
-    assert not found.emulated
+    result = Hardware.detect("cpu", "auto", 1, "16-mixed")
+    assert result.precision == precision
+    assert "16-mixed" in result.why
+    assert not result.emulated
 
 
-def test_bfloat16_that_is_asked_for_is_used_and_the_log_says_if_it_is_slow(monkeypatch):
+def test_requested_bfloat16_is_used_with_a_reason_if_emulated(monkeypatch):
     for native in (True, False):
         monkeypatch.setattr(hardware, "cpu_has_bfloat16", lambda native=native: native)
-        found = Hardware.detect("cpu", "auto", 1, "bf16-mixed")
-        assert found.precision == "bf16-mixed"
-        assert ("32-true" in found.why) is not native  # the faster one
-        assert found.emulated is not native
+        result = Hardware.detect("cpu", "auto", 1, "bf16-mixed")
+        assert result.precision == "bf16-mixed"
+        assert ("32-true" in result.why) is not native  # the faster one
+        assert result.emulated is not native
 
 
 @pytest.mark.parametrize(("native", "precision"), [(True, "bf16-mixed"), (False, "16-mixed")])
@@ -40,12 +40,12 @@ def test_a_gpu_is_preferred_and_all_of_them_are_used(monkeypatch, native, precis
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
-    found = Hardware.detect("auto", "auto", 1, "auto")
-    assert (found.accelerator, found.devices, found.world_size) == ("cuda", 4, 4)
-    assert found.precision == precision
+    result = Hardware.detect("auto", "auto", 1, "auto")
+    assert (result.accelerator, result.devices, result.world_size) == ("cuda", 4, 4)
+    assert result.precision == precision
 
 
-def test_hardware_that_is_not_there_is_refused(monkeypatch):
+def test_missing_accelerator_or_devices_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="accelerator=.gpu"):
         Hardware.detect("gpu", "auto", 1, "auto")
@@ -58,8 +58,8 @@ def test_hardware_that_is_not_there_is_refused(monkeypatch):
 def test_the_gpu_of_a_mac_is_one_device(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = Hardware.detect("auto", "auto", 1, "auto")
-    assert (found.accelerator, found.devices, found.precision) == ("mps", 1, "32-true")
+    result = Hardware.detect("auto", "auto", 1, "auto")
+    assert (result.accelerator, result.devices, result.precision) == ("mps", 1, "32-true")
     with pytest.raises(UserError, match="(?=.*devices=2)(?=.*accelerator=.cpu)"):
         Hardware.detect("auto", "2", 1, "auto")
     config = TrainConfig(trainer=TrainerConfig(strategy="ddp"))
@@ -75,15 +75,13 @@ SRUN = {"SLURM_NTASKS": "6", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "3",
 @pytest.mark.parametrize(
     ("launcher", "variables"), [("torchrun", TORCHRUN), ("srun", SRUN)], ids=["torchrun", "srun"]
 )
-def test_there_is_a_device_for_each_process_that_a_launcher_started(
-    monkeypatch, launcher, variables
-):
+def test_devices_are_the_processes_of_the_launcher(monkeypatch, launcher, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert global_rank() == 4
     for devices, num_nodes in (("auto", 1), ("3", 2)):
-        found = Hardware.detect("cpu", devices, num_nodes, "auto")
-        assert (found.devices, found.num_nodes, found.world_size) == (3, 2, 6)
+        result = Hardware.detect("cpu", devices, num_nodes, "auto")
+        assert (result.devices, result.num_nodes, result.world_size) == (3, 2, 6)
     with pytest.raises(
         UserError, match=rf"(?=.*devices=2\b)(?=.*{launcher})(?=.*\b3\b)(?=.*[^=]\b2\b)"
     ):
@@ -99,9 +97,7 @@ def test_there_is_a_device_for_each_process_that_a_launcher_started(
         ("SLURM_NTASKS_PER_NODE", r"--ntasks-per-node=3\b"),
     ],
 )
-def test_slurm_tasks_that_would_wait_for_each_other_for_ever_are_refused(
-    monkeypatch, missing, named
-):
+def test_slurm_tasks_that_would_deadlock_are_refused(monkeypatch, missing, named):
     for name, value in SRUN.items():
         if name != missing:
             monkeypatch.setenv(name, value)

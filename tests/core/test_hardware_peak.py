@@ -9,29 +9,29 @@ from minigpt.core.hardware import Hardware, matmul_peak
 CPU = Hardware.detect("cpu", "1", 1, "32-true")
 
 
-def test_the_peak_is_measured_once_and_kept(tmp_path, monkeypatch):
+def test_matmul_peak_is_measured_once_and_cached(tmp_path, monkeypatch):
     measured = matmul_peak(CPU, tmp_path / "cache")
     assert 1e9 < measured < 1e14
     monkeypatch.setattr(hardware, "_measure", lambda *_: pytest.fail("measured again"))
     assert matmul_peak(CPU, tmp_path / "cache") == measured
 
 
-def test_each_dtype_has_its_own_and_a_damaged_file_is_made_again(tmp_path, monkeypatch):
+def test_matmul_peak_has_one_entry_per_dtype_and_replaces_a_damaged_file(tmp_path, monkeypatch):
     monkeypatch.setattr(hardware, "_measure", lambda accelerator, dtype: float(dtype.itemsize))
-    kept = tmp_path / "matmul_peak.json"
+    file = tmp_path / "matmul_peak.json"
     for content in ("", "[1]", '{"old": null}'):
-        kept.write_text(content)
+        file.write_text(content)
         assert matmul_peak(CPU, tmp_path) == 4.0
         assert matmul_peak(Hardware.detect("cpu", "1", 1, "bf16-mixed"), tmp_path) == 2.0
-        assert sorted(json.loads(kept.read_text()).values()) == [2.0, 4.0]
+        assert sorted(json.loads(file.read_text()).values()) == [2.0, 4.0]
 
 
-def test_a_cache_that_cannot_be_written_to_costs_no_run(tmp_path):
+def test_matmul_peak_works_with_a_read_only_cache(tmp_path):
     (tmp_path / "file").write_text("")
     assert matmul_peak(CPU, tmp_path / "file/cache") > 0
 
 
-def test_a_dtype_that_is_slow_is_measured_on_small_matrices(monkeypatch):
+def test_matmul_peak_of_a_slow_dtype_uses_small_matrices(monkeypatch):
     sides = []
 
     def fastest(side: int, accelerator: str, dtype: torch.dtype, tries: int) -> float:
@@ -44,7 +44,7 @@ def test_a_dtype_that_is_slow_is_measured_on_small_matrices(monkeypatch):
     assert hardware._measure("cpu", torch.float32) == 2 * 2048**3 / 0.002048
 
 
-def test_a_first_product_that_starts_the_library_does_not_count(monkeypatch):
+def test_matmul_peak_ignores_the_warm_up_product(monkeypatch):
     clock = iter([0.0, 9.0, 9.0, 9.5])
     monkeypatch.setattr(hardware.time, "perf_counter", lambda: next(clock))
     assert hardware._fastest(4, "cpu", torch.float32, 2) == 0.5

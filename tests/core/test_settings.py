@@ -25,10 +25,12 @@ class Settings:
             raise ValueError(f"steps {self.steps} must not be negative")
 
 
-def test_values_arrive_in_the_types_of_the_dataclass():
-    made = build(Settings, {"steps": 1e7, "rate": 2, "names": ["x"], "inner": {"width": 3}}, "s")
-    assert made == Settings(10_000_000, 2.0, ("x",), inner=Inner(3))
-    assert isinstance(made.steps, int)
+def test_build_converts_values_to_the_types_of_the_dataclass():
+    settings = build(
+        Settings, {"steps": 1e7, "rate": 2, "names": ["x"], "inner": {"width": 3}}, "s"
+    )
+    assert settings == Settings(10_000_000, 2.0, ("x",), inner=Inner(3))
+    assert isinstance(settings.steps, int)
     assert build(Settings, {"names": "one"}, "s").names == ("one",)
     assert build(Settings, {"rate": None}, "s").rate is None
 
@@ -50,14 +52,14 @@ def test_values_arrive_in_the_types_of_the_dataclass():
         ({"inner": {"width": "x"}}, ["s.inner.width"]),
     ],
 )
-def test_a_wrong_value_is_one_line_that_names_it(values, names):
+def test_build_error_names_the_field_on_one_line(values, names):
     with pytest.raises(UserError) as error:
         build(Settings, values, "s")
     assert all(name in str(error.value) for name in names)
     assert str(error.value).isprintable()  # and so one line
 
 
-def test_a_name_like_no_other_is_answered_with_all_of_them():
-    said = unknown_name("zzz", ["beta", "alpha"])
-    assert "zzz" in said
-    assert 0 <= said.find("alpha") < said.find("beta")
+def test_unknown_name_without_similar_ones_lists_all():
+    message = unknown_name("zzz", ["beta", "alpha"])
+    assert "zzz" in message
+    assert 0 <= message.find("alpha") < message.find("beta")

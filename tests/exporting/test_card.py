@@ -72,7 +72,7 @@ def test_metadata_of_tinystories_names_the_data_and_the_license(run, tmp_path):
 
 
 @pytest.mark.parametrize("format", ["hf", "safetensors"])
-def test_crafted_values_stay_on_their_line_of_the_card(format, run, tmp_path):
+def test_crafted_values_stay_on_one_line_of_the_card(format, run, tmp_path):
     evaluate(Run.load(run), QUICK)
     plain = card_of(exported(run, tmp_path / "plain", format=format, dtype="float32"))
     evaluation = json.loads((run / "evaluation.json").read_text())
@@ -112,8 +112,8 @@ def test_config_without_a_source_is_refused(data, run, tmp_path):
 
 
 def test_command_of_averaged_weights_names_the_run_that_is_averaged():
-    typed = {"overrides": ["seed=2"], "name": "a b"}
-    assert _command(typed, averaged=True) == "minigpt train seed=2 'name=a b'"
-    assert _command(typed, averaged=False) == "minigpt train seed=2"
-    assert _command(typed | {"overrides": ["name=c"]}, averaged=True) == "minigpt train name=c"
+    config = {"overrides": ["seed=2"], "name": "a b"}
+    assert _command(config, averaged=True) == "minigpt train seed=2 'name=a b'"
+    assert _command(config, averaged=False) == "minigpt train seed=2"
+    assert _command(config | {"overrides": ["name=c"]}, averaged=True) == "minigpt train name=c"
     assert _command({"overrides": []}, averaged=False) == "minigpt train"

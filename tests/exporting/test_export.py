@@ -27,8 +27,8 @@ from tests.conftest import ROOT, naming
 from tests.exporting.conftest import QUICK, card_of, contents, exported, row_of
 
 
-def no_path_in(out: Path) -> None:
-    """Nothing in the folder tells where on this machine the run or its stories lie."""
+def check_no_path_in(out: Path) -> None:
+    """Check that no file in the folder contains a path of this machine."""
     own = yaml.safe_load((out / "../runs/tiny/config.yaml").read_text())
     for path in (
         out.parent,
@@ -39,21 +39,21 @@ def no_path_in(out: Path) -> None:
             assert os.fsencode(path) not in content, name
 
 
-# ---------------------------------------------------------------------------- our own format
+# ---------------------------------------------------------------------------- safetensors
 
 
 def test_safetensors_export_is_a_run_without_paths(run, tmp_path, monkeypatch, capsys):
     out = exported(run, tmp_path / "release", format="safetensors")
-    opened, net = Run.load(out), Run.load(run).load_model()
-    weights = opened.load_model().state_dict()
-    for name, weight in net.state_dict().items():
+    loaded, model = Run.load(out), Run.load(run).load_model()
+    weights = loaded.load_model().state_dict()
+    for name, weight in model.state_dict().items():
         assert torch.equal(weights[name], weight.bfloat16().float())
-    assert opened.tokenizer.fingerprint == Run.load(run).tokenizer.fingerprint
-    assert Run.load(out / "model.safetensors") == opened
+    assert loaded.tokenizer.fingerprint == Run.load(run).tokenizer.fingerprint
+    assert Run.load(out / "model.safetensors") == loaded
     assert read_run(*find_runs([out])).tokens == 1280
     assert run_main(monkeypatch, "generate", str(out), "--max-tokens", "3") == 0
     assert "Once upon a time" in capsys.readouterr().out
-    no_path_in(out)
+    check_no_path_in(out)
     again = exported(out, tmp_path / "again", format="safetensors")  # from the export itself
     assert contents(again)["model.safetensors"] == contents(out)["model.safetensors"]
 
@@ -67,20 +67,20 @@ def test_tokens_are_those_of_the_checkpoint(run, tmp_path):
     assert row_of(card_of(out), "training tokens") == "640"
 
 
-def test_export_of_own_stories_is_evaluated_on_given_stories(run, trained, tmp_path, monkeypatch):
+def test_export_of_own_texts_is_evaluated_on_other_texts(run, trained, tmp_path, monkeypatch):
     out = exported(run, tmp_path / "out", format="safetensors", dtype="float32")
     with pytest.raises(UserError, match=naming(str(out), "data", "data.valid_files")):
         evaluate(Run.load(out), QUICK)
     before = evaluate(Run.load(run), QUICK)
     data = {"source": "text", "valid_files": [str(trained.parents[1] / "valid.txt")]}
     data["cache_dir"] = str(tmp_path / "cache")
-    given = build(EvaluationConfig, {"data": data, "stories": {"prompts": []}, "words": []}, "")
-    before_it = contents(out)
+    config = build(EvaluationConfig, {"data": data, "stories": {"prompts": []}, "words": []}, "")
+    files = contents(out)
     monkeypatch.chdir(tmp_path)
-    after = evaluate(Run.load(out), given)
-    assert contents(out) == before_it  # it may be part of a repository
+    after = evaluate(Run.load(out), config)
+    assert contents(out) == files  # it may be part of a repository
     assert (tmp_path / "evaluation-text.json").is_file()
-    evaluate(Run.load(out), given, out=tmp_path / "new")
+    evaluate(Run.load(out), config, out=tmp_path / "new")
     assert (tmp_path / "new" / "evaluation-text.json").is_file()
     assert (after.perplexity, after.weights) == (before.perplexity, before.weights)
 
@@ -90,10 +90,10 @@ def test_tinystories_source_stays_in_the_config(run, tmp_path):
     config["data"] |= {"source": "tinystories_sample", "train_files": [], "valid_files": []}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     out = exported(run, tmp_path / "out", format="safetensors")
-    kept = yaml.safe_load((out / "config.yaml").read_text())
-    assert kept["data"]["source"] == "tinystories_sample"
-    assert "cache_dir" not in kept["data"]
-    assert {"model", "optimizer", "trainer", "budget", "seed", "size"} <= kept.keys()
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["data"]["source"] == "tinystories_sample"
+    assert "cache_dir" not in config["data"]
+    assert {"model", "optimizer", "trainer", "budget", "seed", "size"} <= config.keys()
 
 
 # ---------------------------------------------------------------------------- numbers
@@ -120,7 +120,7 @@ def test_evaluate_measures_the_rounded_weights(run, tmp_path):
     assert measured["weights"] != weights_fingerprint(Run.load(run).load_model())
     assert f"**{measured['perplexity']:.3f}**" == row_of(card_of(out), "validation perplexity")
     assert not (run / "evaluation.json").exists()
-    no_path_in(out)
+    check_no_path_in(out)
     hf = exported(out, tmp_path / "hf")  # float32 holds the rounded weights exactly
     assert f"**{measured['perplexity']:.3f}**" == row_of(card_of(hf), "validation perplexity")
 
@@ -143,9 +143,9 @@ def test_evaluation_that_lacks_a_number_is_named(run, tmp_path):
 def test_weights_are_hashed_once_and_the_tokenizer_is_read_once(run, tmp_path, monkeypatch):
     calls = []
 
-    def counted(net: object) -> str:
+    def counted(model: object) -> str:
         calls.append("weights")
-        return weights_fingerprint(net)
+        return weights_fingerprint(model)
 
     def load_tokenizer(path: Path) -> Tokenizer:
         calls.append("tokenizer")
@@ -248,8 +248,8 @@ def test_earlier_export_survives_an_interrupted_swap(
         exported(run, out)
     if goes_back:
         assert sorted(tmp_path.iterdir()) == around
-    (kept,) = set(tmp_path.iterdir()) - {tmp_path / "runs"}
-    assert contents(kept) == before
+    (folder,) = set(tmp_path.iterdir()) - {tmp_path / "runs"}
+    assert contents(folder) == before
 
 
 def test_current_folder_is_not_replaced(run, tmp_path, monkeypatch):

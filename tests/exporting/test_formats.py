@@ -19,23 +19,23 @@ def test_transformers_computes_the_logits_and_stories_of_the_run(run, tmp_path, 
     from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
     out = exported(run, tmp_path / "out")
-    net, tokenizer = Run.load(run).load_model(), Run.load(run).tokenizer
+    model, tokenizer = Run.load(run).load_model(), Run.load(run).tokenizer
     theirs = AutoModelForCausalLM.from_pretrained(out).eval()
     ids = torch.randint(0, 300, (3, 16), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        torch.testing.assert_close(theirs(ids).logits, net(ids), rtol=0, atol=1e-4)
-    assert theirs.num_parameters() == net.n_parameters + net.positions.numel()
+        torch.testing.assert_close(theirs(ids).logits, model(ids), rtol=0, atol=1e-4)
+    assert theirs.num_parameters() == model.n_parameters + model.positions.numel()
     assert theirs.config.eos_token_id == theirs.config.bos_token_id == tokenizer.end_of_text
     assert theirs.generation_config.temperature == SamplingConfig().temperature
 
     words = AutoTokenizer.from_pretrained(out)
     assert words.eos_token == words.bos_token == "<|endoftext|>"
-    tell = pipeline("text-generation", model=theirs, tokenizer=words)
-    (told,) = tell(PROMPT, do_sample=False)
+    generate = pipeline("text-generation", model=theirs, tokenizer=words)
+    (result,) = generate(PROMPT, do_sample=False)
     greedy = SamplingConfig(temperature=0, max_tokens=16 - 1 - len(tokenizer.encode(PROMPT)))
     assert greedy.max_tokens >= 3
-    ours = generate_stories(net, tokenizer, PROMPT, 1, greedy)[0]
-    assert told["generated_text"] == PROMPT + ours
+    ours = generate_stories(model, tokenizer, PROMPT, 1, greedy)[0]
+    assert result["generated_text"] == PROMPT + ours
 
 
 def test_transformers_tokenizer_gives_our_ids(run, tmp_path):
@@ -51,7 +51,7 @@ def test_transformers_tokenizer_gives_our_ids(run, tmp_path):
         assert theirs.encode(text) == [0, *ids]  # as `minigpt generate` does
         assert theirs.decode(ids) == text
     spelled = "The <|endoftext|>"
-    assert 0 in theirs.encode(spelled, add_special_tokens=False)  # their way
+    assert 0 in theirs.encode(spelled, add_special_tokens=False)  # unlike ours
     assert theirs.encode(
         spelled, add_special_tokens=False, split_special_tokens=True
     ) == ours.encode(spelled)

@@ -13,7 +13,7 @@ from tests.conftest import naming
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A Hub that takes everything and sends nothing."""
+    """A mock of the Hub that accepts everything."""
     api = create_autospec(huggingface_hub.HfApi, instance=True)
     api.create_repo.return_value = "https://huggingface.co/me/tiny"
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
@@ -26,11 +26,11 @@ def test_dry_run_sends_nothing(run, tmp_path, hub, monkeypatch, capsys):
     assert run_main(monkeypatch, *words) == 0
     assert "config.json" in capsys.readouterr().out
     assert run_main(monkeypatch, *words, "--push", "me/tiny", "--dry-run") == 0
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
-    assert f"{size:,}  model.safetensors" in shown
-    assert re.search(naming("https://huggingface.co/me/tiny"), shown)
-    assert all(path.name in shown for path in (tmp_path / "out").iterdir())
+    assert f"{size:,}  model.safetensors" in output
+    assert re.search(naming("https://huggingface.co/me/tiny"), output)
+    assert all(path.name in output for path in (tmp_path / "out").iterdir())
     assert hub.mock_calls == []
 
 
@@ -41,8 +41,8 @@ def test_push_sends_the_folder_of_the_export(run, tmp_path, hub, monkeypatch, ca
     hub.create_repo.assert_called_once_with(
         "me/tiny", repo_type="model", exist_ok=True, private=False
     )
-    sent = hub.upload_folder.call_args.kwargs
-    assert (sent["repo_id"], sent["folder_path"]) == ("me/tiny", out)
+    arguments = hub.upload_folder.call_args.kwargs
+    assert (arguments["repo_id"], arguments["folder_path"]) == ("me/tiny", out)
     card = (out / "README.md").read_text(encoding="utf-8")
     assert re.search("^# me/tiny\\b", card, re.MULTILINE)
     assert 'model="me/tiny"' in card

@@ -32,62 +32,64 @@ GREEDY = SamplingConfig(temperature=0, max_tokens=40)
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    """Hardly more than the 256 bytes, so that every é is two tokens."""
+    """A vocabulary of few more than the 256 bytes, so that é is two tokens."""
     return Tokenizer.train(["Once upon a time there was a dragon.", "Once there was a cat."], 270)
 
 
 @pytest.fixture
 def backend() -> str:
-    """What computes; tests/kernels/test_decode.py runs some of these for decode.c."""
+    """The backend; tests/kernels/test_decode.py runs some tests with decode.c."""
     return "torch"
 
 
-def make_net(vocab_size: int = 61, context: int = 16) -> GPT:
+def make_model(vocab_size: int = 61, context: int = 16) -> GPT:
     torch.manual_seed(3)
-    net = GPT(GPTConfig(vocab_size, context, d_model=16, n_layers=2, n_heads=2, d_ff=24)).eval()
+    model = GPT(GPTConfig(vocab_size, context, d_model=16, n_layers=2, n_heads=2, d_ff=24)).eval()
     with torch.no_grad():
-        for parameter in net.parameters():
+        for parameter in model.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
-    return net
+    return model
 
 
-def run(net: GPT, prompt: Tensor | list[list[int]], sampling: SamplingConfig) -> Tensor:
+def run(model: GPT, prompt: Tensor | list[list[int]], sampling: SamplingConfig) -> Tensor:
     return torch.stack(
-        [ids for ids, _ in generate(net, prompt, sampling, EOT)], dim=1
+        [ids for ids, _ in generate(model, prompt, sampling, EOT)], dim=1
     )  # (B, steps)
 
 
 @pytest.mark.parametrize("length", [1, 5, 16, 17, 60])
-def test_cached_decoding_equals_reading_the_whole_window_again_at_each_token(length, backend):
-    net = make_net()
+def test_cached_decoding_equals_full_passes_over_the_window(length, backend):
+    model = make_model()
     sampling = SamplingConfig(temperature=1.5, max_tokens=40, seed=1, backend=backend)
     window = torch.randint(1, 61, (2, length), generator=torch.Generator().manual_seed(length))
-    never = -1  # no token ends the text
-    got = list(generate(net, window, sampling, never))
+    never = -1  # no token ends a sequence
+    steps = list(generate(model, window, sampling, never))
     generator = torch.Generator().manual_seed(1)
-    assert len(got) == 40  # more than the context of 16: the window slides
-    for ids, logits in got:
+    assert len(steps) == 40  # beyond the context of 16, which shifts
+    for ids, logits in steps:
         if window.shape[1] > 16:
             window = window[:, -8:]  # the last half, from position 0
-        torch.testing.assert_close(logits, net(window)[:, -1])
-        assert torch.equal(ids, sample(net(window)[:, -1], sampling, generator))
+        torch.testing.assert_close(logits, model(window)[:, -1])
+        assert torch.equal(ids, sample(model(window)[:, -1], sampling, generator))
         window = torch.cat([window, ids[:, None]], dim=1)
     assert (
-        len(torch.stack([ids for ids, _ in got]).unique()) > 20
+        len(torch.stack([ids for ids, _ in steps]).unique()) > 20
     )  # no monotone text, which would agree by accident
 
 
-def test_prompts_of_different_lengths_are_continued_as_each_alone():
-    net, prompts = make_net(), [[5], [7, 9, 11, 2, 8, 3], list(range(1, 17)), [4] * 30]
-    together = run(net, prompts, GREEDY)
-    for prompt, found in zip(prompts, together, strict=True):
-        (alone,) = run(net, [prompt], GREEDY)
-        assert torch.equal(found[: len(alone)], alone)
+def test_prompts_of_different_lengths_are_independent():
+    model, prompts = make_model(), [[5], [7, 9, 11, 2, 8, 3], list(range(1, 17)), [4] * 30]
+    together = run(model, prompts, GREEDY)
+    for prompt, ids in zip(prompts, together, strict=True):
+        (alone,) = run(model, [prompt], GREEDY)
+        assert torch.equal(ids[: len(alone)], alone)
 
 
-def test_rows_that_ended_are_padded_and_the_last_to_end_stops_it():
+def test_ended_sequences_are_padded_until_all_have_ended():
     prompt = torch.tensor([[1], [2], [1], [2], [1]])
-    ids = run(make_net(vocab_size=3), prompt, SamplingConfig(temperature=1, seed=5, max_tokens=500))
+    ids = run(
+        make_model(vocab_size=3), prompt, SamplingConfig(temperature=1, seed=5, max_tokens=500)
+    )
     ends = [row.index(EOT) for row in ids.tolist()]
     assert len(set(ends)) > 1  # some row had to wait for another
     assert ids.shape[1] == max(ends) + 1 < 500
@@ -96,27 +98,27 @@ def test_rows_that_ended_are_padded_and_the_last_to_end_stops_it():
 
 
 def test_a_seed_fixes_the_text_and_leaves_the_global_random_state_alone():
-    net, prompt = make_net(), torch.ones(3, 2, dtype=torch.long)
+    model, prompt = make_model(), torch.ones(3, 2, dtype=torch.long)
     state = torch.get_rng_state()
-    once, again = (run(net, prompt, SamplingConfig(seed=1, max_tokens=12)) for _ in range(2))
-    other = run(net, prompt, SamplingConfig(seed=2, max_tokens=12))
-    unseeded = [run(net, prompt, SamplingConfig(max_tokens=12)) for _ in range(2)]
+    once, again = (run(model, prompt, SamplingConfig(seed=1, max_tokens=12)) for _ in range(2))
+    other = run(model, prompt, SamplingConfig(seed=2, max_tokens=12))
+    unseeded = [run(model, prompt, SamplingConfig(max_tokens=12)) for _ in range(2)]
     assert torch.equal(once, again)
     assert not torch.equal(once, other)
     assert not torch.equal(*unseeded)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_training_can_go_on_after_generation_and_between_its_tokens():
-    net = make_net().train()
-    steps = generate(net, torch.ones(1, 1, dtype=torch.long), GREEDY, EOT)
+def test_training_works_after_generation_and_between_its_tokens():
+    model = make_model().train()
+    steps = generate(model, torch.ones(1, 1, dtype=torch.long), GREEDY, EOT)
     next(steps)
     assert not torch.is_inference_mode_enabled()
     steps.close()  # abandoned halfway
-    assert net.training
+    assert model.training
     ids = torch.ones(1, 5, dtype=torch.long)
-    net.loss(ids, ids).backward()
-    assert net.embedding.weight.grad is not None
+    model.loss(ids, ids).backward()
+    assert model.embedding.weight.grad is not None
 
 
 def test_samples_follow_the_softmax_at_the_given_temperature(backend):
@@ -130,7 +132,7 @@ def test_samples_follow_the_softmax_at_the_given_temperature(backend):
         )
 
 
-def test_the_coldest_temperatures_and_the_narrowest_choices_take_the_likeliest_token(backend):
+def test_lowest_temperatures_and_strictest_filters_choose_the_most_likely_token(backend):
     logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(0)) * 5
     generator = torch.Generator().manual_seed(0)
     for settings in (
@@ -145,15 +147,15 @@ def test_the_coldest_temperatures_and_the_narrowest_choices_take_the_likeliest_t
         assert torch.equal(ids, logits.argmax(-1)), settings
 
 
-def test_top_k_keeps_k_also_among_equals():
+def test_top_k_keeps_k_tokens_among_equal_logits():
     logits = torch.tensor([[1.0, 3.0, 1.0, 1.0], [0.0, 1.0, 2.0, 3.0]])
-    kept = keep_top_k(logits, 2)
-    assert torch.isfinite(kept).sum(-1).tolist() == [2, 2]
-    assert kept[1].tolist() == [-math.inf, -math.inf, 2.0, 3.0]
+    filtered = keep_top_k(logits, 2)
+    assert torch.isfinite(filtered).sum(-1).tolist() == [2, 2]
+    assert filtered[1].tolist() == [-math.inf, -math.inf, 2.0, 3.0]
     assert torch.equal(keep_top_k(logits, 9), logits)
 
 
-def test_min_p_keeps_what_is_at_least_that_share_as_probable_as_the_likeliest():
+def test_min_p_keeps_tokens_relative_to_the_most_likely_one():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.97, 0.01, 0.01, 0.01]]).log() + 3
     assert torch.isfinite(keep_min_p(logits, 0.25)).tolist() == [
         [True] * 3 + [False],
@@ -162,7 +164,7 @@ def test_min_p_keeps_what_is_at_least_that_share_as_probable_as_the_likeliest():
     assert torch.equal(keep_min_p(logits, 0.0), logits)
 
 
-def test_the_repetition_penalty_is_that_of_transformers():
+def test_repetition_penalty_equals_that_of_transformers():
     from transformers import RepetitionPenaltyLogitsProcessor
 
     random = torch.Generator().manual_seed(0)
@@ -174,27 +176,29 @@ def test_the_repetition_penalty_is_that_of_transformers():
         torch.testing.assert_close(penalise(logits, seen, penalty), expected)
 
 
-def test_a_strong_penalty_makes_every_token_a_new_one_and_spares_the_end_of_text():
-    net, prompt = make_net(vocab_size=40), torch.tensor([[EOT, 3, 4]])
+def test_strong_repetition_penalty_prevents_repeats_but_not_the_end_of_text():
+    model, prompt = make_model(vocab_size=40), torch.tensor([[EOT, 3, 4]])
     with torch.no_grad():  # logits above 0 for every token
-        net.embedding.weight.copy_(net.embedding.weight[1] + 0.01 * net.embedding.weight)
-        net.final_norm.bias.copy_(net.embedding.weight[1])
+        model.embedding.weight.copy_(model.embedding.weight[1] + 0.01 * model.embedding.weight)
+        model.final_norm.bias.copy_(model.embedding.weight[1])
     sampling = SamplingConfig(temperature=0, max_tokens=37, repetition_penalty=100)
-    steps = list(generate(net, prompt, sampling, end_of_text=EOT))
+    steps = list(generate(model, prompt, sampling, end_of_text=EOT))
     ids = torch.stack([step.ids[0] for step in steps])
     before_the_end = ids[ids != EOT]
     assert len(before_the_end.unique()) == len(before_the_end) > 3
     assert not {3, 4} & set(before_the_end.tolist())
-    own = [int(step.logits.argmax()) for step in steps]  # as the model has them
+    own = [int(step.logits.argmax()) for step in steps]  # before the penalty
     assert len(set(own)) < len(own)
-    assert ids[-1] == EOT  # the prompt's own did not keep it from coming
+    assert ids[-1] == EOT  # not penalised, although the prompt has one
 
 
-@pytest.mark.parametrize(("p", "kept"), [(0.3, [3]), (0.5, [3, 1]), (0.75, [3, 1, 0]), (1.0, None)])
-def test_top_p_keeps_the_fewest_that_hold_that_much_probability(p, kept):
+@pytest.mark.parametrize(
+    ("p", "nucleus"), [(0.3, [3]), (0.5, [3, 1]), (0.75, [3, 1, 0]), (1.0, None)]
+)
+def test_top_p_keeps_the_smallest_nucleus(p, nucleus):
     probabilities = torch.tensor([[0.2, 0.3, 0.1, 0.4]])
-    found = keep_top_p(probabilities.log(), p).isfinite()[0].nonzero().flatten().tolist()
-    assert found == (sorted(kept) if kept else [0, 1, 2, 3])
+    ids = keep_top_p(probabilities.log(), p).isfinite()[0].nonzero().flatten().tolist()
+    assert ids == (sorted(nucleus) if nucleus else [0, 1, 2, 3])
 
 
 @pytest.mark.parametrize(
@@ -213,68 +217,68 @@ def test_top_p_keeps_the_fewest_that_hold_that_much_probability(p, kept):
         ({"backend": "onnx"}, ["backend", "onnx", "auto", "torch", "c"]),
     ],
 )
-def test_impossible_sampling_is_refused_by_name(settings, names):
+def test_invalid_sampling_config_is_refused_by_name(settings, names):
     with pytest.raises(UserError, match=naming(*names)):
         SamplingConfig(**settings)
 
 
 def test_streamed_pieces_join_to_the_story_of_the_same_seed(tokenizer):
-    net = make_net(tokenizer.vocab_size, context=24)
+    model = make_model(tokenizer.vocab_size, context=24)
     for prompt, seed in itertools.product(("", "Once upon"), range(3)):
         sampling = SamplingConfig(temperature=1.0, max_tokens=50, seed=seed)
-        (story,) = generate_stories(net, tokenizer, prompt, 1, sampling)
-        assert "".join(stream_text(net, tokenizer, prompt, sampling)) == story
+        (story,) = generate_stories(model, tokenizer, prompt, 1, sampling)
+        assert "".join(stream_text(model, tokenizer, prompt, sampling)) == story
         assert story
 
 
-def test_a_prompt_begins_a_story(tokenizer):
+def test_encoded_prompt_begins_with_an_end_of_text(tokenizer):
     assert encode_prompt(tokenizer, "").tolist() == [[EOT]]
     assert encode_prompt(tokenizer, "Once")[0].tolist() == [EOT, *tokenizer.encode("Once")]
 
 
 def test_stories_of_one_batch_differ_and_stop_before_the_end_of_text(tokenizer):
-    net = make_net(tokenizer.vocab_size)
+    model = make_model(tokenizer.vocab_size)
     with torch.no_grad():  # every token as likely as any other
-        net.embedding.weight.zero_()
-    stories = generate_stories(net, tokenizer, "Once", 4, SamplingConfig(max_tokens=30, seed=1))
+        model.embedding.weight.zero_()
+    stories = generate_stories(model, tokenizer, "Once", 4, SamplingConfig(max_tokens=30, seed=1))
     assert len(set(stories)) == 4
-    ended = generate_stories(net, tokenizer, "Once", 2, GREEDY)  # equal logits: the first, EOT
+    ended = generate_stories(model, tokenizer, "Once", 2, GREEDY)  # equal logits: the first, EOT
     assert ended == ["", ""]
 
 
-def test_many_stories_are_written_in_batches_that_do_not_repeat_each_other(tokenizer, monkeypatch):
-    net, settings = make_net(tokenizer.vocab_size), SamplingConfig(1.5, max_tokens=12, seed=1)
+def test_stories_of_different_batches_differ(tokenizer, monkeypatch):
+    model, settings = make_model(tokenizer.vocab_size), SamplingConfig(1.5, max_tokens=12, seed=1)
     sizes = []
 
-    def watched(net, rows, *args):
+    def watched(model, rows, *args):
         sizes.append(len(rows))
-        return generate(net, rows, *args)
+        return generate(model, rows, *args)
 
     monkeypatch.setattr(sampling, "MAX_BATCH", 4)
     monkeypatch.setattr(sampling, "generate", watched)
-    stories = generate_stories(net, tokenizer, "Once", 10, settings)
+    stories = generate_stories(model, tokenizer, "Once", 10, settings)
     assert sizes == [4, 4, 2]
     assert len(set(stories)) == 10
-    assert stories == generate_stories(net, tokenizer, "Once", 10, settings)
+    assert stories == generate_stories(model, tokenizer, "Once", 10, settings)
 
 
-def test_a_story_of_several_is_given_out_when_it_has_ended(tokenizer, monkeypatch):
+def test_iterate_stories_yields_a_story_as_soon_as_it_has_ended(tokenizer, monkeypatch):
     steps = []
 
-    def scripted(net, rows, *args):
+    def scripted(model, rows, *args):
         for ids in ([5, 6, EOT], [7, EOT, EOT], [EOT, EOT, EOT]):
             steps.append(ids)
             yield torch.tensor(ids), None
 
     monkeypatch.setattr(sampling, "generate", scripted)
-    net = make_net(tokenizer.vocab_size)
-    stories = iterate_stories(net, tokenizer, "Once", 3, GREEDY)
+    model = make_model(tokenizer.vocab_size)
+    stories = iterate_stories(model, tokenizer, "Once", 3, GREEDY)
     assert next(stories) == tokenizer.decode([5, 7])  # the others have ended before it
     assert len(steps) == 3
     assert list(stories) == [tokenizer.decode([6]), ""]
     steps.clear()
     monkeypatch.setattr(sampling, "generate", lambda *args: map(reversed_step, scripted(*args)))
-    stories = iterate_stories(net, tokenizer, "Once", 3, GREEDY)
+    stories = iterate_stories(model, tokenizer, "Once", 3, GREEDY)
     assert next(stories) == ""
     assert len(steps) == 1
 
@@ -283,49 +287,49 @@ def reversed_step(step):
     return step[0].flip(0), None
 
 
-def test_a_token_that_the_tokenizer_lacks_is_never_written(tokenizer):
+def test_token_unknown_to_the_tokenizer_is_never_sampled(tokenizer):
     size = tokenizer.vocab_size
-    net = make_net(size + 40)
-    with torch.no_grad():  # these are the likeliest
-        net.embedding.weight[size:] = 9 * net.final_norm.bias
-    greedy = run(net, [[5]], GREEDY)
+    model = make_model(size + 40)
+    with torch.no_grad():  # these are the most likely
+        model.embedding.weight[size:] = 9 * model.final_norm.bias
+    greedy = run(model, [[5]], GREEDY)
     assert (greedy >= size).any()
-    steps = list(generate(net, [[5]], GREEDY, EOT, vocab_size=size))
+    steps = list(generate(model, [[5]], GREEDY, EOT, vocab_size=size))
     assert all(ids < size and logits.shape == (1, size) for ids, logits in steps)
     penalised = SamplingConfig(max_tokens=5, seed=1, repetition_penalty=2)
-    assert "".join(stream_text(net, tokenizer, "Once", penalised))
-    assert iterate_stories(net, tokenizer, "Once", 2, penalised)
+    assert "".join(stream_text(model, tokenizer, "Once", penalised))
+    assert iterate_stories(model, tokenizer, "Once", 2, penalised)
 
 
-def test_weights_that_are_no_numbers_are_one_line():
-    net = make_net()
+def test_generate_refuses_nan_weights():
+    model = make_model()
     with torch.no_grad():
-        net.final_norm.bias[0] = math.nan
+        model.final_norm.bias[0] = math.nan
     with pytest.raises(UserError, match="weights"):
-        run(net, [[5]], GREEDY)
+        run(model, [[5]], GREEDY)
 
 
-def test_a_run_tells_a_story_in_two_lines(tiny):
+def test_stream_story_of_a_run(tiny):
     folder = trained_folder(tiny)
     sampling = SamplingConfig(max_tokens=20, seed=1)
-    told = "".join(stream_story(folder, "Tom had", sampling))
+    story = "".join(stream_story(folder, "Tom had", sampling))
     run = Run.load(folder)
-    assert told
-    assert told == "".join(stream_text(run.load_model(), run.tokenizer, "Tom had", sampling))
-    assert told == "".join(stream_story(run, "Tom had", sampling))
+    assert story
+    assert story == "".join(stream_text(run.load_model(), run.tokenizer, "Tom had", sampling))
+    assert story == "".join(stream_story(run, "Tom had", sampling))
 
 
 def stream_of(tokenizer: Tokenizer, ids: list[int], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What `stream_text` gives when the model says `ids`."""
+    """Return what `stream_text` yields if the model samples `ids`."""
     steps = [sampling.Step(torch.tensor([i]), torch.zeros(1, 1)) for i in ids]
     monkeypatch.setattr(sampling, "generate", lambda *_, **__: iter(steps))
-    return list(stream_text(make_net(), tokenizer, "", GREEDY))
+    return list(stream_text(make_model(), tokenizer, "", GREEDY))
 
 
 @pytest.mark.parametrize(
     "text", ["naïve café", "a 🐉 and 龍!", "日本語", "kept: \ufffd \ufffd\ufffd."]
 )
-def test_a_character_is_never_given_out_in_halves(text, tokenizer, monkeypatch):
+def test_streamed_pieces_hold_complete_characters(text, tokenizer, monkeypatch):
     ids = tokenizer.encode(text)
     assert len(ids) > len(text) // 2
     pieces = stream_of(tokenizer, [*ids, EOT], monkeypatch)
@@ -335,7 +339,7 @@ def test_a_character_is_never_given_out_in_halves(text, tokenizer, monkeypatch):
         assert "\ufffd" not in "".join(pieces)
 
 
-def test_bytes_that_are_no_character_are_shown_as_the_decoder_shows_them(tokenizer, monkeypatch):
+def test_streamed_invalid_bytes_equal_those_of_the_tokenizer(tokenizer, monkeypatch):
     dragon = tokenizer.encode("🐉")
     for ids in (dragon[:2], [*dragon[:3], *tokenizer.encode("a")], [*dragon[1:], *dragon]):
         assert "".join(stream_of(tokenizer, ids, monkeypatch)) == tokenizer.decode(ids)

@@ -1,4 +1,4 @@
-"""The fast pieces give what the plain ones of model.py give."""
+"""Kernels for CPUs give the results of model.py."""
 
 import copy
 from itertools import islice
@@ -51,13 +51,13 @@ def test_block_attention_and_its_gradient_are_those_of_attention(dtype, close, l
     torch.manual_seed(0)
     plain = torch.randn(2, length, 3 * n_heads * 16, requires_grad=True)
     fast = plain.detach().to(dtype).requires_grad_()
-    expected, got = attention(plain, n_heads), block_attention(fast, n_heads)
+    expected, result = attention(plain, n_heads), block_attention(fast, n_heads)
     downstream = torch.randn(expected.shape)
     expected.backward(downstream)
-    got.backward(downstream.to(dtype))
-    assert got.dtype == dtype
-    assert got.shape == expected.shape
-    assert apart(got, expected) < close
+    result.backward(downstream.to(dtype))
+    assert result.dtype == dtype
+    assert result.shape == expected.shape
+    assert apart(result, expected) < close
     assert apart(fast.grad, plain.grad) < close
 
 
@@ -89,7 +89,7 @@ def test_chunked_cross_entropy_and_its_gradients_are_those_of_cross_entropy(
     assert float(evaluated) == pytest.approx(float(expected))
 
 
-def test_an_accelerated_net_learns_real_stories_as_the_plain_one_does(tmp_path):
+def test_training_loss_with_cpu_kernels_equals_that_of_pytorch(tmp_path):
     stories = "\n<|endoftext|>\n".join(islice(bundled_sample().stories("train"), 600))
     (tmp_path / "stories.txt").write_text(stories, encoding="utf-8")
     settings = DataConfig(
@@ -103,23 +103,23 @@ def test_an_accelerated_net_learns_real_stories_as_the_plain_one_does(tmp_path):
     fast = copy.deepcopy(plain).use(CPU)
     assert fast.blocks[0].attention.kernels.attention is block_attention
     expected = _final_loss(plain, data, torch.float32)
-    got = _final_loss(fast, data, torch.bfloat16)
+    result = _final_loss(fast, data, torch.bfloat16)
     assert expected < 4.0  # from 6.2: something was learned
-    assert got == pytest.approx(expected, rel=0.005)
+    assert result == pytest.approx(expected, rel=0.005)
 
 
-def _final_loss(net, data, dtype):
+def _final_loss(model, data, dtype):
     """Of the last 20 steps, with the schedule of train.py: at a constant rate even the order of
     additions decides where 200 steps end."""
-    optimizer = make_optimizer(net, OptimizerConfig(), 32, dtype=dtype)
+    optimizer = make_optimizer(model, OptimizerConfig(), 32, dtype=dtype)
     schedule = LambdaLR(optimizer, lambda step: lr_factor(step, data.n_steps, 20, 0.0, "linear"))
     losses = []
     for ids, targets in data.train_dataloader():
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = net.loss(ids, targets)
+            loss = model.loss(ids, targets)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         losses.append(loss.item())

@@ -1,4 +1,4 @@
-"""decode.c: what is its own, and tests of generation that it must pass as PyTorch does."""
+"""Tests of decode.c, and tests of generation with the c backend."""
 
 import ctypes
 import gc
@@ -20,21 +20,21 @@ from minigpt.model import GPT, GPTConfig
 from tests.conftest import naming
 from tests.generation.test_decoder import (  # noqa: F401 - tests, with the backend below
     Flipped,
-    make_net,
+    make_model,
     random_ids,
-    test_a_bfloat16_net_is_decoded_in_bfloat16_and_gives_float32_logits,
-    test_a_float16_net_on_a_cpu_rounds_nothing_but_its_weights,
-    test_a_read_that_fails_changes_nothing,
     test_an_id_outside_the_vocabulary_is_an_index_error,
-    test_each_row_has_the_logits_of_a_full_pass_over_its_window_alone,
-    test_the_medium_shape_agrees_to_float32_rounding_beyond_its_context,
-    test_weights_that_are_no_numbers_give_logits_that_are_none,
-    test_weights_that_have_changed_are_not_taken_from_before,
+    test_bfloat16_model_is_decoded_in_bfloat16_with_float32_logits,
+    test_changed_weights_are_packed_again,
+    test_failed_read_leaves_the_sequences_unchanged,
+    test_float16_model_on_a_cpu_is_decoded_in_float32,
+    test_logits_of_each_sequence_equal_a_full_pass_over_its_window,
+    test_logits_of_the_medium_size_after_a_context_shift,
+    test_nan_weights_give_nan_logits,
 )
 from tests.generation.test_sampling import (  # noqa: F401
-    test_cached_decoding_equals_reading_the_whole_window_again_at_each_token,
+    test_cached_decoding_equals_full_passes_over_the_window,
+    test_lowest_temperatures_and_strictest_filters_choose_the_most_likely_token,
     test_samples_follow_the_softmax_at_the_given_temperature,
-    test_the_coldest_temperatures_and_the_narrowest_choices_take_the_likeliest_token,
 )
 
 needs_compiler = pytest.mark.skipif(decode.compiler() is None, reason="no C compiler")
@@ -47,13 +47,13 @@ def backend() -> str:
     return "c"
 
 
-def read(net: GPT, ids: torch.Tensor, threads: int = 1) -> torch.Tensor:
+def read(model: GPT, ids: torch.Tensor, threads: int = 1) -> torch.Tensor:
     """Logits of the last 3 tokens of each row of `ids` (B, T)."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with torch.inference_mode():
-            decoder = Decoder(net, list(ids[:, :-3]), "c")
+            decoder = Decoder(model, list(ids[:, :-3]), "c")
             assert isinstance(decoder.batch, decode.Batch)
             return torch.stack([decoder.read(new) for new in ids[:, -3:].unbind(1)], dim=1)
     finally:
@@ -63,57 +63,57 @@ def read(net: GPT, ids: torch.Tensor, threads: int = 1) -> torch.Tensor:
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [*range(1, 9), 13, 26])
-def test_any_number_of_rows_on_any_number_of_threads_gives_what_a_full_pass_does(rows, dtype):
+def test_logits_of_any_batch_size_and_thread_count_equal_a_full_pass(rows, dtype):
     torch.manual_seed(0)  # widths that are no multiples of a panel, heads wider than one
-    net = GPT(GPTConfig(71, 80, d_model=84, n_layers=2, n_heads=2, d_ff=50)).eval()
-    for parameter in net.parameters():
+    model = GPT(GPTConfig(71, 80, d_model=84, n_layers=2, n_heads=2, d_ff=50)).eval()
+    for parameter in model.parameters():
         parameter.requires_grad_(False).add_(0.1 * torch.randn_like(parameter))
     ids = torch.randint(0, 71, (rows, 40))
-    expected = net(ids)[:, -3:]
-    net = net.to(dtype)
+    expected = model(ids)[:, -3:]
+    model = model.to(dtype)
     near = {} if dtype == torch.float32 else {"rtol": 0, "atol": 0.05 * expected.abs().max()}
     for threads in (1, 2, 3):
-        torch.testing.assert_close(read(net, ids, threads), expected, **near)
+        torch.testing.assert_close(read(model, ids, threads), expected, **near)
 
 
 @needs_compiler
 @pytest.mark.parametrize("rows", [3, 26])
-def test_rows_of_different_lengths_on_threads_that_divide_nothing_evenly(rows):
+def test_logits_of_sequences_of_different_lengths_on_uneven_threads(rows):
     torch.manual_seed(0)
-    net = GPT(GPTConfig(71, 80, d_model=82, n_layers=2, n_heads=2, d_ff=50)).eval()
-    net.requires_grad_(False)
-    texts = [torch.randint(0, 71, (n,)) for n in torch.randint(0, 79, (rows,)).tolist()]
+    model = GPT(GPTConfig(71, 80, d_model=82, n_layers=2, n_heads=2, d_ff=50)).eval()
+    model.requires_grad_(False)
+    prompts = [torch.randint(0, 71, (n,)) for n in torch.randint(0, 79, (rows,)).tolist()]
     new = torch.randint(0, 71, (rows,))
-    pairs = zip(texts, new, strict=True)
-    expected = [net(torch.cat([text, one[None]])[None])[0, -1] for text, one in pairs]
+    pairs = zip(prompts, new, strict=True)
+    expected = [model(torch.cat([prompt, one[None]])[None])[0, -1] for prompt, one in pairs]
     for threads in (1, 2, 3, 4):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
             with torch.inference_mode():
-                decoder = Decoder(net, texts, "c")
+                decoder = Decoder(model, prompts, "c")
                 torch.testing.assert_close(decoder.read(new), torch.stack(expected))
         finally:
             torch.set_num_threads(before)
         assert isinstance(decoder.batch, decode.Batch)
-        for block in decoder.batch._blocks:  # room for what is read behind the last value
+        for block in decoder.batch._blocks:  # padding for reads beyond the last value
             assert block.numel() == 2 * rows * 2 * 82 * decode.PANEL + decode.PANEL
 
 
 @needs_compiler
-def test_vectors_of_avx_512_give_the_same(monkeypatch, tmp_path):
-    """Sixteen lanes, which compilers make of smaller ones where the CPU has none."""
+def test_avx_512_build_gives_the_same_logits_and_samples(monkeypatch, tmp_path):
+    """Compilers emulate sixteen lanes on CPUs without AVX-512."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     wide = decode._compile([*decode.compiler(), "-D__AVX512F__", "-Wno-psabi", "-fopenmp"])
     monkeypatch.setattr(decode, "library", lambda: decode._open(wide))
     torch.manual_seed(0)
-    net = GPT(GPTConfig(71, 80, d_model=84, n_layers=2, n_heads=2, d_ff=50)).eval()
+    model = GPT(GPTConfig(71, 80, d_model=84, n_layers=2, n_heads=2, d_ff=50)).eval()
     ids = torch.randint(0, 71, (9, 40))
-    net.requires_grad_(False)
-    expected = net(ids)[:, -3:]
-    torch.testing.assert_close(read(net, ids, 2), expected)
+    model.requires_grad_(False)
+    expected = model(ids)[:, -3:]
+    torch.testing.assert_close(read(model, ids, 2), expected)
     near = 0.05 * float(expected.abs().max())
-    torch.testing.assert_close(read(net.bfloat16(), ids, 2), expected, rtol=0, atol=near)
+    torch.testing.assert_close(read(model.bfloat16(), ids, 2), expected, rtol=0, atol=near)
     logits, points = torch.randn(9, 71), torch.rand(9)
     mass = logits.softmax(-1).cumsum(-1)
     assert decode.sample(logits, 1.0, points).tolist() == [
@@ -122,28 +122,28 @@ def test_vectors_of_avx_512_give_the_same(monkeypatch, tmp_path):
 
 
 @needs_compiler
-def test_default_dtypes_and_parts_in_another_dtype_change_nothing():
+def test_default_dtype_and_mixed_dtypes_do_not_change_logits():
     torch.manual_seed(0)
-    net = GPT(GPTConfig(71, 80, d_model=64, n_layers=1, n_heads=2, d_ff=64)).eval()
+    model = GPT(GPTConfig(71, 80, d_model=64, n_layers=1, n_heads=2, d_ff=64)).eval()
     ids = torch.randint(0, 71, (5, 9))
-    net.requires_grad_(False)
-    expected = net(ids)[:, -3:]
+    model.requires_grad_(False)
+    expected = model(ids)[:, -3:]
     for dtype in (torch.float64, torch.bfloat16):
         torch.set_default_dtype(dtype)
         try:
-            found = read(net, ids)
-            drawn = decode.sample(expected.reshape(-1, 71), 1.0, torch.zeros(15))
+            logits = read(model, ids)
+            samples = decode.sample(expected.reshape(-1, 71), 1.0, torch.zeros(15))
         finally:
             torch.set_default_dtype(torch.float32)
-        torch.testing.assert_close(found, expected)
-        assert drawn.tolist() == [0] * 15
-    net.blocks.bfloat16()
-    exact = GPT(net.config).eval()
-    exact.load_state_dict(net.state_dict())
-    torch.testing.assert_close(read(net, ids), exact(ids)[:, -3:])
-    net.positions.mul_(2)
+        torch.testing.assert_close(logits, expected)
+        assert samples.tolist() == [0] * 15
+    model.blocks.bfloat16()
+    exact = GPT(model.config).eval()
+    exact.load_state_dict(model.state_dict())
+    torch.testing.assert_close(read(model, ids), exact(ids)[:, -3:])
+    model.positions.mul_(2)
     exact.positions.mul_(2)
-    torch.testing.assert_close(read(net, ids), exact(ids)[:, -3:])
+    torch.testing.assert_close(read(model, ids), exact(ids)[:, -3:])
 
 
 @needs_compiler
@@ -159,21 +159,21 @@ def test_logits_of_any_dtype_are_sampled(dtype):
 
 @needs_compiler
 def test_ids_of_another_dtype_are_read():
-    net = GPT(GPTConfig(71, 80, d_model=64, n_layers=1, n_heads=2, d_ff=64)).eval()
+    model = GPT(GPTConfig(71, 80, d_model=64, n_layers=1, n_heads=2, d_ff=64)).eval()
     with torch.inference_mode():
-        decoder = Decoder(net, [torch.tensor([1, 2])] * 16, "c")
+        decoder = Decoder(model, [torch.tensor([1, 2])] * 16, "c")
         assert decoder.read(torch.full((16,), 3, dtype=torch.int32)).isfinite().all()
 
 
 @needs_compiler
 def test_bfloat16_rounds_weights_keys_and_values_and_nothing_else():
     torch.manual_seed(0)
-    net = GPT(GPTConfig(71, 80, d_model=64, n_layers=1, n_heads=2, d_ff=64)).eval()
-    net.requires_grad_(False)
+    model = GPT(GPTConfig(71, 80, d_model=64, n_layers=1, n_heads=2, d_ff=64)).eval()
+    model.requires_grad_(False)
     ids = torch.randint(0, 71, (3, 3))
-    rounded = GPT(net.config).eval()
-    rounded.load_state_dict({k: v.bfloat16().float() for k, v in net.state_dict().items()})
-    rounded.positions.copy_(net.positions.bfloat16())
+    rounded = GPT(model.config).eval()
+    rounded.load_state_dict({k: v.bfloat16().float() for k, v in model.state_dict().items()})
+    rounded.positions.copy_(model.positions.bfloat16())
     qkv = rounded.blocks[0].attention.qkv
 
     def round_keys_and_values(module: object, inputs: object, out: torch.Tensor) -> torch.Tensor:
@@ -181,48 +181,49 @@ def test_bfloat16_rounds_weights_keys_and_values_and_nothing_else():
         return torch.cat([q, k.bfloat16().float(), v.bfloat16().float()], dim=-1)
 
     qkv.register_forward_hook(round_keys_and_values)
-    torch.testing.assert_close(read(net.bfloat16(), ids), rounded(ids))
+    torch.testing.assert_close(read(model.bfloat16(), ids), rounded(ids))
 
 
 @needs_compiler
-def test_the_token_sampled_is_that_of_pytorch_for_the_same_random_number():
+def test_sampled_token_equals_that_of_pytorch_for_the_same_random_number():
     torch.manual_seed(0)
     for n, temperature in itertools.product((1, 7, 8, 33, 3000), (0.3, 1.0, 2.5)):
-        logits, drawn = 4 * torch.randn(200, n), []
+        logits, samples = 4 * torch.randn(200, n), []
         logits[:, ::3] -= 100.0  # as good as impossible
         for backend in ("c", "torch"):
             generator = seeded_generator(1, torch.device("cpu"))
-            drawn.append(sample(logits, SamplingConfig(temperature, backend=backend), generator))
-        assert (drawn[0] == drawn[1]).float().mean() >= 0.99  # but where sums are rounded apart
-        assert n == 1 or len(drawn[0].unique()) > 1
+            samples.append(sample(logits, SamplingConfig(temperature, backend=backend), generator))
+        assert (samples[0] == samples[1]).float().mean() >= 0.99  # others differ by rounding
+        assert n == 1 or len(samples[0].unique()) > 1
 
 
 @needs_compiler
-def test_neither_end_of_the_random_numbers_samples_what_cannot_be():
+def test_extreme_random_numbers_never_sample_impossible_tokens():
     logits = torch.full((5, 70), -math.inf)
     logits[:, 40:43] = torch.tensor([1.0, 1.0, 0.0])
     points = torch.tensor([0.0, 0.3, 0.5, 0.9, 1 - 2**-24])
     assert decode.sample(logits, 1.0, points).tolist() == [40, 40, 41, 42, 42]
-    assert decode.sample(logits[:1], 1.0, torch.ones(1)).tolist() == [
-        42
-    ]  # as rounding might have it
+    assert decode.sample(logits[:1], 1.0, torch.ones(1)).tolist() == [42]  # rounding may give 1
     assert 0 <= decode.sample(torch.full((1, 70), math.nan), 1.0, points[:1]).item() < 70
 
 
 @needs_compiler
 def test_structs_and_constants_are_those_of_the_source(tmp_path):
     structs = {name: getattr(decode, f"_{name.title()}") for name in STRUCTS}
-    lines = [f'#include "{decode.SOURCE}"', "const int panel = PANEL, min_sequences = MIN_SEQUENCES;"]
+    lines = [
+        f'#include "{decode.SOURCE}"',
+        "const int panel = PANEL, min_sequences = MIN_SEQUENCES;",
+    ]
     for name, struct in structs.items():
         lines.append(f"int size_of_{name}(void) {{ return sizeof({name}); }}")
         lines += [
             f"int {name}_{field}(void) {{ return offsetof({name}, {field.rstrip('_')}); }}"
             for field, _ in struct._fields_
         ]
-    command, source, made = decode.compiler(), tmp_path / "sizes.c", tmp_path / "sizes.so"
+    command, source, path = decode.compiler(), tmp_path / "sizes.c", tmp_path / "sizes.so"
     source.write_text("\n".join(lines), encoding="utf-8")
-    subprocess.run([*command, "-w", "-shared", "-fPIC", source, "-lm", "-o", made], check=True)
-    compiled = ctypes.CDLL(str(made))
+    subprocess.run([*command, "-w", "-shared", "-fPIC", source, "-lm", "-o", path], check=True)
+    compiled = ctypes.CDLL(str(path))
     for name, constant in {"panel": decode.PANEL, "min_sequences": decode._MIN_SEQUENCES}.items():
         assert ctypes.c_int.in_dll(compiled, name).value == constant
     for name, struct in structs.items():
@@ -236,28 +237,28 @@ STRUCTS = ("matrix", "norm", "layer", "model", "batch")
 
 
 @needs_compiler
-def test_it_is_compiled_once_and_whole(tmp_path, monkeypatch):
+def test_library_is_compiled_once_and_replaced_if_damaged(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     command = decode.compiler()
     assert command
-    made = decode._cached_path(command)
-    assert [path.name for path in (tmp_path / "minigpt").iterdir()] == [made.name]
-    written = made.stat().st_mtime_ns
-    assert decode._cached_path(command) == made
-    assert made.stat().st_mtime_ns == written
-    assert decode._cached_path([*command, "-DOTHER"]) != made
-    made.write_bytes(b"")  # as a disk might leave it
+    path = decode._cached_path(command)
+    assert [path.name for path in (tmp_path / "minigpt").iterdir()] == [path.name]
+    modified = path.stat().st_mtime_ns
+    assert decode._cached_path(command) == path
+    assert path.stat().st_mtime_ns == modified
+    assert decode._cached_path([*command, "-DOTHER"]) != path
+    path.write_bytes(b"")  # as after a crash
     assert decode._load(command).sample
-    assert made.stat().st_size > 0
+    assert path.stat().st_size > 0
     other = Path(tmp_path, "other.c")
     other.write_text(decode.SOURCE.read_text() + "\n")
     monkeypatch.setattr(decode, "SOURCE", other)
-    assert decode._cached_path(command) != made
+    assert decode._cached_path(command) != path
 
 
 @needs_compiler
-def test_a_compiler_without_openmp_is_used_for_few_rows(tmp_path, monkeypatch):
-    """For many PyTorch has more threads, unless the backend is asked for."""
+def test_compiler_without_openmp_is_used_for_small_batches(tmp_path, monkeypatch):
+    """For larger batches PyTorch is faster, because it has more threads."""
     script = tmp_path / "mycc"
     script.write_text('#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec cc "$@"\n')
     script.chmod(0o755)
@@ -265,20 +266,20 @@ def test_a_compiler_without_openmp_is_used_for_few_rows(tmp_path, monkeypatch):
     alone = decode._load([str(script)])
     monkeypatch.setattr(decode, "library", lambda: alone)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    net = GPT(GPTConfig(71, 80, d_model=64, n_layers=1, n_heads=2, d_ff=64)).eval()
-    net.requires_grad_(False)
+    model = GPT(GPTConfig(71, 80, d_model=64, n_layers=1, n_heads=2, d_ff=64)).eval()
+    model.requires_grad_(False)
     for rows, backend, cls in (
         (3, "auto", decode.Batch), (4, "auto", CachedBatch), (4, "c", decode.Batch)
     ):  # fmt: skip
         ids = torch.randint(0, 71, (rows, 9))
         with torch.inference_mode():
-            decoder = Decoder(net, list(ids[:, :-1]), backend)
-            torch.testing.assert_close(decoder.read(ids[:, -1]), net(ids)[:, -1])
+            decoder = Decoder(model, list(ids[:, :-1]), backend)
+            torch.testing.assert_close(decoder.read(ids[:, -1]), model(ids)[:, -1])
         assert isinstance(decoder.batch, cls)
 
 
 @pytest.mark.parametrize(
-    ("cc", "said"),
+    ("cc", "reason"),
     [
         ("", None),
         ("cc '", "quotation"),
@@ -286,20 +287,20 @@ def test_a_compiler_without_openmp_is_used_for_few_rows(tmp_path, monkeypatch):
         ("nowhere/cc", "nowhere/cc"),
     ],
 )
-def test_without_a_compiler_there_is_no_library_and_a_broken_one_is_told_of(
-    cc, said, monkeypatch, caplog
+def test_missing_compiler_gives_no_library_and_a_broken_one_logs_a_warning(
+    cc, reason, monkeypatch, caplog
 ):
     monkeypatch.setenv("CC", cc)
     assert decode._compiled_library.__wrapped__() is None
     messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == (0 if said is None else 1)
+    assert len(messages) == (0 if reason is None else 1)
     for message in messages:
         assert "decode.c" in message
-        assert said in message
+        assert reason in message
         assert "\n" not in message
 
 
-def test_a_cache_that_cannot_be_written_is_told_of(tmp_path, monkeypatch, caplog):
+def test_unwritable_cache_logs_a_warning(tmp_path, monkeypatch, caplog):
     (tmp_path / "minigpt").write_text("a file")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "cc -v" if decode.compiler() else "true")
@@ -307,76 +308,78 @@ def test_a_cache_that_cannot_be_written_is_told_of(tmp_path, monkeypatch, caplog
     assert "File exists" in caplog.text
 
 
-# ---------------------------------------------------------------------------- what it knows
+# ---------------------------------------------------------------------------- supported models
 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_weights_of_a_frozen_net_are_packed_once_and_go_with_it(dtype):
-    net = make_net().to(dtype).requires_grad_(False)
-    texts = list(random_ids(4, 5))
+def test_packed_weights_of_a_frozen_model_are_cached_and_freed_with_it(dtype):
+    model = make_model().to(dtype).requires_grad_(False)
+    prompts = list(random_ids(4, 5))
     with torch.inference_mode():
-        first, again = Decoder(net, texts, "c"), Decoder(net, texts[:1], "c")
+        first, again = Decoder(model, prompts, "c"), Decoder(model, prompts[:1], "c")
     assert again.batch.weights is first.batch.weights
-    there = weakref.ref(net)
-    del net, first, again
+    reference = weakref.ref(model)
+    del model, first, again
     gc.collect()
-    assert there() is None
+    assert reference() is None
 
 
 class Same(GPT):
-    """Nothing of its own but its name."""
+    """A subclass that overrides nothing."""
 
 
 def with_part(change) -> GPT:
-    net = make_net()
-    change(net)
-    return net
+    model = make_model()
+    change(model)
+    return model
 
 
 OTHERS = {
-    "a subclass": lambda: make_net(cls=Flipped),
-    "a subclass with nothing of its own": lambda: make_net(cls=Same),
-    "a replaced forward": lambda: with_part(lambda net: setattr(net, "forward", lambda *_: 0)),
-    "a replaced hidden": lambda: with_part(lambda net: setattr(net, "hidden", lambda *_: 0)),
-    "a hook": lambda: with_part(lambda net: net.blocks[0].register_forward_hook(lambda *_: None)),
-    "another activation": lambda: with_part(
-        lambda net: setattr(net.blocks[1].feed_forward, "forward", lambda x: x)
+    "a subclass": lambda: make_model(cls=Flipped),
+    "a subclass with nothing of its own": lambda: make_model(cls=Same),
+    "a replaced forward": lambda: with_part(lambda model: setattr(model, "forward", lambda *_: 0)),
+    "a replaced hidden": lambda: with_part(lambda model: setattr(model, "hidden", lambda *_: 0)),
+    "a hook": lambda: with_part(
+        lambda model: model.blocks[0].register_forward_hook(lambda *_: None)
     ),
-    "a layer less": lambda: with_part(lambda net: net.blocks.__delitem__(1)),
+    "another activation": lambda: with_part(
+        lambda model: setattr(model.blocks[1].feed_forward, "forward", lambda x: x)
+    ),
+    "a layer less": lambda: with_part(lambda model: model.blocks.__delitem__(1)),
     "another width": lambda: with_part(
-        lambda net: setattr(net.blocks[0].feed_forward, "up", torch.nn.Linear(16, 25))
+        lambda model: setattr(model.blocks[0].feed_forward, "up", torch.nn.Linear(16, 25))
     ),
     "another norm": lambda: with_part(
-        lambda net: setattr(net.blocks[0], "norm1", torch.nn.RMSNorm(16))
+        lambda model: setattr(model.blocks[0], "norm1", torch.nn.RMSNorm(16))
     ),
 }
 
 
 @needs_compiler
 @pytest.mark.parametrize("kind", OTHERS)
-def test_what_it_does_not_know_is_refused_by_name_and_left_to_pytorch(kind):
-    net = OTHERS[kind]()
-    with pytest.raises(UserError, match=naming("backend", type(net).__name__, "torch")) as caught:
-        Decoder(net, [], "c")
+def test_unsupported_models_are_refused_by_name_and_left_to_pytorch(kind):
+    model = OTHERS[kind]()
+    with pytest.raises(UserError, match=naming("backend", type(model).__name__, "torch")) as caught:
+        Decoder(model, [], "c")
     assert "\n" not in str(caught.value)
-    assert decode.unsupported(net) is not None
-    assert decode.unsupported(make_net()) is None
+    assert decode.unsupported(model) is not None
+    assert decode.unsupported(make_model()) is None
 
 
 @needs_compiler
-def test_a_replaced_method_of_a_class_is_noticed(monkeypatch):
-    net = make_net()
+def test_model_with_a_replaced_method_is_unsupported(monkeypatch):
+    model = make_model()
     monkeypatch.setattr(GPT, "forward", Flipped.forward)
-    assert decode.unsupported(net) is not None
+    assert decode.unsupported(model) is not None
 
 
 @needs_compiler
 @pytest.mark.parametrize(("cls", "lines"), [(GPT, 0), (Flipped, 1)])
-def test_a_subclass_falls_back_with_one_line(cls, lines, caplog):
+def test_subclass_falls_back_to_pytorch_with_one_warning(cls, lines, caplog):
     decoder_module._warn_once.cache_clear()
     for _ in range(3):
-        decoder = Decoder(make_net(cls=cls), [torch.tensor([1])])
+        decoder = Decoder(make_model(cls=cls), [torch.tensor([1])])
         assert isinstance(decoder.batch, CachedBatch) == bool(lines)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == lines
@@ -385,7 +388,7 @@ def test_a_subclass_falls_back_with_one_line(cls, lines, caplog):
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_build_that_computes_something_else_is_not_used(dtype, tmp_path, monkeypatch, caplog):
+def test_library_that_fails_its_self_check_is_not_used(dtype, tmp_path, monkeypatch, caplog):
     source = decode.SOURCE.read_text(encoding="utf-8")
     wrong = tmp_path / "wrong.c"
     wrong.write_text(source.replace("if (epilogue == GELU) sum = gelu(sum);", ""), encoding="utf-8")
@@ -395,26 +398,28 @@ def test_a_build_that_computes_something_else_is_not_used(dtype, tmp_path, monke
     monkeypatch.setattr(decode, "_self_checks", {})
     library = decode._load(decode.compiler())
     monkeypatch.setattr(decode, "_compiled_library", lambda: library)
-    net, ids = make_net().to(dtype), random_ids(2, 9)
+    model, ids = make_model().to(dtype), random_ids(2, 9)
     with torch.inference_mode():
-        decoder = Decoder(net, list(ids[:, :-1]))
-        assert torch.allclose(decoder.read(ids[:, -1]), net(ids)[:, -1].float(), atol=0.5)
+        decoder = Decoder(model, list(ids[:, :-1]))
+        assert torch.allclose(decoder.read(ids[:, -1]), model(ids)[:, -1].float(), atol=0.5)
     assert isinstance(decoder.batch, CachedBatch)
     assert decoder_module.c_backend() is None  # nor for sampling
-    with pytest.raises(UserError, match="backend"):
-        Decoder(net, list(ids), "c")
+    for _ in range(2):  # the reason stays the same after the first check
+        with pytest.raises(UserError, match=naming("backend", "GPT.forward")) as error:
+            Decoder(model, list(ids), "c")
+        assert "compiler" not in str(error.value)
     (record,) = caplog.records
     assert "decode.c" in record.getMessage()
 
 
-def test_without_a_compiler_it_is_refused_in_one_line(monkeypatch):
+def test_c_backend_without_a_compiler_is_refused(monkeypatch):
     monkeypatch.setattr(decode, "_compiled_library", lambda: None)
     with pytest.raises(UserError, match=naming("backend", "compiler", "torch")) as caught:
-        Decoder(make_net(), [torch.tensor([1])], "c")
+        Decoder(make_model(), [torch.tensor([1])], "c")
     assert "\n" not in str(caught.value)
-    assert isinstance(Decoder(make_net(), [torch.tensor([1])]).batch, CachedBatch)
+    assert isinstance(Decoder(make_model(), [torch.tensor([1])]).batch, CachedBatch)
 
 
-def test_a_dtype_that_it_does_not_know_is_refused():
+def test_c_backend_refuses_unsupported_dtypes():
     with pytest.raises(UserError, match=naming("backend", "torch")):
-        Decoder(make_net().double(), [torch.tensor([1])], "c")
+        Decoder(make_model().double(), [torch.tensor([1])], "c")

@@ -1,4 +1,4 @@
-"""A batch in micro-batches, on several threads, gives what the net gives for the whole of it."""
+"""Micro-batched loss and gradients equal those of the whole batch."""
 
 import threading
 import time
@@ -14,7 +14,7 @@ from tests.kernels.test_cpu import apart
 
 
 @pytest.fixture
-def net(monkeypatch) -> GPT:
+def model(monkeypatch) -> GPT:
     monkeypatch.setattr(microbatch, "TOKENS", 40)  # two windows
     torch.manual_seed(0)
     return GPT(GPTConfig(50, 20, d_model=32, n_layers=2, n_heads=2, d_ff=64)).use(CPU)
@@ -25,83 +25,87 @@ def windows(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids[:, :-1], ids[:, 1:].clone()
 
 
-def loss_and_gradients(net, loss, batch, autocast=False):
-    net.zero_grad()
+def loss_and_gradients(model, loss, batch, autocast=False):
+    model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         nats = loss(*batch)
     (3 * nats).backward()
-    return nats.detach(), [weight.grad.clone() for weight in net.parameters()]
+    return nats.detach(), [weight.grad.clone() for weight in model.parameters()]
 
 
 @pytest.mark.parametrize(("autocast", "close"), [(False, 1e-5), (True, 1e-2)])
 @pytest.mark.parametrize(("n_threads", "batch"), [(1, 1), (1, 7), (2, 1), (2, 7), (3, 8)])
-def test_loss_and_gradients_are_those_of_the_whole_batch(net, n_threads, batch, autocast, close):
+def test_loss_and_gradients_are_those_of_the_whole_batch(model, n_threads, batch, autocast, close):
     data = windows(batch)
-    nats, gradients = loss_and_gradients(net, net.loss, data)
-    got, got_gradients = loss_and_gradients(net, microbatched_loss(net, n_threads), data, autocast)
-    assert got.dtype == torch.float32
-    assert float(got) == pytest.approx(float(nats), rel=1e-3 if autocast else 1e-6)
-    for fast, plain in zip(got_gradients, gradients, strict=True):
+    nats, gradients = loss_and_gradients(model, model.loss, data)
+    result, result_gradients = loss_and_gradients(
+        model, microbatched_loss(model, n_threads), data, autocast
+    )
+    assert result.dtype == torch.float32
+    assert float(result) == pytest.approx(float(nats), rel=1e-3 if autocast else 1e-6)
+    for fast, plain in zip(result_gradients, gradients, strict=True):
         assert apart(fast, plain) < close
 
 
-def test_padding_counts_for_nothing_wherever_it_lies(net):
+def test_padding_does_not_count_in_any_micro_batch(model):
     ids, targets = windows(8)
     targets[:2] = IGNORE_INDEX  # a micro-batch of padding alone
     targets[5, 3:] = IGNORE_INDEX
-    nats, gradients = loss_and_gradients(net, net.loss, (ids, targets))
-    got, got_gradients = loss_and_gradients(net, microbatched_loss(net, 2), (ids, targets))
-    assert float(got) == pytest.approx(float(nats), rel=1e-6)
-    for fast, plain in zip(got_gradients, gradients, strict=True):
+    nats, gradients = loss_and_gradients(model, model.loss, (ids, targets))
+    result, result_gradients = loss_and_gradients(
+        model, microbatched_loss(model, 2), (ids, targets)
+    )
+    assert float(result) == pytest.approx(float(nats), rel=1e-6)
+    for fast, plain in zip(result_gradients, gradients, strict=True):
         assert apart(fast, plain) < 1e-5
     with torch.no_grad():
-        assert microbatched_loss(net, 2)(ids, torch.full_like(targets, IGNORE_INDEX)).isnan()
+        assert microbatched_loss(model, 2)(ids, torch.full_like(targets, IGNORE_INDEX)).isnan()
 
 
-def test_the_bits_do_not_depend_on_which_thread_is_first(net):
-    plain, data = net.loss, windows(9)
-    first = loss_and_gradients(net, microbatched_loss(net, 3), data, autocast=True)
+def test_gradients_do_not_depend_on_the_order_of_threads(model):
+    plain, data = model.loss, windows(9)
+    first = loss_and_gradients(model, microbatched_loss(model, 3), data, autocast=True)
 
     def late(ids, targets):  # the first part is the last one to be done
         time.sleep(0.2 * torch.equal(ids[0], data[0][0]))
         return plain(ids, targets)
 
-    net.loss = late
-    second = loss_and_gradients(net, microbatched_loss(net, 3), data, autocast=True)
+    model.loss = late
+    second = loss_and_gradients(model, microbatched_loss(model, 3), data, autocast=True)
     assert torch.equal(first[0], second[0])
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
 
 
-def test_weights_that_want_no_gradient_get_none(net):
-    net.embedding.weight.requires_grad_(False)
-    microbatched_loss(net, 2)(*windows(4)).backward()
-    assert net.embedding.weight.grad is None
-    assert all(p.grad is not None for p in net.blocks.parameters())
+def test_frozen_weights_get_no_gradient(model):
+    model.embedding.weight.requires_grad_(False)
+    microbatched_loss(model, 2)(*windows(4)).backward()
+    assert model.embedding.weight.grad is None
+    assert all(p.grad is not None for p in model.blocks.parameters())
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_it_evaluates_without_gradients(net, mode):
+def test_microbatched_loss_works_without_gradients(model, mode):
     with mode():
-        got, expected = (loss(*windows(5)) for loss in (microbatched_loss(net, 2), net.loss))
-    assert not got.requires_grad
-    assert float(got) == pytest.approx(float(expected), rel=1e-6)
+        result, expected = (loss(*windows(5)) for loss in (microbatched_loss(model, 2), model.loss))
+    assert not result.requires_grad
+    assert float(result) == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_an_error_in_a_thread_is_raised(net):
+def test_an_error_in_a_thread_is_raised(model):
     ids, targets = windows(4)
     with pytest.raises(IndexError, match="range"):
-        microbatched_loss(net, 2)(ids + 50, targets)
+        microbatched_loss(model, 2)(ids + 50, targets)
 
 
 def threads_of_a_new_thread() -> int:
-    found = []
-    asking = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
-    asking.start()
-    asking.join()
-    return found[0]
+    counts = []
+    thread = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    return counts[0]
 
 
-def test_threads_of_the_pool_compute_alone_and_all_others_as_before():
+def test_pool_threads_use_one_thread_each_and_others_are_unchanged():
     before = torch.get_num_threads()
     microbatch._threads.cache_clear()
     try:
@@ -114,25 +118,25 @@ def test_threads_of_the_pool_compute_alone_and_all_others_as_before():
         microbatch._threads.cache_clear()
 
 
-def test_as_many_threads_as_there_are_when_the_step_is_made(net, monkeypatch):
-    made = []
+def test_number_of_threads_is_read_at_each_step(model, monkeypatch):
+    sizes = []
     monkeypatch.setattr(
-        microbatch, "_threads", lambda n: made.append(n) or microbatch.ThreadPoolExecutor(n)
+        microbatch, "_threads", lambda n: sizes.append(n) or microbatch.ThreadPoolExecutor(n)
     )
-    loss = microbatched_loss(net)  # before Lightning has shared the threads out
+    loss = microbatched_loss(model)  # before Lightning has shared the threads out
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     loss(*windows(4))
-    assert made == [3]
+    assert sizes == [3]
     loss(*windows(2))  # fewer windows than threads
-    assert made == [3]
+    assert sizes == [3]
 
 
-def test_a_net_with_dropout_keeps_its_own_loss():
-    net = GPT(GPTConfig(50, 20, d_model=32, n_layers=2, n_heads=2, d_ff=64, dropout=0.1))
-    assert microbatched_loss(net, 2) == net.loss
+def test_model_with_dropout_keeps_its_own_loss():
+    model = GPT(GPTConfig(50, 20, d_model=32, n_layers=2, n_heads=2, d_ff=64, dropout=0.1))
+    assert microbatched_loss(model, 2) == model.loss
 
 
-def test_weights_that_a_subclass_does_not_use_get_zeros():
+def test_unused_weights_of_a_subclass_get_zero_gradients():
     class Idle(GPT):
         def __init__(self, config):
             super().__init__(config)
@@ -142,13 +146,13 @@ def test_weights_that_a_subclass_does_not_use_get_zeros():
             return super().forward(ids, cache).flip(-1)
 
     torch.manual_seed(0)
-    net = Idle(GPTConfig(50, 20, d_model=32, n_layers=1, n_heads=2, d_ff=64)).use(CPU)
+    model = Idle(GPTConfig(50, 20, d_model=32, n_layers=1, n_heads=2, d_ff=64)).use(CPU)
     data = windows(5)
-    expected = net.loss(*data)
+    expected = model.loss(*data)
     expected.backward()
     expected = expected.detach()
-    gradient = net.embedding.weight.grad.clone()
-    got, (*_,) = loss_and_gradients(net, microbatched_loss(net, 2), data)
-    assert float(got) == pytest.approx(float(expected), rel=1e-6)
-    assert apart(net.embedding.weight.grad / 3, gradient) < 1e-5
-    assert not net.idle.grad.any()
+    gradient = model.embedding.weight.grad.clone()
+    result, (*_,) = loss_and_gradients(model, microbatched_loss(model, 2), data)
+    assert float(result) == pytest.approx(float(expected), rel=1e-6)
+    assert apart(model.embedding.weight.grad / 3, gradient) < 1e-5
+    assert not model.idle.grad.any()

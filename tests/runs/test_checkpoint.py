@@ -35,14 +35,14 @@ def checkpoint(tmp_path: Path) -> Path:
     return path
 
 
-def load_net(path: Path) -> GPT:
+def load_model(path: Path) -> GPT:
     settings, weights = read_model(path)
     return with_weights(GPT(build(GPTConfig, settings, "model")), weights, path)
 
 
 def refusal(path: Path) -> str:
     with pytest.raises(UserError) as error:
-        load_net(path)
+        load_model(path)
     message = str(error.value)
     assert "\n" not in message
     assert str(path) in message
@@ -60,7 +60,7 @@ def refusal(path: Path) -> str:
     ],
     ids=["empty", "text", "broken zip", "pickle", "json"],
 )
-def test_a_file_that_is_no_checkpoint_is_refused(junk, tmp_path):
+def test_file_that_is_not_a_checkpoint_is_refused(junk, tmp_path):
     path = tmp_path / "model.ckpt"
     path.write_bytes(junk)
     refusal(path)
@@ -133,32 +133,32 @@ def parts(path: Path) -> dict[str, range]:
         directory = range(archive.start_dir, path.stat().st_size)
     order = sorted([*starts.values(), directory.start])
     ends = dict(itertools.pairwise(order))
-    named = {name: range(starts[name], ends[starts[name]]) for name in ("data.pkl", "data/0")}
-    return {**named, "directory": directory}
+    ranges = {name: range(starts[name], ends[starts[name]]) for name in ("data.pkl", "data/0")}
+    return {**ranges, "directory": directory}
 
 
 @pytest.mark.parametrize("part", ["data.pkl", "data/0", "directory", "each 100 bytes"])
-def test_a_flipped_bit_is_found_or_changes_nothing(part, checkpoint):
+def test_flipped_bit_is_detected_or_changes_nothing(part, checkpoint):
     """The directory of an archive has no checksum, but nothing in it can change a tensor."""
     good, expected = checkpoint.read_bytes(), read_checkpoint(checkpoint)
-    draw = random.Random(part)
+    rng = random.Random(part)
     if part == "each 100 bytes":
-        positions = [start + draw.randrange(100) for start in range(0, len(good) - 100, 100)]
+        positions = [start + rng.randrange(100) for start in range(0, len(good) - 100, 100)]
     else:
         where = parts(checkpoint)[part]
-        positions = draw.sample(where, min(len(where), 200))
-    found = 0
+        positions = rng.sample(where, min(len(where), 200))
+    n_detected = 0
     for position in positions:
-        bit = 1 << draw.randrange(8)
+        bit = 1 << rng.randrange(8)
         flipped = bytes([good[position] ^ bit])
         checkpoint.write_bytes(good[:position] + flipped + good[position + 1 :])
         whole = is_whole(checkpoint)
         assert not whole or equal(read_checkpoint(checkpoint), expected), (position, bit)
-        found += not whole
-    assert found > len(positions) / 4  # the others: padding, dates, and what nobody reads
+        n_detected += not whole
+    assert n_detected > len(positions) / 4  # the others are in padding, dates and unused fields
 
 
-def test_every_flipped_byte_of_tensors_and_settings_is_found(checkpoint):
+def test_flipped_bytes_of_tensors_and_settings_are_detected(checkpoint):
     good = checkpoint.read_bytes()
     with zipfile.ZipFile(checkpoint) as archive:
         for part in archive.infolist():
@@ -171,7 +171,7 @@ def test_every_flipped_byte_of_tensors_and_settings_is_found(checkpoint):
                 assert not is_whole(checkpoint), (part.filename, position)
 
 
-def test_a_part_that_is_said_to_be_a_folder_is_refused(checkpoint):
+def test_archive_entry_marked_as_a_folder_is_refused(checkpoint):
     """torch would return uninitialised memory as its content."""
     good = checkpoint.read_bytes()
     attributes = good.rindex(b"archive/data/0") - 8  # in the directory
@@ -207,21 +207,25 @@ def test_a_checkpoint_of_an_earlier_version_with_a_checksum_comment_is_whole(tmp
 def test_a_checkpoint_written_by_torch_alone_is_whole(checkpoint):
     torch.save(content(GPT(TINY)), checkpoint)
     assert is_whole(checkpoint)
-    assert load_net(checkpoint).config == TINY
+    assert load_model(checkpoint).config == TINY
 
 
-def test_a_bounded_number_of_checkpoints_is_kept_the_newest_first(tmp_path):
+def test_checkpoint_rotation_keeps_the_newest(tmp_path):
     path = tmp_path / "checkpoints" / "last.ckpt"
     path.parent.mkdir()
     for step in range(5):
         write_checkpoint(path, {**content(GPT(TINY)), "global_step": step}, keep=3)
-    kept = last_checkpoints(tmp_path)
-    assert [kept_one.name for kept_one in kept] == ["last.ckpt", "last-1.ckpt", "last-2.ckpt"]
-    assert [read_checkpoint(kept_one)["global_step"] for kept_one in kept] == [4, 3, 2]
+    checkpoints = last_checkpoints(tmp_path)
+    assert [checkpoint.name for checkpoint in checkpoints] == [
+        "last.ckpt",
+        "last-1.ckpt",
+        "last-2.ckpt",
+    ]
+    assert [read_checkpoint(checkpoint)["global_step"] for checkpoint in checkpoints] == [4, 3, 2]
     assert len(list(path.parent.iterdir())) == 3
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_what_was_there(checkpoint, monkeypatch):
+def test_failed_checkpoint_write_leaves_earlier_checkpoints(checkpoint, monkeypatch):
     path = checkpoint
     before = sorted((p.name, p.read_bytes()) for p in path.parent.iterdir())
 

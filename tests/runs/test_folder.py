@@ -13,10 +13,10 @@ from minigpt.tokenizer import Tokenizer
 TINY = GPTConfig(vocab_size=300, context_length=8, d_model=16, n_layers=1, n_heads=2, d_ff=16)
 
 
-def content(net: GPT, config: GPTConfig = TINY) -> dict:
-    """What matters of a Lightning checkpoint."""
+def content(model: GPT, config: GPTConfig = TINY) -> dict:
+    """Return the parts of a Lightning checkpoint that are read."""
     return {
-        "state_dict": {f"net.{name}": weight for name, weight in net.state_dict().items()},
+        "state_dict": {f"net.{name}": weight for name, weight in model.state_dict().items()},
         "hyper_parameters": {"model": asdict(config)},
         "global_step": 3,
     }
@@ -35,7 +35,7 @@ def run(tmp_path) -> Path:
     return folder
 
 
-def test_a_folder_is_its_best_checkpoint_and_a_file_is_itself(run):
+def test_run_of_a_folder_selects_the_best_checkpoint(run):
     checkpoints = run / "checkpoints"
     best, last = Run.load(run), Run.load(str(checkpoints / "last.ckpt"))
     assert (best.checkpoint, last.checkpoint) == (checkpoints / "best.ckpt", checkpoints / "last.ckpt")  # fmt: skip  # noqa: E501
@@ -45,26 +45,26 @@ def test_a_folder_is_its_best_checkpoint_and_a_file_is_itself(run):
     assert Run.load(run).checkpoint == checkpoints / "last.ckpt"
 
 
-def test_a_checkpoint_gives_back_the_model_it_was_made_of(run):
+def test_load_model_restores_the_saved_model(run):
     torch.manual_seed(0)
-    expected, net = GPT(TINY).eval(), Run.load(run).load_model()
+    expected, model = GPT(TINY).eval(), Run.load(run).load_model()
     ids = torch.tensor([[1, 2, 3]])
-    assert not net.training
-    assert net.config == TINY
-    assert torch.equal(net(ids), expected(ids))
+    assert not model.training
+    assert model.config == TINY
+    assert torch.equal(model(ids), expected(ids))
 
 
 def test_tokenizer_and_config_come_from_the_folder_of_the_checkpoint(run):
-    opened = Run.load(run / "checkpoints" / "last.ckpt")
-    assert opened.tokenizer.vocab_size == 260
-    assert opened.config["seed"] == 1
+    loaded = Run.load(run / "checkpoints" / "last.ckpt")
+    assert loaded.tokenizer.vocab_size == 260
+    assert loaded.config["seed"] == 1
     (run / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"tokenizer\.json"):
         _ = Run.load(run).tokenizer
 
 
 @pytest.mark.parametrize("text", ["a: [", "- a\n- list", "", b"\xff\xfe\x00"])
-def test_a_config_that_is_none_is_refused_by_name(text, run):
+def test_invalid_config_yaml_is_refused_by_name(text, run):
     text = text if isinstance(text, bytes) else text.encode()
     (run / "config.yaml").write_bytes(text)
     with pytest.raises(UserError, match=r"config\.yaml") as error:
@@ -72,14 +72,14 @@ def test_a_config_that_is_none_is_refused_by_name(text, run):
     assert "\n" not in str(error.value)
 
 
-def test_a_path_without_a_run_is_refused_with_what_to_give(tmp_path):
+def test_path_without_a_run_is_refused_with_what_to_give(tmp_path):
     with pytest.raises(UserError, match=r"(?=.*absent)(?=.*runs/<name>)(?=.*\.ckpt)"):
         Run.load(tmp_path / "absent")
     with pytest.raises(UserError, match=r"(?=.*best\.ckpt)(?=.*last\.ckpt)"):
         Run.load(tmp_path)
 
 
-def test_a_damaged_best_checkpoint_is_passed_over(run, caplog):
+def test_damaged_best_checkpoint_is_skipped(run, caplog):
     (run / "checkpoints" / "best.ckpt").write_bytes(b"PK")
     assert Run.load(run).checkpoint == run / "checkpoints" / "last.ckpt"
     assert str(run / "checkpoints" / "best.ckpt") in caplog.text

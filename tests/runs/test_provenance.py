@@ -19,7 +19,7 @@ PRINT = "from minigpt.runs.provenance import source_commit; print(source_commit(
 
 
 def git(folder: Path, *words: str) -> str:
-    """Run git as somebody without settings of their own; returns what it prints."""
+    """Run git without user settings, and return its output."""
     settings = ("user.name=x", "user.email=x@y", "commit.gpgsign=false")
     who = [word for setting in settings for word in ("-c", setting)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
@@ -46,7 +46,7 @@ def copy_package(into: Path) -> Path:
 
 
 def commit_of_copy(packages: Path, **environment: str) -> str:
-    """What `source_commit` returns in a process that imports the package from `packages`."""
+    """Return what `source_commit` returns in a process that imports the package from `packages`."""
     process = subprocess.run(
         [sys.executable, "-c", PRINT], cwd=packages, capture_output=True, text=True, check=True,
         env={**os.environ, "PYTHONPATH": str(packages), **environment},
@@ -56,7 +56,7 @@ def commit_of_copy(packages: Path, **environment: str) -> str:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> tuple[Path, str]:
-    """The repository of somebody else, and its commit."""
+    """A repository of another project, and its commit."""
     folder = tmp_path / "theirs"
     folder.mkdir()
     (folder / "pyproject.toml").write_text('[project]\nname = "theirs"\n')
@@ -103,8 +103,8 @@ def test_commit_of_a_copy_that_pip_installed_from_git(elsewhere):
     assert commit_of_copy(installed) == "0.2.0"
 
 
-def test_overrides_lose_the_folders_of_the_machine():
-    typed = [
+def test_portable_overrides_have_no_folders_of_the_machine():
+    overrides = [
         "model=large",
         "data.train_files=[/home/me/a b/x.txt,'~/y.txt',stories/*.txt]",
         "++init_from=/home/me/runs/large",
@@ -118,7 +118,7 @@ def test_overrides_lose_the_folders_of_the_machine():
         "callbacks.n=1",
         "resume=auto",
     ]
-    assert portable_overrides(typed) == [
+    assert portable_overrides(overrides) == [
         "model=large",
         "data.train_files=[x.txt,'y.txt',stories/*.txt]",
         "++init_from=large",
@@ -149,7 +149,7 @@ def test_parent_ignores_entries_of_older_runs():
         (WHOLE | {"sources": ["a\n```"]}, "sources"),
     ],
 )
-def test_parent_that_no_run_wrote_is_refused(entry: object, name: str):
+def test_invalid_parent_is_refused(entry: object, name: str):
     with pytest.raises(UserError, match=naming("summary.json", "init_from", name)) as error:
         parent_of({"init_from": entry}, Path("summary.json"))
     assert str(error.value).isprintable()

@@ -7,7 +7,7 @@ from minigpt.runs.records import read_metrics, read_samples, read_summary, serie
 from tests.run_folder import HEADER, ROWS, write_run
 
 
-def test_empty_cells_were_not_measured_and_a_half_written_last_line_is_not_read(tmp_path):
+def test_metrics_skip_empty_cells_and_an_incomplete_last_line(tmp_path):
     run = write_run(tmp_path / "run")
     with (run / "metrics.csv").open("a") as file:
         file.write("50,409600,3.9,4.")
@@ -19,7 +19,7 @@ def test_empty_cells_were_not_measured_and_a_half_written_last_line_is_not_read(
     assert [sample["step"] for sample in read_samples(run)] == [20, 40]
 
 
-def test_a_run_that_has_written_nothing_yet_has_no_rows_samples_or_summary(tmp_path):
+def test_new_run_has_no_metrics_samples_or_summary(tmp_path):
     assert (read_metrics(tmp_path), read_samples(tmp_path), read_summary(tmp_path)) == ([], [], {})
 
 
