@@ -178,7 +178,8 @@ class CausalSelfAttention(nn.Module):
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
         self.out = nn.Linear(config.d_model, config.d_model)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:  # (B, T, d) -> (B, T, d)
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Return the attention output (B, T, d) for x (B, T, d), which continues `cache`."""
         qkv = self.qkv(x)  # (B, T, 3 d): queries, keys and values, concatenated
         if cache is None and self.kernels.attention is not None:
             return self.out(self.kernels.attention(qkv, self.n_heads))
@@ -202,7 +203,8 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(config.d_model, config.d_ff)
         self.down = nn.Linear(config.d_ff, config.d_model)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, d) -> (B, T, d)
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output (B, T, d) for x (B, T, d)."""
         return self.down(F.gelu(self.up(x)))
 
 
@@ -217,7 +219,8 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:  # (B, T, d) -> (B, T, d)
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Return the residual stream (B, T, d) after this block; x (B, T, d) continues `cache`."""
         x = x + self.dropout(self.attention(self.norm1(x), cache))
         return x + self.dropout(self.feed_forward(self.norm2(x)))
 

@@ -23,9 +23,11 @@ TOKENS = 2048  # tokens per micro-batch: few enough for activations to stay in t
 
 
 class Loss(Protocol):
-    """Function from ids (B, T) and targets (B, T) to the mean nats per token, float32."""
+    """Loss function of a model, such as `GPT.loss`."""
 
-    def __call__(self, ids: Tensor, targets: Tensor) -> Tensor: ...
+    def __call__(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean nats per token, float32, of ids (B, T) and targets (B, T)."""
+        ...
 
 
 def microbatched_loss(model: GPT, n_threads: int | None = None) -> Loss:
