@@ -29,6 +29,9 @@ def read_text(path: Path, max_bytes: int = 64 * _MEGABYTE) -> str:
         path: the file.
         max_bytes: largest size that is read.
 
+    Returns:
+        The whole content of the file.
+
     Raises:
         ValueError: the file is larger than `max_bytes`, or not UTF-8.
         OSError: the file cannot be read, or is a folder, a pipe or a device.

@@ -57,6 +57,9 @@ class Hardware:
             num_nodes: number of nodes.
             precision: Lightning's name, or "auto" for the best one of the device.
 
+        Returns:
+            Accelerator, devices, nodes and precision, without any "auto".
+
         Raises:
             UserError: this machine lacks the accelerator or has fewer devices, or a launcher
                 started another number of processes.

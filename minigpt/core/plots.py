@@ -36,6 +36,9 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
         height: height in inches.
         rows: number of rows of axes.
         columns: number of columns of axes.
+
+    Returns:
+        The figure, whose `axes` are in row-major order.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # imported here, as it is slow; pyplot would keep figures

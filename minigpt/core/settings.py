@@ -73,6 +73,9 @@ class UserError(ValueError):
 
         Args:
             section: dotted name to put before the names of arguments; "" leaves them.
+
+        Returns:
+            The copy, with `argument` and the names in `fix` below `section`.
         """
         prefix = f"{section}." if section else ""
         argument = None if self.argument is None else prefix + self.argument
@@ -122,6 +125,9 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         cls: the dataclass; its `__post_init__` may raise ValueError for values out of range.
         values: values of fields by name; the other fields keep their defaults.
         where: dotted name of the section for errors, such as "model"; "" at the top level.
+
+    Returns:
+        A `cls` that has passed its own checks.
 
     Raises:
         UserError: a name is unknown or missing, or a value has the wrong type or is out of range.
@@ -212,6 +218,9 @@ def unknown_name(name: str, allowed: list[str], kind: str = "setting") -> str:
         name: the unknown name.
         allowed: names that exist.
         kind: noun for the message.
+
+    Returns:
+        One line, with at most three similar names.
     """
     if name in RENAMED:
         return f"unknown {kind} '{name}': it is now called {RENAMED[name]}"

@@ -33,6 +33,9 @@ def md_table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1)
         heads: heads of the columns.
         rows: cells of each row.
         left: number of left-aligned columns; the others are aligned right, for numbers.
+
+    Returns:
+        The lines of the table, without a final line break.
     """
 
     def line(cells: Sequence[str]) -> str:

@@ -43,6 +43,9 @@ def model_card(
         summary: content of summary.json; {} if there is none.
         evaluation: content of evaluation.json for exactly these weights; None if not evaluated.
         parent: the run whose weights this one was initialised with; None for random weights.
+
+    Returns:
+        Markdown that begins with the YAML metadata.
     """
     name, license = _cell(name), export.license
     sources: list[str] = [*(parent.sources if parent else []), config["data"]["source"]]

@@ -69,6 +69,9 @@ def renamed(name: str, column: int) -> str:
     Args:
         name: name in Mini GPT, such as "blocks.0.norm1.bias".
         column: HF or GGUF.
+
+    Returns:
+        The name with each of its parts replaced.
     """
     return re.sub("|".join(NAMES), lambda match: NAMES[match[0]][column], name)
 

@@ -104,7 +104,8 @@ class Decoder:
             IndexError: an id is not in the vocabulary; the sequences stay as they were.
         """
         if ids.shape != self.positions.shape:
-            raise ValueError(f"ids of shape {tuple(ids.shape)} for {len(self.positions)} sequences")
+            shapes = f"{tuple(self.positions.shape)}, not {tuple(ids.shape)}"
+            raise ValueError(f"ids must be one per sequence, of shape {shapes}")
         if self.longest == self.context:
             self._shift()
         logits = self.batch.step(ids, self.positions, self.longest + 1)
@@ -139,7 +140,7 @@ class CachedBatch:
     def fill(self, indices: list[int], sequences: list[Tensor]) -> None:
         """Replace the sequences at `indices`, and compute their keys and values."""
         cache = KVCache(self.model.config.context_length)
-        ids = pad_sequence(sequences, batch_first=True)  # at the end, which is never attended to
+        ids = pad_sequence(sequences, batch_first=True)  # padding at the end is never attended to
         if ids.shape[1] and type(self.model).forward is GPT.forward:
             self.model.hidden(ids, cache)  # `forward` would also compute logits, unused here
         elif ids.shape[1]:

@@ -58,7 +58,7 @@ class SamplingConfig:
         check(self, "must be above 0 and at most 1", lambda p: 0 < p <= 1, "top_p")
         check(self, "must be from 0 to 1", lambda p: 0 <= p <= 1, "min_p")
         penalty = "must be from 0.01 to 100; 1 means none, and 1.2 is strong"
-        check(self, penalty, lambda x: 0.01 <= x <= 100, "repetition_penalty")  # finite logits
+        check(self, penalty, lambda x: 0.01 <= x <= 100, "repetition_penalty")  # logits stay finite
         check(self, "must be from 0 to 2^63 − 1", lambda seed: 0 <= seed < 2**63, "seed")
         backends = get_args(Backend)
         check(self, f"choose from {', '.join(backends)}", backends.__contains__, "backend")

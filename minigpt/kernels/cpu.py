@@ -16,7 +16,7 @@ from torch import Tensor
 from minigpt.model import IGNORE_INDEX, Kernels
 
 BLOCK = 64  # queries per block: small enough to skip most of the masked half of the scores
-TINY = torch.finfo(torch.float32).tiny  # limits the loss of a token to 87 nats, on underflow
+TINY = torch.finfo(torch.float32).tiny  # for an underflow: a loss of 87 nats, not infinity
 CHUNK = 2048  # tokens whose logits are computed at once: few enough to stay in the caches
 
 

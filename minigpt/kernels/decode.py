@@ -273,7 +273,7 @@ class Batch:
         Raises:
             IndexError: an id is not in the vocabulary.
         """
-        if end > self._step[0].capacity:  # of the struct, which may lag behind the blocks
+        if end > self._step[0].capacity:  # `fill` may have added blocks that the struct lacks
             self._reserve(end)
             self._step = self._struct(self._single)
         logits = torch.empty(self._n_sequences, self.weights.config.vocab_size, **_FLOATS)
@@ -303,7 +303,7 @@ class Batch:
         c = self.weights.config
         size = c.n_layers * self._n_sequences * 2 * c.d_model * PANEL
         while len(self._blocks) * PANEL < capacity:
-            # + PANEL: decode.c reads PANEL elements at once, beyond the end if hs is no multiple.
+            # + PANEL, because decode.c reads whole panels, even if hs is not a multiple of PANEL.
             block = torch.empty(size + PANEL, dtype=self.weights.dtype, device="cpu")
             self._blocks.append(block)
 

@@ -30,6 +30,9 @@ def read_model(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
     Args:
         path: the checkpoint file.
 
+    Returns:
+        The settings, for `build`, and the tensors by parameter names of `GPT`.
+
     Raises:
         UserError: the file is not a checkpoint of Mini GPT, or is damaged.
     """
@@ -47,6 +50,9 @@ def with_weights(model: GPT, weights: dict[str, Tensor], path: Path) -> GPT:
         model: the model.
         weights: tensors by the names of the model's parameters.
         path: file of the weights, for errors.
+
+    Returns:
+        The same model.
 
     Raises:
         UserError: the weights have other names or shapes than the model's parameters.
@@ -85,6 +91,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
     Args:
         path: the checkpoint file.
+
+    Returns:
+        A dict with at least state_dict and hyper_parameters.
 
     Raises:
         UserError: the file is not a checkpoint of Mini GPT, is damaged, or contains code.

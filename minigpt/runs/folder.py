@@ -75,6 +75,9 @@ class Run:
                 run folder, or an export; a `Run` is returned unchanged.
             model: class of the model, or a function from its config to a model; None means `GPT`.
 
+        Returns:
+            The run, with the selected checkpoint. Its model is loaded by `load_model`.
+
         Raises:
             UserError: there is no run or no checkpoint at `path`.
         """
@@ -230,6 +233,9 @@ def last_checkpoint(path: Path) -> Path:
     Args:
         path: a checkpoint file, or a run folder, which stands for its newest undamaged checkpoint.
 
+    Returns:
+        The path of the checkpoint file.
+
     Raises:
         UserError: there is no checkpoint at `path`.
     """
@@ -254,6 +260,9 @@ def new_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool = F
         name: name of the run; None means one from size and time.
         size: name of the model size.
         exist_ok: whether the folder `name` may exist, as after a run that was killed early.
+
+    Returns:
+        The path of the folder, the same in all processes.
 
     Raises:
         UserError: the folder exists or cannot be created.
@@ -305,6 +314,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Args:
         folder: the run folder.
+
+    Returns:
+        The settings, nested by section.
 
     Raises:
         UserError: config.yaml is missing or damaged.

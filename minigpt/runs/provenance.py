@@ -67,6 +67,9 @@ def portable_overrides(overrides: Sequence[str]) -> list[str]:
 
     Args:
         overrides: the overrides as typed, such as "model=large".
+
+    Returns:
+        The remaining overrides, in the same order.
     """
     typed = [o for o in overrides if re.split(r"[./=@]", o.lstrip("+~"))[0] not in MACHINE]
     return [_FOLDERS.sub("", o) for o in typed if not o.lstrip("+").startswith("data.cache_dir=")]

@@ -52,6 +52,9 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
     Args:
         folder: the run folder.
 
+    Returns:
+        One dict per story, with step, tokens, prompt, temperature and text.
+
     Raises:
         UserError: a line is not a JSON object with step, tokens, prompt, temperature and text.
     """
@@ -73,6 +76,9 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
     Args:
         folder: the run folder.
+
+    Returns:
+        The summary, by the keys that training wrote.
 
     Raises:
         UserError: the file is not a JSON object.
