@@ -52,7 +52,7 @@ class SamplingConfig:
     """Decode by `GPT.forward` (torch) or decode.c (c); auto means c for models it can decode."""
 
     def __post_init__(self) -> None:
-        greedy = "must be finite and at least 0, which always chooses the most likely token"
+        greedy = "must be a finite number, at least 0; 0 always chooses the most likely token"
         check(self, greedy, lambda t: math.isfinite(t) and t >= 0, "temperature")
         check(self, "must be at least 1", lambda n: n >= 1, "top_k", "max_tokens")
         check(self, "must be above 0 and at most 1", lambda p: 0 < p <= 1, "top_p")
