@@ -101,7 +101,8 @@ def check_archive(path: Path) -> None:
     compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
     folders = any(entry.external_attr & 0x10 for entry in entries)  # the MS-DOS folder attribute
     if compressed or folders or sum(e.file_size for e in entries) > path.stat().st_size:
-        raise UserError(f"{path} was not written by torch.save: give another checkpoint")
+        problem = f"{path} would unpack to more than its size, or to folders"
+        raise UserError(f"{problem}, unlike a checkpoint: give another file")
 
 
 def refuse_links_out(folder: Path) -> None:
