@@ -48,7 +48,7 @@ def test_every_public_name_loads_and_has_a_docstring():
         value = getattr(minigpt, name)
         assert value.__doc__, name
     assert minigpt.__version__[0].isdigit()
-    assert (ROOT / "minigpt/py.overrides").is_file()
+    assert (ROOT / "minigpt/py.typed").is_file()
 
 
 def test_unknown_attribute_lists_the_public_names():
