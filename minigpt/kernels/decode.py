@@ -310,11 +310,10 @@ class Batch:
     def _struct(self, starts: Tensor) -> _Step:
         """Return a batch without tokens and logits, and the objects it points to."""
         c, threads, n = self.weights.config, self._threads, int(starts[-1])
-        n_blocks = len(self._blocks)
+        heads, n_blocks = threads * c.n_heads, len(self._blocks)
         copies = 1 if self._n_sequences >= _MIN_SEQUENCES * threads else threads
         width = -(-c.d_model // c.n_heads // PANEL) * PANEL
         widths = c.d_model, copies * c.d_model, 3 * c.d_model, c.d_model, c.d_ff
-        heads = threads * c.n_heads
         sizes = *(n * size for size in widths), heads * n_blocks * PANEL, heads * width
         scratch = [torch.empty(size, **_FLOATS) for size in sizes]
         blocks = (c_void_p * n_blocks)(*(block.data_ptr() for block in self._blocks))
@@ -373,13 +372,10 @@ def unsupported(model: GPT) -> str | None:
         return f"the model is on {weight.device}, not on a CPU"
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its weights are {weight.dtype}, not float32, bfloat16 or float16"
-    if False in _self_checks.values():
-        return MISMATCH
     if library() is None:
-        return "it needs a working C compiler: install gcc or clang"
+        return MISMATCH if False in _self_checks.values() else "install a C compiler, gcc or clang"
     if not is_plain(model):
-        name = type(model).__qualname__
-        return f"it computes GPT only, and this {name} has methods, hooks or parts of its own"
+        return f"it computes GPT only: this {type(model).__qualname__} has other parts or methods"
     return None
 
 
@@ -460,8 +456,7 @@ def _passes_self_check(weights: Weights, model: GPT) -> bool:
     if not expected.isfinite().all():  # broken weights, which say nothing about decode.c
         return True
     tolerance = 1e-3 if weights.dtype == torch.float32 else 5e-2
-    difference = (logits - expected).abs().max()
-    _self_checks[weights.dtype] = bool(difference <= tolerance * expected.abs().max())
-    if not _self_checks[weights.dtype]:
+    is_close = (logits - expected).abs().max() <= tolerance * expected.abs().max()
+    if not _self_checks.setdefault(weights.dtype, bool(is_close)):
         log.warning("decode.c is not used: %s", MISMATCH)
-    return _self_checks[weights.dtype]
+    return bool(is_close)
