@@ -61,7 +61,7 @@ class GPTConfig:
         size = self.d_model * (self.vocab_size + self.context_length)
         size += self.n_layers * self.d_model * (4 * self.d_model + 2 * self.d_ff)
         if size > 10**9:  # probably a typing error; fail before any memory is allocated
-            raise ValueError(f"the model must not have more than 1e9 weights, as {self} would")
+            raise ValueError(f"at most 1e9 weights are allowed, which {self} exceeds")
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} must be a multiple of n_heads {self.n_heads}")
         if self.d_model % 2:

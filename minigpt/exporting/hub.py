@@ -57,5 +57,6 @@ def push_folder(folder: Path, push: str, private: bool = False) -> str:
         api.upload_folder(repo_id=push, folder_path=folder, commit_message=message)
     except (httpx.HTTPError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"nothing was published: {reason}", "push", push) from None
+        problem = f"nothing was published; check network, token and name: {reason}"
+        raise UserError(problem, "push", push) from None
     return str(url)

@@ -41,7 +41,7 @@ _FLAGS = [
     *([] if platform.machine() == "arm64" else ["-march=native"]),  # not needed on Apple silicon
 ]  # fmt: skip
 _MAX_THREADS = 8  # for a batch too small to give each thread sequences of its own
-_MAX_TOKENS = 2048  # a pass over prompts starts no further prompt beyond this: 17 MB (medium size)
+_MAX_TOKENS = 2048  # a pass over prompts ends with the prompt that reaches this; 17 MB, medium size
 _MIN_SEQUENCES = 4  # as in decode.c: per thread, for threads to work on separate sequences
 MISMATCH = "its logits differ from GPT.forward: was model.py changed, but not decode.c?"
 
@@ -59,7 +59,7 @@ def _compiled_library() -> ctypes.CDLL | None:
     try:
         command = compiler()
         return _load(command) if command is not None and SOURCE.is_file() else None
-    except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as error:  # or no home
+    except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home
         reason = getattr(error, "stderr", None) or error
         first = str(reason).strip().split("\n")[0]
         log.warning("decode.c cannot be used, so generation is slower: %s", first)
