@@ -59,7 +59,8 @@ def _compiled_library() -> ctypes.CDLL | None:
     try:
         command = compiler()
         return _load(command) if command is not None and SOURCE.is_file() else None
-    except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home
+    # Path.home raises RuntimeError.
+    except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
         first = str(reason).strip().split("\n")[0]
         log.warning("decode.c cannot be used, so generation is slower: %s", first)
