@@ -13,6 +13,7 @@ from minigpt.tokenizer import END_OF_TEXT, check_vocab_size
 CACHE = ".cache"
 
 Source = Literal["tinystories_sample", "tinystories_tuning", "tinystories", "text"]
+Shuffle = Literal["stories", "windows"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class DataConfig:
 
     random_offset: bool = True
     """Whether the text is cut at other positions in each epoch after the first."""
+
+    shuffle: Shuffle = "windows"
+    """What each epoch shuffles: `stories` puts the stories in another order and then shuffles the
+    windows cut from it, `windows` cuts the same windows from one order of the stories."""
 
     cache_dir: str = CACHE
     """Folder of downloads and prepared files."""

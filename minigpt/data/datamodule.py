@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from minigpt.data.config import DataConfig
 from minigpt.data.preparation import TokenFile, prepare_split, prepare_tokenizer
 from minigpt.data.sources import open_corpus
-from minigpt.data.windows import BudgetSampler, TokenWindows
+from minigpt.data.windows import BudgetSampler, StoryWindows, TokenWindows
 from minigpt.tokenizer import Tokenizer
 
 
@@ -73,11 +73,13 @@ class DataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """The batches from `start_step` to the end of the run."""
-        windows = TokenWindows(self.train.array(), self.context_length)
-        shape = self.train.n_tokens, self.context_length, self.config.windows_per_batch
-        order = self.n_steps, self.seed, self.start_step
-        sampler = BudgetSampler(*shape, *order, *self._rank(), self.config.random_offset)
-        return _loader(windows, batch_sampler=sampler)
+        tokens, length, config = self.train.array(), self.context_length, self.config
+        stories = config.shuffle == "stories"
+        order = self.n_steps, self.seed, self.start_step, *self._rank(), config.random_offset
+        sampler = BudgetSampler(len(tokens), length, config.windows_per_batch, *order, stories)
+        if stories:
+            return _loader(StoryWindows(tokens, length, self.seed), batch_sampler=sampler)
+        return _loader(TokenWindows(tokens, length), batch_sampler=sampler)
 
     def val_dataloader(self) -> DataLoader:
         """The validation split in order, every token once; on several ranks each takes a share.

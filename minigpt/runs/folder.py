@@ -43,7 +43,7 @@ ModelFactory = Callable[[Any], GPT]  # a class derived from GPT, or a function o
 # settings that are none any more.
 OLD_DEFAULTS: dict[str, dict[str, Any]] = {
     "model": {"d_model": 256, "n_heads": 8, "d_ff": 512},
-    "data": {"batch_size": 32},
+    "data": {"batch_size": 32, "shuffle": "windows"},
     "optimizer": {"schedule": "cosine"},
 }
 OLD_SETTINGS = {"model": ("attention",)}

@@ -9,13 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minigpt.core.settings import UserError
+from minigpt.data import windows as windows_module
 from minigpt.data.config import DataConfig
 from minigpt.data.datamodule import DataModule
 from minigpt.data.windows import (
     BudgetSampler,
+    StoryWindows,
     TokenWindows,
     epoch_offset,
     epoch_permutation,
+    story_permutation,
+    story_starts,
 )
 from minigpt.model import IGNORE_INDEX
 from tests.conftest import naming
@@ -58,6 +62,103 @@ def test_behind_the_end_there_is_end_of_text_and_nothing_to_predict():
 def test_ids_above_32767_keep_their_sign():
     windows = TokenWindows(np.array([65_535, 40_000, 1], dtype=np.uint16), 2)
     assert windows[0][0].tolist() == [65_535, 40_000]
+
+
+# ---------------------------------------------------------------------------- shuffled stories
+
+
+def stream(lengths: list[int]) -> np.ndarray:
+    """Stories of `lengths` tokens, end of text included, whose other ids are all different."""
+    ids = np.arange(1, sum(lengths) + 1, dtype=np.uint16)
+    ids[np.cumsum(lengths) - 1] = 0
+    return ids
+
+
+def shuffled(tokens: np.ndarray, seed: int, epoch: int) -> list[int]:
+    """The stream of an epoch, put together story by story."""
+    stories = np.split(tokens, np.flatnonzero(tokens == 0)[:-1] + 1)
+    return np.concatenate(
+        [stories[i] for i in story_permutation(len(stories), seed, epoch)]
+    ).tolist()
+
+
+lengths_of_stories = st.lists(st.integers(1, 12), min_size=1, max_size=20)
+
+
+@given(lengths_of_stories, st.integers(1, 5))
+def test_story_starts_are_found_across_chunks(lengths, chunk):
+    tokens = stream(lengths)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(windows_module, "_CHUNK", chunk)
+        assert story_starts(tokens).tolist() == [0, *np.cumsum(lengths)[:-1]]
+    assert story_starts(np.append(tokens, np.uint16(7))).tolist() == [0, *np.cumsum(lengths)]
+
+
+@given(lengths_of_stories, st.integers(1, 8), st.integers(0, 3), st.integers(0, 3))
+def test_story_windows_are_windows_of_the_permuted_stream(lengths, context_length, seed, epoch):
+    tokens = stream(lengths)
+    n_windows = (len(tokens) - 1) // context_length
+    windows = StoryWindows(tokens, context_length, seed)
+    starts = [epoch * len(tokens) + i * context_length for i in range(n_windows)]
+    if not starts:
+        return
+    permuted = torch.tensor(shuffled(tokens, seed, epoch))
+    ids, targets = windows.__getitems__(starts)
+    assert ids.dtype == targets.dtype == torch.int64
+    assert ids.flatten().tolist() == permuted[: n_windows * context_length].tolist()
+    assert targets.flatten().tolist() == permuted[1 : n_windows * context_length + 1].tolist()
+
+
+def test_story_order_is_a_function_of_seed_and_epoch_with_another_for_each():
+    orders = {tuple(story_permutation(50, seed, epoch)) for seed in range(5) for epoch in range(5)}
+    assert len(orders) == 25
+    assert story_permutation(8, seed=1, epoch=0).tolist() == [7, 3, 1, 5, 2, 0, 6, 4]
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=8, max_size=20),
+    world_size=st.integers(1, 3),
+    random_offset=st.booleans(),
+)
+def test_story_shuffle_reads_each_token_once_an_epoch_across_ranks(
+    lengths, world_size, random_offset
+):
+    tokens = stream([*lengths, 40])
+    shape = len(tokens), 4, 2
+    n_windows = (len(tokens) - 1 - 3 * random_offset) // 4
+    n_steps = 4 * n_windows // (2 * world_size)
+    ranks = [
+        BudgetSampler(*shape, n_steps, 1, 0, rank, world_size, random_offset, stories=True)
+        for rank in range(world_size)
+    ]
+    starts = [start for step in zip(*ranks, strict=True) for batch in step for start in batch]
+    # one StoryWindows a rank in a real run, equal by (seed, epoch)
+    ids, _ = StoryWindows(tokens, 4, 1).__getitems__(starts)
+    for epoch in range(len(ids) // n_windows):
+        offset = epoch_offset(4, 1, epoch) if random_offset else 0
+        expected = shuffled(tokens, 1, epoch)[offset : offset + 4 * n_windows]
+        read = ids[epoch * n_windows : (epoch + 1) * n_windows].flatten().tolist()
+        assert sorted(read) == sorted(expected)
+
+
+def test_story_shuffle_of_one_story_reads_it_as_window_shuffle_does():
+    book = stream([101])
+    args = 101, 10, 2, 20, 3
+    starts = list(BudgetSampler(*args, random_offset=True))
+    positions = list(BudgetSampler(*args, random_offset=True, stories=True))
+    plain, windows = TokenWindows(book, 10), StoryWindows(book, 10, 3)
+    for batch, shifted in zip(starts, positions, strict=True):
+        assert all(map(torch.equal, plain.__getitems__(batch), windows.__getitems__(shifted)))
+
+
+def test_story_windows_keep_the_tables_of_two_epochs_at_most():
+    tokens = stream([5] * 20)
+    windows = StoryWindows(tokens, 4, 1)
+    for epoch in range(6):
+        windows.__getitems__([epoch * 100, max(0, epoch - 1) * 100])
+    info = windows._table.cache_info()
+    assert (info.misses, info.currsize) == (6, 2)
 
 
 # ---------------------------------------------------------------------------- the training order
@@ -243,11 +344,17 @@ class SaveAt(L.Callback):
     "ignore:.*your dataloader is not resumable",  # it is: start_step
     "ignore:.*LeafSpec",  # within Lightning
 )
-@pytest.mark.parametrize("stopped_at", [7, 13])
-def test_a_resumed_run_sees_exactly_the_batches_that_were_left(config, tmp_path, stopped_at):
+@pytest.mark.parametrize("shuffle", ["stories", "windows"])
+@pytest.mark.parametrize("stopped_at", [7, 113])
+def test_a_resumed_run_sees_exactly_the_batches_that_were_left(
+    config, tmp_path, stopped_at, shuffle
+):
+    n_steps = stopped_at + 13  # 113: in the second epoch
+    config = dataclasses.replace(config, shuffle=shuffle)
+
     def fit(start_step: int, resume: str | None = None) -> Recorder:
         trainer = L.Trainer(
-            max_steps=20,
+            max_steps=n_steps,
             max_epochs=-1,
             val_check_interval=5,
             check_val_every_n_epoch=None,
@@ -259,12 +366,12 @@ def test_a_resumed_run_sees_exactly_the_batches_that_were_left(config, tmp_path,
             callbacks=[SaveAt(stopped_at, checkpoint)],
         )
         module = Recorder()
-        data = DataModule(config, 16, 20, seed=1, start_step=start_step)
+        data = DataModule(config, 16, n_steps, seed=1, start_step=start_step)
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
         return module
 
     checkpoint = str(tmp_path / "stopped.ckpt")
     whole = fit(0)
     rest = fit(stopped_at, resume=checkpoint)
-    assert len(whole.seen) == 20
+    assert len(whole.seen) == n_steps
     assert rest.seen == whole.seen[stopped_at:]
