@@ -117,7 +117,7 @@ def story_permutation(n_stories: int, seed: int, epoch: int) -> np.ndarray:
 
 @lru_cache(maxsize=2)  # a batch touches at most two epochs
 def epoch_permutation(n_windows: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the order of the windows in an epoch, [n_windows]: a pure function of the arguments."""
+    """Return the order of the windows in an epoch, [n_windows], by its arguments alone."""
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
     order = generator.permutation(n_windows)
     order.setflags(write=False)
