@@ -23,7 +23,7 @@ from minigpt.runs.provenance import Parent
 Record = Mapping[str, Any]  # what a file of a run holds
 TINYSTORIES = "roneneldan/TinyStories"
 CORPORA = {
-    "tinystories_sample": "the 14,849 stories of the bundled sample",
+    "tinystories_sample": "the bundled sample",
     "tinystories": "the V2 training file of the full corpus",
 }
 
@@ -62,6 +62,7 @@ def model_card(
         averaged=averaged,
         devices=_devices(summary),
         corpus=" and ".join(dict.fromkeys(CORPORA.get(source, source) for source in stories)),
+        n_stories=_n_stories(config["data"]["source"], summary),
         others=len(stories) < len(sources),
         license=license,
         command=_command(config, averaged),
@@ -115,6 +116,14 @@ def _count(number: Any) -> str:
 def _time(seconds: Any) -> str:
     known = isinstance(seconds, int | float) and math.isfinite(seconds)
     return human_time(seconds) if known else _cell(seconds)
+
+
+def _n_stories(source: str, summary: Record) -> str:
+    """Return how many stories the run was trained on, for the card; "" if nothing says it."""
+    n = summary.get("train_stories")
+    if n is None and source == "tinystories_sample":
+        n = 14_849  # the first edition: a run on the second records the number
+    return "" if n is None else f", {_count(n)} stories"
 
 
 def _devices(summary: Record) -> str:

@@ -71,6 +71,15 @@ def test_metadata_of_tinystories_names_the_data_and_the_license(run, tmp_path):
     assert data.tags == ["mini-gpt", "tinystories"]
 
 
+def test_card_names_the_edition_of_the_sample_by_its_number_of_stories(run, tmp_path):
+    config, summary = Run.load(run).config, read_summary(run)
+    change_config(run, data=config["data"] | {"source": "tinystories_sample"})
+    for n_stories, number in ((39_927, "39,927"), (None, "14,849")):
+        summary["train_stories"] = n_stories
+        (run / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+        assert number in card_of(exported(run, tmp_path / number))
+
+
 @pytest.mark.parametrize("format", ["hf", "safetensors"])
 def test_crafted_values_stay_on_their_line_of_the_card(format, run, tmp_path):
     evaluate(Run.load(run), QUICK)
