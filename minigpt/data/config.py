@@ -12,7 +12,7 @@ from minigpt.tokenizer import END_OF_TEXT, check_vocab_size
 
 CACHE = ".cache"
 
-Source = Literal["tinystories_sample", "tinystories_tuning", "tinystories", "text"]
+Source = Literal["tinystories_sample", "tinystories", "text"]
 Shuffle = Literal["stories", "windows"]
 
 
@@ -21,9 +21,12 @@ class DataConfig:
     """What to train on, and in which portions."""
 
     source: Source = "tinystories_sample"
-    """Where the stories come from: `tinystories_sample` is bundled, `tinystories_tuning` are its
-    training stories with the last of them held out to choose settings by, `tinystories` is
-    downloaded, and `text` are your own files."""
+    """Where the stories come from: `tinystories_sample` is bundled, `tinystories` is downloaded,
+    and `text` are your own files."""
+
+    valid: Literal["tuning"] | None = None
+    """Which stories to validate on: `tuning` holds out every seventh training story, for a choice
+    between settings that reads no story of the validation split; None means that split."""
 
     train_files: tuple[str, ...] = ()
     """Paths or globs of the training files, for source `text`."""
