@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,14 +31,13 @@ from minigpt.core.hardware import Hardware
 from minigpt.core.settings import UserError, build
 from minigpt.data.config import DataConfig, with_cache_here
 from minigpt.data.preparation import prepare_split
-from minigpt.data.sources import bundled_sample, open_corpus
+from minigpt.data.sources import Corpus, bundled_sample, open_corpus
 from minigpt.data.windows import TokenWindows
 from minigpt.generation.sampling import SamplingConfig, generate_stories
 from minigpt.kernels.choice import kernels_for
 from minigpt.model import GPT, IGNORE_INDEX, perplexity
 from minigpt.runs.checkpoint import weights_fingerprint
 from minigpt.runs.folder import Run
-from minigpt.runs.names import EVALUATION
 from minigpt.runs.records import read_summary
 from minigpt.tokenizer import Tokenizer
 
@@ -79,6 +78,10 @@ class EvaluationConfig:
         ("queen", "woman", "man"),
     )
     data: DataConfig | None = None  # another corpus; None: the one the run was trained on
+
+    valid: Literal["v1", "v2", "both"] | None = None
+    """Which validation text of the bundled sample to score: V2's, the harder V1's, or both; None
+    means both on the sample, and the validation split on any other corpus."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -232,9 +235,14 @@ def compare_temperatures(
 
 
 def own_data(run_config: dict[str, Any]) -> DataConfig | None:
-    """What a run was trained on; None for an export of a model of somebody's own files."""
+    """Return what a run was trained on.
+
+    None for an export of a model of own files, and for a run whose stories are no longer bundled.
+    """
     data = run_config["data"]
     if data.get("source") == "text" and "train_files" not in data:
+        return None
+    if data.get("source") == "tinystories_tuning":  # held out a part of the first edition
         return None
     return with_cache_here(build(DataConfig, data, "data"))
 
@@ -243,9 +251,22 @@ def own_data(run_config: dict[str, Any]) -> DataConfig | None:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """All that evaluation.json holds."""
+class Score:
+    """The loss on one text."""
 
+    n_stories: int
+    n_tokens: int  # scored
+    nats_per_token: float
+    perplexity: float
+    bits_per_byte: float
+
+
+@dataclass(frozen=True)
+class Evaluation(Score):
+    """All that evaluation.json holds; the loss is that on V2 where both texts were scored."""
+
+    valid: str | None  # v1, v2 or both, on the bundled sample
+    valid_v1: Score | None  # V1's, where both were scored
     checkpoint: str  # name of the file
     weights: str  # fingerprint of what was in it
     parameters: int
@@ -254,11 +275,6 @@ class Evaluation:
     data: dict[str, Any]  # settings of the corpus
     stride: int | None
     seed: int
-    n_stories: int
-    n_tokens: int  # scored
-    nats_per_token: float
-    perplexity: float
-    bits_per_byte: float
     temperatures: list[Temperature]
     novelty_stories: int  # training stories that novelty was measured against
     neighbours: dict[str, Tokens | str]  # or why there are none
@@ -289,13 +305,14 @@ def evaluate(
     run, config = Run.load(run), config or EvaluationConfig()
     out = out or run.output_dir
     _check_writable(out)  # now, and not after all was measured
-    net = run.load_model()
     own = run.config
     trained_on = own_data(own)
     settings = config.data or trained_on
     if settings is None:
         files = {"data": "text", "data.valid_files": ["stories.txt"]}
-        raise UserError(f"{run.folder} does not say where its stories lie", fix=files)
+        raise UserError(f"the stories of {run.folder} are not known or no longer there", fix=files)
+    settings, valid, corpora = _texts(settings, config.valid)
+    net = run.load_model()
     # A run that was killed left no summary, but what it asked for is the same on this machine.
     asked = own.get("trainer", {}).get("precision", "auto")
     precision = read_summary(run.folder).get("precision", asked)
@@ -305,14 +322,21 @@ def evaluate(
         hardware = Hardware.detect("auto", "1", 1, "32-true")
     device, precision, tokenizer = hardware.accelerator, hardware.precision, run.tokenizer
     net = net.to(device).use(kernels_for(device))
-    corpus = open_corpus(settings, valid_only=True)
-    split = prepare_split(corpus, "valid", tokenizer, settings.cache_dir)
-    batching = config.batch_size, config.stride
-    loss = evaluate_loss(net, split.array(), *batching, precision, console)
+    scores = []
+    for corpus in corpora:
+        split = prepare_split(corpus, "valid", tokenizer, settings.cache_dir)
+        batching = config.batch_size, config.stride
+        loss = evaluate_loss(net, split.array(), *batching, precision, console)
+        bits_per_byte = loss.bits_per_byte(split.bytes_per_token)
+        numbers = split.n_stories, loss.n_tokens, loss.nats_per_token, loss.perplexity
+        scores.append(Score(*numbers, bits_per_byte))
     stories = write_stories(net, tokenizer, config.stories, config.seed)
     rows, n_training = compare_temperatures(config.stories.temperatures, stories, trained_on)
     probe = EmbeddingProbe(net, tokenizer)
     evaluation = Evaluation(
+        **dataclasses.asdict(scores[0]),
+        valid=valid,
+        valid_v1=scores[1] if len(scores) > 1 else None,
         checkpoint=run.checkpoint.name,
         weights=weights_fingerprint(net),
         parameters=net.n_parameters,
@@ -321,11 +345,6 @@ def evaluate(
         data=dataclasses.asdict(settings),
         stride=config.stride,
         seed=config.seed,
-        n_stories=split.n_stories,
-        n_tokens=loss.n_tokens,
-        nats_per_token=loss.nats_per_token,
-        perplexity=loss.perplexity,
-        bits_per_byte=loss.bits_per_byte(split.bytes_per_token),
         temperatures=rows,
         novelty_stories=n_training,
         neighbours={word: tokens_or_reason(probe.neighbours, word) for word in config.words},
@@ -334,7 +353,7 @@ def evaluate(
             for a, b, c in config.analogies
         },
     )
-    write_json(out / evaluation_name(config), dataclasses.asdict(evaluation))
+    write_json(out / evaluation_name(config, evaluation), dataclasses.asdict(evaluation))
     return evaluation
 
 
@@ -347,8 +366,31 @@ def _check_writable(folder: Path) -> None:
         raise UserError(problem, "out", str(folder)) from None
 
 
-def evaluation_name(config: EvaluationConfig) -> str:
-    """evaluation.json is the run's own; other corpora and strides get a name of their own."""
-    other = f"-{config.data.source}" if config.data else ""
-    stride = f"-stride{config.stride}" if config.stride else ""
-    return EVALUATION.replace(".json", f"{other}{stride}.json")
+def _texts(data: DataConfig, valid: str | None) -> tuple[DataConfig, str | None, list[Corpus]]:
+    """Return what to score: the settings, which of the sample's texts, and the corpora of each."""
+    sample = data.source == "tinystories_sample"
+    if valid is not None and not sample:
+        problem = f"is for the bundled sample alone, not for {data.source}: leave it out"
+        raise UserError(problem, "valid", valid)
+    if valid is None and not (sample and data.valid is None):
+        return data, None, [open_corpus(data, valid_only=True)]
+    valid = valid or "both"
+    v2, v1 = bundled_sample("v2"), bundled_sample("v1")
+    corpora = {"v2": [v2], "v1": [v1], "both": [v2, v1]}[valid]
+    return dataclasses.replace(data, valid=None), valid, corpora
+
+
+def evaluation_name(config: EvaluationConfig, evaluation: Evaluation) -> str:
+    """Return the name of the file that an evaluation is written to.
+
+    evaluation.json holds the validation split of the run's own corpus. Other corpora, tuning
+    stories, V1 alone and other strides have names of their own.
+    """
+    parts = [
+        "evaluation",
+        config.data.source if config.data else "",
+        "tuning" if evaluation.data["valid"] == "tuning" else "",
+        "v1" if evaluation.valid == "v1" else "",
+        f"stride{config.stride}" if config.stride else "",
+    ]
+    return "-".join(filter(None, parts)) + ".json"
