@@ -53,7 +53,7 @@ def model_card(
     card = ModelCard.from_template(
         _metadata(name, export.format, bool(stories), evaluation, license),
         template_str=resources.files("minigpt.exporting").joinpath("card.md.j2").read_text("utf-8"),
-        **{"cell": _cell, "count": _count, "time": _time},
+        **{"cell": _cell, "count": _count, "time": _time, "number": _number},
         **{"name": name, "format": export.format, "dtype": export.weights, "net": net},
         vocabulary=vocabulary,
         **{"config": config, "summary": summary, "evaluation": evaluation, "parent": parent},
@@ -111,6 +111,10 @@ def _cell(value: Any) -> str:
 
 def _count(number: Any) -> str:
     return f"{number:,}" if isinstance(number, int) else _cell(number)
+
+
+def _number(value: Any, digits: int) -> str:
+    return f"{value:.{digits}f}" if isinstance(value, int | float) else _cell(value)
 
 
 def _time(seconds: Any) -> str:
