@@ -13,7 +13,7 @@ from minigpt.core.settings import UserError
 
 
 def main() -> None:
-    """Entry point."""
+    """Run `minigpt evaluate` or evaluate.py."""
     run_app("evaluate", _evaluate)
 
 

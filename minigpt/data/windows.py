@@ -188,7 +188,7 @@ class BudgetSampler(Sampler[list[int]]):
         self.epoch_length = n_tokens if stories else 0
 
     def __len__(self) -> int:
-        """Steps of the whole run: Lightning counts those before a resumed checkpoint as fetched."""
+        """Return the steps of the whole run: Lightning counts those before a resume as fetched."""
         return self.n_steps
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -199,11 +199,12 @@ class BudgetSampler(Sampler[list[int]]):
     def batch(self, step: int) -> list[int]:
         """Return where the windows of this rank start at `step`, [batch_size]."""
         first = (step * self.world_size + self.rank) * self.batch_size
-        epochs, places = np.divmod(np.arange(first, first + self.batch_size), self.n_windows)
-        parts = [self._starts(int(epoch), places[epochs == epoch]) for epoch in np.unique(epochs)]
+        epochs, indices = np.divmod(np.arange(first, first + self.batch_size), self.n_windows)
+        parts = [self._starts(int(epoch), indices[epochs == epoch]) for epoch in np.unique(epochs)]
         return np.concatenate(parts).tolist()
 
-    def _starts(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        order = epoch_permutation(self.n_windows, self.seed, epoch)[places]
+    def _starts(self, epoch: int, indices: np.ndarray) -> np.ndarray:
+        """Return where the windows at `indices` of the epoch's order start."""
+        order = epoch_permutation(self.n_windows, self.seed, epoch)[indices]
         offset = self.random_offset and epoch_offset(self.context_length, self.seed, epoch)
         return order * self.context_length + (offset + epoch * self.epoch_length)

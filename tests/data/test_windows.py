@@ -40,7 +40,7 @@ def test_targets_are_the_inputs_one_token_ahead():
 
 
 @given(st.integers(1, 60), st.integers(1, 20))
-def test_side_by_side_every_token_but_the_first_is_predicted_once(n_tokens, context_length):
+def test_adjacent_windows_predict_every_token_but_the_first_once(n_tokens, context_length):
     tokens = np.arange(1000, 1000 + n_tokens, dtype=np.uint16)
     windows = TokenWindows(tokens, context_length)
     predicted: list[int] = []
@@ -52,14 +52,14 @@ def test_side_by_side_every_token_but_the_first_is_predicted_once(n_tokens, cont
     assert predicted == tokens[1:].tolist()
 
 
-def test_behind_the_end_there_is_end_of_text_and_nothing_to_predict():
+def test_past_the_end_there_is_end_of_text_and_no_target():
     windows = TokenWindows(np.array([5, 6, 7, 8, 9, 10], dtype=np.uint16), 4)
     ids, targets = windows.__getitems__([0, 4, 8])
     assert ids.tolist() == [[5, 6, 7, 8], [9, 10, 0, 0], [0, 0, 0, 0]]
     assert targets.tolist() == [[6, 7, 8, 9], [10, -100, -100, -100], [-100] * 4]
 
 
-def test_ids_above_32767_keep_their_sign():
+def test_ids_above_32767_stay_positive():
     windows = TokenWindows(np.array([65_535, 40_000, 1], dtype=np.uint16), 2)
     assert windows[0][0].tolist() == [65_535, 40_000]
 
@@ -176,7 +176,7 @@ def sampler(n_windows: int, *args, **kwargs) -> BudgetSampler:
     world_size=st.integers(1, 3),
     seed=st.integers(0, 5),
 )
-def test_ranks_together_see_every_window_once_an_epoch(n_windows, batch_size, world_size, seed):
+def test_ranks_read_every_window_once_an_epoch(n_windows, batch_size, world_size, seed):
     n_steps = 3 * n_windows // (batch_size * world_size)
     ranks = [
         sampler(n_windows, batch_size, n_steps, seed, rank=rank, world_size=world_size)
@@ -191,7 +191,7 @@ def test_ranks_together_see_every_window_once_an_epoch(n_windows, batch_size, wo
         assert part == epoch_permutation(n_windows, seed, epoch).tolist()
 
 
-def test_each_epoch_and_each_seed_has_an_order_of_its_own():
+def test_each_epoch_and_each_seed_has_its_own_order():
     orders = {tuple(epoch_permutation(100, seed, epoch)) for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25
 
@@ -200,28 +200,28 @@ def test_the_order_is_the_same_on_every_machine():
     assert epoch_permutation(8, seed=1, epoch=0).tolist() == [5, 0, 1, 4, 2, 6, 3, 7]
 
 
-def test_with_an_offset_the_windows_lie_elsewhere_in_each_epoch_but_never_overlap():
+def test_random_offset_moves_the_windows_of_each_epoch_without_overlap():
     # 7 windows of 4 in 33 tokens, at most 3 of which an offset can leave out
-    made = BudgetSampler(33, 4, 7, n_steps=20, seed=1, random_offset=True)
-    epochs = [sorted(starts) for starts in made]
+    first_seed = BudgetSampler(33, 4, 7, n_steps=20, seed=1, random_offset=True)
+    epochs = [sorted(starts) for starts in first_seed]
     offsets = [starts[0] for starts in epochs]
     assert offsets[0] == 0
     assert set(offsets) == {0, 1, 2, 3}
     for offset, starts in zip(offsets, epochs, strict=True):
         assert starts == list(range(offset, offset + 28, 4))
     assert offsets == [epoch_offset(4, seed=1, epoch=epoch) for epoch in range(20)]
-    other = BudgetSampler(33, 4, 7, n_steps=20, seed=2, random_offset=True)
-    assert offsets != [min(starts) for starts in other]
+    other_seed = BudgetSampler(33, 4, 7, n_steps=20, seed=2, random_offset=True)
+    assert offsets != [min(starts) for starts in other_seed]
 
 
 @pytest.mark.parametrize("start_step", [0, 1, 7, 49, 50])
-def test_starting_at_a_step_is_skipping_the_steps_before(start_step):
+def test_start_step_skips_the_steps_before(start_step):
     whole = list(sampler(10, 4, 50, seed=3))
     assert len(whole) == 50
     assert list(sampler(10, 4, 50, seed=3, start_step=start_step)) == whole[start_step:]
 
 
-def test_too_few_windows_for_a_batch_is_one_line_with_what_would_fit():
+def test_too_few_windows_for_a_batch_names_the_largest_batch():
     sampler(32, 32, 1, seed=0)
     with pytest.raises(UserError, match=r"data\.batch_size=32\b.*\b12\b.*data\.batch_size=12\b"):
         sampler(12, 32, 1, seed=0)
@@ -250,14 +250,14 @@ def config(tmp_path_factory) -> DataConfig:
     )
 
 
-def opened(config: DataConfig, n_steps: int = 20, start_step: int = 0) -> DataModule:
+def data_module(config: DataConfig, n_steps: int = 20, start_step: int = 0) -> DataModule:
     data = DataModule(config, 16, n_steps, seed=1, start_step=start_step)
     data.prepare_data()
     data.setup("fit")
     return data
 
 
-def test_what_could_not_be_prepared_is_not_taken_for_ready(config, tmp_path):
+def test_failed_preparation_is_not_taken_for_ready(config, tmp_path):
     (tmp_path / "file").write_text("")
     broken = dataclasses.replace(config, cache_dir=str(tmp_path / "file/cache"))
     data = DataModule(broken, 16, n_steps=2, seed=1)
@@ -267,7 +267,7 @@ def test_what_could_not_be_prepared_is_not_taken_for_ready(config, tmp_path):
 
 
 def test_validation_loader_reads_its_whole_split_in_order_and_no_other(config):
-    data = opened(config)
+    data = data_module(config)
     targets = torch.cat([targets.flatten() for _, targets in data.val_dataloader()])
     known = targets[targets != IGNORE_INDEX]
     assert known.tolist() == data.valid.array()[1:].tolist()
@@ -278,7 +278,7 @@ def test_validation_loader_reads_its_whole_split_in_order_and_no_other(config):
 
 
 def test_training_loader_has_full_batches_for_the_whole_run(config):
-    data = opened(config, n_steps=2000)  # several epochs
+    data = data_module(config, n_steps=2000)  # several epochs
     batches = list(data.train_dataloader())
     assert len(batches) == 2000
     assert {batch.shape for pair in batches for batch in pair} == {(4, 16)}
@@ -297,7 +297,7 @@ class FakeTrainer:
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_share_the_validation_windows_without_repeats(config, world_size):
-    data = opened(config)
+    data = data_module(config)
     alone = torch.cat([targets for _, targets in data.val_dataloader()])
     assert len(alone) % 3  # so that some rank of three has a window of no token
     shares = []
@@ -312,7 +312,7 @@ def test_ranks_share_the_validation_windows_without_repeats(config, world_size):
 
 
 class Recorder(L.LightningModule):
-    """Trains nothing; keeps what it was given and the step it was given at."""
+    """Trains nothing, and records each batch with its step."""
 
     def __init__(self):
         super().__init__()
@@ -346,9 +346,7 @@ class SaveAt(L.Callback):
 )
 @pytest.mark.parametrize("shuffle", ["stories", "windows"])
 @pytest.mark.parametrize("stopped_at", [7, 113])
-def test_a_resumed_run_sees_exactly_the_batches_that_were_left(
-    config, tmp_path, stopped_at, shuffle
-):
+def test_resumed_run_reads_exactly_the_remaining_batches(config, tmp_path, stopped_at, shuffle):
     n_steps = stopped_at + 13  # 113: in the second epoch
     config = dataclasses.replace(config, shuffle=shuffle)
 
