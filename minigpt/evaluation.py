@@ -1,8 +1,7 @@
-"""What evaluate.py runs: a trained model in, numbers over the whole validation split, stories and
-embedding probes out.
+"""Measure a trained model: loss on the whole validation split, stories, and embedding probes.
 
-    >>> evaluation = evaluate(Run.load("runs/my-run"), EvaluationConfig(stride=128))
-    >>> evaluation.perplexity
+>>> evaluation = evaluate(Run.load("runs/my-run"), EvaluationConfig(stride=128))
+>>> evaluation.perplexity
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,14 +30,13 @@ from minigpt.core.hardware import Hardware
 from minigpt.core.settings import UserError, build
 from minigpt.data.config import DataConfig, with_cache_here
 from minigpt.data.preparation import prepare_split
-from minigpt.data.sources import bundled_sample, open_corpus
+from minigpt.data.sources import Corpus, bundled_sample, open_corpus
 from minigpt.data.windows import TokenWindows
 from minigpt.generation.sampling import SamplingConfig, generate_stories
 from minigpt.kernels.choice import kernels_for
 from minigpt.model import GPT, IGNORE_INDEX, perplexity
 from minigpt.runs.checkpoint import weights_fingerprint
 from minigpt.runs.folder import Run
-from minigpt.runs.names import EVALUATION
 from minigpt.runs.records import read_summary
 from minigpt.tokenizer import Tokenizer
 
@@ -50,12 +48,19 @@ log = logging.getLogger("minigpt")
 
 @dataclass(frozen=True)
 class StoriesConfig:
-    """The stories that are written at each temperature."""
+    """Settings of the stories that are generated at each temperature."""
 
     prompts: tuple[str, ...] = ("Once upon a time", "One day, a little girl named Lily")
+    """Each story continues one of these texts; with none, no story is generated."""
+
     temperatures: tuple[float, ...] = (0.5, 0.8, 1.0, 1.2)
-    n: int = 4  # of each prompt at each temperature
+    """Stories are generated at each of these temperatures, which are compared; 0 is greedy."""
+
+    n: int = 4
+    """This many stories are generated for each prompt at each temperature, at least 1."""
+
     max_tokens: int = 200
+    """A story ends after this many new tokens, unless it ends before."""
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -66,19 +71,37 @@ class StoriesConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What to measure."""
+    """Settings of an evaluation: the text to score, the stories to generate, the words to probe."""
 
-    stride: int | None = None  # None: windows side by side; else tokens from window to window
-    batch_size: int = 32  # windows at a time
-    seed: int = 1  # of the stories, the same at each temperature
+    stride: int | None = None
+    """Tokens from the start of one window to the next, from 1 to the context of the model; None
+    means adjacent windows, as in training."""
+
+    batch_size: int = 32
+    """This many windows are scored at a time."""
+
+    seed: int = 1
+    """Seed of the stories, the same at each temperature; not negative."""
+
     stories: StoriesConfig = field(default_factory=StoriesConfig)
+    """The stories that are generated at each temperature."""
+
     words: tuple[str, ...] = ("dad", "mom", "king", "dog", "happy", "ran", "red", "house")
-    analogies: tuple[tuple[str, ...], ...] = (  # a − b + c
+    """The nearest neighbours of these words are listed, by cosine of the token embeddings."""
+
+    analogies: tuple[tuple[str, ...], ...] = (
         ("princess", "girl", "boy"),
         ("mom", "girl", "boy"),
         ("queen", "woman", "man"),
     )
-    data: DataConfig | None = None  # another corpus; None: the one the run was trained on
+    """Three words a, b and c each, whose a − b + c is completed by the nearest tokens."""
+
+    data: DataConfig | None = None
+    """Another corpus, read with the tokenizer of the run; None means the one it was trained on."""
+
+    valid: Literal["v1", "v2", "both"] | None = None
+    """Which validation text of the bundled sample to score: V2's, the harder V1's, or both; None
+    means both on the sample, and the validation split on any other corpus."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -88,7 +111,7 @@ class EvaluationConfig:
         for words in self.analogies:
             if len(words) != 3:
                 example = {"analogies": [["princess", "girl", "boy"]]}
-                raise UserError("are not three words", "analogies", list(words), fix=example)
+                raise UserError("must each be three words", "analogies", list(words), fix=example)
 
 
 # ---------------------------------------------------------------------------- loss of a split
@@ -96,50 +119,54 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Loss:
-    """Cross-entropy summed over `n_tokens` predictions."""
+    """Cross-entropy in nats, summed over `n_tokens` predictions."""
 
     nats: float
     n_tokens: int
 
     @property
     def nats_per_token(self) -> float:
-        """The mean, each token weighing the same."""
+        """Mean over tokens, each with the same weight."""
         return self.nats / self.n_tokens
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean."""
+        """Exponential of the mean."""
         return perplexity(self.nats_per_token)
 
     def bits_per_byte(self, bytes_per_token: float) -> float:
-        """Does not depend on the tokenizer: `bytes_per_token` is that of the split."""
+        """Return the loss per UTF-8 byte, which does not depend on the tokenizer.
+
+        Args:
+            bytes_per_token: of the split that was scored.
+        """
         return self.nats_per_token / math.log(2) / bytes_per_token
 
 
 def evaluate_loss(
-    net: GPT,
+    model: GPT,
     tokens: np.ndarray,
     batch_size: int = 32,
     stride: int | None = None,
     precision: str = "32-true",
     console: Console | None = None,
 ) -> Loss:
-    """Score every token of a split but the first, once.
+    """Return the loss of `model` over every token of a split but the first, each scored once.
 
     Args:
-        net: its context is the window, T.
+        model: its context is the window, T.
         tokens: ids, [n_tokens] uint16, usually a memory map.
-        batch_size: windows at a time.
-        stride: None: windows side by side, the ones that training validates on. Else each window
-            begins `stride` tokens after the one before and scores what that did not reach, so
-            that all but the first T tokens see at least T - stride before them.
+        batch_size: windows scored at a time.
+        stride: None: adjacent windows, on which training validates. Else each window begins
+            `stride` tokens after the previous one and scores only tokens past its end, so that all
+            but the first T tokens have at least T - stride tokens of context.
         precision: as in Lightning; `*-mixed` is autocast, all else float32.
         console: where to show progress; None: nowhere.
 
     Raises:
         UserError: the stride is not between 1 and the context.
     """
-    context, device = net.config.context_length, net.embedding.weight.device
+    context, device = model.config.context_length, model.embedding.weight.device
     stride = context if stride is None else stride
     if not 1 <= stride <= context:
         problem = f"choose from 1 to {context}, the context of this model"
@@ -151,14 +178,14 @@ def evaluate_loss(
     hidden = console is None or not console.is_terminal
     nats, n_tokens = 0.0, 0
     with torch.inference_mode(), mixed, contextlib.ExitStack() as at_exit:
-        at_exit.callback(net.train, net.training)
-        net.eval()
+        at_exit.callback(model.train, model.training)
+        model.eval()
         for batch in track(
             batches, "validation split", console=console, transient=True, disable=hidden
         ):
             ids, targets = windows(tokens, batch, context, stride)
             n = int((targets != IGNORE_INDEX).sum())
-            nats += n * net.loss(ids.to(device), targets.to(device)).item()
+            nats += n * model.loss(ids.to(device), targets.to(device)).item()
             n_tokens += n
     return Loss(nats, n_tokens)
 
@@ -166,14 +193,14 @@ def evaluate_loss(
 def windows(
     tokens: np.ndarray, indices: Iterable[int], context: int, stride: int
 ) -> tuple[Tensor, Tensor]:
-    """The windows that begin at `index * stride`: (ids, targets), both (B, T) int64.
+    """Return the windows that begin at `index * stride`: inputs and targets, [B, T] int64.
 
-    Targets that an earlier window has scored are IGNORE_INDEX, as are places behind the end.
+    Targets that an earlier window scores are IGNORE_INDEX, as are positions past the end.
     """
     starts = [index * stride for index in indices]
     ids, targets = TokenWindows(tokens, context).__getitems__(starts)
-    later = torch.tensor(starts) > 0
-    targets[later, : context - stride] = IGNORE_INDEX
+    overlapping = torch.tensor(starts) > 0
+    targets[overlapping, : context - stride] = IGNORE_INDEX
     return ids, targets
 
 
@@ -190,11 +217,11 @@ class Temperature:
 
 
 def write_stories(
-    net: GPT, tokenizer: Tokenizer, config: StoriesConfig, seed: int
+    model: GPT, tokenizer: Tokenizer, config: StoriesConfig, seed: int
 ) -> list[list[dict[str, str]]]:
-    """For each temperature its stories: dicts of `prompt` and the `text` that continues it.
+    """Return the stories of each temperature: dicts of `prompt` and the `text` that continues it.
 
-    A prompt has the same random numbers at each temperature, and no two prompts have the same:
+    A prompt has the same random numbers at each temperature, and no two prompts share theirs:
     stories would otherwise repeat one another.
     """
     groups = []
@@ -202,7 +229,7 @@ def write_stories(
         stories = []
         for i, prompt in enumerate(config.prompts):
             sampling = SamplingConfig(temperature, max_tokens=config.max_tokens, seed=seed + i)
-            texts = generate_stories(net, tokenizer, prompt, config.n, sampling)
+            texts = generate_stories(model, tokenizer, prompt, config.n, sampling)
             stories += [{"prompt": prompt, "text": text} for text in texts]
         groups.append(stories)
     return groups
@@ -213,55 +240,68 @@ def compare_temperatures(
     stories: list[list[dict[str, str]]],
     trained_on: DataConfig | None,
 ) -> tuple[list[Temperature], int]:
-    """A row for each temperature, and how many training stories novelty was measured against.
+    """Return a row for each temperature, and how many training stories novelty was measured on.
 
-    It is measured against the first training stories of the run; for any TinyStories run against
-    those of the bundled sample. If they cannot be read any more the log says so, and it is 0.
+    These are the first training stories of the run, and those of the bundled sample for any run on
+    TinyStories. Where they cannot be read the log says so, and their number is 0.
     """
     texts = [[story["text"] for story in group] for group in stories]
     try:
         if trained_on is None:
-            raise UserError("an export does not say where they are")
+            raise UserError("the run does not say where they are")
         corpus = open_corpus(trained_on) if trained_on.source == "text" else bundled_sample()
         training = itertools.islice(corpus.stories("train"), NOVELTY_STORIES)
-        measured, n_training = measure(texts, training)
+        repetitions, n_training = measure(texts, training)
     except UserError as error:
         log.warning("novelty is left out, as the training stories cannot be read: %s", error)
-        measured, n_training = measure(texts, [])
-    return list(map(Temperature, temperatures, stories, measured)), n_training
+        repetitions, n_training = measure(texts, [])
+    return list(map(Temperature, temperatures, stories, repetitions)), n_training
 
 
 def own_data(run_config: dict[str, Any]) -> DataConfig | None:
-    """What a run was trained on; None for an export of a model of somebody's own files."""
+    """Return what a run was trained on.
+
+    None for an export of a model of own files, and for a run whose stories are no longer bundled.
+    """
     data = run_config["data"]
     if data.get("source") == "text" and "train_files" not in data:
+        return None
+    if data.get("source") == "tinystories_tuning":  # held out a part of the first edition
         return None
     return with_cache_here(build(DataConfig, data, "data"))
 
 
-# ---------------------------------------------------------------------------- all of it
+# ---------------------------------------------------------------------------- evaluation
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """All that evaluation.json holds."""
+class Score:
+    """The loss on one text."""
 
+    n_stories: int
+    n_tokens: int  # scored
+    nats_per_token: float
+    perplexity: float
+    bits_per_byte: float
+
+
+@dataclass(frozen=True)
+class Evaluation(Score):
+    """All that evaluation.json holds; the loss is that on V2 where both texts were scored."""
+
+    valid: str | None  # v1, v2 or both, on the bundled sample
+    valid_v1: Score | None  # V1's, where both were scored
     checkpoint: str  # name of the file
-    weights: str  # fingerprint of what was in it
+    weights: str  # their fingerprint
     parameters: int
     device: str
     precision: str
     data: dict[str, Any]  # settings of the corpus
     stride: int | None
     seed: int
-    n_stories: int
-    n_tokens: int  # scored
-    nats_per_token: float
-    perplexity: float
-    bits_per_byte: float
     temperatures: list[Temperature]
     novelty_stories: int  # training stories that novelty was measured against
-    neighbours: dict[str, Tokens | str]  # or why there are none
+    neighbours: dict[str, Tokens | str]  # of each word, or the reason why there are none
     analogies: dict[str, Tokens | str]
 
 
@@ -271,16 +311,20 @@ def evaluate(
     console: Console | None = None,
     out: Path | None = None,
 ) -> Evaluation:
-    """Measure a run's checkpoint, write evaluation.json, and return what is in it.
+    """Measure a run's checkpoint, write evaluation.json, and return its content.
 
-    Device: the best here. Precision: the one it was trained in, so that the loss is the one that
-    training logged; float32 where this machine would only emulate that.
+    The device is the best one here. The precision is that of training, so that the loss equals the
+    one that training logged; float32 where this machine would only emulate it.
 
     Args:
-        run: a run, or where it is.
+        run: a run, or its folder.
         config: what to measure; None: the defaults.
         console: where to show progress; None: nowhere.
         out: folder of evaluation.json; None: the run's, and for an export the current one.
+
+    Returns:
+        The evaluation. On the bundled sample its loss is that on V2's validation text, and
+        `valid_v1` has that on V1's.
 
     Raises:
         UserError: no run, a damaged checkpoint, a corpus that cannot be read, a wrong setting, or
@@ -288,44 +332,46 @@ def evaluate(
     """
     run, config = Run.load(run), config or EvaluationConfig()
     out = out or run.output_dir
-    _check_writable(out)  # now, and not after all was measured
-    net = run.load_model()
-    own = run.config
-    trained_on = own_data(own)
+    _check_writable(out)  # before anything is measured
+    trained_on = own_data(run.config)
     settings = config.data or trained_on
     if settings is None:
         files = {"data": "text", "data.valid_files": ["stories.txt"]}
-        raise UserError(f"{run.folder} does not say where its stories lie", fix=files)
-    # A run that was killed left no summary, but what it asked for is the same on this machine.
-    asked = own.get("trainer", {}).get("precision", "auto")
-    precision = read_summary(run.folder).get("precision", asked)
+        raise UserError(f"the stories of {run.folder} are not known or no longer there", fix=files)
+    settings, valid, corpora = _texts(settings, config.valid)
+    model = run.load_model()
+    # A run that was killed left no summary; its setting is resolved in the same way here.
+    setting = run.config.get("trainer", {}).get("precision", "auto")
+    precision = read_summary(run.folder).get("precision", setting)
     hardware = Hardware.detect("auto", "1", 1, precision)
     if hardware.emulated:
         log.info("computed in 32-true, not %s: this CPU has no native bfloat16", precision)
         hardware = Hardware.detect("auto", "1", 1, "32-true")
     device, precision, tokenizer = hardware.accelerator, hardware.precision, run.tokenizer
-    net = net.to(device).use(kernels_for(device))
-    corpus = open_corpus(settings, valid_only=True)
-    split = prepare_split(corpus, "valid", tokenizer, settings.cache_dir)
-    batching = config.batch_size, config.stride
-    loss = evaluate_loss(net, split.array(), *batching, precision, console)
-    stories = write_stories(net, tokenizer, config.stories, config.seed)
+    model = model.to(device).use(kernels_for(device))
+    scores = []
+    for corpus in corpora:
+        split = prepare_split(corpus, "valid", tokenizer, settings.cache_dir)
+        batching = config.batch_size, config.stride
+        loss = evaluate_loss(model, split.array(), *batching, precision, console)
+        bits_per_byte = loss.bits_per_byte(split.bytes_per_token)
+        numbers = split.n_stories, loss.n_tokens, loss.nats_per_token, loss.perplexity
+        scores.append(Score(*numbers, bits_per_byte))
+    stories = write_stories(model, tokenizer, config.stories, config.seed)
     rows, n_training = compare_temperatures(config.stories.temperatures, stories, trained_on)
-    probe = EmbeddingProbe(net, tokenizer)
+    probe = EmbeddingProbe(model, tokenizer)
     evaluation = Evaluation(
+        **dataclasses.asdict(scores[0]),
+        valid=valid,
+        valid_v1=scores[1] if len(scores) > 1 else None,
         checkpoint=run.checkpoint.name,
-        weights=weights_fingerprint(net),
-        parameters=net.n_parameters,
+        weights=weights_fingerprint(model),
+        parameters=model.n_parameters,
         device=device,
         precision=precision,
         data=dataclasses.asdict(settings),
         stride=config.stride,
         seed=config.seed,
-        n_stories=split.n_stories,
-        n_tokens=loss.n_tokens,
-        nats_per_token=loss.nats_per_token,
-        perplexity=loss.perplexity,
-        bits_per_byte=loss.bits_per_byte(split.bytes_per_token),
         temperatures=rows,
         novelty_stories=n_training,
         neighbours={word: tokens_or_reason(probe.neighbours, word) for word in config.words},
@@ -334,7 +380,7 @@ def evaluate(
             for a, b, c in config.analogies
         },
     )
-    write_json(out / evaluation_name(config), dataclasses.asdict(evaluation))
+    write_json(out / evaluation_name(config, evaluation), dataclasses.asdict(evaluation))
     return evaluation
 
 
@@ -347,8 +393,31 @@ def _check_writable(folder: Path) -> None:
         raise UserError(problem, "out", str(folder)) from None
 
 
-def evaluation_name(config: EvaluationConfig) -> str:
-    """evaluation.json is the run's own; other corpora and strides get a name of their own."""
-    other = f"-{config.data.source}" if config.data else ""
-    stride = f"-stride{config.stride}" if config.stride else ""
-    return EVALUATION.replace(".json", f"{other}{stride}.json")
+def _texts(data: DataConfig, valid: str | None) -> tuple[DataConfig, str | None, list[Corpus]]:
+    """Return what to score: the settings, which of the sample's texts, and the corpora of each."""
+    sample = data.source == "tinystories_sample"
+    if valid is not None and not sample:
+        problem = f"is for the bundled sample alone, not for {data.source}: leave it out"
+        raise UserError(problem, "valid", valid)
+    if valid is None and not (sample and data.valid is None):
+        return data, None, [open_corpus(data, valid_only=True)]
+    valid = valid or "both"
+    v2, v1 = bundled_sample("v2"), bundled_sample("v1")
+    corpora = {"v2": [v2], "v1": [v1], "both": [v2, v1]}[valid]
+    return dataclasses.replace(data, valid=None), valid, corpora
+
+
+def evaluation_name(config: EvaluationConfig, evaluation: Evaluation) -> str:
+    """Return the name of the file that an evaluation is written to.
+
+    evaluation.json holds the validation split of the run's own corpus. Other corpora, tuning
+    stories, V1 alone and other strides have names of their own.
+    """
+    parts = [
+        "evaluation",
+        config.data.source if config.data else "",
+        "tuning" if evaluation.data["valid"] == "tuning" else "",
+        "v1" if evaluation.valid == "v1" else "",
+        f"stride{config.stride}" if config.stride else "",
+    ]
+    return "-".join(filter(None, parts)) + ".json"

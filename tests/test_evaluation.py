@@ -1,8 +1,9 @@
+import dataclasses
 import io
 import json
 import logging
 import math
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,18 @@ import torch.nn.functional as F
 import yaml
 from rich.console import Console
 
+from minigpt import evaluation as evaluation_module
 from minigpt.cli.tables import show
 from minigpt.core import hardware
 from minigpt.core.settings import UserError, build
+from minigpt.data import sources
 from minigpt.data.config import DataConfig
+from minigpt.data.sources import Corpus
 from minigpt.data.windows import TokenWindows
 from minigpt.evaluation import (
     EvaluationConfig,
     Loss,
+    Score,
     StoriesConfig,
     evaluate,
     evaluate_loss,
@@ -51,7 +56,7 @@ def random_tokens(n: int) -> np.ndarray:
 
 @pytest.mark.parametrize("n", [2, 16, 17, 18, 33, 100])
 @pytest.mark.parametrize("stride", [None, 1, 5, 8, 16])
-def test_every_token_but_the_first_is_scored_once_with_the_context_it_is_promised(n, stride):
+def test_every_token_but_the_first_is_scored_once_with_enough_context(n, stride):
     net, tokens = make_net().eval(), random_tokens(n)
     step = stride or 16
     expected = 0.0
@@ -68,7 +73,7 @@ def test_every_token_but_the_first_is_scored_once_with_the_context_it_is_promise
 
 
 @pytest.mark.parametrize("n", [2, 16, 17, 18, 100])
-def test_windows_side_by_side_are_those_of_training(n):
+def test_adjacent_windows_are_those_of_training(n):
     tokens = random_tokens(n)
     training = TokenWindows(tokens, context_length=16)
     starts = training.side_by_side()
@@ -76,14 +81,14 @@ def test_windows_side_by_side_are_those_of_training(n):
     assert all(map(torch.equal, scored, training.__getitems__(starts)))
 
 
-def test_the_loss_does_not_depend_on_the_batch_size_and_leaves_the_net_training():
+def test_loss_does_not_depend_on_batch_size_and_leaves_the_model_training():
     net, tokens = make_net().train(), random_tokens(333)
     one, many = (evaluate_loss(net, tokens, batch_size) for batch_size in (1, 32))
     assert one.nats == pytest.approx(many.nats, rel=1e-6)
     assert net.training
 
 
-def test_autocast_is_near_float32_and_not_the_same():
+def test_autocast_is_close_to_float32_but_not_equal():
     net, tokens = make_net(), random_tokens(200)
     exact, mixed = (evaluate_loss(net, tokens, precision=p) for p in ("32-true", "bf16-mixed"))
     assert mixed.nats != exact.nats
@@ -111,6 +116,7 @@ def test_a_stride_that_skips_tokens_is_refused(stride):
         ({"stride": "wide"}, ["stride", "wide"]),
         ({"seed": -1}, ["seed", "-1"]),
         ({"strid": 1}, ["strid", "stride"]),
+        ({"valid": "v3"}, ["valid", "v3", "v1", "v2", "both"]),
     ],
 )
 def test_impossible_settings_are_refused_by_name(settings, names):
@@ -128,7 +134,7 @@ def write_text_corpus(path: Path, stories: list[str]) -> str:
 
 @pytest.fixture
 def run(tmp_path) -> Path:
-    """A run folder as train.py leaves it, of an untrained net."""
+    """A run folder as train.py writes it, of an untrained model."""
     folder = tmp_path / "runs" / "tiny"
     (folder / "checkpoints").mkdir(parents=True)
     net = make_net()
@@ -158,31 +164,30 @@ SHORT = EvaluationConfig(
 )
 
 
-def test_a_run_is_all_that_evaluation_needs(run):
-    found = evaluate(Run.load(run), SHORT)
-    opened = Run.load(run)
-    stream = [i for s in STORIES[::7] for i in (*opened.tokenizer.encode(s), 0)]
-    loss = evaluate_loss(opened.load_model(), np.array(stream, dtype=np.uint16))
-    assert (found.n_stories, found.n_tokens) == (5, len(stream) - 1)
-    assert found.perplexity == pytest.approx(loss.perplexity)
+def test_evaluation_of_a_run_folder_writes_evaluation_json(run):
+    evaluation = evaluate(Run.load(run), SHORT)
+    loaded = Run.load(run)
+    stream = [i for s in STORIES[::7] for i in (*loaded.tokenizer.encode(s), 0)]
+    loss = evaluate_loss(loaded.load_model(), np.array(stream, dtype=np.uint16))
+    assert (evaluation.n_stories, evaluation.n_tokens) == (5, len(stream) - 1)
+    assert evaluation.perplexity == pytest.approx(loss.perplexity)
     n_bytes = sum(len(s.encode()) for s in STORIES[::7])
     bits = loss.nats_per_token / math.log(2) * len(stream) / n_bytes
-    assert found.bits_per_byte == pytest.approx(bits)
-    assert [row.temperature for row in found.temperatures] == [0.5, 1.2]
-    assert all(len(row.stories) == 2 for row in found.temperatures)
-    assert found.novelty_stories == len(STORIES)
-    assert len(found.neighbours["dog"]) == 5
-    assert "[crocodile]" in found.neighbours["[crocodile]"]
-    assert "crocodile" in found.analogies["dog − cat + crocodile"]
+    assert evaluation.bits_per_byte == pytest.approx(bits)
+    assert [row.temperature for row in evaluation.temperatures] == [0.5, 1.2]
+    assert all(len(row.stories) == 2 for row in evaluation.temperatures)
+    assert evaluation.novelty_stories == len(STORIES)
+    assert len(evaluation.neighbours["dog"]) == 5
+    assert "[crocodile]" in evaluation.neighbours["[crocodile]"]
+    assert "crocodile" in evaluation.analogies["dog − cat + crocodile"]
 
-    written = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
-    assert written == json.loads(json.dumps(asdict(found)))
+    assert written(run) == json.loads(json.dumps(asdict(evaluation)))
     again = evaluate(Run.load(run), SHORT)
-    assert again == found  # the same seed, the same stories
+    assert again == evaluation  # the same seed, the same stories
 
 
 @pytest.mark.parametrize(("native", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
-def test_a_run_of_bfloat16_is_evaluated_so_where_that_is_native(
+def test_bfloat16_run_is_evaluated_in_bfloat16_where_that_is_native(
     run, native, precision, monkeypatch, caplog
 ):
     caplog.set_level(logging.INFO)
@@ -192,57 +197,170 @@ def test_a_run_of_bfloat16_is_evaluated_so_where_that_is_native(
     assert ("32-true" in caplog.text) is not native
 
 
-def test_prompts_do_not_share_their_random_numbers(run):
+def test_prompts_do_not_share_random_numbers(run):
     net, tokenizer = Run.load(run).load_model(), Run.load(run).tokenizer
     with torch.no_grad():
         net.embedding.weight.zero_()  # equal logits: the text depends on the random numbers alone
     config = StoriesConfig(("The dog", "The cat"), (0.5, 1.2), n=2, max_tokens=20)
-    cold, hot = ([s["text"] for s in told] for told in write_stories(net, tokenizer, config, 1))
+    cold, hot = ([s["text"] for s in group] for group in write_stories(net, tokenizer, config, 1))
     assert len(set(cold)) == 4
     assert cold == hot
 
 
-def test_another_corpus_is_read_with_the_tokenizer_of_the_run(run, tmp_path):
+def test_other_corpus_is_encoded_by_the_tokenizer_of_the_run(run, tmp_path):
     other = DataConfig(
         source="text",
         valid_files=(write_text_corpus(tmp_path / "x.txt", ["A hen saw a hen."]),),
         cache_dir=str(tmp_path / "cache"),
     )
-    (tmp_path / "train.txt").unlink()  # the run's own stories need not be there
-    found = evaluate(Run.load(run), EvaluationConfig(data=other, stories=SHORT.stories, words=()))
-    assert found.n_tokens == len(Run.load(run).tokenizer.encode("A hen saw a hen."))
-    assert found.novelty_stories == 0
-    assert all(row.repetition.novel is None for row in found.temperatures)
+    (tmp_path / "train.txt").unlink()  # the run's own stories are not needed
+    evaluation = evaluate(
+        Run.load(run), EvaluationConfig(data=other, stories=SHORT.stories, words=())
+    )
+    assert evaluation.n_tokens == len(Run.load(run).tokenizer.encode("A hen saw a hen."))
+    assert evaluation.novelty_stories == 0
+    assert all(row.repetition.novel is None for row in evaluation.temperatures)
 
 
-def test_what_is_shown_holds_the_numbers_and_takes_no_brackets_for_colours(run):
-    found = evaluate(Run.load(run), SHORT)
+# ---------------------------------------------------------------------------- the bundled sample
+
+V1 = ["A cat saw a dog.", "The pig and the hen ran."]
+
+
+@pytest.fixture
+def sample_run(run, tmp_path, monkeypatch) -> Path:
+    """The run as one that was trained on a bundled sample, of other stories than the real one."""
+    train, v2 = (tmp_path / f"{split}.txt" for split in ("train", "valid"))
+    texts = {"v2": v2, "v1": Path(write_text_corpus(tmp_path / "v1.txt", V1))}
+
+    def sample(release: str = "v2") -> Corpus:
+        return Corpus((train,), (texts[release],))
+
+    monkeypatch.setattr(evaluation_module, "bundled_sample", sample)
+    monkeypatch.setattr(sources, "bundled_sample", sample)
+    change_data(run, {"source": "tinystories_sample", "cache_dir": str(tmp_path / "cache")})
+    return run
+
+
+def change_data(run: Path, data: dict) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "data": data}))
+
+
+def score_on(run: Path, stories: list[str]) -> Score:
+    loaded = Run.load(run)
+    stream = [i for s in stories for i in (*loaded.tokenizer.encode(s), 0)]
+    loss = evaluate_loss(loaded.load_model(), np.array(stream, dtype=np.uint16))
+    bits = loss.bits_per_byte(sum(len(s.encode()) for s in stories) / len(stream))
+    numbers = len(stories), loss.n_tokens, loss.nats_per_token, loss.perplexity, bits
+    return Score(*numbers)
+
+
+def numbers_of(evaluation: Score) -> Score:
+    return Score(*(getattr(evaluation, field.name) for field in fields(Score)))
+
+
+def written(run: Path, name: str = "evaluation.json") -> dict:
+    return json.loads((run / name).read_text(encoding="utf-8"))
+
+
+def test_both_validation_texts_of_the_sample_are_scored_with_v2_at_the_top(sample_run):
+    evaluation = evaluate(sample_run, SHORT)
+    v2, v1 = score_on(sample_run, STORIES[::7]), score_on(sample_run, V1)
+    assert (numbers_of(evaluation), evaluation.valid_v1) == (v2, v1)
+    record = written(sample_run)
+    assert record["valid"] == "both"
+    assert record["valid_v1"] == asdict(v1)
+    assert {name: record[name] for name in asdict(v2)} == asdict(v2)
     console = Console(record=True, width=140, file=io.StringIO())
-    show(found, console)
+    show(evaluation, console)
     text = console.export_text()
-    assert f"{found.perplexity:.3f}" in text
-    assert f"{found.bits_per_byte:.4f}" in text
-    assert found.temperatures[0].stories[0]["text"].split()[0] in text
+    assert text.index("V2") < text.index("V1")
+    row = next(line for line in text.splitlines() if "perplexity" in line)
+    assert row.index(f"{v2.perplexity:.3f}") < row.rindex(f"{v1.perplexity:.3f}")
+    assert f"{v1.bits_per_byte:.4f}" in text
+
+
+@pytest.mark.parametrize(
+    ("valid", "stories", "name"),
+    [("v1", V1, "evaluation-v1.json"), ("v2", STORIES[::7], "evaluation.json")],
+)
+def test_valid_scores_one_text_of_the_sample(valid, stories, name, sample_run):
+    evaluation = evaluate(sample_run, dataclasses.replace(SHORT, valid=valid))
+    assert numbers_of(evaluation) == score_on(sample_run, stories)
+    assert evaluation.valid_v1 is None
+    record = written(sample_run, name)
+    assert (record["valid"], record["perplexity"]) == (valid, evaluation.perplexity)
+    assert [path.name for path in sample_run.glob("evaluation*.json")] == [name]
+
+
+def test_valid_on_another_corpus_is_refused_in_one_line(run, monkeypatch):
+    monkeypatch.setattr(Run, "load_model", lambda _: pytest.fail("measured"))
+    with pytest.raises(UserError, match=naming("valid", "v1", "text")) as error:
+        evaluate(run, EvaluationConfig(valid="v1"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_of_tuning_is_evaluated_on_tuning_stories_unless_valid_is_typed(sample_run, tmp_path):
+    data = {"source": "tinystories_sample", "valid": "tuning"}
+    change_data(sample_run, data | {"cache_dir": str(tmp_path / "cache")})
+    hidden = [
+        (tmp_path / name).rename(tmp_path / f"{name}.hidden") for name in ("valid.txt", "v1.txt")
+    ]
+    evaluation = evaluate(sample_run, SHORT)  # opens neither
+    assert numbers_of(evaluation) == score_on(sample_run, STORIES[6::7])
+    assert (evaluation.valid, evaluation.valid_v1) == (None, None)
+    assert written(sample_run, "evaluation-tuning.json")["data"]["valid"] == "tuning"
+    assert not (sample_run / "evaluation.json").exists()
+    for path in hidden:
+        path.rename(path.with_suffix(""))
+    evaluation = evaluate(sample_run, dataclasses.replace(SHORT, valid="both"))
+    assert numbers_of(evaluation) == score_on(sample_run, STORIES[::7])
+    assert written(sample_run)["valid_v1"] == asdict(score_on(sample_run, V1))
+
+
+def test_a_run_on_the_tuning_stories_of_the_first_edition_needs_another_corpus(
+    sample_run, tmp_path
+):
+    change_data(sample_run, {"source": "tinystories_tuning", "holdout": 0.05})
+    with pytest.raises(UserError, match=naming("data")):
+        evaluate(sample_run, SHORT)
+    sample = DataConfig(cache_dir=str(tmp_path / "cache"))
+    evaluation = evaluate(sample_run, dataclasses.replace(SHORT, data=sample))
+    assert evaluation.n_stories == len(STORIES[::7])
+
+
+# ---------------------------------------------------------------------------- what is shown
+
+
+def test_tables_show_the_numbers_and_print_brackets_literally(run):
+    evaluation = evaluate(Run.load(run), SHORT)
+    console = Console(record=True, width=140, file=io.StringIO())
+    show(evaluation, console)
+    text = console.export_text()
+    assert f"{evaluation.perplexity:.3f}" in text
+    assert f"{evaluation.bits_per_byte:.4f}" in text
+    assert evaluation.temperatures[0].stories[0]["text"].split()[0] in text
     assert "[crocodile]" in text
 
 
-def test_the_command_prints_the_evaluation_and_leaves_no_folders_behind(run, tmp_path):
+def test_command_prints_the_evaluation_and_leaves_no_other_files(run, tmp_path):
     before = {path.name for path in tmp_path.iterdir()} | {"cache"}
     x = write_text_corpus(tmp_path / "x.txt", ["The hen saw a pig."])
     overrides = [
         "ckpt=runs/tiny", "data=text", f"data.valid_files=[{x}]", "stories.max_tokens=5",
         f"data.cache_dir={tmp_path / 'cache'}", "stride=4",
     ]  # fmt: skip
-    done = commands.run("evaluate.py", overrides, tmp_path)
-    assert done.code == 0, done.err
-    assert "perplexity" in done.out
-    written = json.loads((run / "evaluation-text-stride4.json").read_text(encoding="utf-8"))
-    assert written["stride"] == 4
-    assert written["data"]["valid_files"] == [x]
+    process = commands.run("evaluate.py", overrides, tmp_path)
+    assert process.code == 0, process.err
+    assert "perplexity" in process.out
+    record = written(run, "evaluation-text-stride4.json")
+    assert record["stride"] == 4
+    assert record["data"]["valid_files"] == [x]
     assert {path.name for path in tmp_path.iterdir()} == before | {"x.txt"}
 
 
-def test_a_place_that_cannot_be_written_to_is_said_before_anything_is_measured(
+def test_output_folder_that_cannot_be_written_is_refused_before_measuring(
     run, tmp_path, monkeypatch
 ):
     file = tmp_path / "file"
@@ -252,9 +370,9 @@ def test_a_place_that_cannot_be_written_to_is_said_before_anything_is_measured(
         evaluate(Run.load(run), EvaluationConfig(), out=file)
 
 
-def test_the_command_without_a_run_says_what_to_type(tmp_path):
-    done = commands.run("evaluate.py", [], tmp_path)
-    assert done.code == 2
-    (line,) = done.err.strip().splitlines()
+def test_command_without_a_run_prints_what_to_type(tmp_path):
+    process = commands.run("evaluate.py", [], tmp_path)
+    assert process.code == 2
+    (line,) = process.err.strip().splitlines()
     assert line.startswith("error: ")
     assert "python evaluate.py ckpt=runs/" in line

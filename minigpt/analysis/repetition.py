@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 NGram = tuple[str, ...]
 COPIED = 4  # so many words in a row count as a repetition or a copy
-NOVELTY_STORIES = 15_000  # training stories searched for copies at most: two seconds
+NOVELTY_STORIES = 40_000  # training stories searched for copies at most: five seconds
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from minigpt.core.settings import UserError
 
 
 def main() -> None:
-    """Entry point."""
+    """Run `minigpt evaluate` or evaluate.py."""
     run_app("evaluate", _evaluate)
 
 
@@ -36,7 +36,10 @@ def _evaluate(config: DictConfig, program: Program, classes: list[str]) -> None:
     evaluation = evaluate(run, settings, console, folder)
     terminal = Console()
     show(evaluation, terminal)
-    results = {"numbers": folder / evaluation_name(settings), "report": run.folder / REPORT}
+    results = {
+        "numbers": folder / evaluation_name(settings, evaluation),
+        "report": run.folder / REPORT,
+    }
     for kind, path in results.items():
         if path.is_file():
             terminal.print(f"{kind + ':':9}{path}", markup=False, highlight=False)

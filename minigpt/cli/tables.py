@@ -21,10 +21,10 @@ def show(evaluation: Evaluation, console: Console) -> None:
     """Print an evaluation: loss, a story of each temperature, temperatures, words, analogies."""
     e = evaluation
     windows = "windows side by side" if e.stride is None else f"windows every {e.stride} tokens"
+    split = "tuning" if e.data["valid"] == "tuning" else "validation"
     heading = (
-        f"{e.checkpoint}, {e.parameters:,} parameters, on the validation split of "
-        f"{e.data['source']}: {e.n_stories:,} stories, {e.n_tokens:,} tokens, {windows}, "
-        f"{e.precision} on {e.device}"
+        f"{e.checkpoint}, {e.parameters:,} parameters, on the {split} split of "
+        f"{e.data['source']}: {windows}, {e.precision} on {e.device}"
     )
     console.print(Text(heading), _loss_table(e), sep="\n")
     for row in e.temperatures:
@@ -43,10 +43,14 @@ def show(evaluation: Evaluation, console: Console) -> None:
 
 
 def _loss_table(e: Evaluation) -> Table:
-    table = Table("measure", Column("value", justify="right"))
-    table.add_row("perplexity", f"{e.perplexity:.3f}")
-    table.add_row("nats per token", f"{e.nats_per_token:.4f}")
-    table.add_row("bits per byte", f"{e.bits_per_byte:.4f}")
+    name = "V1" if e.valid == "v1" else "V2" if e.valid else "value"
+    scores = {name: e} if e.valid_v1 is None else {name: e, "V1": e.valid_v1}
+    table = Table("measure", *(Column(name, justify="right") for name in scores))
+    table.add_row("perplexity", *(f"{score.perplexity:.3f}" for score in scores.values()))
+    table.add_row("bits per byte", *(f"{score.bits_per_byte:.4f}" for score in scores.values()))
+    table.add_row("nats per token", *(f"{score.nats_per_token:.4f}" for score in scores.values()))
+    table.add_row("stories", *(f"{score.n_stories:,}" for score in scores.values()))
+    table.add_row("tokens", *(f"{score.n_tokens:,}" for score in scores.values()))
     return table
 
 

@@ -12,7 +12,8 @@ from minigpt.tokenizer import END_OF_TEXT, check_vocab_size
 
 CACHE = ".cache"
 
-Source = Literal["tinystories_sample", "tinystories_tuning", "tinystories", "text"]
+Source = Literal["tinystories_sample", "tinystories", "text"]
+Shuffle = Literal["stories", "windows"]
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,12 @@ class DataConfig:
     """What to train on, and in which portions."""
 
     source: Source = "tinystories_sample"
-    """Where the stories come from: `tinystories_sample` is bundled, `tinystories_tuning` are its
-    training stories with the last of them held out to choose settings by, `tinystories` is
-    downloaded, and `text` are your own files."""
+    """Where the stories come from: `tinystories_sample` is bundled, `tinystories` is downloaded,
+    and `text` are your own files."""
+
+    valid: Literal["tuning"] | None = None
+    """Which stories to validate on: `tuning` holds out every seventh training story, for a choice
+    between settings that reads no story of the validation split; None means that split."""
 
     train_files: tuple[str, ...] = ()
     """Paths or globs of the training files, for source `text`."""
@@ -48,6 +52,10 @@ class DataConfig:
 
     random_offset: bool = True
     """Whether the text is cut at other positions in each epoch after the first."""
+
+    shuffle: Shuffle = "windows"
+    """What each epoch shuffles: `stories` puts the stories in another order and then shuffles the
+    windows cut from it, `windows` cuts the same windows from one order of the stories."""
 
     cache_dir: str = CACHE
     """Folder of downloads and prepared files."""

@@ -32,6 +32,8 @@ _MEBIBYTE = 1 << 20
 _LONGEST_PATH = 4000  # characters; systems allow about as many
 _HASH_WHOLE = 64 << 20  # bytes; larger files are fingerprinted by size, time and both ends
 
+_TUNING = 7  # every seventh training story is held out for tuning
+
 _REPO = "roneneldan/TinyStories"
 _TRAIN, _VALID = "TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"
 _BYTES_PER_TOKEN = 3.84  # of the 3,000-token BPE, measured on the bundled sample
@@ -48,6 +50,7 @@ class Corpus:
     holdout: float = DataConfig.holdout  # share of the training stories, by count
     separator: str = DataConfig.separator  # what stands between the stories of a .txt file
     max_train_bytes: int | None = None  # train on whole stories up to so many UTF-8 bytes
+    tuning: bool = False  # validate on every seventh training story; "valid" is not read
 
     def stories(self, split: Split) -> Iterator[str]:
         """Yield the stories of a split in file order: stripped, never empty.
@@ -56,6 +59,11 @@ class Corpus:
             UserError: no files for the split, a file that cannot be read, or a holdout that
                 leaves one of the splits without a story.
         """
+        if self.tuning:
+            stories = enumerate(self._reported.stories("train"))
+            return (
+                text for i, text in stories if (i % _TUNING == _TUNING - 1) is (split == "valid")
+            )
         if split == "valid":
             if self.valid_files:
                 return self._read(self.valid_files)
@@ -66,6 +74,8 @@ class Corpus:
 
     def fingerprint(self, split: Split) -> dict[str, Any]:
         """Return all that determines the stories of a split, for json.dumps: not their folder."""
+        if self.tuning:
+            return {**self._reported.fingerprint("train"), "split": split, "tuning": _TUNING}
         held_out = not self.valid_files
         files = self.valid_files if split == "valid" and not held_out else self.train_files
         return {
@@ -75,6 +85,11 @@ class Corpus:
             "holdout": self.holdout if held_out else None,
             "max_bytes": self.max_train_bytes if split == "train" else None,
         }
+
+    @cached_property
+    def _reported(self) -> Corpus:
+        """The same stories, divided as for the numbers that are reported."""
+        return dataclasses.replace(self, tuning=False)
 
     def _read(self, files: tuple[Path, ...]) -> Iterator[str]:
         if not files:
@@ -125,23 +140,29 @@ def open_corpus(config: DataConfig, valid_only: bool = False) -> Corpus:
     """Return the stories that `config` names, downloaded first if they have to be.
 
     With `valid_only`, nothing is downloaded that only training needs, and "valid" alone can be
-    read.
+    read. For `valid="tuning"` the training stories are needed for both splits.
     """
+    if config.valid == "tuning":
+        config = dataclasses.replace(config, valid=None)
+        return dataclasses.replace(open_corpus(config), tuning=True)
     if config.source == "text":
         separator = config.separator.replace("\\n", "\n").replace("\\t", "\t")  # as they are typed
         return local_files(config.train_files, config.valid_files, config.holdout, separator)
     if config.source == "tinystories":
         downloads = Path(config.cache_dir) / "downloads"
         return download_tinystories(downloads, config.download_tokens, valid_only)
-    if config.source == "tinystories_tuning":
-        return dataclasses.replace(bundled_sample(), valid_files=(), holdout=config.holdout)
     return bundled_sample()
 
 
-def bundled_sample() -> Corpus:
-    """Return the stories in this package: 14,849 to train on, 3,000 for validation alone."""
+def bundled_sample(release: Literal["v1", "v2"] = "v2") -> Corpus:
+    """Return the stories in this package, second edition: 39,927 to train on, 3,000 to validate on.
+
+    Args:
+        release: of TinyStories, from whose official validation file the validation stories are.
+    """
     folder = importlib.resources.files("minigpt") / "data" / "tinystories"
-    train, valid = (Path(str(folder / f"{split}.txt.xz")) for split in ("train", "valid"))
+    names = "train", "valid" if release == "v2" else "valid_v1"
+    train, valid = (Path(str(folder / f"{name}.txt.xz")) for name in names)
     return Corpus(train_files=(train,), valid_files=(valid,))
 
 

@@ -12,13 +12,16 @@ from torch.utils.data import Dataset, Sampler
 
 from minigpt.core.settings import UserError
 from minigpt.model import IGNORE_INDEX
+from minigpt.tokenizer import Tokenizer
+
+_CHUNK = 1 << 24  # tokens that are searched for ends of stories at a time
 
 
 class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
-    """Windows of T tokens over a stream, asked for by the token they start at.
+    """Windows of T tokens over a stream, indexed by the position of their first token.
 
-    Window s has the inputs [s, s + T) and the targets [s + 1, s + 1 + T). Places behind the end of
-    the stream hold id 0 and targets that the loss ignores.
+    Window s has the inputs [s, s + T) and the targets [s + 1, s + 1 + T). Positions past the end
+    of the stream hold id 0 and targets that the loss ignores.
 
     Args:
         tokens: ids, [n_tokens] uint16, usually a memory map.
@@ -26,32 +29,95 @@ class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, tokens: np.ndarray, context_length: int):
-        self.tokens = tokens.view(np.ndarray)  # indexing a np.memmap costs more, and gives no more
+        self.tokens = tokens.view(np.ndarray)  # indexing is slower on a np.memmap
         self.context_length = context_length
 
     def side_by_side(self) -> range:
-        """Starts of the windows that together predict every token but the first, once."""
+        """Return the starts of adjacent windows, which predict every token but the first, once."""
         return range(0, max(0, len(self.tokens) - 1), self.context_length)
 
     def __getitem__(self, start: int) -> tuple[Tensor, Tensor]:
-        """(inputs [T], targets [T]), both int64."""
+        """Return one window: inputs and targets, [T] int64."""
         ids, targets = self.__getitems__([start])
         return ids[0], targets[0]
 
     def __getitems__(self, starts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """A whole batch in one gather: (inputs [B, T], targets [B, T]), both int64."""
+        """Return a batch, gathered in one operation: inputs and targets, [B, T] int64."""
         positions = np.asarray(starts)[:, None] + np.arange(self.context_length + 1)  # [B, T + 1]
         inside = positions < len(self.tokens)
         rows = self.tokens[np.where(inside, positions, 0)].astype(np.int64)
-        ids, targets = np.where(inside, rows, 0), np.where(inside, rows, IGNORE_INDEX)
-        parts = ids[:, :-1], targets[:, 1:]
-        inputs, shifted = (torch.from_numpy(np.ascontiguousarray(part)) for part in parts)
-        return inputs, shifted
+        return _shifted(np.where(inside, rows, 0), np.where(inside, rows, IGNORE_INDEX))
+
+
+class StoryWindows(TokenWindows):
+    """Windows over a stream in which each epoch has the stories in an order of its own.
+
+    The epochs follow one another: position `epoch * n_tokens + i` is token i of that epoch. The
+    order is a pure function of (seed, epoch), and no token is copied: a table of where each story
+    starts maps a position to one in the file. It takes 16 bytes per story and epoch, for the two
+    epochs that a batch can touch.
+
+    Args:
+        tokens: ids, [n_tokens] uint16, story₁ EOT ... storyₙ EOT, usually a memory map.
+        context_length: T; a window must not reach past the end of its epoch.
+        seed: not negative.
+    """
+
+    def __init__(self, tokens: np.ndarray, context_length: int, seed: int):
+        super().__init__(tokens, context_length)
+        self.seed = seed
+        self._starts = story_starts(self.tokens)
+        self._table = lru_cache(maxsize=2)(self._epoch_table)
+
+    def __getitems__(self, starts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return a batch, gathered in one operation: inputs and targets, [B, T] int64."""
+        epochs, firsts = np.divmod(np.asarray(starts), len(self.tokens))
+        positions = firsts[:, None] + np.arange(self.context_length + 1)  # [B, T + 1]
+        for epoch in np.unique(epochs):
+            begins, shifts = self._table(int(epoch))
+            rows = epochs == epoch
+            stories = np.searchsorted(begins, positions[rows], "right") - 1
+            positions[rows] += shifts[stories]
+        rows = self.tokens[positions].astype(np.int64)
+        return _shifted(rows, rows)
+
+    def _epoch_table(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return where each story begins in an epoch, and how far from there it is in the file."""
+        order = story_permutation(len(self._starts), self.seed, epoch)
+        lengths = np.diff(self._starts, append=len(self.tokens))[order]
+        begins = np.cumsum(lengths) - lengths
+        return begins, self._starts[order] - begins
+
+
+def _shifted(inputs: np.ndarray, targets: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Return inputs and targets, [B, T] tensors, of the ids to read and to predict, [B, T + 1]."""
+    parts = inputs[:, :-1], targets[:, 1:]
+    ids, shifted = (torch.from_numpy(np.ascontiguousarray(part)) for part in parts)
+    return ids, shifted
+
+
+def story_starts(tokens: np.ndarray) -> np.ndarray:
+    """Return the position of each story's first token, [n_stories] int64.
+
+    The stream is read in chunks, so that memory does not grow with it.
+    """
+    chunks = range(0, len(tokens), _CHUNK)
+    ends = [np.flatnonzero(tokens[i : i + _CHUNK] == Tokenizer.end_of_text) + i for i in chunks]
+    starts = np.concatenate([[0], *(end + 1 for end in ends)]).astype(np.int64)
+    return starts[starts < len(tokens)]
+
+
+def story_permutation(n_stories: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the order of the stories in an epoch, [n_stories], a pure function of its arguments.
+
+    One story, such as a book, stays as it is.
+    """
+    return np.random.Generator(np.random.PCG64([seed, epoch, 2])).permutation(n_stories)
 
 
 @lru_cache(maxsize=2)  # a batch touches at most two epochs
 def epoch_permutation(n_windows: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of the windows in an epoch: [n_windows], a function of its arguments alone."""
+    """Return the order of the windows in an epoch, [n_windows], by its arguments alone."""
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
     order = generator.permutation(n_windows)
     order.setflags(write=False)
@@ -59,29 +125,36 @@ def epoch_permutation(n_windows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def epoch_offset(context_length: int, seed: int, epoch: int) -> int:
-    """The token that the first window of an epoch starts at: 0 in epoch 0, then any below T."""
+    """Return the token at which the first window of an epoch starts: 0 in epoch 0, then below T."""
     if epoch == 0:
         return 0
     return int(np.random.default_rng([seed, epoch, 1]).integers(context_length))
 
 
 class BudgetSampler(Sampler[list[int]]):
-    """The batches of a whole run of `n_steps`, as starts of windows: epoch behind epoch.
+    """The batches of a whole run of `n_steps`, as starts of windows, one epoch after another.
 
-    In an epoch the windows lie side by side over the stream, in the order of its permutation. With
-    `random_offset` they begin at another token in each: text that comes again is cut at other
-    places, so that every token has another context and another position. With batches of B
-    on W ranks, batch s of rank r takes the positions [(s·W + r)·B, (s·W + r + 1)·B) of it. So
-    every batch is full (one may straddle two epochs), every window comes once an epoch, and a
-    run can go on at any step without replaying the ones before.
+    In an epoch the windows are adjacent in the stream, and are read in the order of the epoch's
+    permutation, also where the stream itself has its stories shuffled: neighbouring windows share
+    a story, and a batch of them would hold fewer stories. With `random_offset` the windows begin at
+    another token in each epoch: text that is read again is cut elsewhere, so that every token has
+    another context and another position. With batches of B on W ranks, batch s of rank r takes the
+    positions [(s·W + r)·B, (s·W + r + 1)·B) of that order. So every batch is full (one may straddle
+    two epochs), every window is read once an epoch, and a run can resume at any step without
+    replaying the steps before it.
 
     Args:
-        n_tokens: of the stream.
-        context_length: T, tokens of a window.
+        n_tokens: length of the stream.
+        context_length: T, tokens per window.
         batch_size: B, windows per rank and step.
         n_steps: steps of the whole run, those before `start_step` included.
         seed: not negative.
         start_step: the first step to yield.
+        rank: of this process, from 0.
+        world_size: W.
+        random_offset: whether epochs after the first begin at another token.
+        stories: whether a start counts from the first epoch, as in `StoryWindows`, and not from
+            the first token of its own epoch, as in `TokenWindows`.
 
     Raises:
         UserError: fewer windows than one step needs.
@@ -98,12 +171,13 @@ class BudgetSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
         random_offset: bool = False,
+        stories: bool = False,
     ):
         last_offset = context_length - 1 if random_offset else 0
         n_windows = max(0, n_tokens - 1 - last_offset) // context_length  # as many in each epoch
         if n_windows < batch_size * world_size:
-            fits = n_windows // world_size
-            fix = {"data.batch_size": fits} if fits else None
+            largest = n_windows // world_size
+            fix = {"data.batch_size": largest} if largest else None
             few = f"the training split has {n_windows} windows for {world_size} device(s)"
             problem = f"{few}; more text or a smaller model.context_length gives more"
             raise UserError(problem, "data.batch_size", batch_size, fix)
@@ -111,23 +185,26 @@ class BudgetSampler(Sampler[list[int]]):
         self.n_steps, self.start_step = n_steps, start_step
         self.rank, self.world_size = rank, world_size
         self.context_length, self.random_offset = context_length, random_offset
+        self.epoch_length = n_tokens if stories else 0
 
     def __len__(self) -> int:
-        """Steps of the whole run: Lightning counts those before a resumed checkpoint as fetched."""
+        """Return the steps of the whole run: Lightning counts those before a resume as fetched."""
         return self.n_steps
 
     def __iter__(self) -> Iterator[list[int]]:
+        """Yield the batches from `start_step` on."""
         for step in range(self.start_step, self.n_steps):
             yield self.batch(step)
 
     def batch(self, step: int) -> list[int]:
-        """Where the windows of this rank at `step` start: [batch_size]."""
+        """Return where the windows of this rank start at `step`, [batch_size]."""
         first = (step * self.world_size + self.rank) * self.batch_size
-        epochs, places = np.divmod(np.arange(first, first + self.batch_size), self.n_windows)
-        parts = [self._starts(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
+        epochs, indices = np.divmod(np.arange(first, first + self.batch_size), self.n_windows)
+        parts = [self._starts(int(epoch), indices[epochs == epoch]) for epoch in np.unique(epochs)]
         return np.concatenate(parts).tolist()
 
-    def _starts(self, epoch: int) -> np.ndarray:  # [n_windows]
-        order = epoch_permutation(self.n_windows, self.seed, epoch)
+    def _starts(self, epoch: int, indices: np.ndarray) -> np.ndarray:
+        """Return where the windows at `indices` of the epoch's order start."""
+        order = epoch_permutation(self.n_windows, self.seed, epoch)[indices]
         offset = self.random_offset and epoch_offset(self.context_length, self.seed, epoch)
-        return order * self.context_length + offset
+        return order * self.context_length + (offset + epoch * self.epoch_length)

@@ -23,7 +23,7 @@ from minigpt.runs.provenance import Parent
 Record = Mapping[str, Any]  # content of a JSON or YAML file of a run
 TINYSTORIES = "roneneldan/TinyStories"
 CORPORA = {
-    "tinystories_sample": "14,849 stories of the TinyStories corpus",
+    "tinystories_sample": "the bundled sample of the TinyStories corpus",
     "tinystories": "the training split (V2) of the TinyStories corpus",
 }
 
@@ -56,7 +56,7 @@ def model_card(
     card = ModelCard.from_template(
         _metadata(name, export.format, bool(stories), evaluation, license),
         template_str=resources.files("minigpt.exporting").joinpath("card.md.j2").read_text("utf-8"),
-        **{"cell": _cell, "count": _count, "time": _time},
+        **{"cell": _cell, "count": _count, "time": _time, "number": _number},
         **{"name": name, "format": export.format, "dtype": export.weights, "model": model},
         vocabulary=vocabulary,
         **{"config": config, "summary": summary, "evaluation": evaluation, "parent": parent},
@@ -65,6 +65,7 @@ def model_card(
         averaged=averaged,
         devices=_devices(summary),
         corpus=" and ".join(dict.fromkeys(CORPORA.get(source, source) for source in stories)),
+        n_stories=_n_stories(config["data"]["source"], summary),
         others=len(stories) < len(sources),
         license=license,
         command=_command(config, averaged),
@@ -115,9 +116,21 @@ def _count(number: Any) -> str:
     return f"{number:,}" if isinstance(number, int) else _cell(number)
 
 
+def _number(value: Any, digits: int) -> str:
+    return f"{value:.{digits}f}" if isinstance(value, int | float) else _cell(value)
+
+
 def _time(seconds: Any) -> str:
     finite = isinstance(seconds, int | float) and math.isfinite(seconds)
     return human_time(seconds) if finite else _cell(seconds)
+
+
+def _n_stories(source: str, summary: Record) -> str:
+    """Return how many stories the run was trained on, for the card; "" if nothing says it."""
+    n = summary.get("train_stories")
+    if n is None and source == "tinystories_sample":
+        n = 14_849  # the first edition: a run on the second records the number
+    return "" if n is None else f", {_count(n)} stories"
 
 
 def _devices(summary: Record) -> str:

@@ -43,7 +43,7 @@ ModelFactory = Callable[[Any], GPT]  # a subclass of GPT, or a function from con
 # no longer exist.
 OLD_DEFAULTS: dict[str, dict[str, Any]] = {
     "model": {"d_model": 256, "n_heads": 8, "d_ff": 512},
-    "data": {"batch_size": 32},
+    "data": {"batch_size": 32, "shuffle": "windows"},
     "optimizer": {"schedule": "cosine"},
 }
 OLD_SETTINGS = {"model": ("attention",)}

@@ -297,6 +297,7 @@ class _Training:
             "parameters": net.n_parameters,
             "non_embedding_parameters": net.n_parameters - net.n_embedding_parameters,
             "flops_per_token": net.flops_per_token(),
+            "train_stories": self.data.train.n_stories,
             "train_tokens": self.data.train.n_tokens,  # of the split: epochs are tokens / these
             "seed": self.config.seed,
             "device": hardware.accelerator,

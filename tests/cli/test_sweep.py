@@ -48,5 +48,5 @@ def test_the_local_recipe_search_is_a_grid_inside_the_space_of_the_sweep():
             else:
                 assert space[name]["min"] <= value <= space[name]["max"]
             tried = composed(["experiment=recipe", f"{name}={value:g}", "name=x"])
-            assert tried.data.source == "tinystories_tuning"
+            assert (tried.data.source, tried.data.valid) == ("tinystories_sample", "tuning")
     assert tried.trainer.n_validations == 10

@@ -1,5 +1,4 @@
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -109,14 +108,6 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path, monkeyp
     assert large != different[0]
     write(a, TEXT[:-1] + "!")
     assert of(a) != large
-
-
-def test_the_bundled_sample_is_whole_and_its_splits_share_no_story():
-    sample = bundled_sample()
-    train, valid = list(sample.stories("train")), list(sample.stories("valid"))
-    assert (len(train), len(valid)) == (14_849, 3_000)
-    assert not set(train) & set(valid)
-    assert not any(re.search(r"endoftext|\r|\ufffd", story) for story in train + valid)
 
 
 def test_own_text_and_the_bundled_sample_open_by_config(tmp_path):

@@ -9,13 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minigpt.core.settings import UserError
+from minigpt.data import windows as windows_module
 from minigpt.data.config import DataConfig
 from minigpt.data.datamodule import DataModule
 from minigpt.data.windows import (
     BudgetSampler,
+    StoryWindows,
     TokenWindows,
     epoch_offset,
     epoch_permutation,
+    story_permutation,
+    story_starts,
 )
 from minigpt.model import IGNORE_INDEX
 from tests.conftest import naming
@@ -36,7 +40,7 @@ def test_targets_are_the_inputs_one_token_ahead():
 
 
 @given(st.integers(1, 60), st.integers(1, 20))
-def test_side_by_side_every_token_but_the_first_is_predicted_once(n_tokens, context_length):
+def test_adjacent_windows_predict_every_token_but_the_first_once(n_tokens, context_length):
     tokens = np.arange(1000, 1000 + n_tokens, dtype=np.uint16)
     windows = TokenWindows(tokens, context_length)
     predicted: list[int] = []
@@ -48,16 +52,113 @@ def test_side_by_side_every_token_but_the_first_is_predicted_once(n_tokens, cont
     assert predicted == tokens[1:].tolist()
 
 
-def test_behind_the_end_there_is_end_of_text_and_nothing_to_predict():
+def test_past_the_end_there_is_end_of_text_and_no_target():
     windows = TokenWindows(np.array([5, 6, 7, 8, 9, 10], dtype=np.uint16), 4)
     ids, targets = windows.__getitems__([0, 4, 8])
     assert ids.tolist() == [[5, 6, 7, 8], [9, 10, 0, 0], [0, 0, 0, 0]]
     assert targets.tolist() == [[6, 7, 8, 9], [10, -100, -100, -100], [-100] * 4]
 
 
-def test_ids_above_32767_keep_their_sign():
+def test_ids_above_32767_stay_positive():
     windows = TokenWindows(np.array([65_535, 40_000, 1], dtype=np.uint16), 2)
     assert windows[0][0].tolist() == [65_535, 40_000]
+
+
+# ---------------------------------------------------------------------------- shuffled stories
+
+
+def stream(lengths: list[int]) -> np.ndarray:
+    """Stories of `lengths` tokens, end of text included, whose other ids are all different."""
+    ids = np.arange(1, sum(lengths) + 1, dtype=np.uint16)
+    ids[np.cumsum(lengths) - 1] = 0
+    return ids
+
+
+def shuffled(tokens: np.ndarray, seed: int, epoch: int) -> list[int]:
+    """The stream of an epoch, put together story by story."""
+    stories = np.split(tokens, np.flatnonzero(tokens == 0)[:-1] + 1)
+    return np.concatenate(
+        [stories[i] for i in story_permutation(len(stories), seed, epoch)]
+    ).tolist()
+
+
+lengths_of_stories = st.lists(st.integers(1, 12), min_size=1, max_size=20)
+
+
+@given(lengths_of_stories, st.integers(1, 5))
+def test_story_starts_are_found_across_chunks(lengths, chunk):
+    tokens = stream(lengths)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(windows_module, "_CHUNK", chunk)
+        assert story_starts(tokens).tolist() == [0, *np.cumsum(lengths)[:-1]]
+    assert story_starts(np.append(tokens, np.uint16(7))).tolist() == [0, *np.cumsum(lengths)]
+
+
+@given(lengths_of_stories, st.integers(1, 8), st.integers(0, 3), st.integers(0, 3))
+def test_story_windows_are_windows_of_the_permuted_stream(lengths, context_length, seed, epoch):
+    tokens = stream(lengths)
+    n_windows = (len(tokens) - 1) // context_length
+    windows = StoryWindows(tokens, context_length, seed)
+    starts = [epoch * len(tokens) + i * context_length for i in range(n_windows)]
+    if not starts:
+        return
+    permuted = torch.tensor(shuffled(tokens, seed, epoch))
+    ids, targets = windows.__getitems__(starts)
+    assert ids.dtype == targets.dtype == torch.int64
+    assert ids.flatten().tolist() == permuted[: n_windows * context_length].tolist()
+    assert targets.flatten().tolist() == permuted[1 : n_windows * context_length + 1].tolist()
+
+
+def test_story_order_is_a_function_of_seed_and_epoch_with_another_for_each():
+    orders = {tuple(story_permutation(50, seed, epoch)) for seed in range(5) for epoch in range(5)}
+    assert len(orders) == 25
+    assert story_permutation(8, seed=1, epoch=0).tolist() == [7, 3, 1, 5, 2, 0, 6, 4]
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=8, max_size=20),
+    world_size=st.integers(1, 3),
+    random_offset=st.booleans(),
+)
+def test_story_shuffle_reads_each_token_once_an_epoch_across_ranks(
+    lengths, world_size, random_offset
+):
+    tokens = stream([*lengths, 40])
+    shape = len(tokens), 4, 2
+    n_windows = (len(tokens) - 1 - 3 * random_offset) // 4
+    n_steps = 4 * n_windows // (2 * world_size)
+    ranks = [
+        BudgetSampler(*shape, n_steps, 1, 0, rank, world_size, random_offset, stories=True)
+        for rank in range(world_size)
+    ]
+    starts = [start for step in zip(*ranks, strict=True) for batch in step for start in batch]
+    # one StoryWindows a rank in a real run, equal by (seed, epoch)
+    ids, _ = StoryWindows(tokens, 4, 1).__getitems__(starts)
+    for epoch in range(len(ids) // n_windows):
+        offset = epoch_offset(4, 1, epoch) if random_offset else 0
+        expected = shuffled(tokens, 1, epoch)[offset : offset + 4 * n_windows]
+        read = ids[epoch * n_windows : (epoch + 1) * n_windows].flatten().tolist()
+        assert sorted(read) == sorted(expected)
+
+
+def test_story_shuffle_of_one_story_reads_it_as_window_shuffle_does():
+    book = stream([101])
+    args = 101, 10, 2, 20, 3
+    starts = list(BudgetSampler(*args, random_offset=True))
+    positions = list(BudgetSampler(*args, random_offset=True, stories=True))
+    plain, windows = TokenWindows(book, 10), StoryWindows(book, 10, 3)
+    for batch, shifted in zip(starts, positions, strict=True):
+        assert all(map(torch.equal, plain.__getitems__(batch), windows.__getitems__(shifted)))
+
+
+def test_story_windows_keep_the_tables_of_two_epochs_at_most():
+    tokens = stream([5] * 20)
+    windows = StoryWindows(tokens, 4, 1)
+    for epoch in range(6):
+        windows.__getitems__([epoch * 100, max(0, epoch - 1) * 100])
+    info = windows._table.cache_info()
+    assert (info.misses, info.currsize) == (6, 2)
 
 
 # ---------------------------------------------------------------------------- the training order
@@ -75,7 +176,7 @@ def sampler(n_windows: int, *args, **kwargs) -> BudgetSampler:
     world_size=st.integers(1, 3),
     seed=st.integers(0, 5),
 )
-def test_ranks_together_see_every_window_once_an_epoch(n_windows, batch_size, world_size, seed):
+def test_ranks_read_every_window_once_an_epoch(n_windows, batch_size, world_size, seed):
     n_steps = 3 * n_windows // (batch_size * world_size)
     ranks = [
         sampler(n_windows, batch_size, n_steps, seed, rank=rank, world_size=world_size)
@@ -90,7 +191,7 @@ def test_ranks_together_see_every_window_once_an_epoch(n_windows, batch_size, wo
         assert part == epoch_permutation(n_windows, seed, epoch).tolist()
 
 
-def test_each_epoch_and_each_seed_has_an_order_of_its_own():
+def test_each_epoch_and_each_seed_has_its_own_order():
     orders = {tuple(epoch_permutation(100, seed, epoch)) for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25
 
@@ -99,28 +200,28 @@ def test_the_order_is_the_same_on_every_machine():
     assert epoch_permutation(8, seed=1, epoch=0).tolist() == [5, 0, 1, 4, 2, 6, 3, 7]
 
 
-def test_with_an_offset_the_windows_lie_elsewhere_in_each_epoch_but_never_overlap():
+def test_random_offset_moves_the_windows_of_each_epoch_without_overlap():
     # 7 windows of 4 in 33 tokens, at most 3 of which an offset can leave out
-    made = BudgetSampler(33, 4, 7, n_steps=20, seed=1, random_offset=True)
-    epochs = [sorted(starts) for starts in made]
+    first_seed = BudgetSampler(33, 4, 7, n_steps=20, seed=1, random_offset=True)
+    epochs = [sorted(starts) for starts in first_seed]
     offsets = [starts[0] for starts in epochs]
     assert offsets[0] == 0
     assert set(offsets) == {0, 1, 2, 3}
     for offset, starts in zip(offsets, epochs, strict=True):
         assert starts == list(range(offset, offset + 28, 4))
     assert offsets == [epoch_offset(4, seed=1, epoch=epoch) for epoch in range(20)]
-    other = BudgetSampler(33, 4, 7, n_steps=20, seed=2, random_offset=True)
-    assert offsets != [min(starts) for starts in other]
+    other_seed = BudgetSampler(33, 4, 7, n_steps=20, seed=2, random_offset=True)
+    assert offsets != [min(starts) for starts in other_seed]
 
 
 @pytest.mark.parametrize("start_step", [0, 1, 7, 49, 50])
-def test_starting_at_a_step_is_skipping_the_steps_before(start_step):
+def test_start_step_skips_the_steps_before(start_step):
     whole = list(sampler(10, 4, 50, seed=3))
     assert len(whole) == 50
     assert list(sampler(10, 4, 50, seed=3, start_step=start_step)) == whole[start_step:]
 
 
-def test_too_few_windows_for_a_batch_is_one_line_with_what_would_fit():
+def test_too_few_windows_for_a_batch_names_the_largest_batch():
     sampler(32, 32, 1, seed=0)
     with pytest.raises(UserError, match=r"data\.batch_size=32\b.*\b12\b.*data\.batch_size=12\b"):
         sampler(12, 32, 1, seed=0)
@@ -149,14 +250,14 @@ def config(tmp_path_factory) -> DataConfig:
     )
 
 
-def opened(config: DataConfig, n_steps: int = 20, start_step: int = 0) -> DataModule:
+def data_module(config: DataConfig, n_steps: int = 20, start_step: int = 0) -> DataModule:
     data = DataModule(config, 16, n_steps, seed=1, start_step=start_step)
     data.prepare_data()
     data.setup("fit")
     return data
 
 
-def test_what_could_not_be_prepared_is_not_taken_for_ready(config, tmp_path):
+def test_failed_preparation_is_not_taken_for_ready(config, tmp_path):
     (tmp_path / "file").write_text("")
     broken = dataclasses.replace(config, cache_dir=str(tmp_path / "file/cache"))
     data = DataModule(broken, 16, n_steps=2, seed=1)
@@ -166,7 +267,7 @@ def test_what_could_not_be_prepared_is_not_taken_for_ready(config, tmp_path):
 
 
 def test_validation_loader_reads_its_whole_split_in_order_and_no_other(config):
-    data = opened(config)
+    data = data_module(config)
     targets = torch.cat([targets.flatten() for _, targets in data.val_dataloader()])
     known = targets[targets != IGNORE_INDEX]
     assert known.tolist() == data.valid.array()[1:].tolist()
@@ -177,7 +278,7 @@ def test_validation_loader_reads_its_whole_split_in_order_and_no_other(config):
 
 
 def test_training_loader_has_full_batches_for_the_whole_run(config):
-    data = opened(config, n_steps=2000)  # several epochs
+    data = data_module(config, n_steps=2000)  # several epochs
     batches = list(data.train_dataloader())
     assert len(batches) == 2000
     assert {batch.shape for pair in batches for batch in pair} == {(4, 16)}
@@ -196,7 +297,7 @@ class FakeTrainer:
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_share_the_validation_windows_without_repeats(config, world_size):
-    data = opened(config)
+    data = data_module(config)
     alone = torch.cat([targets for _, targets in data.val_dataloader()])
     assert len(alone) % 3  # so that some rank of three has a window of no token
     shares = []
@@ -211,7 +312,7 @@ def test_ranks_share_the_validation_windows_without_repeats(config, world_size):
 
 
 class Recorder(L.LightningModule):
-    """Trains nothing; keeps what it was given and the step it was given at."""
+    """Trains nothing, and records each batch with its step."""
 
     def __init__(self):
         super().__init__()
@@ -243,11 +344,15 @@ class SaveAt(L.Callback):
     "ignore:.*your dataloader is not resumable",  # it is: start_step
     "ignore:.*LeafSpec",  # within Lightning
 )
-@pytest.mark.parametrize("stopped_at", [7, 13])
-def test_a_resumed_run_sees_exactly_the_batches_that_were_left(config, tmp_path, stopped_at):
+@pytest.mark.parametrize("shuffle", ["stories", "windows"])
+@pytest.mark.parametrize("stopped_at", [7, 113])
+def test_resumed_run_reads_exactly_the_remaining_batches(config, tmp_path, stopped_at, shuffle):
+    n_steps = stopped_at + 13  # 113: in the second epoch
+    config = dataclasses.replace(config, shuffle=shuffle)
+
     def fit(start_step: int, resume: str | None = None) -> Recorder:
         trainer = L.Trainer(
-            max_steps=20,
+            max_steps=n_steps,
             max_epochs=-1,
             val_check_interval=5,
             check_val_every_n_epoch=None,
@@ -259,12 +364,12 @@ def test_a_resumed_run_sees_exactly_the_batches_that_were_left(config, tmp_path,
             callbacks=[SaveAt(stopped_at, checkpoint)],
         )
         module = Recorder()
-        data = DataModule(config, 16, 20, seed=1, start_step=start_step)
+        data = DataModule(config, 16, n_steps, seed=1, start_step=start_step)
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
         return module
 
     checkpoint = str(tmp_path / "stopped.ckpt")
     whole = fit(0)
     rest = fit(stopped_at, resume=checkpoint)
-    assert len(whole.seen) == 20
+    assert len(whole.seen) == n_steps
     assert rest.seen == whole.seen[stopped_at:]

@@ -71,6 +71,26 @@ def test_metadata_of_tinystories_names_the_data_and_the_license(run, tmp_path):
     assert data.tags == ["mini-gpt", "tinystories"]
 
 
+def test_card_shows_v1_beside_v2(run, tmp_path):
+    evaluate(Run.load(run), QUICK)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["valid_v1"] = {"perplexity": 9.87654, "bits_per_byte": 0.98765}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    card = card_of(exported(run, tmp_path / "out"))
+    assert row_of(card, "validation perplexity, V1") == "9.877"
+    assert row_of(card, "bits per byte, V1") == "0.9877"
+    assert card.index(f"**{evaluation['perplexity']:.3f}**") < card.index("9.877")
+
+
+def test_card_names_the_edition_of_the_sample_by_its_number_of_stories(run, tmp_path):
+    config, summary = Run.load(run).config, read_summary(run)
+    change_config(run, data=config["data"] | {"source": "tinystories_sample"})
+    for n_stories, number in ((39_927, "39,927"), (None, "14,849")):
+        summary["train_stories"] = n_stories
+        (run / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+        assert number in card_of(exported(run, tmp_path / number))
+
+
 @pytest.mark.parametrize("format", ["hf", "safetensors"])
 def test_crafted_values_stay_on_one_line_of_the_card(format, run, tmp_path):
     evaluate(Run.load(run), QUICK)
@@ -92,6 +112,16 @@ def test_crafted_values_stay_on_one_line_of_the_card(format, run, tmp_path):
     assert row_of(card, "training precision").startswith("32 \\| x # Heading --- ```")
     assert row_of(card, "training tokens").startswith("32")
     assert ModelCard.load(out / "README.md").data.model_name
+
+
+@pytest.mark.parametrize("v1", [CRAFTED, 1, {"perplexity": CRAFTED, "bits_per_byte": [1]}])
+def test_v1_numbers_of_a_wrong_type_stay_on_their_line_of_the_card(v1, run, tmp_path):
+    evaluate(Run.load(run), QUICK)
+    evaluation = json.loads((run / "evaluation.json").read_text()) | {"valid_v1": v1}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    card = card_of(exported(run, tmp_path / "out"))
+    assert "\n# Heading" not in card
+    assert row_of(card, "validation perplexity, V1") is not None
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -1, "many", [], {"a": 1}, True, 1e308])

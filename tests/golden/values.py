@@ -122,6 +122,7 @@ def overrides(size: str, optimizer: str, folder: Path) -> list[str]:
         f"data.train_files=['{STORIES}']",
         f"data.cache_dir='{folder / 'cache'}'",
         "data.vocab_size=1000",
+        "data.shuffle=windows",
         f"runs_dir='{folder / 'runs'}'",
         f"budget.tokens={STEPS * 8 * 256}",
         "optimizer.warmup_steps=5",

@@ -16,6 +16,8 @@ import torch
 
 from minigpt.core.hardware import cpu_has_bfloat16
 from minigpt.core.settings import UserError
+from minigpt.data import sources
+from minigpt.data.sources import Corpus
 from minigpt.evaluation import EvaluationConfig, StoriesConfig, evaluate
 from minigpt.kernels.choice import kernels_for
 from minigpt.model import GPT, GPTConfig
@@ -24,7 +26,7 @@ from minigpt.runs.folder import Run
 from minigpt.runs.records import read_metrics, read_samples, read_summary
 from minigpt.training import loop
 from minigpt.training.config import TrainerConfig
-from tests.conftest import ROOT, composed, trained_folder, write_stories
+from tests.conftest import ROOT, composed, naming, trained_folder, write_stories
 
 FEW = EvaluationConfig(stories=StoriesConfig(prompts=("Once",), n=1, max_tokens=5), words=("Tom",))
 
@@ -317,6 +319,22 @@ def test_a_run_whose_stories_changed_is_not_resumed(
     write_stories(tmp_path / "train.txt", 300, 9)
     with pytest.raises(UserError, match="train_tokens"):
         trained_folder([f"resume={stopped}"])
+
+
+def test_a_run_on_another_edition_of_the_sample_is_not_resumed(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    first, second = (tmp_path / "train.txt", tmp_path / "second.txt")
+    write_stories(second, 900, 9)
+    valid = (tmp_path / "valid.txt",)
+    monkeypatch.setattr(sources, "bundled_sample", lambda: Corpus((first,), valid))
+    sample = [word for word in tiny if not re.match(r"data=|data\.\w+_files=", word)]
+    stopped = stopped_at(5, monkeypatch, sample)
+    assert Run.load(stopped).config["data"]["source"] == "tinystories_sample"
+    monkeypatch.setattr(sources, "bundled_sample", lambda: Corpus((second,), valid))
+    with pytest.raises(UserError, match=naming("train_tokens")) as error:
+        trained_folder([f"resume={stopped}"])
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("callbacks", ["default", "quiet"])

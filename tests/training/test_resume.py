@@ -149,7 +149,7 @@ def test_the_card_tells_of_the_data_of_both(tiny: list[str], parent: Path, tmp_p
     out = tmp_path / "out"
     export(Run.load(child), out, ExportConfig("safetensors"))
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert "14,849" in card
+    assert "bundled sample" in card
     assert "texts" in card
     assert "license: " not in card
     assert read_run(child).epochs == pytest.approx(1280 / read_summary(child)["train_tokens"])
