@@ -26,6 +26,7 @@ from torch import Tensor
 
 from minigpt.analysis.embeddings import EmbeddingProbe, Tokens, tokens_or_reason
 from minigpt.analysis.repetition import NOVELTY_STORIES, Repetition, measure
+from minigpt.core.fields import documented
 from minigpt.core.files import write_json
 from minigpt.core.hardware import Hardware
 from minigpt.core.settings import UserError, build
@@ -64,6 +65,7 @@ class StoriesConfig:
             SamplingConfig(temperature=temperature, max_tokens=self.max_tokens)
 
 
+@documented
 @dataclass(frozen=True)
 class EvaluationConfig:
     """What to measure."""

@@ -16,6 +16,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from minigpt.core.fields import documented
 from minigpt.core.settings import UserError
 from minigpt.generation.decoder import Backend, Decoder, c_backend
 from minigpt.model import GPT
@@ -26,6 +27,7 @@ MAX_BATCH = 64  # rows of `iterate_stories`: 170 MB of keys and values at the me
 COLDEST = 1e-6  # below it all mass is on the likeliest token, and dividing by it overflows
 
 
+@documented
 @dataclass(frozen=True)
 class SamplingConfig:
     """How text is generated. Of several filters, top_k comes first, then top_p, then min_p."""
