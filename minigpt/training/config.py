@@ -273,7 +273,7 @@ class Schedule:
         per_step = windows * config.model.context_length
         n_steps, warmup = budget // per_step, config.optimizer.warmup_steps
         if n_steps < 1:
-            message = f"is less than one step of {per_step:,} tokens; lower data.batch_size or"
+            message = f"is less than one step of {per_step:,} tokens, which data.batch_size sets"
             raise UserError(message, "budget.tokens", budget, {"budget.tokens": per_step})
         length = f"{n_steps:,} steps of {per_step:,} tokens"
         if warmup >= n_steps:
