@@ -30,7 +30,9 @@ def field_docs(cls: type) -> dict[str, str]:
         for a class without source code, such as one that was typed into an interpreter.
     """
     docs: dict[str, str] = {}
-    for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
         try:
             (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
         except (OSError, TypeError, SyntaxError):

@@ -16,11 +16,10 @@ import lightning as L
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
-from minigpt.core.console import console
-from minigpt.core.distributed import global_rank
 from minigpt.core.files import write_json, write_text
+from minigpt.core.progress import Progress
 from minigpt.core.text import human_count, human_time
 from minigpt.generation.sampling import SamplingConfig, generate_stories
 from minigpt.model import perplexity
@@ -124,23 +123,27 @@ def _line(sample: dict[str, Any]) -> str:
 
 
 class TrainingProgress(Callback):
-    """One line: tokens seen, loss, perplexity, tokens per second, time left.
+    """Progress of training: tokens, loss, perplexity, tokens per second and time left.
 
-    Where the output is no terminal, a plain line at each validation takes its place.
+    Losses are those of the latest row of metrics.csv, so that no step waits for the device to show
+    one. Each validation logs a line of its own.
+
+    Args:
+        module: the model in training.
+        show: whether to show progress beside the line of each validation.
+        throughput: what measures the tokens per second.
     """
 
     def __init__(self, module: GPTModule, show: bool, throughput: Throughput) -> None:
-        self.module, self.throughput = module, throughput
+        self.module, self.throughput, self.loss = module, throughput, ""
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=8),
             TextColumn("{task.fields[seen]}"),
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
-            console=console,
-            disable=not (show and console.is_terminal) or global_rank() > 0,
+            show=show,
             refresh_per_second=4,
-            transient=True,
         )
 
     def on_train_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
@@ -149,23 +152,43 @@ class TrainingProgress(Callback):
         self.bar.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        if self.bar.disable or trainer.global_step % 5:
+        step, total, size = trainer.global_step, self.module.n_steps, self.module.tokens_per_step
+        if not self.bar.show:
             return
-        metrics = trainer.callback_metrics
-        size, loss = self.module.tokens_per_step, float(metrics["train/loss"])
-        numbers = f"loss {loss:.3f} · ppl {perplexity(loss):.2f}"
-        if "val/perplexity" in metrics:
-            numbers += f" · val {float(metrics['val/perplexity']):.2f}"
-        numbers += f" · {self.throughput.speed:,.0f} tok/s"
-        step, total = trainer.global_step, self.module.n_steps
+        if self.module.has_row(step):
+            metrics = trainer.callback_metrics
+            loss = float(metrics["train/loss"])
+            self.loss = f"loss {loss:.3f} · ppl {perplexity(loss):.2f} · "
+            if "val/perplexity" in metrics:
+                self.loss += f"val {float(metrics['val/perplexity']):.2f} · "
         seen = f"{human_count(step * size)}/{human_count(total * size)}"
+        if self.bar.plain:
+            seen = f"step {step:,}/{total:,} · {seen} tokens"
+        numbers = f"{self.loss}{self.throughput.speed:,.0f} tok/s"
         self.bar.update(self.task, completed=step, seen=seen, numbers=numbers)
 
-    def on_validation_start(self, *_: Any, **__: Any) -> None:
+    def on_validation_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         self.bar.update(self.task, description="validating")
+        n_batches = sum(trainer.num_val_batches)
+        self.validation = self.bar.add_task(
+            "validating", True, n_batches, visible=False, seen="", numbers=""
+        )
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        seen = f"batch {batch_idx + 1:,}/{sum(trainer.num_val_batches):,}"
+        self.bar.update(self.validation, advance=1, seen=seen)
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        self.bar.remove_task(self.validation)
         self.bar.update(self.task, description="training")
         seen = human_count(trainer.global_step * self.module.tokens_per_step)
         names, metrics = ("val/perplexity", "val/bits_per_byte"), trainer.callback_metrics

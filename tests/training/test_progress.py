@@ -1,0 +1,40 @@
+"""Where a run that writes into a file says that it is."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+RUN = (  # train.py, with a line for each step
+    "import sys, minigpt.core.progress as progress\n"
+    "progress.SHORTEST = progress.LONGEST = 0.0\n"
+    "sys.argv[0] = 'train.py'\n"
+    "from minigpt.cli.train import main; main()"
+)
+
+
+def test_a_run_into_a_file_writes_lines_of_each_stage(tiny: list[str], tmp_path: Path):
+    output = tmp_path / "output.txt"
+    with output.open("wb") as file:
+        command = [sys.executable, "-c", RUN, *tiny]
+        command += ["callbacks.progress_bar=true", "trainer.log_every_n_steps=4"]
+        subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=True)
+    text = output.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert all(line.isprintable() for line in lines)  # no fragments of a bar
+    for stage in ("training the tokenizer", "encoding the train split", "validating"):
+        assert any(line.startswith(f"{stage} · ") for line in lines), text
+    training = [line for line in lines if line.startswith("training · step ")]
+    assert len(training) == 20
+    pattern = r"step 9/20 · 576/1\.28k tokens · loss (\d\.\d+) · ppl (\d+\.\d+) · [\d,]+ tok/s"
+    assert re.search(pattern, training[8]), training[8]
+    assert " left" in training[8]
+    # The loss is the last one in metrics.csv, and is shown until there is another.
+    shown = [re.search(r"loss ([\d.]+)", line) for line in training]
+    assert shown[:3] == [None, None, None]
+    losses = [match[1] for match in shown[3:] if match]
+    assert len(losses) == 17
+    assert len(set(losses[:4])) == 1
+    assert len(set(losses)) == 5
