@@ -16,7 +16,6 @@ _OWN = {
     "ckpt": "The run to evaluate: its folder, or a checkpoint file in it.",
     "out": "Folder of evaluation.json; None means the run's, and the current one for an export.",
     "class_path": "Dotted path of the model's class; None means minigpt.model.GPT.",
-    "model.class_path": "Dotted path of the model's class; None means minigpt.model.GPT.",
 }
 
 
@@ -34,7 +33,7 @@ def settings_help(name: str, words: Sequence[str]) -> str:
         from minigpt.training.config import TrainConfig as Config
     else:
         from minigpt.evaluation import EvaluationConfig as Config
-    docs = _OWN | setting_docs(Config)
+    docs = setting_docs(Config)
     values = flat(defaults(name, ["data=text"]))  # with a corpus, evaluate has the data settings
     blocks = []
     for word in (word.partition("=")[0] for word in words):
@@ -42,8 +41,8 @@ def settings_help(name: str, words: Sequence[str]) -> str:
         if not chosen:
             raise UserError(unknown_name(word, [*values]))
         for key in chosen:
-            text = re.sub(r"\bNone\b", "null", docs[key])
-            indented = textwrap.fill(text, 90, initial_indent=" " * 4, subsequent_indent=" " * 4)
+            text = docs.get(key) or _OWN[key.removeprefix("model.")]
+            lines = textwrap.wrap(re.sub(r"\bNone\b", "null", text), 86)
             value = "<required>" if values[key] == "???" else hydra_value(values[key])
-            blocks.append(f"{key}={value}\n{indented}")
+            blocks.append("\n    ".join([f"{key}={value}", *lines]))
     return "\n".join(blocks)

@@ -31,20 +31,15 @@ def field_docs(cls: type) -> dict[str, str]:
     """
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
         try:
             (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        except (OSError, TypeError, SyntaxError):
+        except (OSError, TypeError, SyntaxError):  # `object`, for one
             continue
         assert isinstance(definition, ast.ClassDef)
-        for field, literal in pairwise(definition.body):
-            match field, literal:
-                case (
-                    ast.AnnAssign(target=ast.Name(id=name)),
-                    ast.Expr(value=ast.Constant(value=str(text))),
-                ):
-                    docs[name] = " ".join(text.split())
+        for field, following in pairwise(definition.body):
+            text = ast.get_docstring(ast.Module([following], []))
+            if isinstance(field, ast.AnnAssign) and text:
+                docs[ast.unparse(field.target)] = " ".join(text.split())
     return docs
 
 
@@ -59,12 +54,11 @@ def setting_docs(cls: type, prefix: str = "") -> dict[str, str]:
         The sentences by dotted name, such as "optimizer.lr", in the order of the fields.
     """
     docs: dict[str, str] = {}
-    sections = _sections(cls)
     for field in dataclasses.fields(cls):
-        if field.name in sections:
-            docs |= setting_docs(sections[field.name], f"{prefix}{field.name}.")
-        else:
-            docs[prefix + field.name] = field_docs(cls).get(field.name, "")
+        name = prefix + field.name
+        section = _sections(cls).get(field.name)
+        own = {name: field_docs(cls).get(field.name, "")}
+        docs |= setting_docs(section, f"{name}.") if section else own
     return docs
 
 
@@ -80,14 +74,11 @@ def documented(cls: C) -> C:
     return cls
 
 
-def _sections(cls: type) -> dict[str, type]:
-    """Return the fields of `cls` that hold a dataclass, perhaps or None, with its type."""
-    sections: dict[str, type] = {}
-    for name, hint in typing.get_type_hints(cls).items():
-        for option in typing.get_args(hint) or [hint]:
-            if isinstance(option, type) and dataclasses.is_dataclass(option):
-                sections[name] = option
-    return sections
+def _sections(cls: type) -> dict[str, Any]:
+    """Return the type of each field of `cls` that holds a dataclass, or a dataclass or None."""
+    hints = typing.get_type_hints(cls).items()
+    options = [(name, option) for name, hint in hints for option in typing.get_args(hint) or [hint]]
+    return {name: option for name, option in options if dataclasses.is_dataclass(option)}
 
 
 class _Docstring:

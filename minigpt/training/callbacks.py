@@ -16,7 +16,7 @@ import lightning as L
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TimeRemainingColumn
 
 from minigpt.core.files import write_json, write_text
 from minigpt.core.progress import Progress
@@ -136,15 +136,9 @@ class TrainingProgress(Callback):
 
     def __init__(self, module: GPTModule, show: bool, throughput: Throughput) -> None:
         self.module, self.throughput, self.loss = module, throughput, ""
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=8),
-            TextColumn("{task.fields[seen]}"),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
-            show=show,
-            refresh_per_second=4,
-        )
+        numbers = "{task.fields[seen]}", "{task.fields[numbers]}", TimeRemainingColumn()
+        columns = "{task.description}", BarColumn(bar_width=8), *numbers
+        self.bar = Progress(*columns, show=show, refresh_per_second=4)
 
     def on_train_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         total, step = self.module.n_steps, trainer.global_step
@@ -169,26 +163,17 @@ class TrainingProgress(Callback):
 
     def on_validation_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         self.bar.update(self.task, description="validating")
-        n_batches = sum(trainer.num_val_batches)
-        self.validation = self.bar.add_task(
-            "validating", True, n_batches, visible=False, seen="", numbers=""
-        )
+        total = sum(trainer.num_val_batches)
+        self.bar.add_task("validating", True, total, visible=False, seen="", numbers="")
 
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        seen = f"batch {batch_idx + 1:,}/{sum(trainer.num_val_batches):,}"
-        self.bar.update(self.validation, advance=1, seen=seen)
+    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+        task = self.bar.tasks[-1]
+        seen = f"batch {task.completed + 1:,}/{task.total:,}"
+        self.bar.update(task.id, advance=1, seen=seen)
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        self.bar.remove_task(self.validation)
+        self.bar.remove_task(self.bar.tasks[-1].id)
         self.bar.update(self.task, description="training")
         seen = human_count(trainer.global_step * self.module.tokens_per_step)
         names, metrics = ("val/perplexity", "val/bits_per_byte"), trainer.callback_metrics

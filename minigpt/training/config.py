@@ -94,19 +94,12 @@ class OptimizerConfig:
             schedule = "linear" if self.name == "muon" else "cosine"
             object.__setattr__(self, "schedule", schedule)
         if self.name == "adamw" and self.matrix_lr is not None:
-            raise UserError(
-                "is the learning rate of Muon; adamw uses lr for all weights", "matrix_lr"
-            )
+            raise UserError("is for Muon alone; adamw uses lr for all weights", "matrix_lr")
         check(self, "must be positive", lambda lr: lr > 0, "lr", "matrix_lr")
         check(self, "must be in [0, 1)", lambda x: 0 <= x < 1, "beta1", "beta2", "momentum")
         names = ("weight_decay", "warmup_steps", "grad_clip")
         check(self, "must not be negative", lambda x: x >= 0, *names)
-        check(
-            self,
-            "must be from 0 to 1, a share of the peak learning rate",
-            lambda x: 0 <= x <= 1,
-            "final_lr",
-        )
+        check(self, "must be a share of the peak, 0 to 1", lambda x: 0 <= x <= 1, "final_lr")
 
 
 @dataclass(frozen=True)
@@ -211,9 +204,7 @@ class TrainConfig:
         examples = {"runs_dir": "runs", "resume": "runs/<name>", "init_from": "releases/large"}
         for name, example in examples.items():
             if getattr(self, name) == "":
-                raise UserError(
-                    f"must not be empty: leave it out, or set one such as {example}", name
-                )
+                raise UserError(f"must not be empty: leave it out, or set {example}", name)
         fsdp, name = self.trainer.strategy == "fsdp", "trainer.strategy"
         if fsdp and self.callbacks.prompts:  # rank 0 alone samples, and has a share of the weights
             message = "cannot sample stories during training"
@@ -277,10 +268,7 @@ class Schedule:
             raise UserError(message, "budget.tokens", budget, {"budget.tokens": per_step})
         length = f"{n_steps:,} steps of {per_step:,} tokens"
         if warmup >= n_steps:
-            name, message = (
-                "optimizer.warmup_steps",
-                f"is too long for the budget, which is {length}",
-            )
+            name, message = "optimizer.warmup_steps", f"exceeds the budget, which is {length}"
             raise UserError(message, name, warmup, {name: n_steps // 10})
         if (max_steps := trainer.max_steps) not in (None, n_steps):
             message = f"contradicts budget.tokens={budget}, which is {length}"
