@@ -1,4 +1,4 @@
-"""What happens beside the training step: throughput, stories, progress bar, summary and report.
+"""Lightning callbacks: throughput, sample stories, progress, summary and report.
 
 Checkpoints are in checkpointing.py.
 """
@@ -35,20 +35,29 @@ log = logging.getLogger("minigpt")
 
 
 class Throughput(Callback):
-    """Logs `tokens_per_second` of training alone, over windows of `every` steps, and `mfu`.
+    """Log `tokens_per_second` and `mfu`, the model FLOPs utilisation, at each row of metrics.csv.
 
-    The time between two steps counts (data, logging), that of a validation does not. `seconds` is
-    the time spent on training so far, `speed` the tokens per second of the present window. `mfu` is
-    the model FLOPs that were used of the `peak` of all devices together, in FLOP/s (Chowdhery et
-    al. 2022, appendix B). Above 1 it says that the peak was measured while the machine was busy,
-    and the log tells how to have it measured again.
+    The time between two steps counts (data, logging), that of validations does not. `mfu` is the
+    share of the devices' peak that the model's own FLOPs reach (Chowdhery et al. 2022,
+    arXiv:2204.02311, appendix B). If it exceeds 1, the peak was measured on a busy machine, and a
+    warning says how to have it measured again.
+
+    Args:
+        module: the model in training.
+        every: number of steps over which the speed is averaged.
+        peak: peak of all devices together, in FLOP/s.
+        peak_file: file in which `peak` is stored.
+
+    Attributes:
+        seconds: time spent on training so far, earlier parts of a resumed run included.
+        speed: tokens per second over the current window of `every` steps.
     """
 
     def __init__(self, module: GPTModule, every: int, peak: float, peak_file: Path) -> None:
         self.module, self.every, self.peak, self.peak_file = module, every, peak, peak_file
         self.seconds, self.speed, self._warned = 0.0, 0.0, False
-        self._steps, self._elapsed = 0, 0.0  # in the present window
-        self._mark: float | None = None  # when the last step ended; None: behind a pause
+        self._steps, self._elapsed = 0, 0.0  # in the current window
+        self._mark: float | None = None  # end of the last step; None after a pause
 
     def on_train_batch_start(self, *_: Any, **__: Any) -> None:
         if self._mark is None:
@@ -67,8 +76,10 @@ class Throughput(Callback):
             self.module.log_dict({"tokens_per_second": self.speed, "mfu": mfu})
             if mfu > 1 and not self._warned and trainer.is_global_zero:
                 self._warned = True
-                reason = "the peak was measured while this machine was busy"
-                log.warning("mfu is above 1: %s; delete %s to repeat it", reason, self.peak_file)
+                reason = "the peak was measured on a busy machine"
+                log.warning(
+                    "mfu is above 1: %s; delete %s to measure it again", reason, self.peak_file
+                )
         if self._steps >= self.every * trainer.accumulate_grad_batches:
             self._steps, self._elapsed = 0, 0.0
 
@@ -83,9 +94,16 @@ class Throughput(Callback):
 
 
 class StorySamples(Callback):
-    """Continues each prompt after every validation; appends the stories to samples.jsonl.
+    """Continue each prompt after every validation and append the stories to samples.jsonl.
 
-    What stands there from after `start_step` is dropped: a resumed run will write it again.
+    Args:
+        module: the model in training.
+        folder: the run folder.
+        tokenizer: of the run.
+        config: prompts, temperature and length.
+        seed: seed of the sampling, the same at each validation.
+        start_step: step at which a resumed run starts; later stories in the file are dropped,
+            because the run writes them again.
     """
 
     def __init__(
@@ -188,9 +206,14 @@ class TrainingProgress(Callback):
 
 
 class RunReport(Callback):
-    """Writes summary.json and report.html when the run ends, however it ends.
+    """Write summary.json and report.html when the run ends, whether it finished or failed.
 
-    `facts` are what is known of the run before it starts: model, parameters, device, precision.
+    Args:
+        module: the model in training.
+        folder: the run folder.
+        facts: entries of the summary that are known before the run starts, such as its device.
+        throughput: what measures the time.
+        checkpoints: what knows the best validation loss.
     """
 
     def __init__(
@@ -209,8 +232,8 @@ class RunReport(Callback):
         interrupted = isinstance(exception, KeyboardInterrupt | SIGTERMException)
         try:
             self._write(trainer, "interrupted" if interrupted else "failed")
-        except OSError as error:  # a full disk: what stopped the run is to be told, not this
-            log.warning("no report: %s", error)
+        except OSError as error:  # a full disk; report the error that stopped the run, not this one
+            log.warning("cannot write the report: %s", error)
 
     @rank_zero_only
     def _write(self, trainer: L.Trainer, status: str) -> None:
