@@ -154,7 +154,7 @@ class GPTModule(L.LightningModule):
     def check_weights(self) -> None:
         """Raise UserError if a weight is not finite, in which case the next loss is not either."""
         if not all(bool(weight.isfinite().all()) for weight in self.net.parameters()):
-            self._diverged("weights became NaN or infinite")
+            self._diverged("weights became nan or infinite")
 
     def _check_finite(self, kind: str, loss: float) -> None:
         if not math.isfinite(loss):

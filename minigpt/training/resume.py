@@ -245,7 +245,5 @@ def _check_settings(config: TrainConfig, before: TrainConfig, folder: Path) -> N
     earlier = flat(settings_of(before))
     for name, value in flat(settings_of(config)).items():
         if name not in _MAY_CHANGE and earlier[name] != value:
-            message = (
-                f"{folder} was trained with another value: choose another name for the run, or"
-            )
+            message = f"{folder} was trained with another value; restore it or choose another name"
             raise UserError(message, name, value, {name: earlier[name]})

@@ -1,4 +1,4 @@
-"""Where a run that writes into a file says that it is."""
+"""Progress lines of a run whose output is a file."""
 
 import re
 import subprocess
@@ -31,10 +31,10 @@ def test_a_run_into_a_file_writes_lines_of_each_stage(tiny: list[str], tmp_path:
     pattern = r"step 9/20 · 576/1\.28k tokens · loss (\d\.\d+) · ppl (\d+\.\d+) · [\d,]+ tok/s"
     assert re.search(pattern, training[8]), training[8]
     assert " left" in training[8]
-    # The loss is the last one in metrics.csv, and is shown until there is another.
-    shown = [re.search(r"loss ([\d.]+)", line) for line in training]
-    assert shown[:3] == [None, None, None]
-    losses = [match[1] for match in shown[3:] if match]
+    # The loss is the last one in metrics.csv, and is repeated until there is another.
+    matches = [re.search(r"loss ([\d.]+)", line) for line in training]
+    assert matches[:3] == [None, None, None]
+    losses = [match[1] for match in matches[3:] if match]
     assert len(losses) == 17
     assert len(set(losses[:4])) == 1
     assert len(set(losses)) == 5
