@@ -45,16 +45,17 @@ class Throughput(Callback):
     Args:
         module: the model in training.
         every: number of steps over which the speed is averaged.
-        peak: peak of all devices together, in FLOP/s.
-        peak_file: file in which `peak` is stored.
+        peak_flops: peak of all devices together, in FLOP/s.
+        peak_file: file in which the measured peak is stored.
 
     Attributes:
         seconds: time spent on training so far, earlier parts of a resumed run included.
         speed: tokens per second over the current window of `every` steps.
     """
 
-    def __init__(self, module: GPTModule, every: int, peak: float, peak_file: Path) -> None:
-        self.module, self.every, self.peak, self.peak_file = module, every, peak, peak_file
+    def __init__(self, module: GPTModule, every: int, peak_flops: float, peak_file: Path) -> None:
+        self.module, self.every = module, every
+        self.peak_flops, self.peak_file = peak_flops, peak_file
         self.seconds, self.speed, self._warned = 0.0, 0.0, False
         self._steps, self._elapsed = 0, 0.0  # in the current window
         self._mark: float | None = None  # end of the last step; None after a pause
@@ -72,7 +73,7 @@ class Throughput(Callback):
         tokens_per_batch = self.module.tokens_per_step / trainer.accumulate_grad_batches
         self.speed = self._steps * tokens_per_batch / self._elapsed
         if self.module.has_row(trainer.global_step):
-            mfu = self.speed * self.module.net.flops_per_token() / self.peak
+            mfu = self.speed * self.module.net.flops_per_token() / self.peak_flops
             self.module.log_dict({"tokens_per_second": self.speed, "mfu": mfu})
             if mfu > 1 and not self._warned and trainer.is_global_zero:
                 self._warned = True

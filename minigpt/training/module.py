@@ -32,19 +32,19 @@ class GPTModule(L.LightningModule):
     """Train a GPT on windows of tokens, and log losses, perplexity and bits per byte.
 
     Args:
-        model: shape of the model.
+        config: shape of the model.
         optimizer: settings of the optimizer and its schedule.
         n_steps: number of updates in the whole run, at which the schedule ends.
         tokens_per_step: number of tokens in an update, over all devices and accumulated batches.
         bytes_per_token: mean of the validation split; turns nats per token into bits per byte.
         extra_hparams: plain values to store in each checkpoint, such as the tokenizer's
             fingerprint.
-        factory: `GPT`, a class derived from it, or a function from `model` to a GPT.
+        factory: `GPT`, a class derived from it, or a function from `config` to a GPT.
     """
 
     def __init__(
         self,
-        model: GPTConfig,
+        config: GPTConfig,
         optimizer: OptimizerConfig,
         n_steps: int,
         tokens_per_step: int,
@@ -53,14 +53,14 @@ class GPTModule(L.LightningModule):
         factory: Callable[[Any], GPT] = GPT,
     ) -> None:
         super().__init__()
-        sections = {"model": dataclasses.asdict(model), "optimizer": dataclasses.asdict(optimizer)}
+        sections = {"model": dataclasses.asdict(config), "optimizer": dataclasses.asdict(optimizer)}
         steps = {"n_steps": n_steps, "tokens_per_step": tokens_per_step}
         # Plain values alone, because checkpoints are read with weights_only=True.
         self.save_hyperparameters({**sections, **steps, **(extra_hparams or {})}, logger=False)
-        self.net = factory(model)
+        self.net = factory(config)
         self.fast_loss: Loss | None = None  # a faster computation of `net.loss`
         self.settings = optimizer
-        self.peak_lrs = peak_lrs(optimizer, model.d_model)
+        self.peak_lrs = peak_lrs(optimizer, config.d_model)
         self.n_steps, self.tokens_per_step = n_steps, tokens_per_step
         self.bytes_per_token = bytes_per_token
         self.val_nats = MeanMetric()

@@ -39,10 +39,10 @@ def default_matrix_lr(d_model: int) -> float:
 
 def peak_lrs(config: OptimizerConfig, d_model: int) -> dict[str, float]:
     """Return the peak learning rates at width `d_model`, by the name of their setting."""
-    peaks = {"lr": config.lr or default_lr(d_model, config.name)}
+    lrs = {"lr": config.lr or default_lr(d_model, config.name)}
     if config.name == "muon":
-        peaks["matrix_lr"] = config.matrix_lr or default_matrix_lr(d_model)
-    return peaks
+        lrs["matrix_lr"] = config.matrix_lr or default_matrix_lr(d_model)
+    return lrs
 
 
 def lr_factor(
@@ -84,7 +84,7 @@ def make_optimizer(
         fused: whether AdamW runs as one kernel.
         dtype: of Muon's matrix products, for which bfloat16 is precise enough.
     """
-    peaks = peak_lrs(config, d_model)
+    lrs = peak_lrs(config, d_model)
     matrices, embeddings, vectors = [], [], []  # vectors: biases and norms
     for name, parameter in net.named_parameters():
         is_embedding = "embedding" in name
@@ -93,10 +93,10 @@ def make_optimizer(
     decayed = embeddings if config.name == "muon" else matrices + embeddings
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": vectors}]
     betas = config.beta1, config.beta2
-    adamw = AdamW(groups, peaks["lr"], betas, weight_decay=0.0, fused=fused)
+    adamw = AdamW(groups, lrs["lr"], betas, weight_decay=0.0, fused=fused)
     if config.name == "adamw":
         return adamw
-    muon = Muon(matrices, peaks["matrix_lr"], config.momentum, config.weight_decay, dtype)
+    muon = Muon(matrices, lrs["matrix_lr"], config.momentum, config.weight_decay, dtype)
     return CombinedOptimizer(adamw, muon)
 
 

@@ -48,7 +48,7 @@ class ResumeState:
     """Number of updates so far."""
     hyper_parameters: dict[str, Any] | None = None
     """Hyperparameters in the checkpoint; None for a new run."""
-    net: GPT | None = None
+    parent_model: GPT | None = None
     """Model of the parent run; None for random weights and for a resumed run."""
     tokenizer: Tokenizer | None = None
     """Tokenizer of the parent run; None if one is trained on the stories."""
@@ -74,9 +74,10 @@ class ResumeState:
             if config.init_from is None:
                 return cls(config)
             run = Run.load(config.init_from, model)
-            net = run.load_model()
-            _check_shape(config, net.config, run)
-            return cls(config, net=net, tokenizer=run.tokenizer, parent=_parent(run, net))
+            parent_model = run.load_model()
+            _check_shape(config, parent_model.config, run)
+            parent = _parent(run, parent_model)
+            return cls(config, parent_model=parent_model, tokenizer=run.tokenizer, parent=parent)
         assert config.resume is not None
         checkpoint = last_checkpoint(folder if config.resume == AUTO else Path(config.resume))
         run = Run(folder, checkpoint)
@@ -123,8 +124,8 @@ class ResumeState:
             self.config.model, self.config.optimizer, schedule.n_steps, schedule.tokens_per_step,
             data.valid.bytes_per_token, extra, model or GPT,
         )  # fmt: skip
-        if self.net is not None:
-            module.net.load_state_dict(self.net.state_dict())
+        if self.parent_model is not None:
+            module.net.load_state_dict(self.parent_model.state_dict())
         self._check_unchanged(module)
         return module
 
@@ -198,8 +199,8 @@ def _check_shape(config: TrainConfig, trained: GPTConfig, run: Run) -> None:
         raise UserError("has a model of another shape", "init_from", config.init_from, fix)
 
 
-def _parent(run: Run, net: GPT) -> Parent:
-    """Return the provenance record for a run that starts with `net`, the weights of `run`."""
+def _parent(run: Run, model: GPT) -> Parent:
+    """Return the provenance record for a run that starts with `model`, the model of `run`."""
     summary = run.summary
     grandparent = parent_of(summary, run.folder / SUMMARY)
 
@@ -210,7 +211,7 @@ def _parent(run: Run, net: GPT) -> Parent:
     try:
         entry = {
             "name": run.folder.resolve().name,
-            "weights": weights_fingerprint(net),
+            "weights": weights_fingerprint(model),
             "tokens": total("tokens"),
             "seconds": total("seconds"),
             "sources": [
