@@ -61,10 +61,12 @@ class Throughput(Callback):
         self._mark: float | None = None  # end of the last step; None after a pause
 
     def on_train_batch_start(self, *_: Any, **__: Any) -> None:
+        """Start the clock after a pause."""
         if self._mark is None:
             self._mark = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Update `seconds` and `speed`, and log both metrics if the step has a row."""
         assert self._mark is not None
         now = time.perf_counter()
         self._elapsed += now - self._mark
@@ -85,12 +87,15 @@ class Throughput(Callback):
             self._steps, self._elapsed = 0, 0.0
 
     def on_validation_start(self, *_: Any, **__: Any) -> None:
+        """Stop the clock until the next training step."""
         self._mark = None
 
     def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint stores."""
         return {"seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the training time from a checkpoint."""
         self.seconds = state_dict["seconds"]
 
 
@@ -117,12 +122,14 @@ class StorySamples(Callback):
 
     @rank_zero_only
     def on_fit_start(self, *_: Any, **__: Any) -> None:
+        """Drop the stories that a resumed run will write again."""
         samples = read_samples(self.path.parent)
         before = [sample for sample in samples if sample["step"] <= self.start_step]
         write_text(self.path, "".join(_line(sample) for sample in before))
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Write a story for each prompt."""
         net, step = self.module.net, trainer.global_step
         with self.path.open("a", encoding="utf-8") as file:
             for prompt in self.config.prompts:
@@ -160,11 +167,13 @@ class TrainingProgress(Callback):
         self.bar = Progress(*columns, show=show, refresh_per_second=4)
 
     def on_train_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Start the bar at the current step."""
         total, step = self.module.n_steps, trainer.global_step
         self.task = self.bar.add_task("training", True, total, step, seen="", numbers="")
         self.bar.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Show the step, its tokens, the latest losses and the speed."""
         step, total, size = trainer.global_step, self.module.n_steps, self.module.tokens_per_step
         if not self.bar.show:
             return
@@ -181,17 +190,20 @@ class TrainingProgress(Callback):
         self.bar.update(self.task, completed=step, seen=seen, numbers=numbers)
 
     def on_validation_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Start to count the batches of the validation."""
         self.bar.update(self.task, description="validating")
         total = sum(trainer.num_val_batches)
         self.bar.add_task("validating", True, total, visible=False, seen="", numbers="")
 
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+        """Count a batch of the validation."""
         task = self.bar.tasks[-1]
         seen = f"batch {task.completed + 1:,}/{task.total:,}"
         self.bar.update(task.id, advance=1, seen=seen)
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Log the result of the validation."""
         self.bar.remove_task(self.bar.tasks[-1].id)
         self.bar.update(self.task, description="training")
         seen = human_count(trainer.global_step * self.module.tokens_per_step)
@@ -200,9 +212,11 @@ class TrainingProgress(Callback):
         log.info("%s tokens: validation perplexity %.3f, %.4f bits per byte", seen, *values)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Remove the bar."""
         self.bar.stop()
 
     def on_exception(self, *_: Any, **__: Any) -> None:
+        """Remove the bar."""
         self.bar.stop()
 
 
@@ -225,11 +239,13 @@ class RunReport(Callback):
         self.throughput, self.checkpoints = throughput, checkpoints
 
     def on_train_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Write both files for a run that finished."""
         self._write(trainer, "finished")
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
+        """Write both files for a run that was interrupted or failed."""
         interrupted = isinstance(exception, KeyboardInterrupt | SIGTERMException)
         try:
             self._write(trainer, "interrupted" if interrupted else "failed")

@@ -145,6 +145,7 @@ class Checkpoints(Callback):
             signal.signal(signal.SIGINT, self._handlers[number])
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Write the pending checkpoint, and stop if a signal asked for it."""
         self.files.write_held()
         if self._stop_signal and self._is_saved:
             if self._stop_signal == signal.SIGINT:
@@ -157,6 +158,7 @@ class Checkpoints(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Collect a checkpoint if one is due or the run is about to stop."""
         assert isinstance(trainer.val_check_batch, int)
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # in the middle of a step
@@ -175,6 +177,7 @@ class Checkpoints(Callback):
             self._save(trainer, LAST)
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Write last.ckpt, and best.ckpt if the validation loss is the lowest."""
         loss = float(trainer.callback_metrics["val/loss"])
         if loss < self.best_val_loss:
             self.best_val_loss = loss
@@ -182,6 +185,7 @@ class Checkpoints(Callback):
         self._save(trainer, LAST)
 
     def teardown(self, *_: Any, **__: Any) -> None:
+        """Restore the signal handlers."""
         for number, handler in self._handlers.items():
             if signal.getsignal(number) == self._ask_to_stop:
                 signal.signal(number, handler)
@@ -195,9 +199,11 @@ class Checkpoints(Callback):
         self._is_saved = name == LAST
 
     def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint stores."""
         return {"best_val_loss": self.best_val_loss}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the lowest validation loss from a checkpoint."""
         self.best_val_loss = state_dict["best_val_loss"]
 
 
