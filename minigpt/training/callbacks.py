@@ -79,10 +79,8 @@ class Throughput(Callback):
             self.module.log_dict({"tokens_per_second": self.speed, "mfu": mfu})
             if mfu > 1 and not self._warned and trainer.is_global_zero:
                 self._warned = True
-                reason = "the peak was measured on a busy machine"
-                log.warning(
-                    "mfu is above 1: %s; delete %s to measure it again", reason, self.peak_file
-                )
+                message = "mfu is above 1, so its peak is too low: delete %s to measure it again"
+                log.warning(message, self.peak_file)
         if self._steps >= self.every * trainer.accumulate_grad_batches:
             self._steps, self._elapsed = 0, 0.0
 
@@ -105,7 +103,7 @@ class StorySamples(Callback):
     Args:
         module: the model in training.
         folder: the run folder.
-        tokenizer: of the run.
+        tokenizer: tokenizer of the run.
         config: prompts, temperature and length.
         seed: seed of the sampling, the same at each validation.
         start_step: step at which a resumed run starts; later stories in the file are dropped,
@@ -124,8 +122,8 @@ class StorySamples(Callback):
     def on_fit_start(self, *_: Any, **__: Any) -> None:
         """Drop the stories that a resumed run will write again."""
         samples = read_samples(self.path.parent)
-        before = [sample for sample in samples if sample["step"] <= self.start_step]
-        write_text(self.path, "".join(_line(sample) for sample in before))
+        earlier = [sample for sample in samples if sample["step"] <= self.start_step]
+        write_text(self.path, "".join(_line(sample) for sample in earlier))
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
@@ -157,19 +155,19 @@ class TrainingProgress(Callback):
     Args:
         module: the model in training.
         show: whether to show progress beside the line of each validation.
-        throughput: what measures the tokens per second.
+        throughput: the callback that measures the tokens per second.
     """
 
     def __init__(self, module: GPTModule, show: bool, throughput: Throughput) -> None:
         self.module, self.throughput, self.loss = module, throughput, ""
-        numbers = "{task.fields[seen]}", "{task.fields[numbers]}", TimeRemainingColumn()
+        numbers = "{task.fields[position]}", "{task.fields[numbers]}", TimeRemainingColumn()
         columns = "{task.description}", BarColumn(bar_width=8), *numbers
         self.bar = Progress(*columns, show=show, refresh_per_second=4)
 
     def on_train_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         """Start the bar at the current step."""
         total, step = self.module.n_steps, trainer.global_step
-        self.task = self.bar.add_task("training", True, total, step, seen="", numbers="")
+        self.task = self.bar.add_task("training", True, total, step, position="", numbers="")
         self.bar.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
@@ -183,33 +181,33 @@ class TrainingProgress(Callback):
             self.loss = f"loss {loss:.3f} · ppl {perplexity(loss):.2f} · "
             if "val/perplexity" in metrics:
                 self.loss += f"val {float(metrics['val/perplexity']):.2f} · "
-        seen = f"{human_count(step * size)}/{human_count(total * size)}"
+        position = f"{human_count(step * size)}/{human_count(total * size)}"
         if self.bar.plain:
-            seen = f"step {step:,}/{total:,} · {seen} tokens"
+            position = f"step {step:,}/{total:,} · {position} tokens"
         numbers = f"{self.loss}{self.throughput.speed:,.0f} tok/s"
-        self.bar.update(self.task, completed=step, seen=seen, numbers=numbers)
+        self.bar.update(self.task, completed=step, position=position, numbers=numbers)
 
     def on_validation_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         """Start to count the batches of the validation."""
         self.bar.update(self.task, description="validating")
         total = sum(trainer.num_val_batches)
-        self.bar.add_task("validating", True, total, visible=False, seen="", numbers="")
+        self.bar.add_task("validating", True, total, visible=False, position="", numbers="")
 
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
         """Count a batch of the validation."""
         task = self.bar.tasks[-1]
-        seen = f"batch {task.completed + 1:,}/{task.total:,}"
-        self.bar.update(task.id, advance=1, seen=seen)
+        position = f"batch {task.completed + 1:,}/{task.total:,}"
+        self.bar.update(task.id, advance=1, position=position)
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         """Log the result of the validation."""
         self.bar.remove_task(self.bar.tasks[-1].id)
         self.bar.update(self.task, description="training")
-        seen = human_count(trainer.global_step * self.module.tokens_per_step)
+        tokens = human_count(trainer.global_step * self.module.tokens_per_step)
         names, metrics = ("val/perplexity", "val/bits_per_byte"), trainer.callback_metrics
         values = (metrics[name] for name in names)
-        log.info("%s tokens: validation perplexity %.3f, %.4f bits per byte", seen, *values)
+        log.info("%s tokens: validation perplexity %.3f, %.4f bits per byte", tokens, *values)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Remove the bar."""
@@ -227,8 +225,8 @@ class RunReport(Callback):
         module: the model in training.
         folder: the run folder.
         facts: entries of the summary that are known before the run starts, such as its device.
-        throughput: what measures the time.
-        checkpoints: what knows the best validation loss.
+        throughput: the callback that measures the time.
+        checkpoints: the callback that tracks the lowest validation loss.
     """
 
     def __init__(

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from minigpt.runs.records import read_metrics
 from tests.conftest import ROOT
 
 RUN = (  # train.py, with a line for each step
@@ -31,10 +32,11 @@ def test_a_run_into_a_file_writes_lines_of_each_stage(tiny: list[str], tmp_path:
     pattern = r"step 9/20 · 576/1\.28k tokens · loss (\d\.\d+) · ppl (\d+\.\d+) · [\d,]+ tok/s"
     assert re.search(pattern, training[8]), training[8]
     assert " left" in training[8]
-    # The loss is the last one in metrics.csv, and is repeated until there is another.
+    # The loss is the latest one in metrics.csv, and is repeated until there is another.
     matches = [re.search(r"loss ([\d.]+)", line) for line in training]
-    assert matches[:3] == [None, None, None]
-    losses = [match[1] for match in matches[3:] if match]
-    assert len(losses) == 17
-    assert len(set(losses[:4])) == 1
-    assert len(set(losses)) == 5
+    losses = [match and match[1] for match in matches]
+    (folder,) = (tmp_path / "runs").iterdir()
+    rows = {row["step"]: row["train/loss"] for row in read_metrics(folder) if "train/loss" in row}
+    assert list(rows) == [4, 8, 12, 16, 20]
+    expected = [rows.get(4 * (step // 4)) for step in range(1, 21)]
+    assert losses == [loss and f"{loss:.3f}" for loss in expected]
