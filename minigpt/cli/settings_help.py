@@ -41,7 +41,7 @@ def settings_help(name: str, words: Sequence[str]) -> str:
         if not chosen:
             raise UserError(unknown_name(word, [*values]))
         for key in chosen:
-            text = docs.get(key) or _OWN[key.removeprefix("model.")]
+            text = docs.get(key, _OWN.get(key.removeprefix("model."), ""))
             lines = textwrap.wrap(re.sub(r"\bNone\b", "null", text), 86)
             value = "<required>" if values[key] == "???" else hydra_value(values[key])
             blocks.append("\n    ".join([f"{key}={value}", *lines]))
