@@ -143,7 +143,7 @@ class BudgetConfig:
     """Length of a run."""
 
     tokens: int = 10_000_000
-    """Number of training tokens to read, repetitions included; the run ends with a whole update."""
+    """Number of training tokens, repetitions included, rounded down to whole updates."""
 
     def __post_init__(self) -> None:
         check(self, "must be at least 1", lambda n: n >= 1, "tokens")
