@@ -204,7 +204,7 @@ class TrainConfig:
         examples = {"runs_dir": "runs", "resume": "runs/<name>", "init_from": "releases/large"}
         for name, example in examples.items():
             if getattr(self, name) == "":
-                raise UserError(f"must not be empty: leave it out, or set {example}", name)
+                raise UserError("must not be empty", name, fix={name: example})
         fsdp, name = self.trainer.strategy == "fsdp", "trainer.strategy"
         if fsdp and self.callbacks.prompts:  # rank 0 alone samples, and has a share of the weights
             message = "cannot sample stories during training"
