@@ -39,6 +39,8 @@ class Progress(progress.Progress):
         options = {"console": console, "transient": True} | options
         self.show = show and global_rank() == 0
         self.plain = self.show and not options["console"].is_terminal
+        if self.plain:  # a mean over more time, for lines that stay to be read
+            options["speed_estimate_period"] = 300.0
         super().__init__(*columns, disable=not self.show or self.plain, **options)
         self._next_line: dict[progress.TaskID, float] = {}
 
