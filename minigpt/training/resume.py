@@ -143,9 +143,7 @@ class ResumeState:
                 changed.append(key)
         if changed:
             message = f"{self.checkpoint} cannot be resumed: {', '.join(changed)} changed since"
-            raise UserError(
-                f"{message}; restore the stories and the number of devices, or start a new run"
-            )
+            raise UserError(f"{message}; restore stories and number of devices, or start a new run")
 
     def clear(self, folder: Path) -> None:
         """Remove the temporary files of a killed process, and rename damaged checkpoints."""
@@ -202,11 +200,11 @@ def _check_shape(config: TrainConfig, trained: GPTConfig, run: Run) -> None:
 def _parent(run: Run, model: GPT) -> Parent:
     """Return the provenance record for a run that starts with `model`, the model of `run`."""
     summary = run.summary
-    grandparent = parent_of(summary, run.folder / SUMMARY)
+    parent = parent_of(summary, run.folder / SUMMARY)
 
     def total(name: str) -> Any:
-        own, earlier = summary.get(name), getattr(grandparent, name) if grandparent else 0
-        return None if own is None or earlier is None else earlier + own
+        own, before = summary.get(name), getattr(parent, name) if parent else 0
+        return None if own is None or before is None else before + own
 
     try:
         entry = {
@@ -214,10 +212,7 @@ def _parent(run: Run, model: GPT) -> Parent:
             "weights": weights_fingerprint(model),
             "tokens": total("tokens"),
             "seconds": total("seconds"),
-            "sources": [
-                *(grandparent.sources if grandparent else []),
-                run.config["data"]["source"],
-            ],
+            "sources": [*(parent.sources if parent else []), run.config["data"]["source"]],
         }
     except (KeyError, TypeError):
         message = f"{run.folder} has no record of its training"
