@@ -128,10 +128,10 @@ class StorySamples(Callback):
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         """Write a story for each prompt."""
-        net, step = self.module.net, trainer.global_step
+        model, step = self.module.net, trainer.global_step
         with self.path.open("a", encoding="utf-8") as file:
             for prompt in self.config.prompts:
-                (story,) = generate_stories(net, self.tokenizer, prompt, 1, self.sampling)
+                (story,) = generate_stories(model, self.tokenizer, prompt, 1, self.sampling)
                 sample = {
                     "step": step,
                     "tokens": step * self.module.tokens_per_step,

@@ -170,13 +170,13 @@ def _hardware(c: TrainerConfig) -> Hardware:
 
 def _speed_up(module: GPTModule, kernels: Kernels, c: TrainerConfig) -> None:
     """Select the computation of the loss: `kernels`, compiled or in micro-batches if possible."""
-    net = module.net.use(kernels)
+    model = module.net.use(kernels)
     if kernels.name == "cpu" and not is_tuned():
         log.info("memory     minigpt.tune_process() makes training on this CPU faster")
     if c.compile:  # not the whole model, which would rename its weights
-        module.fast_loss = torch.compile(net.loss)
+        module.fast_loss = torch.compile(model.loss)
     elif kernels.name == "cpu" and c.strategy != "fsdp":  # fsdp gathers weights for a single pass
-        module.fast_loss = microbatched_loss(net)
+        module.fast_loss = microbatched_loss(model)
 
 
 def _class_setting(config: TrainConfig) -> dict[str, str]:
@@ -288,7 +288,7 @@ class _Training:
 
     def _facts(self) -> dict[str, Any]:
         """Return the entries of the summary that are known before the run starts."""
-        net, hardware, commits = self.module.net, self.hardware, source_commit()
+        model, hardware, commits = self.module.net, self.hardware, source_commit()
         with contextlib.suppress(UserError):  # a broken summary is replaced
             earlier = read_summary(self.folder).get("commit")
             if isinstance(earlier, str):  # those of earlier parts of the run
@@ -296,9 +296,9 @@ class _Training:
         parent = self.start.parent
         return {
             "model": self.config.size,
-            "parameters": net.n_parameters,
-            "non_embedding_parameters": net.n_parameters - net.n_embedding_parameters,
-            "flops_per_token": net.flops_per_token(),
+            "parameters": model.n_parameters,
+            "non_embedding_parameters": model.n_parameters - model.n_embedding_parameters,
+            "flops_per_token": model.flops_per_token(),
             "train_tokens": self.data.train.n_tokens,  # in the split; epochs = tokens / these
             "seed": self.config.seed,
             "device": hardware.accelerator,

@@ -57,7 +57,7 @@ class GPTModule(L.LightningModule):
         steps = {"n_steps": n_steps, "tokens_per_step": tokens_per_step}
         # Plain values alone, because checkpoints are read with weights_only=True.
         self.save_hyperparameters({**sections, **steps, **(extra_hparams or {})}, logger=False)
-        self.net = factory(config)
+        self.net = factory(config)  # "net" is part of the names of weights in checkpoints
         self.fast_loss: Loss | None = None  # a faster computation of `net.loss`
         self.settings = optimizer
         self.peak_lrs = peak_lrs(optimizer, config.d_model)

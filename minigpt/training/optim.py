@@ -69,16 +69,16 @@ def lr_factor(
 
 
 def make_optimizer(
-    net: nn.Module,
+    model: nn.Module,
     config: OptimizerConfig,
     d_model: int,
     fused: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> Optimizer:
-    """Return the optimizer of the weights of `net`; only matrices have weight decay.
+    """Return the optimizer of the weights of `model`; only matrices have weight decay.
 
     Args:
-        net: the model. Its matrices with "embedding" in their name are trained by AdamW.
+        model: matrices with "embedding" in their name are trained by AdamW beside Muon.
         config: name and settings of the optimizer.
         d_model: width of the model, which the default learning rates depend on.
         fused: whether AdamW runs as one kernel.
@@ -86,7 +86,7 @@ def make_optimizer(
     """
     lrs = peak_lrs(config, d_model)
     matrices, embeddings, vectors = [], [], []  # vectors: biases and norms
-    for name, parameter in net.named_parameters():
+    for name, parameter in model.named_parameters():
         is_embedding = "embedding" in name
         group = vectors if parameter.dim() < 2 else embeddings if is_embedding else matrices
         group.append(parameter)
