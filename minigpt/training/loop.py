@@ -161,9 +161,7 @@ def _hardware(c: TrainerConfig) -> Hardware:
         fix = {"trainer.accelerator": "cpu"}
         raise UserError(message, "trainer.strategy", c.strategy, fix)
     if hardware.world_size > 1 and not may_start_processes():
-        message = (
-            "each device needs a process, which only the command line, torchrun and srun start"
-        )
+        message = "needs a process per device, started by the command line, torchrun or srun"
         raise UserError(message, "trainer.devices", hardware.devices, {"trainer.devices": "1"})
     return hardware
 
