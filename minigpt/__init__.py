@@ -77,6 +77,8 @@ def __getattr__(name: str) -> Any:
             value = "0.1.0"
     elif name in _MODULE_OF:
         value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+        if name == "GPTConfig":  # model.py imports nothing of the package
+            value = importlib.import_module("minigpt.core.fields").documented(value)
     else:
         raise AttributeError(
             f"module 'minigpt' has no attribute '{name}': choose from {', '.join(__all__)}"

@@ -20,13 +20,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from minigpt.analysis.embeddings import EmbeddingProbe, Tokens, tokens_or_reason
 from minigpt.analysis.repetition import NOVELTY_STORIES, Repetition, measure
+from minigpt.core.fields import documented
 from minigpt.core.files import write_json
 from minigpt.core.hardware import Hardware
+from minigpt.core.progress import track
 from minigpt.core.settings import UserError, build
 from minigpt.data.config import DataConfig, with_cache_here
 from minigpt.data.preparation import prepare_split
@@ -69,6 +70,7 @@ class StoriesConfig:
             SamplingConfig(temperature=temperature, max_tokens=self.max_tokens)
 
 
+@documented
 @dataclass(frozen=True)
 class EvaluationConfig:
     """Settings of an evaluation: the text to score, the stories to generate, the words to probe."""
@@ -175,14 +177,11 @@ def evaluate_loss(
     batches = [range(n_windows)[i : i + batch_size] for i in range(0, n_windows, batch_size)]
     half = torch.float16 if precision == "16-mixed" else torch.bfloat16
     mixed = torch.autocast(device.type, half, enabled=precision.endswith("-mixed"))
-    hidden = console is None or not console.is_terminal
     nats, n_tokens = 0.0, 0
     with torch.inference_mode(), mixed, contextlib.ExitStack() as at_exit:
         at_exit.callback(model.train, model.training)
         model.eval()
-        for batch in track(
-            batches, "validation split", console=console, transient=True, disable=hidden
-        ):
+        for batch in track(batches, "validation split", console):
             ids, targets = windows(tokens, batch, context, stride)
             n = int((targets != IGNORE_INDEX).sum())
             nats += n * model.loss(ids.to(device), targets.to(device)).item()

@@ -28,6 +28,7 @@ from minigpt.analysis.coherence import (
 from minigpt.analysis.embedding_map import FewWordsError, caption, embedding_map, write_map
 from minigpt.analysis.embeddings import EmbeddingProbe
 from minigpt.analysis.repetition import COPIED, NOVELTY_STORIES, Repetition, measure
+from minigpt.core.fields import documented
 from minigpt.core.files import write_json, write_text
 from minigpt.core.hardware import Hardware
 from minigpt.core.plots import INK, new_figure, write_png
@@ -51,6 +52,7 @@ JSON_NAMES = {"protagonist_retention": "hero_kept", "name_recurrence": "names_ba
 SAMPLE_PROMPT, SAMPLE_TEMPERATURE, SAMPLE_TOKENS = "Once upon a time", 0.8, 256
 
 
+@documented
 @dataclass(frozen=True)
 class StudyConfig:
     """Settings of the stories that are compared."""

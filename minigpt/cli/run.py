@@ -76,7 +76,13 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
 def _prepare(name: str, program: Program, arguments: list[str]) -> None:
     """Register the defaults, and leave in sys.argv what Hydra is to read."""
     more = [f"hydra.help.app_name='minigpt {word}'" for word in program.words]
-    if {"--help", "-h"} & set(arguments):  # answered at once: without torch, so without defaults
+    flags = [index for index, word in enumerate(arguments) if word in ("--help", "-h")]
+    if flags and (words := arguments[flags[0] + 1 :]):
+        from minigpt.cli.settings_help import settings_help
+
+        print(settings_help(name, words))
+        sys.exit()
+    if flags:  # answered at once: without torch, so without defaults
         from hydra.core.config_store import ConfigStore
 
         ConfigStore.instance().store(f"{name}_defaults", {})

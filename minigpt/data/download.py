@@ -22,6 +22,8 @@ from huggingface_hub import (
 )
 from huggingface_hub.utils import httpx
 
+from minigpt.core.console import console
+from minigpt.data.hub_progress import HubLines
 from minigpt.data.progress import byte_progress
 
 _BLOCK = 16 << 20  # bytes fetched by one request, and held in memory
@@ -85,7 +87,10 @@ def _fetch(
     if n_bytes is None or n_bytes >= hub.size:
         aside = folder / f"{name}.incoming"
         try:
-            hf_hub_download(repo, name, repo_type="dataset", local_dir=aside, endpoint=endpoint)
+            bar = None if console.is_terminal else HubLines
+            hf_hub_download(
+                repo, name, repo_type="dataset", local_dir=aside, endpoint=endpoint, tqdm_class=bar
+            )
             _check(aside / name, separator, hub.etag)
             (aside / name).replace(folder / name)
         finally:

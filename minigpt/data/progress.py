@@ -1,33 +1,38 @@
-"""A progress bar that counts bytes, on the console of the package."""
+"""Progress of work that is measured in bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich import progress
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    FileSizeColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
-from minigpt.core.console import console
+from minigpt.core.progress import Progress
 
 
 @contextmanager
 def byte_progress(
     title: str, total: int | None = None, done: int = 0
 ) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar while the block runs, on a terminal only, and remove it at the end.
+    """Show progress while the block runs: a bar on a terminal, else lines in the log.
 
     Args:
         title: what is being done.
-        total: bytes there are; None where nobody knows.
-        done: bytes of them that were done before.
+        total: number of bytes; None if unknown.
+        done: number of bytes that were done before.
 
     Yields:
         A function to call with the number of bytes done since its last call.
     """
-    amount = progress.DownloadColumn(), progress.TransferSpeedColumn()
-    remaining = [] if total is None else [progress.TimeRemainingColumn()]
-    columns = "{task.description}", progress.BarColumn(), *amount, *remaining
-    disable = not console.is_terminal
-    with progress.Progress(*columns, console=console, transient=True, disable=disable) as bar:
+    size = FileSizeColumn() if total is None else DownloadColumn()
+    left = [] if total is None else [TimeRemainingColumn()]
+    columns = "{task.description}", BarColumn(), size, TransferSpeedColumn(), *left
+    with Progress(*columns) as bar:
         task = bar.add_task(title, total=total, completed=done)
         yield lambda n_bytes: bar.advance(task, n_bytes)

@@ -6,9 +6,11 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from minigpt.core.fields import documented
 from minigpt.core.settings import UserError
 
 
+@documented
 @dataclass(frozen=True)
 class ExportConfig:
     """Format of an export, and what it contains.

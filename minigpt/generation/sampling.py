@@ -16,6 +16,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from minigpt.core.fields import documented
 from minigpt.core.settings import UserError, check
 from minigpt.generation.decoder import Backend, Decoder, c_backend
 from minigpt.model import GPT
@@ -26,6 +27,7 @@ MAX_BATCH = 64  # sequences per batch: 170 MB of keys and values at the medium s
 MIN_TEMPERATURE = 1e-6  # below it sampling is greedy, because the division would overflow
 
 
+@documented
 @dataclass(frozen=True)
 class SamplingConfig:
     """How tokens are chosen. Filters apply in the order top_k, top_p, min_p.

@@ -1,1 +1,1 @@
-"""A training run: config, module, optimizer, loop, checkpoints, report."""
+"""Training: config, Lightning module, optimizer, loop, checkpoints and report of a run."""

@@ -1,4 +1,4 @@
-"""What happens beside the training step: throughput, stories, progress bar, summary and report.
+"""Lightning callbacks: throughput, sample stories, progress, summary and report.
 
 Checkpoints are in checkpointing.py.
 """
@@ -16,11 +16,10 @@ import lightning as L
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TimeRemainingColumn
 
-from minigpt.core.console import console
-from minigpt.core.distributed import global_rank
 from minigpt.core.files import write_json, write_text
+from minigpt.core.progress import Progress
 from minigpt.core.text import human_count, human_time
 from minigpt.generation.sampling import SamplingConfig, generate_stories
 from minigpt.model import perplexity
@@ -36,26 +35,38 @@ log = logging.getLogger("minigpt")
 
 
 class Throughput(Callback):
-    """Logs `tokens_per_second` of training alone, over windows of `every` steps, and `mfu`.
+    """Log `tokens_per_second` and `mfu`, the model FLOPs utilisation, at each row of metrics.csv.
 
-    The time between two steps counts (data, logging), that of a validation does not. `seconds` is
-    the time spent on training so far, `speed` the tokens per second of the present window. `mfu` is
-    the model FLOPs that were used of the `peak` of all devices together, in FLOP/s (Chowdhery et
-    al. 2022, appendix B). Above 1 it says that the peak was measured while the machine was busy,
-    and the log tells how to have it measured again.
+    The time between two steps counts (data, logging), that of validations does not. `mfu` is the
+    share of the devices' peak that the model's own FLOPs reach (Chowdhery et al. 2022,
+    arXiv:2204.02311, appendix B). If it exceeds 1, the peak was measured on a busy machine, and a
+    warning says how to have it measured again.
+
+    Args:
+        module: the model in training.
+        every: number of steps over which the speed is averaged.
+        peak_flops: peak of all devices together, in FLOP/s.
+        peak_file: file in which the measured peak is stored.
+
+    Attributes:
+        seconds: time spent on training so far, earlier parts of a resumed run included.
+        speed: tokens per second over the current window of `every` steps.
     """
 
-    def __init__(self, module: GPTModule, every: int, peak: float, peak_file: Path) -> None:
-        self.module, self.every, self.peak, self.peak_file = module, every, peak, peak_file
+    def __init__(self, module: GPTModule, every: int, peak_flops: float, peak_file: Path) -> None:
+        self.module, self.every = module, every
+        self.peak_flops, self.peak_file = peak_flops, peak_file
         self.seconds, self.speed, self._warned = 0.0, 0.0, False
-        self._steps, self._elapsed = 0, 0.0  # in the present window
-        self._mark: float | None = None  # when the last step ended; None: behind a pause
+        self._steps, self._elapsed = 0, 0.0  # in the current window
+        self._mark: float | None = None  # end of the last step; None after a pause
 
     def on_train_batch_start(self, *_: Any, **__: Any) -> None:
+        """Start the clock after a pause."""
         if self._mark is None:
             self._mark = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Update `seconds` and `speed`, and log both metrics if the step has a row."""
         assert self._mark is not None
         now = time.perf_counter()
         self._elapsed += now - self._mark
@@ -64,29 +75,39 @@ class Throughput(Callback):
         tokens_per_batch = self.module.tokens_per_step / trainer.accumulate_grad_batches
         self.speed = self._steps * tokens_per_batch / self._elapsed
         if self.module.has_row(trainer.global_step):
-            mfu = self.speed * self.module.net.flops_per_token() / self.peak
+            mfu = self.speed * self.module.net.flops_per_token() / self.peak_flops
             self.module.log_dict({"tokens_per_second": self.speed, "mfu": mfu})
             if mfu > 1 and not self._warned and trainer.is_global_zero:
                 self._warned = True
-                reason = "the peak was measured while this machine was busy"
-                log.warning("mfu is above 1: %s; delete %s to repeat it", reason, self.peak_file)
+                message = "mfu is above 1, so its peak is too low: delete %s to measure it again"
+                log.warning(message, self.peak_file)
         if self._steps >= self.every * trainer.accumulate_grad_batches:
             self._steps, self._elapsed = 0, 0.0
 
     def on_validation_start(self, *_: Any, **__: Any) -> None:
+        """Stop the clock until the next training step."""
         self._mark = None
 
     def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint stores."""
         return {"seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the training time from a checkpoint."""
         self.seconds = state_dict["seconds"]
 
 
 class StorySamples(Callback):
-    """Continues each prompt after every validation; appends the stories to samples.jsonl.
+    """Continue each prompt after every validation and append the stories to samples.jsonl.
 
-    What stands there from after `start_step` is dropped: a resumed run will write it again.
+    Args:
+        module: the model in training.
+        folder: the run folder.
+        tokenizer: tokenizer of the run.
+        config: prompts, temperature and length.
+        seed: seed of the sampling, the same at each validation.
+        start_step: step at which a resumed run starts; later stories in the file are dropped,
+            because the run writes them again.
     """
 
     def __init__(
@@ -99,16 +120,18 @@ class StorySamples(Callback):
 
     @rank_zero_only
     def on_fit_start(self, *_: Any, **__: Any) -> None:
+        """Drop the stories that a resumed run will write again."""
         samples = read_samples(self.path.parent)
-        before = [sample for sample in samples if sample["step"] <= self.start_step]
-        write_text(self.path, "".join(_line(sample) for sample in before))
+        earlier = [sample for sample in samples if sample["step"] <= self.start_step]
+        write_text(self.path, "".join(_line(sample) for sample in earlier))
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        net, step = self.module.net, trainer.global_step
+        """Write a story for each prompt."""
+        model, step = self.module.net, trainer.global_step
         with self.path.open("a", encoding="utf-8") as file:
             for prompt in self.config.prompts:
-                (story,) = generate_stories(net, self.tokenizer, prompt, 1, self.sampling)
+                (story,) = generate_stories(model, self.tokenizer, prompt, 1, self.sampling)
                 sample = {
                     "step": step,
                     "tokens": step * self.module.tokens_per_step,
@@ -124,65 +147,86 @@ def _line(sample: dict[str, Any]) -> str:
 
 
 class TrainingProgress(Callback):
-    """One line: tokens seen, loss, perplexity, tokens per second, time left.
+    """Progress of training: tokens, loss, perplexity, tokens per second and time left.
 
-    Where the output is no terminal, a plain line at each validation takes its place.
+    Losses are those of the latest row of metrics.csv, so that no step waits for the device to show
+    one. Each validation logs a line of its own.
+
+    Args:
+        module: the model in training.
+        show: whether to show progress beside the line of each validation.
+        throughput: the callback that measures the tokens per second.
     """
 
     def __init__(self, module: GPTModule, show: bool, throughput: Throughput) -> None:
-        self.module, self.throughput = module, throughput
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=8),
-            TextColumn("{task.fields[seen]}"),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not (show and console.is_terminal) or global_rank() > 0,
-            refresh_per_second=4,
-            transient=True,
-        )
+        self.module, self.throughput, self.loss = module, throughput, ""
+        numbers = "{task.fields[position]}", "{task.fields[numbers]}", TimeRemainingColumn()
+        columns = "{task.description}", BarColumn(bar_width=8), *numbers
+        self.bar = Progress(*columns, show=show, refresh_per_second=4)
 
     def on_train_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Start the bar at the current step."""
         total, step = self.module.n_steps, trainer.global_step
-        self.task = self.bar.add_task("training", True, total, step, seen="", numbers="")
+        self.task = self.bar.add_task("training", True, total, step, position="", numbers="")
         self.bar.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        if self.bar.disable or trainer.global_step % 5:
+        """Show the step, its tokens, the latest losses and the speed."""
+        step, total, size = trainer.global_step, self.module.n_steps, self.module.tokens_per_step
+        if not self.bar.show:
             return
-        metrics = trainer.callback_metrics
-        size, loss = self.module.tokens_per_step, float(metrics["train/loss"])
-        numbers = f"loss {loss:.3f} · ppl {perplexity(loss):.2f}"
-        if "val/perplexity" in metrics:
-            numbers += f" · val {float(metrics['val/perplexity']):.2f}"
-        numbers += f" · {self.throughput.speed:,.0f} tok/s"
-        step, total = trainer.global_step, self.module.n_steps
-        seen = f"{human_count(step * size)}/{human_count(total * size)}"
-        self.bar.update(self.task, completed=step, seen=seen, numbers=numbers)
+        if self.module.has_row(step):
+            metrics = trainer.callback_metrics
+            loss = float(metrics["train/loss"])
+            self.loss = f"loss {loss:.3f} · ppl {perplexity(loss):.2f} · "
+            if "val/perplexity" in metrics:
+                self.loss += f"val {float(metrics['val/perplexity']):.2f} · "
+        position = f"{human_count(step * size)}/{human_count(total * size)}"
+        if self.bar.plain:
+            position = f"step {step:,}/{total:,} · {position} tokens"
+        numbers = f"{self.loss}{self.throughput.speed:,.0f} tok/s"
+        self.bar.update(self.task, completed=step, position=position, numbers=numbers)
 
-    def on_validation_start(self, *_: Any, **__: Any) -> None:
+    def on_validation_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Start to count the batches of the validation."""
         self.bar.update(self.task, description="validating")
+        total = sum(trainer.num_val_batches)
+        self.bar.add_task("validating", True, total, visible=False, position="", numbers="")
+
+    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+        """Count a batch of the validation."""
+        task = self.bar.tasks[-1]
+        position = f"batch {task.completed + 1:,}/{task.total:,}"
+        self.bar.update(task.id, advance=1, position=position)
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Log the result of the validation."""
+        self.bar.remove_task(self.bar.tasks[-1].id)
         self.bar.update(self.task, description="training")
-        seen = human_count(trainer.global_step * self.module.tokens_per_step)
+        tokens = human_count(trainer.global_step * self.module.tokens_per_step)
         names, metrics = ("val/perplexity", "val/bits_per_byte"), trainer.callback_metrics
         values = (metrics[name] for name in names)
-        log.info("%s tokens: validation perplexity %.3f, %.4f bits per byte", seen, *values)
+        log.info("%s tokens: validation perplexity %.3f, %.4f bits per byte", tokens, *values)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Remove the bar."""
         self.bar.stop()
 
     def on_exception(self, *_: Any, **__: Any) -> None:
+        """Remove the bar."""
         self.bar.stop()
 
 
 class RunReport(Callback):
-    """Writes summary.json and report.html when the run ends, however it ends.
+    """Write summary.json and report.html when the run ends, whether it finished or failed.
 
-    `facts` are what is known of the run before it starts: model, parameters, device, precision.
+    Args:
+        module: the model in training.
+        folder: the run folder.
+        facts: entries of the summary that are known before the run starts, such as its device.
+        throughput: the callback that measures the time.
+        checkpoints: the callback that tracks the lowest validation loss.
     """
 
     def __init__(
@@ -193,16 +237,18 @@ class RunReport(Callback):
         self.throughput, self.checkpoints = throughput, checkpoints
 
     def on_train_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Write both files for a run that finished."""
         self._write(trainer, "finished")
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
+        """Write both files for a run that was interrupted or failed."""
         interrupted = isinstance(exception, KeyboardInterrupt | SIGTERMException)
         try:
             self._write(trainer, "interrupted" if interrupted else "failed")
-        except OSError as error:  # a full disk: what stopped the run is to be told, not this
-            log.warning("no report: %s", error)
+        except OSError as error:  # a full disk; report the error that stopped the run, not this one
+            log.warning("cannot write the report: %s", error)
 
     @rank_zero_only
     def _write(self, trainer: L.Trainer, status: str) -> None:

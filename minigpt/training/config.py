@@ -1,4 +1,4 @@
-"""The settings of a training run: each section checked by itself, then all against the budget."""
+"""Settings of a training run: a validated dataclass for each section, and the schedule."""
 
 from __future__ import annotations
 
@@ -8,33 +8,46 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from minigpt.core.fields import documented
 from minigpt.core.settings import UserError, build, check, plain
 from minigpt.data.config import DataConfig
 from minigpt.generation.sampling import SamplingConfig
 from minigpt.kernels.choice import Choice
 from minigpt.model import GPTConfig
 
-MAX_NAME_BYTES = 200  # file systems allow 255, and names of files are made of it
+MAX_NAME_BYTES = 200  # file systems allow 255, and names of other files begin with it
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """Where and how precisely a run computes, and how often it validates and logs."""
+    """Device, precision and length of a run, and how often it validates and logs."""
 
     accelerator: str = "auto"
-    devices: str = "auto"  # a number, or auto: one CPU process, or every GPU
+    """Kind of device: auto, cpu, gpu, cuda or mps; auto takes a GPU if there is one."""
+    devices: str = "auto"
+    """Number of devices on each node; auto means one CPU process, or every GPU."""
     num_nodes: int = 1
+    """Number of machines that train together."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How several devices share the work: ddp copies the model to each, fsdp splits its weights."""
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    """Number format of the computation, as Lightning names it; auto chooses by device."""
     accumulate_grad_batches: int = 1
+    """Number of batches whose gradients are averaged for one update."""
     n_validations: int = 5
+    """Number of validations, evenly spaced, the last one at the end of the run."""
     log_every_n_steps: int = 10
+    """Number of updates from one row of metrics.csv to the next."""
     compile: bool = False
+    """Whether torch.compile compiles the loss, which takes a minute and pays off on GPUs."""
     kernels: Choice = "auto"
-    """What computes attention and loss: `cpu` is this package's kernels for CPUs, which also take
-    batches in parts, one thread per core; `torch` is plain PyTorch; `auto` chooses by device."""
+    """What computes attention and loss: `cpu` is this package's kernels for CPUs, which also split
+    batches into micro-batches, one thread per core; `torch` is plain PyTorch; `auto` chooses by
+    device."""
     max_steps: int | None = None
+    """Must equal the number of updates that budget.tokens allows; None means not to check it."""
     max_epochs: int | None = None
+    """Must be None, because budget.tokens sets the length of a run."""
 
     def __post_init__(self) -> None:
         counts = ("num_nodes", "accumulate_grad_batches", "n_validations", "log_every_n_steps")
@@ -44,58 +57,79 @@ class TrainerConfig:
         if self.accelerator not in ("auto", "cpu", "gpu", "cuda", "mps"):
             raise UserError("choose from auto, cpu, gpu, mps", "accelerator", self.accelerator)
         check(self, "leave it out: budget.tokens sets it", lambda n: n >= 1, "max_steps")
-        length = "leave it out: budget.tokens, repeats counted, sets the length of a run"
+        length = "leave it out: budget.tokens sets the length of a run, repetitions included"
         check(self, length, lambda _: False, "max_epochs")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Muon with AdamW, or AdamW alone; linear warm-up and a decay that follows `schedule`."""
+    """Optimizer, learning rates and their schedule: a linear warm-up, then a decay."""
 
-    name: Literal["muon", "adamw"] = "muon"  # muon: on the matrices of the blocks, AdamW elsewhere
-    lr: float | None = None  # of AdamW at the peak; None: `default_lr` of the width
-    matrix_lr: float | None = None  # of Muon at the peak; None: `default_matrix_lr` of the width
+    name: Literal["muon", "adamw"] = "muon"
+    """The optimizer: `muon` is Muon on the matrices of the blocks and AdamW on all other weights,
+    `adamw` is AdamW on all weights."""
+    lr: float | None = None
+    """Peak learning rate of AdamW; None means `default_lr` of the model's width."""
+    matrix_lr: float | None = None
+    """Peak learning rate of Muon; None means `default_matrix_lr` of the model's width."""
     beta1: float = 0.9
+    """Decay of AdamW's running mean of the gradients, from 0 to below 1."""
     beta2: float = 0.999
-    momentum: float = 0.95  # of Muon
-    weight_decay: float = 0.1  # on matrices alone: not on biases and norms
-    warmup_steps: int = 500  # linear, from lr / warmup_steps
-    schedule: Literal["cosine", "linear"] | None = None  # None: linear with Muon, else cosine
-    final_lr: float = 0.0  # where the decay ends, as a share of the peak
-    grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
+    """Decay of AdamW's running mean of the squared gradients, from 0 to below 1."""
+    momentum: float = 0.95
+    """Decay of Muon's running mean of the gradients, from 0 to below 1."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay on matrices, the embedding included; biases and norms have none."""
+    warmup_steps: int = 500
+    """Number of updates in which the learning rate rises linearly from peak / warmup_steps."""
+    schedule: Literal["cosine", "linear"] | None = None
+    """Shape of the decay after the warm-up; None means linear with Muon and cosine with AdamW."""
+    final_lr: float = 0.0
+    """Where the decay ends, as a share of the peak learning rate, from 0 to 1."""
+    grad_clip: float = 1.0
+    """Largest norm of all gradients together; larger ones are scaled down, 0 means no clipping."""
 
     def __post_init__(self) -> None:
         if self.schedule is None:
             schedule = "linear" if self.name == "muon" else "cosine"
             object.__setattr__(self, "schedule", schedule)
         if self.name == "adamw" and self.matrix_lr is not None:
-            raise UserError("is Muon's: with adamw, lr is that of all weights", "matrix_lr")
+            raise UserError("is for Muon alone; adamw uses lr for all weights", "matrix_lr")
         check(self, "must be positive", lambda lr: lr > 0, "lr", "matrix_lr")
         check(self, "must be in [0, 1)", lambda x: 0 <= x < 1, "beta1", "beta2", "momentum")
         names = ("weight_decay", "warmup_steps", "grad_clip")
         check(self, "must not be negative", lambda x: x >= 0, *names)
-        check(self, "is a share of the peak: 0 to 1", lambda x: 0 <= x <= 1, "final_lr")
+        check(self, "must be a share of the peak, 0 to 1", lambda x: 0 <= x <= 1, "final_lr")
 
 
 @dataclass(frozen=True)
 class LoggerConfig:
-    """Where numbers go beside metrics.csv."""
+    """The logger beside metrics.csv, which is always written."""
 
     kind: Literal["csv", "wandb", "tensorboard"] = "csv"
+    """Where metrics are logged: `csv` is metrics.csv alone, the others are used beside it."""
     project: str = "mini-gpt"
+    """Name of the project at W&B."""
 
 
 @dataclass(frozen=True)
 class CallbacksConfig:
-    """What a run keeps and shows while it trains."""
+    """Progress display, sample stories and checkpoints of a run."""
 
     progress_bar: bool = True
-    prompts: tuple[str, ...] = ("Once upon a time",)  # continued at each validation
+    """Whether to show progress: a bar on a terminal, elsewhere a line at growing intervals."""
+    prompts: tuple[str, ...] = ("Once upon a time",)
+    """Prompts that the model continues after each validation, for samples.jsonl."""
     temperature: float = 0.8
-    max_tokens: int = 200  # of each of these stories
-    checkpoint_minutes: float = 10.0  # last.ckpt is at most this old (and written at validation)
-    checkpoint_steps: int | None = None  # also every so many updates
-    keep_checkpoints: int = 2  # last.ckpt and those before it; best.ckpt is kept beside them
+    """Sampling temperature of these stories; 0 means greedy decoding."""
+    max_tokens: int = 200
+    """Largest number of new tokens in each of these stories."""
+    checkpoint_minutes: float = 10.0
+    """Longest time between two writes of last.ckpt, in minutes; validations write it as well."""
+    checkpoint_steps: int | None = None
+    """Number of updates between two writes of last.ckpt; None means that time alone decides."""
+    keep_checkpoints: int = 2
+    """Number of latest checkpoints to keep, last.ckpt included; best.ckpt is kept beside them."""
 
     def __post_init__(self) -> None:
         check(self, "must be positive", lambda x: x > 0, "checkpoint_minutes")
@@ -106,36 +140,55 @@ class CallbacksConfig:
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    """How long to train."""
+    """Length of a run."""
 
-    tokens: int = 10_000_000  # seen, repeats counted
+    tokens: int = 10_000_000
+    """Number of training tokens, repetitions included, rounded down to whole updates."""
 
     def __post_init__(self) -> None:
         check(self, "must be at least 1", lambda n: n >= 1, "tokens")
 
 
+@documented
 @dataclass(frozen=True)
 class TrainConfig:
-    """All settings of one training run, validated: the recipe that `train()` follows.
+    """All settings of one training run, validated.
 
     The defaults are those of the command line without a setting: the small model.
     """
 
     model: GPTConfig = field(default_factory=GPTConfig)
+    """Shape of the model; a model class of your own may have a config class of its own."""
     data: DataConfig = field(default_factory=DataConfig)
+    """Stories, tokenizer and batches."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer, learning rates and schedule."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """Device, precision, validation and logging intervals."""
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    """The logger beside metrics.csv."""
     callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
+    """Progress display, sample stories and checkpoints."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
-    name: str | None = None  # of the run folder; None: size, date and time
+    """Length of the run."""
+    name: str | None = None
+    """Name of the run folder; None means the model's size, the date and the time."""
     runs_dir: str = "runs"
-    resume: str | None = None  # a run folder to continue; auto: the one called `name`
-    init_from: str | None = None  # a run whose weights and tokenizer this one begins with
+    """Folder in which the run folder is created."""
+    resume: str | None = None
+    """Run folder or checkpoint to continue; auto means the run called `name` if there is one, and
+    None means to start a new run."""
+    init_from: str | None = None
+    """Run whose weights and tokenizer this one starts with; None means random weights."""
     seed: int = 1
-    size: str | None = None  # name of the model's size; None: small, or gpt for another shape
-    model_class: str | None = None  # dotted path of the model's class; None: minigpt.model.GPT
-    overrides: tuple[str, ...] = field(default=(), compare=False)  # settings, as they were typed
+    """Seed of the initial weights, the data order and dropout, from 0 to 2^32 - 1."""
+    size: str | None = None
+    """Name of the model's size for reports and run names; None means small, or gpt for another
+    shape."""
+    model_class: str | None = None
+    """Dotted path of the model's class, as recorded in the run; None means minigpt.model.GPT."""
+    overrides: tuple[str, ...] = field(default=(), compare=False)
+    """Settings as they were typed on the command line, for the record."""
 
     def __post_init__(self) -> None:
         if self.size is None:
@@ -146,30 +199,33 @@ class TrainConfig:
         if (name := self.name) is not None:
             fits = name.isprintable() and 0 < len(name.encode()) <= MAX_NAME_BYTES
             if not fits or Path(name).name != name or name == "..":
-                message = "must be a folder's name under runs_dir, not a path: printable, at most"
-                raise UserError(f"{message} {MAX_NAME_BYTES} bytes", "name", name)
+                message = "must be the name of a folder in runs_dir, not a path: printable and"
+                raise UserError(f"{message} at most {MAX_NAME_BYTES} bytes", "name", name)
         examples = {"runs_dir": "runs", "resume": "runs/<name>", "init_from": "releases/large"}
         for name, example in examples.items():
             if getattr(self, name) == "":
-                raise UserError(f"is empty: leave it out, or give one such as {example}", name)
+                raise UserError("must not be empty", name, fix={name: example})
         fsdp, name = self.trainer.strategy == "fsdp", "trainer.strategy"
-        if fsdp and self.callbacks.prompts:  # the first device would wait for the others' weights
-            message = "writes no stories while it trains"
+        if fsdp and self.callbacks.prompts:  # rank 0 alone samples, and has a share of the weights
+            message = "cannot sample stories during training"
             raise UserError(message, name, "fsdp", {"callbacks": "quiet"})
         if fsdp and self.optimizer.name == "muon":
-            message = "shares each matrix out over devices, and Muon needs whole ones"
+            message = "splits each matrix over devices, and Muon needs whole matrices"
             raise UserError(message, name, "fsdp", {"optimizer": "adamw"})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], model: type[GPTConfig] = GPTConfig) -> TrainConfig:
-        """Return the validated config of plain values, such as a run's config.yaml.
+        """Return the validated config of plain values, such as those of a run's config.yaml.
 
         Args:
-            values: by section, as `plain` gives them; what is left out keeps its default.
+            values: settings by section, as `plain` returns them; missing ones keep their defaults.
             model: class of the section `model`.
 
+        Returns:
+            The config.
+
         Raises:
-            UserError: a name, a type or a value is wrong; the message has its dotted name.
+            UserError: a name, a type or a value is wrong; the error names the setting.
         """
         shape = values.get("model", {})
         if isinstance(shape, Mapping):
@@ -178,7 +234,7 @@ class TrainConfig:
 
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
-    """Return all settings as plain values, with absolute paths: to be found from anywhere."""
+    """Return all settings as plain values, with absolute paths that hold in any directory."""
     paths = {
         "train_files": tuple(str(Path(name).absolute()) for name in config.data.train_files),
         "valid_files": tuple(str(Path(name).absolute()) for name in config.data.valid_files),
@@ -191,14 +247,14 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the budget is spent: `n_steps` updates of `tokens_per_step` tokens."""
+    """Number of updates in a run, and of training tokens in each, over all devices."""
 
     n_steps: int
     tokens_per_step: int
 
     @classmethod
     def from_config(cls, config: TrainConfig, world_size: int) -> Schedule:
-        """Return as many whole steps as the budget pays for, on `world_size` processes.
+        """Return as many whole updates as the budget allows, on `world_size` processes.
 
         Raises:
             UserError: budget, batch, warm-up or max_steps do not fit together.
@@ -208,14 +264,14 @@ class Schedule:
         per_step = windows * config.model.context_length
         n_steps, warmup = budget // per_step, config.optimizer.warmup_steps
         if n_steps < 1:
-            message = f"is less than a step of {per_step:,} tokens; a smaller data.batch_size helps"
+            message = f"is less than one step of {per_step:,} tokens, which data.batch_size sets"
             raise UserError(message, "budget.tokens", budget, {"budget.tokens": per_step})
         length = f"{n_steps:,} steps of {per_step:,} tokens"
         if warmup >= n_steps:
-            name, message = "optimizer.warmup_steps", f"does not fit the budget, which is {length}"
+            name, message = "optimizer.warmup_steps", f"exceeds the budget, which is {length}"
             raise UserError(message, name, warmup, {name: n_steps // 10})
         if (max_steps := trainer.max_steps) not in (None, n_steps):
-            message = f"is not what budget.tokens={budget} pays for, which is {length}"
+            message = f"contradicts budget.tokens={budget}, which is {length}"
             fix = {"budget.tokens": max_steps * per_step}
             raise UserError(message, "trainer.max_steps", max_steps, fix)
         return cls(n_steps, per_step)

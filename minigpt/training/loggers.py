@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: metrics.csv always, W&B or TensorBoard beside it."""
+"""Loggers of a run: metrics.csv always, W&B or TensorBoard beside it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from minigpt.training.config import LoggerConfig
 log = logging.getLogger("minigpt")
 
 WANDB_ID = "wandb-id.txt"  # in the run folder
-_WANDB_START_SECONDS = 30.0  # that a run waits for an answer before it goes on offline
-_WANDB_FINISH_SECONDS = 60.0  # that it waits at its end; WANDB_FINISH_TIMEOUT sets another
+_WANDB_START_SECONDS = 30.0  # to wait for an answer before the run continues offline
+_WANDB_FINISH_SECONDS = 60.0  # to wait for the upload at the end; WANDB_FINISH_TIMEOUT overrides
 
 COLUMNS = [
     "step", "tokens", "train/loss", "val/loss", "val/perplexity", "val/bits_per_byte",
@@ -33,11 +33,15 @@ COLUMNS = [
 
 
 class MetricsCsv(Logger):
-    """A Lightning logger that appends to one CSV file, so that no row waits in memory.
+    """Lightning logger that appends each row to a CSV file at once.
 
-    A cell is empty where a number was not measured at that step. A metric with a new name adds a
-    column. With `resume_step`, rows after that step are dropped, since training will make them
-    again; without it an existing file is replaced.
+    A cell is empty where a metric was not measured at that step. A metric with a new name adds a
+    column.
+
+    Args:
+        path: the file.
+        resume_step: step at which a resumed run starts; later rows are dropped, because the run
+            writes them again. None replaces an existing file.
     """
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
@@ -56,17 +60,22 @@ class MetricsCsv(Logger):
 
     @property
     def name(self) -> str:
-        """What Lightning calls this logger."""
+        """Name of this logger in Lightning."""
         return "csv"
 
     @property
     def version(self) -> str:
-        """One file, one version."""
+        """The empty version, since there is one file alone."""
         return ""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append a row; `step` counts updates made."""
+        """Append a row.
+
+        Args:
+            metrics: values by name.
+            step: number of updates so far.
+        """
         row: dict[str, Any] = {k: f"{v:.8g}" for k, v in metrics.items() if k != "epoch"}
         row["step"] = int(step or 0)
         if "tokens" in row:
@@ -81,12 +90,12 @@ class MetricsCsv(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Have the rows on the disk before a checkpoint that counts on them."""
-        with self.path.open("r+b") as file:  # Windows syncs no file that is open to be read
+        """Sync the rows to the disk before a checkpoint is written that relies on them."""
+        with self.path.open("r+b") as file:  # Windows does not sync a file opened for reading
             os.fsync(file.fileno())
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Nothing: config.yaml holds them."""
+        """Do nothing, because config.yaml holds the hyperparameters."""
 
     @rank_zero_only
     def _write_all(self, rows: list[dict[str, str]]) -> None:
@@ -98,13 +107,13 @@ class MetricsCsv(Logger):
 
 
 def check_logger(config: LoggerConfig) -> None:
-    """UserError: the logger that is asked for needs a package that is not installed."""
+    """Raise UserError if the logger needs a package that is not installed."""
     if config.kind == "tensorboard" and find_spec("tensorboard") is None:
         raise UserError("needs another package: pip install tensorboard", "logger", config.kind)
 
 
 def extra_loggers(folder: Path, config: LoggerConfig) -> list[Logger]:
-    """The logger that was asked for beside metrics.csv."""
+    """Return the loggers beside metrics.csv: one or none."""
     if config.kind == "tensorboard":
         from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -113,27 +122,31 @@ def extra_loggers(folder: Path, config: LoggerConfig) -> list[Logger]:
 
 
 def _wandb_logger(folder: Path, project: str) -> Logger:
-    """W&B with an id that is kept in the run folder, so that a resumed run goes on as the same.
+    """Return a W&B logger whose id is stored in the run folder, so that a resumed run keeps it.
 
-    Without an API key, and when a resumed run gets no answer from the server, it is kept offline.
+    It logs offline without an API key, and when a resumed run gets no answer from the server.
+
+    Raises:
+        UserError: the server refuses the login of a new run, or does not answer.
     """
     import wandb
     from lightning.pytorch.loggers import WandbLogger
     from wandb.errors import AuthenticationError, CommError
 
-    asked = wandb.setup().settings
-    mode = asked.mode
+    defaults = wandb.setup().settings
+    mode = defaults.mode
     try:
         if mode != "disabled" and not wandb.login(prompt=False):
             mode = "offline"
-    except AuthenticationError as error:  # or there is no answer at all
+    except AuthenticationError as error:  # raised without an answer, too
         problem = one_line(error)
         if not (folder / WANDB_ID).is_file():
-            raise UserError(f"{problem} Set WANDB_MODE=offline, or logger.kind=csv") from None
+            message = f"no login at W&B ({problem}); WANDB_MODE=offline needs none"
+            raise UserError(message, "logger.kind", "wandb", {"logger.kind": "csv"}) from None
         log.warning("W&B        no answer: %s", problem)
         mode = "offline"
-    start = min(asked.init_timeout, _WANDB_START_SECONDS)
-    finish = asked.finish_timeout or _WANDB_FINISH_SECONDS
+    start = min(defaults.init_timeout, _WANDB_START_SECONDS)
+    finish = defaults.finish_timeout or _WANDB_FINISH_SECONDS
     settings = wandb.Settings(init_timeout=start, finish_timeout=finish, finish_timeout_raises=True)
 
     def logger(mode: str) -> WandbLogger:
@@ -141,7 +154,7 @@ def _wandb_logger(folder: Path, project: str) -> Logger:
             folder.name, folder, id=_wandb_id(folder), project=project, mode=mode,
             resume=None if mode == "offline" else "allow", settings=settings,
         )  # fmt: skip
-        _ = wandb_logger.experiment  # opens the run, on the first process alone
+        _ = wandb_logger.experiment  # opens the run, on rank 0 alone
         return wandb_logger
 
     if mode != "offline":
@@ -149,12 +162,12 @@ def _wandb_logger(folder: Path, project: str) -> Logger:
             return logger(mode)
         except CommError as error:
             log.warning("W&B        no answer: %s", one_line(error))
-    log.info("W&B        offline: later, wandb sync %s/wandb/offline-run-*", folder)
+    log.info("W&B        offline: upload it later by wandb sync %s/wandb/offline-run-*", folder)
     return logger("offline")
 
 
 def _wandb_id(folder: Path) -> str:
-    """The id of this run at W&B: that of its folder; for a new one the sweep's, or one made now."""
+    """Return the W&B id of the run: the one in its folder, else the sweep's, else a random one."""
     path = folder / WANDB_ID
     if path.is_file():
         return path.read_text(encoding="utf-8").strip()
@@ -165,7 +178,7 @@ def _wandb_id(folder: Path) -> str:
 
 
 def finish_wandb(loggers: list[Logger], exit_code: int) -> None:
-    """Close this job's W&B run, if it has one; wait for a server that is slow, but not for ever."""
+    """Close the W&B run, if there is one, and wait a limited time for the upload."""
     from lightning.pytorch.loggers import WandbLogger
 
     if not any(isinstance(logger, WandbLogger) for logger in loggers):
@@ -177,5 +190,5 @@ def finish_wandb(loggers: list[Logger], exit_code: int) -> None:
         wandb.finish(exit_code=exit_code)
     except TimeoutError:
         assert run is not None
-        kept = Path(run.dir).parent
-        log.warning("W&B        upload timed out; the data are kept here: wandb sync %s", kept)
+        folder = Path(run.dir).parent
+        log.warning("W&B        upload timed out; data kept locally, run wandb sync %s", folder)

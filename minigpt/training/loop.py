@@ -1,7 +1,7 @@
-"""Train a model: a `TrainConfig` in, a trained run folder out.
+"""Train a model by a `TrainConfig`, into a run folder.
 
-Everything is checked before the run folder is made: every section of the config, then the budget,
-then the data. From there on the folder records how the run went, however it ends.
+Everything is checked before the run folder is created: every section of the config, then the
+budget, then the data. From there on the folder records the run, whether it finishes or fails.
 """
 
 from __future__ import annotations
@@ -63,21 +63,21 @@ def train(
 ) -> Run:
     """Train a model, or continue the run that `config.resume` names, and return the run.
 
-    The process is left as it was found: warnings, logging, signal handlers, matmul precision,
-    threads, random state and environment.
+    The state of the process is restored at the end: warnings, logging, signal handlers, matmul
+    precision, threads, random state and environment.
 
     Args:
-        config: all settings, as `load_config` or `TrainConfig` make them.
-        model: class derived from `GPT`, or function from its config to a model; None: `GPT`.
+        config: all settings, a `TrainConfig` or the result of `load_config`.
+        model: class derived from `GPT`, or function from its config to a model; None means `GPT`.
         callbacks: Lightning callbacks, called after those of Mini GPT.
-        stories: training stories, in place of those that `config.data` names.
-        valid_stories: validation stories; None: the last `config.data.holdout` of `stories`.
+        stories: training stories that replace those of `config.data`.
+        valid_stories: validation stories; None means the last `config.data.holdout` of `stories`.
 
     Returns:
         The run, with its best checkpoint selected.
 
     Raises:
-        UserError: a setting, the data, or both together are not right; the loss diverged; or
+        UserError: a setting or the data are wrong or do not fit together, the loss diverged, or
             another process trains this run.
     """
     with preserved_process():
@@ -86,15 +86,15 @@ def train(
             data = spool_stories(config.data, stories, valid_stories)
             config = dataclasses.replace(config, data=data)
         elif valid_stories is not None:
-            raise UserError("are given without stories to train on", "valid_stories")
+            raise UserError("needs stories to train on as well", "valid_stories")
         return Run.load(_train(config, model, callbacks), model)
 
 
 def _train(config: TrainConfig, model: ModelFactory | None, callbacks: Sequence[Callback]) -> Path:
-    """Check everything, then make the run folder and train; return the folder."""
+    """Check everything, create the run folder and train; return the folder."""
     if config.name is None and (step := step_name()) is not None:  # under srun
         config = dataclasses.replace(config, name=f"{config.size}-{step}")
-    lock = run_lock if global_rank() == 0 else contextlib.nullcontext  # held for all of the run
+    lock = run_lock if global_rank() == 0 else contextlib.nullcontext  # held until the run ends
     with contextlib.ExitStack() as stack:
         folder = folder_to_resume(config)
         if folder is not None:
@@ -136,9 +136,9 @@ def _train(config: TrainConfig, model: ModelFactory | None, callbacks: Sequence[
 
 
 def _with_model(config: TrainConfig, model: ModelFactory | None) -> TrainConfig:
-    """`config` with its model section of the class that `model` asks for."""
+    """Return `config` with a model section of the config class of `model`."""
     if model is None and config.model_class is not None:
-        raise ModelClassError("the config is for a class of its own", config.model_class)
+        raise ModelClassError("the config is for another class than GPT", config.model_class)
     shape = config_class(model or GPT)
     if type(config.model) is not shape:
         values = dataclasses.asdict(config.model)
@@ -147,44 +147,44 @@ def _with_model(config: TrainConfig, model: ModelFactory | None) -> TrainConfig:
 
 
 def _hardware(c: TrainerConfig) -> Hardware:
-    """What the run computes on.
+    """Return the device, the number of processes and the precision of the run.
 
     Raises:
-        UserError: it cannot be had, or several processes would have to be started from here.
+        UserError: the hardware is not available, or this process may not start others.
     """
     try:
         hardware = Hardware.detect(c.accelerator, c.devices, c.num_nodes, c.precision)
     except UserError as error:
         raise error.within("trainer") from None
     if hardware.accelerator == "mps" and c.strategy != "auto":
-        message = "is for several devices, and a Mac has one GPU: leave it out"
+        message = "needs several devices, and a Mac has one GPU; CPU processes can train instead"
         fix = {"trainer.accelerator": "cpu"}
         raise UserError(message, "trainer.strategy", c.strategy, fix)
     if hardware.world_size > 1 and not may_start_processes():
-        message = "each device needs a process, which only the command line or torchrun starts"
+        message = "needs a process per device, started by the command line, torchrun or srun"
         raise UserError(message, "trainer.devices", hardware.devices, {"trainer.devices": "1"})
     return hardware
 
 
 def _speed_up(module: GPTModule, kernels: Kernels, c: TrainerConfig) -> None:
-    """Have the loss computed by `kernels`, compiled or in micro-batches where both can be."""
-    net = module.net.use(kernels)
+    """Select the computation of the loss: `kernels`, compiled or in micro-batches if possible."""
+    model = module.net.use(kernels)
     if kernels.name == "cpu" and not is_tuned():
         log.info("memory     minigpt.tune_process() makes training on this CPU faster")
-    if c.compile:  # the loss and not the net: the names of its weights stay as they are
-        module.fast_loss = torch.compile(net.loss)
-    elif kernels.name == "cpu" and c.strategy != "fsdp":  # which gathers weights for one pass
-        module.fast_loss = microbatched_loss(net)
+    if c.compile:  # not the whole model, which would rename its weights
+        module.fast_loss = torch.compile(model.loss)
+    elif kernels.name == "cpu" and c.strategy != "fsdp":  # fsdp gathers weights for a single pass
+        module.fast_loss = microbatched_loss(model)
 
 
 def _class_setting(config: TrainConfig) -> dict[str, str]:
-    """The setting that names the class of a model that is no plain GPT."""
+    """Return the setting that names the model's class, unless it is GPT."""
     return {} if config.model_class is None else {"class_path": config.model_class}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Training:
-    """A run that is about to start: its folder, its settings and its parts, all of them checked."""
+    """A run that is about to start: folder, settings and parts, all of them checked."""
 
     folder: Path
     config: TrainConfig
@@ -195,40 +195,40 @@ class _Training:
     module: GPTModule
 
     def write_inputs(self) -> None:
-        """Write config.yaml and tokenizer.json: with a checkpoint, all that evaluation needs."""
+        """Write config.yaml and tokenizer.json, which evaluation needs beside a checkpoint."""
         values = settings_of(dataclasses.replace(self.config, name=self.folder.name))
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         write_text(self.folder / CONFIG, text)
         self.data.tokenizer.save(self.folder / TOKENIZER)
 
     def describe(self, kernels: Kernels) -> None:
-        """Log what is about to happen, so that a wrong setting is seen before it costs an hour."""
+        """Log the settings of the run, so that a wrong one is noticed at once."""
         config, data, schedule, hardware = self.config, self.data, self.schedule, self.hardware
         valid, parent = data.valid, self.start.parent
         epochs = schedule.n_steps * schedule.tokens_per_step / data.train.n_tokens
-        peaks = ", ".join(f"{name} {peak:.2e}" for name, peak in self.module.peak_lrs.items())
+        lrs = ", ".join(f"peak {name} {lr:.2e}" for name, lr in self.module.peak_lrs.items())
         lines = {
             "run": str(self.folder),
             "model": f"{config.size}, {self.module.net.n_parameters:,} parameters",
             "data": f"{config.data.source}: {data.train.n_tokens:,} training and "
             f"{valid.n_tokens:,} validation tokens, {valid.bytes_per_token:.2f} bytes each",
             "budget": f"{human_count(config.budget.tokens)} tokens = {schedule.n_steps:,} steps of "
-            f"{schedule.tokens_per_step:,}, {epochs:.1f} times the training split",
-            "optimizer": f"{config.optimizer.name}, {peaks}, {config.optimizer.warmup_steps} steps "
-            "of warm-up",
+            f"{schedule.tokens_per_step:,}, {epochs:.1f} epochs",
+            "optimizer": f"{config.optimizer.name}, {lrs}, {config.optimizer.warmup_steps} warm-up "
+            "steps",
             "device": f"{hardware.accelerator} ×{hardware.world_size}",
             "precision": f"{hardware.precision}: {hardware.why}",
             "kernels": kernels.name,
         }
         if parent is not None:
             seen = "an unknown number of" if parent.tokens is None else human_count(parent.tokens)
-            lines["weights"] = f"of {parent.name}, which have seen {seen} tokens; its tokenizer"
+            lines["weights"] = f"of {parent.name}, trained on {seen} tokens, with its tokenizer"
         for key, text in lines.items():
             log.info("%-10s %s", key, text)
         size, limit = data.tokenizer.vocab_size, config.data.vocab_size
         if config.init_from is None and size < limit:
-            fewer = f"{size:,} tokens, fewer than data.vocab_size={limit:,}"
-            log.warning("the training stories give a vocabulary of %s", fewer)
+            sizes = f"{size:,} tokens, fewer than data.vocab_size={limit:,}"
+            log.warning("the training stories yield a vocabulary of %s", sizes)
 
     def trainer(self, callbacks: Sequence[Callback]) -> L.Trainer:
         """Return the Lightning Trainer with our callbacks and loggers."""
@@ -242,12 +242,12 @@ class _Training:
         loggers = [MetricsCsv(folder / METRICS, start_step or None)]
         loggers += extra_loggers(folder, config.logger)
         strategy: Strategy | str = c.strategy
-        if strategy == "fsdp":  # FSDP2, on which `GPTModule` shards its net; one file, to be read
+        if strategy == "fsdp":  # FSDP2; `GPTModule` shards its model, checkpoints are single files
             strategy = ModelParallelStrategy(
                 hardware.world_size, tensor_parallel_size=1, save_distributed_checkpoint=False
             )
         srun = getattr(Launcher.detect(), "name", None) == "srun"
-        # Under srun `Checkpoints` queues the job again, and Lightning must not.
+        # Under srun, `Checkpoints` queues the job again, so Lightning must not.
         environment = [SLURMEnvironment(auto_requeue=False)] if srun else []
         accumulate, n_steps = c.accumulate_grad_batches, self.schedule.n_steps
         trainer = L.Trainer(
@@ -258,7 +258,7 @@ class _Training:
             precision=hardware.precision,  # type: ignore[arg-type]
             max_steps=n_steps,
             accumulate_grad_batches=accumulate,
-            # In batches, as a run is one pass of the loader; after whole steps, because it saves.
+            # In batches, since a run is one pass of the loader; after whole steps, since it saves.
             val_check_interval=accumulate * math.ceil(n_steps / c.n_validations),
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
@@ -276,32 +276,32 @@ class _Training:
             enable_checkpointing=False,  # ours are among the callbacks
             enable_progress_bar=False,
             enable_model_summary=False,
-            use_distributed_sampler=False,  # the data module deals out the windows itself
+            use_distributed_sampler=False,  # the data module distributes the windows itself
             plugins=[checkpoints.files, *environment],
         )
-        for logger in loggers:  # this opens the W&B run, which `_fit` closes
+        for logger in loggers:  # opens the W&B run, which `_fit` closes
             shape = dataclasses.asdict(config.model)  # beside `model`, which is the size's name
             logger.log_hyperparams({**plain(config), "shape": shape, **facts})
         return trainer
 
     def _facts(self) -> dict[str, Any]:
-        """Return what is known of the run before it starts, for its summary."""
-        net, hardware, commits = self.module.net, self.hardware, source_commit()
-        with contextlib.suppress(UserError):  # a broken summary is written anew
-            before = read_summary(self.folder).get("commit")
-            if isinstance(before, str):  # of earlier parts of the run
-                commits = ", ".join(dict.fromkeys([*before.split(", "), commits]))
+        """Return the entries of the summary that are known before the run starts."""
+        model, hardware, commits = self.module.net, self.hardware, source_commit()
+        with contextlib.suppress(UserError):  # a broken summary is replaced
+            earlier = read_summary(self.folder).get("commit")
+            if isinstance(earlier, str):  # those of earlier parts of the run
+                commits = ", ".join(dict.fromkeys([*earlier.split(", "), commits]))
         parent = self.start.parent
         return {
             "model": self.config.size,
-            "parameters": net.n_parameters,
-            "non_embedding_parameters": net.n_parameters - net.n_embedding_parameters,
-            "flops_per_token": net.flops_per_token(),
+            "parameters": model.n_parameters,
+            "non_embedding_parameters": model.n_parameters - model.n_embedding_parameters,
+            "flops_per_token": model.flops_per_token(),
             "train_stories": self.data.train.n_stories,
-            "train_tokens": self.data.train.n_tokens,  # of the split: epochs are tokens / these
+            "train_tokens": self.data.train.n_tokens,  # in the split; epochs = tokens / these
             "seed": self.config.seed,
             "device": hardware.accelerator,
-            "devices": hardware.devices,  # of each node
+            "devices": hardware.devices,  # on each node
             "num_nodes": hardware.num_nodes,
             "precision": hardware.precision,
             **({"init_from": dataclasses.asdict(parent)} if parent else {}),
@@ -322,7 +322,7 @@ def _fit(
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         status = 0
-    except SystemExit as leaving:  # Lightning's answer to ctrl-C and ours to other signals
+    except SystemExit as leaving:  # from Lightning at ctrl-C, from `Checkpoints` at other signals
         if (folder / CHECKPOINTS).is_dir():
             more = {f"model.{key}": value for key, value in _class_setting(config).items()}
             log.info("continue:  %s", next_step("train", resume=str(folder), **more))
@@ -335,32 +335,32 @@ def _fit(
 
 
 def _end_processes(trainer: L.Trainer, finished: bool) -> None:
-    """Leave no process that Lightning started, so that the next job of a multirun can start its."""
+    """End the processes that Lightning started, so that the next job of a multirun can start."""
     if global_rank() > 0 or Launcher.detect() is not None:
         return
     started: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     for process in started:
-        if not finished:  # it may wait for this one in a collective for ever
+        if not finished:  # it may wait in a collective for ever
             process.kill()
         process.wait()
-    started.clear()  # Lightning watches these, and would kill this process for one that failed
+    started.clear()  # Lightning watches these and would kill this process if one failed
     for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK"):
         os.environ.pop(name, None)
 
 
 def _prepare_libraries(seed: int) -> None:
-    """Seed them, allow tf32, and leave out what Lightning says of itself: `_describe` says more."""
+    """Seed the libraries, allow tf32, and silence messages that do not apply here."""
     L.seed_everything(seed, verbose=False)
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # tf32
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # a gather of microseconds
-    # It cannot know that our sampler starts at the step the checkpoint was written at.
+    # Lightning cannot know that our sampler starts at the step of the checkpoint.
     warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
-    # The validation metrics are the same on every device: torchmetrics has gathered them.
+    # Validation metrics are equal on every device, because torchmetrics has gathered them.
     warnings.filterwarnings("ignore", ".*sync_dist=True.* when logging on epoch level")
     warnings.filterwarnings("ignore", "The `srun` command is available")  # `Launcher` checks
     warnings.filterwarnings("ignore", ".*LeafSpec.*deprecated.*")  # Lightning 2.6 on torch 2.13

@@ -29,21 +29,22 @@ Batch = tuple[Tensor, Tensor]  # token ids (B, T) and targets (B, T), both int64
 
 
 class GPTModule(L.LightningModule):
-    """Trains a GPT on windows of tokens; logs losses, perplexity and bits per byte.
+    """Train a GPT on windows of tokens, and log losses, perplexity and bits per byte.
 
     Args:
-        model: shape of the net.
-        optimizer: its settings, and those of its schedule.
-        n_steps: updates of the whole run: where the schedule ends.
-        tokens_per_step: over all devices and accumulated batches.
-        bytes_per_token: of the validation split, which turns nats per token into bits per byte.
-        extra_hparams: plain values to keep in each checkpoint: the tokenizer's fingerprint.
-        factory: makes the net: `GPT`, a class derived from it, or a function of `model`.
+        config: shape of the model.
+        optimizer: settings of the optimizer and its schedule.
+        n_steps: number of updates in the whole run, at which the schedule ends.
+        tokens_per_step: number of tokens in an update, over all devices and accumulated batches.
+        bytes_per_token: mean of the validation split; turns nats per token into bits per byte.
+        extra_hparams: plain values to store in each checkpoint, such as the tokenizer's
+            fingerprint.
+        factory: `GPT`, a class derived from it, or a function from `config` to a GPT.
     """
 
     def __init__(
         self,
-        model: GPTConfig,
+        config: GPTConfig,
         optimizer: OptimizerConfig,
         n_steps: int,
         tokens_per_step: int,
@@ -52,21 +53,21 @@ class GPTModule(L.LightningModule):
         factory: Callable[[Any], GPT] = GPT,
     ) -> None:
         super().__init__()
-        sections = {"model": dataclasses.asdict(model), "optimizer": dataclasses.asdict(optimizer)}
+        sections = {"model": dataclasses.asdict(config), "optimizer": dataclasses.asdict(optimizer)}
         steps = {"n_steps": n_steps, "tokens_per_step": tokens_per_step}
-        # Plain values alone: a checkpoint is read with weights_only=True.
+        # Plain values alone, because checkpoints are read with weights_only=True.
         self.save_hyperparameters({**sections, **steps, **(extra_hparams or {})}, logger=False)
-        self.net = factory(model)
-        self.fast_loss: Loss | None = None  # another way to compute what `net.loss` gives
+        self.net = factory(config)  # "net" is part of the names of weights in checkpoints
+        self.fast_loss: Loss | None = None  # a faster computation of `net.loss`
         self.settings = optimizer
-        self.peak_lrs = peak_lrs(optimizer, model.d_model)
+        self.peak_lrs = peak_lrs(optimizer, config.d_model)
         self.n_steps, self.tokens_per_step = n_steps, tokens_per_step
         self.bytes_per_token = bytes_per_token
         self.val_nats = MeanMetric()
-        self._seed = torch.initial_seed()  # what `seed_everything` was given
+        self._seed = torch.initial_seed()  # the argument of `seed_everything`
 
     def configure_model(self) -> None:
-        """Under FSDP each device keeps its share of the weights. Lightning calls it before fit."""
+        """Shard the weights over the devices under FSDP; Lightning calls this before training."""
         if not isinstance(self.trainer.strategy, ModelParallelStrategy):
             return
         mesh = self.trainer.strategy.device_mesh["data_parallel"]
@@ -75,7 +76,7 @@ class GPTModule(L.LightningModule):
         register_fsdp_forward_method(self.net, "loss")
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Logits (B, T, V) for token ids (B, T)."""
+        """Return the logits (B, T, V) of token ids (B, T)."""
         return self.net(ids)
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ class GPTModule(L.LightningModule):
         return (self.fast_loss or self.net.loss)(ids, targets)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss of the batch in nats per token; stops the run when it is not finite."""
+        """Return the mean loss in nats per token; raise UserError if it is not finite."""
         if self.net.config.dropout:
             self._seed_dropout(batch_idx)
         loss = self.loss(*batch)
@@ -94,30 +95,30 @@ class GPTModule(L.LightningModule):
         self.log("train/loss", mean)
         if self.has_row(steps):
             self.log("lr", self._lr())
-            # Lightning takes the logged "step" as the row's x-axis: updates made, counted from 1.
+            # Lightning uses the logged "step" as the row's x-axis: the number of updates so far.
             self.log_dict({"step": float(steps), "tokens": float(steps * self.tokens_per_step)})
         return loss
 
     def has_row(self, step: int) -> bool:
-        """Whether update `step`, from 1, becomes a row: each `log` costs half a millisecond."""
+        """Return whether update `step`, from 1, is logged; each `log` call costs half a ms."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return step % every == 0 or step >= self.n_steps
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Has Lightning validate after the last step, whatever the validation interval."""
+        """Make Lightning validate after the last step, whatever the validation interval."""
         if self.global_step >= self.n_steps:
             self.trainer.should_stop = True
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Gathers nats per token, weighted by the tokens that are scored."""
+        """Add the batch to the mean loss, weighted by its number of scored tokens."""
         loss = self.loss(*batch)
         n_scored = (batch[1] != IGNORE_INDEX).sum()
         if n_scored:
-            self._check_finite("validation", loss.item())  # the metric would leave NaNs out
+            self._check_finite("validation", loss.item())  # the metric would skip NaNs
             self.val_nats.update(loss, weight=n_scored)
 
     def on_validation_epoch_end(self) -> None:
-        """Loss, perplexity and bits per byte of the whole split."""
+        """Log loss, perplexity and bits per byte of the whole split."""
         nats = float(self.val_nats.compute())
         self.val_nats.reset()
         metrics = {
@@ -130,9 +131,9 @@ class GPTModule(L.LightningModule):
         self.log_dict(metrics, rank_zero_only=True)  # already gathered over the devices
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """The optimizer of the settings, and its schedule by step."""
+        """Return the optimizer and its learning-rate schedule, which advances with each update."""
         c = self.settings
-        # A fused step unscales float16 gradients itself, after they should have been clipped.
+        # A fused step would unscale float16 gradients itself, which is too late for clipping.
         fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
         dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
         optimizer = make_optimizer(self.net, c, self.net.config.d_model, fused, dtype)
@@ -144,14 +145,14 @@ class GPTModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        """Clips the norm of all gradients together, and logs what it was before."""
+        """Clip the norm of all gradients together, and log the norm before clipping."""
         limit = self.settings.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), limit)
         if self.has_row(self.global_step + 1):
             self.log("grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def check_weights(self) -> None:
-        """Raise UserError if a weight is not finite: the next loss would not be either."""
+        """Raise UserError if a weight is not finite, in which case the next loss is not either."""
         if not all(bool(weight.isfinite().all()) for weight in self.net.parameters()):
             self._diverged("weights became nan or infinite")
 
@@ -159,15 +160,15 @@ class GPTModule(L.LightningModule):
         if not math.isfinite(loss):
             self._diverged(f"{kind} loss became {loss}")
 
-    def _diverged(self, what: str) -> NoReturn:
+    def _diverged(self, event: str) -> NoReturn:
         raise UserError(
-            f"the {what} at step {self.global_step} with a learning rate of {self._lr():.2e}: a "
-            "longer optimizer.warmup_steps may help, or a third of the learning rate",
+            f"the {event} at step {self.global_step} with a learning rate of {self._lr():.2e}: try "
+            "a longer optimizer.warmup_steps, or a third of the peak learning rate",
             fix={f"optimizer.{name}": float(f"{lr / 3:.0e}") for name, lr in self.peak_lrs.items()},
         )
 
     def _seed_dropout(self, batch_idx: int) -> None:
-        """Make dropout a function of the batch's number, so that a resumed run drops the same."""
+        """Seed dropout by seed, batch and rank, so that a resumed run drops the same elements."""
         entropy = [self._seed, batch_idx, self.global_rank]
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
 

@@ -1,4 +1,4 @@
-"""What moves the weights: settings, the optimizer they make, and the learning rate's course."""
+"""Optimizers (Muon, AdamW), their default learning rates and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -15,39 +15,50 @@ from minigpt.training.config import OptimizerConfig
 
 
 def default_lr(d_model: int, name: str = "muon") -> float:
-    """AdamW's peak learning rate.
+    """Return the default peak learning rate of AdamW.
 
-    At width 128 it is 8e-3 beside Muon, where AdamW moves the embedding alone, and falls as
-    1 / sqrt(d_model): measured, docs/LOG.md. By itself it is 4e-3 and falls as 1 / d_model (Yang
-    et al. 2022, https://arxiv.org/abs/2203.03466).
+    Beside Muon, where AdamW trains the embedding, biases and norms alone, it is 8e-3 at width 128
+    and falls as 1 / sqrt(d_model), as measured in docs/LOG.md. For AdamW on all weights it is 4e-3
+    and falls as 1 / d_model (Yang et al. 2022, arXiv:2203.03466).
+
+    Args:
+        d_model: width of the model.
+        name: muon or adamw, as in `OptimizerConfig`.
     """
     return 8e-3 * (128 / d_model) ** 0.5 if name == "muon" else 4e-3 * 128 / d_model
 
 
 def default_matrix_lr(d_model: int) -> float:
-    """Muon's peak learning rate, in units of an AdamW update: 8e-3 at width 128.
+    """Return the default peak learning rate of Muon, on the scale of AdamW: 8e-3 at width 128.
 
-    It falls as 1 / sqrt(d_model): an update's elements are of equal size at any width, so that
-    what it does to a vector, its spectral norm, grows as sqrt(d_model).
+    It falls as 1 / sqrt(d_model), because the elements of an update have the same size at any
+    width, so that its spectral norm grows as sqrt(d_model).
     """
     return 8e-3 * (128 / d_model) ** 0.5
 
 
 def peak_lrs(config: OptimizerConfig, d_model: int) -> dict[str, float]:
-    """The peak learning rates that hold for this width, by the name of their setting."""
-    peaks = {"lr": config.lr or default_lr(d_model, config.name)}
+    """Return the peak learning rates at width `d_model`, by the name of their setting."""
+    lrs = {"lr": config.lr or default_lr(d_model, config.name)}
     if config.name == "muon":
-        peaks["matrix_lr"] = config.matrix_lr or default_matrix_lr(d_model)
-    return peaks
+        lrs["matrix_lr"] = config.matrix_lr or default_matrix_lr(d_model)
+    return lrs
 
 
 def lr_factor(
     step: int, n_steps: int, warmup_steps: int, final_lr: float, schedule: str | None = "cosine"
 ) -> float:
-    """Share of the peak learning rate for update `step` (from 0) of `n_steps`.
+    """Return the learning rate of update `step`, from 0, as a share of its peak.
 
-    Rises linearly to 1 at update `warmup_steps - 1`, then follows half a cosine, or a line, that
-    would reach `final_lr` at update `n_steps`, so that the last update still moves the weights.
+    It rises linearly to 1 at update `warmup_steps - 1`, then falls along half a cosine, or a line,
+    that would reach `final_lr` at update `n_steps`, so that the last update is not zero.
+
+    Args:
+        step: number of the update, from 0.
+        n_steps: number of updates in the run.
+        warmup_steps: number of updates in the warm-up.
+        final_lr: share at the end of the decay, from 0 to 1.
+        schedule: cosine or linear.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -58,41 +69,52 @@ def lr_factor(
 
 
 def make_optimizer(
-    net: nn.Module,
+    model: nn.Module,
     config: OptimizerConfig,
     d_model: int,
     fused: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> Optimizer:
-    """The optimizer of `net`'s weights. Decay is on its matrices, the embedding among them.
+    """Return the optimizer of the weights of `model`; only matrices have weight decay.
 
     Args:
-        d_model: the width, which default learning rates depend on.
-        fused: run AdamW as one kernel.
+        model: matrices with "embedding" in their name are trained by AdamW beside Muon.
+        config: name and settings of the optimizer.
+        d_model: width of the model, which the default learning rates depend on.
+        fused: whether AdamW runs as one kernel.
         dtype: of Muon's matrix products, for which bfloat16 is precise enough.
     """
-    peaks = peak_lrs(config, d_model)
-    inside, rest, vectors = [], [], []  # matrices of the blocks, other matrices, biases and norms
-    for name, parameter in net.named_parameters():
-        into = vectors if parameter.dim() < 2 else inside if "embedding" not in name else rest
-        into.append(parameter)
-    rest = rest if config.name == "muon" else inside + rest
-    groups = [{"params": rest, "weight_decay": config.weight_decay}, {"params": vectors}]
+    lrs = peak_lrs(config, d_model)
+    matrices, embeddings, vectors = [], [], []  # vectors: biases and norms
+    for name, parameter in model.named_parameters():
+        is_embedding = "embedding" in name
+        group = vectors if parameter.dim() < 2 else embeddings if is_embedding else matrices
+        group.append(parameter)
+    decayed = embeddings if config.name == "muon" else matrices + embeddings
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": vectors}]
     betas = config.beta1, config.beta2
-    adamw = AdamW(groups, peaks["lr"], betas, weight_decay=0.0, fused=fused)
+    adamw = AdamW(groups, lrs["lr"], betas, weight_decay=0.0, fused=fused)
     if config.name == "adamw":
         return adamw
-    muon = Muon(inside, peaks["matrix_lr"], config.momentum, config.weight_decay, dtype)
+    muon = Muon(matrices, lrs["matrix_lr"], config.momentum, config.weight_decay, dtype)
     return CombinedOptimizer(adamw, muon)
 
 
 class Muon(Optimizer):
-    """Momentum whose updates are made orthogonal (Jordan et al. 2024), for matrices alone.
+    """SGD with Nesterov momentum whose updates are orthogonalised, for matrices alone.
 
-    Each update is scaled by 0.2 · sqrt(rows or columns, the larger), which makes it as large as
-    one of AdamW's at the same learning rate (Liu et al. 2025, arXiv 2502.16982, section 2.2).
-    Unlike torch.optim.Muon it takes matrices of one shape through the iteration together, which is
-    faster while they are small, and in float32 where bfloat16 is no gain.
+    The method is that of Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/). Each
+    update is scaled by 0.2 · sqrt(max(rows, columns)), which gives it the size of an AdamW update
+    at the same learning rate (Liu et al. 2025, arXiv:2502.16982, section 2.2). Unlike
+    torch.optim.Muon it orthogonalises all matrices of one shape in a batch, which is faster for
+    small ones, and does so in float32 where bfloat16 is not faster.
+
+    Args:
+        matrices: parameters with two dimensions.
+        lr: learning rate.
+        momentum: decay of the running mean of the gradients, from 0 to below 1.
+        weight_decay: decoupled weight decay, times `lr` in each update.
+        dtype: of the matrix products.
     """
 
     def __init__(
@@ -108,7 +130,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Move every matrix (m, n) that has a gradient."""
+        """Update every matrix (m, n) that has a gradient."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = {}
             for matrix in group["params"]:
@@ -123,7 +145,7 @@ class Muon(Optimizer):
                     matrix.add_(update, alpha=-group["lr"] * size)
 
     def _momentum(self, matrix: Tensor, momentum: float) -> Tensor:
-        """Nesterov's: the running mean of the gradients, one step ahead."""
+        """Return the Nesterov momentum: the running mean of the gradients, one step ahead."""
         assert matrix.grad is not None
         state = self.state[matrix]
         if not state:
@@ -133,26 +155,37 @@ class Muon(Optimizer):
 
 
 def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
-    """For each of (k, m, n) about U Vᵀ, where its singular value decomposition is U S Vᵀ.
+    """Return approximately U Vᵀ for each matrix, whose singular value decomposition is U S Vᵀ.
 
-    A Newton-Schulz iteration, X ← a X + (b A + c A²) X with A = X Xᵀ, whose coefficients (Jordan
-    et al. 2024) take singular values to between 0.7 and 1.2 in five steps rather than to 1.
+    The Newton-Schulz iteration X ← a X + (b A + c A²) X with A = X Xᵀ and the coefficients of
+    Jordan et al. 2024, which bring all singular values to between 0.7 and 1.2 in five steps, not
+    exactly to 1.
+
+    Args:
+        matrices: (k, m, n), k matrices of one shape.
+        steps: number of iterations.
+
+    Returns:
+        A tensor of the same shape.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
-        gram = x @ x.mT  # (k, m, m), m the smaller side
+        gram = x @ x.mT  # (k, m, m), where m is the smaller side
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
 class CombinedOptimizer(Optimizer):
-    """Several optimizers, each with parameters of its own, as the one that Lightning expects.
+    """Several optimizers with disjoint parameters as one, which is what Lightning expects.
 
-    Their groups and their state are this one's, so that schedules, checkpoints and moves between
-    devices see a single optimizer.
+    They share its groups and state, so that schedules, checkpoints and moves between devices see a
+    single optimizer.
+
+    Args:
+        parts: the optimizers.
     """
 
     def __init__(self, *parts: Optimizer) -> None:
@@ -167,13 +200,13 @@ class CombinedOptimizer(Optimizer):
             part.state = self.state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Called when a state dict is loaded, which replaces groups and state."""
+        """Share the groups and the state again, which loading a state dict has replaced."""
         super().__setstate__(state)
         self._share()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        """One step of each. The closure, if any, is called once; returns what it returned."""
+        """Take a step with each optimizer; return the value of `closure`, which is called once."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
         for part in self.parts:

@@ -1,10 +1,10 @@
-"""report.html: the results of one run on one page, readable without a network or a server.
+"""report.html: the results of one run on one page that needs no network and no server.
 
     >>> write_report(Path("runs/small-20260101-120000"))
     PosixPath('runs/small-20260101-120000/report.html')
 
-The charts are SVG elements inside the page. Their text has the colour of the page's text, and
-their curves have colours of a contrast of at least 3 on both backgrounds, light and dark.
+The charts are SVG elements inside the page. Their text has the colour of the page's text, and their
+curves have a contrast of at least 3 on both backgrounds, light and dark.
 """
 
 from __future__ import annotations
@@ -35,14 +35,17 @@ CURVES = (  # column of metrics.csv, title, axis label, colour
     ("tokens_per_second", "Throughput", "tokens per second", OTHER),
     ("lr", "Learning rate", "learning rate", OTHER),
 )
-OPEN_STAGES = 5  # stages of the sample stories shown unfolded, spread from first to last
+OPEN_STAGES = 5  # number of steps whose stories are unfolded, evenly spread
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `report.html` into the run folder from whatever the run has written so far.
+    """Write `report.html` into the run folder from the files that the run has written so far.
+
+    Args:
+        run_dir: the run folder.
 
     Returns:
-        The path of the page. It is replaced whole, so a browser never sees half of one.
+        The path of the page, which is replaced atomically.
 
     Raises:
         UserError: one of the run's own files cannot be read; the message names it.
@@ -73,16 +76,16 @@ def write_report(run_dir: Path) -> Path:
 
 
 def _headline(rows: list[Row], summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return (name, value, note) of the numbers on top, without those that were not measured."""
+    """Return (name, value, note) of each measured number at the top of the page."""
     numbers = last_values(rows) | {k: v for k, v in summary.items() if v is not None}
     nats, non_embedding = "{:.3f} nats per token", "{} non-embedding"
-    tiles = [  # number, its name, its format; another number for the note, and its format
+    tiles = [  # key, label and format of the number; key and format of the note
         ("val/perplexity", "validation perplexity", "{:.2f}".format, "val/loss", nats.format),
         ("val/bits_per_byte", "bits per byte", "{:.3f}".format, "", str),
         ("parameters", "parameters", human_count, "non_embedding_parameters",
          lambda n: non_embedding.format(human_count(n))),
-        ("tokens", "tokens seen", human_count, "steps", "{:,} steps".format),
-        ("seconds", "time", human_time, "", str),
+        ("tokens", "training tokens", human_count, "steps", "{:,} steps".format),
+        ("seconds", "training time", human_time, "", str),
         ("tokens_per_second", "tokens per second", human_count, "", str),
     ]  # fmt: skip
     return [
@@ -93,12 +96,12 @@ def _headline(rows: list[Row], summary: dict[str, Any]) -> list[tuple[str, str, 
 
 
 def _details(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return every entry of summary.json as text."""
+    """Return (key, value) of every entry of summary.json as text."""
 
     def text(value: Any) -> str:
         if value is None:
             return "not measured"
-        if isinstance(value, dict):  # init_from: the run whose weights this one began with
+        if isinstance(value, dict):  # init_from, the parent run
             return str(value.get("name"))
         if isinstance(value, float):
             return f"{value:,.6g}"
@@ -108,14 +111,14 @@ def _details(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _commands(run_dir: Path) -> list[tuple[str, str]]:
-    """Return (reason, command) to type next, in the folder where the run was started."""
+    """Return (purpose, command) of the next steps, for the folder where the run was started."""
     run = run_dir.resolve()
     run = (run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run).as_posix()
     settings = shlex.quote(f"ckpt={run}")
-    study = "Perplexity over the whole validation split, stories at four temperatures, embeddings"
+    evaluation = "Evaluate: perplexity of the whole validation split, stories at four temperatures"
     return [
-        (study, f"minigpt evaluate {settings}"),
-        ("Stories of your own", f"minigpt generate {shlex.quote(run)}"),
+        (evaluation, f"minigpt evaluate {settings}"),
+        ("Generate stories from your own prompts", f"minigpt generate {shlex.quote(run)}"),
     ]
 
 
@@ -123,7 +126,7 @@ def _commands(run_dir: Path) -> list[tuple[str, str]]:
 
 
 def _stages(samples: list[dict[str, Any]], rows: list[Row]) -> list[dict[str, Any]]:
-    """Return the samples grouped by their step, with the perplexity at that step."""
+    """Return the samples grouped by step, with the validation perplexity at that step."""
     perplexity = {row["step"]: f"{row[PERPLEXITY]:.2f}" for row in rows if PERPLEXITY in row}
     groups = [(step, list(group)) for step, group in groupby(samples, key=lambda s: s["step"])]
     spread = {round(i * (len(groups) - 1) / (OPEN_STAGES - 1)) for i in range(OPEN_STAGES)}
@@ -132,7 +135,7 @@ def _stages(samples: list[dict[str, Any]], rows: list[Row]) -> list[dict[str, An
             "step": f"{step:,}",
             "tokens": human_count(stories[0]["tokens"]),
             "perplexity": perplexity.get(step, ""),
-            # `text` may begin with the prompt or continue it: either way the two are set apart
+            # `text` may begin with the prompt or continue it.
             "stories": [s | {"continuation": s["text"].removeprefix(s["prompt"])} for s in stories],
             "open": i in spread,
         }
@@ -144,9 +147,9 @@ def _stages(samples: list[dict[str, Any]], rows: list[Row]) -> list[dict[str, An
 
 
 def smooth(values: list[float], reach: int) -> list[float]:
-    """Return the mean over `reach` neighbours on either side, over fewer near the ends.
+    """Return the centred moving mean over `reach` neighbours on either side.
 
-    As many on the left as on the right, so that a falling curve is not drawn late or too high.
+    The window shrinks near the ends and stays symmetric, so that a falling curve is not shifted.
     """
     near = [min(reach, i, len(values) - 1 - i) for i in range(len(values))]
     return [fmean(values[i - n : i + n + 1]) for i, n in enumerate(near)]
@@ -164,13 +167,13 @@ def _charts(rows: list[Row]) -> list[tuple[str, str]]:
 
 
 def loss_figure(rows: list[Row]) -> Figure:
-    """Draw the training loss, each step faint and its mean strong, and the validation loss."""
+    """Draw the training loss, raw and smoothed, and the validation loss, against tokens."""
     figure, axes = _axes("loss (nats per token)")
     tokens, loss = series(rows, "train/loss")
     if loss:
         reach = max(1, len(loss) // 50)
-        axes.plot(tokens, loss, color=TRAIN, alpha=0.35, linewidth=0.8, label="train")
-        label = f"train, mean of {2 * reach + 1} points"
+        axes.plot(tokens, loss, color=TRAIN, alpha=0.35, linewidth=0.8, label="training")
+        label = f"training, mean of {2 * reach + 1} points"
         axes.plot(tokens, smooth(loss, reach), color=TRAIN, linewidth=1.8, label=label)
     tokens, loss = series(rows, "val/loss")
     if loss:
@@ -198,18 +201,18 @@ def curve_figure(rows: list[Row], column: str, label: str, colour: str) -> Figur
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
     else:
         unit = human_count if column == "tokens_per_second" else "{:g}".format
-        axes.set_ylim(bottom=0)  # the height of the curve is then its true proportion
+        axes.set_ylim(bottom=0)  # heights are then proportional to values
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: unit(value)))
     axes.set_xlim(left=0)
     return figure
 
 
 def _axes(label: str) -> tuple[Figure, Axes]:
-    """Return an empty figure whose horizontal axis is tokens seen."""
+    """Return an empty figure whose horizontal axis is the number of training tokens."""
     from matplotlib.ticker import FuncFormatter
 
     figure = new_figure(6.4, 3.6)
     (axes,) = figure.axes
-    axes.set(xlabel="tokens seen", ylabel=label)
+    axes.set(xlabel="training tokens", ylabel=label)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value)))
     return figure, axes

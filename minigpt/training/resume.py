@@ -1,4 +1,4 @@
-"""Where a run begins: anew, with the weights of another, or at its last good checkpoint."""
+"""Where a run starts: at random weights, those of another run, or its last good checkpoint."""
 
 from __future__ import annotations
 
@@ -26,33 +26,45 @@ from minigpt.training.module import GPTModule
 
 log = logging.getLogger("minigpt")
 
-AUTO = "auto"  # resume=auto: the run of this name, if there is one
+AUTO = "auto"  # resume=auto: the run called config.name, if there is one
 _SECTIONS = ("model", "data", "optimizer", "trainer", "budget", "seed")  # of every config.yaml
-# Settings that say where a run and its cache lie, and not what it is.
-_ASIDE = ("name", "runs_dir", "resume", "data.cache_dir", "model_class", "overrides")
+# Settings that may change between the parts of a run, such as its location.
+_MAY_CHANGE = ("name", "runs_dir", "resume", "data.cache_dir", "model_class", "overrides")
 
 
 @dataclasses.dataclass(frozen=True)
 class ResumeState:
-    """A job, and the checkpoint it goes on from; without one it begins at step 0.
+    """The config of a run and the state it starts from.
 
-    With `init_from` it begins with the weights of another run, and keeps the tokenizer that gives
-    its tokens their meaning.
+    A run without a checkpoint starts at step 0: with random weights, or by `init_from` with the
+    weights of another run, whose tokenizer it keeps.
     """
 
     config: TrainConfig
+    """All settings; those of the run itself if it is resumed."""
     checkpoint: Path | None = None
+    """Checkpoint to resume from; None for a new run."""
     step: int = 0
+    """Number of updates so far."""
     hyper_parameters: dict[str, Any] | None = None
-    net: GPT | None = None  # the other run's, for a run that begins
-    tokenizer: Tokenizer | None = None  # the other run's; None: one is trained on the stories
-    parent: Parent | None = None  # the other run, for the records of this one
+    """Hyperparameters in the checkpoint; None for a new run."""
+    parent_model: GPT | None = None
+    """Model of the parent run; None for random weights and for a resumed run."""
+    tokenizer: Tokenizer | None = None
+    """Tokenizer of the parent run; None if one is trained on the stories."""
+    parent: Parent | None = None
+    """Provenance record of the parent run, if there is one."""
 
     @classmethod
     def from_config(
         cls, config: TrainConfig, folder: Path | None, model: ModelFactory | None = None
     ) -> ResumeState:
-        """Return where a run begins: in `folder`, by its own settings, or anew where it is None.
+        """Return the state that a run starts from.
+
+        Args:
+            config: all settings, as they were typed.
+            folder: the run to resume, whose own settings then apply; None for a new run.
+            model: class or function that makes the model; None means `GPT`.
 
         Raises:
             UserError: there is no checkpoint to resume, resume=auto found a run with other
@@ -62,15 +74,16 @@ class ResumeState:
             if config.init_from is None:
                 return cls(config)
             run = Run.load(config.init_from, model)
-            net = run.load_model()
-            _check_shape(config, net.config, run)
-            return cls(config, net=net, tokenizer=run.tokenizer, parent=_parent(run, net))
+            parent_model = run.load_model()
+            _check_shape(config, parent_model.config, run)
+            parent = _parent(run, parent_model)
+            return cls(config, parent_model=parent_model, tokenizer=run.tokenizer, parent=parent)
         assert config.resume is not None
         checkpoint = last_checkpoint(folder if config.resume == AUTO else Path(config.resume))
         run = Run(folder, checkpoint)
         values = run.config
-        if lacking := [name for name in _SECTIONS if name not in values]:
-            raise UserError(f"{folder / CONFIG} lacks {', '.join(lacking)}: restore it")
+        if missing := [name for name in _SECTIONS if name not in values]:
+            raise UserError(f"{folder / CONFIG} lacks {', '.join(missing)}: restore the file")
         if (name := values.get("model_class")) is not None and model is None:
             raise ModelClassError(f"{folder} was trained with the class {name}", name)
         before = TrainConfig.from_dict(values, config_class(model or GPT))
@@ -79,27 +92,27 @@ class ResumeState:
         data = with_cache_here(before.data, config.data.cache_dir)
         content = read_checkpoint(checkpoint)
         stored, step = content["hyper_parameters"], content["global_step"]
-        parent = parent_of(stored, checkpoint)  # that run itself may be gone by now
+        parent = parent_of(stored, checkpoint)  # from the record, since that run may be deleted
         tokenizer = run.tokenizer if parent else None
-        if parent is not None:  # an earlier version wrote more about it
+        if parent is not None:  # an earlier version recorded more about it
             stored = {**stored, "init_from": dataclasses.asdict(parent)}
         config = dataclasses.replace(before, data=data)
         return cls(config, checkpoint, step, stored, tokenizer=tokenizer, parent=parent)
 
     def prepared_data(self, schedule: Schedule) -> DataModule:
-        """Return the data of the run, prepared on one process before any other is started."""
+        """Return the data of the run, prepared by one process before any other is started."""
         config, accumulate = self.config, self.config.trainer.accumulate_grad_batches
         n_batches, start_batch = schedule.n_steps * accumulate, self.step * accumulate
         length, vocab_size = config.model.context_length, config.model.vocab_size
         data = DataModule(config.data, length, n_batches, config.seed, start_batch, self.tokenizer)
-        data.setup("fit")  # prepares them too; `prepare_data` first would read them all once more
+        data.setup("fit")  # prepares them too; `prepare_data` would read them once more
         if (size := data.tokenizer.vocab_size) > vocab_size:
-            message = f"is below the tokenizer's {size}: leave it out, it follows data.vocab_size"
+            message = f"is less than the tokenizer's {size}: leave it out to follow data.vocab_size"
             raise UserError(message, "model.vocab_size", vocab_size)
         return data
 
     def module(self, schedule: Schedule, data: DataModule, model: ModelFactory | None) -> GPTModule:
-        """Return the model in training, with the weights that the run begins with.
+        """Return the Lightning module, with the weights that the run starts with.
 
         Raises:
             UserError: data, schedule or model changed since the checkpoint.
@@ -111,8 +124,8 @@ class ResumeState:
             self.config.model, self.config.optimizer, schedule.n_steps, schedule.tokens_per_step,
             data.valid.bytes_per_token, extra, model or GPT,
         )  # fmt: skip
-        if self.net is not None:
-            module.net.load_state_dict(self.net.state_dict())
+        if self.parent_model is not None:
+            module.net.load_state_dict(self.parent_model.state_dict())
         self._check_unchanged(module)
         return module
 
@@ -122,42 +135,42 @@ class ResumeState:
             return
         changed = []
         for key, value in module.hparams.items():
-            then = self.hyper_parameters.get(key)
-            if isinstance(value, dict) and isinstance(then, dict):
-                # A setting newer than the checkpoint, which had no other, or one that is gone.
-                then = {key: then.get(key, now) for key, now in value.items()}
-            if then != value:
+            stored = self.hyper_parameters.get(key)
+            if isinstance(value, dict) and isinstance(stored, dict):
+                # Ignore settings that are newer than the checkpoint or no longer exist.
+                stored = {key: stored.get(key, new) for key, new in value.items()}
+            if stored != value:
                 changed.append(key)
         if changed:
             message = f"{self.checkpoint} cannot be resumed: {', '.join(changed)} changed since"
-            raise UserError(f"{message}; restore stories and number of devices, or train a new run")
+            raise UserError(f"{message}; restore stories and number of devices, or start a new run")
 
     def clear(self, folder: Path) -> None:
-        """Remove what a killed process left half-written; set damaged checkpoints aside."""
+        """Remove the temporary files of a killed process, and rename damaged checkpoints."""
         for pattern in ("*.tmp", f"{CHECKPOINTS}/*.tmp"):
             for leftover in folder.glob(pattern):
                 leftover.unlink()
         for path in last_checkpoints(folder):
             if path == self.checkpoint:
                 break
-            if not is_whole(path):  # do not let it push a good one out of the rotation
+            if not is_whole(path):  # it must not push a good one out of the rotation
                 log.warning("%s is damaged: continuing from %s", path, self.checkpoint)
                 path.replace(path.with_name(f"{path.name}.damaged"))
 
 
 def folder_to_resume(config: TrainConfig) -> Path | None:
-    """Return the run folder that `config.resume` means; None where a new run begins.
+    """Return the run folder that `config.resume` names; None if a new run starts.
 
     Raises:
-        UserError: there is no such run, resume=auto has no name to look for, or a link in the
-            folder leads elsewhere.
+        UserError: there is no such run, resume=auto has no run name, or a link in the folder
+            leads out of it.
     """
     if config.resume is None:
         return None
     folder = Path(config.resume)
     if config.resume == AUTO:
         if config.name is None:
-            raise UserError("continues the run of a name", "resume", AUTO, {"name": "my-run"})
+            raise UserError("needs the name of the run", "resume", AUTO, {"name": "my-run"})
         folder = Path(config.runs_dir) / config.name
         if not folder.is_dir():
             return None
@@ -170,7 +183,7 @@ def folder_to_resume(config: TrainConfig) -> Path | None:
 def _check_shape(config: TrainConfig, trained: GPTConfig, run: Run) -> None:
     """Raise UserError if the weights of `run`, of shape `trained`, do not fit the model.
 
-    The context may be another one: positions are computed, not learned.
+    The context length may differ, because positions are computed, not learned.
     """
     fix = {
         f"model.{name}": value
@@ -181,28 +194,28 @@ def _check_shape(config: TrainConfig, trained: GPTConfig, run: Run) -> None:
     if fix and size not in (None, "gpt", config.size):
         fix = {"model": size}
     if fix:
-        raise UserError("is a model of another shape", "init_from", config.init_from, fix)
+        raise UserError("has a model of another shape", "init_from", config.init_from, fix)
 
 
-def _parent(run: Run, net: GPT) -> Parent:
-    """Return what a run that begins with `net`, the weights of `run`, records about them."""
+def _parent(run: Run, model: GPT) -> Parent:
+    """Return the provenance record for a run that starts with `model`, the model of `run`."""
     summary = run.summary
-    before = parent_of(summary, run.folder / SUMMARY)
+    parent = parent_of(summary, run.folder / SUMMARY)
 
     def total(name: str) -> Any:
-        own, earlier = summary.get(name), getattr(before, name) if before else 0
-        return None if own is None or earlier is None else earlier + own
+        own, before = summary.get(name), getattr(parent, name) if parent else 0
+        return None if own is None or before is None else before + own
 
     try:
         entry = {
             "name": run.folder.resolve().name,
-            "weights": weights_fingerprint(net),
+            "weights": weights_fingerprint(model),
             "tokens": total("tokens"),
             "seconds": total("seconds"),
-            "sources": [*(before.sources if before else []), run.config["data"]["source"]],
+            "sources": [*(parent.sources if parent else []), run.config["data"]["source"]],
         }
     except (KeyError, TypeError):
-        message = f"{run.folder} does not record how it was trained"
+        message = f"{run.folder} has no record of its training"
         raise UserError(f"{message}: restore its {CONFIG} and {SUMMARY}") from None
     return build(Parent, entry, f"{run.folder}")
 
@@ -212,7 +225,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     """Keep a second process from training the same run at the same time.
 
     Raises:
-        UserError: another process does. The lock of one that was killed is gone with it.
+        UserError: another process trains it. A process that is killed releases its lock.
     """
     try:
         lock = FileLock(folder / ".lock").acquire(timeout=0)
@@ -224,9 +237,9 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def _check_settings(config: TrainConfig, before: TrainConfig, folder: Path) -> None:
-    """Raise UserError if `config`, which is to continue the run in `folder`, has other settings."""
-    then = flat(settings_of(before))
+    """Raise UserError if `config` differs from `before`, the config of the run in `folder`."""
+    earlier = flat(settings_of(before))
     for name, value in flat(settings_of(config)).items():
-        if name not in _ASIDE and then[name] != value:
-            message = f"{folder} was trained with another value: set that, or choose another name"
-            raise UserError(message, name, value, {name: then[name]})
+        if name not in _MAY_CHANGE and earlier[name] != value:
+            message = f"{folder} was trained with another value; restore it or choose another name"
+            raise UserError(message, name, value, {name: earlier[name]})

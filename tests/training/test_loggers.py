@@ -2,7 +2,7 @@ from minigpt.runs.records import read_metrics
 from minigpt.training.loggers import COLUMNS, MetricsCsv
 
 
-def test_rows_are_on_disk_as_soon_as_they_are_logged(tmp_path):
+def test_metrics_csv_rows_are_on_disk_as_soon_as_they_are_logged(tmp_path):
     logger = MetricsCsv(tmp_path / "metrics.csv")
     logger.log_metrics({"tokens": 104_000_000.0, "train/loss": 2.5, "epoch": 0.0}, step=10)
     logger.log_metrics({"tokens": 104_008_192.0, "val/loss": 2.25}, step=11)
@@ -13,7 +13,7 @@ def test_rows_are_on_disk_as_soon_as_they_are_logged(tmp_path):
     ]
 
 
-def test_a_new_metric_adds_a_column_and_keeps_the_rows(tmp_path):
+def test_new_metric_adds_a_column_and_keeps_the_rows(tmp_path):
     path = tmp_path / "metrics.csv"
     logger = MetricsCsv(path)
     logger.log_metrics({"tokens": 1.0, "lr": 0.1}, step=1)
@@ -23,7 +23,7 @@ def test_a_new_metric_adds_a_column_and_keeps_the_rows(tmp_path):
     assert read_metrics(tmp_path)[1]["mine"] == 7.0
 
 
-def test_a_resumed_run_drops_the_rows_it_will_make_again(tmp_path):
+def test_resumed_run_drops_the_rows_after_its_checkpoint(tmp_path):
     path = tmp_path / "metrics.csv"
     logger = MetricsCsv(path)
     for step in (10, 20, 30):
@@ -34,7 +34,7 @@ def test_a_resumed_run_drops_the_rows_it_will_make_again(tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20, 30]
 
 
-def test_a_new_run_replaces_what_was_there(tmp_path):
+def test_new_run_replaces_an_existing_metrics_csv(tmp_path):
     path = tmp_path / "metrics.csv"
     MetricsCsv(path).log_metrics({"tokens": 8.0}, step=1)
     MetricsCsv(path)

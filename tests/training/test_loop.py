@@ -31,7 +31,9 @@ from tests.conftest import ROOT, composed, naming, trained_folder, write_stories
 FEW = EvaluationConfig(stories=StoriesConfig(prompts=("Once",), n=1, max_tokens=5), words=("Tom",))
 
 
-def test_a_run_folder_holds_all_there_is_to_know(tiny: list[str], tmp_path: Path):
+def test_run_folder_holds_config_metrics_samples_summary_and_report(
+    tiny: list[str], tmp_path: Path
+):
     folder = trained_folder(tiny)
     assert folder.parent == tmp_path / "runs"
     assert {path.name for path in folder.iterdir()} == {
@@ -61,7 +63,7 @@ def test_a_run_folder_holds_all_there_is_to_know(tiny: list[str], tmp_path: Path
 
 
 @pytest.mark.parametrize(("peak", "lines"), [(1.0, 1), (1e30, 0)])
-def test_a_share_of_the_peak_above_one_is_doubted_once(
+def test_mfu_above_one_is_warned_about_once(
     tiny: list[str], monkeypatch: pytest.MonkeyPatch, peak: float, lines: int
 ):
     monkeypatch.setattr("minigpt.training.loop.matmul_peak", lambda *_: peak)
@@ -80,7 +82,7 @@ def test_evaluation_agrees_with_what_training_logged(tiny: list[str]):
     assert written["perplexity"] == evaluation.perplexity
 
 
-def test_the_same_seed_trains_the_same_weights_and_another_does_not(tiny: list[str]):
+def test_seed_determines_the_weights(tiny: list[str]):
     weights = [
         read_checkpoint(trained_folder([*tiny, f"seed={seed}"]) / "checkpoints/last.ckpt")
         for seed in (1, 1, 2)
@@ -94,7 +96,7 @@ def test_the_same_seed_trains_the_same_weights_and_another_does_not(tiny: list[s
     ("accumulate", "n_validations", "validated"),
     [(1, 2, [10, 20]), (4, 6, [4, 8, 12, 16, 20])],  # 80 batches are no whole number of steps by 6
 )
-def test_a_run_that_stopped_half_way_goes_on_to_the_weights_of_one_that_did_not(
+def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_run(
     accumulate: int,
     n_validations: int,
     validated: list[int],
@@ -110,7 +112,7 @@ def test_a_run_that_stopped_half_way_goes_on_to_the_weights_of_one_that_did_not(
     whole = trained_folder([*tiny, "name=whole"])
     with monkeypatch.context() as patch:
         patch.setattr("minigpt.training.module.GPTModule.on_train_batch_start", fail_at_step(13))
-        with pytest.raises(RuntimeError, match="the power is gone"):
+        with pytest.raises(RuntimeError, match="interrupted"):
             trained_folder([*tiny, "name=broken"])
     broken = whole.parent / "broken"
     assert read_summary(broken)["status"] == "failed"
@@ -128,12 +130,12 @@ def test_a_run_that_stopped_half_way_goes_on_to_the_weights_of_one_that_did_not(
 def fail_at_step(step: int):
     def on_train_batch_start(self, batch, batch_idx) -> None:
         if self.global_step == step:
-            raise RuntimeError("the power is gone")
+            raise RuntimeError("interrupted")
 
     return on_train_batch_start
 
 
-def test_ctrl_c_keeps_the_state_and_writes_the_report(tiny: list[str], tmp_path: Path):
+def test_ctrl_c_writes_a_checkpoint_and_the_report(tiny: list[str], tmp_path: Path):
     process = subprocess.Popen(
         [sys.executable, "train.py", *tiny, "budget.tokens=64e6", "name=stopped"],
         cwd=ROOT,
@@ -152,7 +154,7 @@ def test_ctrl_c_keeps_the_state_and_writes_the_report(tiny: list[str], tmp_path:
     assert "interrupted" in (folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+def test_nan_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
     tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     def poison(self, batch, batch_idx) -> None:
@@ -164,12 +166,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         trained_folder([*tiny, "name=diverged"])
     folder = Path(composed(tiny).runs_dir) / "diverged"
     assert read_summary(folder)["status"] == "failed"
-    kept = read_checkpoint(folder / "checkpoints/last.ckpt")
-    assert kept["global_step"] == 10
-    assert all(weight.isfinite().all() for weight in kept["state_dict"].values())
+    checkpoint = read_checkpoint(folder / "checkpoints/last.ckpt")
+    assert checkpoint["global_step"] == 10
+    assert all(weight.isfinite().all() for weight in checkpoint["state_dict"].values())
 
 
-def test_two_runs_of_the_same_second_do_not_share_a_folder(
+def test_two_runs_of_the_same_second_have_separate_folders(
     tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("time.strftime", lambda *_: "20260101-120000")
@@ -179,14 +181,14 @@ def test_two_runs_of_the_same_second_do_not_share_a_folder(
     assert [f.name for f in folders] == ["small-20260101-120000", "small-20260101-120000-2"]
 
 
-def test_a_folder_without_a_checkpoint_is_not_to_be_gone_on_with(tiny: list[str], tmp_path: Path):
+def test_resume_of_a_folder_without_a_checkpoint_is_refused(tiny: list[str], tmp_path: Path):
     (tmp_path / "runs/empty").mkdir(parents=True)
     with pytest.raises(UserError, match="(?=.*runs/empty)(?=.*resume=.auto)"):
         trained_folder([*tiny, "name=empty"])
     trained_folder([*tiny, "name=empty", "resume=auto"])
 
 
-def test_a_logger_that_is_not_installed_leaves_no_folder(
+def test_logger_that_is_not_installed_is_refused_before_the_run_folder_exists(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("minigpt.training.loggers.find_spec", lambda name: None)
@@ -195,14 +197,14 @@ def test_a_logger_that_is_not_installed_leaves_no_folder(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_name_that_is_taken_is_refused(tiny: list[str], tmp_path: Path):
+def test_name_of_an_existing_run_is_refused(tiny: list[str], tmp_path: Path):
     (tmp_path / "runs/mine/checkpoints").mkdir(parents=True)
     (tmp_path / "runs/mine/checkpoints/last.ckpt").write_text("")
     with pytest.raises(UserError, match="resume=.*runs/mine"):
         trained_folder([*tiny, "name=mine"])
 
 
-def test_gradient_accumulation_gives_the_step_of_the_larger_batch(tiny: list[str]):
+def test_gradient_accumulation_equals_a_larger_batch(tiny: list[str]):
     common = [*tiny, "trainer.precision=32-true", "optimizer.lr=1e-3"]
     large = trained_folder([*common, "data.batch_size=8"])
     small = trained_folder([*common, "trainer.accumulate_grad_batches=2"])
@@ -212,25 +214,25 @@ def test_gradient_accumulation_gives_the_step_of_the_larger_batch(tiny: list[str
         torch.testing.assert_close(weight, ends[1]["state_dict"][name], rtol=1e-3, atol=1e-5)
 
 
-def test_float16_on_cpu_runs_and_the_log_says_what_it_became(tiny: list[str]):
+def test_float16_on_cpu_falls_back_and_the_log_names_the_precision(tiny: list[str]):
     folder = trained_folder([*tiny, "trainer.precision=16-mixed"])
     log = (folder / "train.log").read_text(encoding="utf-8")
-    became = "bf16-mixed" if cpu_has_bfloat16() else "32-true"
-    assert re.search(rf"\b{became}\b.*\b16-mixed\b", log)
+    fallback = "bf16-mixed" if cpu_has_bfloat16() else "32-true"
+    assert re.search(rf"\b{fallback}\b.*\b16-mixed\b", log)
 
 
-def test_tensorboard_is_one_override_away(tiny: list[str]):
+def test_tensorboard_logger_writes_event_files(tiny: list[str]):
     folder = trained_folder([*tiny, "logger=tensorboard"])
     assert list((folder / "tensorboard").glob("events.out.*"))
 
 
-def test_validation_comes_at_the_very_end_whatever_the_number_of_steps(tiny: list[str]):
+def test_validation_runs_after_the_last_step_for_any_number_of_steps(tiny: list[str]):
     folder = trained_folder([*tiny, "budget.tokens=1408", "trainer.n_validations=3"])  # 22 steps
     steps = [row["step"] for row in read_metrics(folder) if "val/loss" in row]
     assert steps == [8, 16, 22]
 
 
-def test_the_end_is_kept_when_a_checkpoint_is_due_there_and_validation_is_not(tiny: list[str]):
+def test_last_step_is_validated_and_saved_when_only_a_checkpoint_is_due(tiny: list[str]):
     uneven = ["budget.tokens=1408", "trainer.n_validations=3", "callbacks.checkpoint_steps=11"]
     folder = trained_folder([*tiny, *uneven])  # 22 steps, validated after 8, 16 and 22
     last = read_checkpoint(folder / "checkpoints/last.ckpt")
@@ -254,7 +256,7 @@ def test_the_end_is_kept_when_a_checkpoint_is_due_there_and_validation_is_not(ti
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_does_not_fit_together_is_said_before_anything_is_written(
+def test_incompatible_settings_are_refused_before_anything_is_written(
     overrides: list[str], names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -285,7 +287,7 @@ def stopped_at(step: int, monkeypatch: pytest.MonkeyPatch, overrides: list[str])
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("step", [6, 9])  # 9: the step after which validation comes
-def test_after_ctrl_c_a_run_goes_on_as_if_it_had_not_stopped(
+def test_run_resumed_after_ctrl_c_equals_an_uninterrupted_one(
     accumulate: int, step: int, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     tiny = [
@@ -312,7 +314,7 @@ def test_after_ctrl_c_a_run_goes_on_as_if_it_had_not_stopped(
     assert rows[0] == rows[1]
 
 
-def test_a_run_whose_stories_changed_is_not_resumed(
+def test_resume_is_refused_when_the_stories_changed(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     stopped = stopped_at(5, monkeypatch, tiny)
@@ -338,20 +340,22 @@ def test_a_run_on_another_edition_of_the_sample_is_not_resumed(
 
 
 @pytest.mark.parametrize("callbacks", ["default", "quiet"])
-def test_weights_that_are_not_finite_are_never_kept(
+def test_checkpoint_is_never_written_with_nan_weights(
     callbacks: str, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     def poison(self) -> None:
         torch.nn.init.constant_(self.net.final_norm.weight, math.nan)
 
     monkeypatch.setattr("minigpt.training.module.GPTModule.on_validation_epoch_start", poison)
-    kept = [text for text in tiny if not text.startswith("callbacks.")]
+    overrides = [text for text in tiny if not text.startswith("callbacks.")]
     with pytest.raises(UserError, match=r"(?=.*\bnan\b)(?=.*\b10\b)"):
-        trained_folder([*kept, f"callbacks={callbacks}", "name=nan"])
+        trained_folder([*overrides, f"callbacks={callbacks}", "name=nan"])
     assert not list(Path(composed(tiny).runs_dir).glob("nan/checkpoints/*"))
 
 
-def test_compile_compiles_what_training_calls(tiny: list[str], monkeypatch: pytest.MonkeyPatch):
+def test_compile_replaces_the_loss_that_training_calls(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch
+):
     calls = []
 
     def compile(function):  # stands in for torch.compile, which takes half a minute
@@ -366,7 +370,9 @@ def test_compile_compiles_what_training_calls(tiny: list[str], monkeypatch: pyte
     assert len(calls) >= 20
 
 
-def test_a_run_is_evaluated_from_anywhere(tiny: list[str], tmp_path: Path, monkeypatch):
+def test_run_is_evaluated_from_another_working_directory(
+    tiny: list[str], tmp_path: Path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     relative = [text.replace(f"{tmp_path}/", "") for text in tiny]
     folder = trained_folder(relative).absolute()
@@ -375,12 +381,12 @@ def test_a_run_is_evaluated_from_anywhere(tiny: list[str], tmp_path: Path, monke
     assert evaluate(Run.load(folder), FEW).perplexity > 1
 
 
-def test_a_run_that_was_moved_to_another_machine_is_evaluated_and_goes_on_there(
+def test_run_moved_to_another_machine_is_evaluated_and_resumed_there(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     with monkeypatch.context() as patch:
         patch.setattr("minigpt.training.module.GPTModule.on_train_batch_start", fail_at_step(13))
-        with pytest.raises(RuntimeError, match="the power is gone"):
+        with pytest.raises(RuntimeError, match="interrupted"):
             trained_folder([*tiny, "name=broken"])
     (tmp_path / "cache").rename(tmp_path / "cache-of-the-other-machine")
     monkeypatch.chdir(tmp_path)
@@ -392,7 +398,7 @@ def test_a_run_that_was_moved_to_another_machine_is_evaluated_and_goes_on_there(
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_cpu_takes_micro_batches_unless_something_else_cannot_go_with_them(monkeypatch):
+def test_micro_batches_are_used_on_a_cpu_without_compile_and_fsdp(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda loss: ("compiled", loss))
 
     def loss_on(device: str, **settings) -> object:

@@ -17,18 +17,18 @@ def module(**optimizer) -> GPTModule:
     return GPTModule(TINY, settings, n_steps=10, tokens_per_step=64, bytes_per_token=3.5)
 
 
-def test_validation_perplexity_is_that_of_the_whole_split_whatever_the_batches(monkeypatch):
-    made = module()
+def test_validation_perplexity_does_not_depend_on_the_batches(monkeypatch):
+    gpt_module = module()
     ids = torch.randint(0, 50, (7, 16))
     targets = torch.randint(0, 50, (7, 16))
     targets[6, 5:] = IGNORE_INDEX  # a short last window
     logged: dict[str, float] = {}
-    monkeypatch.setattr(made, "log_dict", lambda metrics, **_: logged.update(metrics))
-    made._trainer = type("T", (), {"global_step": 3})()  # type: ignore[assignment]
+    monkeypatch.setattr(gpt_module, "log_dict", lambda metrics, **_: logged.update(metrics))
+    gpt_module._trainer = type("T", (), {"global_step": 3})()  # type: ignore[assignment]
     for rows in ([0, 1, 2], [3, 4], [5, 6]):
-        made.validation_step((ids[rows], targets[rows]), 0)
-    made.on_validation_epoch_end()
-    logits = made(ids).detach().float()
+        gpt_module.validation_step((ids[rows], targets[rows]), 0)
+    gpt_module.on_validation_epoch_end()
+    logits = gpt_module(ids).detach().float()
     expected = Perplexity(ignore_index=IGNORE_INDEX)(logits, targets)
     assert logged["val/perplexity"] == pytest.approx(float(expected), rel=1e-5)
     bits = logged["val/loss"] / math.log(2) / 3.5

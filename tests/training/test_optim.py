@@ -37,7 +37,7 @@ def train(net: GPT, optimizer: torch.optim.Optimizer, seeds: range) -> None:
         optimizer.step()
 
 
-def test_the_learning_rate_rises_in_a_line_and_falls_in_a_cosine_to_zero():
+def test_cosine_schedule_warms_up_linearly_and_decays_to_zero():
     curve = [lr_factor(step, 110, 10, 0.0) for step in range(110)]
     assert curve[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert curve[10] == 1.0
@@ -48,18 +48,18 @@ def test_the_learning_rate_rises_in_a_line_and_falls_in_a_cosine_to_zero():
     assert lr_factor(110, 110, 10, 0.0) == pytest.approx(0.0)
 
 
-def test_or_in_a_line():
+def test_linear_schedule_decays_linearly():
     curve = [lr_factor(step, 110, 10, 0.2, "linear") for step in range(111)]
     assert curve[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert [curve[10], curve[35], curve[60], curve[110]] == pytest.approx([1.0, 0.8, 0.6, 0.2])
 
 
-def test_the_cosine_ends_at_the_floor_that_is_asked_for():
+def test_cosine_schedule_ends_at_final_lr():
     assert lr_factor(110, 110, 10, 0.1) == pytest.approx(0.1)
     assert lr_factor(60, 110, 10, 0.1) == pytest.approx(0.55)
 
 
-def test_the_default_learning_rates_fall_with_width():
+def test_default_learning_rates_fall_with_width():
     assert default_lr(128, "adamw") / default_lr(384, "adamw") == pytest.approx(3)
     assert default_lr(128) / default_lr(512) == pytest.approx(2)
     assert default_matrix_lr(128) / default_matrix_lr(512) == pytest.approx(2)
@@ -71,7 +71,7 @@ def test_the_default_learning_rates_fall_with_width():
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_weight_decay_is_on_matrices_alone_and_no_weight_is_left_out(name):
+def test_weight_decay_is_on_matrices_alone_and_every_weight_has_an_optimizer(name):
     net, optimizer = net_and_optimizer(name=name)
     seen = [p for group in optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in seen} == {id(p) for p in net.parameters()}
@@ -81,7 +81,7 @@ def test_weight_decay_is_on_matrices_alone_and_no_weight_is_left_out(name):
             assert group["weight_decay"] == (0.1 if parameter.dim() == 2 else 0.0)
 
 
-def test_muon_moves_the_matrices_of_the_blocks_and_adamw_all_else():
+def test_muon_trains_the_matrices_of_the_blocks_and_adamw_all_other_weights():
     net, optimizer = net_and_optimizer()
     assert isinstance(optimizer, CombinedOptimizer)
     adamw, muon = optimizer.parts
@@ -100,7 +100,7 @@ def test_muon_moves_the_matrices_of_the_blocks_and_adamw_all_else():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_of_muon_is_that_of_torch(dtype):
+def test_muon_step_equals_that_of_torch(dtype):
     generator = torch.Generator().manual_seed(0)
     shapes = [(16, 48), (48, 16), (16, 16), (16, 48)]
     ours = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
@@ -120,7 +120,7 @@ def test_a_step_of_muon_is_that_of_torch(dtype):
             assert (p - q).norm() < 0.05 * (q - old).norm()
 
 
-def test_orthogonal_brings_every_singular_value_near_one():
+def test_newton_schulz_brings_every_singular_value_near_one():
     matrices = torch.randn(3, 20, 50, generator=torch.Generator().manual_seed(0))
     for x in (matrices, matrices.mT):
         values = torch.linalg.svdvals(newton_schulz(x))
@@ -132,20 +132,20 @@ def test_orthogonal_brings_every_singular_value_near_one():
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_a_loaded_state_goes_on_bit_for_bit(name):
+def test_loaded_optimizer_state_continues_bit_exactly(name):
     net, optimizer = net_and_optimizer(name=name)
     train(net, optimizer, range(3))
-    kept = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+    state = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
     train(net, optimizer, range(3, 6))
     again, fresh = net_and_optimizer(name=name)
-    again.load_state_dict(kept[0])
-    fresh.load_state_dict(kept[1])
+    again.load_state_dict(state[0])
+    fresh.load_state_dict(state[1])
     train(again, fresh, range(3, 6))
     for p, q in zip(net.parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q)
 
 
-def test_the_closure_is_called_once_with_gradients_on():
+def test_closure_is_called_once_with_gradients_enabled():
     optimizer = net_and_optimizer()[1]
     calls = []
 

@@ -11,7 +11,7 @@ VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 
 class Page(HTMLParser):
-    """Every tag with its attributes; fails on a tag that is closed out of turn."""
+    """Collect every tag with its attributes; fail on a tag that is closed out of order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -101,14 +101,14 @@ def test_page_escapes_stories_and_settings(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["Once upon a time", " upon a time"])
-def test_prompt_is_set_apart_and_shown_once(tmp_path, text):
+def test_prompt_is_highlighted_and_shown_once(tmp_path, text):
     run = write_run(tmp_path / "run")
     story = {"step": 40, "tokens": 1, "prompt": "Once", "temperature": 0.8, "text": text}
     (run / "samples.jsonl").write_text(json.dumps(story) + "\n")
     assert "<p><b>Once</b> upon a time</p>" in report(run)
 
 
-def test_few_stages_are_open_with_the_first_and_last(tmp_path):
+def test_stages_include_the_first_and_the_last_among_the_open_ones(tmp_path):
     run = write_run(tmp_path / "run")
     story = {"tokens": 1, "prompt": "", "temperature": 1, "text": "x"}
     lines = [json.dumps(story | {"step": step}) + "\n" for step in range(20)]
@@ -146,6 +146,6 @@ def test_report_shows_a_loss_that_is_not_finite(tmp_path):
     assert '<p class="status failed">' in text
 
 
-def test_smoothing_takes_as_many_neighbours_on_either_side():
+def test_smooth_uses_a_symmetric_window():
     assert smooth([1, 2, 3, 4, 5, 6], reach=2) == [1, 2, 3, 4, 5, 6]  # a straight line stays
     assert smooth([0, 0, 9, 0, 0], reach=1) == [0, 3, 3, 3, 0]

@@ -1,4 +1,4 @@
-"""A run that begins with the weights and the tokenizer of another: `init_from`."""
+"""`init_from`: a run that starts with the weights and the tokenizer of another."""
 
 import dataclasses
 import re
@@ -30,7 +30,7 @@ def parent(tiny: list[str]) -> Path:
 
 @pytest.fixture
 def other_stories(tmp_path: Path) -> list[str]:
-    """Other text than the parent's, of which another tokenizer would be made."""
+    """Files with other text than the parent's, which would yield another tokenizer."""
     files = [
         write_stories(tmp_path / f"{name}.txt", n, seed)
         for name, n, seed in (("other", 300, 7), ("rest", 40, 8))
@@ -42,18 +42,20 @@ def weights(folder: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
     return read_checkpoint(folder / "checkpoints" / name)["state_dict"]
 
 
-def test_it_begins_where_the_other_ended(tiny: list[str], parent: Path, tmp_path: Path):
+def test_init_from_starts_with_the_weights_of_the_parent(
+    tiny: list[str], parent: Path, tmp_path: Path
+):
     still = ["optimizer.lr=1e-12", "optimizer.matrix_lr=1e-12", "trainer.precision=32-true"]
     child = trained_folder([*tiny, *still, f"init_from={parent}", "name=child"])
     # The best checkpoint is what `Run.load` takes of the parent: after 20 steps as here, or 10.
-    begun = Run.load(parent).load_model().state_dict()
+    initial = Run.load(parent).load_model().state_dict()
     for name, weight in Run.load(child).load_model().state_dict().items():
-        torch.testing.assert_close(weight, begun[name], rtol=0, atol=1e-7)
+        torch.testing.assert_close(weight, initial[name], rtol=0, atol=1e-7)
     first = read_metrics(child)[0]["train/loss"]
     assert first < read_metrics(parent)[0]["train/loss"] - 0.01
 
 
-def test_it_learns_and_keeps_the_tokenizer_on_other_stories(
+def test_init_from_keeps_the_tokenizer_and_trains_on_other_stories(
     tiny: list[str], parent: Path, other_stories: list[str]
 ):
     other = [text for text in tiny if "_files=" not in text] + other_stories
@@ -66,21 +68,21 @@ def test_it_learns_and_keeps_the_tokenizer_on_other_stories(
     )
     evaluation = evaluate(Run.load(child), FEW)
     assert evaluation.perplexity == pytest.approx(read_summary(child)["val/perplexity"], rel=1e-4)
-    told = read_summary(child)["init_from"]
-    assert told["weights"] == weights_fingerprint(Run.load(parent).load_model())
-    assert (told["name"], told["tokens"]) == ("parent", 1280)
+    record = read_summary(child)["init_from"]
+    assert record["weights"] == weights_fingerprint(Run.load(parent).load_model())
+    assert (record["name"], record["tokens"]) == ("parent", 1280)
     log = (child / "train.log").read_text(encoding="utf-8")
     assert re.search(r"(?=.*\bparent\b).*\b1\.28k\b", log)
 
 
-def test_it_goes_on_after_a_stop_though_the_other_is_gone(
+def test_run_with_init_from_resumes_after_its_parent_was_deleted(
     tiny: list[str], parent: Path, monkeypatch: pytest.MonkeyPatch
 ):
     command = [*tiny, f"init_from={parent}", "callbacks.checkpoint_steps=5"]
     whole = trained_folder([*command, "name=whole"])
     with monkeypatch.context() as patch:
         patch.setattr("minigpt.training.module.GPTModule.on_train_batch_start", fail_at_step(13))
-        with pytest.raises(RuntimeError, match="the power is gone"):
+        with pytest.raises(RuntimeError, match="interrupted"):
             trained_folder([*command, "name=broken", "resume=auto"])
     shutil.rmtree(parent)
     broken = trained_folder([*command, "name=broken", "resume=auto"])
@@ -89,11 +91,11 @@ def test_it_goes_on_after_a_stop_though_the_other_is_gone(
     assert read_summary(broken)["init_from"] == read_summary(whole)["init_from"]
 
 
-def test_an_export_tells_of_both_and_is_a_start_itself(
+def test_export_records_the_parent_and_can_be_a_parent(
     tiny: list[str], parent: Path, tmp_path: Path
 ):
     child = trained_folder([*tiny, f"init_from={parent}", "name=my child"])
-    (child / "summary.json").unlink()  # as if it had been killed: the checkpoint tells it all
+    (child / "summary.json").unlink()  # as if it had been killed; the checkpoint has the record
     out = tmp_path / "out"
     export(Run.load(child), out, ExportConfig("safetensors"))
     seen = read_checkpoint(Run.load(child).checkpoint)["global_step"] * 64
@@ -104,13 +106,13 @@ def test_an_export_tells_of_both_and_is_a_start_itself(
 
     grandchild = trained_folder([*tiny, f"init_from={out}", "name=grandchild"])
     summary = read_summary(grandchild)
-    told = parent_of(summary, grandchild)
-    assert told is not None
-    assert (told.name, told.tokens, told.sources) == ("out", 1280 + seen, ["text", "text"])
-    assert told.weights == weights_fingerprint(Run.load(out).load_model())
+    record = parent_of(summary, grandchild)
+    assert record is not None
+    assert (record.name, record.tokens, record.sources) == ("out", 1280 + seen, ["text", "text"])
+    assert record.weights == weights_fingerprint(Run.load(out).load_model())
 
 
-def test_init_from_a_checkpoint_file_is_kept_in_the_config(tiny: list[str], parent: Path):
+def test_init_from_a_checkpoint_file_is_stored_in_the_config(tiny: list[str], parent: Path):
     last = parent / "checkpoints/last.ckpt"
     child = trained_folder([*tiny, f"init_from={last}", "name=child"])
     assert Run.load(child).config["init_from"] == str(last)
@@ -126,7 +128,7 @@ def test_run_of_an_earlier_version_with_a_parent_is_resumed(
     whole = trained_folder([*command, "name=whole"])
     with monkeypatch.context() as patch:
         patch.setattr("minigpt.training.module.GPTModule.on_train_batch_start", fail_at_step(13))
-        with pytest.raises(RuntimeError, match="the power is gone"):
+        with pytest.raises(RuntimeError, match="interrupted"):
             trained_folder([*command, "name=broken"])
     broken = parent.parent / "broken"
     older = {"path": "runs/parent", "commits": ["c"], "commands": [["python", "train.py"]]}
@@ -140,7 +142,7 @@ def test_run_of_an_earlier_version_with_a_parent_is_resumed(
     assert read_summary(broken)["init_from"] == read_summary(whole)["init_from"]
 
 
-def test_the_card_tells_of_the_data_of_both(tiny: list[str], parent: Path, tmp_path: Path):
+def test_model_card_names_the_data_of_run_and_parent(tiny: list[str], parent: Path, tmp_path: Path):
     summary = parent / "summary.json"
     config = parent / "config.yaml"
     text = config.read_text(encoding="utf-8")
@@ -161,7 +163,7 @@ def test_the_card_tells_of_the_data_of_both(tiny: list[str], parent: Path, tmp_p
     assert re.search(r"\|.* not recorded .*\bparent\b.*\|", card)
 
 
-def test_parent_in_a_summary_that_no_run_wrote_is_one_line(tiny: list[str], parent: Path):
+def test_invalid_parent_record_in_a_summary_is_a_one_line_error(tiny: list[str], parent: Path):
     summary = read_summary(parent)
     whole = dataclasses.asdict(Parent("x", "0" * 32, 5, 1.0, ["text"]))
     older = {"path": "runs/x", "commits": ["abc"], "commands": [["rm", "-rf", "x"]]}
@@ -174,7 +176,7 @@ def test_parent_in_a_summary_that_no_run_wrote_is_one_line(tiny: list[str], pare
     assert str(error.value).isprintable()  # and so one line
 
 
-def test_the_scaling_study_counts_all_tokens_and_compares_it_with_its_like_alone(
+def test_scaling_study_counts_the_tokens_of_the_parent_and_groups_continued_runs(
     tiny: list[str], parent: Path, tmp_path: Path
 ):
     child = trained_folder([*tiny, f"init_from={parent}", "name=child"])
@@ -211,20 +213,18 @@ def test_init_from_no_run_is_refused(tiny: list[str], parent: Path, typed: str, 
     assert not (parent.parent / "child").exists()
 
 
-def test_the_context_may_be_another(tiny: list[str], parent: Path):
+def test_init_from_allows_another_context_length(tiny: list[str], parent: Path):
     child = trained_folder([*tiny, f"init_from={parent}", "name=child", "model.context_length=32"])
     assert Run.load(child).load_model().config.context_length == 32
 
 
-def test_a_run_that_began_with_random_weights_does_not_go_on_with_others(
-    tiny: list[str], parent: Path
-):
+def test_resume_auto_refuses_a_new_init_from(tiny: list[str], parent: Path):
     with pytest.raises(UserError, match=r"/parent\b") as error:
         trained_folder([*tiny, "name=parent", "resume=auto", f"init_from={parent}"])
     assert (error.value.argument, error.value.fix) == ("init_from", {"init_from": None})
 
 
-def test_the_mean_with_what_a_run_began_with(tiny: list[str], parent: Path, tmp_path: Path):
+def test_export_averages_a_run_with_its_parent(tiny: list[str], parent: Path, tmp_path: Path):
     child = trained_folder([*tiny, f"init_from={parent}", "name=child"])
     out, mean = tmp_path / "out", ExportConfig("safetensors", dtype="float32", average=True)
     export(Run.load(child), out, mean)

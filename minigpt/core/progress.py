@@ -1,0 +1,85 @@
+"""Progress of long work: a bar on a terminal, and plain lines in the log everywhere else."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+from rich import progress
+from rich.console import Console
+
+from minigpt.core.console import console
+from minigpt.core.distributed import global_rank
+from minigpt.core.text import human_time
+
+log = logging.getLogger("minigpt")
+
+T = TypeVar("T")
+
+# Seconds from one line to the next: a quarter of the time that the task has taken, within these.
+SHORTEST, LONGEST = 5.0, 60.0
+
+
+class Progress(progress.Progress):
+    """A bar that is removed at the end; without a terminal, a log line at growing intervals.
+
+    The first line comes after 5 s, so that short work is silent; three minutes give 13 lines, and
+    from the fourth minute on there is one a minute. Both forms show the same columns.
+
+    Args:
+        columns: of the bar; the lines leave out `BarColumn` and write the time left in words.
+        show: whether to show anything; only the first process of a run ever does.
+        options: of `rich.progress.Progress`.
+    """
+
+    def __init__(
+        self, *columns: str | progress.ProgressColumn, show: bool = True, **options: Any
+    ) -> None:
+        options = {"console": console, "transient": True} | options
+        self.show = show and global_rank() == 0
+        self.plain = self.show and not options["console"].is_terminal
+        if self.plain:  # a mean over more time, for lines that stay to be read
+            options["speed_estimate_period"] = 300.0
+        super().__init__(*columns, disable=not self.show or self.plain, **options)
+        self._next_line: dict[progress.TaskID, float] = {}
+
+    def update(self, task_id: progress.TaskID, *args: Any, **kwargs: Any) -> None:
+        """Change a task, as in rich; write a line when the next one is due."""
+        super().update(task_id, *args, **kwargs)
+        if "completed" in kwargs or "advance" in kwargs:
+            self._write_line(task_id)
+
+    def advance(self, task_id: progress.TaskID, advance: float = 1) -> None:
+        """Add to the completed part of a task, as in rich; write a line when one is due."""
+        super().advance(task_id, advance)
+        self._write_line(task_id)
+
+    def _write_line(self, task_id: progress.TaskID) -> None:
+        task = self._tasks[task_id]
+        elapsed = task.elapsed or 0.0
+        if not self.plain or elapsed < self._next_line.get(task_id, SHORTEST):
+            return
+        self._next_line[task_id] = elapsed + min(LONGEST, max(SHORTEST, elapsed / 4))
+        graphic = progress.BarColumn | progress.TimeRemainingColumn
+        columns = [column for column in self.columns if not isinstance(column, graphic)]
+        texts = [c.format(task=task) if isinstance(c, str) else str(c(task)) for c in columns]
+        if task.time_remaining:
+            texts.append(f"{human_time(task.time_remaining)} left")
+        log.info("%s", " · ".join(text.strip() for text in texts if text))
+
+
+def track(items: Sequence[T], title: str, console: Console | None = console) -> Iterator[T]:
+    """Yield `items` and show how many of them are done; in place of `rich.progress.track`.
+
+    Args:
+        items: what the work goes through.
+        title: what is being done, such as "validation split".
+        console: where the bar is shown; None means no bar and no lines.
+    """
+    options = {} if console is None else {"console": console}
+    with Progress(*Progress.get_default_columns(), show=console is not None, **options) as bar:
+        task = bar.add_task(title, total=len(items))
+        for item in items:
+            yield item
+            bar.advance(task)
