@@ -311,6 +311,23 @@ def sweep(
     print(f"Wrote {path}. Next: wandb sweep {shlex.quote(str(path))}")
 
 
+@app.command()
+def doctor(
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print what a bug report needs, and what could be better on this machine."""
+    import json
+
+    from minigpt.cli.doctor import diagnose
+
+    facts, advice = diagnose()
+    if as_json:
+        print(json.dumps({"facts": facts, "advice": advice}, indent=2, ensure_ascii=False))
+        return
+    print("\n".join(f"{topic + ':':12}{fact}" for topic, fact in facts.items()))
+    print("\n".join(f"could be better: {line}" for line in advice))
+
+
 def main() -> None:
     """Entry point: a mistake is one line on stderr and exit code 2, ctrl-C a quiet 130."""
     show_log()

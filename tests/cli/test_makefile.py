@@ -11,8 +11,7 @@ def make_help(*words: str) -> dict[str, str]:
     process = subprocess.run(
         ["make", *words], cwd=ROOT, capture_output=True, text=True, check=True
     )  # fmt: skip
-    lines = (line.split(maxsplit=1) for line in process.stdout.splitlines())
-    return {name: description for name, description in lines}
+    return dict(line.strip().split(maxsplit=1) for line in process.stdout.splitlines())
 
 
 def test_make_help_describes_every_target():
