@@ -40,7 +40,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the run that nothing happened to: runs/whole."""
     folder = tmp_path_factory.mktemp("recovery")
     whole = Training([*overrides(folder), "name=whole"], folder / "whole.txt")
-    assert whole.wait() == 0, whole.said()
+    assert whole.wait() == 0, whole.output_text()
     return folder
 
 
@@ -61,16 +61,16 @@ def test_a_run_that_a_scheduler_stops_goes_on_by_the_same_command(
         training = Training(command, place / "stopped.txt", slurm)
         assert training.wait_until(lambda t=training, n=steps: t.steps > n)
         training.send(number)
-        assert training.wait() == 128 + number, training.said()
+        assert training.wait() == 128 + number, training.output_text()
         summary = read_summary(folder)
         assert summary["status"] == "interrupted"
         last = read_checkpoint(folder / "checkpoints/last.ckpt")
         assert last["global_step"] == summary["steps"]
         assert (folder / "report.html").is_file()
-        assert f"python train.py resume={folder}" in training.said()
+        assert f"python train.py resume={folder}" in training.output_text()
     assert (tmp_path / "asked").read_text() == "requeue 7\n"  # once: after SIGTERM Slurm does it
     training = Training(command, place / "stopped.txt", slurm)
-    assert training.wait() == 0, training.said()
+    assert training.wait() == 0, training.output_text()
     assert_same(folder, place / "runs/whole")
 
 
@@ -80,14 +80,14 @@ def test_a_run_that_is_started_twice_is_trained_once(place: Path):
     assert first.wait_until(lambda: first.steps > 5)
     second = Training(command, place / "second.txt")
     assert second.wait() == 2
-    assert second.said().startswith("error: ")
-    assert str(place / "runs/twice") in second.said()
-    assert "name=twice" in second.said()
+    assert second.output_text().startswith("error: ")
+    assert str(place / "runs/twice") in second.output_text()
+    assert "name=twice" in second.output_text()
     first.send(signal.SIGKILL)
     first.wait()
     third = Training([*command, "budget.tokens=99999"], place / "third.txt")
     assert third.wait() == 2
-    assert all(name in third.said() for name in ("budget.tokens=10240", "99999", "name"))
+    assert all(name in third.output_text() for name in ("budget.tokens=10240", "99999", "name"))
 
 
 class Disk:
@@ -134,17 +134,17 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(place: Pat
     training = Training(command, place / "full.txt")
     assert training.wait_until(lambda: training.steps > 20)
     disk.fill(training, runs / "full/checkpoints/last-1.ckpt")
-    assert training.wait() == 2, training.said()
-    (error,) = [line for line in training.said().splitlines() if line.startswith("error: ")]
+    assert training.wait() == 2, training.output_text()
+    (error,) = [line for line in training.output_text().splitlines() if line.startswith("error: ")]
     assert error.count(str(runs / "full")) >= 2  # what it could not write, and how to go on:
     assert f"python train.py resume={runs / 'full'}" in error
-    assert "Traceback" not in training.said()
+    assert "Traceback" not in training.output_text()
     assert all(map(is_whole, last_checkpoints(runs / "full")))
     assert read_checkpoint(last_checkpoints(runs / "full")[0])["global_step"] >= 16
     assert not list(runs.rglob("*.tmp"))
     disk.make_room()
     training = Training(command, place / "full.txt")
-    assert training.wait() == 0, training.said()
+    assert training.wait() == 0, training.output_text()
     assert_same(runs / "full", place / "runs/whole")
 
 
@@ -239,9 +239,9 @@ def test_a_resumed_run_goes_on_as_the_same_run_at_wandb(place: Path):
         first = Training(command, place / "sent.txt", variables)
         assert first.wait_until(lambda: first.steps > 20)
         first.send(signal.SIGTERM)
-        assert first.wait() == 128 + signal.SIGTERM, first.said()
+        assert first.wait() == 128 + signal.SIGTERM, first.output_text()
         second = Training(command, place / "sent.txt", variables)
-        assert second.wait() == 0, second.said()
+        assert second.wait() == 0, second.output_text()
     ((name, run),) = server.runs.items()
     assert name == (place / "runs/sent/wandb-id.txt").read_text(encoding="utf-8").strip()
     assert run.exit_code == 0
@@ -257,8 +257,8 @@ def test_a_run_that_is_resumed_while_wandb_is_away_goes_on_offline(place: Path):
     (folder / "wandb-id.txt").write_text("abcd1234\n")
     command = [*overrides(place), "logger=wandb", "name=away", "resume=auto", "budget.tokens=640"]
     training = Training(command, place / "away.txt", variables)
-    assert training.wait() == 0, training.said()
-    assert server.url in training.said()
+    assert training.wait() == 0, training.output_text()
+    assert server.url in training.output_text()
     assert list((folder / "wandb").glob("offline-run-*-abcd1234"))
 
 
@@ -269,10 +269,10 @@ def test_a_wandb_server_that_fails_in_mid_run_costs_no_number_and_no_more_than_i
     with WandbServer(trouble=trouble) as server:
         command = [*overrides(place), "logger=wandb", f"name={trouble}"]
         training = Training(command, place / f"{trouble}.txt", online(server))
-        assert training.wait() == 0, training.said()
+        assert training.wait() == 0, training.output_text()
         assert server.n_troubled > 0
     folder = place / "runs" / trouble
     assert rows(folder) == rows(place / "runs/whole")
     (offline,) = (folder / "wandb").glob("run-*")
-    assert f"wandb sync {offline}" in training.said()
+    assert f"wandb sync {offline}" in training.output_text()
     assert (folder / METRICS).is_file()
