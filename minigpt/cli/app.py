@@ -95,7 +95,7 @@ def generate(
 
 
 def _load(paths: list[Path], class_path: str | None) -> list[Run]:
-    """Load runs; the class applies to those that were trained with one, or else to all."""
+    """Load runs; the class applies to those of a custom class, or to all if there are none."""
     from minigpt.runs.folder import Run
 
     runs = [Run.load(path) for path in paths]

@@ -1,4 +1,4 @@
-"""`minigpt doctor`: the facts that a bug report needs, and what this machine could do better."""
+"""Collect facts for a bug report, and advice on what could be better on this machine."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
 
 
 def _cpu() -> str:
-    """Return the model of the CPU, and those of its instruction sets that decide the speed."""
+    """Return the name of the CPU and the instruction sets that decide its speed."""
     path = Path("/proc/cpuinfo")  # of Linux
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     name = re.search(r"model name\s*: (.*)", text)
@@ -106,7 +106,7 @@ def _megabytes(folder: Path) -> float:
 
 
 def _generation() -> tuple[str, str]:
-    """Return what generates text here, tried with a tiny model, and what would be faster or ""."""
+    """Return what generates text here, tried with a tiny model, and advice or ""."""
     model = GPT(GPTConfig(vocab_size=64, context_length=8, d_model=32, n_heads=1, n_layers=1))
     try:
         Decoder(model.eval().requires_grad_(False), [torch.zeros(1, dtype=torch.long)], "c")
