@@ -23,7 +23,7 @@ from minigpt.runs.provenance import source_commit
 
 PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "tokenizers", "numpy", "wandb")
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")  # of x86, then of ARM
-MIN_FREE_GB = 2.0  # a large run with its checkpoints takes 0.5 GB, all of TinyStories 3 GB
+MIN_FREE_GB = 2.0  # the checkpoints of a large run and its prepared stories take some hundred MB
 
 
 def diagnose() -> tuple[dict[str, str], list[str]]:
