@@ -1,35 +1,56 @@
-# Two commands from a fresh clone: `make quickstart` trains and shows a model, `make test` checks all.
+# `make help` lists the targets: the comment behind a target is its line there.
+# Each target installs the packages that it needs into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRA := $(BIN)/python -m pytest --override-ini addopts="-q --strict-markers"
 
-.PHONY: quickstart test test-browser test-cluster test-export test-wandb golden chaos bench lint audit format clean
+.PHONY: help quickstart test lint format audit docs golden chaos bench clean
+.PHONY: test-browser test-cluster test-export test-wandb
 .DELETE_ON_ERROR:
 
-quickstart: .venv/installed
+help:  # list the targets
+	@awk -F ':.*  # ' '/^[a-z-]+:.*  # / { printf "  %-14s%s\n", $$1, $$2 }' Makefile
+
+quickstart: .venv/installed  # install, train the small model in minutes, evaluate it, write a story
 	$(BIN)/python train.py experiment=quickstart
 	$(BIN)/python evaluate.py ckpt=runs stories.n=1
 	@echo
-	@echo "And this is what the released large one writes (releases/large):"
+	@echo "For comparison, the released large model (releases/large) writes:"
 	@$(BIN)/minigpt generate releases/large --seed 1
 	@echo
-	@echo "next:    $(BIN)/python train.py budget.tokens=20e6     (better stories: 20 to 60 min)"
-	@echo "         $(BIN)/python train.py model=medium           (or large)"
+	@echo "Next:    $(BIN)/python train.py budget.tokens=20e6     # better stories, in 20 to 60 min"
+	@echo "         $(BIN)/python train.py model=medium           # or model=large"
 	@echo "         $(BIN)/python train.py --help"
 
-test: lint audit
+test: lint audit  # run lint, audit and the test suite
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-# ---- what needs more than Python packages, or minutes; .ci/run runs all but chaos and bench
+lint: .venv/installed-dev  # check style, docstrings, types and layers
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/lint-imports
 
-test-browser: .venv/installed-browser  # the playground in Chromium
+format: .venv/installed-dev  # fix style where ruff can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+audit: .venv/installed-dev  # look for known vulnerabilities in the installed packages
+	$(BIN)/python -m tests.audit
+
+docs: .venv/installed-dev  # build the documentation site into site/
+	$(BIN)/mkdocs build --strict
+
+# These need system packages or several minutes. .ci/run runs all of them but chaos and bench.
+
+test-browser: .venv/installed-browser  # test the playground in Chromium
 	@command -v chromium >/dev/null || [ "$$(id -u)" = 0 ] || \
 	  { echo "error: the browser test needs Chromium: run as root, apt-get install chromium" >&2; exit 2; }
 	@command -v chromium >/dev/null || \
 	  { apt-get update -q && apt-get install -q -y --no-install-recommends chromium; }
 	$(EXTRA) tests/extra/test_browser.py tests/extra/test_visitors.py
 
-test-cluster: .venv/installed-cluster  # sweeps on a Slurm of one node and on a local Ray
+test-cluster: .venv/installed-cluster  # test sweeps on Slurm with one node and on a local Ray
 	@for tool in munged srun sbatch slurmctld slurmd; do command -v $$tool >/dev/null || missing=1; done; \
 	[ -z "$$missing" ] && exit; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
@@ -40,39 +61,26 @@ test-cluster: .venv/installed-cluster  # sweeps on a Slurm of one node and on a 
 	fi
 	$(EXTRA) tests/extra/test_cluster.py tests/extra/test_preemption.py
 
-test-export: .venv/installed-tools  # exported models in other people's tools
+test-export: .venv/installed-tools  # test exported models in onnxruntime, lm_eval and gguf
 	$(EXTRA) tests/extra/test_export_tools.py
 
-test-wandb: .venv/installed-dev  # W&B's programs, with a stand-in of its server
+test-wandb: .venv/installed-dev  # test the wandb programs against a mock W&B server
 	$(EXTRA) tests/extra/test_wandb.py
 
-golden: .venv/installed-dev  # logits, curves, stories and settings against those of commit c2cfd24
+golden: .venv/installed-dev  # compare logits, curves, stories and settings with commit c2cfd24
 	$(BIN)/python -m tests.golden
 
-chaos: .venv/installed-dev  # a run that is killed fifty times, files that are fuzzed: ten minutes
+chaos: .venv/installed-dev  # kill a run fifty times, and fuzz its files: ten minutes
 	$(EXTRA) tests/extra/test_fuzz.py tests/extra/test_chaos.py
 
-bench: .venv/installed-dev  # the numbers of docs/performance.md and docs/generation.md, run on an idle machine
+bench: .venv/installed-dev  # measure speed and memory, on an idle machine
 	$(BIN)/python benchmarks/training.py --sweep --out docs/results/benchmarks
 	$(BIN)/python benchmarks/runs.py --out docs/results/benchmarks
 	$(BIN)/python benchmarks/preparation.py --megabytes 40 400 --out docs/results/benchmarks
 	$(BIN)/python benchmarks/generation.py --rounds 5 --out docs/results/benchmarks
 
-lint: .venv/installed-dev
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
-	$(BIN)/pyright
-	$(BIN)/lint-imports
-
-audit: .venv/installed-dev  # known vulnerabilities in what is installed
-	$(BIN)/python -m tests.audit
-
-format: .venv/installed-dev
-	$(BIN)/ruff check --fix
-	$(BIN)/ruff format
-
 .venv/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: type make PYTHON=python3.12 quickstart")'
 	$(PYTHON) -m venv .venv
 
 .venv/installed: pyproject.toml | .venv/bin/python
@@ -87,5 +95,5 @@ format: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@ .venv/installed
 
-clean:
-	rm -rf .venv .cache .pytest_cache .ruff_cache build *.egg-info
+clean:  # remove .venv and everything that was built; runs/ stays
+	rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis build dist site *.egg-info

@@ -1,4 +1,4 @@
-"""Measure a trained Mini GPT: `python evaluate.py ckpt=runs/<name>`. See `--help`."""
+"""Evaluate a model, such as `python evaluate.py ckpt=runs/<name>`; see `--help`."""
 
 from minigpt.cli.evaluate import main
 

@@ -1,4 +1,4 @@
-"""Train a Mini GPT: `python train.py model=large budget.tokens=20e6`. See `--help`."""
+"""Train a model, such as `python train.py model=large budget.tokens=20e6`; see `--help`."""
 
 from minigpt.cli.train import main
 

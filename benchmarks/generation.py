@@ -1,11 +1,11 @@
-"""How fast text is generated on this machine, beside transformers' GPT-2 with the same weights.
+"""Measure how fast text is generated, beside transformers' GPT-2 with the same weights.
 
     python benchmarks/generation.py --out docs/results/benchmarks
 
-The medium shape with random weights. All candidates write the same number of tokens behind the
-same prompt, with key/value caches, at temperature 0.8 and without an end; they take turns within
-one run and their medians are compared. Before that, the logits of both are shown to be equal.
-"by PyTorch" is this project without decode.c, as where there is no C compiler.
+The model has the medium size and random weights. All candidates write the same number of tokens
+after the same prompt, with key/value caches, at temperature 0.8 and without an end-of-text token.
+They take turns within one run, and their medians are compared. First, the logits of both models are
+compared. "by PyTorch" is this project without decode.c, as on a machine without a C compiler.
 """
 
 from __future__ import annotations
@@ -36,29 +36,29 @@ from minigpt.generation.sampling import (
 )
 from minigpt.model import GPT, GPTConfig
 
-PROMPT = 16  # tokens; the prompt and what follows fill the context, and no more: GPT-2 cannot
+PROMPT = 16  # tokens; GPT-2 cannot continue beyond the context, which prompt and new tokens fill
 MEDIUM = GPTConfig(d_model=256, n_heads=8, d_ff=512)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PEER = list(DTYPES)
-if not cpu_has_bfloat16():  # PyTorch emulates it there, at a hundredth of the speed
+if not cpu_has_bfloat16():  # PyTorch would emulate it, at a hundredth of the speed
     del PEER[1]
 if c_backend() is None:
-    raise SystemExit("error: this compares decode.c as well: install a C compiler")
-Candidate = Callable[[], int]  # writes tokens, and says how many
+    raise SystemExit("error: decode.c is part of the comparison: install a C compiler")
+Candidate = Callable[[], int]  # writes tokens and returns their number
 
 
 # ---------------------------------------------------------------------------- candidates
 
 
 def ours(net: GPT, batch: int, prompt: int, new: int, backend: Backend = "c") -> Candidate:
-    """This project, by the iterator that every caller uses."""
+    """Return a candidate that generates with this project's public iterator."""
     ids = random_prompt(net.config, batch, prompt)
     sampling = SamplingConfig(0.8, max_tokens=new, backend=backend)
     return lambda: batch * sum(1 for _ in generate(net, ids, sampling, end_of_text=-1))
 
 
 def peer(net: Any, config: GPTConfig, batch: int, new: int) -> Candidate:
-    """`generate` of transformers, with its cache, sampling from the whole vocabulary."""
+    """Return a candidate that samples with `generate` of transformers and its cache."""
     ids = random_prompt(config, batch, PROMPT)
     settings = transformers.GenerationConfig(
         do_sample=True, temperature=0.8, top_k=0, top_p=1.0, max_new_tokens=new, use_cache=True,
@@ -75,7 +75,7 @@ def peer(net: Any, config: GPTConfig, batch: int, new: int) -> Candidate:
 
 
 def without_cache(net: GPT, new: int) -> Candidate:
-    """The last 256 tokens through the whole model for each new one."""
+    """Return a candidate that reads the last 256 tokens again for each new token."""
     context, generator = net.config.context_length, seeded_generator(0, torch.device("cpu"))
     prompt = random_prompt(net.config, 1, context)
 
@@ -91,7 +91,7 @@ def without_cache(net: GPT, new: int) -> Candidate:
 
 
 def weights_once(n_bytes: int) -> Candidate:
-    """As many bytes as the weights have, read and summed: no token can be had for less."""
+    """Return a candidate that only reads and sums the weights: a bound on tokens per second."""
     weights = torch.ones(n_bytes // 4)
     return lambda: sum(1 for _ in range(100) if weights.sum() > 0)
 
@@ -115,18 +115,18 @@ def as_gpt2(net: GPT) -> Any:
         # GPT-2 keeps the matrices of a layer as (in, out).
         transposed = weight.t() if name.startswith("blocks.") and weight.dim() == 2 else weight
         weights[renamed(name, HF)] = transposed
-    peer.load_state_dict(weights, strict=False)  # the output is the embedding, which is there
+    peer.load_state_dict(weights, strict=False)  # lm_head is tied to the embedding
     ids = random_prompt(c, 2, c.context_length)
     with torch.no_grad():
         torch.testing.assert_close(peer(ids).logits, net(ids), atol=1e-4, rtol=1e-4)
     return peer
 
 
-# ---------------------------------------------------------------------------- all of them
+# ---------------------------------------------------------------------------- comparison
 
 
 def measure(candidates: dict[str, Candidate], rounds: int) -> dict[str, float]:
-    """Tokens per second of each: the median of `rounds`, after one that does not count."""
+    """Return tokens per second of each candidate: the median of `rounds`, after a warm-up."""
     rates: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(rounds + 1):
         for name, write in candidates.items():
@@ -135,12 +135,12 @@ def measure(candidates: dict[str, Candidate], rounds: int) -> dict[str, float]:
             rate = tokens / (time.perf_counter() - start)
             if turn > 0:
                 rates[name].append(rate)
-    return {name: statistics.median(found) for name, found in rates.items()}
+    return {name: statistics.median(values) for name, values in rates.items()}
 
 
 def compare(rounds: int, new: int) -> dict[str, Any]:
     torch.manual_seed(0)
-    net = GPT(MEDIUM).eval().requires_grad_(False)  # frozen, as `Run.load_model` gives it
+    net = GPT(MEDIUM).eval().requires_grad_(False)  # frozen, as `Run.load_model` returns it
     gpt2 = as_gpt2(net)
     context = net.config.context_length
     candidates: dict[str, Candidate] = {}
@@ -167,45 +167,47 @@ def compare(rounds: int, new: int) -> dict[str, Any]:
 
 
 def ratios(rate: dict[str, float]) -> dict[str, float]:
-    """What the goals are about, by precision and in the best one of each side."""
+    """Return the ratios that matter, for each precision and for the best one of each side."""
 
     def best(name: str, precisions: Iterable[str]) -> float:
         return max(rate[name.format(p)] for p in precisions)
 
-    found = {}
+    result = {}
     for batch in (1, 32):
         ours, peer = f"ours {{}} batch {batch}", f"peer {{}} batch {batch}"
         for p in PEER:
-            found[f"ours / peer, {p}, batch {batch}"] = rate[ours.format(p)] / rate[peer.format(p)]
-        found[f"best of ours / best of peer, batch {batch}"] = best(ours, DTYPES) / best(peer, PEER)
+            result[f"ours / peer, {p}, batch {batch}"] = rate[ours.format(p)] / rate[peer.format(p)]
+        result[f"best of ours / best of peer, batch {batch}"] = best(ours, DTYPES) / best(
+            peer, PEER
+        )
     full, uncached = "ours {} behind a full context", "without a cache {}, full context"
     for p in PEER:
-        found[f"with / without a cache, full context, {p}"] = (
+        result[f"with / without a cache, full context, {p}"] = (
             rate[full.format(p)] / rate[uncached.format(p)]
         )
-    found["with / without a cache, full context, best of each"] = best(full, DTYPES) / best(
+    result["with / without a cache, full context, best of each"] = best(full, DTYPES) / best(
         uncached, PEER
     )
     for name, precisions in {"ours": list(DTYPES), "ours by PyTorch": PEER}.items():
         for p in precisions:
             many, one = rate[f"{name} {p} batch 64"], rate[f"{name} {p} batch 1"]
-            found[f"batch 64 / batch 1, {name} {p}"] = many / one
-    found["batch 64 / batch 1, best"] = best("ours {} batch 64", DTYPES) / best(
+            result[f"batch 64 / batch 1, {name} {p}"] = many / one
+    result["batch 64 / batch 1, best"] = best("ours {} batch 64", DTYPES) / best(
         "ours {} batch 1", DTYPES
     )
     limit = rate["weights read once for each token"]
-    found["share of the limit by weights, float32, batch 1"] = rate["ours float32 batch 1"] / limit
-    return found
+    result["share of the limit by weights, float32, batch 1"] = rate["ours float32 batch 1"] / limit
+    return result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="How fast text is generated on this machine.")
+    parser = argparse.ArgumentParser(description="Measure how fast text is generated.")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tokens", type=int, default=240, help="new ones for each text")
-    parser.add_argument("--out", type=Path, help="folder for the numbers")
+    parser.add_argument("--tokens", type=int, default=240, help="new tokens of each sequence")
+    parser.add_argument("--out", type=Path, help="output folder")
     arguments = parser.parse_args()
     if not 1 <= arguments.tokens <= 256 - PROMPT:
-        parser.error(f"--tokens must be between 1 and {256 - PROMPT}: GPT-2 cannot go further")
+        parser.error(f"--tokens must be between 1 and {256 - PROMPT}: GPT-2 has no context shift")
     transformers.logging.set_verbosity_error()
     table: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),

@@ -1,9 +1,9 @@
-"""How fast stories become token files, and how much memory that takes.
+"""Measure how fast stories become token files, and how much memory that takes.
 
     python benchmarks/preparation.py --megabytes 40 400
 
-For each size the bundled training stories are repeated to that many megabytes, and a process of
-its own trains the tokenizer (on the first 100 MB) and encodes all of them, from an empty cache.
+For each size, the bundled training stories are repeated up to that many megabytes. A new process
+then trains the tokenizer on the first 100 MB and encodes all stories, starting with an empty cache.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from minigpt.data.sources import Corpus, bundled_sample
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Speed and peak memory of preparing a corpus")
+    parser = argparse.ArgumentParser(description="Measure speed and memory of preparing a corpus.")
     parser.add_argument("--megabytes", type=float, nargs="+", default=[40.0])
-    parser.add_argument("--out", type=Path, help="folder for the numbers")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # file and cache of the process
+    parser.add_argument("--out", type=Path, help="output folder")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # a worker's story file and cache
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(prepare(*arguments.one)))
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def measure(megabytes: float) -> dict[str, Any]:
-    """Prepare a corpus of that size in a fresh process, cache and folder."""
+    """Prepare a corpus of `megabytes` in a new process, cache and folder; return its figures."""
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "stories.txt"
         with text.open("w", encoding="utf-8", newline="\n") as file:
@@ -60,7 +60,7 @@ def measure(megabytes: float) -> dict[str, Any]:
 
 
 def repeated(n_bytes: float) -> Iterator[str]:
-    """The bundled training stories over and over, up to `n_bytes` in UTF-8."""
+    """Yield the bundled training stories repeatedly, up to `n_bytes` in UTF-8."""
     while n_bytes > 0:
         for story in bundled_sample().stories("train"):
             yield story
@@ -70,21 +70,21 @@ def repeated(n_bytes: float) -> Iterator[str]:
 
 
 def prepare(text: str, cache_dir: str) -> dict[str, Any]:
-    """The figures of one preparation, from the story file to both files in the cache."""
-    # With a validation file, since holding stories out would read them all to count them.
+    """Prepare the story file `text`; return speed and memory."""
+    # A validation file avoids a pass that counts the stories in order to hold some out.
     corpus = Corpus((Path(text),), bundled_sample().valid_files)
     config = DataConfig(cache_dir=cache_dir)
-    began = time.perf_counter()
+    start = time.perf_counter()
     tokenizer = prepare_tokenizer(corpus, config)
-    trained = time.perf_counter()
+    after_training = time.perf_counter()
     tokens = prepare_split(corpus, "train", tokenizer, cache_dir)
-    ended = time.perf_counter()
+    end = time.perf_counter()
     return {
         "megabytes": round(tokens.n_bytes / 1e6, 1),
         "tokens": tokens.n_tokens,
-        "tokenizer_seconds": round(trained - began, 2),
-        "encoding_seconds": round(ended - trained, 2),
-        "megabytes_per_second": round(tokens.n_bytes / 1e6 / (ended - began), 2),
+        "tokenizer_seconds": round(after_training - start, 2),
+        "encoding_seconds": round(end - after_training, 2),
+        "megabytes_per_second": round(tokens.n_bytes / 1e6 / (end - start), 2),
         "peak_memory_megabytes": peak_memory(),
     }
 

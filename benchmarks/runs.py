@@ -1,14 +1,15 @@
-"""Whole runs: how soon train.py makes a step, what it costs beside the bare step, what it learns.
+"""Measure whole runs: the start-up of train.py, its overhead over the bare step, and its loss.
 
     python benchmarks/runs.py --out docs/results/benchmarks
 
-- Start-up: from the shell to the first row of metrics.csv, which is written at the first step, with
-  the data in the cache, beside `python -c "import torch, lightning"`.
-- Tokens per second of `python train.py` with everything on (log file, csv logger, checkpoints,
-  progress) beside its bare step in a loop, with the same optimizer; in turns.
-- The training loss of the small model after 200 steps on the bundled stories, with the fast pieces
-  in bfloat16 (float32 where that is not native) and with the plain ones in float32: same seed,
-  same batches.
+- Start-up: the time from the shell to the first row of metrics.csv, which is written at the first
+  step, with the data in the cache; for comparison, the time of `python -c "import torch,
+  lightning"`.
+- Tokens per second of `python train.py` with everything enabled (log file, CSV logger, checkpoints,
+  progress bar), and of its bare step in a loop with the same optimizer, in turns.
+- The training loss of the small model after 200 steps on the bundled stories, with the CPU kernels
+  in bfloat16 (float32 where that is not native) and with plain PyTorch in float32, for the same
+  seed and batches.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 
 from training import ROOT, Candidate, precisions, shape_of, write_json
 
-STEPS, LAST = 200, 20  # of the curves: how long, and how many losses make the final one
+STEPS, LAST = 200, 20  # length of the loss curves; steps at their end to average
 
 
 def train(folder: Path, *overrides: str) -> list[str]:
@@ -38,16 +39,16 @@ def train(folder: Path, *overrides: str) -> list[str]:
 
 
 def start_up(rounds: int) -> dict[str, float]:
-    """Medians of seconds, in turns; the first turn, which fills the caches, does not count."""
+    """Return median start-up times; a first round fills the caches and is not counted."""
     imports, first_steps = [], []
     for turn in range(rounds + 1):
-        began = time.perf_counter()
+        start = time.perf_counter()
         subprocess.run([sys.executable, "-c", "import torch, lightning"], check=True)
-        imported = time.perf_counter() - began
-        stepped = _seconds_to_first_step()
+        import_seconds = time.perf_counter() - start
+        step_seconds = _seconds_to_first_step()
         if turn > 0:
-            imports.append(imported)
-            first_steps.append(stepped)
+            imports.append(import_seconds)
+            first_steps.append(step_seconds)
     return {
         "seconds, import torch and lightning": statistics.median(imports),
         "seconds, train.py to its first step": statistics.median(first_steps),
@@ -58,7 +59,7 @@ def start_up(rounds: int) -> dict[str, float]:
 def _seconds_to_first_step() -> float:
     with tempfile.TemporaryDirectory() as folder:
         metrics = Path(folder) / "bench/metrics.csv"
-        began = time.perf_counter()
+        start = time.perf_counter()
         process = subprocess.Popen(
             train(Path(folder), "trainer.log_every_n_steps=1"),
             cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -68,7 +69,7 @@ def _seconds_to_first_step() -> float:
                 if process.poll() is not None:
                     raise RuntimeError("train.py ended before its first step")
                 time.sleep(0.005)
-            return time.perf_counter() - began
+            return time.perf_counter() - start
         finally:
             process.kill()
             process.wait()
@@ -78,7 +79,7 @@ def _seconds_to_first_step() -> float:
 
 
 def against_bare_step(rounds: int) -> dict[str, float]:
-    """Tokens per second: `rounds` times a run of 24 steps and nine bare ones."""
+    """Return tokens per second of `rounds` runs of 24 steps, each followed by nine bare steps."""
     bare, logged = Candidate("muon", 256, 32, 256, precisions()[-1]), []
     for _ in range(3):
         bare.step(keep=False)
@@ -104,11 +105,11 @@ def against_bare_step(rounds: int) -> dict[str, float]:
     }
 
 
-# ---------------------------------------------------------------------------- what is learned
+# ---------------------------------------------------------------------------- loss
 
 
 def curves() -> dict[str, float]:
-    """The mean training loss of the last 20 of 200 steps: fast, plain, and how far apart."""
+    """Return the mean training loss of the last 20 of 200 steps, with and without CPU kernels."""
     fast, plain = (statistics.fmean(_losses(fast)[-LAST:]) for fast in (True, False))
     return {
         f"training loss, fast pieces, {precisions()[-1]}": fast,
@@ -153,16 +154,18 @@ def _losses(fast: bool) -> list[float]:
     return losses
 
 
-# ---------------------------------------------------------------------------- all of it
+# ---------------------------------------------------------------------------- main
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Start-up, cost and curves of whole runs.")
+    parser = argparse.ArgumentParser(
+        description="Measure start-up, overhead and loss of whole runs."
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="folder for the numbers")
+    parser.add_argument("--out", type=Path, help="output folder")
     arguments = parser.parse_args()
     out = arguments.out and arguments.out.resolve()
-    os.chdir(ROOT)  # where the cache of the data is
+    os.chdir(ROOT)  # the data cache is there
     table: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.system()} {platform.machine()}",

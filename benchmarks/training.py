@@ -1,13 +1,13 @@
-"""How fast training is on this machine, beside transformers' GPT-2 and the matrix-multiply peak.
+"""Measure training speed, beside transformers' GPT-2 and the peak of matrix products.
 
     python benchmarks/training.py --out docs/results/benchmarks
-    python benchmarks/training.py --sweep     # over batch size, context and width as well
-    python benchmarks/training.py --profile   # only this: where a thread's time goes, medium
+    python benchmarks/training.py --sweep     # also vary batch size, context and width
+    python benchmarks/training.py --profile   # only profile the operators of a medium step
 
-Every candidate is a process of its own that makes one step whenever it is told to, so that they
-take turns within one run, each with the memory allocator it has in real use. Times are medians.
-A CPU without native bfloat16 is measured in float32 alone.
-`--out` names a folder for training.json and, of a sweep, training-sweep.png.
+Each candidate is a separate process that makes one step on request. The candidates therefore take
+turns within one run, and each has the memory allocator of real use. Times are medians. On a CPU
+without native bfloat16, only float32 is measured. `--out` is the folder for training.json and, with
+--sweep, training-sweep.png.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ VOCABULARY = 3000
 
 
 def worker(kind: str, d_model: int, batch: int, context: int, precision: str) -> None:
-    """Make a step for each line on stdin; answer with its seconds and the peak memory so far."""
+    """Make a step for each line on stdin; print its seconds and the peak memory so far as JSON."""
     make = {"ours": _ours, "muon": _muon, "peer": _peer, "peak": _peak}[kind]
     step = make(d_model, batch, context, precision)
     for _ in sys.stdin:
@@ -45,17 +45,19 @@ def worker(kind: str, d_model: int, batch: int, context: int, precision: str) ->
 
 
 def peak_memory() -> float | None:
-    """Largest resident set of this process in MB; None where the system does not tell."""
+    """Return the peak resident memory of this process in MB; None if the system lacks it."""
     try:
         import resource
     except ModuleNotFoundError:  # Windows
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)  # KiB but on macOS
+    return round(
+        peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1
+    )  # KiB, but bytes on macOS
 
 
 def _ours(d_model: int, batch: int, context: int, precision: str, name: Any = "adamw") -> Any:
-    """A step of this project, with the peer's optimizer or its own."""
+    """Return a training step of this project, with AdamW as in the peer or another optimizer."""
     import torch
 
     from minigpt.core.process import tune_process
@@ -75,7 +77,7 @@ def _ours(d_model: int, batch: int, context: int, precision: str, name: Any = "a
 
 
 def _muon(d_model: int, batch: int, context: int, precision: str) -> Any:
-    """The step of `python train.py`, whose optimizer costs more."""
+    """Return the training step of `python train.py`, with Muon, which costs more than AdamW."""
     return _ours(d_model, batch, context, precision, "muon")
 
 
@@ -110,7 +112,7 @@ def _step(net: Any, optimizer: Any, loss_of: Any, precision: str) -> Any:
 
 
 def _peak(d_model: int, batch: int, context: int, precision: str) -> Any:
-    """Ten products of square matrices of side `d_model`."""
+    """Return a function that multiplies square matrices of side `d_model` ten times."""
     import torch
 
     a = torch.randn(d_model, d_model).to(torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -122,11 +124,11 @@ def _peak(d_model: int, batch: int, context: int, precision: str) -> Any:
     return multiply
 
 
-# ---------------------------------------------------------------------------- all of them
+# ---------------------------------------------------------------------------- comparison
 
 
 class Candidate:
-    """A worker process, and what it has measured."""
+    """A worker process and its measurements."""
 
     def __init__(self, kind: str, d_model: int, batch: int, context: int, precision: str) -> None:
         arguments = [kind, str(d_model), str(batch), str(context), precision]
@@ -157,7 +159,7 @@ class Candidate:
 
 
 def measure(candidates: dict[str, Candidate], rounds: int, warm_up: int = 3) -> None:
-    """Steps in turn: `warm_up` that do not count, then `rounds` that do."""
+    """Let the candidates step in turn: `warm_up` steps, then `rounds` measured ones."""
     for i in range(warm_up + rounds):
         for candidate in candidates.values():
             candidate.step(keep=i >= warm_up)
@@ -182,14 +184,14 @@ def peak_flops(candidate: Candidate) -> float:
 
 
 def precisions() -> list[str]:
-    """What this CPU multiplies natively; the last is the fastest."""
+    """Return the precisions that this CPU multiplies natively, the fastest last."""
     from minigpt.core.hardware import cpu_has_bfloat16
 
     return ["float32", "bf16"] if cpu_has_bfloat16() else ["float32"]
 
 
 def compare(rounds: int) -> dict[str, Any]:
-    """The table of docs/performance.md."""
+    """Return the measurements of docs/performance.md."""
     best = precisions()[-1]
     c = {f"ours {size}": Candidate("ours", d, 32, 256, best) for size, d in WIDTHS.items()}
     if best != "float32":
@@ -225,7 +227,7 @@ def compare(rounds: int) -> dict[str, Any]:
 
 
 def sweep(rounds: int) -> list[dict[str, Any]]:
-    """FLOP rate of training over batch size, context and width around the medium size."""
+    """Return training FLOP/s when batch size, context or width differ from the medium ones."""
     cases = [("batch", 256, b, 256) for b in (8, 16, 32, 64, 128)]
     cases += [("context", 256, 8192 // t, t) for t in (64, 128, 256, 512, 1024)]
     cases += [("d_model", d, 32, 256) for d in (64, 128, 256, 384, 512, 768)]
@@ -248,7 +250,7 @@ def sweep(rounds: int) -> list[dict[str, Any]]:
 
 
 def sweep_figure(rows: list[dict[str, Any]]) -> Figure:
-    """Share of the peak against what was varied; the grey band is within 25 % of the best."""
+    """Plot the share of the peak against each size; the grey band is 75 to 100 % of the best."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
@@ -257,12 +259,14 @@ def sweep_figure(rows: list[dict[str, Any]]) -> Figure:
     panels = {"batch": "windows of 256 tokens", "context": "context", "d_model": "d_model"}
     subplots = figure.subplots(1, 3, sharey=True)
     for axes, (varied, title) in zip(subplots, panels.items(), strict=True):
-        own = [row for row in rows if row["varied"] == varied]
-        places = [row[varied] for row in own]
+        points = [row for row in rows if row["varied"] == varied]
+        positions = [row[varied] for row in points]
         axes.axhspan(0.75 * best, best, color="#e5e7eb", zorder=0)
-        axes.plot(places, [row["share_of_peak"] for row in own], "o-", color="C0", markersize=4)
+        axes.plot(
+            positions, [row["share_of_peak"] for row in points], "o-", color="C0", markersize=4
+        )
         axes.set_xscale("log", base=2)
-        axes.set_xticks(places, [f"{place}" for place in places])
+        axes.set_xticks(positions, [f"{position}" for position in positions])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(title, fontsize=9)
         axes.set_ylim(0, 1)
@@ -278,14 +282,14 @@ def profile(steps: int = 5) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    torch.set_num_threads(1)  # or the profiler would not see the threads of micro-batches
+    torch.set_num_threads(1)  # the profiler does not see the threads of micro-batches
     step = _ours(256, 8, 256, precisions()[-1])
     for _ in range(3):
         step()
-    with profiler(activities=[ProfilerActivity.CPU]) as found:
+    with profiler(activities=[ProfilerActivity.CPU]) as profile:
         for _ in range(steps):
             step()
-    rows = sorted(found.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    rows = sorted(profile.key_averages(), key=lambda row: -row.self_cpu_time_total)
     for row in rows[:25]:
         print(f"{row.key:50} {row.self_cpu_time_total / 1e3 / steps:8.1f} {row.count // steps:6}")
     print(f"{'all':50} {sum(row.self_cpu_time_total for row in rows) / 1e3 / steps:8.1f}")
@@ -297,12 +301,16 @@ def write_json(path: Path, table: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="How fast training is on this machine.")
+    parser = argparse.ArgumentParser(description="Measure training speed.")
     parser.add_argument("--worker", nargs=5)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--sweep", action="store_true", help="batch size, context and width too")
-    parser.add_argument("--profile", action="store_true", help="only where a step's time goes")
-    parser.add_argument("--out", type=Path, help="folder for the numbers, and the sweep's figure")
+    parser.add_argument(
+        "--sweep", action="store_true", help="also vary batch size, context and width"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="only profile the operators of a step"
+    )
+    parser.add_argument("--out", type=Path, help="output folder")
     arguments = parser.parse_args()
     if arguments.worker:
         kind, d_model, batch, context, precision = arguments.worker

@@ -1,4 +1,4 @@
-"""`python -m minigpt`, which is the command `minigpt`."""
+"""Run `minigpt` as `python -m minigpt`."""
 
 from minigpt.cli.app import main
 

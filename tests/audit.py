@@ -1,7 +1,7 @@
-"""Are there known vulnerabilities in what is installed? pip-audit asks PyPI; part of `make test`.
+"""Look for known vulnerabilities in the installed packages with pip-audit; part of `make test`.
 
-Exit code 1 when there are. A machine without the network, or whose index tells of no
-vulnerabilities, has not been audited: that is said, and is no failure.
+The exit code is 1 if there are any. Without the network, or with an index that does not list
+vulnerabilities, nothing is audited; this is printed and is not a failure.
 """
 
 import json
@@ -14,30 +14,34 @@ COMMAND = ["-m", "pip_audit", "--skip-editable", "--progress-spinner", "off", "-
 
 def main() -> int:
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, *COMMAND], capture_output=True, text=True, timeout=120
         )
-        packages = json.loads(done.stdout)["dependencies"]
+        packages = json.loads(process.stdout)["dependencies"]
     except (subprocess.TimeoutExpired, ValueError):
-        print("audit: no answer about vulnerabilities; nothing was audited")
+        print("audit: no list of vulnerabilities available; nothing was audited")
         return 0
-    found, line = judge(packages)
+    is_vulnerable, line = judge(packages)
     print(line)
-    return int(found)
+    return int(is_vulnerable)
 
 
 def judge(packages: list[dict[str, Any]]) -> tuple[bool, str]:
-    """Whether one is vulnerable, and a line that says so, from what pip-audit tells of each."""
-    answered = [package for package in packages if "skip_reason" not in package]
+    """Return whether a package is vulnerable, and a summary in one line.
+
+    Args:
+        packages: entries of `dependencies` in the JSON report of pip-audit.
+    """
+    audited = [package for package in packages if "skip_reason" not in package]
     known = [
-        f"{package['name']} {package['version']} ({vulnerability['id']}, mended in "
+        f"{package['name']} {package['version']} ({vulnerability['id']}, fixed in "
         f"{' or '.join(vulnerability['fix_versions']) or 'no version yet'})"
-        for package in answered
+        for package in audited
         for vulnerability in package["vulns"]
     ]
     if known:
         return True, f"audit: known vulnerabilities in {'; '.join(known)}"
-    return False, f"audit: {len(answered)} of {len(packages)} packages audited, none is vulnerable"
+    return False, f"audit: {len(audited)} of {len(packages)} packages audited, none is vulnerable"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What people get wrong and what enemies send: each with the names that must be in the answer.
+"""Mistakes and malicious files, each with the names that the error message must hold.
 
-A case is (command, what is broken before, the name in the message, or several). A name is that of
-a setting, a file or an option, or what to type instead, never a sentence. Commands run in a folder
-with train.txt, valid.txt, the run runs/tiny and an export of it, out; TINY stands for the settings
-of that run. Rows are grouped by what is wrong: settings, stories, runs and checkpoints, verbs.
+A case is (command, a function that breaks something before, one name or several). A name is that of
+a setting, file or option, or what to type instead, never a sentence. Commands run in a folder with
+train.txt, valid.txt, the run runs/tiny and its export, out. TINY stands for the settings of that
+run. Cases are grouped by what is wrong: settings, stories, runs and checkpoints, verbs.
 """
 
 import gzip
@@ -33,13 +33,13 @@ LAST = "runs/tiny/checkpoints/last.ckpt"
 
 
 def write(name: str, content: bytes | str) -> Break:
-    """A file with that content, in place of what was there."""
+    """Write or replace a file."""
     data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     return lambda here: (here / name).write_bytes(data)
 
 
 def remove(name: str) -> Break:
-    """No such file or folder any more."""
+    """Remove a file or folder."""
 
     def act(here: Path) -> None:
         path = here / name
@@ -49,7 +49,7 @@ def remove(name: str) -> Break:
 
 
 def folder(name: str) -> Break:
-    """A folder where a file should be."""
+    """Put a folder where a file should be."""
 
     def act(here: Path) -> None:
         (here / name).unlink(missing_ok=True)
@@ -59,7 +59,7 @@ def folder(name: str) -> Break:
 
 
 def link(name: str, target: str) -> Break:
-    """A link in place of what was there; `target` is taken from the folder above."""
+    """Replace a path by a link; `target` is relative to the folder of the commands."""
 
     def act(here: Path) -> None:
         remove(name)(here)
@@ -69,7 +69,7 @@ def link(name: str, target: str) -> Break:
 
 
 def pipe(name: str) -> Break:
-    """A named pipe that nobody writes to: reading it would wait for ever."""
+    """Put a named pipe without a writer there, whose reader would wait forever."""
 
     def act(here: Path) -> None:
         (here / name).unlink(missing_ok=True)
@@ -79,7 +79,7 @@ def pipe(name: str) -> Break:
 
 
 def cut(name: str, share: float) -> Break:
-    """The first part of a file."""
+    """Keep the first `share` of a file."""
 
     def act(here: Path) -> None:
         content = (here / name).read_bytes()
@@ -89,7 +89,7 @@ def cut(name: str, share: float) -> Break:
 
 
 def checkpoint(change: Callable[[dict], Any], name: str = BEST) -> Break:
-    """A checkpoint whose content was changed, well written by torch."""
+    """Change the content of a checkpoint and save it with torch."""
 
     def act(here: Path) -> None:
         content = torch.load(here / name, weights_only=True)
@@ -113,7 +113,7 @@ def edit_json(name: str, change: Callable[[dict], Any]) -> Break:
 
 
 def edit(name: str, old: str, new: str) -> Break:
-    """A text file in which `old` became `new`."""
+    """Replace `old` by `new` in a text file."""
 
     def act(here: Path) -> None:
         text = (here / name).read_text(encoding="utf-8")
@@ -124,14 +124,14 @@ def edit(name: str, old: str, new: str) -> Break:
 
 
 class Payload:
-    """Unpickled, it makes a file that gives it away."""
+    """An object that writes a file when it is unpickled."""
 
     def __reduce__(self) -> tuple:
         return os.system, ("touch ran-code",)
 
 
 def zip_bomb(here: Path) -> None:
-    """A checkpoint of 20 kB whose one tensor unpacks to 20 MB."""
+    """Write a checkpoint of 20 kB whose one tensor unpacks to 20 MB."""
     plain = io.BytesIO()
     torch.save({"state_dict": {}, "hyper_parameters": {}}, plain)
     with zipfile.ZipFile(plain) as old, zipfile.ZipFile(
@@ -145,7 +145,7 @@ def zip_bomb(here: Path) -> None:
 
 
 def overlapping_zip(here: Path) -> None:
-    """An archive that lists the same bytes a thousand times under other names."""
+    """Write an archive that lists the same bytes a thousand times under different names."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as new:
         new.writestr("archive/data.pkl", bytes(1 << 16))

@@ -1,7 +1,9 @@
-"""Our programs in real processes, forked from a server that has imported them: a third of a second.
+"""Run our programs in processes that start in a third of a second.
 
->>> done = run("train.py", ["model=huge"], cwd)
->>> done.code, done.out, done.err
+They are forked from a server that has imported the packages.
+
+>>> result = run("train.py", ["model=huge"], cwd)
+>>> result.code, result.out, result.err
 """
 
 import contextlib
@@ -34,18 +36,18 @@ CONTEXT.set_forkserver_preload(
 
 
 @dataclass(frozen=True)
-class Done:
-    """What became of a process."""
+class Result:
+    """Exit code and output of a process."""
 
     code: int
     out: str
     err: str
 
 
-def run(program: str, arguments: list[str], cwd: Path, stdin: bytes = b"") -> Done:
-    """`python <program> <arguments>` in the folder `cwd`; `minigpt` is the console script.
+def run(program: str, arguments: list[str], cwd: Path, stdin: bytes = b"") -> Result:
+    """Run `python <program> <arguments>` in the folder `cwd`; `minigpt` is the console script.
 
-    What it prints passes through files beside `cwd`, since `cwd` is to stay as it is.
+    The output passes through files beside `cwd`, because tests compare the content of `cwd`.
     """
     streams = [cwd.with_name(f"{cwd.name}.{name}") for name in ("stdin", "stdout", "stderr")]
     streams[0].write_bytes(stdin)
@@ -54,11 +56,11 @@ def run(program: str, arguments: list[str], cwd: Path, stdin: bytes = b"") -> Do
     process.join()
     assert process.exitcode is not None
     out, err = (path.read_text(encoding="utf-8") for path in streams[1:])
-    return Done(process.exitcode, out, err)
+    return Result(process.exitcode, out, err)
 
 
-def run_here(program: str, arguments: list[str], cwd: Path, stdin: bytes = b"") -> Done:
-    """The same in this process, which is left as it was: faster, where nothing can kill it."""
+def run_here(program: str, arguments: list[str], cwd: Path, stdin: bytes = b"") -> Result:
+    """Do the same as `run`, but faster, in this process, whose state is restored."""
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
     before = sys.argv, sys.stdin
     sys.argv, sys.stdin = [program, *arguments], io.TextIOWrapper(io.BytesIO(stdin), "utf-8")
@@ -79,14 +81,14 @@ def run_here(program: str, arguments: list[str], cwd: Path, stdin: bytes = b"") 
         settings.speak(settings.python_call)
         distributed._may_start_processes = False
     texts = (stream.buffer.getvalue().decode() for stream in (out, err))  # type: ignore[attr-defined]
-    return Done(code, *texts)
+    return Result(code, *texts)
 
 
 def _start(program: str, arguments: list[str], cwd: Path, streams: list[Path]) -> None:
     for number, path in enumerate(streams):
-        opened = os.open(path, os.O_RDWR | os.O_CREAT | (os.O_TRUNC if number else 0))
-        os.dup2(opened, number)
-    # multiprocessing gave the process another standard input, and none of ours is a terminal.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | (os.O_TRUNC if number else 0))
+        os.dup2(descriptor, number)
+    # multiprocessing replaced standard input; none of the three streams is a terminal.
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     os.chdir(cwd)
     sys.argv = [program, *arguments]

@@ -1,10 +1,10 @@
-"""A corpus of a few hundred short stories and a net of a few thousand parameters."""
+"""A corpus of a few hundred short stories and a model of a few thousand parameters."""
 
 import os
 
-# Before PyTorch is imported: nets this small are slower on two threads than on one.
+# Before PyTorch is imported: models this small are slower on two threads than on one.
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["MINIGPT_LOCAL"] = "null"  # conf/local, the settings of this machine, is not of a test
+os.environ["MINIGPT_LOCAL"] = "null"  # tests ignore conf/local
 
 import random
 import re
@@ -21,12 +21,12 @@ ROOT = Path(__file__).parent.parent
 
 
 def naming(*names: str) -> str:
-    """A pattern for `match`: a line with each of the names, in any order and words."""
+    """Return a pattern for `match` of a line that holds all names, in any order."""
     return "".join(rf"(?=.*(?<!\w){re.escape(name)}(?!\w))" for name in names)
 
 
 def write_stories(path: Path, n: int, seed: int) -> Path:
-    """`n` stories of one plot and a few words each, which a tiny net learns at once."""
+    """Write `n` stories with one plot and few words, which a tiny model learns at once."""
     pick = random.Random(seed).choice
     stories = [
         f"Once upon a time, {pick(['Tom', 'Lily', 'Max'])} had a {pick(['red', 'big', 'new'])} "
@@ -39,12 +39,12 @@ def write_stories(path: Path, n: int, seed: int) -> Path:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> list[str]:
-    """Overrides of train.py: a run of 20 steps on a tiny corpus, all of it below tmp_path."""
+    """Overrides of train.py for a run of 20 steps on a tiny corpus, all of it below tmp_path."""
     return tiny_overrides(tmp_path)
 
 
 def tiny_overrides(folder: Path) -> list[str]:
-    """The same for a folder that several tests share."""
+    """Return the same overrides for a folder that several tests share."""
     train, valid = folder / "train.txt", folder / "valid.txt"
     return [
         "data=text",
@@ -70,10 +70,10 @@ def tiny_overrides(folder: Path) -> list[str]:
 
 
 def composed(overrides: list[str]) -> TrainConfig:
-    """The settings that `train.py <overrides>` would get."""
+    """Return the settings of `train.py <overrides>`."""
     return load_config("train", overrides)
 
 
 def trained_folder(overrides: list[str], **how: Any) -> Path:
-    """The folder of the run that `train.py <overrides>` would make; `how` goes to `train`."""
+    """Train as `train.py <overrides>` does, with `how` for `train`; return the run folder."""
     return train(composed(overrides), **how).folder

@@ -1,4 +1,4 @@
-"""A run that is killed again and again, beside one that never is."""
+"""Kill and resume a run many times, and compare it with an uninterrupted run."""
 
 import csv
 import random
@@ -16,36 +16,36 @@ TIMING = {"tokens_per_second", "mfu"}  # columns that no two runs share
 
 
 def kill_and_resume(overrides: list[str], folder: Path, kills: int, seed: int) -> list[int]:
-    """Train `name=killed` with as many kills, until it ends; what it was doing at each.
+    """Train the run `killed` to its end, with `kills` kills; return its phase at each kill.
 
-    The same command line is typed again each time. Each process is killed after a random number of
-    steps, as soon as it is seen in one of the phases, which come in turn.
+    The command line is the same each time. A process is killed after a random number of steps, as
+    soon as it is in the next phase of a fixed cycle.
     """
-    chance = random.Random(seed)
-    wanted = [STEP, CHECKPOINT, VALIDATION, CHECKPOINT, STARTING]
+    generator = random.Random(seed)
+    phases = [STEP, CHECKPOINT, VALIDATION, CHECKPOINT, STARTING]
     killed_in: list[int] = []
     command = [*overrides, "name=killed", "resume=auto"]
     while True:
         training = Training(command, folder / "killed.txt")
         if len(killed_in) < kills:
-            phase, steps = wanted[len(killed_in) % len(wanted)], chance.randint(1, 8)
+            phase, steps = phases[len(killed_in) % len(phases)], generator.randint(1, 8)
             if phase == STARTING:
-                training.process.join(chance.uniform(0, 0.5))
+                training.process.join(generator.uniform(0, 0.5))
             else:
                 reached = training.wait_until(
                     lambda t=training, n=steps, p=phase: t.steps >= n and t.phase == p
                 )
-                assert reached, f"ended after {len(killed_in)} kills: {training.said()}"
+                assert reached, f"ended after {len(killed_in)} kills: {training.output_text()}"
             training.send(signal.SIGKILL)
             assert training.wait() == -signal.SIGKILL
             killed_in.append(training.phase)
         else:
-            assert training.wait() == 0, training.said()
+            assert training.wait() == 0, training.output_text()
             return killed_in
 
 
 def assert_same(killed: Path, whole: Path) -> None:
-    """The same weights, bit for bit, and the same numbers and stories: no repeats, no holes."""
+    """Assert equal weights, bit for bit, and equal metrics and stories without gaps or repeats."""
     for name in ("last", "last-1", "best"):
         one, other = (read_checkpoint(run / f"checkpoints/{name}.ckpt") for run in (killed, whole))
         assert one["global_step"] == other["global_step"]
@@ -61,7 +61,7 @@ def assert_same(killed: Path, whole: Path) -> None:
 
 
 def assert_equal(one: object, other: object) -> None:
-    """Equal all through, tensors bit for bit."""
+    """Assert that two nested values are equal, tensors bit for bit."""
     assert type(one) is type(other)
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         assert torch.equal(one, other)
@@ -78,7 +78,7 @@ def assert_equal(one: object, other: object) -> None:
 
 
 def rows(run: Path) -> list[dict[str, str]]:
-    """metrics.csv as it stands there, but for the time that things took."""
+    """Return the rows of metrics.csv without the columns of timing."""
     with (run / METRICS).open(newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     return [{name: cell for name, cell in row.items() if name not in TIMING} for row in table]

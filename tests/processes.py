@@ -1,6 +1,6 @@
-"""train.py in real processes that start at once: forked from a server that has imported it.
+"""Run train.py in processes that start at once, forked from a server that has imported it.
 
-Each tells in a small shared file what it is doing, so that a kill can be aimed.
+Each process writes its current phase to a small shared file, so that a test can kill it there.
 """
 
 import functools
@@ -18,17 +18,18 @@ import numpy as np
 from tests.commands import CONTEXT
 from tests.conftest import ROOT
 
-STARTING, STEP, VALIDATION, CHECKPOINT, BETWEEN = range(5)  # what a process is doing
-_PHASE, _STEPS = 0, 1  # places in the shared file
+STARTING, STEP, VALIDATION, CHECKPOINT, BETWEEN = range(5)  # phases of a process
+_PHASE, _STEPS = 0, 1  # indices in the shared file
 
 
 class Training:
-    """`python train.py <arguments>`, running. What it prints goes to `output`.
+    """A running `python train.py <arguments>`.
 
     Args:
-        output: a file for stdout and stderr; beside it lies the shared one.
-        variables: of the environment.
-        before: called in the new process before training, to break something there.
+        arguments: settings, as typed.
+        output: file for stdout and stderr; the shared file is beside it.
+        variables: additional environment variables.
+        before: function to call in the new process before training, to break something there.
     """
 
     def __init__(
@@ -41,22 +42,22 @@ class Training:
         self.output = output
         shared = output.with_suffix(".shared")
         self._shared = np.memmap(shared, np.int32, "w+", shape=2)
-        told = arguments, output, shared, variables or {}, before
-        self.process = CONTEXT.Process(target=_train, args=told)
+        parameters = arguments, output, shared, variables or {}, before
+        self.process = CONTEXT.Process(target=_train, args=parameters)
         self.process.start()
 
     @property
     def phase(self) -> int:
-        """What it does, or what it did when it died."""
+        """The current phase, or the last one of a dead process."""
         return int(self._shared[_PHASE])
 
     @property
     def steps(self) -> int:
-        """How many it has begun."""
+        """Number of steps that have begun."""
         return int(self._shared[_STEPS])
 
     def wait_until(self, reached: Callable[[], bool]) -> bool:
-        """Look again and again; False: it ended before that."""
+        """Poll `reached`; return False if the process ends before it is true."""
         while not reached():
             if not self.process.is_alive():
                 return False
@@ -68,13 +69,13 @@ class Training:
         os.kill(self.process.pid, number)
 
     def wait(self) -> int:
-        """Its exit code, as a shell shows it; a test that hangs here is ended by its timeout."""
+        """Return the exit code, negative for a signal; the test's own timeout applies."""
         self.process.join()
         assert self.process.exitcode is not None
         return self.process.exitcode
 
-    def said(self) -> str:
-        """What it printed."""
+    def output_text(self) -> str:
+        """Return what the process printed."""
         return self.output.read_text(encoding="utf-8")
 
 

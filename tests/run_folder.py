@@ -1,4 +1,4 @@
-"""A small run folder made by hand, for the tests of what reads one."""
+"""A small run folder with fixed values, for tests of the code that reads one."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ SUMMARY = {
 def write_run(
     folder: Path, summary: dict[str, Any] | None = SUMMARY, data: str = "text", seed: int = 1
 ) -> Path:
-    """A run of 40 steps with two validations; without a summary it looks killed."""
+    """Write a run of 40 steps with two validations; without a summary it counts as killed."""
     folder.mkdir(parents=True)
     config = f"name: {folder.name}\nseed: {seed}\ndata:\n  source: {data}\n"
     (folder / "config.yaml").write_text(config)

@@ -11,17 +11,17 @@ BAD = {
 }
 
 
-def test_a_vulnerable_package_is_found_and_named():
-    found, line = judge([SAFE, BAD, UNKNOWN])
-    assert found
+def test_audit_names_a_vulnerable_package():
+    is_vulnerable, line = judge([SAFE, BAD, UNKNOWN])
+    assert is_vulnerable
     assert re.findall("PYSEC-[0-9]", line) == ["PYSEC-1", "PYSEC-2"]
     assert "bad 2.0" in line
-    assert "2.1" in line  # where the first is mended
+    assert "2.1" in line  # the version that fixes the first one
     assert "safe 1.0" not in line
     assert "\n" not in line
 
 
-def test_what_nobody_knows_of_does_not_count_as_audited():
-    found, line = judge([SAFE, UNKNOWN])
-    assert not found
+def test_audit_does_not_count_unknown_packages():
+    is_vulnerable, line = judge([SAFE, UNKNOWN])
+    assert not is_vulnerable
     assert re.findall("[0-9]+", line) == ["1", "2"]

@@ -1,4 +1,4 @@
-"""What of benchmarks/ depends on the system; the rest is measured by hand (make benchmarks)."""
+"""The parts of benchmarks/ that depend on the system; `make bench` runs the benchmarks."""
 
 import io
 import json
@@ -15,14 +15,14 @@ training = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks/training.py")
 
 @pytest.mark.parametrize(("platform", "megabytes"), [("linux", 2048.0), ("darwin", 2.0)])
 def test_peak_memory_is_in_megabytes_on_every_system(platform, megabytes, monkeypatch):
-    told = SimpleNamespace(ru_maxrss=2_000_000)
-    resource = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: told)
+    usage = SimpleNamespace(ru_maxrss=2_000_000)
+    resource = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: usage)
     monkeypatch.setitem(sys.modules, "resource", resource)
     monkeypatch.setattr(sys, "platform", platform)
     assert training.peak_memory() == megabytes
 
 
-def test_steps_are_measured_where_the_system_does_not_tell_of_memory(monkeypatch, capsys):
+def test_worker_measures_steps_without_the_resource_module(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
     training.worker("peak", 8, 1, 1, "float32")

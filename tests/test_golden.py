@@ -1,4 +1,4 @@
-"""Logits, curves of w32 and the kept run against c2cfd24; `make golden` compares the rest."""
+"""Compare logits, loss curves of w32 and a stored run with c2cfd24; `make golden` has the rest."""
 
 import json
 from pathlib import Path
@@ -16,29 +16,29 @@ SAME_MACHINE = values.machine() == GOLDEN["machine"]
 
 @pytest.mark.parametrize("name", values.RELEASES)
 def test_golden_logits_of_a_release(name: str):
-    kept = load_file(LOGITS)
-    got = values.forward_logits(name)
-    torch.testing.assert_close(got[:, ::16], kept[f"{name} forward"], rtol=1e-4, atol=2e-4)
+    expected = load_file(LOGITS)
+    logits = values.forward_logits(name)
+    torch.testing.assert_close(logits[:, ::16], expected[f"{name} forward"], rtol=1e-4, atol=2e-4)
     if SAME_MACHINE:
-        assert values.digest({"logits": got}) == GOLDEN["bits"][f"{name} forward"]
+        assert values.digest({"logits": logits}) == GOLDEN["bits"][f"{name} forward"]
     if values.has_c_backend():
         decoded = values.decoded_logits(name)[:, ::4]
-        torch.testing.assert_close(decoded, kept[f"{name} C"], rtol=1e-4, atol=2e-4)
+        torch.testing.assert_close(decoded, expected[f"{name} C"], rtol=1e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_golden_loss_curve_of_w32(optimizer: str, tmp_path: Path):
     expected = GOLDEN["curves"][f"w32 {optimizer}"]
-    got = values.curve("w32", optimizer, tmp_path)
-    assert got == (expected if SAME_MACHINE else pytest.approx(expected, abs=2e-2))
+    losses = values.curve("w32", optimizer, tmp_path)
+    assert losses == (expected if SAME_MACHINE else pytest.approx(expected, abs=2e-2))
 
 
-def test_golden_kept_run_is_evaluated_and_resumed(tmp_path: Path):
+def test_golden_run_is_evaluated_and_resumed(tmp_path: Path):
     expected = GOLDEN["kept run"]
-    got = values.evaluated(tmp_path / "evaluated")
-    assert got["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-4)
-    assert got["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=1e-4)
-    assert got["story"] == expected["story"]
+    result = values.evaluated(tmp_path / "evaluated")
+    assert result["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-4)
+    assert result["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=1e-4)
+    assert result["story"] == expected["story"]
     bits = values.resumed(tmp_path / "resumed")
     if SAME_MACHINE:
         assert bits == GOLDEN["bits"]["resumed"]

@@ -1,4 +1,4 @@
-"""The floors of docs/architecture.md: import-linter holds them, and sees each breach."""
+"""The layers of docs/architecture.md: import-linter accepts the package and finds each breach."""
 
 import shutil
 import subprocess
@@ -27,18 +27,18 @@ def lint(folder: Path) -> subprocess.CompletedProcess[str]:
         ("runs/folder.py", "import omegaconf"),
     ],
 )
-def test_layers_contract_sees_a_breach(module: str | None, line: str, tmp_path: Path):
+def test_layers_contract_finds_a_breach(module: str | None, line: str, tmp_path: Path):
     shutil.copytree(ROOT / "minigpt", tmp_path / "minigpt")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     if module is not None:
         path = tmp_path / "minigpt" / module
         path.write_text(path.read_text(encoding="utf-8") + f"\n\n{line}\n", encoding="utf-8")
-    done = lint(tmp_path)
-    assert done.returncode == (0 if module is None else 1), done.stdout
+    process = lint(tmp_path)
+    assert process.returncode == (0 if module is None else 1), process.stdout
     if module is not None:
-        assert Path(module).stem in done.stdout
+        assert Path(module).stem in process.stdout
 
 
-def test_the_package_stays_small_enough_to_find_a_room_in():
+def test_package_has_few_entries():
     entries = [p for p in (ROOT / "minigpt").iterdir() if p.name != "__pycache__"]
     assert len(entries) <= 18

@@ -1,4 +1,4 @@
-"""The weights in releases/ are those that their evaluation.json and their model card tell of."""
+"""The weights in releases/ match their evaluation.json and their model card."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from tests.conftest import ROOT, composed
 RELEASES = sorted(path.parent for path in ROOT.glob("releases/*/model.safetensors"))
 
 
-def test_there_is_one_that_quickstart_shows():
+def test_quickstart_shows_one_release():
     named = [
         path for path in RELEASES if f"releases/{path.name} " in (ROOT / "Makefile").read_text()
     ]
@@ -27,28 +27,28 @@ def test_there_is_one_that_quickstart_shows():
 
 
 @pytest.mark.parametrize("folder", RELEASES, ids=lambda path: path.name)
-def test_one_override_makes_a_release_again(folder: Path):
-    made = Run.load(folder).config
-    begun = read_summary(folder).get("init_from")
+def test_experiment_reproduces_the_settings_of_a_release(folder: Path):
+    config = Run.load(folder).config
+    parent = read_summary(folder).get("init_from")
     experiment = f"experiment=release_{folder.name}"
-    again = composed([f"{experiment}_continued" if begun else experiment])
+    again = composed([f"{experiment}_continued" if parent else experiment])
     for group in ("model", "optimizer", "budget", "trainer"):
         expected = getattr(again, group)
-        assert build(type(expected), made[group], group) == expected
-    assert made["seed"] == again.seed
-    assert made["data"].items() <= dataclasses.asdict(again.data).items()
-    if begun:  # and another made what it began with
-        assert again.init_from == begun["path"]
-        (command,) = begun["commands"]
+        assert build(type(expected), config[group], group) == expected
+    assert config["seed"] == again.seed
+    assert config["data"].items() <= dataclasses.asdict(again.data).items()
+    if parent:  # the release continued a run of another experiment
+        assert again.init_from == parent["path"]
+        (command,) = parent["commands"]
         first, then = composed([experiment]), composed(command[2:])
-        found = {"precision": then.trainer.precision}  # on that machine
-        assert dataclasses.replace(first.trainer, **found) == then.trainer
+        precision = then.trainer.precision  # resolved on that machine
+        assert dataclasses.replace(first.trainer, precision=precision) == then.trainer
         same = ("model", "data", "optimizer", "budget", "seed")
         assert all(getattr(first, name) == getattr(then, name) for name in same)
 
 
 @pytest.mark.parametrize("folder", RELEASES, ids=lambda path: path.name)
-def test_a_release_is_what_it_says(folder: Path):
+def test_release_matches_its_card_and_evaluation(folder: Path):
     run = Run.load(folder)
     net, evaluation = run.load_model(), json.loads((folder / "evaluation.json").read_text())
     assert evaluation["weights"] == weights_fingerprint(net)
@@ -61,7 +61,7 @@ def test_a_release_is_what_it_says(folder: Path):
     assert story.startswith(", there was a")
 
 
-def test_every_verb_works_on_a_release_and_leaves_it_alone(tmp_path, monkeypatch, capsys):
+def test_verbs_do_not_change_a_release(tmp_path, monkeypatch, capsys):
     release = shutil.copytree(RELEASES[0], tmp_path / "release")
     before = {path.name: path.read_bytes() for path in release.iterdir()}
     monkeypatch.chdir(tmp_path)

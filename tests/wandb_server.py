@@ -1,7 +1,7 @@
-"""A stand-in for W&B on loopback: as much of its API as `wandb sweep`, agents and runs ask for.
+"""A mock W&B server on loopback, with the part of its API that sweeps, agents and runs use.
 
-GraphQL is answered at /graphql; a run sends its history and its end to
-/files/<entity>/<project>/<run>/file_stream. What was sent is kept, as plain Python values.
+It answers GraphQL at /graphql. A run posts its history and exit code to
+/files/<entity>/<project>/<run>/file_stream. Everything received is stored as plain Python values.
 """
 
 import gzip
@@ -20,24 +20,24 @@ ENTITY, SWEEP, AGENT = "someone", "grid1", "agent1"
 
 @dataclass
 class WandbRun:
-    """One run: what the sweep asked of it, and what it told of itself."""
+    """A run: the settings that the sweep gave it, and what it reported."""
 
-    asked: dict[str, Any] = field(default_factory=dict)  # settings from the sweep
+    sweep_settings: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
-    exit_code: int | None = None  # None: still running, as far as W&B knows
+    exit_code: int | None = None  # None while the run has not reported its end
 
 
 class WandbServer:
-    """Keeps one sweep and its runs. As a context manager it listens at `url` and stops again.
+    """A server for one sweep and its runs; as a context manager it listens at `url`.
 
     Args:
-        fixed: settings that every job gets beside the parameters of the sweep.
-        more_jobs: settings of jobs that are dealt out after the grid.
-        trouble: what happens to the history that runs send: it is refused with error 500, or gets
-            no answer until the server is closed.
-        at_most: points of the grid that are dealt out; None: all.
+        fixed: settings of every job besides the parameters of the sweep.
+        more_jobs: settings of jobs that follow the grid.
+        trouble: response to the history that runs send: "error" is status 500, "silence" is none
+            until the server closes.
+        at_most: number of grid points to hand out; None means all.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class WandbServer:
         self.runs: dict[str, WandbRun] = {}
         self.n_requests = 0
         self._lock = threading.Lock()
-        stand_in = self
+        server = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -64,15 +64,15 @@ class WandbServer:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 if self.headers.get("Content-Encoding") == "gzip":
                     body = gzip.decompress(body)
-                if stand_in.trouble and self.path != "/graphql":
-                    stand_in.n_troubled += 1
-                    if stand_in.trouble == "silence":
-                        stand_in._closed.wait()
+                if server.trouble and self.path != "/graphql":
+                    server.n_troubled += 1
+                    if server.trouble == "silence":
+                        server._closed.wait()
                     self.send_error(500)
                     return
-                with stand_in._lock:
-                    stand_in.n_requests += 1
-                    answer = json.dumps(stand_in.answer(self.path, json.loads(body))).encode()
+                with server._lock:
+                    server.n_requests += 1
+                    answer = json.dumps(server.answer(self.path, json.loads(body))).encode()
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(answer)))
@@ -97,17 +97,17 @@ class WandbServer:
         self._thread.join()
 
     def answer(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The JSON answer to one request."""
+        """Return the JSON answer to a request."""
         if path != "/graphql":
             run = re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", path)
             assert run, path
             self._file_stream(self.runs[run[1]], body)
             return {}
         operation = re.match(r"\s*(?:query|mutation)\s+(\w+)", body["query"])
-        known = getattr(self, f"_{operation[1]}", None) if operation else None
-        if known is None:  # as a server answers that is older than its client
+        method = getattr(self, f"_{operation[1]}", None) if operation else None
+        if method is None:  # the answer of a server that is older than its client
             return {"errors": [{"message": "Cannot query this field"}]}
-        return {"data": known(body.get("variables") or {})}
+        return {"data": method(body.get("variables") or {})}
 
     def _file_stream(self, run: WandbRun, body: dict[str, Any]) -> None:
         for name, chunk in (body.get("files") or {}).items():
@@ -118,7 +118,7 @@ class WandbServer:
         if body.get("complete"):
             run.exit_code = body["exitcode"]
 
-    # One method for each GraphQL operation, by its name.
+    # Each GraphQL operation has a method of its name.
 
     def _Viewer(self, sent: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
         teams = {"edges": []}
@@ -146,8 +146,8 @@ class WandbServer:
         }
 
     def _SweepWithRuns(self, sent: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
-        found = {"id": SWEEP, "name": SWEEP, "config": yaml.safe_dump(self.sweep)}
-        return {"project": {"sweep": {**found, "runs": {"edges": []}}}}
+        sweep = {"id": SWEEP, "name": SWEEP, "config": yaml.safe_dump(self.sweep)}
+        return {"project": {"sweep": {**sweep, "runs": {"edges": []}}}}
 
     def _CreateAgent(self, sent: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
         return {"createAgent": {"agent": {"id": AGENT}}}
@@ -159,10 +159,10 @@ class WandbServer:
         return {"agentHeartbeat": {"agent": {"id": AGENT}, "commands": json.dumps(commands)}}
 
     def _next_job(self) -> dict[str, Any]:
-        asked = {**self.waiting.pop(0), **self.fixed}
+        job = {**self.waiting.pop(0), **self.fixed}
         name = f"run{len(self.runs)}"
-        self.runs[name] = WandbRun(asked)
-        settings = {key: {"value": value} for key, value in asked.items()}
+        self.runs[name] = WandbRun(job)
+        settings = {key: {"value": value} for key, value in job.items()}
         return {"type": "run", "run_id": name, "program": self.sweep["program"], "args": settings}
 
     def _RunResumeStatus(self, sent: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
@@ -179,7 +179,7 @@ class WandbServer:
         return {"model": {**_project(sent["project"]), "bucket": bucket}}
 
     def _UpsertBucket(self, sent: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
-        run = self.runs.setdefault(sent["name"], WandbRun())  # a run of no sweep is new
+        run = self.runs.setdefault(sent["name"], WandbRun())  # new if it is not of a sweep
         config = json.loads(sent["config"] or "{}")
         run.config |= {key: entry["value"] for key, entry in config.items()}
         bucket = {

@@ -1,7 +1,8 @@
-"""The `minigpt` command: what to do with runs once they are trained.
+"""The `minigpt` command, with a verb for each thing to do with a model.
 
-Each verb is one function below, which imports what it needs when it is called: `minigpt --help`
-must not wait for torch. `train` and `evaluate` are Hydra apps, in modules of their own.
+Each verb is one function below. It imports what it needs when it is called, because
+`minigpt --help` must not wait for torch. `train` and `evaluate` are Hydra apps in modules of their
+own.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ if TYPE_CHECKING:
 
 Format = Literal["hf", "safetensors", "onnx", "gguf"]
 Dtype = Literal["float32", "bfloat16"]
-RunPath = Annotated[Path, Argument(help="A run folder, or a checkpoint file in one.")]
+RunPath = Annotated[Path, Argument(help="Run folder, checkpoint file or exported model.")]
 ClassPath = Annotated[str | None, Option(help="Class of the model, such as mypackage.MyGPT.")]
 log = logging.getLogger("minigpt")
-UsageError: Any = typer.BadParameter.__base__  # which typer does not name
+UsageError: Any = typer.BadParameter.__base__  # typer does not export it
 
 app = typer.Typer(
-    help="Use and study the story-telling models that train.py makes.",
+    help="Train, study and share small GPTs that write stories.",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -43,21 +44,22 @@ app = typer.Typer(
 @app.command()
 def generate(
     run: RunPath,
-    prompt: Annotated[str, Option(help="How it begins; -: standard input.")] = "Once upon a time",
-    temperature: Annotated[float, Option(help="0: always the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, Option(help="Choose among the k likeliest.")] = None,
-    top_p: Annotated[float | None, Option(help="Choose among this much mass.")] = None,
-    min_p: Annotated[float | None, Option(help="Least share of the top-1 probability.")] = None,
-    repetition_penalty: Annotated[float, Option(help="Above 1: tokens come back less.")] = 1.0,
-    max_tokens: Annotated[int, Option(help="The longest continuation.")] = 256,
-    n: Annotated[int, Option(help="How many stories.")] = 1,
-    seed: Annotated[int | None, Option(help="The same seed, the same stories.")] = None,
-    dtype: Annotated[Dtype, Option(help="bfloat16 rounds weights; faster for many.")] = "float32",
+    prompt: Annotated[str, Option(help="Text to continue; - reads stdin.")] = "Once upon a time",
+    temperature: Annotated[float, Option(help="0 always takes the most likely token.")] = 0.8,
+    top_k: Annotated[int | None, Option(help="Sample from the k most likely tokens.")] = None,
+    top_p: Annotated[float | None, Option(help="Sample from this much probability mass.")] = None,
+    min_p: Annotated[float | None, Option(help="Drop tokens below this share of top-1.")] = None,
+    repetition_penalty: Annotated[float, Option(help="Above 1 penalises repeated tokens.")] = 1.0,
+    max_tokens: Annotated[int, Option(help="Maximum number of new tokens.")] = 256,
+    n: Annotated[int, Option(help="Number of stories.")] = 1,
+    seed: Annotated[int | None, Option(help="Equal seeds give equal stories.")] = None,
+    dtype: Annotated[Dtype, Option(help="bfloat16 is faster for many stories.")] = "float32",
     class_path: ClassPath = None,
 ) -> None:
-    """Write stories. One is shown as it is sampled, and stops at its end.
+    """Write stories.
 
-    Several are written together, with <|endoftext|> between them, which is what data=text reads.
+    A single story is printed token by token. Several are sampled as one batch and printed with
+    <|endoftext|> between them, a format that data=text reads.
     """
     import torch
 
@@ -74,26 +76,26 @@ def generate(
     options = {"--top-k": top_k, "--top-p": top_p, "--min-p": min_p, "--n": None if n == 1 else n}
     unused = [f"{name} {value}" for name, value in options.items() if value is not None]
     if temperature == 0 and unused:
-        problem = "always takes the most likely token, and so writes one story: leave out "
+        problem = "always takes the most likely token, so only one story exists: leave out "
         raise UserError(f"{problem}{' and '.join(unused)}", "temperature", 0)
-    (opened,) = _load([run], class_path)
-    net, tokenizer = opened.load_model().to(getattr(torch, dtype)), opened.tokenizer
+    (source,) = _load([run], class_path)
+    model, tokenizer = source.load_model().to(getattr(torch, dtype)), source.tokenizer
     prompt = _standard_input() if prompt == "-" else prompt
-    length = len(tokenizer.encode(prompt))  # refused before anything is shown
-    if length >= (context := net.config.context_length):
-        log.warning("the model reads only the end of %d tokens: its context is %d", length, context)
+    length = len(tokenizer.encode(prompt))  # raises before anything is printed
+    if length >= (context := model.config.context_length):
+        log.warning("only the end of the %d tokens is read: the context is %d", length, context)
     if dtype == "bfloat16" and c_backend() is None and not cpu_has_bfloat16():
-        log.warning("neither decode.c nor native bfloat16 here: --dtype float32 is faster")
+        log.warning("no decode.c and no native bfloat16 here: --dtype float32 is faster")
     if n == 1:
-        for piece in chain([prompt], stream_text(net, tokenizer, prompt, sampling), ["\n"]):
+        for piece in chain([prompt], stream_text(model, tokenizer, prompt, sampling), ["\n"]):
             print(piece, end="", flush=True)
         return
-    for story, text in enumerate(iterate_stories(net, tokenizer, prompt, n, sampling)):
+    for story, text in enumerate(iterate_stories(model, tokenizer, prompt, n, sampling)):
         print(f"{END_OF_TEXT}\n" if story else "", prompt, text, sep="", flush=True)
 
 
 def _load(paths: list[Path], class_path: str | None) -> list[Run]:
-    """Load runs. Those of a class of their own take the class; plain ones may stand beside them."""
+    """Load runs; the class applies to those of a custom class, or to all if there are none."""
     from minigpt.runs.folder import Run
 
     runs = [Run.load(path) for path in paths]
@@ -102,17 +104,17 @@ def _load(paths: list[Path], class_path: str | None) -> list[Run]:
     from minigpt.cli.compose import import_class
 
     model = import_class(class_path, "class_path")
-    own = [run for run in runs if run.config.get("model_class") is not None] or runs
-    return [replace(run, model=model) if run in own else run for run in runs]
+    custom = [run for run in runs if run.config.get("model_class") is not None] or runs
+    return [replace(run, model=model) if run in custom else run for run in runs]
 
 
 def _check_folder(path: Path | None, option: str = "--out") -> None:
     if path is not None and path.exists() and not path.is_dir():
-        raise UserError(f"{option} {path} is a file: give a folder, new or not")
+        raise UserError(f"{option} {path} is a file: give a folder, which may be new")
 
 
 def _standard_input() -> str:
-    """All of it, without the line end that `echo` puts behind."""
+    """Return standard input without the final newline that `echo` adds."""
     try:
         text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -124,21 +126,21 @@ def _standard_input() -> str:
 def probe(
     run: RunPath,
     near: Annotated[
-        list[str] | None, Option(help="A word whose nearest tokens to show; may be repeated.")
+        list[str] | None, Option(help="Show the tokens nearest to this word; may be repeated.")
     ] = None,
     analogy: Annotated[
         list[str] | None,
         Option(help="Such as 'princess - girl + boy'; may be repeated.", metavar="'A - B + C'"),
     ] = None,
-    k: Annotated[int, Option(min=1, help="How many tokens to show.")] = 5,
+    k: Annotated[int, Option(min=1, help="Number of tokens to show.")] = 5,
     out: Annotated[
-        Path | None, Option(help="Where the map goes; default: the run, or here for an export.")
+        Path | None, Option(help="Folder of the map; by default the run's, or . for an export.")
     ] = None,
     class_path: ClassPath = None,
 ) -> None:
     """Look into the embedding: nearest words, analogies, and a map of words as a PNG.
 
-    Without --near and --analogy: a score over twenty analogies.
+    Without --near and --analogy, twenty analogies are scored.
     """
     from rich.console import Console
 
@@ -149,8 +151,8 @@ def probe(
 
     _check_folder(out)
     analogies = {text: parse_analogy(text) for text in analogy or []}
-    (opened,) = _load([run], class_path)
-    probe = EmbeddingProbe(opened.load_model(), opened.tokenizer)
+    (source,) = _load([run], class_path)
+    probe = EmbeddingProbe(source.load_model(), source.tokenizer)
     queries = {f"Nearest to {word}": partial(probe.neighbours, word, k) for word in near or []}
     queries |= {text: partial(probe.analogy, *words, k) for text, words in analogies.items()}
     console, problems = Console(), {}
@@ -163,10 +165,10 @@ def probe(
         answers = ask(probe)
         console.print(score_table(answers), score_line(answers), sep="\n")
     try:
-        layout, path = embedding_map(probe), (out or opened.output_dir) / MAP
+        layout, path = embedding_map(probe), (out or source.output_dir) / MAP
         write_map(layout, path)
         console.print(f"Wrote {path}. {caption(layout)}", markup=False, highlight=False)
-    except FewWordsError as error:  # the tables are of use without it
+    except FewWordsError as error:  # the tables are useful without a map
         console.print(f"No map: {error}", markup=False, highlight=False)
     if problems:
         raise UserError("; ".join(problems))
@@ -174,15 +176,15 @@ def probe(
 
 @app.command()
 def playground(
-    runs: Annotated[list[Path], Argument(help="One to four runs, shown side by side.")],
-    host: Annotated[str, Option(help="Where to listen; by default, locally.")] = "127.0.0.1",
+    runs: Annotated[list[Path], Argument(help="One to four runs to show side by side.")],
+    host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
-        int | None, Option(min=0, max=65535, help="First free one from 7860 on.")
+        int | None, Option(min=0, max=65535, help="By default the first free port from 7860 up.")
     ] = None,
     auth: Annotated[str | None, Option(help="Require a login.", metavar="USER:PASSWORD")] = None,
     class_path: ClassPath = None,
 ) -> None:
-    """Open a local web page: stories token by token, words, a map, attention."""
+    """Serve a local web page with stories token by token, words, a map and attention."""
     from minigpt.playground.server import serve
 
     serve(_load(runs, class_path), host, port, auth)
@@ -191,12 +193,12 @@ def playground(
 @app.command()
 def scaling(
     folders: Annotated[list[Path], Argument(help="Run folders, or folders with runs inside.")],
-    out: Annotated[Path | None, Option(help="Where to write; default: the first folder.")] = None,
-    keep: Annotated[Path | None, Option(help="Copy the records of finished runs here.")] = None,
+    out: Annotated[Path | None, Option(help="Output folder; by default the first one.")] = None,
+    keep: Annotated[Path | None, Option(help="Also copy the records of finished runs.")] = None,
 ) -> None:
-    """Compare runs by size: tables, L = E + A / N^α fitted, and three log-log figures.
+    """Compare runs of several sizes and fit the scaling law L = E + A / N^α.
 
-    Writes scaling.md, scaling.json and the figures, and prints the table of runs.
+    Prints the table of runs, and writes scaling.md, scaling.json and three log-log figures.
     """
     from rich.console import Console
 
@@ -212,8 +214,8 @@ def scaling(
             keep_run(run.path, keep)
     out = out or (folders[0] if folders[0].is_dir() else runs[0].path)
     laws = map(law_line, write_scaling(runs, out))
-    wrote = f"Wrote {out / 'scaling.md'}, scaling.json and figures."
-    paragraphs = (REFERENCE_NOTE, "\n".join(run_warnings(runs)), "\n".join(laws), wrote)
+    files = f"Wrote {out / 'scaling.md'}, scaling.json and figures."
+    paragraphs = (REFERENCE_NOTE, "\n".join(run_warnings(runs)), "\n".join(laws), files)
     console = Console()
     console.print(rich_table(runs))
     for paragraph in filter(None, paragraphs):
@@ -222,13 +224,13 @@ def scaling(
 
 @app.command()
 def study(
-    runs: Annotated[list[Path], Argument(help="The runs to compare, of different sizes.")],
-    out: Annotated[Path, Option(help="Where to write.")] = Path("study"),
-    n: Annotated[int, Option(help="Stories of each run at each temperature.")] = 200,
-    seed: Annotated[int, Option(help="Of the stories.")] = 1,
+    runs: Annotated[list[Path], Argument(help="Runs to compare, of different sizes.")],
+    out: Annotated[Path, Option(help="Output folder.")] = Path("study"),
+    n: Annotated[int, Option(help="Number of stories for each run and temperature.")] = 200,
+    seed: Annotated[int, Option(help="Seed of the stories.")] = 1,
     class_path: ClassPath = None,
 ) -> None:
-    """Compare what runs write and know: coherence by temperature, samples, embeddings.
+    """Compare runs by the coherence of their stories, by samples and by embeddings.
 
     Writes coherence.md, samples.md and embeddings.md, with their figure and JSON.
     """
@@ -242,21 +244,21 @@ def study(
 @app.command()
 def export(
     run: RunPath,
-    out: Annotated[Path, Argument(help="A new folder, or an earlier export to replace.")],
+    out: Annotated[Path, Argument(help="New folder, or an earlier export to replace.")],
     format: Annotated[Format, Option(help="hf: transformers; safetensors: Mini GPT.")] = "hf",
-    dtype: Annotated[Dtype | None, Option(help="Of safetensors: bfloat16 by default.")] = None,
-    license: Annotated[str | None, Option(help="Of the weights: mit, cc-by-4.0, ...")] = None,
-    evaluate: Annotated[bool, Option("--evaluate", help="Measure the weights if needed.")] = False,
-    average: Annotated[bool, Option("--average", help="Mean with the run of init_from.")] = False,
-    push: Annotated[str | None, Option(help="Send to the Hugging Face Hub as user/name.")] = None,
-    private: Annotated[bool, Option("--private", help="With --push: nobody else sees it.")] = False,
-    dry_run: Annotated[bool, Option("--dry-run", help="With --push: list, send nothing.")] = False,
+    dtype: Annotated[Dtype | None, Option(help="For safetensors; by default bfloat16.")] = None,
+    license: Annotated[str | None, Option(help="License of the weights, such as mit.")] = None,
+    evaluate: Annotated[bool, Option("--evaluate", help="Evaluate the weights if needed.")] = False,
+    average: Annotated[bool, Option("--average", help="Average with init_from's weights.")] = False,
+    push: Annotated[str | None, Option(help="Upload to the Hugging Face Hub as user/name.")] = None,
+    private: Annotated[bool, Option("--private", help="With --push: private repository.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="With --push: only list the files.")] = False,
     class_path: ClassPath = None,
 ) -> None:
-    """Write a model for other programs, with a model card; nothing is sent without --push."""
+    """Write a model for other programs, with a model card; only --push uploads anything."""
     for option, is_set in {"--dry-run": dry_run, "--private": private}.items():
         if is_set and push is None:
-            raise UserError(f"{option} is for what --push sends: add --push user/name")
+            raise UserError(f"{option} needs --push: add --push user/name, or leave it out")
     from minigpt.core.console import console
     from minigpt.exporting import ExportConfig
     from minigpt.exporting import export as write
@@ -267,33 +269,39 @@ def export(
     check_output(out)
     if push is not None:
         check_repository(push, dry_run)
-    (opened,) = _load([run], class_path)
-    files = write(opened, out, config, push, console)
+    (source,) = _load([run], class_path)
+    files = write(source, out, config, push, console)
     print(f"Wrote {out}: {', '.join(path.name for path in files)}")
     if push is not None and dry_run:
-        print(f"Nothing was sent. Without --dry-run, to https://huggingface.co/{push}:")
+        print(f"Nothing was uploaded to https://huggingface.co/{push}. It would get:")
         print("\n".join(f"{path.stat().st_size:>12,}  {path.name}" for path in files))
     elif push is not None:
-        print(f"Sent to {push_folder(out, push, private)}")
+        print(f"Uploaded to {push_folder(out, push, private)}")
 
 
 # ---------------------------------------------------------------------------- Hydra's verbs
 
-_PASSED_ON = {"ignore_unknown_options": True, "help_option_names": []}
+_FORWARDED = {"ignore_unknown_options": True, "help_option_names": []}
 Settings = Annotated[list[str] | None, Argument(metavar="SETTING=VALUE...")]
 
 
-@app.command("train", context_settings=_PASSED_ON)
+@app.command("train", context_settings=_FORWARDED)
 def train_verb(settings: Settings = None) -> None:
-    """Train a model: minigpt train model=large budget.tokens=20e6. See minigpt train --help."""
+    """Train a model; see minigpt train --help.
+
+    Example: minigpt train model=large budget.tokens=20e6
+    """
     from minigpt.cli.train import main
 
     main()
 
 
-@app.command("evaluate", context_settings=_PASSED_ON)
+@app.command("evaluate", context_settings=_FORWARDED)
 def evaluate_verb(settings: Settings = None) -> None:
-    """Measure a model: minigpt evaluate ckpt=runs/<name>. See minigpt evaluate --help."""
+    """Evaluate a model; see minigpt evaluate --help.
+
+    Example: minigpt evaluate ckpt=runs/my-run
+    """
     from minigpt.cli.evaluate import main
 
     main()
@@ -301,18 +309,36 @@ def evaluate_verb(settings: Settings = None) -> None:
 
 @app.command()
 def sweep(
-    name: Annotated[str, Argument(help="Of the sweep: scaling, scaling_seeds or recipe.")],
-    out: Annotated[Path | None, Option(help="File to write; default: <name>.yaml here.")] = None,
+    name: Annotated[str, Argument(help="Name of the sweep: scaling, scaling_seeds or recipe.")],
+    out: Annotated[Path | None, Option(help="Output file; by default <name>.yaml.")] = None,
 ) -> None:
-    """Write a W&B sweep file whose command is minigpt train, for wandb sweep."""
+    """Write a sweep file for wandb sweep, with minigpt train as its command."""
     from minigpt.cli.sweep import write_sweep
 
     path = write_sweep(name, out or Path(f"{name}.yaml"))
     print(f"Wrote {path}. Next: wandb sweep {shlex.quote(str(path))}")
 
 
+@app.command()
+def doctor(as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False) -> None:
+    """Print the facts that a bug report needs, and what could be better on this machine."""
+    import json
+
+    from minigpt.cli.doctor import diagnose
+
+    facts, advice = diagnose()
+    if as_json:
+        print(json.dumps({"facts": facts, "advice": advice}, indent=2, ensure_ascii=False))
+        return
+    print("\n".join(f"{topic + ':':12}{fact}" for topic, fact in facts.items()))
+    print("\n".join(f"could be better: {line}" for line in advice))
+
+
 def main() -> None:
-    """Entry point: a mistake is one line on stderr and exit code 2, ctrl-C a quiet 130."""
+    """Run the command line.
+
+    An error of the user is one line on stderr with exit code 2; ctrl-C is exit code 130.
+    """
     show_log()
     if len(sys.argv) == 1:
         sys.argv.append("--help")
@@ -325,16 +351,16 @@ def main() -> None:
         problem = describe(error, program, _options(verb))
     except UsageError as error:
         verb = error.ctx.command_path if error.ctx else "minigpt"
-        problem = f"{one_line(error.format_message()).rstrip('.')}; {verb} --help shows what is"
+        problem = f"{one_line(error.format_message()).rstrip('.')}; for usage type {verb} --help"
     except OSError as error:
         if error.filename is None:
             raise
-        problem = f"cannot read or write {error.filename}: {error.strerror}; give another place"
+        problem = f"cannot read or write {error.filename}: {error.strerror}; give another path"
     leave(problem)
 
 
 def _options(verb: str) -> frozenset[str]:
-    """The names of a verb's parameters that are typed as --name."""
+    """Return the names of those parameters of a verb that are typed as --name."""
     command = getattr(typer.main.get_command(app), "commands", {}).get(verb)
     parameters = command.params if command is not None else ()
     return frozenset(p.name for p in parameters if p.param_type_name == "option")

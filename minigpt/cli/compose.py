@@ -1,7 +1,8 @@
-"""Composed settings: the defaults of the dataclasses, conf/ over them, and what was typed.
+"""Compose settings: the defaults of the dataclasses, then conf/, then the command line.
 
-The dataclasses hold each default once; they are registered as one plain root node, the first of
-the defaults list, so that a YAML file holds only what differs and every setting can be typed.
+Each default stands in its dataclass alone. All defaults are registered with Hydra as one plain root
+node, the first of the defaults list. A YAML file therefore holds only what differs from them, and
+every setting can be typed without a plus sign.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from minigpt.core.settings import UserError, build, plain_defaults, unknown_name
 
 
 def config_source() -> str:
-    """Return where conf/ is: in the checkout that holds the package, else in the package."""
+    """Return the location of conf/: in the checkout of this package, else in the package."""
     root = Path(minigpt.__file__).parent.parent
     beside = (root / "pyproject.toml").is_file() and (root / "conf/train.yaml").is_file()
     return str(root / "conf") if beside else "pkg://minigpt.conf"
@@ -40,14 +41,15 @@ def config_source() -> str:
 def load_config(
     name: str = "train", overrides: Sequence[str] = (), config_dir: str | Path | None = None
 ) -> Any:
-    """Return the settings that the command line would make of `overrides`.
+    """Return the settings that the command line would compose from `overrides`.
 
-    It works in any folder and inside another Hydra application, whose state it restores.
+    This works in any folder, and inside another Hydra application, whose state is restored.
 
     Args:
         name: "train" or "evaluate".
-        overrides: settings as they are typed, such as ["model=large", "budget.tokens=20e6"].
-        config_dir: a folder with groups of your own, as --config-dir.
+        overrides: settings as typed on the command line, such as ["model=large",
+            "budget.tokens=20e6"].
+        config_dir: a folder with additional config groups, like --config-dir.
 
     Returns:
         A `TrainConfig`, or an `EvaluationConfig`.
@@ -66,14 +68,14 @@ def load_config(
 def compose_values(
     name: str, overrides: Sequence[str] = (), config_dir: str | Path | None = None
 ) -> tuple[dict[str, Any], str | None]:
-    """Return the composed settings as plain values, resolved, and the option of the model group."""
+    """Return the composed settings as plain resolved values, and the option of the model group."""
     from minigpt.cli.hydra_errors import explain
 
     folder = None if config_dir is None else Path(config_dir).expanduser().absolute()
     words = composed_words(name, overrides, folder)
     if folder is not None:
         if not folder.is_dir():
-            raise UserError("is no folder", "config_dir", str(config_dir))
+            raise UserError("is not a folder", "config_dir", str(config_dir))
         words.append(f"hydra.searchpath=['file://{folder}']")
     with own_hydra(name, overrides):
         try:
@@ -87,29 +89,30 @@ def compose_values(
 
 
 def plain_values(config: Any) -> dict[str, Any]:
-    """Return a composed config as plain values, resolved."""
+    """Return a composed config as plain values, with interpolations resolved."""
     values: Any = OmegaConf.to_container(config, resolve=True)
     return values
 
 
 def composed_words(name: str, typed: Sequence[str], folder: Path | None = None) -> list[str]:
-    """Return what Hydra is to read of `typed`: no class path, and MINIGPT_LOCAL for conf/local.
+    """Return the settings for Hydra: without the class path, with MINIGPT_LOCAL for conf/local.
 
     Args:
-        name: of the root config.
-        typed: settings, as they were typed.
-        folder: with groups of one's own.
+        name: name of the root config.
+        typed: settings as typed on the command line.
+        folder: folder with additional config groups.
     """
     words = [word for word in typed if not word.startswith(CLASS_PATH[name])]
-    there = any((Path(f) / "local").is_dir() for f in (config_source(), folder) if f is not None)
-    if name == "train" and there and (local := os.environ.get("MINIGPT_LOCAL")):
+    folders = [Path(path) for path in (config_source(), folder) if path is not None]
+    has_local = any((path / "local").is_dir() for path in folders)
+    if name == "train" and has_local and (local := os.environ.get("MINIGPT_LOCAL")):
         words.append(f"local={local}")
     return words
 
 
 @contextlib.contextmanager
 def own_hydra(name: str, overrides: Sequence[str] = ()) -> Iterator[None]:
-    """A Hydra of our own, with the defaults of the root config `name`; restores the one before."""
+    """Use Hydra with the defaults of the root config `name`, then restore its previous state."""
     instances, store = Singleton._instances, ConfigStore.instance()
     before, repo = dict(instances), store.repo
     store.repo = copy.copy(repo)
@@ -129,7 +132,7 @@ def own_hydra(name: str, overrides: Sequence[str] = ()) -> Iterator[None]:
 
 
 def register_defaults(name: str, overrides: Sequence[str] = ()) -> None:
-    """Register the defaults of the root config `name` with Hydra, for what is typed."""
+    """Register with Hydra the defaults of the root config `name`, which `overrides` may extend."""
     ConfigStore.instance().store(f"{name}_defaults", defaults(name, overrides))
 
 
@@ -137,15 +140,16 @@ def defaults(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Return the default of every setting of `train` or `evaluate`, as plain values.
 
     Args:
-        name: of the root config.
-        overrides: as typed; a class path has the settings of its class, data=… those of a corpus.
+        name: name of the root config.
+        overrides: settings as typed. A class path adds the settings of its class, and for
+            evaluate data=… adds those of another corpus.
     """
     if name == "train":
         from minigpt.runs.folder import config_class
         from minigpt.training.config import TrainConfig
 
         values = plain_defaults(TrainConfig)
-        for key in ("size", "model_class", "overrides"):  # which follow from what is typed
+        for key in ("size", "model_class", "overrides"):  # derived from the overrides
             del values[key]
         if (model := typed_class(name, overrides)) is not None:
             values["model"] = plain_defaults(config_class(model))
@@ -156,8 +160,8 @@ def defaults(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     corpus = any(word.startswith("data=") and word != "data=null" for word in overrides)
     data = plain_defaults(DataConfig) if corpus else None
-    own = {"ckpt": "???", "out": None, "class_path": None}
-    return {**own, **plain_defaults(EvaluationConfig), "data": data}
+    command_line = {"ckpt": "???", "out": None, "class_path": None}
+    return {**command_line, **plain_defaults(EvaluationConfig), "data": data}
 
 
 # ---------------------------------------------------------------------------- into dataclasses
@@ -169,10 +173,10 @@ def train_config(
     """Return the `TrainConfig` of composed `values`.
 
     Args:
-        values: composed, plain.
-        size: the option of the model group, such as large.
-        overrides: as typed, kept for the record.
-        model: class of the model, if it is no plain GPT.
+        values: composed settings as plain values.
+        size: option of the model group, such as large.
+        overrides: settings as typed, which the run records.
+        model: class of the model; None for a plain GPT.
     """
     from minigpt.runs.folder import class_path, config_class
     from minigpt.training.config import TrainConfig
@@ -188,15 +192,16 @@ def evaluation_config(values: dict[str, Any]) -> Any:
     """Return the `EvaluationConfig` of composed `values`."""
     from minigpt.evaluation import EvaluationConfig
 
-    own = ("ckpt", "out", "class_path")
-    return build(EvaluationConfig, {k: v for k, v in values.items() if k not in own}, "")
+    command_line = ("ckpt", "out", "class_path")
+    settings = {k: v for k, v in values.items() if k not in command_line}
+    return build(EvaluationConfig, settings, "")
 
 
-# ---------------------------------------------------------------------------- a class of one's own
+# ---------------------------------------------------------------------------- custom model classes
 
 
 def typed_class(name: str, overrides: Sequence[str]) -> Any:
-    """Return the model class that `overrides` name, or None."""
+    """Return the model class that `overrides` name; None for a plain GPT."""
     argument = CLASS_PATH[name]
     paths = [word.removeprefix(argument) for word in overrides if word.startswith(argument)]
     if not paths or paths[-1] == "null":
@@ -205,12 +210,17 @@ def typed_class(name: str, overrides: Sequence[str]) -> Any:
 
 
 def import_class(path: str, argument: str) -> Any:
-    """Return the model class of the dotted `path`, which was typed: no file's word imports code.
+    """Return the model class at the dotted `path`, which may be in the working directory.
 
-    The working directory is importable meanwhile.
+    The path must come from the user: a path from a file would let that file run any code.
+
+    Args:
+        path: dotted path, such as mypackage.MyGPT.
+        argument: name of the setting that holds it, for messages.
 
     Raises:
-        UserError: it does not import, is no class derived from GPT, or takes other arguments.
+        UserError: the import fails, or the class is not derived from GPT, or its constructor needs
+            more than a config.
     """
     from minigpt.model import GPT
 
@@ -220,14 +230,15 @@ def import_class(path: str, argument: str) -> Any:
     try:
         model = getattr(importlib.import_module(module), name)
     except Exception as error:  # a module may raise anything while it is imported
-        raise UserError(f"does not import ({error!r})", argument, path) from None
+        raise UserError(f"cannot be imported ({error!r})", argument, path) from None
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(here)
     if not (isinstance(model, type) and issubclass(model, GPT)):
-        raise UserError("is no class derived from minigpt.GPT", argument, path)
+        raise UserError("must be a class derived from minigpt.GPT", argument, path)
     try:
         inspect.signature(model).bind(None)
     except TypeError as error:
-        raise UserError(f"is not made from a config alone ({error})", argument, path) from None
+        message = f"its constructor must need no argument but the config ({error})"
+        raise UserError(message, argument, path) from None
     return model

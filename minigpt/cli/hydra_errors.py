@@ -1,4 +1,4 @@
-"""Errors of Hydra and OmegaConf, and of what a machine lacks, in one line that helps."""
+"""One-line explanations for errors of Hydra and OmegaConf, and for missing programs or memory."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from minigpt.core.settings import flat, unknown_name
 
 
 def explain(error: Exception, name: str) -> str:
-    """Return one line for an error of Hydra or OmegaConf: what was wrong and what to type instead.
+    """Return one line for an error of Hydra or OmegaConf: what is wrong and what to type instead.
 
     Args:
-        error: what was raised while the root config `name` was composed or read.
-        name: of the root config.
+        error: the error from composing or reading the root config.
+        name: name of the root config.
     """
     text = str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
@@ -31,16 +31,16 @@ def explain(error: Exception, name: str) -> str:
     if unknown:
         setting = unknown.group(1).lstrip("+")
         if name == "evaluate" and setting.startswith("data."):
-            return f"{setting} is a setting of another corpus than the run's: add data=text"
+            return f"{setting} applies to a corpus other than the run's own: add data=text"
         return unknown_name(setting, setting_names(name))
     missing = re.search(r"Missing mandatory value: (\S+)", text)
     if missing:
         return f"{missing.group(1)} is not set: type {missing.group(1)}=<value>"
-    return " ".join(text.split("\n")[:2])  # behind it Hydra lists its own types
+    return " ".join(text.split("\n")[:2])  # the lines after these list Hydra's own types
 
 
 def _unknown_option(file: str, name: str) -> str:
-    """One line for an option that its group does not have, such as model/tiny."""
+    """Return one line for an option that its group lacks, such as model/tiny."""
     group, _, option = file.rpartition("/")
     groups = _groups(name)
     while group and group not in groups:  # the option is a path
@@ -51,14 +51,14 @@ def _unknown_option(file: str, name: str) -> str:
 
 
 def setting_names(name: str) -> list[str]:
-    """Return all that can be set on the command line: groups, and the keys in them, dotted."""
+    """Return the names of all groups and of the settings in them, dotted, as typed."""
     from minigpt.cli.compose import defaults
 
     return sorted({*flat(defaults(name, ["data=text"])), *_groups(name)})
 
 
 def _groups(name: str) -> dict[str, list[str]]:
-    """The options of each group, as Hydra's config loader finds them."""
+    """Return the options of each config group, from Hydra's config loader."""
     from minigpt.cli.compose import own_hydra
 
     with own_hydra(name):
@@ -67,24 +67,23 @@ def _groups(name: str) -> dict[str, list[str]]:
         return {name: sorted(loader.get_group_options(name)) for name in names if name != "hydra"}
 
 
-FAILURES = {  # what an error says, and what to do about it
-    "can't allocate memory|(out of|not enough) memory": "not enough memory for this: take a "
-    "smaller data.batch_size, model.context_length or model",
+FAILURES = {  # pattern of the error: explanation and advice
+    "can't allocate memory|(out of|not enough) memory": "not enough memory: set a smaller "
+    "data.batch_size, model.context_length or model",
     r"Unknown plugin class : 'hydra_plugins\.hydra_(?P<name>\w+)_launcher": "hydra/launcher needs "
-    r"another package: pip install hydra-\g<name>-launcher",
-    "^Config group override must be a string": "a setting has no name: settings are typed as "
-    "key=value",
-    'Could not detect "srun"': "there is no srun here: type this where jobs of a Slurm cluster are "
-    "submitted",
-    "Could not find any running Ray instance": "no Ray cluster runs here: start one with ray start "
-    "--head, or type hydra.launcher.ray.init.address=local",
+    r"another package: type pip install hydra-\g<name>-launcher",
+    "^Config group override must be a string": "a setting has no name: type settings as key=value",
+    'Could not detect "srun"': "srun is not installed: type this on a machine that submits jobs "
+    "to a Slurm cluster",
+    "Could not find any running Ray instance": "no Ray cluster is running: type ray start --head, "
+    "or set hydra.launcher.ray.init.address=local",
 }
 
 
 def explain_failure(error: Exception) -> str | None:
-    """One line for what this machine lacks, memory, a launcher's package or its cluster; or None.
+    """Return one line for missing memory, or a launcher's missing package or cluster, else None.
 
-    Of PyTorch's many errors only those of memory are told apart, by their words.
+    PyTorch raises RuntimeError for most failures; running out of memory is recognised by its text.
     """
     for pattern, advice in FAILURES.items():
         if match := re.search(pattern, str(error)):

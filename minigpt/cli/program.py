@@ -1,4 +1,4 @@
-"""How a program was started, and what it prints: commands to type next, errors in one line."""
+"""The running program: the commands that it suggests, and its errors in one line."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any, NoReturn
 
 from minigpt.core.settings import MISSING, ModelClassError, UserError, one_line
 
-# Settings that choose an option of their group: typed as the group's.
+# Settings that follow from the option of a group: the user types the group.
 OPTION_OF = {"data.source": "data", "optimizer.name": "optimizer", "logger.kind": "logger"}
-# What a model class is typed with.
+# Setting that names the model class.
 CLASS_PATH = {"train": "model.class_path=", "evaluate": "class_path="}
 
 
 @dataclass(frozen=True)
 class Program:
-    """A program that was typed: train.py, evaluate.py, or a verb of `minigpt`.
+    """The program that the user typed: train.py, evaluate.py, or a verb of `minigpt`.
 
     Args:
-        path: what Python ran, absolute.
-        words: the verb behind it; () for a script of a checkout.
+        path: absolute path of the script that Python runs.
+        words: the verb after it; () for a script of a checkout.
     """
 
     path: str
@@ -32,17 +32,22 @@ class Program:
 
     @classmethod
     def detect(cls, name: str) -> Program:
-        """Return the program that this process is, which runs the verb `name`."""
+        """Return the program of this process, which runs the verb `name`."""
         path = os.path.abspath(sys.argv[0])
         return cls(path, () if Path(path).name in ("train.py", "evaluate.py") else (name,))
 
     @property
     def arguments(self) -> list[str]:
-        """What was typed behind it."""
+        """The arguments after the program and its verb."""
         return sys.argv[1 + len(self.words) :]
 
     def command(self, verb: str, /, **settings: Any) -> str:
-        """Return the command line of a verb with `settings`, as a shell takes it."""
+        """Return a command line for a shell that runs `verb` with `settings`.
+
+        Args:
+            verb: verb of `minigpt`.
+            **settings: for train and evaluate the settings, else the positional arguments.
+        """
         if verb in ("train", "evaluate"):
             start = f"minigpt {verb}" if self.words else f"python {verb}.py"
             words = [f"{key}={hydra_value(value)}" for key, value in settings.items()]
@@ -52,7 +57,7 @@ class Program:
 
 
 def hydra_value(value: Any) -> str:
-    """Return a plain value as Hydra reads it on the command line."""
+    """Return a plain value in the syntax of Hydra's command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -65,12 +70,12 @@ def hydra_value(value: Any) -> str:
 
 
 def describe(error: UserError, program: Program, options: frozenset[str] = frozenset()) -> str:
-    """Return one line for `error`: what was wrong, what is allowed, what to type instead.
+    """Return one line for `error`: what is wrong, what is allowed, what to type instead.
 
     Args:
-        error: its arguments are named as the library has them.
-        program: whose settings they are.
-        options: names of arguments that are typed as --name of a verb.
+        error: an error that names arguments of the library.
+        program: the program whose settings or options replace those names.
+        options: names of arguments that this verb takes as --name.
     """
 
     def typed(name: str, value: Any) -> str:
@@ -97,6 +102,6 @@ def describe(error: UserError, program: Program, options: frozenset[str] = froze
 
 
 def leave(message: str) -> NoReturn:
-    """Print `message` as an error, in one line, and exit with code 2."""
+    """Print `message` as a one-line error and exit with code 2."""
     print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)

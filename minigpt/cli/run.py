@@ -24,7 +24,7 @@ from minigpt.core.console import show_log
 from minigpt.core.distributed import allow_starting_processes, global_rank
 from minigpt.core.settings import UserError, speak
 
-# Hydra's own options; everything else on the command line is a setting, without dashes.
+# Hydra's own options. Everything else on the command line is a setting, without dashes.
 HYDRA_FLAGS = {
     "--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run",
     "--multirun", "--shell-completion", "--config-path", "--config-name", "--config-dir",
@@ -33,18 +33,19 @@ HYDRA_FLAGS = {
 
 
 def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -> None:
-    """Run `task` with the settings that were typed, composed over conf/<name>.yaml.
+    """Run `task` with the settings of the command line, composed over conf/<name>.yaml.
 
-    What the user got wrong is one line on stderr and exit code 2; ctrl-C is exit code 130.
+    An error of the user is one line on stderr with exit code 2; ctrl-C is exit code 130.
 
     Args:
-        name: of the root config: train or evaluate.
-        task: takes the composed config, the program, and the settings as they were typed.
+        name: name of the root config, train or evaluate.
+        task: function of the composed config, the program, and the typed settings that name a
+            model class, which Hydra does not see.
     """
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, where it would print and exit
-    # The plugins of Slurm and Ray bring configs of the names of ours, with the same keys.
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of exiting
+    # The plugins for Slurm and Ray register configs with the names of ours, and with the same keys.
     warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against ConfigStore")
-    # The signal before a Slurm job's time is over: that one which training answers itself.
+    # The signal that Slurm sends before a job times out: the one that training handles.
     os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
     program = Program.detect(name)
     show_log()
@@ -74,7 +75,7 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
 
 
 def _prepare(name: str, program: Program, arguments: list[str]) -> None:
-    """Register the defaults, and leave in sys.argv what Hydra is to read."""
+    """Register the defaults with Hydra, and replace sys.argv by what Hydra should read."""
     more = [f"hydra.help.app_name='minigpt {word}'" for word in program.words]
     flags = [index for index, word in enumerate(arguments) if word in ("--help", "-h")]
     if flags and (words := arguments[flags[0] + 1 :]):
@@ -82,7 +83,7 @@ def _prepare(name: str, program: Program, arguments: list[str]) -> None:
 
         print(settings_help(name, words))
         sys.exit()
-    if flags:  # answered at once: without torch, so without defaults
+    if flags:  # fast: without defaults, which import torch
         from hydra.core.config_store import ConfigStore
 
         ConfigStore.instance().store(f"{name}_defaults", {})
@@ -94,10 +95,11 @@ def _prepare(name: str, program: Program, arguments: list[str]) -> None:
 
 @contextlib.contextmanager
 def _one_line_errors(program: Program) -> Iterator[None]:
-    """Around a Hydra task: a single job that fails by the user's fault leaves at once.
+    """Exit with a one-line error if a Hydra task fails because of a mistake of the user.
 
-    In a multirun the error goes up to Hydra, so that the other jobs still run. But Hydra would keep
-    what happened to one process of several to itself, while the others wait for it.
+    In a multirun the error is passed to Hydra instead, so that the other jobs still run. But Hydra
+    would hide the error of a process with a rank above 0, for which the other ranks wait: such a
+    process prints its error and exits.
     """
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
@@ -107,7 +109,7 @@ def _one_line_errors(program: Program) -> Iterator[None]:
             raise
         if isinstance(error, UserError):
             leave(describe(error, program))
-        leave(str(error).partition("\n")[0])  # what follows are OmegaConf's own types
+        leave(str(error).partition("\n")[0])  # the other lines list OmegaConf's own types
     except Exception:
         if multirun and global_rank() > 0:
             traceback.print_exc()
@@ -122,4 +124,4 @@ def _check_dashes(arguments: list[str]) -> None:
         if dashed or (flag.startswith("-") and equals and not flag.startswith("--")):
             value = value if equals else following
             typed = f"{flag.lstrip('-')}={value or '<value>'}"
-            raise UserError(f"settings are typed without dashes: type {typed}, not {argument}")
+            raise UserError(f"settings have no dashes: type {typed}, not {argument}")

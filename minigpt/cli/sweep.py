@@ -1,4 +1,4 @@
-"""W&B sweep files for an installed Mini GPT: those of sweeps/, with `minigpt train` as command."""
+"""Write W&B sweep files for an installed Mini GPT, with `minigpt train` as their command."""
 
 from __future__ import annotations
 
@@ -14,19 +14,26 @@ from minigpt.core.settings import UserError, unknown_name
 
 
 def write_sweep(name: str, path: Path) -> Path:
-    """Write the sweep `name` to `path`, with `minigpt train` as its command; return the path.
+    """Write the sweep `name` to `path`, with `minigpt train` as its command.
+
+    Args:
+        name: name of a file in sweeps/, without its ending.
+        path: the new file; its folder is created.
+
+    Returns:
+        The path.
 
     Raises:
-        UserError: there is no sweep of that name, or the file exists.
+        UserError: no sweep has that name, or the file exists.
     """
-    beside = Path(minigpt.__file__).parent.parent / "sweeps"  # in a checkout
-    folder = beside if beside.is_dir() else resources.files("minigpt") / "sweeps"
+    checkout = Path(minigpt.__file__).parent.parent / "sweeps"
+    folder = checkout if checkout.is_dir() else resources.files("minigpt") / "sweeps"
     files = [file for file in folder.iterdir() if file.name.endswith(".yaml")]
     sweeps = {file.name.removesuffix(".yaml"): file for file in files}
     if name not in sweeps:
         raise UserError(unknown_name(name, sorted(sweeps), "sweep"))
     if path.exists():
-        raise UserError(f"{path} exists: remove it, or give another file", "out")
+        raise UserError(f"{path} exists: remove it or choose another file", "out")
     sweep: dict[str, Any] = yaml.safe_load(sweeps[name].read_text(encoding="utf-8"))
     words = {"${interpreter}": "minigpt", "${program}": "train"}
     sweep["command"] = [words.get(word, word) for word in sweep["command"]]

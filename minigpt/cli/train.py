@@ -1,4 +1,4 @@
-"""`minigpt train`, and train.py of a checkout: train a model by settings as key=value."""
+"""`minigpt train`, and train.py of a checkout: train a model with settings as key=value."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from minigpt.core.settings import UserError
 
 
 def main() -> None:
-    """Entry point."""
+    """Train a model with the settings of the command line."""
     run_app("train", _train)
 
 
 def _train(config: DictConfig, program: Program, classes: list[str]) -> None:
     job = HydraConfig.get()
-    overrides: Any = OmegaConf.to_container(job.overrides.task)  # as typed, nothing looked up yet
+    overrides: Any = OmegaConf.to_container(job.overrides.task)  # as typed, with interpolations
     overrides = [word for word in overrides if not word.startswith("local=")]  # MINIGPT_LOCAL
-    own = [word for word in overrides if not word.startswith(("resume=", "data.cache_dir="))]
-    place: list[str] = []
+    excess = [word for word in overrides if not word.startswith(("resume=", "data.cache_dir="))]
+    location: list[str] = []
     if job.mode == RunMode.MULTIRUN:
-        # The same place whenever a scheduler starts this job, of a name that the others have not.
+        # A folder of its own, and the same one each time that a scheduler starts this job.
         config.runs_dir = job.sweep.dir
         config.name = config.name or f"{job.runtime.choices.get('model')}-{job.job.num}"
         config.resume = config.resume or "auto"
-        place = [f"{key}={hydra_value(config[key])}" for key in ("runs_dir", "name", "resume")]
-    # What Lightning types to start processes for more devices: this job, not the whole sweep.
-    sys.argv = [program.path, *program.words, *overrides, *classes, *place]
-    if config.resume not in (None, "auto") and own:
-        raise UserError(f"continues with the settings of that run: leave out {own[0]}", "resume")
+        location = [f"{key}={hydra_value(config[key])}" for key in ("runs_dir", "name", "resume")]
+    # Lightning starts the processes of other devices by this command: one job, not the sweep.
+    sys.argv = [program.path, *program.words, *overrides, *classes, *location]
+    if config.resume not in (None, "auto") and excess:
+        raise UserError(f"continues with the settings of that run: leave out {excess[0]}", "resume")
     from minigpt.core.process import tune_process
-    from minigpt.training.loop import train  # imports Lightning, which a mistake need not wait for
+    from minigpt.training.loop import train  # slow: Lightning; errors come first
 
     tune_process()
     model = typed_class("train", classes)

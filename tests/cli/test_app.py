@@ -14,7 +14,7 @@ from tests.run_folder import write_run
 
 
 def run_main(monkeypatch, *words: str) -> int:
-    """The exit code of `minigpt words…`."""
+    """Return the exit code of `minigpt words…`."""
     monkeypatch.setattr(sys, "argv", ["minigpt", *words])
     with pytest.raises(SystemExit) as leaving:
         app.main()
@@ -23,33 +23,35 @@ def run_main(monkeypatch, *words: str) -> int:
 
 def test_help_lists_the_verbs_with_one_line_each(monkeypatch, capsys):
     assert run_main(monkeypatch, "--help") == 0
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     verbs = ("export", "generate", "playground", "probe", "scaling", "study")
-    assert all(re.search(rf"\b{verb} +\w", shown) for verb in verbs)  # a name, then what it does
+    assert all(re.search(rf"\b{verb} +\w", output) for verb in verbs)  # a name, then its help
 
 
-def test_help_does_not_wait_for_torch_or_matplotlib():
+def test_help_does_not_import_torch_or_matplotlib():
     code = (
         "import sys; from minigpt.cli import app\n"
         "sys.argv = ['minigpt', '--help']\n"
         "try: app.main()\n"
         "except SystemExit: print({'torch', 'lightning', 'matplotlib'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("set()\n")
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert process.stdout.endswith("set()\n")
 
 
 def test_scaling_prints_the_table_and_writes_into_the_first_folder(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "first")
     assert run_main(monkeypatch, "scaling", str(tmp_path)) == 0
-    shown = capsys.readouterr().out
-    assert "first" in shown
-    assert "66.69" in shown
-    assert "17.75" in shown
+    output = capsys.readouterr().out
+    assert "first" in output
+    assert "66.69" in output
+    assert "17.75" in output
     assert {"scaling.md", "scaling.png", "scaling.json"} <= {p.name for p in tmp_path.iterdir()}
 
 
-def test_scaling_writes_elsewhere_on_request(tmp_path, monkeypatch):
+def test_scaling_out_names_the_output_folder(tmp_path, monkeypatch):
     run = write_run(tmp_path / "first")
     (run / "best.ckpt").touch()  # not read: it stands for its run
     both = str(run / "best.ckpt"), str(run)
@@ -58,14 +60,14 @@ def test_scaling_writes_elsewhere_on_request(tmp_path, monkeypatch):
     assert not (run / "scaling.png").exists()
 
 
-def test_scaling_is_made_again_from_the_runs_that_it_kept(tmp_path, monkeypatch):
+def test_scaling_is_reproduced_from_kept_records(tmp_path, monkeypatch):
     write_run(tmp_path / "runs" / "first")
     write_run(tmp_path / "runs" / "killed", summary=None)
-    kept, out = tmp_path / "kept", tmp_path / "out"
-    words = ("scaling", str(tmp_path / "runs"), "--out", str(out), "--keep", str(kept))
+    copies, out = tmp_path / "kept", tmp_path / "out"
+    words = ("scaling", str(tmp_path / "runs"), "--out", str(out), "--keep", str(copies))
     assert run_main(monkeypatch, *words) == 0
-    assert [folder.name for folder in kept.iterdir()] == ["first"]
-    assert run_main(monkeypatch, "scaling", str(kept), "--out", str(tmp_path / "again")) == 0
+    assert [folder.name for folder in copies.iterdir()] == ["first"]
+    assert run_main(monkeypatch, "scaling", str(copies), "--out", str(tmp_path / "again")) == 0
     first, again = (
         json.loads((folder / "scaling.json").read_text(encoding="utf-8"))["runs"]
         for folder in (out, tmp_path / "again")
@@ -73,7 +75,7 @@ def test_scaling_is_made_again_from_the_runs_that_it_kept(tmp_path, monkeypatch)
     assert [run for run in first if run["status"] == "finished"] == again
 
 
-def test_study_names_a_run_that_is_not_there(tmp_path, monkeypatch, capsys):
+def test_study_names_a_missing_run(tmp_path, monkeypatch, capsys):
     assert run_main(monkeypatch, "study", str(tmp_path / "nowhere")) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")
@@ -81,7 +83,7 @@ def test_study_names_a_run_that_is_not_there(tmp_path, monkeypatch, capsys):
     assert str(tmp_path / "nowhere") in err
 
 
-def test_a_mistake_of_the_user_is_one_line_on_stderr_and_exit_code_2(tmp_path, monkeypatch, capsys):
+def test_user_error_is_one_line_on_stderr_and_exit_code_2(tmp_path, monkeypatch, capsys):
     assert run_main(monkeypatch, "scaling", str(tmp_path)) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -90,14 +92,14 @@ def test_a_mistake_of_the_user_is_one_line_on_stderr_and_exit_code_2(tmp_path, m
     assert err.count("\n") == 1
 
 
-def test_an_unknown_verb_leaves_with_exit_code_2(monkeypatch, capsys):
+def test_unknown_verb_exits_with_code_2(monkeypatch, capsys):
     assert run_main(monkeypatch, "scalling") == 2
     err = capsys.readouterr().err
     assert "scalling" in err
     assert "scaling" in err  # the verb that was meant
 
 
-def test_ctrl_c_leaves_quietly_with_exit_code_130(tmp_path, monkeypatch, capsys):
+def test_keyboard_interrupt_exits_with_code_130(tmp_path, monkeypatch, capsys):
     def interrupted(folders):
         raise KeyboardInterrupt
 
@@ -106,16 +108,16 @@ def test_ctrl_c_leaves_quietly_with_exit_code_130(tmp_path, monkeypatch, capsys)
     assert capsys.readouterr() == ("", "")
 
 
-def test_generate_writes_stories_that_the_seed_decides(tiny, monkeypatch, capsys):
+def test_generate_by_seed_prompt_and_dtype(tiny, monkeypatch, capsys):
     folder = trained_folder(tiny)
     words = ("generate", str(folder), "--prompt", "Tom", "--max-tokens", "9")
-    told = []
+    outputs = []
     for choice in (("--seed", "1"), ("--seed", "1"), ("--seed", "5"), ("--temperature", "0")):
         capsys.readouterr()
         assert run_main(monkeypatch, *words, *choice) == 0
-        told.append(capsys.readouterr().out)
-    assert told[0] == told[1] != told[2]
-    assert all(text.startswith("Tom") for text in told)
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2]
+    assert all(text.startswith("Tom") for text in outputs)
     assert run_main(monkeypatch, *words, "--n", "70", "--seed", "1") == 0
     stories = capsys.readouterr().out.split("\n<|endoftext|>\n")
     assert len(stories) == 70
@@ -172,7 +174,7 @@ WRONG_PROMPTS = {"\udcff": [r"\udcff"], "-": ["UTF-8", "2"]}
         ("", ["nowhere"]),
     ],
 )
-def test_generate_refuses_what_it_cannot_do_in_one_line(options, names, monkeypatch, capsys):
+def test_generate_options_out_of_range_are_one_line_errors(options, names, monkeypatch, capsys):
     assert run_main(monkeypatch, "generate", "nowhere", *options.split()) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -180,7 +182,7 @@ def test_generate_refuses_what_it_cannot_do_in_one_line(options, names, monkeypa
     assert all(name in err for name in names)
 
 
-def test_a_reader_that_leaves_early_ends_generate_without_a_traceback(tiny):
+def test_generate_into_a_closed_pipe_has_no_traceback(tiny):
     folder = trained_folder(tiny)
     words = [str(folder), "--n", "500", "--max-tokens", "60", "--temperature", "5"]
     with subprocess.Popen(

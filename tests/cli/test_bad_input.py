@@ -1,4 +1,4 @@
-"""Whatever is wrong, it ends in one line that says so, exit code 2, and nothing written."""
+"""Each mistake ends with a one-line error and exit code 2, and nothing is written."""
 
 import hashlib
 import shlex
@@ -26,7 +26,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(template: Path, tmp_path: Path) -> Path:
-    """A copy of it to break, with a secret beside it."""
+    """A copy of the template to break, with other files beside it."""
     here = tmp_path / "x"
     shutil.copytree(template, here)
     (tmp_path / "target").write_text("not yours")
@@ -35,9 +35,9 @@ def here(template: Path, tmp_path: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Every file below `folder`, with a hash of what is in it; folders and links too.
+    """Return a hash of each file below `folder`, and "" for folders.
 
-    Without locks: the cache takes one before it reads stories, and a lock that is removed is none.
+    Lock files do not count: the cache creates one before it reads stories.
     """
     return {
         str(path): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
@@ -47,12 +47,12 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def listed(names: Names) -> tuple[str, ...]:
-    """One name or several, as several."""
+    """Return one or several names as a tuple."""
     return (names,) if isinstance(names, str) else names
 
 
 def case_id(command: str, broken: Break | None, names: Names) -> str:
-    """What is typed, how something was broken before, and the names."""
+    """Return a test id: the command, the function that breaks something, and the names."""
     how = broken.__qualname__.partition(".")[0] if broken is not None else ""
     return ascii(" ".join(filter(None, (command, how, *listed(names)))))[1:-1][:90]
 
@@ -62,26 +62,26 @@ def case_id(command: str, broken: Break | None, names: Names) -> str:
     [(number % 3 == 0, *case) for number, case in enumerate(CASES)],
     ids=[case_id(*case) for case in CASES],
 )
-def test_one_line_names_the_fault(
+def test_bad_input_is_a_one_line_error_with_exit_code_2(
     forked: bool, command: str, broken: Break | None, names: Names, here: Path
 ):
-    """Every third case in a process of its own, the others in this one."""
+    """Run every third case in a process of its own, and the others in this one."""
     typed = [word.replace(str(here), ".") for word in tiny_overrides(here)]
     if broken is not None:
         broken(here)
     before = contents(here)
     stdin = here.with_name("x.stdin")
     data = stdin.read_bytes() if stdin.is_file() else b""
-    done = (run if forked else run_here)(*split(command, typed), here, stdin=data)
-    assert done.err.startswith("error: "), done.err
-    assert done.err.count("\n") == 1, done.err
-    assert done.err.strip().isprintable(), done.err
-    assert all(name in done.err for name in listed(names)), done.err
-    assert (done.code, done.out) == (2, "")
+    result = (run if forked else run_here)(*split(command, typed), here, stdin=data)
+    assert result.err.startswith("error: "), result.err
+    assert result.err.count("\n") == 1, result.err
+    assert result.err.strip().isprintable(), result.err
+    assert all(name in result.err for name in listed(names)), result.err
+    assert (result.code, result.out) == (2, "")
     assert contents(here) == before
 
 
 def split(command: str, tiny: list[str]) -> tuple[str, list[str]]:
-    """The program and its arguments, with settings in place of TINY."""
+    """Return the program and its arguments, with TINY replaced by settings."""
     program, *words = shlex.split(command)
     return program, [word for typed in words for word in (tiny if typed == "TINY" else [typed])]

@@ -1,4 +1,4 @@
-"""A model class of one's own, typed as a class path: it trains, is measured, continues, writes."""
+"""A custom model class, given as a class path, in training and in every verb."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from minigpt.cli.compose import import_class
 from minigpt.playground.answers import Playground
 from minigpt.runs.folder import Run
 from minigpt.runs.records import read_summary
-from tests.commands import Done, run, run_here
+from tests.commands import Result, run, run_here
 from tests.conftest import tiny_overrides, trained_folder
 
 MODULE = """
@@ -46,7 +46,7 @@ QUICK = ["stories.n=1", "stories.max_tokens=3"]
 
 
 def settings(folder: Path, name: str, own: bool = True) -> list[str]:
-    """What is typed to train the run `name`, of our class unless it is not `own`."""
+    """Return the settings of the run `name`, with the custom class if `own`."""
     wide = ["model.context_length=64", "budget.tokens=5120", f"name={name}"]
     mine = [f"model.class_path={CLASS}", "model.roll=3"] if own else []
     return [*tiny_overrides(folder), *wide, *mine]
@@ -58,18 +58,18 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("class") / "here"
     folder.mkdir()
     (folder / "flipped_gpt.py").write_text(MODULE, encoding="utf-8")
-    done = run("train.py", settings(folder, "mine"), folder)
-    assert done.code == 0, done.err
+    result = run("train.py", settings(folder, "mine"), folder)
+    assert result.code == 0, result.err
     trained_folder(settings(folder, "plain", own=False))
     return folder
 
 
-def one_line(done: Done, *names: str) -> None:
-    """It left with exit code 2 and one line of error with these names."""
-    assert (done.code, done.out) == (2, ""), done.err
-    assert done.err.startswith("error: ")
-    assert done.err.count("\n") == 1, done.err
-    assert all(name in done.err for name in names), done.err
+def one_line(result: Result, *names: str) -> None:
+    """Assert exit code 2 and a one-line error with these names."""
+    assert (result.code, result.out) == (2, ""), result.err
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1, result.err
+    assert all(name in result.err for name in names), result.err
 
 
 def test_the_class_and_its_parameters_are_stored(here: Path):
@@ -82,8 +82,8 @@ def test_the_class_and_its_parameters_are_stored(here: Path):
 
 def test_evaluate_measures_the_loss_of_the_class(here: Path):
     typed = [f"class_path={CLASS}", "ckpt=runs/mine", *QUICK]
-    done = run_here("evaluate.py", typed, here)
-    assert done.code == 0, done.err
+    result = run_here("evaluate.py", typed, here)
+    assert result.code == 0, result.err
     measured = json.loads((here / "runs/mine/evaluation.json").read_text(encoding="utf-8"))
     summary = read_summary(here / "runs/mine")
     assert measured["perplexity"] == pytest.approx(summary["val/perplexity"], rel=1e-5)
@@ -99,20 +99,22 @@ def test_every_verb_that_loads_a_model_takes_the_class(here: Path):
         ["generate", "out", "--max-tokens", "5"],
         ["study", "runs/mine", "runs/plain", "--n", "1"],  # a plain run beside it
     ):
-        done = run_here("minigpt", [*words, OPTION, CLASS], here)
-        assert done.code == 0, done.err
+        result = run_here("minigpt", [*words, OPTION, CLASS], here)
+        assert result.code == 0, result.err
     assert yaml.safe_load((here / "out/config.yaml").read_text())["model_class"] == CLASS
     rows = json.loads((here / "study/coherence.json").read_text(encoding="utf-8"))["rows"]
     assert {row["run"] for row in rows} >= {"mine", "plain"}
 
 
 def test_playground_serves_the_class(here: Path, monkeypatch: pytest.MonkeyPatch):
-    served = []
-    monkeypatch.setattr("minigpt.playground.server.serve", lambda runs, *_: served.extend(runs))
-    done = run_here("minigpt", ["playground", "runs/plain", "runs/mine", OPTION, CLASS], here)
-    assert done.code == 0, done.err
+    served_runs = []
+    monkeypatch.setattr(
+        "minigpt.playground.server.serve", lambda runs, *_: served_runs.extend(runs)
+    )
+    result = run_here("minigpt", ["playground", "runs/plain", "runs/mine", OPTION, CLASS], here)
+    assert result.code == 0, result.err
     monkeypatch.chdir(here)
-    models = Playground.load(served).models.values()
+    models = Playground.load(served_runs).models.values()
     names = [type(model.net).__name__ for model in models]
     assert names == ["GPT", "MyGPT"]
 
@@ -137,11 +139,11 @@ def test_a_run_of_the_class_continues(here: Path):
 
 
 def test_runs_of_the_class_are_averaged(here: Path, monkeypatch: pytest.MonkeyPatch):
-    done = run_here("train.py", [*settings(here, "second"), "init_from=runs/mine"], here)
-    assert done.code == 0, done.err
+    result = run_here("train.py", [*settings(here, "second"), "init_from=runs/mine"], here)
+    assert result.code == 0, result.err
     words = ["runs/second", "mean", "--format", "safetensors", "--dtype", "float32", "--average"]
-    done = run_here("minigpt", ["export", *words, "--evaluate", OPTION, CLASS], here)
-    assert done.code == 0, done.err
+    result = run_here("minigpt", ["export", *words, "--evaluate", OPTION, CLASS], here)
+    assert result.code == 0, result.err
     monkeypatch.chdir(here)
     model = import_class(CLASS, "class_path")
     folders = ("runs/mine", "runs/second", "mean")
@@ -165,8 +167,8 @@ def test_without_the_class_evaluate_and_init_from_are_refused_by_name(here: Path
 
 
 def test_a_run_of_gpt_is_refused_with_another_class(here: Path):
-    done = run_here("minigpt", ["generate", "runs/plain", OPTION, CLASS], here)
-    one_line(done, "runs/plain", "GPT")
+    result = run_here("minigpt", ["generate", "runs/plain", OPTION, CLASS], here)
+    one_line(result, "runs/plain", "GPT")
 
 
 @pytest.mark.parametrize("format", ["hf", "onnx", "gguf"])

@@ -1,9 +1,10 @@
-"""Every file under conf/ composes, and agrees with the dataclasses and with the reference."""
+"""Every file in conf/ composes, and agrees with the dataclasses and with the reference."""
 
 import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import hydra
 import pytest
@@ -32,6 +33,10 @@ def needed(option: Path) -> list[str]:
     return ["data.train_files=[a.txt]"] if option.name == "text" else []
 
 
+def yaml_values(option: Path) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "conf" / f"{option}.yaml").read_text(encoding="utf-8")) or {}
+
+
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
 def test_every_option_composes(option: Path):
     config = composed([f"{option.parent}={option.name}", *needed(option)])
@@ -41,16 +46,16 @@ def test_every_option_composes(option: Path):
 @pytest.mark.parametrize(
     "option", [option for option in OPTIONS if str(option.parent) != "experiment"], ids=str
 )
-def test_an_option_is_the_dataclass_with_what_its_file_says(option: Path):
-    """What the command line composes is what Python builds from the same values."""
+def test_option_equals_the_dataclass_with_the_values_of_its_file(option: Path):
+    """The command line composes what Python builds from the same values."""
     group = str(option.parent)
-    said = yaml.safe_load((ROOT / "conf" / f"{option}.yaml").read_text(encoding="utf-8")) or {}
-    said = {key: value for key, value in said.items() if "${" not in str(value)}
+    option_values = yaml_values(option)
+    option_values = {key: value for key, value in option_values.items() if "${" not in str(value)}
     if option.name == "text":
-        said["train_files"] = ["a.txt"]
-    if said.pop("defaults", None):
+        option_values["train_files"] = ["a.txt"]
+    if option_values.pop("defaults", None):
         assert option.name == "ddp"
-    expected = TrainConfig.from_dict({group: said})
+    expected = TrainConfig.from_dict({group: option_values})
     config = composed([f"{group}={option.name}", *needed(option)])
     if option.name == "tinystories":
         expected = dataclasses.replace(
@@ -60,12 +65,12 @@ def test_an_option_is_the_dataclass_with_what_its_file_says(option: Path):
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
-def test_no_file_repeats_a_default_of_the_dataclasses(option: Path):
+def test_conf_repeats_no_default_of_the_dataclasses(option: Path):
     if str(option.parent) == "experiment":
         return
-    said = yaml.safe_load((ROOT / "conf" / f"{option}.yaml").read_text(encoding="utf-8")) or {}
+    option_values = yaml_values(option)
     unresolved = defaults("train")[str(option.parent)]
-    repeated = [key for key, value in said.items() if unresolved.get(key, "none") == value]
+    repeated = [key for key, value in option_values.items() if unresolved.get(key, "none") == value]
     assert repeated == []
 
 
@@ -89,7 +94,7 @@ def test_every_launcher_composes_with_or_without_its_package(name: str):
     assert size == "small"
 
 
-def test_fsdp_is_one_override_away_and_says_what_it_needs():
+def test_fsdp_names_the_settings_that_it_needs():
     whole = ["trainer.strategy=fsdp", "callbacks=quiet", "optimizer=adamw"]
     assert composed(whole).trainer.strategy == "fsdp"
     with pytest.raises(UserError, match=naming("trainer.strategy", "optimizer")) as muon:
@@ -108,7 +113,7 @@ def test_fsdp_is_one_override_away_and_says_what_it_needs():
         ("w320", 5_074_240),
     ],
 )  # fmt: skip
-def test_the_sizes_differ_by_width_alone(size: str, parameters: int):
+def test_model_sizes_differ_in_width_alone(size: str, parameters: int):
     config = composed([f"model={size}"])
     assert config.size == size
     assert GPT(config.model).n_parameters == parameters
@@ -170,13 +175,13 @@ def test_load_config_records_overrides_and_size():
         ("train", ["model.class_path=pathlib.Path"], ["model.class_path", "pathlib.Path"]),
     ],
 )
-def test_load_config_names_what_is_unknown_in_one_line(name, overrides, names):
+def test_load_config_names_unknown_settings_in_one_line(name, overrides, names):
     with pytest.raises(UserError, match=naming(*names)) as error:
         load_config(name, overrides)
     assert str(error.value).isprintable()
 
 
-def test_load_config_takes_groups_of_ones_own(tmp_path: Path):
+def test_load_config_with_config_dir(tmp_path: Path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model/mine.yaml").write_text("d_model: 64\nn_heads: 2\n")
     config = load_config("train", ["model=mine"], config_dir=tmp_path)
@@ -196,7 +201,7 @@ def test_load_config_restores_another_hydra_application(tmp_path: Path):
     assert not HydraConfig.initialized()
 
 
-def test_a_notebook_and_the_command_line_have_the_same_losses(tmp_path: Path):
+def test_library_and_command_line_have_the_same_losses(tmp_path: Path):
     overrides = [*tiny_overrides(tmp_path), "name=typed"]
     command = [sys.executable, "train.py", *overrides]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
@@ -207,12 +212,12 @@ def test_a_notebook_and_the_command_line_have_the_same_losses(tmp_path: Path):
     assert losses[0] == losses[1]
 
 
-def test_settings_survive_the_way_through_plain_values():
+def test_settings_survive_a_round_trip_through_plain_values():
     config = load_config("train", ["model=w64", "optimizer=adamw"])
     assert TrainConfig.from_dict(plain(config)) == config
 
 
-def test_a_machine_has_settings_of_its_own_outside_git(tmp_path, monkeypatch):
+def test_minigpt_local_adds_settings_of_the_machine(tmp_path, monkeypatch):
     (tmp_path / "local").mkdir()
     (tmp_path / "local/mine.yaml").write_text(
         "# @package _global_\ntrainer:\n  precision: 32-true\n"

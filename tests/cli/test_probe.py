@@ -28,7 +28,7 @@ def probe() -> EmbeddingProbe:
     return EmbeddingProbe(matrix, tokenizer)
 
 
-def test_tables_show_words_ranks_and_reasons(probe):
+def test_probe_tables_show_words_ranks_and_reasons(probe):
     answers = Answers(
         {},
         [
@@ -40,14 +40,14 @@ def test_tables_show_words_ranks_and_reasons(probe):
     console = Console(record=True, width=100)
     console.print(score_table(answers), score_line(answers), sep="\n")
     console.print(word_table("Nearest to [b]king", [("queen", 0.58), ("\n", 0.1)]))
-    shown = console.export_text()
-    assert re.search(r"'tall'.*\b2\b", shown)
+    text = console.export_text()
+    assert re.search(r"'tall'.*\b2\b", text)
     assert re.search(r"\b1\b\D+\b2\b\D+\b1\b", score_line(answers))
-    assert score_line(answers) in shown
-    assert "Nearest to [b]king" in shown
-    assert " [b]the\\n " in shown
-    assert "0.58" in shown
-    assert "\\n" in shown
+    assert score_line(answers) in text
+    assert "Nearest to [b]king" in text
+    assert " [b]the\\n " in text
+    assert "0.58" in text
+    assert "\\n" in text
 
 
 def test_probe_prints_tables_and_explains_split_words(tiny, monkeypatch, capsys):
@@ -58,7 +58,7 @@ def test_probe_prints_tables_and_explains_split_words(tiny, monkeypatch, capsys)
     out, err = capsys.readouterr()
     assert re.search(r"\bMom (?!-)", out)
     assert "Mom - was + a" in out
-    assert "map" in out  # why there is none
+    assert "map" in out  # the reason why there is none
     assert not (run / MAP).exists()
     assert err.startswith("error: ")
     assert "dadaists" in err

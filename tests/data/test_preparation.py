@@ -297,8 +297,8 @@ def test_runs_that_start_at_once_prepare_once_and_all_train(n: int, tmp_path: Pa
     command = [*tiny_overrides(tmp_path), "budget.tokens=192", "trainer.n_validations=1"]
     runs = [Training([*command, f"name=r{i}"], tmp_path / f"r{i}.txt") for i in range(n)]
     for run in runs:
-        assert run.wait() == 0, run.said()
-    everything = "".join(run.said() for run in runs)
+        assert run.wait() == 0, run.output_text()
+    everything = "".join(run.output_text() for run in runs)
     assert len(re.findall(r"\bencoded\b.*\btrain\b", everything)) == 1
     assert len(re.findall(r"\bencoded\b.*\bvalid\b", everything)) == 1
     assert len(re.findall(r"\bfinished\b", everything)) == n

@@ -1,4 +1,4 @@
-"""A Slurm cluster of one node on this machine, in its own folder: munged, slurmctld, slurmd."""
+"""A Slurm cluster with one node on this machine, in its own folder: munged, slurmctld, slurmd."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-# A job that is queued again starts when its credential has expired: after two minutes by default.
+# A requeued job starts when its credential has expired, which takes two minutes by default.
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -43,29 +43,29 @@ PartitionName=all Nodes=localhost Default=YES MaxTime=INFINITE State=UP
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def slurm(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, f"{command}: {done.stderr}"
-    return done.stdout
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 0, f"{command}: {process.stderr}"
+    return process.stdout
 
 
 def wait_for(condition, seconds: float, what: str) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, f"waited {seconds:.0f} s in vain: {what}"
+        assert time.monotonic() < end, f"timeout after {seconds:.0f} s: {what}"
         time.sleep(0.2)
 
 
 @contextlib.contextmanager
 def slurm_cluster() -> Iterator[Path]:
-    """Its folder, with SLURM_CONF set; at the end neither a daemon nor a job is left."""
+    """Start the cluster, set SLURM_CONF, yield the folder; in the end stop all jobs and daemons."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
-    folder.chmod(0o755)  # munged wants its socket to be within reach of all
+    folder.chmod(0o755)  # munged requires that everybody can reach its socket
     for name in ("state", "spool"):
         (folder / name).mkdir()
     key = folder / "munge.key"
@@ -100,9 +100,9 @@ def slurm_cluster() -> Iterator[Path]:
                     daemon.kill()
                     daemon.wait()
             del os.environ["SLURM_CONF"]
-    shutil.rmtree(folder)  # not after an error: the logs are there
+    shutil.rmtree(folder)  # kept after an error, for its logs
 
 
 def _nodes() -> str:
-    found = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, timeout=60)
-    return found.stdout
+    process = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, timeout=60)
+    return process.stdout

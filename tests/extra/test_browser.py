@@ -1,4 +1,4 @@
-"""A visitor of the playground in a real browser: Debian's Chromium, driven by Playwright."""
+"""The playground in a real browser: Debian's Chromium, driven by Playwright."""
 
 import contextlib
 import re
@@ -16,17 +16,17 @@ pytestmark = pytest.mark.timeout(300)
 
 
 class Visitor:
-    """A page, with all that went wrong in it and all that it asked for."""
+    """A page, with its errors and the hosts of its requests."""
 
     def __init__(self, page: Page) -> None:
         self.page = page
         self.errors: list[str] = []
         self.hosts: set[str | None] = set()
-        page.on("console", lambda said: said.type == "error" and self.errors.append(said.text))
+        page.on("console", lambda line: line.type == "error" and self.errors.append(line.text))
         page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.on("request", lambda request: self._asked(request.url))
+        page.on("request", lambda request: self._record_host(request.url))
 
-    def _asked(self, url: str) -> None:
+    def _record_host(self, url: str) -> None:
         if not url.startswith(("data:", "blob:")):
             self.hosts.add(urlsplit(url).hostname)
 
@@ -39,7 +39,7 @@ def visitor(served: Served) -> Iterator[Visitor]:
 
 @pytest.fixture
 def phone(guarded: Served) -> Iterator[Visitor]:
-    """A small screen, in front of the page that asks for a password."""
+    """A small screen at the page that requires a password."""
     with visit(guarded, width=390) as visitor:
         yield visitor
 
@@ -62,7 +62,7 @@ def visit(served: Served, width: int) -> Iterator[Visitor]:
     assert served.reached_out() == ""
 
 
-# Notes how many tokens the page shows whenever it changes: the eye is too slow for a small model.
+# Record the number of tokens whenever the page changes: polling is too slow for a small model.
 WATCH_GROWTH = """() => {
     window.growth = [];
     new MutationObserver(() => {
@@ -73,29 +73,29 @@ WATCH_GROWTH = """() => {
 
 
 def wild_story(page: Page) -> list[int]:
-    """Ask a fresh page for a story, wait for its end; how many tokens were seen as it grew."""
+    """Write a story on a reloaded page; return the numbers of visible tokens as it grew."""
     page.reload()
     page.get_by_label("The story begins").fill("One day, Tom <b>saw</b> a dog")
     slider = page.get_by_label("number input for Temperature")
-    slider.fill("2")  # so wild that the story hardly ends by itself
+    slider.fill("2")  # so random that the story rarely ends by itself
     slider.press("Enter")
     page.get_by_label("number input for Longest story, in tokens").fill("300")
     page.evaluate(WATCH_GROWTH)
     page.get_by_role("button", name="Write").click()
-    expect(page.locator(".story .note")).to_be_visible()  # how it ended
+    expect(page.locator(".story .note")).to_be_visible()  # the reason of the end
     return page.evaluate("window.growth")
 
 
-def test_a_story_streams_in_and_its_tokens_tell_their_alternatives(visitor: Visitor):
+def test_story_streams_and_its_tokens_show_alternatives(visitor: Visitor):
     page = visitor.page
     story = page.locator(".story")
     tokens = story.locator(".token")
     seen = wild_story(page)
-    for _ in range(4):  # nobody has a seed: one story in two hundred ends at once
+    for _ in range(4):  # without a seed, one story in two hundred ends at once
         if tokens.count() < 5:
             seen = wild_story(page)
     assert seen == sorted(seen)
-    assert 0 < seen[0] < tokens.count()  # it was seen before it was whole
+    assert 0 < seen[0] < tokens.count()  # visible before it was complete
     expect(story.locator(".prompt")).to_have_text("One day, Tom <b>saw</b> a dog")
 
     panel = page.locator("#token-panel")
@@ -111,20 +111,20 @@ def test_a_story_streams_in_and_its_tokens_tell_their_alternatives(visitor: Visi
     expect(panel).to_be_visible()
 
 
-def test_the_coldest_temperature_tells_the_same_story_twice(visitor: Visitor):
+def test_temperature_zero_repeats_the_story(visitor: Visitor):
     page = visitor.page
-    story, told = page.locator(".story"), []
+    story, stories = page.locator(".story"), []
     for name, value in (("Temperature", "0"), ("Longest story, in tokens", "20")):
         page.get_by_label(f"number input for {name}").fill(value)
     for _ in range(2):
         page.get_by_role("button", name="Write").click()
         expect(story.locator(".note")).to_be_visible()
-        told.append(story.locator(".token").all_inner_texts())
+        stories.append(story.locator(".token").all_inner_texts())
         page.get_by_label("The story begins").fill(" ")
         page.get_by_role("button", name="Write").click()
         expect(story.locator(".error")).to_contain_text("type")
         page.get_by_label("The story begins").fill("Once upon a time, there was a dog")
-    assert told[0] == told[1]
+    assert stories[0] == stories[1]
 
 
 def test_stop_ends_the_story(visitor: Visitor):
@@ -140,11 +140,11 @@ def test_stop_ends_the_story(visitor: Visitor):
     n = tokens.count()
     page.wait_for_timeout(1 * SECONDS)
     assert tokens.count() == n
-    page.get_by_role("button", name="Write").click()  # and another can begin
+    page.get_by_role("button", name="Write").click()  # another story can start
     expect(page.locator(".story .note")).to_be_visible()
 
 
-def test_words_answer_as_one_types_and_explain_what_they_cannot(visitor: Visitor):
+def test_words_tab_answers_while_typing_and_explains_errors(visitor: Visitor):
     page = visitor.page
     page.get_by_role("tab", name="Words").click()
     rows = page.locator("#neighbours tr")
@@ -163,14 +163,14 @@ def test_words_answer_as_one_types_and_explain_what_they_cannot(visitor: Visitor
     expect(page.locator("#answers tr")).to_have_count(8)
 
 
-def test_the_map_shows_both_groups(visitor: Visitor):
+def test_map_tab_shows_both_groups(visitor: Visitor):
     page = visitor.page
     page.get_by_role("tab", name="Map").click()
     for text in ("family roles", "activities", "mom", "play"):
         expect(page.locator(".map svg text").get_by_text(text, exact=True)).to_be_visible()
 
 
-def test_attention_follows_the_layer_the_head_and_the_pointer(visitor: Visitor):
+def test_attention_tab_follows_layer_head_and_pointer(visitor: Visitor):
     page = visitor.page
     page.get_by_role("tab", name="Attention").click()
     page.get_by_label("Text").fill("The dog saw the cat!")
@@ -194,7 +194,7 @@ def test_attention_follows_the_layer_the_head_and_the_pointer(visitor: Visitor):
     assert "later" in (tokens.nth(3).get_attribute("title") or "")
 
 
-def test_two_models_answer_side_by_side_to_those_who_know_the_password(phone: Visitor):
+def test_two_models_side_by_side_behind_a_password(phone: Visitor):
     page = phone.page
     expect(page.get_by_role("button", name="Write")).to_have_count(0)
     for word in ("guess", "secret"):

@@ -1,4 +1,4 @@
-"""`make chaos`: what is too long for `make test`."""
+"""`make chaos`: tests that are too long for `make test`."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ KILLS, STEPS = 50, 700
 
 
 @pytest.mark.timeout(3600)
-def test_a_run_that_is_killed_fifty_times_ends_as_one_that_never_was(tmp_path: Path):
+def test_fifty_kills_do_not_change_a_run(tmp_path: Path):
     command = [
         *tiny_overrides(tmp_path),
         f"budget.tokens={64 * STEPS}",
@@ -23,7 +23,7 @@ def test_a_run_that_is_killed_fifty_times_ends_as_one_that_never_was(tmp_path: P
         "callbacks.keep_checkpoints=3",
     ]
     whole = Training([*command, "name=whole"], tmp_path / "whole.txt")
-    assert whole.wait() == 0, whole.said()
+    assert whole.wait() == 0, whole.output_text()
     killed_in = kill_and_resume(command, tmp_path, KILLS, seed=2)
     assert len(killed_in) == KILLS
     assert {STEP, VALIDATION, CHECKPOINT} <= set(killed_in)

@@ -1,6 +1,6 @@
-"""Sweeps on a real Slurm of one node and on a local Ray, and what several processes do besides.
+"""Sweeps on a real Slurm with one node and on a local Ray, and training in several processes.
 
-`make test-cluster` installs what this needs and runs it: some minutes, as root.
+`make test-cluster` installs the requirements and runs this in some minutes, as root.
 """
 
 import json
@@ -24,13 +24,13 @@ from tests.extra.slurm_cluster import free_port, slurm, slurm_cluster, wait_for
 pytestmark = pytest.mark.timeout(400)
 
 SIZES = {"small-0": "small", "medium-1": "medium", "large-2": "large"}
-LONG = "large-2"  # the job that is killed: it has the most to do
+LONG = "large-2"  # the longest job, which is killed
 STEPS = 300
 
 
 @pytest.fixture
 def sweep_of(tmp_path: Path) -> list[str]:
-    """train.py's arguments for a sweep of the three widths, on nets of one layer."""
+    """Arguments of train.py for a sweep of the three widths, with models of one layer."""
     return [
         sys.executable, "train.py", "-m", "model=small,medium,large",
         f"hydra.sweep.dir={tmp_path / 'sweep'}",
@@ -65,14 +65,14 @@ def started(command: list[str], log: Path) -> subprocess.Popen[bytes]:
 
 
 def finished(job: subprocess.Popen[bytes], log: Path) -> str:
-    """What a process said that has to end well."""
+    """Wait for a process that must succeed; return its output."""
     try:
         code = job.wait(timeout=300)
     finally:
         job.kill()
-    said = log.read_text(encoding="utf-8")
-    assert code == 0, said
-    return said
+    output = log.read_text(encoding="utf-8")
+    assert code == 0, output
+    return output
 
 
 def steps(folder: Path) -> list[float]:
@@ -84,14 +84,14 @@ def n_starts(folder: Path) -> int:
 
 
 def check_results(sweep: Path, interrupted: str) -> None:
-    """Each size is trained whole, one of them in two goes; `minigpt scaling` shows all three."""
+    """Assert that each size finished, `interrupted` in two parts, and appears in scaling."""
     for name in SIZES:
         assert steps(sweep / name) == list(range(1, STEPS + 1))
         assert n_starts(sweep / name) == 1 + (name == interrupted)
         assert read_summary(sweep / name)["status"] == "finished"
     scaling = [str(Path(sys.executable).with_name("minigpt")), "scaling", str(sweep)]
-    done = subprocess.run(scaling, capture_output=True, text=True, encoding="utf-8")
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(scaling, capture_output=True, text=True, encoding="utf-8")
+    assert process.returncode == 0, process.stderr
     rows = json.loads((sweep / "scaling.json").read_text(encoding="utf-8"))["runs"]
     assert [row["model"] for row in rows] == list(SIZES.values())
     assert all(row["status"] == "finished" for row in rows)
@@ -100,9 +100,7 @@ def check_results(sweep: Path, interrupted: str) -> None:
 # ---------------------------------------------------------------------------- Slurm
 
 
-def test_a_job_of_a_slurm_sweep_that_is_queued_again_goes_on(
-    cluster: Path, sweep_of: list[str], tmp_path: Path
-):
+def test_slurm_sweep_continues_a_requeued_job(cluster: Path, sweep_of: list[str], tmp_path: Path):
     sweep, log = tmp_path / "sweep", tmp_path / "log"
     launcher = started([*sweep_of, "hydra/launcher=submitit_slurm"], log)
     wait_for(lambda: len(read_metrics(sweep / LONG)) > 30, 200, f"{LONG} to train")
@@ -113,10 +111,10 @@ def test_a_job_of_a_slurm_sweep_that_is_queued_again_goes_on(
 
 
 @pytest.mark.parametrize("submitted", ["by the launcher", "by sbatch"])
-def test_two_tasks_of_a_slurm_job_train_as_one_and_go_on_after_a_warning(
+def test_slurm_job_of_two_tasks_continues_after_its_time_limit_signal(
     submitted: str, cluster: Path, sweep_of: list[str], tmp_path: Path
 ):
-    """SIGUSR1 is what Slurm sends before the time of a job is over."""
+    """SIGUSR1 is the signal that Slurm sends before a job times out."""
     runs, log = tmp_path / "sweep", tmp_path / "log"
     more = ["model=small", "trainer=ddp", f"budget.tokens={128 * STEPS}"]
     if submitted == "by sbatch":
@@ -144,7 +142,7 @@ def test_two_tasks_of_a_slurm_job_train_as_one_and_go_on_after_a_warning(
 
 @pytest.fixture(scope="module")
 def ray() -> Iterator[str]:
-    """The address of a cluster of one machine with two CPUs."""
+    """The address of a Ray cluster with one machine and two CPUs."""
     port, ray = free_port(), str(Path(sys.executable).with_name("ray"))
     address = ["--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2"]
     quiet = ["--include-dashboard=false", "--disable-usage-stats"]
@@ -154,13 +152,11 @@ def ray() -> Iterator[str]:
         try:
             yield f"127.0.0.1:{port}"
         finally:
-            daemon.terminate()  # and it ends what it started
+            daemon.terminate()  # which ends its children
             daemon.wait(timeout=60)
 
 
-def test_a_job_of_a_ray_sweep_whose_process_is_killed_goes_on(
-    ray: str, sweep_of: list[str], tmp_path: Path
-):
+def test_ray_sweep_continues_a_killed_job(ray: str, sweep_of: list[str], tmp_path: Path):
     sweep, log = tmp_path / "sweep", tmp_path / "log"
     there = f"hydra.launcher.ray.init.address={ray}"
     launcher = started([*sweep_of, "hydra/launcher=ray", there], log)
@@ -183,7 +179,7 @@ def process_that_has_open(path: Path) -> int:
 # ---------------------------------------------------------------------------- processes
 
 
-def test_fsdp_on_two_processes_takes_the_steps_of_one_and_goes_on(
+def test_fsdp_on_two_processes_equals_one_process_and_continues(
     sweep_of: list[str], tmp_path: Path
 ):
     python, script, _, _, _, *common = sweep_of
@@ -216,9 +212,7 @@ def test_fsdp_on_two_processes_takes_the_steps_of_one_and_goes_on(
     assert Run.load(folder).load_model().n_parameters == Run.load(alone).load_model().n_parameters
 
 
-def test_a_job_on_two_devices_that_diverges_leaves_the_other_jobs_to_train(
-    sweep_of: list[str], tmp_path: Path
-):
+def test_sweep_continues_after_a_job_on_two_devices_diverges(sweep_of: list[str], tmp_path: Path):
     log = tmp_path / "log"
     two = ["model=small", "optimizer.lr=1e20,1e-3", "trainer=ddp", "trainer.devices=2"]
     launcher = started([text for text in sweep_of if "optimizer.lr" not in text] + two, log)

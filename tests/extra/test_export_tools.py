@@ -1,4 +1,4 @@
-"""Exports in the hands of the programs they are for: `make test-export` installs those."""
+"""Exports in the programs that they are for, which `make test-export` installs."""
 
 import json
 import math
@@ -27,22 +27,22 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with stories, and a run trained on them: `runs/tiny`, whose scale is √12."""
+    """A folder with stories and the run `runs/tiny`, whose embedding scale is √12."""
     folder = tmp_path_factory.mktemp("place")
     words = ["model.d_model=12", "trainer.precision=32-true", "name=tiny"]
     trained_folder([*tiny_overrides(folder), *words])
     return folder
 
 
-def made(place: Path, format: str) -> tuple[Run, Path]:
+def exported(place: Path, format: str) -> tuple[Run, Path]:
     run, out = Run.load(place / "runs" / "tiny"), place / format
     export(run, out, build(ExportConfig, {"format": format}, ""))
     return run, out
 
 
-@pytest.mark.filterwarnings("ignore")  # of packages that are not ours
+@pytest.mark.filterwarnings("ignore")  # warnings of other packages
 def test_onnxruntime_computes_the_same_for_any_batch_and_length(place):
-    run, out = made(place, "onnx")
+    run, out = exported(place, "onnx")
     net, session = run.load_model(), onnxruntime.InferenceSession(out / "model.onnx")
     for batch, length in ((1, 1), (1, CONTEXT), (5, 7), (2, CONTEXT)):
         ids = torch.randint(0, 300, (batch, length))
@@ -53,7 +53,7 @@ def test_onnxruntime_computes_the_same_for_any_batch_and_length(place):
 
 
 def whole_windows(place: Path, run: Run) -> tuple[list[str], int, list[int]]:
-    """Validation stories whose predictions fill whole windows: stories, bytes, all their ids."""
+    """Return validation stories whose predictions fill whole windows, their bytes and their ids."""
     stories = (place / "valid.txt").read_text(encoding="utf-8").split("\n<|endoftext|>\n")
     tokenizer = run.tokenizer
     for n in range(len(stories), 1, -1):
@@ -64,7 +64,7 @@ def whole_windows(place: Path, run: Run) -> tuple[list[str], int, list[int]]:
 
 
 def lm_eval(folder: Path, model: Path, text: str, prefix: int) -> float:
-    """Bits per byte of `text` after the token `prefix`, as lm_eval finds them."""
+    """Return the bits per byte of `text` after the token `prefix`, measured by lm_eval."""
     folder.mkdir()
     (folder / "stories.jsonl").write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
     (task,) = yaml_blocks((ROOT / "docs" / "sharing.md").read_text(encoding="utf-8"))
@@ -73,25 +73,25 @@ def lm_eval(folder: Path, model: Path, text: str, prefix: int) -> float:
     arguments = f"pretrained={model},dtype=float32,add_bos_token=False,prefix_token_id={prefix}"
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", arguments]
     command += ["--tasks", "stories", "--include_path", folder, "--device", "cpu"]
-    command += ["--batch_size", "8", "--output_path", folder / "found.json"]
+    command += ["--batch_size", "8", "--output_path", folder / "results.json"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
-    done = subprocess.run(
+    process = subprocess.run(
         command, env={**os.environ, **offline}, capture_output=True, text=True, encoding="utf-8"
     )
-    assert done.returncode == 0, done.stderr
-    (found,) = folder.glob("found*.json")
-    return json.loads(found.read_text())["results"]["stories"]["bits_per_byte,none"]
+    assert process.returncode == 0, process.stderr
+    (path,) = folder.glob("results*.json")
+    return json.loads(path.read_text())["results"]["stories"]["bits_per_byte,none"]
 
 
 def yaml_blocks(text: str) -> list[dict]:
-    """The YAML in the fenced blocks of a Markdown file."""
+    """Return the content of the YAML blocks of a Markdown file."""
     blocks = [block for block in text.split("```")[1::2] if block.startswith("yaml\n")]
     return [yaml.safe_load(block.removeprefix("yaml\n")) for block in blocks]
 
 
 @pytest.mark.timeout(600)
 def test_lm_eval_agrees_with_evaluate(place):
-    run, out = made(place, "hf")
+    run, out = exported(place, "hf")
     stories, n_bytes, ids = whole_windows(place, run)
     (place / "whole.txt").write_text(
         "\n<|endoftext|>\n".join(stories) + "\n<|endoftext|>\n", encoding="utf-8"
@@ -102,7 +102,7 @@ def test_lm_eval_agrees_with_evaluate(place):
     ours = evaluate(run, build(EvaluationConfig, settings, ""))
     assert ours.n_tokens == len(ids) - 1
 
-    # evaluate.py scores all tokens but the first, which lm_eval is given as the prefix.
+    # evaluate.py scores all tokens but the first, which is the prefix for lm_eval.
     first = run.tokenizer.decode(ids[:1])
     text = "".join(f"{story}<|endoftext|>" for story in stories).removeprefix(first)
     bits_per_byte = lm_eval(place / "task", out, text, prefix=ids[0])
@@ -112,8 +112,8 @@ def test_lm_eval_agrees_with_evaluate(place):
     assert story_bits == pytest.approx(ours.bits_per_byte, rel=1e-4)
 
 
-def test_a_gguf_file_holds_the_model_under_llama_cpps_names(place):
-    run, out = made(place, "gguf")
+def test_gguf_has_the_tensor_names_of_llama_cpp(place):
+    run, out = exported(place, "gguf")
     net, tokenizer, reader = run.load_model(), run.tokenizer, GGUFReader(out / "model.gguf")
     tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
     assert len(tensors) == len(net.state_dict()) + 1  # the positions
@@ -134,10 +134,10 @@ def test_a_gguf_file_holds_the_model_under_llama_cpps_names(place):
     assert value("tokenizer.ggml.merges") == [" ".join(pair) for pair in own]
 
 
-def test_llama_cpp_tells_the_same_greedy_story(place):
+def test_llama_cpp_writes_the_same_greedy_story(place):
     """Skipped where llama_cpp is not installed: building it takes half an hour on one core."""
     llama_cpp = pytest.importorskip("llama_cpp")
-    run, out = made(place, "gguf")
+    run, out = exported(place, "gguf")
     prompt = "Once upon a time, Tom"
     greedy = SamplingConfig(temperature=0, max_tokens=6)
     ours = generate_stories(run.load_model(), run.tokenizer, prompt, 1, greedy)[0]

@@ -1,4 +1,4 @@
-"""Files with bytes changed, cut and doubled, half a minute a kind: read, or one clear line."""
+"""Fuzz each kind of file for half a minute: it is read, or refused with a one-line error."""
 
 import lzma
 import shutil
@@ -30,7 +30,7 @@ def _stories(path: Path) -> Any:
     return sum(map(len, read_stories(path)))
 
 
-# What is read of each file of the folder below.
+# The reader of each file of the fixture `whole`.
 READERS: dict[str, Callable[[Path], Any]] = {
     "run/tokenizer.json": lambda path: Tokenizer.load(path).encode("Once upon a time 🐉"),
     "run/config.yaml": lambda path: TrainConfig.from_dict(read_config(path.parent)),
@@ -61,7 +61,7 @@ PIECES = [
 
 @st.composite
 def edits(draw: st.DrawFn) -> list[tuple[float, float, bytes]]:
-    """Where (as shares of the file) which part is replaced by which bytes, some times over."""
+    """Draw edits (position, width, replacement), with position and width as shares of the file."""
     share = st.floats(0, 1, allow_nan=False)
     pieces = st.sampled_from(PIECES) | st.binary(max_size=8)
     repeated = st.builds(bytes.__mul__, pieces, st.sampled_from([1, 1, 1, 2, 5000]))
@@ -70,8 +70,8 @@ def edits(draw: st.DrawFn) -> list[tuple[float, float, bytes]]:
 
 
 def edited(content: bytes, changes: list[tuple[float, float, bytes]]) -> bytes:
-    for at, width, piece in changes:
-        start = int(at * len(content))
+    for position, width, piece in changes:
+        start = int(position * len(content))
         end = start + max(int(width * len(content)), int(width > 0))
         content = content[:start] + piece + content[end:]
     return content
@@ -95,7 +95,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(3 * SECONDS)
 @pytest.mark.parametrize("name", READERS)
 def test_an_edited_file_is_read_or_refused_in_one_line(name: str, whole: Path):
-    path, began, refused = whole / name, time.monotonic(), []
+    path, start_time, refused = whole / name, time.monotonic(), []
     content = path.read_bytes()
 
     @settings(
@@ -103,7 +103,7 @@ def test_an_edited_file_is_read_or_refused_in_one_line(name: str, whole: Path):
     )
     @given(edits())
     def attempt(changes: list[tuple[float, float, bytes]]) -> None:
-        if time.monotonic() - began > SECONDS:
+        if time.monotonic() - start_time > SECONDS:
             pytest.skip("")  # ends the search
         path.write_bytes(edited(content, changes))
         try:
@@ -117,6 +117,6 @@ def test_an_edited_file_is_read_or_refused_in_one_line(name: str, whole: Path):
         pass
     finally:
         path.write_bytes(content)
-    READERS[name](path)  # whole again, it is read
+    READERS[name](path)  # restored, it is read
     assert len(refused) > 100
     assert all(refused)

@@ -1,4 +1,4 @@
-"""A scheduler that stops several processes at once: they save together, and go on together."""
+"""A scheduler stops several processes at once: they save one checkpoint and continue together."""
 
 import signal
 import subprocess
@@ -20,12 +20,12 @@ def start(folder: Path, name: str) -> subprocess.Popen[bytes]:
         *tiny_overrides(folder), "trainer=ddp", f"budget.tokens={128 * STEPS}", f"name={name}",
         "resume=auto",
     ]  # fmt: skip
-    with (folder / "said.txt").open("a") as said:
-        return subprocess.Popen([sys.executable, *TORCHRUN, *job], cwd=ROOT, stderr=said)
+    with (folder / "log.txt").open("a") as log:
+        return subprocess.Popen([sys.executable, *TORCHRUN, *job], cwd=ROOT, stderr=log)
 
 
 def measured(folder: Path) -> list[Row]:
-    """The rows of metrics.csv without what another machine, or another day, measures."""
+    """Return the rows of metrics.csv without the columns of speed."""
     speeds = ("tokens_per_second", "mfu")
     return [
         {name: value for name, value in row.items() if name not in speeds}
@@ -34,21 +34,21 @@ def measured(folder: Path) -> list[Row]:
 
 
 @pytest.mark.timeout(300)
-def test_torchrun_that_is_stopped_goes_on_by_the_same_command(tmp_path: Path):
+def test_torchrun_continues_by_the_same_command_after_sigterm(tmp_path: Path):
     whole = start(tmp_path, "whole")
-    said = tmp_path / "said.txt"
-    assert whole.wait() == 0, said.read_text()
+    log = tmp_path / "log.txt"
+    assert whole.wait() == 0, log.read_text()
     folder = tmp_path / "runs/stopped"
     for _ in range(2):
         stopped = start(tmp_path, "stopped")
         before = len(read_metrics(folder))
         while len(read_metrics(folder)) < before + 60:
-            assert stopped.poll() is None, said.read_text()
+            assert stopped.poll() is None, log.read_text()
             time.sleep(0.02)
         stopped.send_signal(signal.SIGTERM)
         assert stopped.wait() != 0
         assert (folder / "checkpoints/last.ckpt").is_file()
         assert len(read_metrics(folder)) < STEPS
     end = start(tmp_path, "stopped")
-    assert end.wait() == 0, said.read_text()
+    assert end.wait() == 0, log.read_text()
     assert measured(folder) == measured(tmp_path / "runs/whole")

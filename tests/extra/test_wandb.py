@@ -1,4 +1,4 @@
-"""The W&B sweep and W&B runs, with the installed wandb programs and a stand-in of their server."""
+"""W&B sweeps and runs, with the installed wandb programs and a mock of their server."""
 
 import os
 import re
@@ -18,12 +18,12 @@ SWEEP = ROOT / "sweeps" / "scaling.yaml"
 PARAMETERS = {"w32": 138_784, "w64": 359_488, "w96": 662_112}  # the first of the grid
 DIVERGING = 1e20  # a learning rate
 
-# The agent looks after its job every five seconds: four jobs take it forty to sixty.
+# The agent polls its job every five seconds: four jobs take forty to sixty seconds.
 pytestmark = pytest.mark.timeout(300)
 
 
 def run(*arguments: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """`python <arguments>` in the project, with W&B's settings and credentials all in `folder`."""
+    """Run `python <arguments>` in the project, with W&B's settings and credentials in `folder`."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     environment |= {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
@@ -83,11 +83,11 @@ def test_the_sweep_is_created_from_our_file(sweep: Sweep):
 
 def test_the_agent_trains_each_size_to_its_end(sweep: Sweep):
     runs = list(sweep.server.runs.values())[:3]
-    assert [run.asked["model"] for run in runs] == list(PARAMETERS)
+    assert [run.sweep_settings["model"] for run in runs] == list(PARAMETERS)
     for run in runs:
         assert run.exit_code == 0, sweep.agent.stdout + sweep.agent.stderr
-        assert run.config["model"] == run.asked["model"]
-        assert run.config["parameters"] == PARAMETERS[run.asked["model"]]
+        assert run.config["model"] == run.sweep_settings["model"]
+        assert run.config["parameters"] == PARAMETERS[run.sweep_settings["model"]]
         assert [row["tokens"] for row in run.history if "train/loss" in row] == [256, 512]
         (validation,) = [row for row in run.history if "val/perplexity" in row]
         assert validation["trainer/global_step"] == 2
@@ -113,11 +113,11 @@ def test_without_a_key_each_job_has_an_offline_run_that_can_be_synced(
         jobs = run("train.py", "-m", rates, "logger=wandb", *tiny, folder=tmp_path, **address)
         assert jobs.returncode == 2, jobs.stderr
         assert server.n_requests == 0
-        said = [
+        patterns = [
             line.split("wandb sync ")[1] for line in jobs.stderr.splitlines() if "offline:" in line
         ]
-        folders = [sorted(Path(pattern).parent.glob(Path(pattern).name)) for pattern in said]
-        assert [len(found) for found in folders] == [1, 1]
+        folders = [sorted(Path(pattern).parent.glob(Path(pattern).name)) for pattern in patterns]
+        assert [len(matches) for matches in folders] == [1, 1]
         for (offline,) in folders:
             synced = run(
                 "-m", "wandb", "sync", str(offline),

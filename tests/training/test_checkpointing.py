@@ -40,7 +40,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an undisturbed run: runs/whole."""
     folder = tmp_path_factory.mktemp("recovery")
     whole = Training([*overrides(folder), "name=whole"], folder / "whole.txt")
-    assert whole.wait() == 0, whole.said()
+    assert whole.wait() == 0, whole.output_text()
     return folder
 
 
@@ -64,16 +64,16 @@ def test_run_stopped_by_a_scheduler_resumes_by_the_same_command(
         training = Training(command, workspace / "stopped.txt", slurm)
         assert training.wait_until(lambda t=training, n=steps: t.steps > n)
         training.send(number)
-        assert training.wait() == 128 + number, training.said()
+        assert training.wait() == 128 + number, training.output_text()
         summary = read_summary(folder)
         assert summary["status"] == "interrupted"
         last = read_checkpoint(folder / "checkpoints/last.ckpt")
         assert last["global_step"] == summary["steps"]
         assert (folder / "report.html").is_file()
-        assert f"python train.py resume={folder}" in training.said()
+        assert f"python train.py resume={folder}" in training.output_text()
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"  # once: after SIGTERM Slurm does it
     training = Training(command, workspace / "stopped.txt", slurm)
-    assert training.wait() == 0, training.said()
+    assert training.wait() == 0, training.output_text()
     assert_same(folder, workspace / "runs/whole")
 
 
@@ -83,14 +83,14 @@ def test_run_lock_refuses_a_second_process(workspace: Path):
     assert first.wait_until(lambda: first.steps > 5)
     second = Training(command, workspace / "second.txt")
     assert second.wait() == 2
-    assert second.said().startswith("error: ")
-    assert str(workspace / "runs/twice") in second.said()
-    assert "name=twice" in second.said()
+    assert second.output_text().startswith("error: ")
+    assert str(workspace / "runs/twice") in second.output_text()
+    assert "name=twice" in second.output_text()
     first.send(signal.SIGKILL)
     first.wait()
     third = Training([*command, "budget.tokens=99999"], workspace / "third.txt")
     assert third.wait() == 2
-    assert all(name in third.said() for name in ("budget.tokens=10240", "99999", "name"))
+    assert all(name in third.output_text() for name in ("budget.tokens=10240", "99999", "name"))
 
 
 class Disk:
@@ -137,19 +137,19 @@ def test_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(workspace: P
     training = Training(command, workspace / "full.txt")
     assert training.wait_until(lambda: training.steps > 20)
     disk.fill(training, runs / "full/checkpoints/last-1.ckpt")
-    assert training.wait() == 2, training.said()
-    (error,) = [line for line in training.said().splitlines() if line.startswith("error: ")]
+    assert training.wait() == 2, training.output_text()
+    (error,) = [line for line in training.output_text().splitlines() if line.startswith("error: ")]
     assert (
         error.count(str(runs / "full")) >= 2
     )  # the file that could not be written, and the command to continue
     assert f"python train.py resume={runs / 'full'}" in error
-    assert "Traceback" not in training.said()
+    assert "Traceback" not in training.output_text()
     assert all(map(is_whole, last_checkpoints(runs / "full")))
     assert read_checkpoint(last_checkpoints(runs / "full")[0])["global_step"] >= 16
     assert not list(runs.rglob("*.tmp"))
     disk.clear()
     training = Training(command, workspace / "full.txt")
-    assert training.wait() == 0, training.said()
+    assert training.wait() == 0, training.output_text()
     assert_same(runs / "full", workspace / "runs/whole")
 
 
@@ -246,9 +246,9 @@ def test_resumed_run_keeps_its_wandb_id(workspace: Path):
         first = Training(command, workspace / "sent.txt", variables)
         assert first.wait_until(lambda: first.steps > 20)
         first.send(signal.SIGTERM)
-        assert first.wait() == 128 + signal.SIGTERM, first.said()
+        assert first.wait() == 128 + signal.SIGTERM, first.output_text()
         second = Training(command, workspace / "sent.txt", variables)
-        assert second.wait() == 0, second.said()
+        assert second.wait() == 0, second.output_text()
     ((name, run),) = server.runs.items()
     assert name == (workspace / "runs/sent/wandb-id.txt").read_text(encoding="utf-8").strip()
     assert run.exit_code == 0
@@ -270,8 +270,8 @@ def test_run_resumed_without_a_wandb_server_logs_offline(workspace: Path):
         "budget.tokens=640",
     ]
     training = Training(command, workspace / "away.txt", variables)
-    assert training.wait() == 0, training.said()
-    assert server.url in training.said()
+    assert training.wait() == 0, training.output_text()
+    assert server.url in training.output_text()
     assert list((folder / "wandb").glob("offline-run-*-abcd1234"))
 
 
@@ -282,10 +282,10 @@ def test_wandb_server_that_fails_during_a_run_loses_no_metric_and_delays_no_long
     with WandbServer(trouble=trouble) as server:
         command = [*overrides(workspace), "logger=wandb", f"name={trouble}"]
         training = Training(command, workspace / f"{trouble}.txt", online(server))
-        assert training.wait() == 0, training.said()
+        assert training.wait() == 0, training.output_text()
         assert server.n_troubled > 0
     folder = workspace / "runs" / trouble
     assert rows(folder) == rows(workspace / "runs/whole")
     (offline,) = (folder / "wandb").glob("run-*")
-    assert f"wandb sync {offline}" in training.said()
+    assert f"wandb sync {offline}" in training.output_text()
     assert (folder / METRICS).is_file()

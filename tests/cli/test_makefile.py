@@ -1,0 +1,28 @@
+"""The Makefile: `make help` lists every target with what it does."""
+
+import re
+import subprocess
+
+from tests.conftest import ROOT
+
+
+def make_help(*words: str) -> dict[str, str]:
+    """Return the description of each target that `make words…` prints."""
+    process = subprocess.run(
+        ["make", *words], cwd=ROOT, capture_output=True, text=True, check=True
+    )  # fmt: skip
+    return dict(line.strip().split(maxsplit=1) for line in process.stdout.splitlines())
+
+
+def test_make_help_describes_every_target():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
+    phony = {name for names in re.findall(r"^\.PHONY:(.*)", makefile, re.MULTILINE)
+             for name in names.split()}  # fmt: skip
+    assert targets == phony
+    assert targets == set(make_help("help"))
+    assert {"quickstart", "test", "lint", "docs", "golden"} <= targets
+
+
+def test_make_without_a_target_prints_the_help():
+    assert make_help() == make_help("help")
