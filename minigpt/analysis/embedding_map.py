@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from minigpt.analysis.embeddings import EmbeddingProbe
-from minigpt.core.plots import INK, new_figure, to_svg, write_png
+from minigpt.core.plots import COLOURS, MARKERS, Labels, new_figure, to_svg, write_png
 from minigpt.core.settings import UserError
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MAP = "embedding_map.png"
@@ -36,14 +35,6 @@ CLUSTERS: dict[str, tuple[str, ...]] = {
         *("read", "draw", "paint", "cook", "hide", "ride", "throw", "catch", "build"),
     ),
 }
-COLOURS = ("#2563eb", "#d97706")  # as many as there are clusters
-
-# Positions of a word beside its dot, best first: offset in points, and its alignment.
-SIDES = tuple(
-    ((x * reach, y * reach), {1: "left", 0: "center", -1: "right"}[x])
-    for reach in (6, 11, 17, 24)
-    for x, y in ((1, 0), (-1, 0), (0, 1.4), (0, -1.4), (1, 1), (1, -1), (-1, 1), (-1, -1))
-)
 
 
 class FewWordsError(UserError):
@@ -94,45 +85,38 @@ def embedding_map(
 
 def caption(layout: EmbeddingMap) -> str:
     """Return what the map shows, and its limits."""
-    between = "" if layout.between is None else f", between groups {layout.between:.2f}"
-    cosines = f"Mean cosine within a group {layout.within:.2f}{between}.".replace("-0", "−0")
-    kept = f"{layout.explained:.0%} of the variance"
-    return f"{cosines} The map keeps {kept}, so that words close on it may still differ."
+    limit = "words that are close on it may still differ"
+    return f"{_cosines(layout)}. The map shows {layout.explained:.0%} of the variance: {limit}."
+
+
+def _cosines(layout: EmbeddingMap) -> str:
+    between = "" if layout.between is None else f", {layout.between:.2f} between groups"
+    return f"Mean cosine {layout.within:.2f} within a group{between}".replace("-0", "−0")
 
 
 def map_figure(layout: EmbeddingMap) -> Figure:
-    """Draw a dot and its word for each token, one colour for each cluster."""
+    """Draw a point and its word for each token; each cluster has a colour, a shape and a label.
+
+    At most three clusters can be drawn. Words that have no free position near their point may
+    cover others.
+    """
     figure = new_figure(8, 6)
     (axes,) = figure.axes
     groups = layout.points.split([len(members) for members in layout.words.values()])
-    for colour, name, points in zip(COLOURS, layout.words, groups, strict=True):
-        axes.scatter(*points.T.tolist(), s=22, color=colour, label=name)
+    for i, points in enumerate(groups):
+        axes.scatter(*points.T.tolist(), s=22, color=COLOURS[i], marker=MARKERS[i])
     axes.set(xlabel="first principal component", ylabel="second principal component")
     axes.set(xticks=[], yticks=[])
-    axes.margins(0.08)
-    figure.legend(frameon=False, labelcolor=INK, fontsize=11, loc="outside upper left", ncols=2)
-    figure.draw_without_rendering()  # fixes where a point lies on the figure
-    _label(axes, [word for members in layout.words.values() for word in members], layout.points)
+    axes.margins(0.1)
+    axes.set_title(_cosines(layout), loc="left", fontsize=11)
+    labels = Labels(axes, layout.points.tolist())
+    words = (word for members in layout.words.values() for word in members)
+    for word, point in zip(words, layout.points.tolist(), strict=True):
+        labels.add(word, point)
+    for name, colour, points in zip(layout.words, COLOURS, groups, strict=False):
+        if len(points):
+            labels.add(name, points.mean(dim=0).tolist(), colour, fontweight="bold", fontsize=12)
     return figure
-
-
-def _label(axes: Axes, words: list[str], points: Tensor) -> None:
-    """Write each word beside its dot, at the first position where it covers nothing."""
-    from matplotlib.transforms import Bbox
-
-    dots = axes.transData.transform(points.numpy())
-    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in dots.tolist()]
-    for word, point in zip(words, points.tolist(), strict=True):
-        label = axes.annotate(
-            word, tuple(point), (0, 0), textcoords="offset points", color=INK, va="center"
-        )
-        box = Bbox.null()
-        for offset, side in SIDES:
-            label.set(position=offset, ha=side)
-            box = label.get_window_extent().padded(3, -1)  # apart sideways, close in height
-            if not any(box.overlaps(other) for other in taken):
-                break
-        taken.append(box)
 
 
 def write_map(layout: EmbeddingMap, path: Path) -> None:

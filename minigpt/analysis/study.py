@@ -30,7 +30,7 @@ from minigpt.analysis.embeddings import EmbeddingProbe
 from minigpt.analysis.repetition import COPIED, NOVELTY_STORIES, Repetition, measure
 from minigpt.core.files import write_json, write_text
 from minigpt.core.hardware import Hardware
-from minigpt.core.plots import INK, new_figure, write_png
+from minigpt.core.plots import COLOURS, INK, MARKERS, REFERENCE_COLOUR, new_figure, write_png
 from minigpt.core.settings import UserError
 from minigpt.core.text import md_table, percent, value_cell
 from minigpt.data.sources import bundled_sample
@@ -235,28 +235,35 @@ def _cells(row: Row) -> list[str]:
 
 
 def coherence_figure(rows: Sequence[Row]) -> Figure:
-    """Draw six measures against temperature: a line for each run, dashed for the originals."""
+    """Draw six measures against temperature: a line for each run, dashed for the originals.
+
+    Of more than three runs, the first, the middle and the last are drawn.
+    """
     from matplotlib.ticker import LogLocator, NullLocator
 
     measures = {
-        "different word 3-grams": lambda row: row.repetition.distinct[2],
-        f"repeated {COPIED}-grams": lambda row: row.repetition.repeated,
+        "distinct word 3-grams": lambda row: row.repetition.distinct[2],
+        f"repeated word {COPIED}-grams": lambda row: row.repetition.repeated,
         "protagonist retention": lambda row: row.coherence.protagonist_retention,
         "name recurrence": lambda row: row.coherence.name_recurrence,
         "unfinished stories": lambda row: row.coherence.unfinished,
         "perplexity under the largest": lambda row: row.perplexity,
     }
-    figure = new_figure(8.4, 5.4, rows=2, columns=3)
+    figure = new_figure(8, 5.6, rows=2, columns=3)
+    names = list(dict.fromkeys(row.run for row in rows if row.run != ORIGINALS))
+    shown = [names[i] for i in sorted({0, len(names) // 2, len(names) - 1})]
+    temperatures = sorted({row.temperature for row in rows if row.temperature is not None})
     for axes, (title, value) in zip(figure.axes, measures.items(), strict=True):
-        for i, name in enumerate(dict.fromkeys(row.run for row in rows if row.run != ORIGINALS)):
+        for name, colour, marker in zip(shown, COLOURS, MARKERS, strict=False):
             own = [(row.temperature, value(row)) for row in rows if row.run == name]
             points = np.array(own, float).T  # None becomes NaN, which is not drawn
-            axes.plot(*points, "o-", color=f"C{i}", markersize=4, label=name)
+            axes.plot(*points, f"{marker}-", color=colour, markersize=4, label=name)
         (human,) = [value(row) for row in rows if row.run == ORIGINALS]
         if human is not None:
-            axes.axhline(human, color="#6b7280", linestyle="--", linewidth=1.2, label=ORIGINALS)
+            axes.axhline(human, color=REFERENCE_COLOUR, linestyle="--", label=ORIGINALS)
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("temperature")
+        axes.set_xticks(temperatures, [f"{temperature:g}" for temperature in temperatures])
         if title.startswith("perplexity"):
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -264,6 +271,8 @@ def coherence_figure(rows: Sequence[Row]) -> Figure:
             axes.yaxis.set_minor_locator(NullLocator())
         else:
             axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
+    title = "Generated stories by temperature, compared with the human originals (dashed)"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
     legend = figure.axes[0].get_legend_handles_labels()
     figure.legend(*legend, loc="outside lower center", ncols=4, frameon=False, labelcolor=INK)
     return figure

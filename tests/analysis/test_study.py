@@ -28,6 +28,7 @@ SIZES = {"larger": 32, "smaller": 16}  # d_ff
 
 def untrained(folder: Path, tokenizer: Tokenizer, context: int = 40, d_ff: int = 16) -> Run:
     """A run folder with the weights a model begins with."""
+    torch.manual_seed(0)  # other weights may write a carriage return, which reading a file alters
     shape = GPTConfig(tokenizer.vocab_size, context, 16, n_layers=1, n_heads=2, d_ff=d_ff)
     (folder / "checkpoints").mkdir(parents=True)
     weights = {f"net.{name}": tensor for name, tensor in GPT(shape).state_dict().items()}
