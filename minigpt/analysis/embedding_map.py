@@ -1,4 +1,4 @@
-"""A map of words: the token embedding in two dimensions, with a colour for each cluster of words.
+"""Map of words: their token embeddings in two dimensions, with a colour for each cluster.
 
 >>> layout = embedding_map(EmbeddingProbe(net, tokenizer))
 >>> write_map(layout, Path("embedding_map.png"))
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MAP = "embedding_map.png"
 
-# Words of children's stories by meaning. Words that a tokenizer splits are left out.
+# Words of children's stories by meaning. Words that are not single tokens are left out.
 CLUSTERS: dict[str, tuple[str, ...]] = {
     "family roles": (
         *("mom", "dad", "mommy", "daddy", "mother", "father", "parents", "sister", "brother"),
@@ -38,42 +38,47 @@ CLUSTERS: dict[str, tuple[str, ...]] = {
 
 
 class FewWordsError(UserError):
-    """The tokenizer has too few of the map's words as single tokens."""
+    """Too few words of the map are single tokens of the tokenizer."""
 
 
 @dataclass(frozen=True)
 class EmbeddingMap:
-    """Positions of words, and what shows how far the two dimensions can be trusted."""
+    """Positions of words in two dimensions, and how much of the embedding these show."""
 
-    words: dict[str, list[str]]  # of each cluster, those that are single tokens
+    words: dict[str, list[str]]  # cluster: its words that are single tokens
     points: Tensor  # (n, 2), in the order of `words`
-    explained: float  # share of the variance in the two dimensions
-    within: float  # mean cosine of two words of one cluster, in all d dimensions
-    between: float | None  # of two words of different clusters; None: there is one cluster
+    explained: float  # share of the variance that the two dimensions explain
+    within: float  # mean cosine similarity of two words of one cluster, in all d dimensions
+    between: float | None  # the same for words of different clusters; None if there is one
 
 
 def embedding_map(
     probe: EmbeddingProbe, clusters: Mapping[str, Sequence[str]] = CLUSTERS
 ) -> EmbeddingMap:
-    """Lay out the words of `clusters` by the first two principal components of their embeddings.
+    """Project the words of `clusters` on the first two principal components of their embeddings.
 
-    The embeddings have length one.
+    Args:
+        probe: the embeddings, normalised to length one.
+        clusters: words by the name of their cluster.
+
+    Returns:
+        The positions of the words that are single tokens.
 
     Raises:
         FewWordsError: fewer than three of the words are single tokens.
     """
     words = {name: probe.single(members) for name, members in clusters.items()}
-    kept = [word for members in words.values() for word in members]
-    if len(kept) < 3:
-        few = f"only {len(kept)} of its words are single tokens"
-        raise FewWordsError(f"{few}; a larger data.vocab_size and more stories give more")
-    unit = probe.vectors(kept)  # (n, d)
+    singles = [word for members in words.values() for word in members]
+    if len(singles) < 3:
+        problem = f"only {len(singles)} words of the map are single tokens, at least 3 are needed"
+        raise FewWordsError(f"{problem}; train with a larger data.vocab_size or on more stories")
+    unit = probe.vectors(singles)  # (n, d)
     u, s, _ = torch.linalg.svd(unit - unit.mean(dim=0), full_matrices=False)
     points = u[:, :2] * s[:2]
-    points = points * points[0].sign()  # a component has no sign of its own: fix one
+    points = points * points[0].sign()  # the sign of a component is arbitrary: fix it
     group = torch.tensor([i for i, members in enumerate(words.values()) for _ in members])
     cosines, same = unit @ unit.T, group[:, None] == group
-    other = ~torch.eye(len(kept), dtype=torch.bool)
+    other = ~torch.eye(len(singles), dtype=torch.bool)
     return EmbeddingMap(
         words=words,
         points=points,
@@ -84,7 +89,7 @@ def embedding_map(
 
 
 def caption(layout: EmbeddingMap) -> str:
-    """Return what the map shows, and its limits."""
+    """Return a sentence on the clusters of the map and one on its limits."""
     limit = "words that are close on it may still differ"
     return f"{_cosines(layout)}. The map shows {layout.explained:.0%} of the variance: {limit}."
 

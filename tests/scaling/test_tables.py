@@ -71,7 +71,7 @@ def test_law_and_sizes_are_rows_with_intervals_and_predictions(study):
     assert all_parameters[1] == "all parameters"
     assert all_parameters[4] == f"{law.alpha:.3f} [{low:.3f}, {high:.3f}]"
     assert all_parameters[6] == f"{law.seed_noise:.4f}"
-    assert non_embedding[1] == "without the embedding"
+    assert non_embedding[1] == "without embedding"
     *_, w3, w4 = rows(text, "Sizes")
     assert w3[1:5] == ["w3", "2", "0.020", "10.0"]
     assert w3[-3:] == ["–", "–", "–"]
