@@ -334,7 +334,7 @@ def main() -> None:
     if arguments.out:
         write_json(arguments.out / "training.json", table)
         if arguments.sweep:
-            sweep_figure(table["sweep"]).savefig(arguments.out / "training-sweep.png", dpi=200)
+            sweep_figure(table["sweep"]).savefig(arguments.out / "training-sweep.png", dpi=160)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def map_figure(layout: EmbeddingMap) -> Figure:
 
 def write_map(layout: EmbeddingMap, path: Path) -> None:
     """Write the map as a PNG, whole or not at all. The folder is created if missing."""
-    write_png(map_figure(layout), path, dpi=150)
+    write_png(map_figure(layout), path)
 
 
 def map_svg(layout: EmbeddingMap) -> str:

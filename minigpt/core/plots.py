@@ -89,7 +89,7 @@ class Labels:
         return label
 
 
-def write_png(figure: Figure, path: Path, dpi: int = 200) -> None:
+def write_png(figure: Figure, path: Path, dpi: int = 160) -> None:
     """Write `figure` as a PNG, whole or not at all. The folder is created if missing."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=dpi)

@@ -31,17 +31,17 @@ Points = list[tuple[float, float]]
 
 
 def scaling_figure(groups: Sequence[RunGroup]) -> Figure:
-    """Draw perplexity against parameters: the group of most sizes, and better runs of others.
+    """Draw perplexity against parameters: the group with the most sizes, and better runs of others.
 
-    The first is drawn with its law, and a bar from the lowest to the highest run of a size that
-    has several. Of the other groups only the best mean of each size is drawn, where it is lower.
+    That group has its law, and a bar from the lowest to the highest run of each size with several
+    runs. Of the other groups only the best mean of each size is drawn, where it is lower.
     """
     figure, axes = _axes("parameters N (log scale)")
     title, law_curve = "Perplexity against model size", np.empty((0, 2))
     series: dict[str, Points] = {REFERENCE_LABEL: [(r.parameters, r.perplexity) for r in REFERENCE]}
     forms = ["D--", f"{MARKERS[0]}-", f"{MARKERS[1]}-"]
     if groups:
-        main = max(groups, key=lambda group: len(group.sizes))  # the first of several
+        main = max(groups, key=lambda group: len(group.sizes))  # the first if several have as many
         corpora = {group.corpus for group in groups}
         common = f"{main.corpus}, " if len(corpora) == 1 else ""  # left out of the label
         n, mean, *limits = np.transpose(
@@ -73,7 +73,7 @@ def scaling_figure(groups: Sequence[RunGroup]) -> Figure:
 
 
 def _best_of_others(main: RunGroup, groups: Iterable[RunGroup]) -> Points:
-    """Return the lowest mean of each size, by size, where it is not that of `main`."""
+    """Return (size, lowest mean) where a group other than `main` has the lowest mean."""
     best = {size.parameters: size.perplexity for size in main.sizes}
     better: dict[float, float] = {}
     for size in (size for group in groups for size in group.sizes):

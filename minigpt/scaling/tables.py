@@ -125,7 +125,7 @@ def law_line(group: RunGroup) -> str:
     """Return the law of a group on one line, or how many sizes it has if there is no law."""
     law = group.fits.get("parameters")
     if law is None:
-        return f"{group.label}: no fit, {len(group.sizes)} of {MIN_SIZES} sizes"
+        return f"{group.label}: no fit, has {len(group.sizes)} of the {MIN_SIZES} sizes needed"
     return f"{group.label}: L = {law.e:.3f} + {law.a:.4g} / N^{law.alpha:.3f}"
 
 
@@ -142,8 +142,8 @@ def markdown(runs: Sequence[RunResult], groups: Sequence[RunGroup]) -> str:
         f"Validation loss is measured at the end of each run. {REFERENCE_NOTE}",
         "\n".join(f"- {warning}" for warning in run_warnings(runs)),
         "![Perplexity against parameters](scaling.png)",
-        f'The figure shows the run group of most sizes, and as "{BEST_LABEL}" the lowest mean of '
-        "any other group where it is lower.",
+        f'The figure shows the run group with the most sizes and, as "{BEST_LABEL}", the lowest '
+        "mean of any other group where that is lower.",
     ]
     for title, columns, rows, left, note in (
         (
