@@ -56,9 +56,7 @@ class RunResult:
     path: Path
     model: str  # option of the config group `model`, such as small
     data: str  # data.source
-    corpus: (
-        str  # `data`, with the names of text files and a vocabulary size that is not the default
-    )
+    corpus: str  # `data`, with the names of text files and a non-default vocabulary size
     recipe: str  # such as "adamw, unscaled embeddings" or "muon, from <run>, averaged"
     seed: int
     status: str  # finished, interrupted or failed; unfinished without a summary: running or killed
@@ -119,9 +117,7 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
         if folder.is_file():
             folder = Run.load(folder).folder
         if not folder.is_dir():
-            raise UserError(
-                "is not a folder; give a folder that holds runs", "folders", str(folder)
-            )
+            raise UserError("is not a folder; give one that holds runs", "folders", str(folder))
         for name, below, files in os.walk(folder):
             below[:] = sorted(inner for inner in below if not inner.startswith("."))
             if CONFIG in files and (SUMMARY in files or METRICS in files):
@@ -151,9 +147,7 @@ def read_run(path: Path) -> RunResult:
         if value is None or (isinstance(value, float) and not math.isfinite(value)):
             return None
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(
-                f"{path / SUMMARY}: {name} is {value!r}, not a number: the file may be damaged"
-            )
+            raise UserError(f"{path / SUMMARY}: {name} must be a number, not {value!r}")
         return value
 
     parent = parent_of(summary, path / SUMMARY)
