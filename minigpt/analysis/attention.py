@@ -33,9 +33,7 @@ def attention_weights(net: GPT, ids: Tensor) -> Tensor:
         UserError: `net` is of a subclass whose `forward` takes no cache.
     """
     if not takes_cache(net):
-        raise UserError(
-            f"{type(net).__qualname__}.forward must take a cache, which records the weights"
-        )
+        raise UserError(f"{type(net).__qualname__}.forward must take a cache that keeps weights")
     cache = KVCache(ids.shape[1], keep_weights=True)
     net(ids, cache=cache)
     assert cache.weights is not None

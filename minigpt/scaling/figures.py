@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REFERENCE_LABEL = f"reference, {human_count(REFERENCE[0].tokens)} tokens"
-BEST_LABEL = "best runs of each size"
+BEST_LABEL = "best of other groups"
 LINE = 28  # characters in a line of a label
 FONT = 9  # size of the labels
 

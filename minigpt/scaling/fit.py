@@ -114,9 +114,7 @@ def fit_sizes(sizes: Sequence[Size], replicates: int = REPLICATES, seed: int = 0
     """
     sizes = tuple(sorted(sizes, key=lambda size: size.n))
     if len({size.n for size in sizes}) < MIN_SIZES:
-        raise ValueError(
-            f"{len(sizes)} sizes are too few: a fit of three unknowns needs {MIN_SIZES}"
-        )
+        raise ValueError(f"{len(sizes)} sizes are too few: three unknowns need {MIN_SIZES}")
     n, means = np.array([s.n for s in sizes], float), np.array([s.mean for s in sizes])
     e, a, alpha = _fit(n, means)
     law = e + a * n**-alpha

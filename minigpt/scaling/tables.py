@@ -18,7 +18,7 @@ from rich.text import Text
 from minigpt.core.files import write_json, write_text
 from minigpt.core.plots import write_png
 from minigpt.core.text import human_count, md_table, value_cell
-from minigpt.scaling.figures import BEST_LABEL, compute_figure, scaling_figure, tokens_figure
+from minigpt.scaling.figures import compute_figure, scaling_figure, tokens_figure
 from minigpt.scaling.fit import (
     MIN_SIZES,
     PARAMETER_COUNTS,
@@ -142,8 +142,7 @@ def markdown(runs: Sequence[RunResult], groups: Sequence[RunGroup]) -> str:
         f"Validation loss is measured at the end of each run. {REFERENCE_NOTE}",
         "\n".join(f"- {warning}" for warning in run_warnings(runs)),
         "![Perplexity against parameters](scaling.png)",
-        f'The figure shows the run group with the most sizes and, as "{BEST_LABEL}", the lowest '
-        "mean of any other group where that is lower.",
+        "The figure shows the run group with the most sizes, and better means of other groups.",
     ]
     for title, columns, rows, left, note in (
         (
