@@ -250,29 +250,35 @@ def sweep(rounds: int) -> list[dict[str, Any]]:
 
 
 def sweep_figure(rows: list[dict[str, Any]]) -> Figure:
-    """Plot the share of the peak against each size; the grey band is 75 to 100 % of the best."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator
+    """Draw the share of the peak by batch, context and width; grey: within 25 % of the best."""
+    from matplotlib.ticker import NullLocator, PercentFormatter
 
-    figure = Figure(figsize=(8.4, 2.9), layout="constrained")
-    best = max(row["share_of_peak"] for row in rows)
-    panels = {"batch": "windows of 256 tokens", "context": "context", "d_model": "d_model"}
-    subplots = figure.subplots(1, 3, sharey=True)
-    for axes, (varied, title) in zip(subplots, panels.items(), strict=True):
-        points = [row for row in rows if row["varied"] == varied]
-        positions = [row[varied] for row in points]
+    from minigpt.core.plots import COLOURS, INK, new_figure
+
+    figure = new_figure(8, 3.2, columns=3)
+    shares = [row["share_of_peak"] for row in rows]
+    best = max(shares)
+    panels = {
+        "batch": "batch size (256 tokens each)",
+        "context": "context (tokens)",
+        "d_model": "d_model",
+    }
+    for axes, (varied, label) in zip(figure.axes, panels.items(), strict=True):
+        own = [row for row in rows if row["varied"] == varied]
+        sizes = [row[varied] for row in own]
         axes.axhspan(0.75 * best, best, color="#e5e7eb", zorder=0)
         axes.plot(
-            positions, [row["share_of_peak"] for row in points], "o-", color="C0", markersize=4
+            sizes, [row["share_of_peak"] for row in own], "o-", color=COLOURS[0], markersize=4
         )
         axes.set_xscale("log", base=2)
-        axes.set_xticks(positions, [f"{position}" for position in positions])
+        axes.set_xticks(sizes, [str(size) for size in sizes], fontsize=8)
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel(title, fontsize=9)
-        axes.set_ylim(0, 1)
-        axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    subplots[0].set_ylabel("model FLOPs over the matrix-multiply peak", fontsize=8)
+        axes.set(xlabel=label, ylim=(0, 1))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.tick_params(labelleft=varied == "batch")
+    figure.axes[0].set_ylabel("share of the peak")
+    title = f"Training runs at {min(shares):.0%} to {best:.0%} of the matrix-multiply peak"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
     return figure
 
 
@@ -334,7 +340,7 @@ def main() -> None:
     if arguments.out:
         write_json(arguments.out / "training.json", table)
         if arguments.sweep:
-            sweep_figure(table["sweep"]).savefig(arguments.out / "training-sweep.png", dpi=200)
+            sweep_figure(table["sweep"]).savefig(arguments.out / "training-sweep.png", dpi=160)
 
 
 if __name__ == "__main__":

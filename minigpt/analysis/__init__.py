@@ -1,1 +1,1 @@
-"""What a trained model has learned: embeddings, attention, coherence of its stories."""
+"""Analysis of trained models: embeddings, attention, coherence of their stories."""

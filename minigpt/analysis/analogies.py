@@ -1,4 +1,4 @@
-"""Fixed questions to the embedding: neighbours of six words and twenty analogies.
+"""Fixed probes of the token embedding: neighbours of six words, and twenty analogies.
 
 >>> answers = ask(EmbeddingProbe(net, tokenizer))
 >>> answers.analogies[0].rank
@@ -49,13 +49,13 @@ ANALOGIES = {  # first − second + third = expected; all single tokens of the s
 
 @dataclass(frozen=True)
 class Analogy:
-    """A question and its answer."""
+    """An analogy question and its answer."""
 
     kind: str
     question: str  # princess − girl + boy
     expected: str
-    rank: int | None  # of the expected word among all but the three asked about; 1 is the nearest
-    top: Tokens  # the five nearest
+    rank: int | None  # of the expected word, without the three of the question; 1 is the nearest
+    top: Tokens  # the five nearest tokens
     problem: str | None = None  # why there is no answer
 
 
@@ -68,7 +68,7 @@ class Answers:
 
     @property
     def summary(self) -> dict[str, float]:
-        """Number of analogies with an answer, shares of rank 1 and of at most 5, median rank."""
+        """Number of analogies with an answer, shares of rank 1 and of ranks 1 to 5, median rank."""
         ranks = [a.rank for a in self.analogies if a.rank is not None]
         if not ranks:
             return {"asked": 0}
@@ -81,7 +81,7 @@ class Answers:
 
 
 def ask(probe: EmbeddingProbe) -> Answers:
-    """Ask all the questions above."""
+    """Return the neighbours of `WORDS` and the answers to `ANALOGIES`."""
     neighbours = {word: tokens_or_reason(probe.neighbours, word) for word in WORDS}
     questions = ((kind, *words) for kind, group in ANALOGIES.items() for words in group)
     return Answers(neighbours, [_analogy(probe, *question) for question in questions])
@@ -102,7 +102,8 @@ def markdown(answers: dict[str, Answers]) -> str:
     """Return embeddings.md, with a column for each run."""
     parts = [
         "# Embeddings",
-        "Cosines of the token embedding, nearest first, without the words of the question.",
+        "Tokens by cosine similarity of their embeddings, nearest first, without the words asked "
+        "about.",
         "## Nearest neighbours",
         md_table(
             ["word", *answers],
@@ -116,36 +117,37 @@ def markdown(answers: dict[str, Answers]) -> str:
         md_table(
             ["kind", "question", "expected", *answers],
             [
-                [asked[0].kind, asked[0].question, asked[0].expected, *map(_outcome, asked)]
-                for asked in zip(*(each.analogies for each in answers.values()), strict=True)
+                [same[0].kind, same[0].question, same[0].expected, *map(_outcome, same)]
+                for same in zip(*(each.analogies for each in answers.values()), strict=True)
             ],
             left=3 + len(answers),
         ),
-        "Rank of the expected answer among the tokens by cosine, and the token that came first.",
+        "Each cell holds the rank of the expected token, and in brackets the nearest token with "
+        "its cosine similarity.",
         md_table(
-            ["run", "asked", "rank 1", "rank 1 to 5", "median rank"],
+            ["run", "analogies", "rank 1", "rank 1 to 5", "median rank"],
             [[name, *_summary_cells(each.summary)] for name, each in answers.items()],
         ),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def shown(token: str) -> str:
-    """Return a token as a cell of a table, with a line break as \\n."""
+def token_cell(token: str) -> str:
+    """Return a token as a cell of a table, with control characters escaped."""
     return repr(token)[1:-1] or "(a space)"
 
 
 def _listed(tokens: Tokens | str) -> str:
     if isinstance(tokens, str):
         return tokens
-    return ", ".join(f"{shown(word)} {cosine:.2f}" for word, cosine in tokens)
+    return ", ".join(f"{token_cell(word)} {cosine:.2f}" for word, cosine in tokens)
 
 
 def _outcome(analogy: Analogy) -> str:
     if analogy.rank is None:
         return analogy.problem or ""
     word, cosine = analogy.top[0]
-    return f"{analogy.rank} ({shown(word)} {cosine:.2f})"
+    return f"{analogy.rank} ({token_cell(word)} {cosine:.2f})"
 
 
 def _summary_cells(summary: dict[str, float]) -> list[str]:

@@ -1,7 +1,7 @@
-"""Where each token looks: the attention weights of every layer and head over a text.
+"""Attention weights of every layer and head over a text.
 
 >>> weights = attention_weights(net, encode_prompt(tokenizer, "Tom had a dog. He"))
->>> weights[layer, head, i, j]  # the share of its attention that token i gives to token j
+>>> weights[layer, head, i, j]  # the attention that token i pays to token j
 """
 
 from __future__ import annotations
@@ -16,17 +16,24 @@ from minigpt.model import GPT, KVCache
 
 @torch.inference_mode()
 def attention_weights(net: GPT, ids: Tensor) -> Tensor:
-    """Return the weights (n_layers, n_heads, T, T) over `ids` (1, T), float32; rows sum to one.
+    """Return the attention weights of every layer and head over one sequence of tokens.
 
-    They are those of the model's own attention in one pass of `net.forward`, kept by its cache.
-    Nothing is changed in the model, so several threads may ask at once.
+    The model's own attention computes them in one call of `net.forward`, and its `KVCache` records
+    them. The model is not changed, so several threads may call this function at once.
+
+    Args:
+        net: the model.
+        ids: token ids (1, T).
+
+    Returns:
+        Weights (n_layers, n_heads, T, T) in float32. Each row sums to one.
 
     Raises:
-        ValueError: the tokens are more than the context.
-        UserError: the model is of a subclass whose forward takes no cache.
+        ValueError: `ids` is longer than the context.
+        UserError: `net` is of a subclass whose `forward` takes no cache.
     """
     if not takes_cache(net):
-        raise UserError(f"{type(net).__qualname__}.forward takes no cache, which keeps the weights")
+        raise UserError(f"{type(net).__qualname__}.forward must take a cache that keeps weights")
     cache = KVCache(ids.shape[1], keep_weights=True)
     net(ids, cache=cache)
     assert cache.weights is not None

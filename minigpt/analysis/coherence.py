@@ -1,12 +1,12 @@
-"""Heuristics of coherence: whether the names of a story come again.
+"""Heuristics of coherence: whether the names of a story recur.
 
     >>> openings = story_openings(bundled_sample().stories("valid"), tokenizer, 200, 256)
     >>> stories = write_continuations(net, tokenizer, openings, temperature=0.8, seed=1)
     >>> coherence(stories)
 
-Each story continues the first sentence of a validation story, one that names its protagonist: "Once
-upon a time, there was a little girl named Lily." The rest of that validation story, measured in the
-same way, is the human baseline. Names are a heuristic: a story may keep them and make no sense.
+Each story continues the first sentence of a validation story that names its protagonist, such as
+"Once upon a time, there was a little girl named Lily." The rest of that validation story, measured
+in the same way, is the human baseline. A story may keep its names and still make no sense.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from minigpt.generation.sampling import SamplingConfig, generate
 from minigpt.model import GPT, IGNORE_INDEX, perplexity
 from minigpt.tokenizer import Tokenizer
 
-# The whole first sentence, where its last words name somebody.
+# The whole first sentence, if it ends in a name.
 OPENING = re.compile(r"[^.!?\"“]*\b(?:named|called) ([A-Z][a-z]+)\.(?=\s)")
-# A capitalised word after a lower-case letter or a comma, where no sentence begins.
+# A capitalised word inside a sentence: after a lower-case letter or a comma.
 NAME = re.compile(r"(?<=[a-z,] )[A-Z][a-z]+\b")
-ROWS = 50  # stories written or scored together: at 256 tokens of the large size, 200 MB
+BATCH = 50  # stories generated or scored at once; 200 MB for 256 tokens of the large size
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Opening:
 
     text: str
     name: str
-    ids: tuple[int, ...]  # an end-of-text, and those of `text`
+    ids: tuple[int, ...]  # an end-of-text token, then `text`
     rest: str
 
 
@@ -47,28 +47,28 @@ class Continuation:
     """The text after an opening, up to the end of the story or of the model's context."""
 
     opening: Opening
-    ids: tuple[int, ...]  # without an end-of-text
+    ids: tuple[int, ...]  # without the end-of-text token
     text: str
-    ended: bool  # by an end-of-text
+    ended: bool  # by an end-of-text token
 
 
 @dataclass(frozen=True)
 class Coherence:
-    """Heuristics of a group of continuations. A share of nothing is None."""
+    """Measures of a group of continuations. A share is None if there is nothing to count."""
 
-    unfinished: float  # share that had not ended where the context did
+    unfinished: float  # share that did not end within the context
     protagonist_retention: float | None  # share whose last third has the name of the opening
     names: float  # mean number of other names in a continuation
-    name_recurrence: float | None  # share of these names that come a second time
+    name_recurrence: float | None  # share of these names that occur more than once
 
 
 def story_openings(
     stories: Iterable[str], tokenizer: Tokenizer, n: int, context: int
 ) -> list[Opening]:
-    """Return the first `n` openings among `stories` of at most half the context, in order.
+    """Return the first `n` openings of `stories` that fill at most half the context, in order.
 
     Raises:
-        UserError: there are fewer.
+        UserError: there are fewer than `n`.
     """
     openings = []
     for story in stories:
@@ -78,20 +78,19 @@ def story_openings(
                 openings.append(Opening(match[0], match[1], ids, story[match.end() :]))
             if len(openings) == n:
                 return openings
-    half, n_openings = context // 2, len(openings)
-    problem = f"only {n_openings} stories name somebody in their first {half} tokens, half the"
-    raise UserError(f"{problem} context", "n", n)
+    problem = f"only {len(openings)} stories name their protagonist in the first {context // 2}"
+    raise UserError(f"{problem} tokens, half the context", "n", n)
 
 
 def original_continuations(
     openings: Sequence[Opening], tokenizer: Tokenizer, context: int
 ) -> list[Continuation]:
-    """Return how the stories of the openings continue, cut where the model's context ends."""
+    """Return the rest of the story of each opening, cut at the end of the model's context."""
     continuations = []
     for opening in openings:
         ids = tokenizer.encode(opening.rest)
         capacity = context - len(opening.ids)
-        ended = len(ids) < capacity  # as for a model, whose last token would be the end-of-text
+        ended = len(ids) < capacity  # leaves space for the end-of-text token, as for a model
         ids = tuple(ids[:capacity])
         continuations.append(Continuation(opening, ids, tokenizer.decode(ids), ended))
     return continuations
@@ -102,8 +101,8 @@ def write_continuations(
 ) -> list[Continuation]:
     """Sample a continuation of each opening, in their order.
 
-    Openings of equal length are continued together, up to ROWS of them. Each such batch has a
-    seed of its own, counted up from `seed`.
+    Openings of equal length form batches of at most BATCH. The first batch has the seed `seed`, and
+    each further batch the next one.
     """
     continuations: dict[int, Continuation] = {}
     for batch_seed, batch in enumerate(_batches(openings), start=seed):
@@ -124,40 +123,40 @@ def _batches(openings: Sequence[Opening]) -> Iterator[list[int]]:
     for i, opening in enumerate(openings):
         by_length.setdefault(len(opening.ids), []).append(i)
     for _, indices in sorted(by_length.items()):
-        for first in range(0, len(indices), ROWS):
-            yield indices[first : first + ROWS]
+        for first in range(0, len(indices), BATCH):
+            yield indices[first : first + BATCH]
 
 
 def coherence(stories: Sequence[Continuation]) -> Coherence:
-    """Measure `stories`, of which there must be at least one."""
-    retained, names, recurring = [], [], []
+    """Return the coherence measures of `stories`, of which there must be at least one."""
+    retention, names, recurrence = [], [], []
     for story in stories:
         words = split_words(story.text)
         if words:
             last_third = words[len(words) - -(-len(words) // 3) :]  # rounded up
             without_possessive = {re.sub(r"['’]s$", "", word) for word in last_third}
-            retained.append(story.opening.name.lower() in without_possessive)
+            retention.append(story.opening.name.lower() in without_possessive)
         others = set(NAME.findall(story.text)) - {story.opening.name}
         names.append(len(others))
-        recurring += [len(re.findall(rf"\b{name}\b", story.text)) > 1 for name in sorted(others)]
+        recurrence += [len(re.findall(rf"\b{name}\b", story.text)) > 1 for name in sorted(others)]
     return Coherence(
         unfinished=fmean(not story.ended for story in stories),
-        protagonist_retention=fmean(retained) if retained else None,
+        protagonist_retention=fmean(retention) if retention else None,
         names=fmean(names),
-        name_recurrence=fmean(recurring) if recurring else None,
+        name_recurrence=fmean(recurrence) if recurrence else None,
     )
 
 
 @torch.inference_mode()
 def score(net: GPT, stories: Sequence[Continuation], end_of_text: int) -> float:
-    """Return the perplexity of `stories` under a model, without the tokens of their openings.
+    """Return the perplexity of `stories` under `net`, without the tokens of their openings.
 
-    The end of a story counts where there is one. All must fit into the context of `net`, as those
-    of `write_continuations` do, and have at least one token or an end.
+    The end-of-text token of an ended story counts. Each story must fit into the context of `net`,
+    as those of `write_continuations` do, and have at least one token to score.
     """
     nats, n_tokens, device = 0.0, 0, net.embedding.weight.device
-    for first in range(0, len(stories), ROWS):
-        ids, targets = _rows(stories[first : first + ROWS], end_of_text)
+    for first in range(0, len(stories), BATCH):
+        ids, targets = _rows(stories[first : first + BATCH], end_of_text)
         n = int((targets != IGNORE_INDEX).sum())
         nats += n * net.loss(ids.to(device), targets.to(device)).item()
         n_tokens += n
@@ -165,7 +164,7 @@ def score(net: GPT, stories: Sequence[Continuation], end_of_text: int) -> float:
 
 
 def _rows(stories: Sequence[Continuation], end_of_text: int) -> tuple[Tensor, Tensor]:
-    """Return (ids, targets), both (B, T), padded; targets in an opening are IGNORE_INDEX."""
+    """Return padded ids and targets, both (B, T); targets in openings are IGNORE_INDEX."""
     whole = [[*s.opening.ids, *s.ids, *([end_of_text] if s.ended else [])] for s in stories]
     longest = max(map(len, whole)) - 1
     ids = torch.full((len(stories), longest), end_of_text)

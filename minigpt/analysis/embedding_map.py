@@ -1,4 +1,4 @@
-"""A map of words: the token embedding in two dimensions, with a colour for each cluster of words.
+"""Map of words: their token embeddings in two dimensions, with a colour for each cluster.
 
 >>> layout = embedding_map(EmbeddingProbe(net, tokenizer))
 >>> write_map(layout, Path("embedding_map.png"))
@@ -15,16 +15,15 @@ import torch
 from torch import Tensor
 
 from minigpt.analysis.embeddings import EmbeddingProbe
-from minigpt.core.plots import INK, new_figure, to_svg, write_png
+from minigpt.core.plots import COLOURS, MARKERS, Labels, new_figure, to_svg, write_png
 from minigpt.core.settings import UserError
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MAP = "embedding_map.png"
 
-# Words of children's stories by meaning. Words that a tokenizer splits are left out.
+# Words of children's stories by meaning. Words that are not single tokens are left out.
 CLUSTERS: dict[str, tuple[str, ...]] = {
     "family roles": (
         *("mom", "dad", "mommy", "daddy", "mother", "father", "parents", "sister", "brother"),
@@ -36,53 +35,50 @@ CLUSTERS: dict[str, tuple[str, ...]] = {
         *("read", "draw", "paint", "cook", "hide", "ride", "throw", "catch", "build"),
     ),
 }
-COLOURS = ("#2563eb", "#d97706")  # as many as there are clusters
-
-# Positions of a word beside its dot, best first: offset in points, and its alignment.
-SIDES = tuple(
-    ((x * reach, y * reach), {1: "left", 0: "center", -1: "right"}[x])
-    for reach in (6, 11, 17, 24)
-    for x, y in ((1, 0), (-1, 0), (0, 1.4), (0, -1.4), (1, 1), (1, -1), (-1, 1), (-1, -1))
-)
 
 
 class FewWordsError(UserError):
-    """The tokenizer has too few of the map's words as single tokens."""
+    """Too few words of the map are single tokens of the tokenizer."""
 
 
 @dataclass(frozen=True)
 class EmbeddingMap:
-    """Positions of words, and what shows how far the two dimensions can be trusted."""
+    """Positions of words in two dimensions, and how much of the embedding these show."""
 
-    words: dict[str, list[str]]  # of each cluster, those that are single tokens
+    words: dict[str, list[str]]  # cluster: its words that are single tokens
     points: Tensor  # (n, 2), in the order of `words`
-    explained: float  # share of the variance in the two dimensions
-    within: float  # mean cosine of two words of one cluster, in all d dimensions
-    between: float | None  # of two words of different clusters; None: there is one cluster
+    explained: float  # share of the variance that the two dimensions explain
+    within: float  # mean cosine similarity of two words of one cluster, in all d dimensions
+    between: float | None  # the same for words of different clusters; None if there is one
 
 
 def embedding_map(
     probe: EmbeddingProbe, clusters: Mapping[str, Sequence[str]] = CLUSTERS
 ) -> EmbeddingMap:
-    """Lay out the words of `clusters` by the first two principal components of their embeddings.
+    """Project the words of `clusters` on the first two principal components of their embeddings.
 
-    The embeddings have length one.
+    Args:
+        probe: the embeddings, normalised to length one.
+        clusters: words by the name of their cluster.
+
+    Returns:
+        The positions of the words that are single tokens.
 
     Raises:
         FewWordsError: fewer than three of the words are single tokens.
     """
     words = {name: probe.single(members) for name, members in clusters.items()}
-    kept = [word for members in words.values() for word in members]
-    if len(kept) < 3:
-        few = f"only {len(kept)} of its words are single tokens"
-        raise FewWordsError(f"{few}; a larger data.vocab_size and more stories give more")
-    unit = probe.vectors(kept)  # (n, d)
+    singles = [word for members in words.values() for word in members]
+    if len(singles) < 3:
+        problem = f"only {len(singles)} words of the map are single tokens, at least 3 are needed"
+        raise FewWordsError(f"{problem}; train with a larger data.vocab_size or on more stories")
+    unit = probe.vectors(singles)  # (n, d)
     u, s, _ = torch.linalg.svd(unit - unit.mean(dim=0), full_matrices=False)
     points = u[:, :2] * s[:2]
-    points = points * points[0].sign()  # a component has no sign of its own: fix one
+    points = points * points[0].sign()  # the sign of a component is arbitrary: fix it
     group = torch.tensor([i for i, members in enumerate(words.values()) for _ in members])
     cosines, same = unit @ unit.T, group[:, None] == group
-    other = ~torch.eye(len(kept), dtype=torch.bool)
+    other = ~torch.eye(len(singles), dtype=torch.bool)
     return EmbeddingMap(
         words=words,
         points=points,
@@ -93,51 +89,44 @@ def embedding_map(
 
 
 def caption(layout: EmbeddingMap) -> str:
-    """Return what the map shows, and its limits."""
-    between = "" if layout.between is None else f", between groups {layout.between:.2f}"
-    cosines = f"Mean cosine within a group {layout.within:.2f}{between}.".replace("-0", "−0")
-    kept = f"{layout.explained:.0%} of the variance"
-    return f"{cosines} The map keeps {kept}, so that words close on it may still differ."
+    """Return a sentence on the clusters of the map and one on its limits."""
+    limit = "words that are close on it may still differ"
+    return f"{_cosines(layout)}. The map shows {layout.explained:.0%} of the variance: {limit}."
+
+
+def _cosines(layout: EmbeddingMap) -> str:
+    between = "" if layout.between is None else f", {layout.between:.2f} between groups"
+    return f"Mean cosine {layout.within:.2f} within a group{between}".replace("-0", "−0")
 
 
 def map_figure(layout: EmbeddingMap) -> Figure:
-    """Draw a dot and its word for each token, one colour for each cluster."""
+    """Draw a point and its word for each token; each cluster has a colour, a shape and a label.
+
+    At most three clusters can be drawn. Words that have no free position near their point may
+    cover others.
+    """
     figure = new_figure(8, 6)
     (axes,) = figure.axes
     groups = layout.points.split([len(members) for members in layout.words.values()])
-    for colour, name, points in zip(COLOURS, layout.words, groups, strict=True):
-        axes.scatter(*points.T.tolist(), s=22, color=colour, label=name)
+    for i, points in enumerate(groups):
+        axes.scatter(*points.T.tolist(), s=22, color=COLOURS[i], marker=MARKERS[i])
     axes.set(xlabel="first principal component", ylabel="second principal component")
     axes.set(xticks=[], yticks=[])
-    axes.margins(0.08)
-    figure.legend(frameon=False, labelcolor=INK, fontsize=11, loc="outside upper left", ncols=2)
-    figure.draw_without_rendering()  # fixes where a point lies on the figure
-    _label(axes, [word for members in layout.words.values() for word in members], layout.points)
+    axes.margins(0.1)
+    axes.set_title(_cosines(layout), loc="left", fontsize=11)
+    labels = Labels(axes, layout.points.tolist())
+    words = (word for members in layout.words.values() for word in members)
+    for word, point in zip(words, layout.points.tolist(), strict=True):
+        labels.add(word, point)
+    for name, colour, points in zip(layout.words, COLOURS, groups, strict=False):
+        if len(points):
+            labels.add(name, points.mean(dim=0).tolist(), colour, fontweight="bold", fontsize=12)
     return figure
-
-
-def _label(axes: Axes, words: list[str], points: Tensor) -> None:
-    """Write each word beside its dot, at the first position where it covers nothing."""
-    from matplotlib.transforms import Bbox
-
-    dots = axes.transData.transform(points.numpy())
-    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in dots.tolist()]
-    for word, point in zip(words, points.tolist(), strict=True):
-        label = axes.annotate(
-            word, tuple(point), (0, 0), textcoords="offset points", color=INK, va="center"
-        )
-        box = Bbox.null()
-        for offset, side in SIDES:
-            label.set(position=offset, ha=side)
-            box = label.get_window_extent().padded(3, -1)  # apart sideways, close in height
-            if not any(box.overlaps(other) for other in taken):
-                break
-        taken.append(box)
 
 
 def write_map(layout: EmbeddingMap, path: Path) -> None:
     """Write the map as a PNG, whole or not at all. The folder is created if missing."""
-    write_png(map_figure(layout), path, dpi=150)
+    write_png(map_figure(layout), path)
 
 
 def map_svg(layout: EmbeddingMap) -> str:

@@ -1,4 +1,4 @@
-"""Nearest neighbours and analogies of words in the token embedding.
+"""Nearest neighbours and analogies of words by their token embeddings.
 
 >>> probe = EmbeddingProbe(run.load_model(), run.tokenizer)
 >>> probe.neighbours("dad")
@@ -20,7 +20,7 @@ from minigpt.core.settings import UserError
 from minigpt.model import GPT
 from minigpt.tokenizer import Tokenizer
 
-Tokens = list[tuple[str, float]]  # with their cosines, nearest first
+Tokens = list[tuple[str, float]]  # tokens and their cosine similarities, nearest first
 
 _MINUS = "−–-"  # minus sign, en dash, hyphen (last, as it goes into [...])
 _WORD, _SIGN = rf"([^\s+{_MINUS}]+)", rf"([+{_MINUS}])"
@@ -28,14 +28,20 @@ _ANALOGY = re.compile(rf"\s*{_WORD}\s*{_SIGN}\s*{_WORD}\s*{_SIGN}\s*{_WORD}\s*")
 
 
 class SplitWordError(UserError):
-    """The tokenizer has no single token for a word, so the word has no embedding of its own."""
+    """A word is not a single token of the tokenizer, so it has no embedding of its own."""
 
 
 def parse_analogy(text: str) -> tuple[str, str, str]:
-    """Return `princess - girl + boy` as (word, minus, plus); `princess + boy - girl` is the same.
+    """Parse `princess - girl + boy`, or the same as `princess + boy - girl`.
+
+    Args:
+        text: three words, one of them subtracted and one added.
+
+    Returns:
+        The words (word, minus, plus), here ("princess", "girl", "boy").
 
     Raises:
-        UserError: `text` is not three words, one of them subtracted and one added.
+        UserError: `text` has another form.
     """
     match = _ANALOGY.fullmatch(text)
     if match:
@@ -49,7 +55,7 @@ def parse_analogy(text: str) -> tuple[str, str, str]:
 
 
 def tokens_or_reason(query: Callable[..., Tokens], *words: str) -> Tokens | str:
-    """Return `query(*words)`, or why there is no answer, where a word is not a single token."""
+    """Return `query(*words)`, or the reason as text if a word is not a single token."""
     try:
         return query(*words)
     except SplitWordError as error:
@@ -57,23 +63,27 @@ def tokens_or_reason(query: Callable[..., Tokens], *words: str) -> Tokens | str:
 
 
 class EmbeddingProbe:
-    """Cosine geometry of the token embedding.
+    """Cosine similarities between token embeddings.
 
-    A word stands for the token that it is inside a story, with a space before it (" dad"), or,
-    where there is none, for the bare token ("Once"). In lower case there is no such fallback, as
-    bare tokens are pieces of longer words: "art" of "started". Results have no space, each word
-    once at its best cosine, without the words of the query in either spelling.
+    A word stands for its token inside a story, which begins with a space (" dad"). A capitalised
+    word without such a token stands for the bare token ("Once"). A lower-case word does not: bare
+    lower-case tokens are pieces of longer words, such as "art" in "started". Results come without
+    the space. Each word appears once, with its highest cosine similarity, and the words of the
+    query are left out with and without the space.
+
+    Args:
+        net: a model, or an embedding matrix (V, d).
+        tokenizer: the tokenizer of the model.
     """
 
     def __init__(self, net: GPT | Tensor, tokenizer: Tokenizer) -> None:
-        """`net`: a model, or an embedding matrix (V, d) itself."""
         matrix = net.embedding.weight if isinstance(net, GPT) else net
-        known = matrix[: tokenizer.vocab_size]  # a model may have room for more
-        self.unit = F.normalize(known.detach().float().cpu(), dim=-1)  # (V, d), rows of length 1
+        rows = matrix[: tokenizer.vocab_size]  # a model may have capacity for more tokens
+        self.unit = F.normalize(rows.detach().float().cpu(), dim=-1)  # (V, d), rows of length 1
         self.tokenizer = tokenizer
 
     def neighbours(self, word: str, k: int = 5) -> Tokens:
-        """Return the k nearest tokens to `word` with their cosines, nearest first.
+        """Return the `k` tokens nearest to `word` with their cosine similarities, nearest first.
 
         Raises:
             SplitWordError: `word` is not a single token.
@@ -81,10 +91,10 @@ class EmbeddingProbe:
         return self._nearest(self.vectors([word])[0], k, leave_out={word.strip()})
 
     def analogy(self, word: str, minus: str, plus: str, k: int = 5) -> Tokens:
-        """Return the k tokens nearest to `word` − `minus` + `plus`, with their cosines.
+        """Return the `k` tokens nearest to `word` − `minus` + `plus`, nearest first.
 
-        The three vectors have length one before they are added (Mikolov, Yih and Zweig 2013,
-        section 4).
+        The three vectors are normalised to length one before they are added (Mikolov, Yih and
+        Zweig 2013, "Linguistic Regularities in Continuous Space Word Representations", section 4).
 
         Raises:
             SplitWordError: one of the three is not a single token.
@@ -93,7 +103,7 @@ class EmbeddingProbe:
         return self._nearest(a - b + c, k, leave_out={w.strip() for w in (word, minus, plus)})
 
     def single(self, words: Iterable[str]) -> list[str]:
-        """Return those of `words` that are single tokens, in their order."""
+        """Return the words that are single tokens, in their order."""
         singles = []
         for word in words:
             with contextlib.suppress(SplitWordError):
@@ -102,7 +112,7 @@ class EmbeddingProbe:
         return singles
 
     def vectors(self, words: Iterable[str]) -> Tensor:
-        """Return the unit embeddings (n, d) of n words.
+        """Return the embeddings (n, d) of n words, normalised to length one.
 
         Raises:
             SplitWordError: one of them is not a single token.
@@ -110,10 +120,10 @@ class EmbeddingProbe:
         return self.unit[[self.token_id(word) for word in words]]
 
     def token_id(self, word: str) -> int:
-        """Return the id of the single token that `word` is.
+        """Return the id of the single token for `word`.
 
         Raises:
-            SplitWordError: `word` is several tokens, or empty.
+            SplitWordError: `word` is empty or several tokens.
         """
         word = word.strip()
         if not word:
@@ -123,8 +133,8 @@ class EmbeddingProbe:
             if len(ids) == 1:
                 return ids[0]
         pieces = " + ".join(f"'{self.tokenizer.token(i)}'" for i in spaced)
-        problem = f"'{word}' is {len(spaced)} tokens to this tokenizer ({pieces})"
-        raise SplitWordError(f"{problem} and has no embedding of its own; give a more common word")
+        problem = f"'{word}' has no embedding of its own, since it is {len(spaced)} tokens"
+        raise SplitWordError(f"{problem} ({pieces}); give a more common word")
 
     def _nearest(self, target: Tensor, k: int, leave_out: set[str]) -> Tokens:
         cosines = self.unit @ F.normalize(target, dim=-1)  # (V,)

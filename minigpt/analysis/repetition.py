@@ -1,4 +1,4 @@
-"""How much stories repeat themselves, and how much they copy from the training stories."""
+"""Measure how much stories repeat themselves and how much they copy from training stories."""
 
 from __future__ import annotations
 
@@ -7,26 +7,34 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 NGram = tuple[str, ...]
-COPIED = 4  # so many words in a row count as a repetition or a copy
-NOVELTY_STORIES = 40_000  # training stories searched for copies at most: five seconds
+COPIED = 4  # words in a row that count as a repetition or a copy
+NOVELTY_STORIES = 40_000  # most training stories to search for copies, about five seconds
 
 
 @dataclass(frozen=True)
 class Repetition:
-    """Word n-grams of a group of texts. A share of nothing is None."""
+    """Measures of word n-grams in a group of texts. A share is None if there are none to count.
 
-    words: float  # of a text, on average
-    distinct: tuple[float | None, ...]  # share of different 1-, 2-, 3-grams (Li et al. 2016)
-    repeated: float | None  # share of 4-grams that the same text had before
-    novel: float | None  # share of 4-grams that no training story has; None without such stories
+    The share of distinct n-grams is distinct-n of Li et al. 2016, arXiv 1510.03055.
+    """
+
+    words: float  # mean number of words of a text
+    distinct: tuple[float | None, ...]  # share of distinct 1-, 2- and 3-grams
+    repeated: float | None  # share of 4-grams that occurred earlier in the same text
+    novel: float | None  # share of 4-grams that are in no training story
 
 
 def measure(
     groups: Sequence[Sequence[str]], training: Iterable[str]
 ) -> tuple[list[Repetition], int]:
-    """Return a Repetition for each group of texts, and how many `training` stories were read.
+    """Measure repetition and novelty in groups of texts.
 
-    The training stories are streamed and not kept, so that there may be any number of them.
+    Args:
+        groups: groups of texts.
+        training: training stories, read one by one, so that they need not fit into memory.
+
+    Returns:
+        A `Repetition` for each group, and the number of training stories.
     """
     words = [[split_words(text) for text in group] for group in groups]
     texts = [[ngrams(text, COPIED) for text in group] for group in words]

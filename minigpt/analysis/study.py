@@ -1,4 +1,4 @@
-"""Compare trained models: coherence by temperature, sample stories, embeddings.
+"""Compare trained models by the coherence of their stories, sample stories and embeddings.
 
 >>> write_study([Run.load("runs/small"), Run.load("runs/large")], Path("docs/results"))
 """
@@ -31,7 +31,7 @@ from minigpt.analysis.repetition import COPIED, NOVELTY_STORIES, Repetition, mea
 from minigpt.core.fields import documented
 from minigpt.core.files import write_json, write_text
 from minigpt.core.hardware import Hardware
-from minigpt.core.plots import INK, new_figure, write_png
+from minigpt.core.plots import COLOURS, INK, MARKERS, REFERENCE_COLOUR, new_figure, write_png
 from minigpt.core.settings import UserError
 from minigpt.core.text import md_table, percent, value_cell
 from minigpt.data.sources import bundled_sample
@@ -46,8 +46,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("minigpt")
 
-ORIGINALS = "the original stories"
-SAMPLE_SEEDS = (1, 2, 3)
+ORIGINALS = "the original stories"  # name of their row, also in coherence.json
+SAMPLE_SEEDS = (1, 2, 3)  # of the stories in samples.md
+# Keys of coherence.json that differ from the names of the fields, for the sake of older files.
 JSON_NAMES = {"protagonist_retention": "hero_kept", "name_recurrence": "names_back"}
 SAMPLE_PROMPT, SAMPLE_TEMPERATURE, SAMPLE_TOKENS = "Once upon a time", 0.8, 256
 
@@ -55,14 +56,14 @@ SAMPLE_PROMPT, SAMPLE_TEMPERATURE, SAMPLE_TOKENS = "Once upon a time", 0.8, 256
 @documented
 @dataclass(frozen=True)
 class StudyConfig:
-    """Settings of the stories that are compared."""
+    """Settings of the stories that the study compares."""
 
     n: int = 200
-    """Number of stories of each run at each temperature."""
+    """Number of stories that each model writes at each temperature."""
     temperatures: tuple[float, ...] = (0.5, 0.8, 1.0, 1.2)
-    """Temperatures at which the stories are sampled."""
+    """Sampling temperatures of the stories."""
     seed: int = 1
-    """Seed of the stories, the same at each temperature."""
+    """Seed of the sampling, the same at each temperature."""
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -80,12 +81,12 @@ class Row:
     temperature: float | None
     coherence: Coherence
     repetition: Repetition
-    perplexity: float  # of the stories under the largest of the models
+    perplexity: float  # of the stories under the largest model
 
 
 @dataclass(frozen=True)
 class StudiedModel:
-    """A trained model, loaded."""
+    """A loaded model with the name of its run."""
 
     name: str
     net: GPT
@@ -95,14 +96,19 @@ class StudiedModel:
 def write_study(runs: Sequence[Run], out: Path, config: StudyConfig | None = None) -> None:
     """Write coherence.md, .png and .json, samples.md, embeddings.md and .json into `out`.
 
-    A run whose tokenizer has enough of the words of the map also gets a map, as a PNG.
+    There is also a map of words, as a PNG, for each run whose tokenizer has enough of the words.
+
+    Args:
+        runs: the runs to compare, of different names.
+        out: output folder, created if missing.
+        config: settings of the stories; None means the defaults.
 
     Raises:
-        UserError: two runs have one name, or tokenizers or contexts differ, so that the largest
-            model cannot score the stories of the others.
+        UserError: two runs have the same name, or tokenizers or contexts differ, so that the
+            largest model cannot score the stories of the others.
     """
     config = config or StudyConfig()
-    models = _loaded(runs)
+    models = _load_models(runs)
     out.mkdir(parents=True, exist_ok=True)
     probes = {m.name: EmbeddingProbe(m.net, m.tokenizer) for m in models}
     answers = {name: analogies.ask(probe) for name, probe in probes.items()}
@@ -121,23 +127,23 @@ def write_study(runs: Sequence[Run], out: Path, config: StudyConfig | None = Non
     write_png(coherence_figure(rows), out / "coherence.png")
 
 
-def _loaded(runs: Sequence[Run]) -> list[StudiedModel]:
+def _load_models(runs: Sequence[Run]) -> list[StudiedModel]:
     """Load the models on the CPU, smallest first."""
     names = [run.folder.resolve().name for run in runs]
     if len(set(names)) < len(names):
-        raise UserError("two runs have one name; rename the folder of one", "runs", names)
+        raise UserError("two runs have the same name; rename the folder of one", "runs", names)
     models = [
         StudiedModel(n, r.load_model(), r.tokenizer) for n, r in zip(names, runs, strict=True)
     ]
     kinds = {(m.tokenizer.fingerprint, m.net.config.context_length) for m in models}
     if len(kinds) > 1:
-        problem = "tokenizer or context differ, so that no model can score all stories"
-        raise UserError(f"{problem}; study them one by one", "runs", names)
+        problem = "tokenizer or context differ, so no model can score the stories of all"
+        raise UserError(f"{problem}; study each run separately", "runs", names)
     return sorted(models, key=lambda model: model.net.n_parameters)
 
 
 def _write_maps(probes: Mapping[str, EmbeddingProbe], out: Path) -> list[str]:
-    """Write a map of words for each model; return the part of embeddings.md that shows them."""
+    """Write a map of words for each model and return the section of embeddings.md on them."""
     text = []
     for name, probe in probes.items():
         try:
@@ -150,7 +156,7 @@ def _write_maps(probes: Mapping[str, EmbeddingProbe], out: Path) -> list[str]:
 
 
 def _row_json(row: Row) -> dict[str, Any]:
-    """Return a row of coherence.json, whose two measures of names have the names of old files."""
+    """Return a row of coherence.json, with the keys of older files."""
     plain = dataclasses.asdict(row)
     renamed = {JSON_NAMES.get(key, key): value for key, value in plain["coherence"].items()}
     return plain | {"coherence": renamed}
@@ -162,7 +168,7 @@ def _row_json(row: Row) -> dict[str, Any]:
 def study_rows(models: Sequence[StudiedModel], config: StudyConfig) -> list[Row]:
     """Return the row of the originals, then one for each model and temperature.
 
-    The models are sorted by size; the last and largest scores all stories.
+    The models must be sorted by size: the last one scores all stories.
     """
     judge, tokenizer = models[-1].net, models[-1].tokenizer
     context = judge.config.context_length
@@ -185,40 +191,45 @@ def study_rows(models: Sequence[StudiedModel], config: StudyConfig) -> list[Row]
 
 
 HEADS = (
-    "run", "temperature", "words", "distinct 1", "2", "3", "repeated 4", "new 4",
-    "protagonist retention", "names", "name recurrence", "perplexity", "unfinished",
+    "run", "temperature", "words", "distinct 1-grams", "distinct 2-grams", "distinct 3-grams",
+    "repeated 4-grams", "new 4-grams", "protagonist retention", "names", "name recurrence",
+    "perplexity", "unfinished",
 )  # fmt: skip
 
 
 def coherence_markdown(
     rows: Sequence[Row], models: Sequence[StudiedModel], config: StudyConfig
 ) -> str:
-    """Return coherence.md: how the stories were made, the table, the figure, the measures."""
+    """Return coherence.md: how the stories were sampled, the table, the figure, the measures."""
     context, judge = models[-1].net.config.context_length, models[-1]
     return f"""# Coherence and temperature
 
-{config.n} stories of each run at each temperature, seed {config.seed}, without top-k and top-p.
-Each continues the first sentence of a validation story that names somebody, until the story ends or
-the context of {context} tokens is full. The first row, the rest of these stories cut at the same
-length, is the human baseline to compare with.
+Each run wrote {config.n} stories at each temperature, with seed {config.seed} and without top-k
+or top-p. A story continues the first sentence of a validation story that names its protagonist,
+until it ends or fills the context of {context} tokens. The first row is the human baseline: the
+rest of those validation stories, cut at the same length.
 
 {md_table(HEADS, map(_cells, rows))}
 
 ![Measures against temperature](coherence.png)
 
-All measures but perplexity are heuristics of coherence: they count words and names.
+Of more than three runs, the figure shows the smallest, the middle and the largest.
+All measures except perplexity are heuristics of coherence that count words and names.
 
-- words: mean length. distinct 1, 2, 3: share of different word n-grams among all continuations.
-  repeated 4: share of word 4-grams that the same continuation had before. new 4: share that no
-  story of the bundled training split has.
+- words: mean number of words in a continuation.
+- distinct n-grams: share of distinct word n-grams among those of all continuations.
+- repeated 4-grams: share of word 4-grams that occurred earlier in the same continuation.
+- new 4-grams: share of word 4-grams that are in no story of the bundled training split.
 - protagonist retention: share of continuations whose last third has the name of the opening.
-  names: mean number of other names. name recurrence: share of these that come a second time. A
-  name is a capitalised word where no sentence begins.
-- perplexity: under {judge.name} ({judge.net.n_parameters:,} parameters); low for dull stories too.
-- unfinished: share that had not ended where the context did.
+- names: mean number of other names. A name is a capitalised word inside a sentence.
+- name recurrence: share of these names that occur more than once.
+- perplexity: under {judge.name} ({judge.net.n_parameters:,} parameters). Dull stories have a low
+  perplexity, too.
+- unfinished: share of continuations that did not end within the context.
 
-The standard error of a share of {config.n} stories is {50 / config.n**0.5:.1f} points at 50 % and
-{30 / config.n**0.5:.1f} at 90 %: differences below three standard errors may be chance.
+The standard error of a share of {config.n} stories is {50 / config.n**0.5:.1f} percentage points
+at 50 % and {30 / config.n**0.5:.1f} at 90 %. A difference of less than three standard errors may
+be chance.
 """
 
 
@@ -237,28 +248,35 @@ def _cells(row: Row) -> list[str]:
 
 
 def coherence_figure(rows: Sequence[Row]) -> Figure:
-    """Draw six measures against temperature: a line for each run, dashed for the originals."""
+    """Draw six measures against temperature: a line for each run, dashed for the originals.
+
+    Of more than three runs, the first, the middle and the last are drawn.
+    """
     from matplotlib.ticker import LogLocator, NullLocator
 
     measures = {
-        "different word 3-grams": lambda row: row.repetition.distinct[2],
-        f"repeated {COPIED}-grams": lambda row: row.repetition.repeated,
+        "distinct word 3-grams": lambda row: row.repetition.distinct[2],
+        f"repeated word {COPIED}-grams": lambda row: row.repetition.repeated,
         "protagonist retention": lambda row: row.coherence.protagonist_retention,
         "name recurrence": lambda row: row.coherence.name_recurrence,
         "unfinished stories": lambda row: row.coherence.unfinished,
         "perplexity under the largest": lambda row: row.perplexity,
     }
-    figure = new_figure(8.4, 5.4, rows=2, columns=3)
+    figure = new_figure(8, 5.6, rows=2, columns=3)
+    names = list(dict.fromkeys(row.run for row in rows if row.run != ORIGINALS))
+    shown = [names[i] for i in sorted({0, len(names) // 2, len(names) - 1})]
+    temperatures = sorted({row.temperature for row in rows if row.temperature is not None})
     for axes, (title, value) in zip(figure.axes, measures.items(), strict=True):
-        for i, name in enumerate(dict.fromkeys(row.run for row in rows if row.run != ORIGINALS)):
+        for name, colour, marker in zip(shown, COLOURS, MARKERS, strict=False):
             own = [(row.temperature, value(row)) for row in rows if row.run == name]
             points = np.array(own, float).T  # None becomes NaN, which is not drawn
-            axes.plot(*points, "o-", color=f"C{i}", markersize=4, label=name)
+            axes.plot(*points, f"{marker}-", color=colour, markersize=4, label=name)
         (human,) = [value(row) for row in rows if row.run == ORIGINALS]
         if human is not None:
-            axes.axhline(human, color="#6b7280", linestyle="--", linewidth=1.2, label=ORIGINALS)
+            axes.axhline(human, color=REFERENCE_COLOUR, linestyle="--", label=ORIGINALS)
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("temperature")
+        axes.set_xticks(temperatures, [f"{temperature:g}" for temperature in temperatures])
         if title.startswith("perplexity"):
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -266,6 +284,8 @@ def coherence_figure(rows: Sequence[Row]) -> Figure:
             axes.yaxis.set_minor_locator(NullLocator())
         else:
             axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
+    title = "Generated stories by temperature, compared with the human originals (dashed)"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
     legend = figure.axes[0].get_legend_handles_labels()
     figure.legend(*legend, loc="outside lower center", ncols=4, frameon=False, labelcolor=INK)
     return figure
@@ -277,13 +297,13 @@ def coherence_figure(rows: Sequence[Row]) -> Figure:
 def samples_markdown(models: Sequence[StudiedModel]) -> str:
     """Return samples.md: three unedited stories of each model.
 
-    The models must be on the CPU, as for `minigpt generate`, since a seed gives another story
-    elsewhere.
+    The models must be on the CPU, as for `minigpt generate`: on another device the same seed gives
+    another story.
     """
     parts = [
         "# Samples",
-        f"Unedited, by `minigpt generate <run> --prompt '{SAMPLE_PROMPT}' --temperature "
-        f"{SAMPLE_TEMPERATURE:g} --max-tokens {SAMPLE_TOKENS} --seed <seed>`.",
+        f"These stories are unedited, from `minigpt generate <run> --prompt '{SAMPLE_PROMPT}' "
+        f"--temperature {SAMPLE_TEMPERATURE:g} --max-tokens {SAMPLE_TOKENS} --seed <seed>`.",
     ]
     for model in models:
         parts.append(f"## {model.name}, {model.net.n_parameters:,} parameters")

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
-from minigpt.analysis.analogies import Answers, shown
+from minigpt.analysis.analogies import Answers, token_cell
 from minigpt.analysis.embeddings import Tokens
 from minigpt.core.text import percent
 from minigpt.evaluation import Evaluation
@@ -80,7 +80,7 @@ def word_table(title: str, tokens: Iterable[tuple[str, float]]) -> Table:
     """Return a table of tokens with their cosines."""
     table = Table(Column(Text(title)), Column("cosine", justify="right"))
     for token, cosine in tokens:
-        table.add_row(Text(shown(token)), f"{cosine:.2f}")
+        table.add_row(Text(token_cell(token)), f"{cosine:.2f}")
     return table
 
 
@@ -88,7 +88,7 @@ def score_table(answers: Answers) -> Table:
     """Return a table with a row for each analogy."""
     table = Table("analogy", "expected", "nearest token", "rank of expected", title="Analogies")
     for analogy in answers.analogies:
-        nearest = Text(shown(analogy.top[0][0]) if analogy.top else "")
+        nearest = Text(token_cell(analogy.top[0][0]) if analogy.top else "")
         problem = (analogy.problem or "").split(" to this ")[0]
         rank = str(analogy.rank) if analogy.rank else problem
         table.add_row(analogy.question, analogy.expected, nearest, rank)

@@ -1,4 +1,4 @@
-"""Matplotlib figures in one style, as PNG files and as inline SVG for HTML pages.
+"""Matplotlib figures in one style, as PNG files and as SVG elements of a page.
 
 >>> figure = new_figure(8, 6)
 >>> write_png(figure, Path("map.png"))
@@ -9,15 +9,23 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minigpt.core.files import write_bytes
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
 
 INK = "#374151"  # text, axes and grid
+# Series of a figure, from the palette of Okabe and Ito (2008), which colour-blind readers can tell
+# apart. Each has a contrast of at least 3 on white and on the dark pages.
+COLOURS = ("#0072b2", "#d55e00", "#009e73")
+MARKERS = "os^"  # of the same series, for print without colour
+REFERENCE_COLOUR = "#6b7280"  # what the series are compared with
 STYLE: Any = {  # a dict of rc parameters
     **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "grid.color", "text.color"), INK),
     **dict.fromkeys(("xtick.color", "ytick.color"), INK),
@@ -26,6 +34,12 @@ STYLE: Any = {  # a dict of rc parameters
     **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
     "grid.alpha": 0.13,
 }
+# Positions of a label beside its point, best first: offset in points, and horizontal alignment.
+SIDES = tuple(
+    ((x * reach, y * reach), {1: "left", 0: "center", -1: "right"}[x])
+    for reach in (6, 11, 17, 24, 34, 48)
+    for x, y in ((1, 0), (-1, 0), (0, 1.4), (0, -1.4), (1, 1), (1, -1), (-1, 1), (-1, -1))
+)
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> Figure:
@@ -49,8 +63,44 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
     return figure
 
 
-def write_png(figure: Figure, path: Path, dpi: int = 200) -> None:
-    """Write `figure` to `path` as a PNG, atomically; the folder is created if missing."""
+class Labels:
+    """Direct labels of an axes, each beside its point and where it covers nothing.
+
+    Everything else must be drawn and the limits of the axes final: creating this object fixes the
+    layout of the figure.
+
+    Args:
+        axes: where to write.
+        obstacles: points (x, y) in units of the axes that no label may cover.
+    """
+
+    def __init__(self, axes: Axes, obstacles: Iterable[Sequence[float]]) -> None:
+        from matplotlib.transforms import Bbox
+
+        self.axes, self.figure = axes, axes.figure.get_figure(root=True)
+        self.figure.draw_without_rendering()
+        self.figure.set_layout_engine("none")  # a label must not move the axes
+        pixels = axes.transData.transform([tuple(point) for point in obstacles])
+        self.taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in pixels.tolist()]
+
+    def add(self, text: str, point: Sequence[float], colour: str = INK, **style: Any) -> Annotation:
+        """Write `text` beside `point`, at the first of `SIDES` that is free, or at the last."""
+        label = self.axes.annotate(text, (point[0], point[1]), color=colour, va="center", **style)
+        label.set(anncoords="offset points")
+        boxes = []
+        for offset, side in SIDES:
+            label.set(position=offset, ha=side)
+            box = label.get_window_extent().padded(3, -1)  # apart sideways, close in height
+            boxes.append(box)
+            inside = all(self.figure.bbox.fully_contains(*xy) for xy in (box.min, box.max))
+            if inside and not any(box.overlaps(other) for other in self.taken):
+                break
+        self.taken.append(boxes[-1])
+        return label
+
+
+def write_png(figure: Figure, path: Path, dpi: int = 160) -> None:
+    """Write `figure` as a PNG, whole or not at all. The folder is created if missing."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=dpi)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,8 +110,8 @@ def write_png(figure: Figure, path: Path, dpi: int = 200) -> None:
 def to_svg(figure: Figure) -> str:
     """Return `figure` as an <svg> element for a light or dark HTML page.
 
-    Text stays selectable, the background is transparent, and INK becomes the text colour of the
-    page. Elements of several figures have different ids, so they can be on one page.
+    Text stays text, the background is transparent, and INK becomes the text colour of the page.
+    A page may hold several of these elements, because none of them has ids.
     """
     from matplotlib import rc_context
 

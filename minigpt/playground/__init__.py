@@ -1,1 +1,1 @@
-"""The local web page: tell stories and look inside."""
+"""Local web page that shows the stories of models and what happens inside them."""

@@ -1,6 +1,6 @@
-"""What the playground's page shows for what visitors type.
+"""Answers of the playground's page to the inputs of its visitors, as HTML.
 
-`Playground` answers in HTML. Whatever is typed is bounded, and a mistake is one line in the page.
+Every input is limited in length and range, and an invalid one is answered by one line on the page.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from minigpt.runs.folder import Run
 from minigpt.runs.names import BEST
 from minigpt.tokenizer import Tokenizer
 
-MAX_RUNS = 4  # columns that a page has room for
+MAX_RUNS = 4  # columns of stories that fit on a page
 MAX_PROMPT = 1000  # characters
-MAX_TOKENS = 400  # of a story
-MAX_ATTENTION = 48  # tokens: what a heatmap can be read at
-UPDATE_SECONDS = 0.08  # between two looks at a growing story
+MAX_TOKENS = 400  # tokens of a story
+MAX_ATTENTION = 48  # tokens of a heatmap that is still readable
+UPDATE_SECONDS = 0.08  # least time between two updates of a growing story
 
 
 @dataclass(frozen=True)
@@ -45,24 +45,30 @@ class LoadedModel:
     net: GPT
     tokenizer: Tokenizer
     probe: EmbeddingProbe
-    map: str  # HTML
+    map: str  # map of words as HTML
 
 
 class Playground:
-    """What the page shows for what a visitor types. Keeps nothing: many may ask at once."""
+    """Answers to visitors. No answer changes this object: many visitors can be served at once."""
 
     def __init__(self, models: Sequence[LoadedModel]) -> None:
         self.models = {model.name: model for model in models}
 
     @classmethod
     def load(cls, runs: Sequence[Run]) -> Playground:
-        """Return a page with the models of `runs`, each once.
+        """Load the models of `runs`. A run that occurs twice is loaded once.
+
+        Args:
+            runs: the runs, at most MAX_RUNS.
+
+        Returns:
+            A playground with these models.
 
         Raises:
-            UserError: more than MAX_RUNS, or one that cannot be read.
+            UserError: there are too many runs, or one of them cannot be read.
         """
         if len(runs) > MAX_RUNS:
-            raise UserError(f"{len(runs)} runs do not fit on a page: give at most {MAX_RUNS}")
+            raise UserError(f"the page shows at most {MAX_RUNS} runs, not {len(runs)}")
         models: dict[Path, LoadedModel] = {}
         for run in runs:
             if run.checkpoint not in models:
@@ -73,39 +79,47 @@ class Playground:
         self, prompt: str, temperature: float, top_k: int, top_p: float, min_p: float,
         max_tokens: int,
     ) -> Iterator[tuple[str, ...]]:  # fmt: skip
-        """The story of each model as HTML, again and again while it grows.
+        """Yield the story of each model as HTML, again with each update while they grow.
 
-        All models sample with one seed. top_k 0 and top_p 1 mean without.
+        All models sample with the same seed. An invalid input gives one line of error instead.
+
+        Args:
+            prompt: beginning of the story, at most MAX_PROMPT characters.
+            temperature: sampling temperature; 0 takes the most likely token.
+            top_k: number of most likely tokens to sample from; 0 means all.
+            top_p: probability mass of the most likely tokens to sample from; 1 means all.
+            min_p: least probability of a token, as a share of the highest; 0 means all.
+            max_tokens: most tokens after the prompt, at most MAX_TOKENS.
         """
         try:
             prompt = _checked(prompt)
             if not 1 <= max_tokens <= MAX_TOKENS:
-                raise UserError(f"a length of {max_tokens} must be from 1 to {MAX_TOKENS} tokens")
+                raise UserError(f"must be from 1 to {MAX_TOKENS}", "max_tokens", max_tokens)
             sampling = SamplingConfig(
                 temperature, top_k or None, top_p, max_tokens, random.getrandbits(31), min_p
             )
             stories = [_story(model, prompt, sampling) for model in self.models.values()]
-            shown = [next(story) for story in stories]
+            columns = [next(story) for story in stories]
         except UserError as error:
             yield (note_html(str(error), "error"),) * len(self.models)
             return
         last = 0.0  # the first token is shown at once
-        while any(looks := [next(story, "") for story in stories]):
-            shown = [look or before for look, before in zip(looks, shown, strict=True)]
+        while any(updates := [next(story, "") for story in stories]):
+            columns = [new or old for new, old in zip(updates, columns, strict=True)]
             if time.monotonic() - last > UPDATE_SECONDS:
-                yield tuple(shown)
+                yield tuple(columns)
                 last = time.monotonic()
-        yield tuple(shown)
+        yield tuple(columns)
 
     def neighbours(self, name: str, word: str) -> str:
-        """Bars of the tokens nearest to `word` in the model called `name`."""
+        """Return bars of the tokens nearest to `word` in the model `name`."""
         try:
             return bars_html(self.models[name].probe.neighbours(_checked(word, "a word"), k=8))
         except UserError as error:
             return note_html(str(error), "error")
 
     def analogy(self, name: str, text: str) -> str:
-        """Bars of the answers to `princess - girl + boy`."""
+        """Return bars of the answers of the model `name` to an analogy: princess - girl + boy."""
         try:
             words = parse_analogy(_checked(text, "three words"))
             return bars_html(self.models[name].probe.analogy(*words, k=8))
@@ -113,52 +127,52 @@ class Playground:
             return note_html(str(error), "error")
 
     def map(self, name: str) -> str:
-        """The map of words of the model called `name`."""
+        """Return the map of words of the model `name`."""
         return self.models[name].map
 
     def attention(self, name: str, text: str, layer: int, head: int) -> str:
-        """Where each token of `text` looks, in a layer and head that are counted from 1."""
+        """Return the attention of one head over `text`; `layer` and `head` count from 1."""
         model = self.models[name]
         shape = model.net.config
         try:
             for part, i, n in (("layers", layer, shape.n_layers), ("heads", head, shape.n_heads)):
                 if not 1 <= i <= n:
-                    raise UserError(f"{name} has {n} {part}: choose 1 to {n}")
+                    raise UserError(f"{name} has {n} {part}: choose one from 1 to {n}")
             text_ids = encode_prompt(model.tokenizer, _checked(text, "a sentence"))
             ids = text_ids[:, : min(MAX_ATTENTION, shape.context_length)]
             weights = attention_weights(model.net, ids.to(model.net.embedding.weight.device))
         except UserError as error:
             return note_html(str(error), "error")
         names = ["(start) ", *map(model.tokenizer.token, ids[0, 1:].tolist())]
-        shown = attention_html(names, weights[layer - 1, head - 1])
+        matrix = attention_html(names, weights[layer - 1, head - 1])
         if ids.shape[1] == text_ids.shape[1]:
-            return shown
+            return matrix
         cut = f"Only the first {ids.shape[1]} of {text_ids.shape[1]} tokens are shown."
-        return note_html(cut) + shown
+        return note_html(cut) + matrix
 
 
 def _story(model: LoadedModel, prompt: str, sampling: SamplingConfig) -> Iterator[str]:
-    """Yield a story as HTML: the prompt alone, then again with each token; how it ended last."""
+    """Yield a story as HTML: the prompt, then again with each token, last with how it ended."""
     length, context = len(model.tokenizer.encode(prompt)), model.net.config.context_length
-    shown = prompt_html(prompt)
+    story = prompt_html(prompt)
     if length >= context:
-        cut = f"{length} tokens outgrow the context of {context}: the model reads their end."
-        shown = note_html(cut) + shown
-    yield shown
+        cut = f"The prompt has {length} tokens and the context {context}: the model reads its end."
+        story = note_html(cut) + story
+    yield story
     tokens = stream_tokens(model.net, model.tokenizer, prompt, sampling)
-    n, seconds, end = 0, 0.0, "The longest length was reached"
+    n, seconds, end = 0, 0.0, "Stopped at the maximum length"
     while True:
         started = time.monotonic()
         token = next(tokens, None)
-        seconds += time.monotonic() - started  # without the turns of the others
+        seconds += time.monotonic() - started  # without the time of the other models
         if token is None:
             break
-        n, shown = n + 1, shown + token_html(token)
+        n, story = n + 1, story + token_html(token)
         if not token.text:
             end = "The story ended"
             break
-        yield shown
-    yield shown + note_html(f"{end}: {n} tokens, {n / max(seconds, 1e-3):.0f} a second.")
+        yield story
+    yield story + note_html(f"{end}: {n} tokens, {n / max(seconds, 1e-3):.0f} tokens/s.")
 
 
 def _load(run: Run, taken: Sequence[str]) -> LoadedModel:
@@ -178,10 +192,10 @@ def _load(run: Run, taken: Sequence[str]) -> LoadedModel:
     return LoadedModel(name, net, tokenizer, probe, word_map)
 
 
-def _checked(text: str | None, what: str = "how the story begins, such as Once upon a time") -> str:
-    """`text`, if it is something and not too long. UserError otherwise."""
+def _checked(text: str | None, what: str = "a prompt, such as Once upon a time") -> str:
+    """Return `text`. Raise UserError if it is empty or too long."""
     if text is None or not text.strip():
-        raise UserError(f"Nothing is typed: type {what}.")
+        raise UserError(f"The field is empty: type {what}.")
     if len(text) > MAX_PROMPT:
-        raise UserError(f"{len(text)} characters are too many: type at most {MAX_PROMPT}.")
+        raise UserError(f"The text has {len(text)} characters: type at most {MAX_PROMPT}.")
     return text

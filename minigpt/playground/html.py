@@ -1,7 +1,7 @@
-"""What the playground shows, as HTML: coloured tokens, bars, the attention of a head.
+"""HTML of the playground: coloured tokens, bars, the attention of a head.
 
-Pure functions of plain values. Every text goes through `html.escape`: prompts and words are typed
-by visitors. Colours and the panel of alternatives are in static/.
+Every text goes through `html.escape`, because prompts and words come from visitors. Colours and the
+panel of alternatives are in static/.
 """
 
 from __future__ import annotations
@@ -18,83 +18,84 @@ from minigpt.model import GPT
 from minigpt.tokenizer import Tokenizer
 
 N_ALTERNATIVES = 5
-CELL = 14  # width of a cell of the attention heatmap, in its own units
-MARGIN = 80  # beside the heatmap, for the words
+CELL = 14  # width of a cell of the attention heatmap, in units of its SVG
+MARGIN = 80  # space beside the heatmap for the tokens
 
 
 @dataclass(frozen=True)
 class ShownToken:
-    """One generated token, or the few that spell one character, and what else it could have been.
+    """A generated token, or several that spell one character, and its alternatives.
 
-    Probabilities are the model's own, before temperature and filters.
+    Probabilities are those of the model, before temperature, top-k, top-p and min-p.
     """
 
     text: str  # "" where the story ends
     probability: float
-    rank: int  # among all tokens; 1 is the likeliest
-    alternatives: tuple[tuple[str, float], ...]  # the likeliest tokens, best first
+    rank: int  # among all tokens; 1 is the most likely
+    alternatives: tuple[tuple[str, float], ...]  # the most likely tokens and their probabilities
 
 
 def stream_tokens(
     net: GPT, tokenizer: Tokenizer, prompt: str, sampling: SamplingConfig
 ) -> Iterator[ShownToken]:
-    """The tokens after `prompt`, as they are sampled; the last has no text if the story ended.
+    """Yield the tokens after `prompt` as they are sampled; the last has no text if the story ended.
 
-    The texts join to what `stream_text` gives. Tokens that hold parts of one character come as
-    one, with the product of their probabilities, and rank and alternatives of the first.
+    The texts concatenate to those of `stream_text`. Tokens that hold parts of one character are
+    joined: with the product of their probabilities, and the rank and alternatives of the first.
     """
-    pending: list[int] = []  # ids whose last character is not whole yet
-    shown: ShownToken | None = None  # what `pending` comes to
+    pending: list[int] = []  # ids whose last character is incomplete
+    partial: ShownToken | None = None  # the joined tokens of `pending`
     ids, end, size = encode_prompt(tokenizer, prompt), tokenizer.end_of_text, tokenizer.vocab_size
     for step in generate(net, ids, sampling, end, vocab_size=size):
-        chosen = int(step.ids.item())
-        token = _judged(step.logits[0].softmax(dim=-1), chosen, tokenizer)
-        if chosen == end:
-            yield from (shown, token) if shown else (token,)
+        token_id = int(step.ids.item())
+        token = _textless(step.logits[0].softmax(dim=-1), token_id, tokenizer)
+        if token_id == end:
+            yield from (partial, token) if partial else (token,)
             return
-        pending.append(chosen)
-        if shown:
-            token = replace(shown, probability=shown.probability * token.probability)
-        shown = replace(token, text=tokenizer.decode(pending))
-        if not shown.text.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield shown
-            pending, shown = [], None
-    if shown:
-        yield shown
+        pending.append(token_id)
+        if partial:
+            token = replace(partial, probability=partial.probability * token.probability)
+        partial = replace(token, text=tokenizer.decode(pending))
+        if not partial.text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield partial
+            pending, partial = [], None
+    if partial:
+        yield partial
 
 
-def _judged(probabilities: Tensor, chosen: int, tokenizer: Tokenizer) -> ShownToken:
+def _textless(probabilities: Tensor, token_id: int, tokenizer: Tokenizer) -> ShownToken:
+    """Return the token with its probability, rank and alternatives, but without its text."""
     top = probabilities.topk(min(N_ALTERNATIVES, len(probabilities)))
-    likeliest = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    alternatives = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return ShownToken(
         text="",
-        probability=probabilities[chosen].item(),
-        rank=int((probabilities > probabilities[chosen]).sum()) + 1,
-        alternatives=tuple((token_name(tokenizer, i), p) for i, p in likeliest),
+        probability=probabilities[token_id].item(),
+        rank=int((probabilities > probabilities[token_id]).sum()) + 1,
+        alternatives=tuple((token_name(tokenizer, i), p) for i, p in alternatives),
     )
 
 
 def token_name(tokenizer: Tokenizer, token_id: int) -> str:
-    """A token by itself, such as "dad"; one that goes on with a word is "…ing".
+    """Return a token as it is listed: "dad", or "…ing" for one that continues a word.
 
-    What cannot be seen is spelled out.
+    Invisible characters have a symbol or a description.
     """
     if token_id == tokenizer.end_of_text:
         return "(end of the story)"
     text = tokenizer.token(token_id)
     if "\N{REPLACEMENT CHARACTER}" in text:
         return "(part of a character)"
-    shown = text.removeprefix(" ").replace("\n", "↵").replace(" ", "␣") or "␣"
-    return f"…{shown}" if text[0].isalnum() else shown
+    name = text.removeprefix(" ").replace("\n", "↵").replace(" ", "␣") or "␣"
+    return f"…{name}" if text[0].isalnum() else name
 
 
 def prompt_html(prompt: str) -> str:
-    """The prompt, in front of its story."""
+    """Return the prompt at the head of its story."""
     return f'<span class="prompt">{html.escape(prompt)}</span>'
 
 
 def token_html(token: ShownToken) -> str:
-    """A token on a ground of its probability; the script shows the rest on hover, focus or tap."""
+    """Return a token coloured by its probability; its details appear on hover, focus or tap."""
     details = {"p": token.probability, "rank": token.rank, "alternatives": token.alternatives}
     text = html.escape(token.text) if token.text else "<i>the end</i>"
     return (
@@ -105,13 +106,13 @@ def token_html(token: ShownToken) -> str:
 
 
 def note_html(text: str, kind: str = "note") -> str:
-    """One line about what is shown: a `note`, or an `error` to mend."""
+    """Return one line: a `note` on what is shown, or an `error` that the visitor can fix."""
     role = ' role="alert"' if kind == "error" else ""
     return f'<div class="{kind}"{role}>{html.escape(text)}</div>'
 
 
 def bars_html(cosines: Iterable[tuple[str, float]]) -> str:
-    """Words with their cosines, as bars."""
+    """Return words with bars of their cosine similarities."""
     rows = "".join(
         f'<tr><th scope="row">{html.escape(word.replace(chr(10), "↵") or "␣")}</th>'
         f'<td class="bar"><div style="width:{100 * max(0.0, cosine):.0f}%"></div></td>'
@@ -122,14 +123,15 @@ def bars_html(cosines: Iterable[tuple[str, float]]) -> str:
 
 
 def attention_html(names: Sequence[str], weights: Tensor) -> str:
-    """Where each of T tokens looks, for one head.
+    """Return the attention of one head over T tokens.
 
     Args:
-        names: the texts of the tokens, T of them.
-        weights: (T, T), each row a distribution over the tokens up to its own.
+        names: the texts of the T tokens.
+        weights: attention weights (T, T); each row is a distribution over the tokens up to its own.
 
-    Returns: the text, in which the script shades what the pointed token looks at (at first the
-    last one), and below it the whole matrix.
+    Returns:
+        The text, in which the script shades the tokens that the token under the pointer (at first
+        the last one) attends to, and below it the whole matrix.
     """
     rows = [[round(w, 3) for w in row[: i + 1]] for i, row in enumerate(weights.tolist())]
     tokens = "".join(
@@ -137,33 +139,34 @@ def attention_html(names: Sequence[str], weights: Tensor) -> str:
         for i, name in enumerate(names)
     )
     return (
-        f'<div class="looks" data-rows="{html.escape(json.dumps(rows))}">{tokens}</div>'
+        f'<div class="attention" data-rows="{html.escape(json.dumps(rows))}">{tokens}</div>'
         f"{_heatmap(names, rows)}"
     )
 
 
 def _heatmap(names: Sequence[str], rows: list[list[float]]) -> str:
-    """An SVG: a row for each token that looks, a column for each that is looked at.
+    """Return an SVG with a row for each token that attends and a column for each attended token.
 
-    Opacity is the root of the weight, so that small ones can be seen; the title has the number.
+    The opacity of a cell is the square root of its weight, to keep small weights visible; its title
+    has the number.
     """
     side = MARGIN + CELL * len(names)
     cells, labels = [], []
     names = [name.strip(" ").replace("\n", "↵") or "␣" for name in names]
     for i, (name, row) in enumerate(zip(names, rows, strict=True)):
-        at = MARGIN + CELL * i
+        y = MARGIN + CELL * i
         text = html.escape(name if len(name) <= 10 else f"{name[:9]}…")
         labels += [
-            f'<text x="{MARGIN - 4}" y="{at + 10}" text-anchor="end">{text}</text>',
-            f'<text transform="translate({at + 10} {MARGIN - 4}) rotate(-90)">{text}</text>',
+            f'<text x="{MARGIN - 4}" y="{y + 10}" text-anchor="end">{text}</text>',
+            f'<text transform="translate({y + 10} {MARGIN - 4}) rotate(-90)">{text}</text>',
         ]
         for j, weight in enumerate(row):
-            title = f"{html.escape(f'{name} looks at {names[j]}')}: {weight:.1%}"
+            title = f"{html.escape(f'{name} attends to {names[j]}')}: {weight:.1%}"
             cells.append(
-                f'<rect x="{MARGIN + CELL * j}" y="{at}" width="{CELL - 1}" height="{CELL - 1}" '
+                f'<rect x="{MARGIN + CELL * j}" y="{y}" width="{CELL - 1}" height="{CELL - 1}" '
                 f'style="fill-opacity:{weight**0.5:.3f}"><title>{title}</title></rect>'
             )
-        frame = f'x="{MARGIN}" y="{at}" width="{CELL * (i + 1) - 1}" height="{CELL - 1}"'
+        frame = f'x="{MARGIN}" y="{y}" width="{CELL * (i + 1) - 1}" height="{CELL - 1}"'
         cells.append(f'<rect class="frame" {frame}/>')
     return (
         f'<svg class="heatmap" viewBox="0 0 {side} {side}" style="max-width:{1.3 * side:.0f}px" '

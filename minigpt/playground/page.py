@@ -1,6 +1,6 @@
-"""The playground's page: its layout and events in Gradio.
+"""Layout and events of the playground's page, in Gradio.
 
-Nothing leaves the machine: Gradio's telemetry and version check are off, fonts the system's.
+The page needs no network: Gradio's telemetry and version check are off, and it uses system fonts.
 """
 
 from __future__ import annotations
@@ -18,29 +18,32 @@ from gradio import themes
 
 from minigpt.playground.answers import MAX_PROMPT, MAX_TOKENS, Playground
 
-WRITERS = 4  # stories that grow at once; the others wait
-WAITING = 64  # visitors in the queue; one more is told that it is full
+WRITERS = 4  # visitors whose stories grow at once; the others wait
+WAITING = 64  # visitors in the queue; the next one gets an error
 
-START = "Once upon a time, there was a dog"
-SENTENCES = "Tom had a red ball. He gave the ball to his mom. She was happy."
-TEMPERATURE = "0: always the most likely token; 1: as the model believes; 2: wild"
+PROMPT = "Once upon a time, there was a dog"
+ATTENTION_TEXT = "Tom had a red ball. He gave the ball to his mom. She was happy."
+TEMPERATURE = "0: always the most likely token; 1: the model's own probabilities; 2: nearly random"
+TOP_K = "sample from the k most likely tokens; 0: from all"
+TOP_P = "sample from the most likely tokens up to this total probability; 1: from all"
+MIN_P = "exclude tokens below this share of the highest probability; 0: none"
 INTRODUCTION = """# Mini GPT playground
-A small language model, trained on children's stories. It writes one **token** (a word, or a piece
-of one) at a time: each time it gives every token it knows a probability, and one is drawn.
+A small language model, trained on children's stories. It writes one **token** (a word or a piece
+of a word) at a time: it gives each token of its vocabulary a probability, and one is sampled.
 """
 LEGEND = (
-    '<div class="scale">surprised <i></i> sure</div><div class="caption">The colour is the '
-    "probability that the model gave to each token. Point at one, or tap it, to see the five "
-    "that it found most likely.</div>"
+    '<div class="scale">unlikely <i></i> likely</div><div class="caption">The colour of a token '
+    "is the probability that the model gave it. Point at a token, or tap it, to see the five most "
+    "likely tokens at its position.</div>"
 )
-WORDS = """Every token is a list of numbers, its **embedding**, which the model has learned.
-Tokens that are used alike have embeddings that point the same way: their cosine is near 1."""
-MAP = """The same embeddings, flattened to two dimensions. Nobody told the model what a family is:
-the groups come from the stories."""
-ATTENTION = """To choose the next token, each **head** of each layer looks back at the tokens
-so far. Point at a token, or tap it: what it looks at turns blue. In the matrix, each row is a
-token that looks, each column one that is looked at. A head that finds nothing often looks at
-(start)."""
+WORDS = """The model represents each token by a vector, its **embedding**, which it has learned.
+Tokens with similar uses have embeddings of similar direction: their cosine similarity is near 1."""
+MAP = """The same embeddings in two dimensions. The model was trained on stories alone: it learned
+the groups from the way their words are used."""
+ATTENTION = """To predict the next token, each **head** of each layer attends to the tokens so far.
+Point at a token, or tap it: the tokens that it attends to turn blue. In the matrix, each row is a
+token that attends, and each column a token that it attends to. A head that finds nothing relevant
+often attends to (start)."""
 
 
 def build_page(playground: Playground) -> gr.Blocks:
@@ -64,17 +67,17 @@ def build_page(playground: Playground) -> gr.Blocks:
 def _story_tab(playground: Playground) -> None:
     with gr.Row():
         with gr.Column(scale=3, min_width=300):
-            prompt = gr.Textbox(START, label="The story begins", lines=2, max_length=MAX_PROMPT)
+            prompt = gr.Textbox(PROMPT, label="Prompt", lines=2, max_length=MAX_PROMPT)
             with gr.Row():
                 start = gr.Button("Write", variant="primary")
                 stop = gr.Button("Stop")
         with gr.Column(scale=2, min_width=300):
             temperature = _slider("Temperature", 0, 2, 0.8, 0.05, TEMPERATURE)
-            length = _slider("Longest story, in tokens", 10, MAX_TOKENS, 200, 10)
-            with gr.Accordion("Leave out unlikely tokens", open=False):
-                top_k = _slider("top-k", 0, 100, 0, 1, "only the k most likely; 0: all")
-                top_p = _slider("top-p", 0.05, 1, 1, 0.05, "the most likely up to this sum")
-                min_p = _slider("min-p", 0, 0.5, 0, 0.01, "this share of the most likely")
+            length = _slider("Maximum length (tokens)", 10, MAX_TOKENS, 200, 10)
+            with gr.Accordion("Exclude unlikely tokens", open=False):
+                top_k = _slider("top-k", 0, 100, 0, 1, TOP_K)
+                top_p = _slider("top-p", 0.05, 1, 1, 0.05, TOP_P)
+                min_p = _slider("min-p", 0, 0.5, 0, 0.01, MIN_P)
     gr.HTML(LEGEND)
     stories = []
     with gr.Row():
@@ -85,7 +88,7 @@ def _story_tab(playground: Playground) -> None:
 
     def write(*inputs: Any) -> Iterator[Any]:
         for columns in playground.write(*inputs):
-            yield columns if len(stories) > 1 else columns[0]  # Gradio takes one output bare
+            yield columns if len(stories) > 1 else columns[0]  # Gradio takes no tuple of one
 
     inputs = [prompt, temperature, top_k, top_p, min_p, length]
     story = gr.on([start.click, prompt.submit], write, inputs, stories, show_progress="minimal")
@@ -110,7 +113,7 @@ def _attention_tab(playground: Playground) -> None:
     shapes = [model.net.config for model in playground.models.values()]
     gr.Markdown(ATTENTION)
     name = _model_choice(playground)
-    text = gr.Textbox(SENTENCES, label="Text", max_length=MAX_PROMPT)
+    text = gr.Textbox(ATTENTION_TEXT, label="Text", max_length=MAX_PROMPT)
     with gr.Row():
         layer = _slider("Layer", 1, max(shape.n_layers for shape in shapes), 1, 1)
         head = _slider("Head", 1, max(shape.n_heads for shape in shapes), 1, 1)
@@ -127,7 +130,7 @@ def _model_choice(playground: Playground) -> gr.Dropdown:
 def _slider(
     label: str, low: float, high: float, value: float, step: float, info: str | None = None
 ) -> gr.Slider:
-    precision = 0 if isinstance(step, int) else None  # whole numbers, whatever is sent
+    precision = 0 if isinstance(step, int) else None  # 0 rounds whatever a client sends
     return gr.Slider(low, high, value, step=step, precision=precision, label=label, info=info)
 
 
@@ -137,16 +140,16 @@ def _tokens_part(template: str, value: str = "", elem_id: str | None = None) -> 
 
 
 def _answer(function: Callable[..., str], inputs: Sequence[Any], output: gr.HTML) -> None:
-    """Show what `function` returns whenever an input changes; of waiting changes the newest counts.
+    """Show what `function` returns whenever an input changes; of waiting changes only the newest.
 
-    The event is `change`: Gradio's `input` comes neither with pasted text nor with backspace.
+    The event is `change`, because Gradio's `input` misses pasted text and backspace.
     """
     changes = [component.change for component in inputs]
     gr.on(changes, function, inputs, output, show_progress="hidden", trigger_mode="always_last")
 
 
 def page_theme() -> themes.ThemeClass:
-    """Return Gradio's theme with the system's fonts and hints that are readable in each mode."""
+    """Return Gradio's theme with system fonts, and hints of enough contrast in both modes."""
     hint = {"block_info_text_color": "*neutral_600", "block_info_text_color_dark": "*neutral_300"}
     mono = ("ui-monospace", "monospace")
     return themes.Default(font=("system-ui", "sans-serif"), font_mono=mono).set(**hint)

@@ -1,4 +1,4 @@
-"""The playground's server: it loads the runs, listens, and may ask for a login."""
+"""Server of the playground: loads the runs, listens, and can require a login."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def serve(
     runs: Sequence[Run], host: str = "127.0.0.1", port: int | None = None, auth: str | None = None
 ) -> None:
-    """Serve a page with the models of `runs` until ctrl-C; the log says where it is.
+    """Serve a page with the models of `runs` until ctrl-C, and log its address.
 
     Args:
-        runs: one to four.
-        host: the name or address to listen at.
-        port: 0 takes any free one, None the first free one from 7860 on.
-        auth: "user:password" asks visitors for both.
+        runs: one to four runs.
+        host: name or address to listen on.
+        port: port to listen on; 0 means any free one, None the first free one from 7860.
+        auth: "user:password" that visitors must enter; None means no login.
 
     Raises:
-        UserError: Gradio is missing, a run cannot be read, or nothing can listen there.
+        UserError: Gradio is missing, a run cannot be read, or the address cannot be used.
     """
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the playground needs Gradio: pip install gradio")
     login = read_login(auth)
     page = start(Playground.load(runs), host, port, login)
     if host.strip("[]") not in LOOPBACK and login is None:
-        log.warning("anybody who reaches %s can use the page: no auth was given", host)
+        log.warning("anyone who can reach %s can use the page, because auth is not set", host)
     log.info("open %s in a browser (ctrl-C stops the page)", page.local_url)
     try:
         page.server.thread.join()
@@ -53,15 +53,15 @@ def serve(
 def start(
     playground: Playground, host: str, port: int | None, login: tuple[str, str] | None = None
 ) -> Blocks:
-    """Return the page, which answers at its `local_url` in a thread of its own.
+    """Start the page in a thread of its own and return it; its address is `local_url`.
 
     Raises:
-        UserError: the port is taken or not allowed, or there is no such host.
+        UserError: the port is taken or not allowed, or the host does not exist.
     """
     host = host.strip("[]")
-    # Gradio checks that its page answers: not by way of a proxy.
+    # Gradio checks that its page answers, which must not go through a proxy.
     os.environ["no_proxy"] = f"{getproxies().get('no', '')},localhost,{host}"
-    try:  # Gradio itself tries a port on 127.0.0.1 alone, and a bad host for minutes
+    try:  # Gradio itself checks ports on 127.0.0.1 only, and retries a bad host for minutes
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         with socket.create_server((host, port or 0), family=family) as trial:
             port = trial.getsockname()[1] if port == 0 else port
@@ -76,26 +76,26 @@ def start(
             theme=page_theme(),
             css=static_text("playground.css"),
             footer_links=[],
-            max_file_size="1kb",  # nothing is to be uploaded
-            run_history=False,  # browsers do not keep what visitors type
+            max_file_size="1kb",  # the page has no uploads
+            run_history=False,  # browsers must not store the inputs
             enable_monitoring=False,
             share=False,
             ssr_mode=False,
             quiet=True,
         )
-    except (OSError, UnicodeError) as error:  # UnicodeError: no host is spelled so
+    except (OSError, UnicodeError) as error:  # UnicodeError: not a valid host name
         reason = getattr(error, "strerror", None) or error
         if isinstance(error, UnicodeError | socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-            raise UserError(f"cannot listen there: {reason}", "host", host) from None
-        raise UserError(f"cannot listen at {host}: {reason}", "port", port) from None
+            raise UserError(f"cannot listen on this host: {reason}", "host", host) from None
+        raise UserError(f"cannot listen on {host}: {reason}", "port", port) from None
     return page
 
 
 def read_login(auth: str | None) -> tuple[str, str] | None:
-    """Return `user:password` as a pair. Raise UserError for anything else."""
+    """Split `user:password` into a pair. Raise UserError for another form."""
     if auth is None:
         return None
     user, _, password = auth.partition(":")
     if not (user and password):
-        raise UserError("takes a name and a password, user:password", "auth")
+        raise UserError("must be a name and a password, user:password", "auth")
     return user, password

@@ -1,1 +1,1 @@
-"""The scaling study: results of runs, the fitted law, tables and figures."""
+"""Scaling study: results of runs, the fitted law, tables and figures."""

@@ -1,17 +1,18 @@
 """Figures of the scaling study: perplexity against parameters, tokens and compute.
 
-All axes are logarithmic. Every figure shows the three reference models beside the runs.
+All axes are logarithmic. Every figure shows the three reference models beside at most three series
+of runs, and each series is labelled where it ends.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from minigpt.core.plots import INK, new_figure
+from minigpt.core.plots import COLOURS, MARKERS, REFERENCE_COLOUR, Labels, new_figure
 from minigpt.core.text import human_count
 from minigpt.model import perplexity
 from minigpt.scaling.fit import RunGroup
@@ -21,146 +22,168 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-REFERENCE_COLOUR = "#6b7280"
-LABEL = 9  # font size of the numbers at points
-ABOVE, BELOW = ((7, 5), "bottom"), ((-7, -5), "top")  # offset and vertical alignment of a number
+REFERENCE_LABEL = f"reference, {human_count(REFERENCE[0].tokens)} tokens"
+BEST_LABEL = "best of other groups"
+LINE = 28  # characters in a line of a label
+FONT = 9  # size of the labels
+
+Points = list[tuple[float, float]]
 
 
 def scaling_figure(groups: Sequence[RunGroup]) -> Figure:
-    """Draw perplexity against parameters: the mean of each size, and the law of each group.
+    """Draw perplexity against parameters: the group with the most sizes, and better runs of others.
 
-    A bar spans the lowest and the highest run of a size that has several.
+    That group has its law, and a bar from the lowest to the highest run of each size with several
+    runs. Of the other groups only the best mean of each size is drawn, where it is lower.
     """
-    corpora = {group.corpus for group in groups}
-    common = f"{corpora.pop()}, " if len(corpora) == 1 else ""  # left out of the labels
-    figure, axes = _axes("parameters", "Perplexity against model size")
-    _draw_reference(axes, [(r.parameters, r.perplexity) for r in REFERENCE], "D--")
-    without_law: list[tuple[float, float]] = []
-    for i, group in enumerate(groups):
-        x, y = [size.parameters for size in group.sizes], [size.perplexity for size in group.sizes]
-        spans = [(s.perplexity - s.lowest, s.highest - s.perplexity) for s in group.sizes]
-        bars = np.maximum(spans, 0).T  # never −1e-16
-        law, label = group.fits.get("parameters"), group.label.removeprefix(common)
-        form = ("" if law else "-") + "osv^"[i // 10 % 4]  # there are ten colours
-        axes.errorbar(x, y, bars, fmt=form, color=f"C{i}", capsize=4, markersize=7, label=label)
-        if law:
-            sizes = np.geomspace(min(x) / 1.15, max(x) * 1.15, 100)
-            label = f"L = {law.e:.2f} + {_power(law.a)} / N$^{{{law.alpha:.2f}}}$"
-            curve = [perplexity(law.loss(n)) for n in sizes]
-            axes.plot(sizes, curve, "-", color=f"C{i}", linewidth=1.2, label=label)
-            for point in zip(x, y, strict=True):
-                _write(axes, point, *BELOW)
-        else:
-            without_law += zip(x, y, strict=True)
-    _finish(axes)
-    _label_beside(axes, without_law)
+    figure, axes = _axes("parameters N (log scale)")
+    title, law_curve = "Perplexity against model size", np.empty((0, 2))
+    series: dict[str, Points] = {REFERENCE_LABEL: [(r.parameters, r.perplexity) for r in REFERENCE]}
+    forms = ["D--", f"{MARKERS[0]}-", f"{MARKERS[1]}-"]
+    if groups:
+        main = max(groups, key=lambda group: len(group.sizes))  # the first if several have as many
+        corpora = {group.corpus for group in groups}
+        common = f"{main.corpus}, " if len(corpora) == 1 else ""  # left out of the label
+        n, mean, *limits = np.transpose(
+            [(s.parameters, s.perplexity, s.lowest, s.highest) for s in main.sizes]
+        )
+        bars = np.maximum([mean - limits[0], limits[1] - mean], 0)  # never −1e-16
+        axes.errorbar(n, mean, bars, fmt="none", ecolor=COLOURS[0], capsize=4)
+        series[main.label.removeprefix(common)] = list(zip(n, mean, strict=True))
+        if law := main.fits.get("parameters"):
+            sizes = np.geomspace(n[0] / 1.15, n[-1] * 1.15, 100)
+            law_curve = np.array([(size, perplexity(law.loss(size))) for size in sizes])
+            axes.plot(*law_curve.T, color=COLOURS[0], linewidth=1.4)
+            formula = f"L = {law.e:.2f} + {_power(law.a)} / N$^{{{law.alpha:.2f}}}$"
+            title, forms[1] = f"Validation loss falls with model size: {formula} nats", MARKERS[0]
+        if best := _best_of_others(main, groups):
+            series[BEST_LABEL] = best
+    drawn = list(zip(series.items(), forms, (REFERENCE_COLOUR, *COLOURS), strict=False))
+    for (name, points), form, colour in drawn:
+        axes.plot(*np.transpose(points), form, color=colour, markersize=6, label=name)
+    _finish(axes, title, space=0.3)
+    dense = [point for points in series.values() for point in _dense(points)]
+    labels = Labels(axes, [*law_curve.tolist(), *dense])
+    for (name, points), _, colour in drawn:
+        text = fill(f"{points[-1][1]:.2f}  {name}", LINE)
+        labels.add(text, points[-1], colour, fontsize=FONT)
+        for point in points[:-1]:
+            labels.add(f"{point[1]:.2f}", point, fontsize=FONT)
     return figure
+
+
+def _best_of_others(main: RunGroup, groups: Iterable[RunGroup]) -> Points:
+    """Return (size, lowest mean) where a group other than `main` has the lowest mean."""
+    best = {size.parameters: size.perplexity for size in main.sizes}
+    better: dict[float, float] = {}
+    for size in (size for group in groups for size in group.sizes):
+        if size.perplexity < best.get(size.parameters, np.inf):
+            best[size.parameters] = better[size.parameters] = size.perplexity
+    return sorted(better.items())
 
 
 def tokens_figure(runs: Sequence[RunResult]) -> Figure:
-    """Draw perplexity against tokens seen: the validations of each finished run, by size.
+    """Draw perplexity against tokens seen, at each validation of the finished runs.
 
-    Recipes and data other than those of most runs are dashed.
+    The runs of one size, data and recipe are one series. Three are drawn: first those with the
+    data and recipe of most runs, then those that saw the most tokens.
     """
-    figure, axes = _axes("tokens seen", "Perplexity against tokens seen")
-    _draw_reference(axes, [(r.tokens, r.perplexity) for r in REFERENCE], "D")
-    _draw_curves(axes, runs, [1] * len(runs))
-    return figure
+    reference: Points = [(r.tokens, r.perplexity) for r in REFERENCE]
+    return _curves_figure(runs, [1] * len(runs), reference, "tokens")
 
 
 def compute_figure(runs: Sequence[RunResult]) -> Figure:
-    """Draw perplexity against FLOPs of training: a large dot at the end of each run."""
-    figure, axes = _axes("FLOPs of training", "Perplexity against compute")
-    _draw_reference(axes, [(r.flops_per_token * r.tokens, r.perplexity) for r in REFERENCE], "D")
-    _draw_curves(axes, runs, [run.flops_per_token for run in runs])
+    """Draw perplexity against the FLOPs of training, for the series of `tokens_figure`."""
+    reference: Points = [(r.flops_per_token * r.tokens, r.perplexity) for r in REFERENCE]
+    return _curves_figure(runs, [run.flops_per_token for run in runs], reference, "FLOPs")
+
+
+def _curves_figure(
+    runs: Sequence[RunResult], per_token: Sequence[int | None], reference: Points, unit: str
+) -> Figure:
+    """Draw the validations against tokens × `per_token`; runs without `per_token` are left out."""
+    scaled = [(r, x) for r, x in zip(runs, per_token, strict=True) if x and r.point and r.curve]
+    kinds = [(run.corpus, run.recipe) for run, _ in scaled]
+    usual = max(kinds, key=kinds.count, default=("", ""))
+    series: dict[str, list[Points]] = {}
+    # Those of the usual kind come first, then those of most tokens, then the largest.
+    scaled.sort(key=lambda p: ((p[0].corpus, p[0].recipe) == usual, p[0].tokens, p[0].parameters))
+    for run, scale in reversed(scaled):
+        kind = zip((run.corpus, run.recipe), usual, strict=True)
+        unusual = [part for part, most in kind if part != most]
+        label = ", ".join([f"{run.model} ({human_count(run.parameters or 0)})", *unusual])
+        curve = [(scale * tokens, perplexity(loss)) for tokens, loss in run.curve]
+        if label in series or len(series) < len(COLOURS):
+            series.setdefault(label, []).append(curve)
+
+    figure, axes = _axes(f"training {unit} (log scale)")
+    axes.plot(*np.transpose(reference), "D", color=REFERENCE_COLOUR, markersize=6)
+    for curves, colour, marker in zip(series.values(), COLOURS, MARKERS, strict=False):
+        for curve in curves:
+            axes.plot(*np.transpose(curve), ".-", color=colour, linewidth=1.2, markersize=4)
+            axes.plot(*curve[-1], marker, color=colour, markersize=6)
+    title, ends = f"Perplexity against training {unit}", {}
+    for label, curves in series.items():
+        ends |= {curve[-1]: label for curve in curves}
+    if ends:
+        best, goal = (min(points, key=lambda point: point[1]) for points in (ends, reference))
+        title = f"{ends[best]}: perplexity {best[1]:.2f} after {_count(best[0])} {unit}"
+        title += f"; best reference: {goal[1]:.2f} after {_count(goal[0])}"
+    _finish(axes, title, space=0.12)
+    dense = [point for curves in series.values() for curve in curves for point in _dense(curve)]
+    labels = Labels(axes, [*reference, *dense])
+    for (label, curves), colour in zip(series.items(), COLOURS, strict=False):
+        longest = max(curve[-1] for curve in curves)
+        labels.add(fill(label, LINE), longest, colour, fontsize=FONT)
+    for i, point in enumerate(reference):
+        text = f"{point[1]:.2f}" if i else f"{point[1]:.2f}  {REFERENCE_LABEL}"
+        labels.add(text, point, REFERENCE_COLOUR, fontsize=FONT)
     return figure
 
 
-def _draw_curves(axes: Axes, runs: Sequence[RunResult], per_token: Sequence[int | None]) -> None:
-    """Draw the validations of each finished run against tokens × `per_token`, by size.
-
-    The legend has each label once. Runs without `per_token` are left out.
-    """
-    from matplotlib import colormaps
-
-    scaled = [(r, x) for r, x in zip(runs, per_token, strict=True) if x and r.point and r.curve]
-    sizes = sorted({run.parameters or 0 for run, _ in scaled})
-    colours = colormaps["viridis"](np.linspace(0, 0.92, max(1, len(sizes))))
-    kinds = [(run.corpus, run.recipe) for run, _ in scaled]
-    usual = max(kinds, key=kinds.count, default=("", ""))
-    labels = set()
-    for run, scale in sorted(scaled, key=lambda pair: pair[0].parameters or 0):
-        size, kind = run.parameters or 0, (run.corpus, run.recipe)
-        unusual = [part for part, most in zip(kind, usual, strict=True) if part != most]
-        label = ", ".join([run.model, human_count(size), *unusual])
-        colour, line = colours[sizes.index(size)], ".-" if kind == usual else ".--"
-        x = [scale * tokens for tokens, _ in run.curve]
-        y = [perplexity(loss) for _, loss in run.curve]
-        once = None if label in labels else label
-        axes.plot(x, y, line, color=colour, linewidth=1.2, markersize=4, label=once)
-        axes.plot(x[-1], y[-1], "o", color=colour, markersize=7)
-        labels.add(label)
-    _finish(axes)
+def _dense(curve: Points, between: int = 12) -> Points:
+    """Return points along the straight segments that join `curve` on logarithmic axes."""
+    fine = np.linspace(0, len(curve) - 1, between * (len(curve) - 1) + 1)
+    columns = [np.interp(fine, range(len(curve)), logs) for logs in np.log(curve).T]
+    return list(map(tuple, np.exp(columns).T.tolist()))
 
 
 # ---------------------------------------------------------------------------------------- axes
 
 
-def _axes(xlabel: str, title: str) -> tuple[Figure, Axes]:
-    figure = new_figure(11, 5)
+def _axes(xlabel: str) -> tuple[Figure, Axes]:
+    figure = new_figure(8, 4.6)
     (axes,) = figure.axes
-    axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel="validation perplexity")
-    axes.set_title(f"{title} (both axes logarithmic)", loc="left", fontsize=11)
+    axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel="validation perplexity (log scale)")
     return figure, axes
 
 
-def _finish(axes: Axes) -> None:
-    """Set ticks at round numbers, as many as the span of each axis has space for; add a legend."""
+def _finish(axes: Axes, title: str, space: float) -> None:
+    """Fix the limits, with a share of `space` for labels on the right; set ticks at round numbers.
+
+    There are as many ticks as the span of each axis has space for.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    axes.margins(x=0.1, y=0.12)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.margins(x=0.06, y=0.12)
     axes.autoscale_view()
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, high * (high / low) ** space)
     for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
         decades = np.log10(limits[1] / limits[0])
         subs = (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8) if decades < 1.2 else (1, 2, 5)
-        axis.set_major_locator(LogLocator(subs=subs if decades < 2.5 else (1,)))
+        axis.set_major_locator(LogLocator(subs=subs if decades < 3 else (1,)))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
-    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _count(value: float) -> str:
-    return human_count(value) if value < 1e9 else f"{value:.0e}".replace("e+", "e")
+    return human_count(value) if value < 1e9 else f"{value:.2g}".replace("e+", "e")
 
 
 def _power(a: float) -> str:
-    """Format A for a legend: 8.42, 842, 1086, or 3.1e6."""
+    """Format A for a title: 8.42, 842, 1086, or 3.1e6."""
     if a < 1e3:
         return f"{a:.3g}"
     return f"{a:.0f}" if a < 1e4 else f"{a:.1e}".replace("e+0", "e").replace("e+", "e")
-
-
-def _draw_reference(axes: Axes, points: Sequence[tuple[float, float]], form: str) -> None:
-    label = f"reference, {human_count(REFERENCE[0].tokens)} tokens"
-    axes.plot(*zip(*points, strict=True), form, color=REFERENCE_COLOUR, markersize=6, label=label)
-    for point in points:
-        _write(axes, point, *ABOVE)
-
-
-def _label_beside(axes: Axes, points: Iterable[tuple[float, float]]) -> None:
-    """Write each perplexity right of its point, and below those of points above it.
-
-    The limits of the axes must be final.
-    """
-    lowest: dict[float, float] = {}  # by size: lower end of its labels, in points of the page
-    for size, value in sorted(points, key=lambda point: -point[1]):
-        height = axes.transData.transform((size, value))[1] * 72 / axes.figure.dpi
-        top = min(height + LABEL / 2, lowest.get(size, math.inf))
-        _write(axes, (size, value), (7, top - height), "top")
-        lowest[size] = top - 1.2 * LABEL
-
-
-def _write(axes: Axes, point: tuple[float, float], offset: tuple[float, float], va: str) -> None:
-    text, side = f"{point[1]:.2f}", "left" if offset[0] > 0 else "right"
-    place = {"xytext": offset, "textcoords": "offset points", "ha": side, "va": va}
-    axes.annotate(text, point, fontsize=LABEL, color=INK, **place)

@@ -2,10 +2,11 @@
 
     >>> fit = fit_sizes([Size(138_784, (3.1, 3.2)), Size(359_488, (2.8,)), ...])
     >>> fit.loss(7_072_128)
-    >>> groups = run_groups(runs)  # the fits of all runs, one for each group that can be compared
+    >>> groups = run_groups(runs)  # comparable runs, with one fit for each group
 
-E is the irreducible loss and A / N^α the excess of a finite size (Kaplan et al. 2020; Hoffmann et
-al. 2022, section 3.3, without their term for the number of tokens, which is one number here).
+E is the irreducible loss and A / N^α the excess of a model of N parameters (Kaplan et al. 2020,
+arXiv 2001.08361; Hoffmann et al. 2022, arXiv 2203.15556, section 3.3, without their term for the
+number of tokens, which is constant here).
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from scipy.optimize import curve_fit
 
 from minigpt.scaling.results import RunResult
 
-MIN_SIZES = 4  # for three unknowns
-REPLICATES = 500  # of the bootstrap
-LEVEL = 0.95
-MAX_ALPHA = 5.0
+MIN_SIZES = 4  # the least for three unknowns
+REPLICATES = 500  # fits of the bootstrap
+LEVEL = 0.95  # confidence level of the intervals
+MAX_ALPHA = 5.0  # upper bound of α
 STARTS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # values of α; the search begins at the best of them
-COUNTED = {  # attribute of a run: how its N is counted
+PARAMETER_COUNTS = {  # attribute of a run that holds N: what N counts
     "parameters": "all parameters",
-    "non_embedding_parameters": "without the embedding",
+    "non_embedding_parameters": "without embedding",
 }
 
 Array = NDArray[np.float64]
@@ -39,7 +40,7 @@ Array = NDArray[np.float64]
 
 
 class Interval(NamedTuple):
-    """Limits between which 95 % of the bootstrap replicates lie."""
+    """The central 95 % of the bootstrap replicates."""
 
     low: float
     high: float
@@ -60,7 +61,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Fit:
-    """The law through the mean losses of some sizes, all of the same weight."""
+    """A law fitted to the mean losses of several sizes, each with the same weight."""
 
     sizes: tuple[Size, ...]
     e: float  # nats per token
@@ -69,11 +70,11 @@ class Fit:
     residual: float  # root mean square residual, nats per token
     seed_noise: float | None  # standard deviation between seeds; None: no size has two
     intervals: dict[str, Interval] | None  # of e, a and alpha; None without seed noise
-    deviations: Array  # of runs from the mean of their size, as the bootstrap samples them
+    deviations: Array  # pooled deviations of runs from the mean of their size, for the bootstrap
     replicates: Array  # [replicates, 3]: e, a, alpha; empty without seed noise
 
     def loss(self, n: float) -> float:
-        """Return the loss of a model of `n` parameters by the law, nats per token."""
+        """Return the loss that the law predicts for `n` parameters, in nats per token."""
         return self.e + self.a * n**-self.alpha
 
     def interval(self, n: float, runs: int) -> Interval | None:
@@ -89,30 +90,31 @@ class Fit:
 
     @property
     def at_limit(self) -> str | None:
-        """The limit that the fit has reached, so that E, A and α mean little; None: none."""
+        """The bound that the fit has reached, which makes E, A and α unreliable; else None."""
         if self.e < 1e-3:
-            return "E is at its limit 0"
+            return "E is at its lower bound 0"
         if self.alpha > MAX_ALPHA - 1e-2:
-            return f"α is at its limit {MAX_ALPHA:g}"
+            return f"α is at its upper bound {MAX_ALPHA:g}"
         if self.loss(self.sizes[0].n) - self.loss(self.sizes[-1].n) < 1e-3:
-            return "the loss does not fall with size"
+            return "the loss does not fall with model size"
         return None
 
 
 def fit_sizes(sizes: Sequence[Size], replicates: int = REPLICATES, seed: int = 0) -> Fit:
     """Fit by least squares on the mean loss of each size, with E >= 0, A >= 0 and 0 <= α <= 5.
 
-    The intervals are a bootstrap over seeds. Two runs of a size have only three different means
-    to sample, and one run has none. So the deviations of all runs from the mean of their size,
-    each times sqrt(k / (k − 1)) for k runs, are pooled, and every size samples as many of them as
-    it has runs. That assumes the same noise at all sizes, and does not test the law itself.
+    The intervals come from a bootstrap over seeds. Resampling the runs of one size would not do:
+    two runs have only three different means, and a single run has one. Instead, the deviations of
+    all runs from the mean of their size are pooled, each multiplied by sqrt(k / (k − 1)) for k
+    runs, and each size draws as many of them as it has runs. This assumes equal noise at all sizes
+    and does not test the form of the law.
 
     Raises:
-        ValueError: fewer than four different sizes.
+        ValueError: there are fewer than four different sizes.
     """
     sizes = tuple(sorted(sizes, key=lambda size: size.n))
     if len({size.n for size in sizes}) < MIN_SIZES:
-        raise ValueError(f"{len(sizes)} sizes: a fit of three unknowns needs {MIN_SIZES}")
+        raise ValueError(f"{len(sizes)} sizes are too few: three unknowns need {MIN_SIZES}")
     n, means = np.array([s.n for s in sizes], float), np.array([s.mean for s in sizes])
     e, a, alpha = _fit(n, means)
     law = e + a * n**-alpha
@@ -125,7 +127,7 @@ def fit_sizes(sizes: Sequence[Size], replicates: int = REPLICATES, seed: int = 0
         pool = np.concatenate([deviations * np.sqrt(k / (k - 1)) for deviations, k in several])
         random = np.random.default_rng(seed)
         noise = [random.choice(pool, (replicates, len(s.losses))).mean(1) for s in sizes]
-        # Around the law and not around the means: residuals of the law are no noise of seeds.
+        # Around the law, not around the means: residuals of the law are not seed noise.
         samples = np.array([_fit(n, law + shift, (alpha,)) for shift in np.array(noise).T])
         columns = zip(("e", "a", "alpha"), samples.T, strict=True)
         intervals = {name: _interval(column) for name, column in columns}
@@ -136,7 +138,7 @@ def fit_sizes(sizes: Sequence[Size], replicates: int = REPLICATES, seed: int = 0
 def _fit(n: Array, losses: Array, starts: Sequence[float] = STARTS) -> tuple[float, float, float]:
     """Return (E, A, α); the search begins at the best of `starts`, values of α.
 
-    The search has B, the excess at the middle size, in place of A, as B is near one.
+    The search replaces A with B, the excess at the geometric mean size, which is of order one.
     """
     middle = np.exp(np.log(n).mean())
 
@@ -144,7 +146,7 @@ def _fit(n: Array, losses: Array, starts: Sequence[float] = STARTS) -> tuple[flo
         return e + b * (size / middle) ** -alpha
 
     def linear(alpha: float) -> tuple[float, Array]:
-        """Return the sum of squares and (E, B, α), where E and B are the best for this α."""
+        """Return the sum of squares and (E, B, α) with the best E and B for this α."""
         falling = (n / middle) ** -alpha
         (b, e), *_ = np.linalg.lstsq(np.stack([falling, np.ones_like(n)], 1), losses, rcond=None)
         start = np.array([max(e, 0.0), max(b, 0.0), alpha])
@@ -167,17 +169,17 @@ def _interval(values: Array) -> Interval:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The loss of a size as predicted by the law through all smaller ones, nats per token."""
+    """The loss of a size, in nats per token, as the law of all smaller sizes predicts it."""
 
     n: int
     predicted: float
-    interval: Interval | None  # of the mean of as many runs as were measured
+    interval: Interval | None  # for the mean of as many runs as were measured
     measured: float
     above: bool | None  # whether the measured loss is above the interval; None without one
 
 
 def predictions(sizes: Sequence[Size], replicates: int = REPLICATES) -> list[Prediction]:
-    """Predict each size that has at least four smaller ones from these; smallest first."""
+    """Predict each size that has at least four smaller ones from those, smallest first."""
     sizes = sorted(sizes, key=lambda size: size.n)
     results = []
     for i, size in enumerate(sizes[MIN_SIZES:], start=MIN_SIZES):
@@ -193,31 +195,31 @@ def predictions(sizes: Sequence[Size], replicates: int = REPLICATES) -> list[Pre
 
 @dataclass(frozen=True)
 class SizeResult:
-    """The finished runs of one size in a group, on average. None: no run has the number."""
+    """The mean of the finished runs of one size in a group. None: no run has that number."""
 
     model: str
     parameters: int
     runs: int
-    perplexity: float  # geometric mean over the runs, that is, of their mean loss
+    perplexity: float  # geometric mean over the runs, which is exp(mean loss)
     lowest: float  # perplexity of the best run
     highest: float
     epochs: float | None
     train_loss: float | None  # nats per token
     loss: float | None
     spread: float | None  # highest − lowest validation loss of the runs; None: there is one run
-    rise: float | None  # of the validation loss, from its lowest to the end
+    rise: float | None  # final − lowest validation loss
     gap: float | None  # validation loss − training loss
 
 
 @dataclass(frozen=True)
 class RunGroup:
-    """Runs that can be compared: the same data, token budget and recipe."""
+    """Comparable runs: the same data, token budget and recipe."""
 
     label: str
     corpus: str
     sizes: tuple[SizeResult, ...]  # smallest first
-    fits: dict[str, Fit]  # by a key of COUNTED; empty with fewer than MIN_SIZES sizes
-    predictions: tuple[Prediction, ...]  # by all parameters
+    fits: dict[str, Fit]  # key of PARAMETER_COUNTS: fit; empty with fewer than MIN_SIZES sizes
+    predictions: tuple[Prediction, ...]  # N counts all parameters
 
 
 def by_size(runs: Iterable[RunResult]) -> list[RunResult]:
@@ -232,14 +234,14 @@ def run_groups(runs: Iterable[RunResult], replicates: int = REPLICATES) -> list[
 
 
 def run_warnings(runs: Iterable[RunResult]) -> list[str]:
-    """Return what is wrong with some of the runs, such as "a, b: differ in data.batch_size"."""
+    """Return warnings about runs, such as "a, b: differ in data.batch_size"."""
     warnings, finished = [], []
     for run in by_size(runs):
         if run.point:
             finished.append(run)
         else:
             status = "no finite loss" if run.status == "finished" else run.status
-            warnings.append(f"{run.name}: {status}, not in figures and fits")
+            warnings.append(f"{run.name}: {status}, left out of figures and fits")
     for _, group in _by(finished, "group"):
         for _, same in _by(group, "parameters"):
             names, settings = ", ".join(run.name for run in same), [run.settings for run in same]
@@ -248,7 +250,7 @@ def run_warnings(runs: Iterable[RunResult]) -> list[str]:
             if different:
                 warnings.append(f"{names}: differ in {', '.join(different)}")
             elif len({run.seed for run in same}) < len(same):
-                warnings.append(f"{names}: some have the same seed")
+                warnings.append(f"{names}: several have the same seed")
     return warnings
 
 
@@ -261,11 +263,13 @@ def _by(runs: Iterable[RunResult], attribute: str) -> Iterable[tuple[Any, list[R
 
 def _run_group(runs: list[RunResult], replicates: int) -> RunGroup:
     fits = {}
-    for counted in COUNTED:
-        losses = {n: [r.loss for r in same if r.loss is not None] for n, same in _by(runs, counted)}
+    for attribute in PARAMETER_COUNTS:
+        losses = {
+            n: [r.loss for r in same if r.loss is not None] for n, same in _by(runs, attribute)
+        }
         sizes = [Size(n, tuple(values)) for n, values in losses.items() if n is not None]
         if len(sizes) >= MIN_SIZES:
-            fits[counted] = fit_sizes(sizes, replicates)
+            fits[attribute] = fit_sizes(sizes, replicates)
     law = fits.get("parameters")
     predicted = tuple(predictions(law.sizes, replicates)) if law else ()
     sizes = tuple(size_result(same) for _, same in _by(runs, "parameters"))
@@ -276,8 +280,8 @@ def size_result(runs: Sequence[RunResult]) -> SizeResult:
     """Return the mean of finished runs of one size."""
 
     def mean(values: Iterable[float | None]) -> float | None:
-        known = [value for value in values if value is not None]
-        return fmean(known) if known else None
+        numbers = [value for value in values if value is not None]
+        return fmean(numbers) if numbers else None
 
     points = [run.point for run in runs if run.point]
     perplexities = [perplexity for _, perplexity in points]

@@ -1,8 +1,8 @@
-"""Results of runs, read from their folders, and a small copy of these folders for a repository.
+"""Read the results of runs from their folders, and copy these folders in a small form.
 
     >>> runs = [read_run(folder) for folder in find_runs([Path("runs")])]
 
-A W&B agent, a Hydra sweep and a person leave the same folder, so that all of them are read alike.
+A W&B agent, a Hydra sweep and a single training run write the same files.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from minigpt.runs.names import CONFIG, METRICS, SUMMARY
 from minigpt.runs.provenance import Parent, parent_of
 from minigpt.runs.records import Row, last_values, read_metrics, read_summary, series
 
-LATE = 0.05  # share of a run, at its end, whose logged steps give its training loss
-KEPT_ROWS = 200  # about as many rows of the training before that stay in a copied metrics.csv
+LATE = 0.05  # share of a run, at its end, over which its training loss is averaged
+COPIED_ROWS = 200  # about how many of the earlier training rows a copied metrics.csv keeps
 
 
 @dataclass(frozen=True)
 class ReferenceModel:
-    """One of the three reported models to beat: vocabulary 3,000, TinyStories."""
+    """A reference model to compare with, trained on all of TinyStories; vocabulary 3,000."""
 
     parameters: int
     perplexity: float  # validation
-    flops_per_token: int  # GPT.flops_per_token of the same shape
+    flops_per_token: int  # training FLOPs, by GPT.flops_per_token for the same shape
     tokens: int = 104_000_000  # seen in training
 
 
@@ -54,25 +54,25 @@ class RunResult:
     """The result of one run. A number that was not measured, or is not finite, is None."""
 
     path: Path
-    model: str  # the option of the config group: small, medium, large
+    model: str  # option of the config group `model`, such as small
     data: str  # data.source
-    corpus: str  # the same, with the files of text and a vocabulary that is not the usual one
+    corpus: str  # `data`, with the names of text files and a non-default vocabulary size
     recipe: str  # such as "adamw, unscaled embeddings" or "muon, from <run>, averaged"
     seed: int
-    status: str  # finished, interrupted, failed; unfinished: no summary, so running or killed
+    status: str  # finished, interrupted or failed; unfinished without a summary: running or killed
     parameters: int | None
     non_embedding_parameters: int | None
-    tokens: int  # seen in training, with those of the run whose weights it began with
-    tokens_of_data: int  # of those, seen of this data source
-    train_tokens: int | None  # of the training split, each counted once
-    flops_per_token: int | None  # of training
-    train_loss: float | None  # mean of the logged steps of the last 5 % of the run, dropout on
+    tokens: int  # seen in training, including those of the parent run
+    tokens_of_data: int  # of those, how many came from this data source
+    train_tokens: int | None  # size of the training split
+    flops_per_token: int | None  # training FLOPs
+    train_loss: float | None  # mean over the last 5 % of the run, with dropout
     loss: float | None  # nats per token over the validation split, at the end of the run
-    best_loss: float | None  # the lowest there was at any validation
+    best_loss: float | None  # lowest validation loss during the run
     perplexity: float | None
     bits_per_byte: float | None
     curve: tuple[tuple[float, float], ...] = ()  # (tokens seen, validation loss)
-    settings: dict[str, Any] = field(default_factory=dict)  # of the recipe, such as data.batch_size
+    settings: dict[str, Any] = field(default_factory=dict)  # those that should agree in a group
 
     @property
     def name(self) -> str:
@@ -81,7 +81,7 @@ class RunResult:
 
     @property
     def group(self) -> str:
-        """Label of the runs that can be compared with this one: data, tokens seen, recipe."""
+        """Label of the group of comparable runs: data, tokens seen, recipe."""
         parts = self.corpus, f"{human_count(self.tokens)} tokens", self.recipe
         return ", ".join(filter(None, parts))
 
@@ -94,7 +94,7 @@ class RunResult:
 
     @property
     def epochs(self) -> float | None:
-        """How often the run saw its training stories."""
+        """Number of passes over the training split."""
         return self.tokens_of_data / self.train_tokens if self.train_tokens else None
 
     @property
@@ -106,18 +106,18 @@ class RunResult:
 def find_runs(folders: Sequence[Path]) -> list[Path]:
     """Return the run folders among and below `folders`, each once, sorted within each of them.
 
-    A run folder holds config.yaml, and summary.json or metrics.csv. A checkpoint file stands for
-    its run. Hidden folders, and folders inside a run, are not searched.
+    A run folder holds config.yaml, and summary.json or metrics.csv. `folders` may also name a
+    checkpoint file, which selects its run. Hidden folders and folders in a run are not searched.
 
     Raises:
-        UserError: a folder does not exist, or there is no run in any of them.
+        UserError: a folder does not exist, or none of them holds a run.
     """
     runs: dict[Path, Path] = {}
     for folder in folders:
         if folder.is_file():
             folder = Run.load(folder).folder
         if not folder.is_dir():
-            raise UserError("is not a folder; give one with runs in it", "folders", str(folder))
+            raise UserError("is not a folder; give one that holds runs", "folders", str(folder))
         for name, below, files in os.walk(folder):
             below[:] = sorted(inner for inner in below if not inner.startswith("."))
             if CONFIG in files and (SUMMARY in files or METRICS in files):
@@ -125,7 +125,7 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
                 below.clear()
     if not runs:
         raise UserError(
-            f"there is no run in {' or '.join(map(str, folders))}",
+            f"no run found in {' or '.join(map(str, folders))}",
             command=("train", {"experiment": "quickstart"}),
         )
     return list(runs.values())
@@ -147,7 +147,7 @@ def read_run(path: Path) -> RunResult:
         if value is None or (isinstance(value, float) and not math.isfinite(value)):
             return None
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"{path / SUMMARY}: {name} is {value!r}, expected a number")
+            raise UserError(f"{path / SUMMARY}: {name} must be a number, not {value!r}")
         return value
 
     parent = parent_of(summary, path / SUMMARY)
@@ -192,7 +192,7 @@ def _corpus(data: dict[str, Any]) -> str:
 
 def _recipe(config: dict[str, Any], summary: dict[str, Any], parent: Parent | None) -> str:
     scale = (config.get("model") or {}).get("embedding_scale")
-    # A run that has not written its summary yet does not name its parent.
+    # The summary names the parent, and a run in progress has no summary yet.
     start = parent.name if parent else "another run" if config.get("init_from") else None
     parts = (
         (config.get("optimizer") or {}).get("name"),
@@ -221,7 +221,7 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 def late_training_loss(rows: list[Row]) -> float | None:
     """Return the mean training loss of the steps logged in the last 5 % of the run.
 
-    The learning rate is near zero there, so that the weights hardly move. None without such steps.
+    The learning rate is near zero there, so the weights hardly change. None without such steps.
     """
     late = [row["train/loss"] for row in rows if "train/loss" in row and _is_late(row, rows)]
     return fmean(late) if late and all(map(math.isfinite, late)) else None
@@ -235,16 +235,16 @@ def _is_late(row: Row, rows: list[Row]) -> bool:
 
 
 def keep_run(path: Path, into: Path) -> Path:
-    """Copy what the study reads of a run to `into`/<name>, small enough for a repository.
+    """Copy the records of a run to `into`/<name>, in a form small enough for a repository.
 
-    Paths in config.yaml are cut to their last part. metrics.csv keeps every validation, the last
-    5 % of the training, and about 200 of the rows before.
+    The copy has config.yaml, with absolute paths cut to their last part, summary.json, and
+    metrics.csv with every validation, the last 5 % of training, and about 200 earlier rows.
 
     Returns:
         The folder of the copy.
 
     Raises:
-        UserError: `into` has another run of that name, or a file of this one cannot be read.
+        UserError: `into` holds another run of that name, or a file of the run cannot be read.
     """
     config, summary = Run(path, path).config, read_summary(path)
     folder = into / path.resolve().name
@@ -270,7 +270,7 @@ def _portable(value: Any) -> Any:
 
 
 def _thinned(rows: list[Row]) -> str:
-    every = max(1, math.ceil(len(rows) / KEPT_ROWS))
+    every = max(1, math.ceil(len(rows) / COPIED_ROWS))
     text = io.StringIO()
     columns = dict.fromkeys(name for row in rows for name in row)
     writer = csv.DictWriter(text, list(columns), lineterminator="\n")

@@ -1,4 +1,4 @@
-"""The scaling study as files: scaling.md, scaling.json and three figures; and its terminal table.
+"""Write the scaling study: scaling.md, scaling.json, three figures, and a terminal table.
 
 >>> runs = [read_run(folder) for folder in find_runs([Path("runs")])]
 >>> groups = write_scaling(runs, Path("runs"))
@@ -20,8 +20,8 @@ from minigpt.core.plots import write_png
 from minigpt.core.text import human_count, md_table, value_cell
 from minigpt.scaling.figures import compute_figure, scaling_figure, tokens_figure
 from minigpt.scaling.fit import (
-    COUNTED,
     MIN_SIZES,
+    PARAMETER_COUNTS,
     REPLICATES,
     Interval,
     RunGroup,
@@ -33,7 +33,7 @@ from minigpt.scaling.fit import (
 )
 from minigpt.scaling.results import REFERENCE, RunResult
 
-COLUMNS = {  # heading in scaling.md: heading on the terminal, where the row has 80 characters
+COLUMNS = {  # heading in scaling.md: heading on the terminal, in rows of 80 characters
     "run": "run",
     "model": "model",
     "parameters": "params",
@@ -46,17 +46,17 @@ COLUMNS = {  # heading in scaling.md: heading on the terminal, where the row has
     "reference perplexity": "ref.",
 }
 RECIPE_COLUMNS = (
-    "model", "data", "recipe", "tokens", "runs", "perplexity", "lowest", "highest",
-    "bits per byte", "reference",
+    "model", "data", "recipe", "tokens", "runs", "perplexity", "lowest perplexity",
+    "highest perplexity", "bits per byte", "reference perplexity",
 )  # fmt: skip
 LAW_COLUMNS = (
-    "runs of", "N", "E (nats)", "A", "α", "residual (nats)", "seed noise (nats)", "warning",
+    "run group", "N", "E (nats)", "A", "α", "residual (nats)", "seed noise (nats)", "warning",
 )  # fmt: skip
 SIZE_COLUMNS = (
-    "runs of", "model", "runs", "spread", "epochs", "training loss", "validation loss", "gap",
-    "rise", "predicted", "measured − predicted", "above interval",
+    "run group", "model", "runs", "spread", "epochs", "training loss", "validation loss", "gap",
+    "rise", "predicted loss", "measured − predicted", "above interval",
 )  # fmt: skip
-REFERENCE_NOTE = "The reference: 104M tokens of the full TinyStories corpus."
+REFERENCE_NOTE = "The reference models saw 104M tokens of the full TinyStories corpus."
 
 
 def write_scaling(
@@ -65,12 +65,12 @@ def write_scaling(
     """Write scaling.md, scaling.json and three figures into `out`, which is created if missing.
 
     Args:
-        runs: finished or not, in any order.
-        out: the folder.
-        replicates: how often the bootstrap fits again.
+        runs: results of runs, finished or not, in any order.
+        out: output folder.
+        replicates: number of fits of the bootstrap.
 
     Returns:
-        The groups of runs that can be compared, with their laws.
+        The groups of comparable runs, with their fitted laws.
     """
     runs = by_size(runs)
     groups = run_groups(runs, replicates)
@@ -122,10 +122,10 @@ def rich_table(runs: Iterable[RunResult]) -> Table:
 
 
 def law_line(group: RunGroup) -> str:
-    """Return the law of a group on one line, or how many sizes it lacks."""
+    """Return the law of a group on one line, or how many sizes it has if there is no law."""
     law = group.fits.get("parameters")
     if law is None:
-        return f"{group.label}: no fit, {len(group.sizes)} of {MIN_SIZES} sizes"
+        return f"{group.label}: no fit, has {len(group.sizes)} of the {MIN_SIZES} sizes needed"
     return f"{group.label}: L = {law.e:.3f} + {law.a:.4g} / N^{law.alpha:.3f}"
 
 
@@ -134,28 +134,31 @@ def law_line(group: RunGroup) -> str:
 
 def markdown(runs: Sequence[RunResult], groups: Sequence[RunGroup]) -> str:
     """Return scaling.md: tables of the runs, recipes, laws and sizes, and the figures."""
-    laws = [_law_cells(group, counted) for group in groups for counted in group.fits]
+    laws = [_law_cells(group, attribute) for group in groups for attribute in group.fits]
     sizes = [_size_cells(group, size) for group in groups for size in group.sizes]
     parts = [
         "# Scaling",
         md_table(list(COLUMNS), [_run_cells(run, "{:,}".format) for run in runs], left=2),
-        f"Validation loss at the end of each run. {REFERENCE_NOTE}",
+        f"Validation loss is measured at the end of each run. {REFERENCE_NOTE}",
         "\n".join(f"- {warning}" for warning in run_warnings(runs)),
         "![Perplexity against parameters](scaling.png)",
+        "The figure shows the run group with the most sizes, and better means of other groups.",
     ]
     for title, columns, rows, left, note in (
         (
             "Recipes", RECIPE_COLUMNS, _recipe_rows(runs), 3,
-            "Runs of one size on as many tokens of the same data; perplexity of the mean loss.",
+            "Each comparison is at one model size, data set and token count. Perplexity is "
+            "exp(mean loss over the runs).",
         ),
         (
             "Laws", LAW_COLUMNS, laws, 2,
-            "L = E + A / N^α, least squares. In brackets: 95 % of a bootstrap over seeds.",
+            "L = E + A / N^α by least squares, with 95 % intervals of a bootstrap over seeds.",
         ),
         (
             "Sizes", SIZE_COLUMNS, sizes, 2,
-            "Nats per token. Gap: validation − training loss (last 5 % of the run). Rise: final − "
-            "lowest validation loss. Predicted: by the law through all smaller sizes.",
+            "Losses are in nats per token. Spread: highest − lowest validation loss of the runs. "
+            "Gap: validation − training loss, the latter over the last 5 % of the run. Rise: "
+            "final − lowest validation loss. Predicted loss: by the law of all smaller sizes.",
         ),
     ):  # fmt: skip
         if rows:
@@ -164,8 +167,10 @@ def markdown(runs: Sequence[RunResult], groups: Sequence[RunGroup]) -> str:
         "## Tokens and compute",
         "![Perplexity against tokens seen](scaling-tokens.png)",
         "![Perplexity against compute](scaling-compute.png)",
-        "Validations of each run; the learning rate has decayed only at the large dot. FLOPs are "
-        "6 N + 12 L T d per token, N with the output matrix.",
+        "Each point is a validation, and the last point of a run is larger: only there has the "
+        "learning rate decayed. The figures show at most three model sizes, first those with the "
+        "data and recipe of most runs, then those trained on the most tokens. Training costs "
+        "6 N + 12 L T d FLOPs per token, where N includes the output matrix.",
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -190,7 +195,7 @@ def _recipe_rows(runs: Sequence[RunResult]) -> list[list[str]]:
     cases: dict[tuple[int, str, str], dict[str, list[RunResult]]] = {}
     for run in by_size(runs):
         if run.point and run.loss is not None:
-            tokens = human_count(float(f"{run.tokens:.2g}"))  # whole steps end near the budget
+            tokens = human_count(float(f"{run.tokens:.2g}"))  # a run ends at a whole step
             recipes = cases.setdefault((run.point[0], run.data, tokens), {})
             recipes.setdefault(run.recipe, []).append(run)
     rows = []
@@ -210,19 +215,19 @@ def _recipe_rows(runs: Sequence[RunResult]) -> list[list[str]]:
     return rows
 
 
-def _law_cells(group: RunGroup, counted: str) -> list[str]:
-    fit, cells = group.fits[counted], []
+def _law_cells(group: RunGroup, attribute: str) -> list[str]:
+    fit, cells = group.fits[attribute], []
     for name, form in (("e", ".3f"), ("a", ".4g"), ("alpha", ".3f")):
         interval = fit.intervals[name] if fit.intervals else None
         cells.append(_with_interval(getattr(fit, name), interval, form))
     numbers = f"{fit.residual:.4f}", value_cell(fit.seed_noise, ".4f")
-    return [group.label, COUNTED[counted], *cells, *numbers, fit.at_limit or ""]
+    return [group.label, PARAMETER_COUNTS[attribute], *cells, *numbers, fit.at_limit or ""]
 
 
 def _size_cells(group: RunGroup, size: SizeResult) -> list[str]:
     losses = (size.train_loss, ".3f"), (size.loss, ".3f"), (size.gap, "+.3f"), (size.rise, ".3f")
     numbers = (size.spread, ".3f"), (size.epochs, ".1f"), *losses
-    predicted = ["–", "–", "–"]
+    predicted = ["–", "–", "–"]  # loss, difference, whether above the interval
     for prediction in group.predictions:
         if prediction.n == size.parameters:
             predicted = [

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from minigpt.core.files import write_text
-from minigpt.core.plots import INK, new_figure, to_svg
+from minigpt.core.plots import COLOURS, INK, new_figure, to_svg
 from minigpt.core.text import human_count, human_time
 from minigpt.runs.names import CONFIG, REPORT
 from minigpt.runs.records import Row, last_values, read_metrics, read_samples, read_summary, series
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-TRAIN, VAL, OTHER = "#3b82c4", "#d2571e", "#3f8f6b"
+TRAIN, VAL, OTHER = COLOURS
 PERPLEXITY = "val/perplexity"
 CURVES = (  # column of metrics.csv, title, axis label, colour
     (PERPLEXITY, "Validation perplexity", "perplexity (log scale)", VAL),
@@ -172,8 +172,8 @@ def loss_figure(rows: list[Row]) -> Figure:
     tokens, loss = series(rows, "train/loss")
     if loss:
         reach = max(1, len(loss) // 50)
-        axes.plot(tokens, loss, color=TRAIN, alpha=0.35, linewidth=0.8, label="training")
-        label = f"training, mean of {2 * reach + 1} points"
+        axes.plot(tokens, loss, color=TRAIN, alpha=0.5, linewidth=0.6, label="train")
+        label = f"train, mean of {2 * reach + 1} points"
         axes.plot(tokens, smooth(loss, reach), color=TRAIN, linewidth=1.8, label=label)
     tokens, loss = series(rows, "val/loss")
     if loss:
@@ -211,7 +211,7 @@ def _axes(label: str) -> tuple[Figure, Axes]:
     """Return an empty figure whose horizontal axis is the number of training tokens."""
     from matplotlib.ticker import FuncFormatter
 
-    figure = new_figure(6.4, 3.6)
+    figure = new_figure(5, 3)
     (axes,) = figure.axes
     axes.set(xlabel="training tokens", ylabel=label)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value)))

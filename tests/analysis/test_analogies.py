@@ -22,9 +22,9 @@ def test_rank_is_the_position_of_the_expected_answer(monkeypatch):
     first = answers.analogies[0]
     assert (first.question, first.expected, first.rank) == ("princess − girl + boy", "prince", 2)
     assert [word for word, _ in first.top[:2]] == ["king", "prince"]
-    problem = answers.analogies[1]
-    assert problem.rank is None
-    assert re.search(naming("'dad'", "4"), problem.problem or "")
+    second = answers.analogies[1]
+    assert second.rank is None
+    assert re.search(naming("'dad'", "4"), second.problem or "")
     assert answers.summary["asked"] == 1
     assert answers.summary["first"] == 0
     assert answers.summary["among five"] == 1
@@ -35,8 +35,8 @@ def test_rank_is_the_position_of_the_expected_answer(monkeypatch):
 
 def test_token_with_a_line_break_stays_in_its_cell():
     top = [("\n", 0.5), ("|", 0.25), ("", 0.1)]
-    found = Answers({"dad": top}, [Analogy("gender", "a − b + c", "d", 3, top)])
-    text = analogies.markdown({"one": found})
+    answers = Answers({"dad": top}, [Analogy("gender", "a − b + c", "d", 3, top)])
+    text = analogies.markdown({"one": answers})
     assert "| dad | \\n 0.50, \\| 0.25, (a space) 0.10 |\n" in text
     assert "| gender | a − b + c | d | 3 (\\n 0.50) |\n" in text
 

@@ -16,7 +16,7 @@ def net() -> GPT:
     return GPT(GPTConfig(50, 12, d_model=16, n_layers=3, n_heads=2, d_ff=32)).eval()
 
 
-def test_each_row_is_a_distribution_over_the_past(net):
+def test_attention_rows_are_distributions_over_the_past(net):
     weights = attention_weights(net, torch.randint(0, 50, (1, 7)))
     assert weights.shape == (3, 2, 7, 7)
     assert weights.sum(dim=-1).allclose(torch.ones(3, 2, 7))
@@ -24,7 +24,7 @@ def test_each_row_is_a_distribution_over_the_past(net):
     assert weights[:, :, 0, 0].equal(torch.ones(3, 2))
 
 
-def test_they_are_the_weights_that_the_model_uses(net):
+def test_attention_weights_are_those_that_the_model_uses(net):
     qkvs, outputs = [], []
     for block in net.blocks:
         block.attention.qkv.register_forward_hook(lambda _m, _x, qkv: qkvs.append(qkv))
@@ -39,19 +39,19 @@ def test_they_are_the_weights_that_the_model_uses(net):
         torch.testing.assert_close((weights @ values).transpose(0, 1).flatten(1), output[0])
 
 
-def test_kernels_and_threads_change_nothing(net):
+def test_attention_weights_do_not_depend_on_kernels_and_threads(net):
     texts = [torch.randint(0, 50, (1, length)) for length in (3, 7, 12, 5)]
     expected = [attention_weights(net, ids) for ids in texts]
     net.use(CPU)
     with ThreadPoolExecutor(4) as pool:
         for _ in range(5):
-            for got, weights in zip(
+            for result, weights in zip(
                 pool.map(attention_weights, [net] * 4, texts), expected, strict=True
             ):
-                assert torch.equal(got, weights)
+                assert torch.equal(result, weights)
 
 
-def test_a_forward_without_a_cache_is_refused_by_name():
+def test_forward_without_a_cache_is_an_error_that_names_it():
     class Uncached(GPT):
         def forward(self, ids):  # pyright: ignore[reportIncompatibleMethodOverride]
             return super().forward(ids)
@@ -61,6 +61,6 @@ def test_a_forward_without_a_cache_is_refused_by_name():
         attention_weights(net, torch.zeros(1, 3, dtype=torch.long))
 
 
-def test_more_tokens_than_the_context_are_refused(net):
+def test_attention_over_more_tokens_than_the_context_is_an_error(net):
     with pytest.raises(ValueError, match=naming("13", "12")):
         attention_weights(net, torch.zeros(1, 13, dtype=torch.long))

@@ -37,13 +37,13 @@ def continuation(text: str, name: str = "Lily", ended: bool = True) -> Continuat
 
 
 def test_openings_are_first_sentences_that_end_in_a_name(tokenizer):
-    measures = story_openings(STORIES, tokenizer, 2, 40)
-    assert [(o.text, o.name) for o in measures] == [
+    openings = story_openings(STORIES, tokenizer, 2, 40)
+    assert [(o.text, o.name) for o in openings] == [
         ("Once there was a girl named Lily.", "Lily"),
         ("Here is a cat called Kitty.", "Kitty"),
     ]
-    assert measures[1].rest == " It ate. It slept."
-    assert measures[0].ids == (0, *tokenizer.encode("Once there was a girl named Lily."))
+    assert openings[1].rest == " It ate. It slept."
+    assert openings[0].ids == (0, *tokenizer.encode("Once there was a girl named Lily."))
     with pytest.raises(UserError, match=naming("2", "3", "20")):
         story_openings(STORIES, tokenizer, 3, 40)
     with pytest.raises(UserError, match=naming("0", "1", "2")):
@@ -51,19 +51,19 @@ def test_openings_are_first_sentences_that_end_in_a_name(tokenizer):
 
 
 def test_validation_split_has_enough_openings(tokenizer):
-    measures = story_openings(bundled_sample().stories("valid"), tokenizer, 1000, 256)
-    assert sum(o.text.startswith("Once upon a time") for o in measures) > 500
+    openings = story_openings(bundled_sample().stories("valid"), tokenizer, 1000, 256)
+    assert sum(o.text.startswith("Once upon a time") for o in openings) > 500
 
 
 def test_protagonist_retention_is_of_the_last_third():
-    kept = [
+    stories = [
         continuation("one two three four five Lily's"),
         continuation("Lily two three four five six"),  # the first third
         continuation("one two three four Lilypad six"),
         continuation("she LILY"),
         continuation(""),  # no words: left out
     ]
-    assert coherence(kept).protagonist_retention == 2 / 4
+    assert coherence(stories).protagonist_retention == 2 / 4
 
 
 def test_names_are_capitalised_words_inside_sentences():
@@ -91,8 +91,8 @@ def test_continuations_are_in_order_and_fill_the_context(net, tokenizer):
     assert [s.opening for s in stories] == openings
     assert len({s.text for s in stories}) > 1
     for story in stories:
-        room = 40 - len(story.opening.ids)
-        assert len(story.ids) < room if story.ended else len(story.ids) == room
+        capacity = 40 - len(story.opening.ids)
+        assert len(story.ids) < capacity if story.ended else len(story.ids) == capacity
         assert 0 not in story.ids
         assert story.text == tokenizer.decode(story.ids)
     again = write_continuations(net, tokenizer, openings, 1.0, seed=1)

@@ -8,7 +8,6 @@ from matplotlib.figure import Figure
 
 from minigpt.analysis.embedding_map import (
     CLUSTERS,
-    COLOURS,
     FewWordsError,
     caption,
     embedding_map,
@@ -17,6 +16,7 @@ from minigpt.analysis.embedding_map import (
     write_map,
 )
 from minigpt.analysis.embeddings import EmbeddingProbe
+from minigpt.core.plots import COLOURS, MARKERS
 from minigpt.tokenizer import Tokenizer
 from tests.conftest import naming
 
@@ -35,69 +35,69 @@ def probe() -> EmbeddingProbe:
     return EmbeddingProbe(matrix, tokenizer)
 
 
-def test_clusters_come_apart_and_split_words_are_left_out(probe):
-    found = embedding_map(probe, CLUSTERED)
-    assert found.words == {"roles": ["dad", "mom", "king"], "activities": ["run", "jump", "sing"]}
-    assert found.points.shape == (6, 2)
-    roles, activities = found.points[:3, 0], found.points[3:, 0]
+def test_map_separates_clusters_and_leaves_out_split_words(probe):
+    layout = embedding_map(probe, CLUSTERED)
+    assert layout.words == {"roles": ["dad", "mom", "king"], "activities": ["run", "jump", "sing"]}
+    assert layout.points.shape == (6, 2)
+    roles, activities = layout.points[:3, 0], layout.points[3:, 0]
     assert roles.min() > 0 > activities.max()
-    assert found.within == pytest.approx(1 / 1.09)
-    assert found.between == pytest.approx(0, abs=1e-6)
-    assert "0.92" in caption(found)
+    assert layout.within == pytest.approx(1 / 1.09)
+    assert layout.between == pytest.approx(0, abs=1e-6)
+    assert "0.92" in caption(layout)
 
 
-def test_the_explained_share_is_that_of_the_two_largest_variances(probe):
-    found = embedding_map(probe, CLUSTERED)
+def test_explained_share_is_that_of_the_two_largest_variances(probe):
+    layout = embedding_map(probe, CLUSTERED)
     centred = probe.vectors(WORDS) - probe.vectors(WORDS).mean(dim=0)
-    share = found.points.square().sum() / centred.square().sum()
-    assert found.explained == pytest.approx(share.item())
+    share = layout.points.square().sum() / centred.square().sum()
+    assert layout.explained == pytest.approx(share.item())
 
 
-def test_the_png_and_the_svg_show_every_word(probe, tmp_path):
-    found = embedding_map(probe, CLUSTERED)
-    write_map(found, tmp_path / "new" / "map.png")
+def test_png_and_svg_of_the_map_show_every_word(probe, tmp_path):
+    layout = embedding_map(probe, CLUSTERED)
+    write_map(layout, tmp_path / "new" / "map.png")
     assert (tmp_path / "new" / "map.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["map.png"]
-    svg = map_svg(found)
+    svg = map_svg(layout)
     assert svg.startswith("<svg")
-    assert set(WORDS) <= set(re.findall(r">([^<>]+)</text>", svg))
+    assert {*WORDS, *CLUSTERED} <= set(re.findall(r">([^<>]+)</text>", svg))
     assert "currentColor" in svg
 
 
-def test_words_of_one_cluster_alone_are_not_held_against_others(probe):
-    found = embedding_map(probe, {"roles": ("dad", "mom", "king"), "activities": ("jumpings",)})
-    assert found.between is None
-    assert re.findall(r"\d\.\d+", caption(found)) == ["0.92"]
+def test_caption_of_one_cluster_has_no_cosine_between_clusters(probe):
+    layout = embedding_map(probe, {"roles": ("dad", "mom", "king"), "activities": ("jumpings",)})
+    assert layout.between is None
+    assert re.findall(r"\d\.\d+", caption(layout)) == ["0.92"]
 
 
-def test_a_map_that_cannot_be_drawn_leaves_nothing_behind(probe, tmp_path, monkeypatch):
+def test_map_that_cannot_be_drawn_leaves_no_file(probe, tmp_path, monkeypatch):
     def fail(figure: Figure, file: Path | IO[bytes], **_: object) -> None:
         if isinstance(file, Path):
             file.touch()
         raise MemoryError
 
-    found = embedding_map(probe, CLUSTERED)
+    layout = embedding_map(probe, CLUSTERED)
     monkeypatch.setattr(Figure, "savefig", fail)
     with pytest.raises(MemoryError):
-        write_map(found, tmp_path / "map.png")
+        write_map(layout, tmp_path / "map.png")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_label_covers_another(probe):
-    found = embedding_map(probe, CLUSTERED)
-    figure = map_figure(found)
+def test_map_labels_do_not_overlap(probe):
+    layout = embedding_map(probe, CLUSTERED)
+    figure = map_figure(layout)
     figure.draw_without_rendering()
     boxes = [label.get_window_extent().padded(0, -1) for label in figure.axes[0].texts]
-    assert len(boxes) == 6
+    assert len(boxes) == len(WORDS) + len(CLUSTERED)
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
-def test_a_tokenizer_without_the_words_is_told_so(probe):
+def test_tokenizer_without_the_words_is_an_error_that_names_vocab_size(probe):
     with pytest.raises(FewWordsError, match=naming("1", "data.vocab_size")):
         embedding_map(probe, {"roles": ("dad", "grandpapa")})
 
 
-def test_each_cluster_has_a_colour_and_no_word_is_twice():
-    assert len(COLOURS) == len(CLUSTERS)
+def test_each_cluster_has_a_colour_and_no_word_occurs_twice():
+    assert len(COLOURS) == len(MARKERS) >= len(CLUSTERS)
     every = [word for members in CLUSTERS.values() for word in members]
     assert len(every) == len(set(every)) > 30

@@ -24,31 +24,31 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def matrix(tokenizer) -> torch.Tensor:
-    """Each token on an axis of its own: no two are alike until a test says so."""
+    """Each token on its own axis: cosines are zero until a test changes them."""
     return torch.eye(tokenizer.vocab_size, 400)
 
 
 def ids(tokenizer: Tokenizer, *words: str) -> list[int]:
-    found = [tokenizer.encode(word) for word in words]
-    assert all(len(i) == 1 for i in found), found
-    return [i[0] for i in found]
+    tokens = [tokenizer.encode(word) for word in words]
+    assert all(len(ids) == 1 for ids in tokens), tokens
+    return [ids[0] for ids in tokens]
 
 
 def test_neighbours_come_nearest_first_with_their_cosines(tokenizer, matrix):
     dad, mom, king = ids(tokenizer, " dad", " mom", " king")
     matrix[mom] = 3 * (0.8 * matrix[dad] + 0.6 * matrix[mom])  # the length does not matter
     matrix[king] = 0.6 * matrix[dad] + 0.8 * matrix[king]
-    found = EmbeddingProbe(matrix, tokenizer).neighbours("dad", k=2)
-    assert found == [("mom", pytest.approx(0.8)), ("king", pytest.approx(0.6))]
+    neighbours = EmbeddingProbe(matrix, tokenizer).neighbours("dad", k=2)
+    assert neighbours == [("mom", pytest.approx(0.8)), ("king", pytest.approx(0.6))]
 
 
-def test_a_word_is_the_token_with_a_space_before_it(tokenizer, matrix):
+def test_word_is_the_token_with_a_space_before_it(tokenizer, matrix):
     spaced, bare = ids(tokenizer, " dad", "dad")
     probe = EmbeddingProbe(matrix, tokenizer)
     assert probe.token_id("dad") == probe.token_id(" dad ") == spaced != bare
 
 
-def test_a_piece_of_longer_words_is_no_word(matrix):
+def test_lower_case_piece_of_longer_words_is_not_a_word(matrix):
     tokenizer = Tokenizer.train(["start started starts Yes"] * 9, 290)
     bare = tokenizer.encode("start")
     probe = EmbeddingProbe(matrix, tokenizer)
@@ -57,15 +57,15 @@ def test_a_piece_of_longer_words_is_no_word(matrix):
         probe.token_id("tart")
 
 
-def test_the_word_itself_and_second_spellings_are_left_out(tokenizer, matrix):
+def test_neighbours_leave_out_the_word_and_second_spellings(tokenizer, matrix):
     spaced, bare, mom, bare_mom, king = ids(tokenizer, " dad", "dad", " mom", "mom", " king")
     for row, cosine in ((bare, 0.99), (bare_mom, 0.9), (mom, 0.8), (king, 0.6)):
         matrix[row] = cosine * matrix[spaced] + (1 - cosine**2) ** 0.5 * matrix[row]
-    found = EmbeddingProbe(matrix, tokenizer).neighbours("dad", k=2)
-    assert found == [("mom", pytest.approx(0.9)), ("king", pytest.approx(0.6))]
+    neighbours = EmbeddingProbe(matrix, tokenizer).neighbours("dad", k=2)
+    assert neighbours == [("mom", pytest.approx(0.9)), ("king", pytest.approx(0.6))]
 
 
-def test_an_analogy_adds_unit_vectors_and_leaves_out_its_three_words(tokenizer, matrix):
+def test_analogy_adds_unit_vectors_and_leaves_out_its_three_words(tokenizer, matrix):
     king, man, woman, queen = ids(tokenizer, " king", " man", " woman", " queen")
     matrix[queen] = matrix[king] - matrix[man] + matrix[woman]
     matrix[king] *= 5
@@ -80,7 +80,7 @@ def test_an_analogy_adds_unit_vectors_and_leaves_out_its_three_words(tokenizer, 
 @pytest.mark.parametrize(
     ("word", "message"), [("dadaists", naming("dadaists", "' dad'")), (" ", naming("empty"))]
 )
-def test_a_word_of_several_tokens_is_explained_and_not_guessed(word, message, tokenizer, matrix):
+def test_word_of_several_tokens_is_an_error_with_its_pieces(word, message, tokenizer, matrix):
     probe = EmbeddingProbe(matrix, tokenizer)
     for ask in (probe.neighbours, lambda w: probe.analogy("dad", w, "mom")):
         with pytest.raises(SplitWordError, match=message) as error:
@@ -88,7 +88,7 @@ def test_a_word_of_several_tokens_is_explained_and_not_guessed(word, message, to
         assert "\n" not in str(error.value)
 
 
-def test_a_model_is_probed_in_its_embedding_matrix(tokenizer):
+def test_probe_of_a_model_uses_its_embedding_matrix(tokenizer):
     net = GPT(GPTConfig(tokenizer.vocab_size, 8, d_model=16, n_layers=1, n_heads=2, d_ff=8))
     of_net = EmbeddingProbe(net, tokenizer).neighbours("dad")
     assert of_net == EmbeddingProbe(net.embedding.weight, tokenizer).neighbours("dad")
@@ -105,12 +105,12 @@ def test_a_model_is_probed_in_its_embedding_matrix(tokenizer):
         "princess – girl + boy",
     ],
 )
-def test_an_analogy_is_read_as_people_type_it(text):
+def test_analogy_is_parsed_with_any_minus_sign_and_order(text):
     assert parse_analogy(text) == ("princess", "girl", "boy")
 
 
 @pytest.mark.parametrize("text", ["", "princess", "a - b", "a - b - c", "a + b + c", "a b - c + d"])
-def test_what_is_no_analogy_is_refused_with_an_example(text):
+def test_invalid_analogy_is_an_error_with_an_example(text):
     with pytest.raises(UserError, match=naming("princess - girl + boy")):
         parse_analogy(text)
 

@@ -1,4 +1,4 @@
-"""The playground in a process of its own, on a free port."""
+"""Start the playground by its command, as a process on a free port."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ import pytest
 from minigpt.data.sources import bundled_sample
 from tests.conftest import trained_folder
 
-# Python runs this at its start. It records every connection to another machine in a file.
+# Python runs this at its start: it records each connection to another machine in a file.
 WATCH = """
 import os, socket
 def watched(name, where):
@@ -50,7 +50,7 @@ class Served:
     """A running playground."""
 
     url: str
-    outbound: Path  # one line for each attempt of the server to reach another machine
+    outbound: Path  # has a line for each attempt of the server to reach another machine
 
     def reached_out(self) -> str:
         return self.outbound.read_text() if self.outbound.exists() else ""
@@ -58,7 +58,7 @@ class Served:
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model trained on real stories, whose vocabulary therefore has whole words."""
+    """A tiny model trained on a few real stories, whose tokenizer has whole words."""
     folder = tmp_path_factory.mktemp("trained")
     stories = list(islice(bundled_sample().stories("train"), 1500))
     for name, part in (("train", stories[100:]), ("valid", stories[:100])):
@@ -94,7 +94,7 @@ def served(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="session")
 def guarded(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Two checkpoints side by side behind a password."""
+    """Two checkpoints side by side, behind a login."""
     both = [str(tiny_run), str(tiny_run / "checkpoints/last.ckpt"), "--auth", "student:secret"]
     with playground(both, tmp_path_factory.mktemp("guarded")) as served:
         yield served
@@ -102,12 +102,12 @@ def guarded(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @contextlib.contextmanager
 def playground(arguments: list[str], folder: Path) -> Iterator[Served]:
-    """Run `minigpt playground <arguments>`, and record its connections in `folder`."""
+    """`minigpt playground <arguments>`, watched from the scratch folder `folder`."""
     (folder / "sitecustomize.py").write_text(WATCH)
     outbound = folder / "outbound.txt"
     paths = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     environment = os.environ | {"PYTHONPATH": paths, "OUTBOUND": str(outbound)}
-    environment.pop("GRADIO_ANALYTICS_ENABLED", None)  # the playground must set it itself
+    environment.pop("GRADIO_ANALYTICS_ENABLED", None)  # the page must set it itself
     command = [sys.executable, "-m", "minigpt.cli.app", "playground", *arguments, "--port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None
@@ -116,16 +116,15 @@ def playground(arguments: list[str], folder: Path) -> Iterator[Served]:
     reader.start()
     try:
         line = lines.get(timeout=120)
-        match = re.search(r"(http://127\.0\.0\.1:\d+)", line)
-        assert match, line
-        yield Served(match.group(1), outbound)
+        url = re.search(r"http://127\.0\.0\.1:\d+", line)
+        assert url, line
+        yield Served(url[0], outbound)
         assert process.poll() is None, "the server ended by itself"
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 130
         reader.join(timeout=10)
         output = "".join(lines.get() for _ in range(lines.qsize()))
-        # Gradio logs the requests that it refuses, but our code must not fail.
-        assert "minigpt/" not in output, output
+        assert "minigpt/" not in output, output  # no traceback of ours; Gradio logs bad requests
     finally:
         process.kill()
         process.wait(timeout=30)

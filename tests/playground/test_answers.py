@@ -38,30 +38,30 @@ def page(tokenizer) -> Playground:
     return Playground([model("a", tokenizer), model("b", tokenizer, n_heads=4)])
 
 
-def plain(shown: str) -> str:
-    return re.sub("<[^>]*>", "", shown)
+def plain(markup: str) -> str:
+    return re.sub("<[^>]*>", "", markup)
 
 
-def noted(shown: str, kind: str = "note") -> str:
-    """What the one line of this kind says."""
-    (line,) = re.findall(f'<div class="{kind}"[^>]*>([^<]*)</div>', shown)
+def note_text(markup: str, kind: str = "note") -> str:
+    """Return the text of the only note or error."""
+    (line,) = re.findall(f'<div class="{kind}"[^>]*>([^<]*)</div>', markup)
     return html.unescape(line)
 
 
-def test_a_story_grows_in_each_column_and_says_how_it_ended(page, monkeypatch):
+def test_story_grows_in_each_column_and_its_note_counts_tokens(page, monkeypatch):
     monkeypatch.setattr(answers, "UPDATE_SECONDS", 0)
     monkeypatch.setattr(random, "getrandbits", lambda n: 1)  # a seed whose story is not short
-    looks = list(page.write("the dog", **USUAL))
-    assert len(looks) > 5
-    for column in zip(*looks, strict=True):
+    updates = list(page.write("the dog", **USUAL))
+    assert len(updates) > 5
+    for column in zip(*updates, strict=True):
         assert all(later.startswith(earlier) for earlier, later in pairwise(column))
         assert plain(column[0]).startswith("the dog")
         assert column[0].count('class="token') == 1  # the first token is shown at once
         n = column[-1].count('class="token')
-        assert re.search(naming(str(n), "tokens"), noted(column[-1]))
+        assert re.search(naming(str(n), "tokens"), note_text(column[-1]))
 
 
-def test_the_speed_of_a_story_leaves_out_what_is_not_its_own(page, monkeypatch):
+def test_story_speed_excludes_other_models_and_the_page(page, monkeypatch):
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
 
     def tokens(net: GPT, *_: object) -> Iterator[ShownToken]:
@@ -71,29 +71,30 @@ def test_the_speed_of_a_story_leaves_out_what_is_not_its_own(page, monkeypatch):
 
     monkeypatch.setattr(answers, "time", clock)
     monkeypatch.setattr(answers, "stream_tokens", tokens)
-    shown: tuple[str, ...] = ()
-    for look in page.write("the dog", **USUAL):
-        shown = look
-        clock.now += 100  # what the page takes
-    said = [re.findall("[0-9]+", noted(column)) for column in shown]
-    assert said == [["5", "1"], ["5", "10"]]
+    columns: tuple[str, ...] = ()
+    for update in page.write("the dog", **USUAL):
+        columns = update
+        clock.now += 100  # time spent in the page
+    numbers = [re.findall("[0-9]+", note_text(column)) for column in columns]
+    assert numbers == [["5", "1"], ["5", "10"]]
 
 
-def test_a_prompt_beyond_the_context_is_said_to_be_read_from_its_end(page):
-    (*_, (shown, _)) = page.write("the dog ran and " * 40, **USUAL)
-    cut = noted(shown.partition('<span class="prompt">')[0])
+def test_prompt_beyond_the_context_has_a_note(page):
+    (*_, (story, _)) = page.write("the dog ran and " * 40, **USUAL)
+    cut = note_text(story.partition('<span class="prompt">')[0])
     assert re.search(naming("64"), cut)
     assert len(re.findall("[0-9]+", cut)) == 2  # tokens of the prompt, and of the context
 
 
-def test_the_sliders_reach_the_sampler(page):
-    def told(**changed: float) -> tuple[str, ...]:
+def test_sliders_reach_the_sampler(page):
+    def stories(**changed: float) -> tuple[str, ...]:
         (*_, last) = page.write("the dog", **{**USUAL, **changed})
         return tuple(plain(column.partition('<div class="note"')[0]) for column in last)
 
-    greedy = told(temperature=0)
-    assert told(temperature=2, top_k=1) == told(top_p=0.001) == told(min_p=1) == greedy
-    assert told(temperature=2) != greedy
+    greedy = stories(temperature=0)
+    assert stories(temperature=2, top_k=1) == stories(top_p=0.001) == greedy
+    assert stories(min_p=1) == greedy
+    assert stories(temperature=2) != greedy
 
 
 @pytest.mark.parametrize(
@@ -106,15 +107,15 @@ def test_the_sliders_reach_the_sampler(page):
         ("\ud800", {}, ["surrogate"]),
     ],
 )
-def test_what_is_wrong_is_one_line_in_each_column(page, prompt, changed, names):
-    (looks,) = page.write(prompt, **{**USUAL, **changed})
-    assert len(looks) == 2
-    for column in looks:
-        assert re.search(naming(*names), noted(column, "error"))
+def test_invalid_input_is_one_line_in_each_column(page, prompt, changed, names):
+    (columns,) = page.write(prompt, **{**USUAL, **changed})
+    assert len(columns) == 2
+    for column in columns:
+        assert re.search(naming(*names), note_text(column, "error"))
         assert "\n" not in column
 
 
-def test_a_stopped_story_leaves_the_net_ready_for_the_next(page):
+def test_model_is_usable_after_a_stopped_story(page):
     story = page.write("the dog", **USUAL)
     next(story)
     story.close()
@@ -122,28 +123,28 @@ def test_a_stopped_story_leaves_the_net_ready_for_the_next(page):
     assert len(list(page.write("the dog", **USUAL))) >= 1
 
 
-def test_words_are_answered_or_explained(page):
+def test_neighbours_and_analogies_have_bars_or_an_error(page):
     assert page.neighbours("a", "dog").count("<tr>") == 8
     assert page.analogy("b", "dog - cat + mom").count("<tr>") == 8
-    assert "zzz" in noted(page.neighbours("a", "zzz"), "error")
-    assert "dog" in noted(page.analogy("a", "dog"), "error")
-    assert "type" in noted(page.neighbours("a", " "), "error")
+    assert "zzz" in note_text(page.neighbours("a", "zzz"), "error")
+    assert "dog" in note_text(page.analogy("a", "dog"), "error")
+    assert "type" in note_text(page.neighbours("a", " "), "error")
     assert page.map("a") == "the map"
 
 
-def test_attention_is_bounded_and_says_what_a_model_has(page):
-    shown = page.attention("b", "the dog ran", 2, 4)
-    assert shown.count("data-row=") == 4
-    assert "(start)" in shown
+def test_attention_is_limited_and_an_error_names_layers_and_heads(page):
+    attention = page.attention("b", "the dog ran", 2, 4)
+    assert attention.count("data-row=") == 4
+    assert "(start)" in attention
     for wrong, name in (((1, 3), "heads"), ((0, 1), "layers")):
-        shown = page.attention("a", "the dog", *wrong)
-        assert re.search(naming("a", "2", name), noted(shown, "error"))
+        attention = page.attention("a", "the dog", *wrong)
+        assert re.search(naming("a", "2", name), note_text(attention, "error"))
     long = page.attention("a", "dog " * 200, 1, 1)
     assert long.count("data-row=") == 48
-    assert re.search(naming("48"), noted(long))
+    assert re.search(naming("48"), note_text(long))
 
 
-def test_runs_are_named_and_not_shown_twice(tmp_path, tokenizer, monkeypatch):
+def test_models_have_unique_names_and_are_loaded_once(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(Run, "load_model", lambda run: model("", tokenizer).net)
     monkeypatch.setattr(Run, "tokenizer", tokenizer)
     paths = [tmp_path / name for name in ("x/best.ckpt", "x/last.ckpt", "y/x/best.ckpt")]
@@ -152,7 +153,7 @@ def test_runs_are_named_and_not_shown_twice(tmp_path, tokenizer, monkeypatch):
     size = names[0].removeprefix("x ")
     assert names == [f"x {size}", f"x last {size}", f"x {size} again"]
     assert "parameters" in size
-    no_map = noted(Playground.load([one]).map(names[0]), "error")
+    no_map = note_text(Playground.load([one]).map(names[0]), "error")
     assert re.search(naming("2", "data.vocab_size"), no_map)
     with pytest.raises(UserError, match=naming("5", "4")):
         Playground.load([one] * 5)

@@ -36,7 +36,7 @@ def net(tokenizer) -> GPT:
 
 
 def steps(monkeypatch, tokenizer: Tokenizer, ids: list[int], logits: torch.Tensor) -> None:
-    """Let the model write `ids`, with the same logits at each step."""
+    """Make the model write `ids`, with the same logits at each step."""
 
     def fixed(*_: object, **__: object) -> Iterator[Step]:
         return (Step(torch.tensor([i]), logits[None]) for i in ids)
@@ -44,7 +44,7 @@ def steps(monkeypatch, tokenizer: Tokenizer, ids: list[int], logits: torch.Tenso
     monkeypatch.setattr(playground_html, "generate", fixed)
 
 
-def test_the_tokens_join_to_the_streamed_text(net, tokenizer):
+def test_tokens_concatenate_to_the_streamed_text(net, tokenizer):
     for seed in range(5):
         sampling = SamplingConfig(temperature=1.0, max_tokens=40, seed=seed)
         tokens = list(stream_tokens(net, tokenizer, "the dog", sampling))
@@ -53,31 +53,31 @@ def test_the_tokens_join_to_the_streamed_text(net, tokenizer):
         assert len(tokens) > 5
 
 
-def test_probability_rank_and_alternatives_are_the_models_own(monkeypatch, net, tokenizer):
+def test_probability_rank_and_alternatives_are_those_of_the_model(monkeypatch, net, tokenizer):
     (dog,), (the,) = tokenizer.encode(" dog"), tokenizer.encode(" the")
     logits = torch.full((tokenizer.vocab_size,), -100.0)
     logits[[dog, the, 0]] = torch.tensor([0.2, 0.5, 0.3]).log()
     steps(monkeypatch, tokenizer, [dog, 0], logits)
-    told, ended = stream_tokens(net, tokenizer, "x", SamplingConfig())
-    assert (told.text, told.rank, ended.text, ended.rank) == (" dog", 3, "", 2)
-    assert told.probability == pytest.approx(0.2)
-    names, probabilities = zip(*told.alternatives, strict=True)
+    token, end = stream_tokens(net, tokenizer, "x", SamplingConfig())
+    assert (token.text, token.rank, end.text, end.rank) == (" dog", 3, "", 2)
+    assert token.probability == pytest.approx(0.2)
+    names, probabilities = zip(*token.alternatives, strict=True)
     assert names[:3] == ("the", token_name(tokenizer, 0), "dog")
     assert probabilities[:3] == pytest.approx((0.5, 0.3, 0.2))
-    assert len(told.alternatives) == 5
+    assert len(token.alternatives) == 5
 
 
-def test_a_character_of_several_tokens_comes_whole(monkeypatch, net, tokenizer):
+def test_character_of_several_tokens_is_one_shown_token(monkeypatch, net, tokenizer):
     pieces = tokenizer.encode("é")
     assert len(pieces) == 2
     steps(monkeypatch, tokenizer, [*pieces, pieces[0], 0], torch.zeros(tokenizer.vocab_size))
-    whole, cut, ended = stream_tokens(net, tokenizer, "x", SamplingConfig())
+    whole, cut, end = stream_tokens(net, tokenizer, "x", SamplingConfig())
     assert whole.text == "é"
     assert whole.probability == pytest.approx(tokenizer.vocab_size**-2)
-    assert (cut.text, ended.text) == ("\N{REPLACEMENT CHARACTER}", "")
+    assert (cut.text, end.text) == ("\N{REPLACEMENT CHARACTER}", "")
 
 
-def test_a_token_is_named_so_that_it_can_be_read(tokenizer):
+def test_token_name_is_readable(tokenizer):
     (dog,), (newline,) = tokenizer.encode(" dog"), tokenizer.encode("\n")
     assert token_name(tokenizer, dog) == "dog"
     assert token_name(tokenizer, newline) == "↵"
@@ -87,39 +87,39 @@ def test_a_token_is_named_so_that_it_can_be_read(tokenizer):
     assert re.fullmatch(r"\(.*\bend\b.*\)", token_name(tokenizer, 0))
 
 
-def test_whatever_a_visitor_types_is_escaped():
-    shown = [
+def test_text_of_visitors_is_escaped():
+    parts = [
         prompt_html(NASTY),
         note_html(NASTY, "error"),
         bars_html([(NASTY, 0.5)]),
         token_html(ShownToken(NASTY, 0.5, 1, ((NASTY, 0.5),))),
         attention_html([NASTY, NASTY], torch.eye(2)),
     ]
-    for text in shown:
+    for text in parts:
         assert "<script" not in text
         assert 'q"' not in text
         assert "script" in html.unescape(text) or "…" in text
 
 
-def test_a_token_carries_what_the_panel_shows():
-    shown = token_html(ShownToken(" dog", 0.25, 7, (("cat", 0.5),)))
-    assert "--p:0.250" in shown
-    assert json.loads(html.unescape(re.findall('data-details="([^"]*)"', shown)[0])) == {
+def test_token_holds_the_details_of_the_panel():
+    markup = token_html(ShownToken(" dog", 0.25, 7, (("cat", 0.5),)))
+    assert "--p:0.250" in markup
+    assert json.loads(html.unescape(re.findall('data-details="([^"]*)"', markup)[0])) == {
         "p": 0.25, "rank": 7, "alternatives": [["cat", 0.5]],
     }  # fmt: skip
     assert re.search(r">[^<]*\bend\b[^<]*<", token_html(ShownToken("", 0.9, 1, ())))
 
 
-def test_the_heatmap_has_a_cell_for_each_look_back():
+def test_heatmap_has_a_cell_for_each_pair_of_tokens():
     weights = torch.tensor([[1.0, 0, 0], [0.25, 0.75, 0], [0.5, 0.25, 0.25]])
-    shown = attention_html(["a", "b", "c"], weights)
-    assert shown.count("<title>") == 6
-    assert re.search(r"<title>b\b[^<]*\ba\b[^<]*\b25\.0%</title>", shown)
-    rows = json.loads(html.unescape(re.findall('data-rows="([^"]*)"', shown)[0]))
+    markup = attention_html(["a", "b", "c"], weights)
+    assert markup.count("<title>") == 6
+    assert re.search(r"<title>b\b[^<]*\ba\b[^<]*\b25\.0%</title>", markup)
+    rows = json.loads(html.unescape(re.findall('data-rows="([^"]*)"', markup)[0]))
     assert rows == [[1.0], [0.25, 0.75], [0.5, 0.25, 0.25]]
 
 
-def test_a_bar_is_as_long_as_the_cosine_and_never_negative():
-    shown = bars_html([("mom", 0.6), ("zoo", -0.2)])
-    assert re.findall(r"width:(\d+)%", shown) == ["60", "0"]
-    assert "-0.20" in shown
+def test_bar_is_as_long_as_the_cosine_and_never_negative():
+    markup = bars_html([("mom", 0.6), ("zoo", -0.2)])
+    assert re.findall(r"width:(\d+)%", markup) == ["60", "0"]
+    assert "-0.20" in markup

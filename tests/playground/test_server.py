@@ -20,7 +20,7 @@ def taken_port() -> Iterator[int]:
         yield other.getsockname()[1]
 
 
-def test_a_taken_port_is_one_line(taken_port):
+def test_taken_port_is_an_error_of_port(taken_port):
     with pytest.raises(UserError, match=naming("127.0.0.1", "in use")) as error:
         start(Playground([]), "127.0.0.1", taken_port)
     assert (error.value.argument, error.value.value) == ("port", taken_port)
@@ -28,7 +28,7 @@ def test_a_taken_port_is_one_line(taken_port):
 
 @pytest.mark.parametrize("port", [None, 1])
 @pytest.mark.parametrize("host", ["a..b", "192.0.2.1", "nowhere.invalid"])
-def test_an_unknown_host_is_looked_up_once(monkeypatch, host, port):
+def test_unknown_host_is_looked_up_once(monkeypatch, host, port):
     lookups, look_up = [], socket.getaddrinfo
 
     def counted(host: str, *args: int, **kwargs: int) -> object:
@@ -44,7 +44,7 @@ def test_an_unknown_host_is_looked_up_once(monkeypatch, host, port):
     assert lookups == [host]
 
 
-# In a process of its own: Gradio leaves event loops open. The proxy must not be asked.
+# In a process of its own, because Gradio leaves event loops open. The proxy must not be used.
 FREE_PORTS = """
 import httpx
 from gradio import http_server
@@ -61,7 +61,7 @@ for host in {hosts}:
 """
 
 
-def test_without_a_port_the_next_free_one_is_taken(taken_port):
+def test_default_port_is_the_next_free_one(taken_port):
     hosts = ["127.0.0.1", "localhost", "::1", "[::1]", "0.0.0.0"]
     proxy = {"http_proxy": "http://192.0.2.1:9", "no_proxy": "example.org"}
     process = subprocess.run(
@@ -79,7 +79,7 @@ def test_without_a_port_the_next_free_one_is_taken(taken_port):
 
 
 @pytest.mark.parametrize("auth", ["user", "user:", ":password", ""])
-def test_auth_needs_a_name_and_a_password(auth):
+def test_auth_without_name_or_password_is_an_error(auth):
     with pytest.raises(UserError, match=naming("user:password")) as error:
         serve([], auth=auth)
     assert error.value.argument == "auth"
@@ -90,7 +90,7 @@ def test_auth_may_hold_a_colon_in_the_password():
     assert read_login(None) is None
 
 
-def test_missing_gradio_is_one_line_with_the_command(monkeypatch, capsys):
+def test_missing_gradio_is_an_error_with_the_command(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install gradio"):
         serve([])

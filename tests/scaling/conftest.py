@@ -14,13 +14,13 @@ WIDTHS = (138_784, 359_488, 662_112, 1_046_656, 2_061_504)
 
 
 def sized(model: str, perplexity: float, **more: Any) -> dict[str, Any]:
-    """The summary of a run of that size and perplexity."""
+    """Return the summary of a run of that size and perplexity."""
     numbers = {"model": model, "parameters": SIZES[model], "val/perplexity": perplexity}
     return SUMMARY | numbers | more
 
 
 def results(folder: Path) -> list[RunResult]:
-    """The results of all runs below the folder."""
+    """Return the results of all runs below `folder`."""
     return [read_run(run) for run in find_runs([folder])]
 
 

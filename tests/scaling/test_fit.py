@@ -35,7 +35,7 @@ def test_fit_recovers_a_law_from_its_points_in_any_order():
     assert fit.at_limit is None
 
 
-def test_fit_of_one_seed_each_has_no_interval():
+def test_fit_without_seed_noise_has_no_interval():
     fit = fit_sizes([Size(n, (law(n),)) for n in N[:4]])
     assert (fit.intervals, fit.seed_noise, fit.interval(N[5], 1)) == (None, None, None)
 
@@ -51,26 +51,26 @@ def test_seed_noise_is_pooled_over_the_sizes():
 
 
 def test_intervals_cover_the_true_values():
-    held = {"e": 0, "a": 0, "alpha": 0}
+    covered = {"e": 0, "a": 0, "alpha": 0}
     for seed in range(12):
         fit = fit_sizes(noisy(0.01, seed), replicates=60)
         assert fit.intervals is not None
         for (name, (low, high)), truth in zip(fit.intervals.items(), (E, A, ALPHA), strict=True):
             assert low < high
-            held[name] += low <= truth <= high
-    assert min(held.values()) >= 8  # of 12; with four degrees of freedom they run a little short
+            covered[name] += low <= truth <= high
+    assert min(covered.values()) >= 8  # of 12; with four degrees of freedom they run a little short
 
 
 def test_intervals_grow_with_noise_and_depend_on_the_seed_alone():
-    few, much = (fit_sizes(noisy(spread, 1), replicates=60) for spread in (0.005, 0.02))
-    assert few.intervals is not None
-    assert much.intervals is not None
-    widths = [high - low for low, high in few.intervals.values()]
+    quiet, loud = (fit_sizes(noisy(spread, 1), replicates=60) for spread in (0.005, 0.02))
+    assert quiet.intervals is not None
+    assert loud.intervals is not None
+    widths = [high - low for low, high in quiet.intervals.values()]
     assert all(
         high - low > 2 * width
-        for width, (low, high) in zip(widths, much.intervals.values(), strict=True)
+        for width, (low, high) in zip(widths, loud.intervals.values(), strict=True)
     )
-    assert fit_sizes(noisy(0.005, 1), replicates=60).intervals == few.intervals
+    assert fit_sizes(noisy(0.005, 1), replicates=60).intervals == quiet.intervals
 
 
 def test_fit_of_fewer_than_four_sizes_is_refused():
@@ -92,7 +92,7 @@ def test_fit_of_a_constant_loss_reports_that_it_does_not_fall():
     assert not re.search("[Eα]", fit.at_limit)
 
 
-def test_prediction_from_smaller_sizes_is_exceeded_by_a_bend():
+def test_predictions_detect_a_bend():
     straight = noisy(0.003, 4)
     bent = [Size(s.n, tuple(loss + 0.1 * (s.n > 4e6) for loss in s.losses)) for s in straight]
     predicted = predictions(bent, replicates=60)

@@ -11,11 +11,11 @@ from tests.run_folder import SUMMARY, write_run
 from tests.scaling.conftest import results, sized
 
 
-def test_runs_are_found_once_and_not_in_hidden_folders_or_in_runs(sweep):
+def test_find_runs_lists_each_once_and_skips_hidden_folders_and_runs(sweep):
     write_run(sweep / ".cache" / "hidden")
     write_run(sweep / "a" / "wandb" / "inside")
-    found = find_runs([sweep / "multirun" / "1", sweep])
-    names = [run.relative_to(sweep).as_posix() for run in found]
+    folders = find_runs([sweep / "multirun" / "1", sweep])
+    names = [run.relative_to(sweep).as_posix() for run in folders]
     assert names == ["multirun/1", "a", "b", "c", "multirun/0"]
 
 
@@ -87,7 +87,7 @@ def test_recipe_names_the_parent_and_averaged_weights(tmp_path):
 # ---------------------------------------------------------------------------- copies of runs
 
 
-def test_kept_run_reads_as_before_and_holds_no_path(tmp_path):
+def test_copied_run_has_the_same_result_and_no_path(tmp_path):
     run = write_run(tmp_path / "runs" / "one")
     config = f"runs_dir: {tmp_path}\nseed: 1\n"
     config += f"data: {{source: text, train_files: [{tmp_path}/a.txt], cache_dir: {tmp_path}/c}}\n"
@@ -95,17 +95,17 @@ def test_kept_run_reads_as_before_and_holds_no_path(tmp_path):
     rows = "".join(f"{i},{i * 100},{9 - i / 1000},,,,1,0.1\n" for i in range(41, 4041))
     (run / "metrics.csv").write_text((run / "metrics.csv").read_text() + rows)
     for _ in range(2):
-        kept = keep_run(run, tmp_path / "kept")
-    assert kept == tmp_path / "kept" / "one"
-    before, after = read_run(run), read_run(kept)
+        copy = keep_run(run, tmp_path / "kept")
+    assert copy == tmp_path / "kept" / "one"
+    before, after = read_run(run), read_run(copy)
     assert dataclasses.replace(after, path=run) == before
-    assert sorted(p.name for p in kept.iterdir()) == ["config.yaml", "metrics.csv", "summary.json"]
-    assert not any(str(tmp_path) in p.read_text() for p in kept.iterdir())
-    assert 370 < (kept / "metrics.csv").read_text().count("\n") < 420
-    assert keep_run(kept, tmp_path / "kept") == kept
+    assert sorted(p.name for p in copy.iterdir()) == ["config.yaml", "metrics.csv", "summary.json"]
+    assert not any(str(tmp_path) in p.read_text() for p in copy.iterdir())
+    assert 370 < (copy / "metrics.csv").read_text().count("\n") < 420
+    assert keep_run(copy, tmp_path / "kept") == copy
 
 
-def test_kept_run_is_never_replaced_by_another_of_its_name(tmp_path):
+def test_copied_run_is_never_replaced_by_another_of_its_name(tmp_path):
     for folder, loss in (("a", 4.2), ("b", 4.1)):
         write_run(tmp_path / folder / "one", SUMMARY | {"val/loss": loss})
     keep_run(tmp_path / "a" / "one", tmp_path / "kept")
@@ -137,7 +137,7 @@ def test_missing_folder_and_folder_without_runs_are_named(tmp_path):
         ("config.yaml", "name: x\n"),
     ],
 )
-def test_broken_file_of_a_run_is_named(tmp_path, name, content):
+def test_damaged_file_of_a_run_is_named(tmp_path, name, content):
     run = write_run(tmp_path / "run")
     (run / name).write_text(content)
     with pytest.raises(UserError, match=name.replace(".", r"\.")) as error:

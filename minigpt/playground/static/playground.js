@@ -1,12 +1,12 @@
-// Runs once for each part of the page that shows tokens; `element` is that part. Its content is
-// written anew with every update, so that listeners are on the part and never on a token.
+// Runs once for each part of the page that shows tokens; `element` is that part. Every update
+// replaces its content, so listeners are attached to the part and never to a token.
 
 const percent = (p) => (p >= 0.0995 ? (100 * p).toFixed(0) : (100 * p).toFixed(1)) + " %";
 
-let pointed = null; // the token that the panel is about, and where it was then
-let wasAt = 0;
+let panelToken = null; // the token that the panel describes, and its top edge at that time
+let panelTop = 0;
 
-const moved = () => pointed && Math.abs(pointed.getBoundingClientRect().top - wasAt) > 2;
+const moved = () => panelToken && Math.abs(panelToken.getBoundingClientRect().top - panelTop) > 2;
 
 function panel() {
   let box = document.getElementById("token-panel");
@@ -24,9 +24,9 @@ function panel() {
   return box;
 }
 
-function line(name, p, chosen) {
+function line(name, p, sampled) {
   const row = document.createElement("div");
-  row.className = chosen ? "row chosen" : "row";
+  row.className = sampled ? "row sampled" : "row";
   const label = document.createElement("span");
   label.textContent = name;
   const bar = document.createElement("i");
@@ -41,41 +41,41 @@ function showAlternatives(token) {
   const { p, rank, alternatives } = JSON.parse(token.dataset.details);
   const box = panel();
   const title = document.createElement("p");
-  title.textContent = "What the model expected here";
+  title.textContent = "Most likely tokens at this position";
   box.replaceChildren(
     title, ...alternatives.map(([name, q], i) => line(name, q, i + 1 === rank)));
   if (rank > alternatives.length) {
-    box.append(line("chosen, number " + rank, p, true));
+    box.append(line("sampled, rank " + rank, p, true));
   }
   box.hidden = false;
-  [pointed, wasAt] = [token, token.getBoundingClientRect().top];
-  const at = token.getClientRects()[0];
+  [panelToken, panelTop] = [token, token.getBoundingClientRect().top];
+  const edges = token.getClientRects()[0];
   const width = document.documentElement.clientWidth;
-  box.style.left = Math.max(8, Math.min(at.left, width - box.offsetWidth - 8)) + "px";
-  const below = at.bottom + 6 + box.offsetHeight < window.innerHeight;
-  box.style.top = (below ? at.bottom + 6 : at.top - box.offsetHeight - 6) + "px";
+  box.style.left = Math.max(8, Math.min(edges.left, width - box.offsetWidth - 8)) + "px";
+  const below = edges.bottom + 6 + box.offsetHeight < window.innerHeight;
+  box.style.top = (below ? edges.bottom + 6 : edges.top - box.offsetHeight - 6) + "px";
 }
 
-function showLooks(token) {
-  const text = token.closest(".looks");
+function showAttention(token) {
+  const text = token.closest(".attention");
   const row = JSON.parse(text.dataset.rows)[token.dataset.row];
   [...text.children].forEach((other, i) => {
-    other.style.setProperty("--p", Math.sqrt(row[i] ?? 0)); // so that small shares can be seen
-    other.classList.toggle("after", i >= row.length);
-    other.classList.toggle("looking", other === token);
-    other.title = i < row.length ? percent(row[i]) : "comes later: it cannot be seen";
+    other.style.setProperty("--p", Math.sqrt(row[i] ?? 0)); // keeps small weights visible
+    other.classList.toggle("future", i >= row.length);
+    other.classList.toggle("query", other === token);
+    other.title = i < row.length ? percent(row[i]) : "later token: not visible to this one";
   });
 }
 
 function show(event) {
   const token = event.target.closest?.(".token");
   if (token?.dataset.details) showAlternatives(token);
-  else if (token?.dataset.row) showLooks(token);
+  else if (token?.dataset.row) showAttention(token);
 }
 
 function showLast() {
-  const tokens = element.querySelectorAll(".looks .token");
-  if (tokens.length) showLooks(tokens[tokens.length - 1]);
+  const tokens = element.querySelectorAll(".attention .token");
+  if (tokens.length) showAttention(tokens[tokens.length - 1]);
 }
 
 for (const kind of ["mouseover", "focusin", "click"]) element.addEventListener(kind, show);
