@@ -22,6 +22,23 @@ _MEGABYTE = 1 << 20
 _MAX_YAML_BYTES = 1 << 16  # fifty times the settings of a run; long numbers take quadratic time
 
 
+def user_path(path: str | Path, argument: str | None = None) -> Path:
+    """Return a path that was typed, with `~` and `~user` replaced by the home folder.
+
+    Args:
+        path: what was typed.
+        argument: name of the argument, for the message.
+
+    Raises:
+        UserError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        problem = "names a user without a home folder; put ./ before a name with ~"
+        raise UserError(problem, argument, str(path)) from None
+
+
 def read_text(path: Path, max_bytes: int = 64 * _MEGABYTE) -> str:
     """Return the UTF-8 text of a file.
 
