@@ -1,0 +1,143 @@
+"""Stream the stories of a Hugging Face dataset to a file, as many as a run needs.
+
+The file grows: a later call, or one after a kill, continues where the last one stopped, at the
+same revision of the dataset. Nothing but the stories is downloaded and kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from filelock import FileLock
+from huggingface_hub import HfApi, constants
+
+from minigpt.core.files import read_json, user_path, write_json
+from minigpt.core.settings import UserError, one_line
+from minigpt.data.config import DataConfig
+from minigpt.data.files import choose_field
+from minigpt.data.formats import optional
+from minigpt.data.progress import byte_progress
+
+_SAVED = 16 << 20  # bytes of text after which the position in the dataset is saved
+_STRINGS = ("string", "large_string", str)
+
+
+def fetch_dataset(folder: Path, config: DataConfig, split: str, n_bytes: int | None) -> Path:
+    """Return a .jsonl file of the first stories of a split, streamed by `datasets` if needed.
+
+    Where the file has enough, the network is not used. The hub is HF_ENDPOINT, else huggingface.co;
+    private datasets need the token of `hf auth login`, or HF_TOKEN. One process writes at a time.
+
+    Args:
+        folder: where the file is kept; created when missing.
+        config: names dataset, subset and field.
+        split: split of the dataset.
+        n_bytes: UTF-8 bytes of text to have at least; None for the whole split.
+
+    Raises:
+        UserError: `datasets` is not installed, the dataset or its hub cannot be reached, it lacks
+            the split or the field, or the file cannot be written.
+    """
+    dataset = config.dataset
+    assert dataset is not None
+    local = user_path(dataset, "data.dataset")
+    key: list[Any] = [dataset, config.subset, split, config.field]
+    if local.is_dir():
+        files = sorted(path for path in local.rglob("*") if path.is_file())
+        key += [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        dataset = str(local.resolve())
+    digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest()
+    path = folder / f"{re.sub('[^A-Za-z0-9]+', '-', dataset)[-60:]}-{split}-{digest}.jsonl"
+    state_path = path.with_suffix(".json")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            state = {"size": 0, "bytes": 0, "whole": False, "revision": None, "stream": None}
+            with contextlib.suppress(OSError, ValueError):
+                state = read_json(state_path)
+            if state["whole"] or (n_bytes is not None and state["bytes"] > n_bytes):
+                return path
+            with path.open("ab") as file:
+                file.truncate(state["size"])
+                _append(file, state_path, state, _stories(config, dataset, split, state), n_bytes)
+    except OSError as error:
+        problem = f"cannot write {folder} ({error.strerror or error})"
+        raise UserError(f"{problem}; name another folder", "data.cache_dir") from None
+    return path
+
+
+def _append(
+    file: BinaryIO,
+    state_path: Path,
+    state: dict[str, Any],
+    stories: Iterable[tuple[str, Any]],
+    n_bytes: int | None,
+) -> None:
+    """Append stories to `file` until there are more than `n_bytes`; `state` says how far it is."""
+    saved = state["bytes"]
+    with byte_progress("downloading", n_bytes, saved) as show:
+        for story, stream in itertools.chain(stories, [(None, None)]):
+            if story is None:
+                state["whole"] = True
+            else:
+                file.write(json.dumps({"text": story}).encode() + b"\n")
+                size = len(story.encode())
+                state["bytes"] += size
+                show(size)
+            enough = state["whole"] or (n_bytes is not None and state["bytes"] > n_bytes)
+            if enough or state["bytes"] - saved >= _SAVED:
+                file.flush()
+                os.fsync(file.fileno())
+                position = None if stream is None else stream.state_dict()
+                state |= {"size": file.tell(), "stream": position}
+                write_json(state_path, state)
+                saved = state["bytes"]
+            if enough:
+                return
+
+
+def _stories(
+    config: DataConfig, dataset: str, split: str, state: dict[str, Any]
+) -> Iterator[tuple[str, Any]]:
+    """Yield the stories from where `state` is, each with the stream, which knows its position."""
+    datasets = optional("datasets", "source hf")
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    datasets.disable_progress_bars()
+    telemetry_off, constants.HF_HUB_DISABLE_TELEMETRY = constants.HF_HUB_DISABLE_TELEMETRY, True
+    try:
+        if state["revision"] is None and not Path(dataset).is_dir():  # fails at once, offline
+            state["revision"] = HfApi().dataset_info(dataset).sha
+        stream = datasets.load_dataset(
+            dataset, config.subset, split=split, streaming=True, revision=state["revision"]
+        )
+        columns = stream.features  # which .csv and .txt lack
+        if columns is None:
+            columns = next(iter(stream), {})
+        texts = [n for n, f in columns.items() if getattr(f, "dtype", type(f)) in _STRINGS]
+        name = choose_field(f"{dataset}, split {split!r},", columns, texts, config.field)
+        stream = stream.select_columns([name])
+        if state["stream"] is not None:
+            stream.load_state_dict(state["stream"])
+        for row in stream:
+            if isinstance(story := row[name], str) and story.strip():
+                yield story, stream
+            elif not isinstance(story, str | None):
+                raise UserError(f"{dataset}: {name} is no text", "data.field", name)
+    except UserError:
+        raise
+    except Exception as error:  # of datasets, huggingface_hub, httpx, pyarrow and others
+        reason = one_line(f"{type(error).__name__}: {error}")
+        remedy = "check name, split, subset and network; a private one needs hf auth login"
+        files = {"data": "text", "data.train_files": ["stories.txt"]}
+        problem = f"could not read its split {split!r} ({reason}); {remedy}; or for your own files"
+        raise UserError(problem, "data.dataset", config.dataset, fix=files) from None
+    finally:
+        constants.HF_HUB_DISABLE_TELEMETRY = telemetry_off
