@@ -39,6 +39,16 @@ def user_path(path: str | Path, argument: str | None = None) -> Path:
         raise UserError(problem, argument, str(path)) from None
 
 
+def expand_paths(config: Any, *names: str) -> None:
+    """Expand `~` in fields of a frozen dataclass that hold a path, paths or None."""
+    for name in names:
+        value = getattr(config, name)
+        paths = value if isinstance(value, tuple) else (value,)
+        if any(path is not None and path.startswith("~") for path in paths):
+            paths = tuple(path and str(user_path(path, name)) for path in paths)
+            object.__setattr__(config, name, paths if isinstance(value, tuple) else paths[0])
+
+
 def read_text(path: Path, max_bytes: int = 64 * _MEGABYTE) -> str:
     """Return the UTF-8 text of a file.
 
