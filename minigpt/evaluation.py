@@ -26,7 +26,7 @@ from torch import Tensor
 
 from minigpt.analysis.embeddings import EmbeddingProbe, Tokens, tokens_or_reason
 from minigpt.analysis.repetition import NOVELTY_STORIES, Repetition, measure
-from minigpt.core.files import write_json
+from minigpt.core.files import user_path, write_json
 from minigpt.core.hardware import Hardware
 from minigpt.core.settings import UserError, build
 from minigpt.data.config import DataConfig, with_cache_here
@@ -222,7 +222,9 @@ def compare_temperatures(
     try:
         if trained_on is None:
             raise UserError("an export does not say where they are")
-        corpus = open_corpus(trained_on) if trained_on.source == "text" else bundled_sample()
+        corpus = (
+            open_corpus(trained_on) if trained_on.source in ("text", "hf") else bundled_sample()
+        )
         training = itertools.islice(corpus.stories("train"), NOVELTY_STORIES)
         measured, n_training = measure(texts, training)
     except UserError as error:
@@ -287,7 +289,7 @@ def evaluate(
             a folder that cannot be written to.
     """
     run, config = Run.load(run), config or EvaluationConfig()
-    out = out or run.output_dir
+    out = run.output_dir if out is None else user_path(out, "out")
     _check_writable(out)  # now, and not after all was measured
     net = run.load_model()
     own = run.config

@@ -20,6 +20,7 @@ from typer import Argument, Option
 
 from minigpt.cli.program import Program, describe, leave
 from minigpt.core.console import show_log
+from minigpt.core.files import user_path
 from minigpt.core.settings import UserError, one_line, speak
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 
 Format = Literal["hf", "safetensors", "onnx", "gguf"]
 Dtype = Literal["float32", "bfloat16"]
-RunPath = Annotated[Path, Argument(help="A run folder, or a checkpoint file in one.")]
+PathArgument = partial(Argument, parser=user_path)
+PathOption = partial(Option, parser=user_path, metavar="PATH")
+RunPath = Annotated[Path, PathArgument(help="A run folder, or a checkpoint file in one.")]
 ClassPath = Annotated[str | None, Option(help="Class of the model, such as mypackage.MyGPT.")]
 log = logging.getLogger("minigpt")
 UsageError: Any = typer.BadParameter.__base__  # which typer does not name
@@ -132,7 +135,7 @@ def probe(
     ] = None,
     k: Annotated[int, Option(min=1, help="How many tokens to show.")] = 5,
     out: Annotated[
-        Path | None, Option(help="Where the map goes; default: the run, or here for an export.")
+        Path | None, PathOption(help="Where the map goes; default: the run, or here for an export.")
     ] = None,
     class_path: ClassPath = None,
 ) -> None:
@@ -174,7 +177,7 @@ def probe(
 
 @app.command()
 def playground(
-    runs: Annotated[list[Path], Argument(help="One to four runs, shown side by side.")],
+    runs: Annotated[list[Path], PathArgument(help="One to four runs, shown side by side.")],
     host: Annotated[str, Option(help="Where to listen; by default, locally.")] = "127.0.0.1",
     port: Annotated[
         int | None, Option(min=0, max=65535, help="First free one from 7860 on.")
@@ -190,9 +193,11 @@ def playground(
 
 @app.command()
 def scaling(
-    folders: Annotated[list[Path], Argument(help="Run folders, or folders with runs inside.")],
-    out: Annotated[Path | None, Option(help="Where to write; default: the first folder.")] = None,
-    keep: Annotated[Path | None, Option(help="Copy the records of finished runs here.")] = None,
+    folders: Annotated[list[Path], PathArgument(help="Run folders, or folders with runs inside.")],
+    out: Annotated[
+        Path | None, PathOption(help="Where to write; default: the first folder.")
+    ] = None,
+    keep: Annotated[Path | None, PathOption(help="Copy the records of finished runs here.")] = None,
 ) -> None:
     """Compare runs by size: tables, L = E + A / N^α fitted, and three log-log figures.
 
@@ -222,8 +227,8 @@ def scaling(
 
 @app.command()
 def study(
-    runs: Annotated[list[Path], Argument(help="The runs to compare, of different sizes.")],
-    out: Annotated[Path, Option(help="Where to write.")] = Path("study"),
+    runs: Annotated[list[Path], PathArgument(help="The runs to compare, of different sizes.")],
+    out: Annotated[Path, PathOption(help="Where to write.")] = Path("study"),
     n: Annotated[int, Option(help="Stories of each run at each temperature.")] = 200,
     seed: Annotated[int, Option(help="Of the stories.")] = 1,
     class_path: ClassPath = None,
@@ -242,7 +247,7 @@ def study(
 @app.command()
 def export(
     run: RunPath,
-    out: Annotated[Path, Argument(help="A new folder, or an earlier export to replace.")],
+    out: Annotated[Path, PathArgument(help="A new folder, or an earlier export to replace.")],
     format: Annotated[Format, Option(help="hf: transformers; safetensors: Mini GPT.")] = "hf",
     dtype: Annotated[Dtype | None, Option(help="Of safetensors: bfloat16 by default.")] = None,
     license: Annotated[str | None, Option(help="Of the weights: mit, cc-by-4.0, ...")] = None,
@@ -302,7 +307,9 @@ def evaluate_verb(settings: Settings = None) -> None:
 @app.command()
 def sweep(
     name: Annotated[str, Argument(help="Of the sweep: scaling, scaling_seeds or recipe.")],
-    out: Annotated[Path | None, Option(help="File to write; default: <name>.yaml here.")] = None,
+    out: Annotated[
+        Path | None, PathOption(help="File to write; default: <name>.yaml here.")
+    ] = None,
 ) -> None:
     """Write a W&B sweep file whose command is minigpt train, for wandb sweep."""
     from minigpt.cli.sweep import write_sweep

@@ -26,7 +26,7 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import minigpt
-from minigpt.cli.program import CLASS_PATH
+from minigpt.cli.program import CLASS_PATH, quote_paths
 from minigpt.core.settings import UserError, build, plain_defaults, unknown_name
 
 
@@ -100,7 +100,7 @@ def composed_words(name: str, typed: Sequence[str], folder: Path | None = None) 
         typed: settings, as they were typed.
         folder: with groups of one's own.
     """
-    words = [word for word in typed if not word.startswith(CLASS_PATH[name])]
+    words = [quote_paths(word) for word in typed if not word.startswith(CLASS_PATH[name])]
     there = any((Path(f) / "local").is_dir() for f in (config_source(), folder) if f is not None)
     if name == "train" and there and (local := os.environ.get("MINIGPT_LOCAL")):
         words.append(f"local={local}")

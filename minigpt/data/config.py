@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from minigpt.core.files import user_path
+from minigpt.core.files import expand_paths
 from minigpt.core.settings import UserError
 from minigpt.tokenizer import END_OF_TEXT, check_vocab_size
 
@@ -72,8 +72,9 @@ class DataConfig:
     """Folder of downloads and prepared files."""
 
     def __post_init__(self) -> None:
-        cache_dir = str(user_path(self.cache_dir, "cache_dir"))
-        object.__setattr__(self, "cache_dir", cache_dir)
+        expand_paths(self, "train_files", "valid_files", "dataset", "cache_dir")
+        if self.dataset is not None and Path(self.dataset).is_dir():
+            object.__setattr__(self, "dataset", str(Path(self.dataset).absolute()))
         files = self.train_files or self.valid_files
         if self.source == "text" and not files:
             raise UserError("needs files", "source", "text", fix={"train_files": ["stories.txt"]})

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from filelock import FileLock
 from huggingface_hub import HfApi, constants
 
-from minigpt.core.files import read_json, user_path, write_json
+from minigpt.core.files import read_json, write_json
 from minigpt.core.settings import UserError, one_line
 from minigpt.data.config import DataConfig
 from minigpt.data.files import choose_field
@@ -48,12 +48,11 @@ def fetch_dataset(folder: Path, config: DataConfig, split: str, n_bytes: int | N
     """
     dataset = config.dataset
     assert dataset is not None
-    local = user_path(dataset, "data.dataset")
+    local = Path(dataset)
     key: list[Any] = [dataset, config.subset, split, config.field]
     if local.is_dir():
         files = sorted(path for path in local.rglob("*") if path.is_file())
         key += [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        dataset = str(local.resolve())
     digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest()
     path = folder / f"{re.sub('[^A-Za-z0-9]+', '-', dataset)[-60:]}-{split}-{digest}.jsonl"
     state_path = path.with_suffix(".json")

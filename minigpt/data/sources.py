@@ -267,7 +267,7 @@ def open_corpus(config: DataConfig, valid_only: bool = False) -> Corpus:
     Raises:
         UserError: there are no such files, or they cannot be downloaded.
     """
-    downloads = user_path(config.cache_dir, "data.cache_dir") / "downloads"
+    downloads = Path(config.cache_dir) / "downloads"
     if config.source == "text":
         separator = config.separator.replace("\\n", "\n").replace("\\t", "\t")  # as they are typed
         files = config.train_files, config.valid_files

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from minigpt.core.files import expand_paths
 from minigpt.core.settings import UserError, build, check, plain
 from minigpt.data.config import DataConfig
 from minigpt.generation.sampling import SamplingConfig
@@ -152,6 +153,7 @@ class TrainConfig:
         for name, example in examples.items():
             if getattr(self, name) == "":
                 raise UserError(f"is empty: leave it out, or give one such as {example}", name)
+        expand_paths(self, *examples)
         fsdp, name = self.trainer.strategy == "fsdp", "trainer.strategy"
         if fsdp and self.callbacks.prompts:  # the first device would wait for the others' weights
             message = "writes no stories while it trains"
