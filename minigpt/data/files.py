@@ -76,18 +76,20 @@ def choose_field(
     Raises:
         UserError: there is no such column, or several might be meant.
     """
-    if field in names:
-        return field
-    if field is not None:
-        problem = f"{where} has no field {field!r}, but {', '.join(names) or 'none'}"
-        raise UserError(problem, "data.field", fix={"data.field": _first(texts)})
     standard = [name for name in ("text", "story") if name in names]
-    if standard or len(texts) == 1:
-        return (standard or list(texts))[0]
-    problem = f"{where} has several fields of text: {', '.join(texts)}"
-    if not texts:
-        problem = f"{where} has no field of text, but {', '.join(names) or 'none'}"
-    raise UserError(problem, "data.field", fix={"data.field": _first(texts)})
+    candidates = [field] if field is not None else standard[:1] or list(texts)
+    if len(candidates) == 1 and candidates[0] in names:
+        return candidates[0]
+    problem = f"has no field {field or 'text'!r}, but {', '.join(names) or 'none'}"
+    if len(candidates) > 1:
+        problem = f"has several fields of text: {', '.join(texts)}"
+    fix = {"data.field": next(iter(texts), "text")}
+    raise UserError(f"{where} {problem}", "data.field", fix=fix)
+
+
+def clean(text: str) -> str:
+    """Return a story as it is read: stripped, with `\\n` line ends."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
 def find_cut(text: str, first: int, last: int, near: int) -> int:
@@ -103,10 +105,6 @@ def find_cut(text: str, first: int, last: int, near: int) -> int:
         if safe:
             return min(safe, key=lambda cut: abs(cut - near))
     return near
-
-
-def _first(texts: Collection[str]) -> str:
-    return next(iter(texts), "text")
 
 
 def _split_long(text: str) -> list[str]:
@@ -151,13 +149,12 @@ def _row_pieces(path: Path, file_format: Format, field: str | None) -> Iterator[
         rows = _parquet_rows(path, file_format, field)
     else:
         chunks = _decode(path, file_format)
-        lines = _lines(path, chunks)
-        if kind == "jsonl":
-            rows = _objects(path, _json_lines(path, lines), field)
-        elif kind == "json":
+        if kind == "json":
             rows = _objects(path, _json_items(path, chunks), field)
+        elif kind == "jsonl":
+            rows = _objects(path, _json_lines(path, chunks), field)
         else:
-            rows = _table_rows(path, lines, kind, field)
+            rows = _table_rows(path, chunks, kind, field)
     for number, value in rows:
         if value is None:  # a column may lack values
             continue
@@ -167,10 +164,8 @@ def _row_pieces(path: Path, file_format: Format, field: str | None) -> Iterator[
             utf8_length(value)  # JSON can spell half a surrogate pair, UTF-8 cannot
         except ValueError as error:
             raise UserError(f"{path}:{number}: {error}") from None
-        if "\r" in value:
-            value = value.replace("\r\n", "\n").replace("\r", "\n")
-        if value := value.strip():
-            *parts, last = _split_long(value)
+        if story := clean(value):
+            *parts, last = _split_long(story)
             yield from ((part, False) for part in parts)
             yield last, True
 
@@ -187,8 +182,8 @@ def _objects(path: Path, values: Iterable[Row], field: str | None) -> Iterator[R
         yield number, value
 
 
-def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[Row]:
-    for number, line in enumerate(lines, start=1):
+def _json_lines(path: Path, chunks: Iterable[str]) -> Iterator[Row]:
+    for number, line in enumerate(_lines(path, chunks), start=1):
         if line.strip():
             try:
                 yield number, parse_json(line)
@@ -232,10 +227,10 @@ def _skip_space(text: str, at: int) -> int:
     return match.end()
 
 
-def _table_rows(path: Path, lines: Iterable[str], kind: str, field: str | None) -> Iterator[Row]:
+def _table_rows(path: Path, chunks: Iterable[str], kind: str, field: str | None) -> Iterator[Row]:
     """Yield the line number and the story of each row of a .csv or .tsv file."""
     csv.field_size_limit(_LONGEST)
-    lines = (f"{line}\n" for line in lines)
+    lines = (f"{line}\n" for line in _lines(path, chunks))
     header = next(lines, "")
     delimiter = "\t" if kind == "tsv" else max(",;\t", key=header.count)
     rows = csv.reader(itertools.chain([header], lines), delimiter=delimiter, strict=True)

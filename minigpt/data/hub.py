@@ -12,9 +12,9 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from filelock import FileLock
 from huggingface_hub import HfApi, constants
@@ -22,7 +22,7 @@ from huggingface_hub import HfApi, constants
 from minigpt.core.files import read_json, write_json
 from minigpt.core.settings import UserError, one_line
 from minigpt.data.config import DataConfig
-from minigpt.data.files import choose_field
+from minigpt.data.files import choose_field, clean
 from minigpt.data.formats import optional
 from minigpt.data.progress import byte_progress
 
@@ -55,49 +55,38 @@ def fetch_dataset(folder: Path, config: DataConfig, split: str, n_bytes: int | N
         key += [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest()
     path = folder / f"{re.sub('[^A-Za-z0-9]+', '-', dataset)[-60:]}-{split}-{digest}.jsonl"
-    state_path = path.with_suffix(".json")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
             state = {"size": 0, "bytes": 0, "whole": False, "revision": None, "stream": None}
             with contextlib.suppress(OSError, ValueError):
-                state = read_json(state_path)
-            if state["whole"] or (n_bytes is not None and state["bytes"] > n_bytes):
-                return path
-            with path.open("ab") as file:
-                file.truncate(state["size"])
-                _append(file, state_path, state, _stories(config, dataset, split, state), n_bytes)
+                state = read_json(path.with_suffix(".json"))
+            if not state["whole"] and (n_bytes is None or state["bytes"] <= n_bytes):
+                _append(path, state, _stories(config, dataset, split, state), n_bytes)
     except OSError as error:
         problem = f"cannot write {folder} ({error.strerror or error})"
         raise UserError(f"{problem}; name another folder", "data.cache_dir") from None
     return path
 
 
-def _append(
-    file: BinaryIO,
-    state_path: Path,
-    state: dict[str, Any],
-    stories: Iterable[tuple[str, Any]],
-    n_bytes: int | None,
-) -> None:
-    """Append stories to `file` until there are more than `n_bytes`; `state` says how far it is."""
-    saved = state["bytes"]
-    with byte_progress("downloading", n_bytes, saved) as show:
-        for story, stream in itertools.chain(stories, [(None, None)]):
+def _append(path: Path, state: dict[str, Any], stories: Iterable[Any], n_bytes: int | None) -> None:
+    """Append stories until there are more than `n_bytes` of them; `state` is saved with them."""
+    with path.open("ab") as file, byte_progress("downloading", n_bytes, state["bytes"]) as show:
+        file.truncate(state["size"])  # what was written after the position was saved
+        saved = state["bytes"]
+        for story, position in itertools.chain(stories, [(None, dict)]):
             if story is None:
                 state["whole"] = True
             else:
                 file.write(json.dumps({"text": story}).encode() + b"\n")
-                size = len(story.encode())
+                show(size := len(story.encode()))
                 state["bytes"] += size
-                show(size)
             enough = state["whole"] or (n_bytes is not None and state["bytes"] > n_bytes)
             if enough or state["bytes"] - saved >= _SAVED:
                 file.flush()
                 os.fsync(file.fileno())
-                position = None if stream is None else stream.state_dict()
-                state |= {"size": file.tell(), "stream": position}
-                write_json(state_path, state)
+                state |= {"size": file.tell(), "stream": position()}
+                write_json(path.with_suffix(".json"), state)
                 saved = state["bytes"]
             if enough:
                 return
@@ -105,8 +94,8 @@ def _append(
 
 def _stories(
     config: DataConfig, dataset: str, split: str, state: dict[str, Any]
-) -> Iterator[tuple[str, Any]]:
-    """Yield the stories from where `state` is, each with the stream, which knows its position."""
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield the stories from where `state` is, each with a function that returns the position."""
     datasets = optional("datasets", "source hf")
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     datasets.disable_progress_bars()
@@ -126,8 +115,8 @@ def _stories(
         if state["stream"] is not None:
             stream.load_state_dict(state["stream"])
         for row in stream:
-            if isinstance(story := row[name], str) and story.strip():
-                yield story, stream
+            if isinstance(story := row[name], str):
+                yield clean(story), stream.state_dict
             elif not isinstance(story, str | None):
                 raise UserError(f"{dataset}: {name} is no text", "data.field", name)
     except UserError:

@@ -44,10 +44,6 @@ _STORY_MARGIN = 1.02  # story bytes kept beyond the token budget
 _FILE_MARGIN = 1.05  # file bytes fetched beyond it: separators between stories are 2 % of the file
 
 
-_TRAINING_COPIES = "left out %d training stories that are validation stories too"
-_HELD_OUT_COPIES = "left out %d held-out stories that are training stories too"
-
-
 @dataclass(frozen=True)
 class Corpus:
     """Story files, and how they divide into a training and a validation split."""
@@ -92,15 +88,13 @@ class Corpus:
         if self.valid_files:
             if split == "valid":
                 return self._read(self.valid_files)
-            return _without(self._valid_digests, self._train_pieces(), _TRAINING_COPIES)
+            return _without(self._valid_digests, self._train_pieces(), "training")
         n_train, lengths = self._division
         if lengths:
             return self._documents(lengths, split)
         if split == "train":
             return _slice(self._train_pieces(), 0, n_train)
-        return _without(
-            self._repeated_digests, _slice(self._train_pieces(), n_train), _HELD_OUT_COPIES
-        )
+        return _without(self._repeated_digests, _slice(self._train_pieces(), n_train), "held-out")
 
     def fingerprint(self, split: Split) -> dict[str, Any]:
         """Return all that determines the stories of a split, for json.dumps: not their folder."""
@@ -149,9 +143,10 @@ class Corpus:
             problem = f"of {total} stories this leaves none for {lacking}"
             remedy = "choose another share, or name data.valid_files"
             raise UserError(f"{problem}; {remedy}", "data.holdout", self.holdout)
-        names = ", ".join(map(str, lengths))
-        how = f"one document without {self.separator!r}, of which the end is held out"
-        log.info("%s: %s (data.holdout=%g)", names, how, self.holdout)
+        share = f"the last {self.holdout:.3g} of its length is held out"
+        more = r"data.separator='\n\n' would make stories of its paragraphs"
+        for path in lengths:
+            log.info("%s is one document, without %r: %s; %s", path, self.separator, share, more)
         return total, lengths
 
     def _documents(self, lengths: dict[Path, int], split: Split) -> Iterator[Piece]:
@@ -227,7 +222,7 @@ def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
-def _without(digests: set[bytes], pieces: Iterable[Piece], message: str) -> Iterator[Piece]:
+def _without(digests: set[bytes], pieces: Iterable[Piece], kind: str) -> Iterator[Piece]:
     """Yield the stories whose digest is not in `digests`, and log how many are left out."""
     n_dropped, begins, drop = 0, True, False
     for text, ends in pieces:
@@ -238,7 +233,7 @@ def _without(digests: set[bytes], pieces: Iterable[Piece], message: str) -> Iter
             yield text, ends
         begins = ends
     if n_dropped:
-        log.info(message, n_dropped)
+        log.info("left out %d %s stories that are in the other split too", n_dropped, kind)
 
 
 def _file_fingerprint(path: Path) -> dict[str, Any]:
