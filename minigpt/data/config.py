@@ -42,8 +42,8 @@ class DataConfig:
     """Split of the dataset to train on."""
 
     valid_split: str | None = None
-    """Split of the dataset to validate on; None means that the last training stories are held
-    out."""
+    """Split of the dataset to validate on, of which the first 32 MB are read; None means that the
+    last training stories are held out."""
 
     field: str | None = None
     """Column or key of the stories in files other than .txt and .md and in datasets; None means

@@ -41,6 +41,7 @@ _REPO = "roneneldan/TinyStories"
 _TRAIN, _VALID = "TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"
 _BYTES_PER_TOKEN = 3.84  # of the 3,000-token BPE, measured on the bundled sample
 _STORY_MARGIN = 1.02  # story bytes kept beyond the token budget
+_VALID_BYTES = 32 << 20  # of a validation split of the Hub
 _FILE_MARGIN = 1.05  # file bytes fetched beyond it: separators between stories are 2 % of the file
 
 
@@ -98,17 +99,16 @@ class Corpus:
 
     def fingerprint(self, split: Split) -> dict[str, Any]:
         """Return all that determines the stories of a split, for json.dumps: not their folder."""
-        files = self.valid_files if split == "valid" and self.valid_files else self.train_files
+        given = split == "valid" and bool(self.valid_files)
+        train_files = () if given else self.train_files
         return {
             "split": split,
-            "files": [_file_fingerprint(path) for path in files],
-            "without": []
-            if files is self.valid_files
-            else [*map(_file_fingerprint, self.valid_files)],
+            "files": [_file_fingerprint(path) for path in train_files],
+            "valid_files": [_file_fingerprint(path) for path in self.valid_files],
             "separator": self.separator,
             "field": self.field,
             "holdout": None if self.valid_files else self.holdout,
-            "max_bytes": None if files is self.valid_files else self.max_train_bytes,
+            "max_bytes": None if given else self.max_train_bytes,
         }
 
     def _read(self, files: tuple[Path, ...]) -> Iterator[Piece]:
@@ -143,7 +143,7 @@ class Corpus:
             problem = f"of {total} stories this leaves none for {lacking}"
             remedy = "choose another share, or name data.valid_files"
             raise UserError(f"{problem}; {remedy}", "data.holdout", self.holdout)
-        share = f"the last {self.holdout:.3g} of its length is held out"
+        share = f"the last {100 * self.holdout:.3g} % of its length are held out"
         more = r"data.separator='\n\n' would make stories of its paragraphs"
         for path in lengths:
             log.info("%s is one document, without %r: %s; %s", path, self.separator, share, more)
@@ -180,15 +180,22 @@ def _slice(pieces: Iterable[Piece], start: int, stop: int | None = None) -> Iter
         story += ends
 
 
+def _begun(pieces: Iterable[Piece]) -> Iterator[tuple[str, bool, bool]]:
+    """Yield each piece with whether a story begins with it."""
+    begins = True
+    for text, ends in pieces:
+        yield text, ends, begins
+        begins = ends
+
+
 def _take(pieces: Iterable[Piece], max_bytes: int) -> Iterator[Piece]:
     """Yield the first stories that take at most `max_bytes` in UTF-8; all of one once begun."""
-    total, begins = 0, True
-    for text, ends in pieces:
+    total = 0
+    for text, ends, begins in _begun(pieces):
         total += len(text.encode())
         if begins and total > max_bytes:
             return
         yield text, ends
-        begins = ends
 
 
 def _part(pieces: Iterable[Piece], length: int, holdout: float, split: Split) -> Iterator[Piece]:
@@ -211,11 +218,7 @@ def _part(pieces: Iterable[Piece], length: int, holdout: float, split: Split) ->
 
 def _digests(pieces: Iterable[Piece]) -> Iterator[bytes]:
     """Yield a digest of each story: of its first piece, which long stories do not share."""
-    begins = True
-    for text, ends in pieces:
-        if begins:
-            yield _digest(text)
-        begins = ends
+    return (_digest(text) for text, _, begins in _begun(pieces) if begins)
 
 
 def _digest(text: str) -> bytes:
@@ -224,14 +227,13 @@ def _digest(text: str) -> bytes:
 
 def _without(digests: set[bytes], pieces: Iterable[Piece], kind: str) -> Iterator[Piece]:
     """Yield the stories whose digest is not in `digests`, and log how many are left out."""
-    n_dropped, begins, drop = 0, True, False
-    for text, ends in pieces:
+    n_dropped, drop = 0, False
+    for text, ends, begins in _begun(pieces):
         if begins:
             drop = bool(digests) and _digest(text) in digests
             n_dropped += drop
         if not drop:
             yield text, ends
-        begins = ends
     if n_dropped:
         log.info("left out %d %s stories that are in the other split too", n_dropped, kind)
 
@@ -280,11 +282,11 @@ def _hub_dataset(config: DataConfig, folder: Path, valid_only: bool) -> Corpus:
     tokens = config.download_tokens
     kept = None if tokens is None else math.ceil(tokens * _BYTES_PER_TOKEN * _STORY_MARGIN)
 
-    def fetch_split(split: str) -> tuple[Path, ...]:
-        return (fetch_dataset(folder, config, split, kept),)
-
-    valid = () if config.valid_split is None else fetch_split(config.valid_split)
-    train = () if valid and valid_only else fetch_split(config.split)
+    train, valid = (), ()
+    if config.valid_split is not None:
+        valid = (fetch_dataset(folder, config, config.valid_split, _VALID_BYTES),)
+    if not (valid and valid_only):
+        train = (fetch_dataset(folder, config, config.split, kept),)
     return Corpus(train, valid, config.holdout, max_train_bytes=kept)
 
 

@@ -8,8 +8,9 @@ import pytest
 from minigpt.core.settings import UserError, build
 from minigpt.data import files, sources
 from minigpt.data.config import DataConfig
+from minigpt.data.preparation import prepare_split
 from minigpt.data.sources import Corpus, bundled_sample, local_files, open_corpus
-from minigpt.tokenizer import END_OF_TEXT
+from minigpt.tokenizer import END_OF_TEXT, Tokenizer
 from tests.conftest import naming
 
 STORIES = ["Tim had a ball.\nIt was red.", "Mia saw a bird — «oh!»", "The end 🐦."]
@@ -145,6 +146,18 @@ def test_the_end_of_a_book_is_held_out_from_a_blank_line(
     (line,) = caplog.messages
     assert name in line
     assert "data.separator" in line
+
+
+def test_a_prepared_book_has_one_end_of_text_at_its_end(tmp_path):
+    book = "\n\n".join([BOOK] * 30)
+    corpus = local_files([str(write(tmp_path / "book.txt", book))], [])
+    tokenizer = Tokenizer.train([BOOK], 300)
+    for split in ("train", "valid"):
+        text = "".join(corpus.stories(split))
+        tokens = prepare_split(corpus, split, tokenizer, tmp_path)
+        assert tokens.array().tolist() == [*tokenizer.encode(text), tokenizer.end_of_text]
+        assert (tokens.n_stories, tokens.n_bytes) == (1, len(text.encode()))
+    assert len(list(corpus.pieces("train"))) > 1
 
 
 def test_paragraphs_are_stories_with_a_separator_and_several_books_one_document_each(tmp_path):
