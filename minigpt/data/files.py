@@ -300,9 +300,11 @@ def _decode(path: Path, file_format: Format) -> Iterator[str]:
             # error.object also holds bytes kept from the chunk before: count from its end.
             at = offset + len(chunk) - len(error.object) + error.start
             line += error.object.count(b"\n", 0, error.start)
-            convert = f"iconv -f {'UTF-16' if utf16 else 'WINDOWS-1252'} -t UTF-8"
+            remedy = f"save it as such by iconv -f {'UTF-16' if utf16 else 'WINDOWS-1252'} -t UTF-8"
+            if error.reason == "unexpected end of data":
+                remedy = "it ends inside a character: copy it again"
             byte = f"byte 0x{error.object[error.start]:02x} at offset {at}, line {line}"
-            raise UserError(f"{path} is not UTF-8 ({byte}); save it as such by {convert}") from None
+            raise UserError(f"{path} is not UTF-8 ({byte}); {remedy}") from None
         offset += len(chunk)
         line += chunk.count(b"\n")
         yield text.replace(_BYTE_ORDER_MARK, "")

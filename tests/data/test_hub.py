@@ -1,5 +1,6 @@
 """Datasets on disk, read by `datasets` itself; no network."""
 
+import gc
 import itertools
 import json
 from pathlib import Path
@@ -13,6 +14,20 @@ from minigpt.data import hub
 from minigpt.data.config import DataConfig
 from minigpt.data.sources import open_corpus
 from tests.conftest import naming
+
+# datasets leaves .csv files for the garbage collector to close
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def collect_garbage():
+    """Close those files before the next test."""
+    yield
+    gc.collect()
+
 
 STORIES = [f"Story {n}: the dog\r\nran. " for n in range(300)]
 READ = [story.replace("\r\n", "\n").strip() for story in STORIES]

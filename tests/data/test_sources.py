@@ -149,7 +149,7 @@ def test_the_end_of_a_book_is_held_out_from_a_blank_line(
 
 
 def test_a_prepared_book_has_one_end_of_text_at_its_end(tmp_path):
-    book = "\n\n".join([BOOK] * 30)
+    book = "\n\n".join([BOOK] * 80)
     corpus = local_files([str(write(tmp_path / "book.txt", book))], [])
     tokenizer = Tokenizer.train([BOOK], 300)
     for split in ("train", "valid"):
