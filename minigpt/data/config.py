@@ -100,15 +100,20 @@ class DataConfig:
 
     @property
     def windows_per_batch(self) -> int:
-        """`batch_size`, which is resolved by now."""
+        """Windows on each device in each step: `batch_size`, which is resolved."""
         assert self.batch_size is not None
         return self.batch_size
 
 
 def with_cache_here(data: DataConfig, typed: str = CACHE) -> DataConfig:
-    """Return the settings of a run, perhaps made on another machine, with a cache on this one.
+    """Return the settings of a run, perhaps of another machine, with a cache folder of this one.
 
-    It is the one that is `typed`, else that of the run if this machine has it, else the default.
+    Args:
+        data: settings of the run.
+        typed: cache folder to use; the default means that of the run if this machine has it.
+
+    Returns:
+        `data`, with the cache folder replaced unless its own is used.
     """
     own = typed == CACHE and Path(data.cache_dir).is_dir()
     return data if own else dataclasses.replace(data, cache_dir=typed)

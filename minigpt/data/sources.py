@@ -1,8 +1,8 @@
-"""Where stories come from: the bundled sample, your own files, or the full TinyStories corpus.
+"""Sources of stories: the bundled sample, your own files, a dataset of the Hub, TinyStories.
 
 A `Corpus` names files and says how they divide into training and validation; its stories are
-always streamed, so a corpus may be far larger than memory. TinyStories is by Eldan and Li
-(https://arxiv.org/abs/2305.07759).
+streamed, so that a corpus may be far larger than memory. TinyStories is by Eldan and Li (2023,
+https://arxiv.org/abs/2305.07759).
 """
 
 from __future__ import annotations
@@ -280,14 +280,14 @@ def open_corpus(config: DataConfig, valid_only: bool = False) -> Corpus:
 
 def _hub_dataset(config: DataConfig, folder: Path, valid_only: bool) -> Corpus:
     tokens = config.download_tokens
-    kept = None if tokens is None else math.ceil(tokens * _BYTES_PER_TOKEN * _STORY_MARGIN)
+    max_bytes = None if tokens is None else math.ceil(tokens * _BYTES_PER_TOKEN * _STORY_MARGIN)
 
     train, valid = (), ()
     if config.valid_split is not None:
         valid = (fetch_dataset(folder, config, config.valid_split, _VALID_BYTES),)
     if not (valid and valid_only):
-        train = (fetch_dataset(folder, config, config.split, kept),)
-    return Corpus(train, valid, config.holdout, max_train_bytes=kept)
+        train = (fetch_dataset(folder, config, config.split, max_bytes),)
+    return Corpus(train, valid, config.holdout, max_train_bytes=max_bytes)
 
 
 def bundled_sample() -> Corpus:
@@ -352,21 +352,21 @@ def _expand(patterns: Sequence[str], field: str) -> dict[tuple[int, int], Path]:
 
 
 def download_tinystories(folder: Path, tokens: int | None, valid_only: bool = False) -> Corpus:
-    """Return TinyStories (GPT-4 version) from the Hugging Face Hub, kept in `folder`.
+    """Return TinyStories (GPT-4 version) from the Hugging Face Hub, stored in `folder`.
 
-    Of the training file only the first stories are fetched, as many as `tokens` need, and a
-    request always gives the same stories, however much is already there; with enough there, the
-    network is not used. An interrupted download of a first part continues where it stopped.
+    Of the training file only the first stories are fetched, as many as `tokens` need. Equal
+    requests give the same stories, however many are stored; if there are enough, the network is
+    not used. An interrupted download of a first part continues where it stopped.
 
     Args:
-        folder: where the files are kept; created when missing.
-        tokens: training tokens wanted, at 3.84 bytes each; None for the whole file (2.2 GB).
+        folder: where to store the files; created when missing.
+        tokens: training tokens to have, at 3.84 bytes each; None means the whole file (2.2 GB).
         valid_only: do not fetch the training file.
 
     Raises:
-        UserError: the hub cannot be reached, what arrived is damaged, or nothing can be written.
+        UserError: the hub cannot be reached, a download is damaged, or nothing can be written.
     """
-    kept, fetched = (
+    max_bytes, file_bytes = (
         None if tokens is None else math.ceil(tokens * _BYTES_PER_TOKEN * margin)
         for margin in (_STORY_MARGIN, _FILE_MARGIN)
     )
@@ -374,7 +374,7 @@ def download_tinystories(folder: Path, tokens: int | None, valid_only: bool = Fa
         valid = fetch(folder, _REPO, _VALID, END_OF_TEXT)
         if valid_only:
             return Corpus((), (valid,))
-        train = fetch(folder, _REPO, _TRAIN, END_OF_TEXT, fetched)
+        train = fetch(folder, _REPO, _TRAIN, END_OF_TEXT, file_bytes)
     except ConnectionError as error:
         remedy = "try again to continue, or use tinystories_sample (bundled) or text (your files)"
         problem = f"could not download TinyStories ({error}); {remedy}"
@@ -382,4 +382,4 @@ def download_tinystories(folder: Path, tokens: int | None, valid_only: bool = Fa
     except OSError as error:
         problem = f"cannot write TinyStories to {folder} ({error.strerror or error})"
         raise UserError(f"{problem}; name another folder", "data.cache_dir") from None
-    return Corpus((train,), (valid,), max_train_bytes=kept)
+    return Corpus((train,), (valid,), max_train_bytes=max_bytes)
