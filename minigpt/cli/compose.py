@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import minigpt
 from minigpt.cli.program import CLASS_PATH, quote_paths
+from minigpt.core.files import user_path
 from minigpt.core.settings import UserError, build, plain_defaults, unknown_name
 
 
@@ -69,7 +70,7 @@ def compose_values(
     """Return the composed settings as plain values, resolved, and the option of the model group."""
     from minigpt.cli.hydra_errors import explain
 
-    folder = None if config_dir is None else Path(config_dir).expanduser().absolute()
+    folder = None if config_dir is None else user_path(config_dir, "config_dir").absolute()
     words = composed_words(name, overrides, folder)
     if folder is not None:
         if not folder.is_dir():
