@@ -25,7 +25,7 @@ from torch import Tensor
 from minigpt.analysis.embeddings import EmbeddingProbe, Tokens, tokens_or_reason
 from minigpt.analysis.repetition import NOVELTY_STORIES, Repetition, measure
 from minigpt.core.fields import documented
-from minigpt.core.files import write_json
+from minigpt.core.files import user_path, write_json
 from minigpt.core.hardware import Hardware
 from minigpt.core.progress import track
 from minigpt.core.settings import UserError, build
@@ -248,7 +248,8 @@ def compare_temperatures(
     try:
         if trained_on is None:
             raise UserError("the run does not say where they are")
-        corpus = open_corpus(trained_on) if trained_on.source == "text" else bundled_sample()
+        own_text = trained_on.source in ("text", "hf")
+        corpus = open_corpus(trained_on) if own_text else bundled_sample()
         training = itertools.islice(corpus.stories("train"), NOVELTY_STORIES)
         repetitions, n_training = measure(texts, training)
     except UserError as error:
@@ -330,7 +331,7 @@ def evaluate(
             a folder that cannot be written to.
     """
     run, config = Run.load(run), config or EvaluationConfig()
-    out = out or run.output_dir
+    out = run.output_dir if out is None else user_path(out, "out")
     _check_writable(out)  # before anything is measured
     trained_on = own_data(run.config)
     settings = config.data or trained_on

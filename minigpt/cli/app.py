@@ -21,6 +21,7 @@ from typer import Argument, Option
 
 from minigpt.cli.program import Program, describe, leave
 from minigpt.core.console import show_log
+from minigpt.core.files import user_path
 from minigpt.core.settings import UserError, one_line, speak
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 
 Format = Literal["hf", "safetensors", "onnx", "gguf"]
 Dtype = Literal["float32", "bfloat16"]
-RunPath = Annotated[Path, Argument(help="Run folder, checkpoint file or exported model.")]
+PathArgument = partial(Argument, parser=user_path)
+PathOption = partial(Option, parser=user_path, metavar="PATH")
+RunPath = Annotated[Path, PathArgument(help="Run folder, checkpoint file or exported model.")]
 ClassPath = Annotated[str | None, Option(help="Class of the model, such as mypackage.MyGPT.")]
 log = logging.getLogger("minigpt")
 UsageError: Any = typer.BadParameter.__base__  # typer does not export it
@@ -134,7 +137,7 @@ def probe(
     ] = None,
     k: Annotated[int, Option(min=1, help="Number of tokens to show.")] = 5,
     out: Annotated[
-        Path | None, Option(help="Folder of the map; by default the run's, or . for an export.")
+        Path | None, PathOption(help="Folder of the map; by default the run's, or . for an export.")
     ] = None,
     class_path: ClassPath = None,
 ) -> None:
@@ -176,7 +179,7 @@ def probe(
 
 @app.command()
 def playground(
-    runs: Annotated[list[Path], Argument(help="One to four runs to show side by side.")],
+    runs: Annotated[list[Path], PathArgument(help="One to four runs to show side by side.")],
     host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
         int | None, Option(min=0, max=65535, help="By default the first free port from 7860 up.")
@@ -192,9 +195,9 @@ def playground(
 
 @app.command()
 def scaling(
-    folders: Annotated[list[Path], Argument(help="Run folders, or folders with runs inside.")],
-    out: Annotated[Path | None, Option(help="Output folder; by default the first one.")] = None,
-    keep: Annotated[Path | None, Option(help="Also copy the records of finished runs.")] = None,
+    folders: Annotated[list[Path], PathArgument(help="Run folders, or folders with runs inside.")],
+    out: Annotated[Path | None, PathOption(help="Output folder; by default the first one.")] = None,
+    keep: Annotated[Path | None, PathOption(help="Also copy the records of finished runs.")] = None,
 ) -> None:
     """Compare runs of several sizes and fit the scaling law L = E + A / N^α.
 
@@ -224,8 +227,8 @@ def scaling(
 
 @app.command()
 def study(
-    runs: Annotated[list[Path], Argument(help="Runs to compare, of different sizes.")],
-    out: Annotated[Path, Option(help="Output folder.")] = Path("study"),
+    runs: Annotated[list[Path], PathArgument(help="Runs to compare, of different sizes.")],
+    out: Annotated[Path, PathOption(help="Output folder.")] = Path("study"),
     n: Annotated[int, Option(help="Number of stories for each run and temperature.")] = 200,
     seed: Annotated[int, Option(help="Seed of the stories.")] = 1,
     class_path: ClassPath = None,
@@ -244,7 +247,7 @@ def study(
 @app.command()
 def export(
     run: RunPath,
-    out: Annotated[Path, Argument(help="New folder, or an earlier export to replace.")],
+    out: Annotated[Path, PathArgument(help="New folder, or an earlier export to replace.")],
     format: Annotated[Format, Option(help="hf: transformers; safetensors: Mini GPT.")] = "hf",
     dtype: Annotated[Dtype | None, Option(help="For safetensors; by default bfloat16.")] = None,
     license: Annotated[str | None, Option(help="License of the weights, such as mit.")] = None,
@@ -310,7 +313,7 @@ def evaluate_verb(settings: Settings = None) -> None:
 @app.command()
 def sweep(
     name: Annotated[str, Argument(help="Name of the sweep: scaling, scaling_seeds or recipe.")],
-    out: Annotated[Path | None, Option(help="Output file; by default <name>.yaml.")] = None,
+    out: Annotated[Path | None, PathOption(help="Output file; by default <name>.yaml.")] = None,
 ) -> None:
     """Write a sweep file for wandb sweep, with minigpt train as its command."""
     from minigpt.cli.sweep import write_sweep

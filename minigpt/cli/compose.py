@@ -27,7 +27,8 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import minigpt
-from minigpt.cli.program import CLASS_PATH
+from minigpt.cli.program import CLASS_PATH, quote_paths
+from minigpt.core.files import user_path
 from minigpt.core.settings import UserError, build, plain_defaults, unknown_name
 
 
@@ -71,7 +72,7 @@ def compose_values(
     """Return the composed settings as plain resolved values, and the option of the model group."""
     from minigpt.cli.hydra_errors import explain
 
-    folder = None if config_dir is None else Path(config_dir).expanduser().absolute()
+    folder = None if config_dir is None else user_path(config_dir, "config_dir").absolute()
     words = composed_words(name, overrides, folder)
     if folder is not None:
         if not folder.is_dir():
@@ -102,7 +103,7 @@ def composed_words(name: str, typed: Sequence[str], folder: Path | None = None) 
         typed: settings as typed on the command line.
         folder: folder with additional config groups.
     """
-    words = [word for word in typed if not word.startswith(CLASS_PATH[name])]
+    words = [quote_paths(word) for word in typed if not word.startswith(CLASS_PATH[name])]
     folders = [Path(path) for path in (config_source(), folder) if path is not None]
     has_local = any((path / "local").is_dir() for path in folders)
     if name == "train" and has_local and (local := os.environ.get("MINIGPT_LOCAL")):

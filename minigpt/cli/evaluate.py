@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from omegaconf import DictConfig, OmegaConf
 
 from minigpt.cli.compose import evaluation_config, plain_values, typed_class
@@ -25,13 +23,14 @@ def _evaluate(config: DictConfig, program: Program, classes: list[str]) -> None:
 
     from minigpt.cli.tables import show
     from minigpt.core.console import console  # for progress; results go to stdout
+    from minigpt.core.files import user_path
     from minigpt.evaluation import evaluate, evaluation_name
     from minigpt.runs.folder import Run
     from minigpt.runs.names import REPORT
 
     values = plain_values(config)
     run = Run.load(str(values["ckpt"]), typed_class("evaluate", classes))
-    folder = run.output_dir if values["out"] is None else Path(str(values["out"]))
+    folder = run.output_dir if values["out"] is None else user_path(str(values["out"]), "out")
     settings = evaluation_config(values)
     evaluation = evaluate(run, settings, console, folder)
     terminal = Console()

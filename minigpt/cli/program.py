@@ -10,8 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from minigpt.core.files import user_path
 from minigpt.core.settings import MISSING, ModelClassError, UserError, one_line
 
+PATH_SETTINGS = {
+    "runs_dir", "resume", "init_from", "ckpt", "out", "data.tokenizer",
+    "data.train_files", "data.valid_files", "data.dataset", "data.cache_dir",
+}  # fmt: skip
 # Settings that follow from the option of a group: the user types the group.
 OPTION_OF = {"data.source": "data", "optimizer.name": "optimizer", "logger.kind": "logger"}
 # Setting that names the model class.
@@ -64,9 +69,27 @@ def hydra_value(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list | tuple):
         return f"[{','.join(map(hydra_value, value))}]"
-    if isinstance(value, str) and not re.fullmatch(r"[\w./:~-]+", value):
+    if isinstance(value, str) and not re.fullmatch(r"[\w./:-]+", value, re.ASCII):
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
     return str(value)
+
+
+def quote_paths(word: str) -> str:
+    """Return a typed setting with its paths in quotes if Hydra could not read them without.
+
+    Those are paths with spaces, brackets or letters beyond ASCII, alone or in a list, and those
+    with ~, which is expanded: Hydra writes the records of a multirun below runs_dir.
+    """
+    key, _, value = word.partition("=")
+    if key.lstrip("+") not in PATH_SETTINGS or re.search(r"[\"']|\$\{", value):
+        return word
+    is_list = value.startswith("[") and value.endswith("]")
+    items = [item.strip() for item in (value[1:-1] if is_list else value).split(",")]
+    if all(re.fullmatch(r"[\w./:*?@%+=|-]*", item, re.ASCII) for item in items):
+        return word
+    paths = [str(user_path(item, key)) if item.startswith("~") else item for item in items]
+    quoted = ",".join(map(hydra_value, paths))
+    return f"{key}=[{quoted}]" if is_list else f"{key}={quoted}"
 
 
 def describe(error: UserError, program: Program, options: frozenset[str] = frozenset()) -> str:

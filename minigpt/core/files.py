@@ -22,6 +22,33 @@ _MEGABYTE = 1 << 20
 _MAX_YAML_BYTES = 1 << 16  # 50 times a config.yaml; parsing long numbers takes quadratic time
 
 
+def user_path(path: str | Path, argument: str | None = None) -> Path:
+    """Return a path that was typed, with `~` and `~user` replaced by the home folder.
+
+    Args:
+        path: what was typed.
+        argument: name of the argument, for the message.
+
+    Raises:
+        UserError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        problem = "names a user without a home folder; put ./ before a name with ~"
+        raise UserError(problem, argument, str(path)) from None
+
+
+def expand_paths(config: Any, *names: str) -> None:
+    """Expand `~` in fields of a frozen dataclass that hold a path, paths or None."""
+    for name in names:
+        value = getattr(config, name)
+        paths = value if isinstance(value, tuple) else (value,)
+        if any(path is not None and path.startswith("~") for path in paths):
+            paths = tuple(path and str(user_path(path, name)) for path in paths)
+            object.__setattr__(config, name, paths if isinstance(value, tuple) else paths[0])
+
+
 def read_text(path: Path, max_bytes: int = 64 * _MEGABYTE) -> str:
     """Return the UTF-8 text of a file.
 

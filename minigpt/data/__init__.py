@@ -1,1 +1,1 @@
-"""Stories to batches: sources, preparation, windows and the data module."""
+"""From stories to batches: sources, preparation, windows and the data module."""

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from minigpt.core.files import expand_paths
 from minigpt.core.settings import UserError
 from minigpt.tokenizer import END_OF_TEXT, check_vocab_size
 
 CACHE = ".cache"
 
-Source = Literal["tinystories_sample", "tinystories", "text"]
+Source = Literal["tinystories_sample", "tinystories", "text", "hf"]
 Shuffle = Literal["stories", "windows"]
 
 
@@ -21,8 +22,8 @@ class DataConfig:
     """What to train on, and in which portions."""
 
     source: Source = "tinystories_sample"
-    """Where the stories come from: `tinystories_sample` is bundled, `tinystories` is downloaded,
-    and `text` are your own files."""
+    """Source of the stories: `tinystories_sample` is bundled, `tinystories` is downloaded, `text`
+    is your own files, and `hf` is a dataset of the Hugging Face Hub."""
 
     valid: Literal["tuning"] | None = None
     """Which stories to validate on: `tuning` holds out every seventh training story, for a choice
@@ -32,17 +33,35 @@ class DataConfig:
     """Paths or globs of the training files, for source `text`."""
 
     valid_files: tuple[str, ...] = ()
-    """Paths or globs of the validation files; without any, the last training stories are held
-    out."""
+    """Paths or globs of the validation files, for source `text`; without any, the last training
+    stories are held out."""
+
+    dataset: str | None = None
+    """Name of a dataset of the Hub such as `owner/name`, or a folder of one, for source `hf`."""
+
+    subset: str | None = None
+    """Configuration of the dataset, such as `wikitext-2-raw-v1`; None means its default."""
+
+    split: str = "train"
+    """Split of the dataset to train on."""
+
+    valid_split: str | None = None
+    """Split of the dataset to validate on, of which the first 32 MB are read; None means that the
+    last training stories are held out."""
+
+    field: str | None = None
+    """Column or key of the stories in files other than .txt and .md and in datasets; None means
+    `text`, else `story`, else the only one that holds text."""
 
     holdout: float = 0.05
-    """Share of the stories, by count, that is held out for validation."""
+    """Share of the stories that is held out for validation, above 0 and below 1: by count, and of
+    a lone document by length."""
 
     separator: str = END_OF_TEXT
-    """What stands between the stories of a .txt file."""
+    """Text between two stories of a .txt or .md file; a file without it is one document."""
 
     download_tokens: int | None = 104_000_000
-    """Training tokens to download, for source `tinystories`; None means the whole file."""
+    """Training tokens to download, for sources `tinystories` and `hf`; None means all."""
 
     vocab_size: int = 3000
     """The most tokens that the vocabulary may have; few different words give fewer."""
@@ -61,12 +80,20 @@ class DataConfig:
     """Folder of downloads and prepared files."""
 
     def __post_init__(self) -> None:
+        expand_paths(self, "train_files", "valid_files", "dataset", "cache_dir")
+        if self.dataset is not None and Path(self.dataset).is_dir():
+            object.__setattr__(self, "dataset", str(Path(self.dataset).absolute()))
         files = self.train_files or self.valid_files
         if self.source == "text" and not files:
             raise UserError("needs files", "source", "text", fix={"train_files": ["stories.txt"]})
         if self.source != "text" and files:
             name = "train_files" if self.train_files else "valid_files"
             raise UserError(f"source {self.source} reads no files", name, fix={"source": "text"})
+        if (self.source == "hf") != (self.dataset is not None):
+            fix = {"source": "hf", "dataset": self.dataset or "roneneldan/TinyStories"}
+            raise UserError("source hf reads a dataset, and the others none", "dataset", fix=fix)
+        if self.field is not None and self.source not in ("text", "hf"):
+            raise UserError(f"source {self.source} has no fields", "field", self.field)
         if not 0 < self.holdout < 1:
             raise UserError("must be between 0 and 1", "holdout", self.holdout)
         if not self.separator:
@@ -81,15 +108,20 @@ class DataConfig:
 
     @property
     def windows_per_batch(self) -> int:
-        """`batch_size`, which is resolved by now."""
+        """Windows on each device in each step: `batch_size`, which is resolved."""
         assert self.batch_size is not None
         return self.batch_size
 
 
 def with_cache_here(data: DataConfig, typed: str = CACHE) -> DataConfig:
-    """Return the settings of a run, perhaps made on another machine, with a cache on this one.
+    """Return the settings of a run, perhaps of another machine, with a cache folder of this one.
 
-    It is the one that is `typed`, else that of the run if this machine has it, else the default.
+    Args:
+        data: settings of the run.
+        typed: cache folder to use; the default means that of the run if this machine has it.
+
+    Returns:
+        `data`, with the cache folder replaced unless its own is used.
     """
     own = typed == CACHE and Path(data.cache_dir).is_dir()
     return data if own else dataclasses.replace(data, cache_dir=typed)

@@ -32,22 +32,24 @@ _BLOCK = 16 << 20  # bytes fetched by one request, and held in memory
 def fetch(folder: Path, repo: str, name: str, separator: str, n_bytes: int | None = None) -> Path:
     """Return the file `name` of the dataset `repo`, or the whole stories in its first `n_bytes`.
 
-    It is kept in `folder` as `name` when whole, else as <stem>.first-<n_bytes>.<version>.txt. The
-    name tells a later request whether there is enough, which then needs no network; a larger one
-    continues from there if the version (a hash of the hub's etag) is still the same. Only one
-    process downloads at a time; another one waits, and then finds the file there.
+    A whole file is stored as `name`, a first part as <stem>.first-<n_bytes>.<version>.txt. From
+    the name a later request knows whether the part is long enough, and then needs no network; a
+    longer one continues from there if the version (a hash of the hub's etag) is the same. One
+    process downloads at a time; the others wait for its file. The hub is HF_ENDPOINT, else
+    huggingface.co.
 
     Args:
-        folder: created when missing.
+        folder: where to store the file; created when missing.
         repo: owner and name of the dataset.
         name: path of the file in the dataset.
-        separator: what stands after each story; a first part is cut behind the last one.
-        n_bytes: how many bytes to fetch; None for the whole file.
+        separator: text after each story; a first part ends with it.
+        n_bytes: number of bytes to fetch; None means the whole file.
 
-    The hub is HF_ENDPOINT, else huggingface.co.
+    Returns:
+        The path of the file or of the first part.
 
     Raises:
-        ConnectionError: the hub cannot be reached or refuses, or what arrived is damaged; the
+        ConnectionError: the hub cannot be reached or refuses, or the download is damaged; the
             message is one line.
         OSError: the folder cannot be written.
     """
@@ -64,7 +66,7 @@ def fetch(folder: Path, repo: str, name: str, separator: str, n_bytes: int | Non
             return _fetch(folder, repo, name, separator, n_bytes, endpoint)
         except (OSError, RuntimeError, httpx.HTTPError) as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise  # the disk's; those of the hub have no number
+                raise  # an error of the disk; those of the hub have no number
             reason, *_ = str(error).splitlines() or ["no answer"]
             raise ConnectionError(f"{endpoint}, {type(error).__name__}: {reason}") from error
         finally:
@@ -72,7 +74,7 @@ def fetch(folder: Path, repo: str, name: str, separator: str, n_bytes: int | Non
 
 
 def _first_parts(folder: Path, name: str, version: str = "*") -> list[tuple[int, Path]]:
-    """Return the finished first parts of a file, each with the bytes that were asked for."""
+    """Return the finished first parts of a file, each with its number of bytes requested."""
     paths = folder.glob(f"{Path(name).stem}.first-*.{version}.txt")
     return [(int(path.name.split(".")[-3].removeprefix("first-")), path) for path in paths]
 
@@ -118,16 +120,16 @@ def _fetch(
     try:
         _check(part, separator, n_bytes=n_bytes)
     except ConnectionError:
-        part.unlink()  # damaged: the next call must not continue from here
+        part.unlink()  # the next call must not continue from damaged bytes
         raise
     return part.replace(folder / f"{Path(name).stem}.first-{n_bytes}.{version}.txt")
 
 
 def _check(path: Path, separator: str, etag: str = "", n_bytes: int = 0) -> None:
-    """Check what arrived; cut a first part of `n_bytes` behind its last separator.
+    """Check a download; cut a first part of `n_bytes` after its last separator.
 
     Raises:
-        ConnectionError: no separator, not UTF-8, or not what a sha256 for an etag says.
+        ConnectionError: there is no separator, the text is not UTF-8, or its sha256 is not `etag`.
     """
     mark = separator.encode()
     with path.open("r+b") as file:

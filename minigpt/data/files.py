@@ -3,138 +3,308 @@
 from __future__ import annotations
 
 import codecs
-import gzip
+import contextlib
+import csv
 import io
 import itertools
-import lzma
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+import json
+import re
+import tempfile
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from minigpt.core.files import parse_json
 from minigpt.core.settings import UserError
+from minigpt.data.formats import CHUNK, Format, detect_format, optional, unpack
 from minigpt.tokenizer import END_OF_TEXT, utf8_length
 
-_CHUNK = 1 << 20  # bytes read at a time
-_LONGEST = 64 << 20  # characters a story may have; what keeps memory bounded without a separator
-# A packed file may unpack to so many bytes, or times its size, whichever is more: English packs to
-# a fifth, a story that repeats to a hundredth, and a file made to fill a disk to a thousandth.
-_UNPACKED, _UNPACKED_TIMES = 64 << 20, 200
+Piece = tuple[str, bool]  # a text, and whether its story ends with it
+Row = tuple[int, Any]  # a number of a line or row, and the value there
+
+_LONGEST = 64 << 20  # characters of a line, a field or an item of a list: what is held in memory
+_PIECE = 1 << 20  # characters; a story of more than two of these comes in several pieces
+_SPACE = re.compile(r"\s*")
+# Where a long story may be cut, best first: at a blank line, a line end, a space.
+_BREAKS = tuple(map(re.compile, (r"\n[ \t]*\n\s*", r"\n\s*", r"\s+")))
+_BLANK = re.compile(r"^[^\S\n]+$", re.MULTILINE)
+_BYTE_ORDER_MARK = "\ufeff"
 
 
-def read_stories(path: Path, separator: str = END_OF_TEXT) -> Iterator[str]:
-    """Yield the stories of one file: stripped, never empty, with `\\n` line ends.
+def read_pieces(
+    path: Path, separator: str = END_OF_TEXT, field: str | None = None
+) -> Iterator[Piece]:
+    """Yield the stories of one file, those of more than two million characters in pieces.
+
+    A story is stripped, not empty, and has `\\n` line ends; its pieces give it when joined, and
+    are cut where the tokenizer cuts anyway, if there is such a position. Byte order marks are
+    dropped. Memory does not grow with the file.
 
     Args:
-        path: .txt (stories divided by `separator`) or .jsonl (one story a line: a string, or an
-            object with its text under "story" or "text"); either may be packed, .xz or .gz.
-        separator: what stands between two stories of a text file.
+        path: .txt or .md (stories divided by `separator`, or one document without it), .jsonl,
+            .ndjson or .json (texts or objects), .csv, .tsv or .parquet; each may be packed.
+        separator: what stands between two stories of a text file. Lines that hold only spaces
+            count as empty ones for it.
+        field: column or key of the stories; None: `text`, else `story`, else the only one of text.
 
     Raises:
-        UserError: the file is missing, damaged, not UTF-8, or not in the form described above.
+        UserError: the file is missing, damaged, not UTF-8, empty, or of another kind.
     """
-    stories = _json_stories(path) if is_jsonl(path) else _text_stories(path, separator)
-    empty = True
-    for story in stories:
-        if story := story.strip():
-            empty = False
-            yield story
-    if empty:
+    file_format = detect_format(path)
+    if file_format.kind == "text":
+        pieces = _text_pieces(_decode(path, file_format), separator)
+    else:
+        pieces = _row_pieces(path, file_format, field)
+    first = next(pieces, None)
+    if first is None:
         raise UserError(f"{path} has no story in it; leave it out")
+    yield first
+    yield from pieces
 
 
-def is_jsonl(path: Path) -> bool:
-    """Return whether a file holds JSON lines, by its name.
+def choose_field(
+    where: str, names: Collection[str], texts: Collection[str], field: str | None
+) -> str:
+    """Return the name of the column that holds the stories.
+
+    Args:
+        where: the file, and the line if columns may differ, for messages.
+        names: all columns.
+        texts: those that hold text.
+        field: the one that is asked for; None: `text`, else `story`, else the only one of text.
 
     Raises:
-        UserError: it is neither JSON lines nor text.
+        UserError: there is no such column, or several might be meant.
     """
-    name = path.name.lower()
-    unpacked = name.removesuffix(".xz").removesuffix(".gz")
-    if unpacked == name and not name.endswith((".txt", ".jsonl")):
-        raise UserError(f"{path}: cannot read {path.suffix!r} files; convert to .txt or .jsonl")
-    return unpacked.endswith(".jsonl")
+    standard = [name for name in ("text", "story") if name in names]
+    candidates = [field] if field is not None else standard[:1] or list(texts)
+    if len(candidates) == 1 and candidates[0] in names:
+        return candidates[0]
+    problem = f"has no field {field or 'text'!r}, but {', '.join(names) or 'none'}"
+    if len(candidates) > 1:
+        problem = f"has several fields of text: {', '.join(texts)}"
+    fix = {"data.field": next(iter(texts), "text")}
+    raise UserError(f"{where} {problem}", "data.field", fix=fix)
 
 
-def _text_stories(path: Path, separator: str) -> Iterator[str]:
-    remedy = f"put a line {END_OF_TEXT} after each story, or set data.separator"
-    too_long = UserError(f"{path}: 64 MB without {separator!r} are no story; {remedy}")
-    pieces = _split(_decode(path), separator, too_long)
-    # Two pieces before the first story goes out: a file without a separator is not one long story.
-    first, second = next(pieces), next(pieces, None)
-    if second is not None:
-        yield from itertools.chain((first, second), pieces)
-    elif first.strip():
-        raise UserError(f"{path}: there is no {separator!r} between stories; {remedy}")
+def clean(text: str) -> str:
+    """Return a story as it is read: stripped, with `\\n` line ends."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
-def _json_stories(path: Path) -> Iterator[str]:
-    too_long = UserError(f"{path}: a line is longer than 64 MB; write one story a line")
-    for number, line in enumerate(_split(_decode(path), "\n", too_long), start=1):
-        if not line.strip():
-            continue
-        value: Any = None
-        try:
-            value = parse_json(line)
-            if isinstance(value, dict):
-                value = value["story" if "story" in value else "text"]
-            if not isinstance(value, str):
-                raise ValueError("not a text")
-            utf8_length(value)  # JSON can spell half a surrogate pair, UTF-8 cannot
-        except KeyError:
-            keys = ", ".join(value) or "none"
-            raise UserError(f"{path}:{number}: no key 'story' or 'text', only {keys}") from None
-        except ValueError as error:
-            example = '{"text": "Once upon a time ..."}'
-            raise UserError(f"{path}:{number}: {error}; write JSON such as {example}") from None
-        yield value
+def find_cut(text: str, first: int, last: int, near: int) -> int:
+    """Return where to cut `text`, from `first` to `last`, as near to `near` as possible.
+
+    That is at a blank line, else at a line end, else at a space: directly before the last white
+    space before a word, where the tokenizer's pre-tokenizer cuts too, so that the parts have the
+    ids of the whole. Without any white space it is `near`.
+    """
+    for pattern in _BREAKS:
+        cuts = (match.end() - 1 for match in pattern.finditer(text, first + 1, last + 1))
+        safe = [cut for cut in cuts if text[cut] in " \t\n" and text[cut + 1 : cut + 2].strip()]
+        if safe:
+            return min(safe, key=lambda cut: abs(cut - near))
+    return near
 
 
-def _split(chunks: Iterable[str], separator: str, too_long: UserError) -> Iterator[str]:
-    """Yield what stands between separators, at least one piece; `too_long` is raised past 64 MB."""
+def _split_long(text: str) -> list[str]:
+    """Return `text` in pieces of about `_PIECE` characters; the last may have twice as many."""
+    start, pieces = 0, []
+    while len(text) - start > 2 * _PIECE:
+        end = start + _PIECE
+        cut = find_cut(text, start + _PIECE // 2, end, end)
+        pieces.append(text[start:cut])
+        start = cut
+    return [*pieces, text[start:]]
+
+
+def _text_pieces(chunks: Iterable[str], separator: str) -> Iterator[Piece]:
+    if "\n\n" in separator:
+        chunks = _empty_blank_lines(chunks)
+    rest, begun = "", False  # `begun`: a piece of the story in `rest` was already yielded
+    for chunk in itertools.chain(chunks, [None]):
+        *stories, rest = [rest, ""] if chunk is None else (rest + chunk).split(separator)
+        for story in stories:
+            *parts, last = _split_long(story.rstrip() if begun else story.strip())
+            yield from ((part, False) for part in parts)
+            if begun or last:
+                yield last, True
+            begun = False
+        *parts, rest = _split_long(rest if begun else rest.lstrip())
+        yield from ((part, False) for part in parts)
+        begun = begun or bool(parts)
+
+
+def _empty_blank_lines(chunks: Iterable[str]) -> Iterator[str]:
     rest = ""
     for chunk in chunks:
-        *whole, rest = (rest + chunk).split(separator)
-        yield from whole
+        lines, end, rest = (rest + chunk).rpartition("\n")
+        yield _BLANK.sub("", lines) + end
+    yield _BLANK.sub("", rest)
+
+
+def _row_pieces(path: Path, file_format: Format, field: str | None) -> Iterator[Piece]:
+    kind = file_format.kind
+    if kind == "parquet":
+        rows = _parquet_rows(path, file_format, field)
+    else:
+        chunks = _decode(path, file_format)
+        if kind == "json":
+            rows = _objects(path, _json_items(path, chunks), field)
+        elif kind == "jsonl":
+            rows = _objects(path, _json_lines(path, chunks), field)
+        else:
+            rows = _table_rows(path, chunks, kind, field)
+    for number, value in rows:
+        if value is None:  # a column may lack values
+            continue
+        try:
+            if not isinstance(value, str):
+                raise ValueError(f"expected a text, got {value!r:.100}")
+            utf8_length(value)  # JSON can spell half a surrogate pair, UTF-8 cannot
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: {error}") from None
+        if story := clean(value):
+            *parts, last = _split_long(story)
+            yield from ((part, False) for part in parts)
+            yield last, True
+
+
+def _objects(path: Path, values: Iterable[Row], field: str | None) -> Iterator[Row]:
+    """Yield the stories of JSON values, which are texts or objects with a text."""
+    for number, value in values:
+        if isinstance(value, dict):
+            texts = [name for name, entry in value.items() if isinstance(entry, str)]
+            name = choose_field(f"{path}:{number}", value, texts, field)
+            if name not in ("text", "story"):
+                field = name  # it was the only one: the next object must not have another
+            value = value[name]
+        yield number, value
+
+
+def _json_lines(path: Path, chunks: Iterable[str]) -> Iterator[Row]:
+    for number, line in enumerate(_lines(path, chunks), start=1):
+        if line.strip():
+            try:
+                yield number, parse_json(line)
+            except ValueError as error:
+                example = '{"text": "Once upon a time ..."}'
+                problem = f"{path}:{number}: {error}; write JSON such as {example}"
+                raise UserError(problem) from None
+
+
+def _json_items(path: Path, chunks: Iterable[str]) -> Iterator[Row]:
+    """Yield the items of a JSON list with their numbers, and hold one item in memory."""
+    decode, text, at, number, marks = json.JSONDecoder().raw_decode, "", 0, 0, "["
+    for chunk in itertools.chain(chunks, [""]):
+        text, at = text[at:] + chunk, 0
+        while (start := _skip_space(text, at)) < len(text):
+            item, begin = f"{path}: item {number + 1}", _skip_space(text, start + 1)
+            if text[start] not in (marks or " "):
+                problem = f"expected {' or '.join(marks) or 'nothing more'}, got {text[start]!r}"
+                raise UserError(f"{item}: {problem}; write a list, or name it .jsonl")
+            if text[start] == "]" or (number == 0 and text[begin : begin + 1] == "]"):
+                at, marks = (start if text[start] == "]" else begin) + 1, ""
+                continue
+            try:
+                value, end = decode(text, begin)
+            except (ValueError, RecursionError) as error:
+                if chunk and len(text) - begin <= _LONGEST:
+                    break  # the rest of the item may follow
+                reason = getattr(error, "msg", None) or "nested too deeply"
+                raise UserError(f"{item}: {reason}; this is no JSON") from None
+            if chunk and end == len(text):
+                break  # the next digit of a number may follow
+            at, number, marks = end, number + 1, ",]"
+            yield number, value
+    if marks:
+        raise UserError(f"{path} is cut short after item {number}; copy it again")
+
+
+def _skip_space(text: str, at: int) -> int:
+    match = _SPACE.match(text, at)
+    assert match is not None
+    return match.end()
+
+
+def _table_rows(path: Path, chunks: Iterable[str], kind: str, field: str | None) -> Iterator[Row]:
+    """Yield the line number and the story of each row of a .csv or .tsv file."""
+    csv.field_size_limit(_LONGEST)
+    lines = (f"{line}\n" for line in _lines(path, chunks))
+    header = next(lines, "")
+    delimiter = "\t" if kind == "tsv" else max(",;\t", key=header.count)
+    rows = csv.reader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
+    try:
+        names = [name.strip() for name in next(rows)]
+        column = names.index(choose_field(str(path), names, names, field))
+        for row in filter(None, rows):
+            if len(row) != len(names):
+                raise csv.Error(f"{len(row)} columns, but the first row has {len(names)}")
+            yield rows.line_num, row[column]
+    except csv.Error as error:
+        problem = f"{path}:{rows.line_num}: {error}"
+        raise UserError(f"{problem}; quote texts with {delimiter!r}, quotes or line ends") from None
+
+
+def _parquet_rows(path: Path, file_format: Format, field: str | None) -> Iterator[Row]:
+    parquet = optional("pyarrow.parquet", "Parquet")
+    number = 0
+    with contextlib.ExitStack() as stack:
+        source: Any = path
+        if file_format.packing:  # its index is at its end
+            source = stack.enter_context(tempfile.TemporaryFile())
+            source.writelines(unpack(path, file_format.packing))
+        try:
+            file = parquet.ParquetFile(source, buffer_size=CHUNK, pre_buffer=False)
+            stack.enter_context(file)
+            schema = file.schema_arrow
+            strings = ("string", "large_string", "dictionary<values=string")
+            texts = [c.name for c in schema if str(c.type).startswith(strings)]
+            name = choose_field(str(path), schema.names, texts, field)
+            for batch in file.iter_batches(1024, columns=[name]):
+                for value in batch.column(0):
+                    number += 1
+                    yield number, value.as_py()
+        except UserError:
+            raise
+        except (OSError, ValueError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise UserError(f"{path} cannot be read: {error.strerror}") from None
+            reason, *_ = str(error).splitlines() or ["unreadable"]
+            raise UserError(f"{path}: damaged after row {number} ({reason})") from None
+
+
+def _lines(path: Path, chunks: Iterable[str]) -> Iterator[str]:
+    rest = ""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split("\n")
+        yield from lines
         if len(rest) > _LONGEST:
-            raise too_long
+            raise UserError(f"{path}: a line is longer than 64 MB; write one story a line")
     yield rest
 
 
-def _decode(path: Path) -> Iterator[str]:
-    """Yield the text of a UTF-8 file in chunks, without byte order mark, with `\\n` line ends."""
-    utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+def _decode(path: Path, file_format: Format) -> Iterator[str]:
+    """Yield the text of a UTF-8 file in chunks, without byte order marks, with `\\n` line ends."""
+    utf8 = codecs.getincrementaldecoder("utf-8")()
     decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
-    offset = 0
-    for chunk in itertools.chain(_unpack(path), [b""]):
+    offset, line = 0, 1
+    for chunk in itertools.chain(unpack(path, file_format.packing), [b""]):
+        utf16 = offset == 0 and chunk[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        if not utf16 and (at := chunk.find(b"\0")) >= 0:
+            where = f"a NUL byte at offset {offset + at}"
+            raise UserError(f"{path} is binary, not text ({where}); name text files alone")
         try:
             text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
             # error.object also holds bytes kept from the chunk before: count from its end.
             at = offset + len(chunk) - len(error.object) + error.start
-            utf16 = offset == 0 and chunk[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-            convert = f"iconv -f {'UTF-16' if utf16 else 'WINDOWS-1252'} -t UTF-8"
-            byte = f"byte 0x{error.object[error.start]:02x} at offset {at}"
-            raise UserError(f"{path} is not UTF-8 ({byte}); save it as such by {convert}") from None
+            line += error.object.count(b"\n", 0, error.start)
+            remedy = f"save it as such by iconv -f {'UTF-16' if utf16 else 'WINDOWS-1252'} -t UTF-8"
+            if error.reason == "unexpected end of data":
+                remedy = "it ends inside a character: copy it again"
+            byte = f"byte 0x{error.object[error.start]:02x} at offset {at}, line {line}"
+            raise UserError(f"{path} is not UTF-8 ({byte}); {remedy}") from None
         offset += len(chunk)
-        yield text
-
-
-def _unpack(path: Path) -> Iterator[bytes]:
-    openers: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
-    opener = openers.get(path.suffix.lower(), open)
-    try:
-        most = max(_UNPACKED, _UNPACKED_TIMES * path.stat().st_size)
-        with opener(path, "rb") as file:
-            while chunk := file.read(_CHUNK):
-                most -= len(chunk)
-                if most < 0 and opener is not open:
-                    large = f"unpacks to more than {_UNPACKED_TIMES} times its size"
-                    raise UserError(f"{path} {large}; unpack it yourself if you trust it")
-                yield chunk
-    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
-        problem = f"{path} is damaged or truncated ({error})"
-        raise UserError(f"{problem}; copy or download it again") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+        line += chunk.count(b"\n")
+        yield text.replace(_BYTE_ORDER_MARK, "")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -121,7 +122,7 @@ def prepare_split(
     def make(folder: Path) -> None:
         began = time.perf_counter()
         with byte_progress(f"encoding the {split} split") as show:
-            meta = _encode(corpus.stories(split), tokenizer, folder / _TOKENS, show)
+            meta = _encode(corpus.pieces(split), tokenizer, folder / _TOKENS, show)
         if meta["stories"] == 0:
             raise UserError(f"the {split} split has no story; give it more text", "data.source")
         _write_meta(folder, meta | {"of": ingredients})
@@ -132,18 +133,30 @@ def prepare_split(
 
 
 def _encode(
-    stories: Iterable[str], tokenizer: Tokenizer, path: Path, show: Callable[[int], None]
+    pieces: Iterable[tuple[str, bool]],
+    tokenizer: Tokenizer,
+    path: Path,
+    show: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Stream the ids of `stories` to `path`; returns the counts and the checksum of the file."""
+    """Stream the ids of `pieces` to `path`; returns the counts and the checksum of the file.
+
+    A piece is a text and whether a story ends with it: END_OF_TEXT stands there alone.
+    """
     counts, checksum = Counter(tokens=0, bytes=0, stories=0), hashlib.blake2b()
     with path.open("wb") as file:
-        for block in _blocks(stories):
-            ids = tokenizer.encode_stories(block)
-            file.write(ids.data)
-            checksum.update(ids.data)
-            block_bytes = sum(map(utf8_length, block))
-            show(block_bytes)
-            counts.update(tokens=len(ids), bytes=block_bytes, stories=len(block))
+        for ends, run in itertools.groupby(pieces, key=lambda piece: piece[1]):
+            for block in _blocks(text for text, _ in run):
+                if ends:
+                    parts = [tokenizer.encode_stories(block)]
+                else:
+                    parts = [tokenizer.encode_stories([text])[:-1] for text in block]
+                for ids in parts:
+                    file.write(ids.data)
+                    checksum.update(ids.data)
+                    counts.update(tokens=len(ids))
+                block_bytes = sum(map(utf8_length, block))
+                show(block_bytes)
+                counts.update(bytes=block_bytes, stories=len(block) if ends else 0)
         file.flush()
         os.fsync(file.fileno())
     return {**counts, "blake2b": checksum.hexdigest()}

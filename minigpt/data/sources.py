@@ -1,8 +1,8 @@
-"""Where stories come from: the bundled sample, your own files, or the full TinyStories corpus.
+"""Sources of stories: the bundled sample, your own files, a dataset of the Hub, TinyStories.
 
 A `Corpus` names files and says how they divide into training and validation; its stories are
-always streamed, so a corpus may be far larger than memory. TinyStories is by Eldan and Li
-(https://arxiv.org/abs/2305.07759).
+streamed, so that a corpus may be far larger than memory. TinyStories is by Eldan and Li (2023,
+https://arxiv.org/abs/2305.07759).
 """
 
 from __future__ import annotations
@@ -11,20 +11,25 @@ import dataclasses
 import glob
 import hashlib
 import importlib.resources
-import itertools
+import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from minigpt.core.files import user_path
 from minigpt.core.settings import UserError
 from minigpt.data.config import DataConfig
 from minigpt.data.download import fetch
-from minigpt.data.files import is_jsonl, read_stories
+from minigpt.data.files import Piece, find_cut, read_pieces
+from minigpt.data.formats import detect_format
+from minigpt.data.hub import fetch_dataset
 from minigpt.tokenizer import END_OF_TEXT
+
+log = logging.getLogger(__name__)
 
 Split = Literal["train", "valid"]
 
@@ -38,6 +43,7 @@ _REPO = "roneneldan/TinyStories"
 _TRAIN, _VALID = "TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"
 _BYTES_PER_TOKEN = 3.84  # of the 3,000-token BPE, measured on the bundled sample
 _STORY_MARGIN = 1.02  # story bytes kept beyond the token budget
+_VALID_BYTES = 32 << 20  # of a validation split of the Hub
 _FILE_MARGIN = 1.05  # file bytes fetched beyond it: separators between stories are 2 % of the file
 
 
@@ -45,79 +51,215 @@ _FILE_MARGIN = 1.05  # file bytes fetched beyond it: separators between stories 
 class Corpus:
     """Story files, and how they divide into a training and a validation split."""
 
-    train_files: tuple[Path, ...]  # read in this order; may be empty when only "valid" is wanted
-    valid_files: tuple[Path, ...]  # empty: the last `holdout` of the training stories instead
-    holdout: float = DataConfig.holdout  # share of the training stories, by count
-    separator: str = DataConfig.separator  # what stands between the stories of a .txt file
-    max_train_bytes: int | None = None  # train on whole stories up to so many UTF-8 bytes
-    tuning: bool = False  # validate on every seventh training story; "valid" is not read
+    train_files: tuple[Path, ...]
+    """Files to train on, in this order; may be empty when only "valid" is wanted."""
+
+    valid_files: tuple[Path, ...]
+    """Files to validate on; without any, the last `holdout` of the training stories."""
+
+    holdout: float = DataConfig.holdout
+    """Share of the training stories to hold out: by count, and by length of a lone document."""
+
+    separator: str = DataConfig.separator
+    """What stands between the stories of a text file."""
+
+    max_train_bytes: int | None = None
+    """UTF-8 bytes to read of the training files, in whole stories; None means all."""
+
+    field: str | None = None
+    """Column or key of the stories; None means `text`, else `story`, else the only one of text."""
+
+    tuning: bool = False
+    """Whether to hold out every seventh training story, and not to read the validation split."""
 
     def stories(self, split: Split) -> Iterator[str]:
-        """Yield the stories of a split in file order: stripped, never empty.
+        """Yield the texts of `pieces`: stories, and the parts of very long ones.
+
+        Raises:
+            UserError: as `pieces`.
+        """
+        return (text for text, _ in self.pieces(split) if text)
+
+    def pieces(self, split: Split) -> Iterator[Piece]:
+        """Yield the texts of a split in file order, each with whether a story ends there.
+
+        Pieces of more than two million characters do not occur: a longer story comes in several,
+        which give it when joined. A story that is in both splits is left out of the held-out
+        ones, or out of training where the validation files are given.
 
         Raises:
             UserError: no files for the split, a file that cannot be read, or a holdout that
                 leaves one of the splits without a story.
         """
         if self.tuning:
-            stories = enumerate(self._reported.stories("train"))
-            return (
-                text for i, text in stories if (i % _TUNING == _TUNING - 1) is (split == "valid")
-            )
-        if split == "valid":
-            if self.valid_files:
+            stories = self._train_pieces() if self.valid_files else self._reported.pieces("train")
+            return _every_seventh(stories, split == "valid")
+        if self.valid_files:
+            if split == "valid":
                 return self._read(self.valid_files)
-            return itertools.islice(self._read(self.train_files), self._n_train, None)
-        n_train = None if self.valid_files else self._n_train
-        stories = itertools.islice(self._read(self.train_files), n_train)
-        return stories if self.max_train_bytes is None else _take(stories, self.max_train_bytes)
+            return _without(self._valid_digests, self._train_pieces(), "training")
+        n_train, lengths = self._division
+        if lengths:
+            return self._documents(lengths, split)
+        if split == "train":
+            return _slice(self._train_pieces(), 0, n_train)
+        return _without(self._repeated_digests, _slice(self._train_pieces(), n_train), "held-out")
 
     def fingerprint(self, split: Split) -> dict[str, Any]:
         """Return all that determines the stories of a split, for json.dumps: not their folder."""
         if self.tuning:
             return {**self._reported.fingerprint("train"), "split": split, "tuning": _TUNING}
-        held_out = not self.valid_files
-        files = self.valid_files if split == "valid" and not held_out else self.train_files
+        given = split == "valid" and bool(self.valid_files)
+        train_files = () if given else self.train_files
         return {
             "split": split,
-            "files": [_file_fingerprint(path) for path in files],
+            "files": [_file_fingerprint(path) for path in train_files],
+            "valid_files": [_file_fingerprint(path) for path in self.valid_files],
             "separator": self.separator,
-            "holdout": self.holdout if held_out else None,
-            "max_bytes": self.max_train_bytes if split == "train" else None,
+            "field": self.field,
+            "holdout": None if self.valid_files else self.holdout,
+            "max_bytes": None if given else self.max_train_bytes,
         }
 
     @cached_property
     def _reported(self) -> Corpus:
-        """The same stories, divided as for the numbers that are reported."""
-        return dataclasses.replace(self, tuning=False)
+        """The training stories of the reported division, without its validation files."""
+        return dataclasses.replace(self, tuning=False, valid_files=())
 
-    def _read(self, files: tuple[Path, ...]) -> Iterator[str]:
-        if not files:
+    def _read(self, files: tuple[Path, ...]) -> Iterator[Piece]:
+        for path in files:
+            yield from read_pieces(path, self.separator, self.field)
+
+    def _train_pieces(self) -> Iterator[Piece]:
+        if not self.train_files:
             example = {"data.train_files": ["stories.txt"]}
             raise UserError("there are no training files", "data.train_files", fix=example)
-        return itertools.chain.from_iterable(read_stories(path, self.separator) for path in files)
+        pieces = self._read(self.train_files)
+        return pieces if self.max_train_bytes is None else _take(pieces, self.max_train_bytes)
 
     @cached_property
-    def _n_train(self) -> int:
-        """Number of training stories when the rest is held out; counts all stories, once."""
-        total = sum(1 for _ in self._read(self.train_files))
+    def _division(self) -> tuple[int, dict[Path, int]]:
+        """Number of training stories; for too few to divide, the lengths of the documents.
+
+        A document is a text file that is one story; it is divided by its length. Reads all files.
+        """
+        total = sum(ends for _, ends in self._train_pieces())
         n_valid = round(total * self.holdout)
-        if not 0 < n_valid < total:
+        if 0 < n_valid < total:
+            return total - n_valid, {}
+        lengths = {}
+        for path in self.train_files:
+            if detect_format(path).kind == "text":
+                sizes = [(len(text), ends) for text, ends in self._read((path,))]
+                if sum(ends for _, ends in sizes) == 1:
+                    lengths[path] = sum(size for size, _ in sizes)
+        if not lengths:
             lacking = "training" if n_valid else "validation"
             problem = f"of {total} stories this leaves none for {lacking}"
             remedy = "choose another share, or name data.valid_files"
             raise UserError(f"{problem}; {remedy}", "data.holdout", self.holdout)
-        return total - n_valid
+        share = f"the last {100 * self.holdout:.3g} % of its length are held out"
+        more = r"data.separator='\n\n' would make stories of its paragraphs"
+        for path in lengths:
+            log.info("%s is one document, without %r: %s; %s", path, self.separator, share, more)
+        return total, lengths
+
+    def _documents(self, lengths: dict[Path, int], split: Split) -> Iterator[Piece]:
+        for path in self.train_files:
+            pieces = self._read((path,))
+            if path in lengths:
+                yield from _part(pieces, lengths[path], self.holdout, split)
+            elif split == "train":
+                yield from pieces
+
+    @cached_property
+    def _valid_digests(self) -> set[bytes]:
+        return set(_digests(self._read(self.valid_files)))
+
+    @cached_property
+    def _repeated_digests(self) -> set[bytes]:
+        """Digests of the held-out stories that are in the training split too."""
+        n_train, _ = self._division
+        held_out = set(_digests(_slice(self._train_pieces(), n_train)))
+        return held_out.intersection(_digests(_slice(self._train_pieces(), 0, n_train)))
 
 
-def _take(stories: Iterator[str], max_bytes: int) -> Iterator[str]:
-    """Yield the first stories that take at most `max_bytes` together in UTF-8."""
-    total = 0
-    for story in stories:
-        total += len(story.encode())
-        if total > max_bytes:
+def _slice(pieces: Iterable[Piece], start: int, stop: int | None = None) -> Iterator[Piece]:
+    """Yield the pieces of the stories from `start` to before `stop`."""
+    story = 0
+    for text, ends in pieces:
+        if story == stop:
             return
-        yield story
+        if story >= start:
+            yield text, ends
+        story += ends
+
+
+def _every_seventh(pieces: Iterable[Piece], held_out: bool) -> Iterator[Piece]:
+    """Yield the pieces of every seventh story, or those of all the others."""
+    story = 0
+    for text, ends in pieces:
+        if (story % _TUNING == _TUNING - 1) is held_out:
+            yield text, ends
+        story += ends
+
+
+def _begun(pieces: Iterable[Piece]) -> Iterator[tuple[str, bool, bool]]:
+    """Yield each piece with whether a story begins with it."""
+    begins = True
+    for text, ends in pieces:
+        yield text, ends, begins
+        begins = ends
+
+
+def _take(pieces: Iterable[Piece], max_bytes: int) -> Iterator[Piece]:
+    """Yield the first stories that take at most `max_bytes` in UTF-8; all of one once begun."""
+    total = 0
+    for text, ends, begins in _begun(pieces):
+        total += len(text.encode())
+        if begins and total > max_bytes:
+            return
+        yield text, ends
+
+
+def _part(pieces: Iterable[Piece], length: int, holdout: float, split: Split) -> Iterator[Piece]:
+    """Yield a document of `length` characters up to its held-out end, or that end."""
+    position = min(max(1, round(length * (1 - holdout))), length - 1)
+    margin = int(min(holdout, 1 - holdout) * length / 2)
+    for text, ends in pieces:
+        if position > len(text) or position <= 0:
+            if (position > 0) == (split == "train"):
+                yield text, ends
+        else:
+            low, high = max(0, position - margin), min(len(text), position + margin)
+            cut = find_cut(text, low, high, position)
+            if split == "train":
+                yield text[:cut], True
+            elif text[cut:]:
+                yield text[cut:], ends
+        position -= len(text)
+
+
+def _digests(pieces: Iterable[Piece]) -> Iterator[bytes]:
+    """Yield a digest of each story: of its first piece, which long stories do not share."""
+    return (_digest(text) for text, _, begins in _begun(pieces) if begins)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+
+def _without(digests: set[bytes], pieces: Iterable[Piece], kind: str) -> Iterator[Piece]:
+    """Yield the stories whose digest is not in `digests`, and log how many are left out."""
+    n_dropped, drop = 0, False
+    for text, ends, begins in _begun(pieces):
+        if begins:
+            drop = bool(digests) and _digest(text) in digests
+            n_dropped += drop
+        if not drop:
+            yield text, ends
+    if n_dropped:
+        log.info("left out %d %s stories that are in the other split too", n_dropped, kind)
 
 
 def _file_fingerprint(path: Path) -> dict[str, Any]:
@@ -125,7 +267,7 @@ def _file_fingerprint(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             stat = os.fstat(file.fileno())
-            known: dict[str, Any] = {"jsonl": is_jsonl(path), "packed": path.suffix.lower()}
+            known = dataclasses.asdict(detect_format(path))
             if stat.st_size < _HASH_WHOLE:
                 return known | {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
             ends = hashlib.sha256(file.read(_MEBIBYTE))
@@ -139,19 +281,39 @@ def _file_fingerprint(path: Path) -> dict[str, Any]:
 def open_corpus(config: DataConfig, valid_only: bool = False) -> Corpus:
     """Return the stories that `config` names, downloaded first if they have to be.
 
-    With `valid_only`, nothing is downloaded that only training needs, and "valid" alone can be
-    read. For `valid="tuning"` the training stories are needed for both splits.
+    Args:
+        config: what to read.
+        valid_only: download nothing that only training needs; "valid" alone can then be read. With
+            `valid="tuning"` both splits need the training stories.
+
+    Raises:
+        UserError: there are no such files, or they cannot be downloaded.
     """
     if config.valid == "tuning":
         config = dataclasses.replace(config, valid=None)
         return dataclasses.replace(open_corpus(config), tuning=True)
+    downloads = Path(config.cache_dir) / "downloads"
     if config.source == "text":
         separator = config.separator.replace("\\n", "\n").replace("\\t", "\t")  # as they are typed
-        return local_files(config.train_files, config.valid_files, config.holdout, separator)
+        files = config.train_files, config.valid_files
+        return local_files(*files, config.holdout, separator, config.field)
+    if config.source == "hf":
+        return _hub_dataset(config, downloads, valid_only)
     if config.source == "tinystories":
-        downloads = Path(config.cache_dir) / "downloads"
         return download_tinystories(downloads, config.download_tokens, valid_only)
     return bundled_sample()
+
+
+def _hub_dataset(config: DataConfig, folder: Path, valid_only: bool) -> Corpus:
+    tokens = config.download_tokens
+    max_bytes = None if tokens is None else math.ceil(tokens * _BYTES_PER_TOKEN * _STORY_MARGIN)
+
+    train, valid = (), ()
+    if config.valid_split is not None:
+        valid = (fetch_dataset(folder, config, config.valid_split, _VALID_BYTES),)
+    if not (valid and valid_only):
+        train = (fetch_dataset(folder, config, config.split, max_bytes),)
+    return Corpus(train, valid, config.holdout, max_train_bytes=max_bytes)
 
 
 def bundled_sample(release: Literal["v1", "v2"] = "v2") -> Corpus:
@@ -171,58 +333,71 @@ def local_files(
     valid_files: Sequence[str],
     holdout: float = DataConfig.holdout,
     separator: str = END_OF_TEXT,
+    field: str | None = None,
 ) -> Corpus:
-    """Return a corpus of the user's own files, given as paths or globs (`~` and `**` work).
+    """Return a corpus of the user's own files.
+
+    Args:
+        train_files: paths or globs; `~` and `**` work, and a file named twice counts once.
+        valid_files: as `train_files`; none holds out a part of the training stories.
+        holdout: share to hold out, above 0 and below 1.
+        separator: what stands between the stories of a text file.
+        field: column or key of the stories of the other files.
 
     Raises:
-        UserError: a name that is no readable kind of file, or a file in both splits.
+        UserError: a name of no file that can be read, or a file in both splits.
     """
     train, valid = _expand(train_files, "train_files"), _expand(valid_files, "valid_files")
-    for path in train:
-        if path.resolve() in {other.resolve() for other in valid}:
-            problem = f"{path} is in data.train_files too; name others, or none to hold some out"
-            raise UserError(problem, "data.valid_files")
-    return Corpus(train, valid, holdout, separator)
+    for file in train.keys() & valid.keys():
+        problem = f"{valid[file]} is in data.train_files too; name others, or none to hold some out"
+        raise UserError(problem, "data.valid_files")
+    return Corpus(tuple(train.values()), tuple(valid.values()), holdout, separator, field=field)
 
 
-def _expand(patterns: Sequence[str], field: str) -> tuple[Path, ...]:
-    """Return the files that the patterns name: pattern by pattern, matches sorted, none twice."""
+def _expand(patterns: Sequence[str], field: str) -> dict[tuple[int, int], Path]:
+    """Return the files that the patterns name by device and inode: no file counts twice.
+
+    They come pattern by pattern, and the matches of one pattern sorted.
+    """
     argument, paths = f"data.{field}", {}
     for pattern in patterns:
         if "\0" in pattern or len(pattern) > _LONGEST_PATH:
             raise UserError(f"{pattern[:50]!r} ... is not a path", argument)
-        path = Path(pattern).expanduser()
+        path = user_path(pattern, argument)
         if path.is_dir():
             files = {argument: [f"{path}/*.txt"]}
             raise UserError(f"{path} is a folder; name the files in it", argument, fix=files)
-        matches = [path]
-        if not path.is_file() and glob.has_magic(pattern):  # a real name may have brackets in it
-            matches = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-        files = [path for path in matches if path.is_file()]
+        # A folder or file that exists stands for itself, whatever brackets its name has.
+        real = next(p for p in (path, *path.parents) if p.exists())
+        matches = glob.glob(
+            str(Path(glob.escape(str(real))) / path.relative_to(real)), recursive=True
+        )
+        files = [match for match in map(Path, sorted(matches)) if match.is_file()]
         if not files:
             raise UserError(f"there is no file {path} in {Path.cwd()}", argument)
-        for path in files:
-            is_jsonl(path)  # a suffix that cannot be read is an error now, not hours later
-            paths[path] = None
-    return tuple(paths)
+        for file in files:
+            detect_format(file)  # what cannot be read is an error now, not hours later
+            stat = file.stat()
+            paths.setdefault((stat.st_dev, stat.st_ino), file)
+    return paths
 
 
 def download_tinystories(folder: Path, tokens: int | None, valid_only: bool = False) -> Corpus:
-    """Return TinyStories (GPT-4 version) from the Hugging Face Hub, kept in `folder`.
+    """Return TinyStories (GPT-4 version) from the Hugging Face Hub, stored in `folder`.
 
-    Of the training file only the first stories are fetched, as many as `tokens` need, and a
-    request always gives the same stories, however much is already there; with enough there, the
-    network is not used. An interrupted download of a first part continues where it stopped.
+    Of the training file only the first stories are fetched, as many as `tokens` need. Equal
+    requests give the same stories, however many are stored; if there are enough, the network is
+    not used. An interrupted download of a first part continues where it stopped.
 
     Args:
-        folder: where the files are kept; created when missing.
-        tokens: training tokens wanted, at 3.84 bytes each; None for the whole file (2.2 GB).
+        folder: where to store the files; created when missing.
+        tokens: training tokens to have, at 3.84 bytes each; None means the whole file (2.2 GB).
         valid_only: do not fetch the training file.
 
     Raises:
-        UserError: the hub cannot be reached, what arrived is damaged, or nothing can be written.
+        UserError: the hub cannot be reached, a download is damaged, or nothing can be written.
     """
-    kept, fetched = (
+    max_bytes, file_bytes = (
         None if tokens is None else math.ceil(tokens * _BYTES_PER_TOKEN * margin)
         for margin in (_STORY_MARGIN, _FILE_MARGIN)
     )
@@ -230,7 +405,7 @@ def download_tinystories(folder: Path, tokens: int | None, valid_only: bool = Fa
         valid = fetch(folder, _REPO, _VALID, END_OF_TEXT)
         if valid_only:
             return Corpus((), (valid,))
-        train = fetch(folder, _REPO, _TRAIN, END_OF_TEXT, fetched)
+        train = fetch(folder, _REPO, _TRAIN, END_OF_TEXT, file_bytes)
     except ConnectionError as error:
         remedy = "try again to continue, or use tinystories_sample (bundled) or text (your files)"
         problem = f"could not download TinyStories ({error}); {remedy}"
@@ -238,4 +413,4 @@ def download_tinystories(folder: Path, tokens: int | None, valid_only: bool = Fa
     except OSError as error:
         problem = f"cannot write TinyStories to {folder} ({error.strerror or error})"
         raise UserError(f"{problem}; name another folder", "data.cache_dir") from None
-    return Corpus((train,), (valid,), max_train_bytes=kept)
+    return Corpus((train,), (valid,), max_train_bytes=max_bytes)

@@ -1,4 +1,4 @@
-"""Stories from any iterable, streamed into files that a later process can read again."""
+"""Stream stories of any iterable into files that a later process can read again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def spool_stories(
     Args:
         data: settings of vocabulary, batch and cache; its own files are not read.
         stories: training stories, each a text that is not empty.
-        valid_stories: validation stories; None: the last `data.holdout` of `stories`.
+        valid_stories: validation stories; None holds out the last `data.holdout` of `stories`.
+
+    Returns:
+        `data` with source `text` and the files that were written.
 
     Raises:
         UserError: an item is no text, there is none, or the cache cannot be written.

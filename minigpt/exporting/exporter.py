@@ -18,7 +18,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from minigpt.core.files import write_json, write_text
+from minigpt.core.files import user_path, write_json, write_text
 from minigpt.core.settings import UserError
 from minigpt.evaluation import EvaluationConfig, evaluate
 from minigpt.exporting.card import Record, model_card
@@ -61,7 +61,7 @@ def export(
         UserError: the run cannot be read, `out` contains other files or is the run itself, the
             format does not support the model, or a package is missing.
     """
-    out, config = Path(out), config or ExportConfig()
+    out, config = user_path(out, "out"), config or ExportConfig()
     check_output(out)
     if out.resolve() == run.folder.resolve() and config.format != "safetensors":
         problem = f"{config.format} would replace the model itself: give a new folder"
@@ -149,7 +149,10 @@ def _portable_config(settings: Record, path: Path) -> dict[str, Any]:
 def _portable_data(data: Record) -> dict[str, Any]:
     """Return the settings of a corpus without paths; TinyStories needs none."""
     paths = ("train_files", "valid_files", "cache_dir")
-    return {key: value for key, value in data.items() if key not in paths}
+    values = {key: value for key, value in data.items() if key not in paths}
+    if Path(values.get("dataset") or "").is_absolute():
+        values["dataset"] = Path(values["dataset"]).name
+    return values
 
 
 def _portable_summary(summary: Record, evaluation: Record | None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch
 from torch.distributed.rendezvous import rendezvous
 
 from minigpt.core.distributed import global_rank
-from minigpt.core.files import read_yaml, refuse_links_out
+from minigpt.core.files import read_yaml, refuse_links_out, user_path
 from minigpt.core.settings import ModelClassError, UserError, build
 from minigpt.model import GPT, GPTConfig
 from minigpt.runs.checkpoint import (
@@ -83,7 +83,7 @@ class Run:
         """
         if isinstance(path, Run):
             return path
-        path = Path(path)
+        path = user_path(path)
         if path.is_dir():
             best, weights = path / CHECKPOINTS / f"{BEST}.ckpt", path / WEIGHTS
             checkpoints = [*([best] if best.is_file() else []), *last_checkpoints(path)]

@@ -182,7 +182,9 @@ def read_run(path: Path) -> RunResult:
 
 
 def _corpus(data: dict[str, Any]) -> str:
+    dataset = data.get("dataset")
     files = [Path(name).name for name in data.get("train_files") or ()]
+    files += [Path(dataset).name if Path(dataset).is_absolute() else dataset] if dataset else []
     names = f" of {', '.join(files[:2])}" if files else ""
     more = f" and {len(files) - 2} more" if len(files) > 2 else ""
     size = data.get("vocab_size") or DataConfig.vocab_size

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minigpt.core.fields import documented
+from minigpt.core.files import expand_paths
 from minigpt.core.settings import UserError, build, check, plain
 from minigpt.data.config import DataConfig
 from minigpt.generation.sampling import SamplingConfig
@@ -205,6 +206,7 @@ class TrainConfig:
         for name, example in examples.items():
             if getattr(self, name) == "":
                 raise UserError("must not be empty", name, fix={name: example})
+        expand_paths(self, *examples)
         fsdp, name = self.trainer.strategy == "fsdp", "trainer.strategy"
         if fsdp and self.callbacks.prompts:  # rank 0 alone samples, and has a share of the weights
             message = "cannot sample stories during training"

@@ -11,6 +11,10 @@ from tests.conftest import naming
         ({"source": "text"}, ["source", "text", "data.train_files"]),
         ({"train_files": ["a.txt"]}, ["data.train_files", "data.source", "text"]),
         ({"valid_files": ["a.txt"]}, ["data.valid_files", "data.source", "text"]),
+        ({"source": "hf"}, ["data.dataset", "data.source"]),
+        ({"dataset": "owner/name"}, ["data.dataset", "data.source", "hf"]),
+        ({"field": "body"}, ["data.field", "body"]),
+        ({"cache_dir": "~nobody-of-that-name/x"}, ["data.cache_dir", "~nobody-of-that-name/x"]),
         ({"holdout": 1.0}, ["data.holdout", "1.0"]),
         ({"holdout": 0}, ["data.holdout", "0.0"]),
         ({"holdout": -0.1}, ["data.holdout", "-0.1"]),
@@ -29,3 +33,13 @@ def test_settings_out_of_range_are_refused_in_one_line(values, names):
 def test_a_holdout_of_nan_is_refused():
     with pytest.raises(UserError, match=naming("holdout", "nan")):
         DataConfig(holdout=float("nan"))
+
+
+def test_home_folders_are_expanded_in_each_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/tim")
+    paths = {"train_files": ("~/a.txt", "b~.txt"), "valid_files": ("~/c [d]/*.txt",)}
+    config = DataConfig("text", **paths, cache_dir="~")
+    assert config.train_files == ("/home/tim/a.txt", "b~.txt")
+    assert config.valid_files == ("/home/tim/c [d]/*.txt",)
+    assert config.cache_dir == "/home/tim"
+    assert DataConfig("hf", dataset="~/data").dataset == "/home/tim/data"

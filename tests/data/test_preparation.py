@@ -36,8 +36,11 @@ class Listed:
     reads: list[str] = dataclasses.field(default_factory=list)
 
     def stories(self, split: str) -> Iterator[str]:
+        return (story for story, _ in self.pieces(split))
+
+    def pieces(self, split: str) -> Iterator[tuple[str, bool]]:
         self.reads.append(split)
-        yield from getattr(self, split)
+        yield from ((story, True) for story in getattr(self, split))
 
     def fingerprint(self, split: str) -> dict[str, Any]:
         return {"split": split, "stories": list(getattr(self, split))}
@@ -105,8 +108,8 @@ def test_the_tokenizer_never_sees_validation_and_no_more_than_its_share(tmp_path
 
 
 class Broken(Listed):
-    def stories(self, split: str) -> Iterator[str]:
-        yield from super().stories(split)
+    def pieces(self, split: str) -> Iterator[tuple[str, bool]]:
+        yield from super().pieces(split)
         raise UserError("stories.txt")
 
 
@@ -131,12 +134,12 @@ tokenizer = Tokenizer.train(stories, 280)
 class Slow:
     def fingerprint(self, split):
         return {"stories": stories}
-    def stories(self, split):
+    def pieces(self, split):
         for n, story in enumerate(stories):
             if n == 40:
                 print("begun", flush=True)
                 sys.stdin.readline()
-            yield story
+            yield story, True
 
 print(preparation.prepare_split(Slow(), "train", tokenizer, sys.argv[1]).n_tokens)
 """

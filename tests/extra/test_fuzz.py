@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minigpt.core.settings import UserError, one_line
-from minigpt.data.files import read_stories
+from minigpt.data.files import read_pieces
 from minigpt.exporting import ExportConfig, export
 from minigpt.runs.checkpoint import is_whole, read_model
 from minigpt.runs.folder import Run, read_config
@@ -27,7 +29,7 @@ SECONDS = 30  # for each kind of file
 
 
 def _stories(path: Path) -> Any:
-    return sum(map(len, read_stories(path)))
+    return sum(len(text) for text, _ in read_pieces(path))
 
 
 # The reader of each file of the fixture `whole`.
@@ -42,6 +44,10 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "stories.txt": _stories,
     "stories.jsonl": _stories,
     "stories.txt.xz": _stories,
+    "stories.txt.zst": _stories,
+    "stories.json": _stories,
+    "stories.csv": _stories,
+    "stories.parquet": _stories,
 }
 PIECES = [
     b"",
@@ -79,7 +85,7 @@ def edited(content: bytes, changes: list[tuple[float, float, bytes]]) -> bytes:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, its export, and stories in three forms."""
+    """A run, its export, and stories in seven forms."""
     folder = tmp_path_factory.mktemp("fuzz")
     run = trained_folder([*tiny_overrides(folder), "name=tiny"])
     export(Run.load(run), folder / "out", ExportConfig("safetensors"))
@@ -87,8 +93,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = (folder / "valid.txt").read_bytes()
     (folder / "stories.txt").write_bytes(text)
     (folder / "stories.txt.xz").write_bytes(lzma.compress(text))
-    lines = [f'{{"text": "{s.strip()}"}}' for s in text.decode().split("<|endoftext|>")]
+    stories = [story.strip() for story in text.decode().split("<|endoftext|>")]
+    lines = [f'{{"text": "{story}"}}' for story in stories]
     (folder / "stories.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "stories.json").write_text(f"[{','.join(lines)}]", encoding="utf-8")
+    rows = [f'{n},"{story}"' for n, story in enumerate(stories)]
+    (folder / "stories.csv").write_text("\n".join(["id,text", *rows]), encoding="utf-8")
+    pq.write_table(pa.table({"text": stories}), folder / "stories.parquet")
+    with pa.CompressedOutputStream(str(folder / "stories.txt.zst"), "zstd") as file:
+        file.write(text)
     return folder
 
 

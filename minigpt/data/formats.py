@@ -1,0 +1,134 @@
+"""Recognise a file by its name and first bytes, and unpack it."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import importlib
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from minigpt.core.settings import UserError
+
+CHUNK = 1 << 20  # bytes read at a time
+# A packed file may unpack to so many bytes, or times its size, whichever is more: English packs to
+# a fifth, a story that repeats to a hundredth, and a file made to fill a disk to a thousandth.
+_UNPACKED, _UNPACKED_TIMES = 64 << 20, 200
+
+_KINDS = {
+    ".txt": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json",
+    ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
+}  # fmt: skip
+READABLE = f"{', '.join(_KINDS)}, each also .gz, .xz, .bz2 or .zst"
+
+_UNPACK, _TEXT = "unpack it and name the files in it", "save its text as .txt"
+_DATA = "write its stories as .txt or .jsonl"
+# What a file is that cannot be read: its endings, its first bytes, what to do. An ending counts
+# more than the first bytes: a Word document is a zip archive inside.
+_FOREIGN: tuple[tuple[str, str, tuple[bytes, ...], str], ...] = (
+    ("a Word document", ".docx .doc .odt", (b"\xd0\xcf\x11\xe0",), _TEXT),
+    ("a rich text document", ".rtf", (b"{\\rtf",), _TEXT),
+    ("a spreadsheet", ".xlsx .xls .ods", (), "save it as .csv"),
+    ("an e-book", ".epub .mobi .azw3", (), _TEXT),
+    ("a web page", ".html .htm", (), _TEXT),
+    ("a PDF document", ".pdf", (b"%PDF-",), _TEXT),
+    ("a file of NumPy arrays", ".npy .npz", (b"\x93NUMPY",), _DATA),
+    ("a file of weights", ".pt .pth .ckpt .bin .safetensors .gguf .onnx", (), _DATA),
+    ("a pickle", ".pkl .pickle", tuple(b"\x80" + bytes([n]) for n in range(2, 6)), _DATA),
+    ("an Arrow file", ".arrow .feather", (b"ARROW1\0",), "save it as .parquet"),
+    ("a picture", ".png .jpg .jpeg .gif .webp .bmp .tif .tiff",
+     (b"\x89PNG", b"\xff\xd8\xff", b"GIF87a", b"GIF89a"), "leave it out"),
+    ("a zip archive", ".zip", (b"PK\x03\x04", b"PK\x05\x06"), _UNPACK),
+    ("a tar archive", ".tar .tgz .tbz .tbz2 .txz .tzst", (), _UNPACK),
+    ("a 7z archive", ".7z", (b"7z\xbc\xaf\x27\x1c",), _UNPACK),
+    ("a RAR archive", ".rar", (b"Rar!\x1a\x07",), _UNPACK),
+    ("a Parquet file", "", (b"PAR1\x15",), "let its name end in .parquet"),
+    ("packed by gzip", "", (b"\x1f\x8b",), "let its name end in .gz, once for each time"),
+    ("packed by xz", "", (b"\xfd7zXZ\0",), "let its name end in .xz, once"),
+    ("packed by bzip2", "", (b"BZh91AY&SY",), "let its name end in .bz2, once"),
+    ("packed by zstd", "", (b"\x28\xb5\x2f\xfd",), "let its name end in .zst, once"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the stories lie in a file."""
+
+    kind: str  # "text", "jsonl", "json", "csv", "tsv" or "parquet"
+    packing: str  # ".gz", ".xz", ".bz2", ".zst" or ""
+
+
+def detect_format(path: Path) -> Format:
+    """Return the format of a file, by its name; its first bytes must not contradict.
+
+    Raises:
+        UserError: the file is an archive, a picture or of another kind that is no text, it cannot
+            be read, or a package that reads it is missing.
+    """
+    name = path.name.lower()
+    packing = next((ending for ending in _OPENERS if name.endswith(ending)), "")
+    suffix = PurePath(name.removesuffix(packing)).suffix
+    kind = _KINDS.get(suffix, "text" if packing else "")
+    for what, endings, _, remedy in _FOREIGN:
+        if suffix and suffix in endings.split():
+            raise UserError(f"{path} is {what}; {remedy}")
+    if not kind:
+        raise UserError(f"{path}: cannot read {suffix!r} files; convert to {READABLE}")
+    if kind == "parquet":
+        optional("pyarrow.parquet", "Parquet")
+        return Format(kind, packing)
+    head = next(unpack(path, packing), b"")
+    for what, _, beginnings, remedy in _FOREIGN:
+        if head.startswith(beginnings) or (what == "a tar archive" and head[257:262] == b"ustar"):
+            raise UserError(f"{path} is {what}, whatever its name; {remedy}")
+    return Format(kind, packing)
+
+
+def optional(module: str, use: str) -> Any:
+    """Return an imported module of the extra `data`, which `use` needs.
+
+    Raises:
+        UserError: its package is not installed; the message names it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise UserError(f"{use} needs the package {package}: pip install {package}") from None
+
+
+def unpack(path: Path, packing: str) -> Iterator[bytes]:
+    """Yield the unpacked bytes of a file in chunks of at most 1 MiB.
+
+    Raises:
+        UserError: the file cannot be read, is damaged, or unpacks to an unlikely size.
+    """
+    lines = 0
+    try:
+        most = max(_UNPACKED, _UNPACKED_TIMES * path.stat().st_size)
+        with _OPENERS.get(packing, open)(path, "rb") as file:
+            while chunk := file.read1(CHUNK):  # unlike `read`, all that is intact before an error
+                most -= len(chunk)
+                if most < 0 and packing:
+                    large = f"unpacks to more than {_UNPACKED_TIMES} times its size"
+                    raise UserError(f"{path} {large}; unpack it yourself if you trust it")
+                lines += chunk.count(b"\n")
+                yield chunk
+    except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+        problem = f"{path} is damaged or truncated after line {lines} ({error})"
+        raise UserError(f"{problem}; copy or download it again") from None
+
+
+def _open_zst(path: Path, mode: str) -> Any:
+    return optional("pyarrow", ".zst").input_stream(str(path), compression="zstd")
+
+
+_OPENERS: dict[str, Callable[..., Any]] = {
+    ".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open, ".zst": _open_zst
+}  # fmt: skip

@@ -1,0 +1,131 @@
+"""Stream the stories of a Hugging Face dataset to a file, as many as a run needs.
+
+The file grows: a later call, or one after a kill, continues where the last one stopped, at the
+same revision of the dataset. Nothing but the stories is downloaded and kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from huggingface_hub import HfApi, constants
+
+from minigpt.core.files import read_json, write_json
+from minigpt.core.settings import UserError, one_line
+from minigpt.data.config import DataConfig
+from minigpt.data.files import choose_field, clean
+from minigpt.data.formats import optional
+from minigpt.data.progress import byte_progress
+
+_SAVED = 16 << 20  # bytes of text after which the position in the dataset is saved
+_STRINGS = ("string", "large_string", str)
+
+
+def fetch_dataset(folder: Path, config: DataConfig, split: str, n_bytes: int | None) -> Path:
+    """Return a .jsonl file of the first stories of a split, streamed by `datasets` if needed.
+
+    Where the file has enough, the network is not used. The hub is HF_ENDPOINT, else huggingface.co;
+    private datasets need the token of `hf auth login`, or HF_TOKEN. One process writes at a time.
+
+    Args:
+        folder: where the file is kept; created when missing.
+        config: names dataset, subset and field.
+        split: split of the dataset.
+        n_bytes: UTF-8 bytes of text to have at least; None for the whole split.
+
+    Raises:
+        UserError: `datasets` is not installed, the dataset or its hub cannot be reached, it lacks
+            the split or the field, or the file cannot be written.
+    """
+    dataset = config.dataset
+    assert dataset is not None
+    local = Path(dataset)
+    key: list[Any] = [dataset, config.subset, split, config.field]
+    if local.is_dir():
+        files = sorted(path for path in local.rglob("*") if path.is_file())
+        key += [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest()
+    path = folder / f"{re.sub('[^A-Za-z0-9]+', '-', dataset)[-60:]}-{split}-{digest}.jsonl"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            state = {"size": 0, "bytes": 0, "whole": False, "revision": None, "stream": None}
+            with contextlib.suppress(OSError, ValueError):
+                state = read_json(path.with_suffix(".json"))
+            if not state["whole"] and (n_bytes is None or state["bytes"] <= n_bytes):
+                _append(path, state, _stories(config, dataset, split, state), n_bytes)
+    except OSError as error:
+        problem = f"cannot write {folder} ({error.strerror or error})"
+        raise UserError(f"{problem}; name another folder", "data.cache_dir") from None
+    return path
+
+
+def _append(path: Path, state: dict[str, Any], stories: Iterable[Any], n_bytes: int | None) -> None:
+    """Append stories until there are more than `n_bytes` of them; `state` is saved with them."""
+    with path.open("ab") as file, byte_progress("downloading", n_bytes, state["bytes"]) as show:
+        file.truncate(state["size"])  # what was written after the position was saved
+        saved = state["bytes"]
+        for story, position in itertools.chain(stories, [(None, dict)]):
+            if story is None:
+                state["whole"] = True
+            else:
+                file.write(json.dumps({"text": story}).encode() + b"\n")
+                show(size := len(story.encode()))
+                state["bytes"] += size
+            enough = state["whole"] or (n_bytes is not None and state["bytes"] > n_bytes)
+            if enough or state["bytes"] - saved >= _SAVED:
+                file.flush()
+                os.fsync(file.fileno())
+                state |= {"size": file.tell(), "stream": position()}
+                write_json(path.with_suffix(".json"), state)
+                saved = state["bytes"]
+            if enough:
+                return
+
+
+def _stories(
+    config: DataConfig, dataset: str, split: str, state: dict[str, Any]
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield the stories from where `state` is, each with a function that returns the position."""
+    datasets = optional("datasets", "source hf")
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    datasets.disable_progress_bars()
+    telemetry_off, constants.HF_HUB_DISABLE_TELEMETRY = constants.HF_HUB_DISABLE_TELEMETRY, True
+    try:
+        if state["revision"] is None and not Path(dataset).is_dir():  # fails at once, offline
+            state["revision"] = HfApi().dataset_info(dataset).sha
+        stream = datasets.load_dataset(
+            dataset, config.subset, split=split, streaming=True, revision=state["revision"]
+        )
+        columns = stream.features  # which .csv and .txt lack
+        if columns is None:
+            columns = next(iter(stream), {})
+        texts = [n for n, f in columns.items() if getattr(f, "dtype", type(f)) in _STRINGS]
+        name = choose_field(f"{dataset}, split {split!r},", columns, texts, config.field)
+        stream = stream.select_columns([name])
+        if state["stream"] is not None:
+            stream.load_state_dict(state["stream"])
+        for row in stream:
+            if isinstance(story := row[name], str):
+                yield clean(story), stream.state_dict
+            elif not isinstance(story, str | None):
+                raise UserError(f"{dataset}: {name} is no text", "data.field", name)
+    except UserError:
+        raise
+    except Exception as error:  # of datasets, huggingface_hub, httpx, pyarrow and others
+        reason = one_line(f"{type(error).__name__}: {error}")
+        remedy = "check name, split, subset and network; a private one needs hf auth login"
+        files = {"data": "text", "data.train_files": ["stories.txt"]}
+        problem = f"could not read its split {split!r} ({reason}); {remedy}; or for your own files"
+        raise UserError(problem, "data.dataset", config.dataset, fix=files) from None
+    finally:
+        constants.HF_HUB_DISABLE_TELEMETRY = telemetry_off

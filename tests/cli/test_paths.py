@@ -1,0 +1,106 @@
+"""Paths with ~, spaces, brackets and other letters, in every setting and option that takes one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from minigpt.cli.program import PATH_SETTINGS, hydra_value, quote_paths
+from minigpt.core.files import user_path
+from minigpt.core.settings import UserError
+from minigpt.evaluation import EvaluationConfig, evaluate
+from minigpt.exporting import export
+from minigpt.runs.folder import Run
+from minigpt.training.config import TrainConfig
+from tests.conftest import naming, tiny_overrides, trained_folder, write_stories
+
+ROOT = Path(__file__).parents[2]
+NAMES = ["my stories", "stories [v2]/*.txt", "mÿ/störies.txt", "a (b)&c;d/$e", "it's"]
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """A home folder of its own, which is not the working directory."""
+    folder, cwd = tmp_path / "home", tmp_path / "cwd"
+    folder.mkdir()
+    cwd.mkdir()
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.chdir(cwd)
+    return folder
+
+
+def value(word: str):
+    return OverridesParser.create().parse_override(word).value()
+
+
+@pytest.mark.parametrize("key", sorted(PATH_SETTINGS))
+@pytest.mark.parametrize("name", NAMES)
+def test_hydra_reads_the_paths_that_are_typed(key, name):
+    typed = f"{key}={name}" if "'" not in name else f"{key}={hydra_value(name)}"
+    assert value(quote_paths(typed)) == name
+
+
+def test_lists_plain_values_and_other_settings_stay(home):
+    words = ["data.train_files=[~/my stories/[v2]/*.txt, b é.txt,~/c.txt]", "runs_dir=~"]
+    lists, runs = map(quote_paths, words)
+    assert value(lists) == [f"{home}/my stories/[v2]/*.txt", "b é.txt", f"{home}/c.txt"]
+    assert value(runs) == str(home)
+    words = ["resume=null", "data.train_files=[a/*.txt,b.jsonl]", 'out="a b"', "~data.field"]
+    words += ["callbacks.prompts=[~ é]", "runs_dir=${oc.env:HOME}", "data.train_files=[]"]
+    assert list(map(quote_paths, words)) == words
+
+
+def test_a_user_who_does_not_exist_is_named():
+    for typed in ("~nobody-of-that-name/x", Path("~nobody-of-that-name")):
+        with pytest.raises(UserError, match=naming("runs_dir", "~nobody-of-that-name")):
+            user_path(typed, "runs_dir")
+    with pytest.raises(UserError, match=naming("runs_dir", "~nobody-of-that-name")):
+        TrainConfig(runs_dir="~nobody-of-that-name/runs")
+
+
+def test_the_settings_of_a_run_have_no_tilde(home):
+    config = TrainConfig(runs_dir="~/runs", resume="~/runs/a", init_from="~/b")
+    paths = (config.runs_dir, config.resume, config.init_from)
+    assert paths == (f"{home}/runs", f"{home}/runs/a", f"{home}/b")
+
+
+def test_library_functions_expand_the_home_folder(home):
+    folder = trained_folder([*tiny_overrides(home), "name=a"])
+    assert folder.is_relative_to(home)
+    run = Run.load("~/runs/a")
+    assert run.folder == home / "runs" / "a"
+    (home / "out").mkdir()
+    evaluate("~/runs/a", EvaluationConfig(), out=Path("~/out"))
+    assert (home / "out" / "evaluation.json").is_file()
+    export(run, "~/exported")
+    assert (home / "exported" / "README.md").is_file()
+    assert os.listdir() == []
+
+
+def test_commands_expand_the_home_folder(home):
+    stories = home / "mÿ störies [v2]"
+    stories.mkdir()
+    tiny = [word for word in tiny_overrides(home) if "files" not in word and "dir=" not in word]
+    write_stories(stories / "a [1].txt", 400, 1)
+    shapes = " ".join(f"'{word}'" for word in tiny)
+    minigpt = f"{sys.executable} -m minigpt"
+    train = f"{sys.executable} {ROOT / 'train.py'}"
+    script = f"""
+    set -e
+    {train} {shapes} "data.train_files=[~/mÿ störies [v2]/*.txt]" name=a runs_dir=~/"r s" \
+        "data.cache_dir=~/c ç"
+    {minigpt} export ~/"r s/a" '~/exported'
+    {minigpt} sweep scaling '--out=~/sweep.yaml'
+    {minigpt} probe '~/r s/a' --near the '--out=~/maps' || test $? = 2
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        ["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    for name in ("r s/a/summary.json", "c ç/prepared", "exported/README.md", "sweep.yaml"):
+        assert (home / name).exists()
+    assert os.listdir() == []
