@@ -133,7 +133,7 @@ class Tokenizer:
         return np.frombuffer(b"".join(pieces), dtype="<u2")
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; bytes that are not yet a whole character come out as `\\ufffd`."""
+        r"""The text of `ids`; bytes that are not yet a whole character come out as `\ufffd`."""
         return self._library.decode(list(ids), skip_special_tokens=False)
 
     def token(self, id: int) -> str:
