@@ -64,6 +64,10 @@ class Corpus:
         stories = itertools.islice(self._read(self.train_files), n_train)
         return stories if self.max_train_bytes is None else _take(stories, self.max_train_bytes)
 
+    def pieces(self, split: Split) -> Iterator[tuple[str, bool]]:
+        """Yield texts of a split, and whether a story ends there."""
+        return ((story, True) for story in self.stories(split))
+
     def fingerprint(self, split: Split) -> dict[str, Any]:
         """Return all that determines the stories of a split, for json.dumps: not their folder."""
         held_out = not self.valid_files
