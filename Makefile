@@ -55,7 +55,7 @@ chaos: .venv/installed-dev  # a run that is killed fifty times, files that are f
 bench: .venv/installed-dev  # the numbers of docs/performance.md and docs/generation.md, run on an idle machine
 	$(BIN)/python benchmarks/training.py --sweep --out docs/results/benchmarks
 	$(BIN)/python benchmarks/runs.py --out docs/results/benchmarks
-	$(BIN)/python benchmarks/preparation.py --megabytes 40 400 --out docs/results/benchmarks
+	$(BIN)/python benchmarks/preparation.py --rounds 3 --out docs/results/benchmarks
 	$(BIN)/python benchmarks/generation.py --rounds 5 --out docs/results/benchmarks
 
 lint: .venv/installed-dev
