@@ -137,7 +137,7 @@ def attention_html(names: Sequence[str], weights: Tensor) -> str:
         for i, name in enumerate(names)
     )
     return (
-        f'<div class="looks" data-rows="{html.escape(json.dumps(rows))}">{tokens}</div>'
+        f'<div class="looks" dir="auto" data-rows="{html.escape(json.dumps(rows))}">{tokens}</div>'
         f"{_heatmap(names, rows)}"
     )
 
