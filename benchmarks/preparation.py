@@ -43,10 +43,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the numbers")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # file and cache of the process
     arguments = parser.parse_args()
-    if arguments.child:
-        print(json.dumps(prepare(*arguments.child, arguments.vocab_size, arguments.rounds)))
-        return
     size, rounds = arguments.vocab_size, arguments.rounds
+    if arguments.child:
+        text, cache_dir = arguments.child
+        print(json.dumps(prepare(text, cache_dir, size, rounds)))
+        return
     table = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.system()} {platform.machine()}",

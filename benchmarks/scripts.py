@@ -31,7 +31,8 @@ _CLAUSE, _LENGTHS = 7, (1, 2, 2, 2, 3, 4)  # words of a clause on average, chara
 
 
 def stories(name: str, n_bytes: float, story_bytes: int = 2000, seed: int = 1) -> Iterator[str]:
-    """Yield stories of text `name`, `n_bytes` in all in UTF-8 and `story_bytes` each, or nearly."""
+    """Yield stories of text `name`, nearly `n_bytes` in all in UTF-8 and `story_bytes` each."""
+    n_bytes -= story_bytes // 10
     rng = np.random.default_rng(seed)
     if name == "base64":
         while n_bytes > 0:

@@ -66,7 +66,7 @@ class Tokenizer:
 
     def __init__(self, library: tokenizers.Tokenizer):
         self._library = library
-        # Not stored in the JSON: whoever spells END_OF_TEXT in a story gets letters, not id 0.
+        # Not stored in the JSON: END_OF_TEXT inside a story is encoded as letters, not as id 0.
         self._library.encode_special_tokens = True
         self._ids_of_word = _WordIds(self._library)
 
@@ -97,8 +97,10 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        texts = cut_texts(((story, True) for story in _checked(stories)), _LONGEST_TRAINED_RUN)
-        library.train_from_iterator(_until_diverse(text for text, _ in texts), trainer)
+        pieces = cut_texts(((story, True) for story in _checked(stories)), _LONGEST_TRAINED_RUN)
+        texts = _until_diverse(text for text, _ in pieces)
+        del stories, pieces  # a long story would stay in memory while the library learns
+        library.train_from_iterator(texts, trainer)
         with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
             ctypes.CDLL(None).malloc_trim(0)  # it would keep hundreds of MB for later
         return cls(library)

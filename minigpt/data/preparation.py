@@ -102,9 +102,12 @@ def prepare_tokenizer(corpus: Corpus, config: DataConfig) -> Tokenizer:
     """
 
     def make(folder: Path) -> None:
-        texts = _first_bytes((text for text, _ in corpus.pieces("train")), _TOKENIZER_BYTES)
         with byte_progress("training the tokenizer") as show:
-            tokenizer = Tokenizer.train(_shown(texts, show), config.vocab_size)
+            # No variable holds what is read, so that it is freed as soon as enough has been.
+            tokenizer = Tokenizer.train(
+                _shown(_first_bytes(corpus.pieces("train"), _TOKENIZER_BYTES), show),
+                config.vocab_size,
+            )
         tokenizer.save(folder / _TOKENIZER)
         _write_meta(folder, {"blake2b": _digest(folder / _TOKENIZER), "of": ingredients})
 
@@ -214,10 +217,10 @@ def _blocks(items: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]
         yield block
 
 
-def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
-    """Yield the first texts that have `limit` bytes or more in all."""
+def _first_bytes(pieces: Iterable[tuple[str, bool]], limit: int) -> Iterator[str]:
+    """Yield the texts of the first pieces that have `limit` bytes or more in all."""
     total = 0
-    for text in texts:
+    for text, _ in pieces:
         yield text
         total += utf8_length(text)
         if total >= limit:

@@ -9,6 +9,7 @@ import pytest
 
 from minigpt.core.settings import UserError
 from minigpt.exporting import ExportConfig, export
+from minigpt.runs.checkpoint import weights_fingerprint
 from minigpt.runs.folder import Run
 from minigpt.runs.records import read_summary
 from minigpt.tokenizer import Tokenizer
@@ -54,7 +55,8 @@ def test_a_resumed_run_keeps_its_tokenizer_without_the_run_it_came_from(tiny, pa
     shutil.rmtree(parent)
     again = trained([*words, "name=half", "resume=auto"])
     assert Run.load(again).tokenizer.fingerprint == Run.load(whole).tokenizer.fingerprint
-    assert read_summary(again)["validation_loss"] == read_summary(whole)["validation_loss"]
+    weights = {weights_fingerprint(Run.load(folder).load_model()) for folder in (whole, again)}
+    assert len(weights) == 1
 
 
 def test_a_typed_vocabulary_of_another_size_is_refused(tiny, parent):
