@@ -247,8 +247,8 @@ class Tokenizer:
 class _WordIds(dict[str, bytes]):
     """Cache: uint16 ids of "word" after a space; of " word" for a word that begins a piece.
 
-    A word that is not in it counts as missing and gets no ids until `add_missing`. Nothing, and
-    what begins with white space, is no word after a space: KeyError.
+    A word that is not in it counts as missing and gets no ids until `add_missing`. An empty word,
+    or one that begins with white space, does not follow a space: KeyError.
     """
 
     def __init__(self, library: tokenizers.Tokenizer) -> None:

@@ -280,10 +280,10 @@ def _prepared(cache_dir: str | Path, kind: str, ingredients: dict[str, Any]) -> 
 
 
 def _cached(path: Path, load: Callable[[Path], T], make: Callable[[Path], None]) -> T:
-    """Return what `load` reads from the folder `path`; let `make` write it first where it lacks.
+    """Return what `load` reads from the folder `path`, after `make` has written it if necessary.
 
     `make` writes into a folder of another name, which is renamed to `path` in one step. Only the
-    holder of the lock writes, so an existing folder of that other name is of a process that died.
+    holder of the lock writes, so an unfinished folder was left by a process that died.
     """
     try:
         return load(path)
