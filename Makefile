@@ -76,7 +76,7 @@ chaos: .venv/installed-dev  # kill a run fifty times, and fuzz its files: ten mi
 bench: .venv/installed-dev  # measure speed and memory, on an idle machine
 	$(BIN)/python benchmarks/training.py --sweep --out docs/results/benchmarks
 	$(BIN)/python benchmarks/runs.py --out docs/results/benchmarks
-	$(BIN)/python benchmarks/preparation.py --megabytes 40 400 --out docs/results/benchmarks
+	$(BIN)/python benchmarks/preparation.py --rounds 3 --out docs/results/benchmarks
 	$(BIN)/python benchmarks/generation.py --rounds 5 --out docs/results/benchmarks
 
 .venv/bin/python:

@@ -1,9 +1,12 @@
 """Measure how fast stories become token files, and how much memory that takes.
 
-    python benchmarks/preparation.py --megabytes 40 400
+    python benchmarks/preparation.py english:40 english:400 chinese:100 words:48:one base64:48:one
 
-For each size, the bundled training stories are repeated up to that many megabytes. A new process
-then trains the tokenizer on the first 100 MB and encodes all stories, starting with an empty cache.
+A case is a text (english, or one of scripts.py), its megabytes, and `one` for a single story. In a
+process of its own that has imported what training needs, each case is prepared from an empty
+cache: the tokenizer is trained, on the first 100 MB, and the stories are encoded. Memory is that of
+the whole process tree, twenty times a second. With `--rounds` the encoding is repeated, in turn
+with the batch encoder of the `tokenizers` library on the same stories.
 """
 
 from __future__ import annotations
@@ -12,55 +15,113 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from training import peak_memory, write_json
+from scripts import stories
+from training import write_json
 
 from minigpt.data.config import DataConfig
 from minigpt.data.preparation import prepare_split, prepare_tokenizer
 from minigpt.data.sources import Corpus, bundled_sample
 
+CASES = ("english:400", "chinese:100", "words:48:one", "base64:48:one")
+_BATCH = 1000  # stories that the library encodes at a time
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure speed and memory of preparing a corpus.")
-    parser.add_argument("--megabytes", type=float, nargs="+", default=[40.0])
-    parser.add_argument("--out", type=Path, help="output folder")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # a worker's story file and cache
+    parser = argparse.ArgumentParser(description="Speed and peak memory of preparing a corpus")
+    parser.add_argument("cases", nargs="*", default=CASES, help="text:megabytes[:one]")
+    parser.add_argument("--rounds", type=int, default=0, help="of encoding, beside the library's")
+    parser.add_argument("--vocab-size", type=int, default=DataConfig.vocab_size)
+    parser.add_argument("--out", type=Path, help="folder for the numbers")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # file and cache of the process
     arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(prepare(*arguments.one)))
+    size, rounds = arguments.vocab_size, arguments.rounds
+    if arguments.child:
+        text, cache_dir = arguments.child
+        print(json.dumps(prepare(text, cache_dir, size, rounds)))
         return
-    rows = [measure(megabytes) for megabytes in arguments.megabytes]
     table = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
-        "rows": rows,
+        "rows": [measure(case, size, rounds) for case in arguments.cases],
     }
     print(json.dumps(table, indent=2))
     if arguments.out:
         write_json(arguments.out / "preparation.json", table)
 
 
-def measure(megabytes: float) -> dict[str, Any]:
-    """Prepare a corpus of `megabytes` in a new process, cache and folder; return its figures."""
+def measure(case: str, vocab_size: int, rounds: int) -> dict[str, Any]:
+    """Return the figures of one case, prepared in a fresh process, cache and folder."""
+    name, megabytes, *one = case.split(":")
+    n_bytes = float(megabytes) * 1e6
+    story_bytes = round(n_bytes) if one else 2000
+    texts = repeated(n_bytes) if name == "english" else stories(name, n_bytes, story_bytes)
     with tempfile.TemporaryDirectory() as folder:
-        text = Path(folder) / "stories.txt"
-        with text.open("w", encoding="utf-8", newline="\n") as file:
-            for story in repeated(megabytes * 1e6):
-                file.write(f"{story}\n<|endoftext|>\n")
-        command = [sys.executable, __file__, "--one", str(text), str(Path(folder) / "cache")]
-        return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        path = Path(folder) / "stories.jsonl"
+        with path.open("w", encoding="utf-8", newline="\n") as file:
+            for story in texts:
+                file.write(json.dumps({"text": story}, ensure_ascii=False) + "\n")
+        command = [sys.executable, __file__, "--child", str(path), str(Path(folder) / "cache")]
+        command += ["--vocab-size", str(vocab_size)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        figures = {"peak_memory_megabytes": peak_of_tree(process)}
+        figures |= read_answer(process)
+        if rounds:  # in another process: the library takes gigabytes for one long story
+            command += ["--rounds", str(rounds)]
+            figures |= read_answer(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+    return {"case": case, **figures}
+
+
+def read_answer(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """Return the JSON that a process prints."""
+    output, _ = process.communicate()
+    if process.returncode:
+        sys.exit(process.returncode)
+    return json.loads(output)
+
+
+def peak_of_tree(process: subprocess.Popen[str]) -> float | None:
+    """Return the largest resident memory of a process and its children in MB, while it runs."""
+    if not Path("/proc").is_dir():
+        return None
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, sum(map(resident, tree(process.pid))))
+        time.sleep(0.05)
+    return round(peak / 1e3, 1)
+
+
+def tree(pid: int) -> Iterator[int]:
+    """Yield the ids of a process and of all that it started."""
+    yield pid
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return  # it has ended
+    for child in children:
+        yield from tree(int(child))
+
+
+def resident(pid: int) -> int:
+    """Return the resident memory of a process in kB."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), 0)
 
 
 def repeated(n_bytes: float) -> Iterator[str]:
-    """Yield the bundled training stories repeatedly, up to `n_bytes` in UTF-8."""
+    """Yield the bundled training stories over and over, up to `n_bytes` in UTF-8."""
     while n_bytes > 0:
         for story in bundled_sample().stories("train"):
             yield story
@@ -69,23 +130,47 @@ def repeated(n_bytes: float) -> Iterator[str]:
                 return
 
 
-def prepare(text: str, cache_dir: str) -> dict[str, Any]:
-    """Prepare the story file `text`; return speed and memory."""
-    # A validation file avoids a pass that counts the stories in order to hold some out.
+def prepare(text: str, cache_dir: str, vocab_size: int, rounds: int) -> dict[str, Any]:
+    """Return the figures of one preparation, or of `rounds` of encoding."""
+    import minigpt.training.loop  # noqa: F401  what training has in memory by then
+
+    # With a validation file, since holding stories out would read them all to count them.
     corpus = Corpus((Path(text),), bundled_sample().valid_files)
-    config = DataConfig(cache_dir=cache_dir)
+    config = DataConfig(cache_dir=cache_dir, vocab_size=vocab_size)
     start = time.perf_counter()
     tokenizer = prepare_tokenizer(corpus, config)
-    after_training = time.perf_counter()
+    trained = time.perf_counter()
+    if rounds:
+        texts = list(corpus.stories("train"))
+        megabytes = sum(len(story.encode()) for story in texts) / 1e6
+
+        def ours(n: int) -> None:
+            prepare_split(corpus, "train", tokenizer, f"{cache_dir}/{n}")
+
+        def library(_: int) -> None:
+            for first in range(0, len(texts), _BATCH):
+                tokenizer.encode_batch(texts[first : first + _BATCH])
+
+        speeds: dict[Callable[[int], None], list[float]] = {ours: [], library: []}
+        for n in range(rounds):
+            for encode, measured in speeds.items():
+                start = time.perf_counter()
+                encode(n)
+                measured.append(megabytes / (time.perf_counter() - start))
+        median, of_library = (statistics.median(measured) for measured in speeds.values())
+        return {
+            "encoding_megabytes_per_second": round(median, 2),
+            "library_megabytes_per_second": round(of_library, 2),
+            "ratio": round(median / of_library, 3),
+        }
     tokens = prepare_split(corpus, "train", tokenizer, cache_dir)
     end = time.perf_counter()
     return {
         "megabytes": round(tokens.n_bytes / 1e6, 1),
         "tokens": tokens.n_tokens,
-        "tokenizer_seconds": round(after_training - start, 2),
-        "encoding_seconds": round(end - after_training, 2),
+        "tokenizer_seconds": round(trained - start, 2),
+        "encoding_seconds": round(end - trained, 2),
         "megabytes_per_second": round(tokens.n_bytes / 1e6 / (end - start), 2),
-        "peak_memory_megabytes": peak_memory(),
     }
 
 

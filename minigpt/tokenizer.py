@@ -3,11 +3,18 @@
 The merges are learned by the `tokenizers` library from the training stories. The 256 bytes are all
 in the vocabulary, so nothing is ever unknown; id 0 is `<|endoftext|>`, which `encode_stories` puts
 behind each story and which no text can spell: the same letters inside a story are ordinary text.
+
+Memory stays bounded for every script. The library needs about 120 bytes for each byte of distinct
+pre-tokens while it learns, and about 180 for each byte of a text that it encodes, so it learns from
+a bounded number of distinct pre-tokens, and long texts are encoded in pieces (`cut_texts`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,15 +39,34 @@ _WORD_BOUNDARY = re.compile(r" (?=\S)")
 _MAX_CACHED_WORDS = 100_000  # with the limit below, at most about 20 MB
 _MAX_CACHED_LENGTH = 32  # characters: longer ones seldom come back
 
+# Positions where the pre-tokenizer ends a pre-token whatever stands on the other side: before the
+# last of some white space, and between a letter or digit and punctuation.
+_CUT = re.compile(
+    r"(?=[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]\S)"
+    r"|(?<=[^\W_])"
+    r"(?=[!-/:-@\[-`{-~\u2010-\u2027\u3001\u3002\u3008-\u3011\uff01-\uff0f\uff1a-\uff20])"
+)
+_PIECE = 2048  # characters of a piece, if it can be cut there
+_LONGEST_RUN = 1 << 16  # characters without such a position after which a text is cut anyway
+_LONGEST_TRAINED_RUN = 1024  # learning takes time quadratic in the length of a pre-token
+_DISTINCT_BYTES = 3_000_000  # of pre-tokens to learn from; 100 MB of English stories have fewer
+_COUNTED_CHARACTERS = 1 << 16  # of texts whose pre-tokens are counted at a time
+# Close to the library's pattern, and five times as fast: enough to count pre-tokens.
+_PRE_TOKEN = re.compile(r" ?[^\W\d_]+| ?\d+| ?(?:[^\w\s]|_)+|\s+")
+
 
 class Tokenizer:
-    """Text to ids and back. Made by `Tokenizer.train` or `Tokenizer.load`."""
+    """Convert text to ids and back; `Tokenizer.train` and `Tokenizer.load` return one.
+
+    Args:
+        library: trained tokenizer of the `tokenizers` library, of the kind that `train` makes.
+    """
 
     end_of_text = 0
 
     def __init__(self, library: tokenizers.Tokenizer):
         self._library = library
-        # Not stored in the JSON: whoever spells END_OF_TEXT in a story gets letters, not id 0.
+        # Not stored in the JSON: END_OF_TEXT inside a story is encoded as letters, not as id 0.
         self._library.encode_special_tokens = True
         self._ids_of_word = _WordIds(self._library)
 
@@ -48,11 +74,20 @@ class Tokenizer:
     def train(cls, stories: Iterable[str], vocab_size: int) -> Tokenizer:
         """Learn the merges from `stories`, which are streamed and never held in memory.
 
-        Stories with few different words may not give `vocab_size` tokens; the tokenizer is then
-        smaller, and its `vocab_size` says by how much. The same stories give the same tokenizer.
+        The same stories give the same tokenizer. It learns from the first stories until their
+        distinct pre-tokens reach 3 MB, which English stories stay below; a run of more than 1,024
+        letters, or of more than 1,024 marks, is cut.
+
+        Args:
+            stories: texts to learn from.
+            vocab_size: the most tokens that the vocabulary may have, from 257 to 65,536. Stories
+                with few different words give fewer: see the property `vocab_size`.
+
+        Returns:
+            The tokenizer.
 
         Raises:
-            UserError: `vocab_size` out of range, or a story that is not valid Unicode.
+            UserError: `vocab_size` is out of range, or a story is not valid Unicode.
         """
         check_vocab_size(vocab_size)
         library = _untrained()
@@ -62,20 +97,31 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        library.train_from_iterator(_checked(stories), trainer)
+        pieces = cut_texts(((story, True) for story in _checked(stories)), _LONGEST_TRAINED_RUN)
+        texts = _until_diverse(text for text, _ in pieces)
+        del stories, pieces  # a long story would stay in memory while the library learns
+        library.train_from_iterator(texts, trainer)
+        with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
+            ctypes.CDLL(None).malloc_trim(0)  # it would keep hundreds of MB for later
         return cls(library)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read what `save` wrote.
+        """Read a tokenizer that `save` wrote.
+
+        Args:
+            path: the file, such as tokenizer.json of a run folder.
+
+        Returns:
+            The tokenizer.
 
         Raises:
-            UserError: no such file, not a tokenizer, or a tokenizer of another kind.
+            UserError: there is no such file, or it holds no tokenizer of this kind.
         """
         try:
             text = read_text(Path(path))
             if max(parse_json(text)["model"]["vocab"].values()) >= MAX_VOCAB_SIZE:
-                raise ValueError("an id that the library would make gigabytes of room for")
+                raise ValueError("an id for which the library would allocate gigabytes")
             library = tokenizers.Tokenizer.from_str(text)
         except OSError as error:
             raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
@@ -88,98 +134,233 @@ class Tokenizer:
         return cls(library)
 
     def save(self, path: str | Path) -> None:
-        """Write tokenizer.json, whole or not at all."""
+        """Write the tokenizer as JSON, atomically.
+
+        Args:
+            path: file to write, such as tokenizer.json.
+        """
         write_text(Path(path), self.to_json())
 
     def to_json(self) -> str:
-        """What `save` writes: the format of the `tokenizers` library."""
+        """Return the tokenizer in the JSON format of the `tokenizers` library."""
         return self._library.to_str(pretty=True)
 
     @property
     def vocab_size(self) -> int:
-        """How many ids there are, END_OF_TEXT included."""
+        """Number of ids, END_OF_TEXT included."""
         return self._library.get_vocab_size()
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the vocabulary and the merges: equal fingerprints, equal ids."""
+        """Hash of the vocabulary and the merges: equal fingerprints mean equal ids."""
         return hashlib.blake2b(self._library.to_str().encode(), digest_size=16).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without END_OF_TEXT. UserError for a text with lone surrogates."""
+        """Return the ids of one text, without END_OF_TEXT.
+
+        Args:
+            text: any Unicode text.
+
+        Raises:
+            UserError: `text` holds half of a surrogate pair.
+        """
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, on all cores. UserError for a text with lone surrogates."""
+        """Return the ids of each text, without END_OF_TEXT, computed on all cores.
+
+        Args:
+            texts: any Unicode texts. Memory grows with their length: `encode_stories` streams.
+
+        Raises:
+            UserError: a text holds half of a surrogate pair.
+        """
         return [encoding.ids for encoding in self._library.encode_batch_fast(list(_checked(texts)))]
 
     def encode_stories(self, stories: Iterable[str]) -> np.ndarray:
-        """The ids of all stories in one row, END_OF_TEXT behind each: [n_tokens] uint16.
+        """Return the ids of all stories in one row, END_OF_TEXT after each: [n_tokens] uint16.
 
-        The same ids as `encode_batch`, but a word goes through the library when it is first met,
-        and is looked up from then on, unless it is a long one.
+        The ids are those of `encode_batch`, except that a run of more than 65,536 characters in
+        which the pre-tokenizer would not end a pre-token before white space or punctuation is cut.
+
+        Args:
+            stories: any Unicode texts, streamed.
+
+        Raises:
+            UserError: a story holds half of a surrogate pair.
         """
-        ids_of, end = self._ids_of_word.__getitem__, _stored([self.end_of_text])
-        pieces: list[bytes] = []
-        for story in _checked(stories):
-            words = story.split(" ")
+        return self.encode_pieces(cut_texts((story, True) for story in _checked(stories)))
+
+    def encode_pieces(self, pieces: Iterable[tuple[str, bool]]) -> np.ndarray:
+        """Return the ids of pieces of stories, with END_OF_TEXT where a story ends.
+
+        Words come from a cache. All words that are not in it are encoded at once, on all cores.
+
+        Args:
+            pieces: what `cut_texts` yields, valid Unicode.
+
+        Returns:
+            Ids [n_tokens] uint16.
+        """
+        cache, end = self._ids_of_word, _stored([self.end_of_text])
+        if len(cache) >= _MAX_CACHED_WORDS:
+            cache.clear()
+        parts: list[bytes] = []
+        incomplete: list[tuple[int, list[str]]] = []  # index in `parts`, words
+        for text, ends in pieces:
+            n_misses, words = cache.n_misses, text.split(" ")
             words[0] = " " + words[0]
             try:
-                ids = b"".join(map(ids_of, words))
+                ids = b"".join(map(cache.__getitem__, words))
             except KeyError:  # a space that ends no word, or does not begin the next one
-                first, *rest = _WORD_BOUNDARY.split(story)
-                ids = b"".join(map(ids_of, [" " + first, *rest]))
-            pieces += (ids, end)
-        return np.frombuffer(b"".join(pieces), dtype="<u2")
+                first, *rest = _WORD_BOUNDARY.split(text)
+                words = [" " + first, *rest]
+                ids = b"".join(map(cache.__getitem__, words))
+            if cache.n_misses > n_misses:
+                incomplete.append((len(parts), words))
+            parts.append(ids)
+            if ends:
+                parts.append(end)
+        cache.add_missing()
+        for index, words in incomplete:
+            parts[index] = b"".join(map(cache.__getitem__, words))
+        cache.drop_long()
+        return np.frombuffer(b"".join(parts), dtype="<u2")
 
     def decode(self, ids: Sequence[int]) -> str:
-        r"""The text of `ids`; bytes that are not yet a whole character come out as `\ufffd`."""
+        r"""Return the text of `ids`; incomplete characters come out as `\ufffd`.
+
+        Args:
+            ids: token ids, each from 0 to `vocab_size` - 1.
+        """
         return self._library.decode(list(ids), skip_special_tokens=False)
 
     def token(self, id: int) -> str:
-        """The text of one token with its leading space, such as " dad"."""
+        """Return the text of one token with its leading space, such as " dad".
+
+        Args:
+            id: from 0 to `vocab_size` - 1.
+        """
         return self.decode([id])
 
 
 class _WordIds(dict[str, bytes]):
-    """uint16 ids of "word" as it stands after a space; of " word" for one that begins a story.
+    """Cache: uint16 ids of "word" after a space; of " word" for a word that begins a piece.
 
-    Words come in when they are first asked for. Nothing, and what begins with white space, is no
-    word after a space: KeyError.
+    A word that is not in it counts as missing and gets no ids until `add_missing`. An empty word,
+    or one that begins with white space, does not follow a space: KeyError.
     """
 
     def __init__(self, library: tokenizers.Tokenizer) -> None:
         super().__init__()
+        self.n_misses = 0
         self._library = library
+        self._missing: dict[str, str] = {}  # word, text to encode
+        self._long: list[str] = []
 
     def __missing__(self, word: str) -> bytes:
         if word.startswith(" "):
-            text = word[1:]
+            self._missing[word] = word[1:]
         elif word and not word[0].isspace():
-            text = " " + word
+            self._missing[word] = " " + word
         else:
             raise KeyError(word)
-        ids = _stored(self._library.encode(text).ids)
-        if len(word) <= _MAX_CACHED_LENGTH:
-            if len(self) >= _MAX_CACHED_WORDS:
-                self.clear()
-            self[word] = ids
-        return ids
+        self.n_misses += 1
+        return b""
+
+    def add_missing(self) -> None:
+        """Encode all missing words."""
+        encodings = self._library.encode_batch_fast(list(self._missing.values()))
+        lengths = list(map(len, encodings))
+        ids = itertools.chain.from_iterable(encoding.ids for encoding in encodings)
+        stored = np.fromiter(ids, dtype="<u2", count=sum(lengths)).tobytes()
+        ends = itertools.accumulate((2 * length for length in lengths), initial=0)
+        for word, (start, end) in zip(self._missing, itertools.pairwise(ends), strict=True):
+            self[word] = stored[start:end]
+        self._long += [word for word in self._missing if len(word) > _MAX_CACHED_LENGTH]
+        self._missing.clear()
+
+    def drop_long(self) -> None:
+        """Forget long words, which seldom come back."""
+        for word in self._long:
+            self.pop(word, None)
+        self._long.clear()
 
 
 def _stored(ids: list[int]) -> bytes:
     return np.array(ids, dtype="<u2").tobytes()
 
 
+def cut_texts(
+    texts: Iterable[tuple[str, bool]], longest_run: int = _LONGEST_RUN
+) -> Iterator[tuple[str, bool]]:
+    """Yield texts in pieces whose ids, one after another, are those of the whole texts.
+
+    A piece ends at the first position after 2,048 characters where the pre-tokenizer ends a
+    pre-token anyway: before white space or punctuation. A longer run without such a position is
+    cut after `longest_run` characters, which may change its ids.
+
+    Args:
+        texts: parts of texts, and whether a text ends there. Where the parts meet does not matter.
+        longest_run: characters.
+
+    Yields:
+        Pieces of at most 2,048 + `longest_run` characters, and whether a text ends there.
+    """
+    rest = ""
+    for text, ends in texts:
+        text, start = rest + text, 0
+        while len(text) - start > _PIECE:
+            limit = start + _PIECE + longest_run
+            if match := _CUT.search(text, start + _PIECE, limit):
+                end = match.start()
+            elif len(text) > limit:
+                end = limit
+            else:
+                break
+            yield text[start:end], False
+            start = end
+        rest = text[start:]
+        if ends:
+            yield rest, True
+            rest = ""
+    if rest:
+        yield rest, False
+
+
+def _until_diverse(texts: Iterable[str]) -> Iterator[str]:
+    """Yield `texts` until their distinct pre-tokens reach _DISTINCT_BYTES."""
+    words: set[str] = set()  # whose pre-tokens are counted: in English nearly all of a text's
+    pre_tokens: set[str] = set()
+    group: list[str] = []
+    n_characters = n_bytes = 0
+    for text in texts:
+        yield text
+        group.append(text)
+        n_characters += len(text)
+        if n_characters < _COUNTED_CHARACTERS:
+            continue
+        new_words = set(" ".join(group).split(" ")) - words
+        group, n_characters = [], 0
+        if len(words) > _MAX_CACHED_WORDS:
+            words.clear()
+        words.update(word for word in new_words if len(word) <= _MAX_CACHED_LENGTH)
+        new = set(_PRE_TOKEN.findall(" ".join(sorted(new_words)))) - pre_tokens
+        pre_tokens |= new
+        n_bytes += len("".join(new).encode())
+        if n_bytes >= _DISTINCT_BYTES:
+            return
+
+
 def check_vocab_size(vocab_size: int) -> None:
-    """Raises UserError unless MIN_VOCAB_SIZE <= `vocab_size` <= MAX_VOCAB_SIZE."""
+    """Raise UserError unless MIN_VOCAB_SIZE <= `vocab_size` <= MAX_VOCAB_SIZE."""
     if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
         limits = f"choose from {MIN_VOCAB_SIZE} (all bytes and {END_OF_TEXT}) to {MAX_VOCAB_SIZE}"
         raise UserError(limits, "vocab_size", vocab_size, fix={"vocab_size": 3000})
 
 
 def utf8_length(text: str) -> int:
-    """How many bytes `text` takes in UTF-8.
+    """Return the number of bytes of `text` in UTF-8.
 
     Raises:
         UserError: `text` holds half of a surrogate pair, as a broken JSON escape leaves behind.
@@ -206,7 +387,7 @@ def _untrained() -> tokenizers.Tokenizer:
 
 
 def _is_ours(library: tokenizers.Tokenizer) -> bool:
-    """Whether `library` is what `Tokenizer.train` makes, whatever its words and merges."""
+    """Return whether `library` has the settings that `Tokenizer.train` gives it."""
     expected, vocabulary = _untrained(), library.get_vocab()
     expected.add_special_tokens([END_OF_TEXT])
     return (

@@ -1,14 +1,18 @@
 import errno
 import json
 import os
+import sys
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import pre_tokenizers, trainers
 
+from minigpt import tokenizer as tokenizer_module
 from minigpt.core.settings import UserError
-from minigpt.tokenizer import END_OF_TEXT, Tokenizer
-from tests.conftest import naming
+from minigpt.data.files import read_stories
+from minigpt.tokenizer import END_OF_TEXT, Tokenizer, cut_texts
+from tests.conftest import ROOT, naming
 
 STORIES = [
     "Once upon a time there was a little dog named Max. Max liked to play.\n\nOne day he ran.",
@@ -70,6 +74,75 @@ def test_stories_in_a_row_have_the_ids_of_each_and_end_of_text_behind(tokenizer,
     expected = [id for ids in tokenizer.encode_batch(stories) for id in [*ids, 0]]
     assert tokenizer.encode_stories(stories).tolist() == expected
     assert tokenizer.encode_stories(stories).tolist() == expected  # now from known words
+
+
+def test_texts_are_cut_only_where_the_library_ends_a_pre_token(monkeypatch):
+    split = tokenizer_module._untrained().pre_tokenizer.pre_tokenize_str
+    characters = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]
+    for first in range(0, len(characters), 10_000):
+        text = "".join(f"{c}.a{c}b {c}" for c in characters[first : first + 10_000])
+        ends = {end for _, (_, end) in split(text)}
+        cuts = {match.start() for match in tokenizer_module._CUT.finditer(text)}
+        assert cuts - {0} <= ends
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(TEXTS, st.booleans())))
+def test_pieces_have_the_ids_of_the_whole_text(tokenizer, texts):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("minigpt.tokenizer._PIECE", 3)
+        pieces = list(cut_texts([*texts, ("", True)]))
+    stories = [""]
+    for text, ends in texts:
+        stories[-1] += text
+        stories += [""] if ends else []
+    expected = [id for ids in tokenizer.encode_batch(stories) for id in [*ids, 0]]
+    assert tokenizer.encode_pieces(pieces).tolist() == expected
+
+
+@pytest.mark.parametrize("character", ["a", "字", "=", "\n"])
+def test_a_run_without_a_boundary_is_cut_after_65536_characters(tokenizer, character):
+    lengths = [2048 + 65536, 2048 + 65536, 1000]
+    text = character * sum(lengths)
+    for size in (len(text), 50_000):  # however the text comes
+        starts = range(0, len(text), size)
+        parts = [(text[start : start + size], start + size >= len(text)) for start in starts]
+        pieces = list(cut_texts(parts))
+        assert [len(piece) for piece, _ in pieces] == lengths
+        assert [ends for _, ends in pieces] == [False, False, True]
+    short = text[: 2048 + 65536]
+    assert tokenizer.encode_stories([short]).tolist() == [*tokenizer.encode(short), 0]
+    assert tokenizer.decode(tokenizer.encode_stories([text])[:-1].tolist()) == text
+
+
+def test_learning_stops_when_enough_distinct_pre_tokens_are_seen(monkeypatch):
+    def stories(n):
+        for number in range(n):
+            reads.append(number)
+            yield f"word{'abcdefghij'[number % 10]}{number:07} " * 20
+
+    reads: list[int] = []
+    monkeypatch.setattr("minigpt.tokenizer._DISTINCT_BYTES", 10_000)
+    monkeypatch.setattr("minigpt.tokenizer._COUNTED_CHARACTERS", 1000)
+    tokenizer = Tokenizer.train(stories(5000), 400)
+    assert 900 < len(reads) < 2000  # " 0000123": 8 bytes, and the letters
+    assert Tokenizer.train(stories(50_000), 400).fingerprint == tokenizer.fingerprint
+
+
+def test_english_gives_the_tokenizer_that_the_library_learns_from_whole_stories():
+    stories = list(read_stories(ROOT / "tests/golden/stories.txt.xz"))
+    stories.append("\n\n".join(stories))
+    library = tokenizer_module._untrained()
+    library.train_from_iterator(
+        stories,
+        trainers.BpeTrainer(
+            vocab_size=3000,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    assert Tokenizer.train(stories, 3000).fingerprint == Tokenizer(library).fingerprint
 
 
 def test_words_are_forgotten_before_they_fill_the_memory(tokenizer, monkeypatch):

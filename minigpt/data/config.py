@@ -66,6 +66,10 @@ class DataConfig:
     vocab_size: int = 3000
     """The most tokens that the vocabulary may have; few different words give fewer."""
 
+    tokenizer: str | None = None
+    """A run folder, checkpoint, export or tokenizer.json whose tokenizer encodes the stories, and
+    sets `vocab_size`; None means that one is trained on the training stories."""
+
     batch_size: int | None = None
     """Windows on each device in each step; None means 8, and 32 for source `tinystories`."""
 
@@ -101,6 +105,9 @@ class DataConfig:
         if self.download_tokens is not None and self.download_tokens < 1:
             raise UserError("must be at least 1 or None", "download_tokens", self.download_tokens)
         check_vocab_size(self.vocab_size)
+        if self.tokenizer == "":
+            fix = {"tokenizer": "releases/large"}
+            raise UserError("is empty: leave it out, or name one", "tokenizer", fix=fix)
         if self.batch_size is None:
             object.__setattr__(self, "batch_size", 32 if self.source == "tinystories" else 8)
         elif self.batch_size < 1:

@@ -1,16 +1,15 @@
-"""From settings to token files: a corpus is read, a tokenizer trained, the stories encoded, once.
+"""Prepare a corpus once: train its tokenizer and encode its stories into token files.
 
 Each split becomes one flat file of uint16 ids, story₁ EOT story₂ EOT ..., which training reads
-through a memory map. What is prepared lies in `<cache_dir>/prepared` under a fingerprint of
-everything that went into it, is written aside and renamed when it is whole, and is written by one
-process at a time.
+through a memory map. Prepared files are in `<cache_dir>/prepared` under a fingerprint of
+everything that determines them. One process at a time writes them, under another name until they
+are complete.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,15 +31,16 @@ from minigpt.core.settings import UserError
 from minigpt.data.config import DataConfig
 from minigpt.data.progress import byte_progress
 from minigpt.data.sources import Corpus, Split
-from minigpt.tokenizer import Tokenizer, utf8_length
+from minigpt.tokenizer import Tokenizer, cut_texts, utf8_length
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+S = TypeVar("S")
 
-_FORMAT = 1  # part of each fingerprint: count up when prepared files would come out otherwise
+_FORMAT = 1  # part of each fingerprint: increase it when prepared files would differ
 _TOKENIZER_BYTES = 100_000_000  # enough for any vocabulary here; 10 s on two cores
-_BLOCK_CHARACTERS = 1 << 20  # encoded at a time: this, not the corpus, sets the peak of memory
+_BLOCK_CHARACTERS = 1 << 18  # encoded at a time: this bounds the memory, whatever the corpus
 _TOKENS, _META, _TOKENIZER = "tokens.bin", "meta.json", "tokenizer.json"
 
 
@@ -48,16 +49,24 @@ class TokenFile:
     """One prepared split: `n_tokens` little-endian uint16 ids, story₁ EOT ... storyₙ EOT."""
 
     path: Path
-    n_tokens: int  # END_OF_TEXT behind each story included
-    n_bytes: int  # of the stories alone, in UTF-8
+    n_tokens: int  # END_OF_TEXT after each story included
+    n_bytes: int  # UTF-8 bytes of the stories alone
     n_stories: int
 
     @classmethod
     def load(cls, folder: Path) -> TokenFile:
         """Open a prepared split after comparing it with its meta.json.
 
+        Args:
+            folder: folder of the prepared split.
+
+        Returns:
+            The token file.
+
         Raises:
-            OSError, ValueError, KeyError: it is not there, cut short, or damaged.
+            OSError: the files cannot be read.
+            ValueError: a file is truncated or damaged.
+            KeyError: meta.json lacks a count.
         """
         meta = _read_meta(folder)
         tokens = cls(folder / _TOKENS, meta["tokens"], meta["bytes"], meta["stories"])
@@ -67,29 +76,38 @@ class TokenFile:
         return tokens
 
     def array(self) -> np.ndarray:
-        """The ids as a memory map: [n_tokens] uint16, read-only."""
+        """Return the ids as a read-only memory map: [n_tokens] uint16."""
         return np.memmap(self.path, dtype="<u2", mode="r", shape=(self.n_tokens,))
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of story that a token stands for, on average."""
+        """Mean number of UTF-8 bytes of story per token."""
         return self.n_bytes / self.n_tokens
 
 
 def prepare_tokenizer(corpus: Corpus, config: DataConfig) -> Tokenizer:
-    """The tokenizer of the training split of `corpus`, trained now or in an earlier run.
+    """Return the tokenizer of the training split of `corpus`, trained now or in an earlier run.
 
-    It learns from the first 100 MB of the training stories at most; validation is never read. With
-    few different words it is smaller than `config.vocab_size`: its own `vocab_size` tells.
+    It learns from the first 100 MB of the training stories at most; validation is never read.
+
+    Args:
+        corpus: stories to learn from.
+        config: section of the settings with `vocab_size` and `cache_dir`.
+
+    Returns:
+        The tokenizer; with few different words its `vocab_size` is below `config.vocab_size`.
 
     Raises:
         UserError: the corpus cannot be read, or the cache cannot be written.
     """
 
     def make(folder: Path) -> None:
-        stories = _first_bytes(corpus.stories("train"), _TOKENIZER_BYTES)
         with byte_progress("training the tokenizer") as show:
-            tokenizer = Tokenizer.train(_each(stories, show), config.vocab_size)
+            # No variable holds what is read, so that it is freed as soon as enough has been.
+            tokenizer = Tokenizer.train(
+                _shown(_first_bytes(corpus.pieces("train"), _TOKENIZER_BYTES), show),
+                config.vocab_size,
+            )
         tokenizer.save(folder / _TOKENIZER)
         _write_meta(folder, {"blake2b": _digest(folder / _TOKENIZER), "of": ingredients})
 
@@ -108,10 +126,19 @@ def prepare_tokenizer(corpus: Corpus, config: DataConfig) -> Tokenizer:
 def prepare_split(
     corpus: Corpus, split: Split, tokenizer: Tokenizer, cache_dir: str | Path
 ) -> TokenFile:
-    """The ids of all stories of a split, encoded now or in an earlier run.
+    """Return the token file of a split, encoded now or in an earlier run.
 
-    Memory does not grow with the corpus. A second process that wants the same split waits for the
-    first; a process that is killed leaves nothing that would be taken for a prepared split.
+    Memory does not grow with the corpus, nor with a story. A second process that needs the same
+    split waits for the first. What a killed process leaves is never taken for a prepared split.
+
+    Args:
+        corpus: stories to encode.
+        split: "train" or "valid".
+        tokenizer: encodes the stories.
+        cache_dir: folder for prepared files; created when missing.
+
+    Returns:
+        The token file, compared with its checksum.
 
     Raises:
         UserError: the corpus cannot be read or has no story for the split, or the cache cannot
@@ -120,13 +147,13 @@ def prepare_split(
     ingredients = {"corpus": corpus.fingerprint(split), "tokenizer": tokenizer.fingerprint}
 
     def make(folder: Path) -> None:
-        began = time.perf_counter()
+        start = time.perf_counter()
         with byte_progress(f"encoding the {split} split") as show:
             meta = _encode(corpus.pieces(split), tokenizer, folder / _TOKENS, show)
         if meta["stories"] == 0:
             raise UserError(f"the {split} split has no story; give it more text", "data.source")
         _write_meta(folder, meta | {"of": ingredients})
-        counts = meta["stories"], meta["bytes"] / 1e6, meta["tokens"], time.perf_counter() - began
+        counts = meta["stories"], meta["bytes"] / 1e6, meta["tokens"], time.perf_counter() - start
         log.info(f"encoded the {split} split: %d stories, %.1f MB, %d tokens, %.1f s", *counts)
 
     return _cached(_prepared(cache_dir, split, ingredients), TokenFile.load, make)
@@ -138,35 +165,51 @@ def _encode(
     path: Path,
     show: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Stream the ids of `pieces` to `path`; returns the counts and the checksum of the file.
+    """Stream the ids of `pieces` to `path`; return the counts and the checksum of the file.
 
-    A piece is a text and whether a story ends with it: END_OF_TEXT stands there alone.
+    Args:
+        pieces: parts of stories, and whether a story ends there.
+        tokenizer: encodes them.
+        path: file to write.
+        show: called with the number of bytes of each block.
     """
+
+    def encode(block: list[tuple[str, bool]]) -> tuple[np.ndarray, int, int]:
+        n_bytes = sum(utf8_length(text) for text, _ in block)
+        return tokenizer.encode_pieces(block), n_bytes, sum(ends for _, ends in block)
+
     counts, checksum = Counter(tokens=0, bytes=0, stories=0), hashlib.blake2b()
-    with path.open("wb") as file:
-        for ends, run in itertools.groupby(pieces, key=lambda piece: piece[1]):
-            for block in _blocks(text for text, _ in run):
-                if ends:
-                    parts = [tokenizer.encode_stories(block)]
-                else:
-                    parts = [tokenizer.encode_stories([text])[:-1] for text in block]
-                for ids in parts:
-                    file.write(ids.data)
-                    checksum.update(ids.data)
-                    counts.update(tokens=len(ids))
-                block_bytes = sum(map(utf8_length, block))
-                show(block_bytes)
-                counts.update(bytes=block_bytes, stories=len(block) if ends else 0)
+    blocks = _blocks(cut_texts(pieces), lambda piece: len(piece[0]))
+    with path.open("wb") as file, ThreadPoolExecutor(1) as pool:
+        for ids, n_bytes, n_stories in _map_ahead(pool, encode, blocks):
+            file.write(ids.data)
+            checksum.update(ids.data)
+            show(n_bytes)
+            counts.update(tokens=len(ids), bytes=n_bytes, stories=n_stories)
         file.flush()
         os.fsync(file.fileno())
     return {**counts, "blake2b": checksum.hexdigest()}
 
 
-def _blocks(stories: Iterable[str]) -> Iterator[list[str]]:
-    block, capacity = [], _BLOCK_CHARACTERS
-    for story in stories:
-        block.append(story)
-        capacity -= len(story)
+def _map_ahead(pool: Executor, function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+    """Yield `function` of each item, computed in `pool` while the next item is read."""
+    previous = None
+    for item in items:
+        future = pool.submit(function, item)
+        if previous is not None:
+            yield previous.result()
+        previous = future
+    if previous is not None:
+        yield previous.result()
+
+
+def _blocks(items: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]:
+    """Yield lists of items, each of _BLOCK_CHARACTERS or a little more."""
+    block: list[T] = []
+    capacity = _BLOCK_CHARACTERS
+    for item in items:
+        block.append(item)
+        capacity -= length(item)
         if capacity <= 0:
             yield block
             block, capacity = [], _BLOCK_CHARACTERS
@@ -174,17 +217,19 @@ def _blocks(stories: Iterable[str]) -> Iterator[list[str]]:
         yield block
 
 
-def _first_bytes(stories: Iterable[str], limit: int) -> Iterator[str]:
+def _first_bytes(pieces: Iterable[tuple[str, bool]], limit: int) -> Iterator[str]:
+    """Yield the texts of the first pieces that have `limit` bytes or more in all."""
     total = 0
-    for story in stories:
-        yield story
-        total += utf8_length(story)
+    for text, _ in pieces:
+        yield text
+        total += utf8_length(text)
         if total >= limit:
             return
 
 
-def _each(stories: Iterable[str], show: Callable[[int], None]) -> Iterator[str]:
-    for block in _blocks(stories):
+def _shown(texts: Iterable[str], show: Callable[[int], None]) -> Iterator[str]:
+    """Yield `texts`, and call `show` with the number of bytes of each block of them."""
+    for block in _blocks(texts, len):
         yield from block
         show(sum(map(utf8_length, block)))
 
@@ -195,11 +240,16 @@ def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
-    """Read meta.json. Raises OSError, ValueError: there is none, or not as it was written."""
+    """Read meta.json.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it does not have its checksum.
+    """
     meta = read_json(folder / _META)
-    # What was prepared before meta.json had a checksum of its own is still taken.
+    # Files prepared before meta.json had a checksum of its own are still valid.
     if not isinstance(meta, dict) or meta.pop("meta", None) not in (None, _checksum(meta)):
-        raise ValueError(f"{folder / _META} is not what was written")
+        raise ValueError(f"{folder / _META} does not have its checksum")
     return meta
 
 
@@ -208,9 +258,9 @@ def _checksum(meta: dict[str, Any]) -> str:
 
 
 def _check(path: Path, blake2b: str) -> None:
-    """ValueError: the file is not what was written. Reads all of it: 0.3 s for 100M tokens."""
+    """Raise ValueError unless the file has this checksum; takes 0.3 s for 100M tokens."""
     if _digest(path) != blake2b:
-        raise ValueError(f"{path} is not what was written")
+        raise ValueError(f"{path} does not have its checksum")
 
 
 def _digest(path: Path) -> str:
@@ -222,23 +272,23 @@ def _digest(path: Path) -> str:
 
 
 def _prepared(cache_dir: str | Path, kind: str, ingredients: dict[str, Any]) -> Path:
-    """The folder for what these ingredients give, and no others."""
-    everything = {"format": _FORMAT, "tokenizers": tokenizers.__version__, **ingredients}
-    text = json.dumps(everything, sort_keys=True)
+    """Return the folder of the files that exactly these ingredients determine."""
+    versions = {"format": _FORMAT, "tokenizers": tokenizers.__version__}
+    text = json.dumps({**versions, **ingredients}, sort_keys=True)
     fingerprint = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     return Path(cache_dir) / "prepared" / f"{kind}-{fingerprint}"
 
 
 def _cached(path: Path, load: Callable[[Path], T], make: Callable[[Path], None]) -> T:
-    """What `load` reads from the folder `path`, after `make` has filled it if need be.
+    """Return what `load` reads from the folder `path`, after `make` has written it if necessary.
 
-    `make` writes into a folder of another name that becomes `path` in one step, and only the
-    holder of the lock writes: a folder of that other name was left by a process that died.
+    `make` writes into a folder of another name, which is renamed to `path` in one step. Only the
+    holder of the lock writes, so an unfinished folder was left by a process that died.
     """
     try:
         return load(path)
     except (OSError, ValueError, KeyError):
-        pass  # not there yet or damaged: looked at once more under the lock
+        pass  # missing or damaged: read once more under the lock
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{path}.lock")

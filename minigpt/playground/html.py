@@ -138,8 +138,9 @@ def attention_html(names: Sequence[str], weights: Tensor) -> str:
         f'<span class="token" tabindex="0" style="--p:0" data-row="{i}">{html.escape(name)}</span>'
         for i, name in enumerate(names)
     )
+    data = html.escape(json.dumps(rows))
     return (
-        f'<div class="attention" data-rows="{html.escape(json.dumps(rows))}">{tokens}</div>'
+        f'<div class="attention" dir="auto" data-rows="{data}">{tokens}</div>'
         f"{_heatmap(names, rows)}"
     )
 

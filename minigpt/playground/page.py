@@ -84,7 +84,7 @@ def _story_tab(playground: Playground) -> None:
         for name in playground.models:
             with gr.Column(min_width=300):
                 gr.Markdown(f"**{name}**")
-                stories.append(_tokens_part('<div class="story">${value}</div>'))
+                stories.append(_tokens_part('<div class="story" dir="auto">${value}</div>'))
 
     def write(*inputs: Any) -> Iterator[Any]:
         for columns in playground.write(*inputs):

@@ -242,6 +242,8 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
         "valid_files": tuple(str(Path(name).absolute()) for name in config.data.valid_files),
         "cache_dir": str(Path(config.data.cache_dir).absolute()),
     }
+    if (tokenizer := config.data.tokenizer) is not None:
+        paths["tokenizer"] = str(Path(tokenizer).expanduser().absolute())
     init_from = str(Path(config.init_from).absolute()) if config.init_from else None
     data = dataclasses.replace(config.data, **paths)
     return plain(dataclasses.replace(config, data=data, init_from=init_from))

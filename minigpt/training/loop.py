@@ -110,6 +110,8 @@ def _train(config: TrainConfig, model: ModelFactory | None, callbacks: Sequence[
         check_logger(config.logger)
         _prepare_libraries(config.seed)
         data = start.prepared_data(schedule)
+        start = start.with_vocabulary(data.tokenizer)
+        config = start.config
         module = start.module(schedule, data, model)
         if not is_plain(module.net):
             config = dataclasses.replace(config, model_class=class_path(model or GPT))
@@ -228,7 +230,8 @@ class _Training:
         size, limit = data.tokenizer.vocab_size, config.data.vocab_size
         if config.init_from is None and size < limit:
             sizes = f"{size:,} tokens, fewer than data.vocab_size={limit:,}"
-            log.warning("the training stories yield a vocabulary of %s", sizes)
+            rows = f"the model has {config.model.vocab_size:,}"
+            log.warning("the training stories yield a vocabulary of %s; %s", sizes, rows)
 
     def trainer(self, callbacks: Sequence[Callback]) -> L.Trainer:
         """Return the Lightning Trainer with our callbacks and loggers."""

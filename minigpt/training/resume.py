@@ -13,12 +13,12 @@ from filelock import FileLock, Timeout
 
 from minigpt.core.files import refuse_links_out
 from minigpt.core.settings import ModelClassError, UserError, build, flat
-from minigpt.data.config import with_cache_here
+from minigpt.data.config import DataConfig, with_cache_here
 from minigpt.data.datamodule import DataModule
 from minigpt.model import GPT, GPTConfig
 from minigpt.runs.checkpoint import is_whole, read_checkpoint, weights_fingerprint
 from minigpt.runs.folder import ModelFactory, Run, config_class, last_checkpoint, last_checkpoints
-from minigpt.runs.names import CHECKPOINTS, CONFIG, SUMMARY
+from minigpt.runs.names import CHECKPOINTS, CONFIG, SUMMARY, TOKENIZER
 from minigpt.runs.provenance import Parent, parent_of
 from minigpt.tokenizer import Tokenizer
 from minigpt.training.config import Schedule, TrainConfig, settings_of
@@ -51,7 +51,7 @@ class ResumeState:
     parent_model: GPT | None = None
     """Model of the parent run; None for random weights and for a resumed run."""
     tokenizer: Tokenizer | None = None
-    """Tokenizer of the parent run; None if one is trained on the stories."""
+    """Tokenizer of another run; None if one is trained on the stories."""
     parent: Parent | None = None
     """Provenance record of the parent run, if there is one."""
 
@@ -71,9 +71,13 @@ class ResumeState:
                 settings, or the weights of `init_from` do not fit the model.
         """
         if folder is None or (config.resume == AUTO and not last_checkpoints(folder)):
+            config, tokenizer = _with_tokenizer(config)
             if config.init_from is None:
-                return cls(config)
+                return cls(config, tokenizer=tokenizer)
             run = Run.load(config.init_from, model)
+            if tokenizer and tokenizer.fingerprint != run.tokenizer.fingerprint:
+                message = f"is not the tokenizer of init_from={config.init_from}; leave it out"
+                raise UserError(message, "data.tokenizer", config.data.tokenizer)
             parent_model = run.load_model()
             _check_shape(config, parent_model.config, run)
             parent = _parent(run, parent_model)
@@ -93,7 +97,7 @@ class ResumeState:
         content = read_checkpoint(checkpoint)
         stored, step = content["hyper_parameters"], content["global_step"]
         parent = parent_of(stored, checkpoint)  # from the record, since that run may be deleted
-        tokenizer = run.tokenizer if parent else None
+        tokenizer = run.tokenizer if parent or before.data.tokenizer else None
         if parent is not None:  # an earlier version recorded more about it
             stored = {**stored, "init_from": dataclasses.asdict(parent)}
         config = dataclasses.replace(before, data=data)
@@ -110,6 +114,19 @@ class ResumeState:
             message = f"is less than the tokenizer's {size}: leave it out to follow data.vocab_size"
             raise UserError(message, "model.vocab_size", vocab_size)
         return data
+
+    def with_vocabulary(self, tokenizer: Tokenizer) -> ResumeState:
+        """Return the state with a model for just the tokens of `tokenizer`.
+
+        Only the model of a new run changes, and only where its `vocab_size` is data.vocab_size,
+        the most tokens there might have been.
+        """
+        model, size = self.config.model, tokenizer.vocab_size
+        is_new = self.checkpoint is None and self.parent_model is None
+        if not is_new or not size < model.vocab_size == self.config.data.vocab_size:
+            return self
+        model = dataclasses.replace(model, vocab_size=size)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, model=model))
 
     def module(self, schedule: Schedule, data: DataModule, model: ModelFactory | None) -> GPTModule:
         """Return the Lightning module, with the weights that the run starts with.
@@ -180,6 +197,38 @@ def folder_to_resume(config: TrainConfig) -> Path | None:
     return folder
 
 
+def _with_tokenizer(config: TrainConfig) -> tuple[TrainConfig, Tokenizer | None]:
+    """Return the tokenizer that data.tokenizer names, and `config` with its vocabulary.
+
+    Raises:
+        UserError: there is none, it is damaged, or data.vocab_size is set to another size.
+    """
+    data, name = config.data, "data.tokenizer"
+    if data.tokenizer is None:
+        return config, None
+    path = Path(data.tokenizer).expanduser()
+    if path.suffix in (".ckpt", ".safetensors"):
+        path = path.parent.parent if path.parent.name == CHECKPOINTS else path.parent
+    file = path if path.suffix == ".json" else path / TOKENIZER
+    if not file.is_file():
+        message = f"there is no {file}; name a run folder, a checkpoint, an export or a {TOKENIZER}"
+        raise UserError(message, name, data.tokenizer)
+    try:
+        tokenizer = Tokenizer.load(file)
+    except UserError as error:
+        raise UserError(error.message, name, data.tokenizer) from None
+    size = tokenizer.vocab_size
+    typed = any(word.startswith("data.vocab_size=") for word in config.overrides)
+    if data.vocab_size not in (size, None if typed else DataConfig.vocab_size):
+        message = f"{name}={data.tokenizer} has {size} tokens: leave it out"
+        raise UserError(message, "data.vocab_size", data.vocab_size)
+    model = config.model
+    if model.vocab_size == data.vocab_size:
+        model = dataclasses.replace(model, vocab_size=size)
+    data = dataclasses.replace(data, vocab_size=size)
+    return dataclasses.replace(config, data=data, model=model), tokenizer
+
+
 def _check_shape(config: TrainConfig, trained: GPTConfig, run: Run) -> None:
     """Raise UserError if the weights of `run`, of shape `trained`, do not fit the model.
 
@@ -239,7 +288,12 @@ def run_lock(folder: Path) -> Iterator[None]:
 def _check_settings(config: TrainConfig, before: TrainConfig, folder: Path) -> None:
     """Raise UserError if `config` differs from `before`, the config of the run in `folder`."""
     earlier = flat(settings_of(before))
+    by_tokenizer = config.data.tokenizer is not None
+    ignored = {*_MAY_CHANGE, *(["data.vocab_size"] if by_tokenizer else [])}
+    size, limit = config.model.vocab_size, config.data.vocab_size
+    if size == limit and (by_tokenizer or earlier["model.vocab_size"] <= size):
+        ignored.add("model.vocab_size")  # it follows the tokenizer
     for name, value in flat(settings_of(config)).items():
-        if name not in _MAY_CHANGE and earlier[name] != value:
+        if name not in ignored and earlier[name] != value:
             message = f"{folder} was trained with another value; restore it or choose another name"
             raise UserError(message, name, value, {name: earlier[name]})

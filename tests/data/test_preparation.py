@@ -4,12 +4,14 @@ import json
 import os
 import re
 import resource
+import runpy
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,9 +23,10 @@ from minigpt.data.config import DataConfig
 from minigpt.data.preparation import prepare_split, prepare_tokenizer
 from minigpt.data.sources import open_corpus
 from minigpt.tokenizer import Tokenizer
-from tests.conftest import naming, tiny_overrides
+from tests.conftest import ROOT, naming, tiny_overrides
 from tests.processes import Training
 
+scripts = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks/scripts.py")))
 STORIES = [f"Story {n}: the dog and the girl walk to the park.\n\nThen é." for n in range(50)]
 
 
@@ -120,6 +123,55 @@ def test_an_error_while_reading_leaves_nothing_behind(tokenizer, tmp_path, monke
     with pytest.raises(UserError, match="stories.txt"):
         prepare_tokenizer(Broken(), DataConfig(vocab_size=300, cache_dir=str(tmp_path)))
     assert prepared(tmp_path) == []
+
+
+@dataclasses.dataclass
+class InParts(Listed):
+    """A corpus that yields each story in parts of `length` characters."""
+
+    length: int = 7
+
+    def pieces(self, split: str) -> Iterator[tuple[str, bool]]:
+        for story, _ in super().pieces(split):
+            for start in range(0, len(story), self.length):
+                yield story[start : start + self.length], start + self.length >= len(story)
+
+
+def test_parts_of_a_story_are_encoded_as_one_story(tokenizer, tmp_path):
+    stories = [*STORIES, " ".join(STORIES), "".join(STORIES).replace(" ", "\n")]
+    whole = prepare_split(Listed(stories), "train", tokenizer, tmp_path / "whole")
+    for length in (7, 1000):
+        corpus = InParts(stories, length=length)
+        parts = prepare_split(corpus, "train", tokenizer, tmp_path / str(length))
+        assert parts.path.read_bytes() == whole.path.read_bytes()
+        assert (parts.n_stories, parts.n_bytes) == (len(stories), whole.n_bytes)
+
+
+@pytest.mark.parametrize("name", list(scripts.TEXTS))
+def test_tokens_and_bytes_of_any_script_are_exact(name, tmp_path):
+    stories = [*scripts.stories(name, 60_000), "".join(scripts.stories(name, 20_000, seed=2))]
+    corpus = Listed(stories, stories[:3])
+    config = DataConfig(vocab_size=1000, cache_dir=str(tmp_path))
+    tokenizer = prepare_tokenizer(corpus, config)
+    tokens = prepare_split(corpus, "train", tokenizer, tmp_path)
+    expected = [id for ids in tokenizer.encode_batch(stories) for id in [*ids, 0]]
+    assert tokens.array().tolist() == expected
+    assert tokens.n_bytes == sum(len(story.encode()) for story in stories)
+    assert tokenizer.decode([id for id in expected if id]) == "".join(stories)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("case", ["chinese", "base64:one"])
+def test_memory_of_a_preparation_does_not_grow_with_the_text(case, monkeypatch):
+    """Unbounded, the larger text takes 0.5 GB more than the smaller one."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    name, *one = case.split(":")
+    cases = [":".join([name, megabytes, *one]) for megabytes in ("4", "10")]
+    command = [sys.executable, str(ROOT / "benchmarks/preparation.py"), "--vocab-size", "300"]
+    output = subprocess.run([*command, *cases], check=True, stdout=subprocess.PIPE).stdout
+    small, large = (row["peak_memory_megabytes"] for row in json.loads(output)["rows"])
+    assert large < small + 120
+    assert large < 1000
 
 
 SLOW_PREPARATION = """
