@@ -140,6 +140,9 @@ def _empty_blank_lines(chunks: Iterable[str]) -> Iterator[str]:
     for chunk in chunks:
         lines, end, rest = (rest + chunk).rpartition("\n")
         yield _BLANK.sub("", lines) + end
+        if len(rest) > _PIECE:  # not a blank line, and not to be held in memory
+            yield rest
+            rest = ""
     yield _BLANK.sub("", rest)
 
 
@@ -302,7 +305,7 @@ def _decode(path: Path, file_format: Format) -> Iterator[str]:
             line += error.object.count(b"\n", 0, error.start)
             remedy = f"save it as such by iconv -f {'UTF-16' if utf16 else 'WINDOWS-1252'} -t UTF-8"
             if error.reason == "unexpected end of data":
-                remedy = "it ends inside a character: copy it again"
+                remedy = f"copy it again if it was cut short, or {remedy}"
             byte = f"byte 0x{error.object[error.start]:02x} at offset {at}, line {line}"
             raise UserError(f"{path} is not UTF-8 ({byte}); {remedy}") from None
         offset += len(chunk)

@@ -29,7 +29,8 @@ LAUNCHERS = sorted(path.stem for path in (ROOT / "conf/hydra/launcher").glob("*.
 
 
 def needed(option: Path) -> list[str]:
-    return ["data.train_files=[a.txt]"] if option.name == "text" else []
+    words = {"text": ["data.train_files=[a.txt]"], "hf": ["data.dataset=owner/name"]}
+    return words.get(option.name, [])
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
@@ -48,11 +49,13 @@ def test_an_option_is_the_dataclass_with_what_its_file_says(option: Path):
     said = {key: value for key, value in said.items() if "${" not in str(value)}
     if option.name == "text":
         said["train_files"] = ["a.txt"]
+    if option.name == "hf":
+        said["dataset"] = "owner/name"
     if said.pop("defaults", None):
         assert option.name == "ddp"
     expected = TrainConfig.from_dict({group: said})
     config = composed([f"{group}={option.name}", *needed(option)])
-    if option.name == "tinystories":
+    if option.name in ("tinystories", "hf"):
         expected = dataclasses.replace(
             expected, data=dataclasses.replace(expected.data, download_tokens=10_000_000)
         )
