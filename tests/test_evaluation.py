@@ -170,7 +170,7 @@ def test_a_run_is_all_that_evaluation_needs(run):
     assert found.bits_per_byte == pytest.approx(bits)
     assert [row.temperature for row in found.temperatures] == [0.5, 1.2]
     assert all(len(row.stories) == 2 for row in found.temperatures)
-    assert found.novelty_stories == len(STORIES)
+    assert found.novelty_stories == sum(story not in STORIES[::7] for story in STORIES)
     assert len(found.neighbours["dog"]) == 5
     assert "[crocodile]" in found.neighbours["[crocodile]"]
     assert "crocodile" in found.analogies["dog − cat + crocodile"]

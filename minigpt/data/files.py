@@ -80,10 +80,11 @@ def choose_field(
     candidates = [field] if field is not None else standard[:1] or list(texts)
     if len(candidates) == 1 and candidates[0] in names:
         return candidates[0]
-    problem = f"has no field {field or 'text'!r}, but {', '.join(names) or 'none'}"
+    wanted = "'text' or 'story'" if field is None else repr(field)
+    problem = f"has no field {wanted}, but {', '.join(names) or 'none'}"
     if len(candidates) > 1:
         problem = f"has several fields of text: {', '.join(texts)}"
-    fix = {"data.field": next(iter(texts), "text")}
+    fix = {"data.field": next(iter(texts))} if texts else None
     raise UserError(f"{where} {problem}", "data.field", fix=fix)
 
 
