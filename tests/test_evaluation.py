@@ -176,7 +176,7 @@ def test_evaluation_of_a_run_folder_writes_evaluation_json(run):
     assert evaluation.bits_per_byte == pytest.approx(bits)
     assert [row.temperature for row in evaluation.temperatures] == [0.5, 1.2]
     assert all(len(row.stories) == 2 for row in evaluation.temperatures)
-    assert evaluation.novelty_stories == len(STORIES)
+    assert evaluation.novelty_stories == sum(story not in STORIES[::7] for story in STORIES)
     assert len(evaluation.neighbours["dog"]) == 5
     assert "[crocodile]" in evaluation.neighbours["[crocodile]"]
     assert "crocodile" in evaluation.analogies["dog − cat + crocodile"]

@@ -80,10 +80,11 @@ def choose_field(
     candidates = [field] if field is not None else standard[:1] or list(texts)
     if len(candidates) == 1 and candidates[0] in names:
         return candidates[0]
-    problem = f"has no field {field or 'text'!r}, but {', '.join(names) or 'none'}"
+    wanted = "'text' or 'story'" if field is None else repr(field)
+    problem = f"has no field {wanted}, but {', '.join(names) or 'none'}"
     if len(candidates) > 1:
         problem = f"has several fields of text: {', '.join(texts)}"
-    fix = {"data.field": next(iter(texts), "text")}
+    fix = {"data.field": next(iter(texts))} if texts else None
     raise UserError(f"{where} {problem}", "data.field", fix=fix)
 
 
@@ -140,6 +141,9 @@ def _empty_blank_lines(chunks: Iterable[str]) -> Iterator[str]:
     for chunk in chunks:
         lines, end, rest = (rest + chunk).rpartition("\n")
         yield _BLANK.sub("", lines) + end
+        if len(rest) > _PIECE:  # not a blank line, and not to be held in memory
+            yield rest
+            rest = ""
     yield _BLANK.sub("", rest)
 
 
@@ -302,7 +306,7 @@ def _decode(path: Path, file_format: Format) -> Iterator[str]:
             line += error.object.count(b"\n", 0, error.start)
             remedy = f"save it as such by iconv -f {'UTF-16' if utf16 else 'WINDOWS-1252'} -t UTF-8"
             if error.reason == "unexpected end of data":
-                remedy = "it ends inside a character: copy it again"
+                remedy = f"copy it again if it was cut short, or {remedy}"
             byte = f"byte 0x{error.object[error.start]:02x} at offset {at}, line {line}"
             raise UserError(f"{path} is not UTF-8 ({byte}); {remedy}") from None
         offset += len(chunk)

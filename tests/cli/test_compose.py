@@ -30,7 +30,8 @@ LAUNCHERS = sorted(path.stem for path in (ROOT / "conf/hydra/launcher").glob("*.
 
 
 def needed(option: Path) -> list[str]:
-    return ["data.train_files=[a.txt]"] if option.name == "text" else []
+    words = {"text": ["data.train_files=[a.txt]"], "hf": ["data.dataset=owner/name"]}
+    return words.get(option.name, [])
 
 
 def yaml_values(option: Path) -> dict[str, Any]:
@@ -53,11 +54,13 @@ def test_option_equals_the_dataclass_with_the_values_of_its_file(option: Path):
     option_values = {key: value for key, value in option_values.items() if "${" not in str(value)}
     if option.name == "text":
         option_values["train_files"] = ["a.txt"]
+    if option.name == "hf":
+        option_values["dataset"] = "owner/name"
     if option_values.pop("defaults", None):
         assert option.name == "ddp"
     expected = TrainConfig.from_dict({group: option_values})
     config = composed([f"{group}={option.name}", *needed(option)])
-    if option.name == "tinystories":
+    if option.name in ("tinystories", "hf"):
         expected = dataclasses.replace(
             expected, data=dataclasses.replace(expected.data, download_tokens=10_000_000)
         )

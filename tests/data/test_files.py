@@ -322,7 +322,7 @@ BROKEN = {
     "empty.parquet": (b"", "damaged"),
     "short.bz2": (bz2.compress(TEXT.encode())[:-9], "damaged"),
     "short.zst": (zst(TEXT.encode() * 100)[:-9], "damaged"),
-    "cut.csv": (table(",")[:-9], naming("cut.csv", "line 5")),
+    "cut.csv": (table(",")[:-6], naming("cut.csv", "line 5")),
     "lines.txt.gz": (gzip.compress(TEXT.encode())[:-4], r"damaged.*line 5\b"),
     "plain.bz2": (TEXT.encode(), "damaged"),
     "plain.zst": (TEXT.encode(), "damaged"),
