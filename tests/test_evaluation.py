@@ -301,6 +301,13 @@ def test_valid_on_another_corpus_is_refused_in_one_line(run, monkeypatch):
     assert "\n" not in str(error.value)
 
 
+def test_command_refuses_valid_on_another_corpus(run, tmp_path):
+    process = commands.run("evaluate.py", ["ckpt=runs/tiny", "valid=both"], tmp_path)
+    assert process.code == 2
+    (line,) = process.err.strip().splitlines()
+    assert line.startswith("error: valid=both")
+
+
 def test_a_run_of_tuning_is_evaluated_on_tuning_stories_unless_valid_is_typed(sample_run, tmp_path):
     data = {"source": "tinystories_sample", "valid": "tuning"}
     change_data(sample_run, data | {"cache_dir": str(tmp_path / "cache")})

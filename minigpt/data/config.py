@@ -25,10 +25,6 @@ class DataConfig:
     """Source of the stories: `tinystories_sample` is bundled, `tinystories` is downloaded, `text`
     is your own files, and `hf` is a dataset of the Hugging Face Hub."""
 
-    valid: Literal["tuning"] | None = None
-    """Which stories to validate on: `tuning` holds out every seventh training story, for a choice
-    between settings that reads no story of the validation split; None means that split."""
-
     train_files: tuple[str, ...] = ()
     """Paths or globs of the training files, for source `text`."""
 
@@ -79,6 +75,10 @@ class DataConfig:
     shuffle: Shuffle = "windows"
     """What each epoch shuffles: `stories` puts the stories in another order and then shuffles the
     windows cut from it, `windows` cuts the same windows from one order of the stories."""
+
+    valid: Literal["tuning"] | None = None
+    """Which stories to validate on: `tuning` holds out every seventh training story, for a choice
+    between settings that reads no story of the validation split; None means that split."""
 
     cache_dir: str = CACHE
     """Folder of downloads and prepared files."""

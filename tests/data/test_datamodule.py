@@ -39,8 +39,8 @@ def test_tuning_holds_out_every_seventh_story_and_opens_no_validation_file(tmp_p
 
 def test_tuning_of_own_files_leaves_the_last_share_to_the_report(tmp_path):
     train = write(tmp_path / "train.txt", STORIES)
-    config = DataConfig("text", train_files=(str(train),), holdout=0.1)
-    tuning = DataConfig("text", "tuning", train_files=(str(train),), holdout=0.1)
+    config = DataConfig("text", (str(train),), holdout=0.1)
+    tuning = DataConfig("text", (str(train),), holdout=0.1, valid="tuning")
     reported, split = open_corpus(config), open_corpus(tuning, valid_only=True)
     assert list(reported.stories("valid")) == STORIES[90:]
     assert list(split.stories("valid")) == STORIES[6:90:7]
