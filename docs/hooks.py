@@ -141,6 +141,8 @@ def group_table() -> str:
 
 def section(cls: type, prefix: str) -> list[str]:
     """Return the table of the fields of `cls`, then one for each field that is a dataclass."""
+    from minigpt.core.fields import field_docs
+
     hints, docs = typing.get_type_hints(cls), field_docs(cls)
     rows, nested = ["| setting | type | default | meaning |", "|---|---|---|---|"], []
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
@@ -176,25 +178,7 @@ def type_name(hint: Any) -> str:
 
 
 def cell(text: str) -> str:
-    """Return `text` for a cell of a table: one line, with its bars escaped."""
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """Return the string literal under each field of the dataclass `cls` and of its bases."""
-    import ast
-    import inspect
-
-    docs: dict[str, str] = {}
-    for base in reversed(cls.__mro__[:-1]):
-        (node,) = ast.parse(inspect.getsource(base)).body
-        assert isinstance(node, ast.ClassDef)
-        for before, after in zip(node.body, node.body[1:], strict=False):
-            if (
-                isinstance(before, ast.AnnAssign)
-                and isinstance(before.target, ast.Name)
-                and isinstance(after, ast.Expr)
-                and isinstance(after.value, ast.Constant)
-            ):
-                docs[before.target.id] = inspect.cleandoc(str(after.value.value))
-    return docs
+    """Return `text` for a cell of a table: one line, with bars and, outside of code, tags escaped."""
+    parts = " ".join(text.split()).replace("|", "\\|").split("`")
+    parts[::2] = [part.replace("<", "&lt;") for part in parts[::2]]
+    return "`".join(parts)
