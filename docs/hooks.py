@@ -84,8 +84,8 @@ def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
     text, resources = MarkdownExporter().from_notebook_node(
         notebook, {"unique_key": path.stem, "output_files_dir": f"{path.stem}_files"}
     )
-    note = f"*This page is the notebook [examples/{path.name}](../../examples/{path.name}), as it ran.*"
     title, _, rest = text.partition("\n\n")
+    note = f"*This page is the notebook examples/{path.name}, with its stored outputs.*"
     return f"{title}\n\n{note}\n\n{rest}", resources["outputs"]
 
 
@@ -101,9 +101,9 @@ def settings_page() -> str:
 
     parts = [
         "# Every setting",
-        "A setting is typed as `key=value` behind `python train.py` or `python evaluate.py`, and is "
-        "an entry of the list that `minigpt.load_config` takes. The sentences are those of "
-        "the dataclasses, so `help(minigpt.TrainConfig)` shows them as well.",
+        "Type a setting as `key=value` after `python train.py` or `python evaluate.py`, or give it "
+        "to `minigpt.load_config` in its list. The sentences are those of the dataclasses, so "
+        "`help(minigpt.TrainConfig)` shows them as well.",
         "## Groups",
         "An option of a group sets several settings at once, as in `model=large`. Experiments also "
         "choose options of other groups.",
@@ -178,7 +178,7 @@ def type_name(hint: Any) -> str:
 
 
 def cell(text: str) -> str:
-    """Return `text` for a cell of a table: one line, with bars and, outside of code, tags escaped."""
+    """Return `text` for a cell of a table: one line, bars escaped, and tags outside of code."""
     parts = " ".join(text.split()).replace("|", "\\|").split("`")
     parts[::2] = [part.replace("<", "&lt;") for part in parts[::2]]
     return "`".join(parts)
