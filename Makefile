@@ -46,6 +46,10 @@ test-export: .venv/installed-tools  # exported models in other people's tools
 test-wandb: .venv/installed-dev  # W&B's programs, with a stand-in of its server
 	$(EXTRA) tests/extra/test_wandb.py
 
+test-examples: .venv/installed-dev  # run the notebooks of examples/ on tiny budgets
+	$(EXTRA) tests/extra/test_examples.py
+.PHONY: test-examples
+
 golden: .venv/installed-dev  # logits, curves, stories and settings against those of commit c2cfd24
 	$(BIN)/python -m tests.golden
 
