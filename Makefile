@@ -46,10 +46,6 @@ test-export: .venv/installed-tools  # exported models in other people's tools
 test-wandb: .venv/installed-dev  # W&B's programs, with a stand-in of its server
 	$(EXTRA) tests/extra/test_wandb.py
 
-test-examples: .venv/installed-dev  # run the notebooks of examples/ on tiny budgets
-	$(EXTRA) tests/extra/test_examples.py
-.PHONY: test-examples
-
 golden: .venv/installed-dev  # logits, curves, stories and settings against those of commit c2cfd24
 	$(BIN)/python -m tests.golden
 
@@ -78,6 +74,10 @@ format: .venv/installed-dev
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
+
+test-examples: .venv/installed-dev  # run the notebooks of examples/ on tiny budgets
+	$(EXTRA) tests/extra/test_examples.py
+.PHONY: test-examples
 
 .venv/installed: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable .
