@@ -124,18 +124,15 @@ def settings_page() -> str:
 
 
 def group_table() -> str:
-    """Return the options of conf/ with the comment at the head of each file."""
+    """Return the options of conf/ with the first comment of each file."""
     rows = ["| option | what it sets |", "|---|---|"]
     for path in sorted((ROOT / "conf").glob("*/*.yaml")):
-        comments = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.startswith("# @package"):
-                continue
-            if not line.startswith("#"):
-                break
-            comments.append(line.removeprefix("#").strip())
-        if path.parent.name not in ("hydra", "local"):
-            rows.append(f"| `{path.parent.name}={path.stem}` | {cell(' '.join(comments))} |")
+        if path.parent.name == "local":
+            continue
+        text = path.read_text(encoding="utf-8").removeprefix("# @package _global_\n")
+        comment = re.search(r"#(.*(?:\n#.*)*)", text)
+        meaning = comment[1].replace("\n#", " ") if comment else ""
+        rows.append(f"| `{path.parent.name}={path.stem}` | {cell(meaning)} |")
     return "\n".join(rows)
 
 

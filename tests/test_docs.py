@@ -59,6 +59,7 @@ def test_settings_page_has_every_field_with_its_meaning(site: Path):
     cells = re.findall(r"<td><code>(\w+(?:\.\w+)?)</code></td>\s*<td>.*?</td>\s*"
                        r"<td>.*?</td>\s*<td>(.*?)</td>", page)  # fmt: skip
     assert len(cells) > 60
+    cells += re.findall(r"<td><code>(\w+=\w+)</code></td>\s*<td>(.*?)</td>", page)
     assert not [name for name, meaning in cells if not meaning]
 
 
