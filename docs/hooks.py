@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import re
 import sys
@@ -159,8 +160,7 @@ def default(field: dataclasses.Field[Any]) -> str:
     if field.default is dataclasses.MISSING:
         return ""
     value = field.default
-    shown = json.dumps(value, ensure_ascii=False) if isinstance(value, tuple) else str(value)
-    return f"`{cell(shown)}`" if shown else "`''`"
+    return code(json.dumps(value, ensure_ascii=False) if isinstance(value, tuple) else str(value))
 
 
 def type_name(hint: Any) -> str:
@@ -175,7 +175,13 @@ def type_name(hint: Any) -> str:
 
 
 def cell(text: str) -> str:
-    """Return `text` for a cell of a table: one line, bars escaped, and tags outside of code."""
-    parts = " ".join(text.split()).replace("|", "\\|").split("`")
-    parts[::2] = [part.replace("<", "&lt;") for part in parts[::2]]
-    return "`".join(parts)
+    """Return `text` for a cell of a table: one line, in which nothing but backticks is markup."""
+    parts = " ".join(text.split()).split("`")
+    parts[::2] = [html.escape(part, quote=False).replace("|", "&#124;") for part in parts[::2]]
+    parts[1::2] = [code(part) for part in parts[1::2]]
+    return "".join(parts)
+
+
+def code(text: str) -> str:
+    """Return `text` as code in a cell of a table, where backticks do not protect a bar."""
+    return f"<code>{html.escape(text, quote=False).replace('|', '&#124;')}</code>"
