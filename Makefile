@@ -83,6 +83,10 @@ bench: .venv/installed-dev  # measure speed and memory, on an idle machine
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: type make PYTHON=python3.12 quickstart")'
 	$(PYTHON) -m venv .venv
 
+test-examples: .venv/installed-dev  # run the notebooks of examples/ on tiny budgets
+	$(EXTRA) tests/extra/test_examples.py
+.PHONY: test-examples
+
 .venv/installed: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
