@@ -5,7 +5,7 @@ BIN := .venv/bin
 EXTRA := $(BIN)/python -m pytest --override-ini addopts="-q --strict-markers"
 
 .PHONY: help quickstart test lint format audit docs golden chaos bench clean
-.PHONY: test-browser test-cluster test-export test-wandb
+.PHONY: test-browser test-cluster test-examples test-export test-wandb
 .DELETE_ON_ERROR:
 
 help:  # list the targets
@@ -67,6 +67,9 @@ test-export: .venv/installed-tools  # test exported models in onnxruntime, lm_ev
 test-wandb: .venv/installed-dev  # test the wandb programs against a mock W&B server
 	$(EXTRA) tests/extra/test_wandb.py
 
+test-examples: .venv/installed-dev  # run the notebooks of examples/ on tiny budgets
+	$(EXTRA) tests/extra/test_examples.py
+
 golden: .venv/installed-dev  # compare logits, curves, stories and settings with commit c2cfd24
 	$(BIN)/python -m tests.golden
 
@@ -82,10 +85,6 @@ bench: .venv/installed-dev  # measure speed and memory, on an idle machine
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: type make PYTHON=python3.12 quickstart")'
 	$(PYTHON) -m venv .venv
-
-test-examples: .venv/installed-dev  # run the notebooks of examples/ on tiny budgets
-	$(EXTRA) tests/extra/test_examples.py
-.PHONY: test-examples
 
 .venv/installed: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable .
