@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 from importlib import metadata
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from minigpt.runs.provenance import source_commit
 
 PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "tokenizers", "numpy", "wandb")
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")  # of x86, then of ARM
-MIN_FREE_GB = 2.0  # the checkpoints of a large run and its prepared stories take some hundred MB
 
 
 def diagnose() -> tuple[dict[str, str], list[str]]:
@@ -33,20 +31,18 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
         The facts by topic, in the order to print them, and one line for each thing that could be
         better, with what to do about it.
     """
-    n_cores = os.cpu_count() or 1
+    n_cores, threads, quota = os.cpu_count() or 1, torch.get_num_threads(), _cpu_quota()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else n_cores
-    quota, threads = _cpu_quota(), torch.get_num_threads()
     limit = max(1, int(min(usable, quota or usable)))
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    posix = hasattr(os, "sysconf")
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9 if posix else 0.0
+    gpus = ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
+    sysconf = getattr(os, "sysconf", lambda _: 0)  # Windows has none
     free = shutil.disk_usage(".").free / 1e9
     try:
         hardware = Hardware.detect("auto", "auto", 1, "auto")
         precision = f"{hardware.precision} on {hardware.accelerator}: {hardware.why}"
     except UserError as error:
         precision = f"not chosen: {error}"
-    generation, advice = _generation()
+    generation, private = _generation(), str(Path.home())  # the latter holds the user's name
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minigpt"
     caches = {"data.cache_dir": Path(CACHE), "XDG_CACHE_HOME": home}  # by what moves them
     facts = {
@@ -56,39 +52,38 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
         "system": platform.platform(),
         "cpu": _cpu(),
         "cores": f"{usable} usable of {n_cores}, quota {quota or 'none'}, {threads} threads",
-        "memory": f"{memory:.1f} GB",
-        "gpu": ", ".join(gpus) or "none",
+        "memory": f"{sysconf('SC_PHYS_PAGES') * sysconf('SC_PAGE_SIZE') / 1e9:.1f} GB",
+        "gpu": gpus or "none",
         "precision": precision,
         "generation": generation,
         "caches": ", ".join(f"{path} ({_megabytes(path):.1f} MB)" for path in caches.values()),
         "disk": f"{free:.1f} GB free",
     }
     checks = {  # what could be better, and whether that applies here
-        advice: advice,
+        "generation is slower without decode.c: install gcc": generation.startswith("PyTorch"),
+        "decode.c has one thread: install gcc": "one thread" in generation,
         "training in float32 is slow: a CPU with AVX512-BF16 or AMX, or a GPU, takes about half "
         "the time": precision.startswith("32-true on cpu"),
         f"{threads} threads share {limit} cores: set OMP_NUM_THREADS={limit}": threads > limit,
         "PyTorch does not see the GPU: install a build of torch for the CUDA version that "
         "nvidia-smi shows": not gpus and shutil.which("nvidia-smi"),
-        "less than 2 GB of the disk are free: delete old runs and caches": free < MIN_FREE_GB,
+        "less than 2 GB of the disk are free: delete old runs and caches": free < 2,
     }
     for setting, path in caches.items():
         existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         writable = os.access(existing, os.W_OK)
         checks[f"{path} is not writable: set {setting} to another folder"] = not writable
-    private = str(Path.home())  # it holds the user's name
     facts = {topic: fact.replace(private, "~") for topic, fact in facts.items()}
     return facts, [line.replace(private, "~") for line, applies in checks.items() if applies]
 
 
 def _cpu() -> str:
     """Return the name of the CPU and the instruction sets that decide its speed."""
-    path = Path("/proc/cpuinfo")  # of Linux
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    text = decode.cpu_name()  # on Linux lines of /proc/cpuinfo, the name last
     name = re.search(r"model name\s*: (.*)", text)
-    flags = "".join(re.findall(r"(?:flags|Features)\s*:(.*)", text)[:1]).split()
-    instructions = " ".join(flag for flag in FLAGS if flag in flags) or "instructions unknown"
-    return f"{name[1] if name else platform.processor() or platform.machine()}, {instructions}"
+    instructions = " ".join(flag for flag in FLAGS if re.search(rf"\b{flag}\b", text))
+    processor = name[1] if name else platform.processor() or platform.machine()
+    return f"{processor}, {instructions or 'instructions unknown'}"
 
 
 def _cpu_quota() -> float | None:
@@ -105,15 +100,12 @@ def _megabytes(folder: Path) -> float:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
 
 
-def _generation() -> tuple[str, str]:
-    """Return what generates text here, tried with a tiny model, and advice or ""."""
+def _generation() -> str:
+    """Return what generates text here, tried with a tiny model."""
     model = GPT(GPTConfig(vocab_size=64, context_length=8, d_model=32, n_heads=1, n_layers=1))
     try:
         Decoder(model.eval().requires_grad_(False), [torch.zeros(1, dtype=torch.long)], "c")
     except UserError as error:
-        return f"PyTorch ({error.message})", "generation is slower without decode.c: install gcc"
-    command = [*(decode.compiler() or ()), "--version"]
-    version = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0]  # noqa: S603
-    if not decode.is_threaded():
-        return f"decode.c, one thread, by {version}", "decode.c has one thread: install gcc"
-    return f"decode.c by {version}", ""
+        return f"PyTorch ({error.message})"
+    version = decode.run([*(decode.compiler() or ()), "--version"]).partition("\n")[0]
+    return f"decode.c{'' if decode.is_threaded() else ', one thread,'} by {version}"

@@ -35,10 +35,7 @@ def _evaluate(config: DictConfig, program: Program, classes: list[str]) -> None:
     evaluation = evaluate(run, settings, console, folder)
     terminal = Console()
     show(evaluation, terminal)
-    results = {
-        "numbers": folder / evaluation_name(settings, evaluation),
-        "report": run.folder / REPORT,
-    }
-    for kind, path in results.items():
+    numbers = folder / evaluation_name(settings, evaluation)
+    for kind, path in (("numbers:", numbers), ("report:", run.folder / REPORT)):
         if path.is_file():
-            terminal.print(f"{kind + ':':9}{path}", markup=False, highlight=False)
+            terminal.print(f"{kind:9}{path}", markup=False, highlight=False)

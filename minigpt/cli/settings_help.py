@@ -29,11 +29,10 @@ def settings_help(name: str, words: Sequence[str]) -> str:
     Raises:
         UserError: there is no such setting.
     """
-    if name == "train":
-        from minigpt.training.config import TrainConfig as Config
-    else:
-        from minigpt.evaluation import EvaluationConfig as Config
-    docs = setting_docs(Config)
+    from minigpt.evaluation import EvaluationConfig
+    from minigpt.training.config import TrainConfig
+
+    docs = setting_docs(TrainConfig if name == "train" else EvaluationConfig)
     values = flat(defaults(name, ["data=text"]))  # with a corpus, evaluate has the data settings
     blocks = []
     for word in (word.partition("=")[0] for word in words):

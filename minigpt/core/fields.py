@@ -32,10 +32,9 @@ def field_docs(cls: type) -> dict[str, str]:
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         try:
-            (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+            definition: Any = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
         except (OSError, TypeError, SyntaxError):  # `object`, for one
             continue
-        assert isinstance(definition, ast.ClassDef)
         for field, following in pairwise(definition.body):
             text = ast.get_docstring(ast.Module([following], []))
             if isinstance(field, ast.AnnAssign) and text:
@@ -55,8 +54,7 @@ def setting_docs(cls: type, prefix: str = "") -> dict[str, str]:
     """
     docs: dict[str, str] = {}
     for field in dataclasses.fields(cls):
-        name = prefix + field.name
-        section = _sections(cls).get(field.name)
+        name, section = prefix + field.name, _sections(cls).get(field.name)
         own = {name: field_docs(cls).get(field.name, "")}
         docs |= setting_docs(section, f"{name}.") if section else own
     return docs
@@ -88,8 +86,6 @@ class _Docstring:
         self.text = inspect.cleandoc(text or "")
 
     def __get__(self, instance: Any, owner: type) -> str:
-        lines = [
-            textwrap.fill(f"{name}: {text}", 90, initial_indent=" " * 4, subsequent_indent=" " * 8)
-            for name, text in field_docs(owner).items()
-        ]
+        indent = textwrap.TextWrapper(90, initial_indent=" " * 4, subsequent_indent=" " * 8).fill
+        lines = [indent(f"{name}: {text}") for name, text in field_docs(owner).items()]
         return "\n".join([self.text, "", "Attributes:", *lines]).strip()

@@ -140,9 +140,8 @@ def refuse_links_out(folder: Path) -> None:
     inside = folder.resolve()
     for path in sorted([*folder.glob("*"), *folder.glob("checkpoints/*")]):
         if path.is_symlink() and not path.resolve().is_relative_to(inside):
-            raise UserError(
-                f"{path} is a link to a path outside the run folder: replace it by the file itself"
-            )
+            problem = f"{path} is a link to a path outside the run folder"
+            raise UserError(f"{problem}: replace it by the file itself")
 
 
 def write_json(path: Path, content: Any) -> None:

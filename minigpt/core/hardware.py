@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import platform
 import time
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 
 from minigpt.core.distributed import Launcher
-from minigpt.core.files import write_json
+from minigpt.core.files import read_json, write_json
 from minigpt.core.settings import UserError
 
 
@@ -100,21 +99,20 @@ def _check_launched(launcher: Launcher, devices: str, num_nodes: int) -> None:
 
 def _find_precision(setting: str, accelerator: str) -> tuple[str, str]:
     """Return the precision to train in and the reason; "auto" avoids emulated bfloat16."""
+    requested = setting, "as requested"
     if accelerator == "mps":
-        default = "32-true", "the safe choice on MPS"
-        return default if setting == "auto" else (setting, "as requested")
+        return ("32-true", "the safe choice on MPS") if setting == "auto" else requested
     cpu = accelerator == "cpu"
     native = cpu_has_bfloat16() if cpu else torch.cuda.is_bf16_supported(including_emulation=False)
     device, other = ("CPU", "32-true") if cpu else ("GPU", "16-mixed")
     why = f"this {device} {'multiplies' if native else 'does not multiply'} bfloat16 natively"
-    if setting == "auto":
-        return "bf16-mixed" if native else other, why
     if cpu and setting == "16-mixed":
         why = f"16-mixed was requested: on a CPU autocast supports only bfloat16, and {why}"
+    if setting == "auto" or (cpu and setting == "16-mixed"):
         return "bf16-mixed" if native else other, why
     if cpu and setting == "bf16-mixed" and not native:
         return setting, f"as requested, but {why}: 32-true is a hundred times faster"
-    return setting, "as requested"
+    return requested
 
 
 def cpu_has_bfloat16() -> bool:
@@ -150,8 +148,7 @@ def matmul_peak(hardware: Hardware, cache_dir: Path) -> float:
     parts = (platform.node(), accelerator, name, str(dtype), tf32, str(torch.get_num_threads()))
     key, path = " ".join(filter(None, parts)), cache_dir / PEAK_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        peaks = {k: v for k, v in content.items() if isinstance(v, float)}
+        peaks = {k: v for k, v in read_json(path).items() if isinstance(v, float)}
     except (OSError, ValueError, AttributeError):  # missing or damaged
         peaks = {}
     if key not in peaks:

@@ -87,15 +87,14 @@ class Labels:
         """Write `text` beside `point`, at the first of `SIDES` that is free, or at the last."""
         label = self.axes.annotate(text, (point[0], point[1]), color=colour, va="center", **style)
         label.set(anncoords="offset points")
-        boxes = []
+        box: Any = None
         for offset, side in SIDES:
             label.set(position=offset, ha=side)
             box = label.get_window_extent().padded(3, -1)  # apart sideways, close in height
-            boxes.append(box)
             inside = all(self.figure.bbox.fully_contains(*xy) for xy in (box.min, box.max))
             if inside and not any(box.overlaps(other) for other in self.taken):
                 break
-        self.taken.append(boxes[-1])
+        self.taken.append(box)
         return label
 
 

@@ -52,8 +52,7 @@ class Progress(progress.Progress):
 
     def advance(self, task_id: progress.TaskID, advance: float = 1) -> None:
         """Add to the completed part of a task, as in rich; write a line when one is due."""
-        super().advance(task_id, advance)
-        self._write_line(task_id)
+        self.update(task_id, advance=advance)
 
     def _write_line(self, task_id: progress.TaskID) -> None:
         task = self._tasks[task_id]
@@ -77,8 +76,8 @@ def track(items: Sequence[T], title: str, console: Console | None = console) -> 
         title: what is being done, such as "validation split".
         console: where the bar is shown; None means no bar and no lines.
     """
-    options = {} if console is None else {"console": console}
-    with Progress(*Progress.get_default_columns(), show=console is not None, **options) as bar:
+    columns = Progress.get_default_columns()
+    with Progress(*columns, show=console is not None, console=console) as bar:
         task = bar.add_task(title, total=len(items))
         for item in items:
             yield item

@@ -30,7 +30,5 @@ def generate(
     Raises:
         UserError: `run` is not a run or cannot be read, or the prompt is not valid Unicode.
     """
-    run = Run.load(run)
-    return generate_stories(
-        run.load_model(), run.tokenizer, prompt, n, sampling or SamplingConfig()
-    )
+    run, sampling = Run.load(run), sampling or SamplingConfig()
+    return generate_stories(run.load_model(), run.tokenizer, prompt, n, sampling)

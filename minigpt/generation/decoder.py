@@ -22,12 +22,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from minigpt.core.settings import UserError
+from minigpt.kernels import decode
 from minigpt.model import GPT, KVCache
-
-try:
-    from minigpt.kernels import decode
-except ImportError:  # the module is optional: without it PyTorch decodes
-    decode = None
 
 log = logging.getLogger(__name__)
 
@@ -160,11 +156,9 @@ class CachedBatch:
         """Append one token to each sequence and return logits (B, V) of the next one."""
         logits = self.model(ids[:, None], cache=self.cache)[:, -1].float()
         if self.cache.length != end:
-            name = f"{type(self.model).__qualname__}.forward"
-            raise UserError(
-                f"{name} has a parameter `cache` but does not append to it: pass it on to "
-                "super().forward, or remove the parameter"
-            )
+            problem = f"{type(self.model).__qualname__}.forward has a parameter `cache` but does"
+            fix = "pass it on to super().forward, or remove the parameter"
+            raise UserError(f"{problem} not append to it: {fix}")
         return logits
 
 
@@ -196,8 +190,8 @@ class UncachedBatch:
 
 
 def c_backend() -> Any | None:
-    """Return the module that binds decode.c; None if it is missing or has no usable library."""
-    return decode if decode is not None and decode.library() is not None else None
+    """Return the module that binds decode.c; None if it has no usable library."""
+    return None if decode.library() is None else decode
 
 
 def takes_cache(model: GPT) -> bool:
@@ -210,6 +204,7 @@ def takes_cache(model: GPT) -> bool:
 
 def _batch(model: GPT, n_sequences: int, backend: Backend) -> Batch:
     """Return an empty batch of `backend`, or of the fastest one for "auto"."""
+    name, weight = type(model).__qualname__, model.embedding.weight
     if backend != "torch":
         batch, reason = _c_batch(model, n_sequences, backend)
         if batch is not None:
@@ -218,22 +213,17 @@ def _batch(model: GPT, n_sequences: int, backend: Backend) -> Batch:
             problem = f"decode.c cannot decode this model here: {reason}"
             raise UserError(problem, "backend", backend, fix={"backend": "torch"})
         if type(model) is not GPT and c_backend() is not None:
-            name = type(model).__qualname__
             _warn_once(f"PyTorch decodes {name}, more slowly: decode.c supports only GPT itself")
-    weight = model.embedding.weight
     if weight.dtype == torch.float16 and weight.device.type == "cpu":
         model = copy.deepcopy(model).float()
     if takes_cache(model):
         return CachedBatch(model, n_sequences)
-    name = type(model).__qualname__
     _warn_once(f"{name} takes no `cache`, so each token needs a pass over the whole text")
     return UncachedBatch(model, n_sequences)
 
 
 def _c_batch(model: GPT, n_sequences: int, backend: Backend) -> tuple[Batch | None, str]:
     """Return a batch for decode.c, or None and the reason why there is none."""
-    if decode is None:
-        return None, "minigpt.kernels.decode is missing"
     if (reason := decode.unsupported(model)) is not None:
         return None, reason
     threads = torch.get_num_threads()

@@ -128,10 +128,8 @@ def generate(
                 if n_tokens < logits.shape[1]:
                     logits = logits[:, :n_tokens]
                 if step == 0 and not logits.isfinite().all():
-                    raise UserError(
-                        "the weights of this model are broken, because its logits are not finite: "
-                        "choose another checkpoint"
-                    )
+                    problem = "the weights of this model are broken, because its logits are not"
+                    raise UserError(f"{problem} finite: choose another checkpoint")
                 ids = sample(logits, sampling, generator, seen)
                 if n_ended:
                     ids.masked_fill_(ended, end_of_text)
@@ -223,9 +221,8 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     mass = ordered.softmax(dim=-1)
     before = mass.cumsum(dim=-1) - mass  # total probability of more likely tokens
     before[:, 0] = 0.0  # exactly, so that rounding cannot mask the most likely token
-    return torch.full_like(logits, -math.inf).scatter(
-        -1, ids, ordered.masked_fill(before >= p, -math.inf)
-    )
+    ordered = ordered.masked_fill(before >= p, -math.inf)
+    return torch.full_like(logits, -math.inf).scatter(-1, ids, ordered)
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:

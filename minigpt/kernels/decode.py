@@ -114,26 +114,27 @@ def _cached_path(command: list[str]) -> Path:
 
 
 def _compile(command: list[str]) -> Path:
-    version = _run([*command, "--version"])
-    parts = SOURCE.read_text(encoding="utf-8"), command, _FLAGS, version, _cpu_name()
+    version = run([*command, "--version"])
+    parts = SOURCE.read_text(encoding="utf-8"), command, _FLAGS, version, cpu_name()
     name = f"decoding-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minigpt"
     if not (cache / name).exists():
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             output = Path(folder, name)
-            _run([*command, *_FLAGS, str(SOURCE), "-o", str(output), "-lm"])
+            run([*command, *_FLAGS, str(SOURCE), "-o", str(output), "-lm"])
             output.replace(cache / name)  # atomic: other processes may compile it as well
     return cache / name
 
 
-def _run(command: list[str]) -> str:
+def run(command: list[str]) -> str:
+    """Return what a command prints; raise CalledProcessError if it fails."""
     return subprocess.run(  # noqa: S603
         command, check=True, capture_output=True, text=True, errors="replace", timeout=120
     ).stdout
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """Return what `-march=native` depends on: machines of several kinds may share the cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
