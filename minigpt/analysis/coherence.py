@@ -18,6 +18,7 @@ from statistics import fmean
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from minigpt.analysis.repetition import split_words
 from minigpt.core.settings import UserError
@@ -166,11 +167,9 @@ def score(net: GPT, stories: Sequence[Continuation], end_of_text: int) -> float:
 def _rows(stories: Sequence[Continuation], end_of_text: int) -> tuple[Tensor, Tensor]:
     """Return padded ids and targets, both (B, T); targets in openings are IGNORE_INDEX."""
     whole = [[*s.opening.ids, *s.ids, *([end_of_text] if s.ended else [])] for s in stories]
-    longest = max(map(len, whole)) - 1
-    ids = torch.full((len(stories), longest), end_of_text)
-    targets = torch.full((len(stories), longest), IGNORE_INDEX)
-    for row, (story, tokens) in enumerate(zip(stories, whole, strict=True)):
-        begin = len(story.opening.ids)
-        ids[row, : len(tokens) - 1] = torch.tensor(tokens[:-1])
-        targets[row, begin - 1 : len(tokens) - 1] = torch.tensor(tokens[begin:])
-    return ids, targets
+    ids = [torch.tensor(tokens[:-1]) for tokens in whole]
+    targets = [torch.tensor(tokens[1:]) for tokens in whole]
+    for row, story in zip(targets, stories, strict=True):
+        row[: len(story.opening.ids) - 1] = IGNORE_INDEX
+    padded_ids = pad_sequence(ids, batch_first=True, padding_value=end_of_text)
+    return padded_ids, pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)

@@ -28,11 +28,11 @@ from minigpt.analysis.coherence import (
 from minigpt.analysis.embedding_map import FewWordsError, caption, embedding_map, write_map
 from minigpt.analysis.embeddings import EmbeddingProbe
 from minigpt.analysis.repetition import COPIED, NOVELTY_STORIES, Repetition, measure
+from minigpt.core import plots
 from minigpt.core.fields import documented
 from minigpt.core.files import write_json, write_text
 from minigpt.core.hardware import Hardware
-from minigpt.core.plots import COLOURS, INK, MARKERS, REFERENCE_COLOUR, new_figure, write_png
-from minigpt.core.settings import UserError
+from minigpt.core.settings import UserError, check
 from minigpt.core.text import md_table, percent, value_cell
 from minigpt.data.sources import bundled_sample
 from minigpt.generation.sampling import SamplingConfig, stream_text
@@ -66,10 +66,8 @@ class StudyConfig:
     """Seed of the sampling, the same at each temperature."""
 
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise UserError("must be at least 1", "n", self.n)
-        if self.seed < 0:
-            raise UserError("must not be negative", "seed", self.seed)
+        check(self, "must be at least 1", lambda n: n >= 1, "n")
+        check(self, "must not be negative", lambda seed: seed >= 0, "seed")
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ def write_study(runs: Sequence[Run], out: Path, config: StudyConfig | None = Non
     write_text(out / "coherence.md", coherence_markdown(rows, models, config))
     settings = dataclasses.asdict(config) | {"judge": models[-1].name}
     write_json(out / "coherence.json", {"settings": settings, "rows": list(map(_row_json, rows))})
-    write_png(coherence_figure(rows), out / "coherence.png")
+    plots.write_png(coherence_figure(rows), out / "coherence.png")
 
 
 def _load_models(runs: Sequence[Run]) -> list[StudiedModel]:
@@ -132,9 +130,8 @@ def _load_models(runs: Sequence[Run]) -> list[StudiedModel]:
     names = [run.folder.resolve().name for run in runs]
     if len(set(names)) < len(names):
         raise UserError("two runs have the same name; rename the folder of one", "runs", names)
-    models = [
-        StudiedModel(n, r.load_model(), r.tokenizer) for n, r in zip(names, runs, strict=True)
-    ]
+    pairs = zip(names, runs, strict=True)
+    models = [StudiedModel(name, run.load_model(), run.tokenizer) for name, run in pairs]
     kinds = {(m.tokenizer.fingerprint, m.net.config.context_length) for m in models}
     if len(kinds) > 1:
         problem = "tokenizer or context differ, so no model can score the stories of all"
@@ -252,8 +249,6 @@ def coherence_figure(rows: Sequence[Row]) -> Figure:
 
     Of more than three runs, the first, the middle and the last are drawn.
     """
-    from matplotlib.ticker import LogLocator, NullLocator
-
     measures = {
         "distinct word 3-grams": lambda row: row.repetition.distinct[2],
         f"repeated word {COPIED}-grams": lambda row: row.repetition.repeated,
@@ -262,32 +257,30 @@ def coherence_figure(rows: Sequence[Row]) -> Figure:
         "unfinished stories": lambda row: row.coherence.unfinished,
         "perplexity under the largest": lambda row: row.perplexity,
     }
-    figure = new_figure(8, 5.6, rows=2, columns=3)
+    figure = plots.new_figure(8, 5.6, rows=2, columns=3)
     names = list(dict.fromkeys(row.run for row in rows if row.run != ORIGINALS))
     shown = [names[i] for i in sorted({0, len(names) // 2, len(names) - 1})]
     temperatures = sorted({row.temperature for row in rows if row.temperature is not None})
     for axes, (title, value) in zip(figure.axes, measures.items(), strict=True):
-        for name, colour, marker in zip(shown, COLOURS, MARKERS, strict=False):
+        for name, colour, marker in zip(shown, plots.COLOURS, plots.MARKERS, strict=False):
             own = [(row.temperature, value(row)) for row in rows if row.run == name]
             points = np.array(own, float).T  # None becomes NaN, which is not drawn
             axes.plot(*points, f"{marker}-", color=colour, markersize=4, label=name)
         (human,) = [value(row) for row in rows if row.run == ORIGINALS]
         if human is not None:
-            axes.axhline(human, color=REFERENCE_COLOUR, linestyle="--", label=ORIGINALS)
+            axes.axhline(human, color=plots.REFERENCE_COLOUR, linestyle="--", label=ORIGINALS)
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("temperature")
         axes.set_xticks(temperatures, [f"{temperature:g}" for temperature in temperatures])
         if title.startswith("perplexity"):
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter(lambda perplexity, _: f"{perplexity:g}")
-            axes.yaxis.set_minor_locator(NullLocator())
+            plots.log_ticks(axes.yaxis, (1, 2, 5), "{:g}".format)
         else:
             axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
     title = "Generated stories by temperature, compared with the human originals (dashed)"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=plots.INK)
     legend = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*legend, loc="outside lower center", ncols=4, frameon=False, labelcolor=INK)
+    figure.legend(*legend, loc="outside lower center", ncols=4, frameon=False, labelcolor=plots.INK)
     return figure
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from minigpt.core.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from matplotlib.text import Annotation
 
@@ -96,6 +97,15 @@ class Labels:
                 break
         self.taken.append(box)
         return label
+
+
+def log_ticks(axis: Axis, subs: Sequence[float], text: Callable[[float], str]) -> None:
+    """Put the ticks of a logarithmic axis at `subs` times powers of ten, with labels by `text`."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: text(value))
 
 
 def write_png(figure: Figure, path: Path, dpi: int = 160) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from minigpt.core.files import expand_paths
-from minigpt.core.settings import UserError
+from minigpt.core.settings import UserError, check
 from minigpt.tokenizer import END_OF_TEXT, check_vocab_size
 
 CACHE = ".cache"
@@ -98,20 +98,17 @@ class DataConfig:
             raise UserError("source hf reads a dataset, and the others none", "dataset", fix=fix)
         if self.field is not None and self.source not in ("text", "hf"):
             raise UserError(f"source {self.source} has no fields", "field", self.field)
-        if not 0 < self.holdout < 1:
-            raise UserError("must be between 0 and 1", "holdout", self.holdout)
+        check(self, "must be between 0 and 1", lambda share: 0 < share < 1, "holdout")
         if not self.separator:
             raise UserError("must not be empty", "separator", fix={"separator": END_OF_TEXT})
-        if self.download_tokens is not None and self.download_tokens < 1:
-            raise UserError("must be at least 1 or None", "download_tokens", self.download_tokens)
+        check(self, "must be at least 1 or None", lambda n: n >= 1, "download_tokens")
         check_vocab_size(self.vocab_size)
         if self.tokenizer == "":
             fix = {"tokenizer": "releases/large"}
             raise UserError("is empty: leave it out, or name one", "tokenizer", fix=fix)
         if self.batch_size is None:
             object.__setattr__(self, "batch_size", 32 if self.source == "tinystories" else 8)
-        elif self.batch_size < 1:
-            raise UserError("must be at least 1", "batch_size", self.batch_size)
+        check(self, "must be at least 1", lambda n: n >= 1, "batch_size")
 
     @property
     def windows_per_batch(self) -> int:

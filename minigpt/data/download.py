@@ -6,11 +6,13 @@ ranges of bytes of the others, so that a download that was interrupted continues
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import mmap
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 from huggingface_hub import (
@@ -20,10 +22,9 @@ from huggingface_hub import (
     hf_hub_download,
     hf_hub_url,
 )
-from huggingface_hub.utils import httpx
+from huggingface_hub.utils import httpx, tqdm
 
 from minigpt.core.console import console
-from minigpt.data.hub_progress import HubLines
 from minigpt.data.progress import byte_progress
 
 _BLOCK = 16 << 20  # bytes fetched by one request, and held in memory
@@ -71,6 +72,25 @@ def fetch(folder: Path, repo: str, name: str, separator: str, n_bytes: int | Non
             raise ConnectionError(f"{endpoint}, {type(error).__name__}: {reason}") from error
         finally:
             constants.HF_HUB_DISABLE_TELEMETRY = telemetry_off
+
+
+class HubLines(tqdm):
+    """Stands in for the bar of `huggingface_hub`, which is silent without a terminal."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._stack = contextlib.ExitStack()
+        super().__init__(*args, **kwargs | {"disable": True})
+        total, done = kwargs.get("total"), kwargs.get("initial") or 0
+        self._show = self._stack.enter_context(byte_progress(kwargs["desc"], total, done))
+
+    def update(self, n: float | None = 1) -> None:  # type: ignore[override]
+        """Count `n` more bytes."""
+        self._show(int(n or 0))
+
+    def close(self) -> None:
+        """End the lines."""
+        self._stack.close()
+        super().close()
 
 
 def _first_parts(folder: Path, name: str, version: str = "*") -> list[tuple[int, Path]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from minigpt.core.fields import documented
-from minigpt.core.settings import UserError
+from minigpt.core.settings import UserError, check
 
 
 @documented
@@ -35,10 +35,8 @@ class ExportConfig:
     """Whether to average the final weights with those that the run was initialised with."""
 
     def __post_init__(self) -> None:
-        if self.license is not None and not re.fullmatch(r"[\w.-]+", self.license):
-            raise UserError(
-                "must be an identifier of the Hub: mit, cc-by-4.0, ...", "license", self.license
-            )
+        license = "must be an identifier of the Hub: mit, cc-by-4.0, ..."
+        check(self, license, lambda text: bool(re.fullmatch(r"[\w.-]+", text)), "license")
         if self.dtype == "bfloat16" and self.format != "safetensors":
             message = f"the format {self.format} supports only float32"
             raise UserError(message, "dtype", self.dtype, {"format": "safetensors"})

@@ -159,12 +159,8 @@ def _portable_summary(summary: Record, evaluation: Record | None) -> dict[str, A
     """Return the summary with the validation results of the exported weights only."""
     portable = {k: value for k, value in summary.items() if "loss" not in k and "/" not in k}
     if evaluation is not None:
-        names = {
-            "loss": "nats_per_token",
-            "perplexity": "perplexity",
-            "bits_per_byte": "bits_per_byte",
-        }
-        portable |= {f"val/{name}": evaluation[key] for name, key in names.items()}
+        portable["val/loss"] = evaluation["nats_per_token"]
+        portable |= {f"val/{key}": evaluation[key] for key in ("perplexity", "bits_per_byte")}
     return portable
 
 
@@ -179,10 +175,8 @@ def _stored_evaluation(folder: Path, weights: str) -> dict[str, Any] | None:
     data = evaluation.get("data")
     invalid = [key for key in NUMBERS if not isinstance(evaluation.get(key), int | float)]
     if invalid or not isinstance(data, Mapping):
-        raise UserError(
-            f"{folder / EVALUATION} is damaged: {(*invalid, 'data')[0]} is missing or invalid",
-            command=("evaluate", {"ckpt": str(folder)}),
-        )
+        problem = f"{folder / EVALUATION} is damaged: {(*invalid, 'data')[0]} is missing or invalid"
+        raise UserError(problem, command=("evaluate", {"ckpt": str(folder)}))
     return {**evaluation, "data": _portable_data(data)}
 
 

@@ -37,17 +37,12 @@ def check_output(out: Path) -> None:
     foreign = sorted(present - own if MARKER in present else present)
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-        raise UserError(
-            f"{foreign[0]}{more} in this folder are not of an export: give a new folder",
-            "out",
-            str(out),
-        )
+        problem = f"{foreign[0]}{more} in this folder are not of an export: give a new folder"
+        raise UserError(problem, "out", str(out))
     if Path.cwd().is_relative_to(out.resolve()):
-        raise UserError(
-            f"{out.resolve()} cannot be replaced, because it is or contains the current folder: "
-            "run cd .. first, or give another folder",
-            "out",
-        )
+        problem = "cannot be replaced, because it is or contains the current folder"
+        fix = "run cd .. first, or give another folder"
+        raise UserError(f"{out.resolve()} {problem}: {fix}", "out")
 
 
 @contextmanager

@@ -123,9 +123,8 @@ class Run:
         """
         path = self.folder / TOKENIZER
         if not path.is_file():
-            raise UserError(
-                f"{self.folder} has no {TOKENIZER}: give a run folder with all its files"
-            )
+            fix = "give a run folder with all its files"
+            raise UserError(f"{self.folder} has no {TOKENIZER}: {fix}")
         return Tokenizer.load(path)
 
     @cached_property

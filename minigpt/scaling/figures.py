@@ -6,13 +6,13 @@ of runs, and each series is labelled where it ends.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from textwrap import fill
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minigpt.core.plots import COLOURS, MARKERS, REFERENCE_COLOUR, Labels, new_figure
+from minigpt.core.plots import COLOURS, MARKERS, REFERENCE_COLOUR, Labels, log_ticks, new_figure
 from minigpt.core.text import human_count
 from minigpt.model import perplexity
 from minigpt.scaling.fit import RunGroup
@@ -44,10 +44,9 @@ def scaling_figure(groups: Sequence[RunGroup]) -> Figure:
         main = max(groups, key=lambda group: len(group.sizes))  # the first if several have as many
         corpora = {group.corpus for group in groups}
         common = f"{main.corpus}, " if len(corpora) == 1 else ""  # left out of the label
-        n, mean, *limits = np.transpose(
-            [(s.parameters, s.perplexity, s.lowest, s.highest) for s in main.sizes]
-        )
-        bars = np.maximum([mean - limits[0], limits[1] - mean], 0)  # never −1e-16
+        rows = [(s.parameters, s.perplexity, s.lowest, s.highest) for s in main.sizes]
+        n, mean, low, high = np.transpose(rows)
+        bars = np.maximum([mean - low, high - mean], 0)  # never −1e-16
         axes.errorbar(n, mean, bars, fmt="none", ecolor=COLOURS[0], capsize=4)
         series[main.label.removeprefix(common)] = list(zip(n, mean, strict=True))
         if law := main.fits.get("parameters"):
@@ -88,21 +87,21 @@ def tokens_figure(runs: Sequence[RunResult]) -> Figure:
     The runs of one size, data and recipe are one series. Three are drawn: first those with the
     data and recipe of most runs, then those that saw the most tokens.
     """
-    reference: Points = [(r.tokens, r.perplexity) for r in REFERENCE]
-    return _curves_figure(runs, [1] * len(runs), reference, "tokens")
+    return _curves_figure(runs, lambda _: 1, "tokens")
 
 
 def compute_figure(runs: Sequence[RunResult]) -> Figure:
     """Draw perplexity against the FLOPs of training, for the series of `tokens_figure`."""
-    reference: Points = [(r.flops_per_token * r.tokens, r.perplexity) for r in REFERENCE]
-    return _curves_figure(runs, [run.flops_per_token for run in runs], reference, "FLOPs")
+    return _curves_figure(runs, lambda run: run.flops_per_token, "FLOPs")
 
 
-def _curves_figure(
-    runs: Sequence[RunResult], per_token: Sequence[int | None], reference: Points, unit: str
-) -> Figure:
-    """Draw the validations against tokens × `per_token`; runs without `per_token` are left out."""
-    scaled = [(r, x) for r, x in zip(runs, per_token, strict=True) if x and r.point and r.curve]
+def _curves_figure(runs: Iterable[RunResult], per_token: Callable[[Any], Any], unit: str) -> Figure:
+    """Draw the validations against tokens × `per_token`, a function of a run or reference model.
+
+    Runs of which it returns None are left out.
+    """
+    reference: Points = [(per_token(r) * r.tokens, r.perplexity) for r in REFERENCE]
+    scaled = [(run, per_token(run)) for run in runs if per_token(run) and run.point and run.curve]
     kinds = [(run.corpus, run.recipe) for run, _ in scaled]
     usual = max(kinds, key=kinds.count, default=("", ""))
     series: dict[str, list[Points]] = {}
@@ -122,9 +121,8 @@ def _curves_figure(
         for curve in curves:
             axes.plot(*np.transpose(curve), ".-", color=colour, linewidth=1.2, markersize=4)
             axes.plot(*curve[-1], marker, color=colour, markersize=6)
-    title, ends = f"Perplexity against training {unit}", {}
-    for label, curves in series.items():
-        ends |= {curve[-1]: label for curve in curves}
+    title = f"Perplexity against training {unit}"
+    ends = {curve[-1]: label for label, curves in series.items() for curve in curves}
     if ends:
         best, goal = (min(points, key=lambda point: point[1]) for points in (ends, reference))
         title = f"{ends[best]}: perplexity {best[1]:.2f} after {_count(best[0])} {unit}"
@@ -133,8 +131,7 @@ def _curves_figure(
     dense = [point for curves in series.values() for curve in curves for point in _dense(curve)]
     labels = Labels(axes, [*reference, *dense])
     for (label, curves), colour in zip(series.items(), COLOURS, strict=False):
-        longest = max(curve[-1] for curve in curves)
-        labels.add(fill(label, LINE), longest, colour, fontsize=FONT)
+        labels.add(fill(label, LINE), max(curve[-1] for curve in curves), colour, fontsize=FONT)
     for i, point in enumerate(reference):
         text = f"{point[1]:.2f}" if i else f"{point[1]:.2f}  {REFERENCE_LABEL}"
         labels.add(text, point, REFERENCE_COLOUR, fontsize=FONT)
@@ -163,8 +160,6 @@ def _finish(axes: Axes, title: str, space: float) -> None:
 
     There are as many ticks as the span of each axis has space for.
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
     axes.set_title(title, loc="left", fontsize=11)
     axes.margins(x=0.06, y=0.12)
     axes.autoscale_view()
@@ -173,9 +168,7 @@ def _finish(axes: Axes, title: str, space: float) -> None:
     for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
         decades = np.log10(limits[1] / limits[0])
         subs = (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8) if decades < 1.2 else (1, 2, 5)
-        axis.set_major_locator(LogLocator(subs=subs if decades < 3 else (1,)))
-        axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
+        log_ticks(axis, subs if decades < 3 else (1,), _count)
 
 
 def _count(value: float) -> str:

@@ -264,10 +264,8 @@ def _by(runs: Iterable[RunResult], attribute: str) -> Iterable[tuple[Any, list[R
 def _run_group(runs: list[RunResult], replicates: int) -> RunGroup:
     fits = {}
     for attribute in PARAMETER_COUNTS:
-        losses = {
-            n: [r.loss for r in same if r.loss is not None] for n, same in _by(runs, attribute)
-        }
-        sizes = [Size(n, tuple(values)) for n, values in losses.items() if n is not None]
+        groups = [(n, same) for n, same in _by(runs, attribute) if n is not None]
+        sizes = [Size(n, tuple(r.loss for r in same if r.loss is not None)) for n, same in groups]
         if len(sizes) >= MIN_SIZES:
             fits[attribute] = fit_sizes(sizes, replicates)
     law = fits.get("parameters")

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from minigpt.core.files import refuse_links_out, write_json, write_text
-from minigpt.core.settings import UserError
+from minigpt.core.settings import UserError, flat
 from minigpt.core.text import human_count
 from minigpt.data.config import DataConfig
 from minigpt.runs.folder import Run
@@ -29,6 +29,10 @@ from minigpt.runs.provenance import Parent, parent_of
 from minigpt.runs.records import Row, last_values, read_metrics, read_summary, series
 
 LATE = 0.05  # share of a run, at its end, over which its training loss is averaged
+_COMPARED = (  # settings that should agree in a group of runs, with those of the optimizer
+    "model.dropout", "model.embedding_scale", "data.batch_size", "data.holdout",
+    "data.random_offset", "data.vocab_size",
+)  # fmt: skip
 COPIED_ROWS = 200  # about how many of the earlier training rows a copied metrics.csv keeps
 
 
@@ -124,10 +128,8 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
                 runs.setdefault(Path(name).resolve(), Path(name))
                 below.clear()
     if not runs:
-        raise UserError(
-            f"no run found in {' or '.join(map(str, folders))}",
-            command=("train", {"experiment": "quickstart"}),
-        )
+        names = " or ".join(map(str, folders))
+        raise UserError(f"no run found in {names}", command=("train", {"experiment": "quickstart"}))
     return list(runs.values())
 
 
@@ -206,18 +208,10 @@ def _recipe(config: dict[str, Any], summary: dict[str, Any], parent: Parent | No
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    groups = {
-        "model": ("dropout", "embedding_scale"),
-        "data": ("batch_size", "holdout", "random_offset", "vocab_size"),
-        "optimizer": tuple(config.get("optimizer") or {}),
-        "trainer": ("accumulate_grad_batches",),
-    }
-    return {
-        f"{group}.{key}": config[group][key]
-        for group, keys in groups.items()
-        for key in keys
-        if key in (config.get(group) or {})
-    }
+    values = flat(config)
+    optimizer = [name for name in values if name.startswith("optimizer.")]
+    names = (*_COMPARED, *optimizer, "trainer.accumulate_grad_batches")
+    return {name: values[name] for name in names if name in values}
 
 
 def late_training_loss(rows: list[Row]) -> float | None:

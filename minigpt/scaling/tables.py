@@ -205,21 +205,17 @@ def _recipe_rows(runs: Sequence[RunResult]) -> list[list[str]]:
             limits = (size.lowest, size.highest) if size.runs > 1 else (None, None)
             bits = [run.bits_per_byte for run in members if run.bits_per_byte is not None]
             numbers = (value_cell(value, ".2f") for value in (size.perplexity, *limits))
-            rows.append(
-                [
-                    *(size.model, data, recipe, tokens, str(size.runs), *numbers),
-                    value_cell(fmean(bits) if bits else None, ".3f"),
-                    value_cell(members[0].reference_perplexity, ".2f"),
-                ]
-            )
+            bits = value_cell(fmean(bits) if bits else None, ".3f")
+            reference = value_cell(members[0].reference_perplexity, ".2f")
+            names = size.model, data, recipe, tokens, str(size.runs)
+            rows.append([*names, *numbers, bits, reference])
     return rows
 
 
 def _law_cells(group: RunGroup, attribute: str) -> list[str]:
-    fit, cells = group.fits[attribute], []
-    for name, form in (("e", ".3f"), ("a", ".4g"), ("alpha", ".3f")):
-        interval = fit.intervals[name] if fit.intervals else None
-        cells.append(_with_interval(getattr(fit, name), interval, form))
+    fit, forms = group.fits[attribute], {"e": ".3f", "a": ".4g", "alpha": ".3f"}
+    limits = fit.intervals or {}
+    cells = (_with_interval(getattr(fit, k), limits.get(k), form) for k, form in forms.items())
     numbers = f"{fit.residual:.4f}", value_cell(fit.seed_noise, ".4f")
     return [group.label, PARAMETER_COUNTS[attribute], *cells, *numbers, fit.at_limit or ""]
 

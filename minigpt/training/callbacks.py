@@ -213,9 +213,7 @@ class TrainingProgress(Callback):
         """Remove the bar."""
         self.bar.stop()
 
-    def on_exception(self, *_: Any, **__: Any) -> None:
-        """Remove the bar."""
-        self.bar.stop()
+    on_exception = on_train_end
 
 
 class RunReport(Callback):

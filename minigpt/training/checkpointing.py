@@ -48,9 +48,8 @@ def full_disk_in_one_line(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _DISK_FULL:
             raise
-        message = (
-            f"cannot write {error.filename or folder} ({error.strerror}): free some space there"
-        )
+        message = f"cannot write {error.filename or folder} ({error.strerror})"
+        message += ": free some space there"
         raise UserError(message, command=("train", {"resume": str(folder)})) from None
 
 

@@ -132,8 +132,7 @@ def _train(config: TrainConfig, model: ModelFactory | None, callbacks: Sequence[
         _speed_up(module, kernels, config.trainer)
         _fit(trainer, module, data, start.checkpoint, config)
         log.info("report: %s", folder / REPORT)
-        more = _class_setting(config)
-        log.info("next:   %s", next_step("evaluate", ckpt=str(folder), **more))
+        log.info("next:   %s", next_step("evaluate", ckpt=str(folder), **_class_setting(config)))
     return folder
 
 
@@ -242,13 +241,12 @@ class _Training:
         throughput = Throughput(module, c.log_every_n_steps, peak, cache_dir / PEAK_FILE)
         checkpoints = Checkpoints(module, folder, keep)
         facts = self._facts()
-        loggers = [MetricsCsv(folder / METRICS, start_step or None)]
-        loggers += extra_loggers(folder, config.logger)
+        metrics = MetricsCsv(folder / METRICS, start_step or None)
+        loggers = [metrics, *extra_loggers(folder, config.logger)]
         strategy: Strategy | str = c.strategy
         if strategy == "fsdp":  # FSDP2; `GPTModule` shards its model, checkpoints are single files
-            strategy = ModelParallelStrategy(
-                hardware.world_size, tensor_parallel_size=1, save_distributed_checkpoint=False
-            )
+            sizes = hardware.world_size, 1  # of data and tensor parallelism
+            strategy = ModelParallelStrategy(*sizes, save_distributed_checkpoint=False)
         srun = getattr(Launcher.detect(), "name", None) == "srun"
         # Under srun, `Checkpoints` queues the job again, so Lightning must not.
         environment = [SLURMEnvironment(auto_requeue=False)] if srun else []
@@ -313,15 +311,11 @@ class _Training:
 
 
 def _fit(
-    trainer: L.Trainer,
-    module: GPTModule,
-    data: DataModule,
-    checkpoint: Path | None,
+    trainer: L.Trainer, module: GPTModule, data: DataModule, checkpoint: Path | None,
     config: TrainConfig,
-) -> None:
+) -> None:  # fmt: skip
     """Train, then close the W&B run, if there is one, with the exit code of this run."""
-    status = 1
-    folder = Path(trainer.default_root_dir)
+    status, folder = 1, Path(trainer.default_root_dir)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         status = 0

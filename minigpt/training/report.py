@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from minigpt.core.files import write_text
-from minigpt.core.plots import COLOURS, INK, new_figure, to_svg
+from minigpt.core.plots import COLOURS, INK, log_ticks, new_figure, to_svg
 from minigpt.core.text import human_count, human_time
 from minigpt.runs.names import CONFIG, REPORT
 from minigpt.runs.records import Row, last_values, read_metrics, read_samples, read_summary, series
@@ -52,10 +52,8 @@ def write_report(run_dir: Path) -> Path:
     """
     rows, summary = read_metrics(run_dir), read_summary(run_dir)
     config = run_dir / CONFIG
-    loader = PackageLoader("minigpt", "training")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
+    options: Any = {"loader": PackageLoader("minigpt", "training"), "undefined": StrictUndefined}
+    environment = Environment(autoescape=True, trim_blocks=True, **options)
     page = environment.get_template("report.html.j2").render(
         name=run_dir.resolve().name,
         status=summary.get("status", "unfinished"),
@@ -185,7 +183,7 @@ def loss_figure(rows: list[Row]) -> Figure:
 
 def curve_figure(rows: list[Row], column: str, label: str, colour: str) -> Figure:
     """Draw a column of metrics.csv against tokens; perplexity on a logarithmic scale."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = _axes(label)
     tokens, values = series(rows, column)
@@ -196,23 +194,21 @@ def curve_figure(rows: list[Row], column: str, label: str, colour: str) -> Figur
         finite = [value for value in values if math.isfinite(value)] or [1.0]
         ratio = max(finite) / min(finite)
         subs = (1, 2, 5) if ratio > 30 else (1, 1.5, 2, 3, 5, 7)
-        axes.yaxis.set_major_locator(LogLocator(subs=subs) if ratio > 3 else MaxNLocator(5))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+        log_ticks(axes.yaxis, subs, "{:,.4g}".format)
+        if ratio <= 3:
+            axes.yaxis.set_major_locator(MaxNLocator(5))
     else:
         unit = human_count if column == "tokens_per_second" else "{:g}".format
         axes.set_ylim(bottom=0)  # heights are then proportional to values
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: unit(value)))
+        axes.yaxis.set_major_formatter(lambda value, _: unit(value))
     axes.set_xlim(left=0)
     return figure
 
 
 def _axes(label: str) -> tuple[Figure, Axes]:
     """Return an empty figure whose horizontal axis is the number of training tokens."""
-    from matplotlib.ticker import FuncFormatter
-
     figure = new_figure(5, 3)
     (axes,) = figure.axes
     axes.set(xlabel="training tokens", ylabel=label)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value)))
+    axes.xaxis.set_major_formatter(lambda value, _: human_count(value))
     return figure, axes

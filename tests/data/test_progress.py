@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from minigpt.core import progress
-from minigpt.data.hub_progress import HubLines
+from minigpt.data.download import HubLines
 from minigpt.data.progress import byte_progress
 
 
