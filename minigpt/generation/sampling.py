@@ -154,10 +154,7 @@ def _tokens_of(prompts: list[Tensor], vocab_size: int, end_of_text: int) -> Tens
 
 
 def sample(
-    logits: Tensor,
-    sampling: SamplingConfig,
-    generator: torch.Generator,
-    seen: Tensor | None = None,
+    logits: Tensor, sampling: SamplingConfig, generator: torch.Generator, seen: Tensor | None = None
 ) -> Tensor:
     """Sample one id for each row of logits.
 
