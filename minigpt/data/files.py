@@ -36,9 +36,9 @@ def read_pieces(
 ) -> Iterator[Piece]:
     """Yield the stories of one file, those of more than two million characters in pieces.
 
-    A story is stripped, not empty, and has line feeds as line ends; its pieces give it when joined, and
-    are cut where the tokenizer cuts anyway, if there is such a position. Byte order marks are
-    dropped. Memory does not grow with the file.
+    A story is stripped, not empty, and has line feeds as line ends. Its pieces give it when
+    joined, and are cut where the tokenizer cuts anyway, if there is such a position. Byte order
+    marks are dropped. Memory does not grow with the file.
 
     Args:
         path: .txt or .md (stories divided by `separator`, or one document without it), .jsonl,
