@@ -333,13 +333,13 @@ def evaluate(
     run, config = Run.load(run), config or EvaluationConfig()
     out = run.output_dir if out is None else user_path(out, "out")
     _check_writable(out)  # before anything is measured
+    model = run.load_model()
     trained_on = own_data(run.config)
     settings = config.data or trained_on
     if settings is None:
         files = {"data": "text", "data.valid_files": ["stories.txt"]}
         raise UserError(f"the stories of {run.folder} are not known or no longer there", fix=files)
     settings, valid, corpora = _texts(settings, config.valid)
-    model = run.load_model()
     # A run that was killed left no summary; its setting is resolved in the same way here.
     setting = run.config.get("trainer", {}).get("precision", "auto")
     precision = read_summary(run.folder).get("precision", setting)

@@ -314,8 +314,10 @@ def test_a_run_of_tuning_is_evaluated_on_tuning_stories_unless_valid_is_typed(sa
     hidden = [
         (tmp_path / name).rename(tmp_path / f"{name}.hidden") for name in ("valid.txt", "v1.txt")
     ]
+    stories = [f"{story} {i}" for i, story in enumerate(STORIES)]
+    write_text_corpus(tmp_path / "train.txt", stories)
     evaluation = evaluate(sample_run, SHORT)  # opens neither
-    assert numbers_of(evaluation) == score_on(sample_run, STORIES[6::7])
+    assert numbers_of(evaluation) == score_on(sample_run, stories[6::7])
     assert (evaluation.valid, evaluation.valid_v1) == (None, None)
     assert written(sample_run, "evaluation-tuning.json")["data"]["valid"] == "tuning"
     assert not (sample_run / "evaluation.json").exists()

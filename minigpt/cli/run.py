@@ -90,7 +90,11 @@ def _prepare(name: str, program: Program, arguments: list[str]) -> None:
         sys.argv = [program.path, "--help", *more]
         return
     register_defaults(name, arguments)
-    sys.argv = [program.path, *composed_words(name, arguments), *more]
+    words = composed_words(name, arguments)
+    # Beside the other settings: argparse does not accept settings on both sides of a flag.
+    settings = (i for i, word in enumerate(words) if "=" in word and not word.startswith("-"))
+    first = next(settings, len(words))
+    sys.argv = [program.path, *words[:first], *more, *words[first:]]
 
 
 @contextlib.contextmanager

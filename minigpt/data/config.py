@@ -84,7 +84,7 @@ class DataConfig:
     """Folder of downloads and prepared files."""
 
     def __post_init__(self) -> None:
-        expand_paths(self, "train_files", "valid_files", "dataset", "cache_dir")
+        expand_paths(self, "train_files", "valid_files", "dataset", "tokenizer", "cache_dir")
         if self.dataset is not None and Path(self.dataset).is_dir():
             object.__setattr__(self, "dataset", str(Path(self.dataset).absolute()))
         files = self.train_files or self.valid_files

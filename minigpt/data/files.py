@@ -34,11 +34,11 @@ _BYTE_ORDER_MARK = "\ufeff"
 def read_pieces(
     path: Path, separator: str = END_OF_TEXT, field: str | None = None
 ) -> Iterator[Piece]:
-    r"""Yield the stories of one file, those of more than two million characters in pieces.
+    """Yield the stories of one file, those of more than two million characters in pieces.
 
-    A story is stripped, not empty, and has `\n` line ends; its pieces give it when joined, and
-    are cut where the tokenizer cuts anyway, if there is such a position. Byte order marks are
-    dropped. Memory does not grow with the file.
+    A story is stripped, not empty, and has line feeds as line ends. Its pieces give it when
+    joined, and are cut where the tokenizer cuts anyway, if there is such a position. Byte order
+    marks are dropped. Memory does not grow with the file.
 
     Args:
         path: .txt or .md (stories divided by `separator`, or one document without it), .jsonl,
@@ -89,7 +89,7 @@ def choose_field(
 
 
 def clean(text: str) -> str:
-    r"""Return a story as it is read: stripped, with `\n` line ends."""
+    """Return a story as it is read: stripped, with line feeds as line ends."""
     return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
@@ -289,7 +289,7 @@ def _lines(path: Path, chunks: Iterable[str]) -> Iterator[str]:
 
 
 def _decode(path: Path, file_format: Format) -> Iterator[str]:
-    r"""Yield the text of a UTF-8 file in chunks, without byte order marks, with `\n` line ends."""
+    """Yield the text of a UTF-8 file in chunks: no byte order marks, line feeds as line ends."""
     utf8 = codecs.getincrementaldecoder("utf-8")()
     decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
     offset, line = 0, 1

@@ -75,6 +75,9 @@ class Corpus:
     def stories(self, split: Split) -> Iterator[str]:
         """Yield the texts of `pieces`: stories, and the parts of very long ones.
 
+        Args:
+            split: "train" or "valid".
+
         Raises:
             UserError: as `pieces`.
         """
@@ -86,6 +89,9 @@ class Corpus:
         Pieces of more than two million characters do not occur: a longer story comes in several,
         which give it when joined. A story that is in both splits is left out of the held-out
         ones, or out of training where the validation files are given.
+
+        Args:
+            split: "train" or "valid".
 
         Raises:
             UserError: no files for the split, a file that cannot be read, or a holdout that
