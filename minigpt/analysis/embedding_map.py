@@ -9,17 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from minigpt.analysis.embeddings import EmbeddingProbe
 from minigpt.core.plots import COLOURS, MARKERS, Labels, new_figure, to_svg, write_png
 from minigpt.core.settings import UserError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MAP = "embedding_map.png"
 

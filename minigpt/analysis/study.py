@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from minigpt.analysis import analogies
 from minigpt.analysis.coherence import (
@@ -29,6 +29,7 @@ from minigpt.analysis.embedding_map import FewWordsError, caption, embedding_map
 from minigpt.analysis.embeddings import EmbeddingProbe
 from minigpt.analysis.repetition import COPIED, NOVELTY_STORIES, Repetition, measure
 from minigpt.core import plots
+from minigpt.core.console import log
 from minigpt.core.fields import documented
 from minigpt.core.files import write_json, write_text
 from minigpt.core.hardware import Hardware
@@ -40,11 +41,6 @@ from minigpt.kernels.choice import kernels_for
 from minigpt.model import GPT
 from minigpt.runs.folder import Run
 from minigpt.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-log = logging.getLogger("minigpt")
 
 ORIGINALS = "the original stories"  # name of their row, also in coherence.json
 SAMPLE_SEEDS = (1, 2, 3)  # of the stories in samples.md

@@ -7,7 +7,6 @@ own.
 
 from __future__ import annotations
 
-import logging
 import shlex
 import sys
 from dataclasses import replace
@@ -20,7 +19,7 @@ import typer
 from typer import Argument, Option
 
 from minigpt.cli.program import Program, describe, leave
-from minigpt.core.console import show_log
+from minigpt.core.console import log, show_log
 from minigpt.core.files import user_path
 from minigpt.core.settings import UserError, one_line, speak
 
@@ -33,7 +32,6 @@ PathArgument = partial(Argument, parser=user_path)
 PathOption = partial(Option, parser=user_path, metavar="PATH")
 RunPath = Annotated[Path, PathArgument(help="Run folder, checkpoint file or exported model.")]
 ClassPath = Annotated[str | None, Option(help="Class of the model, such as mypackage.MyGPT.")]
-log = logging.getLogger("minigpt")
 UsageError: Any = typer.BadParameter.__base__  # typer does not export it
 
 app = typer.Typer(

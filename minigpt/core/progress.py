@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 from rich import progress
 from rich.console import Console
 
-from minigpt.core.console import console
+from minigpt.core.console import console, log
 from minigpt.core.distributed import global_rank
 from minigpt.core.text import human_time
-
-log = logging.getLogger("minigpt")
 
 T = TypeVar("T")
 

@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    FileSizeColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich import progress
 
 from minigpt.core.progress import Progress
 
@@ -30,9 +24,9 @@ def byte_progress(
     Yields:
         A function to call with the number of bytes done since its last call.
     """
-    size = FileSizeColumn() if total is None else DownloadColumn()
-    left = [] if total is None else [TimeRemainingColumn()]
-    columns = "{task.description}", BarColumn(), size, TransferSpeedColumn(), *left
-    with Progress(*columns) as bar:
+    size = progress.FileSizeColumn() if total is None else progress.DownloadColumn()
+    left = [] if total is None else [progress.TimeRemainingColumn()]
+    numbers = size, progress.TransferSpeedColumn(), *left
+    with Progress("{task.description}", progress.BarColumn(), *numbers) as bar:
         task = bar.add_task(title, total=total, completed=done)
         yield lambda n_bytes: bar.advance(task, n_bytes)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import importlib.util
-import logging
 import os
 import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from urllib.request import getproxies
 
+from minigpt.core.console import log
 from minigpt.core.settings import UserError
 from minigpt.playground.answers import Playground
 from minigpt.runs.folder import Run
@@ -18,7 +18,6 @@ from minigpt.runs.folder import Run
 if TYPE_CHECKING:
     from gradio import Blocks
 
-log = logging.getLogger("minigpt")
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

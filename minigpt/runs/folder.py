@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import time
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch.distributed.rendezvous import rendezvous
 
+from minigpt.core.console import log
 from minigpt.core.distributed import global_rank
 from minigpt.core.files import read_yaml, refuse_links_out, user_path
 from minigpt.core.settings import ModelClassError, UserError, build
@@ -33,8 +33,6 @@ from minigpt.runs.checkpoint import (
 from minigpt.runs.names import BEST, CHECKPOINTS, CONFIG, LAST, TOKENIZER, WEIGHTS
 from minigpt.runs.records import read_summary
 from minigpt.tokenizer import Tokenizer
-
-log = logging.getLogger("minigpt")
 
 RUN_FOLDER_VARIABLE = "MINIGPT_RUN_FOLDER"  # passes the folder from rank 0 to the ranks it starts
 ModelFactory = Callable[[Any], GPT]  # a subclass of GPT, or a function from config to model

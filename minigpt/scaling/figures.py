@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from minigpt.core.plots import COLOURS, MARKERS, REFERENCE_COLOUR, Labels, log_ticks, new_figure
 from minigpt.core.text import human_count
 from minigpt.model import perplexity
 from minigpt.scaling.fit import RunGroup
 from minigpt.scaling.results import REFERENCE, RunResult
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 REFERENCE_LABEL = f"reference, {human_count(REFERENCE[0].tokens)} tokens"
 BEST_LABEL = "best of other groups"

@@ -6,7 +6,6 @@ Checkpoints are in checkpointing.py.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.progress import BarColumn, TimeRemainingColumn
 
+from minigpt.core.console import log
 from minigpt.core.files import write_json, write_text
 from minigpt.core.progress import Progress
 from minigpt.core.text import human_count, human_time
@@ -30,8 +30,6 @@ from minigpt.training.checkpointing import Checkpoints
 from minigpt.training.config import CallbacksConfig
 from minigpt.training.module import GPTModule
 from minigpt.training.report import write_report
-
-log = logging.getLogger("minigpt")
 
 
 class Throughput(Callback):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import math
 import os
 import signal
@@ -26,13 +25,12 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from minigpt.core.console import log
 from minigpt.core.settings import UserError
 from minigpt.runs.checkpoint import write_checkpoint
 from minigpt.runs.names import BEST, CHECKPOINTS, LAST
 from minigpt.training.config import CallbacksConfig
 from minigpt.training.module import GPTModule
-
-log = logging.getLogger("minigpt")
 
 # Errors of writing to a full disk, beyond a quota or a size limit, and to a read-only disk.
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)

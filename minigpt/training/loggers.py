@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import logging
 import os
 import secrets
 from importlib.util import find_spec
@@ -14,13 +13,12 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers.logger import Logger
 
+from minigpt.core.console import log
 from minigpt.core.distributed import global_rank
 from minigpt.core.files import write_text
 from minigpt.core.settings import UserError, one_line
 from minigpt.runs.records import broken_line, whole_lines
 from minigpt.training.config import LoggerConfig
-
-log = logging.getLogger("minigpt")
 
 WANDB_ID = "wandb-id.txt"  # in the run folder
 _WANDB_START_SECONDS = 30.0  # to wait for an answer before the run continues offline

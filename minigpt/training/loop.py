@@ -27,7 +27,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from minigpt.core.console import log_file
+from minigpt.core.console import log, log_file
 from minigpt.core.distributed import Launcher, global_rank, may_start_processes, step_name
 from minigpt.core.files import write_text
 from minigpt.core.hardware import PEAK_FILE, Hardware, matmul_peak
@@ -50,8 +50,6 @@ from minigpt.training.config import Schedule, TrainConfig, TrainerConfig, settin
 from minigpt.training.loggers import MetricsCsv, check_logger, extra_loggers, finish_wandb
 from minigpt.training.module import GPTModule
 from minigpt.training.resume import AUTO, ResumeState, folder_to_resume, run_lock
-
-log = logging.getLogger("minigpt")
 
 
 def train(

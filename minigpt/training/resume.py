@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from minigpt.core.console import log
 from minigpt.core.files import refuse_links_out
 from minigpt.core.settings import ModelClassError, UserError, build, flat
 from minigpt.data.config import DataConfig, with_cache_here
@@ -23,8 +23,6 @@ from minigpt.runs.provenance import Parent, parent_of
 from minigpt.tokenizer import Tokenizer
 from minigpt.training.config import Schedule, TrainConfig, settings_of
 from minigpt.training.module import GPTModule
-
-log = logging.getLogger("minigpt")
 
 AUTO = "auto"  # resume=auto: the run called config.name, if there is one
 _SECTIONS = ("model", "data", "optimizer", "trainer", "budget", "seed")  # of every config.yaml
