@@ -80,9 +80,8 @@ def __getattr__(name: str) -> Any:
         if name == "GPTConfig":  # model.py imports nothing of the package
             value = importlib.import_module("minigpt.core.fields").documented(value)
     else:
-        raise AttributeError(
-            f"module 'minigpt' has no attribute '{name}': choose from {', '.join(__all__)}"
-        )
+        problem = f"module 'minigpt' has no attribute '{name}'"
+        raise AttributeError(f"{problem}: choose from {', '.join(__all__)}")
     globals()[name] = value
     return value
 

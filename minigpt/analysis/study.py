@@ -128,8 +128,7 @@ def _load_models(runs: Sequence[Run]) -> list[StudiedModel]:
         raise UserError("two runs have the same name; rename the folder of one", "runs", names)
     pairs = zip(names, runs, strict=True)
     models = [StudiedModel(name, run.load_model(), run.tokenizer) for name, run in pairs]
-    kinds = {(m.tokenizer.fingerprint, m.net.config.context_length) for m in models}
-    if len(kinds) > 1:
+    if len({(m.tokenizer.fingerprint, m.net.config.context_length) for m in models}) > 1:
         problem = "tokenizer or context differ, so no model can score the stories of all"
         raise UserError(f"{problem}; study each run separately", "runs", names)
     return sorted(models, key=lambda model: model.net.n_parameters)

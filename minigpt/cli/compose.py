@@ -89,10 +89,9 @@ def compose_values(
             raise UserError(explain(error, name)) from None
 
 
-def plain_values(config: Any) -> dict[str, Any]:
-    """Return a composed config as plain values, with interpolations resolved."""
-    values: Any = OmegaConf.to_container(config, resolve=True)
-    return values
+def plain_values(config: Any) -> Any:
+    """Return a composed config as a dict of plain values, with interpolations resolved."""
+    return OmegaConf.to_container(config, resolve=True)
 
 
 def composed_words(name: str, typed: Sequence[str], folder: Path | None = None) -> list[str]:
@@ -193,8 +192,7 @@ def evaluation_config(values: dict[str, Any]) -> Any:
     """Return the `EvaluationConfig` of composed `values`."""
     from minigpt.evaluation import EvaluationConfig
 
-    command_line = ("ckpt", "out", "class_path")
-    settings = {k: v for k, v in values.items() if k not in command_line}
+    settings = {k: v for k, v in values.items() if k not in ("ckpt", "out", "class_path")}
     return build(EvaluationConfig, settings, "")
 
 

@@ -196,8 +196,8 @@ def flat(group: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings as a flat dict by dotted names, such as "data.batch_size"."""
     names: dict[str, Any] = {}
     for key, value in group.items():
-        inner = isinstance(value, dict)
-        names |= flat(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+        name = prefix + key
+        names |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return names
 
 

@@ -33,7 +33,8 @@ class DataConfig:
     stories are held out."""
 
     dataset: str | None = None
-    """Name of a dataset of the Hub such as `owner/name`, or a folder of one, for source `hf`."""
+    """Name of a dataset of the Hub such as `owner/name`, or a folder of one, for source `hf`;
+    None for the others."""
 
     subset: str | None = None
     """Configuration of the dataset, such as `wikitext-2-raw-v1`; None means its default."""

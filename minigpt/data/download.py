@@ -14,14 +14,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub as hub
 from filelock import FileLock
-from huggingface_hub import (
-    HfFileSystem,
-    constants,
-    get_hf_file_metadata,
-    hf_hub_download,
-    hf_hub_url,
-)
+from huggingface_hub import constants
 from huggingface_hub.utils import httpx, tqdm
 
 from minigpt.core.console import console
@@ -102,18 +97,17 @@ def _first_parts(folder: Path, name: str, version: str = "*") -> list[tuple[int,
 def _fetch(
     folder: Path, repo: str, name: str, separator: str, n_bytes: int | None, endpoint: str
 ) -> Path:
-    hub = get_hf_file_metadata(hf_hub_url(repo, name, repo_type="dataset", endpoint=endpoint))
-    if not (hub.etag and hub.size and hub.commit_hash):
+    dataset: Any = {"repo_type": "dataset", "endpoint": endpoint}
+    metadata = hub.get_hf_file_metadata(hub.hf_hub_url(repo, name, **dataset))
+    if not (metadata.etag and metadata.size and metadata.commit_hash):
         raise ConnectionError("no etag, size or commit in the answer")
-    version = hashlib.sha256(hub.etag.encode()).hexdigest()[:12]
-    if n_bytes is None or n_bytes >= hub.size:
+    version = hashlib.sha256(metadata.etag.encode()).hexdigest()[:12]
+    if n_bytes is None or n_bytes >= metadata.size:
         aside = folder / f"{name}.incoming"
         try:
             bar = None if console.is_terminal else HubLines
-            hf_hub_download(
-                repo, name, repo_type="dataset", local_dir=aside, endpoint=endpoint, tqdm_class=bar
-            )
-            _check(aside / name, separator, hub.etag)
+            hub.hf_hub_download(repo, name, local_dir=aside, tqdm_class=bar, **dataset)
+            _check(aside / name, separator, metadata.etag)
             (aside / name).replace(folder / name)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -127,8 +121,8 @@ def _fetch(
     for _, smaller in _first_parts(folder, name, version):
         if smaller.stat().st_size > part.stat().st_size:
             shutil.copyfile(smaller, part)
-    file_system, path = HfFileSystem(endpoint=endpoint), f"datasets/{repo}/{name}"
-    source = file_system.open(path, "rb", revision=hub.commit_hash, cache_type="none")
+    file_system, path = hub.HfFileSystem(endpoint=endpoint), f"datasets/{repo}/{name}"
+    source = file_system.open(path, "rb", revision=metadata.commit_hash, cache_type="none")
     with source, part.open("ab") as file, byte_progress(name, n_bytes, file.tell()) as show:
         source.seek(file.tell())
         while (wanted := min(_BLOCK, n_bytes - file.tell())) > 0:

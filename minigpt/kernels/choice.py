@@ -49,5 +49,4 @@ def fused_attention(qkv: Tensor, n_heads: int) -> Tensor:
         The attention output of all heads, concatenated (B, T, d).
     """
     q, k, v = qkv.unflatten(-1, (3, n_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return y.transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)

@@ -306,8 +306,7 @@ class Batch:
         size = c.n_layers * self._n_sequences * 2 * c.d_model * PANEL
         while len(self._blocks) * PANEL < capacity:
             # + PANEL, because decode.c reads whole panels, even if hs is not a multiple of PANEL.
-            block = torch.empty(size + PANEL, dtype=self.weights.dtype, device="cpu")
-            self._blocks.append(block)
+            self._blocks.append(torch.empty(size + PANEL, dtype=self.weights.dtype, device="cpu"))
 
     def _struct(self, starts: Tensor) -> _Step:
         """Return a batch without tokens and logits, and the objects it points to."""

@@ -18,14 +18,7 @@ from minigpt.core.settings import UserError
 from minigpt.core.text import human_count
 from minigpt.generation.sampling import SamplingConfig, encode_prompt
 from minigpt.model import GPT
-from minigpt.playground.html import (
-    attention_html,
-    bars_html,
-    note_html,
-    prompt_html,
-    stream_tokens,
-    token_html,
-)
+from minigpt.playground import html
 from minigpt.runs.folder import Run
 from minigpt.runs.names import BEST
 from minigpt.tokenizer import Tokenizer
@@ -101,7 +94,7 @@ class Playground:
             stories = [_story(model, prompt, sampling) for model in self.models.values()]
             columns = [next(story) for story in stories]
         except UserError as error:
-            yield (note_html(str(error), "error"),) * len(self.models)
+            yield (html.note_html(str(error), "error"),) * len(self.models)
             return
         last = 0.0  # the first token is shown at once
         while any(updates := [next(story, "") for story in stories]):
@@ -114,17 +107,17 @@ class Playground:
     def neighbours(self, name: str, word: str) -> str:
         """Return bars of the tokens nearest to `word` in the model `name`."""
         try:
-            return bars_html(self.models[name].probe.neighbours(_checked(word, "a word"), k=8))
+            return html.bars_html(self.models[name].probe.neighbours(_checked(word, "a word"), k=8))
         except UserError as error:
-            return note_html(str(error), "error")
+            return html.note_html(str(error), "error")
 
     def analogy(self, name: str, text: str) -> str:
         """Return bars of the answers of the model `name` to an analogy: princess - girl + boy."""
         try:
             words = parse_analogy(_checked(text, "three words"))
-            return bars_html(self.models[name].probe.analogy(*words, k=8))
+            return html.bars_html(self.models[name].probe.analogy(*words, k=8))
         except UserError as error:
-            return note_html(str(error), "error")
+            return html.note_html(str(error), "error")
 
     def map(self, name: str) -> str:
         """Return the map of words of the model `name`."""
@@ -142,24 +135,24 @@ class Playground:
             ids = text_ids[:, : min(MAX_ATTENTION, shape.context_length)]
             weights = attention_weights(model.net, ids.to(model.net.embedding.weight.device))
         except UserError as error:
-            return note_html(str(error), "error")
+            return html.note_html(str(error), "error")
         names = ["(start) ", *map(model.tokenizer.token, ids[0, 1:].tolist())]
-        matrix = attention_html(names, weights[layer - 1, head - 1])
+        matrix = html.attention_html(names, weights[layer - 1, head - 1])
         if ids.shape[1] == text_ids.shape[1]:
             return matrix
         cut = f"Only the first {ids.shape[1]} of {text_ids.shape[1]} tokens are shown."
-        return note_html(cut) + matrix
+        return html.note_html(cut) + matrix
 
 
 def _story(model: LoadedModel, prompt: str, sampling: SamplingConfig) -> Iterator[str]:
     """Yield a story as HTML: the prompt, then again with each token, last with how it ended."""
     length, context = len(model.tokenizer.encode(prompt)), model.net.config.context_length
-    story = prompt_html(prompt)
+    story = html.prompt_html(prompt)
     if length >= context:
         cut = f"The prompt has {length} tokens and the context {context}: the model reads its end."
-        story = note_html(cut) + story
+        story = html.note_html(cut) + story
     yield story
-    tokens = stream_tokens(model.net, model.tokenizer, prompt, sampling)
+    tokens = html.stream_tokens(model.net, model.tokenizer, prompt, sampling)
     n, seconds, end = 0, 0.0, "Stopped at the maximum length"
     while True:
         started = time.monotonic()
@@ -167,12 +160,12 @@ def _story(model: LoadedModel, prompt: str, sampling: SamplingConfig) -> Iterato
         seconds += time.monotonic() - started  # without the time of the other models
         if token is None:
             break
-        n, story = n + 1, story + token_html(token)
+        n, story = n + 1, story + html.token_html(token)
         if not token.text:
             end = "The story ended"
             break
         yield story
-    yield story + note_html(f"{end}: {n} tokens, {n / max(seconds, 1e-3):.0f} tokens/s.")
+    yield story + html.note_html(f"{end}: {n} tokens, {n / max(seconds, 1e-3):.0f} tokens/s.")
 
 
 def _load(run: Run, taken: Sequence[str]) -> LoadedModel:
@@ -186,9 +179,9 @@ def _load(run: Run, taken: Sequence[str]) -> LoadedModel:
     probe = EmbeddingProbe(net, tokenizer)
     try:
         words = embedding_map(probe)
-        word_map = f'<div class="map">{map_svg(words)}</div>{note_html(caption(words))}'
+        word_map = f'<div class="map">{map_svg(words)}</div>{html.note_html(caption(words))}'
     except FewWordsError as error:
-        word_map = note_html(str(error), "error")
+        word_map = html.note_html(str(error), "error")
     return LoadedModel(name, net, tokenizer, probe, word_map)
 
 

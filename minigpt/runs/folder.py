@@ -264,8 +264,7 @@ def new_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool = F
     Raises:
         UserError: the folder exists or cannot be created.
     """
-    torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    store = next(rendezvous("env://"))[0] if torchrun else None
+    store = next(rendezvous("env://"))[0] if "TORCHELASTIC_RUN_ID" in os.environ else None
     if global_rank() == 0:
         folder = _make_run_folder(parent, name, size, exist_ok)
         os.environ[RUN_FOLDER_VARIABLE] = str(folder)
@@ -327,8 +326,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = None
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a dictionary of settings: restore it, or train again")
-    sections = {key: _current(config[key], key) for key in OLD_DEFAULTS if key in config}
-    return config | sections
+    return config | {key: _current(config[key], key) for key in OLD_DEFAULTS if key in config}
 
 
 def _current(values: Any, section: str) -> Any:

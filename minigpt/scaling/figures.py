@@ -62,8 +62,7 @@ def scaling_figure(groups: Sequence[RunGroup]) -> Figure:
     dense = [point for points in series.values() for point in _dense(points)]
     labels = Labels(axes, [*law_curve.tolist(), *dense])
     for (name, points), _, colour in drawn:
-        text = fill(f"{points[-1][1]:.2f}  {name}", LINE)
-        labels.add(text, points[-1], colour, fontsize=FONT)
+        labels.add(fill(f"{points[-1][1]:.2f}  {name}", LINE), points[-1], colour, fontsize=FONT)
         for point in points[:-1]:
             labels.add(f"{point[1]:.2f}", point, fontsize=FONT)
     return figure

@@ -261,8 +261,7 @@ def _portable(value: Any) -> Any:
         return {key: _portable(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_portable(item) for item in value]
-    is_path = isinstance(value, str) and Path(value).is_absolute()
-    return Path(value).name if is_path else value
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _thinned(rows: list[Row]) -> str:

@@ -157,8 +157,7 @@ def _hardware(c: TrainerConfig) -> Hardware:
         raise error.within("trainer") from None
     if hardware.accelerator == "mps" and c.strategy != "auto":
         message = "needs several devices, and a Mac has one GPU; CPU processes can train instead"
-        fix = {"trainer.accelerator": "cpu"}
-        raise UserError(message, "trainer.strategy", c.strategy, fix)
+        raise UserError(message, "trainer.strategy", c.strategy, {"trainer.accelerator": "cpu"})
     if hardware.world_size > 1 and not may_start_processes():
         message = "needs a process per device, started by the command line, torchrun or srun"
         raise UserError(message, "trainer.devices", hardware.devices, {"trainer.devices": "1"})

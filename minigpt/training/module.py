@@ -146,8 +146,7 @@ class GPTModule(L.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
         """Clip the norm of all gradients together, and log the norm before clipping."""
-        limit = self.settings.grad_clip or math.inf
-        norm = nn.utils.clip_grad_norm_(self.net.parameters(), limit)
+        norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.grad_clip or math.inf)
         if self.has_row(self.global_step + 1):
             self.log("grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 

@@ -193,8 +193,7 @@ def curve_figure(rows: list[Row], column: str, label: str, colour: str) -> Figur
         axes.set_yscale("log")
         finite = [value for value in values if math.isfinite(value)] or [1.0]
         ratio = max(finite) / min(finite)
-        subs = (1, 2, 5) if ratio > 30 else (1, 1.5, 2, 3, 5, 7)
-        log_ticks(axes.yaxis, subs, "{:,.4g}".format)
+        log_ticks(axes.yaxis, (1, 2, 5) if ratio > 30 else (1, 1.5, 2, 3, 5, 7), "{:,.4g}".format)
         if ratio <= 3:
             axes.yaxis.set_major_locator(MaxNLocator(5))
     else:
