@@ -120,10 +120,9 @@ def write_continuations(
 
 
 def _batches(openings: Sequence[Opening]) -> Iterator[list[int]]:
-    by_length: dict[int, list[int]] = {}
-    for i, opening in enumerate(openings):
-        by_length.setdefault(len(opening.ids), []).append(i)
-    for _, indices in sorted(by_length.items()):
+    lengths = [len(opening.ids) for opening in openings]
+    for length in sorted(set(lengths)):
+        indices = [i for i, other in enumerate(lengths) if other == length]
         for first in range(0, len(indices), BATCH):
             yield indices[first : first + BATCH]
 

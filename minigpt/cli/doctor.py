@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
-import re
 import shutil
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +11,7 @@ from pathlib import Path
 import torch
 
 import minigpt
-from minigpt.core.hardware import Hardware
+from minigpt.core.hardware import Hardware, cpu_description, cpu_quota
 from minigpt.core.settings import UserError
 from minigpt.data.config import CACHE
 from minigpt.generation.decoder import Decoder, decode
@@ -21,7 +19,6 @@ from minigpt.model import GPT, GPTConfig
 from minigpt.runs.provenance import source_commit
 
 PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "tokenizers", "numpy", "wandb")
-FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")  # of x86, then of ARM
 
 
 def diagnose() -> tuple[dict[str, str], list[str]]:
@@ -31,7 +28,7 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
         The facts by topic, in the order to print them, and one line for each thing that could be
         better, with what to do about it.
     """
-    n_cores, threads, quota = os.cpu_count() or 1, torch.get_num_threads(), _cpu_quota()
+    n_cores, threads, quota = os.cpu_count() or 1, torch.get_num_threads(), cpu_quota()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else n_cores
     limit = max(1, int(min(usable, quota or usable)))
     gpus = ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
@@ -45,18 +42,19 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
     generation, private = _generation(), str(Path.home())  # the latter holds the user's name
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minigpt"
     caches = {"data.cache_dir": Path(CACHE), "XDG_CACHE_HOME": home}  # by what moves them
+    sizes = {p: sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) for p in caches.values()}
     facts = {
         "minigpt": f"{minigpt.__version__}, source {source_commit()}",
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "packages": ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES),
         "system": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": cpu_description(),
         "cores": f"{usable} usable of {n_cores}, quota {quota or 'none'}, {threads} threads",
         "memory": f"{sysconf('SC_PHYS_PAGES') * sysconf('SC_PAGE_SIZE') / 1e9:.1f} GB",
         "gpu": gpus or "none",
         "precision": precision,
         "generation": generation,
-        "caches": ", ".join(f"{path} ({_megabytes(path):.1f} MB)" for path in caches.values()),
+        "caches": ", ".join(f"{path} ({size / 1e6:.1f} MB)" for path, size in sizes.items()),
         "disk": f"{free:.1f} GB free",
     }
     checks = {  # what could be better, and whether that applies here
@@ -75,29 +73,6 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
         checks[f"{path} is not writable: set {setting} to another folder"] = not writable
     facts = {topic: fact.replace(private, "~") for topic, fact in facts.items()}
     return facts, [line.replace(private, "~") for line, applies in checks.items() if applies]
-
-
-def _cpu() -> str:
-    """Return the name of the CPU and the instruction sets that decide its speed."""
-    text = decode.cpu_name()  # on Linux lines of /proc/cpuinfo, the name last
-    name = re.search(r"model name\s*: (.*)", text)
-    instructions = " ".join(flag for flag in FLAGS if re.search(rf"\b{flag}\b", text))
-    processor = name[1] if name else platform.processor() or platform.machine()
-    return f"{processor}, {instructions or 'instructions unknown'}"
-
-
-def _cpu_quota() -> float | None:
-    """Return how many cores the cgroup of this process may use; None without a limit."""
-    for names in ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"):  # v2, then v1
-        with contextlib.suppress(OSError, ValueError):  # the other version, or "max"
-            text = " ".join(Path("/sys/fs/cgroup", name).read_text() for name in names)
-            quota, period = map(int, text.split())
-            return quota / period if quota > 0 else None
-    return None
-
-
-def _megabytes(folder: Path) -> float:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
 
 
 def _generation() -> str:

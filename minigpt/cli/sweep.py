@@ -28,8 +28,7 @@ def write_sweep(name: str, path: Path) -> Path:
     """
     checkout = Path(minigpt.__file__).parent.parent / "sweeps"
     folder = checkout if checkout.is_dir() else resources.files("minigpt") / "sweeps"
-    files = [file for file in folder.iterdir() if file.name.endswith(".yaml")]
-    sweeps = {file.name.removesuffix(".yaml"): file for file in files}
+    sweeps = {f.name.removesuffix(".yaml"): f for f in folder.iterdir() if f.name.endswith(".yaml")}
     if name not in sweeps:
         raise UserError(unknown_name(name, sorted(sweeps), "sweep"))
     if path.exists():

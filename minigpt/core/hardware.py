@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,38 @@ def _find_precision(setting: str, accelerator: str) -> tuple[str, str]:
 def cpu_has_bfloat16() -> bool:
     """Return whether the CPU has AVX512-BF16 or AMX, for which torch has no public function."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+_CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")  # of x86, then of ARM
+
+
+def cpu_name() -> str:
+    """Return what `-march=native` depends on: machines of several kinds may share the cache."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return f"{platform.machine()} {platform.processor()}"
+    names = ("model name", "flags", "Features", "CPU part")
+    return " ".join(sorted({line for line in lines if line.startswith(names)}))
+
+
+def cpu_description() -> str:
+    """Return the name of the CPU and the instruction sets that decide its speed."""
+    text = cpu_name()  # on Linux lines of /proc/cpuinfo, the name last
+    name = re.search(r"model name\s*: (.*)", text)
+    instructions = " ".join(flag for flag in _CPU_FLAGS if re.search(rf"\b{flag}\b", text))
+    processor = name[1] if name else platform.processor() or platform.machine()
+    return f"{processor}, {instructions or 'instructions unknown'}"
+
+
+def cpu_quota() -> float | None:
+    """Return how many cores the cgroup of this process may use; None without a limit."""
+    for names in ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"):  # v2, then v1
+        with contextlib.suppress(OSError, ValueError):  # the other version, or "max"
+            text = " ".join(Path("/sys/fs/cgroup", name).read_text() for name in names)
+            quota, period = map(int, text.split())
+            return quota / period if quota > 0 else None
+    return None
 
 
 PEAK_FILE = "matmul_peak.json"  # in the cache_dir

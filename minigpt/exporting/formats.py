@@ -148,12 +148,10 @@ def _hf_config(model: GPT, end: int) -> dict[str, Any]:
         "n_inner": c.d_ff,
         "activation_function": "gelu",  # exact; the default of GPT-2 is the tanh approximation
         "layer_norm_epsilon": model.final_norm.eps,
-        "embd_pdrop": c.dropout,
-        "resid_pdrop": c.dropout,
+        **dict.fromkeys(("embd_pdrop", "resid_pdrop"), c.dropout),
         "attn_pdrop": 0.0,
         "tie_word_embeddings": True,
-        "bos_token_id": end,
-        "eos_token_id": end,
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), end),
         "dtype": "float32",
     }
 

@@ -328,8 +328,4 @@ def _until(ids: list[int], end: int) -> list[int]:
 def seeded_generator(seed: int | None, device: torch.device) -> torch.Generator:
     """Return a random generator on `device`; None as a seed means a new one each time."""
     generator = torch.Generator(device)
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return generator
+    return generator.manual_seed(generator.seed() if seed is None else seed)

@@ -28,6 +28,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from minigpt.core.hardware import cpu_name
 from minigpt.model import GPT, Block, CausalSelfAttention, FeedForward, GPTConfig
 
 log = logging.getLogger(__name__)
@@ -132,16 +133,6 @@ def run(command: list[str]) -> str:
     return subprocess.run(  # noqa: S603
         command, check=True, capture_output=True, text=True, errors="replace", timeout=120
     ).stdout
-
-
-def cpu_name() -> str:
-    """Return what `-march=native` depends on: machines of several kinds may share the cache."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        return f"{platform.machine()} {platform.processor()}"
-    names = ("model name", "flags", "Features", "CPU part")
-    return " ".join(sorted({line for line in lines if line.startswith(names)}))
 
 
 # ---------------------------------------------------------------------------- structs

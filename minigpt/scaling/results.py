@@ -141,8 +141,8 @@ def read_run(path: Path) -> RunResult:
     """
     refuse_links_out(path)
     summary, config, rows = read_summary(path), Run(path, path).config, read_metrics(path)
-    numbers: dict[str, Any] = last_values(rows)
-    numbers |= {name: value for name, value in summary.items() if value is not None}
+    known = {name: value for name, value in summary.items() if value is not None}
+    numbers: dict[str, Any] = last_values(rows) | known
 
     def number(name: str) -> Any:
         value = numbers.get(name)

@@ -42,6 +42,8 @@ class MetricsCsv(Logger):
             writes them again. None replaces an existing file.
     """
 
+    name, version = "csv", ""  # type: ignore[assignment]  # in Lightning; there is one file alone
+
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
         super().__init__()
         self.path = path
@@ -55,16 +57,6 @@ class MetricsCsv(Logger):
                 raise broken_line(path, reader.line_num, "a row with a step") from None
             self.columns = list(reader.fieldnames or COLUMNS)
         self._write_all(rows)
-
-    @property
-    def name(self) -> str:
-        """Name of this logger in Lightning."""
-        return "csv"
-
-    @property
-    def version(self) -> str:
-        """The empty version, since there is one file alone."""
-        return ""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:

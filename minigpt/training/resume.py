@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from minigpt.core.console import log
 from minigpt.core.files import refuse_links_out
@@ -267,20 +265,17 @@ def _parent(run: Run, model: GPT) -> Parent:
     return build(Parent, entry, f"{run.folder}")
 
 
-@contextlib.contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
-    """Keep a second process from training the same run at the same time.
+def run_lock(folder: Path) -> AcquireReturnProxy:
+    """Lock a run, so that no second process trains it; a context manager releases the lock.
 
     Raises:
         UserError: another process trains it. A process that is killed releases its lock.
     """
     try:
-        lock = FileLock(folder / ".lock").acquire(timeout=0)
+        return FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
         message = f"{folder} is being trained by another process: wait, or choose another name"
         raise UserError(message, "name", folder.name) from None
-    with lock:
-        yield
 
 
 def _check_settings(config: TrainConfig, before: TrainConfig, folder: Path) -> None:
