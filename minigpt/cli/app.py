@@ -69,9 +69,7 @@ def generate(
     from minigpt.generation.sampling import SamplingConfig, iterate_stories, stream_text
     from minigpt.tokenizer import END_OF_TEXT
 
-    sampling = SamplingConfig(
-        temperature, top_k, top_p, max_tokens, seed, min_p, repetition_penalty
-    )
+    config = SamplingConfig(temperature, top_k, top_p, max_tokens, seed, min_p, repetition_penalty)
     if n < 1:
         raise UserError("must be at least 1", "n", n)
     options = {"--top-k": top_k, "--top-p": top_p, "--min-p": min_p, "--n": None if n == 1 else n}
@@ -88,10 +86,10 @@ def generate(
     if dtype == "bfloat16" and c_backend() is None and not cpu_has_bfloat16():
         log.warning("no decode.c and no native bfloat16 here: --dtype float32 is faster")
     if n == 1:
-        for piece in chain([prompt], stream_text(model, tokenizer, prompt, sampling), ["\n"]):
+        for piece in chain([prompt], stream_text(model, tokenizer, prompt, config), ["\n"]):
             print(piece, end="", flush=True)
         return
-    for story, text in enumerate(iterate_stories(model, tokenizer, prompt, n, sampling)):
+    for story, text in enumerate(iterate_stories(model, tokenizer, prompt, n, config)):
         print(f"{END_OF_TEXT}\n" if story else "", prompt, text, sep="", flush=True)
 
 

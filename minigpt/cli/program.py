@@ -111,10 +111,8 @@ def describe(error: UserError, program: Program, options: frozenset[str] = froze
     head = error.message
     if error.argument is not None and not isinstance(error, ModelClassError):
         head = f"{typed(error.argument, error.value)}: {head}"
-    steps = [
-        typed(name, value) if name in options else shlex.quote(typed(name, value))
-        for name, value in error.fix.items()
-    ]
+    fixes = {name: typed(name, value) for name, value in error.fix.items()}
+    steps = [fix if name in options else shlex.quote(fix) for name, fix in fixes.items()]
     if isinstance(error, ModelClassError):
         verb = program.words[0] if program.words else Path(program.path).stem
         steps.append(f"{CLASS_PATH.get(verb, '--class-path ')}{error.class_name}")

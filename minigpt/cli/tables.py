@@ -22,20 +22,16 @@ def show(evaluation: Evaluation, console: Console) -> None:
     e = evaluation
     windows = "windows side by side" if e.stride is None else f"windows every {e.stride} tokens"
     split = "tuning" if e.data["valid"] == "tuning" else "validation"
-    heading = (
-        f"{e.checkpoint}, {e.parameters:,} parameters, on the {split} split of "
-        f"{e.data['source']}: {windows}, {e.precision} on {e.device}"
-    )
+    heading = f"{e.checkpoint}, {e.parameters:,} parameters, on the {split} split of "
+    heading += f"{e.data['source']}: {windows}, {e.precision} on {e.device}"
     console.print(Text(heading), _loss_table(e), sep="\n")
     for row in e.temperatures:
         for story in row.stories[:1]:
             title = Text(f"\ntemperature {row.temperature}\n", style="bold")
             console.print(title.append(story["prompt"], "dim").append(story["text"], "not bold"))
     if any(row.stories for row in e.temperatures):
-        legend = (
-            "Share of word n-grams: different; repeated within their story; new, that is, in none "
-            f"of {e.novelty_stories:,} training stories."
-        )
+        legend = "Share of word n-grams: different; repeated within their story; new, that is, in "
+        legend += f"none of {e.novelty_stories:,} training stories."
         console.print("", _temperature_table(e), Text(legend), sep="\n")
     for kind, answers in (("word", e.neighbours), ("analogy", e.analogies)):
         if answers:
@@ -89,8 +85,7 @@ def score_table(answers: Answers) -> Table:
     table = Table("analogy", "expected", "nearest token", "rank of expected", title="Analogies")
     for analogy in answers.analogies:
         nearest = Text(token_cell(analogy.top[0][0]) if analogy.top else "")
-        problem = (analogy.problem or "").split(" to this ")[0]
-        rank = str(analogy.rank) if analogy.rank else problem
+        rank = str(analogy.rank) if analogy.rank else (analogy.problem or "").split(" to this ")[0]
         table.add_row(analogy.question, analogy.expected, nearest, rank)
     return table
 

@@ -62,8 +62,7 @@ def _compiled_library() -> ctypes.CDLL | None:
         return _load(command) if command is not None and SOURCE.is_file() else None
     # Path.home() raises RuntimeError if there is no home folder.
     except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or error
-        first = str(reason).strip().split("\n")[0]
+        first = str(getattr(error, "stderr", None) or error).strip().split("\n")[0]
         log.warning("decode.c cannot be used, so generation is slower: %s", first)
         return None
 

@@ -88,9 +88,8 @@ class Playground:
             prompt = _checked(prompt)
             if not 1 <= max_tokens <= MAX_TOKENS:
                 raise UserError(f"must be from 1 to {MAX_TOKENS}", "max_tokens", max_tokens)
-            sampling = SamplingConfig(
-                temperature, top_k or None, top_p, max_tokens, random.getrandbits(31), min_p
-            )
+            seed = random.getrandbits(31)
+            sampling = SamplingConfig(temperature, top_k or None, top_p, max_tokens, seed, min_p)
             stories = [_story(model, prompt, sampling) for model in self.models.values()]
             columns = [next(story) for story in stories]
         except UserError as error:

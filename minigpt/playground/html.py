@@ -139,10 +139,8 @@ def attention_html(names: Sequence[str], weights: Tensor) -> str:
         for i, name in enumerate(names)
     )
     data = html.escape(json.dumps(rows))
-    return (
-        f'<div class="attention" dir="auto" data-rows="{data}">{tokens}</div>'
-        f"{_heatmap(names, rows)}"
-    )
+    text = f'<div class="attention" dir="auto" data-rows="{data}">{tokens}</div>'
+    return text + _heatmap(names, rows)
 
 
 def _heatmap(names: Sequence[str], rows: list[list[float]]) -> str:

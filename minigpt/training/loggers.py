@@ -175,10 +175,9 @@ def finish_wandb(loggers: list[Logger], exit_code: int) -> None:
         return
     import wandb
 
-    run = wandb.run
+    run: Any = wandb.run
     try:
         wandb.finish(exit_code=exit_code)
     except TimeoutError:
-        assert run is not None
         folder = Path(run.dir).parent
         log.warning("W&B        upload timed out; data kept locally, run wandb sync %s", folder)

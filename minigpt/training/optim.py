@@ -87,13 +87,11 @@ def make_optimizer(
     lrs = peak_lrs(config, d_model)
     matrices, embeddings, vectors = [], [], []  # vectors: biases and norms
     for name, parameter in model.named_parameters():
-        is_embedding = "embedding" in name
-        group = vectors if parameter.dim() < 2 else embeddings if is_embedding else matrices
-        group.append(parameter)
+        matrix = embeddings if "embedding" in name else matrices
+        (vectors if parameter.dim() < 2 else matrix).append(parameter)
     decayed = embeddings if config.name == "muon" else matrices + embeddings
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": vectors}]
-    betas = config.beta1, config.beta2
-    adamw = AdamW(groups, lrs["lr"], betas, weight_decay=0.0, fused=fused)
+    adamw = AdamW(groups, lrs["lr"], (config.beta1, config.beta2), weight_decay=0.0, fused=fused)
     if config.name == "adamw":
         return adamw
     muon = Muon(matrices, lrs["matrix_lr"], config.momentum, config.weight_decay, dtype)
