@@ -131,8 +131,7 @@ def coherence(stories: Sequence[Continuation]) -> Coherence:
     """Return the coherence measures of `stories`, of which there must be at least one."""
     retention, names, recurrence = [], [], []
     for story in stories:
-        words = split_words(story.text)
-        if words:
+        if words := split_words(story.text):
             last_third = words[len(words) - -(-len(words) // 3) :]  # rounded up
             without_possessive = {re.sub(r"['’]s$", "", word) for word in last_third}
             retention.append(story.opening.name.lower() in without_possessive)

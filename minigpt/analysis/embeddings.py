@@ -43,8 +43,7 @@ def parse_analogy(text: str) -> tuple[str, str, str]:
     Raises:
         UserError: `text` has another form.
     """
-    match = _ANALOGY.fullmatch(text)
-    if match:
+    if match := _ANALOGY.fullmatch(text):
         word, first, second, sign, third = match.groups()
         if sign == "+" != first:
             return word, second, third

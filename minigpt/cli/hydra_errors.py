@@ -33,8 +33,7 @@ def explain(error: Exception, name: str) -> str:
         if name == "evaluate" and setting.startswith("data."):
             return f"{setting} applies to a corpus other than the run's own: add data=text"
         return unknown_name(setting, setting_names(name))
-    missing = re.search(r"Missing mandatory value: (\S+)", text)
-    if missing:
+    if missing := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{missing.group(1)} is not set: type {missing.group(1)}=<value>"
     return " ".join(text.split("\n")[:2])  # the lines after these list Hydra's own types
 

@@ -73,8 +73,7 @@ class Hardware:
             raise UserError(problem, "accelerator", typed, fix={"accelerator": "auto"})
         n_gpus = torch.cuda.device_count() if accelerator == "cuda" else 0
         n_devices = max(1, n_gpus) if devices == "auto" else int(devices)
-        launcher = Launcher.detect()
-        if launcher is not None:
+        if (launcher := Launcher.detect()) is not None:
             _check_launched(launcher, devices, num_nodes)
             n_devices, num_nodes = launcher.devices, launcher.num_nodes
         elif num_nodes > 1:

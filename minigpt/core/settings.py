@@ -162,8 +162,7 @@ def check(config: Any, message: str, allows: Callable[[Any], bool], *names: str)
         names: names of the fields.
     """
     for name in names:
-        value = getattr(config, name)
-        if value is not None and not allows(value):
+        if (value := getattr(config, name)) is not None and not allows(value):
             raise UserError(message, name, value)
 
 
@@ -226,8 +225,7 @@ def unknown_name(name: str, allowed: list[str], kind: str = "setting") -> str:
         return f"unknown {kind} '{name}': it is now called {RENAMED[name]}"
     if "." in name:
         allowed = [other for other in allowed if "." in other] or allowed
-    near = difflib.get_close_matches(name, allowed, n=3, cutoff=0.6)
-    if near:
+    if near := difflib.get_close_matches(name, allowed, n=3, cutoff=0.6):
         return f"unknown {kind} '{name}': did you mean {' or '.join(near)}?"
     if len(allowed) > 20:
         return f"unknown {kind} '{name}': --help lists the common ones, --cfg job all of them"

@@ -127,9 +127,8 @@ def _time(seconds: Any) -> str:
 
 def _n_stories(source: str, summary: Record) -> str:
     """Return how many stories the run was trained on, for the card; "" if nothing says it."""
-    n = summary.get("train_stories")
-    if n is None and source == "tinystories_sample":
-        n = 14_849  # the first edition: a run on the second records the number
+    # The first edition of the sample, because a run on the second records the number.
+    n = summary.get("train_stories", 14_849 if source == "tinystories_sample" else None)
     return "" if n is None else f", {_count(n)} stories"
 
 

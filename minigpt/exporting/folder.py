@@ -31,11 +31,9 @@ def check_output(out: Path) -> None:
         raise UserError("this is a file: give a new folder to export into", "out", str(out))
     present = {path.name for path in out.iterdir()}
     own = {path.name for pattern in _RESULTS for path in out.glob(pattern)}
-    files = read_object(out / MARKER).get("files")
-    if isinstance(files, list):
+    if isinstance(files := read_object(out / MARKER).get("files"), list):
         own |= set(map(str, files))
-    foreign = sorted(present - own if MARKER in present else present)
-    if foreign:
+    if foreign := sorted(present - own if MARKER in present else present):
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         problem = f"{foreign[0]}{more} in this folder are not of an export: give a new folder"
         raise UserError(problem, "out", str(out))

@@ -133,8 +133,7 @@ def generate(
                 ids = sample(logits, sampling, generator, seen)
                 if n_ended:
                     ids.masked_fill_(ended, end_of_text)
-                n_ended = ids.tolist().count(end_of_text)
-                if n_ended:
+                if n_ended := ids.tolist().count(end_of_text):
                     ended = ids == end_of_text
                 if seen is not None:
                     seen.scatter_(1, ids[:, None], ids[:, None] != end_of_text)

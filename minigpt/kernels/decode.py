@@ -75,8 +75,7 @@ def compiler() -> list[str] | None:
     """
     if sys.platform == "win32":
         return None
-    named = os.environ.get("CC")
-    if named is not None:
+    if (named := os.environ.get("CC")) is not None:
         return shlex.split(named) or None
     return next(([name] for name in ("gcc", "cc", "clang") if shutil.which(name)), None)
 

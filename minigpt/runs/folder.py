@@ -84,8 +84,7 @@ class Run:
         path = user_path(path)
         if path.is_dir():
             best, weights = path / CHECKPOINTS / f"{BEST}.ckpt", path / WEIGHTS
-            checkpoints = [*([best] if best.is_file() else []), *last_checkpoints(path)]
-            if checkpoints:
+            if checkpoints := [*([best] if best.is_file() else []), *last_checkpoints(path)]:
                 refuse_links_out(path)
                 return cls(path, first_undamaged(checkpoints), model)
             if weights.is_file():
@@ -119,8 +118,7 @@ class Run:
         Raises:
             UserError: tokenizer.json is missing or damaged.
         """
-        path = self.folder / TOKENIZER
-        if not path.is_file():
+        if not (path := self.folder / TOKENIZER).is_file():
             fix = "give a run folder with all its files"
             raise UserError(f"{self.folder} has no {TOKENIZER}: {fix}")
         return Tokenizer.load(path)
@@ -176,8 +174,7 @@ class Run:
             UserError: the checkpoint is damaged, or belongs to another run.
             ModelClassError: the run was trained with another class than `GPT` or the given one.
         """
-        trained = self.config.get("model_class")
-        if trained is not None and self.model is None:
+        if (trained := self.config.get("model_class")) is not None and self.model is None:
             problem = f"{self.folder} was trained with the class {trained}, which must be given"
             raise ModelClassError(problem, trained)
         factory = self.model or GPT

@@ -119,8 +119,7 @@ def parent_of(record: Mapping[str, Any], path: Path) -> Parent | None:
     Raises:
         UserError: the entry is not a valid record of a parent.
     """
-    entry = record.get("init_from")
-    if entry is None:
+    if (entry := record.get("init_from")) is None:
         return None
     if not isinstance(entry, Mapping):
         raise UserError(f"{path}: init_from must be an object: restore the file, or train again")

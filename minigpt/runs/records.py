@@ -83,8 +83,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is not a JSON object.
     """
-    path = folder / SUMMARY
-    if not path.is_file():
+    if not (path := folder / SUMMARY).is_file():
         return {}
     try:
         summary = read_json(path)

@@ -119,8 +119,7 @@ def _curves_figure(runs: Iterable[RunResult], per_token: Callable[[Any], Any], u
             axes.plot(*np.transpose(curve), ".-", color=colour, linewidth=1.2, markersize=4)
             axes.plot(*curve[-1], marker, color=colour, markersize=6)
     title = f"Perplexity against training {unit}"
-    ends = {curve[-1]: label for label, curves in series.items() for curve in curves}
-    if ends:
+    if ends := {curve[-1]: label for label, curves in series.items() for curve in curves}:
         best, goal = (min(points, key=lambda point: point[1]) for points in (ends, reference))
         title = f"{ends[best]}: perplexity {best[1]:.2f} after {_count(best[0])} {unit}"
         title += f"; best reference: {goal[1]:.2f} after {_count(goal[0])}"

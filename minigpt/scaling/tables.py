@@ -123,8 +123,7 @@ def rich_table(runs: Iterable[RunResult]) -> Table:
 
 def law_line(group: RunGroup) -> str:
     """Return the law of a group on one line, or how many sizes it has if there is no law."""
-    law = group.fits.get("parameters")
-    if law is None:
+    if (law := group.fits.get("parameters")) is None:
         return f"{group.label}: no fit, has {len(group.sizes)} of the {MIN_SIZES} sizes needed"
     return f"{group.label}: L = {law.e:.3f} + {law.a:.4g} / N^{law.alpha:.3f}"
 

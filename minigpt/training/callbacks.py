@@ -119,9 +119,8 @@ class StorySamples(Callback):
     @rank_zero_only
     def on_fit_start(self, *_: Any, **__: Any) -> None:
         """Drop the stories that a resumed run will write again."""
-        samples = read_samples(self.path.parent)
-        earlier = [sample for sample in samples if sample["step"] <= self.start_step]
-        write_text(self.path, "".join(_line(sample) for sample in earlier))
+        earlier = (s for s in read_samples(self.path.parent) if s["step"] <= self.start_step)
+        write_text(self.path, "".join(map(_line, earlier)))
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:

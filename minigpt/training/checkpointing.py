@@ -175,8 +175,7 @@ class Checkpoints(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         """Write last.ckpt, and best.ckpt if the validation loss is the lowest."""
-        loss = float(trainer.callback_metrics["val/loss"])
-        if loss < self.best_val_loss:
+        if (loss := float(trainer.callback_metrics["val/loss"])) < self.best_val_loss:
             self.best_val_loss = loss
             self._save(trainer, BEST)
         self._save(trainer, LAST)

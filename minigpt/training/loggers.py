@@ -158,8 +158,7 @@ def _wandb_logger(folder: Path, project: str) -> Logger:
 
 def _wandb_id(folder: Path) -> str:
     """Return the W&B id of the run: the one in its folder, else the sweep's, else a random one."""
-    path = folder / WANDB_ID
-    if path.is_file():
+    if (path := folder / WANDB_ID).is_file():
         return path.read_text(encoding="utf-8").strip()
     wandb_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
     if global_rank() == 0:

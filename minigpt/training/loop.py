@@ -94,8 +94,7 @@ def _train(config: TrainConfig, model: ModelFactory | None, callbacks: Sequence[
         config = dataclasses.replace(config, name=f"{config.size}-{step}")
     lock = run_lock if global_rank() == 0 else contextlib.nullcontext  # held until the run ends
     with contextlib.ExitStack() as stack:
-        folder = folder_to_resume(config)
-        if folder is not None:
+        if (folder := folder_to_resume(config)) is not None:
             stack.enter_context(lock(folder))
         start = ResumeState.from_config(config, folder, model)
         config = start.config

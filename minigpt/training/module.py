@@ -112,8 +112,7 @@ class GPTModule(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the batch to the mean loss, weighted by its number of scored tokens."""
         loss = self.loss(*batch)
-        n_scored = (batch[1] != IGNORE_INDEX).sum()
-        if n_scored:
+        if n_scored := (batch[1] != IGNORE_INDEX).sum():
             self._check_finite("validation", loss.item())  # the metric would skip NaNs
             self.val_nats.update(loss, weight=n_scored)
 

@@ -145,8 +145,7 @@ class Muon(Optimizer):
     def _momentum(self, matrix: Tensor, momentum: float) -> Tensor:
         """Return the Nesterov momentum: the running mean of the gradients, one step ahead."""
         assert matrix.grad is not None
-        state = self.state[matrix]
-        if not state:
+        if not (state := self.state[matrix]):
             state["momentum"] = torch.zeros_like(matrix)
         state["momentum"].lerp_(matrix.grad, 1 - momentum)
         return matrix.grad.lerp(state["momentum"], momentum)
