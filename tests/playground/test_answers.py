@@ -70,7 +70,7 @@ def test_story_speed_excludes_other_models_and_the_page(page, monkeypatch):
             yield ShownToken("dog", 1.0, 1, ())
 
     monkeypatch.setattr(answers, "time", clock)
-    monkeypatch.setattr(answers, "stream_tokens", tokens)
+    monkeypatch.setattr(answers.html, "stream_tokens", tokens)
     columns: tuple[str, ...] = ()
     for update in page.write("the dog", **USUAL):
         columns = update
