@@ -65,6 +65,7 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
         f"{threads} threads share {limit} cores: set OMP_NUM_THREADS={limit}": threads > limit,
         "PyTorch does not see the GPU: install a build of torch for the CUDA version that "
         "nvidia-smi shows": not gpus and shutil.which("nvidia-smi"),
+        # The checkpoints of a large run and its prepared stories take some hundred MB.
         "less than 2 GB of the disk are free: delete old runs and caches": free < 2,
     }
     for setting, path in caches.items():

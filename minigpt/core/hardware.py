@@ -124,7 +124,7 @@ _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")  # 
 
 
 def cpu_name() -> str:
-    """Return what `-march=native` depends on: machines of several kinds may share the cache."""
+    """Return the name and flags of the CPU, which `-march=native` of a compiler depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux

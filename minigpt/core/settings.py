@@ -195,7 +195,7 @@ def flat(group: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings as a flat dict by dotted names, such as "data.batch_size"."""
     names: dict[str, Any] = {}
     for key, value in group.items():
-        name = prefix + key
+        name = f"{prefix}{key}"
         names |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return names
 
