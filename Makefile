@@ -5,7 +5,7 @@ BIN := .venv/bin
 EXTRA := $(BIN)/python -m pytest --override-ini addopts="-q --strict-markers"
 
 .PHONY: help quickstart test lint format audit docs golden chaos bench clean
-.PHONY: test-browser test-cluster test-examples test-export test-wandb
+.PHONY: test-browser test-cluster test-examples test-export test-memory test-wandb
 .DELETE_ON_ERROR:
 
 help:  # list the targets
@@ -69,6 +69,9 @@ test-wandb: .venv/installed-dev  # test the wandb programs against a mock W&B se
 
 test-examples: .venv/installed-dev  # run the notebooks of examples/ on tiny budgets
 	$(EXTRA) tests/extra/test_examples.py
+
+test-memory: .venv/installed-dev  # test that memory does not grow with the text: a minute
+	$(EXTRA) tests/extra/test_memory.py
 
 golden: .venv/installed-dev  # compare logits, curves, stories and settings with commit c2cfd24
 	$(BIN)/python -m tests.golden
