@@ -10,7 +10,7 @@ from tokenizers import pre_tokenizers, trainers
 
 from minigpt import tokenizer as tokenizer_module
 from minigpt.core.settings import UserError
-from minigpt.data.files import read_stories
+from minigpt.data.files import read_pieces
 from minigpt.tokenizer import END_OF_TEXT, Tokenizer, cut_texts
 from tests.conftest import ROOT, naming
 
@@ -130,7 +130,7 @@ def test_learning_stops_when_enough_distinct_pre_tokens_are_seen(monkeypatch):
 
 
 def test_english_gives_the_tokenizer_that_the_library_learns_from_whole_stories():
-    stories = list(read_stories(ROOT / "tests/golden/stories.txt.xz"))
+    stories = [text for text, _ in read_pieces(ROOT / "tests/golden/stories.txt.xz")]
     stories.append("\n\n".join(stories))
     library = tokenizer_module._untrained()
     library.train_from_iterator(

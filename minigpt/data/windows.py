@@ -180,7 +180,7 @@ class BudgetSampler(Sampler[list[int]]):
             largest = n_windows // world_size
             fix = {"data.batch_size": largest} if largest else None
             few = f"the training split has {n_windows} windows for {world_size} device(s)"
-            problem = f"{few}; add text, or choose a smaller model.context_length"
+            problem = f"{few}; add text, or reduce model.context_length or this value"
             raise UserError(problem, "data.batch_size", batch_size, fix)
         self.n_windows, self.batch_size, self.seed = n_windows, batch_size, seed
         self.n_steps, self.start_step = n_steps, start_step

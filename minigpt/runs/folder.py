@@ -39,8 +39,8 @@ log = logging.getLogger("minigpt")
 RUN_FOLDER_VARIABLE = "MINIGPT_RUN_FOLDER"  # passes the folder from rank 0 to the ranks it starts
 ModelFactory = Callable[[Any], GPT]  # subclass of GPT, or a function from config to model
 
-# Former values, as of commit c2cfd24, of settings that config.yaml of an older run may not have, and
-# settings that no longer exist.
+# Former values, as of commit c2cfd24, of settings that config.yaml of an older run may not have,
+# and settings that no longer exist.
 OLD_DEFAULTS: dict[str, dict[str, Any]] = {
     "model": {"d_model": 256, "n_heads": 8, "d_ff": 512},
     "data": {"batch_size": 32, "shuffle": "windows"},
@@ -181,7 +181,7 @@ class Run:
         """
         trained = self.config.get("model_class")
         if trained is not None and self.model is None:
-            problem = f"{self.folder} was trained with the class {trained}: pass this class"
+            problem = f"{self.folder} was trained with the class {trained}, which must be given"
             raise ModelClassError(problem, trained)
         factory = self.model or GPT
         shape = build(config_class(factory), _current(self.config.get("model"), "model"), "model")
@@ -303,7 +303,7 @@ def _make_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool) 
         resume: dict[str, Any] = {"fix": {"resume": "auto"}}  # starts again in the same folder
         if last_checkpoints(folder):
             resume = {"command": ("train", {"resume": str(folder)})}
-        message = f"{folder} already exists: choose another name, or resume this run"
+        message = f"{folder} already exists; choose another name, or resume this run"
         raise UserError(message, "name", name, **resume)
     raise UserError(f"{parent} has no free folder {base}-<n>: choose a name", "name")
 
