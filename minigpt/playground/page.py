@@ -152,10 +152,7 @@ def _answer(function: Callable[..., str], inputs: Sequence[Any], output: gr.HTML
 
 
 def page_theme() -> themes.ThemeClass:
-    """Return a theme with system fonts, and hint text with enough contrast in light and dark mode.
-
-    Gradio's own hint text has too little contrast.
-    """
+    """Return a theme with system fonts, and hints with enough contrast in light and dark mode."""
     hint = {"block_info_text_color": "*neutral_600", "block_info_text_color_dark": "*neutral_300"}
     mono = ("ui-monospace", "monospace")
     return themes.Default(font=("system-ui", "sans-serif"), font_mono=mono).set(**hint)
