@@ -1,7 +1,7 @@
-"""Download a text file of a public dataset from the Hugging Face Hub, in full or its first part.
+"""Download a text file, or its first part, from a public dataset on the Hugging Face Hub.
 
-A training budget often needs only a fifth of a file, so the first part is read as ranges of bytes,
-and an interrupted download continues where it stopped. `huggingface_hub` does the transfers.
+A training budget often needs only a fifth of a file. `huggingface_hub` downloads complete files. A
+first part is read as ranges of bytes, so an interrupted download continues where it stopped.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def fetch(folder: Path, repo: str, name: str, separator: str, n_bytes: int | Non
     is not set.
 
     Args:
-        folder: where to store the file; created when missing.
+        folder: folder for the file, created if missing.
         repo: name of the dataset, owner/name.
         name: path of the file in the dataset.
         separator: separator after each story; a first part ends with it.

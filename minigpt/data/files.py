@@ -40,7 +40,7 @@ def read_pieces(
     """Yield the stories of one file; a story of more than two million characters comes in pieces.
 
     Stories are stripped of white space at both ends, and empty ones are skipped. Line ends become
-    line feeds, and byte order marks are removed. Joining the pieces of a story gives the story;
+    line feeds, and byte order marks are removed. The concatenated pieces of a story are the story;
     cuts are at pre-token boundaries where possible. Memory does not grow with the file.
 
     Args:

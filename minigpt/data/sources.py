@@ -58,8 +58,7 @@ class Corpus:
     """Files to read validation stories from; if empty, the last training stories are held out."""
 
     holdout: float = DataConfig.holdout
-    """Fraction of the training stories to hold out: by count; by length if there is a single
-    document."""
+    """Fraction of training stories to hold out, by count, or by length for a single document."""
 
     separator: str = DataConfig.separator
     """Separator between two stories in a text file."""

@@ -134,10 +134,10 @@ def epoch_offset(context_length: int, seed: int, epoch: int) -> int:
 class BudgetSampler(Sampler[list[int]]):
     """Sampler of the batches of a whole run, as the start positions of their windows.
 
-    An epoch consists of adjacent windows in the order of a permutation. This holds also if the
-    stories themselves are shuffled, because neighbouring windows share a story, so a batch of them
-    would contain fewer stories. With `random_offset`, windows start at different positions in each
-    epoch, so each token gets another context and another position in its window.
+    An epoch consists of adjacent windows in a random order. They are shuffled even if the stories
+    are shuffled too, because neighbouring windows often share a story, so a batch of them would
+    contain fewer stories. With `random_offset`, windows start at different positions in each epoch,
+    so each token gets a different context and a different position in its window.
 
     With batches of B windows on W ranks, batch s of rank r has the windows [(s·W + r)·B,
     (s·W + r + 1)·B) of that order, where one epoch follows another. So each batch is full (it may

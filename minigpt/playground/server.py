@@ -92,8 +92,10 @@ def start(
     except (OSError, UnicodeError) as error:  # UnicodeError: not a valid host name
         reason = getattr(error, "strerror", None) or error
         if isinstance(error, UnicodeError | socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-            raise UserError(f"cannot listen on this host: {reason}", "host", host) from None
-        raise UserError(f"cannot listen on {host}: {reason}", "port", port) from None
+            problem = f"cannot listen on this host ({reason}); choose another host"
+            raise UserError(problem, "host", host) from None
+        problem = f"cannot listen on {host} ({reason}); choose another port"
+        raise UserError(problem, "port", port) from None
     return page
 
 

@@ -67,8 +67,8 @@ class Run:
     def load(cls, path: str | Path | Run, model: ModelFactory | None = None) -> Run:
         """Return the run at `path`.
 
-        For a run folder the best checkpoint is selected, or the last one if there is no best.
-        Damaged checkpoints are skipped with a warning.
+        For a run folder, the best checkpoint is selected, or the last one if there is no best
+        checkpoint. Damaged checkpoints are skipped with a warning.
 
         Args:
             path: a run folder, a folder of runs (which selects the newest), a checkpoint file in a

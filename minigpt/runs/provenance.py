@@ -82,7 +82,7 @@ class Parent:
     Tokens, seconds and sources include those of the parent's own parents.
 
     Raises:
-        ValueError: a text is not printable, or a number is negative.
+        ValueError: a string is not printable, or a number is negative.
     """
 
     name: str

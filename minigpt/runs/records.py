@@ -127,4 +127,4 @@ def whole_lines(path: Path) -> list[str]:
 
 def broken_line(path: Path, line: int, expected: str) -> UserError:
     """Return the error for an invalid line of a file that training wrote."""
-    return UserError(f"{path}, line {line}: expected {expected}: correct or delete this line")
+    return UserError(f"{path}, line {line}: expected {expected}; correct or delete this line")
