@@ -242,7 +242,7 @@ def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
-    """Read meta.json.
+    """Verify meta.json and return its content.
 
     Raises:
         OSError: the file cannot be read.

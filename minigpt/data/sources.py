@@ -91,9 +91,9 @@ class Corpus:
     def pieces(self, split: Split) -> Iterator[Piece]:
         """Yield the stories of a split in file order, in pieces.
 
-        A story of more than two million characters comes in several pieces, which join to the
-        story. A story that is in both splits is removed from the held-out stories or, if there are
-        validation files, from the training stories.
+        A story of more than two million characters comes in several pieces. A story that is in both
+        splits is removed from the held-out stories or, if there are validation files, from the
+        training stories; with `tuning`, such stories are kept.
 
         Args:
             split: "train" or "valid".
@@ -120,7 +120,7 @@ class Corpus:
         return _without(self._repeated_digests, _slice(self._train_pieces(), n_train), "held-out")
 
     def fingerprint(self, split: Split) -> dict[str, Any]:
-        """Return all inputs that determine the stories of a split, except the folder of the files.
+        """Return all inputs that determine the stories of a split; paths are not among them.
 
         Args:
             split: "train" or "valid".
@@ -230,7 +230,7 @@ def _every_seventh(pieces: Iterable[Piece], held_out: bool) -> Iterator[Piece]:
 
 
 def _begun(pieces: Iterable[Piece]) -> Iterator[tuple[str, bool, bool]]:
-    """Yield each piece with whether a story begins with it."""
+    """Yield each piece, whether its story ends with it, and whether its story begins with it."""
     begins = True
     for text, ends in pieces:
         yield text, ends, begins
@@ -352,8 +352,8 @@ def bundled_sample(release: Literal["v1", "v2"] = "v2") -> Corpus:
     """Return the stories bundled with this package: 39,927 for training, 3,000 for validation.
 
     Args:
-        release: release of TinyStories whose official validation file the validation stories are
-            from.
+        release: release of TinyStories whose official validation file contains the validation
+            stories.
     """
     folder = importlib.resources.files("minigpt") / "data" / "tinystories"
     names = "train", "valid" if release == "v2" else "valid_v1"

@@ -108,10 +108,7 @@ def story_starts(tokens: np.ndarray) -> np.ndarray:
 
 
 def story_permutation(n_stories: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the order of the stories in an epoch, [n_stories], a function of the arguments only.
-
-    A single story, such as a book, stays as it is.
-    """
+    """Return the order of the stories in an epoch, [n_stories], a function of its arguments."""
     return np.random.Generator(np.random.PCG64([seed, epoch, 2])).permutation(n_stories)
 
 
