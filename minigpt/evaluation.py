@@ -151,6 +151,9 @@ class Loss:
 
         Args:
             bytes_per_token: mean number of UTF-8 bytes per token of the split that was scored.
+
+        Returns:
+            Bits per byte.
         """
         return self.nats_per_token / math.log(2) / bytes_per_token
 
@@ -206,9 +209,17 @@ def evaluate_loss(
 def windows(
     tokens: np.ndarray, indices: Iterable[int], context: int, stride: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the windows that start at `index * stride`, as inputs and targets, [B, T] int64.
+    """Return the windows that start at `index * stride`.
 
-    Targets that an earlier window scores, and positions past the end, are IGNORE_INDEX.
+    Args:
+        tokens: ids [n_tokens] uint16.
+        indices: indices of the windows, from 0.
+        context: number of tokens per window, T.
+        stride: number of tokens from the start of one window to the next, from 1 to T.
+
+    Returns:
+        Inputs and targets, each [B, T] int64. Targets that an earlier window scores, and targets
+        past the end, are IGNORE_INDEX.
     """
     starts = [index * stride for index in indices]
     ids, targets = TokenWindows(tokens, context).__getitems__(starts)
@@ -232,11 +243,20 @@ class Temperature:
 def write_stories(
     model: GPT, tokenizer: Tokenizer, config: StoriesConfig, seed: int
 ) -> list[list[dict[str, str]]]:
-    """Generate stories, and return one list of dicts per temperature.
+    """Generate the stories of an evaluation.
 
-    Each dict has a `prompt` and the `text` that continues it. A prompt uses the same random numbers
-    at each temperature. Different prompts use different ones, so that stories do not repeat one
-    another.
+    A prompt uses the same random numbers at each temperature. Different prompts use different ones,
+    so that stories do not repeat one another.
+
+    Args:
+        model: the model.
+        tokenizer: the tokenizer that the model was trained with.
+        config: settings of the stories.
+        seed: seed of the first prompt; prompt i uses `seed` + i.
+
+    Returns:
+        One list of dicts per temperature; each dict has a `prompt` and the `text` that continues
+        it.
     """
     groups = []
     for temperature in config.temperatures:
@@ -254,11 +274,19 @@ def compare_temperatures(
     stories: list[list[dict[str, str]]],
     trained_on: DataConfig | None,
 ) -> tuple[list[Temperature], int]:
-    """Return one `Temperature` each, and the number of training stories used to measure novelty.
+    """Measure how much the stories at each temperature repeat themselves and the training stories.
 
-    For a run on TinyStories these are the first training stories of the bundled sample, otherwise
-    the first training stories of the run. If they cannot be read, a warning is logged, and their
-    number is 0.
+    Novelty is measured against training stories: the first ones of the bundled sample for a run on
+    TinyStories, otherwise the first ones of the run. If they cannot be read, a warning is logged,
+    and their number is 0.
+
+    Args:
+        temperatures: the temperatures.
+        stories: the stories at each of them, from `write_stories`.
+        trained_on: data settings of the run; None if they are unknown.
+
+    Returns:
+        The results for each temperature, and the number of training stories that were used.
     """
     texts = [[story["text"] for story in group] for group in stories]
     try:
@@ -277,8 +305,12 @@ def compare_temperatures(
 def own_data(run_config: dict[str, Any]) -> DataConfig | None:
     """Return the data settings that a run was trained with.
 
-    They are None for the export of a run on the user's own files, because exports leave out paths,
-    and for a run whose stories are no longer bundled.
+    Args:
+        run_config: configuration of the run.
+
+    Returns:
+        The settings. They are None for the export of a run on the user's own files, because exports
+        leave out paths, and for a run whose stories are no longer bundled.
     """
     data = run_config["data"]
     if data.get("source") == "text" and "train_files" not in data:
@@ -431,6 +463,13 @@ def evaluation_name(config: EvaluationConfig, evaluation: Evaluation) -> str:
 
     evaluation.json is for the validation split of the run's own data. Evaluations of other data, of
     the tuning stories, of V1 only or with a stride have other names.
+
+    Args:
+        config: settings of the evaluation.
+        evaluation: its result.
+
+    Returns:
+        The name, such as "evaluation-stride128.json".
     """
     parts = [
         "evaluation",

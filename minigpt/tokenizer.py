@@ -162,6 +162,9 @@ class Tokenizer:
         Args:
             text: any Unicode text.
 
+        Returns:
+            Token ids, each from 0 to `vocab_size` - 1.
+
         Raises:
             UserError: `text` contains a lone surrogate.
         """
@@ -173,19 +176,25 @@ class Tokenizer:
         Args:
             texts: any Unicode texts. They are held in memory, unlike in `encode_stories`.
 
+        Returns:
+            One list of token ids per text.
+
         Raises:
             UserError: a text contains a lone surrogate.
         """
         return [encoding.ids for encoding in self._library.encode_batch_fast(list(_checked(texts)))]
 
     def encode_stories(self, stories: Iterable[str]) -> np.ndarray:
-        """Return the ids of all stories, with END_OF_TEXT after each, [n_tokens] uint16.
+        """Return the ids of all stories in one array, with END_OF_TEXT after each story.
 
-        The ids are those of `encode_batch`, except where a run of more than 65,536 characters
-        without white space or punctuation is cut.
+        The ids are those of `encode_batch`, except where more than 65,536 characters have no
+        position at which `cut_texts` can cut them without changing the ids.
 
         Args:
             stories: any Unicode texts, which are streamed.
+
+        Returns:
+            Ids [n_tokens] uint16.
 
         Raises:
             UserError: a story contains a lone surrogate.
@@ -234,14 +243,20 @@ class Tokenizer:
 
         Args:
             ids: token ids, each from 0 to `vocab_size` - 1.
+
+        Returns:
+            The text, in which END_OF_TEXT is spelled out.
         """
         return self._library.decode(list(ids), skip_special_tokens=False)
 
     def token(self, id: int) -> str:
-        """Return the text of one token, including its leading space, such as " dad".
+        r"""Return the text of one token, including its leading space, such as " dad".
 
         Args:
             id: token id, from 0 to `vocab_size` - 1.
+
+        Returns:
+            The text, with `\ufffd` for incomplete characters.
         """
         return self.decode([id])
 

@@ -80,6 +80,9 @@ def choose_field(
         texts: names of the text columns.
         field: the requested column; None selects `text`, then `story`, then the only text column.
 
+    Returns:
+        The name of the column, which is in `names`.
+
     Raises:
         UserError: there is no such column, or the choice is ambiguous.
     """
@@ -106,6 +109,15 @@ def find_cut(text: str, first: int, last: int, near: int) -> int:
     A blank line is preferred to a line end, and a line end to a space. The cut is directly before
     the last white space before a word, which is a pre-token boundary, so the ids of the two parts
     are those of the whole text. If there is no white space, the position is `near`.
+
+    Args:
+        text: the text to cut.
+        first: smallest position.
+        last: largest position.
+        near: preferred position, from `first` to `last`.
+
+    Returns:
+        The position of the first character after the cut.
     """
     for pattern in _BREAKS:
         cuts = (match.end() - 1 for match in pattern.finditer(text, first + 1, last + 1))

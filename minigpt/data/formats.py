@@ -68,6 +68,12 @@ class Format:
 def detect_format(path: Path) -> Format:
     """Return the format of a file by its name, after a check of its first bytes.
 
+    Args:
+        path: path of the file.
+
+    Returns:
+        Format and compression.
+
     Raises:
         UserError: the file is an archive, an image or in another format without plain text, it
             cannot be read, or a package that is needed to read it is not installed.
@@ -98,6 +104,9 @@ def optional(module: str, use: str) -> Any:
         module: name of the module, such as "pyarrow.parquet".
         use: what needs the module, for the error, such as "Parquet".
 
+    Returns:
+        The module.
+
     Raises:
         UserError: the package of the module is not installed.
     """
@@ -110,6 +119,13 @@ def optional(module: str, use: str) -> Any:
 
 def unpack(path: Path, packing: str) -> Iterator[bytes]:
     """Yield the decompressed bytes of a file in chunks of at most 1 MiB.
+
+    Args:
+        path: path of the file.
+        packing: compression of the file: ".gz", ".xz", ".bz2", ".zst", or "" for none.
+
+    Yields:
+        A chunk, which is not empty.
 
     Raises:
         UserError: the file cannot be read, is damaged, or decompresses to a suspicious size.

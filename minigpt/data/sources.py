@@ -317,6 +317,9 @@ def open_corpus(config: DataConfig, valid_only: bool = False) -> Corpus:
         valid_only: whether to skip the download of training stories; then only "valid" can be read.
             Ignored if `config.valid` is "tuning", because both splits need training stories.
 
+    Returns:
+        The corpus, whose files exist.
+
     Raises:
         UserError: the files do not exist, or cannot be downloaded.
     """
@@ -354,6 +357,9 @@ def bundled_sample(release: Literal["v1", "v2"] = "v2") -> Corpus:
     Args:
         release: release of TinyStories whose official validation file contains the validation
             stories.
+
+    Returns:
+        The corpus.
     """
     folder = importlib.resources.files("minigpt") / "data" / "tinystories"
     names = "train", "valid" if release == "v2" else "valid_v1"
@@ -376,6 +382,9 @@ def local_files(
         holdout: fraction of the training stories to hold out, above 0 and below 1.
         separator: separator between two stories in a text file.
         field: column or key of the stories in files of other formats.
+
+    Returns:
+        The corpus, whose files are sorted within each pattern.
 
     Raises:
         UserError: there is no such file, a file cannot be read, or a file is in both splits.
@@ -426,6 +435,9 @@ def download_tinystories(folder: Path, tokens: int | None, valid_only: bool = Fa
         folder: folder for the files, created if missing.
         tokens: number of training tokens, at 3.84 bytes each; None means the whole file (2.2 GB).
         valid_only: whether to skip the training file.
+
+    Returns:
+        The corpus; without training files if `valid_only`.
 
     Raises:
         UserError: the Hub cannot be reached, a download is damaged, or `folder` cannot be written.

@@ -170,7 +170,7 @@ class CachedBatch:
 
 
 class UncachedBatch:
-    """Batch for a model whose `forward` takes no cache; each step reads the whole sequences."""
+    """Batch for a model whose `forward` takes no cache; each step processes whole sequences."""
 
     def __init__(self, model: GPT, n_sequences: int) -> None:
         self.model, self.sequences = model, [torch.empty(0)] * n_sequences

@@ -103,7 +103,7 @@ def generate(
             chosen. None means the vocabulary size of the model.
 
     Yields:
-        The new token of each sequence, and the logits that it was sampled from.
+        The new token of each sequence, and the logits of the model for it.
 
     Raises:
         UserError: the logits are not finite, or the backend cannot decode the model.
@@ -296,7 +296,7 @@ def stream_text(
 def generate_stories(
     model: GPT, tokenizer: Tokenizer, prompt: str, n: int, sampling: SamplingConfig
 ) -> list[str]:
-    """Return `n` continuations of `prompt`, without the prompt."""
+    """Return `n` continuations of `prompt`, without the prompt; see `iterate_stories`."""
     return list(iterate_stories(model, tokenizer, prompt, n, sampling))
 
 
@@ -306,6 +306,16 @@ def iterate_stories(
     """Yield `n` continuations of `prompt`, without the prompt, in batches of MAX_BATCH.
 
     A story is yielded as soon as it and all stories before it have ended.
+
+    Args:
+        model: the model.
+        tokenizer: the tokenizer that the model was trained with.
+        prompt: beginning of each story.
+        n: number of stories, at least 1.
+        sampling: settings of the sampling.
+
+    Yields:
+        The continuation of the next story.
     """
     prompt_ids = encode_prompt(tokenizer, prompt)
     generator = seeded_generator(sampling.seed, model.embedding.weight.device)

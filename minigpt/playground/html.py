@@ -43,6 +43,15 @@ def stream_tokens(
     The concatenated texts are those of `stream_text`. Tokens that are parts of one character are
     joined; the result has the product of their probabilities, and the rank and the alternatives of
     the first token.
+
+    Args:
+        net: the model.
+        tokenizer: the tokenizer that the model was trained with.
+        prompt: beginning of the story.
+        sampling: settings of the sampling.
+
+    Yields:
+        The next token.
     """
     pending: list[int] = []  # ids whose last character is incomplete
     partial: ShownToken | None = None  # the joined tokens of `pending`
@@ -96,7 +105,7 @@ def prompt_html(prompt: str) -> str:
 
 
 def token_html(token: ShownToken) -> str:
-    """Return the HTML of a token, coloured by its probability, with details on hover or tap."""
+    """Return the HTML of a token, coloured by its probability, with details for the panel."""
     details = {"p": token.probability, "rank": token.rank, "alternatives": token.alternatives}
     text = html.escape(token.text) if token.text else "<i>the end</i>"
     return (
@@ -112,6 +121,9 @@ def note_html(text: str, kind: str = "note") -> str:
     Args:
         text: the line.
         kind: "note" or "error".
+
+    Returns:
+        HTML, in which the line is escaped.
     """
     role = ' role="alert"' if kind == "error" else ""
     return f'<div class="{kind}"{role}>{html.escape(text)}</div>'

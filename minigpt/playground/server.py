@@ -61,6 +61,9 @@ def start(
         port: port to listen on; 0 means any free port, None the first free port from 7860.
         login: user name and password; None means no login.
 
+    Returns:
+        The running page.
+
     Raises:
         UserError: the port is in use or not allowed, or the host does not exist.
     """

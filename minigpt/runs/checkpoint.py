@@ -66,10 +66,13 @@ def with_weights(model: GPT, weights: dict[str, Tensor], path: Path) -> GPT:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors in a safetensors file, by name.
+    """Return the tensors in a safetensors file.
 
     Args:
         path: path of the file.
+
+    Returns:
+        The tensors by name.
 
     Raises:
         UserError: the file is missing, damaged, or not a safetensors file.
