@@ -297,7 +297,7 @@ def compare_temperatures(
         training = itertools.islice(corpus.stories("train"), NOVELTY_STORIES)
         repetitions, n_training = measure(texts, training)
     except UserError as error:
-        log.warning("novelty was not measured, because no training story could be read: %s", error)
+        log.warning("novelty was not measured: cannot read the training stories (%s)", error)
         repetitions, n_training = measure(texts, [])
     return list(map(Temperature, temperatures, stories, repetitions)), n_training
 

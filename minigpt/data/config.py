@@ -116,7 +116,7 @@ class DataConfig:
         check_vocab_size(self.vocab_size)
         if self.tokenizer == "":
             fix = {"tokenizer": "releases/large"}
-            raise UserError("must not be empty; leave it out, or name one", "tokenizer", fix=fix)
+            raise UserError("must not be empty; leave it out, or give one", "tokenizer", fix=fix)
         if self.batch_size is None:
             object.__setattr__(self, "batch_size", 32 if self.source == "tinystories" else 8)
         elif self.batch_size < 1:

@@ -49,11 +49,11 @@ _FOREIGN: tuple[tuple[str, str, tuple[bytes, ...], str], ...] = (
     ("a 7z archive", ".7z", (b"7z\xbc\xaf\x27\x1c",), _UNPACK),
     ("a RAR archive", ".rar", (b"Rar!\x1a\x07",), _UNPACK),
     ("a Parquet file", "", (b"PAR1\x15",), "rename it to end in .parquet"),
-    ("compressed with gzip", "", (b"\x1f\x8b",), "rename it to end in .gz, or decompress it"),
-    ("compressed with xz", "", (b"\xfd7zXZ\0",), "rename it to end in .xz, or decompress it"),
-    ("compressed with bzip2", "", (b"BZh91AY&SY",), "rename it to end in .bz2, or decompress it"),
+    ("compressed with gzip", "", (b"\x1f\x8b",), "decompress it, or rename it to end in .gz"),
+    ("compressed with xz", "", (b"\xfd7zXZ\0",), "decompress it, or rename it to end in .xz"),
+    ("compressed with bzip2", "", (b"BZh91AY&SY",), "decompress it, or rename it to end in .bz2"),
     ("compressed with zstd", "", (b"\x28\xb5\x2f\xfd",),
-     "rename it to end in .zst, or decompress it"),
+     "decompress it, or rename it to end in .zst"),
 )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def detect_format(path: Path) -> Format:
     head = next(unpack(path, packing), b"")
     for what, _, beginnings, remedy in _FOREIGN:
         if head.startswith(beginnings) or (what == "a tar archive" and head[257:262] == b"ustar"):
-            raise UserError(f"{path} is {what}, despite its name; {remedy}")
+            raise UserError(f"the content of {path} is {what}; {remedy}")
     return Format(kind, packing)
 
 
@@ -114,7 +114,7 @@ def optional(module: str, use: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         package = module.partition(".")[0]
-        raise UserError(f"{use} needs the package {package}: pip install {package}") from None
+        raise UserError(f"{use} needs the package {package}: run pip install {package}") from None
 
 
 def unpack(path: Path, packing: str) -> Iterator[bytes]:

@@ -69,7 +69,7 @@ def fetch_dataset(folder: Path, config: DataConfig, split: str, n_bytes: int | N
                 _append(path, state, _stories(config, dataset, split, state), n_bytes)
     except OSError as error:
         problem = f"cannot write {folder} ({error.strerror or error})"
-        raise UserError(f"{problem}; name another folder", "data.cache_dir") from None
+        raise UserError(f"{problem}; choose another folder", "data.cache_dir") from None
     return path
 
 

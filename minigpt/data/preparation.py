@@ -262,7 +262,7 @@ def _checksum(meta: dict[str, Any]) -> str:
 def _check(path: Path, blake2b: str) -> None:
     """Raise ValueError unless the file has this checksum; it takes 0.3 s for 100M tokens."""
     if _digest(path) != blake2b:
-        raise ValueError(f"checksum mismatch of {path}")
+        raise ValueError(f"checksum mismatch in {path}")
 
 
 def _digest(path: Path) -> str:
@@ -315,5 +315,5 @@ def _cached(path: Path, load: Callable[[Path], T], make: Callable[[Path], None])
             unfinished.replace(path)
     except OSError as error:
         problem = f"cannot write {path} ({error.strerror or error})"
-        raise UserError(f"{problem}; name another folder", "data.cache_dir") from None
+        raise UserError(f"{problem}; choose another folder", "data.cache_dir") from None
     return load(path)

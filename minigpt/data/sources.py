@@ -287,7 +287,7 @@ def _without(digests: set[bytes], pieces: Iterable[Piece], kind: str) -> Iterato
         if not drop:
             yield text, ends
     if n_dropped:
-        log.info("left out %d %s stories that are in the other split too", n_dropped, kind)
+        log.info("left out %d %s stories that are also in the other split", n_dropped, kind)
 
 
 def _file_fingerprint(path: Path) -> dict[str, Any]:
@@ -404,7 +404,7 @@ def _expand(patterns: Sequence[str], field: str) -> dict[tuple[int, int], Path]:
     argument, paths = f"data.{field}", {}
     for pattern in patterns:
         if "\0" in pattern or len(pattern) > _LONGEST_PATH:
-            raise UserError(f"{pattern[:50]!r} ... is not a path", argument)
+            raise UserError(f"{pattern[:50]!r} ... is not a valid path", argument)
         path = user_path(pattern, argument)
         if path.is_dir():
             files = {argument: [f"{path}/*.txt"]}
@@ -416,7 +416,7 @@ def _expand(patterns: Sequence[str], field: str) -> dict[tuple[int, int], Path]:
         )
         files = [match for match in map(Path, sorted(matches)) if match.is_file()]
         if not files:
-            raise UserError(f"there is no file {path} in {Path.cwd()}", argument)
+            raise UserError(f"no file matches {path} (working directory {Path.cwd()})", argument)
         for file in files:
             detect_format(file)  # reports unreadable files now, not after hours
             stat = file.stat()
@@ -457,5 +457,5 @@ def download_tinystories(folder: Path, tokens: int | None, valid_only: bool = Fa
         raise UserError(problem, "data.source", "tinystories") from None
     except OSError as error:
         problem = f"cannot write TinyStories to {folder} ({error.strerror or error})"
-        raise UserError(f"{problem}; name another folder", "data.cache_dir") from None
+        raise UserError(f"{problem}; choose another folder", "data.cache_dir") from None
     return Corpus((train,), (valid,), max_train_bytes=max_bytes)

@@ -58,6 +58,6 @@ def push_folder(folder: Path, push: str, private: bool = False) -> str:
         api.upload_folder(repo_id=push, folder_path=folder, commit_message=message)
     except (httpx.HTTPError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        problem = f"nothing was published; check network, token and name: {reason}"
+        problem = f"nothing was published ({reason}); check network, token and name"
         raise UserError(problem, "push", push) from None
     return str(url)

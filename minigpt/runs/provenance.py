@@ -102,7 +102,7 @@ class Parent:
 
     def __post_init__(self) -> None:
         if not all(text.isprintable() for text in (self.name, *self.sources)):
-            raise ValueError("name and sources must be one line of printable text each")
+            raise ValueError("name and sources must each be one line of printable text")
         if (self.tokens or 0) < 0 or (self.seconds or 0) < 0:
             raise ValueError("tokens and seconds must not be negative")
 
