@@ -257,7 +257,7 @@ def new_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool = F
 
     Args:
         parent: folder of all runs, created if missing.
-        name: name of the run; None means the size and the current time.
+        name: name of the run; None means a name from size and time.
         size: name of the model size.
         exist_ok: whether the folder `name` may exist, such as after a run that was killed early.
 
