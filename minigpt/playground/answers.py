@@ -196,7 +196,8 @@ def _story(model: LoadedModel, prompt: str, sampling: SamplingConfig) -> Iterato
     length, context = len(model.tokenizer.encode(prompt)), model.net.config.context_length
     story = prompt_html(prompt)
     if length >= context:
-        cut = f"The prompt has {length} tokens, so the model reads only the last {context // 2}."
+        size = f"The prompt of {length} tokens does not fit into the context of {context}"
+        cut = f"{size}, so only its end is read."
         story = note_html(cut) + story
     yield story
     tokens = stream_tokens(model.net, model.tokenizer, prompt, sampling)

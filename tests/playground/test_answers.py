@@ -83,7 +83,7 @@ def test_prompt_beyond_the_context_has_a_note(page):
     (*_, (story, _)) = page.write("the dog ran and " * 40, **USUAL)
     cut = note_text(story.partition('<span class="prompt">')[0])
     assert re.search(naming("64"), cut)
-    assert len(re.findall("[0-9]+", cut)) == 2  # tokens of the prompt, and tokens that are read
+    assert len(re.findall("[0-9]+", cut)) == 2  # tokens of the prompt, and of the context
 
 
 def test_sliders_reach_the_sampler(page):
