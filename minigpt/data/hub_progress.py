@@ -1,4 +1,4 @@
-"""Progress of downloads by `huggingface_hub`, as log lines where there is no terminal."""
+"""Progress of `huggingface_hub` downloads, as log lines if there is no terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from minigpt.data.progress import byte_progress
 
 
 class HubLines(tqdm):
-    """Stands in for the bar of `huggingface_hub`, which is silent without a terminal."""
+    """Replacement for the progress bar of `huggingface_hub`, which shows nothing in a log."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._stack = contextlib.ExitStack()
@@ -20,10 +20,10 @@ class HubLines(tqdm):
         self._show = self._stack.enter_context(byte_progress(kwargs["desc"], total, done))
 
     def update(self, n: float | None = 1) -> None:  # type: ignore[override]
-        """Count `n` more bytes."""
+        """Add `n` bytes to the progress."""
         self._show(int(n or 0))
 
     def close(self) -> None:
-        """End the lines."""
+        """Stop logging."""
         self._stack.close()
         super().close()
