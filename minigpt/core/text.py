@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-BAR = "\\|"  # an escaped bar within a cell of a Markdown table
+BAR = "\\|"  # an escaped vertical bar in a cell of a Markdown table
 
 
 def human_count(number: float) -> str:
@@ -17,12 +17,12 @@ def human_count(number: float) -> str:
 
 
 def value_cell(value: float | None, form: str) -> str:
-    """Return a number for a table cell in the format `form`, such as ".3f"; a dash for None."""
+    """Format a number for a table cell, with a `form` such as ".3f"; None gives a dash."""
     return "–" if value is None else format(value, form)
 
 
 def percent(share: float | None) -> str:
-    """Return a share for a table cell, such as 6.6 % for 0.066; a dash for None."""
+    """Format a fraction for a table cell, such as 6.6 % for 0.066; None gives a dash."""
     return "–" if share is None else f"{100 * share:.1f} %"
 
 
@@ -30,9 +30,9 @@ def md_table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1)
     """Return a Markdown table.
 
     Args:
-        heads: heads of the columns.
+        heads: column headers.
         rows: cells of each row.
-        left: number of left-aligned columns; the others are aligned right, for numbers.
+        left: number of left-aligned columns; the others are right-aligned, for numbers.
 
     Returns:
         The lines of the table, without a final line break.
