@@ -129,7 +129,7 @@ class CallbacksConfig:
     checkpoint_minutes: float = 10.0
     """Maximum time between two writes of last.ckpt, in minutes; validations also write it."""
     checkpoint_steps: int | None = None
-    """Number of updates between two writes of last.ckpt; None means no limit."""
+    """Number of updates between two writes of last.ckpt; None means that only time counts."""
     keep_checkpoints: int = 2
     """Number of latest checkpoints to keep, including last.ckpt; best.ckpt is kept as well."""
 
@@ -277,10 +277,7 @@ class Schedule:
             raise UserError(message, "budget.tokens", budget, {"budget.tokens": per_step})
         length = f"{n_steps:,} steps of {per_step:,} tokens"
         if warmup >= n_steps:
-            name, message = (
-                "optimizer.warmup_steps",
-                f"must be less than the budget, which is {length}",
-            )
+            name, message = "optimizer.warmup_steps", f"must be less than the budget of {length}"
             raise UserError(message, name, warmup, {name: n_steps // 10})
         if (max_steps := trainer.max_steps) not in (None, n_steps):
             message = f"contradicts budget.tokens={budget}, which is {length}"
