@@ -81,7 +81,11 @@ class Answers:
 
 
 def ask(probe: EmbeddingProbe) -> Answers:
-    """Return the neighbours of `WORDS` and the answers to `ANALOGIES`."""
+    """Return the neighbours of `WORDS` and the answers to `ANALOGIES`.
+
+    Args:
+        probe: the embeddings to query.
+    """
     neighbours = {word: tokens_or_reason(probe.neighbours, word) for word in WORDS}
     questions = ((kind, *words) for kind, group in ANALOGIES.items() for words in group)
     return Answers(neighbours, [_analogy(probe, *question) for question in questions])
@@ -99,7 +103,11 @@ def _analogy(probe: EmbeddingProbe, kind: str, a: str, b: str, c: str, expected:
 
 
 def markdown(answers: dict[str, Answers]) -> str:
-    """Return embeddings.md, with a column for each run."""
+    """Return embeddings.md, with a column for each run.
+
+    Args:
+        answers: the answers of each run, by its name.
+    """
     parts = [
         "# Embeddings",
         "Tokens by cosine similarity of their embeddings, nearest first, without the words of "

@@ -94,7 +94,16 @@ def story_openings(
 def original_continuations(
     openings: Sequence[Opening], tokenizer: Tokenizer, context: int
 ) -> list[Continuation]:
-    """Return the original rest of each story, cut at the end of the model's context."""
+    """Return the original rest of each story, cut at the end of the model's context.
+
+    Args:
+        openings: the openings of the stories.
+        tokenizer: tokenizer of the model.
+        context: context length of the model, in tokens.
+
+    Returns:
+        A continuation for each opening.
+    """
     continuations = []
     for opening in openings:
         ids = tokenizer.encode(opening.rest)

@@ -55,7 +55,12 @@ def parse_analogy(text: str) -> tuple[str, str, str]:
 
 
 def tokens_or_reason(query: Callable[..., Tokens], *words: str) -> Tokens | str:
-    """Return `query(*words)`, or the error message if a word is not a single token."""
+    """Return `query(*words)`, or the error message if a word is not a single token.
+
+    Args:
+        query: a method of `EmbeddingProbe`.
+        *words: its arguments.
+    """
     try:
         return query(*words)
     except SplitWordError as error:
@@ -127,6 +132,9 @@ class EmbeddingProbe:
     def vectors(self, words: Iterable[str]) -> Tensor:
         """Return the embeddings (n, d) of n words, normalised to length one.
 
+        Args:
+            words: the words, each a single token.
+
         Raises:
             SplitWordError: one of them is not a single token.
         """
@@ -134,6 +142,9 @@ class EmbeddingProbe:
 
     def token_id(self, word: str) -> int:
         """Return the id of the single token for `word`.
+
+        Args:
+            word: the word, with or without a leading space.
 
         Raises:
             SplitWordError: `word` is empty or several tokens.

@@ -202,7 +202,13 @@ HEADS = (
 def coherence_markdown(
     rows: Sequence[Row], models: Sequence[StudiedModel], config: StudyConfig
 ) -> str:
-    """Return coherence.md: how the stories were sampled, the table, the figure, the measures."""
+    """Return coherence.md: how the stories were sampled, the table, the figure, the measures.
+
+    Args:
+        rows: the rows of the table, from `study_rows`.
+        models: the models, sorted by size.
+        config: settings of the stories.
+    """
     context, judge = models[-1].net.config.context_length, models[-1]
     return f"""# Coherence and temperature
 

@@ -69,7 +69,19 @@ def load_config(
 def compose_values(
     name: str, overrides: Sequence[str] = (), config_dir: str | Path | None = None
 ) -> tuple[dict[str, Any], str | None]:
-    """Return the composed settings as plain resolved values, and the option of the model group."""
+    """Compose settings to plain values, with interpolations resolved.
+
+    Args:
+        name: name of the root config.
+        overrides: settings as typed on the command line.
+        config_dir: folder with additional config groups.
+
+    Returns:
+        The values, and the option of the model group, such as large.
+
+    Raises:
+        UserError: a name or an option is unknown, or `config_dir` is not a folder.
+    """
     from minigpt.cli.hydra_errors import explain
 
     folder = None if config_dir is None else user_path(config_dir, "config_dir").absolute()
@@ -133,7 +145,7 @@ def own_hydra(name: str, overrides: Sequence[str] = ()) -> Iterator[None]:
 
 
 def register_defaults(name: str, overrides: Sequence[str] = ()) -> None:
-    """Register the defaults of the root config `name` with Hydra; see `defaults`."""
+    """Register the defaults of the root config `name` with Hydra; `overrides` as in `defaults`."""
     ConfigStore.instance().store(f"{name}_defaults", defaults(name, overrides))
 
 

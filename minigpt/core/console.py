@@ -37,7 +37,11 @@ def show_log() -> None:
 
 @contextlib.contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Also append the package's log records to the file `path`, with their times."""
+    """Also append the package's log records to the file `path`, with their times.
+
+    Args:
+        path: the log file; its folder must exist.
+    """
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.handleError = lambda record: None  # training continues when the disk is full
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))

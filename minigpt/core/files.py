@@ -40,7 +40,15 @@ def user_path(path: str | Path, argument: str | None = None) -> Path:
 
 
 def expand_paths(config: Any, *names: str) -> None:
-    """Expand `~` in the named fields of a frozen dataclass: each is a path, paths or None."""
+    """Expand `~` in fields of a frozen dataclass.
+
+    Args:
+        config: the dataclass instance, which is changed in place.
+        *names: names of the fields; each holds a path, a tuple of paths or None.
+
+    Raises:
+        UserError: a path names a user without a home folder.
+    """
     for name in names:
         value = getattr(config, name)
         paths = value if isinstance(value, tuple) else (value,)
@@ -75,6 +83,12 @@ def read_text(path: Path, max_bytes: int = 64 * _MEGABYTE) -> str:
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file.
 
+    Args:
+        path: the file.
+
+    Returns:
+        Plain values.
+
     Raises:
         ValueError: the file is not JSON, or is larger than 64 MB.
         OSError: the file cannot be read.
@@ -84,6 +98,12 @@ def read_json(path: Path) -> Any:
 
 def parse_json(text: str) -> Any:
     """Return the content of a JSON string.
+
+    Args:
+        text: the string.
+
+    Returns:
+        Plain values.
 
     Raises:
         ValueError: the string is not JSON, or is nested too deeply.
@@ -106,6 +126,12 @@ class _PlainLoader(yaml.SafeLoader):
 def read_yaml(path: Path) -> Any:
     """Return the content of a YAML file of plain values.
 
+    Args:
+        path: the file.
+
+    Returns:
+        The plain values.
+
     Raises:
         ValueError: the file is not YAML of plain values, has aliases, or is larger than 64 kB.
         OSError: the file cannot be read.
@@ -118,10 +144,16 @@ def read_yaml(path: Path) -> Any:
 
 
 def check_archive(path: Path) -> None:
-    """Raise UserError for a zip archive that torch would not have written.
+    """Check that a zip archive could have been written by torch.
 
     Archives from torch are uncompressed; a compressed one might expand to fill the memory. They
     also contain no folders, for which torch would return uninitialised memory.
+
+    Args:
+        path: the archive.
+
+    Raises:
+        UserError: the archive is compressed, contains folders, or unpacks to more than its size.
     """
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
@@ -133,9 +165,15 @@ def check_archive(path: Path) -> None:
 
 
 def refuse_links_out(folder: Path) -> None:
-    """Raise UserError if a file of a run folder is a link to a path outside it.
+    """Check that no file in a run folder is a link to a path outside it.
 
     Resuming a run of unknown origin would otherwise overwrite the target of the link.
+
+    Args:
+        folder: the run folder.
+
+    Raises:
+        UserError: a file is such a link.
     """
     inside = folder.resolve()
     for path in sorted([*folder.glob("*"), *folder.glob("checkpoints/*")]):

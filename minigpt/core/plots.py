@@ -110,7 +110,13 @@ class Labels:
 
 
 def write_png(figure: Figure, path: Path, dpi: int = 160) -> None:
-    """Write `figure` to a PNG file atomically. The folder is created if missing."""
+    """Write `figure` to a PNG file atomically.
+
+    Args:
+        figure: the figure.
+        path: the file; its folder is created if missing.
+        dpi: resolution in dots per inch.
+    """
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=dpi)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,6 +128,12 @@ def to_svg(figure: Figure) -> str:
 
     Text remains text, the background is transparent, and INK becomes the text colour of the page.
     A page may contain several of these elements, because they have no ids.
+
+    Args:
+        figure: the figure.
+
+    Returns:
+        The element, without XML prolog.
     """
     from matplotlib import rc_context
 

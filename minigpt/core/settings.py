@@ -97,7 +97,15 @@ class ModelClassError(UserError):
 
 
 def python_call(verb: str, /, **settings: Any) -> str:
-    """Return the Python call for a verb with these settings, for messages in a notebook."""
+    """Return the Python call for a verb with these settings, for messages in a notebook.
+
+    Args:
+        verb: verb of the command line, such as train.
+        **settings: settings by name; other verbs than train use only the first value.
+
+    Returns:
+        The call, such as "minigpt.evaluate('runs/a')".
+    """
     if verb == "train":
         typed = [f"{key}={value}" for key, value in settings.items()]
         return f'minigpt.train(minigpt.load_config("train", {typed}))'
@@ -108,7 +116,15 @@ _spell: Callable[..., str] = python_call
 
 
 def next_step(verb: str, /, **settings: Any) -> str:
-    """Return the next step for a log message: a library call or, after `speak`, a command."""
+    """Return the next step for a log message: a library call or, after `speak`, a command.
+
+    Args:
+        verb: verb of the command line, such as train.
+        **settings: settings by name.
+
+    Returns:
+        The call or the command.
+    """
     return _spell(verb, **settings)
 
 
@@ -193,7 +209,15 @@ def plain(value: Any) -> Any:
 
 
 def flat(group: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings as a flat dict with dotted names, such as "data.batch_size"."""
+    """Return nested settings as a flat dict with dotted names, such as "data.batch_size".
+
+    Args:
+        group: settings by name; nested groups are dicts.
+        prefix: prefix of the names, such as "data.".
+
+    Returns:
+        The settings by dotted name.
+    """
     names: dict[str, Any] = {}
     for key, value in group.items():
         inner = isinstance(value, dict)

@@ -17,7 +17,15 @@ def human_count(number: float) -> str:
 
 
 def value_cell(value: float | None, form: str) -> str:
-    """Format a number for a table cell, with a `form` such as ".3f"; None gives a dash."""
+    """Format a number for a table cell.
+
+    Args:
+        value: the number; None gives a dash.
+        form: format specification, such as ".3f".
+
+    Returns:
+        The text of the cell.
+    """
     return "–" if value is None else format(value, form)
 
 

@@ -422,6 +422,9 @@ def packed_weights(model: GPT) -> Weights | None:
 
     The weights of a frozen model are packed once. If a parameter requires a gradient, they are
     packed each time, because fused optimizers do not increment the version counters of PyTorch.
+
+    Args:
+        model: a model for which `unsupported` returns None.
     """
     tensors = *model.parameters(), *model.buffers()
     parameters = [p.detach() for p in tensors]

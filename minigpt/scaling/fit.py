@@ -246,7 +246,15 @@ def by_size(runs: Iterable[RunResult]) -> list[RunResult]:
 
 
 def run_groups(runs: Iterable[RunResult], replicates: int = REPLICATES) -> list[RunGroup]:
-    """Group the finished runs by `RunResult.group`, and fit each group of at least four sizes."""
+    """Group the finished runs by `RunResult.group`, and fit each group of at least four sizes.
+
+    Args:
+        runs: results of runs, finished or not, in any order.
+        replicates: number of bootstrap fits for each law.
+
+    Returns:
+        The groups, in the order of their smallest runs.
+    """
     finished = [run for run in by_size(runs) if run.point and run.loss is not None]
     return [_run_group(runs, replicates) for _, runs in _by(finished, "group")]
 

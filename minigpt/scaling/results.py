@@ -140,6 +140,9 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 def read_run(path: Path) -> RunResult:
     """Return the result of the run in the folder `path`, whether finished or not.
 
+    Args:
+        path: the run folder.
+
     Raises:
         UserError: one of its files is missing or cannot be read; the message names it.
     """

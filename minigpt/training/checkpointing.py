@@ -42,7 +42,14 @@ _CHECKPOINT_DUE = 1  # not a signal: the numbers of the signals below are larger
 
 @contextlib.contextmanager
 def full_disk_in_one_line(folder: Path) -> Iterator[None]:
-    """Turn the OSError of a full disk into a UserError, because a traceback would not help."""
+    """Turn the OSError of a full disk into a UserError, because a traceback would not help.
+
+    Args:
+        folder: the run folder, which the error suggests to resume.
+
+    Raises:
+        UserError: the disk is full or read-only.
+    """
     try:
         yield
     except OSError as error:

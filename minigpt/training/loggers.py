@@ -107,13 +107,28 @@ class MetricsCsv(Logger):
 
 
 def check_logger(config: LoggerConfig) -> None:
-    """Raise UserError if the logger needs a package that is not installed."""
+    """Check that the package of the logger is installed.
+
+    Args:
+        config: settings of the logger.
+
+    Raises:
+        UserError: the package is not installed.
+    """
     if config.kind == "tensorboard" and find_spec("tensorboard") is None:
         raise UserError("needs another package: pip install tensorboard", "logger", config.kind)
 
 
 def extra_loggers(folder: Path, config: LoggerConfig) -> list[Logger]:
-    """Return the loggers in addition to metrics.csv: one or none."""
+    """Return the loggers in addition to metrics.csv: one or none.
+
+    Args:
+        folder: the run folder.
+        config: settings of the logger.
+
+    Raises:
+        UserError: the login to W&B failed.
+    """
     if config.kind == "tensorboard":
         from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -179,7 +194,12 @@ def _wandb_id(folder: Path) -> str:
 
 
 def finish_wandb(loggers: list[Logger], exit_code: int) -> None:
-    """Close the W&B run, if there is one, and wait a limited time for the upload."""
+    """Close the W&B run, if there is one, and wait a limited time for the upload.
+
+    Args:
+        loggers: all loggers of the run.
+        exit_code: 0 if the run finished.
+    """
     from lightning.pytorch.loggers import WandbLogger
 
     if not any(isinstance(logger, WandbLogger) for logger in loggers):

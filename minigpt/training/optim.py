@@ -33,12 +33,20 @@ def default_matrix_lr(d_model: int) -> float:
 
     It is proportional to 1 / sqrt(d_model), because the elements of an update have the same size at
     any width, so that its spectral norm grows as sqrt(d_model).
+
+    Args:
+        d_model: width of the model.
     """
     return 8e-3 * (128 / d_model) ** 0.5
 
 
 def peak_lrs(config: OptimizerConfig, d_model: int) -> dict[str, float]:
-    """Return the peak learning rates at width `d_model`, by the name of their setting."""
+    """Return the peak learning rates, typed or default, by the name of their setting.
+
+    Args:
+        config: settings of the optimizer.
+        d_model: width of the model.
+    """
     lrs = {"lr": config.lr or default_lr(d_model, config.name)}
     if config.name == "muon":
         lrs["matrix_lr"] = config.matrix_lr or default_matrix_lr(d_model)

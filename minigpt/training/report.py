@@ -150,6 +150,13 @@ def smooth(values: list[float], reach: int) -> list[float]:
     """Return the centred moving average over `reach` neighbours on either side.
 
     The window shrinks near the ends and stays symmetric, so that a falling curve is not shifted.
+
+    Args:
+        values: the values of a curve.
+        reach: number of neighbours on each side.
+
+    Returns:
+        One smoothed value for each of `values`.
     """
     near = [min(reach, i, len(values) - 1 - i) for i in range(len(values))]
     return [fmean(values[i - n : i + n + 1]) for i, n in enumerate(near)]
@@ -184,7 +191,14 @@ def loss_figure(rows: list[Row]) -> Figure:
 
 
 def curve_figure(rows: list[Row], column: str, label: str, colour: str) -> Figure:
-    """Plot a column of metrics.csv against tokens; perplexity has a logarithmic scale."""
+    """Plot a column of metrics.csv against tokens; perplexity has a logarithmic scale.
+
+    Args:
+        rows: rows of metrics.csv.
+        column: name of the column.
+        label: label of the vertical axis.
+        colour: colour of the curve.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     figure, axes = _axes(label)

@@ -104,7 +104,14 @@ class ResumeState:
         return cls(config, checkpoint, step, stored, tokenizer=tokenizer, parent=parent)
 
     def prepared_data(self, schedule: Schedule) -> DataModule:
-        """Return the data of the run, prepared by one process before any other is started."""
+        """Return the data of the run, prepared by one process before any other is started.
+
+        Args:
+            schedule: number of updates of the run.
+
+        Raises:
+            UserError: model.vocab_size is less than the size of the tokenizer.
+        """
         config, accumulate = self.config, self.config.trainer.accumulate_grad_batches
         n_batches, start_batch = schedule.n_steps * accumulate, self.step * accumulate
         length, vocab_size = config.model.context_length, config.model.vocab_size
@@ -130,6 +137,11 @@ class ResumeState:
 
     def module(self, schedule: Schedule, data: DataModule, model: ModelFactory | None) -> GPTModule:
         """Return the Lightning module, with the weights that the run starts with.
+
+        Args:
+            schedule: number of updates, and of tokens in each.
+            data: the prepared data.
+            model: class of the model, or function that creates it; None means `GPT`.
 
         Raises:
             UserError: data, schedule or model changed since the checkpoint.
@@ -177,6 +189,9 @@ class ResumeState:
 
 def folder_to_resume(config: TrainConfig) -> Path | None:
     """Return the run folder that `config.resume` names; None if a new run starts.
+
+    Args:
+        config: all settings.
 
     Raises:
         UserError: there is no such run, resume=auto has no run name, or a link in the folder
@@ -272,6 +287,9 @@ def _parent(run: Run, model: GPT) -> Parent:
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
     """Keep a second process from training the same run at the same time.
+
+    Args:
+        folder: the run folder.
 
     Raises:
         UserError: another process trains it. A process that is killed releases its lock.
