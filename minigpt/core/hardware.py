@@ -123,11 +123,7 @@ def cpu_has_bfloat16() -> bool:
 
 
 PEAK_FILE = "matmul_peak.json"  # in the cache_dir
-_SIDE = {
-    "cpu": 2048,
-    "cuda": 8192,
-    "mps": 4096,
-}  # largest side, which reaches the peak
+_SIDE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # largest side, which reaches the peak
 _ENOUGH = 0.015  # seconds per product, above which larger matrices do not change the result
 _TRIES = 7
 _DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": torch.float32}

@@ -34,7 +34,7 @@ STYLE: Any = {  # a dict of rc parameters
     **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
     "grid.alpha": 0.13,
 }
-# Positions of a label beside its point, best first: offset in points, and horizontal alignment.
+# Positions of a label next to its point, best first: offset in points, and horizontal alignment.
 SIDES = tuple(
     ((x * reach, y * reach), {1: "left", 0: "center", -1: "right"}[x])
     for reach in (6, 11, 17, 24, 34, 48)

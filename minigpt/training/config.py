@@ -209,7 +209,7 @@ class TrainConfig:
                 raise UserError("must not be empty", name, fix={name: example})
         expand_paths(self, *examples)
         fsdp, name = self.trainer.strategy == "fsdp", "trainer.strategy"
-        if fsdp and self.callbacks.prompts:  # rank 0 samples alone, with part of the weights
+        if fsdp and self.callbacks.prompts:  # only rank 0 samples, without all weights
             message = "cannot sample stories during training"
             raise UserError(message, name, "fsdp", {"callbacks": "quiet"})
         if fsdp and self.optimizer.name == "muon":

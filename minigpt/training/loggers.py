@@ -95,7 +95,7 @@ class MetricsCsv(Logger):
             os.fsync(file.fileno())
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Do nothing, because config.yaml holds the hyperparameters."""
+        """Do nothing, because config.yaml contains the hyperparameters."""
 
     @rank_zero_only
     def _write_all(self, rows: list[dict[str, str]]) -> None:
@@ -170,7 +170,7 @@ def _wandb_logger(folder: Path, project: str) -> Logger:
             folder.name, folder, id=_wandb_id(folder), project=project, mode=mode,
             resume=None if mode == "offline" else "allow", settings=settings,
         )  # fmt: skip
-        _ = wandb_logger.experiment  # opens the run, on rank 0 alone
+        _ = wandb_logger.experiment  # opens the run, only on rank 0
         return wandb_logger
 
     if mode != "offline":

@@ -72,8 +72,8 @@ def train(
             `GPT`.
         callbacks: Lightning callbacks, called after those of Mini GPT.
         stories: training stories that replace those of `config.data`.
-        valid_stories: validation stories; None holds out the last fraction
-            `config.data.holdout` of `stories`.
+        valid_stories: validation stories; None takes the last part of `stories`, of
+            the fraction `config.data.holdout`.
 
     Returns:
         The run, with its best checkpoint selected.
@@ -285,7 +285,7 @@ class _Training:
             plugins=[checkpoints.files, *environment],
         )
         for logger in loggers:  # opens the W&B run, which `_fit` closes
-            shape = dataclasses.asdict(config.model)  # beside `model`, which is the size's name
+            shape = dataclasses.asdict(config.model)  # `model` is the name of the size
             logger.log_hyperparams({**plain(config), "shape": shape, **facts})
         return trainer
 

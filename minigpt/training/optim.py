@@ -109,7 +109,7 @@ def make_optimizer(
 
 
 class Muon(Optimizer):
-    """SGD with Nesterov momentum whose updates are orthogonalised, for matrices alone.
+    """Optimizer for matrices: SGD with Nesterov momentum and orthogonalised updates.
 
     The method is that of Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/). Each
     update is scaled by 0.2 · sqrt(max(rows, columns)), which gives it the size of an AdamW update
