@@ -117,7 +117,7 @@ def original_continuations(
 def write_continuations(
     net: GPT, tokenizer: Tokenizer, openings: Sequence[Opening], temperature: float, seed: int
 ) -> list[Continuation]:
-    """Sample a continuation of each opening, in their order.
+    """Sample a continuation for each opening, in order.
 
     Openings of equal length form batches of at most BATCH.
 

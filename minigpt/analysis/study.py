@@ -131,7 +131,7 @@ def _load_models(runs: Sequence[Run]) -> list[StudiedModel]:
     """Load the models on the CPU, smallest first."""
     names = [run.folder.resolve().name for run in runs]
     if len(set(names)) < len(names):
-        raise UserError("two runs have the same name; rename the folder of one", "runs", names)
+        raise UserError("two runs have the same name; rename one of the folders", "runs", names)
     models = [
         StudiedModel(n, r.load_model(), r.tokenizer) for n, r in zip(names, runs, strict=True)
     ]

@@ -145,7 +145,12 @@ def own_hydra(name: str, overrides: Sequence[str] = ()) -> Iterator[None]:
 
 
 def register_defaults(name: str, overrides: Sequence[str] = ()) -> None:
-    """Register the defaults of the root config `name` with Hydra; `overrides` as in `defaults`."""
+    """Register the defaults of a root config with Hydra.
+
+    Args:
+        name: name of the root config.
+        overrides: settings as typed, which may add defaults; see `defaults`.
+    """
     ConfigStore.instance().store(f"{name}_defaults", defaults(name, overrides))
 
 

@@ -12,7 +12,7 @@ from minigpt.core.settings import UserError
 
 
 def global_rank() -> int:
-    """Return the rank of this process among those of the run; 0 for the first or only one."""
+    """Return the global rank of this process, which is 0 for the first or only process."""
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):  # torchrun, Lightning's launcher, srun
         if name in os.environ:
             return int(os.environ[name])
@@ -76,6 +76,6 @@ def allow_starting_processes() -> None:
 
 
 def step_name() -> str | None:
-    """Return srun's job and step ids, which all nodes and requeued jobs share; else None."""
+    """Return srun's job and step ids, which all nodes and requeued jobs share; None without srun."""
     job, step = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID")
     return f"{job}.{step}" if job and step else None

@@ -91,7 +91,7 @@ class Hardware:
 
 def _check_launched(launcher: Launcher, devices: str, num_nodes: int) -> None:
     """Raise UserError if the settings contradict the processes that the launcher started."""
-    start = f"{launcher.name} started {launcher.devices} processes on {launcher.num_nodes} nodes"
+    start = f"{launcher.name} uses {launcher.num_nodes} node(s) × {launcher.devices} process(es)"
     if devices not in ("auto", str(launcher.devices)):
         raise UserError(f"{start}: leave this out", "devices", int(devices))
     if num_nodes not in (1, launcher.num_nodes):  # 1 is the default

@@ -22,7 +22,7 @@ SHORTEST, LONGEST = 5.0, 60.0
 
 
 class Progress(progress.Progress):
-    """A bar that is removed at the end; without a terminal, a log line at growing intervals.
+    """Progress bar that is removed at the end; without a terminal, log lines at growing intervals.
 
     The first line comes after 5 s, so that short tasks are silent; three minutes give 13 lines, and
     from the fourth minute on there is one per minute. Both forms show the same columns.

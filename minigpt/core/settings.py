@@ -226,7 +226,7 @@ def flat(group: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def one_line(error: Exception | str) -> str:
-    """Return a message on one line, without control characters and at most 1000 characters long.
+    """Return a message on one line, without control characters and with at most 1000 characters.
 
     Messages contain values that users typed or that were read from untrusted files.
     """

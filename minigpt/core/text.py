@@ -9,7 +9,7 @@ BAR = "\\|"  # an escaped vertical bar in a cell of a Markdown table
 
 
 def human_count(number: float) -> str:
-    """Return a number with three digits and a letter, such as 39.5k, 1.05M or 6.6B."""
+    """Format a number with three significant digits and a letter, such as 39.5k or 1.05M."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= 0.9995 * size:  # 999.5k would be rounded to 1000k
             return f"{number / size:.3g}{letter}"
@@ -54,7 +54,7 @@ def md_table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1)
 
 
 def human_time(seconds: float) -> str:
-    """Return a duration with at most two units: 42 s, 3 min 20 s, 1 h 05 min."""
+    """Format a duration with at most two units, such as 42 s, 3 min 20 s or 1 h 05 min."""
     total = math.floor(seconds + 0.5)
     if total < 60:
         return f"{total} s"

@@ -87,7 +87,7 @@ class RunResult:
 
     @property
     def point(self) -> tuple[int, float] | None:
-        """(parameters, perplexity) in the figure; None unless the run finished with both."""
+        """Point (parameters, perplexity) of the figure; None unless the run finished with both."""
         if self.status != "finished" or self.parameters is None or self.perplexity is None:
             return None
         return self.parameters, self.perplexity
@@ -99,12 +99,12 @@ class RunResult:
 
     @property
     def reference_perplexity(self) -> float | None:
-        """Perplexity of the reference model of exactly this many parameters, if there is one."""
+        """Perplexity of the reference model with the same number of parameters, or None."""
         return {model.parameters: model.perplexity for model in REFERENCE}.get(self.parameters or 0)
 
 
 def find_runs(folders: Sequence[Path]) -> list[Path]:
-    """Return the run folders in `folders` and below them, each once.
+    """Return the run folders in `folders` and below them, without duplicates.
 
     A run folder contains config.yaml, and summary.json or metrics.csv. Hidden folders and folders
     in a run are not searched.
@@ -165,7 +165,7 @@ def read_run(path: Path) -> RunResult:
     try:
         data, corpus, seed = config["data"]["source"], _corpus(config["data"]), config["seed"]
     except (KeyError, TypeError):
-        raise UserError(f"{path / CONFIG} lacks data.source or seed") from None
+        raise UserError(f"{path / CONFIG} lacks data.source or seed: restore the file") from None
     return RunResult(
         path=path,
         model=numbers.get("model", "unknown"),

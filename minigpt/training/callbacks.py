@@ -79,7 +79,7 @@ class Throughput(Callback):
             self.module.log_dict({"tokens_per_second": self.speed, "mfu": mfu})
             if mfu > 1 and not self._warned and trainer.is_global_zero:
                 self._warned = True
-                message = "mfu is above 1, so the peak is wrong: delete %s to measure it again"
+                message = "mfu is above 1, so the peak is too low: delete %s to measure it again"
                 log.warning(message, self.peak_file)
         if self._steps >= self.every * trainer.accumulate_grad_batches:
             self._steps, self._elapsed = 0, 0.0

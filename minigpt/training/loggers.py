@@ -143,7 +143,7 @@ def _wandb_logger(folder: Path, project: str) -> Logger:
     does not answer after the login.
 
     Raises:
-        UserError: the login of a new run fails, or is not answered.
+        UserError: the login of a new run fails or times out.
     """
     import wandb
     from lightning.pytorch.loggers import WandbLogger

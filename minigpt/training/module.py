@@ -29,7 +29,7 @@ Batch = tuple[Tensor, Tensor]  # token ids (B, T) and targets (B, T), both int64
 
 
 class GPTModule(L.LightningModule):
-    """Train a GPT on windows of tokens, and log losses, perplexity and bits per byte.
+    """Lightning module that trains a GPT and logs losses, perplexity and bits per byte.
 
     Args:
         config: shape of the model.
@@ -101,7 +101,10 @@ class GPTModule(L.LightningModule):
         return loss
 
     def has_row(self, step: int) -> bool:
-        """Return whether update `step`, counted from 1, is logged; a `log` call takes 0.5 ms."""
+        """Return whether update `step`, counted from 1, is logged.
+
+        Most updates are not, because a `log` call takes 0.5 ms.
+        """
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return step % every == 0 or step >= self.n_steps
 

@@ -58,8 +58,8 @@ def lr_factor(
 ) -> float:
     """Return the learning rate of update `step` as a fraction of its peak.
 
-    It rises linearly to 1 at update `warmup_steps - 1`, then falls along half a cosine, or a line,
-    that would reach `final_lr` at update `n_steps`, so that the last update is not zero.
+    It rises linearly to 1 at update `warmup_steps - 1`, then falls along half a cosine or a line,
+    which would reach `final_lr` at update `n_steps`; the last update therefore is not zero.
 
     Args:
         step: number of the update, from 0.

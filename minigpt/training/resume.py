@@ -107,7 +107,7 @@ class ResumeState:
         """Return the data of the run, prepared by one process before any other is started.
 
         Args:
-            schedule: number of updates of the run.
+            schedule: number of updates, and of tokens in each.
 
         Raises:
             UserError: model.vocab_size is less than the size of the tokenizer.
@@ -213,7 +213,7 @@ def folder_to_resume(config: TrainConfig) -> Path | None:
 
 
 def _with_tokenizer(config: TrainConfig) -> tuple[TrainConfig, Tokenizer | None]:
-    """Load the tokenizer of data.tokenizer; return `config` with its vocabulary size, and it.
+    """Return `config` with the vocabulary size of data.tokenizer, and the loaded tokenizer.
 
     Raises:
         UserError: the tokenizer is missing or damaged, or data.vocab_size is another size.
