@@ -76,6 +76,6 @@ def allow_starting_processes() -> None:
 
 
 def step_name() -> str | None:
-    """Return srun's job and step ids, which all nodes and requeued jobs share; None without srun."""
+    """Return srun's job and step ids, shared by all nodes and requeued jobs; None without srun."""
     job, step = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID")
     return f"{job}.{step}" if job and step else None

@@ -56,9 +56,7 @@ class TrainerConfig:
         if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):
             raise UserError("must be auto or a number of devices", "devices", self.devices)
         if self.accelerator not in ("auto", "cpu", "gpu", "cuda", "mps"):
-            raise UserError(
-                "choose from auto, cpu, gpu, cuda, mps", "accelerator", self.accelerator
-            )
+            raise UserError("must be auto, cpu, gpu, cuda or mps", "accelerator", self.accelerator)
         check(self, "leave it out: budget.tokens sets it", lambda n: n >= 1, "max_steps")
         length = "leave it out: budget.tokens sets the length of a run, repetitions included"
         check(self, length, lambda _: False, "max_epochs")
