@@ -137,7 +137,7 @@ def _load_models(runs: Sequence[Run]) -> list[StudiedModel]:
     ]
     kinds = {(m.tokenizer.fingerprint, m.net.config.context_length) for m in models}
     if len(kinds) > 1:
-        problem = "tokenizers or context lengths differ, so no model can score all stories"
+        problem = "tokenizer or context length differs, so no model can score all stories"
         raise UserError(f"{problem}; study each run separately", "runs", names)
     return sorted(models, key=lambda model: model.net.n_parameters)
 
