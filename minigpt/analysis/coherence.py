@@ -49,7 +49,7 @@ class Continuation:
     opening: Opening
     ids: tuple[int, ...]  # without the end-of-text token
     text: str
-    ended: bool  # by an end-of-text token
+    ended: bool  # whether an end-of-text token ended it
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class EmbeddingMap:
     points: Tensor  # (n, 2), in the order of `words`
     explained: float  # fraction of the variance that the two dimensions explain
     within: float  # mean cosine similarity of two words of one cluster, in all d dimensions
-    between: float | None  # the same for words of different clusters; None if there is one
+    between: float | None  # the same for words of different clusters; None for one cluster
 
 
 def embedding_map(

@@ -47,7 +47,7 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
         precision = f"not chosen: {error}"
     generation, advice = _generation()
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minigpt"
-    caches = {"data.cache_dir": Path(CACHE), "XDG_CACHE_HOME": home}  # by setting that moves them
+    caches = {"data.cache_dir": Path(CACHE), "XDG_CACHE_HOME": home}  # by setting to change
     facts = {
         "minigpt": f"{minigpt.__version__}, source {source_commit()}",
         "python": f"{platform.python_implementation()} {platform.python_version()}",

@@ -63,7 +63,7 @@ class RunResult:
     parameters: int | None
     non_embedding_parameters: int | None
     tokens: int  # seen in training, including those of the parent run
-    tokens_of_data: int  # those of them that came from this data source
+    tokens_of_data: int  # the part of `tokens` from this data source
     train_tokens: int | None  # size of the training split
     flops_per_token: int | None  # training FLOPs
     train_loss: float | None  # mean over the last 5 % of the run, with dropout
