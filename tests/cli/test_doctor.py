@@ -22,10 +22,10 @@ TOPICS = {
 @pytest.fixture
 def fresh_compiler(monkeypatch):
     """Let decode.c be looked up again in this test and in the next one."""
-    decode._compiled_here.cache_clear()
+    decode._compiled_library.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
-    decode._compiled_here.cache_clear()
+    decode._compiled_library.cache_clear()
 
 
 def doctor_json(monkeypatch, capsys) -> tuple[dict[str, str], list[str]]:
