@@ -105,7 +105,7 @@ def test_prompt_is_highlighted_and_shown_once(tmp_path, text):
     run = write_run(tmp_path / "run")
     story = {"step": 40, "tokens": 1, "prompt": "Once", "temperature": 0.8, "text": text}
     (run / "samples.jsonl").write_text(json.dumps(story) + "\n")
-    assert "<p><b>Once</b> upon a time</p>" in report(run)
+    assert '<p dir="auto"><b>Once</b> upon a time</p>' in report(run)
 
 
 def test_stages_include_the_first_and_the_last_among_the_open_ones(tmp_path):
