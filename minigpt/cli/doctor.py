@@ -1,4 +1,4 @@
-"""Collect facts for a bug report, and advice on what could be better on this machine."""
+"""Collect facts for a bug report, and advice for this machine."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ from minigpt.model import GPT, GPTConfig
 from minigpt.runs.provenance import source_commit
 
 PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "tokenizers", "numpy", "wandb")
-FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")  # of x86, then of ARM
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")  # x86, then ARM
 MIN_FREE_GB = 2.0  # the checkpoints of a large run and its prepared stories take some hundred MB
 
 
 def diagnose() -> tuple[dict[str, str], list[str]]:
-    """Collect what a bug report needs.
+    """Collect the facts that a bug report needs, and advice for this machine.
 
     Returns:
-        The facts by topic, in the order to print them, and one line for each thing that could be
-        better, with what to do about it.
+        The facts by topic, in the order to print them, and one line of advice for each problem.
     """
     n_cores = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else n_cores
@@ -48,7 +47,7 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
         precision = f"not chosen: {error}"
     generation, advice = _generation()
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minigpt"
-    caches = {"data.cache_dir": Path(CACHE), "XDG_CACHE_HOME": home}  # by what moves them
+    caches = {"data.cache_dir": Path(CACHE), "XDG_CACHE_HOME": home}  # by setting to change
     facts = {
         "minigpt": f"{minigpt.__version__}, source {source_commit()}",
         "python": f"{platform.python_implementation()} {platform.python_version()}",
@@ -63,27 +62,27 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
         "caches": ", ".join(f"{path} ({_megabytes(path):.1f} MB)" for path in caches.values()),
         "disk": f"{free:.1f} GB free",
     }
-    checks = {  # what could be better, and whether that applies here
+    checks = {  # advice, and whether it applies here
         advice: advice,
         "training in float32 is slow: a CPU with AVX512-BF16 or AMX, or a GPU, takes about half "
         "the time": precision.startswith("32-true on cpu"),
         f"{threads} threads share {limit} cores: set OMP_NUM_THREADS={limit}": threads > limit,
         "PyTorch does not see the GPU: install a build of torch for the CUDA version that "
         "nvidia-smi shows": not gpus and shutil.which("nvidia-smi"),
-        "less than 2 GB of the disk are free: delete old runs and caches": free < MIN_FREE_GB,
+        "less than 2 GB of disk space is free: delete old runs and caches": free < MIN_FREE_GB,
     }
     for setting, path in caches.items():
         existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         writable = os.access(existing, os.W_OK)
         checks[f"{path} is not writable: set {setting} to another folder"] = not writable
-    private = str(Path.home())  # it holds the user's name
+    private = str(Path.home())  # it contains the user's name
     facts = {topic: fact.replace(private, "~") for topic, fact in facts.items()}
     return facts, [line.replace(private, "~") for line, applies in checks.items() if applies]
 
 
 def _cpu() -> str:
-    """Return the name of the CPU and the instruction sets that decide its speed."""
-    path = Path("/proc/cpuinfo")  # of Linux
+    """Return the name of the CPU and the instruction sets that affect its speed."""
+    path = Path("/proc/cpuinfo")  # Linux only
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     name = re.search(r"model name\s*: (.*)", text)
     flags = "".join(re.findall(r"(?:flags|Features)\s*:(.*)", text)[:1]).split()
@@ -92,7 +91,7 @@ def _cpu() -> str:
 
 
 def _cpu_quota() -> float | None:
-    """Return how many cores the cgroup of this process may use; None without a limit."""
+    """Return the number of cores that the cgroup of this process may use; None means no limit."""
     for names in ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"):  # v2, then v1
         with contextlib.suppress(OSError, ValueError):  # the other version, or "max"
             text = " ".join(Path("/sys/fs/cgroup", name).read_text() for name in names)
@@ -106,7 +105,7 @@ def _megabytes(folder: Path) -> float:
 
 
 def _generation() -> tuple[str, str]:
-    """Return what generates text here, tried with a tiny model, and advice or ""."""
+    """Try a tiny model; return the backend that generates text, and advice or ""."""
     model = GPT(GPTConfig(vocab_size=64, context_length=8, d_model=32, n_heads=1, n_layers=1))
     try:
         Decoder(model.eval().requires_grad_(False), [torch.zeros(1, dtype=torch.long)], "c")
@@ -115,5 +114,5 @@ def _generation() -> tuple[str, str]:
     command = [*(decode.compiler() or ()), "--version"]
     version = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0]  # noqa: S603
     if not decode.is_threaded():
-        return f"decode.c, one thread, by {version}", "decode.c has one thread: install gcc"
-    return f"decode.c by {version}", ""
+        return f"decode.c, one thread, {version}", "decode.c uses a single thread: install gcc"
+    return f"decode.c, compiled by {version}", ""

@@ -47,9 +47,9 @@ class Hardware:
 
     @classmethod
     def detect(cls, accelerator: str, devices: str, num_nodes: int, precision: str) -> Hardware:
-        """Resolve the settings of the trainer for this machine.
+        """Resolve the trainer settings for this machine.
 
-        Under torchrun or srun, devices and nodes are those that processes were started for.
+        Under torchrun or srun, the launcher determines the number of devices and nodes.
 
         Args:
             accelerator: "auto", "cpu", "gpu", "cuda" or "mps".
@@ -81,7 +81,7 @@ class Hardware:
             message = "several nodes need torchrun or srun: see docs/scaling-out.md"
             raise UserError(message, "num_nodes", num_nodes)
         if accelerator == "cuda" and n_devices > n_gpus:
-            problem = f"the number of GPUs on this machine is {n_gpus}"
+            problem = f"this machine has {n_gpus} GPU(s)"
             raise UserError(problem, "devices", n_devices, fix={"devices": "auto"})
         if accelerator == "mps" and n_devices > 1:
             problem = "a Mac has one GPU, but its CPU can run several processes"
@@ -91,7 +91,7 @@ class Hardware:
 
 def _check_launched(launcher: Launcher, devices: str, num_nodes: int) -> None:
     """Raise UserError if the settings contradict the processes that the launcher started."""
-    start = f"{launcher.name} started {launcher.devices} processes on {launcher.num_nodes} nodes"
+    start = f"{launcher.name} uses {launcher.num_nodes} node(s) × {launcher.devices} process(es)"
     if devices not in ("auto", str(launcher.devices)):
         raise UserError(f"{start}: leave this out", "devices", int(devices))
     if num_nodes not in (1, launcher.num_nodes):  # 1 is the default
@@ -99,7 +99,7 @@ def _check_launched(launcher: Launcher, devices: str, num_nodes: int) -> None:
 
 
 def _find_precision(setting: str, accelerator: str) -> tuple[str, str]:
-    """Return the precision to train in and the reason; "auto" avoids emulated bfloat16."""
+    """Return the training precision and the reason for it; "auto" avoids emulated bfloat16."""
     if accelerator == "mps":
         default = "32-true", "the safe choice on MPS"
         return default if setting == "auto" else (setting, "as requested")
@@ -123,18 +123,18 @@ def cpu_has_bfloat16() -> bool:
 
 
 PEAK_FILE = "matmul_peak.json"  # in the cache_dir
-_SIDE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # largest matrices, which reach the peak
-_ENOUGH = 0.015  # seconds per product that suffice: larger matrices would not change the result
+_SIDE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # largest side, which reaches the peak
+_ENOUGH = 0.015  # seconds per product, above which larger matrices do not change the result
 _TRIES = 7
 _DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": torch.float32}
 
 
 def matmul_peak(hardware: Hardware, cache_dir: Path) -> float:
-    """Return the peak FLOP/s of one device, by multiplying square matrices.
+    """Measure the peak FLOP/s of one device with products of square matrices.
 
-    The fastest of a few products counts, which takes 0.2 to 0.5 s on a CPU. The result is cached
-    for each host, device, dtype and number of threads in `cache_dir`/matmul_peak.json; delete the
-    file to measure again. If it cannot be written, each run measures anew.
+    The fastest of a few products counts; on a CPU the measurement takes 0.2 to 0.5 s. The result is
+    cached for each host, device, dtype and number of threads in `cache_dir`/matmul_peak.json;
+    delete the file to measure again. If it cannot be written, each run measures again.
 
     Args:
         hardware: the device, and the precision that decides the dtype.
@@ -171,7 +171,7 @@ def _measure(accelerator: str, dtype: torch.dtype) -> float:
 
 
 def _fastest(side: int, accelerator: str, dtype: torch.dtype, tries: int) -> float:
-    """Return the seconds of the fastest of some matrix products, without the first, a warm-up."""
+    """Return the seconds of the fastest product; the first of the `tries` is a warm-up."""
     a = torch.full((side, side), 0.5, dtype=dtype, device=accelerator)
     seconds = []
     for _ in range(tries):
