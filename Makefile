@@ -1,17 +1,17 @@
-# `make help` lists the targets: the comment behind a target is its line there.
+# `make help` lists the targets with the comment after each one.
 # Each target installs the packages that it needs into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRA := $(BIN)/python -m pytest --override-ini addopts="-q --strict-markers"
 
 .PHONY: help quickstart test lint format audit docs golden chaos bench clean
-.PHONY: test-browser test-cluster test-examples test-export test-wandb
+.PHONY: test-browser test-cluster test-examples test-export test-memory test-wandb
 .DELETE_ON_ERROR:
 
 help:  # list the targets
 	@awk -F ':.*  # ' '/^[a-z-]+:.*  # / { printf "  %-14s%s\n", $$1, $$2 }' Makefile
 
-quickstart: .venv/installed  # install, train the small model in minutes, evaluate it, write a story
+quickstart: .venv/installed  # install, train the small model for minutes, evaluate it, write a story
 	$(BIN)/python train.py experiment=quickstart
 	$(BIN)/python evaluate.py ckpt=runs stories.n=1
 	@echo
@@ -22,7 +22,7 @@ quickstart: .venv/installed  # install, train the small model in minutes, evalua
 	@echo "         $(BIN)/python train.py model=medium           # or model=large"
 	@echo "         $(BIN)/python train.py --help"
 
-test: lint audit  # run lint, audit and the test suite
+test: lint audit  # run the linters, the audit and all tests
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: .venv/installed-dev  # check style, docstrings, types and layers
@@ -31,17 +31,17 @@ lint: .venv/installed-dev  # check style, docstrings, types and layers
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-format: .venv/installed-dev  # fix style where ruff can
+format: .venv/installed-dev  # fix style problems that ruff can fix
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-audit: .venv/installed-dev  # look for known vulnerabilities in the installed packages
+audit: .venv/installed-dev  # check the installed packages for known vulnerabilities
 	$(BIN)/python -m tests.audit
 
 docs: .venv/installed-dev  # build the documentation site into site/
 	$(BIN)/mkdocs build --strict
 
-# These need system packages or several minutes. .ci/run runs all of them but chaos and bench.
+# These targets need system packages or several minutes. .ci/run runs all except chaos and bench.
 
 test-browser: .venv/installed-browser  # test the playground in Chromium
 	@command -v chromium >/dev/null || [ "$$(id -u)" = 0 ] || \
@@ -50,7 +50,7 @@ test-browser: .venv/installed-browser  # test the playground in Chromium
 	  { apt-get update -q && apt-get install -q -y --no-install-recommends chromium; }
 	$(EXTRA) tests/extra/test_browser.py tests/extra/test_visitors.py
 
-test-cluster: .venv/installed-cluster  # test sweeps on Slurm with one node and on a local Ray
+test-cluster: .venv/installed-cluster  # test sweeps on one-node Slurm and a local Ray cluster
 	@for tool in munged srun sbatch slurmctld slurmd; do command -v $$tool >/dev/null || missing=1; done; \
 	[ -z "$$missing" ] && exit; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
@@ -64,16 +64,19 @@ test-cluster: .venv/installed-cluster  # test sweeps on Slurm with one node and 
 test-export: .venv/installed-tools  # test exported models in onnxruntime, lm_eval and gguf
 	$(EXTRA) tests/extra/test_export_tools.py
 
-test-wandb: .venv/installed-dev  # test the wandb programs against a mock W&B server
+test-wandb: .venv/installed-dev  # test logging and sweeps with a mock W&B server
 	$(EXTRA) tests/extra/test_wandb.py
 
-test-examples: .venv/installed-dev  # run the notebooks of examples/ on tiny budgets
+test-examples: .venv/installed-dev  # run the notebooks in examples/ with tiny budgets
 	$(EXTRA) tests/extra/test_examples.py
+
+test-memory: .venv/installed-dev  # test that memory does not grow with the text: a minute
+	$(EXTRA) tests/extra/test_memory.py
 
 golden: .venv/installed-dev  # compare logits, curves, stories and settings with commit c2cfd24
 	$(BIN)/python -m tests.golden
 
-chaos: .venv/installed-dev  # kill a run fifty times, and fuzz its files: ten minutes
+chaos: .venv/installed-dev  # kill a run fifty times and fuzz its files (ten minutes)
 	$(EXTRA) tests/extra/test_fuzz.py tests/extra/test_chaos.py
 
 bench: .venv/installed-dev  # measure speed and memory, on an idle machine
@@ -98,5 +101,5 @@ bench: .venv/installed-dev  # measure speed and memory, on an idle machine
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@ .venv/installed
 
-clean:  # remove .venv and everything that was built; runs/ stays
+clean:  # remove .venv, caches and build output, but keep runs/
 	rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis build dist site *.egg-info

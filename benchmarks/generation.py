@@ -1,11 +1,12 @@
-"""Measure how fast text is generated, beside transformers' GPT-2 with the same weights.
+"""Measure generation speed, compared with transformers' GPT-2 with the same weights.
 
     python benchmarks/generation.py --out docs/results/benchmarks
 
-The model has the medium size and random weights. All candidates write the same number of tokens
-after the same prompt, with key/value caches, at temperature 0.8 and without an end-of-text token.
-They take turns within one run, and their medians are compared. First, the logits of both models are
-compared. "by PyTorch" is this project without decode.c, as on a machine without a C compiler.
+The model has the medium size and random weights. First, the logits of both models are compared.
+All candidates generate the same number of tokens after the same prompt, with key/value caches, at
+temperature 0.8 and without an end-of-text token. They take turns within one run, and their medians
+are compared. "by PyTorch" means this project without decode.c, as on a machine without a C
+compiler.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def without_cache(net: GPT, new: int) -> Candidate:
 
 
 def weights_once(n_bytes: int) -> Candidate:
-    """Return a candidate that only reads and sums the weights: a bound on tokens per second."""
+    """Return a candidate that only sums the weights, which bounds tokens per second from above."""
     weights = torch.ones(n_bytes // 4)
     return lambda: sum(1 for _ in range(100) if weights.sum() > 0)
 
@@ -101,7 +102,7 @@ def random_prompt(config: GPTConfig, batch: int, length: int) -> Tensor:
 
 
 def as_gpt2(net: GPT) -> Any:
-    """Return `net` as a GPT-2 of transformers, with the same logits."""
+    """Return transformers' GPT-2 with the weights of `net`, which gives the same logits."""
     c = net.config
     peer = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
@@ -126,7 +127,7 @@ def as_gpt2(net: GPT) -> Any:
 
 
 def measure(candidates: dict[str, Candidate], rounds: int) -> dict[str, float]:
-    """Return tokens per second of each candidate: the median of `rounds`, after a warm-up."""
+    """Return each candidate's median tokens per second over `rounds`, after a warm-up round."""
     rates: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(rounds + 1):
         for name, write in candidates.items():
@@ -167,7 +168,7 @@ def compare(rounds: int, new: int) -> dict[str, Any]:
 
 
 def ratios(rate: dict[str, float]) -> dict[str, float]:
-    """Return the ratios that matter, for each precision and for the best one of each side."""
+    """Return the speed ratios, for each precision and for the best precision of each side."""
 
     def best(name: str, precisions: Iterable[str]) -> float:
         return max(rate[name.format(p)] for p in precisions)
@@ -203,7 +204,7 @@ def ratios(rate: dict[str, float]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure how fast text is generated.")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tokens", type=int, default=240, help="new tokens of each sequence")
+    parser.add_argument("--tokens", type=int, default=240, help="new tokens per sequence")
     parser.add_argument("--out", type=Path, help="output folder")
     arguments = parser.parse_args()
     if not 1 <= arguments.tokens <= 256 - PROMPT:

@@ -1,12 +1,13 @@
-"""Measure how fast stories become token files, and how much memory that takes.
+"""Measure the speed and the peak memory of preparing stories as token files.
 
     python benchmarks/preparation.py english:40 english:400 chinese:100 words:48:one base64:48:one
 
-A case is a text (english, or one of scripts.py), its megabytes, and `one` for a single story. In a
-process of its own that has imported what training needs, each case is prepared from an empty
-cache: the tokenizer is trained, on the first 100 MB, and the stories are encoded. Memory is that of
-the whole process tree, twenty times a second. With `--rounds` the encoding is repeated, in turn
-with the batch encoder of the `tokenizers` library on the same stories.
+A case is a text (english, or a name in scripts.py) and its size in MB; `one` makes it a single
+story. Each case is prepared with an empty cache, in a separate process that has imported what
+training needs: a tokenizer is trained on at most the first 100 MB, and the stories are encoded.
+Memory is the sum over the process tree, sampled twenty times per second. With `--rounds` the
+encoding is repeated, in turns with the batch encoder of the `tokenizers` library on the same
+stories.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ from minigpt.data.preparation import prepare_split, prepare_tokenizer
 from minigpt.data.sources import Corpus, bundled_sample
 
 CASES = ("english:400", "chinese:100", "words:48:one", "base64:48:one")
-_BATCH = 1000  # stories that the library encodes at a time
+_BATCH = 1000  # stories per call of the library
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Speed and peak memory of preparing a corpus")
+    parser = argparse.ArgumentParser(description="Measure speed and memory of preparation.")
     parser.add_argument("cases", nargs="*", default=CASES, help="text:megabytes[:one]")
-    parser.add_argument("--rounds", type=int, default=0, help="of encoding, beside the library's")
+    parser.add_argument("--rounds", type=int, default=0, help="rounds of encoding to compare")
     parser.add_argument("--vocab-size", type=int, default=DataConfig.vocab_size)
-    parser.add_argument("--out", type=Path, help="folder for the numbers")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # file and cache of the process
+    parser.add_argument("--out", type=Path, help="output folder")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # story file and cache folder
     arguments = parser.parse_args()
     size, rounds = arguments.vocab_size, arguments.rounds
     if arguments.child:
@@ -60,7 +61,7 @@ def main() -> None:
 
 
 def measure(case: str, vocab_size: int, rounds: int) -> dict[str, Any]:
-    """Return the figures of one case, prepared in a fresh process, cache and folder."""
+    """Return the measurements of one case, prepared in a new process with an empty cache."""
     name, megabytes, *one = case.split(":")
     n_bytes = float(megabytes) * 1e6
     story_bytes = round(n_bytes) if one else 2000
@@ -75,14 +76,14 @@ def measure(case: str, vocab_size: int, rounds: int) -> dict[str, Any]:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         figures = {"peak_memory_megabytes": peak_of_tree(process)}
         figures |= read_answer(process)
-        if rounds:  # in another process: the library takes gigabytes for one long story
+        if rounds:  # in another process, because the library needs gigabytes for one long story
             command += ["--rounds", str(rounds)]
             figures |= read_answer(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
     return {"case": case, **figures}
 
 
 def read_answer(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """Return the JSON that a process prints."""
+    """Return the JSON that a process prints; exit if the process fails."""
     output, _ = process.communicate()
     if process.returncode:
         sys.exit(process.returncode)
@@ -90,7 +91,7 @@ def read_answer(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def peak_of_tree(process: subprocess.Popen[str]) -> float | None:
-    """Return the largest resident memory of a process and its children in MB, while it runs."""
+    """Wait for a process; return the peak resident memory of it and its children in MB."""
     if not Path("/proc").is_dir():
         return None
     peak = 0
@@ -101,7 +102,7 @@ def peak_of_tree(process: subprocess.Popen[str]) -> float | None:
 
 
 def tree(pid: int) -> Iterator[int]:
-    """Yield the ids of a process and of all that it started."""
+    """Yield the ids of a process and all its descendants."""
     yield pid
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -121,7 +122,7 @@ def resident(pid: int) -> int:
 
 
 def repeated(n_bytes: float) -> Iterator[str]:
-    """Yield the bundled training stories over and over, up to `n_bytes` in UTF-8."""
+    """Yield the bundled training stories, repeated until they have `n_bytes` in UTF-8."""
     while n_bytes > 0:
         for story in bundled_sample().stories("train"):
             yield story
@@ -131,10 +132,10 @@ def repeated(n_bytes: float) -> Iterator[str]:
 
 
 def prepare(text: str, cache_dir: str, vocab_size: int, rounds: int) -> dict[str, Any]:
-    """Return the figures of one preparation, or of `rounds` of encoding."""
-    import minigpt.training.loop  # noqa: F401  what training has in memory by then
+    """Return the measurements of one preparation, or of `rounds` rounds of encoding."""
+    import minigpt.training.loop  # noqa: F401  training has this in memory
 
-    # With a validation file, since holding stories out would read them all to count them.
+    # A validation file is named, because holding stories out would read all of them to count.
     corpus = Corpus((Path(text),), bundled_sample().valid_files)
     config = DataConfig(cache_dir=cache_dir, vocab_size=vocab_size)
     start = time.perf_counter()

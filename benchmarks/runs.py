@@ -1,15 +1,15 @@
-"""Measure whole runs: the start-up of train.py, its overhead over the bare step, and its loss.
+"""Measure whole runs: start-up time of train.py, overhead over its bare step, and loss.
 
     python benchmarks/runs.py --out docs/results/benchmarks
 
-- Start-up: the time from the shell to the first row of metrics.csv, which is written at the first
-  step, with the data in the cache; for comparison, the time of `python -c "import torch,
-  lightning"`.
+- Start-up time: from the shell command to the first row of metrics.csv, which is written at the
+  first step, with prepared data in the cache. `python -c "import torch, lightning"` is timed for
+  comparison.
 - Tokens per second of `python train.py` with everything enabled (log file, CSV logger, checkpoints,
-  progress bar), and of its bare step in a loop with the same optimizer, in turns.
-- The training loss of the small model after 200 steps on the bundled stories, with the CPU kernels
-  in bfloat16 (float32 where that is not native) and with plain PyTorch in float32, for the same
-  seed and batches.
+  progress bar), in turns with its bare step in a loop with the same optimizer.
+- Training loss of the small model after 200 steps on the bundled stories, with the CPU kernels in
+  bfloat16 (float32 on a CPU without native bfloat16) and with plain PyTorch in float32, for the
+  same seed and batches.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 
 from training import ROOT, Candidate, precisions, shape_of, write_json
 
-STEPS, LAST = 200, 20  # length of the loss curves; steps at their end to average
+STEPS, LAST = 200, 20  # steps of a run; number of last steps to average
 
 
 def train(folder: Path, *overrides: str) -> list[str]:
@@ -39,7 +39,7 @@ def train(folder: Path, *overrides: str) -> list[str]:
 
 
 def start_up(rounds: int) -> dict[str, float]:
-    """Return median start-up times; a first round fills the caches and is not counted."""
+    """Return median start-up times; the first round fills the caches and is not counted."""
     imports, first_steps = [], []
     for turn in range(rounds + 1):
         start = time.perf_counter()

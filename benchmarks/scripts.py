@@ -1,7 +1,7 @@
 """Synthetic texts in scripts that a tokenizer made for English handles badly.
 
-Words of random letters, of which a few are frequent, as in real text (Zipf's law); between them
-the marks and white space that the script uses.
+The words consist of random letters, and their frequencies follow Zipf's law, as in real text. They
+are separated by the punctuation and white space of the script.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-# The letters, what separates words, and what ends a clause.
+# Letters, word separator, and marks that end a clause.
 SCRIPTS = {
     "chinese": ("".join(map(chr, range(0x4E00, 0x5800))), "", "，，，、。！\n"),
     "japanese": (
@@ -27,11 +27,11 @@ SCRIPTS = {
     "minified": (string.ascii_letters + "_$", "", "(){};,.=+!&|[]:?'\""),
 }
 TEXTS = [*SCRIPTS, "base64"]
-_CLAUSE, _LENGTHS = 7, (1, 2, 2, 2, 3, 4)  # words of a clause on average, characters of a word
+_CLAUSE, _LENGTHS = 7, (1, 2, 2, 2, 3, 4)  # mean words per clause, characters per word
 
 
 def stories(name: str, n_bytes: float, story_bytes: int = 2000, seed: int = 1) -> Iterator[str]:
-    """Yield stories of text `name`, nearly `n_bytes` in all in UTF-8 and `story_bytes` each."""
+    """Yield stories in script `name`: in UTF-8 `story_bytes` each and about `n_bytes` in total."""
     n_bytes -= story_bytes // 10
     rng = np.random.default_rng(seed)
     if name == "base64":

@@ -1,13 +1,13 @@
-"""Measure training speed, beside transformers' GPT-2 and the peak of matrix products.
+"""Measure training speed, compared with transformers' GPT-2 and peak matrix products.
 
     python benchmarks/training.py --out docs/results/benchmarks
     python benchmarks/training.py --sweep     # also vary batch size, context and width
     python benchmarks/training.py --profile   # only profile the operators of a medium step
 
-Each candidate is a separate process that makes one step on request. The candidates therefore take
-turns within one run, and each has the memory allocator of real use. Times are medians. On a CPU
-without native bfloat16, only float32 is measured. `--out` is the folder for training.json and, with
---sweep, training-sweep.png.
+Each candidate is a separate process that runs one step on request. The candidates can therefore
+take turns, and each uses its usual memory allocator. Times are medians. On a CPU without native
+bfloat16, only float32 is measured. `--out` is the folder for training.json and, with --sweep,
+training-sweep.png.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ VOCABULARY = 3000
 
 
 def worker(kind: str, d_model: int, batch: int, context: int, precision: str) -> None:
-    """Make a step for each line on stdin; print its seconds and the peak memory so far as JSON."""
+    """Run a step for each line on stdin; print its seconds and the peak memory so far as JSON."""
     make = {"ours": _ours, "muon": _muon, "peer": _peer, "peak": _peak}[kind]
     step = make(d_model, batch, context, precision)
     for _ in sys.stdin:
@@ -45,7 +45,7 @@ def worker(kind: str, d_model: int, batch: int, context: int, precision: str) ->
 
 
 def peak_memory() -> float | None:
-    """Return the peak resident memory of this process in MB; None if the system lacks it."""
+    """Return the peak resident memory of this process in MB, or None on Windows."""
     try:
         import resource
     except ModuleNotFoundError:  # Windows
@@ -159,7 +159,7 @@ class Candidate:
 
 
 def measure(candidates: dict[str, Candidate], rounds: int, warm_up: int = 3) -> None:
-    """Let the candidates step in turn: `warm_up` steps, then `rounds` measured ones."""
+    """Run the candidates in turns: `warm_up` steps each, then `rounds` measured steps."""
     for i in range(warm_up + rounds):
         for candidate in candidates.values():
             candidate.step(keep=i >= warm_up)
@@ -184,7 +184,7 @@ def peak_flops(candidate: Candidate) -> float:
 
 
 def precisions() -> list[str]:
-    """Return the precisions that this CPU multiplies natively, the fastest last."""
+    """Return the precisions that this CPU supports natively, the fastest last."""
     from minigpt.core.hardware import cpu_has_bfloat16
 
     return ["float32", "bf16"] if cpu_has_bfloat16() else ["float32"]
@@ -227,7 +227,7 @@ def compare(rounds: int) -> dict[str, Any]:
 
 
 def sweep(rounds: int) -> list[dict[str, Any]]:
-    """Return training FLOP/s when batch size, context or width differ from the medium ones."""
+    """Return training FLOP/s of the medium model with other batch sizes, contexts and widths."""
     cases = [("batch", 256, b, 256) for b in (8, 16, 32, 64, 128)]
     cases += [("context", 256, 8192 // t, t) for t in (64, 128, 256, 512, 1024)]
     cases += [("d_model", d, 32, 256) for d in (64, 128, 256, 384, 512, 768)]
@@ -250,7 +250,7 @@ def sweep(rounds: int) -> list[dict[str, Any]]:
 
 
 def sweep_figure(rows: list[dict[str, Any]]) -> Figure:
-    """Draw the share of the peak by batch, context and width; grey: within 25 % of the best."""
+    """Plot the MFU by batch, context and width; the grey band is within 25 % of the best."""
     from matplotlib.ticker import NullLocator, PercentFormatter
 
     from minigpt.core.plots import COLOURS, INK, new_figure
@@ -283,7 +283,7 @@ def sweep_figure(rows: list[dict[str, Any]]) -> Figure:
 
 
 def profile(steps: int = 5) -> None:
-    """Print the milliseconds of each operator in a medium step of one micro-batch on one thread."""
+    """Print the milliseconds per operator of one medium step with one micro-batch and thread."""
     import torch
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler

@@ -1,4 +1,4 @@
-"""Mini GPT: train and study language models for short stories, with 1 to 10 million parameters.
+"""Mini GPT: train and study story language models with up to about 10 million parameters.
 
 Train a model, measure it, generate a story, and export it for transformers:
 
@@ -12,9 +12,10 @@ Train a model, measure it, generate a story, and export it for transformers:
 
 The public API:
 
-- `load_config`: settings of training or evaluation, by the names of the command line
+- `load_config`: settings for training or evaluation, with the same names as on the
+  command line
 - `train`, `TrainConfig`: train a model, or resume a run
-- `Run`: the folder of a run, or an export, with its settings, tokenizer and model
+- `Run`: a run folder or an exported model, with its settings, tokenizer and model
 - `evaluate`, `EvaluationConfig`: measure perplexity, bits per byte, and generated stories
 - `generate`, `stream_story`, `SamplingConfig`: generate stories
 - `export`, `ExportConfig`: write a model for transformers, ONNX, llama.cpp or as a release
@@ -77,7 +78,7 @@ def __getattr__(name: str) -> Any:
             value = "0.1.0"
     elif name in _MODULE_OF:
         value = getattr(importlib.import_module(_MODULE_OF[name]), name)
-        if name == "GPTConfig":  # model.py imports nothing of the package
+        if name == "GPTConfig":  # model.py imports nothing from the package
             value = importlib.import_module("minigpt.core.fields").documented(value)
     else:
         problem = f"module 'minigpt' has no attribute '{name}'"

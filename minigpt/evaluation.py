@@ -1,4 +1,4 @@
-"""Measure a trained model: loss on the whole validation split, stories, and embedding probes.
+"""Evaluation of a trained model: validation loss, generated stories, and embedding probes.
 
 >>> evaluation = evaluate(Run.load("runs/my-run"), EvaluationConfig(stride=128))
 >>> evaluation.perplexity
@@ -49,19 +49,23 @@ log = logging.getLogger("minigpt")
 
 @dataclass(frozen=True)
 class StoriesConfig:
-    """Settings of the stories that are generated at each temperature."""
+    """Settings of the stories that are generated at each temperature.
+
+    Raises:
+        UserError: a value is out of range.
+    """
 
     prompts: tuple[str, ...] = ("Once upon a time", "One day, a little girl named Lily")
-    """Each story continues one of these texts; with none, no story is generated."""
+    """Prompts that the stories continue; if there are none, no stories are generated."""
 
     temperatures: tuple[float, ...] = (0.5, 0.8, 1.0, 1.2)
-    """Stories are generated at each of these temperatures, which are compared; 0 is greedy."""
+    """Temperatures to generate stories at and to compare, each at least 0; 0 is greedy."""
 
     n: int = 4
-    """This many stories are generated for each prompt at each temperature, at least 1."""
+    """Number of stories per prompt and temperature, at least 1."""
 
     max_tokens: int = 200
-    """A story ends after this many new tokens, unless it ends before."""
+    """Maximum number of new tokens per story, at least 1."""
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -73,37 +77,42 @@ class StoriesConfig:
 @documented
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Settings of an evaluation: the text to score, the stories to generate, the words to probe."""
+    """Settings of an evaluation: the data to score, the stories to generate, the words to probe.
+
+    Raises:
+        UserError: a value is out of range.
+    """
 
     stride: int | None = None
-    """Tokens from the start of one window to the next, from 1 to the context of the model; None
+    """Number of tokens from the start of one window to the next, from 1 to the context length; None
     means adjacent windows, as in training."""
 
     batch_size: int = 32
-    """This many windows are scored at a time."""
+    """Number of windows to score at a time, at least 1."""
 
     seed: int = 1
-    """Seed of the stories, the same at each temperature; not negative."""
+    """Seed of the stories, at least 0, the same at each temperature."""
 
     stories: StoriesConfig = field(default_factory=StoriesConfig)
-    """The stories that are generated at each temperature."""
+    """Settings of the stories to generate."""
 
     words: tuple[str, ...] = ("dad", "mom", "king", "dog", "happy", "ran", "red", "house")
-    """The nearest neighbours of these words are listed, by cosine of the token embeddings."""
+    """Words whose nearest tokens, by cosine similarity of the embeddings, are listed."""
 
     analogies: tuple[tuple[str, ...], ...] = (
         ("princess", "girl", "boy"),
         ("mom", "girl", "boy"),
         ("queen", "woman", "man"),
     )
-    """Three words a, b and c each, whose a − b + c is completed by the nearest tokens."""
+    """Word triples (a, b, c); the tokens nearest to a − b + c are listed."""
 
     data: DataConfig | None = None
-    """Another corpus, read with the tokenizer of the run; None means the one it was trained on."""
+    """Data to score, encoded with the tokenizer of the run; None means the data that the run was
+    trained on."""
 
     valid: Literal["v1", "v2", "both"] | None = None
-    """Which validation text of the bundled sample to score: V2's, the harder V1's, or both; None
-    means both on the sample, and the validation split on any other corpus."""
+    """Validation stories of the bundled sample to score: those of TinyStories V2, those of the
+    harder V1, or both; None means both for the sample, and the validation split for other data."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -113,7 +122,8 @@ class EvaluationConfig:
         for words in self.analogies:
             if len(words) != 3:
                 example = {"analogies": [["princess", "girl", "boy"]]}
-                raise UserError("must each be three words", "analogies", list(words), fix=example)
+                problem = "each analogy must have three words"
+                raise UserError(problem, "analogies", list(words), fix=example)
 
 
 # ---------------------------------------------------------------------------- loss of a split
@@ -121,26 +131,29 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Loss:
-    """Cross-entropy in nats, summed over `n_tokens` predictions."""
+    """Sum of the cross-entropy over `n_tokens` predictions, in nats."""
 
     nats: float
     n_tokens: int
 
     @property
     def nats_per_token(self) -> float:
-        """Mean over tokens, each with the same weight."""
+        """Mean cross-entropy per token, in nats."""
         return self.nats / self.n_tokens
 
     @property
     def perplexity(self) -> float:
-        """Exponential of the mean."""
+        """Exponential of the mean cross-entropy."""
         return perplexity(self.nats_per_token)
 
     def bits_per_byte(self, bytes_per_token: float) -> float:
-        """Return the loss per UTF-8 byte, which does not depend on the tokenizer.
+        """Return the loss in bits per UTF-8 byte, which is comparable between tokenizers.
 
         Args:
-            bytes_per_token: of the split that was scored.
+            bytes_per_token: mean number of UTF-8 bytes per token of the split that was scored.
+
+        Returns:
+            Bits per byte.
         """
         return self.nats_per_token / math.log(2) / bytes_per_token
 
@@ -153,25 +166,29 @@ def evaluate_loss(
     precision: str = "32-true",
     console: Console | None = None,
 ) -> Loss:
-    """Return the loss of `model` over every token of a split but the first, each scored once.
+    """Return the loss of `model` on all tokens of a split except the first; each is scored once.
 
     Args:
-        model: its context is the window, T.
-        tokens: ids, [n_tokens] uint16, usually a memory map.
-        batch_size: windows scored at a time.
-        stride: None: adjacent windows, on which training validates. Else each window begins
-            `stride` tokens after the previous one and scores only tokens past its end, so that all
-            but the first T tokens have at least T - stride tokens of context.
-        precision: as in Lightning; `*-mixed` is autocast, all else float32.
-        console: where to show progress; None: nowhere.
+        model: the model; its context length is the window length, T.
+        tokens: ids [n_tokens] uint16, usually a memory map.
+        batch_size: number of windows to score at a time.
+        stride: number of tokens from the start of one window to the next, from 1 to T. A window
+            scores only tokens after the end of the previous one, so all but the first T tokens have
+            at least T - stride tokens of context. None means T, as in the validation of a training
+            run.
+        precision: precision in Lightning's notation; `*-mixed` uses autocast, others float32.
+        console: console for the progress; None shows none.
+
+    Returns:
+        The sum of the loss and the number of tokens.
 
     Raises:
-        UserError: the stride is not between 1 and the context.
+        UserError: the stride is not from 1 to the context length.
     """
     context, device = model.config.context_length, model.embedding.weight.device
     stride = context if stride is None else stride
     if not 1 <= stride <= context:
-        problem = f"choose from 1 to {context}, the context of this model"
+        problem = f"must be from 1 to {context}, the context length of this model"
         raise UserError(problem, "stride", stride, fix={"stride": max(1, context // 2)})
     n_windows = 1 + max(0, math.ceil((len(tokens) - 1 - context) / stride))
     batches = [range(n_windows)[i : i + batch_size] for i in range(0, n_windows, batch_size)]
@@ -192,9 +209,17 @@ def evaluate_loss(
 def windows(
     tokens: np.ndarray, indices: Iterable[int], context: int, stride: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the windows that begin at `index * stride`: inputs and targets, [B, T] int64.
+    """Return the windows that start at `index * stride`.
 
-    Targets that an earlier window scores are IGNORE_INDEX, as are positions past the end.
+    Args:
+        tokens: ids [n_tokens] uint16.
+        indices: indices of the windows, from 0.
+        context: number of tokens per window, T.
+        stride: number of tokens from the start of one window to the next, from 1 to T.
+
+    Returns:
+        Inputs and targets, each [B, T] int64. Targets that an earlier window scores, and targets
+        past the end, are IGNORE_INDEX.
     """
     starts = [index * stride for index in indices]
     ids, targets = TokenWindows(tokens, context).__getitems__(starts)
@@ -208,20 +233,30 @@ def windows(
 
 @dataclass(frozen=True)
 class Temperature:
-    """The stories of one temperature, and how much they repeat themselves and copy."""
+    """Stories at one temperature, with measures of repetition and of copying from training."""
 
     temperature: float
-    stories: list[dict[str, str]]  # prompt, and the text that continues it
-    repetition: Repetition  # of the texts, without their prompts
+    stories: list[dict[str, str]]  # `prompt`, and `text`, which continues it
+    repetition: Repetition  # measured on the texts without their prompts
 
 
 def write_stories(
     model: GPT, tokenizer: Tokenizer, config: StoriesConfig, seed: int
 ) -> list[list[dict[str, str]]]:
-    """Return the stories of each temperature: dicts of `prompt` and the `text` that continues it.
+    """Generate the stories of an evaluation.
 
-    A prompt has the same random numbers at each temperature, and no two prompts share theirs:
-    stories would otherwise repeat one another.
+    A prompt uses the same random numbers at each temperature. Different prompts use different ones,
+    so that stories do not repeat one another.
+
+    Args:
+        model: the model.
+        tokenizer: the tokenizer that the model was trained with.
+        config: settings of the stories.
+        seed: seed of the first prompt; prompt i uses `seed` + i.
+
+    Returns:
+        One list of dicts per temperature; each dict has a `prompt` and the `text` that continues
+        it.
     """
     groups = []
     for temperature in config.temperatures:
@@ -239,34 +274,48 @@ def compare_temperatures(
     stories: list[list[dict[str, str]]],
     trained_on: DataConfig | None,
 ) -> tuple[list[Temperature], int]:
-    """Return a row for each temperature, and how many training stories novelty was measured on.
+    """Measure how much the stories at each temperature repeat themselves and the training stories.
 
-    These are the first training stories of the run, and those of the bundled sample for any run on
-    TinyStories. Where they cannot be read the log says so, and their number is 0.
+    Novelty is measured against training stories: the first ones of the bundled sample for a run on
+    TinyStories, otherwise the first ones of the run. If they cannot be read, a warning is logged,
+    and their number is 0.
+
+    Args:
+        temperatures: the temperatures.
+        stories: the stories at each of them, from `write_stories`.
+        trained_on: data settings of the run; None if they are unknown.
+
+    Returns:
+        The results for each temperature, and the number of training stories that were used.
     """
     texts = [[story["text"] for story in group] for group in stories]
     try:
         if trained_on is None:
-            raise UserError("the run does not say where they are")
+            raise UserError("the run does not record where the training stories are")
         own_text = trained_on.source in ("text", "hf")
         corpus = open_corpus(trained_on) if own_text else bundled_sample()
         training = itertools.islice(corpus.stories("train"), NOVELTY_STORIES)
         repetitions, n_training = measure(texts, training)
     except UserError as error:
-        log.warning("novelty is left out, as the training stories cannot be read: %s", error)
+        log.warning("novelty was not measured: cannot read the training stories (%s)", error)
         repetitions, n_training = measure(texts, [])
     return list(map(Temperature, temperatures, stories, repetitions)), n_training
 
 
 def own_data(run_config: dict[str, Any]) -> DataConfig | None:
-    """Return what a run was trained on.
+    """Return the data settings that a run was trained with.
 
-    None for an export of a model of own files, and for a run whose stories are no longer bundled.
+    Args:
+        run_config: configuration of the run.
+
+    Returns:
+        The settings. They are None for the export of a run on the user's own files, because exports
+        leave out paths, and for a run whose stories are no longer bundled.
     """
     data = run_config["data"]
     if data.get("source") == "text" and "train_files" not in data:
         return None
-    if data.get("source") == "tinystories_tuning":  # held out a part of the first edition
+    if data.get("source") == "tinystories_tuning":  # a part of the first edition
         return None
     return with_cache_here(build(DataConfig, data, "data"))
 
@@ -276,10 +325,10 @@ def own_data(run_config: dict[str, Any]) -> DataConfig | None:
 
 @dataclass(frozen=True)
 class Score:
-    """The loss on one text."""
+    """Loss on one set of stories."""
 
     n_stories: int
-    n_tokens: int  # scored
+    n_tokens: int  # number of tokens that were scored
     nats_per_token: float
     perplexity: float
     bits_per_byte: float
@@ -287,21 +336,21 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation(Score):
-    """All that evaluation.json holds; the loss is that on V2 where both texts were scored."""
+    """Content of evaluation.json. If V1 and V2 were both scored, the loss is for V2."""
 
-    valid: str | None  # v1, v2 or both, on the bundled sample
-    valid_v1: Score | None  # V1's, where both were scored
-    checkpoint: str  # name of the file
-    weights: str  # their fingerprint
+    valid: str | None  # v1, v2 or both for the bundled sample; None for other data
+    valid_v1: Score | None  # loss on V1, if both were scored
+    checkpoint: str  # name of the checkpoint file
+    weights: str  # fingerprint of the weights
     parameters: int
     device: str
     precision: str
-    data: dict[str, Any]  # settings of the corpus
+    data: dict[str, Any]  # data settings
     stride: int | None
     seed: int
     temperatures: list[Temperature]
     novelty_stories: int  # training stories that novelty was measured against
-    neighbours: dict[str, Tokens | str]  # of each word, or the reason why there are none
+    neighbours: dict[str, Tokens | str]  # for each word, or the reason why there are none
     analogies: dict[str, Tokens | str]
 
 
@@ -311,24 +360,25 @@ def evaluate(
     console: Console | None = None,
     out: Path | None = None,
 ) -> Evaluation:
-    """Measure a run's checkpoint, write evaluation.json, and return its content.
+    """Evaluate the selected checkpoint of a run, write evaluation.json, and return its content.
 
-    The device is the best one here. The precision is that of training, so that the loss equals the
-    one that training logged; float32 where this machine would only emulate it.
+    The best available device is used. The precision is that of training, so that the loss equals
+    the one logged in training, or float32 if this machine would only emulate that precision.
 
     Args:
-        run: a run, or its folder.
-        config: what to measure; None: the defaults.
-        console: where to show progress; None: nowhere.
-        out: folder of evaluation.json; None: the run's, and for an export the current one.
+        run: a run, or the path of its folder, of a checkpoint or of an export.
+        config: settings of the evaluation; None means the defaults.
+        console: console for the progress; None shows none.
+        out: folder for evaluation.json; None means the run folder or, for an export, the working
+            directory.
 
     Returns:
-        The evaluation. On the bundled sample its loss is that on V2's validation text, and
-        `valid_v1` has that on V1's.
+        The evaluation. On the bundled sample its loss is that on V2, and `valid_v1` has the loss on
+        V1, unless `config.valid` selects one of them.
 
     Raises:
-        UserError: no run, a damaged checkpoint, a corpus that cannot be read, a wrong setting, or
-            a folder that cannot be written to.
+        UserError: there is no run, its checkpoint is damaged, the data cannot be read, a setting is
+            invalid, or the output folder cannot be written.
     """
     run, config = Run.load(run), config or EvaluationConfig()
     out = run.output_dir if out is None else user_path(out, "out")
@@ -338,14 +388,15 @@ def evaluate(
     settings = config.data or trained_on
     if settings is None:
         files = {"data": "text", "data.valid_files": ["stories.txt"]}
-        raise UserError(f"the stories of {run.folder} are not known or no longer there", fix=files)
+        problem = f"the stories that {run.folder} was trained on are not available"
+        raise UserError(problem, fix=files)
     settings, valid, corpora = _texts(settings, config.valid)
-    # A run that was killed left no summary; its setting is resolved in the same way here.
+    # A killed run has no summary.json, so its setting of the precision is resolved here.
     setting = run.config.get("trainer", {}).get("precision", "auto")
     precision = read_summary(run.folder).get("precision", setting)
     hardware = Hardware.detect("auto", "1", 1, precision)
     if hardware.emulated:
-        log.info("computed in 32-true, not %s: this CPU has no native bfloat16", precision)
+        log.info("using 32-true instead of %s: this CPU has no native bfloat16", precision)
         hardware = Hardware.detect("auto", "1", 1, "32-true")
     device, precision, tokenizer = hardware.accelerator, hardware.precision, run.tokenizer
     model = model.to(device).use(kernels_for(device))
@@ -389,15 +440,15 @@ def _check_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        problem = f"cannot write evaluation.json there ({error.strerror}); give another folder"
+        problem = f"cannot write evaluation.json ({error.strerror}); give another folder"
         raise UserError(problem, "out", str(folder)) from None
 
 
 def _texts(data: DataConfig, valid: str | None) -> tuple[DataConfig, str | None, list[Corpus]]:
-    """Return what to score: the settings, which of the sample's texts, and the corpora of each."""
+    """Return the data settings, the resolved `valid`, and the corpora to score."""
     sample = data.source == "tinystories_sample"
     if valid is not None and not sample:
-        problem = f"is for the bundled sample alone, not for {data.source}: leave it out"
+        problem = f"is only for the bundled sample, not for {data.source}: leave it out"
         raise UserError(problem, "valid", valid)
     if valid is None and not (sample and data.valid is None):
         return data, None, [open_corpus(data, valid_only=True)]
@@ -408,10 +459,17 @@ def _texts(data: DataConfig, valid: str | None) -> tuple[DataConfig, str | None,
 
 
 def evaluation_name(config: EvaluationConfig, evaluation: Evaluation) -> str:
-    """Return the name of the file that an evaluation is written to.
+    """Return the name of the file to write an evaluation to.
 
-    evaluation.json holds the validation split of the run's own corpus. Other corpora, tuning
-    stories, V1 alone and other strides have names of their own.
+    evaluation.json is for the validation split of the run's own data. Evaluations of other data, of
+    the tuning stories, of V1 only or with a stride have other names.
+
+    Args:
+        config: settings of the evaluation.
+        evaluation: its result.
+
+    Returns:
+        The name, such as "evaluation-stride128.json".
     """
     parts = [
         "evaluation",

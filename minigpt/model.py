@@ -40,7 +40,7 @@ class GPTConfig:
     vocab_size: int = 3000
     """Number of token ids that the model reads and predicts; at least that of the tokenizer."""
     context_length: int = 256
-    """Largest number of tokens that the model can attend to."""
+    """Maximum number of tokens that the model can attend to."""
     d_model: int = 128
     """Width of the residual stream; an even number and a multiple of `n_heads`."""
     n_layers: int = 5
@@ -94,7 +94,7 @@ def sinusoids(length: int, d_model: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Kernels:
-    """Faster implementations of two parts of training; None selects that of this module."""
+    """Faster implementations of two parts of training; None selects this module's own."""
 
     name: str = "torch"
     """Name of the set in the log."""
@@ -111,7 +111,7 @@ class KVCache:
     sequence. Sequences of a batch may differ in length.
 
     Args:
-        capacity: largest number of tokens per sequence.
+        capacity: maximum number of tokens per sequence.
         keep_weights: whether each layer appends its attention weights (B, nh, T, S) to `weights`.
     """
 
@@ -290,7 +290,7 @@ class GPT(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.3 / math.sqrt(self.config.d_model))
 
     def use(self, kernels: Kernels) -> Self:
-        """Compute attention and loss by `kernels` from now on; the weights stay as they are.
+        """Compute attention and loss with `kernels` from now on; the weights do not change.
 
         Args:
             kernels: implementations that give the same results up to rounding.

@@ -1,12 +1,13 @@
-"""Byte-level BPE: any Unicode text in, token ids out, and the same text back.
+"""Byte-level BPE tokenizer, which encodes any Unicode text and decodes it to the same text.
 
-The merges are learned by the `tokenizers` library from the training stories. The 256 bytes are all
-in the vocabulary, so nothing is ever unknown; id 0 is `<|endoftext|>`, which `encode_stories` puts
-behind each story and which no text can spell: the same letters inside a story are ordinary text.
+The `tokenizers` library learns the merges from the training stories. The vocabulary contains all
+256 bytes, so there are no unknown tokens. Id 0 is `<|endoftext|>`, which `encode_stories` appends
+to each story and which no text can produce: inside a story it is encoded as ordinary characters.
 
-Memory stays bounded for every script. The library needs about 120 bytes for each byte of distinct
-pre-tokens while it learns, and about 180 for each byte of a text that it encodes, so it learns from
-a bounded number of distinct pre-tokens, and long texts are encoded in pieces (`cut_texts`).
+Memory is bounded for texts in any script. The library needs about 120 bytes for each byte of
+distinct pre-tokens during training, and about 180 for each byte of text during encoding. So it is
+trained on a limited number of distinct pre-tokens, and long texts are encoded in pieces
+(`cut_texts`).
 """
 
 from __future__ import annotations
@@ -28,60 +29,60 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from minigpt.core.files import parse_json, read_text, write_text
 from minigpt.core.settings import UserError
 
-END_OF_TEXT = "<|endoftext|>"  # the token, and what stands between the stories of text files
+END_OF_TEXT = "<|endoftext|>"  # the token, and the default separator of stories in text files
 MIN_VOCAB_SIZE = 257  # the 256 bytes and END_OF_TEXT
 MAX_VOCAB_SIZE = 65_536  # ids are stored in 16 bits
 
-# The pre-tokenizer never looks across the space in front of a word, so a text may be cut there and
-# its words encoded one by one. What Python calls whitespace includes all that the library does.
-# Where all spaces are of that kind, as in nearly every story, `str.split` takes half the time.
+# No pre-token extends across the space before a word, so a text may be cut there and its words
+# encoded one by one. Python's white space includes all white space of the library. If each space is
+# before a word, as in nearly every story, `str.split` takes half the time of this pattern.
 _WORD_BOUNDARY = re.compile(r" (?=\S)")
 _MAX_CACHED_WORDS = 100_000  # with the limit below, at most about 20 MB
-_MAX_CACHED_LENGTH = 32  # characters: longer ones seldom come back
+_MAX_CACHED_LENGTH = 32  # characters; longer words are rarely repeated
 
-# Positions where the pre-tokenizer ends a pre-token whatever stands on the other side: before the
-# last of some white space, and between a letter or digit and punctuation.
+# Positions that are pre-token boundaries in any context: before the last character of white space,
+# and between a letter or digit and punctuation.
 _CUT = re.compile(
     r"(?=[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]\S)"
     r"|(?<=[^\W_])"
     r"(?=[!-/:-@\[-`{-~\u2010-\u2027\u3001\u3002\u3008-\u3011\uff01-\uff0f\uff1a-\uff20])"
 )
-_PIECE = 2048  # characters of a piece, if it can be cut there
-_LONGEST_RUN = 1 << 16  # characters without such a position after which a text is cut anyway
-_LONGEST_TRAINED_RUN = 1024  # learning takes time quadratic in the length of a pre-token
-_DISTINCT_BYTES = 3_000_000  # of pre-tokens to learn from; 100 MB of English stories have fewer
-_COUNTED_CHARACTERS = 1 << 16  # of texts whose pre-tokens are counted at a time
-# Close to the library's pattern, and five times as fast: enough to count pre-tokens.
+_PIECE = 2048  # characters after which a piece ends at the next cut position
+_LONGEST_RUN = 1 << 16  # maximum length in characters of a run without a cut position
+_LONGEST_TRAINED_RUN = 1024  # the same in training, which is quadratic in the pre-token length
+_DISTINCT_BYTES = 3_000_000  # distinct pre-tokens to learn from; 100 MB of English have fewer
+_COUNTED_CHARACTERS = 1 << 16  # characters of text whose pre-tokens are counted at a time
+# Similar to the library's pattern and five times as fast, which is enough for counting pre-tokens.
 _PRE_TOKEN = re.compile(r" ?[^\W\d_]+| ?\d+| ?(?:[^\w\s]|_)+|\s+")
 
 
 class Tokenizer:
-    """Convert text to ids and back; `Tokenizer.train` and `Tokenizer.load` return one.
+    """Converter from text to token ids and back, created by `train` or `load`.
 
     Args:
-        library: trained tokenizer of the `tokenizers` library, of the kind that `train` makes.
+        library: trained tokenizer of the `tokenizers` library, with the settings used by `train`.
     """
 
     end_of_text = 0
 
     def __init__(self, library: tokenizers.Tokenizer):
         self._library = library
-        # Not stored in the JSON: END_OF_TEXT inside a story is encoded as letters, not as id 0.
+        # END_OF_TEXT in a story is encoded as letters, not as id 0. The JSON does not store this.
         self._library.encode_special_tokens = True
         self._ids_of_word = _WordIds(self._library)
 
     @classmethod
     def train(cls, stories: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Learn the merges from `stories`, which are streamed and never held in memory.
+        """Train a tokenizer on `stories`, which are streamed and not held in memory.
 
-        The same stories give the same tokenizer. It learns from the first stories until their
-        distinct pre-tokens reach 3 MB, which English stories stay below; a run of more than 1,024
-        letters, or of more than 1,024 marks, is cut.
+        The same stories give the same tokenizer. Training uses the first stories until their
+        distinct pre-tokens reach 3 MB, which English stories do not; it splits runs of more than
+        1,024 letters or punctuation marks.
 
         Args:
             stories: texts to learn from.
-            vocab_size: the most tokens that the vocabulary may have, from 257 to 65,536. Stories
-                with few different words give fewer: see the property `vocab_size`.
+            vocab_size: maximum number of tokens in the vocabulary, from 257 to 65,536. Stories with
+                few distinct words give fewer: see the property `vocab_size`.
 
         Returns:
             The tokenizer.
@@ -99,38 +100,38 @@ class Tokenizer:
         )
         pieces = cut_texts(((story, True) for story in _checked(stories)), _LONGEST_TRAINED_RUN)
         texts = _until_diverse(text for text, _ in pieces)
-        del stories, pieces  # a long story would stay in memory while the library learns
+        del stories, pieces  # otherwise a long story would stay in memory during training
         library.train_from_iterator(texts, trainer)
         with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
-            ctypes.CDLL(None).malloc_trim(0)  # it would keep hundreds of MB for later
+            ctypes.CDLL(None).malloc_trim(0)  # otherwise glibc keeps hundreds of MB
         return cls(library)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a tokenizer that `save` wrote.
+        """Load a tokenizer from a file that `save` wrote.
 
         Args:
-            path: the file, such as tokenizer.json of a run folder.
+            path: path of the file, such as tokenizer.json in a run folder.
 
         Returns:
             The tokenizer.
 
         Raises:
-            UserError: there is no such file, or it holds no tokenizer of this kind.
+            UserError: the file cannot be read, or is not a tokenizer of this kind.
         """
         try:
             text = read_text(Path(path))
             if max(parse_json(text)["model"]["vocab"].values()) >= MAX_VOCAB_SIZE:
-                raise ValueError("an id for which the library would allocate gigabytes")
+                raise ValueError("the library would allocate gigabytes for such an id")
             library = tokenizers.Tokenizer.from_str(text)
         except OSError as error:
             raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
-        except Exception:  # the library raises bare Exception for what it cannot parse
-            problem = f"{path} is not a tokenizer.json; take the one of a run folder"
+        except Exception:  # the library raises plain Exception for invalid files
+            problem = f"{path} is not a valid tokenizer.json; give the one in a run folder"
             raise UserError(problem) from None
         if not _is_ours(library):
             expected = f"a byte-level BPE with {END_OF_TEXT} as token 0"
-            raise UserError(f"{path} is a tokenizer of another kind; expected {expected}")
+            raise UserError(f"{path} is another kind of tokenizer; expected {expected}")
         return cls(library)
 
     def save(self, path: str | Path) -> None:
@@ -147,12 +148,12 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, END_OF_TEXT included."""
+        """Number of ids, including END_OF_TEXT."""
         return self._library.get_vocab_size()
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the vocabulary and the merges: equal fingerprints mean equal ids."""
+        """Hash of the vocabulary and the merges; equal fingerprints mean equal ids."""
         return hashlib.blake2b(self._library.to_str().encode(), digest_size=16).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -161,8 +162,11 @@ class Tokenizer:
         Args:
             text: any Unicode text.
 
+        Returns:
+            Token ids, each from 0 to `vocab_size` - 1.
+
         Raises:
-            UserError: `text` holds half of a surrogate pair.
+            UserError: `text` contains a lone surrogate.
         """
         return self.encode_batch([text])[0]
 
@@ -170,34 +174,41 @@ class Tokenizer:
         """Return the ids of each text, without END_OF_TEXT, computed on all cores.
 
         Args:
-            texts: any Unicode texts. Memory grows with their length: `encode_stories` streams.
+            texts: any Unicode texts. They are held in memory, unlike in `encode_stories`.
+
+        Returns:
+            One list of token ids per text.
 
         Raises:
-            UserError: a text holds half of a surrogate pair.
+            UserError: a text contains a lone surrogate.
         """
         return [encoding.ids for encoding in self._library.encode_batch_fast(list(_checked(texts)))]
 
     def encode_stories(self, stories: Iterable[str]) -> np.ndarray:
-        """Return the ids of all stories in one row, END_OF_TEXT after each: [n_tokens] uint16.
+        """Return the ids of all stories in one array, with END_OF_TEXT after each story.
 
-        The ids are those of `encode_batch`, except that a run of more than 65,536 characters in
-        which the pre-tokenizer would not end a pre-token before white space or punctuation is cut.
+        The ids are those of `encode_batch`, except where more than 65,536 characters have no
+        position at which `cut_texts` can cut them without changing the ids.
 
         Args:
-            stories: any Unicode texts, streamed.
+            stories: any Unicode texts, which are streamed.
+
+        Returns:
+            Ids [n_tokens] uint16.
 
         Raises:
-            UserError: a story holds half of a surrogate pair.
+            UserError: a story contains a lone surrogate.
         """
         return self.encode_pieces(cut_texts((story, True) for story in _checked(stories)))
 
     def encode_pieces(self, pieces: Iterable[tuple[str, bool]]) -> np.ndarray:
-        """Return the ids of pieces of stories, with END_OF_TEXT where a story ends.
+        """Return the ids of pieces of stories, with END_OF_TEXT at the end of each story.
 
-        Words come from a cache. All words that are not in it are encoded at once, on all cores.
+        The ids of words are cached. All words that are not in the cache are encoded together, on
+        all cores.
 
         Args:
-            pieces: what `cut_texts` yields, valid Unicode.
+            pieces: output of `cut_texts`, valid Unicode.
 
         Returns:
             Ids [n_tokens] uint16.
@@ -212,7 +223,7 @@ class Tokenizer:
             words[0] = " " + words[0]
             try:
                 ids = b"".join(map(cache.__getitem__, words))
-            except KeyError:  # a space that ends no word, or does not begin the next one
+            except KeyError:  # a space that is not followed by a word
                 first, *rest = _WORD_BOUNDARY.split(text)
                 words = [" " + first, *rest]
                 ids = b"".join(map(cache.__getitem__, words))
@@ -228,27 +239,35 @@ class Tokenizer:
         return np.frombuffer(b"".join(parts), dtype="<u2")
 
     def decode(self, ids: Sequence[int]) -> str:
-        r"""Return the text of `ids`; incomplete characters come out as `\ufffd`.
+        r"""Return the text of `ids`, with `\ufffd` for incomplete characters.
 
         Args:
             ids: token ids, each from 0 to `vocab_size` - 1.
+
+        Returns:
+            The text, in which END_OF_TEXT is spelled out.
         """
         return self._library.decode(list(ids), skip_special_tokens=False)
 
     def token(self, id: int) -> str:
-        """Return the text of one token with its leading space, such as " dad".
+        r"""Return the text of one token, including its leading space, such as " dad".
 
         Args:
-            id: from 0 to `vocab_size` - 1.
+            id: token id, from 0 to `vocab_size` - 1.
+
+        Returns:
+            The text, with `\ufffd` for incomplete characters.
         """
         return self.decode([id])
 
 
 class _WordIds(dict[str, bytes]):
-    """Cache: uint16 ids of "word" after a space; of " word" for a word that begins a piece.
+    """Cache of the uint16 ids of words.
 
-    A word that is not in it counts as missing and gets no ids until `add_missing`. An empty word,
-    or one that begins with white space, does not follow a space: KeyError.
+    The key "word" is for a word after a space, and includes the space in its ids. The key " word"
+    is for a word at the start of a piece, without a space before it. A word that is not in the
+    cache counts as missing, and has no ids until `add_missing` is called. An empty key, or another
+    key that begins with white space, raises KeyError.
     """
 
     def __init__(self, library: tokenizers.Tokenizer) -> None:
@@ -281,7 +300,7 @@ class _WordIds(dict[str, bytes]):
         self._missing.clear()
 
     def drop_long(self) -> None:
-        """Forget long words, which seldom come back."""
+        """Remove long words from the cache, because they are rarely repeated."""
         for word in self._long:
             self.pop(word, None)
         self._long.clear()
@@ -294,18 +313,19 @@ def _stored(ids: list[int]) -> bytes:
 def cut_texts(
     texts: Iterable[tuple[str, bool]], longest_run: int = _LONGEST_RUN
 ) -> Iterator[tuple[str, bool]]:
-    """Yield texts in pieces whose ids, one after another, are those of the whole texts.
+    """Yield texts in pieces; the concatenated ids of the pieces are the ids of the texts.
 
-    A piece ends at the first position after 2,048 characters where the pre-tokenizer ends a
-    pre-token anyway: before white space or punctuation. A longer run without such a position is
-    cut after `longest_run` characters, which may change its ids.
+    A piece ends at the first pre-token boundary after 2,048 characters that is before white space
+    or punctuation. A run of more than `longest_run` characters without such a position is cut,
+    which may change its ids.
 
     Args:
-        texts: parts of texts, and whether a text ends there. Where the parts meet does not matter.
-        longest_run: characters.
+        texts: parts of texts, each with whether its text ends with it. The boundaries between parts
+            do not affect the result.
+        longest_run: maximum length in characters of a run without a cut position.
 
     Yields:
-        Pieces of at most 2,048 + `longest_run` characters, and whether a text ends there.
+        Piece of at most 2,048 + `longest_run` characters, and whether its text ends with it.
     """
     rest = ""
     for text, ends in texts:
@@ -330,7 +350,7 @@ def cut_texts(
 
 def _until_diverse(texts: Iterable[str]) -> Iterator[str]:
     """Yield `texts` until their distinct pre-tokens reach _DISTINCT_BYTES."""
-    words: set[str] = set()  # whose pre-tokens are counted: in English nearly all of a text's
+    words: set[str] = set()  # words that were already counted, in English nearly all of a new text
     pre_tokens: set[str] = set()
     group: list[str] = []
     n_characters = n_bytes = 0
@@ -355,7 +375,7 @@ def _until_diverse(texts: Iterable[str]) -> Iterator[str]:
 def check_vocab_size(vocab_size: int) -> None:
     """Raise UserError unless MIN_VOCAB_SIZE <= `vocab_size` <= MAX_VOCAB_SIZE."""
     if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
-        limits = f"choose from {MIN_VOCAB_SIZE} (all bytes and {END_OF_TEXT}) to {MAX_VOCAB_SIZE}"
+        limits = f"must be from {MIN_VOCAB_SIZE} (256 bytes and {END_OF_TEXT}) to {MAX_VOCAB_SIZE}"
         raise UserError(limits, "vocab_size", vocab_size, fix={"vocab_size": 3000})
 
 
@@ -363,14 +383,14 @@ def utf8_length(text: str) -> int:
     """Return the number of bytes of `text` in UTF-8.
 
     Raises:
-        UserError: `text` holds half of a surrogate pair, as a broken JSON escape leaves behind.
+        UserError: `text` contains a lone surrogate, such as from a broken JSON escape.
     """
     try:
         return len(text.encode("utf-8"))
     except UnicodeEncodeError as error:
         near = text[max(0, error.start - 20) : error.end + 20]
-        problem = f"the text holds half of a surrogate pair, which is not a character, in {near!a}"
-        raise UserError(f"{problem}; remove it or write the whole character") from None
+        problem = f"the text contains a lone surrogate, which is not a character, in {near!a}"
+        raise UserError(f"{problem}; remove it, or write the complete character") from None
 
 
 def _checked(texts: Iterable[str]) -> Iterator[str]:
@@ -387,7 +407,7 @@ def _untrained() -> tokenizers.Tokenizer:
 
 
 def _is_ours(library: tokenizers.Tokenizer) -> bool:
-    """Return whether `library` has the settings that `Tokenizer.train` gives it."""
+    """Return whether `library` has the same settings as one from `Tokenizer.train`."""
     expected, vocabulary = _untrained(), library.get_vocab()
     expected.add_special_tokens([END_OF_TEXT])
     return (

@@ -78,7 +78,8 @@ def test_stories_in_a_row_have_the_ids_of_each_and_end_of_text_behind(tokenizer,
 
 def test_texts_are_cut_only_where_the_library_ends_a_pre_token(monkeypatch):
     split = tokenizer_module._untrained().pre_tokenizer.pre_tokenize_str
-    characters = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]
+    codes = [*range(0x3100), *range(0x3100, sys.maxunicode + 1, 5)]  # a fifth of the rest
+    characters = [chr(code) for code in codes if not 0xD800 <= code < 0xE000]
     for first in range(0, len(characters), 10_000):
         text = "".join(f"{c}.a{c}b {c}" for c in characters[first : first + 10_000])
         ends = {end for _, (_, end) in split(text)}

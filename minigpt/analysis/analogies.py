@@ -54,21 +54,21 @@ class Analogy:
     kind: str
     question: str  # princess − girl + boy
     expected: str
-    rank: int | None  # of the expected word, without the three of the question; 1 is the nearest
+    rank: int | None  # of the expected word, ignoring the words of the question; 1 is the nearest
     top: Tokens  # the five nearest tokens
     problem: str | None = None  # why there is no answer
 
 
 @dataclass(frozen=True)
 class Answers:
-    """The neighbours of each word, or why it has none, and the analogies."""
+    """Neighbours of each word, or the reason why it has none, and answers to the analogies."""
 
     neighbours: dict[str, Tokens | str]
     analogies: list[Analogy]
 
     @property
     def summary(self) -> dict[str, float]:
-        """Number of analogies with an answer, shares of rank 1 and of ranks 1 to 5, median rank."""
+        """Number of answered analogies, fractions with rank 1 and ranks 1 to 5, and median rank."""
         ranks = [a.rank for a in self.analogies if a.rank is not None]
         if not ranks:
             return {"asked": 0}
@@ -81,7 +81,11 @@ class Answers:
 
 
 def ask(probe: EmbeddingProbe) -> Answers:
-    """Return the neighbours of `WORDS` and the answers to `ANALOGIES`."""
+    """Return the neighbours of `WORDS` and the answers to `ANALOGIES`.
+
+    Args:
+        probe: the embeddings to query.
+    """
     neighbours = {word: tokens_or_reason(probe.neighbours, word) for word in WORDS}
     questions = ((kind, *words) for kind, group in ANALOGIES.items() for words in group)
     return Answers(neighbours, [_analogy(probe, *question) for question in questions])
@@ -99,11 +103,15 @@ def _analogy(probe: EmbeddingProbe, kind: str, a: str, b: str, c: str, expected:
 
 
 def markdown(answers: dict[str, Answers]) -> str:
-    """Return embeddings.md, with a column for each run."""
+    """Return embeddings.md, with a column for each run.
+
+    Args:
+        answers: the answers of each run, by its name.
+    """
     parts = [
         "# Embeddings",
-        "Tokens by cosine similarity of their embeddings, nearest first, without the words asked "
-        "about.",
+        "Tokens by cosine similarity of their embeddings, nearest first, without the words of "
+        "the query.",
         "## Nearest neighbours",
         md_table(
             ["word", *answers],
@@ -122,7 +130,7 @@ def markdown(answers: dict[str, Answers]) -> str:
             ],
             left=3 + len(answers),
         ),
-        "Each cell holds the rank of the expected token, and in brackets the nearest token with "
+        "Each cell shows the rank of the expected token, and in brackets the nearest token with "
         "its cosine similarity.",
         md_table(
             ["run", "analogies", "rank 1", "rank 1 to 5", "median rank"],
@@ -133,7 +141,7 @@ def markdown(answers: dict[str, Answers]) -> str:
 
 
 def token_cell(token: str) -> str:
-    """Return a token as a cell of a table, with control characters escaped."""
+    """Format a token for a table cell, with control characters escaped."""
     return repr(token)[1:-1] or "(a space)"
 
 

@@ -1,4 +1,4 @@
-"""Attention weights of every layer and head over a text.
+"""Attention weights of every layer and head for a sequence of tokens.
 
 >>> weights = attention_weights(net, encode_prompt(tokenizer, "Tom had a dog. He"))
 >>> weights[layer, head, i, j]  # the attention that token i pays to token j
@@ -30,10 +30,10 @@ def attention_weights(net: GPT, ids: Tensor) -> Tensor:
 
     Raises:
         ValueError: `ids` is longer than the context.
-        UserError: `net` is of a subclass whose `forward` takes no cache.
+        UserError: `net` belongs to a subclass whose `forward` has no `cache` parameter.
     """
     if not takes_cache(net):
-        raise UserError(f"{type(net).__qualname__}.forward must take a cache that keeps weights")
+        raise UserError(f"{type(net).__qualname__}.forward must have a parameter cache")
     cache = KVCache(ids.shape[1], keep_weights=True)
     net(ids, cache=cache)
     assert cache.weights is not None

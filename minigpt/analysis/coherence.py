@@ -1,4 +1,4 @@
-"""Heuristics of coherence: whether the names of a story recur.
+"""Heuristics for coherence: whether the names in a story recur.
 
     >>> openings = story_openings(bundled_sample().stories("valid"), tokenizer, 200, 256)
     >>> stories = write_continuations(net, tokenizer, openings, temperature=0.8, seed=1)
@@ -26,7 +26,7 @@ from minigpt.generation.sampling import SamplingConfig, generate
 from minigpt.model import GPT, IGNORE_INDEX, perplexity
 from minigpt.tokenizer import Tokenizer
 
-# The whole first sentence, if it ends in a name.
+# The whole first sentence, if it ends with a name.
 OPENING = re.compile(r"[^.!?\"“]*\b(?:named|called) ([A-Z][a-z]+)\.(?=\s)")
 # A capitalised word inside a sentence: after a lower-case letter or a comma.
 NAME = re.compile(r"(?<=[a-z,] )[A-Z][a-z]+\b")
@@ -50,23 +50,32 @@ class Continuation:
     opening: Opening
     ids: tuple[int, ...]  # without the end-of-text token
     text: str
-    ended: bool  # by an end-of-text token
+    ended: bool  # whether an end-of-text token ended it
 
 
 @dataclass(frozen=True)
 class Coherence:
-    """Measures of a group of continuations. A share is None if there is nothing to count."""
+    """Measures of a group of continuations. A fraction is None if there is nothing to count."""
 
-    unfinished: float  # share that did not end within the context
-    protagonist_retention: float | None  # share whose last third has the name of the opening
+    unfinished: float  # fraction that did not end within the context
+    protagonist_retention: float | None  # fraction whose last third has the opening's name
     names: float  # mean number of other names in a continuation
-    name_recurrence: float | None  # share of these names that occur more than once
+    name_recurrence: float | None  # fraction of these names that occur more than once
 
 
 def story_openings(
     stories: Iterable[str], tokenizer: Tokenizer, n: int, context: int
 ) -> list[Opening]:
     """Return the first `n` openings of `stories` that fill at most half the context, in order.
+
+    Args:
+        stories: the stories to search.
+        tokenizer: tokenizer of the models.
+        n: number of openings.
+        context: context length of the models, in tokens.
+
+    Returns:
+        The openings.
 
     Raises:
         UserError: there are fewer than `n`.
@@ -80,13 +89,22 @@ def story_openings(
             if len(openings) == n:
                 return openings
     problem = f"only {len(openings)} stories name their protagonist in the first {context // 2}"
-    raise UserError(f"{problem} tokens, half the context", "n", n)
+    raise UserError(f"{problem} tokens, half the context; choose n <= {len(openings)}", "n", n)
 
 
 def original_continuations(
     openings: Sequence[Opening], tokenizer: Tokenizer, context: int
 ) -> list[Continuation]:
-    """Return the rest of the story of each opening, cut at the end of the model's context."""
+    """Return the original rest of each story, cut at the end of the model's context.
+
+    Args:
+        openings: the openings of the stories.
+        tokenizer: tokenizer of the model.
+        context: context length of the model, in tokens.
+
+    Returns:
+        A continuation for each opening.
+    """
     continuations = []
     for opening in openings:
         ids = tokenizer.encode(opening.rest)
@@ -100,10 +118,19 @@ def original_continuations(
 def write_continuations(
     net: GPT, tokenizer: Tokenizer, openings: Sequence[Opening], temperature: float, seed: int
 ) -> list[Continuation]:
-    """Sample a continuation of each opening, in their order.
+    """Sample a continuation for each opening, in order.
 
-    Openings of equal length form batches of at most BATCH. The first batch has the seed `seed`, and
-    each further batch the next one.
+    Openings of equal length form batches of at most BATCH.
+
+    Args:
+        net: the model.
+        tokenizer: its tokenizer.
+        openings: the openings to continue.
+        temperature: sampling temperature.
+        seed: seed of the first batch; each further batch uses the next integer.
+
+    Returns:
+        A continuation for each opening.
     """
     continuations: dict[int, Continuation] = {}
     for batch_seed, batch in enumerate(_batches(openings), start=seed):
@@ -128,7 +155,7 @@ def _batches(openings: Sequence[Opening]) -> Iterator[list[int]]:
 
 
 def coherence(stories: Sequence[Continuation]) -> Coherence:
-    """Return the coherence measures of `stories`, of which there must be at least one."""
+    """Return the coherence measures of `stories`, which must not be empty."""
     retention, names, recurrence = [], [], []
     for story in stories:
         if words := split_words(story.text):
@@ -152,6 +179,11 @@ def score(net: GPT, stories: Sequence[Continuation], end_of_text: int) -> float:
 
     The end-of-text token of an ended story counts. Each story must fit into the context of `net`,
     as those of `write_continuations` do, and have at least one token to score.
+
+    Args:
+        net: the model that scores the stories.
+        stories: the continuations with their openings.
+        end_of_text: id of the end-of-text token.
     """
     nats, n_tokens, device = 0.0, 0, net.embedding.weight.device
     for first in range(0, len(stories), BATCH):

@@ -35,24 +35,24 @@ CLUSTERS: dict[str, tuple[str, ...]] = {
 
 
 class FewWordsError(UserError):
-    """Too few words of the map are single tokens of the tokenizer."""
+    """Error raised if too few words of the map are single tokens."""
 
 
 @dataclass(frozen=True)
 class EmbeddingMap:
-    """Positions of words in two dimensions, and how much of the embedding these show."""
+    """Positions of words in two dimensions, and how well they represent the embedding."""
 
     words: dict[str, list[str]]  # cluster: its words that are single tokens
     points: Tensor  # (n, 2), in the order of `words`
-    explained: float  # share of the variance that the two dimensions explain
+    explained: float  # fraction of the variance that the two dimensions explain
     within: float  # mean cosine similarity of two words of one cluster, in all d dimensions
-    between: float | None  # the same for words of different clusters; None if there is one
+    between: float | None  # the same for words of different clusters; None for one cluster
 
 
 def embedding_map(
     probe: EmbeddingProbe, clusters: Mapping[str, Sequence[str]] = CLUSTERS
 ) -> EmbeddingMap:
-    """Project the words of `clusters` on the first two principal components of their embeddings.
+    """Project the words of `clusters` onto the first two principal components of their embeddings.
 
     Args:
         probe: the embeddings, normalised to length one.
@@ -67,7 +67,7 @@ def embedding_map(
     words = {name: probe.single(members) for name, members in clusters.items()}
     singles = [word for members in words.values() for word in members]
     if len(singles) < 3:
-        problem = f"only {len(singles)} words of the map are single tokens, at least 3 are needed"
+        problem = f"only {len(singles)} words of the map are single tokens, but it needs at least 3"
         raise FewWordsError(f"{problem}; train with a larger data.vocab_size or on more stories")
     unit = probe.vectors(singles)  # (n, d)
     u, s, _ = torch.linalg.svd(unit - unit.mean(dim=0), full_matrices=False)
@@ -122,7 +122,7 @@ def map_figure(layout: EmbeddingMap) -> Figure:
 
 
 def write_map(layout: EmbeddingMap, path: Path) -> None:
-    """Write the map as a PNG, whole or not at all. The folder is created if missing."""
+    """Write the map to a PNG file atomically. The folder is created if missing."""
     write_png(map_figure(layout), path)
 
 

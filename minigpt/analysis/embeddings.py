@@ -1,4 +1,4 @@
-"""Nearest neighbours and analogies of words by their token embeddings.
+"""Nearest neighbours and analogies of words, from their token embeddings.
 
 >>> probe = EmbeddingProbe(run.load_model(), run.tokenizer)
 >>> probe.neighbours("dad")
@@ -22,13 +22,13 @@ from minigpt.tokenizer import Tokenizer
 
 Tokens = list[tuple[str, float]]  # tokens and their cosine similarities, nearest first
 
-_MINUS = "−–-"  # minus sign, en dash, hyphen (last, as it goes into [...])
+_MINUS = "−–-"  # minus sign, en dash, hyphen (last, for use in [...])
 _WORD, _SIGN = rf"([^\s+{_MINUS}]+)", rf"([+{_MINUS}])"
 _ANALOGY = re.compile(rf"\s*{_WORD}\s*{_SIGN}\s*{_WORD}\s*{_SIGN}\s*{_WORD}\s*")
 
 
 class SplitWordError(UserError):
-    """A word is not a single token of the tokenizer, so it has no embedding of its own."""
+    """Error raised for a word that is several tokens, so that it has no embedding of its own."""
 
 
 def parse_analogy(text: str) -> tuple[str, str, str]:
@@ -54,7 +54,12 @@ def parse_analogy(text: str) -> tuple[str, str, str]:
 
 
 def tokens_or_reason(query: Callable[..., Tokens], *words: str) -> Tokens | str:
-    """Return `query(*words)`, or the reason as text if a word is not a single token."""
+    """Return `query(*words)`, or the error message if a word is not a single token.
+
+    Args:
+        query: a method of `EmbeddingProbe`.
+        *words: its arguments.
+    """
     try:
         return query(*words)
     except SplitWordError as error:
@@ -84,6 +89,10 @@ class EmbeddingProbe:
     def neighbours(self, word: str, k: int = 5) -> Tokens:
         """Return the `k` tokens nearest to `word` with their cosine similarities, nearest first.
 
+        Args:
+            word: the word, with or without a leading space.
+            k: number of tokens.
+
         Raises:
             SplitWordError: `word` is not a single token.
         """
@@ -94,6 +103,15 @@ class EmbeddingProbe:
 
         The three vectors are normalised to length one before they are added (Mikolov, Yih and
         Zweig 2013, "Linguistic Regularities in Continuous Space Word Representations", section 4).
+
+        Args:
+            word: first word of the analogy, such as princess.
+            minus: word to subtract, such as girl.
+            plus: word to add, such as boy.
+            k: number of tokens.
+
+        Returns:
+            The tokens with their cosine similarities.
 
         Raises:
             SplitWordError: one of the three is not a single token.
@@ -113,6 +131,9 @@ class EmbeddingProbe:
     def vectors(self, words: Iterable[str]) -> Tensor:
         """Return the embeddings (n, d) of n words, normalised to length one.
 
+        Args:
+            words: the words, each a single token.
+
         Raises:
             SplitWordError: one of them is not a single token.
         """
@@ -120,6 +141,9 @@ class EmbeddingProbe:
 
     def token_id(self, word: str) -> int:
         """Return the id of the single token for `word`.
+
+        Args:
+            word: the word, with or without a leading space.
 
         Raises:
             SplitWordError: `word` is empty or several tokens.

@@ -7,21 +7,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 NGram = tuple[str, ...]
-COPIED = 4  # words in a row that count as a repetition or a copy
-NOVELTY_STORIES = 40_000  # most training stories to search for copies, about five seconds
+COPIED = 4  # consecutive words that count as a repetition or a copy
+NOVELTY_STORIES = 40_000  # maximum number of training stories to search for copies, about 5 s
 
 
 @dataclass(frozen=True)
 class Repetition:
-    """Measures of word n-grams in a group of texts. A share is None if there are none to count.
+    """Measures of word n-grams in a group of texts. A fraction is None if there are no n-grams.
 
-    The share of distinct n-grams is distinct-n of Li et al. 2016, arXiv 1510.03055.
+    The fraction of distinct n-grams is distinct-n of Li et al. 2016, arXiv 1510.03055.
     """
 
-    words: float  # mean number of words of a text
-    distinct: tuple[float | None, ...]  # share of distinct 1-, 2- and 3-grams
-    repeated: float | None  # share of 4-grams that occurred earlier in the same text
-    novel: float | None  # share of 4-grams that are in no training story
+    words: float  # mean number of words per text
+    distinct: tuple[float | None, ...]  # fraction of distinct 1-, 2- and 3-grams
+    repeated: float | None  # fraction of 4-grams that occurred earlier in the same text
+    novel: float | None  # fraction of 4-grams that are in no training story
 
 
 def measure(

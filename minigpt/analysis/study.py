@@ -43,7 +43,7 @@ from minigpt.runs.folder import Run
 from minigpt.tokenizer import Tokenizer
 
 ORIGINALS = "the original stories"  # name of their row, also in coherence.json
-SAMPLE_SEEDS = (1, 2, 3)  # of the stories in samples.md
+SAMPLE_SEEDS = (1, 2, 3)  # seeds of the stories in samples.md
 # Keys of coherence.json that differ from the names of the fields, for the sake of older files.
 JSON_NAMES = {"protagonist_retention": "hero_kept", "name_recurrence": "names_back"}
 SAMPLE_PROMPT, SAMPLE_TEMPERATURE, SAMPLE_TOKENS = "Once upon a time", 0.8, 256
@@ -90,16 +90,16 @@ class StudiedModel:
 def write_study(runs: Sequence[Run], out: Path, config: StudyConfig | None = None) -> None:
     """Write coherence.md, .png and .json, samples.md, embeddings.md and .json into `out`.
 
-    There is also a map of words, as a PNG, for each run whose tokenizer has enough of the words.
+    It also writes a map of words, as a PNG, for each run whose tokenizer has enough of the words.
 
     Args:
-        runs: the runs to compare, of different names.
+        runs: the runs to compare, with different names.
         out: output folder, created if missing.
         config: settings of the stories; None means the defaults.
 
     Raises:
-        UserError: two runs have the same name, or tokenizers or contexts differ, so that the
-            largest model cannot score the stories of the others.
+        UserError: two runs have the same name, or tokenizers or context lengths differ, so that
+            the largest model cannot score the stories of the others.
     """
     config = config or StudyConfig()
     models = _load_models(runs)
@@ -125,11 +125,11 @@ def _load_models(runs: Sequence[Run]) -> list[StudiedModel]:
     """Load the models on the CPU, smallest first."""
     names = [run.folder.resolve().name for run in runs]
     if len(set(names)) < len(names):
-        raise UserError("two runs have the same name; rename the folder of one", "runs", names)
+        raise UserError("two runs have the same name; rename one of the folders", "runs", names)
     pairs = zip(names, runs, strict=True)
     models = [StudiedModel(name, run.load_model(), run.tokenizer) for name, run in pairs]
     if len({(m.tokenizer.fingerprint, m.net.config.context_length) for m in models}) > 1:
-        problem = "tokenizer or context differ, so no model can score the stories of all"
+        problem = "tokenizer or context length differs, so no model can score all stories"
         raise UserError(f"{problem}; study each run separately", "runs", names)
     return sorted(models, key=lambda model: model.net.n_parameters)
 
@@ -160,7 +160,9 @@ def _row_json(row: Row) -> dict[str, Any]:
 def study_rows(models: Sequence[StudiedModel], config: StudyConfig) -> list[Row]:
     """Return the row of the originals, then one for each model and temperature.
 
-    The models must be sorted by size: the last one scores all stories.
+    Args:
+        models: the models, sorted by size; the last one scores all stories.
+        config: settings of the stories.
     """
     judge, tokenizer = models[-1].net, models[-1].tokenizer
     context = judge.config.context_length
@@ -192,7 +194,13 @@ HEADS = (
 def coherence_markdown(
     rows: Sequence[Row], models: Sequence[StudiedModel], config: StudyConfig
 ) -> str:
-    """Return coherence.md: how the stories were sampled, the table, the figure, the measures."""
+    """Return coherence.md: how the stories were sampled, the table, the figure, the measures.
+
+    Args:
+        rows: the rows of the table, from `study_rows`.
+        models: the models, sorted by size.
+        config: settings of the stories.
+    """
     context, judge = models[-1].net.config.context_length, models[-1]
     return f"""# Coherence and temperature
 
@@ -205,21 +213,21 @@ rest of those validation stories, cut at the same length.
 
 ![Measures against temperature](coherence.png)
 
-Of more than three runs, the figure shows the smallest, the middle and the largest.
+With more than three runs, the figure shows the smallest, the middle and the largest.
 All measures except perplexity are heuristics of coherence that count words and names.
 
 - words: mean number of words in a continuation.
-- distinct n-grams: share of distinct word n-grams among those of all continuations.
-- repeated 4-grams: share of word 4-grams that occurred earlier in the same continuation.
-- new 4-grams: share of word 4-grams that are in no story of the bundled training split.
-- protagonist retention: share of continuations whose last third has the name of the opening.
+- distinct n-grams: fraction of distinct word n-grams in all continuations together.
+- repeated 4-grams: fraction of word 4-grams that occurred earlier in the same continuation.
+- new 4-grams: fraction of word 4-grams that are in no story of the bundled training split.
+- protagonist retention: fraction of continuations whose last third has the opening's name.
 - names: mean number of other names. A name is a capitalised word inside a sentence.
-- name recurrence: share of these names that occur more than once.
+- name recurrence: fraction of these names that occur more than once.
 - perplexity: under {judge.name} ({judge.net.n_parameters:,} parameters). Dull stories have a low
   perplexity, too.
-- unfinished: share of continuations that did not end within the context.
+- unfinished: fraction of continuations that did not end within the context.
 
-The standard error of a share of {config.n} stories is {50 / config.n**0.5:.1f} percentage points
+The standard error of a fraction of {config.n} stories is {50 / config.n**0.5:.1f} percentage points
 at 50 % and {30 / config.n**0.5:.1f} at 90 %. A difference of less than three standard errors may
 be chance.
 """
@@ -242,7 +250,7 @@ def _cells(row: Row) -> list[str]:
 def coherence_figure(rows: Sequence[Row]) -> Figure:
     """Draw six measures against temperature: a line for each run, dashed for the originals.
 
-    Of more than three runs, the first, the middle and the last are drawn.
+    With more than three runs, the first, the middle and the last are drawn.
     """
     measures = {
         "distinct word 3-grams": lambda row: row.repetition.distinct[2],
@@ -285,12 +293,12 @@ def coherence_figure(rows: Sequence[Row]) -> Figure:
 def samples_markdown(models: Sequence[StudiedModel]) -> str:
     """Return samples.md: three unedited stories of each model.
 
-    The models must be on the CPU, as for `minigpt generate`: on another device the same seed gives
-    another story.
+    The models must be on the CPU, as for `minigpt generate`: on another device the same seed may
+    give another story.
     """
     parts = [
         "# Samples",
-        f"These stories are unedited, from `minigpt generate <run> --prompt '{SAMPLE_PROMPT}' "
+        f"These unedited stories are from `minigpt generate <run> --prompt '{SAMPLE_PROMPT}' "
         f"--temperature {SAMPLE_TEMPERATURE:g} --max-tokens {SAMPLE_TOKENS} --seed <seed>`.",
     ]
     for model in models:

@@ -1,1 +1,1 @@
-"""The command line: `minigpt`, train and evaluate."""
+"""Command line: the `minigpt` program, train.py and evaluate.py."""

@@ -1,8 +1,7 @@
-"""The `minigpt` command, with a verb for each thing to do with a model.
+"""The `minigpt` command, with one verb per task.
 
-Each verb is one function below. It imports what it needs when it is called, because
-`minigpt --help` must not wait for torch. `train` and `evaluate` are Hydra apps in modules of their
-own.
+Each verb is a function below that imports its modules when it is called, so that `minigpt --help`
+does not wait for torch. `train` and `evaluate` are Hydra apps in their own modules.
 """
 
 from __future__ import annotations
@@ -49,11 +48,13 @@ def generate(
     temperature: Annotated[float, Option(help="0 always takes the most likely token.")] = 0.8,
     top_k: Annotated[int | None, Option(help="Sample from the k most likely tokens.")] = None,
     top_p: Annotated[float | None, Option(help="Sample from this much probability mass.")] = None,
-    min_p: Annotated[float | None, Option(help="Drop tokens below this share of top-1.")] = None,
+    min_p: Annotated[
+        float | None, Option(help="Drop tokens below this fraction of the top token's probability.")
+    ] = None,
     repetition_penalty: Annotated[float, Option(help="Above 1 penalises repeated tokens.")] = 1.0,
     max_tokens: Annotated[int, Option(help="Maximum number of new tokens.")] = 256,
     n: Annotated[int, Option(help="Number of stories.")] = 1,
-    seed: Annotated[int | None, Option(help="Equal seeds give equal stories.")] = None,
+    seed: Annotated[int | None, Option(help="The same seed gives the same stories.")] = None,
     dtype: Annotated[Dtype, Option(help="bfloat16 is faster for many stories.")] = "float32",
     class_path: ClassPath = None,
 ) -> None:
@@ -82,9 +83,9 @@ def generate(
     prompt = _standard_input() if prompt == "-" else prompt
     length = len(tokenizer.encode(prompt))  # raises before anything is printed
     if length >= (context := model.config.context_length):
-        log.warning("only the end of the %d tokens is read: the context is %d", length, context)
+        log.warning("the prompt of %d tokens is cut to its end: the context is %d", length, context)
     if dtype == "bfloat16" and c_backend() is None and not cpu_has_bfloat16():
-        log.warning("no decode.c and no native bfloat16 here: --dtype float32 is faster")
+        log.warning("decode.c and native bfloat16 are not available: --dtype float32 is faster")
     if n == 1:
         for piece in chain([prompt], stream_text(model, tokenizer, prompt, config), ["\n"]):
             print(piece, end="", flush=True)
@@ -94,7 +95,11 @@ def generate(
 
 
 def _load(paths: list[Path], class_path: str | None) -> list[Run]:
-    """Load runs; the class applies to those of a custom class, or to all if there are none."""
+    """Load runs.
+
+    `class_path` is used for the runs that were trained with a custom class, or for all runs if
+    there is no such run.
+    """
     from minigpt.runs.folder import Run
 
     runs = [Run.load(path) for path in paths]
@@ -109,7 +114,7 @@ def _load(paths: list[Path], class_path: str | None) -> list[Run]:
 
 def _check_folder(path: Path | None, option: str = "--out") -> None:
     if path is not None and path.exists() and not path.is_dir():
-        raise UserError(f"{option} {path} is a file: give a folder, which may be new")
+        raise UserError(f"{option} {path} is a file: give an existing or a new folder")
 
 
 def _standard_input() -> str:
@@ -117,7 +122,7 @@ def _standard_input() -> str:
     try:
         text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"standard input is not UTF-8 text: byte {error.start}") from None
+        raise UserError(f"standard input is not valid UTF-8 at byte {error.start}") from None
     return text.removesuffix("\n").removesuffix("\r")
 
 
@@ -129,15 +134,15 @@ def probe(
     ] = None,
     analogy: Annotated[
         list[str] | None,
-        Option(help="Such as 'princess - girl + boy'; may be repeated.", metavar="'A - B + C'"),
+        Option(help="Analogy: 'princess - girl + boy'; may be repeated.", metavar="'A - B + C'"),
     ] = None,
     k: Annotated[int, Option(min=1, help="Number of tokens to show.")] = 5,
     out: Annotated[
-        Path | None, PathOption(help="Folder of the map; by default the run's, or . for an export.")
+        Path | None, PathOption(help="Folder for the map; default: the run's, or . for an export.")
     ] = None,
     class_path: ClassPath = None,
 ) -> None:
-    """Look into the embedding: nearest words, analogies, and a map of words as a PNG.
+    """Explore the embedding: nearest words, analogies, and a map of words as a PNG.
 
     Without --near and --analogy, twenty analogies are scored.
     """
@@ -183,7 +188,7 @@ def playground(
     auth: Annotated[str | None, Option(help="Require a login.", metavar="USER:PASSWORD")] = None,
     class_path: ClassPath = None,
 ) -> None:
-    """Serve a local web page with stories token by token, words, a map and attention."""
+    """Serve a local web page to generate stories and explore embeddings and attention."""
     from minigpt.playground.server import serve
 
     serve(_load(runs, class_path), host, port, auth)
@@ -191,9 +196,9 @@ def playground(
 
 @app.command()
 def scaling(
-    folders: Annotated[list[Path], PathArgument(help="Run folders, or folders with runs inside.")],
+    folders: Annotated[list[Path], PathArgument(help="Run folders, or folders that contain runs.")],
     out: Annotated[Path | None, PathOption(help="Output folder; by default the first one.")] = None,
-    keep: Annotated[Path | None, PathOption(help="Also copy the records of finished runs.")] = None,
+    keep: Annotated[Path | None, PathOption(help="Copy records of finished runs here.")] = None,
 ) -> None:
     """Compare runs of several sizes and fit the scaling law L = E + A / N^α.
 
@@ -231,7 +236,7 @@ def study(
 ) -> None:
     """Compare runs by the coherence of their stories, by samples and by embeddings.
 
-    Writes coherence.md, samples.md and embeddings.md, with their figure and JSON.
+    Writes coherence.md, samples.md and embeddings.md, with figures and JSON files.
     """
     from minigpt.analysis.study import StudyConfig, write_study
 
@@ -272,7 +277,7 @@ def export(
     files = write(source, out, config, push, console)
     print(f"Wrote {out}: {', '.join(path.name for path in files)}")
     if push is not None and dry_run:
-        print(f"Nothing was uploaded to https://huggingface.co/{push}. It would get:")
+        print(f"Nothing was uploaded to https://huggingface.co/{push}. The files would be:")
         print("\n".join(f"{path.stat().st_size:>12,}  {path.name}" for path in files))
     elif push is not None:
         print(f"Uploaded to {push_folder(out, push, private)}")
@@ -320,7 +325,7 @@ def sweep(
 
 @app.command()
 def doctor(as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False) -> None:
-    """Print the facts that a bug report needs, and what could be better on this machine."""
+    """Print the facts that a bug report needs, and advice for this machine."""
     import json
 
     from minigpt.cli.doctor import diagnose
@@ -336,7 +341,7 @@ def doctor(as_json: Annotated[bool, Option("--json", help="Print JSON.")] = Fals
 def main() -> None:
     """Run the command line.
 
-    An error of the user is one line on stderr with exit code 2; ctrl-C is exit code 130.
+    A user error prints one line on stderr and exits with code 2; Ctrl-C exits with code 130.
     """
     show_log()
     if len(sys.argv) == 1:
@@ -350,7 +355,7 @@ def main() -> None:
         problem = describe(error, program, _options(verb))
     except UsageError as error:
         verb = error.ctx.command_path if error.ctx else "minigpt"
-        problem = f"{one_line(error.format_message()).rstrip('.')}; for usage type {verb} --help"
+        problem = f"{one_line(error.format_message()).rstrip('.')} (usage: {verb} --help)"
     except OSError as error:
         if error.filename is None:
             raise

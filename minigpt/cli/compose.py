@@ -1,8 +1,8 @@
 """Compose settings: the defaults of the dataclasses, then conf/, then the command line.
 
-Each default stands in its dataclass alone. All defaults are registered with Hydra as one plain root
-node, the first of the defaults list. A YAML file therefore holds only what differs from them, and
-every setting can be typed without a plus sign.
+Each default is defined only in its dataclass. All defaults are registered with Hydra as one plain
+root node, the first entry of the defaults list. A YAML file therefore contains only the settings
+that differ, and every setting can be typed without a plus sign.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from minigpt.core.settings import UserError, build, plain_defaults, unknown_name
 
 
 def config_source() -> str:
-    """Return the location of conf/: in the checkout of this package, else in the package."""
+    """Return the location of conf/: the folder in the checkout, or else the one in the package."""
     root = Path(minigpt.__file__).parent.parent
     beside = (root / "pyproject.toml").is_file() and (root / "conf/train.yaml").is_file()
     return str(root / "conf") if beside else "pkg://minigpt.conf"
@@ -56,7 +56,7 @@ def load_config(
         A `TrainConfig`, or an `EvaluationConfig`.
 
     Raises:
-        UserError: an unknown name or option, or a value that is not allowed.
+        UserError: a name or an option is unknown, or a value is not allowed.
     """
     if name not in CLASS_PATH:
         raise UserError(unknown_name(name, list(CLASS_PATH), "config"))
@@ -69,7 +69,19 @@ def load_config(
 def compose_values(
     name: str, overrides: Sequence[str] = (), config_dir: str | Path | None = None
 ) -> tuple[dict[str, Any], str | None]:
-    """Return the composed settings as plain resolved values, and the option of the model group."""
+    """Compose settings to plain values, with interpolations resolved.
+
+    Args:
+        name: name of the root config.
+        overrides: settings as typed on the command line.
+        config_dir: folder with additional config groups.
+
+    Returns:
+        The values, and the option of the model group, such as large.
+
+    Raises:
+        UserError: a name or an option is unknown, or `config_dir` is not a folder.
+    """
     from minigpt.cli.hydra_errors import explain
 
     folder = None if config_dir is None else user_path(config_dir, "config_dir").absolute()
@@ -95,7 +107,7 @@ def plain_values(config: Any) -> Any:
 
 
 def composed_words(name: str, typed: Sequence[str], folder: Path | None = None) -> list[str]:
-    """Return the settings for Hydra: without the class path, with MINIGPT_LOCAL for conf/local.
+    """Return the settings for Hydra, without the class path and with local= from MINIGPT_LOCAL.
 
     Args:
         name: name of the root config.
@@ -112,7 +124,7 @@ def composed_words(name: str, typed: Sequence[str], folder: Path | None = None) 
 
 @contextlib.contextmanager
 def own_hydra(name: str, overrides: Sequence[str] = ()) -> Iterator[None]:
-    """Use Hydra with the defaults of the root config `name`, then restore its previous state."""
+    """Initialise Hydra for the root config `name`, and restore its previous state at the end."""
     instances, store = Singleton._instances, ConfigStore.instance()
     before, repo = dict(instances), store.repo
     store.repo = copy.copy(repo)
@@ -132,7 +144,12 @@ def own_hydra(name: str, overrides: Sequence[str] = ()) -> Iterator[None]:
 
 
 def register_defaults(name: str, overrides: Sequence[str] = ()) -> None:
-    """Register with Hydra the defaults of the root config `name`, which `overrides` may extend."""
+    """Register the defaults of a root config with Hydra.
+
+    Args:
+        name: name of the root config.
+        overrides: settings as typed, which may add defaults; see `defaults`.
+    """
     ConfigStore.instance().store(f"{name}_defaults", defaults(name, overrides))
 
 
@@ -170,7 +187,7 @@ def defaults(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 def train_config(
     values: dict[str, Any], size: str | None, overrides: Sequence[str], model: Any = None
 ) -> Any:
-    """Return the `TrainConfig` of composed `values`.
+    """Build a `TrainConfig` from composed `values`.
 
     Args:
         values: composed settings as plain values.
@@ -189,7 +206,7 @@ def train_config(
 
 
 def evaluation_config(values: dict[str, Any]) -> Any:
-    """Return the `EvaluationConfig` of composed `values`."""
+    """Build an `EvaluationConfig` from composed `values`."""
     from minigpt.evaluation import EvaluationConfig
 
     settings = {k: v for k, v in values.items() if k not in ("ckpt", "out", "class_path")}
@@ -215,11 +232,11 @@ def import_class(path: str, argument: str) -> Any:
 
     Args:
         path: dotted path, such as mypackage.MyGPT.
-        argument: name of the setting that holds it, for messages.
+        argument: name of the setting, for error messages.
 
     Raises:
-        UserError: the import fails, or the class is not derived from GPT, or its constructor needs
-            more than a config.
+        UserError: the import fails, the class is not derived from GPT, or its constructor requires
+            another argument than the config.
     """
     from minigpt.model import GPT
 
@@ -238,6 +255,6 @@ def import_class(path: str, argument: str) -> Any:
     try:
         inspect.signature(model).bind(None)
     except TypeError as error:
-        message = f"its constructor must need no argument but the config ({error})"
+        message = f"the config must be the only argument its constructor requires ({error})"
         raise UserError(message, argument, path) from None
     return model

@@ -1,4 +1,4 @@
-"""Collect facts for a bug report, and advice on what could be better on this machine."""
+"""Collect facts for a bug report, and advice for this machine."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "tokenizers", "nump
 
 
 def diagnose() -> tuple[dict[str, str], list[str]]:
-    """Collect what a bug report needs.
+    """Collect the facts that a bug report needs, and advice for this machine.
 
     Returns:
-        The facts by topic, in the order to print them, and one line for each thing that could be
-        better, with what to do about it.
+        The facts by topic, in the order to print them, and one line of advice for each problem.
     """
     n_cores, threads, quota = os.cpu_count() or 1, torch.get_num_threads(), cpu_quota()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else n_cores
@@ -39,9 +38,9 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
         precision = f"{hardware.precision} on {hardware.accelerator}: {hardware.why}"
     except UserError as error:
         precision = f"not chosen: {error}"
-    generation, private = _generation(), str(Path.home())  # the latter holds the user's name
+    generation, private = _generation(), str(Path.home())  # the latter contains the user's name
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minigpt"
-    caches = {"data.cache_dir": Path(CACHE), "XDG_CACHE_HOME": home}  # by what moves them
+    caches = {"data.cache_dir": Path(CACHE), "XDG_CACHE_HOME": home}  # by setting to change
     sizes = {p: sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) for p in caches.values()}
     facts = {
         "minigpt": f"{minigpt.__version__}, source {source_commit()}",
@@ -57,16 +56,16 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
         "caches": ", ".join(f"{path} ({size / 1e6:.1f} MB)" for path, size in sizes.items()),
         "disk": f"{free:.1f} GB free",
     }
-    checks = {  # what could be better, and whether that applies here
+    checks = {  # advice, and whether it applies here
         "generation is slower without decode.c: install gcc": generation.startswith("PyTorch"),
-        "decode.c has one thread: install gcc": "one thread" in generation,
+        "decode.c uses a single thread: install gcc": "one thread" in generation,
         "training in float32 is slow: a CPU with AVX512-BF16 or AMX, or a GPU, takes about half "
         "the time": precision.startswith("32-true on cpu"),
         f"{threads} threads share {limit} cores: set OMP_NUM_THREADS={limit}": threads > limit,
         "PyTorch does not see the GPU: install a build of torch for the CUDA version that "
         "nvidia-smi shows": not gpus and shutil.which("nvidia-smi"),
         # The checkpoints of a large run and its prepared stories take some hundred MB.
-        "less than 2 GB of the disk are free: delete old runs and caches": free < 2,
+        "less than 2 GB of disk space is free: delete old runs and caches": free < 2,
     }
     for setting, path in caches.items():
         existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
@@ -77,11 +76,11 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
 
 
 def _generation() -> str:
-    """Return what generates text here, tried with a tiny model."""
+    """Try a tiny model; return the backend that generates text."""
     model = GPT(GPTConfig(vocab_size=64, context_length=8, d_model=32, n_heads=1, n_layers=1))
     try:
         Decoder(model.eval().requires_grad_(False), [torch.zeros(1, dtype=torch.long)], "c")
     except UserError as error:
         return f"PyTorch ({error.message})"
     version = decode.run([*(decode.compiler() or ()), "--version"]).partition("\n")[0]
-    return f"decode.c{'' if decode.is_threaded() else ', one thread,'} by {version}"
+    return f"decode.c, {'compiled by' if decode.is_threaded() else 'one thread,'} {version}"

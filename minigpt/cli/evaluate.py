@@ -1,4 +1,4 @@
-"""`minigpt evaluate`, and evaluate.py of a checkout: measure a trained model."""
+"""`minigpt evaluate` and the evaluate.py of a checkout: measure a trained model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One-line explanations for errors of Hydra and OmegaConf, and for missing programs or memory."""
+"""One-line explanations for errors from Hydra and OmegaConf, and for missing programs or memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from minigpt.core.settings import flat, unknown_name
 
 
 def explain(error: Exception, name: str) -> str:
-    """Return one line for an error of Hydra or OmegaConf: what is wrong and what to type instead.
+    """Return one line for a Hydra or OmegaConf error: what is wrong and what to type instead.
 
     Args:
         error: the error from composing or reading the root config.
@@ -39,7 +39,7 @@ def explain(error: Exception, name: str) -> str:
 
 
 def _unknown_option(file: str, name: str) -> str:
-    """Return one line for an option that its group lacks, such as model/tiny."""
+    """Return one line for an option that is not in its group, such as model/tiny."""
     group, _, option = file.rpartition("/")
     groups = _groups(name)
     while group and group not in groups:  # the option is a path
@@ -50,7 +50,7 @@ def _unknown_option(file: str, name: str) -> str:
 
 
 def setting_names(name: str) -> list[str]:
-    """Return the names of all groups and of the settings in them, dotted, as typed."""
+    """Return the names of all config groups and settings, such as data.batch_size."""
     from minigpt.cli.compose import defaults
 
     return sorted({*flat(defaults(name, ["data=text"])), *_groups(name)})
@@ -72,7 +72,7 @@ FAILURES = {  # pattern of the error: explanation and advice
     r"Unknown plugin class : 'hydra_plugins\.hydra_(?P<name>\w+)_launcher": "hydra/launcher needs "
     r"another package: type pip install hydra-\g<name>-launcher",
     "^Config group override must be a string": "a setting has no name: type settings as key=value",
-    'Could not detect "srun"': "srun is not installed: type this on a machine that submits jobs "
+    'Could not detect "srun"': "srun is not installed: run this on a machine that submits jobs "
     "to a Slurm cluster",
     "Could not find any running Ray instance": "no Ray cluster is running: type ray start --head, "
     "or set hydra.launcher.ray.init.address=local",
@@ -80,9 +80,9 @@ FAILURES = {  # pattern of the error: explanation and advice
 
 
 def explain_failure(error: Exception) -> str | None:
-    """Return one line for missing memory, or a launcher's missing package or cluster, else None.
+    """Return one line if memory, a launcher's package or its cluster is missing, else None.
 
-    PyTorch raises RuntimeError for most failures; running out of memory is recognised by its text.
+    PyTorch raises RuntimeError for most failures, so a lack of memory is recognised by its message.
     """
     for pattern, advice in FAILURES.items():
         if match := re.search(pattern, str(error)):

@@ -1,4 +1,4 @@
-"""The running program: the commands that it suggests, and its errors in one line."""
+"""The running program: the commands that it suggests, and its one-line errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PATH_SETTINGS = {
     "runs_dir", "resume", "init_from", "ckpt", "out", "data.tokenizer",
     "data.train_files", "data.valid_files", "data.dataset", "data.cache_dir",
 }  # fmt: skip
-# Settings that follow from the option of a group: the user types the group.
+# Settings that the option of a group determines: the user types the group.
 OPTION_OF = {"data.source": "data", "optimizer.name": "optimizer", "logger.kind": "logger"}
 # Setting that names the model class.
 CLASS_PATH = {"train": "model.class_path=", "evaluate": "class_path="}
@@ -29,7 +29,7 @@ class Program:
 
     Args:
         path: absolute path of the script that Python runs.
-        words: the verb after it; () for a script of a checkout.
+        words: the verb that follows the path; () for a script of a checkout.
     """
 
     path: str
@@ -47,11 +47,11 @@ class Program:
         return sys.argv[1 + len(self.words) :]
 
     def command(self, verb: str, /, **settings: Any) -> str:
-        """Return a command line for a shell that runs `verb` with `settings`.
+        """Return a shell command that runs `verb` with `settings`.
 
         Args:
             verb: verb of `minigpt`.
-            **settings: for train and evaluate the settings, else the positional arguments.
+            **settings: settings of train or evaluate; for other verbs, positional arguments.
         """
         if verb in ("train", "evaluate"):
             start = f"minigpt {verb}" if self.words else f"python {verb}.py"
@@ -75,10 +75,10 @@ def hydra_value(value: Any) -> str:
 
 
 def quote_paths(word: str) -> str:
-    """Return a typed setting with its paths in quotes if Hydra could not read them without.
+    """Return a typed setting, with quotes around paths that Hydra cannot read without them.
 
-    Those are paths with spaces, brackets or letters beyond ASCII, alone or in a list, and those
-    with ~, which is expanded: Hydra writes the records of a multirun below runs_dir.
+    These are paths with spaces, brackets or non-ASCII letters, alone or in a list. A leading ~ is
+    expanded as well, because Hydra writes the records of a multirun below runs_dir.
     """
     key, _, value = word.partition("=")
     if key.lstrip("+") not in PATH_SETTINGS or re.search(r"[\"']|\$\{", value):

@@ -35,17 +35,17 @@ HYDRA_FLAGS = {
 def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -> None:
     """Run `task` with the settings of the command line, composed over conf/<name>.yaml.
 
-    An error of the user is one line on stderr with exit code 2; ctrl-C is exit code 130.
+    A user error prints one line on stderr and exits with code 2; Ctrl-C exits with code 130.
 
     Args:
         name: name of the root config, train or evaluate.
-        task: function of the composed config, the program, and the typed settings that name a
-            model class, which Hydra does not see.
+        task: function that takes the composed config, the program, and the typed settings that
+            name a model class, which are not passed to Hydra.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of exiting
-    # The plugins for Slurm and Ray register configs with the names of ours, and with the same keys.
+    # The plugins for Slurm and Ray register configs with the same names and keys as ours.
     warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against ConfigStore")
-    # The signal that Slurm sends before a job times out: the one that training handles.
+    # Make Slurm send the signal that training handles before a job times out.
     os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
     program = Program.detect(name)
     show_log()
@@ -75,7 +75,10 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
 
 
 def _prepare(name: str, program: Program, arguments: list[str]) -> None:
-    """Register the defaults with Hydra, and replace sys.argv by what Hydra should read."""
+    """Register the defaults with Hydra and rewrite sys.argv for it.
+
+    `--help NAME` is answered here, and the process exits.
+    """
     more = [f"hydra.help.app_name='minigpt {word}'" for word in program.words]
     flags = [index for index, word in enumerate(arguments) if word in ("--help", "-h")]
     if flags and (words := arguments[flags[0] + 1 :]):
@@ -91,7 +94,7 @@ def _prepare(name: str, program: Program, arguments: list[str]) -> None:
         return
     register_defaults(name, arguments)
     words = composed_words(name, arguments)
-    # Beside the other settings: argparse does not accept settings on both sides of a flag.
+    # Next to the other settings: argparse does not accept settings on both sides of a flag.
     settings = (i for i, word in enumerate(words) if "=" in word and not word.startswith("-"))
     first = next(settings, len(words))
     sys.argv = [program.path, *words[:first], *more, *words[first:]]
@@ -99,11 +102,12 @@ def _prepare(name: str, program: Program, arguments: list[str]) -> None:
 
 @contextlib.contextmanager
 def _one_line_errors(program: Program) -> Iterator[None]:
-    """Exit with a one-line error if a Hydra task fails because of a mistake of the user.
+    """Exit with a one-line error if a Hydra task fails because of a user error.
 
-    In a multirun the error is passed to Hydra instead, so that the other jobs still run. But Hydra
-    would hide the error of a process with a rank above 0, for which the other ranks wait: such a
-    process prints its error and exits.
+    In a multirun, errors are passed to Hydra instead, so that the other jobs still run. All ranks
+    raise the same user error and continue with the next job. Any other exception may occur at a
+    single rank while the others wait for it, and Hydra would hide it: above rank 0 the process
+    prints the traceback and exits.
     """
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     try:

@@ -1,4 +1,4 @@
-"""The help of single settings: `python train.py --help optimizer`, or `--help optimizer.lr`."""
+"""Help for single settings: `python train.py --help optimizer`, or `--help optimizer.lr`."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from minigpt.cli.program import hydra_value
 from minigpt.core.fields import setting_docs
 from minigpt.core.settings import UserError, flat, unknown_name
 
-# Settings of the command line alone, which no dataclass has.
+# Settings that exist only on the command line, not in a dataclass.
 _OWN = {
-    "ckpt": "The run to evaluate: its folder, or a checkpoint file in it.",
-    "out": "Folder of evaluation.json; None means the run's, and the current one for an export.",
+    "ckpt": "Run to evaluate: its folder, or a checkpoint file in it.",
+    "out": "Folder for evaluation.json; None means the run folder, or . for an export.",
     "class_path": "Dotted path of the model's class; None means minigpt.model.GPT.",
 }
 
 
 def settings_help(name: str, words: Sequence[str]) -> str:
-    """Return what the settings mean that are named, each with its default.
+    """Return the help text of the named settings, with their defaults.
 
     Args:
-        name: of the root config: train or evaluate.
-        words: settings, or groups of them such as optimizer; "all" means every setting.
+        name: name of the root config, train or evaluate.
+        words: names of settings, or of groups such as optimizer; "all" means every setting.
+
+    Returns:
+        One line per setting with its default, and its meaning indented below.
 
     Raises:
         UserError: there is no such setting.

@@ -17,14 +17,14 @@ def write_sweep(name: str, path: Path) -> Path:
     """Write the sweep `name` to `path`, with `minigpt train` as its command.
 
     Args:
-        name: name of a file in sweeps/, without its ending.
-        path: the new file; its folder is created.
+        name: name of a file in sweeps/, without its extension.
+        path: the file to write; its folder is created if missing.
 
     Returns:
         The path.
 
     Raises:
-        UserError: no sweep has that name, or the file exists.
+        UserError: no sweep has that name, or the file already exists.
     """
     checkout = Path(minigpt.__file__).parent.parent / "sweeps"
     folder = checkout if checkout.is_dir() else resources.files("minigpt") / "sweeps"
@@ -32,7 +32,7 @@ def write_sweep(name: str, path: Path) -> Path:
     if name not in sweeps:
         raise UserError(unknown_name(name, sorted(sweeps), "sweep"))
     if path.exists():
-        raise UserError(f"{path} exists: remove it or choose another file", "out")
+        raise UserError(f"{path} already exists: remove it or choose another file", "out")
     sweep: dict[str, Any] = yaml.safe_load(sweeps[name].read_text(encoding="utf-8"))
     words = {"${interpreter}": "minigpt", "${program}": "train"}
     sweep["command"] = [words.get(word, word) for word in sweep["command"]]

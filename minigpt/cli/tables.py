@@ -1,4 +1,4 @@
-"""Tables on the terminal: an evaluation, and the answers of `minigpt probe`."""
+"""Tables for the terminal: an evaluation, and the results of `minigpt probe`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from minigpt.evaluation import Evaluation
 
 
 def show(evaluation: Evaluation, console: Console) -> None:
-    """Print an evaluation: loss, a story of each temperature, temperatures, words, analogies."""
+    """Print an evaluation: losses, stories and their measures, nearest words and analogies."""
     e = evaluation
-    windows = "windows side by side" if e.stride is None else f"windows every {e.stride} tokens"
+    windows = "non-overlapping windows" if e.stride is None else f"windows every {e.stride} tokens"
     split = "tuning" if e.data["valid"] == "tuning" else "validation"
     heading = f"{e.checkpoint}, {e.parameters:,} parameters, on the {split} split of "
     heading += f"{e.data['source']}: {windows}, {e.precision} on {e.device}"
@@ -30,8 +30,8 @@ def show(evaluation: Evaluation, console: Console) -> None:
             title = Text(f"\ntemperature {row.temperature}\n", style="bold")
             console.print(title.append(story["prompt"], "dim").append(story["text"], "not bold"))
     if any(row.stories for row in e.temperatures):
-        legend = "Share of word n-grams: different; repeated within their story; new, that is, in "
-        legend += f"none of {e.novelty_stories:,} training stories."
+        legend = "Percentage of word n-grams that are distinct, repeated within their story, or "
+        legend += f"novel (in none of {e.novelty_stories:,} training stories)."
         console.print("", _temperature_table(e), Text(legend), sep="\n")
     for kind, answers in (("word", e.neighbours), ("analogy", e.analogies)):
         if answers:
@@ -73,7 +73,7 @@ def _probe_table(kind: str, answers: dict[str, Tokens | str]) -> Table:
 
 
 def word_table(title: str, tokens: Iterable[tuple[str, float]]) -> Table:
-    """Return a table of tokens with their cosines."""
+    """Return a table of tokens with their cosine similarities."""
     table = Table(Column(Text(title)), Column("cosine", justify="right"))
     for token, cosine in tokens:
         table.add_row(Text(token_cell(token)), f"{cosine:.2f}")
@@ -91,7 +91,7 @@ def score_table(answers: Answers) -> Table:
 
 
 def score_line(answers: Answers) -> str:
-    """Return how many expected answers are the nearest token, and among the five nearest."""
+    """Return a line with the top-1 and top-5 counts of the analogies."""
     ranks = [analogy.rank for analogy in answers.analogies if analogy.rank is not None]
     first, near = sum(rank == 1 for rank in ranks), sum(rank <= 5 for rank in ranks)
     return f"{first} of {len(ranks)} expected answers are nearest, {near} among the five nearest."

@@ -1,4 +1,4 @@
-"""`minigpt train`, and train.py of a checkout: train a model with settings as key=value."""
+"""`minigpt train` and the train.py of a checkout: train a model with settings as key=value."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def _train(config: DictConfig, program: Program, classes: list[str]) -> None:
     excess = [word for word in overrides if not word.startswith(("resume=", "data.cache_dir="))]
     location: list[str] = []
     if job.mode == RunMode.MULTIRUN:
-        # A folder of its own, and the same one each time that a scheduler starts this job.
+        # Each job has its own folder, the same one whenever a scheduler restarts the job.
         config.runs_dir = job.sweep.dir
         config.name = config.name or f"{job.runtime.choices.get('model')}-{job.job.num}"
         config.resume = config.resume or "auto"
         location = [f"{key}={hydra_value(config[key])}" for key in ("runs_dir", "name", "resume")]
-    # Lightning starts the processes of other devices by this command: one job, not the sweep.
+    # Lightning starts the processes for other devices with this command: one job, not the sweep.
     sys.argv = [program.path, *program.words, *overrides, *classes, *location]
     if config.resume not in (None, "auto") and excess:
         raise UserError(f"continues with the settings of that run: leave out {excess[0]}", "resume")

@@ -23,9 +23,9 @@ class _ConsoleHandler(logging.Handler):
 
 
 def show_log() -> None:
-    """Print log records of the package from level INFO on, above any progress bar.
+    """Print the package's log records of level INFO and higher, above any progress bar.
 
-    Characters that the terminal or file cannot encode are replaced by question marks. Only the
+    Characters that the terminal or file cannot encode are replaced with question marks. Only the
     process of rank 0 prints.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -37,7 +37,11 @@ def show_log() -> None:
 
 @contextlib.contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Also append log records of the package to the file `path`, with the time of each."""
+    """Also append the package's log records to the file `path`, with their times.
+
+    Args:
+        path: the log file; its folder must exist.
+    """
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.handleError = lambda record: None  # training continues when the disk is full
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))

@@ -1,6 +1,6 @@
 """Rank of this process, and detection of torchrun and srun.
 
-Without a launcher, Lightning starts the processes for further devices itself.
+Without a launcher, Lightning starts the processes for additional devices itself.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from minigpt.core.settings import UserError
 
 
 def global_rank() -> int:
-    """Return the rank of this process among those of the run; 0 for the first or only one."""
+    """Return the global rank of this process, which is 0 for the first or only process."""
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):  # torchrun, Lightning's launcher, srun
         if name in os.environ:
             return int(os.environ[name])
@@ -35,7 +35,7 @@ class Launcher:
 
     @classmethod
     def detect(cls) -> Launcher | None:
-        """Return the launcher, by its environment variables; None if there is none.
+        """Return the launcher, detected by its environment variables; None if there is none.
 
         Raises:
             UserError: the job has several Slurm tasks that srun did not start, or that were not
@@ -50,7 +50,7 @@ class Launcher:
             return None
         n, num_nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES", 1))
         if n > 1 and "SLURM_STEP_ID" not in os.environ:
-            raise UserError(f"Slurm has {n} tasks for this job: start them by srun python ...")
+            raise UserError(f"Slurm has {n} tasks for this job: start them with srun python ...")
         if n > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:  # Lightning requires it
             fix = f"--ntasks-per-node={n // num_nodes}"
             raise UserError(f"Lightning needs the tasks per node: submit with {fix}, not --ntasks")
@@ -61,10 +61,10 @@ _may_start_processes = False
 
 
 def may_start_processes() -> bool:
-    """Return whether a run on several devices can have a process for each.
+    """Return whether a run on several devices can have one process per device.
 
-    Lightning starts them by running the command line of this process again, which works for the
-    programs of Mini GPT only. torchrun and srun have already started them.
+    Lightning starts them by running the command line of this process again, which works only for
+    Mini GPT's own programs. torchrun and srun have already started them.
     """
     return _may_start_processes or global_rank() > 0 or Launcher.detect() is not None
 
@@ -76,6 +76,6 @@ def allow_starting_processes() -> None:
 
 
 def step_name() -> str | None:
-    """Return job and step of srun, which all nodes and requeued jobs share; None without srun."""
+    """Return srun's job and step ids, shared by all nodes and requeued jobs; None without srun."""
     job, step = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID")
     return f"{job}.{step}" if job and step else None

@@ -1,4 +1,4 @@
-"""The sentence under each field of a config dataclass, a string literal that Python itself drops.
+"""Field docs: the sentences under the fields of a config dataclass, which Python itself discards.
 
 >>> field_docs(TrainConfig)["seed"]
 'Seed of the initial weights, the data order and dropout, from 0 to 2^32 - 1.'
@@ -20,20 +20,20 @@ C = TypeVar("C", bound=type)
 
 @functools.cache
 def field_docs(cls: type) -> dict[str, str]:
-    """Return the sentences under the fields of `cls` and of its bases.
+    """Return the sentences under the fields of `cls` and its base classes.
 
     Args:
         cls: a dataclass.
 
     Returns:
-        The sentence of each field that has one, on one line, by the name of the field. It is empty
-        for a class without source code, such as one that was typed into an interpreter.
+        A dict from field names to sentences, each on one line. It is empty for a class without
+        source code, such as one that was typed into an interpreter.
     """
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         try:
             definition: Any = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
-        except (OSError, TypeError, SyntaxError):  # `object`, for one
+        except (OSError, TypeError, SyntaxError):  # such as `object`
             continue
         for field, following in pairwise(definition.body):
             text = ast.get_docstring(ast.Module([following], []))
@@ -43,11 +43,11 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def setting_docs(cls: type, prefix: str = "") -> dict[str, str]:
-    """Return the sentence of each setting in `cls` and its sections; "" where there is none.
+    """Return the sentence for each setting in `cls` and its sections, or "" if there is none.
 
     Args:
-        cls: a dataclass whose fields may be dataclasses, the sections.
-        prefix: what the dotted names begin with, such as "model.".
+        cls: a dataclass; those of its fields that are dataclasses are its sections.
+        prefix: prefix of the dotted names, such as "model.".
 
     Returns:
         The sentences by dotted name, such as "optimizer.lr", in the order of the fields.
@@ -61,9 +61,15 @@ def setting_docs(cls: type, prefix: str = "") -> dict[str, str]:
 
 
 def documented(cls: C) -> C:
-    """Have `help()` show the sentences of a dataclass and its sections; a class decorator.
+    """Class decorator: add the field docs of a dataclass and its sections to `__doc__`.
 
-    The source code is read when the docstring is asked for, so that importing it costs nothing.
+    The source is parsed when `__doc__` is first read, so that imports stay fast.
+
+    Args:
+        cls: the dataclass.
+
+    Returns:
+        The same class.
     """
     if not isinstance(cls.__dict__.get("__doc__"), _Docstring):
         setattr(cls, "__doc__", _Docstring(cls.__doc__))  # noqa: B010
@@ -73,14 +79,14 @@ def documented(cls: C) -> C:
 
 
 def _sections(cls: type) -> dict[str, Any]:
-    """Return the type of each field of `cls` that holds a dataclass, or a dataclass or None."""
+    """Return the class of each field of `cls` that is a dataclass or an optional dataclass."""
     hints = typing.get_type_hints(cls).items()
     options = [(name, option) for name, hint in hints for option in typing.get_args(hint) or [hint]]
     return {name: option for name, option in options if dataclasses.is_dataclass(option)}
 
 
 class _Docstring:
-    """A docstring that ends with the fields of its class, as the attribute `__doc__`."""
+    """Descriptor for `__doc__` that appends the field docs of the class."""
 
     def __init__(self, text: str | None) -> None:
         self.text = inspect.cleandoc(text or "")

@@ -23,11 +23,11 @@ _MAX_YAML_BYTES = 1 << 16  # 50 times a config.yaml; parsing long numbers takes 
 
 
 def user_path(path: str | Path, argument: str | None = None) -> Path:
-    """Return a path that was typed, with `~` and `~user` replaced by the home folder.
+    """Return a typed path, with `~` and `~user` expanded to the home folder.
 
     Args:
-        path: what was typed.
-        argument: name of the argument, for the message.
+        path: the path as typed.
+        argument: name of the argument, for the error message.
 
     Raises:
         UserError: there is no such user.
@@ -35,12 +35,20 @@ def user_path(path: str | Path, argument: str | None = None) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        problem = "names a user without a home folder; put ./ before a name with ~"
+        problem = "names a user without a home folder; put ./ before a file name with ~"
         raise UserError(problem, argument, str(path)) from None
 
 
 def expand_paths(config: Any, *names: str) -> None:
-    """Expand `~` in fields of a frozen dataclass that hold a path, paths or None."""
+    """Expand `~` in fields of a frozen dataclass.
+
+    Args:
+        config: the dataclass instance, which is changed in place.
+        *names: names of the fields; each holds a path, a tuple of paths or None.
+
+    Raises:
+        UserError: a path names a user without a home folder.
+    """
     for name in names:
         value = getattr(config, name)
         paths = value if isinstance(value, tuple) else (value,)
@@ -54,7 +62,7 @@ def read_text(path: Path, max_bytes: int = 64 * _MEGABYTE) -> str:
 
     Args:
         path: the file.
-        max_bytes: largest size that is read.
+        max_bytes: maximum size of the file.
 
     Returns:
         The whole content of the file.
@@ -63,7 +71,7 @@ def read_text(path: Path, max_bytes: int = 64 * _MEGABYTE) -> str:
         ValueError: the file is larger than `max_bytes`, or not UTF-8.
         OSError: the file cannot be read, or is a folder, a pipe or a device.
     """
-    if path.exists() and not path.is_file():  # reading a pipe would block for ever
+    if path.exists() and not path.is_file():  # reading a pipe would block forever
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     with path.open("rb") as file:
         content = file.read(max_bytes + 1)
@@ -75,6 +83,12 @@ def read_text(path: Path, max_bytes: int = 64 * _MEGABYTE) -> str:
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file.
 
+    Args:
+        path: the file.
+
+    Returns:
+        Plain values.
+
     Raises:
         ValueError: the file is not JSON, or is larger than 64 MB.
         OSError: the file cannot be read.
@@ -83,10 +97,16 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """Return the content of a JSON text.
+    """Return the content of a JSON string.
+
+    Args:
+        text: the string.
+
+    Returns:
+        Plain values.
 
     Raises:
-        ValueError: the text is not JSON, or is nested too deeply.
+        ValueError: the string is not JSON, or is nested too deeply.
     """
     try:
         return json.loads(text)
@@ -95,7 +115,7 @@ def parse_json(text: str) -> Any:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Load plain values without aliases, of which a kilobyte can expand to gigabytes."""
+    """Load plain values, and refuse aliases, since a kilobyte of them can expand to gigabytes."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -105,6 +125,12 @@ class _PlainLoader(yaml.SafeLoader):
 
 def read_yaml(path: Path) -> Any:
     """Return the content of a YAML file of plain values.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The plain values.
 
     Raises:
         ValueError: the file is not YAML of plain values, has aliases, or is larger than 64 kB.
@@ -118,10 +144,16 @@ def read_yaml(path: Path) -> Any:
 
 
 def check_archive(path: Path) -> None:
-    """Raise UserError for a zip archive that torch would not have written.
+    """Check that a zip archive could have been written by torch.
 
-    Archives of torch are uncompressed, so a compressed one may expand to fill the memory. They have
-    no folders either, for which torch would return uninitialised memory.
+    Archives from torch are uncompressed; a compressed one might expand to fill the memory. They
+    also contain no folders, for which torch would return uninitialised memory.
+
+    Args:
+        path: the archive.
+
+    Raises:
+        UserError: the archive is compressed, contains folders, or unpacks to more than its size.
     """
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
@@ -133,15 +165,21 @@ def check_archive(path: Path) -> None:
 
 
 def refuse_links_out(folder: Path) -> None:
-    """Raise UserError if a file of a run folder is a link to a path outside it.
+    """Check that no file in a run folder is a link to a path outside it.
 
     Resuming a run of unknown origin would otherwise overwrite the target of the link.
+
+    Args:
+        folder: the run folder.
+
+    Raises:
+        UserError: a file is such a link.
     """
     inside = folder.resolve()
     for path in sorted([*folder.glob("*"), *folder.glob("checkpoints/*")]):
         if path.is_symlink() and not path.resolve().is_relative_to(inside):
             problem = f"{path} is a link to a path outside the run folder"
-            raise UserError(f"{problem}: replace it by the file itself")
+            raise UserError(f"{problem}: replace it with the file")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -162,7 +200,7 @@ def write_bytes(
     Args:
         path: the file, which is replaced if it exists.
         content: the bytes.
-        move: pairs (old, new) of files to rename just before; missing ones are skipped.
+        move: pairs (old, new) of files to rename just before the write; missing ones are skipped.
 
     Raises:
         OSError: the file cannot be written; the old one is unchanged.

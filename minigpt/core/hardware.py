@@ -47,9 +47,9 @@ class Hardware:
 
     @classmethod
     def detect(cls, accelerator: str, devices: str, num_nodes: int, precision: str) -> Hardware:
-        """Resolve the settings of the trainer for this machine.
+        """Resolve the trainer settings for this machine.
 
-        Under torchrun or srun, devices and nodes are those that processes were started for.
+        Under torchrun or srun, the launcher determines the number of devices and nodes.
 
         Args:
             accelerator: "auto", "cpu", "gpu", "cuda" or "mps".
@@ -80,7 +80,7 @@ class Hardware:
             message = "several nodes need torchrun or srun: see docs/scaling-out.md"
             raise UserError(message, "num_nodes", num_nodes)
         if accelerator == "cuda" and n_devices > n_gpus:
-            problem = f"the number of GPUs on this machine is {n_gpus}"
+            problem = f"this machine has {n_gpus} GPU(s)"
             raise UserError(problem, "devices", n_devices, fix={"devices": "auto"})
         if accelerator == "mps" and n_devices > 1:
             problem = "a Mac has one GPU, but its CPU can run several processes"
@@ -90,7 +90,7 @@ class Hardware:
 
 def _check_launched(launcher: Launcher, devices: str, num_nodes: int) -> None:
     """Raise UserError if the settings contradict the processes that the launcher started."""
-    start = f"{launcher.name} started {launcher.devices} processes on {launcher.num_nodes} nodes"
+    start = f"{launcher.name} uses {launcher.num_nodes} node(s) × {launcher.devices} process(es)"
     if devices not in ("auto", str(launcher.devices)):
         raise UserError(f"{start}: leave this out", "devices", int(devices))
     if num_nodes not in (1, launcher.num_nodes):  # 1 is the default
@@ -98,7 +98,7 @@ def _check_launched(launcher: Launcher, devices: str, num_nodes: int) -> None:
 
 
 def _find_precision(setting: str, accelerator: str) -> tuple[str, str]:
-    """Return the precision to train in and the reason; "auto" avoids emulated bfloat16."""
+    """Return the training precision and the reason for it; "auto" avoids emulated bfloat16."""
     requested = setting, "as requested"
     if accelerator == "mps":
         return ("32-true", "the safe choice on MPS") if setting == "auto" else requested
@@ -120,7 +120,7 @@ def cpu_has_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-_CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")  # of x86, then of ARM
+_CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")  # x86, then ARM
 
 
 def cpu_name() -> str:
@@ -134,7 +134,7 @@ def cpu_name() -> str:
 
 
 def cpu_description() -> str:
-    """Return the name of the CPU and the instruction sets that decide its speed."""
+    """Return the name of the CPU and the instruction sets that affect its speed."""
     text = cpu_name()  # on Linux lines of /proc/cpuinfo, the name last
     name = re.search(r"model name\s*: (.*)", text)
     instructions = " ".join(flag for flag in _CPU_FLAGS if re.search(rf"\b{flag}\b", text))
@@ -143,7 +143,7 @@ def cpu_description() -> str:
 
 
 def cpu_quota() -> float | None:
-    """Return how many cores the cgroup of this process may use; None without a limit."""
+    """Return the number of cores that the cgroup of this process may use; None means no limit."""
     for names in ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"):  # v2, then v1
         with contextlib.suppress(OSError, ValueError):  # the other version, or "max"
             text = " ".join(Path("/sys/fs/cgroup", name).read_text() for name in names)
@@ -153,18 +153,18 @@ def cpu_quota() -> float | None:
 
 
 PEAK_FILE = "matmul_peak.json"  # in the cache_dir
-_SIDE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # largest matrices, which reach the peak
-_ENOUGH = 0.015  # seconds per product that suffice: larger matrices would not change the result
+_SIDE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # largest side, which reaches the peak
+_ENOUGH = 0.015  # seconds per product, above which larger matrices do not change the result
 _TRIES = 7
 _DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": torch.float32}
 
 
 def matmul_peak(hardware: Hardware, cache_dir: Path) -> float:
-    """Return the peak FLOP/s of one device, by multiplying square matrices.
+    """Measure the peak FLOP/s of one device with products of square matrices.
 
-    The fastest of a few products counts, which takes 0.2 to 0.5 s on a CPU. The result is cached
-    for each host, device, dtype and number of threads in `cache_dir`/matmul_peak.json; delete the
-    file to measure again. If it cannot be written, each run measures anew.
+    The fastest of a few products counts; on a CPU the measurement takes 0.2 to 0.5 s. The result is
+    cached for each host, device, dtype and number of threads in `cache_dir`/matmul_peak.json;
+    delete the file to measure again. If it cannot be written, each run measures again.
 
     Args:
         hardware: the device, and the precision that decides the dtype.
@@ -200,7 +200,7 @@ def _measure(accelerator: str, dtype: torch.dtype) -> float:
 
 
 def _fastest(side: int, accelerator: str, dtype: torch.dtype, tries: int) -> float:
-    """Return the seconds of the fastest of some matrix products, without the first, a warm-up."""
+    """Return the seconds of the fastest product; the first of the `tries` is a warm-up."""
     a = torch.full((side, side), 0.5, dtype=dtype, device=accelerator)
     seconds = []
     for _ in range(tries):

@@ -1,4 +1,4 @@
-"""Matplotlib figures in one style, as PNG files and as SVG elements of a page.
+"""Matplotlib figures in one style, as PNG files or as SVG elements for a page.
 
 >>> figure = new_figure(8, 6)
 >>> write_png(figure, Path("map.png"))
@@ -25,8 +25,8 @@ INK = "#374151"  # text, axes and grid
 # Series of a figure, from the palette of Okabe and Ito (2008), which colour-blind readers can tell
 # apart. Each has a contrast of at least 3 on white and on the dark pages.
 COLOURS = ("#0072b2", "#d55e00", "#009e73")
-MARKERS = "os^"  # of the same series, for print without colour
-REFERENCE_COLOUR = "#6b7280"  # what the series are compared with
+MARKERS = "os^"  # markers of the same series, for print without colour
+REFERENCE_COLOUR = "#6b7280"  # for values that the series are compared with
 STYLE: Any = {  # a dict of rc parameters
     **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "grid.color", "text.color"), INK),
     **dict.fromkeys(("xtick.color", "ytick.color"), INK),
@@ -35,7 +35,7 @@ STYLE: Any = {  # a dict of rc parameters
     **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
     "grid.alpha": 0.13,
 }
-# Positions of a label beside its point, best first: offset in points, and horizontal alignment.
+# Positions of a label next to its point, best first: offset in points, and horizontal alignment.
 SIDES = tuple(
     ((x * reach, y * reach), {1: "left", 0: "center", -1: "right"}[x])
     for reach in (6, 11, 17, 24, 34, 48)
@@ -56,7 +56,7 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
         The figure, whose `axes` are in row-major order.
     """
     from matplotlib import rc_context
-    from matplotlib.figure import Figure  # imported here, as it is slow; pyplot would keep figures
+    from matplotlib.figure import Figure  # a slow import; pyplot would keep figures
 
     with rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -65,14 +65,14 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
 
 
 class Labels:
-    """Direct labels of an axes, each beside its point and where it covers nothing.
+    """Direct labels on an axes, each next to its point in a position that covers nothing.
 
-    Everything else must be drawn and the limits of the axes final: creating this object fixes the
-    layout of the figure.
+    Create this object after everything else is drawn and the axis limits are final, because it
+    fixes the layout of the figure.
 
     Args:
-        axes: where to write.
-        obstacles: points (x, y) in units of the axes that no label may cover.
+        axes: the axes to label.
+        obstacles: points (x, y) in data coordinates that no label may cover.
     """
 
     def __init__(self, axes: Axes, obstacles: Iterable[Sequence[float]]) -> None:
@@ -85,13 +85,23 @@ class Labels:
         self.taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in pixels.tolist()]
 
     def add(self, text: str, point: Sequence[float], colour: str = INK, **style: Any) -> Annotation:
-        """Write `text` beside `point`, at the first of `SIDES` that is free, or at the last."""
+        """Write `text` next to `point`, in the first free position of `SIDES`, or in the last.
+
+        Args:
+            text: the label.
+            point: the labelled point (x, y) in data coordinates.
+            colour: colour of the text.
+            **style: further properties of the text.
+
+        Returns:
+            The label.
+        """
         label = self.axes.annotate(text, (point[0], point[1]), color=colour, va="center", **style)
         label.set(anncoords="offset points")
         box: Any = None
         for offset, side in SIDES:
             label.set(position=offset, ha=side)
-            box = label.get_window_extent().padded(3, -1)  # apart sideways, close in height
+            box = label.get_window_extent().padded(3, -1)  # padded sideways, tight vertically
             inside = all(self.figure.bbox.fully_contains(*xy) for xy in (box.min, box.max))
             if inside and not any(box.overlaps(other) for other in self.taken):
                 break
@@ -109,7 +119,13 @@ def log_ticks(axis: Axis, subs: Sequence[float], text: Callable[[float], str]) -
 
 
 def write_png(figure: Figure, path: Path, dpi: int = 160) -> None:
-    """Write `figure` as a PNG, whole or not at all. The folder is created if missing."""
+    """Write `figure` to a PNG file atomically.
+
+    Args:
+        figure: the figure.
+        path: the file; its folder is created if missing.
+        dpi: resolution in dots per inch.
+    """
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=dpi)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,8 +135,14 @@ def write_png(figure: Figure, path: Path, dpi: int = 160) -> None:
 def to_svg(figure: Figure) -> str:
     """Return `figure` as an <svg> element for a light or dark HTML page.
 
-    Text stays text, the background is transparent, and INK becomes the text colour of the page.
-    A page may hold several of these elements, because none of them has ids.
+    Text remains text, the background is transparent, and INK becomes the text colour of the page.
+    A page may contain several of these elements, because they have no ids.
+
+    Args:
+        figure: the figure.
+
+    Returns:
+        The element, without XML prolog.
     """
     from matplotlib import rc_context
 

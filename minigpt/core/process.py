@@ -45,7 +45,7 @@ def is_tuned() -> bool:
 def preserved_process() -> Iterator[None]:
     """Restore the state of the process when the body ends or raises.
 
-    The state is warnings, levels and handlers of loggers, signal handlers, float32 matmul
+    The state consists of warnings, levels and handlers of loggers, signal handlers, float32 matmul
     precision, number of threads, random states (Python, NumPy, PyTorch) and environment variables.
     """
     main_thread = threading.current_thread() is threading.main_thread()

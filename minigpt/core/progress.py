@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, and plain lines in the log everywhere else."""
+"""Progress of long tasks: a bar on a terminal, and lines in the log everywhere else."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from minigpt.core.text import human_time
 
 T = TypeVar("T")
 
-# Seconds from one line to the next: a quarter of the time that the task has taken, within these.
+# Limits of the seconds between two lines, which are a quarter of the task's time so far.
 SHORTEST, LONGEST = 5.0, 60.0
 
 
 class Progress(progress.Progress):
-    """A bar that is removed at the end; without a terminal, a log line at growing intervals.
+    """Progress bar that is removed at the end; without a terminal, log lines at growing intervals.
 
-    The first line comes after 5 s, so that short work is silent; three minutes give 13 lines, and
-    from the fourth minute on there is one a minute. Both forms show the same columns.
+    The first line comes after 5 s, so that short tasks are silent; three minutes give 13 lines, and
+    from the fourth minute on there is one per minute. Both forms show the same columns.
 
     Args:
-        columns: of the bar; the lines leave out `BarColumn` and write the time left in words.
+        columns: columns of the bar; lines omit `BarColumn` and write the time left in words.
         show: whether to show anything; only the first process of a run ever does.
-        options: of `rich.progress.Progress`.
+        options: keyword arguments of `rich.progress.Progress`.
     """
 
     def __init__(
@@ -36,19 +36,19 @@ class Progress(progress.Progress):
         options = {"console": console, "transient": True} | options
         self.show = show and global_rank() == 0
         self.plain = self.show and not options["console"].is_terminal
-        if self.plain:  # a mean over more time, for lines that stay to be read
+        if self.plain:  # average over a longer time, because lines are rare
             options["speed_estimate_period"] = 300.0
         super().__init__(*columns, disable=not self.show or self.plain, **options)
         self._next_line: dict[progress.TaskID, float] = {}
 
     def update(self, task_id: progress.TaskID, *args: Any, **kwargs: Any) -> None:
-        """Change a task, as in rich; write a line when the next one is due."""
+        """Update a task as in rich, and log a line if one is due."""
         super().update(task_id, *args, **kwargs)
         if "completed" in kwargs or "advance" in kwargs:
             self._write_line(task_id)
 
     def advance(self, task_id: progress.TaskID, advance: float = 1) -> None:
-        """Add to the completed part of a task, as in rich; write a line when one is due."""
+        """Advance a task as in rich, and log a line if one is due."""
         self.update(task_id, advance=advance)
 
     def _write_line(self, task_id: progress.TaskID) -> None:
@@ -66,12 +66,12 @@ class Progress(progress.Progress):
 
 
 def track(items: Sequence[T], title: str, console: Console | None = console) -> Iterator[T]:
-    """Yield `items` and show how many of them are done; in place of `rich.progress.track`.
+    """Yield `items` and show how many are done, like `rich.progress.track`.
 
     Args:
-        items: what the work goes through.
-        title: what is being done, such as "validation split".
-        console: where the bar is shown; None means no bar and no lines.
+        items: the items to process.
+        title: name of the task, such as "validation split".
+        console: console of the bar; None means no bar and no lines.
     """
     columns = Progress.get_default_columns()
     with Progress(*columns, show=console is not None, console=console) as bar:

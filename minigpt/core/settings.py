@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 MISSING = dataclasses.MISSING
-RENAMED = {"model.attention": "trainer.kernels"}  # old name to new name of a setting
+RENAMED = {"model.attention": "trainer.kernels"}  # old and new names of settings
 
 
 class UserError(ValueError):
@@ -55,7 +55,7 @@ class UserError(ValueError):
         return self.subject(repr) + "; ".join(parts)
 
     def subject(self, spell: Callable[[Any], str]) -> str:
-        """Return the beginning of the error's line.
+        """Return the start of the message, which names the argument.
 
         Args:
             spell: function that formats the value.
@@ -69,13 +69,13 @@ class UserError(ValueError):
         return f"{self.argument}{typed}: "
 
     def within(self, section: str) -> UserError:
-        """Return a copy of this error whose arguments are fields of a section.
+        """Return a copy of this error with `section` before the names of its arguments.
 
         Args:
-            section: dotted name to put before the names of arguments; "" leaves them.
+            section: dotted name of the section; "" changes nothing.
 
         Returns:
-            The copy, with `argument` and the names in `fix` below `section`.
+            The copy; `argument` and the names in `fix` have the new prefix.
         """
         prefix = f"{section}." if section else ""
         argument = None if self.argument is None else prefix + self.argument
@@ -84,7 +84,7 @@ class UserError(ValueError):
 
 
 class ModelClassError(UserError):
-    """Error for a run that needs the class of its model, which was not given.
+    """Error for a run with a custom model class that was not given.
 
     Args:
         message: what is wrong.
@@ -97,7 +97,15 @@ class ModelClassError(UserError):
 
 
 def python_call(verb: str, /, **settings: Any) -> str:
-    """Return the library call for a verb and its settings, as the next step in a notebook."""
+    """Return the Python call for a verb with these settings, for messages in a notebook.
+
+    Args:
+        verb: verb of the command line, such as train.
+        **settings: settings by name; other verbs than train use only the first value.
+
+    Returns:
+        The call, such as "minigpt.evaluate('runs/a')".
+    """
     if verb == "train":
         typed = [f"{key}={value}" for key, value in settings.items()]
         return f'minigpt.train(minigpt.load_config("train", {typed}))'
@@ -108,7 +116,15 @@ _spell: Callable[..., str] = python_call
 
 
 def next_step(verb: str, /, **settings: Any) -> str:
-    """Return the next step for a log message: a library call or, after `speak`, a command."""
+    """Return the next step for a log message: a library call or, after `speak`, a command.
+
+    Args:
+        verb: verb of the command line, such as train.
+        **settings: settings by name.
+
+    Returns:
+        The call or the command.
+    """
     return _spell(verb, **settings)
 
 
@@ -127,7 +143,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         where: dotted name of the section for errors, such as "model"; "" at the top level.
 
     Returns:
-        A `cls` that has passed its own checks.
+        A valid instance of `cls`.
 
     Raises:
         UserError: a name is unknown or missing, or a value has the wrong type or is out of range.
@@ -142,7 +158,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     for field in fields:
         required = field.default is MISSING and field.default_factory is MISSING
         if required and field.name not in values:
-            raise UserError("is required, and has no default: set it", f"{prefix}{field.name}")
+            raise UserError("is required and has no default: set it", f"{prefix}{field.name}")
     converted = {k: _convert(v, hints[k], f"{prefix}{k}") for k, v in values.items()}
     try:
         return cls(**converted)
@@ -158,7 +174,7 @@ def check(config: Any, message: str, allows: Callable[[Any], bool], *names: str)
     Args:
         config: the object with the fields.
         message: which values are allowed.
-        allows: function from a value to whether it is allowed.
+        allows: function that returns whether a value is allowed.
         names: names of the fields.
     """
     for name in names:
@@ -192,7 +208,15 @@ def plain(value: Any) -> Any:
 
 
 def flat(group: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings as a flat dict by dotted names, such as "data.batch_size"."""
+    """Return nested settings as a flat dict with dotted names, such as "data.batch_size".
+
+    Args:
+        group: settings by name; nested groups are dicts.
+        prefix: prefix of the names, such as "data.".
+
+    Returns:
+        The settings by dotted name.
+    """
     names: dict[str, Any] = {}
     for key, value in group.items():
         name = f"{prefix}{key}"
@@ -201,7 +225,7 @@ def flat(group: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def one_line(error: Exception | str) -> str:
-    """Return a message on one line, without control characters and at most 1000 characters long.
+    """Return a message on one line, without control characters and with at most 1000 characters.
 
     Messages contain values that users typed or that were read from untrusted files.
     """
@@ -211,7 +235,7 @@ def one_line(error: Exception | str) -> str:
 
 
 def unknown_name(name: str, allowed: list[str], kind: str = "setting") -> str:
-    """Return the message for a name that does not exist, with similar or all allowed names.
+    """Return the error message for an unknown name, with the names to use instead.
 
     Args:
         name: the unknown name.
@@ -219,7 +243,8 @@ def unknown_name(name: str, allowed: list[str], kind: str = "setting") -> str:
         kind: noun for the message.
 
     Returns:
-        One line, with at most three similar names.
+        One line that suggests up to three similar names, else lists the allowed ones, or refers to
+        --help if there are more than 20.
     """
     if name in RENAMED:
         return f"unknown {kind} '{name}': it is now called {RENAMED[name]}"
@@ -233,7 +258,7 @@ def unknown_name(name: str, allowed: list[str], kind: str = "setting") -> str:
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
-    """Return `value` as the type `hint`, or raise a UserError that names both.
+    """Convert `value` to the type `hint`; if that fails, raise a UserError that names both.
 
     Whole floats are accepted for integers, so that budget.tokens=1e7 can be typed.
     """
@@ -269,5 +294,5 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         raise UserError("expected a finite number", name, value)
     if hint is str and isinstance(value, str | int | float):
         return str(value)
-    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
     raise UserError(f"expected {expected.get(hint, hint)}", name, value)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-BAR = "\\|"  # an escaped bar within a cell of a Markdown table
+BAR = "\\|"  # an escaped vertical bar in a cell of a Markdown table
 
 
 def human_count(number: float) -> str:
-    """Return a number with three digits and a letter, such as 39.5k, 1.05M or 6.6B."""
+    """Format a number with three significant digits and a letter, such as 39.5k or 1.05M."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= 0.9995 * size:  # 999.5k would be rounded to 1000k
             return f"{number / size:.3g}{letter}"
@@ -17,12 +17,20 @@ def human_count(number: float) -> str:
 
 
 def value_cell(value: float | None, form: str) -> str:
-    """Return a number for a table cell in the format `form`, such as ".3f"; a dash for None."""
+    """Format a number for a table cell.
+
+    Args:
+        value: the number; None gives a dash.
+        form: format specification, such as ".3f".
+
+    Returns:
+        The text of the cell.
+    """
     return "–" if value is None else format(value, form)
 
 
 def percent(share: float | None) -> str:
-    """Return a share for a table cell, such as 6.6 % for 0.066; a dash for None."""
+    """Format a fraction for a table cell, such as 6.6 % for 0.066; None gives a dash."""
     return "–" if share is None else f"{100 * share:.1f} %"
 
 
@@ -30,9 +38,9 @@ def md_table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1)
     """Return a Markdown table.
 
     Args:
-        heads: heads of the columns.
+        heads: column headers.
         rows: cells of each row.
-        left: number of left-aligned columns; the others are aligned right, for numbers.
+        left: number of left-aligned columns; the others are right-aligned, for numbers.
 
     Returns:
         The lines of the table, without a final line break.
@@ -46,7 +54,7 @@ def md_table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1)
 
 
 def human_time(seconds: float) -> str:
-    """Return a duration with at most two units: 42 s, 3 min 20 s, 1 h 05 min."""
+    """Format a duration with at most two units, such as 42 s, 3 min 20 s or 1 h 05 min."""
     total = math.floor(seconds + 0.5)
     if total < 60:
         return f"{total} s"

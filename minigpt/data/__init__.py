@@ -1,1 +1,1 @@
-"""From stories to batches: sources, preparation, windows and the data module."""
+"""Data pipeline, from stories to batches: sources, preparation, windows and data module."""

@@ -16,17 +16,17 @@ from minigpt.tokenizer import Tokenizer
 
 
 class DataModule(L.LightningDataModule):
-    """The prepared corpus of a run and its batches: inputs and targets, [B, T] int64.
+    """The prepared corpus of a run and its batches of inputs and targets, each [B, T] int64.
 
     `setup` sets `tokenizer` and the token files `train` and `valid`.
 
     Args:
-        config: which corpus to read, and in which batches.
-        context_length: T, tokens per window.
-        n_steps: batches of the whole run, which `train_dataloader` yields.
-        seed: of the training order.
-        start_step: first batch of a resumed run.
-        tokenizer: encodes the stories; None: one is trained on the training split.
+        config: settings of the corpus and the batches.
+        context_length: number of tokens per window, T.
+        n_steps: number of steps of the whole run, with one batch each.
+        seed: seed of the training order, at least 0.
+        start_step: first step to yield a batch for, when a run is resumed.
+        tokenizer: tokenizer for the stories; None means one trained on the training split.
     """
 
     tokenizer: Tokenizer
@@ -49,12 +49,23 @@ class DataModule(L.LightningDataModule):
         self._ready = False
 
     def prepare_data(self) -> None:
-        """Download and encode the corpus. Lightning calls this on one rank of each node."""
+        """Download and encode the corpus. Lightning calls this on one rank of each node.
+
+        Raises:
+            UserError: the corpus cannot be read or downloaded, or the cache cannot be written.
+        """
         if not self._ready:
             self._prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the files that `prepare_data` wrote. Lightning calls this on every rank."""
+        """Open the files that `prepare_data` wrote. Lightning calls this on every rank.
+
+        Args:
+            stage: stage of Lightning, such as "fit"; it makes no difference here.
+
+        Raises:
+            UserError: the corpus cannot be read, or the cache cannot be written.
+        """
         if self._ready:
             return
         self.tokenizer, self.train, self.valid = self._prepare()
@@ -68,11 +79,11 @@ class DataModule(L.LightningDataModule):
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes per token of the validation split, by which bits per byte are computed."""
+        """UTF-8 bytes per token of the validation split, used to compute bits per byte."""
         return self.valid.bytes_per_token
 
     def train_dataloader(self) -> DataLoader:
-        """Return the batches from `start_step` to the end of the run."""
+        """Return a loader of the batches from `start_step` to the end of the run."""
         tokens, length, config = self.train.array(), self.context_length, self.config
         stories = config.shuffle == "stories"
         order = self.n_steps, self.seed, self.start_step, *self._rank(), config.random_offset
@@ -82,10 +93,11 @@ class DataModule(L.LightningDataModule):
         return _loader(TokenWindows(tokens, length), batch_sampler=sampler)
 
     def val_dataloader(self) -> DataLoader:
-        """Return the validation split in order, every token once; each rank reads its share.
+        """Return a loader of this rank's part of the validation split, in order.
 
-        All shares have one length, because ranks that share weights run in step: where the number
-        of windows is no multiple of the ranks, the last window of some ranks holds no token.
+        Each token is predicted once, except the first. All ranks get the same number of windows,
+        because ranks that share weights run in step: if the number of windows is not a multiple of
+        the number of ranks, the last window of some ranks is empty.
         """
         windows = TokenWindows(self.valid.array(), self.context_length)
         rank, world_size = self._rank()
@@ -100,7 +112,7 @@ class DataModule(L.LightningDataModule):
 
 
 def _loader(windows: TokenWindows, **settings: Any) -> DataLoader:
-    # No workers: a batch is gathered in microseconds, less than passing it to another process
-    # takes. TokenWindows.__getitems__ has already collated it.
+    # No worker processes: gathering a batch takes microseconds, less than passing it to another
+    # process. TokenWindows.__getitems__ has already collated it.
     pin_memory = torch.cuda.is_available()
     return DataLoader(windows, collate_fn=lambda batch: batch, pin_memory=pin_memory, **settings)

@@ -1,7 +1,7 @@
-"""Fetch a text file of a public dataset from the Hugging Face Hub: all of it, or its first part.
+"""Download a text file, or its first part, from a public dataset on the Hugging Face Hub.
 
-A training budget often needs a fifth of a file. `huggingface_hub` fetches whole files, and reads
-ranges of bytes of the others, so that a download that was interrupted continues where it stopped.
+A training budget often needs only a fifth of a file. `huggingface_hub` downloads complete files. A
+first part is read as ranges of bytes, so an interrupted download continues where it stopped.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from huggingface_hub.utils import httpx, tqdm
 from minigpt.core.console import console
 from minigpt.data.progress import byte_progress
 
-_BLOCK = 16 << 20  # bytes fetched by one request, and held in memory
+_BLOCK = 16 << 20  # bytes downloaded by one request and held in memory
 
 
 def fetch(folder: Path, repo: str, name: str, separator: str, n_bytes: int | None = None) -> Path:
-    """Return the file `name` of the dataset `repo`, or the whole stories in its first `n_bytes`.
+    """Return the path of the file `name` of a dataset, or of the complete stories at its start.
 
-    A whole file is stored as `name`, a first part as <stem>.first-<n_bytes>.<version>.txt. From
-    the name a later request knows whether the part is long enough, and then needs no network; a
-    longer one continues from there if the version (a hash of the hub's etag) is the same. One
-    process downloads at a time; the others wait for its file. The hub is HF_ENDPOINT, else
-    huggingface.co.
+    A complete file is stored as `name`, a first part as <stem>.first-<n_bytes>.<version>.txt. If
+    a stored part is long enough by its name, the network is not used. A longer part continues a
+    shorter one if the version (a hash of the Hub's etag) is the same. One process downloads at a
+    time; the others wait for its file. The Hub's address is HF_ENDPOINT, or huggingface.co if that
+    is not set.
 
     Args:
-        folder: where to store the file; created when missing.
-        repo: owner and name of the dataset.
+        folder: folder for the file, created if missing.
+        repo: name of the dataset, owner/name.
         name: path of the file in the dataset.
-        separator: text after each story; a first part ends with it.
-        n_bytes: number of bytes to fetch; None means the whole file.
+        separator: separator after each story; a first part ends with it.
+        n_bytes: number of bytes to download; None means the whole file.
 
     Returns:
         The path of the file or of the first part.
 
     Raises:
-        ConnectionError: the hub cannot be reached or refuses, or the download is damaged; the
-            message is one line.
+        ConnectionError: the Hub cannot be reached or refuses the request, or the download is
+            damaged; the message is one line.
         OSError: the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def fetch(folder: Path, repo: str, name: str, separator: str, n_bytes: int | Non
             return _fetch(folder, repo, name, separator, n_bytes, endpoint)
         except (OSError, RuntimeError, httpx.HTTPError) as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise  # an error of the disk; those of the hub have no number
+                raise  # a disk error; errors of the Hub have no errno
             reason, *_ = str(error).splitlines() or ["no answer"]
             raise ConnectionError(f"{endpoint}, {type(error).__name__}: {reason}") from error
         finally:
@@ -70,7 +70,7 @@ def fetch(folder: Path, repo: str, name: str, separator: str, n_bytes: int | Non
 
 
 class HubLines(tqdm):
-    """Stands in for the bar of `huggingface_hub`, which is silent without a terminal."""
+    """Replacement for the progress bar of `huggingface_hub`, which shows nothing in a log."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._stack = contextlib.ExitStack()
@@ -79,17 +79,17 @@ class HubLines(tqdm):
         self._show = self._stack.enter_context(byte_progress(kwargs["desc"], total, done))
 
     def update(self, n: float | None = 1) -> None:  # type: ignore[override]
-        """Count `n` more bytes."""
+        """Add `n` bytes to the progress."""
         self._show(int(n or 0))
 
     def close(self) -> None:
-        """End the lines."""
+        """Stop logging."""
         self._stack.close()
         super().close()
 
 
 def _first_parts(folder: Path, name: str, version: str = "*") -> list[tuple[int, Path]]:
-    """Return the finished first parts of a file, each with its number of bytes requested."""
+    """Return the complete first parts of a file, each with the number of bytes requested."""
     paths = folder.glob(f"{Path(name).stem}.first-*.{version}.txt")
     return [(int(path.name.split(".")[-3].removeprefix("first-")), path) for path in paths]
 
@@ -100,7 +100,7 @@ def _fetch(
     dataset: Any = {"repo_type": "dataset", "endpoint": endpoint}
     metadata = hub.get_hf_file_metadata(hub.hf_hub_url(repo, name, **dataset))
     if not (metadata.etag and metadata.size and metadata.commit_hash):
-        raise ConnectionError("no etag, size or commit in the answer")
+        raise ConnectionError("the response has no etag, size or commit")
     version = hashlib.sha256(metadata.etag.encode()).hexdigest()[:12]
     if n_bytes is None or n_bytes >= metadata.size:
         aside = folder / f"{name}.incoming"
@@ -117,7 +117,7 @@ def _fetch(
     for stale in set(folder.glob(f"{name}.*.part")) - {part}:
         stale.unlink()
     part.touch()
-    # A smaller first part is copied, not moved: should this download break, it still serves.
+    # A smaller first part is copied, not moved, so that it stays usable if this download fails.
     for _, smaller in _first_parts(folder, name, version):
         if smaller.stat().st_size > part.stat().st_size:
             shutil.copyfile(smaller, part)
@@ -127,8 +127,8 @@ def _fetch(
         source.seek(file.tell())
         while (wanted := min(_BLOCK, n_bytes - file.tell())) > 0:
             block = source.read(wanted)
-            if not isinstance(block, bytes) or len(block) != wanted:  # ranges are ignored
-                raise ConnectionError(f"asked for {wanted} bytes, got {len(block)}")
+            if not isinstance(block, bytes) or len(block) != wanted:  # the server ignores ranges
+                raise ConnectionError(f"requested {wanted} bytes, got {len(block)}")
             file.write(block)
             show(wanted)
     try:
@@ -140,26 +140,26 @@ def _fetch(
 
 
 def _check(path: Path, separator: str, etag: str = "", n_bytes: int = 0) -> None:
-    """Check a download; cut a first part of `n_bytes` after its last separator.
+    """Check a download, and truncate a first part of `n_bytes` after its last separator.
 
     Raises:
-        ConnectionError: there is no separator, the text is not UTF-8, or its sha256 is not `etag`.
+        ConnectionError: there is no separator, the file is not UTF-8, or its SHA-256 is not `etag`.
     """
     mark = separator.encode()
     with path.open("r+b") as file:
         with mmap.mmap(file.fileno(), n_bytes, access=mmap.ACCESS_READ) as content:
             end = content.rfind(mark) + len(mark)
         if end < len(mark):
-            raise ConnectionError(f"{path.name} holds no {separator} in the bytes that arrived")
+            raise ConnectionError(f"the downloaded part of {path.name} contains no {separator}")
         if n_bytes:
             file.truncate(end)
             os.fsync(file.fileno())
-        # Large files have their sha256 for an etag; small ones have a git hash, which is shorter.
+        # The etag of a large file is its SHA-256; that of a small file is a shorter git hash.
         if len(etag) == 64 and hashlib.file_digest(file, "sha256").hexdigest() != etag:
-            raise ConnectionError(f"{path.name} arrived damaged: its sha256 is not the hub's")
+            raise ConnectionError(f"{path.name} is damaged: its SHA-256 does not match the Hub's")
     with path.open(encoding="utf-8") as text:
         try:
             while text.read(_BLOCK):
                 pass
         except UnicodeDecodeError:
-            raise ConnectionError(f"{path.name} arrived damaged: it is not UTF-8") from None
+            raise ConnectionError(f"{path.name} is damaged: it is not UTF-8") from None

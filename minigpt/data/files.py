@@ -1,4 +1,7 @@
-"""Read the stories of one file, which may be larger than memory, damaged, or not what it says."""
+"""Read the stories of one file.
+
+The file may be larger than memory, damaged, or in another format than its name says.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,13 @@ from minigpt.core.settings import UserError
 from minigpt.data.formats import CHUNK, Format, detect_format, optional, unpack
 from minigpt.tokenizer import END_OF_TEXT, utf8_length
 
-Piece = tuple[str, bool]  # a text, and whether its story ends with it
-Row = tuple[int, Any]  # a number of a line or row, and the value there
+Piece = tuple[str, bool]  # part of a story, and whether the story ends with it
+Row = tuple[int, Any]  # number of a line or row, and the value in it
 
-_LONGEST = 64 << 20  # characters of a line, a field or an item of a list: what is held in memory
-_PIECE = 1 << 20  # characters; a story of more than two of these comes in several pieces
+_LONGEST = 64 << 20  # maximum length in characters of a line, field or list item held in memory
+_PIECE = 1 << 20  # characters; a story of more than twice this length is split into pieces
 _SPACE = re.compile(r"\s*")
-# Where a long story may be cut, best first: at a blank line, a line end, a space.
+# Where a long story may be cut, in order of preference: at a blank line, a line end, or a space.
 _BREAKS = tuple(map(re.compile, (r"\n[ \t]*\n\s*", r"\n\s*", r"\s+")))
 _BLANK = re.compile(r"^[^\S\n]+$", re.MULTILINE)
 _BYTE_ORDER_MARK = "\ufeff"
@@ -34,21 +37,25 @@ _BYTE_ORDER_MARK = "\ufeff"
 def read_pieces(
     path: Path, separator: str = END_OF_TEXT, field: str | None = None
 ) -> Iterator[Piece]:
-    """Yield the stories of one file, those of more than two million characters in pieces.
+    """Yield the stories of one file; a story of more than two million characters comes in pieces.
 
-    A story is stripped, not empty, and has line feeds as line ends. Its pieces give it when
-    joined, and are cut where the tokenizer cuts anyway, if there is such a position. Byte order
-    marks are dropped. Memory does not grow with the file.
+    Stories are stripped of white space at both ends, and empty ones are skipped. Line ends become
+    line feeds, and byte order marks are removed. The concatenated pieces of a story are the story;
+    cuts are at pre-token boundaries where possible. Memory does not grow with the file.
 
     Args:
-        path: .txt or .md (stories divided by `separator`, or one document without it), .jsonl,
-            .ndjson or .json (texts or objects), .csv, .tsv or .parquet; each may be packed.
-        separator: what stands between two stories of a text file. Lines that hold only spaces
-            count as empty ones for it.
-        field: column or key of the stories; None: `text`, else `story`, else the only one of text.
+        path: .txt or .md (stories with a separator between them, or one document), .jsonl, .ndjson
+            or .json (strings or objects), .csv, .tsv or .parquet; each may be compressed.
+        separator: separator between two stories in a .txt or .md file. If it contains a blank
+            line, lines that contain only spaces count as blank.
+        field: column or key of the stories; None selects `text`, then `story`, then the only text
+            column.
+
+    Yields:
+        Part of a story, and whether the story ends with it.
 
     Raises:
-        UserError: the file is missing, damaged, not UTF-8, empty, or of another kind.
+        UserError: the file is missing, damaged, empty, not UTF-8, or in an unknown format.
     """
     file_format = detect_format(path)
     if file_format.kind == "text":
@@ -57,7 +64,7 @@ def read_pieces(
         pieces = _row_pieces(path, file_format, field)
     first = next(pieces, None)
     if first is None:
-        raise UserError(f"{path} has no story in it; leave it out")
+        raise UserError(f"{path} contains no story; leave it out")
     yield first
     yield from pieces
 
@@ -68,37 +75,49 @@ def choose_field(
     """Return the name of the column that holds the stories.
 
     Args:
-        where: the file, and the line if columns may differ, for messages.
-        names: all columns.
-        texts: those that hold text.
-        field: the one that is asked for; None: `text`, else `story`, else the only one of text.
+        where: the file, with the line number if columns differ between lines, for errors.
+        names: names of all columns.
+        texts: names of the text columns.
+        field: the requested column; None selects `text`, then `story`, then the only text column.
+
+    Returns:
+        The name of the column, which is in `names`.
 
     Raises:
-        UserError: there is no such column, or several might be meant.
+        UserError: there is no such column, or the choice is ambiguous.
     """
     standard = [name for name in ("text", "story") if name in names]
     candidates = [field] if field is not None else standard[:1] or list(texts)
     if len(candidates) == 1 and candidates[0] in names:
         return candidates[0]
     wanted = "'text' or 'story'" if field is None else repr(field)
-    problem = f"has no field {wanted}, but {', '.join(names) or 'none'}"
+    problem = f"has no field {wanted}; its fields: {', '.join(names) or 'none'}"
     if len(candidates) > 1:
-        problem = f"has several fields of text: {', '.join(texts)}"
+        problem = f"has several text columns: {', '.join(texts)}"
     fix = {"data.field": next(iter(texts))} if texts else None
     raise UserError(f"{where} {problem}", "data.field", fix=fix)
 
 
 def clean(text: str) -> str:
-    """Return a story as it is read: stripped, with line feeds as line ends."""
+    """Return `text` without white space at its ends, and with line feeds as line ends."""
     return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
 def find_cut(text: str, first: int, last: int, near: int) -> int:
-    """Return where to cut `text`, from `first` to `last`, as near to `near` as possible.
+    """Return the position from `first` to `last` at which to cut `text`, closest to `near`.
 
-    That is at a blank line, else at a line end, else at a space: directly before the last white
-    space before a word, where the tokenizer's pre-tokenizer cuts too, so that the parts have the
-    ids of the whole. Without any white space it is `near`.
+    A blank line is preferred to a line end, and a line end to a space. The cut is directly before
+    the last white space before a word, which is a pre-token boundary, so the ids of the two parts
+    are those of the whole text. If there is no white space, the position is `near`.
+
+    Args:
+        text: the text to cut.
+        first: smallest position.
+        last: largest position.
+        near: preferred position, from `first` to `last`.
+
+    Returns:
+        The position of the first character after the cut.
     """
     for pattern in _BREAKS:
         cuts = (match.end() - 1 for match in pattern.finditer(text, first + 1, last + 1))
@@ -109,7 +128,7 @@ def find_cut(text: str, first: int, last: int, near: int) -> int:
 
 
 def _split_long(text: str) -> list[str]:
-    """Return `text` in pieces of about `_PIECE` characters; the last may have twice as many."""
+    """Split `text` into pieces of about `_PIECE` characters; the last has up to twice as many."""
     start, pieces = 0, []
     while len(text) - start > 2 * _PIECE:
         end = start + _PIECE
@@ -122,7 +141,7 @@ def _split_long(text: str) -> list[str]:
 def _text_pieces(chunks: Iterable[str], separator: str) -> Iterator[Piece]:
     if "\n\n" in separator:
         chunks = _empty_blank_lines(chunks)
-    rest, begun = "", False  # `begun`: a piece of the story in `rest` was already yielded
+    rest, begun = "", False  # `begun`: whether a piece of the story in `rest` was already yielded
     for chunk in itertools.chain(chunks, [None]):
         *stories, rest = [rest, ""] if chunk is None else (rest + chunk).split(separator)
         for story in stories:
@@ -141,7 +160,7 @@ def _empty_blank_lines(chunks: Iterable[str]) -> Iterator[str]:
     for chunk in chunks:
         lines, end, rest = (rest + chunk).rpartition("\n")
         yield _BLANK.sub("", lines) + end
-        if len(rest) > _PIECE:  # not a blank line, and not to be held in memory
+        if len(rest) > _PIECE:  # too long for a blank line, and for memory
             yield rest
             rest = ""
     yield _BLANK.sub("", rest)
@@ -160,12 +179,12 @@ def _row_pieces(path: Path, file_format: Format, field: str | None) -> Iterator[
         else:
             rows = _table_rows(path, chunks, kind, field)
     for number, value in rows:
-        if value is None:  # a column may lack values
+        if value is None:  # a missing value
             continue
         try:
             if not isinstance(value, str):
-                raise ValueError(f"expected a text, got {value!r:.100}")
-            utf8_length(value)  # JSON can spell half a surrogate pair, UTF-8 cannot
+                raise ValueError(f"expected a string, got {value!r:.100}")
+            utf8_length(value)  # JSON can contain a lone surrogate, UTF-8 cannot
         except ValueError as error:
             raise UserError(f"{path}:{number}: {error}") from None
         if story := clean(value):
@@ -175,13 +194,13 @@ def _row_pieces(path: Path, file_format: Format, field: str | None) -> Iterator[
 
 
 def _objects(path: Path, values: Iterable[Row], field: str | None) -> Iterator[Row]:
-    """Yield the stories of JSON values, which are texts or objects with a text."""
+    """Yield the stories in JSON values, which are strings or objects that contain a string."""
     for number, value in values:
         if isinstance(value, dict):
             texts = [name for name, entry in value.items() if isinstance(entry, str)]
             name = choose_field(f"{path}:{number}", value, texts, field)
             if name not in ("text", "story"):
-                field = name  # it was the only one: the next object must not have another
+                field = name  # it was the only text column: later objects must have it too
             value = value[name]
         yield number, value
 
@@ -198,7 +217,7 @@ def _json_lines(path: Path, chunks: Iterable[str]) -> Iterator[Row]:
 
 
 def _json_items(path: Path, chunks: Iterable[str]) -> Iterator[Row]:
-    """Yield the items of a JSON list with their numbers, and hold one item in memory."""
+    """Yield the items of a JSON list with their numbers; only one item is held in memory."""
     decode, text, at, number, marks = json.JSONDecoder().raw_decode, "", 0, 0, "["
     for chunk in itertools.chain(chunks, [""]):
         text, at = text[at:] + chunk, 0
@@ -206,7 +225,7 @@ def _json_items(path: Path, chunks: Iterable[str]) -> Iterator[Row]:
             item, begin = f"{path}: item {number + 1}", _skip_space(text, start + 1)
             if text[start] not in (marks or " "):
                 problem = f"expected {' or '.join(marks) or 'nothing more'}, got {text[start]!r}"
-                raise UserError(f"{item}: {problem}; write a list, or name it .jsonl")
+                raise UserError(f"{item}: {problem}; write a JSON list, or rename it to .jsonl")
             if text[start] == "]" or (number == 0 and text[begin : begin + 1] == "]"):
                 at, marks = (start if text[start] == "]" else begin) + 1, ""
                 continue
@@ -216,13 +235,13 @@ def _json_items(path: Path, chunks: Iterable[str]) -> Iterator[Row]:
                 if chunk and len(text) - begin <= _LONGEST:
                     break  # the rest of the item may follow
                 reason = getattr(error, "msg", None) or "nested too deeply"
-                raise UserError(f"{item}: {reason}; this is no JSON") from None
+                raise UserError(f"{item}: {reason}; this is not valid JSON") from None
             if chunk and end == len(text):
                 break  # the next digit of a number may follow
             at, number, marks = end, number + 1, ",]"
             yield number, value
     if marks:
-        raise UserError(f"{path} is cut short after item {number}; copy it again")
+        raise UserError(f"{path} is truncated after item {number}; copy it again")
 
 
 def _skip_space(text: str, at: int) -> int:
@@ -247,7 +266,8 @@ def _table_rows(path: Path, chunks: Iterable[str], kind: str, field: str | None)
             yield rows.line_num, row[column]
     except csv.Error as error:
         problem = f"{path}:{rows.line_num}: {error}"
-        raise UserError(f"{problem}; quote texts with {delimiter!r}, quotes or line ends") from None
+        remedy = f"put fields that contain {delimiter!r}, quotes or line breaks in quotes"
+        raise UserError(f"{problem}; {remedy}") from None
 
 
 def _parquet_rows(path: Path, file_format: Format, field: str | None) -> Iterator[Row]:
@@ -255,7 +275,7 @@ def _parquet_rows(path: Path, file_format: Format, field: str | None) -> Iterato
     number = 0
     with contextlib.ExitStack() as stack:
         source: Any = path
-        if file_format.packing:  # its index is at its end
+        if file_format.packing:  # decompress to a file, because Parquet's index is at the end
             source = stack.enter_context(tempfile.TemporaryFile())
             source.writelines(unpack(path, file_format.packing))
         try:
@@ -275,7 +295,8 @@ def _parquet_rows(path: Path, file_format: Format, field: str | None) -> Iterato
             if isinstance(error, OSError) and error.errno is not None:
                 raise UserError(f"{path} cannot be read: {error.strerror}") from None
             reason, *_ = str(error).splitlines() or ["unreadable"]
-            raise UserError(f"{path}: damaged after row {number} ({reason})") from None
+            problem = f"{path} is damaged after row {number} ({reason}); copy it again"
+            raise UserError(problem) from None
 
 
 def _lines(path: Path, chunks: Iterable[str]) -> Iterator[str]:
@@ -284,12 +305,12 @@ def _lines(path: Path, chunks: Iterable[str]) -> Iterator[str]:
         *lines, rest = (rest + chunk).split("\n")
         yield from lines
         if len(rest) > _LONGEST:
-            raise UserError(f"{path}: a line is longer than 64 MB; write one story a line")
+            raise UserError(f"{path}: a line is longer than 64 MiB; write one story per line")
     yield rest
 
 
 def _decode(path: Path, file_format: Format) -> Iterator[str]:
-    """Yield the text of a UTF-8 file in chunks: no byte order marks, line feeds as line ends."""
+    """Yield the text of a UTF-8 file in chunks, without byte order marks, with line feeds only."""
     utf8 = codecs.getincrementaldecoder("utf-8")()
     decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
     offset, line = 0, 1
@@ -297,16 +318,16 @@ def _decode(path: Path, file_format: Format) -> Iterator[str]:
         utf16 = offset == 0 and chunk[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         if not utf16 and (at := chunk.find(b"\0")) >= 0:
             where = f"a NUL byte at offset {offset + at}"
-            raise UserError(f"{path} is binary, not text ({where}); name text files alone")
+            raise UserError(f"{path} is binary, not text ({where}); leave it out")
         try:
             text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
-            # error.object also holds bytes kept from the chunk before: count from its end.
+            # error.object also contains bytes of the previous chunk: count from its end.
             at = offset + len(chunk) - len(error.object) + error.start
             line += error.object.count(b"\n", 0, error.start)
-            remedy = f"save it as such by iconv -f {'UTF-16' if utf16 else 'WINDOWS-1252'} -t UTF-8"
+            remedy = f"convert it with iconv -f {'UTF-16' if utf16 else 'WINDOWS-1252'} -t UTF-8"
             if error.reason == "unexpected end of data":
-                remedy = f"copy it again if it was cut short, or {remedy}"
+                remedy = f"copy it again if it is truncated, or {remedy}"
             byte = f"byte 0x{error.object[error.start]:02x} at offset {at}, line {line}"
             raise UserError(f"{path} is not UTF-8 ({byte}); {remedy}") from None
         offset += len(chunk)

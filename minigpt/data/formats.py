@@ -1,4 +1,4 @@
-"""Recognise a file by its name and first bytes, and unpack it."""
+"""Detect the format of a file from its name and first bytes, and decompress it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from typing import Any
 from minigpt.core.settings import UserError
 
 CHUNK = 1 << 20  # bytes read at a time
-# A packed file may unpack to so many bytes, or times its size, whichever is more: English packs to
-# a fifth, a story that repeats to a hundredth, and a file made to fill a disk to a thousandth.
+# A compressed file may decompress to this many bytes or this many times its size, whichever is
+# more. English text compresses to a fifth of its size, a story that repeats itself to a hundredth,
+# and a file that is meant to fill a disk to a thousandth.
 _UNPACKED, _UNPACKED_TIMES = 64 << 20, 200
 
 _KINDS = {
@@ -25,10 +26,10 @@ _KINDS = {
 }  # fmt: skip
 READABLE = f"{', '.join(_KINDS)}, each also .gz, .xz, .bz2 or .zst"
 
-_UNPACK, _TEXT = "unpack it and name the files in it", "save its text as .txt"
+_UNPACK, _TEXT = "unpack it and give the files in it", "save its text as .txt"
 _DATA = "write its stories as .txt or .jsonl"
-# What a file is that cannot be read: its endings, its first bytes, what to do. An ending counts
-# more than the first bytes: a Word document is a zip archive inside.
+# Formats that cannot be read: name, extensions, first bytes, and what to do. The extension takes
+# precedence over the first bytes, because a Word document is also a zip archive.
 _FOREIGN: tuple[tuple[str, str, tuple[bytes, ...], str], ...] = (
     ("a Word document", ".docx .doc .odt", (b"\xd0\xcf\x11\xe0",), _TEXT),
     ("a rich text document", ".rtf", (b"{\\rtf",), _TEXT),
@@ -36,38 +37,46 @@ _FOREIGN: tuple[tuple[str, str, tuple[bytes, ...], str], ...] = (
     ("an e-book", ".epub .mobi .azw3", (), _TEXT),
     ("a web page", ".html .htm", (), _TEXT),
     ("a PDF document", ".pdf", (b"%PDF-",), _TEXT),
-    ("a file of NumPy arrays", ".npy .npz", (b"\x93NUMPY",), _DATA),
-    ("a file of weights", ".pt .pth .ckpt .bin .safetensors .gguf .onnx", (), _DATA),
+    ("a file with NumPy arrays", ".npy .npz", (b"\x93NUMPY",), _DATA),
+    ("a file with model weights", ".pt .pth .ckpt .bin .safetensors .gguf .onnx", (),
+     "leave it out"),
     ("a pickle", ".pkl .pickle", tuple(b"\x80" + bytes([n]) for n in range(2, 6)), _DATA),
     ("an Arrow file", ".arrow .feather", (b"ARROW1\0",), "save it as .parquet"),
-    ("a picture", ".png .jpg .jpeg .gif .webp .bmp .tif .tiff",
+    ("an image", ".png .jpg .jpeg .gif .webp .bmp .tif .tiff",
      (b"\x89PNG", b"\xff\xd8\xff", b"GIF87a", b"GIF89a"), "leave it out"),
     ("a zip archive", ".zip", (b"PK\x03\x04", b"PK\x05\x06"), _UNPACK),
     ("a tar archive", ".tar .tgz .tbz .tbz2 .txz .tzst", (), _UNPACK),
     ("a 7z archive", ".7z", (b"7z\xbc\xaf\x27\x1c",), _UNPACK),
     ("a RAR archive", ".rar", (b"Rar!\x1a\x07",), _UNPACK),
-    ("a Parquet file", "", (b"PAR1\x15",), "let its name end in .parquet"),
-    ("packed by gzip", "", (b"\x1f\x8b",), "let its name end in .gz, once for each time"),
-    ("packed by xz", "", (b"\xfd7zXZ\0",), "let its name end in .xz, once"),
-    ("packed by bzip2", "", (b"BZh91AY&SY",), "let its name end in .bz2, once"),
-    ("packed by zstd", "", (b"\x28\xb5\x2f\xfd",), "let its name end in .zst, once"),
+    ("a Parquet file", "", (b"PAR1\x15",), "rename it to end in .parquet"),
+    ("compressed with gzip", "", (b"\x1f\x8b",), "decompress it, or rename it to end in .gz"),
+    ("compressed with xz", "", (b"\xfd7zXZ\0",), "decompress it, or rename it to end in .xz"),
+    ("compressed with bzip2", "", (b"BZh91AY&SY",), "decompress it, or rename it to end in .bz2"),
+    ("compressed with zstd", "", (b"\x28\xb5\x2f\xfd",),
+     "decompress it, or rename it to end in .zst"),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Format:
-    """How the stories lie in a file."""
+    """Format and compression of a file with stories."""
 
     kind: str  # "text", "jsonl", "json", "csv", "tsv" or "parquet"
     packing: str  # ".gz", ".xz", ".bz2", ".zst" or ""
 
 
 def detect_format(path: Path) -> Format:
-    """Return the format of a file, by its name; its first bytes must not contradict.
+    """Return the format of a file by its name, after a check of its first bytes.
+
+    Args:
+        path: path of the file.
+
+    Returns:
+        Format and compression.
 
     Raises:
-        UserError: the file is an archive, a picture or of another kind that is no text, it cannot
-            be read, or a package that reads it is missing.
+        UserError: the file is an archive, an image or in another format without plain text, it
+            cannot be read, or a package that is needed to read it is not installed.
     """
     name = path.name.lower()
     packing = next((ending for ending in _OPENERS if name.endswith(ending)), "")
@@ -77,45 +86,59 @@ def detect_format(path: Path) -> Format:
         if suffix and suffix in endings.split():
             raise UserError(f"{path} is {what}; {remedy}")
     if not kind:
-        raise UserError(f"{path}: cannot read {suffix!r} files; convert to {READABLE}")
+        raise UserError(f"{path}: cannot read {suffix!r} files; convert it to {READABLE}")
     if kind == "parquet":
         optional("pyarrow.parquet", "Parquet")
         return Format(kind, packing)
     head = next(unpack(path, packing), b"")
     for what, _, beginnings, remedy in _FOREIGN:
         if head.startswith(beginnings) or (what == "a tar archive" and head[257:262] == b"ustar"):
-            raise UserError(f"{path} is {what}, whatever its name; {remedy}")
+            raise UserError(f"the content of {path} is {what}; {remedy}")
     return Format(kind, packing)
 
 
 def optional(module: str, use: str) -> Any:
-    """Return an imported module of the extra `data`, which `use` needs.
+    """Import and return a module of the optional dependencies `data`.
+
+    Args:
+        module: name of the module, such as "pyarrow.parquet".
+        use: what needs the module, for the error, such as "Parquet".
+
+    Returns:
+        The module.
 
     Raises:
-        UserError: its package is not installed; the message names it.
+        UserError: the package of the module is not installed.
     """
     try:
         return importlib.import_module(module)
     except ImportError:
         package = module.partition(".")[0]
-        raise UserError(f"{use} needs the package {package}: pip install {package}") from None
+        raise UserError(f"{use} needs the package {package}: run pip install {package}") from None
 
 
 def unpack(path: Path, packing: str) -> Iterator[bytes]:
-    """Yield the unpacked bytes of a file in chunks of at most 1 MiB.
+    """Yield the decompressed bytes of a file in chunks of at most 1 MiB.
+
+    Args:
+        path: path of the file.
+        packing: compression of the file: ".gz", ".xz", ".bz2", ".zst", or "" for none.
+
+    Yields:
+        A chunk, which is not empty.
 
     Raises:
-        UserError: the file cannot be read, is damaged, or unpacks to an unlikely size.
+        UserError: the file cannot be read, is damaged, or decompresses to a suspicious size.
     """
     lines = 0
     try:
         most = max(_UNPACKED, _UNPACKED_TIMES * path.stat().st_size)
         with _OPENERS.get(packing, open)(path, "rb") as file:
-            while chunk := file.read1(CHUNK):  # unlike `read`, all that is intact before an error
+            while chunk := file.read1(CHUNK):  # unlike `read`, returns all bytes before an error
                 most -= len(chunk)
                 if most < 0 and packing:
-                    large = f"unpacks to more than {_UNPACKED_TIMES} times its size"
-                    raise UserError(f"{path} {large}; unpack it yourself if you trust it")
+                    large = f"decompresses to more than {_UNPACKED_TIMES} times its size"
+                    raise UserError(f"{path} {large}; decompress it yourself if you trust it")
                 lines += chunk.count(b"\n")
                 yield chunk
     except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:

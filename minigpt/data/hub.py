@@ -1,7 +1,7 @@
-"""Stream the stories of a Hugging Face dataset to a file, as many as a run needs.
+"""Stream as many stories as a run needs from a Hugging Face dataset to a file.
 
-The file grows: a later call, or one after a kill, continues where the last one stopped, at the
-same revision of the dataset. Nothing but the stories is downloaded and kept.
+A later call continues the file where the last one stopped or was killed, at the same revision of
+the dataset. Only the stories are stored.
 """
 
 from __future__ import annotations
@@ -26,25 +26,29 @@ from minigpt.data.files import choose_field, clean
 from minigpt.data.formats import optional
 from minigpt.data.progress import byte_progress
 
-_SAVED = 16 << 20  # bytes of text after which the position in the dataset is saved
+_SAVED = 16 << 20  # the position in the dataset is saved each time this many bytes were written
 _STRINGS = ("string", "large_string", str)
 
 
 def fetch_dataset(folder: Path, config: DataConfig, split: str, n_bytes: int | None) -> Path:
-    """Return a .jsonl file of the first stories of a split, streamed by `datasets` if needed.
+    """Return a .jsonl file with the first stories of a split, streamed by `datasets` if needed.
 
-    Where the file has enough, the network is not used. The hub is HF_ENDPOINT, else huggingface.co;
-    private datasets need the token of `hf auth login`, or HF_TOKEN. One process writes at a time.
+    If the file has enough stories, the network is not used. The Hub's address is HF_ENDPOINT, or
+    huggingface.co if that is not set; private datasets need `hf auth login` or HF_TOKEN. One
+    process writes at a time.
 
     Args:
-        folder: where the file is kept; created when missing.
-        config: names dataset, subset and field.
-        split: split of the dataset.
-        n_bytes: UTF-8 bytes of text to have at least; None for the whole split.
+        folder: folder of the file, created if missing.
+        config: data settings, with the dataset, its subset and its field.
+        split: name of the split.
+        n_bytes: minimum number of UTF-8 bytes of text; None means the whole split.
+
+    Returns:
+        The path of the file.
 
     Raises:
-        UserError: `datasets` is not installed, the dataset or its hub cannot be reached, it lacks
-            the split or the field, or the file cannot be written.
+        UserError: `datasets` is not installed, the dataset cannot be reached, it does not have the
+            split or the field, or the file cannot be written.
     """
     dataset = config.dataset
     assert dataset is not None
@@ -65,14 +69,14 @@ def fetch_dataset(folder: Path, config: DataConfig, split: str, n_bytes: int | N
                 _append(path, state, _stories(config, dataset, split, state), n_bytes)
     except OSError as error:
         problem = f"cannot write {folder} ({error.strerror or error})"
-        raise UserError(f"{problem}; name another folder", "data.cache_dir") from None
+        raise UserError(f"{problem}; choose another folder", "data.cache_dir") from None
     return path
 
 
 def _append(path: Path, state: dict[str, Any], stories: Iterable[Any], n_bytes: int | None) -> None:
-    """Append stories until there are more than `n_bytes` of them; `state` is saved with them."""
+    """Append stories until they have more than `n_bytes` in all, and save `state` with them."""
     with path.open("ab") as file, byte_progress("downloading", n_bytes, state["bytes"]) as show:
-        file.truncate(state["size"])  # what was written after the position was saved
+        file.truncate(state["size"])  # removes what was written after the position was saved
         saved = state["bytes"]
         for story, position in itertools.chain(stories, [(None, dict)]):
             if story is None:
@@ -95,18 +99,18 @@ def _append(path: Path, state: dict[str, Any], stories: Iterable[Any], n_bytes: 
 def _stories(
     config: DataConfig, dataset: str, split: str, state: dict[str, Any]
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield the stories from where `state` is, each with a function that returns the position."""
+    """Yield the stories after the position in `state`, each with a function for its position."""
     datasets = optional("datasets", "source hf")
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     datasets.disable_progress_bars()
     telemetry_off, constants.HF_HUB_DISABLE_TELEMETRY = constants.HF_HUB_DISABLE_TELEMETRY, True
     try:
-        if state["revision"] is None and not Path(dataset).is_dir():  # fails at once, offline
+        if state["revision"] is None and not Path(dataset).is_dir():  # fails at once if offline
             state["revision"] = HfApi().dataset_info(dataset).sha
         stream = datasets.load_dataset(
             dataset, config.subset, split=split, streaming=True, revision=state["revision"]
         )
-        columns = stream.features  # which .csv and .txt lack
+        columns = stream.features  # None for .csv and .txt files
         if columns is None:
             columns = next(iter(stream), {})
         texts = [n for n, f in columns.items() if getattr(f, "dtype", type(f)) in _STRINGS]
@@ -118,14 +122,14 @@ def _stories(
             if isinstance(story := row[name], str):
                 yield clean(story), stream.state_dict
             elif not isinstance(story, str | None):
-                raise UserError(f"{dataset}: {name} is no text", "data.field", name)
+                raise UserError(f"column {name} does not hold text", "data.field", name)
     except UserError:
         raise
-    except Exception as error:  # of datasets, huggingface_hub, httpx, pyarrow and others
+    except Exception as error:  # from datasets, huggingface_hub, httpx, pyarrow and others
         reason = one_line(f"{type(error).__name__}: {error}")
-        remedy = "check name, split, subset and network; a private one needs hf auth login"
+        remedy = "check name, split, subset and network (private datasets need hf auth login)"
         files = {"data": "text", "data.train_files": ["stories.txt"]}
-        problem = f"could not read its split {split!r} ({reason}); {remedy}; or for your own files"
+        problem = f"could not read the split {split!r} ({reason}); {remedy}; or use your own files"
         raise UserError(problem, "data.dataset", config.dataset, fix=files) from None
     finally:
         constants.HF_HUB_DISABLE_TELEMETRY = telemetry_off

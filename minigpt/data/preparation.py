@@ -1,9 +1,9 @@
-"""Prepare a corpus once: train its tokenizer and encode its stories into token files.
+"""Prepare a corpus once: train its tokenizer, and encode its stories into token files.
 
 Each split becomes one flat file of uint16 ids, story₁ EOT story₂ EOT ..., which training reads
-through a memory map. Prepared files are in `<cache_dir>/prepared` under a fingerprint of
-everything that determines them. One process at a time writes them, under another name until they
-are complete.
+through a memory map. Prepared files are stored in `<cache_dir>/prepared`, under a fingerprint of
+all their inputs. Only one process writes them at a time, and under a temporary name until they are
+complete.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 S = TypeVar("S")
 
-_FORMAT = 1  # part of each fingerprint: increase it when prepared files would differ
-_TOKENIZER_BYTES = 100_000_000  # enough for any vocabulary here; 10 s on two cores
-_BLOCK_CHARACTERS = 1 << 18  # encoded at a time: this bounds the memory, whatever the corpus
+_FORMAT = 1  # part of each fingerprint; increase it if prepared files change
+_TOKENIZER_BYTES = 100_000_000  # enough for the largest vocabulary; takes 10 s on two cores
+_BLOCK_CHARACTERS = 1 << 18  # characters encoded at a time, which bounds memory for any corpus
 _TOKENS, _META, _TOKENIZER = "tokens.bin", "meta.json", "tokenizer.json"
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """One prepared split: `n_tokens` little-endian uint16 ids, story₁ EOT ... storyₙ EOT."""
+    """Prepared split: `n_tokens` little-endian uint16 ids, story₁ EOT ... storyₙ EOT."""
 
     path: Path
-    n_tokens: int  # END_OF_TEXT after each story included
-    n_bytes: int  # UTF-8 bytes of the stories alone
+    n_tokens: int  # including the END_OF_TEXT after each story
+    n_bytes: int  # UTF-8 bytes of the stories only
     n_stories: int
 
     @classmethod
     def load(cls, folder: Path) -> TokenFile:
-        """Open a prepared split after comparing it with its meta.json.
+        """Open a prepared split, after a check against its meta.json.
 
         Args:
             folder: folder of the prepared split.
@@ -66,12 +66,12 @@ class TokenFile:
         Raises:
             OSError: the files cannot be read.
             ValueError: a file is truncated or damaged.
-            KeyError: meta.json lacks a count.
+            KeyError: a count is missing from meta.json.
         """
         meta = _read_meta(folder)
         tokens = cls(folder / _TOKENS, meta["tokens"], meta["bytes"], meta["stories"])
         if tokens.path.stat().st_size != 2 * tokens.n_tokens:
-            raise ValueError(f"{tokens.path} does not hold {tokens.n_tokens} tokens")
+            raise ValueError(f"{tokens.path} does not contain {tokens.n_tokens} tokens")
         _check(tokens.path, meta["blake2b"])
         return tokens
 
@@ -81,21 +81,23 @@ class TokenFile:
 
     @property
     def bytes_per_token(self) -> float:
-        """Mean number of UTF-8 bytes of story per token."""
+        """Mean number of UTF-8 bytes per token."""
         return self.n_bytes / self.n_tokens
 
 
 def prepare_tokenizer(corpus: Corpus, config: DataConfig) -> Tokenizer:
-    """Return the tokenizer of the training split of `corpus`, trained now or in an earlier run.
+    """Return a tokenizer trained on the training split of `corpus`, from the cache if it is there.
 
-    It learns from the first 100 MB of the training stories at most; validation is never read.
+    The tokenizer learns from at most the first 100 MB of the training stories, and never from the
+    validation split.
 
     Args:
         corpus: stories to learn from.
-        config: section of the settings with `vocab_size` and `cache_dir`.
+        config: data settings, with `vocab_size` and `cache_dir`.
 
     Returns:
-        The tokenizer; with few different words its `vocab_size` is below `config.vocab_size`.
+        The tokenizer; if the stories have few distinct words, its `vocab_size` is smaller than
+        `config.vocab_size`.
 
     Raises:
         UserError: the corpus cannot be read, or the cache cannot be written.
@@ -103,7 +105,7 @@ def prepare_tokenizer(corpus: Corpus, config: DataConfig) -> Tokenizer:
 
     def make(folder: Path) -> None:
         with byte_progress("training the tokenizer") as show:
-            # No variable holds what is read, so that it is freed as soon as enough has been.
+            # No variable refers to the iterator, so that it is freed once enough has been read.
             tokenizer = Tokenizer.train(
                 _shown(_first_bytes(corpus.pieces("train"), _TOKENIZER_BYTES), show),
                 config.vocab_size,
@@ -126,23 +128,23 @@ def prepare_tokenizer(corpus: Corpus, config: DataConfig) -> Tokenizer:
 def prepare_split(
     corpus: Corpus, split: Split, tokenizer: Tokenizer, cache_dir: str | Path
 ) -> TokenFile:
-    """Return the token file of a split, encoded now or in an earlier run.
+    """Return the token file of a split, from the cache if it is there.
 
-    Memory does not grow with the corpus, nor with a story. A second process that needs the same
-    split waits for the first. What a killed process leaves is never taken for a prepared split.
+    Memory grows neither with the corpus nor with the length of a story. A second process that needs
+    the same split waits for the first. Incomplete files of a killed process are never used.
 
     Args:
         corpus: stories to encode.
         split: "train" or "valid".
-        tokenizer: encodes the stories.
-        cache_dir: folder for prepared files; created when missing.
+        tokenizer: tokenizer for the stories.
+        cache_dir: folder for prepared files, created if missing.
 
     Returns:
-        The token file, compared with its checksum.
+        The token file, after a check of its checksum.
 
     Raises:
-        UserError: the corpus cannot be read or has no story for the split, or the cache cannot
-            be written.
+        UserError: the corpus cannot be read, the split has no story, or the cache cannot be
+            written.
     """
     ingredients = {"corpus": corpus.fingerprint(split), "tokenizer": tokenizer.fingerprint}
 
@@ -151,7 +153,7 @@ def prepare_split(
         with byte_progress(f"encoding the {split} split") as show:
             meta = _encode(corpus.pieces(split), tokenizer, folder / _TOKENS, show)
         if meta["stories"] == 0:
-            raise UserError(f"the {split} split has no story; give it more text", "data.source")
+            raise UserError(f"the {split} split has no story; add more text", "data.source")
         _write_meta(folder, meta | {"of": ingredients})
         counts = meta["stories"], meta["bytes"] / 1e6, meta["tokens"], time.perf_counter() - start
         log.info(f"encoded the {split} split: %d stories, %.1f MB, %d tokens, %.1f s", *counts)
@@ -165,13 +167,13 @@ def _encode(
     path: Path,
     show: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Stream the ids of `pieces` to `path`; return the counts and the checksum of the file.
+    """Stream the ids of `pieces` to `path`, and return the counts and the checksum of the file.
 
     Args:
-        pieces: parts of stories, and whether a story ends there.
-        tokenizer: encodes them.
+        pieces: parts of stories, each with whether its story ends with it.
+        tokenizer: tokenizer for the pieces.
         path: file to write.
-        show: called with the number of bytes of each block.
+        show: function to call with the number of bytes of each block.
     """
 
     def encode(block: list[tuple[str, bool]]) -> tuple[np.ndarray, int, int]:
@@ -192,7 +194,7 @@ def _encode(
 
 
 def _map_ahead(pool: Executor, function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
-    """Yield `function` of each item, computed in `pool` while the next item is read."""
+    """Yield `function(item)` for each item, computed in `pool` while the next item is read."""
     previous = None
     for item in items:
         future = pool.submit(function, item)
@@ -204,7 +206,7 @@ def _map_ahead(pool: Executor, function: Callable[[S], T], items: Iterable[S]) -
 
 
 def _blocks(items: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]:
-    """Yield lists of items, each of _BLOCK_CHARACTERS or a little more."""
+    """Yield lists of items, each with _BLOCK_CHARACTERS characters or slightly more."""
     block: list[T] = []
     capacity = _BLOCK_CHARACTERS
     for item in items:
@@ -218,7 +220,7 @@ def _blocks(items: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]
 
 
 def _first_bytes(pieces: Iterable[tuple[str, bool]], limit: int) -> Iterator[str]:
-    """Yield the texts of the first pieces that have `limit` bytes or more in all."""
+    """Yield the texts of the first pieces, until they have `limit` bytes in total."""
     total = 0
     for text, _ in pieces:
         yield text
@@ -228,28 +230,28 @@ def _first_bytes(pieces: Iterable[tuple[str, bool]], limit: int) -> Iterator[str
 
 
 def _shown(texts: Iterable[str], show: Callable[[int], None]) -> Iterator[str]:
-    """Yield `texts`, and call `show` with the number of bytes of each block of them."""
+    """Yield `texts`, and call `show` with the number of bytes of each block."""
     for block in _blocks(texts, len):
         yield from block
         show(sum(map(utf8_length, block)))
 
 
 def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
-    """Write meta.json, which holds the checksum of the file beside it, and its own."""
+    """Write meta.json: the given values and a checksum over them."""
     write_json(folder / _META, meta | {"meta": _checksum(meta)})
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
-    """Read meta.json.
+    """Verify meta.json and return its content.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it does not have its checksum.
+        OSError: the file cannot be read.
+        ValueError: the file is not valid JSON, or its checksum does not match.
     """
     meta = read_json(folder / _META)
     # Files prepared before meta.json had a checksum of its own are still valid.
     if not isinstance(meta, dict) or meta.pop("meta", None) not in (None, _checksum(meta)):
-        raise ValueError(f"{folder / _META} does not have its checksum")
+        raise ValueError(f"checksum mismatch in {folder / _META}")
     return meta
 
 
@@ -258,9 +260,9 @@ def _checksum(meta: dict[str, Any]) -> str:
 
 
 def _check(path: Path, blake2b: str) -> None:
-    """Raise ValueError unless the file has this checksum; takes 0.3 s for 100M tokens."""
+    """Raise ValueError unless the file has this checksum; it takes 0.3 s for 100M tokens."""
     if _digest(path) != blake2b:
-        raise ValueError(f"{path} does not have its checksum")
+        raise ValueError(f"checksum mismatch in {path}")
 
 
 def _digest(path: Path) -> str:
@@ -272,7 +274,7 @@ def _digest(path: Path) -> str:
 
 
 def _prepared(cache_dir: str | Path, kind: str, ingredients: dict[str, Any]) -> Path:
-    """Return the folder of the files that exactly these ingredients determine."""
+    """Return the cache folder for files computed from these inputs."""
     versions = {"format": _FORMAT, "tokenizers": tokenizers.__version__}
     text = json.dumps({**versions, **ingredients}, sort_keys=True)
     fingerprint = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
@@ -280,22 +282,22 @@ def _prepared(cache_dir: str | Path, kind: str, ingredients: dict[str, Any]) -> 
 
 
 def _cached(path: Path, load: Callable[[Path], T], make: Callable[[Path], None]) -> T:
-    """Return what `load` reads from the folder `path`, after `make` has written it if necessary.
+    """Return the result of `load(path)`, after `make` has written the folder if necessary.
 
-    `make` writes into a folder of another name, which is renamed to `path` in one step. Only the
-    holder of the lock writes, so an unfinished folder was left by a process that died.
+    `make` writes to a temporary folder, which is then renamed to `path` atomically. Only the
+    process with the lock writes, so an unfinished folder comes from a process that was killed.
     """
     try:
         return load(path)
     except (OSError, ValueError, KeyError):
-        pass  # missing or damaged: read once more under the lock
+        pass  # missing or damaged: try again with the lock
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{path}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            log.warning("waiting for another process that is preparing %s", path)
+            log.warning("another process is preparing %s; waiting for it", path)
             lock.acquire()
         with contextlib.ExitStack() as at_exit:
             at_exit.callback(lock.release)
@@ -303,7 +305,7 @@ def _cached(path: Path, load: Callable[[Path], T], make: Callable[[Path], None])
                 return load(path)
             except (OSError, ValueError, KeyError) as error:
                 if path.exists():
-                    log.warning("preparing %s again, it is damaged: %s", path, error)
+                    log.warning("%s is damaged (%s); preparing it again", path, error)
                     shutil.rmtree(path)
             unfinished = path.with_name(f"{path.name}.unfinished")
             at_exit.callback(shutil.rmtree, unfinished, ignore_errors=True)
@@ -313,5 +315,5 @@ def _cached(path: Path, load: Callable[[Path], T], make: Callable[[Path], None])
             unfinished.replace(path)
     except OSError as error:
         problem = f"cannot write {path} ({error.strerror or error})"
-        raise UserError(f"{problem}; name another folder", "data.cache_dir") from None
+        raise UserError(f"{problem}; choose another folder", "data.cache_dir") from None
     return load(path)

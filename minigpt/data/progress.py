@@ -1,4 +1,4 @@
-"""Progress of work that is measured in bytes."""
+"""Progress in bytes, on a terminal or in a log."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from minigpt.core.progress import Progress
 def byte_progress(
     title: str, total: int | None = None, done: int = 0
 ) -> Iterator[Callable[[int], None]]:
-    """Show progress while the block runs: a bar on a terminal, else lines in the log.
+    """Show progress while the `with` block runs: a bar on a terminal, otherwise log lines.
 
     Args:
-        title: what is being done.
-        total: number of bytes; None if unknown.
-        done: number of bytes that were done before.
+        title: description of the work, such as "downloading".
+        total: total number of bytes; None if unknown.
+        done: number of bytes that were already processed.
 
     Yields:
-        A function to call with the number of bytes done since its last call.
+        A function to call with the number of bytes processed since its last call.
     """
     size = progress.FileSizeColumn() if total is None else progress.DownloadColumn()
     left = [] if total is None else [progress.TimeRemainingColumn()]

@@ -1,8 +1,8 @@
-"""Sources of stories: the bundled sample, your own files, a dataset of the Hub, TinyStories.
+"""Sources of stories: the bundled sample, your own files, a dataset from the Hub, or TinyStories.
 
-A `Corpus` names files and says how they divide into training and validation; its stories are
-streamed, so that a corpus may be far larger than memory. TinyStories is by Eldan and Li (2023,
-https://arxiv.org/abs/2305.07759).
+A `Corpus` lists files and divides their stories into a training and a validation split. Stories are
+streamed, so a corpus may be far larger than memory. TinyStories is by Eldan and Li (2023, arXiv
+2305.07759).
 """
 
 from __future__ import annotations
@@ -34,68 +34,76 @@ log = logging.getLogger(__name__)
 Split = Literal["train", "valid"]
 
 _MEBIBYTE = 1 << 20
-_LONGEST_PATH = 4000  # characters; systems allow about as many
-_HASH_WHOLE = 64 << 20  # bytes; larger files are fingerprinted by size, time and both ends
+_LONGEST_PATH = 4000  # characters, about the limit of operating systems
+_HASH_WHOLE = 64 << 20  # bytes; larger files are fingerprinted by size, mtime and both ends
 
 _TUNING = 7  # every seventh training story is held out for tuning
 
 _REPO = "roneneldan/TinyStories"
 _TRAIN, _VALID = "TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"
-_BYTES_PER_TOKEN = 3.84  # of the 3,000-token BPE, measured on the bundled sample
-_STORY_MARGIN = 1.02  # story bytes kept beyond the token budget
-_VALID_BYTES = 32 << 20  # of a validation split of the Hub
-_FILE_MARGIN = 1.05  # file bytes fetched beyond it: separators between stories are 2 % of the file
+_BYTES_PER_TOKEN = 3.84  # with a 3,000-token BPE, measured on the bundled sample
+_STORY_MARGIN = 1.02  # story bytes to read, relative to the token budget
+_VALID_BYTES = 32 << 20  # bytes to read from a validation split on the Hub
+_FILE_MARGIN = 1.05  # file bytes to download, relative to the budget; separators are 2 % of a file
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Story files, and how they divide into a training and a validation split."""
+    """Files of stories, and their division into a training and a validation split."""
 
     train_files: tuple[Path, ...]
-    """Files to train on, in this order; may be empty when only "valid" is wanted."""
+    """Files to read training stories from, in this order; may be empty if only "valid" is read."""
 
     valid_files: tuple[Path, ...]
-    """Files to validate on; without any, the last `holdout` of the training stories."""
+    """Files to read validation stories from; if empty, the last training stories are held out."""
 
     holdout: float = DataConfig.holdout
-    """Share of the training stories to hold out: by count, and by length of a lone document."""
+    """Fraction of training stories to hold out, by count, or by length for a single document."""
 
     separator: str = DataConfig.separator
-    """What stands between the stories of a text file."""
+    """Separator between two stories in a text file."""
 
     max_train_bytes: int | None = None
-    """UTF-8 bytes to read of the training files, in whole stories; None means all."""
+    """Maximum number of UTF-8 bytes to read from the training files, in complete stories; None
+    means all."""
 
     field: str | None = None
-    """Column or key of the stories; None means `text`, else `story`, else the only one of text."""
+    """Column or key of the stories; None selects `text`, then `story`, then the only text
+    column."""
 
     tuning: bool = False
-    """Whether to hold out every seventh training story, and not to read the validation split."""
+    """Whether to validate on every seventh training story instead of the validation split."""
 
     def stories(self, split: Split) -> Iterator[str]:
-        """Yield the texts of `pieces`: stories, and the parts of very long ones.
+        """Yield the stories of a split; a very long story comes in several parts.
 
         Args:
             split: "train" or "valid".
 
+        Yields:
+            The texts of `pieces`.
+
         Raises:
-            UserError: as `pieces`.
+            UserError: the split cannot be read, as in `pieces`.
         """
         return (text for text, _ in self.pieces(split) if text)
 
     def pieces(self, split: Split) -> Iterator[Piece]:
-        """Yield the texts of a split in file order, each with whether a story ends there.
+        """Yield the stories of a split in file order, in pieces.
 
-        Pieces of more than two million characters do not occur: a longer story comes in several,
-        which give it when joined. A story that is in both splits is left out of the held-out
-        ones, or out of training where the validation files are given.
+        A story of more than two million characters comes in several pieces. A story that is in both
+        splits is removed from the held-out stories or, if there are validation files, from the
+        training stories; with `tuning`, such stories are kept.
 
         Args:
             split: "train" or "valid".
 
+        Yields:
+            Part of a story, and whether the story ends with it.
+
         Raises:
-            UserError: no files for the split, a file that cannot be read, or a holdout that
-                leaves one of the splits without a story.
+            UserError: there are no files for the split, a file cannot be read, or `holdout` leaves
+                a split without stories.
         """
         if self.tuning:
             stories = self._train_pieces() if self.valid_files else self._reported.pieces("train")
@@ -112,7 +120,17 @@ class Corpus:
         return _without(self._repeated_digests, _slice(self._train_pieces(), n_train), "held-out")
 
     def fingerprint(self, split: Split) -> dict[str, Any]:
-        """Return all that determines the stories of a split, for json.dumps: not their folder."""
+        """Return all inputs that determine the stories of a split; paths are not among them.
+
+        Args:
+            split: "train" or "valid".
+
+        Returns:
+            Values that `json.dumps` accepts; equal values mean equal stories.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
         if self.tuning:
             return {**self._reported.fingerprint("train"), "split": split, "tuning": _TUNING}
         given = split == "valid" and bool(self.valid_files)
@@ -129,7 +147,7 @@ class Corpus:
 
     @cached_property
     def _reported(self) -> Corpus:
-        """The training stories of the reported division, without its validation files."""
+        """This corpus with its ordinary split (no tuning split), without its validation files."""
         return dataclasses.replace(self, tuning=False, valid_files=())
 
     def _read(self, files: tuple[Path, ...]) -> Iterator[Piece]:
@@ -145,9 +163,10 @@ class Corpus:
 
     @cached_property
     def _division(self) -> tuple[int, dict[Path, int]]:
-        """Number of training stories; for too few to divide, the lengths of the documents.
+        """Number of training stories, and the length of each document to divide.
 
-        A document is a text file that is one story; it is divided by its length. Reads all files.
+        Documents, which are text files of a single story, are divided only if there are too few
+        stories to hold some out; otherwise the dict is empty. All files are read.
         """
         total = sum(ends for _, ends in self._train_pieces())
         n_valid = round(total * self.holdout)
@@ -161,13 +180,13 @@ class Corpus:
                     lengths[path] = sum(size for size, _ in sizes)
         if not lengths:
             lacking = "training" if n_valid else "validation"
-            problem = f"of {total} stories this leaves none for {lacking}"
-            remedy = "choose another share, or name data.valid_files"
+            problem = f"leaves none of {total} stories for {lacking}"
+            remedy = "choose another fraction, or set data.valid_files"
             raise UserError(f"{problem}; {remedy}", "data.holdout", self.holdout)
-        share = f"the last {100 * self.holdout:.3g} % of its length are held out"
-        more = r"data.separator='\n\n' would make stories of its paragraphs"
+        share = f"its last {100 * self.holdout:.3g} % are held out"
+        more = r"data.separator='\n\n' would make each paragraph a story"
         for path in lengths:
-            log.info("%s is one document, without %r: %s; %s", path, self.separator, share, more)
+            log.info("%s contains no %r, so %s; %s", path, self.separator, share, more)
         return total, lengths
 
     def _documents(self, lengths: dict[Path, int], split: Split) -> Iterator[Piece]:
@@ -184,14 +203,14 @@ class Corpus:
 
     @cached_property
     def _repeated_digests(self) -> set[bytes]:
-        """Digests of the held-out stories that are in the training split too."""
+        """Digests of the held-out stories that are also in the training split."""
         n_train, _ = self._division
         held_out = set(_digests(_slice(self._train_pieces(), n_train)))
         return held_out.intersection(_digests(_slice(self._train_pieces(), 0, n_train)))
 
 
 def _slice(pieces: Iterable[Piece], start: int, stop: int | None = None) -> Iterator[Piece]:
-    """Yield the pieces of the stories from `start` to before `stop`."""
+    """Yield the pieces of the stories from `start` up to but not including `stop`."""
     story = 0
     for text, ends in pieces:
         if story == stop:
@@ -202,7 +221,7 @@ def _slice(pieces: Iterable[Piece], start: int, stop: int | None = None) -> Iter
 
 
 def _every_seventh(pieces: Iterable[Piece], held_out: bool) -> Iterator[Piece]:
-    """Yield the pieces of every seventh story, or those of all the others."""
+    """Yield the pieces of every seventh story, or of all other stories."""
     story = 0
     for text, ends in pieces:
         if (story % _TUNING == _TUNING - 1) is held_out:
@@ -211,7 +230,7 @@ def _every_seventh(pieces: Iterable[Piece], held_out: bool) -> Iterator[Piece]:
 
 
 def _begun(pieces: Iterable[Piece]) -> Iterator[tuple[str, bool, bool]]:
-    """Yield each piece with whether a story begins with it."""
+    """Yield each piece, whether its story ends with it, and whether its story begins with it."""
     begins = True
     for text, ends in pieces:
         yield text, ends, begins
@@ -219,7 +238,7 @@ def _begun(pieces: Iterable[Piece]) -> Iterator[tuple[str, bool, bool]]:
 
 
 def _take(pieces: Iterable[Piece], max_bytes: int) -> Iterator[Piece]:
-    """Yield the first stories that take at most `max_bytes` in UTF-8; all of one once begun."""
+    """Yield the first stories with at most about `max_bytes` in UTF-8; no story is cut."""
     total = 0
     for text, ends, begins in _begun(pieces):
         total += len(text.encode())
@@ -229,7 +248,7 @@ def _take(pieces: Iterable[Piece], max_bytes: int) -> Iterator[Piece]:
 
 
 def _part(pieces: Iterable[Piece], length: int, holdout: float, split: Split) -> Iterator[Piece]:
-    """Yield a document of `length` characters up to its held-out end, or that end."""
+    """Yield the training part or the held-out end of a document of `length` characters."""
     position = min(max(1, round(length * (1 - holdout))), length - 1)
     margin = int(min(holdout, 1 - holdout) * length / 2)
     for text, ends in pieces:
@@ -247,7 +266,10 @@ def _part(pieces: Iterable[Piece], length: int, holdout: float, split: Split) ->
 
 
 def _digests(pieces: Iterable[Piece]) -> Iterator[bytes]:
-    """Yield a digest of each story: of its first piece, which long stories do not share."""
+    """Yield one digest per story, computed from its first piece.
+
+    Two long stories are assumed to differ in their first pieces.
+    """
     return (_digest(text) for text, _, begins in _begun(pieces) if begins)
 
 
@@ -265,11 +287,14 @@ def _without(digests: set[bytes], pieces: Iterable[Piece], kind: str) -> Iterato
         if not drop:
             yield text, ends
     if n_dropped:
-        log.info("left out %d %s stories that are in the other split too", n_dropped, kind)
+        log.info("left out %d %s stories that are also in the other split", n_dropped, kind)
 
 
 def _file_fingerprint(path: Path) -> dict[str, Any]:
-    """Return a file's content hash; of a large file size, time of change, first and last MiB."""
+    """Return the format and the content hash of a file.
+
+    A large file is identified by its size, mtime, and a hash of its first and last MiB.
+    """
     try:
         with path.open("rb") as file:
             stat = os.fstat(file.fileno())
@@ -285,22 +310,26 @@ def _file_fingerprint(path: Path) -> dict[str, Any]:
 
 
 def open_corpus(config: DataConfig, valid_only: bool = False) -> Corpus:
-    """Return the stories that `config` names, downloaded first if they have to be.
+    """Return the corpus that `config` selects, and download it if necessary.
 
     Args:
-        config: what to read.
-        valid_only: download nothing that only training needs; "valid" alone can then be read. With
-            `valid="tuning"` both splits need the training stories.
+        config: data settings.
+        valid_only: whether to skip the download of training stories; then only "valid" can be read.
+            Ignored if `config.valid` is "tuning", because both splits need training stories.
+
+    Returns:
+        The corpus, whose files exist.
 
     Raises:
-        UserError: there are no such files, or they cannot be downloaded.
+        UserError: the files do not exist, or cannot be downloaded.
     """
     if config.valid == "tuning":
         config = dataclasses.replace(config, valid=None)
         return dataclasses.replace(open_corpus(config), tuning=True)
     downloads = Path(config.cache_dir) / "downloads"
     if config.source == "text":
-        separator = config.separator.replace("\\n", "\n").replace("\\t", "\t")  # as they are typed
+        # \n and \t as typed in a shell
+        separator = config.separator.replace("\\n", "\n").replace("\\t", "\t")
         files = config.train_files, config.valid_files
         return local_files(*files, config.holdout, separator, config.field)
     if config.source == "hf":
@@ -323,10 +352,14 @@ def _hub_dataset(config: DataConfig, folder: Path, valid_only: bool) -> Corpus:
 
 
 def bundled_sample(release: Literal["v1", "v2"] = "v2") -> Corpus:
-    """Return the stories in this package, second edition: 39,927 to train on, 3,000 to validate on.
+    """Return the stories bundled with this package: 39,927 for training, 3,000 for validation.
 
     Args:
-        release: of TinyStories, from whose official validation file the validation stories are.
+        release: release of TinyStories whose official validation file contains the validation
+            stories.
+
+    Returns:
+        The corpus.
     """
     folder = importlib.resources.files("minigpt") / "data" / "tinystories"
     names = "train", "valid" if release == "v2" else "valid_v1"
@@ -344,45 +377,48 @@ def local_files(
     """Return a corpus of the user's own files.
 
     Args:
-        train_files: paths or globs; `~` and `**` work, and a file named twice counts once.
-        valid_files: as `train_files`; none holds out a part of the training stories.
-        holdout: share to hold out, above 0 and below 1.
-        separator: what stands between the stories of a text file.
-        field: column or key of the stories of the other files.
+        train_files: paths or globs; `~` and `**` are expanded, and each file is read once.
+        valid_files: the same for validation; if empty, the last training stories are held out.
+        holdout: fraction of the training stories to hold out, above 0 and below 1.
+        separator: separator between two stories in a text file.
+        field: column or key of the stories in files of other formats.
+
+    Returns:
+        The corpus, whose files are sorted within each pattern.
 
     Raises:
-        UserError: a name of no file that can be read, or a file in both splits.
+        UserError: there is no such file, a file cannot be read, or a file is in both splits.
     """
     train, valid = _expand(train_files, "train_files"), _expand(valid_files, "valid_files")
     for file in train.keys() & valid.keys():
-        problem = f"{valid[file]} is in data.train_files too; name others, or none to hold some out"
+        problem = f"{valid[file]} is also in data.train_files; remove it from one of the two"
         raise UserError(problem, "data.valid_files")
     return Corpus(tuple(train.values()), tuple(valid.values()), holdout, separator, field=field)
 
 
 def _expand(patterns: Sequence[str], field: str) -> dict[tuple[int, int], Path]:
-    """Return the files that the patterns name by device and inode: no file counts twice.
+    """Return the files that match the patterns, by device and inode, so that each occurs once.
 
-    They come pattern by pattern, and the matches of one pattern sorted.
+    They are in the order of the patterns; the matches of one pattern are sorted.
     """
     argument, paths = f"data.{field}", {}
     for pattern in patterns:
         if "\0" in pattern or len(pattern) > _LONGEST_PATH:
-            raise UserError(f"{pattern[:50]!r} ... is not a path", argument)
+            raise UserError(f"{pattern[:50]!r} ... is not a valid path", argument)
         path = user_path(pattern, argument)
         if path.is_dir():
             files = {argument: [f"{path}/*.txt"]}
-            raise UserError(f"{path} is a folder; name the files in it", argument, fix=files)
-        # A folder or file that exists stands for itself, whatever brackets its name has.
+            raise UserError(f"{path} is a folder; give the files in it", argument, fix=files)
+        # Brackets in the name of an existing folder or file are not a pattern.
         real = next(p for p in (path, *path.parents) if p.exists())
         matches = glob.glob(
             str(Path(glob.escape(str(real))) / path.relative_to(real)), recursive=True
         )
         files = [match for match in map(Path, sorted(matches)) if match.is_file()]
         if not files:
-            raise UserError(f"there is no file {path} in {Path.cwd()}", argument)
+            raise UserError(f"no file matches {path} (working directory {Path.cwd()})", argument)
         for file in files:
-            detect_format(file)  # what cannot be read is an error now, not hours later
+            detect_format(file)  # reports unreadable files now, not after hours
             stat = file.stat()
             paths.setdefault((stat.st_dev, stat.st_ino), file)
     return paths
@@ -391,17 +427,20 @@ def _expand(patterns: Sequence[str], field: str) -> dict[tuple[int, int], Path]:
 def download_tinystories(folder: Path, tokens: int | None, valid_only: bool = False) -> Corpus:
     """Return TinyStories (GPT-4 version) from the Hugging Face Hub, stored in `folder`.
 
-    Of the training file only the first stories are fetched, as many as `tokens` need. Equal
-    requests give the same stories, however many are stored; if there are enough, the network is
-    not used. An interrupted download of a first part continues where it stopped.
+    Only as many of the first training stories are downloaded as `tokens` need. The same request
+    always gives the same stories. If enough of them are stored, the network is not used. An
+    interrupted download of a first part continues where it stopped.
 
     Args:
-        folder: where to store the files; created when missing.
-        tokens: training tokens to have, at 3.84 bytes each; None means the whole file (2.2 GB).
-        valid_only: do not fetch the training file.
+        folder: folder for the files, created if missing.
+        tokens: number of training tokens, at 3.84 bytes each; None means the whole file (2.2 GB).
+        valid_only: whether to skip the training file.
+
+    Returns:
+        The corpus; without training files if `valid_only`.
 
     Raises:
-        UserError: the hub cannot be reached, a download is damaged, or nothing can be written.
+        UserError: the Hub cannot be reached, a download is damaged, or `folder` cannot be written.
     """
     max_bytes, file_bytes = (
         None if tokens is None else math.ceil(tokens * _BYTES_PER_TOKEN * margin)
@@ -418,5 +457,5 @@ def download_tinystories(folder: Path, tokens: int | None, valid_only: bool = Fa
         raise UserError(problem, "data.source", "tinystories") from None
     except OSError as error:
         problem = f"cannot write TinyStories to {folder} ({error.strerror or error})"
-        raise UserError(f"{problem}; name another folder", "data.cache_dir") from None
+        raise UserError(f"{problem}; choose another folder", "data.cache_dir") from None
     return Corpus((train,), (valid,), max_train_bytes=max_bytes)

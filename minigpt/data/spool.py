@@ -1,4 +1,4 @@
-"""Stream stories of any iterable into files that a later process can read again."""
+"""Write the stories of an iterable to files that other processes can read."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def spool_stories(
 ) -> DataConfig:
     """Write `stories` to `data.cache_dir` and return settings that read them from there.
 
-    Memory does not grow with the stories. Equal stories give equal files, so that their tokens are
-    prepared once.
+    Memory does not grow with the number of stories. The same stories give the same files, so their
+    tokens are prepared only once.
 
     Args:
-        data: settings of vocabulary, batch and cache; its own files are not read.
-        stories: training stories, each a text that is not empty.
-        valid_stories: validation stories; None holds out the last `data.holdout` of `stories`.
+        data: settings of vocabulary, batches and cache; its own files are not read.
+        stories: training stories, each a string that is not empty.
+        valid_stories: validation stories; None holds out the fraction `data.holdout` of `stories`.
 
     Returns:
         `data` with source `text` and the files that were written.
 
     Raises:
-        UserError: an item is no text, there is none, or the cache cannot be written.
+        UserError: an item is not a string, there are no stories, or the cache cannot be written.
     """
     folder = Path(data.cache_dir) / "stories"
     train = (_spool(stories, folder, "stories"),)
@@ -48,7 +48,8 @@ def _spool(stories: Iterable[str], folder: Path, argument: str) -> str:
             with unfinished.open("wb") as file:
                 for story in stories:
                     if not isinstance(story, str):
-                        raise UserError(f"expected texts, got a {type(story).__name__}", argument)
+                        problem = f"must contain strings, not {type(story).__name__}"
+                        raise UserError(problem, argument)
                     line = json.dumps({"text": story}).encode() + b"\n"
                     digest.update(line)
                     file.write(line)
@@ -56,8 +57,8 @@ def _spool(stories: Iterable[str], folder: Path, argument: str) -> str:
                 file.flush()
                 os.fsync(file.fileno())
             if not n_stories:
-                raise UserError("holds no story", argument)
+                raise UserError("must contain at least one story", argument)
             return str(unfinished.replace(folder / f"{digest.hexdigest()}.jsonl"))
     except OSError as error:
-        problem = f"cannot write {folder} ({error.strerror})"
+        problem = f"cannot write {folder} ({error.strerror}); choose another folder"
         raise UserError(problem, "data.cache_dir", str(folder.parent)) from None

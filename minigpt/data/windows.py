@@ -1,4 +1,4 @@
-"""Shifted windows over a token file, and the order in which training reads them."""
+"""Windows over a token file, and the order in which training reads them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from minigpt.core.settings import UserError
 from minigpt.model import IGNORE_INDEX
 from minigpt.tokenizer import Tokenizer
 
-_CHUNK = 1 << 24  # tokens that are searched for ends of stories at a time
+_CHUNK = 1 << 24  # tokens to search at a time for the ends of stories
 
 
 class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
-    """Windows of T tokens over a stream, indexed by the position of their first token.
+    """Windows of T tokens over a token file, indexed by the position of their first token.
 
-    Window s has the inputs [s, s + T) and the targets [s + 1, s + 1 + T). Positions past the end
-    of the stream hold id 0 and targets that the loss ignores.
+    Window s has the inputs [s, s + T) and the targets [s + 1, s + 1 + T). Past the end of the file,
+    inputs are id 0 and targets are IGNORE_INDEX.
 
     Args:
-        tokens: ids, [n_tokens] uint16, usually a memory map.
-        context_length: T.
+        tokens: ids [n_tokens] uint16, usually a memory map.
+        context_length: number of tokens per window, T.
     """
 
     def __init__(self, tokens: np.ndarray, context_length: int):
@@ -33,7 +33,7 @@ class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
         self.context_length = context_length
 
     def side_by_side(self) -> range:
-        """Return the starts of adjacent windows, which predict every token but the first, once."""
+        """Return the starts of adjacent windows, which predict each token except the first once."""
         return range(0, max(0, len(self.tokens) - 1), self.context_length)
 
     def __getitem__(self, start: int) -> tuple[Tensor, Tensor]:
@@ -50,17 +50,17 @@ class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
 
 
 class StoryWindows(TokenWindows):
-    """Windows over a stream in which each epoch has the stories in an order of its own.
+    """Windows over a token file whose stories are in a different order in each epoch.
 
-    The epochs follow one another: position `epoch * n_tokens + i` is token i of that epoch. The
-    order is a pure function of (seed, epoch), and no token is copied: a table of where each story
-    starts maps a position to one in the file. It takes 16 bytes per story and epoch, for the two
-    epochs that a batch can touch.
+    Epochs are concatenated: position `epoch * n_tokens + i` is token i of that epoch. The order
+    depends only on the seed and the epoch. No token is copied: a table with the start of each story
+    maps a position to one in the file. It takes 16 bytes per story and epoch, and is stored for the
+    two epochs that a batch can contain.
 
     Args:
-        tokens: ids, [n_tokens] uint16, story₁ EOT ... storyₙ EOT, usually a memory map.
-        context_length: T; a window must not reach past the end of its epoch.
-        seed: not negative.
+        tokens: ids [n_tokens] uint16, story₁ EOT ... storyₙ EOT, usually a memory map.
+        context_length: number of tokens per window, T; windows must not cross the end of an epoch.
+        seed: seed of the order, at least 0.
     """
 
     def __init__(self, tokens: np.ndarray, context_length: int, seed: int):
@@ -82,7 +82,7 @@ class StoryWindows(TokenWindows):
         return _shifted(rows, rows)
 
     def _epoch_table(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return where each story begins in an epoch, and how far from there it is in the file."""
+        """Return the start of each story in an epoch, and the offset to its start in the file."""
         order = story_permutation(len(self._starts), self.seed, epoch)
         lengths = np.diff(self._starts, append=len(self.tokens))[order]
         begins = np.cumsum(lengths) - lengths
@@ -90,16 +90,16 @@ class StoryWindows(TokenWindows):
 
 
 def _shifted(inputs: np.ndarray, targets: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Return inputs and targets, [B, T] tensors, of the ids to read and to predict, [B, T + 1]."""
+    """Drop the last column of the input ids and the first of the targets: [B, T + 1] -> [B, T]."""
     parts = inputs[:, :-1], targets[:, 1:]
     ids, shifted = (torch.from_numpy(np.ascontiguousarray(part)) for part in parts)
     return ids, shifted
 
 
 def story_starts(tokens: np.ndarray) -> np.ndarray:
-    """Return the position of each story's first token, [n_stories] int64.
+    """Return the position of the first token of each story, [n_stories] int64.
 
-    The stream is read in chunks, so that memory does not grow with it.
+    The tokens are read in chunks, so memory does not grow with their number.
     """
     chunks = range(0, len(tokens), _CHUNK)
     ends = [np.flatnonzero(tokens[i : i + _CHUNK] == Tokenizer.end_of_text) + i for i in chunks]
@@ -108,16 +108,13 @@ def story_starts(tokens: np.ndarray) -> np.ndarray:
 
 
 def story_permutation(n_stories: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the order of the stories in an epoch, [n_stories], a pure function of its arguments.
-
-    One story, such as a book, stays as it is.
-    """
+    """Return the order of the stories in an epoch, [n_stories], a function of its arguments."""
     return np.random.Generator(np.random.PCG64([seed, epoch, 2])).permutation(n_stories)
 
 
-@lru_cache(maxsize=2)  # a batch touches at most two epochs
+@lru_cache(maxsize=2)  # a batch contains windows from at most two epochs
 def epoch_permutation(n_windows: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the order of the windows in an epoch, [n_windows], by its arguments alone."""
+    """Return the order of the windows in an epoch, [n_windows], a function of its arguments."""
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
     order = generator.permutation(n_windows)
     order.setflags(write=False)
@@ -125,39 +122,40 @@ def epoch_permutation(n_windows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def epoch_offset(context_length: int, seed: int, epoch: int) -> int:
-    """Return the token at which the first window of an epoch starts: 0 in epoch 0, then below T."""
+    """Return the position of the first window in an epoch: 0 in epoch 0, then below T."""
     if epoch == 0:
         return 0
     return int(np.random.default_rng([seed, epoch, 1]).integers(context_length))
 
 
 class BudgetSampler(Sampler[list[int]]):
-    """The batches of a whole run of `n_steps`, as starts of windows, one epoch after another.
+    """Sampler of the batches of a whole run, as the start positions of their windows.
 
-    In an epoch the windows are adjacent in the stream, and are read in the order of the epoch's
-    permutation, also where the stream itself has its stories shuffled: neighbouring windows share
-    a story, and a batch of them would hold fewer stories. With `random_offset` the windows begin at
-    another token in each epoch: text that is read again is cut elsewhere, so that every token has
-    another context and another position. With batches of B on W ranks, batch s of rank r takes the
-    positions [(s·W + r)·B, (s·W + r + 1)·B) of that order. So every batch is full (one may straddle
-    two epochs), every window is read once an epoch, and a run can resume at any step without
-    replaying the steps before it.
+    An epoch consists of adjacent windows in a random order. They are shuffled even if the stories
+    are shuffled too, because neighbouring windows often share a story, so a batch of them would
+    contain fewer stories. With `random_offset`, windows start at different positions in each epoch,
+    so each token gets a different context and a different position in its window.
+
+    With batches of B windows on W ranks, batch s of rank r has the windows [(s·W + r)·B,
+    (s·W + r + 1)·B) of that order, where one epoch follows another. So each batch is full (it may
+    span two epochs), each window is read once per epoch, and a run can resume at any step without
+    repeating the steps before it.
 
     Args:
-        n_tokens: length of the stream.
-        context_length: T, tokens per window.
-        batch_size: B, windows per rank and step.
-        n_steps: steps of the whole run, those before `start_step` included.
-        seed: not negative.
-        start_step: the first step to yield.
-        rank: of this process, from 0.
-        world_size: W.
-        random_offset: whether epochs after the first begin at another token.
-        stories: whether a start counts from the first epoch, as in `StoryWindows`, and not from
-            the first token of its own epoch, as in `TokenWindows`.
+        n_tokens: number of tokens in the file.
+        context_length: number of tokens per window, T.
+        batch_size: number of windows per rank and step, B.
+        n_steps: number of steps of the whole run, including those before `start_step`.
+        seed: seed of the order, at least 0.
+        start_step: first step to yield.
+        rank: rank of this process, from 0.
+        world_size: number of ranks, W.
+        random_offset: whether windows start at a random offset in each epoch after the first.
+        stories: whether positions count from the start of the first epoch, as in `StoryWindows`;
+            otherwise they count from the start of each epoch, as in `TokenWindows`.
 
     Raises:
-        UserError: fewer windows than one step needs.
+        UserError: there are fewer windows than one step needs.
     """
 
     def __init__(
@@ -174,12 +172,12 @@ class BudgetSampler(Sampler[list[int]]):
         stories: bool = False,
     ):
         last_offset = context_length - 1 if random_offset else 0
-        n_windows = max(0, n_tokens - 1 - last_offset) // context_length  # as many in each epoch
+        n_windows = max(0, n_tokens - 1 - last_offset) // context_length  # same in each epoch
         if n_windows < batch_size * world_size:
             largest = n_windows // world_size
             fix = {"data.batch_size": largest} if largest else None
             few = f"the training split has {n_windows} windows for {world_size} device(s)"
-            problem = f"{few}; more text or a smaller model.context_length gives more"
+            problem = f"{few}; add text, or reduce model.context_length or this value"
             raise UserError(problem, "data.batch_size", batch_size, fix)
         self.n_windows, self.batch_size, self.seed = n_windows, batch_size, seed
         self.n_steps, self.start_step = n_steps, start_step
@@ -188,23 +186,33 @@ class BudgetSampler(Sampler[list[int]]):
         self.epoch_length = n_tokens if stories else 0
 
     def __len__(self) -> int:
-        """Return the steps of the whole run: Lightning counts those before a resume as fetched."""
+        """Return the number of steps of the whole run.
+
+        Lightning counts the steps before a resumed one as already loaded.
+        """
         return self.n_steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield the batches from `start_step` on."""
+        """Yield the batches from `start_step` to the end of the run."""
         for step in range(self.start_step, self.n_steps):
             yield self.batch(step)
 
     def batch(self, step: int) -> list[int]:
-        """Return where the windows of this rank start at `step`, [batch_size]."""
+        """Return the start positions in the token file of this rank's batch at `step`.
+
+        Args:
+            step: step of the run, from 0.
+
+        Returns:
+            `batch_size` positions; with `stories`, `n_tokens` is added for each earlier epoch.
+        """
         first = (step * self.world_size + self.rank) * self.batch_size
         epochs, indices = np.divmod(np.arange(first, first + self.batch_size), self.n_windows)
         parts = [self._starts(int(epoch), indices[epochs == epoch]) for epoch in np.unique(epochs)]
         return np.concatenate(parts).tolist()
 
     def _starts(self, epoch: int, indices: np.ndarray) -> np.ndarray:
-        """Return where the windows at `indices` of the epoch's order start."""
+        """Return the start positions of the windows at `indices` in the order of an epoch."""
         order = epoch_permutation(self.n_windows, self.seed, epoch)[indices]
         offset = self.random_offset and epoch_offset(self.context_length, self.seed, epoch)
         return order * self.context_length + (offset + epoch * self.epoch_length)

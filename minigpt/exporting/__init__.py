@@ -1,4 +1,4 @@
-"""Export of trained models to the formats of other programs, with a model card."""
+"""Export of trained models, with a model card, to formats that other programs read."""
 
 from minigpt.exporting.config import ExportConfig
 from minigpt.exporting.exporter import export

@@ -1,7 +1,7 @@
-"""Model card of an export: README.md with description, training data and measured quality.
+"""Model card of an export: a README.md with description, training data and evaluation results.
 
-Its values come from files of a run, which may be untrusted, so `_cell` puts each of them on one
-line.
+Its values come from the files of a run, which may be untrusted, so `_cell` reduces each of them to
+one line.
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ def model_card(
     name: str, export: ExportConfig, model: GPT, vocabulary: int, config: Record, summary: Record,
     evaluation: Record | None, parent: Parent | None,
 ) -> str:  # fmt: skip
-    """Return the text of README.md, after the metadata that the Hub reads.
+    """Return the content of README.md.
 
     Args:
         name: name of the folder, or user/name on the Hub.
         export: settings of the export.
         model: the model.
-        vocabulary: number of tokens of the tokenizer.
+        vocabulary: number of tokens in the vocabulary of the tokenizer.
         config: settings of the run, without paths.
         summary: content of summary.json; {} if there is none.
-        evaluation: content of evaluation.json for exactly these weights; None if not evaluated.
-        parent: the run whose weights this one was initialised with; None for random weights.
+        evaluation: content of evaluation.json for exactly these weights; None if they were not
+            evaluated.
+        parent: the run that this run was initialised from; None for random weights.
 
     Returns:
-        Markdown that begins with the YAML metadata.
+        Markdown that begins with the YAML metadata that the Hub reads.
     """
     name, license = _cell(name), export.license
     sources: list[str] = [*(parent.sources if parent else []), config["data"]["source"]]
@@ -79,7 +80,7 @@ def model_card(
 def _metadata(
     name: str, format: str, tinystories: bool, evaluation: Record | None, license: str | None
 ) -> ModelCardData:
-    """Return the metadata that the Hub displays: license, data and evaluation results."""
+    """Return the metadata that the Hub displays, such as license, data and evaluation results."""
     results = []
     if evaluation is not None:
         source = _cell(evaluation["data"].get("source"))
@@ -108,7 +109,7 @@ def _metadata(
 
 
 def _cell(value: Any) -> str:
-    """Return an untrusted value as text for a table cell, on one line."""
+    """Return an untrusted value as one line of text for a table cell."""
     return "not recorded" if value is None else one_line(str(value)).replace("|", BAR)
 
 
@@ -126,14 +127,14 @@ def _time(seconds: Any) -> str:
 
 
 def _n_stories(source: str, summary: Record) -> str:
-    """Return how many stories the run was trained on, for the card; "" if nothing says it."""
-    # The first edition of the sample, because a run on the second records the number.
+    """Return the number of training stories, for the card; "" if the number is not recorded."""
+    # That of the first edition of the sample; runs on the second record the number.
     n = summary.get("train_stories", 14_849 if source == "tinystories_sample" else None)
     return "" if n is None else f", {_count(n)} stories"
 
 
 def _devices(summary: Record) -> str:
-    """Return the name of the device and, if there were several on all nodes, their number."""
+    """Return the name of the device, with the total number of devices if there were several."""
     numbers = [summary.get("devices"), summary.get("num_nodes")]
     n = math.prod(number for number in numbers if isinstance(number, int))
     device = summary.get("device") or "an unknown device"
@@ -141,7 +142,7 @@ def _devices(summary: Record) -> str:
 
 
 def _command(config: Record, averaged: bool) -> str | None:
-    """Return the command that trained the run; None if it is not recorded or not printable."""
+    """Return the command that started the run; None if it is not recorded or not printable."""
     overrides = config.get("overrides")
     if overrides is None or not all(typed.isprintable() for typed in overrides):
         return None

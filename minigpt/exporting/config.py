@@ -13,10 +13,10 @@ from minigpt.core.settings import UserError, check
 @documented
 @dataclass(frozen=True)
 class ExportConfig:
-    """Format of an export, and what it contains.
+    """Settings of an export.
 
     Raises:
-        UserError: the license is not an identifier, or the format does not support the dtype.
+        UserError: the license is not a valid identifier, or the format does not support the dtype.
     """
 
     format: Literal["hf", "safetensors", "onnx", "gguf"] = "hf"
@@ -29,13 +29,14 @@ class ExportConfig:
     """Whether to evaluate the exported weights if they have not been evaluated yet."""
 
     license: str | None = None
-    """License of the weights, as an identifier of the Hub; None means mit for TinyStories only."""
+    """License of the weights, as an identifier of the Hub; None means mit if the model was trained
+    only on TinyStories, and an unspecified license otherwise."""
 
     average: bool = False
-    """Whether to average the final weights with those that the run was initialised with."""
+    """Whether to average the final weights with those that the run was initialised from."""
 
     def __post_init__(self) -> None:
-        license = "must be an identifier of the Hub: mit, cc-by-4.0, ..."
+        license = "must be a license identifier of the Hub, such as mit or cc-by-4.0"
         check(self, license, lambda text: bool(re.fullmatch(r"[\w.-]+", text)), "license")
         if self.dtype == "bfloat16" and self.format != "safetensors":
             message = f"the format {self.format} supports only float32"

@@ -3,7 +3,7 @@
     >>> export(Run.load("runs/my-run"), "out", ExportConfig(format="hf"))
     [PosixPath('out/README.md'), PosixPath('out/config.json'), ...]
 
-An export only contains evaluation results of exactly its own weights, by their fingerprint.
+Evaluation results are exported only if their weights fingerprint matches.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def export(
     Args:
         run: a run, or an export in the format safetensors.
         out: the output folder: new, empty, or an earlier export, which is replaced.
-        config: settings of the export; None means the defaults, the format of transformers.
+        config: settings of the export; None means the defaults, with the format of transformers.
         name: title of the model card, such as user/name; None means the name of the folder.
         console: console for the progress of an evaluation; None shows none.
 
     Returns:
-        The files in `out`, sorted.
+        The paths of all files in `out`, sorted.
 
     Raises:
         UserError: the run cannot be read, `out` contains other files or is the run itself, the
@@ -64,7 +64,7 @@ def export(
     out, config = user_path(out, "out"), config or ExportConfig()
     check_output(out)
     if out.resolve() == run.folder.resolve() and config.format != "safetensors":
-        problem = f"{config.format} would replace the model itself: give a new folder"
+        problem = f"the {config.format} export would replace the run itself: give a new folder"
         raise UserError(problem, "out", str(out))
     model, tokenizer, settings = run.load_model(), run.tokenizer, run.config
     if not is_plain(model) and config.format != "safetensors":
@@ -79,7 +79,7 @@ def export(
         summary = {**summary, "averaged": True}
     portable = _portable_config(settings, run.folder / CONFIG)
     dtype: torch.dtype = getattr(torch, config.weights)
-    for parameter in model.parameters():  # so that results are those of the rounded weights
+    for parameter in model.parameters():  # so that the rounded weights are evaluated
         parameter.copy_(parameter.to(dtype))
     evaluation = _stored_evaluation(run.folder, weights_fingerprint(model))
     if evaluation is None and config.evaluate:
@@ -112,18 +112,18 @@ def _write_run(
 
 
 def _average(model: GPT, run: Run, parent: Parent | None) -> None:
-    """Replace the weights of `model` by the mean with those that its run was initialised with.
+    """Average the weights of `model` with those its run was initialised from.
 
-    Both are in the same basin of the loss, which is lower between them than at either (Izmailov et
-    al. 2018, arXiv 1803.05407; measured in docs/LOG.md, 2026-11-25).
+    Both are in the same basin of the loss, and the loss between them is lower than at either
+    (Izmailov et al. 2018, arXiv 1803.05407; measured in docs/LOG.md, 2026-11-25).
     """
     path = run.config.get("init_from")
     if parent is None or not isinstance(path, str):
-        problem = "this run was not initialised with weights of another run: leave this out"
+        problem = "this run was not initialised from another run: leave this out"
         raise UserError(problem, "average")
     first = Run.load(path, run.model).load_model()
     if weights_fingerprint(first) != parent.weights:
-        problem = f"{path} has changed since this run was initialised with it: restore it"
+        problem = f"{path} has changed since this run was initialised from it: restore it"
         raise UserError(problem, "average")
     for weight, other in zip(model.parameters(), first.parameters(), strict=True):
         weight.lerp_(other, 0.5)
@@ -133,7 +133,15 @@ def _average(model: GPT, run: Run, parent: Parent | None) -> None:
 
 
 def _portable_config(settings: Record, path: Path) -> dict[str, Any]:
-    """Return the settings without those of the machine; `path` is their file, for errors."""
+    """Return the settings without those that depend on the machine.
+
+    Args:
+        settings: content of config.yaml.
+        path: path of config.yaml, for errors.
+
+    Raises:
+        UserError: the settings have no valid data.source.
+    """
     data = settings.get("data")
     if not isinstance(data, Mapping) or not isinstance(data.get("source"), str):
         raise UserError(f"{path} has no valid data.source: restore the file, or train again")
@@ -147,7 +155,7 @@ def _portable_config(settings: Record, path: Path) -> dict[str, Any]:
 
 
 def _portable_data(data: Record) -> dict[str, Any]:
-    """Return the settings of a corpus without paths; TinyStories needs none."""
+    """Return data settings without paths, which TinyStories does not need."""
     paths = ("train_files", "valid_files", "cache_dir")
     values = {key: value for key, value in data.items() if key not in paths}
     if Path(values.get("dataset") or "").is_absolute():
@@ -156,7 +164,7 @@ def _portable_data(data: Record) -> dict[str, Any]:
 
 
 def _portable_summary(summary: Record, evaluation: Record | None) -> dict[str, Any]:
-    """Return the summary with the validation results of the exported weights only."""
+    """Return the summary, with validation results only if they are for the exported weights."""
     portable = {k: value for k, value in summary.items() if "loss" not in k and "/" not in k}
     if evaluation is not None:
         portable["val/loss"] = evaluation["nats_per_token"]
@@ -168,7 +176,15 @@ def _portable_summary(summary: Record, evaluation: Record | None) -> dict[str, A
 
 
 def _stored_evaluation(folder: Path, weights: str) -> dict[str, Any] | None:
-    """Return the content of evaluation.json if it is of the weights with this fingerprint."""
+    """Return the content of evaluation.json; None if it is for other weights.
+
+    Args:
+        folder: folder of evaluation.json.
+        weights: fingerprint of the weights.
+
+    Raises:
+        UserError: evaluation.json is damaged.
+    """
     evaluation = read_object(folder / EVALUATION)
     if evaluation.get("weights") != weights:
         return None
@@ -183,7 +199,7 @@ def _stored_evaluation(folder: Path, weights: str) -> dict[str, Any] | None:
 def _new_evaluation(
     model: GPT, run: Run, summary: dict[str, Any], dtype: torch.dtype, console: Console | None
 ) -> dict[str, Any]:
-    """Evaluate `model`, which has the rounded weights of `run`."""
+    """Evaluate `model`, which has the weights to export, and return the content for the card."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_run(model, run.tokenizer, run.config, summary, dtype, folder)

@@ -1,4 +1,4 @@
-"""Output folder of an export: check that it may be replaced, and replace it atomically."""
+"""Output folder of an export, which is checked and then replaced atomically."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def check_output(out: Path) -> None:
     if not out.exists():
         return
     if not out.is_dir():
-        raise UserError("this is a file: give a new folder to export into", "out", str(out))
+        raise UserError("this is a file: give a new folder", "out", str(out))
     present = {path.name for path in out.iterdir()}
     own = {path.name for pattern in _RESULTS for path in out.glob(pattern)}
     if isinstance(files := read_object(out / MARKER).get("files"), list):
         own |= set(map(str, files))
     if foreign := sorted(present - own if MARKER in present else present):
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-        problem = f"{foreign[0]}{more} in this folder are not of an export: give a new folder"
-        raise UserError(problem, "out", str(out))
+        problem = f"this folder contains files that are not from an export ({foreign[0]}{more})"
+        raise UserError(f"{problem}: give a new folder", "out", str(out))
     if Path.cwd().is_relative_to(out.resolve()):
         problem = "cannot be replaced, because it is or contains the current folder"
         fix = "run cd .. first, or give another folder"
@@ -45,9 +45,15 @@ def check_output(out: Path) -> None:
 
 @contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder that replaces `out` if the body succeeds and is removed if it fails.
+    """Yield a temporary folder, which replaces `out` if the `with` block succeeds.
 
-    The old folder at `out` is removed at the end, or restored if the replacement fails.
+    If the block fails, the temporary folder is removed, and `out` is unchanged.
+
+    Args:
+        out: the output folder.
+
+    Yields:
+        The path of the temporary folder.
 
     Raises:
         UserError: the folder cannot be written.
@@ -72,7 +78,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; {} if there is no valid one."""
+    """Return the object in a JSON file; {} if the file is missing or not a JSON object."""
     try:
         content = read_json(path)
     except (OSError, ValueError):

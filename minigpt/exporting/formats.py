@@ -1,7 +1,7 @@
-"""Writers of the export formats, one function for each.
+"""Writers for the export formats, one function per format.
 
 Other programs can run this architecture as a GPT-2, after `as_gpt2` has removed the two differences
-from it. All formats are float32, except the one of `write_safetensors`.
+between them. All formats store float32 weights, except that of `write_safetensors`.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ HF, GGUF = range(2)  # columns of NAMES
 
 
 def as_gpt2(model: GPT) -> dict[str, Tensor]:
-    """Return the weights of a GPT-2 that computes the same logits, by the names of Mini GPT.
+    """Return the weights of a GPT-2 that computes the same logits, with Mini GPT's parameter names.
 
-    GPT-2 has a position table as a weight, which gets the sinusoids, and unscaled embeddings. So
-    the embedding matrix is multiplied by the scale and, because it is also the output projection,
-    the final LayerNorm is divided by it. Logits stay the same up to rounding; if the scale is a
-    power of two, as at the medium size, exactly.
+    The position table of GPT-2 is a weight, which is set to the sinusoids, and its embeddings are
+    unscaled. So the embedding matrix is multiplied by the scale and, because it is also the output
+    projection, the final LayerNorm is divided by it. The logits are the same up to rounding, and
+    exactly the same if the scale is a power of two, as for the medium size.
 
     Args:
         model: a plain `GPT`.
 
     Returns:
-        Tensors by name, in the shapes of Mini GPT.
+        Tensors by parameter name, with Mini GPT's shapes.
     """
     weights = {**model.state_dict(), "positions.weight": model.positions}
     weights["embedding.weight"] = weights["embedding.weight"] * model.scale
@@ -71,7 +71,7 @@ def renamed(name: str, column: int) -> str:
         column: HF or GGUF.
 
     Returns:
-        The name with each of its parts replaced.
+        The name, with each part replaced.
     """
     return re.sub("|".join(NAMES), lambda match: NAMES[match[0]][column], name)
 
@@ -80,7 +80,7 @@ def renamed(name: str, column: int) -> str:
 
 
 def write_safetensors(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype) -> None:
-    """Write model.safetensors, with the names of Mini GPT, and tokenizer.json.
+    """Write model.safetensors, with Mini GPT's parameter names, and tokenizer.json.
 
     Args:
         model: the model.
@@ -93,7 +93,7 @@ def write_safetensors(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: tor
 
 
 def _write_weights(weights: dict[str, Tensor], folder: Path) -> None:
-    # Not save_file, which makes the file readable for its owner only.
+    # Not save_file, which makes the file readable only for its owner.
     (folder / WEIGHTS).write_bytes(save(weights, metadata={"format": "pt"}))
 
 
@@ -116,7 +116,7 @@ def write_hf(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     _write_weights(weights, folder)
     end = tokenizer.end_of_text
     write_json(folder / "config.json", _hf_config(model, end))
-    sampling = {  # the defaults of Mini GPT
+    sampling = {  # Mini GPT's defaults
         "do_sample": True,
         "temperature": SamplingConfig().temperature,
         "top_k": 0,  # all tokens; the default of transformers is 50
@@ -159,7 +159,7 @@ def _hf_config(model: GPT, end: int) -> dict[str, Any]:
 def write_tokenizer_with_prefix(tokenizer: Tokenizer, path: Path) -> None:
     """Write a tokenizer.json that puts END_OF_TEXT before each text, as a special token.
 
-    Every training story follows one, and `minigpt generate` puts one before the prompt as well.
+    Each training story is preceded by this token, and `minigpt generate` also adds it to prompts.
 
     Args:
         tokenizer: the tokenizer.
@@ -180,8 +180,8 @@ def write_tokenizer_with_prefix(tokenizer: Tokenizer, path: Path) -> None:
 def write_onnx(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     """Write model.onnx and tokenizer.json.
 
-    The input is `ids` (batch, length), int64, for any batch size and any length from 1 to the
-    context length; the output is `logits` (batch, length, V), float32.
+    The input is `ids` (batch, length), int64, with any batch size and any length from 1 to the
+    context length. The output is `logits` (batch, length, V), float32.
 
     Args:
         model: a plain `GPT`.
@@ -199,7 +199,7 @@ def write_onnx(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     context = model.config.context_length
     axes = {0: Dim("batch", min=1), 1: Dim("length", min=1, max=context)}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*LeafSpec.*deprecated.*")  # by torch 2.13 itself
+        warnings.filterwarnings("ignore", ".*LeafSpec.*deprecated.*")  # from torch 2.13 itself
         program = torch.onnx.export(
             model,
             (torch.zeros(2, min(3, context), dtype=torch.int64),),
@@ -209,7 +209,7 @@ def write_onnx(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
             dynamic_shapes={"ids": axes},
             verbose=False,
         )
-    assert program is not None  # as always with dynamo=True
+    assert program is not None  # always the case with dynamo=True
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # source paths of this machine
     program.save(folder / "model.onnx", external_data=False)
@@ -220,10 +220,10 @@ def write_onnx(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def write_gguf(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write model.gguf, a GPT-2 in float32 for llama.cpp, which includes the tokenizer.
+    """Write model.gguf, a float32 GPT-2 for llama.cpp that includes the tokenizer.
 
-    llama.cpp approximates GELU by tanh and by a float16 lookup table, so its logits differ slightly
-    (docs/sharing.md has the measurement).
+    llama.cpp approximates GELU with tanh and a float16 lookup table, so its logits differ slightly;
+    docs/sharing.md has the measurement.
 
     Args:
         model: a plain `GPT`.
@@ -253,7 +253,7 @@ def write_gguf(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int, kind: Any) -> None:
-    """Add vocabulary and merges; "gpt-2" names the pre-tokenizer, the same as in Mini GPT."""
+    """Add vocabulary and merges; the pre-tokenizer "gpt-2" uses the same splitting rule as ours."""
     bpe = json.loads(tokenizer.to_json())["model"]
     tokens = sorted(bpe["vocab"], key=bpe["vocab"].__getitem__)
     tokens += [f"<unused{i}>" for i in range(len(tokens), vocab_size)]  # rows without a token

@@ -1,4 +1,4 @@
-"""Publish an export on the Hugging Face Hub; no other module uploads anything."""
+"""Upload of exports to the Hugging Face Hub. No other module uploads anything."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from minigpt.core.settings import UserError
 
 
 def check_repository(push: str, dry_run: bool = False) -> None:
-    """Check the name of a repository, and that there is a token to publish with.
+    """Check the name of a repository, and that a token for the upload is available.
 
     Args:
         push: name of the repository on the Hub, user/name.
-        dry_run: whether nothing will be published, which needs no token.
+        dry_run: whether nothing will be uploaded, so that no token is needed.
 
     Raises:
         UserError: the name is not valid, or there is no token.
@@ -36,13 +36,14 @@ def push_folder(folder: Path, push: str, private: bool = False) -> str:
     Args:
         folder: the folder of an export.
         push: name of the repository on the Hub, user/name.
-        private: whether the repository must be private; a new one is created so.
+        private: whether the repository must be private; a new one is created as private.
 
     Returns:
-        The URL of the model.
+        The URL of the repository.
 
     Raises:
-        UserError: the Hub cannot be reached or refuses the upload, or the repository is public.
+        UserError: the Hub cannot be reached or refuses the upload, or the repository is public
+            although it must be private.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import httpx
@@ -57,6 +58,6 @@ def push_folder(folder: Path, push: str, private: bool = False) -> str:
         api.upload_folder(repo_id=push, folder_path=folder, commit_message=message)
     except (httpx.HTTPError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        problem = f"nothing was published; check network, token and name: {reason}"
+        problem = f"nothing was published ({reason}); check network, token and name"
         raise UserError(problem, "push", push) from None
     return str(url)

@@ -1,7 +1,7 @@
-"""Incremental decoding: feed one token per sequence, get the logits of the next one.
+"""Incremental decoding: each step reads one token per sequence and returns the next logits.
 
-`Decoder` decodes by `GPT.forward` and a `KVCache`, or faster by `kernels/decode.c`, on a CPU with a
-C compiler and for a model that is exactly a `GPT`. Measurements: docs/generation.md.
+`Decoder` uses `GPT.forward` with a `KVCache` or, on a CPU with a C compiler and for a model that is
+exactly a `GPT`, the faster `kernels/decode.c`. docs/generation.md has measurements.
 
     >>> decoder = Decoder(model, [torch.tensor([0, 17, 4])])
     >>> logits = decoder.read(torch.tensor([56]))  # (1, V), after the tokens 0, 17, 4, 56
@@ -34,7 +34,7 @@ class Batch(Protocol):
     """Sequences that are decoded together by one backend."""
 
     def fill(self, indices: list[int], sequences: list[Tensor]) -> None:
-        """Replace the sequences at `indices` by `sequences`, ids (T,) each."""
+        """Replace the sequences at `indices` with `sequences`, each ids (T,)."""
         ...
 
     def step(self, ids: Tensor, positions: Tensor, end: int) -> Tensor:
@@ -42,7 +42,7 @@ class Batch(Protocol):
 
         Args:
             ids: the new tokens (B,).
-            positions: their positions (B,).
+            positions: positions of the new tokens (B,).
             end: the largest position plus one.
 
         Returns:
@@ -55,23 +55,24 @@ class Decoder:
     """A batch of sequences of any lengths that grow by one token per step.
 
     When a sequence reaches the context length, a context shift takes place: the last half of the
-    context is read again from position 0, and decoding continues after it. A prompt that is longer
-    than the context is truncated by the same rule. Sequences shift independently, so each one gets
-    the logits that it would get alone.
+    context is read again from position 0, and decoding continues after it. A prompt that does not
+    fit into the context is truncated in the same way. Sequences shift independently, so each one
+    gets the logits that it would get alone.
 
-    The model must be in evaluation mode and must not be trained meanwhile. The "c" backend caches
-    the packed weights of a frozen model; in-place writes through `.data` do not bump PyTorch's
-    version counter, so they do not invalidate that cache. On a CPU a float16 model is computed in
-    float32; "c" computes a bfloat16 model in float32, with weights, keys and values in bfloat16.
+    The model must be in evaluation mode and must not be trained while it decodes. The "c" backend
+    caches the repacked weights of a frozen model. In-place writes through `.data` do not change
+    PyTorch's version counter, so they do not invalidate this cache. On a CPU, a float16 model is
+    computed in float32. The "c" backend computes a bfloat16 model in float32, with weights, keys
+    and values in bfloat16.
 
     Args:
-        model: the model; a subclass is decoded by its own `forward`.
+        model: the model; a subclass is decoded with its own `forward`.
         prompts: ids (T,) of each sequence, T >= 0, on the device of the model.
-        backend: "torch" decodes by `model.forward`, "c" by kernels/decode.c; "auto" selects "c" if
-            it can decode this model here.
+        backend: "torch" uses `model.forward`, "c" uses kernels/decode.c, and "auto" selects "c" if
+            it can decode this model on this machine.
 
     Raises:
-        UserError: the backend is "c", which cannot decode this model here.
+        UserError: the backend is "c" and cannot decode this model on this machine.
     """
 
     def __init__(self, model: GPT, prompts: Sequence[Tensor], backend: Backend = "auto") -> None:
@@ -101,7 +102,7 @@ class Decoder:
         """
         if ids.shape != self.positions.shape:
             shapes = f"{tuple(self.positions.shape)}, not {tuple(ids.shape)}"
-            raise ValueError(f"ids must be one per sequence, of shape {shapes}")
+            raise ValueError(f"ids must have one id per sequence: expected shape {shapes}")
         if self.longest == self.context:
             self._shift()
         logits = self.batch.step(ids, self.positions, self.longest + 1)
@@ -116,7 +117,7 @@ class Decoder:
         self._fill(full, [self._truncated(torch.cat([self.prompts[i], new[i]])) for i in full])
 
     def _truncated(self, ids: Tensor) -> Tensor:
-        """Return the end of a sequence; with the next token it is half of the context."""
+        """Return the last context/2 - 1 ids; with the next token they fill half of the context."""
         return ids[len(ids) - (self.half - 1) :]
 
     def _fill(self, indices: list[int], sequences: list[Tensor]) -> None:
@@ -127,7 +128,7 @@ class Decoder:
 
 
 class CachedBatch:
-    """Batch that is decoded by `model.forward` and a `KVCache`."""
+    """Batch that is decoded with `model.forward` and a `KVCache`."""
 
     def __init__(self, model: GPT, n_sequences: int) -> None:
         self.model, self.n_sequences = model, n_sequences
@@ -157,13 +158,13 @@ class CachedBatch:
         logits = self.model(ids[:, None], cache=self.cache)[:, -1].float()
         if self.cache.length != end:
             problem = f"{type(self.model).__qualname__}.forward has a parameter `cache` but does"
-            fix = "pass it on to super().forward, or remove the parameter"
+            fix = "pass it to super().forward, or remove the parameter"
             raise UserError(f"{problem} not append to it: {fix}")
         return logits
 
 
 class UncachedBatch:
-    """Batch of a model whose forward has no cache: each step is a pass over whole sequences."""
+    """Batch for a model whose `forward` takes no cache; each step processes whole sequences."""
 
     def __init__(self, model: GPT, n_sequences: int) -> None:
         self.model, self.sequences = model, [torch.empty(0)] * n_sequences
@@ -177,7 +178,7 @@ class UncachedBatch:
         """Append one token to each sequence and return logits (B, V) of the next one."""
         sequences = [torch.cat([s, new[None]]) for s, new in zip(self.sequences, ids, strict=True)]
         logits: list[Tensor] = list(ids)
-        for length in {len(s) for s in sequences}:  # a pass for each length needs no padding
+        for length in {len(s) for s in sequences}:  # one pass per length, without padding
             indices = [i for i, s in enumerate(sequences) if len(s) == length]
             last = self.model(torch.stack([sequences[i] for i in indices]))[:, -1].float()
             for i, row in zip(indices, last, strict=True):
@@ -190,12 +191,12 @@ class UncachedBatch:
 
 
 def c_backend() -> Any | None:
-    """Return the module that binds decode.c; None if it has no usable library."""
+    """Return the bindings of decode.c; None if they have no usable library."""
     return None if decode.library() is None else decode
 
 
 def takes_cache(model: GPT) -> bool:
-    """Return whether `model` decodes with a `KVCache`, which a subclass may not support."""
+    """Return whether `model` supports a `KVCache`, which subclasses may not."""
     return all(
         "cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         for parameters in (inspect.signature(f).parameters for f in (model.forward, model.hidden))
@@ -210,15 +211,15 @@ def _batch(model: GPT, n_sequences: int, backend: Backend) -> Batch:
         if batch is not None:
             return batch
         if backend == "c":
-            problem = f"decode.c cannot decode this model here: {reason}"
+            problem = f"decode.c cannot decode this model on this machine ({reason})"
             raise UserError(problem, "backend", backend, fix={"backend": "torch"})
         if type(model) is not GPT and c_backend() is not None:
-            _warn_once(f"PyTorch decodes {name}, more slowly: decode.c supports only GPT itself")
+            _warn_once(f"PyTorch decodes {name}, which is slower: decode.c only supports GPT")
     if weight.dtype == torch.float16 and weight.device.type == "cpu":
         model = copy.deepcopy(model).float()
     if takes_cache(model):
         return CachedBatch(model, n_sequences)
-    _warn_once(f"{name} takes no `cache`, so each token needs a pass over the whole text")
+    _warn_once(f"{name} takes no `cache`, so each new token needs a pass over the whole sequence")
     return UncachedBatch(model, n_sequences)
 
 

@@ -1,4 +1,4 @@
-"""Sampling: choose one token after another, and stream the text.
+"""Sampling of tokens and streaming of text.
 
 >>> for piece in stream_story("runs/my-run", "Once upon a time", SamplingConfig(temperature=0.5)):
 ...     print(piece, end="", flush=True)
@@ -30,7 +30,7 @@ MIN_TEMPERATURE = 1e-6  # below it sampling is greedy, because the division woul
 @documented
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How tokens are chosen. Filters apply in the order top_k, top_p, min_p.
+    """Settings of the sampling. Filters are applied in the order top_k, top_p, min_p.
 
     Raises:
         UserError: a value is out of range.
@@ -43,18 +43,18 @@ class SamplingConfig:
     top_p: float | None = None
     """Total probability, in (0, 1], of the most likely tokens to choose among; None means 1."""
     max_tokens: int = 256
-    """Largest number of new tokens, at least 1."""
+    """Maximum number of new tokens, at least 1."""
     seed: int | None = None
     """Seed of the random numbers, in [0, 2^63); None means a new one each time."""
     min_p: float | None = None
-    """Least probability of a token relative to the most likely one, in [0, 1]; None means 0."""
+    """Minimum probability, in [0, 1], relative to the most likely token; None means 0."""
     repetition_penalty: float = 1.0
-    """Penalty in [0.01, 100] on tokens of prompt and text; above 1 they become less likely."""
+    """Repetition penalty, in [0.01, 100]; above 1, tokens of prompt and text become less likely."""
     backend: Backend = "auto"
-    """Decode by `GPT.forward` (torch) or decode.c (c); auto means c for models it can decode."""
+    """Decoder: `GPT.forward` (torch) or decode.c (c); auto means c for models that it supports."""
 
     def __post_init__(self) -> None:
-        greedy = "must be a finite number, at least 0; 0 always chooses the most likely token"
+        greedy = "must be finite and at least 0; 0 always chooses the most likely token"
         check(self, greedy, lambda t: math.isfinite(t) and t >= 0, "temperature")
         check(self, "must be at least 1", lambda n: n >= 1, "top_k", "max_tokens")
         check(self, "must be above 0 and at most 1", lambda p: 0 < p <= 1, "top_p")
@@ -63,15 +63,15 @@ class SamplingConfig:
         check(self, penalty, lambda x: 0.01 <= x <= 100, "repetition_penalty")  # logits stay finite
         check(self, "must be from 0 to 2^63 − 1", lambda seed: 0 <= seed < 2**63, "seed")
         backends = get_args(Backend)
-        check(self, f"choose from {', '.join(backends)}", backends.__contains__, "backend")
+        check(self, f"must be one of {', '.join(backends)}", backends.__contains__, "backend")
 
 
 class Step(NamedTuple):
-    """One new token for each sequence.
+    """One new token per sequence.
 
     Attributes:
         ids: the tokens (B,), int64.
-        logits: the model's logits (B, V), float32, before penalty, temperature and filters.
+        logits: logits (B, V) of the model, float32, before penalty, temperature and filters.
     """
 
     ids: Tensor
@@ -86,7 +86,7 @@ def generate(
     generator: torch.Generator | None = None,
     vocab_size: int | None = None,
 ) -> Iterator[Step]:
-    """Continue each prompt by one token per step.
+    """Generate one token per prompt and step.
 
     A sequence that has ended is padded with `end_of_text`. Iteration stops when all sequences have
     ended, or after `max_tokens` steps. `Decoder` describes the context shift of long sequences. The
@@ -94,16 +94,16 @@ def generate(
     closed.
 
     Args:
-        model: the model, whose weights must not change meanwhile.
+        model: the model, whose weights must not change during the iteration.
         prompt_ids: token ids (B, T), or B sequences of different lengths, none of them empty.
-        sampling: how the next token is chosen.
-        end_of_text: id that ends a sequence; -1 means that none does.
+        sampling: settings of the sampling.
+        end_of_text: id that ends a sequence; -1 means that no id does.
         generator: random generator on the device of the model; None means one with `sampling.seed`.
-        vocab_size: number of tokens of the tokenizer; larger ids, which only the model has, are
-            never chosen. None means that of the model.
+        vocab_size: vocabulary size of the tokenizer. The model may have more ids, which are never
+            chosen. None means the vocabulary size of the model.
 
     Yields:
-        The chosen token of each sequence, with the logits it was chosen by.
+        The new token of each sequence, and the logits of the model for it.
 
     Raises:
         UserError: the logits are not finite, or the backend cannot decode the model.
@@ -115,7 +115,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        # Not around the `yield`: the caller must not be in inference mode between two tokens.
+        # Not around `yield`, because the caller must not be in inference mode between two tokens.
         with torch.inference_mode():
             decoder = Decoder(model, [prompt[:-1] for prompt in prompts], sampling.backend)
             ids = torch.stack([prompt[-1] for prompt in prompts])  # (B,)
@@ -128,8 +128,8 @@ def generate(
                 if n_tokens < logits.shape[1]:
                     logits = logits[:, :n_tokens]
                 if step == 0 and not logits.isfinite().all():
-                    problem = "the weights of this model are broken, because its logits are not"
-                    raise UserError(f"{problem} finite: choose another checkpoint")
+                    problem = "the logits of this model are not finite, so its weights are damaged"
+                    raise UserError(f"{problem}: choose another checkpoint")
                 ids = sample(logits, sampling, generator, seen)
                 if n_ended:
                     ids.masked_fill_(ended, end_of_text)
@@ -145,7 +145,7 @@ def generate(
 
 
 def _tokens_of(prompts: list[Tensor], vocab_size: int, end_of_text: int) -> Tensor:
-    """Return which tokens each prompt contains, (B, V) bool, except the `end_of_text` before it."""
+    """Return which tokens each prompt contains, except `end_of_text`, (B, V) bool."""
     seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=prompts[0].device)
     for row, prompt in zip(seen, prompts, strict=True):
         row[prompt[prompt != end_of_text]] = True
@@ -158,10 +158,10 @@ def sample(
     """Sample one id for each row of logits.
 
     Args:
-        logits: (B, V).
-        sampling: how tokens are chosen.
+        logits: logits of the model (B, V).
+        sampling: settings of the sampling.
         generator: random generator on the device of `logits`.
-        seen: (B, V) bool, tokens to apply the repetition penalty to; None means none.
+        seen: mask (B, V), bool, of tokens to apply the repetition penalty to; None means no tokens.
 
     Returns:
         Ids (B,), int64.
@@ -179,7 +179,7 @@ def sample(
         logits = keep_top_p(logits, sampling.top_p)
     if sampling.min_p is not None:
         logits = keep_min_p(logits, sampling.min_p)
-    # One random number per row; torch.multinomial would need one for each token of the vocabulary.
+    # One random number per row; torch.multinomial would need one per token of the vocabulary.
     points = torch.rand(len(logits), generator=generator, dtype=torch.float32, device=logits.device)
     c = c_backend() if sampling.backend != "torch" and logits.device.type == "cpu" else None
     if c is not None:
@@ -194,15 +194,16 @@ def sample(
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Return logits (B, V) with a repetition penalty on the tokens in `seen` (B, V).
 
-    Keskar et al. 2019 (arXiv 1909.05858, section 4.1) divide logits by the penalty. As in
-    transformers, negative logits are multiplied instead, because division would raise them.
+    Keskar et al. (2019, arXiv 1909.05858, section 4.1) divide logits by the penalty. As in
+    transformers, negative logits are multiplied by it instead, because division would increase
+    them.
     """
     lowered = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen, lowered, logits)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Return logits (B, V) with -inf for all but the k largest of each row."""
+    """Return logits (B, V) with -inf for all but the k largest logits of each row."""
     values, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
     return torch.full_like(logits, -math.inf).scatter(-1, ids, values)
 
@@ -211,11 +212,11 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Return logits (B, V) with -inf outside the nucleus.
 
     The nucleus is the smallest set of most likely tokens with a total probability of at least p
-    (Holtzman et al. 2020, arXiv 1904.09751, section 3.1). It contains at least one token.
+    (Holtzman et al., 2020, arXiv 1904.09751, section 3.1). It contains at least one token.
     """
     ordered, ids = logits.sort(dim=-1, descending=True)
     mass = ordered.softmax(dim=-1)
-    before = mass.cumsum(dim=-1) - mass  # total probability of more likely tokens
+    before = mass.cumsum(dim=-1) - mass  # total probability of all tokens that are more likely
     before[:, 0] = 0.0  # exactly, so that rounding cannot mask the most likely token
     ordered = ordered.masked_fill(before >= p, -math.inf)
     return torch.full_like(logits, -math.inf).scatter(-1, ids, ordered)
@@ -224,7 +225,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
     """Return logits (B, V) with -inf for tokens less than p times as likely as the most likely one.
 
-    Nguyen et al. 2024 (arXiv 2407.01082).
+    The filter is by Nguyen et al. (2024, arXiv 2407.01082).
     """
     if p == 0:
         return logits
@@ -235,12 +236,12 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
 def stream_story(
     run: str | Path | Run, prompt: str = "Once upon a time", sampling: SamplingConfig | None = None
 ) -> Iterator[str]:
-    """Stream the continuation of a prompt by the model of a run.
+    """Stream a continuation of a prompt, generated by the model of a run.
 
     Args:
         run: a run, or the path of its folder, of a checkpoint or of an export.
         prompt: beginning of the story.
-        sampling: how tokens are chosen; None means the defaults, with a new seed each time.
+        sampling: settings of the sampling; None means the defaults, with a new seed each time.
 
     Yields:
         Pieces of the continuation, without the prompt, as soon as they are sampled.
@@ -255,16 +256,16 @@ def stream_story(
 def stream_text(
     model: GPT, tokenizer: Tokenizer, prompt: str, sampling: SamplingConfig
 ) -> Iterator[str]:
-    """Stream the continuation of a prompt by a model.
+    """Stream a continuation of a prompt, generated by a model.
 
     A token may end within a UTF-8 character. Its last bytes are then withheld until the character
-    is complete, so that the pieces join to the text that `generate_stories` returns.
+    is complete, so the concatenated pieces are the text that `generate_stories` returns.
 
     Args:
         model: the model.
         tokenizer: the tokenizer that the model was trained with.
         prompt: beginning of the story.
-        sampling: how tokens are chosen.
+        sampling: settings of the sampling.
 
     Yields:
         Pieces of the continuation, without the prompt.
@@ -288,16 +289,26 @@ def stream_text(
 def generate_stories(
     model: GPT, tokenizer: Tokenizer, prompt: str, n: int, sampling: SamplingConfig
 ) -> list[str]:
-    """Return `n` continuations of `prompt`, without the prompt."""
+    """Return `n` continuations of `prompt`, without the prompt; see `iterate_stories`."""
     return list(iterate_stories(model, tokenizer, prompt, n, sampling))
 
 
 def iterate_stories(
     model: GPT, tokenizer: Tokenizer, prompt: str, n: int, sampling: SamplingConfig
 ) -> Iterator[str]:
-    """Yield `n` continuations of `prompt`, without the prompt, sampled MAX_BATCH at a time.
+    """Yield `n` continuations of `prompt`, without the prompt, in batches of MAX_BATCH.
 
     A story is yielded as soon as it and all stories before it have ended.
+
+    Args:
+        model: the model.
+        tokenizer: the tokenizer that the model was trained with.
+        prompt: beginning of each story.
+        n: number of stories, at least 1.
+        sampling: settings of the sampling.
+
+    Yields:
+        The continuation of the next story.
     """
     prompt_ids = encode_prompt(tokenizer, prompt)
     generator = seeded_generator(sampling.seed, model.embedding.weight.device)
@@ -315,7 +326,7 @@ def iterate_stories(
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
-    """Return a prompt as ids (1, T), after the end-of-text that precedes stories in training."""
+    """Return the ids (1, T) of a prompt, after END_OF_TEXT, which precedes stories in training."""
     return torch.tensor([[tokenizer.end_of_text, *tokenizer.encode(prompt)]])
 
 
@@ -325,6 +336,6 @@ def _until(ids: list[int], end: int) -> list[int]:
 
 
 def seeded_generator(seed: int | None, device: torch.device) -> torch.Generator:
-    """Return a random generator on `device`; None as a seed means a new one each time."""
+    """Return a random generator on `device`; None means a new seed each time."""
     generator = torch.Generator(device)
     return generator.manual_seed(generator.seed() if seed is None else seed)

@@ -1,4 +1,4 @@
-"""Choice of the kernels for training: by device, or by the setting `trainer.kernels`."""
+"""Choice of the training kernels, by device or by the setting `trainer.kernels`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def kernels_for(device: str, choice: Choice = "auto") -> Kernels:
 
 
 def fused_attention(qkv: Tensor, n_heads: int) -> Tensor:
-    """Return causal self-attention by PyTorch's fused operator.
+    """Return causal self-attention, computed by PyTorch's fused operator.
 
     With heads of width 32, separate matrix products are faster than this operator on CPUs.
 

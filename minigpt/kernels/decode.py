@@ -319,7 +319,7 @@ class Batch:
         batch.ids, batch.positions = ids.data_ptr(), positions.data_ptr()
         batch.logits = None if logits is None else logits.data_ptr()
         if weights.library.read_tokens(ctypes.byref(weights.struct), ctypes.byref(batch)):
-            raise IndexError(f"an id is not in the vocabulary of {weights.config.vocab_size}")
+            raise IndexError(f"an id is outside the vocabulary of {weights.config.vocab_size}")
 
 
 def sample(logits: Tensor, temperature: float, points: Tensor) -> Tensor:
@@ -411,6 +411,9 @@ def packed_weights(model: GPT) -> Weights | None:
 
     The weights of a frozen model are packed once. If a parameter requires a gradient, they are
     packed each time, because fused optimizers do not increment the version counters of PyTorch.
+
+    Args:
+        model: a model for which `unsupported` returns None.
     """
     tensors = *model.parameters(), *model.buffers()
     parameters = [p.detach() for p in tensors]

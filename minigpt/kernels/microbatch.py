@@ -26,7 +26,7 @@ class Loss(Protocol):
     """Loss function of a model, such as `GPT.loss`."""
 
     def __call__(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean nats per token, float32, of ids (B, T) and targets (B, T)."""
+        """Return the mean loss in nats per token, float32, for ids (B, T) and targets (B, T)."""
         ...
 
 
@@ -60,7 +60,7 @@ def microbatched_loss(model: GPT, n_threads: int | None = None) -> Loss:
 
 
 class _MicroBatchedLoss(torch.autograd.Function):
-    """Mean loss, as the sum over micro-batches of mean loss times share of the scored tokens."""
+    """Mean loss: the sum over micro-batches of mean loss times fraction of the scored tokens."""
 
     @staticmethod
     def forward(

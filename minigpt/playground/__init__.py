@@ -1,1 +1,1 @@
-"""Local web page that shows the stories of models and what happens inside them."""
+"""Local web page to generate stories and explore the embeddings and attention of models."""

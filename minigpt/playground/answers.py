@@ -1,6 +1,6 @@
-"""Answers of the playground's page to the inputs of its visitors, as HTML.
+"""HTML answers to visitor input on the playground page.
 
-Every input is limited in length and range, and an invalid one is answered by one line on the page.
+All inputs are limited in length and range. For an invalid input the page shows a one-line error.
 """
 
 from __future__ import annotations
@@ -23,33 +23,39 @@ from minigpt.runs.folder import Run
 from minigpt.runs.names import BEST
 from minigpt.tokenizer import Tokenizer
 
-MAX_RUNS = 4  # columns of stories that fit on a page
-MAX_PROMPT = 1000  # characters
-MAX_TOKENS = 400  # tokens of a story
-MAX_ATTENTION = 48  # tokens of a heatmap that is still readable
-UPDATE_SECONDS = 0.08  # least time between two updates of a growing story
+MAX_RUNS = 4  # columns of stories that fit on the page
+MAX_PROMPT = 1000  # maximum length of a prompt in characters
+MAX_TOKENS = 400  # maximum number of tokens per story
+MAX_ATTENTION = 48  # maximum number of tokens in a readable heatmap
+UPDATE_SECONDS = 0.08  # minimum time between two updates of a growing story
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """The model of one run on the page."""
+    """Model of one run on the page."""
 
     name: str
     net: GPT
     tokenizer: Tokenizer
     probe: EmbeddingProbe
-    map: str  # map of words as HTML
+    map: str  # map of words, as HTML
 
 
 class Playground:
-    """Answers to visitors. No answer changes this object: many visitors can be served at once."""
+    """Loaded models and their answers to visitors.
+
+    Methods do not modify the object, so many visitors can be served at once.
+
+    Args:
+        models: the models, whose names must differ.
+    """
 
     def __init__(self, models: Sequence[LoadedModel]) -> None:
         self.models = {model.name: model for model in models}
 
     @classmethod
     def load(cls, runs: Sequence[Run]) -> Playground:
-        """Load the models of `runs`. A run that occurs twice is loaded once.
+        """Load the models of `runs`. Each checkpoint is loaded once, even if it occurs twice.
 
         Args:
             runs: the runs, at most MAX_RUNS.
@@ -72,17 +78,21 @@ class Playground:
         self, prompt: str, temperature: float, top_k: int, top_p: float, min_p: float,
         max_tokens: int,
     ) -> Iterator[tuple[str, ...]]:  # fmt: skip
-        """Yield the story of each model as HTML, again with each update while they grow.
+        """Yield all stories as HTML, once per update.
 
-        All models sample with the same seed. An invalid input gives one line of error instead.
+        All models sample with the same seed. For an invalid input, a one-line error is yielded
+        instead.
 
         Args:
             prompt: beginning of the story, at most MAX_PROMPT characters.
-            temperature: sampling temperature; 0 takes the most likely token.
+            temperature: sampling temperature; 0 means that the most likely token is chosen.
             top_k: number of most likely tokens to sample from; 0 means all.
-            top_p: probability mass of the most likely tokens to sample from; 1 means all.
-            min_p: least probability of a token, as a share of the highest; 0 means all.
-            max_tokens: most tokens after the prompt, at most MAX_TOKENS.
+            top_p: total probability of the most likely tokens to sample from; 1 means all.
+            min_p: minimum probability, relative to the most likely token; 0 means all tokens.
+            max_tokens: maximum number of new tokens, from 1 to MAX_TOKENS.
+
+        Yields:
+            The story of each model so far.
         """
         try:
             prompt = _checked(prompt)
@@ -104,14 +114,30 @@ class Playground:
         yield tuple(columns)
 
     def neighbours(self, name: str, word: str) -> str:
-        """Return bars of the tokens nearest to `word` in the model `name`."""
+        """Return a bar chart, as HTML, of the tokens nearest to a word.
+
+        Args:
+            name: name of the model.
+            word: the word.
+
+        Returns:
+            The bar chart, or a one-line error.
+        """
         try:
             return html.bars_html(self.models[name].probe.neighbours(_checked(word, "a word"), k=8))
         except UserError as error:
             return html.note_html(str(error), "error")
 
     def analogy(self, name: str, text: str) -> str:
-        """Return bars of the answers of the model `name` to an analogy: princess - girl + boy."""
+        """Return a bar chart, as HTML, of the answers to an analogy.
+
+        Args:
+            name: name of the model.
+            text: analogy, such as "princess - girl + boy".
+
+        Returns:
+            The bar chart, or a one-line error.
+        """
         try:
             words = parse_analogy(_checked(text, "three words"))
             return html.bars_html(self.models[name].probe.analogy(*words, k=8))
@@ -119,17 +145,27 @@ class Playground:
             return html.note_html(str(error), "error")
 
     def map(self, name: str) -> str:
-        """Return the map of words of the model `name`."""
+        """Return the map of words, as HTML, of the model `name`."""
         return self.models[name].map
 
     def attention(self, name: str, text: str, layer: int, head: int) -> str:
-        """Return the attention of one head over `text`; `layer` and `head` count from 1."""
+        """Return the attention of one head, as HTML.
+
+        Args:
+            name: name of the model.
+            text: text to attend to; only its first tokens are shown.
+            layer: number of the layer, from 1.
+            head: number of the head, from 1.
+
+        Returns:
+            The text and the attention matrix, or a one-line error.
+        """
         model = self.models[name]
         shape = model.net.config
         try:
             for part, i, n in (("layers", layer, shape.n_layers), ("heads", head, shape.n_heads)):
                 if not 1 <= i <= n:
-                    raise UserError(f"{name} has {n} {part}: choose one from 1 to {n}")
+                    raise UserError(f"{name} has {n} {part}: choose a number from 1 to {n}")
             text_ids = encode_prompt(model.tokenizer, _checked(text, "a sentence"))
             ids = text_ids[:, : min(MAX_ATTENTION, shape.context_length)]
             weights = attention_weights(model.net, ids.to(model.net.embedding.weight.device))
@@ -144,11 +180,16 @@ class Playground:
 
 
 def _story(model: LoadedModel, prompt: str, sampling: SamplingConfig) -> Iterator[str]:
-    """Yield a story as HTML: the prompt, then again with each token, last with how it ended."""
+    """Yield the story so far as HTML.
+
+    The first item is the prompt. Then the story is yielded after each token and, at the end, with a
+    note on how it ended.
+    """
     length, context = len(model.tokenizer.encode(prompt)), model.net.config.context_length
     story = html.prompt_html(prompt)
     if length >= context:
-        cut = f"The prompt has {length} tokens and the context {context}: the model reads its end."
+        size = f"The prompt of {length} tokens does not fit into the context of {context}"
+        cut = f"{size}, so only its end is read."
         story = html.note_html(cut) + story
     yield story
     tokens = html.stream_tokens(model.net, model.tokenizer, prompt, sampling)
@@ -156,7 +197,7 @@ def _story(model: LoadedModel, prompt: str, sampling: SamplingConfig) -> Iterato
     while True:
         started = time.monotonic()
         token = next(tokens, None)
-        seconds += time.monotonic() - started  # without the time of the other models
+        seconds += time.monotonic() - started  # excludes the time of the other models
         if token is None:
             break
         n, story = n + 1, story + html.token_html(token)
@@ -185,7 +226,7 @@ def _load(run: Run, taken: Sequence[str]) -> LoadedModel:
 
 
 def _checked(text: str | None, what: str = "a prompt, such as Once upon a time") -> str:
-    """Return `text`. Raise UserError if it is empty or too long."""
+    """Return `text`; raise UserError if it is empty or too long."""
     if text is None or not text.strip():
         raise UserError(f"The field is empty: type {what}.")
     if len(text) > MAX_PROMPT:

@@ -1,7 +1,7 @@
-"""HTML of the playground: coloured tokens, bars, the attention of a head.
+"""HTML for the playground: coloured tokens, bar charts, and the attention of a head.
 
-Every text goes through `html.escape`, because prompts and words come from visitors. Colours and the
-panel of alternatives are in static/.
+All text is escaped with `html.escape`, because prompts and words come from visitors. Colours and
+the panel of alternatives are in static/.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from minigpt.tokenizer import Tokenizer
 
 N_ALTERNATIVES = 5
 CELL = 14  # width of a cell of the attention heatmap, in units of its SVG
-MARGIN = 80  # space beside the heatmap for the tokens
+MARGIN = 80  # space for the token labels of the heatmap
 
 
 @dataclass(frozen=True)
 class ShownToken:
-    """A generated token, or several that spell one character, and its alternatives.
+    """Generated token, or several tokens that form one character, with its alternatives.
 
     Probabilities are those of the model, before temperature, top-k, top-p and min-p.
     """
 
-    text: str  # "" where the story ends
+    text: str  # "" at the end of the story
     probability: float
-    rank: int  # among all tokens; 1 is the most likely
+    rank: int  # rank among all tokens; 1 is the most likely
     alternatives: tuple[tuple[str, float], ...]  # the most likely tokens and their probabilities
 
 
@@ -40,8 +40,18 @@ def stream_tokens(
 ) -> Iterator[ShownToken]:
     """Yield the tokens after `prompt` as they are sampled; the last has no text if the story ended.
 
-    The texts concatenate to those of `stream_text`. Tokens that hold parts of one character are
-    joined: with the product of their probabilities, and the rank and alternatives of the first.
+    The concatenated texts are those of `stream_text`. Tokens that are parts of one character are
+    joined; the result has the product of their probabilities, and the rank and the alternatives of
+    the first token.
+
+    Args:
+        net: the model.
+        tokenizer: the tokenizer that the model was trained with.
+        prompt: beginning of the story.
+        sampling: settings of the sampling.
+
+    Yields:
+        The next token.
     """
     pending: list[int] = []  # ids whose last character is incomplete
     partial: ShownToken | None = None  # the joined tokens of `pending`
@@ -64,7 +74,7 @@ def stream_tokens(
 
 
 def _textless(probabilities: Tensor, token_id: int, tokenizer: Tokenizer) -> ShownToken:
-    """Return the token with its probability, rank and alternatives, but without its text."""
+    """Return a token with its probability, rank and alternatives, but without its text."""
     top = probabilities.topk(min(N_ALTERNATIVES, len(probabilities)))
     alternatives = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return ShownToken(
@@ -76,9 +86,9 @@ def _textless(probabilities: Tensor, token_id: int, tokenizer: Tokenizer) -> Sho
 
 
 def token_name(tokenizer: Tokenizer, token_id: int) -> str:
-    """Return a token as it is listed: "dad", or "…ing" for one that continues a word.
+    """Return the name of a token in lists, such as "dad", or "…ing" if it continues a word.
 
-    Invisible characters have a symbol or a description.
+    Invisible characters are shown as a symbol or a description.
     """
     if token_id == tokenizer.end_of_text:
         return "(end of the story)"
@@ -90,12 +100,12 @@ def token_name(tokenizer: Tokenizer, token_id: int) -> str:
 
 
 def prompt_html(prompt: str) -> str:
-    """Return the prompt at the head of its story."""
+    """Return the HTML of the prompt, which begins the story."""
     return f'<span class="prompt">{html.escape(prompt)}</span>'
 
 
 def token_html(token: ShownToken) -> str:
-    """Return a token coloured by its probability; its details appear on hover, focus or tap."""
+    """Return the HTML of a token, coloured by its probability, with details for the panel."""
     details = {"p": token.probability, "rank": token.rank, "alternatives": token.alternatives}
     text = html.escape(token.text) if token.text else "<i>the end</i>"
     return (
@@ -106,13 +116,21 @@ def token_html(token: ShownToken) -> str:
 
 
 def note_html(text: str, kind: str = "note") -> str:
-    """Return one line: a `note` on what is shown, or an `error` that the visitor can fix."""
+    """Return the HTML of one line of text: a note, or an error that the visitor can fix.
+
+    Args:
+        text: the line.
+        kind: "note" or "error".
+
+    Returns:
+        HTML, in which the line is escaped.
+    """
     role = ' role="alert"' if kind == "error" else ""
     return f'<div class="{kind}"{role}>{html.escape(text)}</div>'
 
 
 def bars_html(cosines: Iterable[tuple[str, float]]) -> str:
-    """Return words with bars of their cosine similarities."""
+    """Return a bar chart of words and their cosine similarities."""
     rows = "".join(
         f'<tr><th scope="row">{html.escape(word.replace(chr(10), "↵") or "␣")}</th>'
         f'<td class="bar"><div style="width:{100 * max(0.0, cosine):.0f}%"></div></td>'
@@ -123,15 +141,16 @@ def bars_html(cosines: Iterable[tuple[str, float]]) -> str:
 
 
 def attention_html(names: Sequence[str], weights: Tensor) -> str:
-    """Return the attention of one head over T tokens.
+    """Return the HTML of the attention of one head over T tokens.
 
     Args:
-        names: the texts of the T tokens.
-        weights: attention weights (T, T); each row is a distribution over the tokens up to its own.
+        names: texts of the T tokens.
+        weights: attention weights (T, T); each row is a distribution over its own token and all
+            tokens before it.
 
     Returns:
-        The text, in which the script shades the tokens that the token under the pointer (at first
-        the last one) attends to, and below it the whole matrix.
+        The text and, below it, the attention matrix. In the text, the script shades the tokens that
+        the token under the pointer, or at first the last token, attends to.
     """
     rows = [[round(w, 3) for w in row[: i + 1]] for i, row in enumerate(weights.tolist())]
     tokens = "".join(
@@ -144,10 +163,10 @@ def attention_html(names: Sequence[str], weights: Tensor) -> str:
 
 
 def _heatmap(names: Sequence[str], rows: list[list[float]]) -> str:
-    """Return an SVG with a row for each token that attends and a column for each attended token.
+    """Return an SVG with a row per attending token and a column per token that it attends to.
 
-    The opacity of a cell is the square root of its weight, to keep small weights visible; its title
-    has the number.
+    The opacity of a cell is the square root of its weight, so that small weights are visible; its
+    title shows the weight.
     """
     side = MARGIN + CELL * len(names)
     cells, labels = [], []

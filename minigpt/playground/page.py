@@ -1,6 +1,7 @@
-"""Layout and events of the playground's page, in Gradio.
+"""Layout and events of the playground page, in Gradio.
 
-The page needs no network: Gradio's telemetry and version check are off, and it uses system fonts.
+The page needs no network: Gradio's telemetry and version check are off, and fonts are those of the
+system.
 """
 
 from __future__ import annotations
@@ -18,36 +19,37 @@ from gradio import themes
 
 from minigpt.playground.answers import MAX_PROMPT, MAX_TOKENS, Playground
 
-WRITERS = 4  # visitors whose stories grow at once; the others wait
-WAITING = 64  # visitors in the queue; the next one gets an error
+WRITERS = 4  # number of visitors served at the same time; the others wait
+WAITING = 64  # maximum number of waiting visitors; further ones get an error
 
 PROMPT = "Once upon a time, there was a dog"
 ATTENTION_TEXT = "Tom had a red ball. He gave the ball to his mom. She was happy."
 TEMPERATURE = "0: always the most likely token; 1: the model's own probabilities; 2: nearly random"
-TOP_K = "sample from the k most likely tokens; 0: from all"
-TOP_P = "sample from the most likely tokens up to this total probability; 1: from all"
-MIN_P = "exclude tokens below this share of the highest probability; 0: none"
+TOP_K = "sample from the k most likely tokens; 0: from all tokens"
+TOP_P = "sample from the most likely tokens up to this total probability; 1: from all tokens"
+MIN_P = "exclude tokens below this fraction of the highest probability; 0: exclude none"
 INTRODUCTION = """# Mini GPT playground
-A small language model, trained on children's stories. It writes one **token** (a word or a piece
-of a word) at a time: it gives each token of its vocabulary a probability, and one is sampled.
+This is a small language model, trained on children's stories. It writes one **token** (a word or a
+part of a word) at a time: it gives each token in its vocabulary a probability, and one is sampled.
 """
 LEGEND = (
     '<div class="scale">unlikely <i></i> likely</div><div class="caption">The colour of a token '
-    "is the probability that the model gave it. Point at a token, or tap it, to see the five most "
-    "likely tokens at its position.</div>"
+    "shows the probability that the model gave it. Point at a token, or tap it, to see the five "
+    "most likely tokens at its position.</div>"
 )
 WORDS = """The model represents each token by a vector, its **embedding**, which it has learned.
-Tokens with similar uses have embeddings of similar direction: their cosine similarity is near 1."""
-MAP = """The same embeddings in two dimensions. The model was trained on stories alone: it learned
-the groups from the way their words are used."""
-ATTENTION = """To predict the next token, each **head** of each layer attends to the tokens so far.
-Point at a token, or tap it: the tokens that it attends to turn blue. In the matrix, each row is a
-token that attends, and each column a token that it attends to. A head that finds nothing relevant
-often attends to (start)."""
+Tokens that are used similarly have embeddings with a similar direction: their cosine similarity is
+close to 1."""
+MAP = """This map shows the same embeddings in two dimensions. The model was trained only on
+stories, and learned the groups from the way their words are used."""
+ATTENTION = """To predict the next token, each **head** in each layer attends to the tokens so far.
+Point at a token, or tap it, and the tokens that it attends to turn blue. In the matrix, each row is
+a token that attends, and each column is a token that it attends to. A head that finds nothing
+relevant often attends to (start)."""
 
 
 def build_page(playground: Playground) -> gr.Blocks:
-    """Return the page with its four tabs."""
+    """Return the page with its four tabs: Story, Words, Map and Attention."""
     with gr.Blocks(title="Mini GPT playground", analytics_enabled=False) as page:
         gr.Markdown(INTRODUCTION)
         with gr.Tab("Story"):
@@ -88,7 +90,7 @@ def _story_tab(playground: Playground) -> None:
 
     def write(*inputs: Any) -> Iterator[Any]:
         for columns in playground.write(*inputs):
-            yield columns if len(stories) > 1 else columns[0]  # Gradio takes no tuple of one
+            yield columns if len(stories) > 1 else columns[0]  # Gradio rejects 1-tuples
 
     inputs = [prompt, temperature, top_k, top_p, min_p, length]
     story = gr.on([start.click, prompt.submit], write, inputs, stories, show_progress="minimal")
@@ -130,7 +132,7 @@ def _model_choice(playground: Playground) -> gr.Dropdown:
 def _slider(
     label: str, low: float, high: float, value: float, step: float, info: str | None = None
 ) -> gr.Slider:
-    precision = 0 if isinstance(step, int) else None  # 0 rounds whatever a client sends
+    precision = 0 if isinstance(step, int) else None  # 0 rounds the input of a client
     return gr.Slider(low, high, value, step=step, precision=precision, label=label, info=info)
 
 
@@ -140,16 +142,17 @@ def _tokens_part(template: str, value: str = "", elem_id: str | None = None) -> 
 
 
 def _answer(function: Callable[..., str], inputs: Sequence[Any], output: gr.HTML) -> None:
-    """Show what `function` returns whenever an input changes; of waiting changes only the newest.
+    """Show the result of `function` when an input changes.
 
-    The event is `change`, because Gradio's `input` misses pasted text and backspace.
+    If several changes are waiting, only the newest is handled. The event is `change`, because
+    Gradio's `input` misses pasted text and backspace.
     """
     changes = [component.change for component in inputs]
     gr.on(changes, function, inputs, output, show_progress="hidden", trigger_mode="always_last")
 
 
 def page_theme() -> themes.ThemeClass:
-    """Return Gradio's theme with system fonts, and hints of enough contrast in both modes."""
+    """Return a theme with system fonts, and hints with enough contrast in light and dark mode."""
     hint = {"block_info_text_color": "*neutral_600", "block_info_text_color_dark": "*neutral_300"}
     mono = ("ui-monospace", "monospace")
     return themes.Default(font=("system-ui", "sans-serif"), font_mono=mono).set(**hint)

@@ -1,4 +1,4 @@
-"""Server of the playground: loads the runs, listens, and can require a login."""
+"""Server of the playground, which loads the runs and can require a login."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def serve(
     runs: Sequence[Run], host: str = "127.0.0.1", port: int | None = None, auth: str | None = None
 ) -> None:
-    """Serve a page with the models of `runs` until ctrl-C, and log its address.
+    """Serve a page with the models of `runs` until Ctrl-C is pressed, and log its address.
 
     Args:
         runs: one to four runs.
-        host: name or address to listen on.
-        port: port to listen on; 0 means any free one, None the first free one from 7860.
-        auth: "user:password" that visitors must enter; None means no login.
+        host: host name or address to listen on.
+        port: port to listen on; 0 means any free port, None the first free port from 7860.
+        auth: login that visitors must enter, "user:password"; None means no login.
 
     Raises:
         UserError: Gradio is missing, a run cannot be read, or the address cannot be used.
     """
     if importlib.util.find_spec("gradio") is None:
-        raise UserError("the playground needs Gradio: pip install gradio")
+        raise UserError("the playground needs Gradio: run pip install gradio")
     login = read_login(auth)
     page = start(Playground.load(runs), host, port, login)
     if host.strip("[]") not in LOOPBACK and login is None:
         log.warning("anyone who can reach %s can use the page, because auth is not set", host)
-    log.info("open %s in a browser (ctrl-C stops the page)", page.local_url)
+    log.info("open %s in a browser (Ctrl-C stops the page)", page.local_url)
     try:
         page.server.thread.join()
     finally:
@@ -52,15 +52,24 @@ def serve(
 def start(
     playground: Playground, host: str, port: int | None, login: tuple[str, str] | None = None
 ) -> Blocks:
-    """Start the page in a thread of its own and return it; its address is `local_url`.
+    """Start the page in a separate thread and return it; its address is `local_url`.
+
+    Args:
+        playground: the loaded models.
+        host: host name or address to listen on.
+        port: port to listen on; 0 means any free port, None the first free port from 7860.
+        login: user name and password; None means no login.
+
+    Returns:
+        The running page.
 
     Raises:
-        UserError: the port is taken or not allowed, or the host does not exist.
+        UserError: the port is in use or not allowed, or the host does not exist.
     """
     host = host.strip("[]")
-    # Gradio checks that its page answers, which must not go through a proxy.
+    # Gradio requests its own page as a check, and this must not go through a proxy.
     os.environ["no_proxy"] = f"{getproxies().get('no', '')},localhost,{host}"
-    try:  # Gradio itself checks ports on 127.0.0.1 only, and retries a bad host for minutes
+    try:  # Gradio only checks ports of 127.0.0.1, and retries an invalid host for minutes
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         with socket.create_server((host, port or 0), family=family) as trial:
             port = trial.getsockname()[1] if port == 0 else port
@@ -85,16 +94,28 @@ def start(
     except (OSError, UnicodeError) as error:  # UnicodeError: not a valid host name
         reason = getattr(error, "strerror", None) or error
         if isinstance(error, UnicodeError | socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-            raise UserError(f"cannot listen on this host: {reason}", "host", host) from None
-        raise UserError(f"cannot listen on {host}: {reason}", "port", port) from None
+            problem = f"cannot listen on this host ({reason}); choose another host"
+            raise UserError(problem, "host", host) from None
+        problem = f"cannot listen on {host} ({reason}); choose another port"
+        raise UserError(problem, "port", port) from None
     return page
 
 
 def read_login(auth: str | None) -> tuple[str, str] | None:
-    """Split `user:password` into a pair. Raise UserError for another form."""
+    """Split "user:password" into a pair.
+
+    Args:
+        auth: the login; None means no login.
+
+    Returns:
+        The user name and the password, or None.
+
+    Raises:
+        UserError: the user name or the password is missing.
+    """
     if auth is None:
         return None
     user, _, password = auth.partition(":")
     if not (user and password):
-        raise UserError("must be a name and a password, user:password", "auth")
+        raise UserError("must have the form user:password", "auth")
     return user, password

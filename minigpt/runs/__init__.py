@@ -1,1 +1,1 @@
-"""Run folders: their files, checkpoints, records and provenance."""
+"""Run folders, with their checkpoints, records and provenance."""

@@ -1,4 +1,4 @@
-"""Checkpoint files: read, write and verify them."""
+"""Functions to read, write and verify checkpoint files."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from minigpt.core.files import check_archive, write_bytes
 from minigpt.core.settings import UserError
 from minigpt.model import GPT
 
-_MISSING = "it lacks weights or model settings; give a run folder or another .ckpt file"
+_MISSING = "weights or model settings are missing; give a run folder or another .ckpt file"
 
 
 def read_model(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
-    """Return the model settings in a checkpoint, and its weights by their names in the model.
+    """Return the model settings and the weights in a checkpoint.
 
     Args:
         path: the checkpoint file.
 
     Returns:
-        The settings, for `build`, and the tensors by parameter names of `GPT`.
+        The settings, for `build`, and the tensors, by parameter name of `GPT`.
 
     Raises:
         UserError: the file is not a checkpoint of Mini GPT, or is damaged.
@@ -44,12 +44,12 @@ def read_model(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
 
 
 def with_weights(model: GPT, weights: dict[str, Tensor], path: Path) -> GPT:
-    """Load weights into a model, converted to its dtype, and return it.
+    """Load weights into a model and return the model; the weights are converted to its dtype.
 
     Args:
         model: the model.
-        weights: tensors by the names of the model's parameters.
-        path: file of the weights, for errors.
+        weights: tensors by parameter name.
+        path: path of the file with the weights, for errors.
 
     Returns:
         The same model.
@@ -61,15 +61,21 @@ def with_weights(model: GPT, weights: dict[str, Tensor], path: Path) -> GPT:
         model.load_state_dict(weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} holds the weights of another model: {reason}") from None
+        raise UserError(f"the weights in {path} do not fit this model: {reason}") from None
     return model
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file.
+    """Return the tensors in a safetensors file.
+
+    Args:
+        path: path of the file.
+
+    Returns:
+        The tensors by name.
 
     Raises:
-        UserError: the file is not a safetensors file, or is truncated.
+        UserError: the file is missing, damaged, or not a safetensors file.
     """
     try:
         return load_file(path)
@@ -78,7 +84,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def weights_fingerprint(model: GPT) -> str:
-    """Return a hash of all parameters as float32; models with equal hashes share evaluations."""
+    """Return a hash of all parameters as float32, which identifies the weights of an evaluation."""
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(model.named_parameters()):
         digest.update(name.encode())
@@ -87,13 +93,13 @@ def weights_fingerprint(model: GPT) -> str:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the content of a Lightning checkpoint: tensors and plain values only.
+    """Return the content of a Lightning checkpoint, which may only be tensors and plain values.
 
     Args:
         path: the checkpoint file.
 
     Returns:
-        A dict with at least state_dict and hyper_parameters.
+        A dict with at least `state_dict` and `hyper_parameters`.
 
     Raises:
         UserError: the file is not a checkpoint of Mini GPT, is damaged, or contains code.
@@ -117,19 +123,19 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def _load(path: Path) -> Any:
     if zipfile.is_zipfile(path):
         check_archive(path)
-    with warnings.catch_warnings(action="ignore"):  # about odd pickles, which are refused anyway
+    with warnings.catch_warnings(action="ignore"):  # such pickles are rejected anyway
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def write_checkpoint(path: Path, content: dict[str, Any], keep: int = 1) -> None:
-    """Write a checkpoint atomically, and keep some earlier ones of the same name.
+    """Write a checkpoint atomically, and keep earlier ones with the same name.
 
-    With `keep` 3, x-1.ckpt is renamed to x-2.ckpt, which it replaces, and x.ckpt to x-1.ckpt.
+    With `keep` 3, x-1.ckpt replaces x-2.ckpt, and x.ckpt is renamed to x-1.ckpt.
 
     Args:
         path: the checkpoint file.
         content: tensors and plain values.
-        keep: largest number of checkpoints of this name, including the new one.
+        keep: maximum number of checkpoints with this name, including the new one.
 
     Raises:
         OSError: the checkpoint could not be written; earlier ones are unchanged.
@@ -141,14 +147,14 @@ def write_checkpoint(path: Path, content: dict[str, Any], keep: int = 1) -> None
 
 
 def is_whole(path: Path) -> bool:
-    """Return whether a checkpoint is undamaged, by the CRC-32 checksums of its zip archive."""
+    """Return whether a checkpoint is undamaged, from the CRC-32 checksums in its zip archive."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
                 return False
-        _load(path)  # because the directory of the archive has no checksum
+        _load(path)  # the directory of the archive has no checksum
     except pickle.UnpicklingError:
-        return True  # not damaged but refused: `read_checkpoint` reports why
+        return True  # not damaged, but rejected: `read_checkpoint` reports the reason
     except Exception:  # zipfile and torch raise many types of errors for damaged files
         return False
     return True

@@ -1,4 +1,4 @@
-"""A run folder and the model in it.
+"""Run folders and the models in them.
 
 >>> run = Run.load("runs/small-20260101-120000")  # a run, a checkpoint file in it, or an export
 >>> model, tokenizer = run.load_model(), run.tokenizer
@@ -35,10 +35,10 @@ from minigpt.runs.records import read_summary
 from minigpt.tokenizer import Tokenizer
 
 RUN_FOLDER_VARIABLE = "MINIGPT_RUN_FOLDER"  # passes the folder from rank 0 to the ranks it starts
-ModelFactory = Callable[[Any], GPT]  # a subclass of GPT, or a function from config to model
+ModelFactory = Callable[[Any], GPT]  # subclass of GPT, or a function from config to model
 
-# Values of settings that config.yaml of an older run lacks, as of commit c2cfd24, and settings that
-# no longer exist.
+# Former values, as of commit c2cfd24, of settings that config.yaml of an older run may not have,
+# and settings that no longer exist.
 OLD_DEFAULTS: dict[str, dict[str, Any]] = {
     "model": {"d_model": 256, "n_heads": 8, "d_ff": 512},
     "data": {"batch_size": 32, "shuffle": "windows"},
@@ -49,7 +49,7 @@ OLD_SETTINGS = {"model": ("attention",)}
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder and the selected checkpoint; each file is read at most once.
+    """Run folder with a selected checkpoint; each file is read at most once.
 
     Args:
         folder: the run folder, or an export in the format safetensors.
@@ -63,10 +63,10 @@ class Run:
 
     @classmethod
     def load(cls, path: str | Path | Run, model: ModelFactory | None = None) -> Run:
-        """Return the run at a path.
+        """Return the run at `path`.
 
-        For a run folder the best checkpoint is selected, or the last one if there is no best.
-        Damaged checkpoints are skipped with a warning.
+        For a run folder, the best checkpoint is selected, or the last one if there is no best
+        checkpoint. Damaged checkpoints are skipped with a warning.
 
         Args:
             path: a run folder, a folder of runs (which selects the newest), a checkpoint file in a
@@ -74,7 +74,7 @@ class Run:
             model: class of the model, or a function from its config to a model; None means `GPT`.
 
         Returns:
-            The run, with the selected checkpoint. Its model is loaded by `load_model`.
+            The run, with the selected checkpoint. `load_model` loads its model.
 
         Raises:
             UserError: there is no run or no checkpoint at `path`.
@@ -127,8 +127,8 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """Content of summary.json, with steps and tokens of the selected checkpoint.
 
-        While a run trains, or after it was killed, there is no summary.json, and only these two are
-        present.
+        A run that is still training or was killed has no summary.json; its summary has only the
+        steps, the tokens and, if there is one, the parent.
 
         Raises:
             UserError: summary.json or the checkpoint is damaged.
@@ -161,8 +161,8 @@ class Run:
     def load_model(self, device: str | torch.device = "cpu") -> GPT:
         """Return the model with the weights of the selected checkpoint.
 
-        Only tensors and plain values are read; a checkpoint that contains code is refused, and the
-        code is not run.
+        Only tensors and plain values are read; a checkpoint that contains code is rejected without
+        running the code.
 
         Args:
             device: device of the weights.
@@ -172,7 +172,7 @@ class Run:
 
         Raises:
             UserError: the checkpoint is damaged, or belongs to another run.
-            ModelClassError: the run was trained with another class than `GPT` or the given one.
+            ModelClassError: the run was trained with a class other than `GPT` or the given one.
         """
         if (trained := self.config.get("model_class")) is not None and self.model is None:
             problem = f"{self.folder} was trained with the class {trained}, which must be given"
@@ -185,7 +185,7 @@ class Run:
             stored, weights = read_model(self.checkpoint)
             if build(type(shape), _current(stored, "model"), "model") != shape:
                 fix = "give a checkpoint that was written in this folder"
-                raise UserError(f"{self.checkpoint} has another model than {CONFIG}: {fix}")
+                raise UserError(f"{self.checkpoint} does not match {CONFIG}: {fix}")
         model = with_weights(factory(shape), weights, self.checkpoint)
         trained = trained or class_path(GPT)
         name = class_path(factory)
@@ -200,12 +200,12 @@ def class_path(factory: ModelFactory) -> str:
 
 
 def config_class(factory: ModelFactory) -> type[GPTConfig]:
-    """Return the dataclass of the configs that `factory` takes."""
+    """Return the class of the config that `factory` takes."""
     return getattr(factory, "config_class", GPTConfig)
 
 
 def last_checkpoints(folder: Path) -> list[Path]:
-    """Return last.ckpt, last-1.ckpt, ... of a run folder, the newest first."""
+    """Return last.ckpt, last-1.ckpt, ... in a run folder, newest first."""
     paths = (folder / CHECKPOINTS).glob(f"{LAST}*.ckpt")
     matches = ((re.fullmatch(rf"{LAST}(?:-(\d+))?", path.stem), path) for path in paths)
     ages = [(int(match[1] or 0), path) for match, path in matches if match]
@@ -213,19 +213,19 @@ def last_checkpoints(folder: Path) -> list[Path]:
 
 
 def first_undamaged(checkpoints: list[Path]) -> Path:
-    """Return the first undamaged checkpoint; if all are damaged, the first, whose error is read."""
+    """Return the first undamaged checkpoint; if all are damaged, the first one."""
     for checkpoint in checkpoints:
         if is_whole(checkpoint):
             return checkpoint
         log.warning("%s is damaged and was skipped: its checksum does not match", checkpoint)
-    return checkpoints[0]
+    return checkpoints[0]  # reading it reports the damage
 
 
 def last_checkpoint(path: Path) -> Path:
     """Return the checkpoint to resume from.
 
     Args:
-        path: a checkpoint file, or a run folder, which stands for its newest undamaged checkpoint.
+        path: a checkpoint file, or a run folder, which selects its newest undamaged checkpoint.
 
     Returns:
         The path of the checkpoint file.
@@ -246,20 +246,20 @@ def new_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool = F
     """Create and return the folder of a new run, which all processes of the run share.
 
     The process of rank 0 creates it and passes its path to the others: through the store of
-    torchrun, or in the environment of processes that Lightning starts. Processes started otherwise,
-    as by srun, need a name.
+    torchrun, or in the environment of processes that Lightning starts. Processes started in another
+    way, such as by srun, need `name`.
 
     Args:
         parent: folder of all runs, created if missing.
-        name: name of the run; None means one from size and time.
+        name: name of the run; None means a name from size and time.
         size: name of the model size.
-        exist_ok: whether the folder `name` may exist, as after a run that was killed early.
+        exist_ok: whether the folder `name` may exist, such as after a run that was killed early.
 
     Returns:
         The path of the folder, the same in all processes.
 
     Raises:
-        UserError: the folder exists or cannot be created.
+        UserError: the folder exists or cannot be created, or `name` is missing.
     """
     store = next(rendezvous("env://"))[0] if "TORCHELASTIC_RUN_ID" in os.environ else None
     if global_rank() == 0:
@@ -273,7 +273,8 @@ def new_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool = F
     if RUN_FOLDER_VARIABLE in os.environ:
         return Path(os.environ[RUN_FOLDER_VARIABLE])
     if name is None:
-        raise UserError("set a name, so that all processes of the run use one folder", "name")
+        problem = "is required, so that all processes of the run use the same folder"
+        raise UserError(problem, "name")
     return parent / name
 
 
@@ -292,18 +293,18 @@ def _make_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool) 
         except FileExistsError:
             if name is None:
                 continue
-        resume: dict[str, Any] = {"fix": {"resume": "auto"}}  # starts anew in the same folder
+        resume: dict[str, Any] = {"fix": {"resume": "auto"}}  # starts again in the same folder
         if last_checkpoints(folder):
             resume = {"command": ("train", {"resume": str(folder)})}
-        message = f"{folder} exists: choose another name, or resume that run"
+        message = f"{folder} already exists; choose another name, or resume this run"
         raise UserError(message, "name", name, **resume)
-    raise UserError(f"{parent} has no free folder {base}-<n>: choose a name", "name")
+    raise UserError(f"the folders {base}-<n> in {parent} all exist: choose a name", "name")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the resolved configuration in a run folder as plain values.
 
-    Settings that are missing, because the run is older, get their former values from OLD_DEFAULTS.
+    Settings that an older run does not have get their former values, from OLD_DEFAULTS.
 
     Args:
         folder: the run folder.
@@ -327,7 +328,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _current(values: Any, section: str) -> Any:
-    """Return a section of a config that may be older, in the form of the current version."""
+    """Return a section of a config, with settings of older versions brought up to date."""
     if not isinstance(values, Mapping):
         return values
     removed = OLD_SETTINGS.get(section, ())

@@ -10,5 +10,5 @@ SUMMARY = "summary.json"
 REPORT = "report.html"
 EVALUATION = "evaluation.json"
 CHECKPOINTS = "checkpoints"
-WEIGHTS = "model.safetensors"  # in an export, instead of checkpoints
+WEIGHTS = "model.safetensors"  # in an export, instead of a checkpoint
 BEST, LAST = "best", "last"  # checkpoints/best.ckpt, last.ckpt; older ones: last-1.ckpt, ...

@@ -1,4 +1,4 @@
-"""Provenance of weights: commit of the code, overrides, and the parent run."""
+"""Provenance of weights: the commit of the code, the overrides, and the parent run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from minigpt.core.settings import UserError, build
 
-# Settings that depend on the machine of a run, which exports leave out.
+# Settings that depend on the machine and that exports leave out.
 MACHINE = ("runs_dir", "resume", "logger", "callbacks")
 _FOLDERS = re.compile(r"""(?<=[=,\s"'(\[{])(?:~|[A-Za-z]:)?[/\\](?:[^,()\[\]{}"']*[/\\])?""")
 
@@ -24,8 +24,8 @@ def source_commit() -> str:
     """Return the git commit of this code, or its version if the commit is unknown.
 
     In a checkout, git reports the commit, with the suffix -dirty if files were changed. For an
-    installed copy it is the commit that pip installed from (PEP 610). A surrounding repository of
-    another project, such as one with a virtual environment in it, is ignored.
+    installed package, it is the commit that pip installed (PEP 610). The repository of another
+    project that contains the virtual environment is ignored.
     """
     package = Path(__file__).resolve().parents[1]
     return _checkout_commit(package.parent) or _installed_commit(package)
@@ -38,7 +38,7 @@ def _checkout_commit(root: Path) -> str | None:
         if project["name"] != "minigpt":
             return None
         environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-        environment["GIT_CEILING_DIRECTORIES"] = str(root.parent)  # ignores those around it
+        environment["GIT_CEILING_DIRECTORIES"] = str(root.parent)  # ignore outer repositories
         command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
         process = subprocess.run(  # noqa: S603
             command, cwd=root, env=environment, capture_output=True, text=True, timeout=10
@@ -62,8 +62,8 @@ def _installed_commit(package: Path) -> str:
 def portable_overrides(overrides: Sequence[str]) -> list[str]:
     """Return the overrides of a run without those that depend on its machine.
 
-    Settings of logging, callbacks and folders are left out. Absolute paths are reduced to their
-    last component.
+    Overrides of logging, callbacks, `resume` and folders are removed. Absolute paths are reduced to
+    their last component.
 
     Args:
         overrides: the overrides as typed, such as "model=large".
@@ -77,16 +77,19 @@ def portable_overrides(overrides: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Parent:
-    """The run whose weights another run was initialised with (`init_from`).
+    """Record of the run that another run was initialised from (`init_from`).
 
     Tokens, seconds and sources include those of the parent's own parents.
+
+    Raises:
+        ValueError: a string is not printable, or a number is negative.
     """
 
     name: str
     """Name of the folder of the parent run."""
 
     weights: str
-    """Fingerprint of the weights, by `weights_fingerprint`."""
+    """Fingerprint of the weights, from `weights_fingerprint`."""
 
     tokens: int | None
     """Number of tokens that the weights were trained on; None means unknown."""
@@ -95,23 +98,23 @@ class Parent:
     """Training time of the weights in seconds; None means unknown."""
 
     sources: list[str]
-    """Every `data.source` that the weights were trained on, oldest first."""
+    """Each `data.source` that the weights were trained on, oldest first."""
 
     def __post_init__(self) -> None:
         if not all(text.isprintable() for text in (self.name, *self.sources)):
-            raise ValueError("name and sources must be printable text on one line")
+            raise ValueError("name and sources must each be one line of printable text")
         if (self.tokens or 0) < 0 or (self.seconds or 0) < 0:
             raise ValueError("tokens and seconds must not be negative")
 
 
 def parent_of(record: Mapping[str, Any], path: Path) -> Parent | None:
-    """Return the parent of a run, from its summary or the hyper-parameters of its checkpoint.
+    """Return the parent of a run, from its summary or the hyper-parameters in its checkpoint.
 
-    Further entries of earlier versions, such as the commands of all ancestors, are ignored.
+    Other entries from earlier versions, such as the commands of all ancestors, are ignored.
 
     Args:
-        record: the summary or hyper-parameters, with the parent under the key `init_from`.
-        path: file of the record, for errors.
+        record: summary or hyper-parameters, with the parent under the key `init_from`.
+        path: path of the file with the record, for errors.
 
     Returns:
         The parent; None for a run that started from random weights.

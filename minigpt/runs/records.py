@@ -1,10 +1,10 @@
-"""Read the records of a run: metrics.csv, samples.jsonl and summary.json.
+"""Functions to read the records of a run: metrics.csv, samples.jsonl and summary.json.
 
     >>> rows = read_metrics(Path("runs/small-20260101-120000"))
     >>> tokens, loss = series(rows, "val/loss")
 
 Training appends to the first two files, so a killed run may leave an incomplete last line, which is
-ignored. Anything else that is wrong raises a UserError with the name of the file.
+ignored. Any other invalid content raises a UserError with the name of the file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from minigpt.core.files import parse_json, read_json, read_text
 from minigpt.core.settings import UserError
 from minigpt.runs.names import METRICS, SAMPLES, SUMMARY
 
-Row = dict[str, float]  # a row of metrics.csv, from column to value, without empty cells
+Row = dict[str, float]  # row of metrics.csv: value by column, without empty cells
 
 
 def read_metrics(folder: Path) -> list[Row]:
@@ -30,11 +30,11 @@ def read_metrics(folder: Path) -> list[Row]:
         The rows, oldest first; [] if there are none yet.
 
     Raises:
-        UserError: the file is not a table of numbers with those two columns.
+        UserError: the file is not a table of numbers with these two columns.
     """
     path = folder / METRICS
     rows: list[Row] = []
-    table = csv.DictReader(whole_lines(path), restval="missing")  # not a number, so refused below
+    table = csv.DictReader(whole_lines(path), restval="missing")  # not a number, so rejected below
     for cells in table:
         try:
             row = {name: float(cell) for name, cell in cells.items() if cell != ""}
@@ -72,13 +72,13 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """Return the content of summary.json; {} if a run is training or was killed.
+    """Return the content of summary.json; {} if the run is still training or was killed.
 
     Args:
         folder: the run folder.
 
     Returns:
-        The summary, by the keys that training wrote.
+        The summary, with the keys that training wrote.
 
     Raises:
         UserError: the file is not a JSON object.
@@ -98,11 +98,11 @@ def series(rows: list[Row], name: str) -> tuple[list[float], list[float]]:
     """Return a column of metrics.csv as a function of training tokens.
 
     Args:
-        rows: rows from `read_metrics`.
+        rows: rows of metrics.csv, from `read_metrics`.
         name: name of the column.
 
     Returns:
-        Tokens and values, two lists of equal length, of the rows where it was measured.
+        Numbers of tokens, and the values at them, from the rows that have a value.
     """
     measured = [(row["tokens"], row[name]) for row in rows if name in row]
     return [tokens for tokens, _ in measured], [value for _, value in measured]
@@ -114,7 +114,7 @@ def last_values(rows: list[Row]) -> Row:
 
 
 def whole_lines(path: Path) -> list[str]:
-    """Return the complete lines of a file, which end in a line break; [] without a file."""
+    """Return the complete lines of a file, which end in a line break; [] if there is no file."""
     if not path.is_file():
         return []
     try:
@@ -126,4 +126,4 @@ def whole_lines(path: Path) -> list[str]:
 
 def broken_line(path: Path, line: int, expected: str) -> UserError:
     """Return the error for an invalid line of a file that training wrote."""
-    return UserError(f"{path}, line {line}: expected {expected}: correct or delete this line")
+    return UserError(f"{path}, line {line}: expected {expected}; correct or delete this line")

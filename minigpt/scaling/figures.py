@@ -1,7 +1,7 @@
 """Figures of the scaling study: perplexity against parameters, tokens and compute.
 
-All axes are logarithmic. Every figure shows the three reference models beside at most three series
-of runs, and each series is labelled where it ends.
+All axes are logarithmic. Every figure shows the three reference models with at most three series of
+runs, and each series is labelled at its end.
 """
 
 from __future__ import annotations
@@ -22,24 +22,30 @@ from minigpt.scaling.results import REFERENCE, RunResult
 
 REFERENCE_LABEL = f"reference, {human_count(REFERENCE[0].tokens)} tokens"
 BEST_LABEL = "best of other groups"
-LINE = 28  # characters in a line of a label
+LINE = 28  # characters per line of a label
 FONT = 9  # size of the labels
 
 Points = list[tuple[float, float]]
 
 
 def scaling_figure(groups: Sequence[RunGroup]) -> Figure:
-    """Draw perplexity against parameters: the group with the most sizes, and better runs of others.
+    """Plot perplexity against the number of parameters.
 
-    That group has its law, and a bar from the lowest to the highest run of each size with several
-    runs. Of the other groups only the best mean of each size is drawn, where it is lower.
+    The figure shows the group with the most sizes, its fitted law, and error bars from the lowest
+    to the highest run. From other groups it shows only size means that are lower.
+
+    Args:
+        groups: groups of comparable runs; if empty, only the reference is drawn.
+
+    Returns:
+        The figure.
     """
     figure, axes = _axes("parameters N (log scale)")
     title, law_curve = "Perplexity against model size", np.empty((0, 2))
     series: dict[str, Points] = {REFERENCE_LABEL: [(r.parameters, r.perplexity) for r in REFERENCE]}
     forms = ["D--", f"{MARKERS[0]}-", f"{MARKERS[1]}-"]
     if groups:
-        main = max(groups, key=lambda group: len(group.sizes))  # the first if several have as many
+        main = max(groups, key=lambda group: len(group.sizes))  # the first of those with the most
         corpora = {group.corpus for group in groups}
         common = f"{main.corpus}, " if len(corpora) == 1 else ""  # left out of the label
         rows = [(s.parameters, s.perplexity, s.lowest, s.highest) for s in main.sizes]
@@ -79,30 +85,30 @@ def _best_of_others(main: RunGroup, groups: Iterable[RunGroup]) -> Points:
 
 
 def tokens_figure(runs: Sequence[RunResult]) -> Figure:
-    """Draw perplexity against tokens seen, at each validation of the finished runs.
+    """Plot perplexity against tokens seen, at each validation of the finished runs.
 
-    The runs of one size, data and recipe are one series. Three are drawn: first those with the
-    data and recipe of most runs, then those that saw the most tokens.
+    Runs with the same size, data and recipe form a series. At most three series are drawn: first
+    those with the most common data and recipe, then those trained on the most tokens.
     """
     return _curves_figure(runs, lambda _: 1, "tokens")
 
 
 def compute_figure(runs: Sequence[RunResult]) -> Figure:
-    """Draw perplexity against the FLOPs of training, for the series of `tokens_figure`."""
+    """Plot perplexity against training FLOPs, for the same series as `tokens_figure`."""
     return _curves_figure(runs, lambda run: run.flops_per_token, "FLOPs")
 
 
 def _curves_figure(runs: Iterable[RunResult], per_token: Callable[[Any], Any], unit: str) -> Figure:
-    """Draw the validations against tokens × `per_token`, a function of a run or reference model.
+    """Plot the validations against tokens × `per_token`, a function of a run or reference model.
 
-    Runs of which it returns None are left out.
+    Runs for which it returns None are left out.
     """
     reference: Points = [(per_token(r) * r.tokens, r.perplexity) for r in REFERENCE]
     scaled = [(run, per_token(run)) for run in runs if per_token(run) and run.point and run.curve]
     kinds = [(run.corpus, run.recipe) for run, _ in scaled]
     usual = max(kinds, key=kinds.count, default=("", ""))
     series: dict[str, list[Points]] = {}
-    # Those of the usual kind come first, then those of most tokens, then the largest.
+    # The most common kind comes first, then the most tokens, then the largest model.
     scaled.sort(key=lambda p: ((p[0].corpus, p[0].recipe) == usual, p[0].tokens, p[0].parameters))
     for run, scale in reversed(scaled):
         kind = zip((run.corpus, run.recipe), usual, strict=True)
@@ -152,9 +158,9 @@ def _axes(xlabel: str) -> tuple[Figure, Axes]:
 
 
 def _finish(axes: Axes, title: str, space: float) -> None:
-    """Fix the limits, with a share of `space` for labels on the right; set ticks at round numbers.
+    """Fix the limits and set ticks at round numbers; `space` is the fraction left for labels.
 
-    There are as many ticks as the span of each axis has space for.
+    The labels are on the right. The number of ticks depends on the span of the axis.
     """
     axes.set_title(title, loc="left", fontsize=11)
     axes.margins(x=0.06, y=0.12)

@@ -4,9 +4,9 @@
     >>> fit.loss(7_072_128)
     >>> groups = run_groups(runs)  # comparable runs, with one fit for each group
 
-E is the irreducible loss and A / N^α the excess of a model of N parameters (Kaplan et al. 2020,
-arXiv 2001.08361; Hoffmann et al. 2022, arXiv 2203.15556, section 3.3, without their term for the
-number of tokens, which is constant here).
+E is the irreducible loss and A / N^α the excess loss of a model with N parameters (Kaplan et al.
+2020, arXiv 2001.08361; Hoffmann et al. 2022, arXiv 2203.15556, section 3.3, without their term for
+the number of tokens, which is constant here).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from scipy.optimize import curve_fit
 
 from minigpt.scaling.results import RunResult
 
-MIN_SIZES = 4  # the least for three unknowns
-REPLICATES = 500  # fits of the bootstrap
+MIN_SIZES = 4  # minimum number of sizes to fit three unknowns
+REPLICATES = 500  # number of bootstrap fits
 LEVEL = 0.95  # confidence level of the intervals
 MAX_ALPHA = 5.0  # upper bound of α
 STARTS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # values of α; the search begins at the best of them
-PARAMETER_COUNTS = {  # attribute of a run that holds N: what N counts
+PARAMETER_COUNTS = {  # attribute of a run: which parameters N counts
     "parameters": "all parameters",
     "non_embedding_parameters": "without embedding",
 }
@@ -48,7 +48,7 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Size:
-    """The losses of the runs of one size."""
+    """The losses of all runs of one size."""
 
     n: int  # parameters
     losses: tuple[float, ...]  # nats per token, one for each seed
@@ -68,9 +68,9 @@ class Fit:
     a: float
     alpha: float
     residual: float  # root mean square residual, nats per token
-    seed_noise: float | None  # standard deviation between seeds; None: no size has two
+    seed_noise: float | None  # standard deviation between seeds; None if no size has two
     intervals: dict[str, Interval] | None  # of e, a and alpha; None without seed noise
-    deviations: Array  # pooled deviations of runs from the mean of their size, for the bootstrap
+    deviations: Array  # pooled deviations from the mean of each size, for the bootstrap
     replicates: Array  # [replicates, 3]: e, a, alpha; empty without seed noise
 
     def loss(self, n: float) -> float:
@@ -78,9 +78,14 @@ class Fit:
         return self.e + self.a * n**-self.alpha
 
     def interval(self, n: float, runs: int) -> Interval | None:
-        """Return the 95 % interval of the mean loss of `runs` runs at `n` parameters.
+        """Return the 95 % interval of the mean loss of `runs` runs with `n` parameters.
 
-        None without seed noise.
+        Args:
+            n: number of parameters.
+            runs: number of runs in the mean.
+
+        Returns:
+            The interval in nats per token; None without seed noise.
         """
         if not len(self.replicates):
             return None
@@ -90,7 +95,7 @@ class Fit:
 
     @property
     def at_limit(self) -> str | None:
-        """The bound that the fit has reached, which makes E, A and α unreliable; else None."""
+        """Bound that the fit has reached, so that E, A and α are unreliable; None if none is."""
         if self.e < 1e-3:
             return "E is at its lower bound 0"
         if self.alpha > MAX_ALPHA - 1e-2:
@@ -101,20 +106,28 @@ class Fit:
 
 
 def fit_sizes(sizes: Sequence[Size], replicates: int = REPLICATES, seed: int = 0) -> Fit:
-    """Fit by least squares on the mean loss of each size, with E >= 0, A >= 0 and 0 <= α <= 5.
+    """Fit the law to the mean loss of each size by least squares; E, A >= 0 and 0 <= α <= 5.
 
-    The intervals come from a bootstrap over seeds. Resampling the runs of one size would not do:
+    The intervals come from a bootstrap over seeds. Resampling the runs of one size would not work:
     two runs have only three different means, and a single run has one. Instead, the deviations of
     all runs from the mean of their size are pooled, each multiplied by sqrt(k / (k − 1)) for k
-    runs, and each size draws as many of them as it has runs. This assumes equal noise at all sizes
-    and does not test the form of the law.
+    runs, and each size with m runs draws m of them. This assumes equal noise at all sizes and does
+    not test the form of the law.
+
+    Args:
+        sizes: the losses of each size, in any order.
+        replicates: number of bootstrap fits.
+        seed: seed of the bootstrap.
+
+    Returns:
+        The fitted law.
 
     Raises:
         ValueError: there are fewer than four different sizes.
     """
     sizes = tuple(sorted(sizes, key=lambda size: size.n))
     if len({size.n for size in sizes}) < MIN_SIZES:
-        raise ValueError(f"{len(sizes)} sizes are too few: three unknowns need {MIN_SIZES}")
+        raise ValueError(f"{len(sizes)} sizes are too few: the fit needs {MIN_SIZES} distinct ones")
     n, means = np.array([s.n for s in sizes], float), np.array([s.mean for s in sizes])
     e, a, alpha = _fit(n, means)
     law = e + a * n**-alpha
@@ -136,7 +149,7 @@ def fit_sizes(sizes: Sequence[Size], replicates: int = REPLICATES, seed: int = 0
 
 
 def _fit(n: Array, losses: Array, starts: Sequence[float] = STARTS) -> tuple[float, float, float]:
-    """Return (E, A, α); the search begins at the best of `starts`, values of α.
+    """Return (E, A, α); `starts` are values of α, and the search begins at the best one.
 
     The search replaces A with B, the excess at the geometric mean size, which is of order one.
     """
@@ -146,7 +159,7 @@ def _fit(n: Array, losses: Array, starts: Sequence[float] = STARTS) -> tuple[flo
         return e + b * (size / middle) ** -alpha
 
     def linear(alpha: float) -> tuple[float, Array]:
-        """Return the sum of squares and (E, B, α) with the best E and B for this α."""
+        """Return the residual sum of squares, and (E, B, α) with the best E and B for this α."""
         falling = (n / middle) ** -alpha
         (b, e), *_ = np.linalg.lstsq(np.stack([falling, np.ones_like(n)], 1), losses, rcond=None)
         start = np.array([max(e, 0.0), max(b, 0.0), alpha])
@@ -169,17 +182,22 @@ def _interval(values: Array) -> Interval:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The loss of a size, in nats per token, as the law of all smaller sizes predicts it."""
+    """The loss of a size, in nats per token, as predicted by the law of all smaller sizes."""
 
     n: int
     predicted: float
-    interval: Interval | None  # for the mean of as many runs as were measured
+    interval: Interval | None  # for the mean of the same number of runs
     measured: float
-    above: bool | None  # whether the measured loss is above the interval; None without one
+    above: bool | None  # whether the measured loss is above the interval, if there is one
 
 
 def predictions(sizes: Sequence[Size], replicates: int = REPLICATES) -> list[Prediction]:
-    """Predict each size that has at least four smaller ones from those, smallest first."""
+    """Predict each size that has at least four smaller ones from those, smallest first.
+
+    Args:
+        sizes: the losses of each size, in any order.
+        replicates: number of bootstrap fits for each prediction.
+    """
     sizes = sorted(sizes, key=lambda size: size.n)
     results = []
     for i, size in enumerate(sizes[MIN_SIZES:], start=MIN_SIZES):
@@ -195,7 +213,7 @@ def predictions(sizes: Sequence[Size], replicates: int = REPLICATES) -> list[Pre
 
 @dataclass(frozen=True)
 class SizeResult:
-    """The mean of the finished runs of one size in a group. None: no run has that number."""
+    """Mean of the finished runs of one size in a group. A field is None if no run recorded it."""
 
     model: str
     parameters: int
@@ -206,7 +224,7 @@ class SizeResult:
     epochs: float | None
     train_loss: float | None  # nats per token
     loss: float | None
-    spread: float | None  # highest − lowest validation loss of the runs; None: there is one run
+    spread: float | None  # highest − lowest validation loss of the runs; None for a single run
     rise: float | None  # final − lowest validation loss
     gap: float | None  # validation loss − training loss
 
@@ -218,7 +236,7 @@ class RunGroup:
     label: str
     corpus: str
     sizes: tuple[SizeResult, ...]  # smallest first
-    fits: dict[str, Fit]  # key of PARAMETER_COUNTS: fit; empty with fewer than MIN_SIZES sizes
+    fits: dict[str, Fit]  # by key of PARAMETER_COUNTS; empty with fewer than MIN_SIZES sizes
     predictions: tuple[Prediction, ...]  # N counts all parameters
 
 
@@ -228,7 +246,15 @@ def by_size(runs: Iterable[RunResult]) -> list[RunResult]:
 
 
 def run_groups(runs: Iterable[RunResult], replicates: int = REPLICATES) -> list[RunGroup]:
-    """Group the finished runs by `RunResult.group`, and fit each group of at least four sizes."""
+    """Group the finished runs by `RunResult.group`, and fit each group of at least four sizes.
+
+    Args:
+        runs: results of runs, finished or not, in any order.
+        replicates: number of bootstrap fits for each law.
+
+    Returns:
+        The groups, in the order of their smallest runs.
+    """
     finished = [run for run in by_size(runs) if run.point and run.loss is not None]
     return [_run_group(runs, replicates) for _, runs in _by(finished, "group")]
 
@@ -275,7 +301,7 @@ def _run_group(runs: list[RunResult], replicates: int) -> RunGroup:
 
 
 def size_result(runs: Sequence[RunResult]) -> SizeResult:
-    """Return the mean of finished runs of one size."""
+    """Return the mean results of the finished runs of one size."""
 
     def mean(values: Iterable[float | None]) -> float | None:
         numbers = [value for value in values if value is not None]

@@ -1,4 +1,4 @@
-"""Read the results of runs from their folders, and copy these folders in a small form.
+"""Read the results of runs from their folders, and make small copies of the folders.
 
     >>> runs = [read_run(folder) for folder in find_runs([Path("runs")])]
 
@@ -28,21 +28,21 @@ from minigpt.runs.names import CONFIG, METRICS, SUMMARY
 from minigpt.runs.provenance import Parent, parent_of
 from minigpt.runs.records import Row, last_values, read_metrics, read_summary, series
 
-LATE = 0.05  # share of a run, at its end, over which its training loss is averaged
+LATE = 0.05  # final fraction of a run over which the training loss is averaged
 _COMPARED = (  # settings that should agree in a group of runs, with those of the optimizer
     "model.dropout", "model.embedding_scale", "data.batch_size", "data.holdout",
     "data.random_offset", "data.vocab_size",
 )  # fmt: skip
-COPIED_ROWS = 200  # about how many of the earlier training rows a copied metrics.csv keeps
+COPIED_ROWS = 200  # approximate number of earlier training rows in a copied metrics.csv
 
 
 @dataclass(frozen=True)
 class ReferenceModel:
-    """A reference model to compare with, trained on all of TinyStories; vocabulary 3,000."""
+    """Reference model for comparison, trained on all of TinyStories with a vocabulary of 3,000."""
 
     parameters: int
     perplexity: float  # validation
-    flops_per_token: int  # training FLOPs, by GPT.flops_per_token for the same shape
+    flops_per_token: int  # training FLOPs, from GPT.flops_per_token for the same shape
     tokens: int = 104_000_000  # seen in training
 
 
@@ -55,7 +55,7 @@ REFERENCE = (
 
 @dataclass(frozen=True)
 class RunResult:
-    """The result of one run. A number that was not measured, or is not finite, is None."""
+    """Result of one run. A number that was not measured, or is not finite, is None."""
 
     path: Path
     model: str  # option of the config group `model`, such as small
@@ -63,11 +63,11 @@ class RunResult:
     corpus: str  # `data`, with the names of text files and a non-default vocabulary size
     recipe: str  # such as "adamw, unscaled embeddings" or "muon, from <run>, averaged"
     seed: int
-    status: str  # finished, interrupted or failed; unfinished without a summary: running or killed
+    status: str  # finished, interrupted or failed; unfinished if running or killed
     parameters: int | None
     non_embedding_parameters: int | None
     tokens: int  # seen in training, including those of the parent run
-    tokens_of_data: int  # of those, how many came from this data source
+    tokens_of_data: int  # the part of `tokens` from this data source
     train_tokens: int | None  # size of the training split
     flops_per_token: int | None  # training FLOPs
     train_loss: float | None  # mean over the last 5 % of the run, with dropout
@@ -80,7 +80,7 @@ class RunResult:
 
     @property
     def name(self) -> str:
-        """The name of the run folder."""
+        """Name of the run folder."""
         return self.path.resolve().name
 
     @property
@@ -91,7 +91,7 @@ class RunResult:
 
     @property
     def point(self) -> tuple[int, float] | None:
-        """(parameters, perplexity) in the figure; None unless the run finished with both."""
+        """Point (parameters, perplexity) of the figure; None unless the run finished with both."""
         if self.status != "finished" or self.parameters is None or self.perplexity is None:
             return None
         return self.parameters, self.perplexity
@@ -103,25 +103,31 @@ class RunResult:
 
     @property
     def reference_perplexity(self) -> float | None:
-        """Perplexity of the reference model of exactly this many parameters, if there is one."""
+        """Perplexity of the reference model with the same number of parameters, or None."""
         return {model.parameters: model.perplexity for model in REFERENCE}.get(self.parameters or 0)
 
 
 def find_runs(folders: Sequence[Path]) -> list[Path]:
-    """Return the run folders among and below `folders`, each once, sorted within each of them.
+    """Return the run folders in `folders` and below them, without duplicates.
 
-    A run folder holds config.yaml, and summary.json or metrics.csv. `folders` may also name a
-    checkpoint file, which selects its run. Hidden folders and folders in a run are not searched.
+    A run folder contains config.yaml, and summary.json or metrics.csv. Hidden folders and folders
+    in a run are not searched.
+
+    Args:
+        folders: folders to search, or checkpoint files, which select their run.
+
+    Returns:
+        The run folders, sorted within each of `folders`.
 
     Raises:
-        UserError: a folder does not exist, or none of them holds a run.
+        UserError: a folder does not exist, or none of them contains a run.
     """
     runs: dict[Path, Path] = {}
     for folder in folders:
         if folder.is_file():
             folder = Run.load(folder).folder
         if not folder.is_dir():
-            raise UserError("is not a folder; give one that holds runs", "folders", str(folder))
+            raise UserError("is not a folder; give one that contains runs", "folders", str(folder))
         for name, below, files in os.walk(folder):
             below[:] = sorted(inner for inner in below if not inner.startswith("."))
             if CONFIG in files and (SUMMARY in files or METRICS in files):
@@ -134,7 +140,10 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 
 
 def read_run(path: Path) -> RunResult:
-    """Return the result of the run in the folder `path`, finished or not.
+    """Return the result of the run in the folder `path`, whether finished or not.
+
+    Args:
+        path: the run folder.
 
     Raises:
         UserError: one of its files is missing or cannot be read; the message names it.
@@ -158,7 +167,7 @@ def read_run(path: Path) -> RunResult:
     try:
         data, corpus, seed = config["data"]["source"], _corpus(config["data"]), config["seed"]
     except (KeyError, TypeError):
-        raise UserError(f"{path / CONFIG} lacks data.source or seed") from None
+        raise UserError(f"{path / CONFIG} lacks data.source or seed: restore the file") from None
     return RunResult(
         path=path,
         model=numbers.get("model", "unknown"),
@@ -217,7 +226,8 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 def late_training_loss(rows: list[Row]) -> float | None:
     """Return the mean training loss of the steps logged in the last 5 % of the run.
 
-    The learning rate is near zero there, so the weights hardly change. None without such steps.
+    The learning rate is near zero there, so the weights hardly change. Without such steps the
+    result is None.
     """
     late = [row["train/loss"] for row in rows if "train/loss" in row and _is_late(row, rows)]
     return fmean(late) if late and all(map(math.isfinite, late)) else None
@@ -233,21 +243,25 @@ def _is_late(row: Row, rows: list[Row]) -> bool:
 def keep_run(path: Path, into: Path) -> Path:
     """Copy the records of a run to `into`/<name>, in a form small enough for a repository.
 
-    The copy has config.yaml, with absolute paths cut to their last part, summary.json, and
+    The copy contains config.yaml with absolute paths cut to their last part, summary.json, and
     metrics.csv with every validation, the last 5 % of training, and about 200 earlier rows.
+
+    Args:
+        path: the run folder.
+        into: folder for the copies, created if missing.
 
     Returns:
         The folder of the copy.
 
     Raises:
-        UserError: `into` holds another run of that name, or a file of the run cannot be read.
+        UserError: `into` contains another run with that name, or a file of the run cannot be read.
     """
     config, summary = Run(path, path).config, read_summary(path)
     folder = into / path.resolve().name
     if folder.resolve() == path.resolve():
         return folder
     if folder.is_dir() and read_summary(folder) != summary:
-        raise UserError(f"{folder} holds another run of this name: remove it, or rename {path}")
+        raise UserError(f"{folder} contains another run with this name: remove it or rename {path}")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / METRICS, _thinned(read_metrics(path)))
     write_json(folder / SUMMARY, summary)

@@ -67,7 +67,7 @@ def write_scaling(
     Args:
         runs: results of runs, finished or not, in any order.
         out: output folder.
-        replicates: number of fits of the bootstrap.
+        replicates: number of bootstrap fits.
 
     Returns:
         The groups of comparable runs, with their fitted laws.
@@ -122,7 +122,7 @@ def rich_table(runs: Iterable[RunResult]) -> Table:
 
 
 def law_line(group: RunGroup) -> str:
-    """Return the law of a group on one line, or how many sizes it has if there is no law."""
+    """Return the law of a group on one line, or its number of sizes if there is no law."""
     if (law := group.fits.get("parameters")) is None:
         return f"{group.label}: no fit, has {len(group.sizes)} of the {MIN_SIZES} sizes needed"
     return f"{group.label}: L = {law.e:.3f} + {law.a:.4g} / N^{law.alpha:.3f}"
@@ -141,7 +141,7 @@ def markdown(runs: Sequence[RunResult], groups: Sequence[RunGroup]) -> str:
         f"Validation loss is measured at the end of each run. {REFERENCE_NOTE}",
         "\n".join(f"- {warning}" for warning in run_warnings(runs)),
         "![Perplexity against parameters](scaling.png)",
-        "The figure shows the run group with the most sizes, and better means of other groups.",
+        "The figure shows the run group with the most sizes, and lower means from other groups.",
     ]
     for title, columns, rows, left, note in (
         (
@@ -151,13 +151,13 @@ def markdown(runs: Sequence[RunResult], groups: Sequence[RunGroup]) -> str:
         ),
         (
             "Laws", LAW_COLUMNS, laws, 2,
-            "L = E + A / N^α by least squares, with 95 % intervals of a bootstrap over seeds.",
+            "L = E + A / N^α by least squares, with 95 % intervals from a bootstrap over seeds.",
         ),
         (
             "Sizes", SIZE_COLUMNS, sizes, 2,
             "Losses are in nats per token. Spread: highest − lowest validation loss of the runs. "
             "Gap: validation − training loss, the latter over the last 5 % of the run. Rise: "
-            "final − lowest validation loss. Predicted loss: by the law of all smaller sizes.",
+            "final − lowest validation loss. Predicted loss: from the law of all smaller sizes.",
         ),
     ):  # fmt: skip
         if rows:
@@ -168,14 +168,14 @@ def markdown(runs: Sequence[RunResult], groups: Sequence[RunGroup]) -> str:
         "![Perplexity against compute](scaling-compute.png)",
         "Each point is a validation, and the last point of a run is larger: only there has the "
         "learning rate decayed. The figures show at most three model sizes, first those with the "
-        "data and recipe of most runs, then those trained on the most tokens. Training costs "
+        "most common data and recipe, then those trained on the most tokens. Training costs "
         "6 N + 12 L T d FLOPs per token, where N includes the output matrix.",
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _run_cells(run: RunResult, count: Callable[[float], str]) -> tuple[str, ...]:
-    """Return the row of a run under `COLUMNS`; `count` formats numbers of parameters."""
+    """Return the cells of a run in the order of `COLUMNS`; `count` formats parameter counts."""
     return (
         run.name if run.status == "finished" else f"{run.name} ({run.status})",
         run.model,
@@ -190,7 +190,7 @@ def _run_cells(run: RunResult, count: Callable[[float], str]) -> tuple[str, ...]
 
 
 def _recipe_rows(runs: Sequence[RunResult]) -> list[list[str]]:
-    """Return a row for each recipe of a size, data and token count that several recipes share."""
+    """Return one row per recipe for each (size, data, tokens) trained with several recipes."""
     cases: dict[tuple[int, str, str], dict[str, list[RunResult]]] = {}
     for run in by_size(runs):
         if run.point and run.loss is not None:

@@ -33,12 +33,12 @@ from minigpt.training.report import write_report
 
 
 class Throughput(Callback):
-    """Log `tokens_per_second` and `mfu`, the model FLOPs utilisation, at each row of metrics.csv.
+    """Log `tokens_per_second` and `mfu`, the model FLOPs utilisation, in each row of metrics.csv.
 
-    The time between two steps counts (data, logging), that of validations does not. `mfu` is the
-    share of the devices' peak that the model's own FLOPs reach (Chowdhery et al. 2022,
+    The time includes work between steps (data, logging) but not validations. `mfu` is the speed of
+    the model's own FLOPs as a fraction of the devices' peak (Chowdhery et al. 2022,
     arXiv:2204.02311, appendix B). If it exceeds 1, the peak was measured on a busy machine, and a
-    warning says how to have it measured again.
+    warning says how to measure it again.
 
     Args:
         module: the model in training.
@@ -47,8 +47,8 @@ class Throughput(Callback):
         peak_file: file in which the measured peak is stored.
 
     Attributes:
-        seconds: time spent on training so far, earlier parts of a resumed run included.
-        speed: tokens per second over the current window of `every` steps.
+        seconds: training time so far in seconds, including earlier parts of a resumed run.
+        speed: tokens per second in the current window of at most `every` steps.
     """
 
     def __init__(self, module: GPTModule, every: int, peak_flops: float, peak_file: Path) -> None:
@@ -64,7 +64,7 @@ class Throughput(Callback):
             self._mark = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        """Update `seconds` and `speed`, and log both metrics if the step has a row."""
+        """Update `seconds` and `speed`, and log the speed and the MFU if the step has a row."""
         assert self._mark is not None
         now = time.perf_counter()
         self._elapsed += now - self._mark
@@ -77,7 +77,7 @@ class Throughput(Callback):
             self.module.log_dict({"tokens_per_second": self.speed, "mfu": mfu})
             if mfu > 1 and not self._warned and trainer.is_global_zero:
                 self._warned = True
-                message = "mfu is above 1, so its peak is too low: delete %s to measure it again"
+                message = "mfu is above 1, so the peak is too low: delete %s to measure it again"
                 log.warning(message, self.peak_file)
         if self._steps >= self.every * trainer.accumulate_grad_batches:
             self._steps, self._elapsed = 0, 0.0
@@ -87,7 +87,7 @@ class Throughput(Callback):
         self._mark = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint stores."""
+        """Return the state to store in a checkpoint."""
         return {"seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -146,12 +146,12 @@ def _line(sample: dict[str, Any]) -> str:
 class TrainingProgress(Callback):
     """Progress of training: tokens, loss, perplexity, tokens per second and time left.
 
-    Losses are those of the latest row of metrics.csv, so that no step waits for the device to show
-    one. Each validation logs a line of its own.
+    Losses are from the latest row of metrics.csv, so that no step waits for the device. Each
+    validation also logs a line.
 
     Args:
         module: the model in training.
-        show: whether to show progress beside the line of each validation.
+        show: whether to show progress in addition to the line for each validation.
         throughput: the callback that measures the tokens per second.
     """
 
@@ -185,7 +185,7 @@ class TrainingProgress(Callback):
         self.bar.update(self.task, completed=step, position=position, numbers=numbers)
 
     def on_validation_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        """Start to count the batches of the validation."""
+        """Start counting the batches of the validation."""
         self.bar.update(self.task, description="validating")
         total = sum(trainer.num_val_batches)
         self.bar.add_task("validating", True, total, visible=False, position="", numbers="")

@@ -32,15 +32,22 @@ from minigpt.runs.names import BEST, CHECKPOINTS, LAST
 from minigpt.training.config import CallbacksConfig
 from minigpt.training.module import GPTModule
 
-# Errors of writing to a full disk, beyond a quota or a size limit, and to a read-only disk.
+# Errors when a disk is full or read-only, or a quota or a size limit is exceeded.
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
-_CHECKPOINT_DUE = 1  # beside the numbers of signals, which are all larger here
+_CHECKPOINT_DUE = 1  # not a signal: the numbers of the signals below are larger
 
 
 @contextlib.contextmanager
 def full_disk_in_one_line(folder: Path) -> Iterator[None]:
-    """Turn the OSError of a full disk into a UserError, since no traceback helps there."""
+    """Turn the OSError of a full disk into a UserError, because a traceback would not help.
+
+    Args:
+        folder: the run folder, which the error suggests to resume.
+
+    Raises:
+        UserError: the disk is full or read-only.
+    """
     try:
         yield
     except OSError as error:
@@ -57,7 +64,7 @@ class CheckpointFiles(TorchCheckpointIO):
     A checkpoint that is saved while `hold` is set stays in memory until `write_held`.
 
     Args:
-        keep: number of latest checkpoints to keep, last.ckpt included.
+        keep: number of latest checkpoints to keep, including last.ckpt.
     """
 
     def __init__(self, keep: int) -> None:
@@ -72,7 +79,7 @@ class CheckpointFiles(TorchCheckpointIO):
         The tensors in a held checkpoint are the model's own. Call `write_held` before they change.
 
         Args:
-            checkpoint: as Lightning collects it.
+            checkpoint: the content, as collected by Lightning.
             path: file to write.
             storage_options: ignored.
 
@@ -98,12 +105,12 @@ class CheckpointFiles(TorchCheckpointIO):
 
 
 class Checkpoints(Callback):
-    """Write best.ckpt at the lowest validation loss, and last.ckpt from time to time.
+    """Write best.ckpt at the lowest validation loss, and last.ckpt at regular intervals.
 
-    Both are written at validations; last.ckpt also at intervals of minutes and of steps, and when
-    the run is asked to stop: by ctrl-C (a second one stops at once), by SIGTERM, or under Slurm by
-    SIGUSR1, after which the job is put back into the queue. A run that fails keeps its last
-    checkpoint.
+    Both are written after validations. last.ckpt is also written at intervals of minutes and of
+    steps, and when the run is asked to stop: by Ctrl-C (a second one stops at once), by SIGTERM, or
+    under Slurm by SIGUSR1, after which the job is put back into the queue. A run that fails keeps
+    its last checkpoint.
 
     Args:
         module: the model in training, whose weights are checked before they are written.
@@ -120,10 +127,10 @@ class Checkpoints(Callback):
         self.files = CheckpointFiles(keep.keep_checkpoints)
         self.best_val_loss = math.inf
         self._last_write = time.monotonic()
-        self._signal = 0  # that this process received
-        self._stop_signal = 0  # that all processes of the run stop for
+        self._signal = 0  # signal that this process received
+        self._stop_signal = 0  # signal for which all processes stop
         self._is_saved = False  # last.ckpt holds the current state
-        self._handlers: dict[int, Any] = {}  # of signals, before ours
+        self._handlers: dict[int, Any] = {}  # previous handlers of the signals
 
     def on_train_start(self, *_: Any, **__: Any) -> None:
         """Replace the signal handlers of Lightning, which would stop in the middle of a step."""
@@ -195,7 +202,7 @@ class Checkpoints(Callback):
         self._is_saved = name == LAST
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint stores."""
+        """Return the state to store in a checkpoint."""
         return {"best_val_loss": self.best_val_loss}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -210,7 +217,7 @@ def _requeue() -> None:
     job = array or os.environ["SLURM_JOB_ID"]
     try:
         subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)  # noqa: S603, S607
-        log.info("Slurm job %s is queued again", job)
+        log.info("Slurm job %s was put back into the queue", job)
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or error
         log.warning("Slurm job %s could not be requeued: %s", job, " ".join(str(reason).split()))

@@ -24,7 +24,7 @@ class TrainerConfig:
     """Device, precision and length of a run, and how often it validates and logs."""
 
     accelerator: str = "auto"
-    """Kind of device: auto, cpu, gpu, cuda or mps; auto takes a GPU if there is one."""
+    """Kind of device: auto, cpu, gpu, cuda or mps; auto uses a GPU if there is one."""
     devices: str = "auto"
     """Number of devices on each node; auto means one CPU process, or every GPU."""
     num_nodes: int = 1
@@ -32,7 +32,7 @@ class TrainerConfig:
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """How several devices share the work: ddp copies the model to each, fsdp splits its weights."""
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
-    """Number format of the computation, as Lightning names it; auto chooses by device."""
+    """Numeric precision, with Lightning's names; auto chooses by device."""
     accumulate_grad_batches: int = 1
     """Number of batches whose gradients are averaged for one update."""
     n_validations: int = 5
@@ -42,11 +42,11 @@ class TrainerConfig:
     compile: bool = False
     """Whether torch.compile compiles the loss, which takes a minute and pays off on GPUs."""
     kernels: Choice = "auto"
-    """What computes attention and loss: `cpu` is this package's kernels for CPUs, which also split
-    batches into micro-batches, one thread per core; `torch` is plain PyTorch; `auto` chooses by
-    device."""
+    """Implementation of attention and loss: `cpu` selects this package's CPU kernels, which also
+    split batches into micro-batches, with one thread per core; `torch` selects plain PyTorch;
+    `auto` chooses by device."""
     max_steps: int | None = None
-    """Must equal the number of updates that budget.tokens allows; None means not to check it."""
+    """Must equal the number of updates that budget.tokens allows; None disables the check."""
     max_epochs: int | None = None
     """Must be None, because budget.tokens sets the length of a run."""
 
@@ -56,7 +56,7 @@ class TrainerConfig:
         if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):
             raise UserError("must be auto or a number of devices", "devices", self.devices)
         if self.accelerator not in ("auto", "cpu", "gpu", "cuda", "mps"):
-            raise UserError("choose from auto, cpu, gpu, mps", "accelerator", self.accelerator)
+            raise UserError("must be auto, cpu, gpu, cuda or mps", "accelerator", self.accelerator)
         check(self, "leave it out: budget.tokens sets it", lambda n: n >= 1, "max_steps")
         length = "leave it out: budget.tokens sets the length of a run, repetitions included"
         check(self, length, lambda _: False, "max_epochs")
@@ -70,9 +70,9 @@ class OptimizerConfig:
     """The optimizer: `muon` is Muon on the matrices of the blocks and AdamW on all other weights,
     `adamw` is AdamW on all weights."""
     lr: float | None = None
-    """Peak learning rate of AdamW; None means `default_lr` of the model's width."""
+    """Peak learning rate of AdamW; None means `default_lr` for the model's width."""
     matrix_lr: float | None = None
-    """Peak learning rate of Muon; None means `default_matrix_lr` of the model's width."""
+    """Peak learning rate of Muon; None means `default_matrix_lr` for the model's width."""
     beta1: float = 0.9
     """Decay of AdamW's running mean of the gradients, from 0 to below 1."""
     beta2: float = 0.999
@@ -80,37 +80,38 @@ class OptimizerConfig:
     momentum: float = 0.95
     """Decay of Muon's running mean of the gradients, from 0 to below 1."""
     weight_decay: float = 0.1
-    """Decoupled weight decay on matrices, the embedding included; biases and norms have none."""
+    """Decoupled weight decay of matrices and embeddings; biases and norms are not decayed."""
     warmup_steps: int = 500
-    """Number of updates in which the learning rate rises linearly from peak / warmup_steps."""
+    """Number of updates in which the learning rate rises linearly from peak / warmup_steps to the
+    peak."""
     schedule: Literal["cosine", "linear"] | None = None
     """Shape of the decay after the warm-up; None means linear with Muon and cosine with AdamW."""
     final_lr: float = 0.0
-    """Where the decay ends, as a share of the peak learning rate, from 0 to 1."""
+    """Final learning rate, as a fraction of the peak, from 0 to 1."""
     grad_clip: float = 1.0
-    """Largest norm of all gradients together; larger ones are scaled down, 0 means no clipping."""
+    """Maximum norm of all gradients together; larger ones are scaled down, 0 disables clipping."""
 
     def __post_init__(self) -> None:
         if self.schedule is None:
             schedule = "linear" if self.name == "muon" else "cosine"
             object.__setattr__(self, "schedule", schedule)
         if self.name == "adamw" and self.matrix_lr is not None:
-            raise UserError("is for Muon alone; adamw uses lr for all weights", "matrix_lr")
+            raise UserError("applies only to Muon; adamw uses lr for all weights", "matrix_lr")
         check(self, "must be positive", lambda lr: lr > 0, "lr", "matrix_lr")
         check(self, "must be in [0, 1)", lambda x: 0 <= x < 1, "beta1", "beta2", "momentum")
         names = ("weight_decay", "warmup_steps", "grad_clip")
         check(self, "must not be negative", lambda x: x >= 0, *names)
-        check(self, "must be a share of the peak, 0 to 1", lambda x: 0 <= x <= 1, "final_lr")
+        check(self, "must be a fraction from 0 to 1", lambda x: 0 <= x <= 1, "final_lr")
 
 
 @dataclass(frozen=True)
 class LoggerConfig:
-    """The logger beside metrics.csv, which is always written."""
+    """Logger in addition to metrics.csv, which is always written."""
 
     kind: Literal["csv", "wandb", "tensorboard"] = "csv"
-    """Where metrics are logged: `csv` is metrics.csv alone, the others are used beside it."""
+    """Logger of the metrics: `csv` writes only metrics.csv; the others are added to it."""
     project: str = "mini-gpt"
-    """Name of the project at W&B."""
+    """Name of the W&B project."""
 
 
 @dataclass(frozen=True)
@@ -124,13 +125,13 @@ class CallbacksConfig:
     temperature: float = 0.8
     """Sampling temperature of these stories; 0 means greedy decoding."""
     max_tokens: int = 200
-    """Largest number of new tokens in each of these stories."""
+    """Maximum number of new tokens in each of these stories."""
     checkpoint_minutes: float = 10.0
-    """Longest time between two writes of last.ckpt, in minutes; validations write it as well."""
+    """Maximum time between two writes of last.ckpt, in minutes; validations also write it."""
     checkpoint_steps: int | None = None
-    """Number of updates between two writes of last.ckpt; None means that time alone decides."""
+    """Number of updates between two writes of last.ckpt; None means that only time counts."""
     keep_checkpoints: int = 2
-    """Number of latest checkpoints to keep, last.ckpt included; best.ckpt is kept beside them."""
+    """Number of latest checkpoints to keep, including last.ckpt; best.ckpt is kept as well."""
 
     def __post_init__(self) -> None:
         check(self, "must be positive", lambda x: x > 0, "checkpoint_minutes")
@@ -155,11 +156,11 @@ class BudgetConfig:
 class TrainConfig:
     """All settings of one training run, validated.
 
-    The defaults are those of the command line without a setting: the small model.
+    The defaults equal those of the command line and train the small model.
     """
 
     model: GPTConfig = field(default_factory=GPTConfig)
-    """Shape of the model; a model class of your own may have a config class of its own."""
+    """Shape of the model; a custom model class may have its own config class."""
     data: DataConfig = field(default_factory=DataConfig)
     """Stories, tokenizer and batches."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -167,7 +168,7 @@ class TrainConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """Device, precision, validation and logging intervals."""
     logger: LoggerConfig = field(default_factory=LoggerConfig)
-    """The logger beside metrics.csv."""
+    """Logger in addition to metrics.csv."""
     callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
     """Progress display, sample stories and checkpoints."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
@@ -177,19 +178,19 @@ class TrainConfig:
     runs_dir: str = "runs"
     """Folder in which the run folder is created."""
     resume: str | None = None
-    """Run folder or checkpoint to continue; auto means the run called `name` if there is one, and
-    None means to start a new run."""
+    """Run folder or checkpoint to continue; auto continues the run called `name` if it exists, and
+    None starts a new run."""
     init_from: str | None = None
     """Run whose weights and tokenizer this one starts with; None means random weights."""
     seed: int = 1
     """Seed of the initial weights, the data order and dropout, from 0 to 2^32 - 1."""
     size: str | None = None
-    """Name of the model's size for reports and run names; None means small, or gpt for another
-    shape."""
+    """Name of the model's size for reports and run names; None means small for the default shape,
+    else gpt."""
     model_class: str | None = None
     """Dotted path of the model's class, as recorded in the run; None means minigpt.model.GPT."""
     overrides: tuple[str, ...] = field(default=(), compare=False)
-    """Settings as they were typed on the command line, for the record."""
+    """Settings as typed on the command line, which the run records."""
 
     def __post_init__(self) -> None:
         if self.size is None:
@@ -208,7 +209,7 @@ class TrainConfig:
                 raise UserError("must not be empty", name, fix={name: example})
         expand_paths(self, *examples)
         fsdp, name = self.trainer.strategy == "fsdp", "trainer.strategy"
-        if fsdp and self.callbacks.prompts:  # rank 0 alone samples, and has a share of the weights
+        if fsdp and self.callbacks.prompts:  # only rank 0 samples, without all weights
             message = "cannot sample stories during training"
             raise UserError(message, name, "fsdp", {"callbacks": "quiet"})
         if fsdp and self.optimizer.name == "muon":
@@ -217,11 +218,11 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], model: type[GPTConfig] = GPTConfig) -> TrainConfig:
-        """Return the validated config of plain values, such as those of a run's config.yaml.
+        """Return a validated config from plain values, such as those in a run's config.yaml.
 
         Args:
             values: settings by section, as `plain` returns them; missing ones keep their defaults.
-            model: class of the section `model`.
+            model: config class of the section `model`.
 
         Returns:
             The config.
@@ -236,7 +237,7 @@ class TrainConfig:
 
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
-    """Return all settings as plain values, with absolute paths that hold in any directory."""
+    """Return all settings as plain values, with absolute paths that are valid in any directory."""
     paths = {
         "train_files": tuple(str(Path(name).absolute()) for name in config.data.train_files),
         "valid_files": tuple(str(Path(name).absolute()) for name in config.data.valid_files),
@@ -251,14 +252,18 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Number of updates in a run, and of training tokens in each, over all devices."""
+    """Number of updates in a run, and number of training tokens per update, over all devices."""
 
     n_steps: int
     tokens_per_step: int
 
     @classmethod
     def from_config(cls, config: TrainConfig, world_size: int) -> Schedule:
-        """Return as many whole updates as the budget allows, on `world_size` processes.
+        """Return the schedule with as many whole updates as the budget allows.
+
+        Args:
+            config: all settings.
+            world_size: number of processes, each with batches of its own.
 
         Raises:
             UserError: budget, batch, warm-up or max_steps do not fit together.
@@ -268,11 +273,11 @@ class Schedule:
         per_step = windows * config.model.context_length
         n_steps, warmup = budget // per_step, config.optimizer.warmup_steps
         if n_steps < 1:
-            message = f"is less than one step of {per_step:,} tokens, which data.batch_size sets"
+            message = f"is less than one step, which data.batch_size sets to {per_step:,} tokens"
             raise UserError(message, "budget.tokens", budget, {"budget.tokens": per_step})
         length = f"{n_steps:,} steps of {per_step:,} tokens"
         if warmup >= n_steps:
-            name, message = "optimizer.warmup_steps", f"exceeds the budget, which is {length}"
+            name, message = "optimizer.warmup_steps", f"must be less than the budget of {length}"
             raise UserError(message, name, warmup, {name: n_steps // 10})
         if (max_steps := trainer.max_steps) not in (None, n_steps):
             message = f"contradicts budget.tokens={budget}, which is {length}"

@@ -1,4 +1,4 @@
-"""Loggers of a run: metrics.csv always, W&B or TensorBoard beside it."""
+"""Loggers of a run: metrics.csv and, if selected, W&B or TensorBoard."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from minigpt.runs.records import broken_line, whole_lines
 from minigpt.training.config import LoggerConfig
 
 WANDB_ID = "wandb-id.txt"  # in the run folder
-_WANDB_START_SECONDS = 30.0  # to wait for an answer before the run continues offline
-_WANDB_FINISH_SECONDS = 60.0  # to wait for the upload at the end; WANDB_FINISH_TIMEOUT overrides
+_WANDB_START_SECONDS = 30.0  # wait for an answer, then continue offline
+_WANDB_FINISH_SECONDS = 60.0  # wait for the final upload; WANDB_FINISH_TIMEOUT overrides it
 
 COLUMNS = [
     "step", "tokens", "train/loss", "val/loss", "val/perplexity", "val/bits_per_byte",
@@ -80,12 +80,12 @@ class MetricsCsv(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Sync the rows to the disk before a checkpoint is written that relies on them."""
+        """Sync the rows to disk, before a checkpoint that relies on them is written."""
         with self.path.open("r+b") as file:  # Windows does not sync a file opened for reading
             os.fsync(file.fileno())
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Do nothing, because config.yaml holds the hyperparameters."""
+        """Do nothing, because config.yaml contains the hyperparameters."""
 
     @rank_zero_only
     def _write_all(self, rows: list[dict[str, str]]) -> None:
@@ -97,13 +97,28 @@ class MetricsCsv(Logger):
 
 
 def check_logger(config: LoggerConfig) -> None:
-    """Raise UserError if the logger needs a package that is not installed."""
+    """Check that the package of the logger is installed.
+
+    Args:
+        config: settings of the logger.
+
+    Raises:
+        UserError: the package is not installed.
+    """
     if config.kind == "tensorboard" and find_spec("tensorboard") is None:
         raise UserError("needs another package: pip install tensorboard", "logger", config.kind)
 
 
 def extra_loggers(folder: Path, config: LoggerConfig) -> list[Logger]:
-    """Return the loggers beside metrics.csv: one or none."""
+    """Return the loggers in addition to metrics.csv: one or none.
+
+    Args:
+        folder: the run folder.
+        config: settings of the logger.
+
+    Raises:
+        UserError: the login to W&B failed.
+    """
     if config.kind == "tensorboard":
         from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -114,10 +129,11 @@ def extra_loggers(folder: Path, config: LoggerConfig) -> list[Logger]:
 def _wandb_logger(folder: Path, project: str) -> Logger:
     """Return a W&B logger whose id is stored in the run folder, so that a resumed run keeps it.
 
-    It logs offline without an API key, and when a resumed run gets no answer from the server.
+    It logs offline if there is no API key, if the login of a resumed run fails, or if the server
+    does not answer after the login.
 
     Raises:
-        UserError: the server refuses the login of a new run, or does not answer.
+        UserError: the login of a new run fails or times out.
     """
     import wandb
     from lightning.pytorch.loggers import WandbLogger
@@ -131,7 +147,7 @@ def _wandb_logger(folder: Path, project: str) -> Logger:
     except AuthenticationError as error:  # raised without an answer, too
         problem = one_line(error)
         if not (folder / WANDB_ID).is_file():
-            message = f"no login at W&B ({problem}); WANDB_MODE=offline needs none"
+            message = f"could not log in to W&B ({problem}); WANDB_MODE=offline needs no login"
             raise UserError(message, "logger.kind", "wandb", {"logger.kind": "csv"}) from None
         log.warning("W&B        no answer: %s", problem)
         mode = "offline"
@@ -144,7 +160,7 @@ def _wandb_logger(folder: Path, project: str) -> Logger:
             folder.name, folder, id=_wandb_id(folder), project=project, mode=mode,
             resume=None if mode == "offline" else "allow", settings=settings,
         )  # fmt: skip
-        _ = wandb_logger.experiment  # opens the run, on rank 0 alone
+        _ = wandb_logger.experiment  # opens the run, only on rank 0
         return wandb_logger
 
     if mode != "offline":
@@ -152,7 +168,7 @@ def _wandb_logger(folder: Path, project: str) -> Logger:
             return logger(mode)
         except CommError as error:
             log.warning("W&B        no answer: %s", one_line(error))
-    log.info("W&B        offline: upload it later by wandb sync %s/wandb/offline-run-*", folder)
+    log.info("W&B        offline: upload it later with wandb sync %s/wandb/offline-run-*", folder)
     return logger("offline")
 
 
@@ -167,7 +183,12 @@ def _wandb_id(folder: Path) -> str:
 
 
 def finish_wandb(loggers: list[Logger], exit_code: int) -> None:
-    """Close the W&B run, if there is one, and wait a limited time for the upload."""
+    """Close the W&B run, if there is one, and wait a limited time for the upload.
+
+    Args:
+        loggers: all loggers of the run.
+        exit_code: 0 if the run finished.
+    """
     from lightning.pytorch.loggers import WandbLogger
 
     if not any(isinstance(logger, WandbLogger) for logger in loggers):

@@ -1,7 +1,7 @@
-"""Train a model by a `TrainConfig`, into a run folder.
+"""Train a model with a `TrainConfig`, and record the run in a folder.
 
 Everything is checked before the run folder is created: every section of the config, then the
-budget, then the data. From there on the folder records the run, whether it finishes or fails.
+budget, then the data. After that, the folder records the run, whether it finishes or fails.
 """
 
 from __future__ import annotations
@@ -65,18 +65,20 @@ def train(
     precision, threads, random state and environment.
 
     Args:
-        config: all settings, a `TrainConfig` or the result of `load_config`.
-        model: class derived from `GPT`, or function from its config to a model; None means `GPT`.
+        config: all settings, such as the result of `load_config`.
+        model: class derived from `GPT`, or function that maps a config to a model; None means
+            `GPT`.
         callbacks: Lightning callbacks, called after those of Mini GPT.
         stories: training stories that replace those of `config.data`.
-        valid_stories: validation stories; None means the last `config.data.holdout` of `stories`.
+        valid_stories: validation stories; None takes the last part of `stories`, of
+            the fraction `config.data.holdout`.
 
     Returns:
         The run, with its best checkpoint selected.
 
     Raises:
-        UserError: a setting or the data are wrong or do not fit together, the loss diverged, or
-            another process trains this run.
+        UserError: the settings or the data are invalid or contradict each other, the loss
+            diverged, or another process trains this run.
     """
     with preserved_process():
         config = _with_model(config, model)
@@ -84,7 +86,7 @@ def train(
             data = spool_stories(config.data, stories, valid_stories)
             config = dataclasses.replace(config, data=data)
         elif valid_stories is not None:
-            raise UserError("needs stories to train on as well", "valid_stories")
+            raise UserError("needs the argument stories as well", "valid_stories")
         return Run.load(_train(config, model, callbacks), model)
 
 
@@ -134,9 +136,9 @@ def _train(config: TrainConfig, model: ModelFactory | None, callbacks: Sequence[
 
 
 def _with_model(config: TrainConfig, model: ModelFactory | None) -> TrainConfig:
-    """Return `config` with a model section of the config class of `model`."""
+    """Convert `config.model` to the config class that `model` expects."""
     if model is None and config.model_class is not None:
-        raise ModelClassError("the config is for another class than GPT", config.model_class)
+        raise ModelClassError("the config is for a model class other than GPT", config.model_class)
     shape = config_class(model or GPT)
     if type(config.model) is not shape:
         values = dataclasses.asdict(config.model)
@@ -158,7 +160,7 @@ def _hardware(c: TrainerConfig) -> Hardware:
         message = "needs several devices, and a Mac has one GPU; CPU processes can train instead"
         raise UserError(message, "trainer.strategy", c.strategy, {"trainer.accelerator": "cpu"})
     if hardware.world_size > 1 and not may_start_processes():
-        message = "needs a process per device, started by the command line, torchrun or srun"
+        message = "needs one process per device: use the command line, torchrun or srun"
         raise UserError(message, "trainer.devices", hardware.devices, {"trainer.devices": "1"})
     return hardware
 
@@ -192,7 +194,7 @@ class _Training:
     module: GPTModule
 
     def write_inputs(self) -> None:
-        """Write config.yaml and tokenizer.json, which evaluation needs beside a checkpoint."""
+        """Write config.yaml and tokenizer.json, which evaluation needs besides a checkpoint."""
         values = settings_of(dataclasses.replace(self.config, name=self.folder.name))
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         write_text(self.folder / CONFIG, text)
@@ -219,7 +221,7 @@ class _Training:
         }
         if parent is not None:
             seen = "an unknown number of" if parent.tokens is None else human_count(parent.tokens)
-            lines["weights"] = f"of {parent.name}, trained on {seen} tokens, with its tokenizer"
+            lines["weights"] = f"from {parent.name}, trained on {seen} tokens, with its tokenizer"
         for key, text in lines.items():
             log.info("%-10s %s", key, text)
         size, limit = data.tokenizer.vocab_size, config.data.vocab_size
@@ -277,7 +279,7 @@ class _Training:
             plugins=[checkpoints.files, *environment],
         )
         for logger in loggers:  # opens the W&B run, which `_fit` closes
-            shape = dataclasses.asdict(config.model)  # beside `model`, which is the size's name
+            shape = dataclasses.asdict(config.model)  # `model` is the name of the size
             logger.log_hyperparams({**plain(config), "shape": shape, **facts})
         return trainer
 
@@ -286,7 +288,7 @@ class _Training:
         model, hardware, commits = self.module.net, self.hardware, source_commit()
         with contextlib.suppress(UserError):  # a broken summary is replaced
             earlier = read_summary(self.folder).get("commit")
-            if isinstance(earlier, str):  # those of earlier parts of the run
+            if isinstance(earlier, str):  # commits of earlier parts of the run
                 commits = ", ".join(dict.fromkeys([*earlier.split(", "), commits]))
         parent = self.start.parent
         return {
@@ -335,7 +337,7 @@ def _end_processes(trainer: L.Trainer, finished: bool) -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     for process in started:
-        if not finished:  # it may wait in a collective for ever
+        if not finished:  # it may wait in a collective forever
             process.kill()
         process.wait()
     started.clear()  # Lightning watches these and would kill this process if one failed

@@ -29,14 +29,15 @@ Batch = tuple[Tensor, Tensor]  # token ids (B, T) and targets (B, T), both int64
 
 
 class GPTModule(L.LightningModule):
-    """Train a GPT on windows of tokens, and log losses, perplexity and bits per byte.
+    """Lightning module that trains a GPT and logs losses, perplexity and bits per byte.
 
     Args:
         config: shape of the model.
         optimizer: settings of the optimizer and its schedule.
         n_steps: number of updates in the whole run, at which the schedule ends.
         tokens_per_step: number of tokens in an update, over all devices and accumulated batches.
-        bytes_per_token: mean of the validation split; turns nats per token into bits per byte.
+        bytes_per_token: mean over the validation split, which converts nats per token to bits per
+            byte.
         extra_hparams: plain values to store in each checkpoint, such as the tokenizer's
             fingerprint.
         factory: `GPT`, a class derived from it, or a function from `config` to a GPT.
@@ -55,7 +56,7 @@ class GPTModule(L.LightningModule):
         super().__init__()
         sections = {"model": dataclasses.asdict(config), "optimizer": dataclasses.asdict(optimizer)}
         steps = {"n_steps": n_steps, "tokens_per_step": tokens_per_step}
-        # Plain values alone, because checkpoints are read with weights_only=True.
+        # Only plain values, because checkpoints are read with weights_only=True.
         self.save_hyperparameters({**sections, **steps, **(extra_hparams or {})}, logger=False)
         self.net = factory(config)  # "net" is part of the names of weights in checkpoints
         self.fast_loss: Loss | None = None  # a faster computation of `net.loss`
@@ -80,7 +81,7 @@ class GPTModule(L.LightningModule):
         return self.net(ids)
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean loss of ids and targets, (B, T) each, in nats per token."""
+        """Return the mean loss for ids (B, T) and targets (B, T), in nats per token."""
         return (self.fast_loss or self.net.loss)(ids, targets)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -100,7 +101,10 @@ class GPTModule(L.LightningModule):
         return loss
 
     def has_row(self, step: int) -> bool:
-        """Return whether update `step`, from 1, is logged; each `log` call costs half a ms."""
+        """Return whether update `step`, counted from 1, is logged.
+
+        Most updates are not, because a `log` call takes 0.5 ms.
+        """
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return step % every == 0 or step >= self.n_steps
 
@@ -150,7 +154,7 @@ class GPTModule(L.LightningModule):
             self.log("grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def check_weights(self) -> None:
-        """Raise UserError if a weight is not finite, in which case the next loss is not either."""
+        """Raise UserError if a weight is not finite, because the next loss would not be either."""
         if not all(bool(weight.isfinite().all()) for weight in self.net.parameters()):
             self._diverged("weights became nan or infinite")
 
@@ -166,7 +170,7 @@ class GPTModule(L.LightningModule):
         )
 
     def _seed_dropout(self, batch_idx: int) -> None:
-        """Seed dropout by seed, batch and rank, so that a resumed run drops the same elements."""
+        """Seed dropout from seed, batch and rank, so that a resumed run drops the same elements."""
         entropy = [self._seed, batch_idx, self.global_rank]
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
 

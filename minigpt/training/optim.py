@@ -17,9 +17,9 @@ from minigpt.training.config import OptimizerConfig
 def default_lr(d_model: int, name: str = "muon") -> float:
     """Return the default peak learning rate of AdamW.
 
-    Beside Muon, where AdamW trains the embedding, biases and norms alone, it is 8e-3 at width 128
-    and falls as 1 / sqrt(d_model), as measured in docs/LOG.md. For AdamW on all weights it is 4e-3
-    and falls as 1 / d_model (Yang et al. 2022, arXiv:2203.03466).
+    With Muon, where AdamW trains only the embedding, biases and norms, it is 8e-3 at width 128 and
+    proportional to 1 / sqrt(d_model), as measured in docs/LOG.md. For AdamW on all weights it is
+    4e-3 at width 128 and proportional to 1 / d_model (Yang et al. 2022, arXiv:2203.03466).
 
     Args:
         d_model: width of the model.
@@ -31,14 +31,22 @@ def default_lr(d_model: int, name: str = "muon") -> float:
 def default_matrix_lr(d_model: int) -> float:
     """Return the default peak learning rate of Muon, on the scale of AdamW: 8e-3 at width 128.
 
-    It falls as 1 / sqrt(d_model), because the elements of an update have the same size at any
-    width, so that its spectral norm grows as sqrt(d_model).
+    It is proportional to 1 / sqrt(d_model), because the elements of an update have the same size at
+    any width, so that its spectral norm grows as sqrt(d_model).
+
+    Args:
+        d_model: width of the model.
     """
     return 8e-3 * (128 / d_model) ** 0.5
 
 
 def peak_lrs(config: OptimizerConfig, d_model: int) -> dict[str, float]:
-    """Return the peak learning rates at width `d_model`, by the name of their setting."""
+    """Return the peak learning rates, typed or default, by the name of their setting.
+
+    Args:
+        config: settings of the optimizer.
+        d_model: width of the model.
+    """
     lrs = {"lr": config.lr or default_lr(d_model, config.name)}
     if config.name == "muon":
         lrs["matrix_lr"] = config.matrix_lr or default_matrix_lr(d_model)
@@ -48,16 +56,16 @@ def peak_lrs(config: OptimizerConfig, d_model: int) -> dict[str, float]:
 def lr_factor(
     step: int, n_steps: int, warmup_steps: int, final_lr: float, schedule: str | None = "cosine"
 ) -> float:
-    """Return the learning rate of update `step`, from 0, as a share of its peak.
+    """Return the learning rate of update `step` as a fraction of its peak.
 
-    It rises linearly to 1 at update `warmup_steps - 1`, then falls along half a cosine, or a line,
-    that would reach `final_lr` at update `n_steps`, so that the last update is not zero.
+    It rises linearly to 1 at update `warmup_steps - 1`, then falls along half a cosine or a line,
+    which would reach `final_lr` at update `n_steps`; the last update therefore is not zero.
 
     Args:
         step: number of the update, from 0.
         n_steps: number of updates in the run.
         warmup_steps: number of updates in the warm-up.
-        final_lr: share at the end of the decay, from 0 to 1.
+        final_lr: fraction at the end of the decay, from 0 to 1.
         schedule: cosine or linear.
     """
     if step < warmup_steps:
@@ -75,14 +83,14 @@ def make_optimizer(
     fused: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> Optimizer:
-    """Return the optimizer of the weights of `model`; only matrices have weight decay.
+    """Return the optimizer for the weights of `model`; only matrices have weight decay.
 
     Args:
-        model: matrices with "embedding" in their name are trained by AdamW beside Muon.
+        model: the model; with Muon, AdamW trains matrices with "embedding" in their name.
         config: name and settings of the optimizer.
         d_model: width of the model, which the default learning rates depend on.
         fused: whether AdamW runs as one kernel.
-        dtype: of Muon's matrix products, for which bfloat16 is precise enough.
+        dtype: dtype of Muon's matrix products, for which bfloat16 is precise enough.
     """
     lrs = peak_lrs(config, d_model)
     matrices, embeddings, vectors = [], [], []  # vectors: biases and norms
@@ -99,7 +107,7 @@ def make_optimizer(
 
 
 class Muon(Optimizer):
-    """SGD with Nesterov momentum whose updates are orthogonalised, for matrices alone.
+    """Optimizer for matrices: SGD with Nesterov momentum and orthogonalised updates.
 
     The method is that of Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/). Each
     update is scaled by 0.2 · sqrt(max(rows, columns)), which gives it the size of an AdamW update
@@ -111,8 +119,8 @@ class Muon(Optimizer):
         matrices: parameters with two dimensions.
         lr: learning rate.
         momentum: decay of the running mean of the gradients, from 0 to below 1.
-        weight_decay: decoupled weight decay, times `lr` in each update.
-        dtype: of the matrix products.
+        weight_decay: decoupled weight decay, multiplied by `lr` in each update.
+        dtype: dtype of the matrix products.
     """
 
     def __init__(
@@ -152,14 +160,14 @@ class Muon(Optimizer):
 
 
 def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Return approximately U Vᵀ for each matrix, whose singular value decomposition is U S Vᵀ.
+    """Return approximately U Vᵀ for each matrix with the singular value decomposition U S Vᵀ.
 
-    The Newton-Schulz iteration X ← a X + (b A + c A²) X with A = X Xᵀ and the coefficients of
-    Jordan et al. 2024, which bring all singular values to between 0.7 and 1.2 in five steps, not
-    exactly to 1.
+    This is the Newton-Schulz iteration X ← a X + (b A + c A²) X with A = X Xᵀ and the coefficients
+    of Jordan et al. 2024. Five steps bring all singular values to between 0.7 and 1.2, not exactly
+    to 1.
 
     Args:
-        matrices: (k, m, n), k matrices of one shape.
+        matrices: tensor (k, m, n) of k matrices.
         steps: number of iterations.
 
     Returns:
@@ -176,10 +184,10 @@ def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class CombinedOptimizer(Optimizer):
-    """Several optimizers with disjoint parameters as one, which is what Lightning expects.
+    """Combination of several optimizers with disjoint parameters, since Lightning expects one.
 
-    They share its groups and state, so that schedules, checkpoints and moves between devices see a
-    single optimizer.
+    The parts share its groups and state, so that schedules, checkpoints and moves between devices
+    see a single optimizer.
 
     Args:
         parts: the optimizers.

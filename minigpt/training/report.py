@@ -1,4 +1,4 @@
-"""report.html: the results of one run on one page that needs no network and no server.
+"""report.html: the results of one run on a page that needs neither network nor server.
 
     >>> write_report(Path("runs/small-20260101-120000"))
     PosixPath('runs/small-20260101-120000/report.html')
@@ -35,7 +35,7 @@ CURVES = (  # column of metrics.csv, title, axis label, colour
     ("tokens_per_second", "Throughput", "tokens per second", OTHER),
     ("lr", "Learning rate", "learning rate", OTHER),
 )
-OPEN_STAGES = 5  # number of steps whose stories are unfolded, evenly spread
+OPEN_STAGES = 5  # number of steps whose stories are unfolded, evenly spaced
 
 
 def write_report(run_dir: Path) -> Path:
@@ -94,7 +94,7 @@ def _headline(rows: list[Row], summary: dict[str, Any]) -> list[tuple[str, str, 
 
 
 def _details(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return (key, value) of every entry of summary.json as text."""
+    """Return (key, value as text) of every entry of summary.json."""
 
     def text(value: Any) -> str:
         if value is None:
@@ -145,9 +145,16 @@ def _stages(samples: list[dict[str, Any]], rows: list[Row]) -> list[dict[str, An
 
 
 def smooth(values: list[float], reach: int) -> list[float]:
-    """Return the centred moving mean over `reach` neighbours on either side.
+    """Return the centred moving average over `reach` neighbours on either side.
 
     The window shrinks near the ends and stays symmetric, so that a falling curve is not shifted.
+
+    Args:
+        values: the values of a curve.
+        reach: number of neighbours on each side.
+
+    Returns:
+        One smoothed value for each of `values`.
     """
     near = [min(reach, i, len(values) - 1 - i) for i in range(len(values))]
     return [fmean(values[i - n : i + n + 1]) for i, n in enumerate(near)]
@@ -165,7 +172,7 @@ def _charts(rows: list[Row]) -> list[tuple[str, str]]:
 
 
 def loss_figure(rows: list[Row]) -> Figure:
-    """Draw the training loss, raw and smoothed, and the validation loss, against tokens."""
+    """Plot the training loss, raw and smoothed, and the validation loss against tokens."""
     figure, axes = _axes("loss (nats per token)")
     tokens, loss = series(rows, "train/loss")
     if loss:
@@ -182,7 +189,14 @@ def loss_figure(rows: list[Row]) -> Figure:
 
 
 def curve_figure(rows: list[Row], column: str, label: str, colour: str) -> Figure:
-    """Draw a column of metrics.csv against tokens; perplexity on a logarithmic scale."""
+    """Plot a column of metrics.csv against tokens; perplexity has a logarithmic scale.
+
+    Args:
+        rows: rows of metrics.csv.
+        column: name of the column.
+        label: label of the vertical axis.
+        colour: colour of the curve.
+    """
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = _axes(label)

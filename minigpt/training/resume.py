@@ -1,4 +1,4 @@
-"""Where a run starts: at random weights, those of another run, or its last good checkpoint."""
+"""Start of a run: from random weights, another run's weights, or its last good checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from minigpt.training.config import Schedule, TrainConfig, settings_of
 from minigpt.training.module import GPTModule
 
 AUTO = "auto"  # resume=auto: the run called config.name, if there is one
-_SECTIONS = ("model", "data", "optimizer", "trainer", "budget", "seed")  # of every config.yaml
+_SECTIONS = ("model", "data", "optimizer", "trainer", "budget", "seed")  # in every config.yaml
 # Settings that may change between the parts of a run, such as its location.
 _MAY_CHANGE = ("name", "runs_dir", "resume", "data.cache_dir", "model_class", "overrides")
 
@@ -32,12 +32,12 @@ _MAY_CHANGE = ("name", "runs_dir", "resume", "data.cache_dir", "model_class", "o
 class ResumeState:
     """The config of a run and the state it starts from.
 
-    A run without a checkpoint starts at step 0: with random weights, or by `init_from` with the
-    weights of another run, whose tokenizer it keeps.
+    A run without a checkpoint starts at step 0, with random weights or, with `init_from`, with the
+    weights and the tokenizer of another run.
     """
 
     config: TrainConfig
-    """All settings; those of the run itself if it is resumed."""
+    """All settings; for a resumed run, the settings that it recorded."""
     checkpoint: Path | None = None
     """Checkpoint to resume from; None for a new run."""
     step: int = 0
@@ -60,7 +60,7 @@ class ResumeState:
         Args:
             config: all settings, as they were typed.
             folder: the run to resume, whose own settings then apply; None for a new run.
-            model: class or function that makes the model; None means `GPT`.
+            model: class of the model, or function that creates it; None means `GPT`.
 
         Raises:
             UserError: there is no checkpoint to resume, resume=auto found a run with other
@@ -100,7 +100,14 @@ class ResumeState:
         return cls(config, checkpoint, step, stored, tokenizer=tokenizer, parent=parent)
 
     def prepared_data(self, schedule: Schedule) -> DataModule:
-        """Return the data of the run, prepared by one process before any other is started."""
+        """Return the data of the run, prepared by one process before any other is started.
+
+        Args:
+            schedule: number of updates, and of tokens in each.
+
+        Raises:
+            UserError: model.vocab_size is less than the size of the tokenizer.
+        """
         config, accumulate = self.config, self.config.trainer.accumulate_grad_batches
         n_batches, start_batch = schedule.n_steps * accumulate, self.step * accumulate
         length, vocab_size = config.model.context_length, config.model.vocab_size
@@ -112,10 +119,10 @@ class ResumeState:
         return data
 
     def with_vocabulary(self, tokenizer: Tokenizer) -> ResumeState:
-        """Return the state with a model for just the tokens of `tokenizer`.
+        """Return the state with the model's vocabulary reduced to that of `tokenizer`.
 
-        Only the model of a new run changes, and only where its `vocab_size` is data.vocab_size,
-        the most tokens there might have been.
+        This changes only a new model, and only if its `vocab_size` is data.vocab_size, which is
+        the maximum.
         """
         model, size = self.config.model, tokenizer.vocab_size
         is_new = self.checkpoint is None and self.parent_model is None
@@ -126,6 +133,11 @@ class ResumeState:
 
     def module(self, schedule: Schedule, data: DataModule, model: ModelFactory | None) -> GPTModule:
         """Return the Lightning module, with the weights that the run starts with.
+
+        Args:
+            schedule: number of updates, and of tokens in each.
+            data: the prepared data.
+            model: class of the model, or function that creates it; None means `GPT`.
 
         Raises:
             UserError: data, schedule or model changed since the checkpoint.
@@ -155,7 +167,7 @@ class ResumeState:
             if stored != value:
                 changed.append(key)
         if changed:
-            message = f"{self.checkpoint} cannot be resumed: {', '.join(changed)} changed since"
+            message = f"{self.checkpoint} cannot be resumed: {', '.join(changed)} changed"
             raise UserError(f"{message}; restore stories and number of devices, or start a new run")
 
     def clear(self, folder: Path) -> None:
@@ -173,6 +185,9 @@ class ResumeState:
 
 def folder_to_resume(config: TrainConfig) -> Path | None:
     """Return the run folder that `config.resume` names; None if a new run starts.
+
+    Args:
+        config: all settings.
 
     Raises:
         UserError: there is no such run, resume=auto has no run name, or a link in the folder
@@ -194,10 +209,10 @@ def folder_to_resume(config: TrainConfig) -> Path | None:
 
 
 def _with_tokenizer(config: TrainConfig) -> tuple[TrainConfig, Tokenizer | None]:
-    """Return the tokenizer that data.tokenizer names, and `config` with its vocabulary.
+    """Return `config` with the vocabulary size of data.tokenizer, and the loaded tokenizer.
 
     Raises:
-        UserError: there is none, it is damaged, or data.vocab_size is set to another size.
+        UserError: the tokenizer is missing or damaged, or data.vocab_size is another size.
     """
     data, name = config.data, "data.tokenizer"
     if data.tokenizer is None:
@@ -207,7 +222,7 @@ def _with_tokenizer(config: TrainConfig) -> tuple[TrainConfig, Tokenizer | None]
         path = path.parent.parent if path.parent.name == CHECKPOINTS else path.parent
     file = path if path.suffix == ".json" else path / TOKENIZER
     if not file.is_file():
-        message = f"there is no {file}; name a run folder, a checkpoint, an export or a {TOKENIZER}"
+        message = f"there is no {file}; give a run folder, a checkpoint, an export or a {TOKENIZER}"
         raise UserError(message, name, data.tokenizer)
     try:
         tokenizer = Tokenizer.load(file)
@@ -239,7 +254,7 @@ def _check_shape(config: TrainConfig, trained: GPTConfig, run: Run) -> None:
     if fix and size not in (None, "gpt", config.size):
         fix = {"model": size}
     if fix:
-        raise UserError("has a model of another shape", "init_from", config.init_from, fix)
+        raise UserError("its model has another shape", "init_from", config.init_from, fix)
 
 
 def _parent(run: Run, model: GPT) -> Parent:
@@ -267,6 +282,9 @@ def _parent(run: Run, model: GPT) -> Parent:
 
 def run_lock(folder: Path) -> AcquireReturnProxy:
     """Lock a run, so that no second process trains it; a context manager releases the lock.
+
+    Args:
+        folder: the run folder.
 
     Raises:
         UserError: another process trains it. A process that is killed releases its lock.

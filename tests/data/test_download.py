@@ -239,7 +239,7 @@ def test_a_file_that_changed_on_the_hub_is_not_resumed(hub, tmp_path):
 @pytest.mark.parametrize(
     ("tokens", "damage", "name"),
     [
-        (None, lambda hub: hub.etags.update({TRAIN: "0" * 64}), "sha256"),
+        (None, lambda hub: hub.etags.update({TRAIN: "0" * 64}), "SHA-256"),
         (None, lambda hub: hub.files.update({TRAIN: b"caf\xe9" + END_OF_TEXT.encode()}), "UTF-8"),
         (None, lambda hub: hub.files.update({TRAIN: b"<html>log in</html>"}), END_OF_TEXT),
         (9, lambda hub: hub.files.update({TRAIN: b"\xe9" + END_OF_TEXT.encode() * 9}), "UTF-8"),

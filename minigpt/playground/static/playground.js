@@ -1,10 +1,10 @@
-// Runs once for each part of the page that shows tokens; `element` is that part. Every update
-// replaces its content, so listeners are attached to the part and never to a token.
+// This script runs once for each part of the page that shows tokens; `element` is that part. Each
+// update replaces its content, so listeners are attached to the part and not to the tokens.
 
 const percent = (p) => (p >= 0.0995 ? (100 * p).toFixed(0) : (100 * p).toFixed(1)) + " %";
 
-let panelToken = null; // the token that the panel describes, and its top edge at that time
-let panelTop = 0;
+let panelToken = null; // token that the panel describes
+let panelTop = 0; // top edge of that token when the panel was shown
 
 const moved = () => panelToken && Math.abs(panelToken.getBoundingClientRect().top - panelTop) > 2;
 
@@ -63,7 +63,7 @@ function showAttention(token) {
     other.style.setProperty("--p", Math.sqrt(row[i] ?? 0)); // keeps small weights visible
     other.classList.toggle("future", i >= row.length);
     other.classList.toggle("query", other === token);
-    other.title = i < row.length ? percent(row[i]) : "later token: not visible to this one";
+    other.title = i < row.length ? percent(row[i]) : "a later token, which is not visible to this one";
   });
 }
 
