@@ -248,7 +248,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def coherence_figure(rows: Sequence[Row]) -> Figure:
-    """Draw six measures against temperature: a line for each run, dashed for the originals.
+    """Plot six measures against temperature: a line for each run, dashed for the originals.
 
     With more than three runs, the first, the middle and the last are drawn.
     """

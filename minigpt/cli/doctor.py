@@ -31,14 +31,14 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else n_cores
     limit = max(1, int(min(usable, quota or usable)))
     gpus = ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
-    sysconf = getattr(os, "sysconf", lambda _: 0)  # Windows has none
+    sysconf = getattr(os, "sysconf", lambda _: 0)  # missing on Windows
     free = shutil.disk_usage(".").free / 1e9
     try:
         hardware = Hardware.detect("auto", "auto", 1, "auto")
         precision = f"{hardware.precision} on {hardware.accelerator}: {hardware.why}"
     except UserError as error:
         precision = f"not chosen: {error}"
-    generation, private = _generation(), str(Path.home())  # the latter contains the user's name
+    generation, private = _generation(), str(Path.home())  # the path contains the user's name
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minigpt"
     caches = {"data.cache_dir": Path(CACHE), "XDG_CACHE_HOME": home}  # by setting to change
     sizes = {p: sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) for p in caches.values()}
@@ -76,11 +76,11 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
 
 
 def _generation() -> str:
-    """Try a tiny model; return the backend that generates text."""
+    """Try a tiny model and return the backend that generates text."""
     model = GPT(GPTConfig(vocab_size=64, context_length=8, d_model=32, n_heads=1, n_layers=1))
     try:
         Decoder(model.eval().requires_grad_(False), [torch.zeros(1, dtype=torch.long)], "c")
     except UserError as error:
         return f"PyTorch ({error.message})"
     version = decode.run([*(decode.compiler() or ()), "--version"]).partition("\n")[0]
-    return f"decode.c, {'compiled by' if decode.is_threaded() else 'one thread,'} {version}"
+    return f"decode.c{'' if decode.is_threaded() else ', one thread'}, compiled by {version}"

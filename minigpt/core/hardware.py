@@ -124,7 +124,7 @@ _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")  # 
 
 
 def cpu_name() -> str:
-    """Return the name and flags of the CPU, which `-march=native` of a compiler depends on."""
+    """Return the name and flags of the CPU, which determine the effect of `-march=native`."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
@@ -135,7 +135,7 @@ def cpu_name() -> str:
 
 def cpu_description() -> str:
     """Return the name of the CPU and the instruction sets that affect its speed."""
-    text = cpu_name()  # on Linux lines of /proc/cpuinfo, the name last
+    text = cpu_name()  # on Linux: lines of /proc/cpuinfo, with the name last
     name = re.search(r"model name\s*: (.*)", text)
     instructions = " ".join(flag for flag in _CPU_FLAGS if re.search(rf"\b{flag}\b", text))
     processor = name[1] if name else platform.processor() or platform.machine()

@@ -110,7 +110,13 @@ class Labels:
 
 
 def log_ticks(axis: Axis, subs: Sequence[float], text: Callable[[float], str]) -> None:
-    """Put the ticks of a logarithmic axis at `subs` times powers of ten, with labels by `text`."""
+    """Set the ticks of a logarithmic axis.
+
+    Args:
+        axis: the axis.
+        subs: multiples of each power of ten at which ticks are set.
+        text: function that returns the label of a value.
+    """
     from matplotlib.ticker import LogLocator, NullLocator
 
     axis.set_major_locator(LogLocator(subs=subs))

@@ -212,8 +212,7 @@ def _json_lines(path: Path, chunks: Iterable[str]) -> Iterator[Row]:
                 yield number, parse_json(line)
             except ValueError as error:
                 example = '{"text": "Once upon a time ..."}'
-                problem = f"{path}:{number}: {error}; write JSON such as {example}"
-                raise UserError(problem) from None
+                raise UserError(f"{path}:{number}: {error}; write JSON such as {example}") from None
 
 
 def _json_items(path: Path, chunks: Iterable[str]) -> Iterator[Row]:

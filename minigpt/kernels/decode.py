@@ -114,6 +114,7 @@ def _cached_path(command: list[str]) -> Path:
 
 def _compile(command: list[str]) -> Path:
     version = run([*command, "--version"])
+    # The CPU is part of the name because different machines may share the cache.
     parts = SOURCE.read_text(encoding="utf-8"), command, _FLAGS, version, cpu_name()
     name = f"decoding-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minigpt"
@@ -127,7 +128,7 @@ def _compile(command: list[str]) -> Path:
 
 
 def run(command: list[str]) -> str:
-    """Return what a command prints; raise CalledProcessError if it fails."""
+    """Return the output of a command; raise CalledProcessError if it fails."""
     return subprocess.run(  # noqa: S603
         command, check=True, capture_output=True, text=True, errors="replace", timeout=120
     ).stdout

@@ -273,8 +273,7 @@ def new_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool = F
     if RUN_FOLDER_VARIABLE in os.environ:
         return Path(os.environ[RUN_FOLDER_VARIABLE])
     if name is None:
-        problem = "is required, so that all processes of the run use the same folder"
-        raise UserError(problem, "name")
+        raise UserError("is required, so that all processes of the run use the same folder", "name")
     return parent / name
 
 

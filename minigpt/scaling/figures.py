@@ -101,7 +101,7 @@ def compute_figure(runs: Sequence[RunResult]) -> Figure:
 def _curves_figure(runs: Iterable[RunResult], per_token: Callable[[Any], Any], unit: str) -> Figure:
     """Plot the validations against tokens × `per_token`, a function of a run or reference model.
 
-    Runs for which it returns None are left out.
+    Runs for which `per_token` returns None are left out.
     """
     reference: Points = [(per_token(r) * r.tokens, r.perplexity) for r in REFERENCE]
     scaled = [(run, per_token(run)) for run in runs if per_token(run) and run.point and run.curve]

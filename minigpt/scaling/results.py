@@ -29,7 +29,7 @@ from minigpt.runs.provenance import Parent, parent_of
 from minigpt.runs.records import Row, last_values, read_metrics, read_summary, series
 
 LATE = 0.05  # final fraction of a run over which the training loss is averaged
-_COMPARED = (  # settings that should agree in a group of runs, with those of the optimizer
+_COMPARED = (  # settings that should be equal within a group of runs, as should the optimizer's
     "model.dropout", "model.embedding_scale", "data.batch_size", "data.holdout",
     "data.random_offset", "data.vocab_size",
 )  # fmt: skip

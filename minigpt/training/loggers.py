@@ -42,7 +42,7 @@ class MetricsCsv(Logger):
             writes them again. None replaces an existing file.
     """
 
-    name, version = "csv", ""  # type: ignore[assignment]  # in Lightning; there is one file alone
+    name, version = "csv", ""  # type: ignore[assignment]  # for Lightning; no version: one file
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
         super().__init__()

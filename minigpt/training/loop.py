@@ -243,7 +243,7 @@ class _Training:
         loggers = [metrics, *extra_loggers(folder, config.logger)]
         strategy: Strategy | str = c.strategy
         if strategy == "fsdp":  # FSDP2; `GPTModule` shards its model, checkpoints are single files
-            sizes = hardware.world_size, 1  # of data and tensor parallelism
+            sizes = hardware.world_size, 1  # sizes of data and tensor parallelism
             strategy = ModelParallelStrategy(*sizes, save_distributed_checkpoint=False)
         srun = getattr(Launcher.detect(), "name", None) == "srun"
         # Under srun, `Checkpoints` queues the job again, so Lightning must not.

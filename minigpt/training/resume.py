@@ -281,10 +281,13 @@ def _parent(run: Run, model: GPT) -> Parent:
 
 
 def run_lock(folder: Path) -> AcquireReturnProxy:
-    """Lock a run, so that no second process trains it; a context manager releases the lock.
+    """Lock a run, so that no second process trains it at the same time.
 
     Args:
         folder: the run folder.
+
+    Returns:
+        The lock, which is a context manager that releases it.
 
     Raises:
         UserError: another process trains it. A process that is killed releases its lock.
