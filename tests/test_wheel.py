@@ -114,8 +114,8 @@ def test_the_library_is_the_installed_one(bin: Path, place: Path):
 
 
 def test_an_installed_run_is_evaluated_resumed_told_from_and_exported(bin: Path, place: Path):
-    said = minigpt(bin, place, "evaluate", "ckpt=runs/first", "stories.n=1")
-    assert "perplexity" in said
+    output = minigpt(bin, place, "evaluate", "ckpt=runs/first", "stories.n=1")
+    assert "perplexity" in output
     again = minigpt(bin, place, "train", "resume=runs/first")
     assert str(Path("runs/first")) in again
     assert minigpt(bin, place, "generate", "runs/first", "--seed", "1", "--max-tokens", "5")
@@ -143,8 +143,8 @@ def test_an_installed_sweep_file_calls_minigpt_train(bin: Path, place: Path):
 
 
 def test_printed_commands_name_the_program_that_was_typed(bin: Path, place: Path):
-    said = minigpt(bin, place, "train", "model=large", *FEW, "name=named")
-    assert "minigpt evaluate ckpt=runs/named" in said
+    output = minigpt(bin, place, "train", "model=large", *FEW, "name=named")
+    assert "minigpt evaluate ckpt=runs/named" in output
     assert "python train.py" not in minigpt(bin, place, "train", "--help")
 
 

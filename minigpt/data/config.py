@@ -79,7 +79,7 @@ class DataConfig:
     random_offset: bool = True
     """Whether the windows start at different positions in each epoch."""
 
-    shuffle: Shuffle = "windows"
+    shuffle: Shuffle = "stories"
     """What is shuffled in each epoch: `stories` shuffles the stories and then the windows cut from
     them; `windows` keeps the order of the stories and shuffles only the windows."""
 

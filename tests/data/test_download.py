@@ -60,8 +60,8 @@ class Hub:
                     return self.redirect({})
                 name = self.path.rsplit("/", 1)[-1]
                 size = len(hub.files[name])
-                asked = self.headers["Range"] or "bytes=0-"
-                start, end = (int(n or size - 1) for n in asked.removeprefix("bytes=").split("-"))
+                span = self.headers["Range"] or "bytes=0-"
+                start, end = (int(n or size - 1) for n in span.removeprefix("bytes=").split("-"))
                 hub.ranges.append((name, start, end))
                 self.close_connection = True
                 if start >= hub.refuse_from:

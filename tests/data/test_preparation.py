@@ -61,14 +61,14 @@ def prepared(cache: Path) -> list[str]:
 
 def test_a_token_file_is_every_story_followed_by_end_of_text(tokenizer, tmp_path):
     corpus = Listed()
-    found = prepare_split(corpus, "train", tokenizer, tmp_path)
+    tokens = prepare_split(corpus, "train", tokenizer, tmp_path)
     expected = [id for ids in tokenizer.encode_batch(STORIES) for id in [*ids, 0]]
-    assert found.array().tolist() == expected
-    assert found.array().dtype == np.uint16
-    assert not found.array().flags.writeable
-    assert (found.n_tokens, found.n_stories) == (len(expected), 50)
-    assert found.n_bytes == len("".join(STORIES).encode())
-    assert found.bytes_per_token == found.n_bytes / found.n_tokens
+    assert tokens.array().tolist() == expected
+    assert tokens.array().dtype == np.uint16
+    assert not tokens.array().flags.writeable
+    assert (tokens.n_tokens, tokens.n_stories) == (len(expected), 50)
+    assert tokens.n_bytes == len("".join(STORIES).encode())
+    assert tokens.bytes_per_token == tokens.n_bytes / tokens.n_tokens
 
 
 def test_blocks_do_not_show_in_the_result(tokenizer, tmp_path, monkeypatch):
@@ -208,9 +208,9 @@ def test_killed_preparations_count_for_nothing_and_two_processes_prepare_once(tm
     assert first.stdout.readline() == "begun\n"  # it holds the lock, and half is written
     second = start(tmp_path)
     assert second.stderr is not None
-    said = second.stderr.readline()
-    assert "waiting" in said
-    assert unfinished.removesuffix(".unfinished") in said
+    line = second.stderr.readline()
+    assert "waiting" in line
+    assert unfinished.removesuffix(".unfinished") in line
     first_output, first_log = first.communicate("go on\n", timeout=60)
     output, log = second.communicate(timeout=60)
     assert (first.returncode, second.returncode) == (0, 0), first_log + log
@@ -299,11 +299,11 @@ def as_nobody(cache: Path, function):
 
 def test_a_cache_that_is_read_only_is_read(tokenizer, shared_folder):
     corpus = Listed()
-    made = prepare_split(corpus, "train", tokenizer, shared_folder)
-    found = as_nobody(
+    prepared_split = prepare_split(corpus, "train", tokenizer, shared_folder)
+    reused = as_nobody(
         shared_folder, lambda: prepare_split(corpus, "train", tokenizer, shared_folder)
     )
-    assert found == made
+    assert reused == prepared_split
     assert corpus.reads == ["train"]
 
 
@@ -359,10 +359,10 @@ def test_a_split_without_stories_is_refused(tokenizer, tmp_path):
 
 
 def test_meta_json_tells_what_went_in(tokenizer, tmp_path):
-    found = prepare_split(Listed(), "valid", tokenizer, tmp_path)
-    meta = json.loads(found.path.with_name("meta.json").read_text())
+    tokens = prepare_split(Listed(), "valid", tokenizer, tmp_path)
+    meta = json.loads(tokens.path.with_name("meta.json").read_text())
     assert meta["of"]["tokenizer"] == tokenizer.fingerprint
-    assert (meta["tokens"], meta["bytes"], meta["stories"]) == (found.n_tokens, found.n_bytes, 2)
+    assert (meta["tokens"], meta["bytes"], meta["stories"]) == (tokens.n_tokens, tokens.n_bytes, 2)
 
 
 def test_validation_files_alone_are_enough_to_evaluate_on(tokenizer, tmp_path):

@@ -46,8 +46,8 @@ def test_globs_are_sorted_recursive_know_home_and_name_no_file_twice(tmp_path, m
     b, a, c, odd = (write(tmp_path / name) for name in names)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    found = local_files(["~/odd[1].txt", "~/**/*.txt"], []).train_files
-    assert found == (odd, a, b, c)
+    files = local_files(["~/odd[1].txt", "~/**/*.txt"], []).train_files
+    assert files == (odd, a, b, c)
 
 
 @pytest.mark.parametrize("folder", ["stories [v2]", "mÿ störies", "a*b", "~"])
