@@ -5,7 +5,7 @@ BIN := .venv/bin
 EXTRA := $(BIN)/python -m pytest --override-ini addopts="-q --strict-markers"
 
 .PHONY: help quickstart test lint format audit docs golden chaos bench clean
-.PHONY: test-browser test-cluster test-examples test-export test-memory test-wandb
+.PHONY: test-browser test-cluster test-examples test-export test-memory test-wandb test-wheel
 .DELETE_ON_ERROR:
 
 help:  # list the targets
@@ -38,8 +38,9 @@ format: .venv/installed-dev  # fix style problems that ruff can fix
 audit: .venv/installed-dev  # check the installed packages for known vulnerabilities
 	$(BIN)/python -m tests.audit
 
-docs: .venv/installed-dev  # build the documentation site into site/
+docs: .venv/installed-dev  # build the documentation site into site/, and test it
 	$(BIN)/mkdocs build --strict
+	$(EXTRA) tests/extra/test_site.py
 
 # These targets need system packages or several minutes. .ci/run runs all except chaos and bench.
 
@@ -69,6 +70,9 @@ test-wandb: .venv/installed-dev  # test logging and sweeps with a mock W&B serve
 
 test-examples: .venv/installed-dev  # run the notebooks in examples/ with tiny budgets
 	$(EXTRA) tests/extra/test_examples.py
+
+test-wheel: .venv/installed-dev  # test the wheel and the sdist, installed without a checkout
+	$(EXTRA) tests/extra/test_wheel.py
 
 test-memory: .venv/installed-dev  # test that memory does not grow with the text: a minute
 	$(EXTRA) tests/extra/test_memory.py

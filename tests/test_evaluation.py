@@ -295,7 +295,7 @@ def test_valid_scores_one_text_of_the_sample(valid, stories, name, sample_run):
 
 
 def test_valid_on_another_corpus_is_refused_in_one_line(run, monkeypatch):
-    monkeypatch.setattr(Run, "load_model", lambda _: pytest.fail("measured"))
+    monkeypatch.setattr("minigpt.evaluation.evaluate_loss", lambda *_: pytest.fail("measured"))
     with pytest.raises(UserError, match=naming("valid", "v1", "text")) as error:
         evaluate(run, EvaluationConfig(valid="v1"))
     assert "\n" not in str(error.value)

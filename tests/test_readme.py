@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from minigpt.scaling.results import read_run
 from tests.commands import run
-from tests.conftest import ROOT, trained_folder, write_stories
+from tests.conftest import ROOT, tiny_overrides, trained_folder, write_stories
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
@@ -25,13 +26,20 @@ ELSEWHERE = {  # run by other tests, or by .ci/run itself
 }
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with stories and a finished run in it."""
+    folder = tmp_path_factory.mktemp("readme") / "place"
+    (folder / "stories").mkdir(parents=True)
+    write_stories(folder / "stories/mine.txt", 400, 3)
+    trained_folder([*tiny_overrides(folder), "name=first"])
+    return folder
+
+
 @pytest.fixture
-def place(tmp_path: Path, tiny: list[str]) -> Path:
-    """An empty folder with stories and a finished run in it."""
-    (tmp_path / "stories").mkdir()
-    write_stories(tmp_path / "stories/mine.txt", 400, 3)
-    trained_folder([*tiny, "name=first"])
-    return tmp_path
+def place(trained: Path, tmp_path: Path) -> Path:
+    """A copy of that folder."""
+    return shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
 
 
 def small(tiny: list[str]) -> str:

@@ -1,8 +1,6 @@
 """Paths with ~, spaces, brackets and other letters, in every setting and option that takes one."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from minigpt.evaluation import EvaluationConfig, evaluate
 from minigpt.exporting import export
 from minigpt.runs.folder import Run
 from minigpt.training.config import TrainConfig
+from tests.commands import run_here
 from tests.conftest import naming, tiny_overrides, trained_folder, write_stories
 
 ROOT = Path(__file__).parents[2]
@@ -85,22 +84,20 @@ def test_commands_expand_the_home_folder(home):
     stories.mkdir()
     tiny = [word for word in tiny_overrides(home) if "files" not in word and "dir=" not in word]
     write_stories(stories / "a [1].txt", 400, 1)
-    shapes = " ".join(f"'{word}'" for word in tiny)
-    minigpt = f"{sys.executable} -m minigpt"
-    train = f"{sys.executable} {ROOT / 'train.py'}"
-    script = f"""
-    set -e
-    {train} {shapes} "data.train_files=[~/mÿ störies [v2]/*.txt]" name=a runs_dir=~/"r s" \
-        "data.cache_dir=~/c ç"
-    {minigpt} export ~/"r s/a" '~/exported'
-    {minigpt} sweep scaling '--out=~/sweep.yaml'
-    {minigpt} probe '~/r s/a' --near the '--out=~/maps' || test $? = 2
-    """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        ["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    train = [*tiny, "data.train_files=[~/mÿ störies [v2]/*.txt]", "name=a", "runs_dir=~/r s"]
+    commands = {
+        "train.py": [[*train, "data.cache_dir=~/c ç"]],
+        "minigpt": [
+            ["export", "~/r s/a", "~/exported"],
+            ["sweep", "scaling", "--out=~/sweep.yaml"],
+            ["probe", "~/r s/a", "--near", "the", "--out=~/maps"],
+        ],
+    }
+    for program, lines in commands.items():
+        for words in lines:
+            result = run_here(program, words, Path.cwd())
+            # The vocabulary is too small for a map.
+            assert result.code == (2 if words[0] == "probe" else 0), result.err
     for name in ("r s/a/summary.json", "c ç/prepared", "exported/README.md", "sweep.yaml"):
         assert (home / name).exists()
     assert os.listdir() == []

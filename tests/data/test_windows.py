@@ -278,6 +278,7 @@ def test_validation_loader_reads_its_whole_split_in_order_and_no_other(config):
 
 
 def test_training_loader_has_full_batches_for_the_whole_run(config):
+    config = dataclasses.replace(config, shuffle="windows")
     data = data_module(config, n_steps=2000)  # several epochs
     batches = list(data.train_dataloader())
     assert len(batches) == 2000
