@@ -90,7 +90,7 @@ class HubLines(tqdm):
 
 
 def _first_parts(folder: Path, name: str, version: str = "*") -> list[tuple[int, Path]]:
-    """Return a pair for each stored prefix of a file: the requested number of bytes, the path."""
+    """Return (requested number of bytes, path) for each stored prefix of a file."""
     paths = folder.glob(f"{Path(name).stem}.first-*.{version}.txt")
     return [(int(path.name.split(".")[-3].removeprefix("first-")), path) for path in paths]
 

@@ -219,7 +219,7 @@ def _json_lines(path: Path, chunks: Iterable[str]) -> Iterator[Row]:
 
 
 def _json_items(path: Path, chunks: Iterable[str]) -> Iterator[Row]:
-    """Yield the number (from 1) and the value of each item of a JSON list, without loading all."""
+    """Yield the number (from 1) and the value of each item of a JSON list, read in chunks."""
     decode, text, at, number, marks = json.JSONDecoder().raw_decode, "", 0, 0, "["
     for chunk in itertools.chain(chunks, [""]):
         text, at = text[at:] + chunk, 0
@@ -312,7 +312,10 @@ def _lines(path: Path, chunks: Iterable[str]) -> Iterator[str]:
 
 
 def _decode(path: Path, file_format: Format) -> Iterator[str]:
-    """Yield the text of a UTF-8 file in chunks; line feeds end lines, byte order marks are removed."""
+    """Yield the text of a UTF-8 file in chunks.
+
+    Byte order marks are removed, and line ends become line feeds.
+    """
     utf8 = codecs.getincrementaldecoder("utf-8")()
     decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
     offset, line = 0, 1

@@ -1,7 +1,7 @@
 """Stream as many stories as a run needs from a Hugging Face dataset to a file.
 
 A later call appends to the file. It continues at the position in the dataset that the previous
-call saved last, and reads the same revision of the dataset. Other columns are not stored.
+call saved last, and reads the same revision of the dataset. Only the stories are stored.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _append(path: Path, state: dict[str, Any], stories: Iterable[Any], n_bytes: 
 def _stories(
     config: DataConfig, dataset: str, split: str, state: dict[str, Any]
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield each story after the position in `state`, and a function that returns the position."""
+    """Yield each story after the position in `state`, and a function that returns its position."""
     datasets = optional("datasets", "source hf")
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     datasets.disable_progress_bars()

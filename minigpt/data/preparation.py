@@ -86,7 +86,7 @@ class TokenFile:
 
 
 def prepare_tokenizer(corpus: Corpus, config: DataConfig) -> Tokenizer:
-    """Return the tokenizer trained on the training split of `corpus`, cached if possible.
+    """Return the tokenizer trained on the training split of `corpus`, from the cache if possible.
 
     The tokenizer is trained on at most about the first 100 MB of the training stories, and never on
     the validation split.
@@ -128,7 +128,7 @@ def prepare_tokenizer(corpus: Corpus, config: DataConfig) -> Tokenizer:
 def prepare_split(
     corpus: Corpus, split: Split, tokenizer: Tokenizer, cache_dir: str | Path
 ) -> TokenFile:
-    """Return the token file of a split, cached if possible.
+    """Return the token file of a split, from the cache if possible.
 
     Memory use grows neither with the corpus nor with the length of a story. A second process that
     needs the same split waits for the first. Incomplete files of a killed process are never used.
@@ -167,7 +167,7 @@ def _encode(
     path: Path,
     show: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Write the ids of `pieces` to `path`, and return meta.json's counts and checksum.
+    """Write the ids of `pieces` to `path`; return the counts and the checksum for meta.json.
 
     Args:
         pieces: pairs of a piece of a story and whether it is the last piece of that story.

@@ -58,7 +58,7 @@ class Corpus:
     """Files to read validation stories from; if empty, the last training stories are held out."""
 
     holdout: float = DataConfig.holdout
-    """Fraction of the training stories to hold out; for a single document, of its length."""
+    """Fraction of the training stories to hold out, or of the length of a single document."""
 
     separator: str = DataConfig.separator
     """Separator between two stories in a text file."""

@@ -82,7 +82,7 @@ class StoryWindows(TokenWindows):
         return _shifted(rows, rows)
 
     def _epoch_table(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return each story's start in an epoch, and the offset from there to its start on file."""
+        """Return the start of each story in an epoch, and its offset to the story in the file."""
         order = story_permutation(len(self._starts), self.seed, epoch)
         lengths = np.diff(self._starts, append=len(self.tokens))[order]
         begins = np.cumsum(lengths) - lengths
@@ -108,13 +108,19 @@ def story_starts(tokens: np.ndarray) -> np.ndarray:
 
 
 def story_permutation(n_stories: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the random order of the stories in one epoch, [n_stories]; the arguments determine it."""
+    """Return the order of the stories in an epoch, [n_stories].
+
+    Equal arguments give the same order.
+    """
     return np.random.Generator(np.random.PCG64([seed, epoch, 2])).permutation(n_stories)
 
 
 @lru_cache(maxsize=2)  # a batch contains windows from at most two epochs
 def epoch_permutation(n_windows: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the random order of the windows in one epoch, [n_windows]; the arguments determine it."""
+    """Return the order of the windows in an epoch, [n_windows].
+
+    Equal arguments give the same order.
+    """
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
     order = generator.permutation(n_windows)
     order.setflags(write=False)
