@@ -1,4 +1,4 @@
-"""Output folder of an export, which is checked and then replaced atomically."""
+"""Check the output folder of an export, and replace the folder atomically."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _RESULTS = ("report.html", "evaluation*.json")  # files of an evaluation, which 
 def check_output(out: Path) -> None:
     """Raise UserError unless a folder is new, empty, or an earlier export without other files.
 
-    The working directory and those above it cannot be replaced, because programs would keep running
-    in a removed directory.
+    The working directory and its parent directories cannot be replaced, because programs would keep
+    running in a removed directory.
 
     Args:
         out: the output folder.
@@ -69,7 +69,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         folder.rename(target)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        problem = f"cannot write this folder ({error.strerror or error}): choose another one"
+        problem = f"cannot write this folder ({error.strerror or error}): choose another folder"
         raise UserError(problem, "out", str(out)) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)

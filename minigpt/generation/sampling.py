@@ -328,7 +328,7 @@ def iterate_stories(
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
-    """Return END_OF_TEXT, which precedes each story in training, and the ids of a prompt: (1, T)."""
+    """Return the ids (1, T) of END_OF_TEXT and `prompt`: in training, it precedes each story."""
     return torch.tensor([[tokenizer.end_of_text, *tokenizer.encode(prompt)]])
 
 

@@ -1,4 +1,4 @@
-"""Server of the playground, which loads the runs and can require a login."""
+"""Server of the playground. It loads the runs, and can require a login."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def serve(
     runs: Sequence[Run], host: str = "127.0.0.1", port: int | None = None, auth: str | None = None
 ) -> None:
-    """Serve a page with the models of `runs` until Ctrl-C is pressed, and log its address.
+    """Log the address of a page with the models of `runs`, and serve it until Ctrl-C is pressed.
 
     Args:
         runs: one to four runs.
