@@ -23,7 +23,7 @@ class ExportConfig:
     """File format: transformers (hf), Mini GPT (safetensors), ONNX (onnx) or llama.cpp (gguf)."""
 
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Type of the weights; None means bfloat16 for safetensors and float32 for all other formats."""
+    """Type of the weights; None means bfloat16 for safetensors, float32 for the other formats."""
 
     evaluate: bool = False
     """Whether to evaluate the exported weights if they have not been evaluated yet."""

@@ -328,7 +328,10 @@ def iterate_stories(
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
-    """Return the ids (1, T) of END_OF_TEXT and `prompt`: in training, it precedes each story."""
+    """Return the ids (1, T) of END_OF_TEXT and the prompt.
+
+    In training, END_OF_TEXT precedes each story.
+    """
     return torch.tensor([[tokenizer.end_of_text, *tokenizer.encode(prompt)]])
 
 

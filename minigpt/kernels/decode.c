@@ -188,7 +188,7 @@ INLINE void product_of(enum kind kind, const matrix *m, int rows, const float *x
     int panels = (m->out + PANEL - 1) / PANEL, groups = (rows + ROWS - 1) / ROWS;
     int end = panels * (part + 1) / parts * PANEL;
     for (int column = panels * part / parts * PANEL; column < end; column += WIDE)
-        for (int g = 0; g < groups; g++) { /* groups of similar size, because few rows at once are slower */
+        for (int g = 0; g < groups; g++) { /* equal groups, because few rows at once are slower */
             int r = (int64_t)rows * g / groups, next = (int64_t)rows * (g + 1) / groups;
             const float *from = x + (size_t)r * m->in;
             float *to = y + (size_t)r * m->out;
@@ -333,8 +333,8 @@ typedef struct {
     pthread_cond_t next;
 } barrier;
 
-/* Wait until all n threads have arrived: spin for about 20 μs, then sleep. In a process with more threads
-   than cores, such as a server, OpenMP's own barrier sleeps at once, and waking up takes longer. */
+/* Wait until all n threads have arrived: spin for about 20 μs, then sleep. In a process with more
+   threads than cores, such as a server, OpenMP's own barrier sleeps at once, and waking up takes longer. */
 static void wait_for_all(barrier *b, int n) {
     if (n == 1) return;
     int round = atomic_load(&b->round);

@@ -78,7 +78,7 @@ class Playground:
         self, prompt: str, temperature: float, top_k: int, top_p: float, min_p: float,
         max_tokens: int,
     ) -> Iterator[tuple[str, ...]]:  # fmt: skip
-        """Yield the stories of all models as HTML, again and again while they grow.
+        """Yield the stories of all models as HTML, updated as they grow.
 
         All models sample with the same seed. For an invalid input, a one-line error is yielded
         instead of each story.

@@ -25,7 +25,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def serve(
     runs: Sequence[Run], host: str = "127.0.0.1", port: int | None = None, auth: str | None = None
 ) -> None:
-    """Log the address of a page with the models of `runs`, and serve it until Ctrl-C is pressed.
+    """Serve a page with the models of `runs` until Ctrl-C is pressed. The log has its address.
 
     Args:
         runs: one to four runs.
