@@ -444,7 +444,7 @@ def _check_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        problem = f"cannot write evaluation.json ({error.strerror}); give another folder"
+        problem = f"cannot write evaluation.json ({error.strerror}); choose another folder"
         raise UserError(problem, "out", str(folder)) from None
 
 

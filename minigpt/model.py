@@ -150,7 +150,7 @@ class KVCache:
         return self.positions
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the keys and values of the new tokens for one layer. Call it in layer order.
+        """Append the keys and values of the new tokens for one layer. Layers are called in order.
 
         Args:
             k: keys (B, nh, T, hs).

@@ -6,8 +6,9 @@ appends to each story. No text can produce id 0: the string `<|endoftext|>` in a
 ordinary characters.
 
 Memory use is bounded for texts in any script. During training, the library needs about 120 bytes
-for each byte of distinct pre-tokens, so the total size of these is limited. During encoding, it
-needs about 180 bytes for each byte of text, so long texts are encoded in pieces (`cut_texts`).
+for each byte of distinct pre-tokens, so the total size of distinct pre-tokens is limited. During
+encoding, the library needs about 180 bytes for each byte of text, so long texts are encoded in
+pieces (`cut_texts`).
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ class Tokenizer:
         except OSError as error:
             raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
         except Exception:  # the library raises plain Exception for invalid files
-            problem = f"{path} is not a valid tokenizer.json; give the one in a run folder"
+            problem = f"{path} is not a valid tokenizer.json; use the one in a run folder"
             raise UserError(problem) from None
         if not _is_ours(library):
             expected = f"a byte-level BPE with {END_OF_TEXT} as token 0"
@@ -174,7 +175,7 @@ class Tokenizer:
         """Return the ids of each text, without END_OF_TEXT, computed on all cores.
 
         Args:
-            texts: any Unicode texts. They are held in memory, unlike in `encode_stories`.
+            texts: any Unicode texts. All texts are held in memory; `encode_stories` streams texts.
 
         Returns:
             One list of token ids per text.

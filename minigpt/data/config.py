@@ -41,7 +41,7 @@ class DataConfig:
     `hf`; None for the other sources."""
 
     subset: str | None = None
-    """Subset of the dataset, such as `wikitext-2-raw-v1`; None means its default."""
+    """Subset of the dataset, such as `wikitext-2-raw-v1`; None means the dataset's default."""
 
     split: str = "train"
     """Split of the dataset to train on."""
@@ -59,7 +59,8 @@ class DataConfig:
     single document, it is the fraction of the document's length."""
 
     separator: str = END_OF_TEXT
-    """Separator between two stories in a .txt or .md file; a file without it is one document."""
+    """Separator between two stories in a .txt or .md file. A file without separators is one
+    document."""
 
     download_tokens: int | None = 104_000_000
     """Number of training tokens for which text is downloaded, for sources `tinystories` and `hf`;

@@ -16,7 +16,7 @@ from minigpt.tokenizer import Tokenizer
 
 
 class DataModule(L.LightningDataModule):
-    """The prepared corpus of a run and its batches of inputs and targets, each [B, T] int64.
+    """The prepared corpus of a run, and batches of inputs and targets from it, each [B, T] int64.
 
     `setup` sets `tokenizer` and the token files `train` and `valid`.
 

@@ -27,13 +27,14 @@ _BLOCK = 16 << 20  # bytes downloaded by one request and held in memory
 
 
 def fetch(folder: Path, repo: str, name: str, separator: str, n_bytes: int | None = None) -> Path:
-    """Download a file of a dataset, or a prefix of the file, and return its path in `folder`.
+    """Download a file of a dataset, or a prefix of the file, and return the path of the copy.
 
     A complete file is stored as `name`, a prefix as <stem>.first-<n_bytes>.<version>.txt, where
-    <version> is a hash of the Hub's etag. If the complete file or a prefix of at least `n_bytes` is
-    already stored, the network is not used. A longer prefix continues a stored shorter prefix of
-    the same version. Only one process downloads a file at a time; the other processes wait for it.
-    The environment variable HF_ENDPOINT sets the Hub's address; the default is huggingface.co.
+    <version> is a hash of the Hub's etag. If the complete file is stored, or a prefix for which at
+    least `n_bytes` were requested, the network is not used. A longer prefix continues a stored
+    shorter prefix of the same version. Only one process downloads a file at a time; the other
+    processes wait. The environment variable HF_ENDPOINT sets the Hub's address; the default is
+    huggingface.co.
 
     Args:
         folder: folder for the file, created if missing.

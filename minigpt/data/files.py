@@ -108,10 +108,10 @@ def clean(text: str) -> str:
 def find_cut(text: str, first: int, last: int, near: int) -> int:
     """Return the position at which to cut `text`: between `first` and `last`, close to `near`.
 
-    A blank line is preferred to a line end, and a line end to a space. Among equals, the cut
-    closest to `near` is chosen. The cut is directly before the white-space character that precedes
-    a word. This is a pre-token boundary, so cutting does not change the ids of the text. If there
-    is no white space between `first` and `last`, the position is `near`.
+    A blank line is preferred to a line end, and a line end to a space. Among places of the same
+    kind, the closest to `near` is chosen. The cut is directly before the white-space character that
+    precedes a word. This is a pre-token boundary, so cutting does not change the ids of the text.
+    If there is no white space between `first` and `last`, the position is `near`.
 
     Args:
         text: the text to cut.

@@ -24,9 +24,9 @@ _KINDS = {
     ".txt": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json",
     ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
 }  # fmt: skip
-READABLE = f"{', '.join(_KINDS)}, each also .gz, .xz, .bz2 or .zst"
+READABLE = f"{', '.join(_KINDS)}, each also with .gz, .xz, .bz2 or .zst"
 
-_UNPACK, _TEXT = "unpack it and give the files in it", "save its text as .txt"
+_UNPACK, _TEXT = "unpack it and name the files in it", "save its text as .txt"
 _DATA = "write its stories as .txt or .jsonl"
 # Formats that cannot be read: name, extensions, first bytes, and what to do. The extension takes
 # precedence over the first bytes, because a Word document is also a zip archive.
@@ -66,7 +66,7 @@ class Format:
 
 
 def detect_format(path: Path) -> Format:
-    """Return the format of a file from its name, and reject foreign formats by their first bytes.
+    """Return the format that a file's name gives; reject unsupported formats by first bytes.
 
     The first bytes of .parquet files are not checked.
 
@@ -141,7 +141,7 @@ def unpack(path: Path, packing: str) -> Iterator[bytes]:
                 most -= len(chunk)
                 if most < 0 and packing:
                     large = f"decompresses to more than {_UNPACKED_TIMES} times its size"
-                    raise UserError(f"{path} {large}; decompress it yourself if you trust it")
+                    raise UserError(f"{path} {large}; decompress it if you trust the file")
                 lines += chunk.count(b"\n")
                 yield chunk
     except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:

@@ -1,4 +1,4 @@
-"""Stream as many stories as a run needs from a Hugging Face dataset to a file.
+"""Stream the stories that a run needs from a Hugging Face dataset to a file.
 
 A later call appends to the file. It continues at the position in the dataset that the previous
 call saved last, and reads the same revision of the dataset. Only the stories are stored.
@@ -99,7 +99,10 @@ def _append(path: Path, state: dict[str, Any], stories: Iterable[Any], n_bytes: 
 def _stories(
     config: DataConfig, dataset: str, split: str, state: dict[str, Any]
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield each story after the position in `state`, and a function that returns its position."""
+    """Yield each story after the position in `state`, and a function that returns the new position.
+
+    The new position is directly after the story.
+    """
     datasets = optional("datasets", "source hf")
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     datasets.disable_progress_bars()

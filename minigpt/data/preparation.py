@@ -285,7 +285,7 @@ def _cached(path: Path, load: Callable[[Path], T], make: Callable[[Path], None])
     """Return the result of `load(path)`, after `make` has written the folder if necessary.
 
     `make` writes to a temporary folder. This folder is then renamed to `path` atomically. Only the
-    process that holds the lock writes, so an unfinished folder is left from a killed process.
+    process that holds the lock writes, so an unfinished folder was left by a killed process.
     """
     try:
         return load(path)

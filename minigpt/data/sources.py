@@ -358,7 +358,7 @@ def bundled_sample(release: Literal["v1", "v2"] = "v2") -> Corpus:
     """Return the stories bundled with this package: 39,927 for training, 3,000 for validation.
 
     Args:
-        release: release of TinyStories that the validation stories are from.
+        release: release of TinyStories from which the validation stories are taken.
 
     Returns:
         The corpus.
@@ -412,7 +412,7 @@ def _expand(patterns: Sequence[str], field: str) -> dict[tuple[int, int], Path]:
         path = user_path(pattern, argument)
         if path.is_dir():
             files = {argument: [f"{path}/*.txt"]}
-            raise UserError(f"{path} is a folder; give the files in it", argument, fix=files)
+            raise UserError(f"{path} is a folder; name the files in it", argument, fix=files)
         # Brackets in the name of an existing folder or file are not a pattern.
         real = next(p for p in (path, *path.parents) if p.exists())
         matches = glob.glob(
@@ -431,9 +431,9 @@ def _expand(patterns: Sequence[str], field: str) -> dict[tuple[int, int], Path]:
 def download_tinystories(folder: Path, tokens: int | None, valid_only: bool = False) -> Corpus:
     """Download TinyStories (GPT-4 version) from the Hugging Face Hub, and return it as a corpus.
 
-    Only a prefix of the training file is downloaded, with enough stories for `tokens`. The same
-    request always gives the same stories. If enough stories are stored, the network is not used. An
-    interrupted download of a prefix continues where it stopped.
+    If `tokens` is given, only a prefix of the training file with enough stories is downloaded. The
+    same request always gives the same stories. If enough stories are stored, the network is not
+    used. An interrupted download of a prefix continues where it stopped.
 
     Args:
         folder: folder for the files, created if missing.

@@ -50,7 +50,7 @@ class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
 
 
 class StoryWindows(TokenWindows):
-    """Windows over a token file whose stories are in a different order in each epoch.
+    """Windows over a token file; each epoch has the stories in a different order.
 
     Epochs are concatenated: position `epoch * n_tokens + i` is token i of that epoch. The order of
     the stories depends only on the seed and the epoch. The token file is not reordered: a table
@@ -82,7 +82,11 @@ class StoryWindows(TokenWindows):
         return _shifted(rows, rows)
 
     def _epoch_table(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the start of each story in an epoch, and its offset to the story in the file."""
+        """Return two arrays [n_stories] that locate the stories of an epoch, in its order.
+
+        The first array has the start of each story in the epoch. The second array has the start of
+        the story in the file minus its start in the epoch.
+        """
         order = story_permutation(len(self._starts), self.seed, epoch)
         lengths = np.diff(self._starts, append=len(self.tokens))[order]
         begins = np.cumsum(lengths) - lengths
@@ -128,14 +132,14 @@ def epoch_permutation(n_windows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def epoch_offset(context_length: int, seed: int, epoch: int) -> int:
-    """Return the start of an epoch's first window: 0 in epoch 0, later random and below T."""
+    """Return the start of an epoch's first window: 0 in epoch 0, then a random number below T."""
     if epoch == 0:
         return 0
     return int(np.random.default_rng([seed, epoch, 1]).integers(context_length))
 
 
 class BudgetSampler(Sampler[list[int]]):
-    """Sampler of the batches of a whole run. A batch is the start positions of its windows.
+    """Sampler of the batches of a whole run. It yields the start positions of the windows.
 
     An epoch consists of adjacent windows in a random order. The windows are shuffled even if the
     stories are shuffled too. Otherwise a batch would contain fewer stories, because neighbouring

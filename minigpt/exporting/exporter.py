@@ -64,7 +64,7 @@ def export(
     out, config = user_path(out, "out"), config or ExportConfig()
     check_output(out)
     if out.resolve() == run.folder.resolve() and config.format != "safetensors":
-        problem = f"the {config.format} export would replace the run itself: give a new folder"
+        problem = f"the {config.format} export would replace the run itself: choose a new folder"
         raise UserError(problem, "out", str(out))
     model, tokenizer, settings = run.load_model(), run.tokenizer, run.config
     if not is_plain(model) and config.format != "safetensors":

@@ -28,7 +28,7 @@ def check_output(out: Path) -> None:
     if not out.exists():
         return
     if not out.is_dir():
-        raise UserError("this is a file: give a new folder", "out", str(out))
+        raise UserError("this is a file: choose a new folder", "out", str(out))
     present = {path.name for path in out.iterdir()}
     own = {path.name for pattern in _RESULTS for path in out.glob(pattern)}
     if isinstance(files := read_object(out / MARKER).get("files"), list):
@@ -36,10 +36,10 @@ def check_output(out: Path) -> None:
     if foreign := sorted(present - own if MARKER in present else present):
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         problem = f"this folder contains files that are not from an export ({foreign[0]}{more})"
-        raise UserError(f"{problem}: give a new folder", "out", str(out))
+        raise UserError(f"{problem}: choose a new folder", "out", str(out))
     if Path.cwd().is_relative_to(out.resolve()):
         problem = "cannot be replaced, because it is or contains the current folder"
-        fix = "run cd .. first, or give another folder"
+        fix = "run cd .. first, or choose another folder"
         raise UserError(f"{out.resolve()} {problem}: {fix}", "out")
 
 

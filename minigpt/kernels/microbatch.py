@@ -35,9 +35,10 @@ def microbatched_loss(model: GPT, n_threads: int | None = None) -> Loss:
     """Return a function equivalent to `model.loss` that computes in micro-batches on threads.
 
     The function computes the gradients of trainable weights together with the loss. It adds the
-    results of the threads in a fixed order, so that they are reproducible. For a batch with fewer
-    windows than threads, the function calls `model.loss`. For a model with dropout, `model.loss`
-    itself is returned, because threads would draw random numbers in an undefined order.
+    results of the threads in a fixed order, so that the sums are reproducible. For a batch with
+    fewer windows than threads, the function calls `model.loss`. For a model with dropout,
+    `model.loss` itself is returned, because threads would draw random numbers in an undefined
+    order.
 
     Args:
         model: the model, on a CPU.
