@@ -38,7 +38,7 @@ class GPTConfig:
     """
 
     vocab_size: int = 3000
-    """Number of token ids that the model reads and predicts; at least that of the tokenizer."""
+    """Number of token ids that the model reads and predicts; at least the tokenizer's number."""
     context_length: int = 256
     """Maximum number of tokens that the model can attend to."""
     d_model: int = 128
@@ -61,7 +61,7 @@ class GPTConfig:
         size = self.d_model * (self.vocab_size + self.context_length)
         size += self.n_layers * self.d_model * (4 * self.d_model + 2 * self.d_ff)
         if size > 10**9:  # probably a typing error; fail before any memory is allocated
-            raise ValueError(f"at most 1e9 weights are allowed, but {self} has {size}")
+            raise ValueError(f"at most 1e9 weights are allowed, but {self} has more")
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} must be a multiple of n_heads {self.n_heads}")
         if self.d_model % 2:
@@ -107,8 +107,8 @@ class Kernels:
 class KVCache:
     """Keys and values of past tokens, so that decoding a token does not recompute earlier ones.
 
-    `GPT.forward(ids, cache)` appends the keys and values of `ids` in place to those of each
-    sequence. Sequences of a batch may differ in length.
+    `GPT.forward(ids, cache)` appends the keys and values of `ids` to the cache, in place. The
+    sequences of a batch may differ in length.
 
     Args:
         capacity: maximum number of tokens per sequence.

@@ -93,7 +93,7 @@ def write_safetensors(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: tor
 
 
 def _write_weights(weights: dict[str, Tensor], folder: Path) -> None:
-    # Not save_file, which makes the file readable only for its owner.
+    # `save_file` would make the file readable only for its owner.
     (folder / WEIGHTS).write_bytes(save(weights, metadata={"format": "pt"}))
 
 
@@ -253,7 +253,7 @@ def write_gguf(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int, kind: Any) -> None:
-    """Add vocabulary and merges; the pre-tokenizer "gpt-2" uses the same splitting rule as ours."""
+    """Add the vocabulary and the merges. The pre-tokenizer "gpt-2" splits text as ours does."""
     bpe = json.loads(tokenizer.to_json())["model"]
     tokens = sorted(bpe["vocab"], key=bpe["vocab"].__getitem__)
     tokens += [f"<unused{i}>" for i in range(len(tokens), vocab_size)]  # rows without a token

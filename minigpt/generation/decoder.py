@@ -38,7 +38,7 @@ class Batch(Protocol):
         ...
 
     def step(self, ids: Tensor, positions: Tensor, end: int) -> Tensor:
-        """Append one token to each sequence and return the logits of the next one.
+        """Append one token to each sequence and return the logits of the next token.
 
         Args:
             ids: the new tokens (B,).
@@ -88,7 +88,7 @@ class Decoder:
         self._fill(list(range(len(prompts))), fitting)
 
     def read(self, ids: Tensor) -> Tensor:
-        """Append one token to each sequence and return the logits of the next one.
+        """Append one token to each sequence and return the logits of the next token.
 
         Args:
             ids: the new tokens (B,), on the device of the model.
@@ -154,7 +154,7 @@ class CachedBatch:
         self.cache.truncate(lengths)
 
     def step(self, ids: Tensor, positions: Tensor, end: int) -> Tensor:
-        """Append one token to each sequence and return logits (B, V) of the next one."""
+        """Append one token to each sequence and return logits (B, V) of the next token."""
         logits = self.model(ids[:, None], cache=self.cache)[:, -1].float()
         if self.cache.length != end:
             problem = f"{type(self.model).__qualname__}.forward has a parameter `cache` but does"
@@ -175,7 +175,7 @@ class UncachedBatch:
             self.sequences[index] = sequence
 
     def step(self, ids: Tensor, positions: Tensor, end: int) -> Tensor:
-        """Append one token to each sequence and return logits (B, V) of the next one."""
+        """Append one token to each sequence and return logits (B, V) of the next token."""
         sequences = [torch.cat([s, new[None]]) for s, new in zip(self.sequences, ids, strict=True)]
         logits: list[Tensor] = list(ids)
         for length in {len(s) for s in sequences}:  # one pass per length, without padding

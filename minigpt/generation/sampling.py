@@ -45,7 +45,7 @@ class SamplingConfig:
     max_tokens: int = 256
     """Maximum number of new tokens, at least 1."""
     seed: int | None = None
-    """Seed of the random numbers, in [0, 2^63); None means a new one each time."""
+    """Seed of the random numbers, in [0, 2^63); None means a new seed each time."""
     min_p: float | None = None
     """Minimum probability, in [0, 1], relative to the most likely token; None means 0."""
     repetition_penalty: float = 1.0
@@ -116,7 +116,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        # Not around `yield`, because the caller must not be in inference mode between two tokens.
+        # `yield` is outside these blocks, because inference mode must not extend to the caller.
         with torch.inference_mode():
             decoder = Decoder(model, [prompt[:-1] for prompt in prompts], sampling.backend)
             ids = torch.stack([prompt[-1] for prompt in prompts])  # (B,)
@@ -146,7 +146,7 @@ def generate(
 
 
 def _tokens_of(prompts: list[Tensor], vocab_size: int, end_of_text: int) -> Tensor:
-    """Return which tokens each prompt contains, except `end_of_text`, (B, V) bool."""
+    """Return a mask (B, V), bool, of the tokens in each prompt, except `end_of_text`."""
     seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=prompts[0].device)
     for row, prompt in zip(seen, prompts, strict=True):
         row[prompt[prompt != end_of_text]] = True
@@ -224,7 +224,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Return logits (B, V) with -inf for tokens less than p times as likely as the most likely one.
+    """Return logits (B, V) with -inf for tokens below p times the highest probability.
 
     The filter is by Nguyen et al. (2024, arXiv 2407.01082).
     """

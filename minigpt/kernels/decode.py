@@ -1,9 +1,10 @@
 """Python binding of decode.c, which is compiled at first use if there is a C compiler.
 
-decode.c is an optional backend of `generation.decoder`, for a model on a CPU that computes exactly
-what model.py does. The compiler is the command in the environment variable CC, else `gcc`, `cc` or
-`clang`; an empty CC disables this backend. The compiled library is cached in the folder `minigpt`
-of XDG_CACHE_HOME, by default ~/.cache. Its name depends on the source, the command and the CPU.
+decode.c is an optional backend of `generation.decoder` for models on a CPU. It supports models that
+compute exactly what model.py does. The compiler is the command in the environment variable CC, else
+`gcc`, `cc` or `clang`; an empty CC disables this backend. The compiled library is cached in the
+folder `minigpt` of XDG_CACHE_HOME, by default ~/.cache. Its name depends on the source, the command
+and the CPU.
 """
 
 from __future__ import annotations
@@ -254,7 +255,7 @@ class Batch:
         self._step = self._struct(self._single)
 
     def step(self, ids: Tensor, positions: Tensor, end: int) -> Tensor:
-        """Append one token to each sequence and return the logits of the next one.
+        """Append one token to each sequence and return the logits of the next token.
 
         Args:
             ids: the new tokens (B,), on a CPU.

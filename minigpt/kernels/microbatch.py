@@ -51,7 +51,7 @@ def microbatched_loss(model: GPT, n_threads: int | None = None) -> Loss:
         return model.loss
 
     def microbatched(ids: Tensor, targets: Tensor) -> Tensor:
-        n = n_threads or torch.get_num_threads()  # now: Lightning changes it after start-up
+        n = n_threads or torch.get_num_threads()  # read here, since Lightning changes it later
         if len(ids) < n:
             return model.loss(ids, targets)
         trainable = [p for p in model.parameters() if p.requires_grad]

@@ -55,7 +55,7 @@ class Playground:
 
     @classmethod
     def load(cls, runs: Sequence[Run]) -> Playground:
-        """Load the models of `runs`. Each checkpoint is loaded once, even if it occurs twice.
+        """Load the models of `runs`; a checkpoint that several runs share is loaded once.
 
         Args:
             runs: the runs, at most MAX_RUNS.
