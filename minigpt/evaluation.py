@@ -59,7 +59,8 @@ class StoriesConfig:
     """Prompts that the stories continue; if there are none, no stories are generated."""
 
     temperatures: tuple[float, ...] = (0.5, 0.8, 1.0, 1.2)
-    """Temperatures to generate stories at and to compare, each at least 0; 0 is greedy."""
+    """Temperatures at which stories are generated and compared, each at least 0; 0 always chooses
+    the most likely token."""
 
     n: int = 4
     """Number of stories per prompt and temperature, at least 1."""
@@ -97,7 +98,7 @@ class EvaluationConfig:
     """Settings of the stories to generate."""
 
     words: tuple[str, ...] = ("dad", "mom", "king", "dog", "happy", "ran", "red", "house")
-    """Words whose nearest tokens, by cosine similarity of the embeddings, are listed."""
+    """Words for which the nearest tokens are listed, by cosine similarity of the embeddings."""
 
     analogies: tuple[tuple[str, ...], ...] = (
         ("princess", "girl", "boy"),
@@ -111,8 +112,8 @@ class EvaluationConfig:
     trained on."""
 
     valid: Literal["v1", "v2", "both"] | None = None
-    """Validation stories of the bundled sample to score: those of TinyStories V2, those of the
-    harder V1, or both; None means both for the sample, and the validation split for other data."""
+    """Validation stories of the bundled sample to score: those from TinyStories V2, those from the
+    harder V1, or both. None means both for the sample, and the validation split for other data."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -147,7 +148,7 @@ class Loss:
         return perplexity(self.nats_per_token)
 
     def bits_per_byte(self, bytes_per_token: float) -> float:
-        """Return the loss in bits per UTF-8 byte, which is comparable between tokenizers.
+        """Return the loss in bits per UTF-8 byte. This unit is comparable between tokenizers.
 
         Args:
             bytes_per_token: mean number of UTF-8 bytes per token of the split that was scored.
@@ -166,21 +167,21 @@ def evaluate_loss(
     precision: str = "32-true",
     console: Console | None = None,
 ) -> Loss:
-    """Return the loss of `model` on all tokens of a split except the first; each is scored once.
+    """Return the loss of `model` on a split; each token except the first is scored once.
 
     Args:
         model: the model; its context length is the window length, T.
         tokens: ids [n_tokens] uint16, usually a memory map.
         batch_size: number of windows to score at a time.
         stride: number of tokens from the start of one window to the next, from 1 to T. A window
-            scores only tokens after the end of the previous one, so all but the first T tokens have
-            at least T - stride tokens of context. None means T, as in the validation of a training
-            run.
-        precision: precision in Lightning's notation; `*-mixed` uses autocast, others float32.
+            scores only the tokens after the end of the previous window. So each token after the
+            first window has at least T - stride tokens of context. None means T, as in the
+            validation of a training run.
+        precision: precision in Lightning's notation; only `*-mixed` uses autocast.
         console: console for the progress; None shows none.
 
     Returns:
-        The sum of the loss and the number of tokens.
+        The total loss in nats, and the number of scored tokens.
 
     Raises:
         UserError: the stride is not from 1 to the context length.
@@ -209,7 +210,7 @@ def evaluate_loss(
 def windows(
     tokens: np.ndarray, indices: Iterable[int], context: int, stride: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the windows that start at `index * stride`.
+    """Return the windows at `indices`; window i starts at token i * `stride`.
 
     Args:
         tokens: ids [n_tokens] uint16.
@@ -219,7 +220,7 @@ def windows(
 
     Returns:
         Inputs and targets, each [B, T] int64. Targets that an earlier window scores, and targets
-        past the end, are IGNORE_INDEX.
+        past the end of `tokens`, are IGNORE_INDEX.
     """
     starts = [index * stride for index in indices]
     ids, targets = TokenWindows(tokens, context).__getitems__(starts)
@@ -233,10 +234,10 @@ def windows(
 
 @dataclass(frozen=True)
 class Temperature:
-    """Stories at one temperature, with measures of repetition and of copying from training."""
+    """Stories at one temperature, with measures of their repetition and their novelty."""
 
     temperature: float
-    stories: list[dict[str, str]]  # `prompt`, and `text`, which continues it
+    stories: list[dict[str, str]]  # keys: `prompt`, and its continuation `text`
     repetition: Repetition  # measured on the texts without their prompts
 
 
@@ -245,8 +246,8 @@ def write_stories(
 ) -> list[list[dict[str, str]]]:
     """Generate the stories of an evaluation.
 
-    A prompt uses the same random numbers at each temperature. Different prompts use different ones,
-    so that stories do not repeat one another.
+    A prompt uses the same seed at each temperature. Different prompts use different seeds, so that
+    their stories do not repeat one another.
 
     Args:
         model: the model.
@@ -256,7 +257,7 @@ def write_stories(
 
     Returns:
         One list of dicts per temperature; each dict has a `prompt` and the `text` that continues
-        it.
+        the prompt.
     """
     groups = []
     for temperature in config.temperatures:
@@ -276,17 +277,18 @@ def compare_temperatures(
 ) -> tuple[list[Temperature], int]:
     """Measure how much the stories at each temperature repeat themselves and the training stories.
 
-    Novelty is measured against training stories: the first ones of the bundled sample for a run on
-    TinyStories, otherwise the first ones of the run. If they cannot be read, a warning is logged,
-    and their number is 0.
+    Novelty is measured against training stories. For a run on source `text` or `hf`, these are the
+    first stories of the run, otherwise the first stories of the bundled sample. If the training
+    stories cannot be read, a warning is logged, and novelty is not measured.
 
     Args:
         temperatures: the temperatures.
-        stories: the stories at each of them, from `write_stories`.
+        stories: the stories at each temperature, from `write_stories`.
         trained_on: data settings of the run; None if they are unknown.
 
     Returns:
-        The results for each temperature, and the number of training stories that were used.
+        The results for each temperature, and the number of training stories that were used, which
+        is 0 if they cannot be read.
     """
     texts = [[story["text"] for story in group] for group in stories]
     try:
@@ -309,13 +311,14 @@ def own_data(run_config: dict[str, Any]) -> DataConfig | None:
         run_config: configuration of the run.
 
     Returns:
-        The settings. They are None for the export of a run on the user's own files, because exports
-        leave out paths, and for a run whose stories are no longer bundled.
+        The settings; None if the stories are not available. For example, the export of a run on the
+        user's own files has no paths, and the stories of `tinystories_tuning` are no longer
+        bundled.
     """
     data = run_config["data"]
     if data.get("source") == "text" and "train_files" not in data:
         return None
-    if data.get("source") == "tinystories_tuning":  # a part of the first edition
+    if data.get("source") == "tinystories_tuning":  # part of the first edition of the sample
         return None
     return with_cache_here(build(DataConfig, data, "data"))
 
@@ -349,9 +352,9 @@ class Evaluation(Score):
     stride: int | None
     seed: int
     temperatures: list[Temperature]
-    novelty_stories: int  # training stories that novelty was measured against
-    neighbours: dict[str, Tokens | str]  # for each word, or the reason why there are none
-    analogies: dict[str, Tokens | str]
+    novelty_stories: int  # number of training stories that novelty was measured against
+    neighbours: dict[str, Tokens | str]  # nearest tokens of each word, or why there are none
+    analogies: dict[str, Tokens | str]  # answers to each analogy, or why there are none
 
 
 def evaluate(
@@ -363,7 +366,8 @@ def evaluate(
     """Evaluate the selected checkpoint of a run, write evaluation.json, and return its content.
 
     The best available device is used. The precision is that of training, so that the loss equals
-    the one logged in training, or float32 if this machine would only emulate that precision.
+    the loss that was logged in training. If this machine would only emulate that precision, float32
+    is used instead.
 
     Args:
         run: a run, or the path of its folder, of a checkpoint or of an export.
@@ -373,8 +377,8 @@ def evaluate(
             directory.
 
     Returns:
-        The evaluation. On the bundled sample its loss is that on V2, and `valid_v1` has the loss on
-        V1, unless `config.valid` selects one of them.
+        The evaluation. For the bundled sample, the loss is for V2 and `valid_v1` has the loss for
+        V1, unless `config.valid` selects only one of the two.
 
     Raises:
         UserError: there is no run, its checkpoint is damaged, the data cannot be read, a setting is
@@ -440,7 +444,7 @@ def _check_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        problem = f"cannot write evaluation.json ({error.strerror}); give another folder"
+        problem = f"cannot write evaluation.json ({error.strerror}); choose another folder"
         raise UserError(problem, "out", str(folder)) from None
 
 
@@ -466,7 +470,7 @@ def evaluation_name(config: EvaluationConfig, evaluation: Evaluation) -> str:
 
     Args:
         config: settings of the evaluation.
-        evaluation: its result.
+        evaluation: the evaluation.
 
     Returns:
         The name, such as "evaluation-stride128.json".

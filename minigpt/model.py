@@ -38,7 +38,7 @@ class GPTConfig:
     """
 
     vocab_size: int = 3000
-    """Number of token ids that the model reads and predicts; at least that of the tokenizer."""
+    """Number of token ids that the model reads and predicts; at least the tokenizer's number."""
     context_length: int = 256
     """Maximum number of tokens that the model can attend to."""
     d_model: int = 128
@@ -61,7 +61,7 @@ class GPTConfig:
         size = self.d_model * (self.vocab_size + self.context_length)
         size += self.n_layers * self.d_model * (4 * self.d_model + 2 * self.d_ff)
         if size > 10**9:  # probably a typing error; fail before any memory is allocated
-            raise ValueError(f"at most 1e9 weights are allowed, which {self} exceeds")
+            raise ValueError(f"at most 1e9 weights are allowed, but {self} has more")
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} must be a multiple of n_heads {self.n_heads}")
         if self.d_model % 2:
@@ -94,10 +94,10 @@ def sinusoids(length: int, d_model: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Kernels:
-    """Faster implementations of two parts of training; None selects this module's own."""
+    """Faster implementations of attention and loss; None selects the code of this module."""
 
     name: str = "torch"
-    """Name of the set in the log."""
+    """Name of these kernels in the log."""
     attention: Callable[[Tensor, int], Tensor] | None = None
     """Function from (qkv (B, T, 3 d), n_heads) to the output of causal attention, (B, T, d)."""
     linear_cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
@@ -107,8 +107,8 @@ class Kernels:
 class KVCache:
     """Keys and values of past tokens, so that decoding a token does not recompute earlier ones.
 
-    `GPT.forward(ids, cache)` appends the keys and values of `ids` in place to those of each
-    sequence. Sequences of a batch may differ in length.
+    `GPT.forward(ids, cache)` appends the keys and values of `ids` to the cache, in place. The
+    sequences of a batch may differ in length.
 
     Args:
         capacity: maximum number of tokens per sequence.
@@ -122,7 +122,7 @@ class KVCache:
         self.weights: list[Tensor] | None = [] if keep_weights else None
 
     def truncate(self, lengths: Sequence[int]) -> None:
-        """Remove all but the first tokens of each sequence, such as padding at its end.
+        """Keep only the first tokens of each sequence, so that padding at the end is removed.
 
         Args:
             lengths: number of tokens to keep, for each of the B sequences.
@@ -150,7 +150,7 @@ class KVCache:
         return self.positions
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values of the new tokens for one layer; layers are called in order.
+        """Append the keys and values of the new tokens for one layer. Layers are called in order.
 
         Args:
             k: keys (B, nh, T, hs).
@@ -179,7 +179,7 @@ class CausalSelfAttention(nn.Module):
         self.out = nn.Linear(config.d_model, config.d_model)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Return the attention output (B, T, d) for x (B, T, d), which continues `cache`."""
+        """Return the attention output (B, T, d) for x (B, T, d), the tokens after `cache`."""
         qkv = self.qkv(x)  # (B, T, 3 d): queries, keys and values, concatenated
         if cache is None and self.kernels.attention is not None:
             return self.out(self.kernels.attention(qkv, self.n_heads))
@@ -220,7 +220,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Return the residual stream (B, T, d) after this block; x (B, T, d) continues `cache`."""
+        """Return the residual stream (B, T, d) after this block; x (B, T, d) is its input."""
         x = x + self.dropout(self.attention(self.norm1(x), cache))
         return x + self.dropout(self.feed_forward(self.norm2(x)))
 
@@ -241,13 +241,14 @@ class GPT(nn.Module):
     | LayerNorm                        | weight 1, bias 0                                        |
 
     The output projection is the embedding matrix itself (Press and Wolf 2017, arXiv 1608.05859).
-    Token embeddings are multiplied by `embedding_scale` before positions are added; unscaled, they
-    would be small beside sinusoids of amplitude 1. Vaswani et al. 2017 (arXiv 1706.03762,
-    section 3.4) also scale them by sqrt(d_model).
+    Token embeddings are multiplied by `embedding_scale` before positions are added. Without the
+    scale, the embeddings would be small compared with the sinusoids, which have amplitude 1.
+    Vaswani et al. 2017 (arXiv 1706.03762, section 3.4) also scale embeddings by sqrt(d_model).
 
     Subclasses override one of two methods:
 
-    - `hidden`: the loss stays fused, the cross-entropy of `hidden(ids) @ embedding.weight.T`.
+    - `hidden`: the loss is the cross-entropy of `hidden(ids) @ embedding.weight.T`; fused kernels
+      still apply.
     - `forward`: the loss is the cross-entropy of the logits that `forward` returns.
 
     Training, validation and evaluation measure `loss`; generation samples from `forward`. If the
@@ -257,8 +258,8 @@ class GPT(nn.Module):
         config: shape of the model.
 
     Attributes:
-        config_class: dataclass of `config`; a subclass with parameters of its own sets it to a
-            dataclass derived from `GPTConfig`.
+        config_class: class of `config`; a subclass with settings of its own sets `config_class` to
+            a dataclass derived from `GPTConfig`.
         kernels: implementations of attention and loss; set by `use`.
         positions: table of position encodings (context_length, d_model), a buffer.
     """
@@ -308,7 +309,7 @@ class GPT(nn.Module):
 
         Args:
             ids: token ids (B, T), int64, in [0, V).
-            cache: past tokens of the sequences, which `ids` continue and are appended to; None
+            cache: keys and values of the tokens before `ids`; those of `ids` are appended. None
                 means that `ids` begin at position 0.
 
         Returns:
@@ -328,7 +329,8 @@ class GPT(nn.Module):
             cache: as in `forward`.
 
         Returns:
-            Hidden states (B, T, d); times the transposed embedding matrix they are the logits.
+            Hidden states (B, T, d). Their product with the transposed embedding matrix is the
+            logits.
 
         Raises:
             ValueError: the sequences would be longer than `config.context_length`.
@@ -376,9 +378,9 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """Return the FLOPs per token of a forward and backward pass, 6 N + 12 L T d.
 
-        N is the number of weights in matrices, with the tied one counted once, as the output
-        projection; L is `n_layers`, T `context_length`. Attention is counted as if it were not
-        causal (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
+        N is the number of weights in matrices; the tied matrix counts once, as the output
+        projection. L is `n_layers`, T is `context_length` and d is `d_model`. Attention is counted
+        as if it were not causal (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
 
         Returns:
             Floating-point operations per trained token, where a multiply-add counts as two.
@@ -395,6 +397,6 @@ def perplexity(nats_per_token: float) -> float:
         nats_per_token: mean cross-entropy in nats.
 
     Returns:
-        exp(nats_per_token); infinity from 700 nats on, where exp would soon overflow.
+        exp(nats_per_token); infinity from 700 nats, because exp overflows near 710 nats.
     """
     return math.exp(nats_per_token) if nats_per_token < 700 else math.inf

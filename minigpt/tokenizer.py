@@ -1,13 +1,14 @@
-"""Byte-level BPE tokenizer, which encodes any Unicode text and decodes it to the same text.
+"""Byte-level BPE tokenizer. It encodes any Unicode text, and decodes the ids to the same text.
 
 The `tokenizers` library learns the merges from the training stories. The vocabulary contains all
-256 bytes, so there are no unknown tokens. Id 0 is `<|endoftext|>`, which `encode_stories` appends
-to each story and which no text can produce: inside a story it is encoded as ordinary characters.
+256 bytes, so there are no unknown tokens. Id 0 is the token `<|endoftext|>`, which `encode_stories`
+appends to each story. No text can produce id 0: the string `<|endoftext|>` in a story is encoded as
+ordinary characters.
 
-Memory is bounded for texts in any script. The library needs about 120 bytes for each byte of
-distinct pre-tokens during training, and about 180 for each byte of text during encoding. So it is
-trained on a limited number of distinct pre-tokens, and long texts are encoded in pieces
-(`cut_texts`).
+Memory use is bounded for texts in any script. During training, the library needs about 120 bytes
+for each byte of distinct pre-tokens, so the total size of distinct pre-tokens is limited. During
+encoding, the library needs about 180 bytes for each byte of text, so long texts are encoded in
+pieces (`cut_texts`).
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ _CUT = re.compile(
 )
 _PIECE = 2048  # characters after which a piece ends at the next cut position
 _LONGEST_RUN = 1 << 16  # maximum length in characters of a run without a cut position
-_LONGEST_TRAINED_RUN = 1024  # the same in training, which is quadratic in the pre-token length
-_DISTINCT_BYTES = 3_000_000  # distinct pre-tokens to learn from; 100 MB of English have fewer
+_LONGEST_TRAINED_RUN = 1024  # lower in training, whose time is quadratic in the pre-token length
+_DISTINCT_BYTES = 3_000_000  # total of distinct pre-tokens in training; 100 MB of English have less
 _COUNTED_CHARACTERS = 1 << 16  # characters of text whose pre-tokens are counted at a time
 # Similar to the library's pattern and five times as fast, which is enough for counting pre-tokens.
 _PRE_TOKEN = re.compile(r" ?[^\W\d_]+| ?\d+| ?(?:[^\w\s]|_)+|\s+")
@@ -75,14 +76,14 @@ class Tokenizer:
     def train(cls, stories: Iterable[str], vocab_size: int) -> Tokenizer:
         """Train a tokenizer on `stories`, which are streamed and not held in memory.
 
-        The same stories give the same tokenizer. Training uses the first stories until their
-        distinct pre-tokens reach 3 MB, which English stories do not; it splits runs of more than
-        1,024 letters or punctuation marks.
+        The same stories give the same tokenizer. Training stops reading when the distinct
+        pre-tokens reach 3 MB; 100 MB of English stories stay below that. Runs of more than 1,024
+        letters or punctuation marks are split.
 
         Args:
             stories: texts to learn from.
-            vocab_size: maximum number of tokens in the vocabulary, from 257 to 65,536. Stories with
-                few distinct words give fewer: see the property `vocab_size`.
+            vocab_size: maximum number of tokens in the vocabulary, from 257 to 65,536. If the
+                stories have few distinct words, the vocabulary is smaller.
 
         Returns:
             The tokenizer.
@@ -117,7 +118,7 @@ class Tokenizer:
             The tokenizer.
 
         Raises:
-            UserError: the file cannot be read, or is not a tokenizer of this kind.
+            UserError: the file cannot be read, or is not a byte-level BPE with END_OF_TEXT as id 0.
         """
         try:
             text = read_text(Path(path))
@@ -127,7 +128,7 @@ class Tokenizer:
         except OSError as error:
             raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
         except Exception:  # the library raises plain Exception for invalid files
-            problem = f"{path} is not a valid tokenizer.json; give the one in a run folder"
+            problem = f"{path} is not a valid tokenizer.json; use the one in a run folder"
             raise UserError(problem) from None
         if not _is_ours(library):
             expected = f"a byte-level BPE with {END_OF_TEXT} as token 0"
@@ -153,7 +154,7 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the vocabulary and the merges; equal fingerprints mean equal ids."""
+        """Hash of the tokenizer's JSON; equal fingerprints mean equal ids for every text."""
         return hashlib.blake2b(self._library.to_str().encode(), digest_size=16).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -174,7 +175,7 @@ class Tokenizer:
         """Return the ids of each text, without END_OF_TEXT, computed on all cores.
 
         Args:
-            texts: any Unicode texts. They are held in memory, unlike in `encode_stories`.
+            texts: any Unicode texts. All texts are held in memory; `encode_stories` streams texts.
 
         Returns:
             One list of token ids per text.
@@ -187,8 +188,8 @@ class Tokenizer:
     def encode_stories(self, stories: Iterable[str]) -> np.ndarray:
         """Return the ids of all stories in one array, with END_OF_TEXT after each story.
 
-        The ids are those of `encode_batch`, except where more than 65,536 characters have no
-        position at which `cut_texts` can cut them without changing the ids.
+        The ids are those of `encode_batch`, with one exception: `cut_texts` cuts a run of more than
+        65,536 characters without a cut position, which may change the ids of this run.
 
         Args:
             stories: any Unicode texts, which are streamed.
@@ -208,7 +209,7 @@ class Tokenizer:
         all cores.
 
         Args:
-            pieces: output of `cut_texts`, valid Unicode.
+            pieces: output of `cut_texts`, without lone surrogates.
 
         Returns:
             Ids [n_tokens] uint16.
@@ -245,7 +246,7 @@ class Tokenizer:
             ids: token ids, each from 0 to `vocab_size` - 1.
 
         Returns:
-            The text, in which END_OF_TEXT is spelled out.
+            The text; id 0 becomes the string `<|endoftext|>`.
         """
         return self._library.decode(list(ids), skip_special_tokens=False)
 
@@ -264,10 +265,10 @@ class Tokenizer:
 class _WordIds(dict[str, bytes]):
     """Cache of the uint16 ids of words.
 
-    The key "word" is for a word after a space, and includes the space in its ids. The key " word"
-    is for a word at the start of a piece, without a space before it. A word that is not in the
-    cache counts as missing, and has no ids until `add_missing` is called. An empty key, or another
-    key that begins with white space, raises KeyError.
+    The key "word" stands for a word after a space; its ids include the space. The key " word"
+    stands for a word at the start of a piece, without a space before it. A word that is not in the
+    cache is recorded as missing, and has no ids until `add_missing` is called. An empty key, or a
+    key that begins with white space other than a space, raises KeyError.
     """
 
     def __init__(self, library: tokenizers.Tokenizer) -> None:
@@ -288,7 +289,7 @@ class _WordIds(dict[str, bytes]):
         return b""
 
     def add_missing(self) -> None:
-        """Encode all missing words."""
+        """Encode all missing words, and add them to the cache."""
         encodings = self._library.encode_batch_fast(list(self._missing.values()))
         lengths = list(map(len, encodings))
         ids = itertools.chain.from_iterable(encoding.ids for encoding in encodings)
@@ -315,17 +316,18 @@ def cut_texts(
 ) -> Iterator[tuple[str, bool]]:
     """Yield texts in pieces; the concatenated ids of the pieces are the ids of the texts.
 
-    A piece ends at the first pre-token boundary after 2,048 characters that is before white space
-    or punctuation. A run of more than `longest_run` characters without such a position is cut,
-    which may change its ids.
+    A cut position is a pre-token boundary before white space or punctuation. A piece ends at the
+    first cut position after 2,048 characters. If the next `longest_run` characters have no cut
+    position, the piece ends after them, which may change the ids there.
 
     Args:
-        texts: parts of texts, each with whether its text ends with it. The boundaries between parts
-            do not affect the result.
+        texts: pairs of a part of a text and whether it is the last part of that text. The
+            boundaries between parts do not affect the result.
         longest_run: maximum length in characters of a run without a cut position.
 
     Yields:
-        Piece of at most 2,048 + `longest_run` characters, and whether its text ends with it.
+        A piece of at most 2,048 + `longest_run` characters, and whether it is the last piece of its
+        text.
     """
     rest = ""
     for text, ends in texts:
@@ -349,8 +351,8 @@ def cut_texts(
 
 
 def _until_diverse(texts: Iterable[str]) -> Iterator[str]:
-    """Yield `texts` until their distinct pre-tokens reach _DISTINCT_BYTES."""
-    words: set[str] = set()  # words that were already counted, in English nearly all of a new text
+    """Yield `texts` until their distinct pre-tokens have _DISTINCT_BYTES bytes in total."""
+    words: set[str] = set()  # words already counted; a new English text has few other words
     pre_tokens: set[str] = set()
     group: list[str] = []
     n_characters = n_bytes = 0
@@ -407,7 +409,7 @@ def _untrained() -> tokenizers.Tokenizer:
 
 
 def _is_ours(library: tokenizers.Tokenizer) -> bool:
-    """Return whether `library` has the same settings as one from `Tokenizer.train`."""
+    """Return whether `library` has the same settings as a tokenizer from `Tokenizer.train`."""
     expected, vocabulary = _untrained(), library.get_vocab()
     expected.add_special_tokens([END_OF_TEXT])
     return (

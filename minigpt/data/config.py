@@ -41,7 +41,7 @@ class DataConfig:
     `hf`; None for the other sources."""
 
     subset: str | None = None
-    """Subset of the dataset, such as `wikitext-2-raw-v1`; None means its default."""
+    """Subset of the dataset, such as `wikitext-2-raw-v1`; None means the dataset's default."""
 
     split: str = "train"
     """Split of the dataset to train on."""
@@ -51,26 +51,29 @@ class DataConfig:
     training stories are held out."""
 
     field: str | None = None
-    """Column or key of the stories in datasets and in files other than .txt and .md; None selects
-    `text`, then `story`, then the only text column."""
+    """Column or key that holds the stories, for datasets and for files other than .txt and .md.
+    None selects `text`, or else `story`, or else the only text column."""
 
     holdout: float = 0.05
-    """Fraction of the stories to hold out for validation, above 0 and below 1; a single document
-    is divided by its length."""
+    """Fraction of the training stories to hold out for validation, above 0 and below 1. For a
+    single document, it is the fraction of the document's length."""
 
     separator: str = END_OF_TEXT
-    """Separator between two stories in a .txt or .md file; a file without it is one document."""
+    """Separator between two stories in a .txt or .md file. A file without separators is one
+    document."""
 
     download_tokens: int | None = 104_000_000
-    """Number of training tokens to download, for sources `tinystories` and `hf`; None means all."""
+    """Number of training tokens for which text is downloaded, for sources `tinystories` and `hf`;
+    None means all of the text."""
 
     vocab_size: int = 3000
     """Maximum number of tokens in the vocabulary, from 257 to 65,536; stories with few distinct
     words give a smaller vocabulary."""
 
     tokenizer: str | None = None
-    """Run folder, checkpoint, export or tokenizer.json with the tokenizer to use, which also sets
-    `vocab_size`; None means that a tokenizer is trained on the training stories."""
+    """Run folder, checkpoint, export or tokenizer.json from which to load the tokenizer;
+    `vocab_size` is then set from that tokenizer. None means that a tokenizer is trained on the
+    training stories."""
 
     batch_size: int | None = None
     """Number of windows per device and step; None means 32 for source `tinystories` and 8 for the
@@ -103,7 +106,7 @@ class DataConfig:
             raise UserError(f"source {self.source} takes no files", name, fix={"source": "text"})
         if (self.source == "hf") != (self.dataset is not None):
             fix = {"source": "hf", "dataset": self.dataset or "roneneldan/TinyStories"}
-            raise UserError("is required for source hf, and invalid for others", "dataset", fix=fix)
+            raise UserError("must be set for source hf, and only for it", "dataset", fix=fix)
         if self.field is not None and self.source not in ("text", "hf"):
             problem = f"source {self.source} has no fields: leave this out"
             raise UserError(problem, "field", self.field)
@@ -114,7 +117,7 @@ class DataConfig:
         check_vocab_size(self.vocab_size)
         if self.tokenizer == "":
             fix = {"tokenizer": "releases/large"}
-            raise UserError("must not be empty; leave it out, or give one", "tokenizer", fix=fix)
+            raise UserError("must not be empty; leave it out, or name a run", "tokenizer", fix=fix)
         if self.batch_size is None:
             object.__setattr__(self, "batch_size", 32 if self.source == "tinystories" else 8)
         check(self, "must be at least 1", lambda n: n >= 1, "batch_size")
@@ -131,10 +134,11 @@ def with_cache_here(data: DataConfig, typed: str = CACHE) -> DataConfig:
 
     Args:
         data: data settings of a run, which may come from another machine.
-        typed: cache folder to use; the default keeps the run's own folder if it exists here.
+        typed: cache folder to use. The default keeps the run's own cache folder if that folder
+            exists on this machine.
 
     Returns:
-        The settings, with the cache folder replaced unless the run's own folder is used.
+        `data` itself if the run's own cache folder is kept, else a copy with `typed` as the folder.
     """
     own = typed == CACHE and Path(data.cache_dir).is_dir()
     return data if own else dataclasses.replace(data, cache_dir=typed)

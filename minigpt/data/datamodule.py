@@ -1,4 +1,4 @@
-"""Batches from token files: shifted windows, the training order, and the LightningDataModule."""
+"""The LightningDataModule: it prepares a corpus and loads batches from the token files."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from minigpt.tokenizer import Tokenizer
 
 
 class DataModule(L.LightningDataModule):
-    """The prepared corpus of a run and its batches of inputs and targets, each [B, T] int64.
+    """The prepared corpus of a run, and batches of inputs and targets from it, each [B, T] int64.
 
     `setup` sets `tokenizer` and the token files `train` and `valid`.
 
     Args:
         config: settings of the corpus and the batches.
         context_length: number of tokens per window, T.
-        n_steps: number of steps of the whole run, with one batch each.
+        n_steps: number of steps of the whole run; each step takes one batch per rank.
         seed: seed of the training order, at least 0.
-        start_step: first step to yield a batch for, when a run is resumed.
-        tokenizer: tokenizer for the stories; None means one trained on the training split.
+        start_step: step of the first batch to load, above 0 if a run is resumed.
+        tokenizer: tokenizer for the stories; None means that one is trained on the training split.
     """
 
     tokenizer: Tokenizer
@@ -61,7 +61,7 @@ class DataModule(L.LightningDataModule):
         """Open the files that `prepare_data` wrote. Lightning calls this on every rank.
 
         Args:
-            stage: stage of Lightning, such as "fit"; it makes no difference here.
+            stage: Lightning's stage, such as "fit"; ignored.
 
         Raises:
             UserError: the corpus cannot be read, or the cache cannot be written.
@@ -95,9 +95,10 @@ class DataModule(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         """Return a loader of this rank's part of the validation split, in order.
 
-        Each token is predicted once, except the first. All ranks get the same number of windows,
-        because ranks that share weights run in step: if the number of windows is not a multiple of
-        the number of ranks, the last window of some ranks is empty.
+        Each token of the split except the first is predicted exactly once. All ranks get the same
+        number of windows, because under FSDP every rank must run the same number of forward
+        passes. If the number of windows is not a multiple of the number of ranks, the last window
+        of some ranks is empty.
         """
         windows = TokenWindows(self.valid.array(), self.context_length)
         rank, world_size = self._rank()

@@ -1,7 +1,8 @@
-"""Download a text file, or its first part, from a public dataset on the Hugging Face Hub.
+"""Download a text file, or a prefix of it, from a public dataset on the Hugging Face Hub.
 
-A training budget often needs only a fifth of a file. `huggingface_hub` downloads complete files. A
-first part is read as ranges of bytes, so an interrupted download continues where it stopped.
+A run often needs only a fifth of a file, but `huggingface_hub` downloads complete files. This
+module reads a prefix of the file as byte ranges. An interrupted download of a prefix continues
+where it stopped.
 """
 
 from __future__ import annotations
@@ -26,23 +27,24 @@ _BLOCK = 16 << 20  # bytes downloaded by one request and held in memory
 
 
 def fetch(folder: Path, repo: str, name: str, separator: str, n_bytes: int | None = None) -> Path:
-    """Return the path of the file `name` of a dataset, or of the complete stories at its start.
+    """Download a file of a dataset, or a prefix of the file, and return the path of the copy.
 
-    A complete file is stored as `name`, a first part as <stem>.first-<n_bytes>.<version>.txt. If
-    a stored part is long enough by its name, the network is not used. A longer part continues a
-    shorter one if the version (a hash of the Hub's etag) is the same. One process downloads at a
-    time; the others wait for its file. The Hub's address is HF_ENDPOINT, or huggingface.co if that
-    is not set.
+    A complete file is stored as `name`, a prefix as <stem>.first-<n_bytes>.<version>.txt, where
+    <version> is a hash of the Hub's etag. If the complete file is stored, or a prefix for which at
+    least `n_bytes` were requested, the network is not used. A longer prefix continues a stored
+    shorter prefix of the same version. Only one process downloads a file at a time; the other
+    processes wait. The environment variable HF_ENDPOINT sets the Hub's address; the default is
+    huggingface.co.
 
     Args:
         folder: folder for the file, created if missing.
         repo: name of the dataset, owner/name.
         name: path of the file in the dataset.
-        separator: separator after each story; a first part ends with it.
+        separator: separator after each story; a prefix is cut after its last separator.
         n_bytes: number of bytes to download; None means the whole file.
 
     Returns:
-        The path of the file or of the first part.
+        The path of the file or of the prefix.
 
     Raises:
         ConnectionError: the Hub cannot be reached or refuses the request, or the download is
@@ -70,7 +72,7 @@ def fetch(folder: Path, repo: str, name: str, separator: str, n_bytes: int | Non
 
 
 class HubLines(tqdm):
-    """Replacement for the progress bar of `huggingface_hub`, which shows nothing in a log."""
+    """Progress of a `huggingface_hub` download in log lines; the Hub's own bar needs a terminal."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._stack = contextlib.ExitStack()
@@ -89,7 +91,7 @@ class HubLines(tqdm):
 
 
 def _first_parts(folder: Path, name: str, version: str = "*") -> list[tuple[int, Path]]:
-    """Return the complete first parts of a file, each with the number of bytes requested."""
+    """Return (requested number of bytes, path) for each stored prefix of a file."""
     paths = folder.glob(f"{Path(name).stem}.first-*.{version}.txt")
     return [(int(path.name.split(".")[-3].removeprefix("first-")), path) for path in paths]
 
@@ -100,7 +102,7 @@ def _fetch(
     dataset: Any = {"repo_type": "dataset", "endpoint": endpoint}
     metadata = hub.get_hf_file_metadata(hub.hf_hub_url(repo, name, **dataset))
     if not (metadata.etag and metadata.size and metadata.commit_hash):
-        raise ConnectionError("the response has no etag, size or commit")
+        raise ConnectionError("the response lacks an etag, a size or a commit")
     version = hashlib.sha256(metadata.etag.encode()).hexdigest()[:12]
     if n_bytes is None or n_bytes >= metadata.size:
         aside = folder / f"{name}.incoming"
@@ -117,7 +119,7 @@ def _fetch(
     for stale in set(folder.glob(f"{name}.*.part")) - {part}:
         stale.unlink()
     part.touch()
-    # A smaller first part is copied, not moved, so that it stays usable if this download fails.
+    # A smaller prefix is copied, not moved, so that it stays usable if this download fails.
     for _, smaller in _first_parts(folder, name, version):
         if smaller.stat().st_size > part.stat().st_size:
             shutil.copyfile(smaller, part)
@@ -128,7 +130,7 @@ def _fetch(
         while (wanted := min(_BLOCK, n_bytes - file.tell())) > 0:
             block = source.read(wanted)
             if not isinstance(block, bytes) or len(block) != wanted:  # the server ignores ranges
-                raise ConnectionError(f"requested {wanted} bytes, got {len(block)}")
+                raise ConnectionError(f"requested {wanted} bytes, received {len(block)}")
             file.write(block)
             show(wanted)
     try:
@@ -140,10 +142,11 @@ def _fetch(
 
 
 def _check(path: Path, separator: str, etag: str = "", n_bytes: int = 0) -> None:
-    """Check a download, and truncate a first part of `n_bytes` after its last separator.
+    """Check a downloaded file. If `n_bytes` is above 0, cut the file after its last separator.
 
     Raises:
-        ConnectionError: there is no separator, the file is not UTF-8, or its SHA-256 is not `etag`.
+        ConnectionError: the file has no separator, is not UTF-8, or has another SHA-256 than
+            `etag`.
     """
     mark = separator.encode()
     with path.open("r+b") as file:

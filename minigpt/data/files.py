@@ -22,7 +22,7 @@ from minigpt.core.settings import UserError
 from minigpt.data.formats import CHUNK, Format, detect_format, optional, unpack
 from minigpt.tokenizer import END_OF_TEXT, utf8_length
 
-Piece = tuple[str, bool]  # part of a story, and whether the story ends with it
+Piece = tuple[str, bool]  # piece of a story, and whether it is the last piece of that story
 Row = tuple[int, Any]  # number of a line or row, and the value in it
 
 _LONGEST = 64 << 20  # maximum length in characters of a line, field or list item held in memory
@@ -39,20 +39,21 @@ def read_pieces(
 ) -> Iterator[Piece]:
     """Yield the stories of one file; a story of more than two million characters comes in pieces.
 
-    Stories are stripped of white space at both ends, and empty ones are skipped. Line ends become
-    line feeds, and byte order marks are removed. The concatenated pieces of a story are the story;
-    cuts are at pre-token boundaries where possible. Memory does not grow with the file.
+    White space at both ends of a story is removed, and empty stories are skipped. Line ends become
+    line feeds, and byte order marks are removed. Concatenating the pieces of a story gives the
+    story. Stories are cut at pre-token boundaries where possible. Memory use does not grow with the
+    number of stories.
 
     Args:
         path: .txt or .md (stories with a separator between them, or one document), .jsonl, .ndjson
-            or .json (strings or objects), .csv, .tsv or .parquet; each may be compressed.
-        separator: separator between two stories in a .txt or .md file. If it contains a blank
-            line, lines that contain only spaces count as blank.
-        field: column or key of the stories; None selects `text`, then `story`, then the only text
-            column.
+            or .json (strings or objects), .csv, .tsv or .parquet. The file may be compressed.
+        separator: separator between two stories in a .txt or .md file. If the separator contains a
+            blank line, lines that contain only white space count as blank.
+        field: column or key that holds the stories; None selects `text`, or else `story`, or else
+            the only text column.
 
     Yields:
-        Part of a story, and whether the story ends with it.
+        A piece of a story, and whether it is the last piece of that story.
 
     Raises:
         UserError: the file is missing, damaged, empty, not UTF-8, or in an unknown format.
@@ -75,10 +76,11 @@ def choose_field(
     """Return the name of the column that holds the stories.
 
     Args:
-        where: the file, with the line number if columns differ between lines, for errors.
+        where: name of the file or dataset for error messages; for JSON, with the item's number.
         names: names of all columns.
-        texts: names of the text columns.
-        field: the requested column; None selects `text`, then `story`, then the only text column.
+        texts: names of the columns that contain text.
+        field: the requested column; None selects `text`, or else `story`, or else the only text
+            column.
 
     Returns:
         The name of the column, which is in `names`.
@@ -104,16 +106,17 @@ def clean(text: str) -> str:
 
 
 def find_cut(text: str, first: int, last: int, near: int) -> int:
-    """Return the position from `first` to `last` at which to cut `text`, closest to `near`.
+    """Return the position at which to cut `text`: between `first` and `last`, close to `near`.
 
-    A blank line is preferred to a line end, and a line end to a space. The cut is directly before
-    the last white space before a word, which is a pre-token boundary, so the ids of the two parts
-    are those of the whole text. If there is no white space, the position is `near`.
+    A blank line is preferred to a line end, and a line end to a space. Among places of the same
+    kind, the closest to `near` is chosen. The cut is directly before the white-space character that
+    precedes a word. This is a pre-token boundary, so cutting does not change the ids of the text.
+    If there is no white space between `first` and `last`, the position is `near`.
 
     Args:
         text: the text to cut.
-        first: smallest position.
-        last: largest position.
+        first: smallest allowed position.
+        last: largest allowed position.
         near: preferred position, from `first` to `last`.
 
     Returns:
@@ -128,7 +131,7 @@ def find_cut(text: str, first: int, last: int, near: int) -> int:
 
 
 def _split_long(text: str) -> list[str]:
-    """Split `text` into pieces of about `_PIECE` characters; the last has up to twice as many."""
+    """Split `text` into pieces of at most `_PIECE` characters; the last may be twice as long."""
     start, pieces = 0, []
     while len(text) - start > 2 * _PIECE:
         end = start + _PIECE
@@ -194,7 +197,7 @@ def _row_pieces(path: Path, file_format: Format, field: str | None) -> Iterator[
 
 
 def _objects(path: Path, values: Iterable[Row], field: str | None) -> Iterator[Row]:
-    """Yield the stories in JSON values, which are strings or objects that contain a string."""
+    """Yield the story of each JSON value: the value itself, or a field of it if it is an object."""
     for number, value in values:
         if isinstance(value, dict):
             texts = [name for name, entry in value.items() if isinstance(entry, str)]
@@ -216,7 +219,7 @@ def _json_lines(path: Path, chunks: Iterable[str]) -> Iterator[Row]:
 
 
 def _json_items(path: Path, chunks: Iterable[str]) -> Iterator[Row]:
-    """Yield the items of a JSON list with their numbers; only one item is held in memory."""
+    """Yield the number (from 1) and the value of each item of a JSON list, read in chunks."""
     decode, text, at, number, marks = json.JSONDecoder().raw_decode, "", 0, 0, "["
     for chunk in itertools.chain(chunks, [""]):
         text, at = text[at:] + chunk, 0
@@ -224,7 +227,7 @@ def _json_items(path: Path, chunks: Iterable[str]) -> Iterator[Row]:
             item, begin = f"{path}: item {number + 1}", _skip_space(text, start + 1)
             if text[start] not in (marks or " "):
                 problem = f"expected {' or '.join(marks) or 'nothing more'}, got {text[start]!r}"
-                raise UserError(f"{item}: {problem}; write a JSON list, or rename it to .jsonl")
+                raise UserError(f"{item}: {problem}; write a list, or rename the file to .jsonl")
             if text[start] == "]" or (number == 0 and text[begin : begin + 1] == "]"):
                 at, marks = (start if text[start] == "]" else begin) + 1, ""
                 continue
@@ -309,7 +312,10 @@ def _lines(path: Path, chunks: Iterable[str]) -> Iterator[str]:
 
 
 def _decode(path: Path, file_format: Format) -> Iterator[str]:
-    """Yield the text of a UTF-8 file in chunks, without byte order marks, with line feeds only."""
+    """Yield the text of a UTF-8 file in chunks.
+
+    Byte order marks are removed, and line ends become line feeds.
+    """
     utf8 = codecs.getincrementaldecoder("utf-8")()
     decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
     offset, line = 0, 1

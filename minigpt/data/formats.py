@@ -24,9 +24,9 @@ _KINDS = {
     ".txt": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json",
     ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
 }  # fmt: skip
-READABLE = f"{', '.join(_KINDS)}, each also .gz, .xz, .bz2 or .zst"
+READABLE = f"{', '.join(_KINDS)}, each also with .gz, .xz, .bz2 or .zst"
 
-_UNPACK, _TEXT = "unpack it and give the files in it", "save its text as .txt"
+_UNPACK, _TEXT = "unpack it and name the files in it", "save its text as .txt"
 _DATA = "write its stories as .txt or .jsonl"
 # Formats that cannot be read: name, extensions, first bytes, and what to do. The extension takes
 # precedence over the first bytes, because a Word document is also a zip archive.
@@ -66,17 +66,19 @@ class Format:
 
 
 def detect_format(path: Path) -> Format:
-    """Return the format of a file by its name, after a check of its first bytes.
+    """Return the format that a file's name gives; reject unsupported formats by first bytes.
+
+    The first bytes of .parquet files are not checked.
 
     Args:
         path: path of the file.
 
     Returns:
-        Format and compression.
+        The format and the compression of the file.
 
     Raises:
-        UserError: the file is an archive, an image or in another format without plain text, it
-            cannot be read, or a package that is needed to read it is not installed.
+        UserError: the format is not supported, the file cannot be read, or a package that is needed
+            to read the file is not installed.
     """
     name = path.name.lower()
     packing = next((ending for ending in _OPENERS if name.endswith(ending)), "")
@@ -86,7 +88,7 @@ def detect_format(path: Path) -> Format:
         if suffix and suffix in endings.split():
             raise UserError(f"{path} is {what}; {remedy}")
     if not kind:
-        raise UserError(f"{path}: cannot read {suffix!r} files; convert it to {READABLE}")
+        raise UserError(f"{path}: cannot read {suffix!r} files; convert the file to {READABLE}")
     if kind == "parquet":
         optional("pyarrow.parquet", "Parquet")
         return Format(kind, packing)
@@ -98,11 +100,11 @@ def detect_format(path: Path) -> Format:
 
 
 def optional(module: str, use: str) -> Any:
-    """Import and return a module of the optional dependencies `data`.
+    """Import and return a module from the optional dependencies `data`.
 
     Args:
         module: name of the module, such as "pyarrow.parquet".
-        use: what needs the module, for the error, such as "Parquet".
+        use: name of the feature that needs the module, such as "Parquet", for the error message.
 
     Returns:
         The module.
@@ -125,10 +127,11 @@ def unpack(path: Path, packing: str) -> Iterator[bytes]:
         packing: compression of the file: ".gz", ".xz", ".bz2", ".zst", or "" for none.
 
     Yields:
-        A chunk, which is not empty.
+        The next chunk; it is not empty.
 
     Raises:
-        UserError: the file cannot be read, is damaged, or decompresses to a suspicious size.
+        UserError: the file cannot be read, is damaged, or decompresses to more than 64 MiB and more
+            than 200 times its size.
     """
     lines = 0
     try:
@@ -138,7 +141,7 @@ def unpack(path: Path, packing: str) -> Iterator[bytes]:
                 most -= len(chunk)
                 if most < 0 and packing:
                     large = f"decompresses to more than {_UNPACKED_TIMES} times its size"
-                    raise UserError(f"{path} {large}; decompress it yourself if you trust it")
+                    raise UserError(f"{path} {large}; decompress it if you trust the file")
                 lines += chunk.count(b"\n")
                 yield chunk
     except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:

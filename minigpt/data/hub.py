@@ -1,7 +1,7 @@
-"""Stream as many stories as a run needs from a Hugging Face dataset to a file.
+"""Stream the stories that a run needs from a Hugging Face dataset to a file.
 
-A later call continues the file where the last one stopped or was killed, at the same revision of
-the dataset. Only the stories are stored.
+A later call appends to the file. It continues at the position in the dataset that the previous
+call saved last, and reads the same revision of the dataset. Only the stories are stored.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ _STRINGS = ("string", "large_string", str)
 
 
 def fetch_dataset(folder: Path, config: DataConfig, split: str, n_bytes: int | None) -> Path:
-    """Return a .jsonl file with the first stories of a split, streamed by `datasets` if needed.
+    """Return the path of a .jsonl file with the first stories of a split, streamed if necessary.
 
-    If the file has enough stories, the network is not used. The Hub's address is HF_ENDPOINT, or
-    huggingface.co if that is not set; private datasets need `hf auth login` or HF_TOKEN. One
-    process writes at a time.
+    If the file already has enough stories, the network is not used. The environment variable
+    HF_ENDPOINT sets the Hub's address; the default is huggingface.co. Private datasets need
+    `hf auth login` or HF_TOKEN. Only one process writes at a time.
 
     Args:
         folder: folder of the file, created if missing.
-        config: data settings, with the dataset, its subset and its field.
+        config: data settings; `dataset`, `subset` and `field` are used.
         split: name of the split.
-        n_bytes: minimum number of UTF-8 bytes of text; None means the whole split.
+        n_bytes: minimum number of UTF-8 bytes of stories; None means the whole split.
 
     Returns:
         The path of the file.
 
     Raises:
-        UserError: `datasets` is not installed, the dataset cannot be reached, it does not have the
-            split or the field, or the file cannot be written.
+        UserError: the package `datasets` is not installed, the dataset cannot be read, the split or
+            the field does not exist, or the file cannot be written.
     """
     dataset = config.dataset
     assert dataset is not None
@@ -74,7 +74,7 @@ def fetch_dataset(folder: Path, config: DataConfig, split: str, n_bytes: int | N
 
 
 def _append(path: Path, state: dict[str, Any], stories: Iterable[Any], n_bytes: int | None) -> None:
-    """Append stories until they have more than `n_bytes` in all, and save `state` with them."""
+    """Append stories until the file has more than `n_bytes` of text; save `state` next to it."""
     with path.open("ab") as file, byte_progress("downloading", n_bytes, state["bytes"]) as show:
         file.truncate(state["size"])  # removes what was written after the position was saved
         saved = state["bytes"]
@@ -99,7 +99,10 @@ def _append(path: Path, state: dict[str, Any], stories: Iterable[Any], n_bytes: 
 def _stories(
     config: DataConfig, dataset: str, split: str, state: dict[str, Any]
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield the stories after the position in `state`, each with a function for its position."""
+    """Yield each story after the position in `state`, and a function that returns the new position.
+
+    The new position is directly after the story.
+    """
     datasets = optional("datasets", "source hf")
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     datasets.disable_progress_bars()
@@ -127,7 +130,7 @@ def _stories(
         raise
     except Exception as error:  # from datasets, huggingface_hub, httpx, pyarrow and others
         reason = one_line(f"{type(error).__name__}: {error}")
-        remedy = "check name, split, subset and network (private datasets need hf auth login)"
+        remedy = "check the name, split, subset and network (private datasets need hf auth login)"
         files = {"data": "text", "data.train_files": ["stories.txt"]}
         problem = f"could not read the split {split!r} ({reason}); {remedy}; or use your own files"
         raise UserError(problem, "data.dataset", config.dataset, fix=files) from None

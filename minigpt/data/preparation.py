@@ -1,9 +1,9 @@
 """Prepare a corpus once: train its tokenizer, and encode its stories into token files.
 
-Each split becomes one flat file of uint16 ids, story₁ EOT story₂ EOT ..., which training reads
-through a memory map. Prepared files are stored in `<cache_dir>/prepared`, under a fingerprint of
-all their inputs. Only one process writes them at a time, and under a temporary name until they are
-complete.
+Each split becomes one flat file of uint16 ids: story₁ EOT story₂ EOT ... Training reads this file
+through a memory map. Prepared files are stored in `<cache_dir>/prepared`, in folders named by a
+fingerprint of all inputs. Only one process writes a folder at a time. The folder has a temporary
+name until it is complete.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _TOKENS, _META, _TOKENIZER = "tokens.bin", "meta.json", "tokenizer.json"
 
 @dataclass(frozen=True)
 class TokenFile:
-    """Prepared split: `n_tokens` little-endian uint16 ids, story₁ EOT ... storyₙ EOT."""
+    """File of a prepared split: `n_tokens` little-endian uint16 ids, story₁ EOT ... storyₙ EOT."""
 
     path: Path
     n_tokens: int  # including the END_OF_TEXT after each story
@@ -55,7 +55,7 @@ class TokenFile:
 
     @classmethod
     def load(cls, folder: Path) -> TokenFile:
-        """Open a prepared split, after a check against its meta.json.
+        """Check the files of a prepared split against its meta.json, and return its token file.
 
         Args:
             folder: folder of the prepared split.
@@ -86,18 +86,18 @@ class TokenFile:
 
 
 def prepare_tokenizer(corpus: Corpus, config: DataConfig) -> Tokenizer:
-    """Return a tokenizer trained on the training split of `corpus`, from the cache if it is there.
+    """Return the tokenizer trained on the training split of `corpus`, from the cache if possible.
 
-    The tokenizer learns from at most the first 100 MB of the training stories, and never from the
-    validation split.
+    The tokenizer is trained on at most about the first 100 MB of the training stories, and never on
+    the validation split.
 
     Args:
-        corpus: stories to learn from.
-        config: data settings, with `vocab_size` and `cache_dir`.
+        corpus: corpus with the training stories.
+        config: data settings; `vocab_size` and `cache_dir` are used.
 
     Returns:
-        The tokenizer; if the stories have few distinct words, its `vocab_size` is smaller than
-        `config.vocab_size`.
+        The tokenizer. Its `vocab_size` is smaller than `config.vocab_size` if the stories have few
+        distinct words.
 
     Raises:
         UserError: the corpus cannot be read, or the cache cannot be written.
@@ -128,19 +128,19 @@ def prepare_tokenizer(corpus: Corpus, config: DataConfig) -> Tokenizer:
 def prepare_split(
     corpus: Corpus, split: Split, tokenizer: Tokenizer, cache_dir: str | Path
 ) -> TokenFile:
-    """Return the token file of a split, from the cache if it is there.
+    """Return the token file of a split, from the cache if possible.
 
-    Memory grows neither with the corpus nor with the length of a story. A second process that needs
-    the same split waits for the first. Incomplete files of a killed process are never used.
+    Memory use grows neither with the corpus nor with the length of a story. A second process that
+    needs the same split waits for the first. Incomplete files of a killed process are never used.
 
     Args:
         corpus: stories to encode.
         split: "train" or "valid".
         tokenizer: tokenizer for the stories.
-        cache_dir: folder for prepared files, created if missing.
+        cache_dir: cache folder, created if missing.
 
     Returns:
-        The token file, after a check of its checksum.
+        The token file; its checksum has been verified.
 
     Raises:
         UserError: the corpus cannot be read, the split has no story, or the cache cannot be
@@ -167,13 +167,13 @@ def _encode(
     path: Path,
     show: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Stream the ids of `pieces` to `path`, and return the counts and the checksum of the file.
+    """Write the ids of `pieces` to `path`; return the counts and the checksum for meta.json.
 
     Args:
-        pieces: parts of stories, each with whether its story ends with it.
+        pieces: pairs of a piece of a story and whether it is the last piece of that story.
         tokenizer: tokenizer for the pieces.
         path: file to write.
-        show: function to call with the number of bytes of each block.
+        show: function to call with the number of UTF-8 bytes of each encoded block.
     """
 
     def encode(block: list[tuple[str, bool]]) -> tuple[np.ndarray, int, int]:
@@ -206,7 +206,7 @@ def _map_ahead(pool: Executor, function: Callable[[S], T], items: Iterable[S]) -
 
 
 def _blocks(items: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]:
-    """Yield lists of items, each with _BLOCK_CHARACTERS characters or slightly more."""
+    """Yield lists of items. Each list but the last has at least _BLOCK_CHARACTERS characters."""
     block: list[T] = []
     capacity = _BLOCK_CHARACTERS
     for item in items:
@@ -230,7 +230,7 @@ def _first_bytes(pieces: Iterable[tuple[str, bool]], limit: int) -> Iterator[str
 
 
 def _shown(texts: Iterable[str], show: Callable[[int], None]) -> Iterator[str]:
-    """Yield `texts`, and call `show` with the number of bytes of each block."""
+    """Yield `texts`, and call `show` with the number of UTF-8 bytes of each block of texts."""
     for block in _blocks(texts, len):
         yield from block
         show(sum(map(utf8_length, block)))
@@ -260,7 +260,7 @@ def _checksum(meta: dict[str, Any]) -> str:
 
 
 def _check(path: Path, blake2b: str) -> None:
-    """Raise ValueError unless the file has this checksum; it takes 0.3 s for 100M tokens."""
+    """Raise ValueError unless the file has this checksum. The check takes 0.3 s per 100M tokens."""
     if _digest(path) != blake2b:
         raise ValueError(f"checksum mismatch in {path}")
 
@@ -284,8 +284,8 @@ def _prepared(cache_dir: str | Path, kind: str, ingredients: dict[str, Any]) -> 
 def _cached(path: Path, load: Callable[[Path], T], make: Callable[[Path], None]) -> T:
     """Return the result of `load(path)`, after `make` has written the folder if necessary.
 
-    `make` writes to a temporary folder, which is then renamed to `path` atomically. Only the
-    process with the lock writes, so an unfinished folder comes from a process that was killed.
+    `make` writes to a temporary folder. This folder is then renamed to `path` atomically. Only the
+    process that holds the lock writes, so an unfinished folder was left by a killed process.
     """
     try:
         return load(path)

@@ -58,7 +58,7 @@ class Corpus:
     """Files to read validation stories from; if empty, the last training stories are held out."""
 
     holdout: float = DataConfig.holdout
-    """Fraction of training stories to hold out, by count, or by length for a single document."""
+    """Fraction of the training stories to hold out, or of the length of a single document."""
 
     separator: str = DataConfig.separator
     """Separator between two stories in a text file."""
@@ -68,20 +68,20 @@ class Corpus:
     means all."""
 
     field: str | None = None
-    """Column or key of the stories; None selects `text`, then `story`, then the only text
-    column."""
+    """Column or key that holds the stories; None selects `text`, or else `story`, or else the only
+    text column."""
 
     tuning: bool = False
     """Whether to validate on every seventh training story instead of the validation split."""
 
     def stories(self, split: Split) -> Iterator[str]:
-        """Yield the stories of a split; a very long story comes in several parts.
+        """Yield the stories of a split; a story above two million characters comes in pieces.
 
         Args:
             split: "train" or "valid".
 
         Yields:
-            The texts of `pieces`.
+            A story, or a piece of a long story; it is not empty.
 
         Raises:
             UserError: the split cannot be read, as in `pieces`.
@@ -91,15 +91,15 @@ class Corpus:
     def pieces(self, split: Split) -> Iterator[Piece]:
         """Yield the stories of a split in file order, in pieces.
 
-        A story of more than two million characters comes in several pieces. A story that is in both
-        splits is removed from the held-out stories or, if there are validation files, from the
-        training stories; with `tuning`, such stories are kept.
+        Only a story of more than two million characters has several pieces. A story that is in both
+        splits is removed from one of them: from the training stories if there are validation files,
+        else from the held-out stories. With `tuning`, such stories are kept.
 
         Args:
             split: "train" or "valid".
 
         Yields:
-            Part of a story, and whether the story ends with it.
+            A piece of a story, and whether it is the last piece of that story.
 
         Raises:
             UserError: there are no files for the split, a file cannot be read, or `holdout` leaves
@@ -120,7 +120,7 @@ class Corpus:
         return _without(self._repeated_digests, _slice(self._train_pieces(), n_train), "held-out")
 
     def fingerprint(self, split: Split) -> dict[str, Any]:
-        """Return all inputs that determine the stories of a split; paths are not among them.
+        """Return all settings and file hashes that determine the stories of a split, but no paths.
 
         Args:
             split: "train" or "valid".
@@ -147,7 +147,7 @@ class Corpus:
 
     @cached_property
     def _reported(self) -> Corpus:
-        """This corpus with its ordinary split (no tuning split), without its validation files."""
+        """This corpus without the tuning split and without validation files."""
         return dataclasses.replace(self, tuning=False, valid_files=())
 
     def _read(self, files: tuple[Path, ...]) -> Iterator[Piece]:
@@ -163,10 +163,11 @@ class Corpus:
 
     @cached_property
     def _division(self) -> tuple[int, dict[Path, int]]:
-        """Number of training stories, and the length of each document to divide.
+        """Number of training stories, and the length in characters of each document to divide.
 
-        Documents, which are text files of a single story, are divided only if there are too few
-        stories to hold some out; otherwise the dict is empty. All files are read.
+        A document is a text file with a single story. Documents are divided only if there are too
+        few stories to hold some out; otherwise the dict is empty. To count the stories, all
+        training files are read.
         """
         total = sum(ends for _, ends in self._train_pieces())
         n_valid = round(total * self.holdout)
@@ -210,7 +211,7 @@ class Corpus:
 
 
 def _slice(pieces: Iterable[Piece], start: int, stop: int | None = None) -> Iterator[Piece]:
-    """Yield the pieces of the stories from `start` up to but not including `stop`."""
+    """Yield the pieces of the stories with indices from `start` to `stop` - 1."""
     story = 0
     for text, ends in pieces:
         if story == stop:
@@ -221,7 +222,7 @@ def _slice(pieces: Iterable[Piece], start: int, stop: int | None = None) -> Iter
 
 
 def _every_seventh(pieces: Iterable[Piece], held_out: bool) -> Iterator[Piece]:
-    """Yield the pieces of every seventh story, or of all other stories."""
+    """Yield the pieces of every seventh story if `held_out`, else of the remaining stories."""
     story = 0
     for text, ends in pieces:
         if (story % _TUNING == _TUNING - 1) is held_out:
@@ -230,7 +231,7 @@ def _every_seventh(pieces: Iterable[Piece], held_out: bool) -> Iterator[Piece]:
 
 
 def _begun(pieces: Iterable[Piece]) -> Iterator[tuple[str, bool, bool]]:
-    """Yield each piece, whether its story ends with it, and whether its story begins with it."""
+    """Yield each piece, whether it is the last of its story, and whether it is the first."""
     begins = True
     for text, ends in pieces:
         yield text, ends, begins
@@ -238,7 +239,7 @@ def _begun(pieces: Iterable[Piece]) -> Iterator[tuple[str, bool, bool]]:
 
 
 def _take(pieces: Iterable[Piece], max_bytes: int) -> Iterator[Piece]:
-    """Yield the first stories with at most about `max_bytes` in UTF-8; no story is cut."""
+    """Yield the first stories, about `max_bytes` UTF-8 bytes in total; no story is cut."""
     total = 0
     for text, ends, begins in _begun(pieces):
         total += len(text.encode())
@@ -248,7 +249,7 @@ def _take(pieces: Iterable[Piece], max_bytes: int) -> Iterator[Piece]:
 
 
 def _part(pieces: Iterable[Piece], length: int, holdout: float, split: Split) -> Iterator[Piece]:
-    """Yield the training part or the held-out end of a document of `length` characters."""
+    """Yield the start ("train") or the end ("valid") of a document of `length` characters."""
     position = min(max(1, round(length * (1 - holdout))), length - 1)
     margin = int(min(holdout, 1 - holdout) * length / 2)
     for text, ends in pieces:
@@ -278,7 +279,7 @@ def _digest(text: str) -> bytes:
 
 
 def _without(digests: set[bytes], pieces: Iterable[Piece], kind: str) -> Iterator[Piece]:
-    """Yield the stories whose digest is not in `digests`, and log how many are left out."""
+    """Yield the stories whose digest is not in `digests`; log the number of omitted stories."""
     n_dropped, drop = 0, False
     for text, ends, begins in _begun(pieces):
         if begins:
@@ -293,7 +294,8 @@ def _without(digests: set[bytes], pieces: Iterable[Piece], kind: str) -> Iterato
 def _file_fingerprint(path: Path) -> dict[str, Any]:
     """Return the format and the content hash of a file.
 
-    A large file is identified by its size, mtime, and a hash of its first and last MiB.
+    A file of 64 MiB or more is identified by its size, its mtime, and a hash of its first and last
+    MiB.
     """
     try:
         with path.open("rb") as file:
@@ -314,8 +316,9 @@ def open_corpus(config: DataConfig, valid_only: bool = False) -> Corpus:
 
     Args:
         config: data settings.
-        valid_only: whether to skip the download of training stories; then only "valid" can be read.
-            Ignored if `config.valid` is "tuning", because both splits need training stories.
+        valid_only: whether the caller reads only "valid", so that training stories need no
+            download. Ignored if `config.valid` is "tuning", because both splits then consist of
+            training stories.
 
     Returns:
         The corpus, whose files exist.
@@ -355,8 +358,7 @@ def bundled_sample(release: Literal["v1", "v2"] = "v2") -> Corpus:
     """Return the stories bundled with this package: 39,927 for training, 3,000 for validation.
 
     Args:
-        release: release of TinyStories whose official validation file contains the validation
-            stories.
+        release: release of TinyStories from which the validation stories are taken.
 
     Returns:
         The corpus.
@@ -377,14 +379,16 @@ def local_files(
     """Return a corpus of the user's own files.
 
     Args:
-        train_files: paths or globs; `~` and `**` are expanded, and each file is read once.
-        valid_files: the same for validation; if empty, the last training stories are held out.
+        train_files: paths or globs of the training files. `~` and `**` are expanded. A file that
+            several patterns match is read once.
+        valid_files: paths or globs of the validation files; if empty, the last training stories
+            are held out.
         holdout: fraction of the training stories to hold out, above 0 and below 1.
-        separator: separator between two stories in a text file.
-        field: column or key of the stories in files of other formats.
+        separator: separator between two stories in a .txt or .md file.
+        field: column or key that holds the stories in files other than .txt and .md.
 
     Returns:
-        The corpus, whose files are sorted within each pattern.
+        The corpus. The files that match one pattern are sorted by path.
 
     Raises:
         UserError: there is no such file, a file cannot be read, or a file is in both splits.
@@ -397,9 +401,9 @@ def local_files(
 
 
 def _expand(patterns: Sequence[str], field: str) -> dict[tuple[int, int], Path]:
-    """Return the files that match the patterns, by device and inode, so that each occurs once.
+    """Return the files that match the patterns. The keys (device, inode) exclude duplicates.
 
-    They are in the order of the patterns; the matches of one pattern are sorted.
+    The files are in the order of the patterns; the files that match one pattern are sorted.
     """
     argument, paths = f"data.{field}", {}
     for pattern in patterns:
@@ -408,7 +412,7 @@ def _expand(patterns: Sequence[str], field: str) -> dict[tuple[int, int], Path]:
         path = user_path(pattern, argument)
         if path.is_dir():
             files = {argument: [f"{path}/*.txt"]}
-            raise UserError(f"{path} is a folder; give the files in it", argument, fix=files)
+            raise UserError(f"{path} is a folder; name the files in it", argument, fix=files)
         # Brackets in the name of an existing folder or file are not a pattern.
         real = next(p for p in (path, *path.parents) if p.exists())
         matches = glob.glob(
@@ -425,11 +429,11 @@ def _expand(patterns: Sequence[str], field: str) -> dict[tuple[int, int], Path]:
 
 
 def download_tinystories(folder: Path, tokens: int | None, valid_only: bool = False) -> Corpus:
-    """Return TinyStories (GPT-4 version) from the Hugging Face Hub, stored in `folder`.
+    """Download TinyStories (GPT-4 version) from the Hugging Face Hub, and return it as a corpus.
 
-    Only as many of the first training stories are downloaded as `tokens` need. The same request
-    always gives the same stories. If enough of them are stored, the network is not used. An
-    interrupted download of a first part continues where it stopped.
+    If `tokens` is given, only a prefix of the training file with enough stories is downloaded. The
+    same request always gives the same stories. If enough stories are stored, the network is not
+    used. An interrupted download of a prefix continues where it stopped.
 
     Args:
         folder: folder for the files, created if missing.
@@ -437,7 +441,7 @@ def download_tinystories(folder: Path, tokens: int | None, valid_only: bool = Fa
         valid_only: whether to skip the training file.
 
     Returns:
-        The corpus; without training files if `valid_only`.
+        The corpus; if `valid_only`, it has no training files.
 
     Raises:
         UserError: the Hub cannot be reached, a download is damaged, or `folder` cannot be written.

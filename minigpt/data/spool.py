@@ -19,11 +19,11 @@ def spool_stories(
 ) -> DataConfig:
     """Write `stories` to `data.cache_dir` and return settings that read them from there.
 
-    Memory does not grow with the number of stories. The same stories give the same files, so their
-    tokens are prepared only once.
+    Memory use does not grow with the number of stories. The same stories give the same files, so
+    they are encoded only once.
 
     Args:
-        data: settings of vocabulary, batches and cache; its own files are not read.
+        data: data settings; the source and the files are replaced.
         stories: training stories, each a string that is not empty.
         valid_stories: validation stories; None holds out the fraction `data.holdout` of `stories`.
 

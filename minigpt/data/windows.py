@@ -20,8 +20,8 @@ _CHUNK = 1 << 24  # tokens to search at a time for the ends of stories
 class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
     """Windows of T tokens over a token file, indexed by the position of their first token.
 
-    Window s has the inputs [s, s + T) and the targets [s + 1, s + 1 + T). Past the end of the file,
-    inputs are id 0 and targets are IGNORE_INDEX.
+    The inputs of window s are the tokens at positions [s, s + T), and its targets are those at
+    [s + 1, s + 1 + T). Past the end of the file, inputs are id 0 and targets are IGNORE_INDEX.
 
     Args:
         tokens: ids [n_tokens] uint16, usually a memory map.
@@ -33,7 +33,7 @@ class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
         self.context_length = context_length
 
     def side_by_side(self) -> range:
-        """Return the starts of adjacent windows, which predict each token except the first once."""
+        """Return the starts of adjacent windows; each token but the first is predicted once."""
         return range(0, max(0, len(self.tokens) - 1), self.context_length)
 
     def __getitem__(self, start: int) -> tuple[Tensor, Tensor]:
@@ -50,12 +50,12 @@ class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
 
 
 class StoryWindows(TokenWindows):
-    """Windows over a token file whose stories are in a different order in each epoch.
+    """Windows over a token file; each epoch has the stories in a different order.
 
-    Epochs are concatenated: position `epoch * n_tokens + i` is token i of that epoch. The order
-    depends only on the seed and the epoch. No token is copied: a table with the start of each story
-    maps a position to one in the file. It takes 16 bytes per story and epoch, and is stored for the
-    two epochs that a batch can contain.
+    Epochs are concatenated: position `epoch * n_tokens + i` is token i of that epoch. The order of
+    the stories depends only on the seed and the epoch. The token file is not reordered: a table
+    with 16 bytes per story maps positions in an epoch to positions in the file. The tables of two
+    epochs are held in memory, because a batch has windows from at most two epochs.
 
     Args:
         tokens: ids [n_tokens] uint16, story₁ EOT ... storyₙ EOT, usually a memory map.
@@ -82,7 +82,11 @@ class StoryWindows(TokenWindows):
         return _shifted(rows, rows)
 
     def _epoch_table(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the start of each story in an epoch, and the offset to its start in the file."""
+        """Return two arrays [n_stories] that locate the stories of an epoch, in its order.
+
+        The first array has the start of each story in the epoch. The second array has the start of
+        the story in the file minus its start in the epoch.
+        """
         order = story_permutation(len(self._starts), self.seed, epoch)
         lengths = np.diff(self._starts, append=len(self.tokens))[order]
         begins = np.cumsum(lengths) - lengths
@@ -90,7 +94,7 @@ class StoryWindows(TokenWindows):
 
 
 def _shifted(inputs: np.ndarray, targets: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Drop the last column of the input ids and the first of the targets: [B, T + 1] -> [B, T]."""
+    """Drop the last column of `inputs` and the first of `targets`: [B, T + 1] -> [B, T]."""
     parts = inputs[:, :-1], targets[:, 1:]
     ids, shifted = (torch.from_numpy(np.ascontiguousarray(part)) for part in parts)
     return ids, shifted
@@ -99,7 +103,7 @@ def _shifted(inputs: np.ndarray, targets: np.ndarray) -> tuple[Tensor, Tensor]:
 def story_starts(tokens: np.ndarray) -> np.ndarray:
     """Return the position of the first token of each story, [n_stories] int64.
 
-    The tokens are read in chunks, so memory does not grow with their number.
+    The tokens are read in chunks, so memory use does not grow with the number of tokens.
     """
     chunks = range(0, len(tokens), _CHUNK)
     ends = [np.flatnonzero(tokens[i : i + _CHUNK] == Tokenizer.end_of_text) + i for i in chunks]
@@ -108,13 +112,19 @@ def story_starts(tokens: np.ndarray) -> np.ndarray:
 
 
 def story_permutation(n_stories: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the order of the stories in an epoch, [n_stories], a function of its arguments."""
+    """Return the order of the stories in an epoch, [n_stories].
+
+    Equal arguments give the same order.
+    """
     return np.random.Generator(np.random.PCG64([seed, epoch, 2])).permutation(n_stories)
 
 
 @lru_cache(maxsize=2)  # a batch contains windows from at most two epochs
 def epoch_permutation(n_windows: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the order of the windows in an epoch, [n_windows], a function of its arguments."""
+    """Return the order of the windows in an epoch, [n_windows].
+
+    Equal arguments give the same order.
+    """
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
     order = generator.permutation(n_windows)
     order.setflags(write=False)
@@ -122,24 +132,24 @@ def epoch_permutation(n_windows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def epoch_offset(context_length: int, seed: int, epoch: int) -> int:
-    """Return the position of the first window in an epoch: 0 in epoch 0, then below T."""
+    """Return the start of an epoch's first window: 0 in epoch 0, then a random number below T."""
     if epoch == 0:
         return 0
     return int(np.random.default_rng([seed, epoch, 1]).integers(context_length))
 
 
 class BudgetSampler(Sampler[list[int]]):
-    """Sampler of the batches of a whole run, as the start positions of their windows.
+    """Sampler of the batches of a whole run. It yields the start positions of the windows.
 
-    An epoch consists of adjacent windows in a random order. They are shuffled even if the stories
-    are shuffled too, because neighbouring windows often share a story, so a batch of them would
-    contain fewer stories. With `random_offset`, windows start at different positions in each epoch,
-    so each token gets a different context and a different position in its window.
+    An epoch consists of adjacent windows in a random order. The windows are shuffled even if the
+    stories are shuffled too. Otherwise a batch would contain fewer stories, because neighbouring
+    windows often share a story. With `random_offset`, the windows start at different positions in
+    each epoch, so each token gets a different context and a different position in its window.
 
-    With batches of B windows on W ranks, batch s of rank r has the windows [(s·W + r)·B,
-    (s·W + r + 1)·B) of that order, where one epoch follows another. So each batch is full (it may
-    span two epochs), each window is read once per epoch, and a run can resume at any step without
-    repeating the steps before it.
+    The windows of all epochs form one sequence. With B windows per batch and W ranks, batch s of
+    rank r has the windows [(s·W + r)·B, (s·W + r + 1)·B) of this sequence. So each batch is full
+    (a batch may span two epochs), each window is read once per epoch, and a run can resume at any
+    step without reading the batches before that step.
 
     Args:
         n_tokens: number of tokens in the file.
@@ -147,12 +157,12 @@ class BudgetSampler(Sampler[list[int]]):
         batch_size: number of windows per rank and step, B.
         n_steps: number of steps of the whole run, including those before `start_step`.
         seed: seed of the order, at least 0.
-        start_step: first step to yield.
+        start_step: step of the first batch to yield.
         rank: rank of this process, from 0.
         world_size: number of ranks, W.
         random_offset: whether windows start at a random offset in each epoch after the first.
         stories: whether positions count from the start of the first epoch, as in `StoryWindows`;
-            otherwise they count from the start of each epoch, as in `TokenWindows`.
+            otherwise, positions count from the start of each epoch, as in `TokenWindows`.
 
     Raises:
         UserError: there are fewer windows than one step needs.
@@ -176,7 +186,7 @@ class BudgetSampler(Sampler[list[int]]):
         if n_windows < batch_size * world_size:
             largest = n_windows // world_size
             fix = {"data.batch_size": largest} if largest else None
-            few = f"the training split has {n_windows} windows for {world_size} device(s)"
+            few = f"the training split has only {n_windows} windows for {world_size} device(s)"
             problem = f"{few}; add text, or reduce model.context_length or this value"
             raise UserError(problem, "data.batch_size", batch_size, fix)
         self.n_windows, self.batch_size, self.seed = n_windows, batch_size, seed
@@ -188,7 +198,7 @@ class BudgetSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         """Return the number of steps of the whole run.
 
-        Lightning counts the steps before a resumed one as already loaded.
+        In a resumed run, Lightning counts the steps before `start_step` as already loaded.
         """
         return self.n_steps
 
@@ -198,13 +208,14 @@ class BudgetSampler(Sampler[list[int]]):
             yield self.batch(step)
 
     def batch(self, step: int) -> list[int]:
-        """Return the start positions in the token file of this rank's batch at `step`.
+        """Return the start positions of the windows in this rank's batch at `step`.
 
         Args:
             step: step of the run, from 0.
 
         Returns:
-            `batch_size` positions; with `stories`, `n_tokens` is added for each earlier epoch.
+            `batch_size` positions in the token file; with `stories`, `n_tokens` is added to a
+            position for each earlier epoch.
         """
         first = (step * self.world_size + self.rank) * self.batch_size
         epochs, indices = np.divmod(np.arange(first, first + self.batch_size), self.n_windows)

@@ -1,7 +1,7 @@
 """Model card of an export: a README.md with description, training data and evaluation results.
 
-Its values come from the files of a run, which may be untrusted, so `_cell` reduces each of them to
-one line.
+The values in the card come from the files of a run. These files may be untrusted, so `_cell`
+reduces each value to one line.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def model_card(
         parent: the run that this run was initialised from; None for random weights.
 
     Returns:
-        Markdown that begins with the YAML metadata that the Hub reads.
+        Markdown, with the YAML metadata for the Hub at the top.
     """
     name, license = _cell(name), export.license
     sources: list[str] = [*(parent.sources if parent else []), config["data"]["source"]]
@@ -128,7 +128,7 @@ def _time(seconds: Any) -> str:
 
 def _n_stories(source: str, summary: Record) -> str:
     """Return the number of training stories, for the card; "" if the number is not recorded."""
-    # That of the first edition of the sample; runs on the second record the number.
+    # 14,849 is the number in the first edition of the sample; runs on the second edition record it.
     n = summary.get("train_stories", 14_849 if source == "tinystories_sample" else None)
     return "" if n is None else f", {_count(n)} stories"
 

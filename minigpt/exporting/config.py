@@ -23,17 +23,17 @@ class ExportConfig:
     """File format: transformers (hf), Mini GPT (safetensors), ONNX (onnx) or llama.cpp (gguf)."""
 
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Type of the weights; None means bfloat16 for safetensors and float32 for other formats."""
+    """Type of the weights; None means bfloat16 for safetensors, float32 for the other formats."""
 
     evaluate: bool = False
     """Whether to evaluate the exported weights if they have not been evaluated yet."""
 
     license: str | None = None
-    """License of the weights, as an identifier of the Hub; None means mit if the model was trained
-    only on TinyStories, and an unspecified license otherwise."""
+    """License of the weights, as an identifier of the Hub. None means mit if the model was trained
+    only on TinyStories; otherwise, the license is left unspecified."""
 
     average: bool = False
-    """Whether to average the final weights with those that the run was initialised from."""
+    """Whether to average the final weights with the weights that the run was initialised from."""
 
     def __post_init__(self) -> None:
         license = "must be a license identifier of the Hub, such as mit or cc-by-4.0"

@@ -3,7 +3,7 @@
     >>> export(Run.load("runs/my-run"), "out", ExportConfig(format="hf"))
     [PosixPath('out/README.md'), PosixPath('out/config.json'), ...]
 
-Evaluation results are exported only if their weights fingerprint matches.
+Evaluation results are exported only if they were measured on exactly the exported weights.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ def export(
 
     Raises:
         UserError: the run cannot be read, `out` contains other files or is the run itself, the
-            format does not support the model, or a package is missing.
+            format does not support the model, or a package that the format needs is missing.
     """
     out, config = user_path(out, "out"), config or ExportConfig()
     check_output(out)
     if out.resolve() == run.folder.resolve() and config.format != "safetensors":
-        problem = f"the {config.format} export would replace the run itself: give a new folder"
+        problem = f"the {config.format} export would replace the run itself: choose a new folder"
         raise UserError(problem, "out", str(out))
     model, tokenizer, settings = run.load_model(), run.tokenizer, run.config
     if not is_plain(model) and config.format != "safetensors":
@@ -112,10 +112,11 @@ def _write_run(
 
 
 def _average(model: GPT, run: Run, parent: Parent | None) -> None:
-    """Average the weights of `model` with those its run was initialised from.
+    """Average the weights of `model` with the weights that its run was initialised from.
 
-    Both are in the same basin of the loss, and the loss between them is lower than at either
-    (Izmailov et al. 2018, arXiv 1803.05407; measured in docs/LOG.md, 2026-11-25).
+    Both sets of weights are in the same basin of the loss, and the loss of their average is lower
+    than the loss of either set (Izmailov et al. 2018, arXiv 1803.05407; measured in docs/LOG.md,
+    2026-11-25).
     """
     path = run.config.get("init_from")
     if parent is None or not isinstance(path, str):
@@ -155,7 +156,7 @@ def _portable_config(settings: Record, path: Path) -> dict[str, Any]:
 
 
 def _portable_data(data: Record) -> dict[str, Any]:
-    """Return data settings without paths, which TinyStories does not need."""
+    """Return the data settings without the paths of the user's files and of the cache."""
     paths = ("train_files", "valid_files", "cache_dir")
     values = {key: value for key, value in data.items() if key not in paths}
     if Path(values.get("dataset") or "").is_absolute():
@@ -176,7 +177,7 @@ def _portable_summary(summary: Record, evaluation: Record | None) -> dict[str, A
 
 
 def _stored_evaluation(folder: Path, weights: str) -> dict[str, Any] | None:
-    """Return the content of evaluation.json; None if it is for other weights.
+    """Return the content of evaluation.json; None if it is missing or for other weights.
 
     Args:
         folder: folder of evaluation.json.
@@ -199,7 +200,7 @@ def _stored_evaluation(folder: Path, weights: str) -> dict[str, Any] | None:
 def _new_evaluation(
     model: GPT, run: Run, summary: dict[str, Any], dtype: torch.dtype, console: Console | None
 ) -> dict[str, Any]:
-    """Evaluate `model`, which has the weights to export, and return the content for the card."""
+    """Evaluate `model`, whose weights are exported, and return the content of evaluation.json."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_run(model, run.tokenizer, run.config, summary, dtype, folder)

@@ -1,4 +1,4 @@
-"""Output folder of an export, which is checked and then replaced atomically."""
+"""Check the output folder of an export, and replace the folder atomically."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _RESULTS = ("report.html", "evaluation*.json")  # files of an evaluation, which 
 def check_output(out: Path) -> None:
     """Raise UserError unless a folder is new, empty, or an earlier export without other files.
 
-    The working directory and those above it cannot be replaced, because programs would keep running
-    in a removed directory.
+    The working directory and its parent directories cannot be replaced, because programs would keep
+    running in a removed directory.
 
     Args:
         out: the output folder.
@@ -28,7 +28,7 @@ def check_output(out: Path) -> None:
     if not out.exists():
         return
     if not out.is_dir():
-        raise UserError("this is a file: give a new folder", "out", str(out))
+        raise UserError("this is a file: choose a new folder", "out", str(out))
     present = {path.name for path in out.iterdir()}
     own = {path.name for pattern in _RESULTS for path in out.glob(pattern)}
     if isinstance(files := read_object(out / MARKER).get("files"), list):
@@ -36,10 +36,10 @@ def check_output(out: Path) -> None:
     if foreign := sorted(present - own if MARKER in present else present):
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         problem = f"this folder contains files that are not from an export ({foreign[0]}{more})"
-        raise UserError(f"{problem}: give a new folder", "out", str(out))
+        raise UserError(f"{problem}: choose a new folder", "out", str(out))
     if Path.cwd().is_relative_to(out.resolve()):
         problem = "cannot be replaced, because it is or contains the current folder"
-        fix = "run cd .. first, or give another folder"
+        fix = "run cd .. first, or choose another folder"
         raise UserError(f"{out.resolve()} {problem}: {fix}", "out")
 
 
@@ -69,7 +69,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         folder.rename(target)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        problem = f"cannot write this folder ({error.strerror or error}): choose another one"
+        problem = f"cannot write this folder ({error.strerror or error}): choose another folder"
         raise UserError(problem, "out", str(out)) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)

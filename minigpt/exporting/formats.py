@@ -1,7 +1,7 @@
 """Writers for the export formats, one function per format.
 
-Other programs can run this architecture as a GPT-2, after `as_gpt2` has removed the two differences
-between them. All formats store float32 weights, except that of `write_safetensors`.
+Other programs can run a Mini GPT as a GPT-2, after `as_gpt2` has removed the two differences
+between the architectures. All writers except `write_safetensors` store float32 weights.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ HF, GGUF = range(2)  # columns of NAMES
 def as_gpt2(model: GPT) -> dict[str, Tensor]:
     """Return the weights of a GPT-2 that computes the same logits, with Mini GPT's parameter names.
 
-    The position table of GPT-2 is a weight, which is set to the sinusoids, and its embeddings are
-    unscaled. So the embedding matrix is multiplied by the scale and, because it is also the output
-    projection, the final LayerNorm is divided by it. The logits are the same up to rounding, and
-    exactly the same if the scale is a power of two, as for the medium size.
+    The position table of a GPT-2 is a weight; it is set to the sinusoids. A GPT-2 does not scale
+    its embeddings, so the embedding matrix is multiplied by the scale. This matrix is also the
+    output projection, so the final LayerNorm is divided by the scale. The logits are the same up to
+    rounding. If the scale is a power of two, as for the medium model, they are exactly the same.
 
     Args:
         model: a plain `GPT`.
@@ -71,7 +71,7 @@ def renamed(name: str, column: int) -> str:
         column: HF or GGUF.
 
     Returns:
-        The name, with each part replaced.
+        The name in that format.
     """
     return re.sub("|".join(NAMES), lambda match: NAMES[match[0]][column], name)
 
@@ -93,7 +93,7 @@ def write_safetensors(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: tor
 
 
 def _write_weights(weights: dict[str, Tensor], folder: Path) -> None:
-    # Not save_file, which makes the file readable only for its owner.
+    # `save_file` would make the file readable only for its owner.
     (folder / WEIGHTS).write_bytes(save(weights, metadata={"format": "pt"}))
 
 
@@ -253,7 +253,7 @@ def write_gguf(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int, kind: Any) -> None:
-    """Add vocabulary and merges; the pre-tokenizer "gpt-2" uses the same splitting rule as ours."""
+    """Add the vocabulary and the merges. The pre-tokenizer "gpt-2" splits text as ours does."""
     bpe = json.loads(tokenizer.to_json())["model"]
     tokens = sorted(bpe["vocab"], key=bpe["vocab"].__getitem__)
     tokens += [f"<unused{i}>" for i in range(len(tokens), vocab_size)]  # rows without a token

@@ -24,7 +24,7 @@ def check_repository(push: str, dry_run: bool = False) -> None:
         validate_repo_id(push)
         _user, _name = push.split("/")  # ValueError unless there are both
     except ValueError:
-        problem = "this is not the name of a repository on the Hub: give user/name"
+        problem = "this is not the name of a repository on the Hub: write user/name"
         raise UserError(problem, "push", push) from None
     if not dry_run and get_token() is None:
         raise UserError("the Hub needs a token: run hf auth login, or set HF_TOKEN", "push", push)

@@ -1,7 +1,7 @@
 """Incremental decoding: each step reads one token per sequence and returns the next logits.
 
-`Decoder` uses `GPT.forward` with a `KVCache` or, on a CPU with a C compiler and for a model that is
-exactly a `GPT`, the faster `kernels/decode.c`. docs/generation.md has measurements.
+`Decoder` uses `GPT.forward` with a `KVCache`, or the faster `kernels/decode.c`. The latter needs a
+CPU, a C compiler and a model that is exactly a `GPT`. docs/generation.md has measurements.
 
     >>> decoder = Decoder(model, [torch.tensor([0, 17, 4])])
     >>> logits = decoder.read(torch.tensor([56]))  # (1, V), after the tokens 0, 17, 4, 56
@@ -38,7 +38,7 @@ class Batch(Protocol):
         ...
 
     def step(self, ids: Tensor, positions: Tensor, end: int) -> Tensor:
-        """Append one token to each sequence and return the logits of the next one.
+        """Append one token to each sequence and return the logits of the next token.
 
         Args:
             ids: the new tokens (B,).
@@ -56,14 +56,14 @@ class Decoder:
 
     When a sequence reaches the context length, a context shift takes place: the last half of the
     context is read again from position 0, and decoding continues after it. A prompt that does not
-    fit into the context is truncated in the same way. Sequences shift independently, so each one
-    gets the logits that it would get alone.
+    fit into the context is truncated in the same way. Sequences shift independently, so batching
+    does not change the logits of a sequence except by rounding.
 
-    The model must be in evaluation mode and must not be trained while it decodes. The "c" backend
-    caches the repacked weights of a frozen model. In-place writes through `.data` do not change
-    PyTorch's version counter, so they do not invalidate this cache. On a CPU, a float16 model is
-    computed in float32. The "c" backend computes a bfloat16 model in float32, with weights, keys
-    and values in bfloat16.
+    The model must be in evaluation mode and must not be trained while the decoder is in use. The
+    "c" backend caches the repacked weights of a frozen model. In-place writes through `.data` do
+    not change PyTorch's version counter, so they do not invalidate this cache. On a CPU, a float16
+    model is computed in float32. The "c" backend stores the weights, keys and values of a bfloat16
+    model in bfloat16, and computes in float32.
 
     Args:
         model: the model; a subclass is decoded with its own `forward`.
@@ -88,7 +88,7 @@ class Decoder:
         self._fill(list(range(len(prompts))), fitting)
 
     def read(self, ids: Tensor) -> Tensor:
-        """Append one token to each sequence and return the logits of the next one.
+        """Append one token to each sequence and return the logits of the next token.
 
         Args:
             ids: the new tokens (B,), on the device of the model.
@@ -98,7 +98,7 @@ class Decoder:
 
         Raises:
             ValueError: `ids` does not have one id per sequence.
-            IndexError: an id is not in the vocabulary; the sequences stay as they were.
+            IndexError: on a CPU, an id is not in the vocabulary. No id is appended.
         """
         if ids.shape != self.positions.shape:
             shapes = f"{tuple(self.positions.shape)}, not {tuple(ids.shape)}"
@@ -117,7 +117,7 @@ class Decoder:
         self._fill(full, [self._truncated(torch.cat([self.prompts[i], new[i]])) for i in full])
 
     def _truncated(self, ids: Tensor) -> Tensor:
-        """Return the last context/2 - 1 ids; with the next token they fill half of the context."""
+        """Return the last context/2 - 1 ids. With the next token, they fill half of the context."""
         return ids[len(ids) - (self.half - 1) :]
 
     def _fill(self, indices: list[int], sequences: list[Tensor]) -> None:
@@ -154,7 +154,7 @@ class CachedBatch:
         self.cache.truncate(lengths)
 
     def step(self, ids: Tensor, positions: Tensor, end: int) -> Tensor:
-        """Append one token to each sequence and return logits (B, V) of the next one."""
+        """Append one token to each sequence and return logits (B, V) of the next token."""
         logits = self.model(ids[:, None], cache=self.cache)[:, -1].float()
         if self.cache.length != end:
             problem = f"{type(self.model).__qualname__}.forward has a parameter `cache` but does"
@@ -175,7 +175,7 @@ class UncachedBatch:
             self.sequences[index] = sequence
 
     def step(self, ids: Tensor, positions: Tensor, end: int) -> Tensor:
-        """Append one token to each sequence and return logits (B, V) of the next one."""
+        """Append one token to each sequence and return logits (B, V) of the next token."""
         sequences = [torch.cat([s, new[None]]) for s, new in zip(self.sequences, ids, strict=True)]
         logits: list[Tensor] = list(ids)
         for length in {len(s) for s in sequences}:  # one pass per length, without padding
@@ -191,12 +191,12 @@ class UncachedBatch:
 
 
 def c_backend() -> Any | None:
-    """Return the bindings of decode.c; None if they have no usable library."""
+    """Return the Python binding of decode.c; None if decode.c cannot be used on this machine."""
     return None if decode.library() is None else decode
 
 
 def takes_cache(model: GPT) -> bool:
-    """Return whether `model` supports a `KVCache`, which subclasses may not."""
+    """Return whether the methods of `model` accept a `KVCache`; those of a subclass may not."""
     return all(
         "cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         for parameters in (inspect.signature(f).parameters for f in (model.forward, model.hidden))
@@ -204,7 +204,7 @@ def takes_cache(model: GPT) -> bool:
 
 
 def _batch(model: GPT, n_sequences: int, backend: Backend) -> Batch:
-    """Return an empty batch of `backend`, or of the fastest one for "auto"."""
+    """Return an empty batch for `backend`; "auto" selects the fastest backend for the model."""
     name, weight = type(model).__qualname__, model.embedding.weight
     if backend != "torch":
         batch, reason = _c_batch(model, n_sequences, backend)

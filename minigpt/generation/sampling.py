@@ -23,8 +23,8 @@ from minigpt.model import GPT
 from minigpt.runs.folder import Run
 from minigpt.tokenizer import Tokenizer
 
-MAX_BATCH = 64  # sequences per batch: 170 MB of keys and values at the medium size
-MIN_TEMPERATURE = 1e-6  # below it sampling is greedy, because the division would overflow
+MAX_BATCH = 64  # sequences per batch: 170 MB of keys and values for the medium model
+MIN_TEMPERATURE = 1e-6  # below this, sampling is greedy, because the division would overflow
 
 
 @documented
@@ -45,13 +45,13 @@ class SamplingConfig:
     max_tokens: int = 256
     """Maximum number of new tokens, at least 1."""
     seed: int | None = None
-    """Seed of the random numbers, in [0, 2^63); None means a new one each time."""
+    """Seed of the random numbers, in [0, 2^63); None means a new seed each time."""
     min_p: float | None = None
     """Minimum probability, in [0, 1], relative to the most likely token; None means 0."""
     repetition_penalty: float = 1.0
-    """Repetition penalty, in [0.01, 100]; above 1, tokens of prompt and text become less likely."""
+    """Repetition penalty, in [0.01, 100]; above 1 makes tokens that have occurred less likely."""
     backend: Backend = "auto"
-    """Decoder: `GPT.forward` (torch) or decode.c (c); auto means c for models that it supports."""
+    """Decoder: `GPT.forward` (torch) or decode.c (c); auto means c if it supports the model."""
 
     def __post_init__(self) -> None:
         greedy = "must be finite and at least 0; 0 always chooses the most likely token"
@@ -59,7 +59,7 @@ class SamplingConfig:
         check(self, "must be at least 1", lambda n: n >= 1, "top_k", "max_tokens")
         check(self, "must be above 0 and at most 1", lambda p: 0 < p <= 1, "top_p")
         check(self, "must be from 0 to 1", lambda p: 0 <= p <= 1, "min_p")
-        penalty = "must be from 0.01 to 100; 1 means none, and 1.2 is strong"
+        penalty = "must be from 0.01 to 100; 1 means no penalty, and 1.2 is strong"
         check(self, penalty, lambda x: 0.01 <= x <= 100, "repetition_penalty")  # logits stay finite
         check(self, "must be from 0 to 2^63 − 1", lambda seed: 0 <= seed < 2**63, "seed")
         backends = get_args(Backend)
@@ -86,7 +86,7 @@ def generate(
     generator: torch.Generator | None = None,
     vocab_size: int | None = None,
 ) -> Iterator[Step]:
-    """Generate one token per prompt and step.
+    """Generate continuations of a batch of prompts, with one new token per prompt and step.
 
     A sequence that has ended is padded with `end_of_text`. Iteration stops when all sequences have
     ended, or after `max_tokens` steps. `Decoder` describes the context shift of long sequences. The
@@ -99,14 +99,15 @@ def generate(
         sampling: settings of the sampling.
         end_of_text: id that ends a sequence; -1 means that no id does.
         generator: random generator on the device of the model; None means one with `sampling.seed`.
-        vocab_size: vocabulary size of the tokenizer. The model may have more ids, which are never
-            chosen. None means the vocabulary size of the model.
+        vocab_size: vocabulary size of the tokenizer. If the model has more ids, the additional ids
+            are never chosen. None means the vocabulary size of the model.
 
     Yields:
-        The new token of each sequence, and the logits of the model for it.
+        The new token of each sequence, and the logits of the model at that step.
 
     Raises:
-        UserError: the logits are not finite, or the backend cannot decode the model.
+        UserError: the logits of the first step are not finite, or the backend cannot decode the
+            model.
     """
     device = model.embedding.weight.device
     prompts = [torch.as_tensor(row, dtype=torch.long, device=device) for row in prompt_ids]
@@ -115,7 +116,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        # Not around `yield`, because the caller must not be in inference mode between two tokens.
+        # `yield` is outside these blocks, because inference mode must not extend to the caller.
         with torch.inference_mode():
             decoder = Decoder(model, [prompt[:-1] for prompt in prompts], sampling.backend)
             ids = torch.stack([prompt[-1] for prompt in prompts])  # (B,)
@@ -145,7 +146,7 @@ def generate(
 
 
 def _tokens_of(prompts: list[Tensor], vocab_size: int, end_of_text: int) -> Tensor:
-    """Return which tokens each prompt contains, except `end_of_text`, (B, V) bool."""
+    """Return a mask (B, V), bool, of the tokens in each prompt, except `end_of_text`."""
     seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=prompts[0].device)
     for row, prompt in zip(seen, prompts, strict=True):
         row[prompt[prompt != end_of_text]] = True
@@ -161,7 +162,7 @@ def sample(
         logits: logits of the model (B, V).
         sampling: settings of the sampling.
         generator: random generator on the device of `logits`.
-        seen: mask (B, V), bool, of tokens to apply the repetition penalty to; None means no tokens.
+        seen: mask (B, V), bool, of the tokens that get the repetition penalty; None means no token.
 
     Returns:
         Ids (B,), int64.
@@ -195,8 +196,8 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Return logits (B, V) with a repetition penalty on the tokens in `seen` (B, V).
 
     Keskar et al. (2019, arXiv 1909.05858, section 4.1) divide logits by the penalty. As in
-    transformers, negative logits are multiplied by it instead, because division would increase
-    them.
+    transformers, negative logits are multiplied by the penalty instead, because division would
+    increase them.
     """
     lowered = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen, lowered, logits)
@@ -223,7 +224,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Return logits (B, V) with -inf for tokens less than p times as likely as the most likely one.
+    """Return logits (B, V) with -inf for tokens below p times the highest probability.
 
     The filter is by Nguyen et al. (2024, arXiv 2407.01082).
     """
@@ -258,8 +259,9 @@ def stream_text(
 ) -> Iterator[str]:
     """Stream a continuation of a prompt, generated by a model.
 
-    A token may end within a UTF-8 character. Its last bytes are then withheld until the character
-    is complete, so the concatenated pieces are the text that `generate_stories` returns.
+    A token may end within a UTF-8 character. The bytes of an incomplete character are withheld
+    until the character is complete. So the concatenated pieces equal the text that
+    `generate_stories` returns.
 
     Args:
         model: the model.
@@ -326,7 +328,10 @@ def iterate_stories(
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
-    """Return the ids (1, T) of a prompt, after END_OF_TEXT, which precedes stories in training."""
+    """Return the ids (1, T) of END_OF_TEXT and the prompt.
+
+    In training, END_OF_TEXT precedes each story.
+    """
     return torch.tensor([[tokenizer.end_of_text, *tokenizer.encode(prompt)]])
 
 
@@ -336,6 +341,6 @@ def _until(ids: list[int], end: int) -> list[int]:
 
 
 def seeded_generator(seed: int | None, device: torch.device) -> torch.Generator:
-    """Return a random generator on `device`; None means a new seed each time."""
+    """Return a random generator on `device`; if `seed` is None, its seed is new each time."""
     generator = torch.Generator(device)
     return generator.manual_seed(generator.seed() if seed is None else seed)

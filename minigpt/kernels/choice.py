@@ -29,7 +29,7 @@ def kernels_for(device: str, choice: Choice = "auto") -> Kernels:
         UserError: `choice` is "cpu", but `device` is not.
     """
     if choice == "cpu" and device != "cpu":
-        problem = f"these kernels run on a CPU, and the device is {device}"
+        problem = f"these kernels run on a CPU, but the device is {device}"
         raise UserError(problem, "kernels", choice, fix={"kernels": "auto"})
     if device != "cpu":
         return Kernels(attention=fused_attention)

@@ -1,7 +1,7 @@
 """Attention and loss for training on CPUs, several times faster than PyTorch's own operators.
 
-Results equal those of model.py up to rounding. Both functions implement their backward pass by
-hand, and compute in the dtype of autocast if it is on. Measurements: docs/performance.md.
+The results equal those of model.py up to rounding. Both functions implement their backward pass by
+hand. If autocast is on, they compute in its dtype. Measurements: docs/performance.md.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 from minigpt.model import IGNORE_INDEX, Kernels
 
 BLOCK = 64  # queries per block: small enough to skip most of the masked half of the scores
-TINY = torch.finfo(torch.float32).tiny  # for an underflow: a loss of 87 nats, not infinity
-CHUNK = 2048  # tokens whose logits are computed at once: few enough to stay in the caches
+TINY = torch.finfo(torch.float32).tiny  # after an underflow, the loss is 87 nats, not infinity
+CHUNK = 2048  # tokens per chunk: few enough for their logits to stay in the CPU caches
 
 
 # ---------------------------------------------------------------------------- attention
@@ -26,7 +26,7 @@ CHUNK = 2048  # tokens whose logits are computed at once: few enough to stay in 
 def block_attention(qkv: Tensor, n_heads: int) -> Tensor:
     """Return causal self-attention, computed for one block of queries at a time.
 
-    A block needs no keys after its last query, so with n blocks only (n + 1) / 2n of the score
+    A block needs no keys after its last query. So with n blocks, only (n + 1) / (2 n) of the score
     matrix is computed: five eighths at T = 256.
 
     Args:
@@ -42,8 +42,8 @@ def block_attention(qkv: Tensor, n_heads: int) -> Tensor:
 class _BlockAttention(torch.autograd.Function):
     """Attention by batched matrix products, with batch and heads flattened to N = B · nh.
 
-    For a block of b queries, which attend to e keys: P = softmax(q kᵀ / √hs + mask) (N, b, e) and
-    y = P v. Backward, from dy: dP = dy vᵀ, dS = P ∘ (dP − rowsum(P ∘ dP)), dq = dS k / √hs,
+    The b queries of a block attend to e keys. Forward: P = softmax(q kᵀ / √hs + mask) (N, b, e) and
+    y = P v. Backward, given dy: dP = dy vᵀ, dS = P ∘ (dP − rowsum(P ∘ dP)), dq = dS k / √hs,
     dk += dSᵀ q / √hs, dv += Pᵀ dy.
     """
 
@@ -109,8 +109,9 @@ def _softmax(x: Tensor) -> Tensor:
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the mean loss, computed in chunks of CHUNK tokens to limit the memory for logits.
 
-    With gradients enabled, the forward pass also computes the gradients, because the softmax is
-    most of the work of both. Without, the log-softmax is computed in float32.
+    If gradients are enabled, the forward pass also computes the gradients, because the loss and the
+    gradients both need the softmax, which is most of the work. If gradients are disabled, the
+    log-softmax is computed in float32.
 
     Args:
         hidden: hidden states (B, T, d).
@@ -136,9 +137,10 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Te
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Cross-entropy whose forward pass also computes the gradients.
 
-    With P = softmax(h Wᵀ), Y the one-hot targets and n their number: dh = (P − Y) W / n and
-    dW = (P − Y)ᵀ h / n. In bfloat16 the loss uses probabilities rounded to nearest: each has a
-    relative error of up to 0.2 %, and the mean loss of a batch an error of about 2e-5 nats.
+    P is softmax(h Wᵀ), Y the one-hot targets and n the number of scored targets. The gradients are
+    dh = (P − Y) W / n and dW = (P − Y)ᵀ h / n. In bfloat16, the loss is computed from rounded
+    probabilities. The relative error of a probability is at most 0.2 %, and the error of the mean
+    loss of a batch is about 2e-5 nats.
     """
 
     @staticmethod

@@ -30,10 +30,10 @@ static int omp_get_num_threads(void) { return 1; }
 #define LANES 8
 #endif
 #define WIDE (2 * LANES) /* columns stored together: one load gives two vectors of bfloat16 */
-#define PANEL 32 /* tokens per block of keys and values; the columns of a matrix are padded to it */
+#define PANEL 32 /* tokens per block of keys and values; matrix columns are padded to a multiple */
 #define ROWS 6   /* rows multiplied at once: their sums just fit the registers */
 #define SUMS 12  /* vectors of sums */
-#define MIN_SEQUENCES 4 /* per thread, for threads to work on separate sequences */
+#define MIN_SEQUENCES 4 /* minimum per thread, for threads to work on separate sequences */
 #define UNROLL _Pragma("GCC unroll 16")
 #define INLINE static inline __attribute__((always_inline))
 #define NOINLINE static __attribute__((noinline)) /* its loops are allocated registers separately */
@@ -72,8 +72,8 @@ const int32_t lanes = LANES;
 
 INLINE vec blend(ivec where, vec a, vec b) { return (vec)(((ivec)a & where) | ((ivec)b & ~where)); }
 
-/* Load two vectors from element i on: of float32 the first and second half, of bfloat16 the even and
-   the odd elements. */
+/* Load two vectors that begin at element i: for float32 the first and the second half of the elements,
+   for bfloat16 the even and the odd elements. */
 INLINE void load(enum kind kind, const void *from, size_t i, vec *a, vec *b) {
     if (kind == FLOAT32) {
         *a = *(const vec *)((const float *)from + i);
@@ -163,7 +163,7 @@ INLINE void multiply(int rows, int vecs, enum kind kind, int in, const float *x,
         UNROLL for (int s = 0; s < rows * vecs; s++) sums[s] += sums[t * rows * vecs + s];
 }
 
-/* Compute WIDE columns of a product, from `column` on. The weights are packed for `load`. */
+/* Compute WIDE columns of a product, beginning at `column`. The weights are packed for `load`. */
 INLINE void columns_of(int rows, enum kind kind, const matrix *m, int column, const float *x, float *y,
                        enum epilogue epilogue) {
     vec sums[SUMS];
@@ -188,7 +188,7 @@ INLINE void product_of(enum kind kind, const matrix *m, int rows, const float *x
     int panels = (m->out + PANEL - 1) / PANEL, groups = (rows + ROWS - 1) / ROWS;
     int end = panels * (part + 1) / parts * PANEL;
     for (int column = panels * part / parts * PANEL; column < end; column += WIDE)
-        for (int g = 0; g < groups; g++) { /* of similar size, because few rows at once are slower */
+        for (int g = 0; g < groups; g++) { /* equal groups, because few rows at once are slower */
             int r = (int64_t)rows * g / groups, next = (int64_t)rows * (g + 1) / groups;
             const float *from = x + (size_t)r * m->in;
             float *to = y + (size_t)r * m->out;
@@ -203,8 +203,8 @@ INLINE void product_of(enum kind kind, const matrix *m, int rows, const float *x
         }
 }
 
-/* y (rows, out) = x (rows, in) W + bias, or its GELU, or added to y; for one of `parts` equal parts of
-   the columns. */
+/* Compute x (rows, in) W + bias for one of `parts` equal parts of the columns. Store the result in
+   y (rows, out), add it to y, or store its GELU. */
 NOINLINE void product(enum kind kind, const matrix *m, int rows, const float *x, float *y,
                       enum epilogue epilogue, int part, int parts) {
     if (kind == FLOAT32)
@@ -246,7 +246,7 @@ INLINE float exponentials(float *scores, int length, float scale) {
 /* The heads of one layer that a thread computes, and its scratch memory. */
 typedef struct { int first, end; float *scores, *outputs; } heads;
 
-/* Write keys and values of new token n to their block, in which its sequence begins at `offset`. */
+/* Write the keys and values of new token n to its block. `offset` is the start of its sequence there. */
 INLINE void append_kv(enum kind kind, const model *m, const batch *b, heads h, size_t offset, int n) {
     int d = m->d_model, hs = d / m->n_heads, position = b->positions[n] % PANEL; /* within the block */
     void *block = b->blocks[b->positions[n] / PANEL];
@@ -258,11 +258,11 @@ INLINE void append_kv(enum kind kind, const model *m, const batch *b, heads h, s
     }
 }
 
-/* Compute attention of new token n to the tokens of its sequence up to itself, into `attended`: block by
-   block, with all heads of a block, which is the order of memory. Both products have one row. */
+/* Compute attention of new token n to the tokens of its sequence up to itself, into `attended`. The loop
+   is over blocks and, inside, over heads, which is the order of memory. Both products have one row. */
 INLINE void attend(enum kind kind, const model *m, const batch *b, heads h, size_t offset, int n) {
     int d = m->d_model, hs = d / m->n_heads, length = b->positions[n] + 1;
-    int width = (hs + PANEL - 1) / PANEL * PANEL; /* of `outputs` */
+    int width = (hs + PANEL - 1) / PANEL * PANEL; /* width of a row of `outputs` */
     size_t size = kind == FLOAT32 ? 4 : 2;
     vec sums[SUMS];
     for (int t = 0; t < length; t += PANEL) {
@@ -311,7 +311,7 @@ INLINE void attend_sequence_of(enum kind kind, const model *m, const batch *b, i
     size_t offset = ((size_t)l * b->n_sequences + r) * 2 * m->d_model * PANEL;
     for (int n = first; n < end; n++) append_kv(kind, m, b, h, offset, n);
     if (!need_output) return;
-    /* With many tokens, head by head, so that keys and values of a head stay in the L1 cache. */
+    /* Many tokens are computed head by head, so that keys and values of a head stay in the L1 cache. */
     int step = end - first == 1 ? h.end - h.first : 1;
     for (int head = h.first; head < h.end; head += step)
         for (int n = first; n < end; n++)
@@ -333,8 +333,8 @@ typedef struct {
     pthread_cond_t next;
 } barrier;
 
-/* Wait until all n threads have arrived: spin for about 20 μs, then sleep. OpenMP's own barrier sleeps
-   at once if a process has more threads than cores, as a server has, and waking up takes longer. */
+/* Wait until all n threads have arrived: spin for about 20 μs, then sleep. In a process with more
+   threads than cores, such as a server, OpenMP's own barrier sleeps at once, and waking up takes longer. */
 static void wait_for_all(barrier *b, int n) {
     if (n == 1) return;
     int round = atomic_load(&b->round);
@@ -353,8 +353,8 @@ static void wait_for_all(barrier *b, int n) {
     pthread_mutex_unlock(&b->lock);
 }
 
-/* Run this thread's share of a forward pass: its own sequences or, if there are few sequences, its own
-   columns and heads of all of them. */
+/* Run this thread's part of a forward pass: its own sequences or, if there are few sequences, its own
+   columns and heads of all sequences. */
 static void run(const model *m, const batch *b, barrier *all) {
     int thread = omp_get_thread_num(), n_threads = omp_get_num_threads(), d = m->d_model;
     int separate = b->n_sequences >= MIN_SEQUENCES * n_threads; /* each thread has its own sequences */
@@ -363,7 +363,7 @@ static void run(const model *m, const batch *b, barrier *all) {
     int end = separate ? b->n_sequences * (thread + 1) / n_threads : b->n_sequences;
     int first = b->starts[begin], n = b->starts[end] - first; /* new tokens of these sequences */
     float *x = b->x + (size_t)first * d, *attended = b->attended + (size_t)first * d;
-    /* One copy per thread even if threads share sequences, which saves a barrier. */
+    /* Each thread has its own copy even if threads share sequences, which saves a barrier. */
     float *normed = b->normed + (size_t)(separate ? first : thread * n) * d;
     float *qkv = b->qkv + (size_t)first * 3 * d, *up = b->up + (size_t)first * m->d_ff;
     float *scores = b->scores + (size_t)thread * m->n_heads * b->capacity;
@@ -377,11 +377,11 @@ static void run(const model *m, const batch *b, barrier *all) {
     wait_for_all(all, parts);
     for (int l = 0; l < m->n_layers; l++) {
         const layer *w = &m->layers[l];
-        int need_output = b->logits || l + 1 < m->n_layers; /* else keys and values alone */
+        int need_output = b->logits || l + 1 < m->n_layers; /* otherwise only keys and values */
         layer_norm(w->norm1, m->eps, d, n, x, normed);
         product(kind, &w->qkv, n, normed, qkv, SET, part, parts);
         wait_for_all(all, parts);
-        int nh = m->n_heads, n_pairs = (end - begin) * nh; /* of sequences and heads */
+        int nh = m->n_heads, n_pairs = (end - begin) * nh; /* pairs of a sequence and a head */
         int from = n_pairs * part / parts, to = n_pairs * (part + 1) / parts;
         for (int r = from / nh; r * nh < to; r++) {
             heads h = {from > r * nh ? from - r * nh : 0, to - r * nh < nh ? to - r * nh : nh, scores,

@@ -1,9 +1,10 @@
-"""Python binding of decode.c, which is compiled at its first use if there is a C compiler.
+"""Python binding of decode.c, which is compiled at first use if there is a C compiler.
 
-It is an optional backend of `generation.decoder`, for a GPT on a CPU that computes exactly what
-model.py does. The compiler is the command in the environment variable CC, else `gcc`, `cc` or
-`clang`; an empty CC disables this backend. The compiled library is cached in ~/.cache/minigpt, or
-in `minigpt` below XDG_CACHE_HOME, under a name that depends on source, command and kind of CPU.
+decode.c is an optional backend of `generation.decoder` for models on a CPU. It supports models that
+compute exactly what model.py does. The compiler is the command in the environment variable CC, else
+`gcc`, `cc` or `clang`; an empty CC disables this backend. The compiled library is cached in the
+folder `minigpt` of XDG_CACHE_HOME, by default ~/.cache. Its name depends on the source, the command
+and the CPU.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ from minigpt.model import GPT, Block, CausalSelfAttention, FeedForward, GPTConfi
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("decode.c")
-PANEL = 32  # as in decode.c: tokens per block of keys and values; columns are padded to it
+PANEL = 32  # as in decode.c: tokens per block of keys and values; columns are padded to a multiple
 _FLAGS = [
     "-O3", "-shared", "-fPIC",
     # Neither changes a result: decode.c reads neither errno nor floating-point exceptions.
     "-fno-math-errno", "-fno-trapping-math",
     *([] if platform.machine() == "arm64" else ["-march=native"]),  # not needed on Apple silicon
 ]  # fmt: skip
-_MAX_THREADS = 8  # for a batch too small to give each thread sequences of its own
-_MAX_TOKENS = 2048  # a pass over prompts ends with the prompt that reaches this; 17 MB, medium size
-_MIN_SEQUENCES = 4  # as in decode.c: per thread, for threads to work on separate sequences
+_MAX_THREADS = 8  # maximum for a batch too small to give each thread sequences of its own
+_MAX_TOKENS = 2048  # after this many tokens, a pass takes no further prompt; 17 MB, medium model
+_MIN_SEQUENCES = 4  # as in decode.c: minimum per thread, for threads to work on separate sequences
 MISMATCH = "its logits differ from GPT.forward: was model.py changed, but not decode.c?"
 
 
@@ -51,7 +52,7 @@ MISMATCH = "its logits differ from GPT.forward: was model.py changed, but not de
 
 
 def library() -> ctypes.CDLL | None:
-    """Return the compiled decode.c; None without a working compiler or if its self-check failed."""
+    """Return the compiled decode.c; None if no compiler works, or if a self-check failed."""
     return None if False in _self_checks.values() else _compiled_library()
 
 
@@ -81,7 +82,7 @@ def compiler() -> list[str] | None:
 
 
 def is_threaded() -> bool:
-    """Return whether `library()` runs on several threads, for which it is compiled with OpenMP."""
+    """Return whether `library()` was compiled with OpenMP, so that it runs on several threads."""
     compiled = library()
     return compiled is not None and bool(c_int32.in_dll(compiled, "threaded").value)
 
@@ -102,8 +103,8 @@ def _open(path: Path) -> ctypes.CDLL:
 
 
 def _cached_path(command: list[str]) -> Path:
-    """Return the path of the library in the cache, compiled if it is not there yet."""
-    # GCC's OpenMP runs it on PyTorch's own threads; Apple's compiler has no OpenMP.
+    """Return the path of the library in the cache, after compiling it if necessary."""
+    # GCC's OpenMP runs the library on PyTorch's own threads; Apple's compiler has no OpenMP.
     if sys.platform == "linux":
         try:
             return _compile([*command, "-fopenmp"])
@@ -236,7 +237,9 @@ class Weights:
 
 
 class Batch:
-    """Keys and values of a batch of sequences, as a backend of `generation.decoder.Decoder`.
+    """Batch of sequences that decode.c decodes, with their keys and values.
+
+    This class implements the protocol `generation.decoder.Batch`.
 
     Args:
         weights: the packed weights of the model.
@@ -247,16 +250,16 @@ class Batch:
         self.weights, self._n_sequences = weights, n_sequences
         useful = max(_MAX_THREADS, n_sequences // _MIN_SEQUENCES)
         self._threads = min(torch.get_num_threads(), useful)
-        self._blocks = list[Tensor]()  # of PANEL tokens each: growing copies nothing
+        self._blocks = list[Tensor]()  # PANEL tokens each, so that growing copies nothing
         self._single = torch.arange(n_sequences + 1, dtype=torch.int32, device="cpu")
         self._step = self._struct(self._single)
 
     def step(self, ids: Tensor, positions: Tensor, end: int) -> Tensor:
-        """Append one token to each sequence and return the logits of the next one.
+        """Append one token to each sequence and return the logits of the next token.
 
         Args:
             ids: the new tokens (B,), on a CPU.
-            positions: their positions (B,), int64.
+            positions: positions of the new tokens (B,), int64.
             end: the largest position plus one.
 
         Returns:
@@ -273,11 +276,11 @@ class Batch:
         return logits
 
     def fill(self, indices: list[int], sequences: list[Tensor]) -> None:
-        """Replace some sequences, from position 0, and compute their keys and values.
+        """Replace the sequences at `indices`, and compute their keys and values.
 
         Args:
-            indices: which sequences to replace, in [0, B).
-            sequences: new token ids (T,) of each of them.
+            indices: indices of the sequences to replace, in [0, B).
+            sequences: token ids (T,) of each new sequence, from position 0.
         """
         self._reserve(max(map(len, sequences)))
         waiting = dict(sorted(zip(indices, sequences, strict=True)))
@@ -320,13 +323,13 @@ class Batch:
         batch.ids, batch.positions = ids.data_ptr(), positions.data_ptr()
         batch.logits = None if logits is None else logits.data_ptr()
         if weights.library.read_tokens(ctypes.byref(weights.struct), ctypes.byref(batch)):
-            raise IndexError(f"an id is outside the vocabulary of {weights.config.vocab_size}")
+            raise IndexError(f"an id is not in the vocabulary of size {weights.config.vocab_size}")
 
 
 def sample(logits: Tensor, temperature: float, points: Tensor) -> Tensor:
     """Sample ids from softmax(logits / temperature) by inverse transform sampling.
 
-    This needs a `library()`.
+    `library()` must not be None.
 
     Args:
         logits: (B, V), on a CPU.
@@ -334,7 +337,7 @@ def sample(logits: Tensor, temperature: float, points: Tensor) -> Tensor:
         points: a uniform random number in [0, 1) for each row, (B,).
 
     Returns:
-        The first id (B,) of each row whose cumulative probability exceeds its point.
+        Ids (B,): for each row, the first id at which the cumulative probability exceeds the point.
     """
     compiled, (rows, n) = library(), logits.shape
     assert compiled is not None
@@ -353,7 +356,7 @@ def sample(logits: Tensor, temperature: float, points: Tensor) -> Tensor:
 
 _FORWARDS = {cls: cls.forward for cls in (GPT, Block, CausalSelfAttention, FeedForward)}
 _HIDDEN = GPT.hidden
-_self_checks: dict[torch.dtype, bool] = {}  # whether decode.c was right, once for each dtype
+_self_checks: dict[torch.dtype, bool] = {}  # result of the self-check for each dtype
 
 
 def unsupported(model: GPT) -> str | None:
@@ -366,7 +369,7 @@ def unsupported(model: GPT) -> str | None:
     if library() is None:
         return MISMATCH if False in _self_checks.values() else "install a C compiler, gcc or clang"
     if not is_plain(model):
-        return f"it computes GPT only: this {type(model).__qualname__} has other parts or methods"
+        return f"it supports only GPT: this {type(model).__qualname__} has other parts or methods"
     return None
 
 
@@ -400,7 +403,7 @@ class _Packed(NamedTuple):
     """Packed weights, and the state of the model that they were packed from."""
 
     parameters: list[Tensor]  # kept alive, so that their addresses cannot be reused
-    state: list[tuple[int, int]]  # address and version counter of each
+    state: list[tuple[int, int]]  # address and version counter of each parameter
     weights: Weights
 
 
@@ -439,7 +442,7 @@ def _pack(model: GPT) -> Weights | None:
 
 @torch.inference_mode()
 def _passes_self_check(weights: Weights, model: GPT) -> bool:
-    """Return whether decode.c gives the logits of `model`, compared once for each dtype."""
+    """Return whether decode.c gives the logits of `model`; the check runs once for each dtype."""
     if weights.dtype in _self_checks:
         return _self_checks[weights.dtype]
     n = min(5, model.config.context_length)
@@ -447,7 +450,7 @@ def _passes_self_check(weights: Weights, model: GPT) -> bool:
     batch = Batch(weights, 1)
     batch.fill([0], [ids[:-1]])
     logits, expected = batch.step(ids[-1:], torch.tensor([n - 1]), n), model(ids[None])[:, -1]
-    if not expected.isfinite().all():  # broken weights, which say nothing about decode.c
+    if not expected.isfinite().all():  # damaged weights, which say nothing about decode.c
         return True
     tolerance = 1e-3 if weights.dtype == torch.float32 else 5e-2
     is_close = (logits - expected).abs().max() <= tolerance * expected.abs().max()

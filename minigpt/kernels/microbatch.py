@@ -2,8 +2,9 @@
 
 If all threads share every operator, they synchronise a thousand times in a step, and the
 activations of a whole batch exceed the caches. Here each thread runs the forward and the backward
-pass for its part of the batch on its own, in micro-batches. Its memory holds one micro-batch and
-the gradients, regardless of the batch size. Measurements: docs/performance.md.
+pass for its part of the batch on its own, in micro-batches. A thread holds the activations of one
+micro-batch and the gradients in memory, regardless of the batch size. Measurements:
+docs/performance.md.
 """
 
 from __future__ import annotations
@@ -33,14 +34,15 @@ class Loss(Protocol):
 def microbatched_loss(model: GPT, n_threads: int | None = None) -> Loss:
     """Return a function equivalent to `model.loss` that computes in micro-batches on threads.
 
-    The function computes the gradients of trainable weights together with the loss, and sums them
-    in a fixed order, so that results are reproducible. It calls `model.loss` for a batch with fewer
-    windows than threads. For a model with dropout `model.loss` itself is returned, because threads
-    would draw random numbers in an undefined order.
+    The function computes the gradients of trainable weights together with the loss. It adds the
+    results of the threads in a fixed order, so that the sums are reproducible. For a batch with
+    fewer windows than threads, the function calls `model.loss`. For a model with dropout,
+    `model.loss` itself is returned, because threads would draw random numbers in an undefined
+    order.
 
     Args:
         model: the model, on a CPU.
-        n_threads: number of threads; None means as many as PyTorch uses within an operator.
+        n_threads: number of threads; None means the number that PyTorch uses within an operator.
 
     Returns:
         The function, from ids (B, T) and targets (B, T) to the mean loss in nats, float32.
@@ -49,7 +51,7 @@ def microbatched_loss(model: GPT, n_threads: int | None = None) -> Loss:
         return model.loss
 
     def microbatched(ids: Tensor, targets: Tensor) -> Tensor:
-        n = n_threads or torch.get_num_threads()  # now: Lightning changes it after start-up
+        n = n_threads or torch.get_num_threads()  # read here, since Lightning changes it later
         if len(ids) < n:
             return model.loss(ids, targets)
         trainable = [p for p in model.parameters() if p.requires_grad]
@@ -60,7 +62,7 @@ def microbatched_loss(model: GPT, n_threads: int | None = None) -> Loss:
 
 
 class _MicroBatchedLoss(torch.autograd.Function):
-    """Mean loss: the sum over micro-batches of mean loss times fraction of the scored tokens."""
+    """Mean loss of a batch: the average over micro-batches, weighted by their scored tokens."""
 
     @staticmethod
     def forward(
@@ -111,7 +113,7 @@ def _add(sums: list[Tensor], more: Sequence[Tensor]) -> None:
 
 @cache
 def _threads(n: int) -> ThreadPoolExecutor:
-    """Return the process-wide pool of `n` threads, whose operators use one thread each."""
+    """Return the process-wide pool of `n` threads. An operator in the pool uses one thread."""
     pool, before = ThreadPoolExecutor(n, "micro-batch"), torch.get_num_threads()
     barrier = Barrier(n)
 

@@ -55,7 +55,7 @@ class Playground:
 
     @classmethod
     def load(cls, runs: Sequence[Run]) -> Playground:
-        """Load the models of `runs`. Each checkpoint is loaded once, even if it occurs twice.
+        """Load the models of `runs`; a checkpoint that several runs share is loaded once.
 
         Args:
             runs: the runs, at most MAX_RUNS.
@@ -78,21 +78,21 @@ class Playground:
         self, prompt: str, temperature: float, top_k: int, top_p: float, min_p: float,
         max_tokens: int,
     ) -> Iterator[tuple[str, ...]]:  # fmt: skip
-        """Yield all stories as HTML, once per update.
+        """Yield the stories of all models as HTML, updated as they grow.
 
         All models sample with the same seed. For an invalid input, a one-line error is yielded
-        instead.
+        instead of each story.
 
         Args:
             prompt: beginning of the story, at most MAX_PROMPT characters.
-            temperature: sampling temperature; 0 means that the most likely token is chosen.
+            temperature: sampling temperature; 0 means that the most likely token is always chosen.
             top_k: number of most likely tokens to sample from; 0 means all.
             top_p: total probability of the most likely tokens to sample from; 1 means all.
             min_p: minimum probability, relative to the most likely token; 0 means all tokens.
             max_tokens: maximum number of new tokens, from 1 to MAX_TOKENS.
 
         Yields:
-            The story of each model so far.
+            The story so far of each model.
         """
         try:
             prompt = _checked(prompt)
@@ -145,7 +145,7 @@ class Playground:
             return html.note_html(str(error), "error")
 
     def map(self, name: str) -> str:
-        """Return the map of words, as HTML, of the model `name`."""
+        """Return the map of words of the model `name`, as HTML."""
         return self.models[name].map
 
     def attention(self, name: str, text: str, layer: int, head: int) -> str:
@@ -153,7 +153,7 @@ class Playground:
 
         Args:
             name: name of the model.
-            text: text to attend to; only its first tokens are shown.
+            text: text to attend to; at most its first MAX_ATTENTION tokens are shown.
             layer: number of the layer, from 1.
             head: number of the head, from 1.
 

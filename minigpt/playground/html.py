@@ -24,7 +24,7 @@ MARGIN = 80  # space for the token labels of the heatmap
 
 @dataclass(frozen=True)
 class ShownToken:
-    """Generated token, or several tokens that form one character, with its alternatives.
+    """Generated token with its alternatives; tokens that form one character are joined into one.
 
     Probabilities are those of the model, before temperature, top-k, top-p and min-p.
     """
@@ -38,11 +38,11 @@ class ShownToken:
 def stream_tokens(
     net: GPT, tokenizer: Tokenizer, prompt: str, sampling: SamplingConfig
 ) -> Iterator[ShownToken]:
-    """Yield the tokens after `prompt` as they are sampled; the last has no text if the story ended.
+    """Yield the tokens after `prompt` as they are sampled.
 
-    The concatenated texts are those of `stream_text`. Tokens that are parts of one character are
-    joined; the result has the product of their probabilities, and the rank and the alternatives of
-    the first token.
+    If the story ended, the last token has no text. The concatenated texts of the tokens equal the
+    text from `stream_text`. Tokens that are parts of one character are joined. The joined token has
+    the product of their probabilities, and the rank and the alternatives of the first part.
 
     Args:
         net: the model.
@@ -100,12 +100,12 @@ def token_name(tokenizer: Tokenizer, token_id: int) -> str:
 
 
 def prompt_html(prompt: str) -> str:
-    """Return the HTML of the prompt, which begins the story."""
+    """Return the HTML of the prompt at the start of a story."""
     return f'<span class="prompt">{html.escape(prompt)}</span>'
 
 
 def token_html(token: ShownToken) -> str:
-    """Return the HTML of a token, coloured by its probability, with details for the panel."""
+    """Return the HTML of a token, coloured by its probability, with the details for the panel."""
     details = {"p": token.probability, "rank": token.rank, "alternatives": token.alternatives}
     text = html.escape(token.text) if token.text else "<i>the end</i>"
     return (
@@ -145,12 +145,11 @@ def attention_html(names: Sequence[str], weights: Tensor) -> str:
 
     Args:
         names: texts of the T tokens.
-        weights: attention weights (T, T); each row is a distribution over its own token and all
-            tokens before it.
+        weights: attention weights (T, T); row i is a distribution over the tokens up to token i.
 
     Returns:
-        The text and, below it, the attention matrix. In the text, the script shades the tokens that
-        the token under the pointer, or at first the last token, attends to.
+        The text and, below it, the attention matrix. The script shades the text by the attention of
+        one token: at first the last token, then the token under the pointer.
     """
     rows = [[round(w, 3) for w in row[: i + 1]] for i, row in enumerate(weights.tolist())]
     tokens = "".join(
@@ -165,8 +164,8 @@ def attention_html(names: Sequence[str], weights: Tensor) -> str:
 def _heatmap(names: Sequence[str], rows: list[list[float]]) -> str:
     """Return an SVG with a row per attending token and a column per token that it attends to.
 
-    The opacity of a cell is the square root of its weight, so that small weights are visible; its
-    title shows the weight.
+    The opacity of a cell is the square root of its weight, so that small weights are visible. The
+    title of a cell shows the weight.
     """
     side = MARGIN + CELL * len(names)
     cells, labels = [], []

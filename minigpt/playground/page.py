@@ -19,8 +19,8 @@ from gradio import themes
 
 from minigpt.playground.answers import MAX_PROMPT, MAX_TOKENS, Playground
 
-WRITERS = 4  # number of visitors served at the same time; the others wait
-WAITING = 64  # maximum number of waiting visitors; further ones get an error
+WRITERS = 4  # number of visitors served at the same time; further visitors wait
+WAITING = 64  # maximum number of waiting visitors; further visitors get an error
 
 PROMPT = "Once upon a time, there was a dog"
 ATTENTION_TEXT = "Tom had a red ball. He gave the ball to his mom. She was happy."
@@ -41,7 +41,7 @@ WORDS = """The model represents each token by a vector, its **embedding**, which
 Tokens that are used similarly have embeddings with a similar direction: their cosine similarity is
 close to 1."""
 MAP = """This map shows the same embeddings in two dimensions. The model was trained only on
-stories, and learned the groups from the way their words are used."""
+stories, and learned the groups from the way the words are used."""
 ATTENTION = """To predict the next token, each **head** in each layer attends to the tokens so far.
 Point at a token, or tap it, and the tokens that it attends to turn blue. In the matrix, each row is
 a token that attends, and each column is a token that it attends to. A head that finds nothing
@@ -152,7 +152,7 @@ def _answer(function: Callable[..., str], inputs: Sequence[Any], output: gr.HTML
 
 
 def page_theme() -> themes.ThemeClass:
-    """Return a theme with system fonts, and hints with enough contrast in light and dark mode."""
+    """Return a theme with system fonts; hint text has enough contrast in light and dark mode."""
     hint = {"block_info_text_color": "*neutral_600", "block_info_text_color_dark": "*neutral_300"}
     mono = ("ui-monospace", "monospace")
     return themes.Default(font=("system-ui", "sans-serif"), font_mono=mono).set(**hint)

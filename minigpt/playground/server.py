@@ -1,4 +1,4 @@
-"""Server of the playground, which loads the runs and can require a login."""
+"""Server of the playground. It loads the runs, and can require a login."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def serve(
     runs: Sequence[Run], host: str = "127.0.0.1", port: int | None = None, auth: str | None = None
 ) -> None:
-    """Serve a page with the models of `runs` until Ctrl-C is pressed, and log its address.
+    """Serve a page with the models of `runs` until Ctrl-C is pressed, and log the page's address.
 
     Args:
         runs: one to four runs.
@@ -67,7 +67,7 @@ def start(
         UserError: the port is in use or not allowed, or the host does not exist.
     """
     host = host.strip("[]")
-    # Gradio requests its own page as a check, and this must not go through a proxy.
+    # Gradio requests its own page as a check, and this request must not go through a proxy.
     os.environ["no_proxy"] = f"{getproxies().get('no', '')},localhost,{host}"
     try:  # Gradio only checks ports of 127.0.0.1, and retries an invalid host for minutes
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
