@@ -31,6 +31,7 @@ from training import write_json
 from minigpt.data.config import DataConfig
 from minigpt.data.preparation import prepare_split, prepare_tokenizer
 from minigpt.data.sources import Corpus, bundled_sample
+from minigpt.tokenizer import END_OF_TEXT
 
 CASES = ("english:400", "chinese:100", "words:48:one", "base64:48:one")
 _BATCH = 1000  # stories per call of the library
@@ -67,10 +68,11 @@ def measure(case: str, vocab_size: int, rounds: int) -> dict[str, Any]:
     story_bytes = round(n_bytes) if one else 2000
     texts = repeated(n_bytes) if name == "english" else stories(name, n_bytes, story_bytes)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "stories.jsonl"
+        path = Path(folder) / ("stories.txt" if name == "english" else "stories.jsonl")
         with path.open("w", encoding="utf-8", newline="\n") as file:
             for story in texts:
-                file.write(json.dumps({"text": story}, ensure_ascii=False) + "\n")
+                line = json.dumps({"text": story}, ensure_ascii=False)
+                file.write(f"{story}\n{END_OF_TEXT}\n" if name == "english" else f"{line}\n")
         command = [sys.executable, __file__, "--child", str(path), str(Path(folder) / "cache")]
         command += ["--vocab-size", str(vocab_size)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

@@ -356,11 +356,13 @@ def _until_diverse(texts: Iterable[str]) -> Iterator[str]:
     pre_tokens: set[str] = set()
     group: list[str] = []
     n_characters = n_bytes = 0
+    interval = _COUNTED_CHARACTERS  # characters, of which the last _COUNTED_CHARACTERS are counted
     for text in texts:
         yield text
-        group.append(text)
         n_characters += len(text)
-        if n_characters < _COUNTED_CHARACTERS:
+        if n_characters > interval - _COUNTED_CHARACTERS:
+            group.append(text)
+        if n_characters < interval:
             continue
         new_words = set(" ".join(group).split(" ")) - words
         group, n_characters = [], 0
@@ -369,9 +371,12 @@ def _until_diverse(texts: Iterable[str]) -> Iterator[str]:
         words.update(word for word in new_words if len(word) <= _MAX_CACHED_LENGTH)
         new = set(_PRE_TOKEN.findall(" ".join(sorted(new_words)))) - pre_tokens
         pre_tokens |= new
-        n_bytes += len("".join(new).encode())
+        n_new = len("".join(new).encode())
+        n_bytes += n_new
         if n_bytes >= _DISTINCT_BYTES:
             return
+        # While a text has few new words, as English does, counting a quarter of it is enough.
+        interval = _COUNTED_CHARACTERS * (4 if n_new < _COUNTED_CHARACTERS / 256 else 1)
 
 
 def check_vocab_size(vocab_size: int) -> None:
