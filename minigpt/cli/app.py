@@ -198,7 +198,7 @@ def playground(
 @app.command()
 def scaling(
     folders: Annotated[list[Path], PathArgument(help="Run folders, or folders that contain runs.")],
-    out: Annotated[Path | None, PathOption(help="Output folder; default: first of FOLDERS.")] = None,
+    out: Annotated[Path | None, PathOption(help="Output folder; default: the first input.")] = None,
     keep: Annotated[Path | None, PathOption(help="Copy records of finished runs here.")] = None,
 ) -> None:
     """Compare runs of several sizes and fit the scaling law L = E + A / N^α.
