@@ -298,7 +298,7 @@ class _Training:
             "non_embedding_parameters": model.n_parameters - model.n_embedding_parameters,
             "flops_per_token": model.flops_per_token(),
             "train_stories": self.data.train.n_stories,
-            "train_tokens": self.data.train.n_tokens,  # in the split; epochs = tokens / train_tokens
+            "train_tokens": self.data.train.n_tokens,  # in the training split
             "seed": self.config.seed,
             "device": hardware.accelerator,
             "devices": hardware.devices,  # on each node
