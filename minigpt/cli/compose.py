@@ -45,7 +45,7 @@ def load_config(
     """Return the settings that the command line would compose from `overrides`.
 
     The function works in any working directory. It can be called inside another Hydra application,
-    because it restores the state of Hydra.
+    because it restores Hydra's previous state at the end.
 
     Args:
         name: "train" or "evaluate".
@@ -128,7 +128,7 @@ def composed_words(name: str, typed: Sequence[str], folder: Path | None = None) 
 
 @contextlib.contextmanager
 def own_hydra(name: str, overrides: Sequence[str] = ()) -> Iterator[None]:
-    """Initialise Hydra for the root config `name` during the `with` block, then restore Hydra."""
+    """Initialise Hydra for the root config `name`; restore Hydra's previous state at the end."""
     instances, store = Singleton._instances, ConfigStore.instance()
     before, repo = dict(instances), store.repo
     store.repo = copy.copy(repo)
@@ -196,7 +196,7 @@ def train_config(
     Args:
         values: composed settings as plain values.
         size: option of the model group, such as large.
-        overrides: settings as typed, which the run records.
+        overrides: settings as typed, to be recorded in config.yaml.
         model: class of the model; None for a plain GPT.
     """
     from minigpt.runs.folder import class_path, config_class

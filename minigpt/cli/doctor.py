@@ -25,7 +25,7 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
     """Collect the facts that a bug report needs, and advice for this machine.
 
     Returns:
-        The facts by topic, in the order to print them, and one line of advice for each problem.
+        The facts by topic, in printing order, and a list with one line of advice for each problem.
     """
     n_cores, threads, quota = os.cpu_count() or 1, torch.get_num_threads(), cpu_quota()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else n_cores

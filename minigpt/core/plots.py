@@ -144,9 +144,9 @@ def write_png(figure: Figure, path: Path, dpi: int = 160) -> None:
 def to_svg(figure: Figure) -> str:
     """Return `figure` as an <svg> element for a light or dark HTML page.
 
-    Text is not converted to paths. The background is transparent, and the text colour of the page
-    replaces INK. The ids of groups are removed, because several elements on one page would have
-    the same ids.
+    Text is not converted to paths. The background is transparent, and the colour INK is replaced
+    with the text colour of the page. The ids of groups are removed, because several figures on one
+    page would have the same ids.
 
     Args:
         figure: the figure.

@@ -33,7 +33,7 @@ from minigpt.training.report import write_report
 
 
 class Throughput(Callback):
-    """Log `tokens_per_second` and `mfu`, the model FLOPs utilisation, in each row of metrics.csv.
+    """Log `tokens_per_second` and `mfu` (model FLOPs utilisation) in training rows of metrics.csv.
 
     The time includes work between steps (data, logging) but not validations. `mfu` is the model's
     FLOP/s as a fraction of the peak FLOP/s of all devices (Chowdhery et al. 2022, arXiv:2204.02311,
@@ -96,7 +96,7 @@ class Throughput(Callback):
 
 
 class StorySamples(Callback):
-    """Generate a story from each prompt after every validation, and append it to samples.jsonl.
+    """After every validation, append a new story for each prompt to samples.jsonl.
 
     Args:
         module: the model in training.

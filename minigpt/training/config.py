@@ -21,7 +21,7 @@ MAX_NAME_BYTES = 200  # file systems allow 255; some file names are the run name
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """Device, precision and length of a run, and how often it validates and logs."""
+    """Devices, precision and kernels of a run, and the intervals of validation and logging."""
 
     accelerator: str = "auto"
     """Kind of device: auto, cpu, gpu, cuda or mps; auto uses a GPU if there is one."""

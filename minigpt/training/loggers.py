@@ -39,7 +39,7 @@ class MetricsCsv(Logger):
     Args:
         path: the CSV file.
         resume_step: step at which a resumed run starts. Later rows are dropped, because the run
-            writes them again. For a new run, None replaces an existing file.
+            writes them again. None means a new run; an existing file is replaced.
     """
 
     name, version = "csv", ""  # type: ignore[assignment]  # for Lightning; no version: one file

@@ -166,7 +166,7 @@ def _hardware(c: TrainerConfig) -> Hardware:
 
 
 def _speed_up(module: GPTModule, kernels: Kernels, c: TrainerConfig) -> None:
-    """Make the module compute the loss with `kernels`, and compiled or in micro-batches."""
+    """Make `module` compute the loss with `kernels`, compiled or in micro-batches if possible."""
     model = module.net.use(kernels)
     if kernels.name == "cpu" and not is_tuned():
         log.info("memory     minigpt.tune_process() makes training on this CPU faster")

@@ -102,9 +102,9 @@ class GPTModule(L.LightningModule):
         return loss
 
     def has_row(self, step: int) -> bool:
-        """Return whether update `step`, counted from 1, gets a row in metrics.csv.
+        """Return whether update `step`, counted from 1, has a training row in metrics.csv.
 
-        Most updates get no row, because a `log` call takes 0.5 ms.
+        Most updates have none, because a `log` call takes 0.5 ms.
         """
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return step % every == 0 or step >= self.n_steps
@@ -171,7 +171,7 @@ class GPTModule(L.LightningModule):
         )
 
     def _seed_dropout(self, batch_idx: int) -> None:
-        """Seed dropout by run seed, batch index and rank, so that a resumed run repeats it."""
+        """Seed dropout from run seed, batch and rank, so that resuming does not change dropout."""
         entropy = [self._seed, batch_idx, self.global_rank]
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
 
