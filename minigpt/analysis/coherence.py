@@ -92,7 +92,7 @@ def story_openings(
             if len(openings) == n:
                 return openings
     problem = f"only {len(openings)} stories name their protagonist in the first {context // 2}"
-    raise UserError(f"{problem} tokens, half the context; choose n <= {len(openings)}", "n", n)
+    raise UserError(f"{problem} tokens (half the context); choose n <= {len(openings)}", "n", n)
 
 
 def original_continuations(
@@ -127,7 +127,7 @@ def write_continuations(
 
     Args:
         net: the model.
-        tokenizer: its tokenizer.
+        tokenizer: tokenizer of the model.
         openings: the openings to continue.
         temperature: sampling temperature.
         seed: seed of the first batch; each further batch uses the next integer.

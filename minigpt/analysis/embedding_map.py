@@ -52,7 +52,7 @@ class EmbeddingMap:
 def embedding_map(
     probe: EmbeddingProbe, clusters: Mapping[str, Sequence[str]] = CLUSTERS
 ) -> EmbeddingMap:
-    """Project the words of `clusters` onto the first two principal components of their embeddings.
+    """Project the embeddings of the words in `clusters` onto their first two principal components.
 
     Args:
         probe: the embeddings, normalised to length one.

@@ -74,8 +74,8 @@ class EmbeddingProbe:
     is not done for lower-case words, because a lower-case token without a space is a piece of a
     longer word, such as "art" in "started".
 
-    Results have no leading spaces. A word that matches two tokens appears once, with the higher
-    cosine similarity. The words of the query are left out.
+    Results have no leading spaces. If a word is a token both with and without the space, it appears
+    once, with the higher cosine similarity. The words of the query are left out.
 
     Args:
         net: a model, or an embedding matrix (V, d).

@@ -88,7 +88,7 @@ class StudiedModel:
 
 
 def write_study(runs: Sequence[Run], out: Path, config: StudyConfig | None = None) -> None:
-    """Write coherence.md, .png and .json, samples.md, embeddings.md and .json into `out`.
+    """Write the reports coherence.md, samples.md and embeddings.md, with a figure and JSON files.
 
     For each run, a map of words is also written as a PNG file, if enough of the words are single
     tokens of the run's tokenizer.

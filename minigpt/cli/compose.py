@@ -90,7 +90,7 @@ def compose_values(
     words = composed_words(name, overrides, folder)
     if folder is not None:
         if not folder.is_dir():
-            raise UserError("is not a folder: choose another", "config_dir", str(config_dir))
+            raise UserError("must be an existing folder", "config_dir", str(config_dir))
         words.append(f"hydra.searchpath=['file://{folder}']")
     with own_hydra(name, overrides):
         try:
@@ -251,7 +251,7 @@ def import_class(path: str, argument: str) -> Any:
     try:
         model = getattr(importlib.import_module(module), name)
     except Exception as error:  # a module may raise anything while it is imported
-        raise UserError(f"cannot be imported ({error!r})", argument, path) from None
+        raise UserError(f"cannot be imported ({error!r}): check the path", argument, path) from None
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(here)

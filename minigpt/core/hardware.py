@@ -92,9 +92,9 @@ def _check_launched(launcher: Launcher, devices: str, num_nodes: int) -> None:
     """Raise UserError if the settings contradict the processes that the launcher started."""
     start = f"{launcher.name} runs {launcher.num_nodes} node(s) × {launcher.devices} process(es)"
     if devices not in ("auto", str(launcher.devices)):
-        raise UserError(f"{start}: leave this out", "devices", int(devices))
+        raise UserError(f"{start}: leave this setting out", "devices", int(devices))
     if num_nodes not in (1, launcher.num_nodes):  # 1 is the default
-        raise UserError(f"{start}: leave this out", "num_nodes", num_nodes)
+        raise UserError(f"{start}: leave this setting out", "num_nodes", num_nodes)
 
 
 def _find_precision(setting: str, accelerator: str) -> tuple[str, str]:

@@ -28,7 +28,7 @@ def read_metrics(folder: Path) -> list[Row]:
         folder: the run folder.
 
     Returns:
-        The rows, oldest first; [] if there are none yet.
+        The rows, oldest first; [] if there are no rows yet.
 
     Raises:
         UserError: the file is not a table of numbers with the columns `step` and `tokens`.

@@ -31,9 +31,9 @@ Points = list[tuple[float, float]]
 def scaling_figure(groups: Sequence[RunGroup]) -> Figure:
     """Plot perplexity against the number of parameters.
 
-    The figure shows the group with the most sizes, its fitted law, and error bars from the lowest
-    to the highest perplexity of the runs. From other groups, the figure shows the lowest mean of a
-    size, if it is lower than the mean of the first group.
+    The main group is the group with the most sizes. The figure shows the means of its sizes, its
+    fitted law, and error bars from the lowest to the highest perplexity of the runs. For a size
+    whose lowest mean is in another group, the figure shows this mean as well.
 
     Args:
         groups: groups of comparable runs; without groups, only the reference models are drawn.

@@ -5,8 +5,9 @@
     >>> groups = run_groups(runs)  # comparable runs, with one fit for each group
 
 E is the irreducible loss and A / N^α the excess loss of a model with N parameters (Kaplan et al.
-2020, arXiv 2001.08361; Hoffmann et al. 2022, arXiv 2203.15556, section 3.3, without their term for
-the number of tokens, which is constant here).
+2020, arXiv:2001.08361; Hoffmann et al. 2022, arXiv:2203.15556, section 3.3). Hoffmann et al. also
+have a term for the number of tokens. It is left out here, because all sizes of a fit are trained on
+the same number of tokens.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Fit:
-    """A law fitted to the mean losses of several sizes, each with the same weight."""
+    """A law fitted to the mean losses of several sizes; every size has the same weight."""
 
     sizes: tuple[Size, ...]
     e: float  # nats per token
@@ -249,7 +250,7 @@ def by_size(runs: Iterable[RunResult]) -> list[RunResult]:
 
 
 def run_groups(runs: Iterable[RunResult], replicates: int = REPLICATES) -> list[RunGroup]:
-    """Group the finished runs by `RunResult.group`, and fit each group of at least four sizes.
+    """Group the finished runs by `RunResult.group`; fit a law to each group with enough sizes.
 
     Args:
         runs: results of runs, finished or not, in any order.

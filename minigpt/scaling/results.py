@@ -158,7 +158,7 @@ def read_run(path: Path) -> RunResult:
         if value is None or (isinstance(value, float) and not math.isfinite(value)):
             return None
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"{path / SUMMARY}: {name} must be a number, not {value!r}")
+            raise UserError(f"{path / SUMMARY}: {name} is {value!r}; it must be a number")
         return value
 
     parent = parent_of(summary, path / SUMMARY)

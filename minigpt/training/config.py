@@ -101,7 +101,7 @@ class OptimizerConfig:
         if self.name == "adamw" and self.matrix_lr is not None:
             raise UserError("leave it out: adamw uses optimizer.lr for all weights", "matrix_lr")
         check(self, "must be positive", lambda lr: lr > 0, "lr", "matrix_lr")
-        check(self, "must be in [0, 1)", lambda x: 0 <= x < 1, "beta1", "beta2", "momentum")
+        check(self, "must be from 0 to below 1", lambda x: 0 <= x < 1, "beta1", "beta2", "momentum")
         names = ("weight_decay", "warmup_steps", "grad_clip")
         check(self, "must not be negative", lambda x: x >= 0, *names)
         check(self, "must be a fraction from 0 to 1", lambda x: 0 <= x <= 1, "final_lr")
@@ -286,7 +286,7 @@ class Schedule:
             raise UserError(message, "budget.tokens", budget, {"budget.tokens": per_step})
         length = f"{n_steps:,} steps of {per_step:,} tokens"
         if warmup >= n_steps:
-            name, message = "optimizer.warmup_steps", f"must be shorter than the run of {length}"
+            name, message = "optimizer.warmup_steps", f"must be less than the run length: {length}"
             raise UserError(message, name, warmup, {name: n_steps // 10})
         if (max_steps := trainer.max_steps) not in (None, n_steps):
             message = f"contradicts budget.tokens={budget}, which is {length}"

@@ -106,7 +106,7 @@ def check_logger(config: LoggerConfig) -> None:
         UserError: the package is not installed.
     """
     if config.kind == "tensorboard" and find_spec("tensorboard") is None:
-        raise UserError("needs another package: pip install tensorboard", "logger", config.kind)
+        raise UserError("is not installed: type pip install tensorboard", "logger", config.kind)
 
 
 def extra_loggers(folder: Path, config: LoggerConfig) -> list[Logger]:

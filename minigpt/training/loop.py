@@ -150,7 +150,7 @@ def _hardware(c: TrainerConfig) -> Hardware:
     """Return the device, the number of processes and the precision of the run.
 
     Raises:
-        UserError: the hardware is not available, or this process may not start others.
+        UserError: the hardware is not available, or this process may not start other processes.
     """
     try:
         hardware = Hardware.detect(c.accelerator, c.devices, c.num_nodes, c.precision)

@@ -309,5 +309,5 @@ def _check_settings(config: TrainConfig, before: TrainConfig, folder: Path) -> N
         ignored.add("model.vocab_size")  # it follows the tokenizer
     for name, value in flat(settings_of(config)).items():
         if name not in ignored and earlier[name] != value:
-            message = f"the run in {folder} used another value; use that one or another name"
+            message = f"the run in {folder} used another value; use that value or another name"
             raise UserError(message, name, value, {name: earlier[name]})
