@@ -249,7 +249,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def coherence_figure(rows: Sequence[Row]) -> Figure:
-    """Plot six measures against temperature: a line for each run, and dashed lines for originals.
+    """Plot six measures against temperature; dashed lines show the original stories.
 
     With more than three runs, only the first, the middle and the last run are drawn.
     """
@@ -294,8 +294,8 @@ def coherence_figure(rows: Sequence[Row]) -> Figure:
 def samples_markdown(models: Sequence[StudiedModel]) -> str:
     """Return samples.md: three unedited stories of each model.
 
-    The models must be on the CPU, which `minigpt generate` uses, too. On another device, the same
-    seed may give another story.
+    The models must be on the CPU, because `minigpt generate` uses the CPU, too. On another device,
+    the same seed may give another story.
     """
     parts = [
         "# Samples",

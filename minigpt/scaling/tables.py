@@ -190,7 +190,7 @@ def _run_cells(run: RunResult, count: Callable[[float], str]) -> tuple[str, ...]
 
 
 def _recipe_rows(runs: Sequence[RunResult]) -> list[list[str]]:
-    """Return a row for each recipe, if several recipes have the same size, data and tokens."""
+    """Return a row for each recipe of every size, data set and token count with several recipes."""
     cases: dict[tuple[int, str, str], dict[str, list[RunResult]]] = {}
     for run in by_size(runs):
         if run.point and run.loss is not None:

@@ -37,7 +37,7 @@ class TrainerConfig:
     accumulate_grad_batches: int = 1
     """Number of batches whose gradients are averaged for one update."""
     n_validations: int = 5
-    """Number of validations. They are evenly spaced, and the last one is at the end of the run."""
+    """Number of evenly spaced validations; the last one is at the end of the run."""
     log_every_n_steps: int = 10
     """Number of updates between two rows of training metrics in metrics.csv."""
     compile: bool = False
@@ -91,8 +91,8 @@ class OptimizerConfig:
     final_lr: float = 0.0
     """Final learning rate, as a fraction of the peak, from 0 to 1."""
     grad_clip: float = 1.0
-    """Maximum total norm of the gradients. If it is larger, the gradients are scaled down; 0
-    disables clipping."""
+    """Maximum total norm of the gradients, which are scaled down if their norm is larger; 0 disables
+    clipping."""
 
     def __post_init__(self) -> None:
         if self.schedule is None:
