@@ -143,7 +143,7 @@ class Checkpoints(Callback):
         self._handlers = {number: signal.signal(number, self._ask_to_stop) for number in signals}
 
     def _ask_to_stop(self, number: int, _: Any) -> None:
-        again = "; ctrl-C again to stop at once" if number == signal.SIGINT else ""
+        again = "; press Ctrl-C again to stop now" if number == signal.SIGINT else ""
         log.info("%s: stopping after this step%s", signal.Signals(number).name, again)
         self._signal = number
         if number == signal.SIGINT:

@@ -91,8 +91,8 @@ class OptimizerConfig:
     final_lr: float = 0.0
     """Final learning rate, as a fraction of the peak, from 0 to 1."""
     grad_clip: float = 1.0
-    """Maximum total norm of the gradients, which are scaled down if their norm is larger; 0 disables
-    clipping."""
+    """Maximum total norm of the gradients; gradients with a larger norm are scaled down, and 0
+    disables clipping."""
 
     def __post_init__(self) -> None:
         if self.schedule is None:
