@@ -263,7 +263,7 @@ def export(
     """Export a model for other programs, with a model card. Only --push uploads files."""
     for option, is_set in {"--dry-run": dry_run, "--private": private}.items():
         if is_set and push is None:
-            raise UserError(f"{option} needs --push: add --push user/name, or leave this option out")
+            raise UserError(f"{option} needs --push: add --push user/name, or omit this option")
     from minigpt.core.console import console
     from minigpt.exporting import ExportConfig
     from minigpt.exporting import export as write
