@@ -130,7 +130,7 @@ def _load_models(runs: Sequence[Run]) -> list[StudiedModel]:
     pairs = zip(names, runs, strict=True)
     models = [StudiedModel(name, run.load_model(), run.tokenizer) for name, run in pairs]
     if len({(m.tokenizer.fingerprint, m.net.config.context_length) for m in models}) > 1:
-        problem = "tokenizers or context lengths differ, so no model can score all stories"
+        problem = "the runs differ in tokenizer or context length, so no model can score all runs"
         raise UserError(f"{problem}; study each run separately", "runs", names)
     return sorted(models, key=lambda model: model.net.n_parameters)
 
