@@ -18,12 +18,12 @@ The public API:
 - `Run`: a run folder or an exported model, with its settings, tokenizer and model
 - `evaluate`, `EvaluationConfig`: measure perplexity, bits per byte, and generated stories
 - `generate`, `stream_story`, `SamplingConfig`: generate stories
-- `export`, `ExportConfig`: write a model for transformers, ONNX, llama.cpp or as a release
+- `export`, `ExportConfig`: export a model to transformers, ONNX, GGUF (llama.cpp) or safetensors
 - `GPT`, `GPTConfig`, `Tokenizer`: the model, its shape, and its tokenizer
-- `tune_process`: speed up training on a CPU, for the whole process
+- `tune_process`: speed up all training on a CPU in this process
 - `UserError`: error for mistakes that the user can fix
 
-Names are imported at their first use (PEP 562), so `import minigpt` does not import torch.
+Each name is imported when it is first used (PEP 562), so `import minigpt` does not import torch.
 """
 
 from __future__ import annotations

@@ -61,14 +61,14 @@ class Analogy:
 
 @dataclass(frozen=True)
 class Answers:
-    """Neighbours of each word, or the reason why it has none, and answers to the analogies."""
+    """Answers to the analogies, and the neighbours of each word or a message why it has none."""
 
     neighbours: dict[str, Tokens | str]
     analogies: list[Analogy]
 
     @property
     def summary(self) -> dict[str, float]:
-        """Number of answered analogies, fractions with rank 1 and ranks 1 to 5, and median rank."""
+        """Number of answered analogies, their median rank, and fractions with rank 1 and 1 to 5."""
         ranks = [a.rank for a in self.analogies if a.rank is not None]
         if not ranks:
             return {"asked": 0}
@@ -106,7 +106,7 @@ def markdown(answers: dict[str, Answers]) -> str:
     """Return embeddings.md, with a column for each run.
 
     Args:
-        answers: the answers of each run, by its name.
+        answers: answers by name of the run.
     """
     parts = [
         "# Embeddings",

@@ -18,8 +18,8 @@ from minigpt.model import GPT, KVCache
 def attention_weights(net: GPT, ids: Tensor) -> Tensor:
     """Return the attention weights of every layer and head over one sequence of tokens.
 
-    The model's own attention computes them in one call of `net.forward`, and its `KVCache` records
-    them. The model is not changed, so several threads may call this function at once.
+    One call of `net.forward` computes the weights, and a `KVCache` records them. The model is not
+    changed, so several threads may call this function at once.
 
     Args:
         net: the model.
@@ -30,10 +30,10 @@ def attention_weights(net: GPT, ids: Tensor) -> Tensor:
 
     Raises:
         ValueError: `ids` is longer than the context.
-        UserError: `net` belongs to a subclass whose `forward` has no `cache` parameter.
+        UserError: the class of `net` has a `forward` without the parameter `cache`.
     """
     if not takes_cache(net):
-        raise UserError(f"{type(net).__qualname__}.forward must have a parameter cache")
+        raise UserError(f"{type(net).__qualname__}.forward must have a parameter named cache")
     cache = KVCache(ids.shape[1], keep_weights=True)
     net(ids, cache=cache)
     assert cache.weights is not None

@@ -4,9 +4,10 @@
     >>> stories = write_continuations(net, tokenizer, openings, temperature=0.8, seed=1)
     >>> coherence(stories)
 
-Each story continues the first sentence of a validation story that names its protagonist, such as
-"Once upon a time, there was a little girl named Lily." The rest of that validation story, measured
-in the same way, is the human baseline. A story may keep its names and still make no sense.
+Each story continues an opening. An opening is the first sentence of a validation story, if this
+sentence names the protagonist, such as "Once upon a time, there was a little girl named Lily." The
+rest of the validation story is measured in the same way, as a baseline. These heuristics do not
+measure meaning: a story may keep its names and still make no sense.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ BATCH = 50  # stories generated or scored at once; 200 MB for 256 tokens of the 
 
 @dataclass(frozen=True)
 class Opening:
-    """The first sentence of a story, the name in it, and the rest of the story."""
+    """The first sentence of a story, the protagonist's name, and the rest of the story."""
 
     text: str
     name: str
@@ -50,23 +51,25 @@ class Continuation:
     opening: Opening
     ids: tuple[int, ...]  # without the end-of-text token
     text: str
-    ended: bool  # whether an end-of-text token ended it
+    ended: bool  # whether the text ended with an end-of-text token
 
 
 @dataclass(frozen=True)
 class Coherence:
-    """Measures of a group of continuations. A fraction is None if there is nothing to count."""
+    """Coherence measures of a group of continuations; a fraction of nothing is None."""
 
     unfinished: float  # fraction that did not end within the context
-    protagonist_retention: float | None  # fraction whose last third has the opening's name
-    names: float  # mean number of other names in a continuation
+    protagonist_retention: float | None  # fraction with the opening's name in the last third
+    names: float  # mean number of names in a continuation, without the opening's name
     name_recurrence: float | None  # fraction of these names that occur more than once
 
 
 def story_openings(
     stories: Iterable[str], tokenizer: Tokenizer, n: int, context: int
 ) -> list[Opening]:
-    """Return the first `n` openings of `stories` that fill at most half the context, in order.
+    """Return the first `n` openings in `stories`, in order.
+
+    Openings that fill more than half of the context are skipped.
 
     Args:
         stories: the stories to search.
@@ -78,7 +81,7 @@ def story_openings(
         The openings.
 
     Raises:
-        UserError: there are fewer than `n`.
+        UserError: there are fewer than `n` openings.
     """
     openings = []
     for story in stories:
@@ -89,7 +92,7 @@ def story_openings(
             if len(openings) == n:
                 return openings
     problem = f"only {len(openings)} stories name their protagonist in the first {context // 2}"
-    raise UserError(f"{problem} tokens, half the context; choose n <= {len(openings)}", "n", n)
+    raise UserError(f"{problem} tokens (half the context); choose n <= {len(openings)}", "n", n)
 
 
 def original_continuations(
@@ -120,11 +123,11 @@ def write_continuations(
 ) -> list[Continuation]:
     """Sample a continuation for each opening, in order.
 
-    Openings of equal length form batches of at most BATCH.
+    Openings with the same number of tokens are continued in batches of at most BATCH.
 
     Args:
         net: the model.
-        tokenizer: its tokenizer.
+        tokenizer: tokenizer of the model.
         openings: the openings to continue.
         temperature: sampling temperature.
         seed: seed of the first batch; each further batch uses the next integer.
@@ -175,10 +178,10 @@ def coherence(stories: Sequence[Continuation]) -> Coherence:
 
 @torch.inference_mode()
 def score(net: GPT, stories: Sequence[Continuation], end_of_text: int) -> float:
-    """Return the perplexity of `stories` under `net`, without the tokens of their openings.
+    """Return the perplexity of `stories` under `net`, without the tokens of the openings.
 
-    The end-of-text token of an ended story counts. Each story must fit into the context of `net`,
-    as those of `write_continuations` do, and have at least one token to score.
+    The end-of-text token of an ended story is scored as well. Each opening with its continuation
+    must fit into the context of `net`, and there must be at least one token to score.
 
     Args:
         net: the model that scores the stories.

@@ -20,7 +20,7 @@ from minigpt.core.settings import UserError
 
 MAP = "embedding_map.png"
 
-# Words of children's stories by meaning. Words that are not single tokens are left out.
+# Words of children's stories by meaning. The map leaves out words that are not single tokens.
 CLUSTERS: dict[str, tuple[str, ...]] = {
     "family roles": (
         *("mom", "dad", "mommy", "daddy", "mother", "father", "parents", "sister", "brother"),
@@ -40,7 +40,7 @@ class FewWordsError(UserError):
 
 @dataclass(frozen=True)
 class EmbeddingMap:
-    """Positions of words in two dimensions, and how well they represent the embedding."""
+    """Positions of words in two dimensions, and measures of how well they show the embedding."""
 
     words: dict[str, list[str]]  # cluster: its words that are single tokens
     points: Tensor  # (n, 2), in the order of `words`
@@ -52,7 +52,7 @@ class EmbeddingMap:
 def embedding_map(
     probe: EmbeddingProbe, clusters: Mapping[str, Sequence[str]] = CLUSTERS
 ) -> EmbeddingMap:
-    """Project the words of `clusters` onto the first two principal components of their embeddings.
+    """Project the embeddings of the words in `clusters` onto their first two principal components.
 
     Args:
         probe: the embeddings, normalised to length one.
@@ -67,7 +67,7 @@ def embedding_map(
     words = {name: probe.single(members) for name, members in clusters.items()}
     singles = [word for members in words.values() for word in members]
     if len(singles) < 3:
-        problem = f"only {len(singles)} words of the map are single tokens, but it needs at least 3"
+        problem = f"only {len(singles)} words of the map are single tokens, at least 3 are needed"
         raise FewWordsError(f"{problem}; train with a larger data.vocab_size or on more stories")
     unit = probe.vectors(singles)  # (n, d)
     u, s, _ = torch.linalg.svd(unit - unit.mean(dim=0), full_matrices=False)
@@ -86,8 +86,8 @@ def embedding_map(
 
 
 def caption(layout: EmbeddingMap) -> str:
-    """Return a sentence on the clusters of the map and one on its limits."""
-    limit = "words that are close on it may still differ"
+    """Return the caption: a sentence on the clusters and a sentence on the limits of the map."""
+    limit = "words that are close on the map may still differ"
     return f"{_cosines(layout)}. The map shows {layout.explained:.0%} of the variance: {limit}."
 
 
@@ -97,10 +97,10 @@ def _cosines(layout: EmbeddingMap) -> str:
 
 
 def map_figure(layout: EmbeddingMap) -> Figure:
-    """Draw a point and its word for each token; each cluster has a colour, a shape and a label.
+    """Draw a labelled point for each word; each cluster has a colour, a marker and a label.
 
-    At most three clusters can be drawn. Words that have no free position near their point may
-    cover others.
+    At most three clusters can be drawn. If there is no free position near a point, its label may
+    cover another label.
     """
     figure = new_figure(8, 6)
     (axes,) = figure.axes

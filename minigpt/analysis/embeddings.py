@@ -28,17 +28,17 @@ _ANALOGY = re.compile(rf"\s*{_WORD}\s*{_SIGN}\s*{_WORD}\s*{_SIGN}\s*{_WORD}\s*")
 
 
 class SplitWordError(UserError):
-    """Error raised for a word that is several tokens, so that it has no embedding of its own."""
+    """Error raised for a word that is not a single token and therefore has no embedding."""
 
 
 def parse_analogy(text: str) -> tuple[str, str, str]:
-    """Parse `princess - girl + boy`, or the same as `princess + boy - girl`.
+    """Parse an analogy, such as `princess - girl + boy` or `princess + boy - girl`.
 
     Args:
         text: three words, one of them subtracted and one added.
 
     Returns:
-        The words (word, minus, plus), here ("princess", "girl", "boy").
+        The words (word, minus, plus), in the examples ("princess", "girl", "boy").
 
     Raises:
         UserError: `text` has another form.
@@ -58,7 +58,7 @@ def tokens_or_reason(query: Callable[..., Tokens], *words: str) -> Tokens | str:
 
     Args:
         query: a method of `EmbeddingProbe`.
-        *words: its arguments.
+        *words: arguments of the method.
     """
     try:
         return query(*words)
@@ -69,11 +69,13 @@ def tokens_or_reason(query: Callable[..., Tokens], *words: str) -> Tokens | str:
 class EmbeddingProbe:
     """Cosine similarities between token embeddings.
 
-    A word stands for its token inside a story, which begins with a space (" dad"). A capitalised
-    word without such a token stands for the bare token ("Once"). A lower-case word does not: bare
-    lower-case tokens are pieces of longer words, such as "art" in "started". Results come without
-    the space. Each word appears once, with its highest cosine similarity, and the words of the
-    query are left out with and without the space.
+    A word is looked up as a token with a leading space (" dad"), because words inside a story have
+    one. If a word with capitals has no such token, the token without a space is used ("Once"). This
+    is not done for lower-case words, because a lower-case token without a space is a piece of a
+    longer word, such as "art" in "started".
+
+    Results have no leading spaces. If a word is a token both with and without the space, it appears
+    once, with the higher cosine similarity. The words of the query are left out.
 
     Args:
         net: a model, or an embedding matrix (V, d).
@@ -114,13 +116,13 @@ class EmbeddingProbe:
             The tokens with their cosine similarities.
 
         Raises:
-            SplitWordError: one of the three is not a single token.
+            SplitWordError: one of the three words is not a single token.
         """
         a, b, c = self.vectors((word, minus, plus))
         return self._nearest(a - b + c, k, leave_out={w.strip() for w in (word, minus, plus)})
 
     def single(self, words: Iterable[str]) -> list[str]:
-        """Return the words that are single tokens, in their order."""
+        """Return those of `words` that are single tokens, in the same order."""
         singles = []
         for word in words:
             with contextlib.suppress(SplitWordError):
@@ -135,7 +137,7 @@ class EmbeddingProbe:
             words: the words, each a single token.
 
         Raises:
-            SplitWordError: one of them is not a single token.
+            SplitWordError: one of the words is not a single token.
         """
         return self.unit[[self.token_id(word) for word in words]]
 

@@ -8,20 +8,20 @@ from dataclasses import dataclass
 
 NGram = tuple[str, ...]
 COPIED = 4  # consecutive words that count as a repetition or a copy
-NOVELTY_STORIES = 40_000  # maximum number of training stories to search for copies, about 5 s
+NOVELTY_STORIES = 40_000  # maximum number of training stories to search for copies; takes 5 s
 
 
 @dataclass(frozen=True)
 class Repetition:
-    """Measures of word n-grams in a group of texts. A fraction is None if there are no n-grams.
+    """Measures of word n-grams in a group of texts; a fraction without n-grams is None.
 
-    The fraction of distinct n-grams is distinct-n of Li et al. 2016, arXiv 1510.03055.
+    The fraction of distinct n-grams is the measure distinct-n of Li et al. 2016, arXiv:1510.03055.
     """
 
     words: float  # mean number of words per text
     distinct: tuple[float | None, ...]  # fraction of distinct 1-, 2- and 3-grams
     repeated: float | None  # fraction of 4-grams that occurred earlier in the same text
-    novel: float | None  # fraction of 4-grams that are in no training story
+    novel: float | None  # fraction of 4-grams in no training story; None without training stories
 
 
 def measure(
@@ -31,7 +31,7 @@ def measure(
 
     Args:
         groups: groups of texts.
-        training: training stories, read one by one, so that they need not fit into memory.
+        training: training stories. They are read one by one and need not fit into memory.
 
     Returns:
         A `Repetition` for each group, and the number of training stories.

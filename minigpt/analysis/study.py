@@ -42,9 +42,9 @@ from minigpt.model import GPT
 from minigpt.runs.folder import Run
 from minigpt.tokenizer import Tokenizer
 
-ORIGINALS = "the original stories"  # name of their row, also in coherence.json
+ORIGINALS = "the original stories"  # name of the baseline's row, also in coherence.json
 SAMPLE_SEEDS = (1, 2, 3)  # seeds of the stories in samples.md
-# Keys of coherence.json that differ from the names of the fields, for the sake of older files.
+# Keys of coherence.json that differ from the names of the fields, for compatibility with old files.
 JSON_NAMES = {"protagonist_retention": "hero_kept", "name_recurrence": "names_back"}
 SAMPLE_PROMPT, SAMPLE_TEMPERATURE, SAMPLE_TOKENS = "Once upon a time", 0.8, 256
 
@@ -59,7 +59,7 @@ class StudyConfig:
     temperatures: tuple[float, ...] = (0.5, 0.8, 1.0, 1.2)
     """Sampling temperatures of the stories."""
     seed: int = 1
-    """Seed of the sampling, the same at each temperature."""
+    """Sampling seed, the same at each temperature."""
 
     def __post_init__(self) -> None:
         check(self, "must be at least 1", lambda n: n >= 1, "n")
@@ -88,9 +88,10 @@ class StudiedModel:
 
 
 def write_study(runs: Sequence[Run], out: Path, config: StudyConfig | None = None) -> None:
-    """Write coherence.md, .png and .json, samples.md, embeddings.md and .json into `out`.
+    """Write the reports coherence.md, samples.md and embeddings.md, with a figure and JSON files.
 
-    It also writes a map of words, as a PNG, for each run whose tokenizer has enough of the words.
+    For each run, a map of words is also written as a PNG file, if enough of the words are single
+    tokens of the run's tokenizer.
 
     Args:
         runs: the runs to compare, with different names.
@@ -98,8 +99,8 @@ def write_study(runs: Sequence[Run], out: Path, config: StudyConfig | None = Non
         config: settings of the stories; None means the defaults.
 
     Raises:
-        UserError: two runs have the same name, or tokenizers or context lengths differ, so that
-            the largest model cannot score the stories of the others.
+        UserError: two runs have the same name, or the runs differ in tokenizer or context length,
+            so that the largest model cannot score all stories.
     """
     config = config or StudyConfig()
     models = _load_models(runs)
@@ -129,13 +130,13 @@ def _load_models(runs: Sequence[Run]) -> list[StudiedModel]:
     pairs = zip(names, runs, strict=True)
     models = [StudiedModel(name, run.load_model(), run.tokenizer) for name, run in pairs]
     if len({(m.tokenizer.fingerprint, m.net.config.context_length) for m in models}) > 1:
-        problem = "tokenizer or context length differs, so no model can score all stories"
+        problem = "the runs differ in tokenizer or context length, so no model can score all runs"
         raise UserError(f"{problem}; study each run separately", "runs", names)
     return sorted(models, key=lambda model: model.net.n_parameters)
 
 
 def _write_maps(probes: Mapping[str, EmbeddingProbe], out: Path) -> list[str]:
-    """Write a map of words for each model and return the section of embeddings.md on them."""
+    """Write a map of words for each model, and return the part of embeddings.md on the maps."""
     text = []
     for name, probe in probes.items():
         try:
@@ -158,7 +159,7 @@ def _row_json(row: Row) -> dict[str, Any]:
 
 
 def study_rows(models: Sequence[StudiedModel], config: StudyConfig) -> list[Row]:
-    """Return the row of the originals, then one for each model and temperature.
+    """Return the row of the original stories, then a row for each model and temperature.
 
     Args:
         models: the models, sorted by size; the last one scores all stories.
@@ -248,9 +249,9 @@ def _cells(row: Row) -> list[str]:
 
 
 def coherence_figure(rows: Sequence[Row]) -> Figure:
-    """Plot six measures against temperature: a line for each run, dashed for the originals.
+    """Plot six measures against temperature; dashed lines show the original stories.
 
-    With more than three runs, the first, the middle and the last are drawn.
+    With more than three runs, only the first, the middle and the last run are drawn.
     """
     measures = {
         "distinct word 3-grams": lambda row: row.repetition.distinct[2],
@@ -293,8 +294,8 @@ def coherence_figure(rows: Sequence[Row]) -> Figure:
 def samples_markdown(models: Sequence[StudiedModel]) -> str:
     """Return samples.md: three unedited stories of each model.
 
-    The models must be on the CPU, as for `minigpt generate`: on another device the same seed may
-    give another story.
+    The models must be on the CPU, because `minigpt generate` uses the CPU, too. On another device,
+    the same seed may give another story.
     """
     parts = [
         "# Samples",

@@ -1,7 +1,8 @@
 """The `minigpt` command, with one verb per task.
 
-Each verb is a function below that imports its modules when it is called, so that `minigpt --help`
-does not wait for torch. `train` and `evaluate` are Hydra apps in their own modules.
+Each verb is a function below. It imports its modules only when it is called, so that
+`minigpt --help` does not wait for torch. `train` and `evaluate` are Hydra apps in their own
+modules.
 """
 
 from __future__ import annotations
@@ -58,10 +59,10 @@ def generate(
     dtype: Annotated[Dtype, Option(help="bfloat16 is faster for many stories.")] = "float32",
     class_path: ClassPath = None,
 ) -> None:
-    """Write stories.
+    """Generate stories.
 
-    A single story is printed token by token. Several are sampled as one batch and printed with
-    <|endoftext|> between them, a format that data=text reads.
+    A single story is printed token by token. Several stories are sampled as one batch and printed
+    with <|endoftext|> between them. data=text can read this format.
     """
     import torch
 
@@ -76,14 +77,14 @@ def generate(
     options = {"--top-k": top_k, "--top-p": top_p, "--min-p": min_p, "--n": None if n == 1 else n}
     unused = [f"{name} {value}" for name, value in options.items() if value is not None]
     if temperature == 0 and unused:
-        problem = "always takes the most likely token, so only one story exists: leave out "
+        problem = "always takes the most likely token, so only one story is possible: leave out "
         raise UserError(f"{problem}{' and '.join(unused)}", "temperature", 0)
     (source,) = _load([run], class_path)
     model, tokenizer = source.load_model().to(getattr(torch, dtype)), source.tokenizer
     prompt = _standard_input() if prompt == "-" else prompt
     length = len(tokenizer.encode(prompt))  # raises before anything is printed
     if length >= (context := model.config.context_length):
-        log.warning("the prompt of %d tokens is cut to its end: the context is %d", length, context)
+        log.warning("only the end of the %d-token prompt fits the context of %d", length, context)
     if dtype == "bfloat16" and c_backend() is None and not cpu_has_bfloat16():
         log.warning("decode.c and native bfloat16 are not available: --dtype float32 is faster")
     if n == 1:
@@ -98,7 +99,7 @@ def _load(paths: list[Path], class_path: str | None) -> list[Run]:
     """Load runs.
 
     `class_path` is used for the runs that were trained with a custom class, or for all runs if
-    there is no such run.
+    none was.
     """
     from minigpt.runs.folder import Run
 
@@ -197,7 +198,7 @@ def playground(
 @app.command()
 def scaling(
     folders: Annotated[list[Path], PathArgument(help="Run folders, or folders that contain runs.")],
-    out: Annotated[Path | None, PathOption(help="Output folder; by default the first one.")] = None,
+    out: Annotated[Path | None, PathOption(help="Output folder; default: the first input.")] = None,
     keep: Annotated[Path | None, PathOption(help="Copy records of finished runs here.")] = None,
 ) -> None:
     """Compare runs of several sizes and fit the scaling law L = E + A / N^α.
@@ -234,7 +235,7 @@ def study(
     seed: Annotated[int, Option(help="Seed of the stories.")] = 1,
     class_path: ClassPath = None,
 ) -> None:
-    """Compare runs by the coherence of their stories, by samples and by embeddings.
+    """Compare runs by the coherence of their stories, by sample stories and by embeddings.
 
     Writes coherence.md, samples.md and embeddings.md, with figures and JSON files.
     """
@@ -259,10 +260,10 @@ def export(
     dry_run: Annotated[bool, Option("--dry-run", help="With --push: only list the files.")] = False,
     class_path: ClassPath = None,
 ) -> None:
-    """Write a model for other programs, with a model card; only --push uploads anything."""
+    """Export a model for other programs, with a model card. Only --push uploads files."""
     for option, is_set in {"--dry-run": dry_run, "--private": private}.items():
         if is_set and push is None:
-            raise UserError(f"{option} needs --push: add --push user/name, or leave it out")
+            raise UserError(f"{option} needs --push: add --push user/name, or omit this option")
     from minigpt.core.console import console
     from minigpt.exporting import ExportConfig
     from minigpt.exporting import export as write
@@ -364,7 +365,7 @@ def main() -> None:
 
 
 def _options(verb: str) -> frozenset[str]:
-    """Return the names of those parameters of a verb that are typed as --name."""
+    """Return the names of a verb's options, which the user types as --name."""
     command = getattr(typer.main.get_command(app), "commands", {}).get(verb)
     parameters = command.params if command is not None else ()
     return frozenset(p.name for p in parameters if p.param_type_name == "option")

@@ -2,7 +2,7 @@
 
 Each default is defined only in its dataclass. All defaults are registered with Hydra as one plain
 root node, the first entry of the defaults list. A YAML file therefore contains only the settings
-that differ, and every setting can be typed without a plus sign.
+that differ from the defaults, and every setting can be typed without a plus sign.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from minigpt.core.settings import UserError, build, plain_defaults, unknown_name
 
 
 def config_source() -> str:
-    """Return the location of conf/: the folder in the checkout, or else the one in the package."""
+    """Return the location of conf/: the folder in a checkout, else the folder in the package."""
     root = Path(minigpt.__file__).parent.parent
     beside = (root / "pyproject.toml").is_file() and (root / "conf/train.yaml").is_file()
     return str(root / "conf") if beside else "pkg://minigpt.conf"
@@ -44,19 +44,21 @@ def load_config(
 ) -> Any:
     """Return the settings that the command line would compose from `overrides`.
 
-    This works in any folder, and inside another Hydra application, whose state is restored.
+    The function works in any working directory. It can be called inside another Hydra application,
+    because it restores Hydra's previous state at the end.
 
     Args:
         name: "train" or "evaluate".
         overrides: settings as typed on the command line, such as ["model=large",
             "budget.tokens=20e6"].
-        config_dir: a folder with additional config groups, like --config-dir.
+        config_dir: folder with additional config groups, like --config-dir.
 
     Returns:
-        A `TrainConfig`, or an `EvaluationConfig`.
+        A `TrainConfig` for "train", an `EvaluationConfig` for "evaluate".
 
     Raises:
-        UserError: a name or an option is unknown, or a value is not allowed.
+        UserError: a name or an option is unknown, a value is not allowed, or `config_dir` is not a
+            folder.
     """
     if name not in CLASS_PATH:
         raise UserError(unknown_name(name, list(CLASS_PATH), "config"))
@@ -69,7 +71,7 @@ def load_config(
 def compose_values(
     name: str, overrides: Sequence[str] = (), config_dir: str | Path | None = None
 ) -> tuple[dict[str, Any], str | None]:
-    """Compose settings to plain values, with interpolations resolved.
+    """Compose settings, and return them as plain values with interpolations resolved.
 
     Args:
         name: name of the root config.
@@ -88,7 +90,7 @@ def compose_values(
     words = composed_words(name, overrides, folder)
     if folder is not None:
         if not folder.is_dir():
-            raise UserError("is not a folder", "config_dir", str(config_dir))
+            raise UserError("must be an existing folder", "config_dir", str(config_dir))
         words.append(f"hydra.searchpath=['file://{folder}']")
     with own_hydra(name, overrides):
         try:
@@ -107,7 +109,9 @@ def plain_values(config: Any) -> Any:
 
 
 def composed_words(name: str, typed: Sequence[str], folder: Path | None = None) -> list[str]:
-    """Return the settings for Hydra, without the class path and with local= from MINIGPT_LOCAL.
+    """Return the typed settings for Hydra, without the class path.
+
+    If MINIGPT_LOCAL is set and a folder local/ exists, local= is added for train.
 
     Args:
         name: name of the root config.
@@ -124,7 +128,7 @@ def composed_words(name: str, typed: Sequence[str], folder: Path | None = None) 
 
 @contextlib.contextmanager
 def own_hydra(name: str, overrides: Sequence[str] = ()) -> Iterator[None]:
-    """Initialise Hydra for the root config `name`, and restore its previous state at the end."""
+    """Initialise Hydra for the root config `name`; restore Hydra's previous state at the end."""
     instances, store = Singleton._instances, ConfigStore.instance()
     before, repo = dict(instances), store.repo
     store.repo = copy.copy(repo)
@@ -148,7 +152,7 @@ def register_defaults(name: str, overrides: Sequence[str] = ()) -> None:
 
     Args:
         name: name of the root config.
-        overrides: settings as typed, which may add defaults; see `defaults`.
+        overrides: settings as typed; some of them add defaults, see `defaults`.
     """
     ConfigStore.instance().store(f"{name}_defaults", defaults(name, overrides))
 
@@ -158,8 +162,8 @@ def defaults(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     Args:
         name: name of the root config.
-        overrides: settings as typed. A class path adds the settings of its class, and for
-            evaluate data=… adds those of another corpus.
+        overrides: settings as typed. For train, a class path adds the settings of the model class.
+            For evaluate, data=... adds the settings of the corpus.
     """
     if name == "train":
         from minigpt.runs.folder import config_class
@@ -192,7 +196,7 @@ def train_config(
     Args:
         values: composed settings as plain values.
         size: option of the model group, such as large.
-        overrides: settings as typed, which the run records.
+        overrides: settings as typed, to be recorded in config.yaml.
         model: class of the model; None for a plain GPT.
     """
     from minigpt.runs.folder import class_path, config_class
@@ -217,7 +221,7 @@ def evaluation_config(values: dict[str, Any]) -> Any:
 
 
 def typed_class(name: str, overrides: Sequence[str]) -> Any:
-    """Return the model class that `overrides` name; None for a plain GPT."""
+    """Return the model class whose path is in `overrides`; None for a plain GPT."""
     argument = CLASS_PATH[name]
     paths = [word.removeprefix(argument) for word in overrides if word.startswith(argument)]
     if not paths or paths[-1] == "null":
@@ -226,9 +230,10 @@ def typed_class(name: str, overrides: Sequence[str]) -> Any:
 
 
 def import_class(path: str, argument: str) -> Any:
-    """Return the model class at the dotted `path`, which may be in the working directory.
+    """Import and return the model class at a dotted path.
 
-    The path must come from the user: a path from a file would let that file run any code.
+    The module may be in the working directory. The path must come from the user: a path that was
+    read from a file would allow that file to run any code.
 
     Args:
         path: dotted path, such as mypackage.MyGPT.
@@ -236,7 +241,7 @@ def import_class(path: str, argument: str) -> Any:
 
     Raises:
         UserError: the import fails, the class is not derived from GPT, or its constructor requires
-            another argument than the config.
+            more arguments than the config.
     """
     from minigpt.model import GPT
 
@@ -246,7 +251,7 @@ def import_class(path: str, argument: str) -> Any:
     try:
         model = getattr(importlib.import_module(module), name)
     except Exception as error:  # a module may raise anything while it is imported
-        raise UserError(f"cannot be imported ({error!r})", argument, path) from None
+        raise UserError(f"cannot be imported ({error!r}): check the path", argument, path) from None
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(here)
@@ -255,6 +260,6 @@ def import_class(path: str, argument: str) -> Any:
     try:
         inspect.signature(model).bind(None)
     except TypeError as error:
-        message = f"the config must be the only argument its constructor requires ({error})"
+        message = f"the constructor may require no argument except the config ({error})"
         raise UserError(message, argument, path) from None
     return model

@@ -25,7 +25,7 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
     """Collect the facts that a bug report needs, and advice for this machine.
 
     Returns:
-        The facts by topic, in the order to print them, and one line of advice for each problem.
+        The facts by topic, in printing order, and a list with one line of advice for each problem.
     """
     n_cores, threads, quota = os.cpu_count() or 1, torch.get_num_threads(), cpu_quota()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else n_cores
@@ -64,7 +64,7 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
         f"{threads} threads share {limit} cores: set OMP_NUM_THREADS={limit}": threads > limit,
         "PyTorch does not see the GPU: install a build of torch for the CUDA version that "
         "nvidia-smi shows": not gpus and shutil.which("nvidia-smi"),
-        # The checkpoints of a large run and its prepared stories take some hundred MB.
+        # The checkpoints and the prepared stories of a large run take several hundred MB.
         "less than 2 GB of disk space is free: delete old runs and caches": free < 2,
     }
     for setting, path in caches.items():
@@ -76,7 +76,7 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
 
 
 def _generation() -> str:
-    """Try a tiny model and return the backend that generates text."""
+    """Return a description of the backend that generates text, after a trial with a tiny model."""
     model = GPT(GPTConfig(vocab_size=64, context_length=8, d_model=32, n_heads=1, n_layers=1))
     try:
         Decoder(model.eval().requires_grad_(False), [torch.zeros(1, dtype=torch.long)], "c")

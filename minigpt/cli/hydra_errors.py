@@ -1,4 +1,4 @@
-"""One-line explanations for errors from Hydra and OmegaConf, and for missing programs or memory."""
+"""One-line explanations of errors from Hydra and OmegaConf, and of missing programs or memory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def explain(error: Exception, name: str) -> str:
 
 
 def _unknown_option(file: str, name: str) -> str:
-    """Return one line for an option that is not in its group, such as model/tiny."""
+    """Return the error message for an unknown option of a config group, such as model/tiny."""
     group, _, option = file.rpartition("/")
     groups = _groups(name)
     while group and group not in groups:  # the option is a path
@@ -80,7 +80,7 @@ FAILURES = {  # pattern of the error: explanation and advice
 
 
 def explain_failure(error: Exception) -> str | None:
-    """Return one line if memory, a launcher's package or its cluster is missing, else None.
+    """Return one line of advice for a failure in `FAILURES`, such as too little memory, else None.
 
     PyTorch raises RuntimeError for most failures, so a lack of memory is recognised by its message.
     """

@@ -1,4 +1,4 @@
-"""The running program: the commands that it suggests, and its one-line errors."""
+"""The running program: the form of the commands to suggest, and one-line errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PATH_SETTINGS = {
     "runs_dir", "resume", "init_from", "ckpt", "out", "data.tokenizer",
     "data.train_files", "data.valid_files", "data.dataset", "data.cache_dir",
 }  # fmt: skip
-# Settings that the option of a group determines: the user types the group.
+# Settings that a config group determines, and the group that the user types instead.
 OPTION_OF = {"data.source": "data", "optimizer.name": "optimizer", "logger.kind": "logger"}
 # Setting that names the model class.
 CLASS_PATH = {"train": "model.class_path=", "evaluate": "class_path="}
@@ -29,7 +29,7 @@ class Program:
 
     Args:
         path: absolute path of the script that Python runs.
-        words: the verb that follows the path; () for a script of a checkout.
+        words: the verb after the path, as a tuple; () for train.py or evaluate.py.
     """
 
     path: str
@@ -37,7 +37,7 @@ class Program:
 
     @classmethod
     def detect(cls, name: str) -> Program:
-        """Return the program of this process, which runs the verb `name`."""
+        """Return the program of this process; `name` is the verb that it runs."""
         path = os.path.abspath(sys.argv[0])
         return cls(path, () if Path(path).name in ("train.py", "evaluate.py") else (name,))
 
@@ -75,10 +75,10 @@ def hydra_value(value: Any) -> str:
 
 
 def quote_paths(word: str) -> str:
-    """Return a typed setting, with quotes around paths that Hydra cannot read without them.
+    """Return a typed setting with quotes around paths that Hydra could not parse otherwise.
 
-    These are paths with spaces, brackets or non-ASCII letters, alone or in a list. A leading ~ is
-    expanded as well, because Hydra writes the records of a multirun below runs_dir.
+    Such paths contain spaces, brackets or non-ASCII letters. In a setting with such a path, a
+    leading ~ is also expanded, because Hydra writes the records of a multirun below runs_dir.
     """
     key, _, value = word.partition("=")
     if key.lstrip("+") not in PATH_SETTINGS or re.search(r"[\"']|\$\{", value):
@@ -97,8 +97,8 @@ def describe(error: UserError, program: Program, options: frozenset[str] = froze
 
     Args:
         error: an error that names arguments of the library.
-        program: the program whose settings or options replace those names.
-        options: names of arguments that this verb takes as --name.
+        program: the program. Its settings and options replace the names of the arguments.
+        options: names of the arguments that are options of the running verb, typed as --name.
     """
 
     def typed(name: str, value: Any) -> str:

@@ -33,19 +33,19 @@ HYDRA_FLAGS = {
 
 
 def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -> None:
-    """Run `task` with the settings of the command line, composed over conf/<name>.yaml.
+    """Compose conf/<name>.yaml with the settings of the command line, and run `task`.
 
     A user error prints one line on stderr and exits with code 2; Ctrl-C exits with code 130.
 
     Args:
         name: name of the root config, train or evaluate.
-        task: function that takes the composed config, the program, and the typed settings that
-            name a model class, which are not passed to Hydra.
+        task: function of the composed config, the program, and the typed settings that name a model
+            class. These settings are not passed to Hydra.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of exiting
-    # The plugins for Slurm and Ray register configs with the same names and keys as ours.
+    # The plugins for Slurm and Ray register configs with the same names and keys as conf/.
     warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against ConfigStore")
-    # Make Slurm send the signal that training handles before a job times out.
+    # Make Slurm send SIGUSR1 before a job times out, because training handles this signal.
     os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
     program = Program.detect(name)
     show_log()
@@ -75,9 +75,9 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
 
 
 def _prepare(name: str, program: Program, arguments: list[str]) -> None:
-    """Register the defaults with Hydra and rewrite sys.argv for it.
+    """Register the defaults with Hydra, and rewrite sys.argv for Hydra.
 
-    `--help NAME` is answered here, and the process exits.
+    For `--help NAME`, print the help of the setting or group and exit.
     """
     more = [f"hydra.help.app_name='minigpt {word}'" for word in program.words]
     flags = [index for index, word in enumerate(arguments) if word in ("--help", "-h")]
@@ -94,7 +94,7 @@ def _prepare(name: str, program: Program, arguments: list[str]) -> None:
         return
     register_defaults(name, arguments)
     words = composed_words(name, arguments)
-    # Next to the other settings: argparse does not accept settings on both sides of a flag.
+    # Insert them before the first setting: argparse accepts settings on one side of a flag only.
     settings = (i for i, word in enumerate(words) if "=" in word and not word.startswith("-"))
     first = next(settings, len(words))
     sys.argv = [program.path, *words[:first], *more, *words[first:]]
@@ -104,9 +104,9 @@ def _prepare(name: str, program: Program, arguments: list[str]) -> None:
 def _one_line_errors(program: Program) -> Iterator[None]:
     """Exit with a one-line error if a Hydra task fails because of a user error.
 
-    In a multirun, errors are passed to Hydra instead, so that the other jobs still run. All ranks
-    raise the same user error and continue with the next job. Any other exception may occur at a
-    single rank while the others wait for it, and Hydra would hide it: above rank 0 the process
+    In a multirun, the user error is raised again instead, so that Hydra continues with the next
+    job. All ranks raise the same user error. Another exception may occur at one rank only, while
+    the remaining ranks wait. Hydra would hide such an exception, so a process with a rank above 0
     prints the traceback and exits.
     """
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN

@@ -14,7 +14,8 @@ from minigpt.core.settings import UserError, flat, unknown_name
 # Settings that exist only on the command line, not in a dataclass.
 _OWN = {
     "ckpt": "Run to evaluate: its folder, or a checkpoint file in it.",
-    "out": "Folder for evaluation.json; None means the run folder, or . for an export.",
+    "out": "Folder for evaluation.json; None means the run folder, or, for an export, the working "
+    "directory.",
     "class_path": "Dotted path of the model's class; None means minigpt.model.GPT.",
 }
 
@@ -30,7 +31,7 @@ def settings_help(name: str, words: Sequence[str]) -> str:
         One line per setting with its default, and its meaning indented below.
 
     Raises:
-        UserError: there is no such setting.
+        UserError: a name is neither a setting nor a group.
     """
     from minigpt.evaluation import EvaluationConfig
     from minigpt.training.config import TrainConfig

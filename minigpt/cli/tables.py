@@ -18,7 +18,7 @@ from minigpt.evaluation import Evaluation
 
 
 def show(evaluation: Evaluation, console: Console) -> None:
-    """Print an evaluation: losses, stories and their measures, nearest words and analogies."""
+    """Print an evaluation: losses, stories, measures of repetition, nearest words, analogies."""
     e = evaluation
     windows = "non-overlapping windows" if e.stride is None else f"windows every {e.stride} tokens"
     split = "tuning" if e.data["valid"] == "tuning" else "validation"
@@ -94,4 +94,4 @@ def score_line(answers: Answers) -> str:
     """Return a line with the top-1 and top-5 counts of the analogies."""
     ranks = [analogy.rank for analogy in answers.analogies if analogy.rank is not None]
     first, near = sum(rank == 1 for rank in ranks), sum(rank <= 5 for rank in ranks)
-    return f"{first} of {len(ranks)} expected answers are nearest, {near} among the five nearest."
+    return f"{first} of {len(ranks)} expected answers rank first, {near} rank in the top five."

@@ -27,17 +27,17 @@ def _train(config: DictConfig, program: Program, classes: list[str]) -> None:
     excess = [word for word in overrides if not word.startswith(("resume=", "data.cache_dir="))]
     location: list[str] = []
     if job.mode == RunMode.MULTIRUN:
-        # Each job has its own folder, the same one whenever a scheduler restarts the job.
+        # Each job has its own folder, and uses the same folder if a scheduler restarts the job.
         config.runs_dir = job.sweep.dir
         config.name = config.name or f"{job.runtime.choices.get('model')}-{job.job.num}"
         config.resume = config.resume or "auto"
         location = [f"{key}={hydra_value(config[key])}" for key in ("runs_dir", "name", "resume")]
-    # Lightning starts the processes for other devices with this command: one job, not the sweep.
+    # Lightning starts the processes of other devices with this command. It runs one job only.
     sys.argv = [program.path, *program.words, *overrides, *classes, *location]
     if config.resume not in (None, "auto") and excess:
-        raise UserError(f"continues with the settings of that run: leave out {excess[0]}", "resume")
+        raise UserError(f"a resumed run keeps its own settings: leave out {excess[0]}", "resume")
     from minigpt.core.process import tune_process
-    from minigpt.training.loop import train  # slow: Lightning; errors come first
+    from minigpt.training.loop import train  # imports Lightning, which is slow: after the checks
 
     tune_process()
     model = typed_class("train", classes)

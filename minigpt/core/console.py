@@ -25,8 +25,8 @@ class _ConsoleHandler(logging.Handler):
 def show_log() -> None:
     """Print the package's log records of level INFO and higher, above any progress bar.
 
-    Characters that the terminal or file cannot encode are replaced with question marks. Only the
-    process of rank 0 prints.
+    Only the process of rank 0 prints. Characters that the encoding of stdout or stderr lacks are
+    replaced with question marks.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -37,7 +37,7 @@ def show_log() -> None:
 
 @contextlib.contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Also append the package's log records to the file `path`, with their times.
+    """Append the package's log records, with timestamps, to a file during the `with` block.
 
     Args:
         path: the log file; its folder must exist.

@@ -1,6 +1,6 @@
 """Rank of this process, and detection of torchrun and srun.
 
-Without a launcher, Lightning starts the processes for additional devices itself.
+Without torchrun or srun, Lightning starts the processes for additional devices itself.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Launcher:
 
     @classmethod
     def detect(cls) -> Launcher | None:
-        """Return the launcher, detected by its environment variables; None if there is none.
+        """Return the launcher, according to the environment variables; None without a launcher.
 
         Raises:
             UserError: the job has several Slurm tasks that srun did not start, or that were not
@@ -52,8 +52,8 @@ class Launcher:
         if n > 1 and "SLURM_STEP_ID" not in os.environ:
             raise UserError(f"Slurm has {n} tasks for this job: start them with srun python ...")
         if n > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:  # Lightning requires it
-            fix = f"--ntasks-per-node={n // num_nodes}"
-            raise UserError(f"Lightning needs the tasks per node: submit with {fix}, not --ntasks")
+            fix = f"submit with --ntasks-per-node={n // num_nodes}, not --ntasks"
+            raise UserError(f"Lightning needs the number of tasks per node: {fix}")
         return cls("srun", n // num_nodes, num_nodes)
 
 
@@ -63,8 +63,8 @@ _may_start_processes = False
 def may_start_processes() -> bool:
     """Return whether a run on several devices can have one process per device.
 
-    Lightning starts them by running the command line of this process again, which works only for
-    Mini GPT's own programs. torchrun and srun have already started them.
+    Lightning starts the other processes by running the command line of this process again. This
+    works only for Mini GPT's own programs. Under torchrun and srun, all processes already run.
     """
     return _may_start_processes or global_rank() > 0 or Launcher.detect() is not None
 
@@ -76,6 +76,9 @@ def allow_starting_processes() -> None:
 
 
 def step_name() -> str | None:
-    """Return srun's job and step ids, shared by all nodes and requeued jobs; None without srun."""
+    """Return the Slurm job id and step id, such as 1234.0; None outside srun.
+
+    The ids are the same on all nodes and after the job is requeued.
+    """
     job, step = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID")
     return f"{job}.{step}" if job and step else None

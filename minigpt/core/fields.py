@@ -1,4 +1,6 @@
-"""Field docs: the sentences under the fields of a config dataclass, which Python itself discards.
+"""Field docs: the string literals under the fields of a config dataclass.
+
+Python itself discards these strings, so this module reads them from the source.
 
 >>> field_docs(TrainConfig)["seed"]
 'Seed of the initial weights, the data order and dropout, from 0 to 2^32 - 1.'
@@ -20,14 +22,14 @@ C = TypeVar("C", bound=type)
 
 @functools.cache
 def field_docs(cls: type) -> dict[str, str]:
-    """Return the sentences under the fields of `cls` and its base classes.
+    """Return the field docs of `cls` and its base classes.
 
     Args:
         cls: a dataclass.
 
     Returns:
-        A dict from field names to sentences, each on one line. It is empty for a class without
-        source code, such as one that was typed into an interpreter.
+        The field docs by field name, each on one line. The dict is empty for a class without source
+        code, such as a class that was typed into an interpreter.
     """
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
@@ -43,14 +45,14 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def setting_docs(cls: type, prefix: str = "") -> dict[str, str]:
-    """Return the sentence for each setting in `cls` and its sections, or "" if there is none.
+    """Return the field doc of each setting in `cls` and its sections; "" for a missing field doc.
 
     Args:
-        cls: a dataclass; those of its fields that are dataclasses are its sections.
+        cls: a dataclass. A field that is itself a dataclass is a section.
         prefix: prefix of the dotted names, such as "model.".
 
     Returns:
-        The sentences by dotted name, such as "optimizer.lr", in the order of the fields.
+        The field docs by dotted name, such as "optimizer.lr", in the order of the fields.
     """
     docs: dict[str, str] = {}
     for field in dataclasses.fields(cls):
@@ -61,9 +63,9 @@ def setting_docs(cls: type, prefix: str = "") -> dict[str, str]:
 
 
 def documented(cls: C) -> C:
-    """Class decorator: add the field docs of a dataclass and its sections to `__doc__`.
+    """Class decorator: add field docs to the `__doc__` of a dataclass and of each of its sections.
 
-    The source is parsed when `__doc__` is first read, so that imports stay fast.
+    The source is parsed only when `__doc__` is read, so that imports stay fast.
 
     Args:
         cls: the dataclass.
@@ -79,7 +81,7 @@ def documented(cls: C) -> C:
 
 
 def _sections(cls: type) -> dict[str, Any]:
-    """Return the class of each field of `cls` that is a dataclass or an optional dataclass."""
+    """Return the dataclass of each section of `cls`, by field name; a section may be optional."""
     hints = typing.get_type_hints(cls).items()
     options = [(name, option) for name, hint in hints for option in typing.get_args(hint) or [hint]]
     return {name: option for name, option in options if dataclasses.is_dataclass(option)}

@@ -1,7 +1,8 @@
 """Read untrusted small files safely, and write files atomically.
 
-Files of a run may come from other people. Readers run no code and use bounded memory: they accept
-plain values only, limit the size and refuse YAML aliases. Writers replace a file as a whole.
+The files of a run may come from other people. The readers run no code and use bounded memory: they
+accept only plain values, limit the file size and reject YAML aliases. The writers replace a file as
+a whole.
 """
 
 from __future__ import annotations
@@ -19,23 +20,23 @@ import yaml
 from minigpt.core.settings import UserError
 
 _MEGABYTE = 1 << 20
-_MAX_YAML_BYTES = 1 << 16  # 50 times a config.yaml; parsing long numbers takes quadratic time
+_MAX_YAML_BYTES = 1 << 16  # 50 times a config.yaml; the time to parse a number is quadratic
 
 
 def user_path(path: str | Path, argument: str | None = None) -> Path:
-    """Return a typed path, with `~` and `~user` expanded to the home folder.
+    """Return a path as typed by the user, with `~` and `~user` expanded to the home folder.
 
     Args:
         path: the path as typed.
         argument: name of the argument, for the error message.
 
     Raises:
-        UserError: there is no such user.
+        UserError: the path names a user without a home folder.
     """
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        problem = "names a user without a home folder; put ./ before a file name with ~"
+        problem = "this user has no home folder; put ./ before a file name that begins with ~"
         raise UserError(problem, argument, str(path)) from None
 
 
@@ -44,7 +45,7 @@ def expand_paths(config: Any, *names: str) -> None:
 
     Args:
         config: the dataclass instance, which is changed in place.
-        *names: names of the fields; each holds a path, a tuple of paths or None.
+        *names: names of the fields; the value of each is a path, a tuple of paths or None.
 
     Raises:
         UserError: a path names a user without a home folder.
@@ -115,7 +116,7 @@ def parse_json(text: str) -> Any:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Load plain values, and refuse aliases, since a kilobyte of them can expand to gigabytes."""
+    """YAML loader that rejects aliases, because a kilobyte of aliases can expand to gigabytes."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -146,8 +147,8 @@ def read_yaml(path: Path) -> Any:
 def check_archive(path: Path) -> None:
     """Check that a zip archive could have been written by torch.
 
-    Archives from torch are uncompressed; a compressed one might expand to fill the memory. They
-    also contain no folders, for which torch would return uninitialised memory.
+    Torch writes archives without compression; a compressed archive could fill the memory. Torch
+    also writes no folders into an archive; for a folder, it would return uninitialised memory.
 
     Args:
         path: the archive.
@@ -160,14 +161,14 @@ def check_archive(path: Path) -> None:
     compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
     folders = any(entry.external_attr & 0x10 for entry in entries)  # the MS-DOS folder attribute
     if compressed or folders or sum(e.file_size for e in entries) > path.stat().st_size:
-        problem = f"{path} would unpack to more than its size, or to folders"
-        raise UserError(f"{problem}, unlike a checkpoint: give another file")
+        problem = f"{path} is not a checkpoint: the archive is compressed or contains folders"
+        raise UserError(f"{problem}; give another file")
 
 
 def refuse_links_out(folder: Path) -> None:
-    """Check that no file in a run folder is a link to a path outside it.
+    """Check that no file in a run folder is a link to a path outside the folder.
 
-    Resuming a run of unknown origin would otherwise overwrite the target of the link.
+    Otherwise, resuming a run from an unknown source could overwrite the target of such a link.
 
     Args:
         folder: the run folder.
@@ -179,7 +180,7 @@ def refuse_links_out(folder: Path) -> None:
     for path in sorted([*folder.glob("*"), *folder.glob("checkpoints/*")]):
         if path.is_symlink() and not path.resolve().is_relative_to(inside):
             problem = f"{path} is a link to a path outside the run folder"
-            raise UserError(f"{problem}: replace it with the file")
+            raise UserError(f"{problem}: replace the link with the file itself")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -200,10 +201,11 @@ def write_bytes(
     Args:
         path: the file, which is replaced if it exists.
         content: the bytes.
-        move: pairs (old, new) of files to rename just before the write; missing ones are skipped.
+        move: pairs (old, new) of paths to rename just before `path` is replaced; a missing file is
+            skipped.
 
     Raises:
-        OSError: the file cannot be written; the old one is unchanged.
+        OSError: the file cannot be written; an existing file is unchanged.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:

@@ -22,9 +22,9 @@ class Hardware:
 
     Attributes:
         accelerator: "cpu", "cuda" or "mps".
-        devices: number of devices on each node, with one process each.
+        devices: number of devices on each node; each device has one process.
         num_nodes: number of nodes.
-        precision: Lightning's name, such as "bf16-mixed".
+        precision: Lightning's name of the precision, such as "bf16-mixed".
         why: reason for this precision, for the log.
     """
 
@@ -41,28 +41,28 @@ class Hardware:
 
     @property
     def emulated(self) -> bool:
-        """Whether the CPU emulates the precision, which is a hundred times slower."""
+        """Whether the CPU emulates bfloat16, which is a hundred times slower than float32."""
         bfloat16_on_cpu = (self.accelerator, self.precision) == ("cpu", "bf16-mixed")
         return bfloat16_on_cpu and not cpu_has_bfloat16()
 
     @classmethod
     def detect(cls, accelerator: str, devices: str, num_nodes: int, precision: str) -> Hardware:
-        """Resolve the trainer settings for this machine.
+        """Check the trainer settings on this machine, and replace "auto" with a value.
 
         Under torchrun or srun, the launcher determines the number of devices and nodes.
 
         Args:
             accelerator: "auto", "cpu", "gpu", "cuda" or "mps".
-            devices: number of devices on each node, or "auto" for all GPUs, else 1.
+            devices: number of devices on each node; "auto" means all CUDA GPUs, or 1 without CUDA.
             num_nodes: number of nodes.
-            precision: Lightning's name, or "auto" for the best one of the device.
+            precision: Lightning's name; "auto" means the best precision for the device.
 
         Returns:
             Accelerator, devices, nodes and precision, without any "auto".
 
         Raises:
-            UserError: this machine lacks the accelerator or has fewer devices, or a launcher
-                started another number of processes.
+            UserError: this machine lacks the accelerator or has fewer devices, several nodes have
+                no launcher, or the launcher started another number of processes.
         """
         present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         typed, accelerator = accelerator, "cuda" if accelerator == "gpu" else accelerator
@@ -90,11 +90,11 @@ class Hardware:
 
 def _check_launched(launcher: Launcher, devices: str, num_nodes: int) -> None:
     """Raise UserError if the settings contradict the processes that the launcher started."""
-    start = f"{launcher.name} uses {launcher.num_nodes} node(s) × {launcher.devices} process(es)"
+    start = f"{launcher.name} runs {launcher.num_nodes} node(s) × {launcher.devices} process(es)"
     if devices not in ("auto", str(launcher.devices)):
-        raise UserError(f"{start}: leave this out", "devices", int(devices))
+        raise UserError(f"{start}: leave this setting out", "devices", int(devices))
     if num_nodes not in (1, launcher.num_nodes):  # 1 is the default
-        raise UserError(f"{start}: leave this out", "num_nodes", num_nodes)
+        raise UserError(f"{start}: leave this setting out", "num_nodes", num_nodes)
 
 
 def _find_precision(setting: str, accelerator: str) -> tuple[str, str]:
@@ -107,7 +107,7 @@ def _find_precision(setting: str, accelerator: str) -> tuple[str, str]:
     device, other = ("CPU", "32-true") if cpu else ("GPU", "16-mixed")
     why = f"this {device} {'multiplies' if native else 'does not multiply'} bfloat16 natively"
     if cpu and setting == "16-mixed":
-        why = f"16-mixed was requested: on a CPU autocast supports only bfloat16, and {why}"
+        why = f"16-mixed was requested, but on a CPU autocast uses only bfloat16, and {why}"
     if setting == "auto" or (cpu and setting == "16-mixed"):
         return "bf16-mixed" if native else other, why
     if cpu and setting == "bf16-mixed" and not native:
@@ -116,7 +116,7 @@ def _find_precision(setting: str, accelerator: str) -> tuple[str, str]:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Return whether the CPU has AVX512-BF16 or AMX, for which torch has no public function."""
+    """Return whether the CPU has AVX512-BF16 or AMX; torch has no public function for this."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -124,7 +124,7 @@ _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")  # 
 
 
 def cpu_name() -> str:
-    """Return the name and flags of the CPU, which determine the effect of `-march=native`."""
+    """Return the name and flags of the CPU, as a key for code compiled with `-march=native`."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
@@ -145,7 +145,7 @@ def cpu_description() -> str:
 def cpu_quota() -> float | None:
     """Return the number of cores that the cgroup of this process may use; None means no limit."""
     for names in ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"):  # v2, then v1
-        with contextlib.suppress(OSError, ValueError):  # the other version, or "max"
+        with contextlib.suppress(OSError, ValueError):  # no file of this version, or "max"
             text = " ".join(Path("/sys/fs/cgroup", name).read_text() for name in names)
             quota, period = map(int, text.split())
             return quota / period if quota > 0 else None
@@ -153,8 +153,8 @@ def cpu_quota() -> float | None:
 
 
 PEAK_FILE = "matmul_peak.json"  # in the cache_dir
-_SIDE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # largest side, which reaches the peak
-_ENOUGH = 0.015  # seconds per product, above which larger matrices do not change the result
+_SIDE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # largest side; it suffices to reach the peak
+_ENOUGH = 0.015  # seconds; if a product takes longer, larger matrices do not change the result
 _TRIES = 7
 _DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": torch.float32}
 
@@ -162,12 +162,13 @@ _DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": t
 def matmul_peak(hardware: Hardware, cache_dir: Path) -> float:
     """Measure the peak FLOP/s of one device with products of square matrices.
 
-    The fastest of a few products counts; on a CPU the measurement takes 0.2 to 0.5 s. The result is
-    cached for each host, device, dtype and number of threads in `cache_dir`/matmul_peak.json;
-    delete the file to measure again. If it cannot be written, each run measures again.
+    The result is the speed of the fastest of several products. On a CPU, the measurement takes 0.2
+    to 0.5 s. The result is cached in `cache_dir`/matmul_peak.json for each host, device, dtype and
+    number of threads. Delete this file to measure again. If the file cannot be written, each run
+    measures again.
 
     Args:
-        hardware: the device, and the precision that decides the dtype.
+        hardware: the device and the precision; the precision determines the dtype.
         cache_dir: folder of the cache.
 
     Returns:
@@ -200,7 +201,7 @@ def _measure(accelerator: str, dtype: torch.dtype) -> float:
 
 
 def _fastest(side: int, accelerator: str, dtype: torch.dtype, tries: int) -> float:
-    """Return the seconds of the fastest product; the first of the `tries` is a warm-up."""
+    """Return the time of the fastest of `tries` products in seconds; the first is a warm-up."""
     a = torch.full((side, side), 0.5, dtype=dtype, device=accelerator)
     seconds = []
     for _ in range(tries):

@@ -1,4 +1,4 @@
-"""Matplotlib figures in one style, as PNG files or as SVG elements for a page.
+"""Matplotlib figures in one style, as PNG files or as SVG elements for an HTML page.
 
 >>> figure = new_figure(8, 6)
 >>> write_png(figure, Path("map.png"))
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.text import Annotation
 
 INK = "#374151"  # text, axes and grid
-# Series of a figure, from the palette of Okabe and Ito (2008), which colour-blind readers can tell
-# apart. Each has a contrast of at least 3 on white and on the dark pages.
+# Colours of the series in a figure, from the palette of Okabe and Ito (2008). Colour-blind readers
+# can tell these colours apart. Each has a contrast of at least 3 on white and on the dark pages.
 COLOURS = ("#0072b2", "#d55e00", "#009e73")
 MARKERS = "os^"  # markers of the same series, for print without colour
 REFERENCE_COLOUR = "#6b7280"  # for values that the series are compared with
@@ -35,7 +35,8 @@ STYLE: Any = {  # a dict of rc parameters
     **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
     "grid.alpha": 0.13,
 }
-# Positions of a label next to its point, best first: offset in points, and horizontal alignment.
+# Positions of a label next to its data point, best first: offset in typographic points, and
+# horizontal alignment.
 SIDES = tuple(
     ((x * reach, y * reach), {1: "left", 0: "center", -1: "right"}[x])
     for reach in (6, 11, 17, 24, 34, 48)
@@ -53,7 +54,7 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
         columns: number of columns of axes.
 
     Returns:
-        The figure, whose `axes` are in row-major order.
+        The figure. Its list `axes` is in row-major order.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # a slow import; pyplot would keep figures
@@ -65,14 +66,14 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
 
 
 class Labels:
-    """Direct labels on an axes, each next to its point in a position that covers nothing.
+    """Labels on an axes, each next to its data point, at a free position if there is one.
 
-    Create this object after everything else is drawn and the axis limits are final, because it
+    Create this object after everything else is drawn and the axis limits are final. Its creation
     fixes the layout of the figure.
 
     Args:
         axes: the axes to label.
-        obstacles: points (x, y) in data coordinates that no label may cover.
+        obstacles: points (x, y), in data coordinates, that labels should not cover.
     """
 
     def __init__(self, axes: Axes, obstacles: Iterable[Sequence[float]]) -> None:
@@ -85,7 +86,9 @@ class Labels:
         self.taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in pixels.tolist()]
 
     def add(self, text: str, point: Sequence[float], colour: str = INK, **style: Any) -> Annotation:
-        """Write `text` next to `point`, in the first free position of `SIDES`, or in the last.
+        """Write `text` next to `point`, at the first free position in `SIDES`.
+
+        If no position is free, the last one is used.
 
         Args:
             text: the label.
@@ -114,7 +117,7 @@ def log_ticks(axis: Axis, subs: Sequence[float], text: Callable[[float], str]) -
 
     Args:
         axis: the axis.
-        subs: multiples of each power of ten at which ticks are set.
+        subs: factors, such as (1, 2, 5). Ticks are set at each power of ten times each factor.
         text: function that returns the label of a value.
     """
     from matplotlib.ticker import LogLocator, NullLocator
@@ -141,8 +144,9 @@ def write_png(figure: Figure, path: Path, dpi: int = 160) -> None:
 def to_svg(figure: Figure) -> str:
     """Return `figure` as an <svg> element for a light or dark HTML page.
 
-    Text remains text, the background is transparent, and INK becomes the text colour of the page.
-    A page may contain several of these elements, because they have no ids.
+    Text is not converted to paths. The background is transparent, and the colour INK is replaced
+    with the text colour of the page. The ids of groups are removed, because several figures on one
+    page would have the same ids.
 
     Args:
         figure: the figure.

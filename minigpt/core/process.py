@@ -1,4 +1,4 @@
-"""State of the process: programs tune it once, the library restores it after training."""
+"""Process-wide state: `tune_process` speeds up programs, `preserved_process` restores state."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _tuned = False
 def tune_process() -> None:
     """Make glibc keep freed memory for the rest of the process, which speeds up CPU training.
 
-    By default glibc returns the memory of every large tensor to the kernel, which clears each page
-    again at the next allocation; training on a CPU then takes up to twice as long. The change
-    cannot be undone, so programs make it and the library does not. It has no effect on other C
-    libraries.
+    By default, glibc returns the memory of each freed large tensor to the kernel. The kernel then
+    clears every page again at the next allocation, so training on a CPU takes up to twice as long.
+    The change cannot be undone. Programs therefore call this function, and the library never does.
+    With other C libraries, the function has no effect.
     """
     global _tuned
     _tuned = True
@@ -37,16 +37,17 @@ def tune_process() -> None:
 
 
 def is_tuned() -> bool:
-    """Return whether `tune_process` was called or is not needed."""
+    """Return whether `tune_process` was called or has no effect on this machine."""
     return _tuned or platform.libc_ver()[0] != "glibc"
 
 
 @contextlib.contextmanager
 def preserved_process() -> Iterator[None]:
-    """Restore the state of the process when the body ends or raises.
+    """Restore the state of the process at the end of the `with` block, even after an exception.
 
-    The state consists of warnings, levels and handlers of loggers, signal handlers, float32 matmul
-    precision, number of threads, random states (Python, NumPy, PyTorch) and environment variables.
+    The state consists of warning filters, levels and handlers of the loggers (root, Mini GPT and
+    Lightning), signal handlers, float32 matmul precision, number of threads, random states (Python,
+    NumPy, PyTorch) and environment variables.
     """
     main_thread = threading.current_thread() is threading.main_thread()
     signals = {n: signal.getsignal(n) for n in signal.valid_signals()} if main_thread else {}

@@ -14,19 +14,21 @@ from minigpt.core.text import human_time
 
 T = TypeVar("T")
 
-# Limits of the seconds between two lines, which are a quarter of the task's time so far.
+# Minimum and maximum number of seconds between two log lines. Between these limits, the interval is
+# a quarter of the time since the task started.
 SHORTEST, LONGEST = 5.0, 60.0
 
 
 class Progress(progress.Progress):
-    """Progress bar that is removed at the end; without a terminal, log lines at growing intervals.
+    """Progress bar on a terminal; elsewhere, log lines at growing intervals.
 
-    The first line comes after 5 s, so that short tasks are silent; three minutes give 13 lines, and
-    from the fourth minute on there is one per minute. Both forms show the same columns.
+    The bar is removed at the end. The first log line is written after 5 s, so a shorter task logs
+    nothing. A task of three minutes logs 13 lines. After four minutes, there is one line per
+    minute.
 
     Args:
-        columns: columns of the bar; lines omit `BarColumn` and write the time left in words.
-        show: whether to show anything; only the first process of a run ever does.
+        columns: columns of the bar. Log lines have no `BarColumn`, and the time left in words.
+        show: whether to show progress; only the process of rank 0 shows it.
         options: keyword arguments of `rich.progress.Progress`.
     """
 
@@ -66,7 +68,7 @@ class Progress(progress.Progress):
 
 
 def track(items: Sequence[T], title: str, console: Console | None = console) -> Iterator[T]:
-    """Yield `items` and show how many are done, like `rich.progress.track`.
+    """Yield `items` and show how many have been processed, like `rich.progress.track`.
 
     Args:
         items: the items to process.

@@ -29,9 +29,10 @@ class UserError(ValueError):
     Args:
         message: what is wrong and what is allowed.
         argument: dotted name of the wrong argument or field, such as "data.batch_size".
-        value: its value; omitted if the message contains it.
+        value: value of `argument`; omitted if `message` contains the value.
         fix: values to set instead, by dotted name.
-        command: verb and settings of a next step, such as ("train", {"resume": "runs/a"}).
+        command: verb and settings of a command to suggest, such as
+            ("train", {"resume": "runs/a"}).
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class UserError(ValueError):
         return self.subject(repr) + "; ".join(parts)
 
     def subject(self, spell: Callable[[Any], str]) -> str:
-        """Return the start of the message, which names the argument.
+        """Return the start of the message: the name and the value of the argument.
 
         Args:
             spell: function that formats the value.
@@ -69,13 +70,13 @@ class UserError(ValueError):
         return f"{self.argument}{typed}: "
 
     def within(self, section: str) -> UserError:
-        """Return a copy of this error with `section` before the names of its arguments.
+        """Return a copy of this error in which `section` is the prefix of all argument names.
 
         Args:
             section: dotted name of the section; "" changes nothing.
 
         Returns:
-            The copy; `argument` and the names in `fix` have the new prefix.
+            The copy. The prefix is added to `argument` and to the names in `fix`.
         """
         prefix = f"{section}." if section else ""
         argument = None if self.argument is None else prefix + self.argument
@@ -84,7 +85,7 @@ class UserError(ValueError):
 
 
 class ModelClassError(UserError):
-    """Error for a run with a custom model class that was not given.
+    """Error raised if the custom model class of a run was not given, or another class was given.
 
     Args:
         message: what is wrong.
@@ -97,11 +98,11 @@ class ModelClassError(UserError):
 
 
 def python_call(verb: str, /, **settings: Any) -> str:
-    """Return the Python call for a verb with these settings, for messages in a notebook.
+    """Return the Python call that runs a verb with these settings, for messages in a notebook.
 
     Args:
         verb: verb of the command line, such as train.
-        **settings: settings by name; other verbs than train use only the first value.
+        **settings: settings by name; verbs other than train use only the first value.
 
     Returns:
         The call, such as "minigpt.evaluate('runs/a')".
@@ -116,7 +117,7 @@ _spell: Callable[..., str] = python_call
 
 
 def next_step(verb: str, /, **settings: Any) -> str:
-    """Return the next step for a log message: a library call or, after `speak`, a command.
+    """Return a library call or, after `speak`, a shell command to suggest in a log message.
 
     Args:
         verb: verb of the command line, such as train.
@@ -135,12 +136,12 @@ def speak(spell: Callable[..., str]) -> None:
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Return an instance of a dataclass from plain values, with names and types checked.
+    """Check the names and types of plain values, and build a dataclass instance from the values.
 
     Args:
         cls: the dataclass; its `__post_init__` may raise ValueError for values out of range.
-        values: values of fields by name; the other fields keep their defaults.
-        where: dotted name of the section for errors, such as "model"; "" at the top level.
+        values: values of fields by name; fields without a value keep their defaults.
+        where: dotted name of the section, for errors, such as "model"; "" at the top level.
 
     Returns:
         A valid instance of `cls`.
@@ -169,7 +170,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
 
 def check(config: Any, message: str, allows: Callable[[Any], bool], *names: str) -> None:
-    """Raise UserError for the first of the named fields that is neither None nor allowed.
+    """Raise UserError for the first named field with a value that is not None and not allowed.
 
     Args:
         config: the object with the fields.
@@ -183,9 +184,10 @@ def check(config: Any, message: str, allows: Callable[[Any], bool], *names: str)
 
 
 def plain_defaults(cls: type) -> dict[str, Any]:
-    """Return the defaults of a dataclass as plain values, before `__post_init__` resolves them.
+    """Return the defaults of a dataclass as plain values.
 
-    Sections become dicts and tuples become lists.
+    Sections become dicts and tuples become lists. `__post_init__` is not called for `cls`, so
+    defaults that it would resolve remain None.
     """
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
@@ -243,8 +245,9 @@ def unknown_name(name: str, allowed: list[str], kind: str = "setting") -> str:
         kind: noun for the message.
 
     Returns:
-        One line that suggests up to three similar names, else lists the allowed ones, or refers to
-        --help if there are more than 20.
+        One line. For a renamed setting, it gives the new name. Otherwise it suggests up to three
+        similar names. If there are none, it lists all allowed names, or refers to --help if there
+        are more than 20.
     """
     if name in RENAMED:
         return f"unknown {kind} '{name}': it is now called {RENAMED[name]}"
@@ -253,12 +256,12 @@ def unknown_name(name: str, allowed: list[str], kind: str = "setting") -> str:
     if near := difflib.get_close_matches(name, allowed, n=3, cutoff=0.6):
         return f"unknown {kind} '{name}': did you mean {' or '.join(near)}?"
     if len(allowed) > 20:
-        return f"unknown {kind} '{name}': --help lists the common ones, --cfg job all of them"
+        return f"unknown {kind} '{name}': --help lists the common ones, --cfg job lists all"
     return f"unknown {kind} '{name}': choose from {', '.join(sorted(allowed))}"
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
-    """Convert `value` to the type `hint`; if that fails, raise a UserError that names both.
+    """Convert `value` to the type `hint`, or raise a UserError with the name of the setting.
 
     Whole floats are accepted for integers, so that budget.tokens=1e7 can be typed.
     """

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-BAR = "\\|"  # an escaped vertical bar in a cell of a Markdown table
+BAR = "\\|"  # escaped vertical bar, for a cell of a Markdown table
 
 
 def human_count(number: float) -> str:
-    """Format a number with three significant digits and a letter, such as 39.5k or 1.05M."""
+    """Format a number with up to three significant digits and k, M or B, such as 39.5k."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= 0.9995 * size:  # 999.5k would be rounded to 1000k
             return f"{number / size:.3g}{letter}"
@@ -40,7 +40,7 @@ def md_table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1)
     Args:
         heads: column headers.
         rows: cells of each row.
-        left: number of left-aligned columns; the others are right-aligned, for numbers.
+        left: number of left-aligned columns at the start; the remaining ones are right-aligned.
 
     Returns:
         The lines of the table, without a final line break.

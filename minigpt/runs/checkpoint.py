@@ -31,7 +31,7 @@ def read_model(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
         path: the checkpoint file.
 
     Returns:
-        The settings, for `build`, and the tensors, by parameter name of `GPT`.
+        The model settings by name, and the tensors by parameter name of `GPT`.
 
     Raises:
         UserError: the file is not a checkpoint of Mini GPT, or is damaged.
@@ -44,18 +44,18 @@ def read_model(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
 
 
 def with_weights(model: GPT, weights: dict[str, Tensor], path: Path) -> GPT:
-    """Load weights into a model and return the model; the weights are converted to its dtype.
+    """Load weights into a model, converted to the dtype of the model, and return the model.
 
     Args:
         model: the model.
         weights: tensors by parameter name.
-        path: path of the file with the weights, for errors.
+        path: path of the file with the weights, for error messages.
 
     Returns:
         The same model.
 
     Raises:
-        UserError: the weights have other names or shapes than the model's parameters.
+        UserError: the names or shapes of the weights differ from those of the model's parameters.
     """
     try:
         model.load_state_dict(weights)
@@ -84,7 +84,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def weights_fingerprint(model: GPT) -> str:
-    """Return a hash of all parameters as float32, which identifies the weights of an evaluation."""
+    """Return a hash of all parameters as float32, to identify the weights of an evaluation."""
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(model.named_parameters()):
         digest.update(name.encode())
@@ -93,7 +93,7 @@ def weights_fingerprint(model: GPT) -> str:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the content of a Lightning checkpoint, which may only be tensors and plain values.
+    """Return the content of a Lightning checkpoint; only tensors and plain values are accepted.
 
     Args:
         path: the checkpoint file.
@@ -128,17 +128,17 @@ def _load(path: Path) -> Any:
 
 
 def write_checkpoint(path: Path, content: dict[str, Any], keep: int = 1) -> None:
-    """Write a checkpoint atomically, and keep earlier ones with the same name.
+    """Write a checkpoint atomically, and keep earlier checkpoints under numbered names.
 
-    With `keep` 3, x-1.ckpt replaces x-2.ckpt, and x.ckpt is renamed to x-1.ckpt.
+    For example, with `keep` 3, x-1.ckpt is first renamed to x-2.ckpt, and x.ckpt to x-1.ckpt.
 
     Args:
         path: the checkpoint file.
         content: tensors and plain values.
-        keep: maximum number of checkpoints with this name, including the new one.
+        keep: maximum number of checkpoints to keep, including the new one.
 
     Raises:
-        OSError: the checkpoint could not be written; earlier ones are unchanged.
+        OSError: the checkpoint could not be written; earlier checkpoints are unchanged.
     """
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -147,7 +147,7 @@ def write_checkpoint(path: Path, content: dict[str, Any], keep: int = 1) -> None
 
 
 def is_whole(path: Path) -> bool:
-    """Return whether a checkpoint is undamaged, from the CRC-32 checksums in its zip archive."""
+    """Return whether a checkpoint is undamaged, by the CRC-32 checksums in its zip archive."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:

@@ -34,11 +34,11 @@ from minigpt.runs.names import BEST, CHECKPOINTS, CONFIG, LAST, TOKENIZER, WEIGH
 from minigpt.runs.records import read_summary
 from minigpt.tokenizer import Tokenizer
 
-RUN_FOLDER_VARIABLE = "MINIGPT_RUN_FOLDER"  # passes the folder from rank 0 to the ranks it starts
+RUN_FOLDER_VARIABLE = "MINIGPT_RUN_FOLDER"  # run folder, from rank 0 to processes that it starts
 ModelFactory = Callable[[Any], GPT]  # subclass of GPT, or a function from config to model
 
-# Former values, as of commit c2cfd24, of settings that config.yaml of an older run may not have,
-# and settings that no longer exist.
+# Values for settings that are missing in the config.yaml of an older run: the defaults as of commit
+# c2cfd24. OLD_SETTINGS are settings that no longer exist.
 OLD_DEFAULTS: dict[str, dict[str, Any]] = {
     "model": {"d_model": 256, "n_heads": 8, "d_ff": 512},
     "data": {"batch_size": 32, "shuffle": "windows"},
@@ -49,7 +49,7 @@ OLD_SETTINGS = {"model": ("attention",)}
 
 @dataclass(frozen=True)
 class Run:
-    """Run folder with a selected checkpoint; each file is read at most once.
+    """Run folder with a selected checkpoint; config, tokenizer and summary are read only once.
 
     Args:
         folder: the run folder, or an export in the format safetensors.
@@ -69,8 +69,8 @@ class Run:
         checkpoint. Damaged checkpoints are skipped with a warning.
 
         Args:
-            path: a run folder, a folder of runs (which selects the newest), a checkpoint file in a
-                run folder, or an export; a `Run` is returned unchanged.
+            path: a run folder, a folder of runs (the newest run is selected), a checkpoint file in
+                a run folder, or an export. A `Run` is returned unchanged.
             model: class of the model, or a function from its config to a model; None means `GPT`.
 
         Returns:
@@ -104,7 +104,7 @@ class Run:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Resolved configuration of the run as plain values.
+        """Settings of the run in config.yaml, as plain values.
 
         Raises:
             UserError: config.yaml is missing or damaged.
@@ -125,10 +125,10 @@ class Run:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """Content of summary.json, with steps and tokens of the selected checkpoint.
+        """Content of summary.json, with the steps and tokens of the selected checkpoint.
 
-        A run that is still training or was killed has no summary.json; its summary has only the
-        steps, the tokens and, if there is one, the parent.
+        A run that is still training or was killed has no summary.json. The summary then contains
+        only the steps, the tokens and the parent, if the run has a parent.
 
         Raises:
             UserError: summary.json or the checkpoint is damaged.
@@ -154,7 +154,7 @@ class Run:
     def output_dir(self) -> Path:
         """Directory for evaluation output: the run folder, or the working directory for an export.
 
-        Exports are not changed, because they may be repositories whose card describes their files.
+        No file is added to an export, because its model card describes exactly the files in it.
         """
         return Path() if self.is_export else self.folder
 
@@ -172,7 +172,8 @@ class Run:
 
         Raises:
             UserError: the checkpoint is damaged, or belongs to another run.
-            ModelClassError: the run was trained with a class other than `GPT` or the given one.
+            ModelClassError: the run was trained with a custom class that was not given, or with
+                another class than the given one.
         """
         if (trained := self.config.get("model_class")) is not None and self.model is None:
             problem = f"{self.folder} was trained with the class {trained}, which must be given"
@@ -195,7 +196,7 @@ class Run:
 
 
 def class_path(factory: ModelFactory) -> str:
-    """Return the dotted path of a class or function, such as minigpt.model.GPT."""
+    """Return the dotted path of a model class or function, such as minigpt.model.GPT."""
     return f"{factory.__module__}.{getattr(factory, '__qualname__', repr(factory))}"
 
 
@@ -225,7 +226,8 @@ def last_checkpoint(path: Path) -> Path:
     """Return the checkpoint to resume from.
 
     Args:
-        path: a checkpoint file, or a run folder, which selects its newest undamaged checkpoint.
+        path: a checkpoint file, or a run folder. For a folder, the newest undamaged checkpoint is
+            returned.
 
     Returns:
         The path of the checkpoint file.
@@ -243,17 +245,18 @@ def last_checkpoint(path: Path) -> Path:
 
 
 def new_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool = False) -> Path:
-    """Create and return the folder of a new run, which all processes of the run share.
+    """Create the folder of a new run and return its path; all processes of the run share it.
 
-    The process of rank 0 creates it and passes its path to the others: through the store of
-    torchrun, or in the environment of processes that Lightning starts. Processes started in another
-    way, such as by srun, need `name`.
+    The process of rank 0 creates the folder. It passes the path to the other processes through the
+    store of torchrun, or in the environment of processes that Lightning starts. Processes that are
+    started in another way, such as by srun, need `name`.
 
     Args:
         parent: folder of all runs, created if missing.
-        name: name of the run; None means a name from size and time.
+        name: name of the run; None means a name from model size and time.
         size: name of the model size.
-        exist_ok: whether the folder `name` may exist, such as after a run that was killed early.
+        exist_ok: whether a folder called `name` may already exist, as after a run that was killed
+            early.
 
     Returns:
         The path of the folder, the same in all processes.
@@ -273,7 +276,7 @@ def new_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool = F
     if RUN_FOLDER_VARIABLE in os.environ:
         return Path(os.environ[RUN_FOLDER_VARIABLE])
     if name is None:
-        raise UserError("is required, so that all processes of the run use the same folder", "name")
+        raise UserError("must be set, so that all processes of the run use the same folder", "name")
     return parent / name
 
 
@@ -301,9 +304,9 @@ def _make_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool) 
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the resolved configuration in a run folder as plain values.
+    """Return the settings in the config.yaml of a run folder as plain values.
 
-    Settings that an older run does not have get their former values, from OLD_DEFAULTS.
+    Settings that are missing in an older run get the values in OLD_DEFAULTS.
 
     Args:
         folder: the run folder.
@@ -327,7 +330,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _current(values: Any, section: str) -> Any:
-    """Return a section of a config, with settings of older versions brought up to date."""
+    """Return a section of a config, without OLD_SETTINGS and with OLD_DEFAULTS where missing."""
     if not isinstance(values, Mapping):
         return values
     removed = OLD_SETTINGS.get(section, ())

@@ -21,18 +21,18 @@ _FOLDERS = re.compile(r"""(?<=[=,\s"'(\[{])(?:~|[A-Za-z]:)?[/\\](?:[^,()\[\]{}"'
 
 
 def source_commit() -> str:
-    """Return the git commit of this code, or its version if the commit is unknown.
+    """Return the git commit of this code, or the package version if the commit is unknown.
 
     In a checkout, git reports the commit, with the suffix -dirty if files were changed. For an
-    installed package, it is the commit that pip installed (PEP 610). The repository of another
-    project that contains the virtual environment is ignored.
+    installed package, the commit is in pip's record of the installation (PEP 610). If the package
+    is installed inside the repository of another project, that repository is ignored.
     """
     package = Path(__file__).resolve().parents[1]
     return _checkout_commit(package.parent) or _installed_commit(package)
 
 
 def _checkout_commit(root: Path) -> str | None:
-    """Return the commit of the repository at `root`; None if it is not that of this project."""
+    """Return the commit of the repository at `root`; None if `root` is not this project."""
     try:
         project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         if project["name"] != "minigpt":
@@ -60,10 +60,10 @@ def _installed_commit(package: Path) -> str:
 
 
 def portable_overrides(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides of a run without those that depend on its machine.
+    """Return the overrides of a run, without those that depend on the machine.
 
-    Overrides of logging, callbacks, `resume` and folders are removed. Absolute paths are reduced to
-    their last component.
+    Overrides of `runs_dir`, `resume`, `logger`, `callbacks` and `data.cache_dir` are removed. An
+    absolute path is reduced to its last component.
 
     Args:
         overrides: the overrides as typed, such as "model=large".
@@ -79,7 +79,7 @@ def portable_overrides(overrides: Sequence[str]) -> list[str]:
 class Parent:
     """Record of the run that another run was initialised from (`init_from`).
 
-    Tokens, seconds and sources include those of the parent's own parents.
+    Tokens, seconds and sources include those of all earlier ancestors.
 
     Raises:
         ValueError: a string is not printable, or a number is negative.
@@ -110,11 +110,12 @@ class Parent:
 def parent_of(record: Mapping[str, Any], path: Path) -> Parent | None:
     """Return the parent of a run, from its summary or the hyper-parameters in its checkpoint.
 
-    Other entries from earlier versions, such as the commands of all ancestors, are ignored.
+    Keys that `Parent` does not have, such as the ancestors' commands in records of earlier
+    versions, are ignored.
 
     Args:
         record: summary or hyper-parameters, with the parent under the key `init_from`.
-        path: path of the file with the record, for errors.
+        path: path of the file with the record, for error messages.
 
     Returns:
         The parent; None for a run that started from random weights.

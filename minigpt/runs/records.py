@@ -3,8 +3,9 @@
     >>> rows = read_metrics(Path("runs/small-20260101-120000"))
     >>> tokens, loss = series(rows, "val/loss")
 
-Training appends to the first two files, so a killed run may leave an incomplete last line, which is
-ignored. Any other invalid content raises a UserError with the name of the file.
+Training appends lines to metrics.csv and samples.jsonl. A killed run may leave an incomplete last
+line in these files, so such a line is ignored. For other invalid content, the functions raise a
+UserError with the name of the file.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ def read_metrics(folder: Path) -> list[Row]:
         folder: the run folder.
 
     Returns:
-        The rows, oldest first; [] if there are none yet.
+        The rows, oldest first; [] if there are no rows yet.
 
     Raises:
-        UserError: the file is not a table of numbers with these two columns.
+        UserError: the file is not a table of numbers with the columns `step` and `tokens`.
     """
     path = folder / METRICS
     rows: list[Row] = []
@@ -47,13 +48,14 @@ def read_metrics(folder: Path) -> list[Row]:
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
-    """Return the stories in samples.jsonl, oldest first; [] if there are none yet.
+    """Return the sample stories in samples.jsonl.
 
     Args:
         folder: the run folder.
 
     Returns:
-        One dict per story, with step, tokens, prompt, temperature and text.
+        One dict per story, oldest first, with step, tokens, prompt, temperature and text; [] if
+        there are no stories yet.
 
     Raises:
         UserError: a line is not a JSON object with step, tokens, prompt, temperature and text.
@@ -72,13 +74,13 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """Return the content of summary.json; {} if the run is still training or was killed.
+    """Return the content of summary.json.
 
     Args:
         folder: the run folder.
 
     Returns:
-        The summary, with the keys that training wrote.
+        The summary; {} if there is no file, because the run is still training or was killed.
 
     Raises:
         UserError: the file is not a JSON object.
@@ -102,7 +104,8 @@ def series(rows: list[Row], name: str) -> tuple[list[float], list[float]]:
         name: name of the column.
 
     Returns:
-        Numbers of tokens, and the values at them, from the rows that have a value.
+        Two lists of equal length: numbers of training tokens, and values of the column. Rows
+        without a value in the column are left out.
     """
     measured = [(row["tokens"], row[name]) for row in rows if name in row]
     return [tokens for tokens, _ in measured], [value for _, value in measured]
@@ -114,7 +117,7 @@ def last_values(rows: list[Row]) -> Row:
 
 
 def whole_lines(path: Path) -> list[str]:
-    """Return the complete lines of a file, which end in a line break; [] if there is no file."""
+    """Return the lines of a file that end with a line break; [] if there is no file."""
     if not path.is_file():
         return []
     try:

@@ -1,7 +1,7 @@
 """Figures of the scaling study: perplexity against parameters, tokens and compute.
 
-All axes are logarithmic. Every figure shows the three reference models with at most three series of
-runs, and each series is labelled at its end.
+All axes are logarithmic. Every figure shows the three reference models and at most three series of
+runs. Each series has a label at its last point.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ Points = list[tuple[float, float]]
 def scaling_figure(groups: Sequence[RunGroup]) -> Figure:
     """Plot perplexity against the number of parameters.
 
-    The figure shows the group with the most sizes, its fitted law, and error bars from the lowest
-    to the highest run. From other groups it shows only size means that are lower.
+    The main group is the group with the most sizes. The figure shows the means of its sizes, its
+    fitted law, and error bars from the lowest to the highest perplexity of the runs. For a size
+    whose lowest mean is in another group, the figure shows this mean as well.
 
     Args:
-        groups: groups of comparable runs; if empty, only the reference is drawn.
+        groups: groups of comparable runs; without groups, only the reference models are drawn.
 
     Returns:
         The figure.
@@ -75,7 +76,7 @@ def scaling_figure(groups: Sequence[RunGroup]) -> Figure:
 
 
 def _best_of_others(main: RunGroup, groups: Iterable[RunGroup]) -> Points:
-    """Return (size, lowest mean) where a group other than `main` has the lowest mean."""
+    """Return (size, lowest mean) for each size whose lowest mean is not in the group `main`."""
     best = {size.parameters: size.perplexity for size in main.sizes}
     better: dict[float, float] = {}
     for size in (size for group in groups for size in group.sizes):
@@ -99,9 +100,9 @@ def compute_figure(runs: Sequence[RunResult]) -> Figure:
 
 
 def _curves_figure(runs: Iterable[RunResult], per_token: Callable[[Any], Any], unit: str) -> Figure:
-    """Plot the validations against tokens × `per_token`, a function of a run or reference model.
+    """Plot perplexity at each validation against tokens × `per_token(run)`.
 
-    Runs for which `per_token` returns None are left out.
+    `per_token` also takes a reference model. Runs for which it returns None are left out.
     """
     reference: Points = [(per_token(r) * r.tokens, r.perplexity) for r in REFERENCE]
     scaled = [(run, per_token(run)) for run in runs if per_token(run) and run.point and run.curve]
@@ -141,7 +142,7 @@ def _curves_figure(runs: Iterable[RunResult], per_token: Callable[[Any], Any], u
 
 
 def _dense(curve: Points, between: int = 12) -> Points:
-    """Return points along the straight segments that join `curve` on logarithmic axes."""
+    """Return points on the straight lines between the points of `curve` on logarithmic axes."""
     fine = np.linspace(0, len(curve) - 1, between * (len(curve) - 1) + 1)
     columns = [np.interp(fine, range(len(curve)), logs) for logs in np.log(curve).T]
     return list(map(tuple, np.exp(columns).T.tolist()))
@@ -158,9 +159,10 @@ def _axes(xlabel: str) -> tuple[Figure, Axes]:
 
 
 def _finish(axes: Axes, title: str, space: float) -> None:
-    """Fix the limits and set ticks at round numbers; `space` is the fraction left for labels.
+    """Fix the limits of both axes, and set ticks at round numbers.
 
-    The labels are on the right. The number of ticks depends on the span of the axis.
+    `space` is the width of the empty space for labels on the right, as a fraction of the axis. An
+    axis that spans few decades has more ticks per decade.
     """
     axes.set_title(title, loc="left", fontsize=11)
     axes.margins(x=0.06, y=0.12)

@@ -5,8 +5,9 @@
     >>> groups = run_groups(runs)  # comparable runs, with one fit for each group
 
 E is the irreducible loss and A / N^α the excess loss of a model with N parameters (Kaplan et al.
-2020, arXiv 2001.08361; Hoffmann et al. 2022, arXiv 2203.15556, section 3.3, without their term for
-the number of tokens, which is constant here).
+2020, arXiv:2001.08361; Hoffmann et al. 2022, arXiv:2203.15556, section 3.3). Hoffmann et al. also
+have a term for the number of tokens. It is left out here, because all sizes of a fit are trained on
+the same number of tokens.
 """
 
 from __future__ import annotations
@@ -61,17 +62,17 @@ class Size:
 
 @dataclass(frozen=True)
 class Fit:
-    """A law fitted to the mean losses of several sizes, each with the same weight."""
+    """A law fitted to the mean losses of several sizes; every size has the same weight."""
 
     sizes: tuple[Size, ...]
     e: float  # nats per token
     a: float
     alpha: float
     residual: float  # root mean square residual, nats per token
-    seed_noise: float | None  # standard deviation between seeds; None if no size has two
-    intervals: dict[str, Interval] | None  # of e, a and alpha; None without seed noise
+    seed_noise: float | None  # standard deviation between seeds; None if no size has two runs
+    intervals: dict[str, Interval] | None  # of e, a and alpha; None if `seed_noise` is None
     deviations: Array  # pooled deviations from the mean of each size, for the bootstrap
-    replicates: Array  # [replicates, 3]: e, a, alpha; empty without seed noise
+    replicates: Array  # [replicates, 3]: e, a, alpha; empty if `seed_noise` is None
 
     def loss(self, n: float) -> float:
         """Return the loss that the law predicts for `n` parameters, in nats per token."""
@@ -85,7 +86,8 @@ class Fit:
             runs: number of runs in the mean.
 
         Returns:
-            The interval in nats per token; None without seed noise.
+            The interval in nats per token; None if no size has two runs, so that the seed noise is
+            unknown.
         """
         if not len(self.replicates):
             return None
@@ -95,7 +97,7 @@ class Fit:
 
     @property
     def at_limit(self) -> str | None:
-        """Bound that the fit has reached, so that E, A and α are unreliable; None if none is."""
+        """Reason why E, A and α are unreliable, such as a reached bound; None if there is none."""
         if self.e < 1e-3:
             return "E is at its lower bound 0"
         if self.alpha > MAX_ALPHA - 1e-2:
@@ -108,11 +110,12 @@ class Fit:
 def fit_sizes(sizes: Sequence[Size], replicates: int = REPLICATES, seed: int = 0) -> Fit:
     """Fit the law to the mean loss of each size by least squares; E, A >= 0 and 0 <= α <= 5.
 
-    The intervals come from a bootstrap over seeds. Resampling the runs of one size would not work:
-    two runs have only three different means, and a single run has one. Instead, the deviations of
-    all runs from the mean of their size are pooled, each multiplied by sqrt(k / (k − 1)) for k
-    runs, and each size with m runs draws m of them. This assumes equal noise at all sizes and does
-    not test the form of the law.
+    The intervals come from a bootstrap over seeds. Resampling the runs within each size would not
+    work: two runs give only three different means, and a single run gives one. Instead, the
+    deviation of each run from the mean of its size is put into one pool. In a size with k > 1 runs,
+    the deviations are multiplied by sqrt(k / (k − 1)). For a size with m runs, each replicate adds
+    the mean of m random deviations from the pool to the fitted law. This method assumes equal noise
+    at all sizes, and it does not test the form of the law.
 
     Args:
         sizes: the losses of each size, in any order.
@@ -149,9 +152,10 @@ def fit_sizes(sizes: Sequence[Size], replicates: int = REPLICATES, seed: int = 0
 
 
 def _fit(n: Array, losses: Array, starts: Sequence[float] = STARTS) -> tuple[float, float, float]:
-    """Return (E, A, α); `starts` are values of α, and the search begins at the best one.
+    """Return (E, A, α); the search begins at the best of `starts`, which are values of α.
 
-    The search replaces A with B, the excess at the geometric mean size, which is of order one.
+    The search uses B instead of A. B is the excess loss at the geometric mean of the sizes, and is
+    of order one.
     """
     middle = np.exp(np.log(n).mean())
 
@@ -182,7 +186,7 @@ def _interval(values: Array) -> Interval:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The loss of a size, in nats per token, as predicted by the law of all smaller sizes."""
+    """The loss of a size, in nats per token, predicted by the law fitted to all smaller sizes."""
 
     n: int
     predicted: float
@@ -192,7 +196,7 @@ class Prediction:
 
 
 def predictions(sizes: Sequence[Size], replicates: int = REPLICATES) -> list[Prediction]:
-    """Predict each size that has at least four smaller ones from those, smallest first.
+    """Predict the loss of each size from all smaller sizes, if there are at least four.
 
     Args:
         sizes: the losses of each size, in any order.
@@ -213,7 +217,7 @@ def predictions(sizes: Sequence[Size], replicates: int = REPLICATES) -> list[Pre
 
 @dataclass(frozen=True)
 class SizeResult:
-    """Mean of the finished runs of one size in a group. A field is None if no run recorded it."""
+    """Mean results of the finished runs of one size; a number that no run recorded is None."""
 
     model: str
     parameters: int
@@ -246,7 +250,7 @@ def by_size(runs: Iterable[RunResult]) -> list[RunResult]:
 
 
 def run_groups(runs: Iterable[RunResult], replicates: int = REPLICATES) -> list[RunGroup]:
-    """Group the finished runs by `RunResult.group`, and fit each group of at least four sizes.
+    """Group the finished runs by `RunResult.group`; fit a law to each group with enough sizes.
 
     Args:
         runs: results of runs, finished or not, in any order.

@@ -29,7 +29,7 @@ from minigpt.runs.provenance import Parent, parent_of
 from minigpt.runs.records import Row, last_values, read_metrics, read_summary, series
 
 LATE = 0.05  # final fraction of a run over which the training loss is averaged
-_COMPARED = (  # settings that should be equal within a group of runs, as should the optimizer's
+_COMPARED = (  # settings that should be equal in a group of runs, besides all optimizer settings
     "model.dropout", "model.embedding_scale", "data.batch_size", "data.holdout",
     "data.random_offset", "data.vocab_size",
 )  # fmt: skip
@@ -38,7 +38,7 @@ COPIED_ROWS = 200  # approximate number of earlier training rows in a copied met
 
 @dataclass(frozen=True)
 class ReferenceModel:
-    """Reference model for comparison, trained on all of TinyStories with a vocabulary of 3,000."""
+    """Reference model, trained on the full TinyStories corpus with a vocabulary of 3,000 tokens."""
 
     parameters: int
     perplexity: float  # validation
@@ -91,7 +91,7 @@ class RunResult:
 
     @property
     def point(self) -> tuple[int, float] | None:
-        """Point (parameters, perplexity) of the figure; None unless the run finished with both."""
+        """Parameters and perplexity; None if the run is unfinished or a number is missing."""
         if self.status != "finished" or self.parameters is None or self.perplexity is None:
             return None
         return self.parameters, self.perplexity
@@ -110,17 +110,17 @@ class RunResult:
 def find_runs(folders: Sequence[Path]) -> list[Path]:
     """Return the run folders in `folders` and below them, without duplicates.
 
-    A run folder contains config.yaml, and summary.json or metrics.csv. Hidden folders and folders
-    in a run are not searched.
+    A run folder contains config.yaml and at least one of summary.json and metrics.csv. Hidden
+    folders and the folders inside a run are not searched.
 
     Args:
-        folders: folders to search, or checkpoint files, which select their run.
+        folders: folders to search. A checkpoint file stands for its run folder.
 
     Returns:
         The run folders, sorted within each of `folders`.
 
     Raises:
-        UserError: a folder does not exist, or none of them contains a run.
+        UserError: a folder does not exist, or no folder contains a run.
     """
     runs: dict[Path, Path] = {}
     for folder in folders:
@@ -140,13 +140,13 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 
 
 def read_run(path: Path) -> RunResult:
-    """Return the result of the run in the folder `path`, whether finished or not.
+    """Return the result of a run, which may be unfinished.
 
     Args:
         path: the run folder.
 
     Raises:
-        UserError: one of its files is missing or cannot be read; the message names it.
+        UserError: a file of the run is missing or cannot be read; the message names the file.
     """
     refuse_links_out(path)
     summary, config, rows = read_summary(path), Run(path, path).config, read_metrics(path)
@@ -158,7 +158,7 @@ def read_run(path: Path) -> RunResult:
         if value is None or (isinstance(value, float) and not math.isfinite(value)):
             return None
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"{path / SUMMARY}: {name} must be a number, not {value!r}")
+            raise UserError(f"{path / SUMMARY}: {name} is {value!r}; it must be a number")
         return value
 
     parent = parent_of(summary, path / SUMMARY)
@@ -226,8 +226,8 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 def late_training_loss(rows: list[Row]) -> float | None:
     """Return the mean training loss of the steps logged in the last 5 % of the run.
 
-    The learning rate is near zero there, so the weights hardly change. Without such steps the
-    result is None.
+    The learning rate is near zero in these steps, so the weights hardly change. The result is None
+    if no such step was logged or if a loss is not finite.
     """
     late = [row["train/loss"] for row in rows if "train/loss" in row and _is_late(row, rows)]
     return fmean(late) if late and all(map(math.isfinite, late)) else None
@@ -241,10 +241,11 @@ def _is_late(row: Row, rows: list[Row]) -> bool:
 
 
 def keep_run(path: Path, into: Path) -> Path:
-    """Copy the records of a run to `into`/<name>, in a form small enough for a repository.
+    """Copy the records of a run to `into`/<name>; the copy is small enough for a repository.
 
-    The copy contains config.yaml with absolute paths cut to their last part, summary.json, and
-    metrics.csv with every validation, the last 5 % of training, and about 200 earlier rows.
+    The copy contains summary.json, config.yaml and metrics.csv. In config.yaml, absolute paths are
+    reduced to their last component. In metrics.csv, the rows of all validations, the rows of the
+    last 5 % of training, and about 200 earlier rows are kept.
 
     Args:
         path: the run folder.
@@ -254,14 +255,14 @@ def keep_run(path: Path, into: Path) -> Path:
         The folder of the copy.
 
     Raises:
-        UserError: `into` contains another run with that name, or a file of the run cannot be read.
+        UserError: `into` contains another run with this name, or a file of the run cannot be read.
     """
     config, summary = Run(path, path).config, read_summary(path)
     folder = into / path.resolve().name
     if folder.resolve() == path.resolve():
         return folder
     if folder.is_dir() and read_summary(folder) != summary:
-        raise UserError(f"{folder} contains another run with this name: remove it or rename {path}")
+        raise UserError(f"{folder} contains another run: remove that folder or rename {path}")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / METRICS, _thinned(read_metrics(path)))
     write_json(folder / SUMMARY, summary)
@@ -270,7 +271,7 @@ def keep_run(path: Path, into: Path) -> Path:
 
 
 def _portable(value: Any) -> Any:
-    """Return `value` with every absolute path cut to its last part."""
+    """Return `value` with every absolute path reduced to its last component."""
     if isinstance(value, dict):
         return {key: _portable(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -33,7 +33,7 @@ from minigpt.scaling.fit import (
 )
 from minigpt.scaling.results import REFERENCE, RunResult
 
-COLUMNS = {  # heading in scaling.md: heading on the terminal, in rows of 80 characters
+COLUMNS = {  # heading in scaling.md: shorter heading for a terminal of 80 columns
     "run": "run",
     "model": "model",
     "parameters": "params",
@@ -122,7 +122,7 @@ def rich_table(runs: Iterable[RunResult]) -> Table:
 
 
 def law_line(group: RunGroup) -> str:
-    """Return the law of a group on one line, or its number of sizes if there is no law."""
+    """Return the law of a group on one line, or the number of sizes if there is no law."""
     if (law := group.fits.get("parameters")) is None:
         return f"{group.label}: no fit, has {len(group.sizes)} of the {MIN_SIZES} sizes needed"
     return f"{group.label}: L = {law.e:.3f} + {law.a:.4g} / N^{law.alpha:.3f}"
@@ -190,7 +190,7 @@ def _run_cells(run: RunResult, count: Callable[[float], str]) -> tuple[str, ...]
 
 
 def _recipe_rows(runs: Sequence[RunResult]) -> list[list[str]]:
-    """Return one row per recipe for each (size, data, tokens) trained with several recipes."""
+    """Return a row for each recipe of every size, data set and token count with several recipes."""
     cases: dict[tuple[int, str, str], dict[str, list[RunResult]]] = {}
     for run in by_size(runs):
         if run.point and run.loss is not None:

@@ -1,6 +1,6 @@
 """Lightning callbacks: throughput, sample stories, progress, summary and report.
 
-Checkpoints are in checkpointing.py.
+The callback that writes checkpoints is in checkpointing.py.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from minigpt.training.report import write_report
 
 
 class Throughput(Callback):
-    """Log `tokens_per_second` and `mfu`, the model FLOPs utilisation, in each row of metrics.csv.
+    """Log `tokens_per_second` and `mfu` (model FLOPs utilisation) in training rows of metrics.csv.
 
-    The time includes work between steps (data, logging) but not validations. `mfu` is the speed of
-    the model's own FLOPs as a fraction of the devices' peak (Chowdhery et al. 2022,
-    arXiv:2204.02311, appendix B). If it exceeds 1, the peak was measured on a busy machine, and a
-    warning says how to measure it again.
+    The time includes work between steps (data, logging) but not validations. `mfu` is the model's
+    FLOP/s as a fraction of the peak FLOP/s of all devices (Chowdhery et al. 2022, arXiv:2204.02311,
+    appendix B). If `mfu` exceeds 1, the measured peak is too low, usually because the machine was
+    busy. A warning then says how to measure the peak again.
 
     Args:
         module: the model in training.
         every: number of steps over which the speed is averaged.
-        peak_flops: peak of all devices together, in FLOP/s.
+        peak_flops: total peak of all devices, in FLOP/s.
         peak_file: file in which the measured peak is stored.
 
     Attributes:
@@ -77,7 +77,7 @@ class Throughput(Callback):
             self.module.log_dict({"tokens_per_second": self.speed, "mfu": mfu})
             if mfu > 1 and not self._warned and trainer.is_global_zero:
                 self._warned = True
-                message = "mfu is above 1, so the peak is too low: delete %s to measure it again"
+                message = "mfu is above 1: delete %s so that the peak is measured again"
                 log.warning(message, self.peak_file)
         if self._steps >= self.every * trainer.accumulate_grad_batches:
             self._steps, self._elapsed = 0, 0.0
@@ -96,15 +96,15 @@ class Throughput(Callback):
 
 
 class StorySamples(Callback):
-    """Continue each prompt after every validation and append the stories to samples.jsonl.
+    """After every validation, append a new story for each prompt to samples.jsonl.
 
     Args:
         module: the model in training.
         folder: the run folder.
         tokenizer: tokenizer of the run.
         config: prompts, temperature and length.
-        seed: seed of the sampling, the same at each validation.
-        start_step: step at which a resumed run starts; later stories in the file are dropped,
+        seed: sampling seed, the same at each validation.
+        start_step: step at which a resumed run starts. Later stories in the file are dropped,
             because the run writes them again.
     """
 
@@ -146,13 +146,13 @@ def _line(sample: dict[str, Any]) -> str:
 class TrainingProgress(Callback):
     """Progress of training: tokens, loss, perplexity, tokens per second and time left.
 
-    Losses are from the latest row of metrics.csv, so that no step waits for the device. Each
-    validation also logs a line.
+    The training loss and perplexity are updated only at steps that have a row in metrics.csv, so
+    that other steps need not wait for the device. Each validation also logs a line.
 
     Args:
         module: the model in training.
-        show: whether to show progress in addition to the line for each validation.
-        throughput: the callback that measures the tokens per second.
+        show: whether to show progress; the line for each validation is always logged.
+        throughput: the callback that measures tokens per second.
     """
 
     def __init__(self, module: GPTModule, show: bool, throughput: Throughput) -> None:
@@ -214,12 +214,12 @@ class TrainingProgress(Callback):
 
 
 class RunReport(Callback):
-    """Write summary.json and report.html when the run ends, whether it finished or failed.
+    """Write summary.json and report.html when a run finishes, fails or is interrupted.
 
     Args:
         module: the model in training.
         folder: the run folder.
-        facts: entries of the summary that are known before the run starts, such as its device.
+        facts: entries of the summary that are known before the run starts, such as `device`.
         throughput: the callback that measures the time.
         checkpoints: the callback that tracks the lowest validation loss.
     """
@@ -232,17 +232,17 @@ class RunReport(Callback):
         self.throughput, self.checkpoints = throughput, checkpoints
 
     def on_train_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        """Write both files for a run that finished."""
+        """Write summary.json and report.html for a run that finished."""
         self._write(trainer, "finished")
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Write both files for a run that was interrupted or failed."""
+        """Write summary.json and report.html for a run that was interrupted or failed."""
         interrupted = isinstance(exception, KeyboardInterrupt | SIGTERMException)
         try:
             self._write(trainer, "interrupted" if interrupted else "failed")
-        except OSError as error:  # a full disk; report the error that stopped the run, not this one
+        except OSError as error:  # a full disk, perhaps; the first error is more important
             log.warning("cannot write the report: %s", error)
 
     @rank_zero_only

@@ -1,8 +1,8 @@
 """Checkpointing: a killed run loses at most a few minutes and resumes bit-exactly.
 
-A checkpoint is the state between two steps. It is taken at the end of a step and written at the
-start of the next one, when the row of the step is in metrics.csv. A run that resumes from it
-therefore finds every row up to its step.
+A checkpoint is the state of training between two steps. The state is collected at the end of a step
+and written at the start of the next step, because only then metrics.csv has the row of the earlier
+step. A resumed run therefore finds every row up to the step of its checkpoint.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from minigpt.training.module import GPTModule
 # Errors when a disk is full or read-only, or a quota or a size limit is exceeded.
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
-_CHECKPOINT_DUE = 1  # not a signal: the numbers of the signals below are larger
+_CHECKPOINT_DUE = 1  # not a signal: the signals that are handled below have larger numbers
 
 
 @contextlib.contextmanager
@@ -43,7 +43,7 @@ def full_disk_in_one_line(folder: Path) -> Iterator[None]:
     """Turn the OSError of a full disk into a UserError, because a traceback would not help.
 
     Args:
-        folder: the run folder, which the error suggests to resume.
+        folder: the run folder; the error suggests resuming this run.
 
     Raises:
         UserError: the disk is full or read-only.
@@ -61,7 +61,7 @@ def full_disk_in_one_line(folder: Path) -> Iterator[None]:
 class CheckpointFiles(TorchCheckpointIO):
     """Lightning's checkpoint plugin: atomic writes with a checksum, and a rotation of last.ckpt.
 
-    A checkpoint that is saved while `hold` is set stays in memory until `write_held`.
+    A checkpoint that is saved while `hold` is set stays in memory until `write_held` is called.
 
     Args:
         keep: number of latest checkpoints to keep, including last.ckpt.
@@ -76,7 +76,8 @@ class CheckpointFiles(TorchCheckpointIO):
     ) -> None:
         """Write the checkpoint, or hold it in memory if `hold` is set.
 
-        The tensors in a held checkpoint are the model's own. Call `write_held` before they change.
+        A held checkpoint contains the tensors of the model itself, not copies. Call `write_held`
+        before these tensors change.
 
         Args:
             checkpoint: the content, as collected by Lightning.
@@ -84,7 +85,7 @@ class CheckpointFiles(TorchCheckpointIO):
             storage_options: ignored.
 
         Raises:
-            OSError: the file cannot be written; the previous checkpoint is intact.
+            OSError: the file cannot be written; the previous checkpoint is unchanged.
         """
         if self.hold:
             self._pending = checkpoint, Path(path)
@@ -93,7 +94,7 @@ class CheckpointFiles(TorchCheckpointIO):
         try:
             path.parent.mkdir(exist_ok=True)
             write_checkpoint(path, checkpoint, self.keep if path.stem == LAST else 1)
-        except OSError as error:  # it names the temporary file, which the user does not know
+        except OSError as error:  # names the temporary file, which the user does not know
             error.filename = str(path)
             raise
 
@@ -107,13 +108,13 @@ class CheckpointFiles(TorchCheckpointIO):
 class Checkpoints(Callback):
     """Write best.ckpt at the lowest validation loss, and last.ckpt at regular intervals.
 
-    Both are written after validations. last.ckpt is also written at intervals of minutes and of
-    steps, and when the run is asked to stop: by Ctrl-C (a second one stops at once), by SIGTERM, or
-    under Slurm by SIGUSR1, after which the job is put back into the queue. A run that fails keeps
-    its last checkpoint.
+    last.ckpt is written after each validation, at intervals of minutes and of steps, and when a
+    signal asks the run to stop: Ctrl-C, SIGTERM or, under Slurm, SIGUSR1. A second Ctrl-C stops the
+    run immediately. After SIGUSR1, the job is put back into the queue. A run that fails keeps its
+    latest checkpoints.
 
     Args:
-        module: the model in training, whose weights are checked before they are written.
+        module: the model in training; its weights are checked before they are written.
         folder: the run folder.
         keep: intervals of last.ckpt and number of checkpoints to keep.
 
@@ -133,7 +134,7 @@ class Checkpoints(Callback):
         self._handlers: dict[int, Any] = {}  # previous handlers of the signals
 
     def on_train_start(self, *_: Any, **__: Any) -> None:
-        """Replace the signal handlers of Lightning, which would stop in the middle of a step."""
+        """Replace Lightning's signal handlers, which could stop the run in the middle of a step."""
         if threading.current_thread() is not threading.main_thread():
             return
         signals = [signal.SIGINT, signal.SIGTERM]
@@ -142,14 +143,14 @@ class Checkpoints(Callback):
         self._handlers = {number: signal.signal(number, self._ask_to_stop) for number in signals}
 
     def _ask_to_stop(self, number: int, _: Any) -> None:
-        again = "; ctrl-C again to stop at once" if number == signal.SIGINT else ""
+        again = "; press Ctrl-C again to stop now" if number == signal.SIGINT else ""
         log.info("%s: stopping after this step%s", signal.Signals(number).name, again)
         self._signal = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, self._handlers[number])
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        """Write the pending checkpoint, and stop if a signal asked for it."""
+        """Write the held checkpoint, and stop the run if a signal asked for this."""
         self.files.write_held()
         if self._stop_signal and self._is_saved:
             if self._stop_signal == signal.SIGINT:
@@ -181,7 +182,7 @@ class Checkpoints(Callback):
             self._save(trainer, LAST)
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        """Write last.ckpt, and best.ckpt if the validation loss is the lowest."""
+        """Write last.ckpt, and also best.ckpt if the validation loss is the lowest so far."""
         if (loss := float(trainer.callback_metrics["val/loss"])) < self.best_val_loss:
             self.best_val_loss = loss
             self._save(trainer, BEST)
@@ -211,7 +212,7 @@ class Checkpoints(Callback):
 
 
 def _requeue() -> None:
-    """Put this Slurm job back into the queue, which Slurm does not do after a warning signal."""
+    """Put this Slurm job back into the queue; Slurm does not do this after a warning signal."""
     names = ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
     array = "_".join(os.environ[name] for name in names if name in os.environ)
     job = array or os.environ["SLURM_JOB_ID"]

@@ -16,34 +16,36 @@ from minigpt.generation.sampling import SamplingConfig
 from minigpt.kernels.choice import Choice
 from minigpt.model import GPTConfig
 
-MAX_NAME_BYTES = 200  # file systems allow 255, and names of other files begin with it
+MAX_NAME_BYTES = 200  # file systems allow 255; some file names are the run name plus a suffix
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """Device, precision and length of a run, and how often it validates and logs."""
+    """Devices, precision and kernels of a run, and the intervals of validation and logging."""
 
     accelerator: str = "auto"
     """Kind of device: auto, cpu, gpu, cuda or mps; auto uses a GPU if there is one."""
     devices: str = "auto"
-    """Number of devices on each node; auto means one CPU process, or every GPU."""
+    """Number of devices on each node; auto means every GPU, or one process on a CPU."""
     num_nodes: int = 1
     """Number of machines that train together."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How several devices share the work: ddp copies the model to each, fsdp splits its weights."""
+    """How several devices share the work: ddp copies the model to each device, fsdp splits the
+    weights over the devices; auto means ddp."""
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
     """Numeric precision, with Lightning's names; auto chooses by device."""
     accumulate_grad_batches: int = 1
     """Number of batches whose gradients are averaged for one update."""
     n_validations: int = 5
-    """Number of validations, evenly spaced, the last one at the end of the run."""
+    """Number of evenly spaced validations; the last one is at the end of the run."""
     log_every_n_steps: int = 10
-    """Number of updates from one row of metrics.csv to the next."""
+    """Number of updates between two rows of training metrics in metrics.csv."""
     compile: bool = False
-    """Whether torch.compile compiles the loss, which takes a minute and pays off on GPUs."""
+    """Whether to compile the loss with torch.compile; compilation takes a minute and pays off on
+    GPUs."""
     kernels: Choice = "auto"
-    """Implementation of attention and loss: `cpu` selects this package's CPU kernels, which also
-    split batches into micro-batches, with one thread per core; `torch` selects plain PyTorch;
+    """Implementation of attention and loss: `cpu` selects the CPU kernels of this package, which
+    split each batch into micro-batches, with one thread per core; `torch` selects plain PyTorch;
     `auto` chooses by device."""
     max_steps: int | None = None
     """Must equal the number of updates that budget.tokens allows; None disables the check."""
@@ -57,8 +59,8 @@ class TrainerConfig:
             raise UserError("must be auto or a number of devices", "devices", self.devices)
         if self.accelerator not in ("auto", "cpu", "gpu", "cuda", "mps"):
             raise UserError("must be auto, cpu, gpu, cuda or mps", "accelerator", self.accelerator)
-        check(self, "leave it out: budget.tokens sets it", lambda n: n >= 1, "max_steps")
-        length = "leave it out: budget.tokens sets the length of a run, repetitions included"
+        check(self, "must be at least 1, or left out", lambda n: n >= 1, "max_steps")
+        length = "leave it out: budget.tokens sets the length of a run and counts repeated epochs"
         check(self, length, lambda _: False, "max_epochs")
 
 
@@ -67,8 +69,8 @@ class OptimizerConfig:
     """Optimizer, learning rates and their schedule: a linear warm-up, then a decay."""
 
     name: Literal["muon", "adamw"] = "muon"
-    """The optimizer: `muon` is Muon on the matrices of the blocks and AdamW on all other weights,
-    `adamw` is AdamW on all weights."""
+    """Optimizer: `muon` means Muon for the matrices of the blocks and AdamW for all other weights;
+    `adamw` means AdamW for all weights."""
     lr: float | None = None
     """Peak learning rate of AdamW; None means `default_lr` for the model's width."""
     matrix_lr: float | None = None
@@ -89,16 +91,17 @@ class OptimizerConfig:
     final_lr: float = 0.0
     """Final learning rate, as a fraction of the peak, from 0 to 1."""
     grad_clip: float = 1.0
-    """Maximum norm of all gradients together; larger ones are scaled down, 0 disables clipping."""
+    """Maximum total norm of the gradients; gradients with a larger norm are scaled down, and 0
+    disables clipping."""
 
     def __post_init__(self) -> None:
         if self.schedule is None:
             schedule = "linear" if self.name == "muon" else "cosine"
             object.__setattr__(self, "schedule", schedule)
         if self.name == "adamw" and self.matrix_lr is not None:
-            raise UserError("applies only to Muon; adamw uses lr for all weights", "matrix_lr")
+            raise UserError("leave it out: adamw uses optimizer.lr for all weights", "matrix_lr")
         check(self, "must be positive", lambda lr: lr > 0, "lr", "matrix_lr")
-        check(self, "must be in [0, 1)", lambda x: 0 <= x < 1, "beta1", "beta2", "momentum")
+        check(self, "must be from 0 to below 1", lambda x: 0 <= x < 1, "beta1", "beta2", "momentum")
         names = ("weight_decay", "warmup_steps", "grad_clip")
         check(self, "must not be negative", lambda x: x >= 0, *names)
         check(self, "must be a fraction from 0 to 1", lambda x: 0 <= x <= 1, "final_lr")
@@ -109,7 +112,8 @@ class LoggerConfig:
     """Logger in addition to metrics.csv, which is always written."""
 
     kind: Literal["csv", "wandb", "tensorboard"] = "csv"
-    """Logger of the metrics: `csv` writes only metrics.csv; the others are added to it."""
+    """Logger of the metrics: `csv` writes only metrics.csv; `wandb` and `tensorboard` log in
+    addition to metrics.csv."""
     project: str = "mini-gpt"
     """Name of the W&B project."""
 
@@ -119,19 +123,19 @@ class CallbacksConfig:
     """Progress display, sample stories and checkpoints of a run."""
 
     progress_bar: bool = True
-    """Whether to show progress: a bar on a terminal, elsewhere a line at growing intervals."""
+    """Whether to show progress: a bar on a terminal, elsewhere log lines at growing intervals."""
     prompts: tuple[str, ...] = ("Once upon a time",)
-    """Prompts that the model continues after each validation, for samples.jsonl."""
+    """Prompts of the sample stories, which are written to samples.jsonl after each validation."""
     temperature: float = 0.8
-    """Sampling temperature of these stories; 0 means greedy decoding."""
+    """Sampling temperature of the sample stories; 0 means greedy decoding."""
     max_tokens: int = 200
-    """Maximum number of new tokens in each of these stories."""
+    """Maximum number of new tokens in each sample story."""
     checkpoint_minutes: float = 10.0
-    """Maximum time between two writes of last.ckpt, in minutes; validations also write it."""
+    """Minutes after which last.ckpt is written again; each validation also writes last.ckpt."""
     checkpoint_steps: int | None = None
-    """Number of updates between two writes of last.ckpt; None means that only time counts."""
+    """Number of updates after which last.ckpt is also written; None disables this interval."""
     keep_checkpoints: int = 2
-    """Number of latest checkpoints to keep, including last.ckpt; best.ckpt is kept as well."""
+    """Number of latest checkpoints to keep, including last.ckpt but not best.ckpt."""
 
     def __post_init__(self) -> None:
         check(self, "must be positive", lambda x: x > 0, "checkpoint_minutes")
@@ -145,7 +149,7 @@ class BudgetConfig:
     """Length of a run."""
 
     tokens: int = 10_000_000
-    """Number of training tokens, repetitions included, rounded down to whole updates."""
+    """Number of training tokens, counting repeated epochs, rounded down to whole updates."""
 
     def __post_init__(self) -> None:
         check(self, "must be at least 1", lambda n: n >= 1, "tokens")
@@ -178,10 +182,10 @@ class TrainConfig:
     runs_dir: str = "runs"
     """Folder in which the run folder is created."""
     resume: str | None = None
-    """Run folder or checkpoint to continue; auto continues the run called `name` if it exists, and
-    None starts a new run."""
+    """Run folder or checkpoint to continue; None starts a new run, and auto continues the run
+    called `name` if it exists, or else starts it."""
     init_from: str | None = None
-    """Run whose weights and tokenizer this one starts with; None means random weights."""
+    """Run that provides the initial weights and the tokenizer; None means random weights."""
     seed: int = 1
     """Seed of the initial weights, the data order and dropout, from 0 to 2^32 - 1."""
     size: str | None = None
@@ -190,7 +194,7 @@ class TrainConfig:
     model_class: str | None = None
     """Dotted path of the model's class, as recorded in the run; None means minigpt.model.GPT."""
     overrides: tuple[str, ...] = field(default=(), compare=False)
-    """Settings as typed on the command line, which the run records."""
+    """Settings as typed on the command line, to be recorded in config.yaml."""
 
     def __post_init__(self) -> None:
         if self.size is None:
@@ -201,7 +205,7 @@ class TrainConfig:
         if (name := self.name) is not None:
             fits = name.isprintable() and 0 < len(name.encode()) <= MAX_NAME_BYTES
             if not fits or Path(name).name != name or name == "..":
-                message = "must be the name of a folder in runs_dir, not a path: printable and"
+                message = "must be a folder name, not a path, with printable characters only and"
                 raise UserError(f"{message} at most {MAX_NAME_BYTES} bytes", "name", name)
         examples = {"runs_dir": "runs", "resume": "runs/<name>", "init_from": "releases/large"}
         for name, example in examples.items():
@@ -213,7 +217,7 @@ class TrainConfig:
             message = "cannot sample stories during training"
             raise UserError(message, name, "fsdp", {"callbacks": "quiet"})
         if fsdp and self.optimizer.name == "muon":
-            message = "splits each matrix over devices, and Muon needs whole matrices"
+            message = "splits each matrix over the devices, but Muon needs whole matrices"
             raise UserError(message, name, "fsdp", {"optimizer": "adamw"})
 
     @classmethod
@@ -221,7 +225,8 @@ class TrainConfig:
         """Return a validated config from plain values, such as those in a run's config.yaml.
 
         Args:
-            values: settings by section, as `plain` returns them; missing ones keep their defaults.
+            values: settings by section, as returned by `plain`. Missing settings keep their
+                defaults.
             model: config class of the section `model`.
 
         Returns:
@@ -237,7 +242,10 @@ class TrainConfig:
 
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
-    """Return all settings as plain values, with absolute paths that are valid in any directory."""
+    """Return all settings as plain values, to be read again in any working directory.
+
+    The paths of text files, tokenizer, cache and `init_from` are made absolute.
+    """
     paths = {
         "train_files": tuple(str(Path(name).absolute()) for name in config.data.train_files),
         "valid_files": tuple(str(Path(name).absolute()) for name in config.data.valid_files),
@@ -263,21 +271,22 @@ class Schedule:
 
         Args:
             config: all settings.
-            world_size: number of processes, each with batches of its own.
+            world_size: number of processes; each process has its own batches.
 
         Raises:
-            UserError: budget, batch, warm-up or max_steps do not fit together.
+            UserError: the budget is less than one update, the warm-up is not shorter than the run,
+                or max_steps contradicts the budget.
         """
         trainer, budget = config.trainer, config.budget.tokens
         windows = config.data.windows_per_batch * trainer.accumulate_grad_batches * world_size
         per_step = windows * config.model.context_length
         n_steps, warmup = budget // per_step, config.optimizer.warmup_steps
         if n_steps < 1:
-            message = f"is less than one step, which data.batch_size sets to {per_step:,} tokens"
+            message = f"is less than one step of {per_step:,} tokens (see data.batch_size)"
             raise UserError(message, "budget.tokens", budget, {"budget.tokens": per_step})
         length = f"{n_steps:,} steps of {per_step:,} tokens"
         if warmup >= n_steps:
-            name, message = "optimizer.warmup_steps", f"must be less than the budget of {length}"
+            name, message = "optimizer.warmup_steps", f"must be less than the run length: {length}"
             raise UserError(message, name, warmup, {name: n_steps // 10})
         if (max_steps := trainer.max_steps) not in (None, n_steps):
             message = f"contradicts budget.tokens={budget}, which is {length}"

@@ -31,15 +31,15 @@ COLUMNS = [
 
 
 class MetricsCsv(Logger):
-    """Lightning logger that appends each row to a CSV file at once.
+    """Lightning logger that appends each row of metrics to a CSV file immediately.
 
-    A cell is empty where a metric was not measured at that step. A metric with a new name adds a
+    A cell is empty if the metric was not measured at the step of the row. A new metric adds a
     column.
 
     Args:
-        path: the file.
-        resume_step: step at which a resumed run starts; later rows are dropped, because the run
-            writes them again. None replaces an existing file.
+        path: the CSV file.
+        resume_step: step at which a resumed run starts. Later rows are dropped, because the run
+            writes them again. None means a new run; an existing file is replaced.
     """
 
     name, version = "csv", ""  # type: ignore[assignment]  # for Lightning; no version: one file
@@ -80,7 +80,7 @@ class MetricsCsv(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Sync the rows to disk, before a checkpoint that relies on them is written."""
+        """Sync the file to disk; `Checkpoints` calls this before it writes a checkpoint."""
         with self.path.open("r+b") as file:  # Windows does not sync a file opened for reading
             os.fsync(file.fileno())
 
@@ -106,11 +106,11 @@ def check_logger(config: LoggerConfig) -> None:
         UserError: the package is not installed.
     """
     if config.kind == "tensorboard" and find_spec("tensorboard") is None:
-        raise UserError("needs another package: pip install tensorboard", "logger", config.kind)
+        raise UserError("is not installed: type pip install tensorboard", "logger", config.kind)
 
 
 def extra_loggers(folder: Path, config: LoggerConfig) -> list[Logger]:
-    """Return the loggers in addition to metrics.csv: one or none.
+    """Return a list with the logger that writes in addition to metrics.csv; [] for kind csv.
 
     Args:
         folder: the run folder.
@@ -127,10 +127,10 @@ def extra_loggers(folder: Path, config: LoggerConfig) -> list[Logger]:
 
 
 def _wandb_logger(folder: Path, project: str) -> Logger:
-    """Return a W&B logger whose id is stored in the run folder, so that a resumed run keeps it.
+    """Return a W&B logger, and store its id in the run folder so that a resumed run keeps the id.
 
-    It logs offline if there is no API key, if the login of a resumed run fails, or if the server
-    does not answer after the login.
+    The logger works offline if there is no API key, if the login of a resumed run fails, or if the
+    server does not answer after the login.
 
     Raises:
         UserError: the login of a new run fails or times out.
@@ -144,10 +144,10 @@ def _wandb_logger(folder: Path, project: str) -> Logger:
     try:
         if mode != "disabled" and not wandb.login(prompt=False):
             mode = "offline"
-    except AuthenticationError as error:  # raised without an answer, too
+    except AuthenticationError as error:  # also raised if the server does not answer
         problem = one_line(error)
         if not (folder / WANDB_ID).is_file():
-            message = f"could not log in to W&B ({problem}); WANDB_MODE=offline needs no login"
+            message = f"W&B login failed ({problem}); set WANDB_MODE=offline or another logger"
             raise UserError(message, "logger.kind", "wandb", {"logger.kind": "csv"}) from None
         log.warning("W&B        no answer: %s", problem)
         mode = "offline"
@@ -173,7 +173,7 @@ def _wandb_logger(folder: Path, project: str) -> Logger:
 
 
 def _wandb_id(folder: Path) -> str:
-    """Return the W&B id of the run: the one in its folder, else the sweep's, else a random one."""
+    """Return the W&B id: the id in the run folder, else WANDB_RUN_ID, else a random id."""
     if (path := folder / WANDB_ID).is_file():
         return path.read_text(encoding="utf-8").strip()
     wandb_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
@@ -187,7 +187,7 @@ def finish_wandb(loggers: list[Logger], exit_code: int) -> None:
 
     Args:
         loggers: all loggers of the run.
-        exit_code: 0 if the run finished.
+        exit_code: exit code for W&B: 0 if the run finished, 1 otherwise.
     """
     from lightning.pytorch.loggers import WandbLogger
 

@@ -1,7 +1,7 @@
 """Train a model with a `TrainConfig`, and record the run in a folder.
 
-Everything is checked before the run folder is created: every section of the config, then the
-budget, then the data. After that, the folder records the run, whether it finishes or fails.
+The config, the budget and the data are checked, in this order, before the run folder is created.
+After that, the folder records the run, whether the run finishes or fails.
 """
 
 from __future__ import annotations
@@ -59,19 +59,19 @@ def train(
     stories: Iterable[str] | None = None,
     valid_stories: Iterable[str] | None = None,
 ) -> Run:
-    """Train a model, or continue the run that `config.resume` names, and return the run.
+    """Train a model, or continue the run in `config.resume`, and return the run.
 
-    The state of the process is restored at the end: warnings, logging, signal handlers, matmul
-    precision, threads, random state and environment.
+    At the end, the state of the process is restored: warnings, logging, signal handlers, matmul
+    precision, threads, random states and environment variables.
 
     Args:
         config: all settings, such as the result of `load_config`.
         model: class derived from `GPT`, or function that maps a config to a model; None means
             `GPT`.
-        callbacks: Lightning callbacks, called after those of Mini GPT.
-        stories: training stories that replace those of `config.data`.
-        valid_stories: validation stories; None takes the last part of `stories`, of
-            the fraction `config.data.holdout`.
+        callbacks: Lightning callbacks, called after Mini GPT's own callbacks.
+        stories: training stories, which replace the stories of `config.data`.
+        valid_stories: validation stories; None holds out the fraction `config.data.holdout` at the
+            end of `stories`.
 
     Returns:
         The run, with its best checkpoint selected.
@@ -86,7 +86,7 @@ def train(
             data = spool_stories(config.data, stories, valid_stories)
             config = dataclasses.replace(config, data=data)
         elif valid_stories is not None:
-            raise UserError("needs the argument stories as well", "valid_stories")
+            raise UserError("must be given together with stories", "valid_stories")
         return Run.load(_train(config, model, callbacks), model)
 
 
@@ -136,7 +136,7 @@ def _train(config: TrainConfig, model: ModelFactory | None, callbacks: Sequence[
 
 
 def _with_model(config: TrainConfig, model: ModelFactory | None) -> TrainConfig:
-    """Convert `config.model` to the config class that `model` expects."""
+    """Return `config` with `config.model` converted to the config class of `model`."""
     if model is None and config.model_class is not None:
         raise ModelClassError("the config is for a model class other than GPT", config.model_class)
     shape = config_class(model or GPT)
@@ -150,7 +150,7 @@ def _hardware(c: TrainerConfig) -> Hardware:
     """Return the device, the number of processes and the precision of the run.
 
     Raises:
-        UserError: the hardware is not available, or this process may not start others.
+        UserError: the hardware is not available, or this process may not start other processes.
     """
     try:
         hardware = Hardware.detect(c.accelerator, c.devices, c.num_nodes, c.precision)
@@ -160,30 +160,30 @@ def _hardware(c: TrainerConfig) -> Hardware:
         message = "needs several devices, and a Mac has one GPU; CPU processes can train instead"
         raise UserError(message, "trainer.strategy", c.strategy, {"trainer.accelerator": "cpu"})
     if hardware.world_size > 1 and not may_start_processes():
-        message = "needs one process per device: use the command line, torchrun or srun"
+        message = "only the command line, torchrun or srun can train on several devices"
         raise UserError(message, "trainer.devices", hardware.devices, {"trainer.devices": "1"})
     return hardware
 
 
 def _speed_up(module: GPTModule, kernels: Kernels, c: TrainerConfig) -> None:
-    """Select the computation of the loss: `kernels`, compiled or in micro-batches if possible."""
+    """Make `module` compute the loss with `kernels`, compiled or in micro-batches if possible."""
     model = module.net.use(kernels)
     if kernels.name == "cpu" and not is_tuned():
         log.info("memory     minigpt.tune_process() makes training on this CPU faster")
-    if c.compile:  # not the whole model, which would rename its weights
+    if c.compile:  # only the loss: compiling the whole model would rename its weights
         module.fast_loss = torch.compile(model.loss)
     elif kernels.name == "cpu" and c.strategy != "fsdp":  # fsdp gathers weights for a single pass
         module.fast_loss = microbatched_loss(model)
 
 
 def _class_setting(config: TrainConfig) -> dict[str, str]:
-    """Return the setting that names the model's class, unless it is GPT."""
+    """Return the setting that names a custom model class; {} for GPT."""
     return {} if config.model_class is None else {"class_path": config.model_class}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Training:
-    """A run that is about to start: folder, settings and parts, all of them checked."""
+    """A run that is about to start: its folder, settings and parts, which are already checked."""
 
     folder: Path
     config: TrainConfig
@@ -194,14 +194,14 @@ class _Training:
     module: GPTModule
 
     def write_inputs(self) -> None:
-        """Write config.yaml and tokenizer.json, which evaluation needs besides a checkpoint."""
+        """Write config.yaml and tokenizer.json; evaluation needs both files and a checkpoint."""
         values = settings_of(dataclasses.replace(self.config, name=self.folder.name))
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         write_text(self.folder / CONFIG, text)
         self.data.tokenizer.save(self.folder / TOKENIZER)
 
     def describe(self, kernels: Kernels) -> None:
-        """Log the settings of the run, so that a wrong one is noticed at once."""
+        """Log the main settings of the run, so that the user can notice a wrong setting early."""
         config, data, schedule, hardware = self.config, self.data, self.schedule, self.hardware
         valid, parent = data.valid, self.start.parent
         epochs = schedule.n_steps * schedule.tokens_per_step / data.train.n_tokens
@@ -227,11 +227,11 @@ class _Training:
         size, limit = data.tokenizer.vocab_size, config.data.vocab_size
         if config.init_from is None and size < limit:
             sizes = f"{size:,} tokens, fewer than data.vocab_size={limit:,}"
-            rows = f"the model has {config.model.vocab_size:,}"
+            rows = f"the model's vocabulary has {config.model.vocab_size:,}"
             log.warning("the training stories yield a vocabulary of %s; %s", sizes, rows)
 
     def trainer(self, callbacks: Sequence[Callback]) -> L.Trainer:
-        """Return the Lightning Trainer with our callbacks and loggers."""
+        """Return the Lightning Trainer with Mini GPT's callbacks and loggers, then `callbacks`."""
         folder, config, hardware = self.folder, self.config, self.hardware
         module, c, keep = self.module, config.trainer, config.callbacks
         cache_dir, start_step = Path(config.data.cache_dir), self.start.step
@@ -257,7 +257,8 @@ class _Training:
             precision=hardware.precision,  # type: ignore[arg-type]
             max_steps=n_steps,
             accumulate_grad_batches=accumulate,
-            # In batches, since a run is one pass of the loader; after whole steps, since it saves.
+            # In batches, because a run is one pass of the loader. Validation saves a checkpoint, so
+            # it must come after a whole step.
             val_check_interval=accumulate * math.ceil(n_steps / c.n_validations),
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
@@ -297,7 +298,7 @@ class _Training:
             "non_embedding_parameters": model.n_parameters - model.n_embedding_parameters,
             "flops_per_token": model.flops_per_token(),
             "train_stories": self.data.train.n_stories,
-            "train_tokens": self.data.train.n_tokens,  # in the split; epochs = tokens / these
+            "train_tokens": self.data.train.n_tokens,  # in the training split
             "seed": self.config.seed,
             "device": hardware.accelerator,
             "devices": hardware.devices,  # on each node
@@ -312,7 +313,7 @@ def _fit(
     trainer: L.Trainer, module: GPTModule, data: DataModule, checkpoint: Path | None,
     config: TrainConfig,
 ) -> None:  # fmt: skip
-    """Train, then close the W&B run, if there is one, with the exit code of this run."""
+    """Train, then close the W&B run, if there is one, with exit code 0 or 1."""
     status, folder = 1, Path(trainer.default_root_dir)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -337,10 +338,10 @@ def _end_processes(trainer: L.Trainer, finished: bool) -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     for process in started:
-        if not finished:  # it may wait in a collective forever
+        if not finished:  # the process may wait in a collective operation forever
             process.kill()
         process.wait()
-    started.clear()  # Lightning watches these and would kill this process if one failed
+    started.clear()  # Lightning watches this list and would kill this process if one failed
     for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK"):
         os.environ.pop(name, None)
 
@@ -352,7 +353,8 @@ def _prepare_libraries(seed: int) -> None:
         torch.set_float32_matmul_precision("high")  # tf32
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # a gather of microseconds
+    # Workers are not needed, because loading a batch takes microseconds.
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
     # Lightning cannot know that our sampler starts at the step of the checkpoint.
     warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
     # Validation metrics are equal on every device, because torchmetrics has gathered them.

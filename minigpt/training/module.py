@@ -1,4 +1,4 @@
-"""The LightningModule: loss, metrics and optimization around a GPT."""
+"""The Lightning module: loss, metrics and optimizer of a GPT in training."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ class GPTModule(L.LightningModule):
     Args:
         config: shape of the model.
         optimizer: settings of the optimizer and its schedule.
-        n_steps: number of updates in the whole run, at which the schedule ends.
-        tokens_per_step: number of tokens in an update, over all devices and accumulated batches.
-        bytes_per_token: mean over the validation split, which converts nats per token to bits per
-            byte.
-        extra_hparams: plain values to store in each checkpoint, such as the tokenizer's
+        n_steps: number of updates in the whole run; the learning-rate schedule ends there.
+        tokens_per_step: number of training tokens in one update, over all devices and accumulated
+            batches.
+        bytes_per_token: mean number of bytes per token in the validation split, to convert nats
+            per token to bits per byte.
+        extra_hparams: additional plain values to store in each checkpoint, such as the tokenizer's
             fingerprint.
         factory: `GPT`, a class derived from it, or a function from `config` to a GPT.
     """
@@ -101,27 +102,27 @@ class GPTModule(L.LightningModule):
         return loss
 
     def has_row(self, step: int) -> bool:
-        """Return whether update `step`, counted from 1, is logged.
+        """Return whether update `step`, counted from 1, has a training row in metrics.csv.
 
-        Most updates are not, because a `log` call takes 0.5 ms.
+        Most updates have none, because a `log` call takes 0.5 ms.
         """
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return step % every == 0 or step >= self.n_steps
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Make Lightning validate after the last step, whatever the validation interval."""
+        """Stop after the last step; Lightning then validates, whatever the validation interval."""
         if self.global_step >= self.n_steps:
             self.trainer.should_stop = True
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add the batch to the mean loss, weighted by its number of scored tokens."""
+        """Add the loss of a batch to the mean, weighted by the number of scored tokens."""
         loss = self.loss(*batch)
         if n_scored := (batch[1] != IGNORE_INDEX).sum():
             self._check_finite("validation", loss.item())  # the metric would skip NaNs
             self.val_nats.update(loss, weight=n_scored)
 
     def on_validation_epoch_end(self) -> None:
-        """Log loss, perplexity and bits per byte of the whole split."""
+        """Log loss, perplexity and bits per byte of the whole validation split."""
         nats = float(self.val_nats.compute())
         self.val_nats.reset()
         metrics = {
@@ -148,13 +149,13 @@ class GPTModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        """Clip the norm of all gradients together, and log the norm before clipping."""
+        """Clip the total norm of the gradients, and log the norm before clipping."""
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.grad_clip or math.inf)
         if self.has_row(self.global_step + 1):
             self.log("grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def check_weights(self) -> None:
-        """Raise UserError if a weight is not finite, because the next loss would not be either."""
+        """Raise UserError if a weight is not finite; the next loss would not be finite either."""
         if not all(bool(weight.isfinite().all()) for weight in self.net.parameters()):
             self._diverged("weights became nan or infinite")
 
@@ -165,12 +166,12 @@ class GPTModule(L.LightningModule):
     def _diverged(self, event: str) -> NoReturn:
         raise UserError(
             f"the {event} at step {self.global_step} with a learning rate of {self._lr():.2e}: try "
-            "a longer optimizer.warmup_steps, or a third of the peak learning rate",
+            "more optimizer.warmup_steps, or a third of the peak learning rate",
             fix={f"optimizer.{name}": float(f"{lr / 3:.0e}") for name, lr in self.peak_lrs.items()},
         )
 
     def _seed_dropout(self, batch_idx: int) -> None:
-        """Seed dropout from seed, batch and rank, so that a resumed run drops the same elements."""
+        """Seed dropout from run seed, batch and rank, so that resuming does not change dropout."""
         entropy = [self._seed, batch_idx, self.global_rank]
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
 

@@ -17,22 +17,23 @@ from minigpt.training.config import OptimizerConfig
 def default_lr(d_model: int, name: str = "muon") -> float:
     """Return the default peak learning rate of AdamW.
 
-    With Muon, where AdamW trains only the embedding, biases and norms, it is 8e-3 at width 128 and
-    proportional to 1 / sqrt(d_model), as measured in docs/LOG.md. For AdamW on all weights it is
-    4e-3 at width 128 and proportional to 1 / d_model (Yang et al. 2022, arXiv:2203.03466).
+    For "muon", AdamW trains only the embedding, biases and norms. The default is then 8e-3 at width
+    128 and proportional to 1 / sqrt(d_model), as measured in docs/LOG.md. For "adamw", AdamW trains
+    all weights. The default is then 4e-3 at width 128 and proportional to 1 / d_model (Yang et al.
+    2022, arXiv:2203.03466).
 
     Args:
         d_model: width of the model.
-        name: muon or adamw, as in `OptimizerConfig`.
+        name: "muon" or "adamw", as in `OptimizerConfig`.
     """
     return 8e-3 * (128 / d_model) ** 0.5 if name == "muon" else 4e-3 * 128 / d_model
 
 
 def default_matrix_lr(d_model: int) -> float:
-    """Return the default peak learning rate of Muon, on the scale of AdamW: 8e-3 at width 128.
+    """Return the default peak learning rate of Muon: 8e-3 at width 128.
 
-    It is proportional to 1 / sqrt(d_model), because the elements of an update have the same size at
-    any width, so that its spectral norm grows as sqrt(d_model).
+    The elements of an update have the same size at any width, so the spectral norm of the update
+    grows as sqrt(d_model). The default is therefore proportional to 1 / sqrt(d_model).
 
     Args:
         d_model: width of the model.
@@ -41,7 +42,7 @@ def default_matrix_lr(d_model: int) -> float:
 
 
 def peak_lrs(config: OptimizerConfig, d_model: int) -> dict[str, float]:
-    """Return the peak learning rates, typed or default, by the name of their setting.
+    """Return the peak learning rates by setting name, with defaults for those that are None.
 
     Args:
         config: settings of the optimizer.
@@ -58,15 +59,16 @@ def lr_factor(
 ) -> float:
     """Return the learning rate of update `step` as a fraction of its peak.
 
-    It rises linearly to 1 at update `warmup_steps - 1`, then falls along half a cosine or a line,
-    which would reach `final_lr` at update `n_steps`; the last update therefore is not zero.
+    The fraction rises linearly to 1 at update `warmup_steps - 1`. It then falls along half a cosine
+    or a straight line. It would reach `final_lr` at update `n_steps`, but the last update is number
+    `n_steps - 1`, so no update has a learning rate of zero.
 
     Args:
         step: number of the update, from 0.
         n_steps: number of updates in the run.
         warmup_steps: number of updates in the warm-up.
-        final_lr: fraction at the end of the decay, from 0 to 1.
-        schedule: cosine or linear.
+        final_lr: fraction of the peak at the end of the decay, from 0 to 1.
+        schedule: "cosine" or "linear".
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -83,12 +85,14 @@ def make_optimizer(
     fused: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> Optimizer:
-    """Return the optimizer for the weights of `model`; only matrices have weight decay.
+    """Return the optimizer for the weights of `model`.
+
+    Weight decay applies to matrices, including embeddings, but not to biases and norms.
 
     Args:
-        model: the model; with Muon, AdamW trains matrices with "embedding" in their name.
+        model: the model. With Muon, AdamW trains the matrices whose name contains "embedding".
         config: name and settings of the optimizer.
-        d_model: width of the model, which the default learning rates depend on.
+        d_model: width of the model, for the default learning rates.
         fused: whether AdamW runs as one kernel.
         dtype: dtype of Muon's matrix products, for which bfloat16 is precise enough.
     """
@@ -109,11 +113,11 @@ def make_optimizer(
 class Muon(Optimizer):
     """Optimizer for matrices: SGD with Nesterov momentum and orthogonalised updates.
 
-    The method is that of Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/). Each
-    update is scaled by 0.2 · sqrt(max(rows, columns)), which gives it the size of an AdamW update
-    at the same learning rate (Liu et al. 2025, arXiv:2502.16982, section 2.2). Unlike
-    torch.optim.Muon it orthogonalises all matrices of one shape in a batch, which is faster for
-    small ones, and does so in float32 where bfloat16 is not faster.
+    The method is by Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/). Each update is
+    scaled by 0.2 · sqrt(max(rows, columns)). It then has the size of an AdamW update at the same
+    learning rate (Liu et al. 2025, arXiv:2502.16982, section 2.2). Unlike torch.optim.Muon, this
+    class orthogonalises all matrices of one shape as a batch, which is faster for small matrices.
+    It can also compute in float32, for devices on which bfloat16 is not faster.
 
     Args:
         matrices: parameters with two dimensions.
@@ -163,8 +167,8 @@ def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
     """Return approximately U Vᵀ for each matrix with the singular value decomposition U S Vᵀ.
 
     This is the Newton-Schulz iteration X ← a X + (b A + c A²) X with A = X Xᵀ and the coefficients
-    of Jordan et al. 2024. Five steps bring all singular values to between 0.7 and 1.2, not exactly
-    to 1.
+    of Jordan et al. 2024. After five steps, all singular values except very small ones are between
+    about 0.7 and 1.2, not exactly 1.
 
     Args:
         matrices: tensor (k, m, n) of k matrices.
@@ -184,13 +188,13 @@ def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class CombinedOptimizer(Optimizer):
-    """Combination of several optimizers with disjoint parameters, since Lightning expects one.
+    """Several optimizers as one, because Lightning expects a single optimizer.
 
-    The parts share its groups and state, so that schedules, checkpoints and moves between devices
-    see a single optimizer.
+    The parts share the parameter groups and the state of this object. Schedules, checkpoints and
+    moves between devices therefore handle a single optimizer.
 
     Args:
-        parts: the optimizers.
+        parts: the optimizers, with disjoint parameters.
     """
 
     def __init__(self, *parts: Optimizer) -> None:
@@ -205,13 +209,13 @@ class CombinedOptimizer(Optimizer):
             part.state = self.state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Share the groups and the state again, which loading a state dict has replaced."""
+        """Share the groups and the state again, because loading a state dict replaces them."""
         super().__setstate__(state)
         self._share()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        """Take a step with each optimizer; return the value of `closure`, which is called once."""
+        """Call `closure` once, take a step with each optimizer, and return the closure's value."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
         for part in self.parts:

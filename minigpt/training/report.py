@@ -1,10 +1,10 @@
-"""report.html: the results of one run on a page that needs neither network nor server.
+"""report.html: the results of one run on an HTML page that needs neither network nor server.
 
     >>> write_report(Path("runs/small-20260101-120000"))
     PosixPath('runs/small-20260101-120000/report.html')
 
-The charts are SVG elements inside the page. Their text has the colour of the page's text, and their
-curves have a contrast of at least 3 on both backgrounds, light and dark.
+The charts are SVG elements inside the page. Chart text has the text colour of the page. Curves have
+a contrast of at least 3 on a light and on a dark background.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CURVES = (  # column of metrics.csv, title, axis label, colour
     ("tokens_per_second", "Throughput", "tokens per second", OTHER),
     ("lr", "Learning rate", "learning rate", OTHER),
 )
-OPEN_STAGES = 5  # number of steps whose stories are unfolded, evenly spaced
+OPEN_STAGES = 5  # number of evenly spaced steps; the page shows their stories unfolded
 
 
 def write_report(run_dir: Path) -> Path:
@@ -48,7 +48,7 @@ def write_report(run_dir: Path) -> Path:
         The path of the page, which is replaced atomically.
 
     Raises:
-        UserError: one of the run's own files cannot be read; the message names it.
+        UserError: a file of the run cannot be read; the message names the file.
     """
     rows, summary = read_metrics(run_dir), read_summary(run_dir)
     config = run_dir / CONFIG
@@ -74,7 +74,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def _headline(rows: list[Row], summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return (name, value, note) of each measured number at the top of the page."""
+    """Return (name, value, note) for each measured number at the top of the page."""
     numbers = last_values(rows) | {k: v for k, v in summary.items() if v is not None}
     nats, non_embedding = "{:.3f} nats per token", "{} non-embedding"
     tiles = [  # key, label and format of the number; key and format of the note
@@ -94,7 +94,7 @@ def _headline(rows: list[Row], summary: dict[str, Any]) -> list[tuple[str, str, 
 
 
 def _details(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return (key, value as text) of every entry of summary.json."""
+    """Return (key, value as text) for every entry of summary.json."""
 
     def text(value: Any) -> str:
         if value is None:
@@ -109,7 +109,7 @@ def _details(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _commands(run_dir: Path) -> list[tuple[str, str]]:
-    """Return (purpose, command) of the next steps, for the folder where the run was started."""
+    """Return (purpose, command) for each next step, to be typed in the working directory."""
     run = run_dir.resolve()
     run = (run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run).as_posix()
     settings = shlex.quote(f"ckpt={run}")
@@ -124,7 +124,7 @@ def _commands(run_dir: Path) -> list[tuple[str, str]]:
 
 
 def _stages(samples: list[dict[str, Any]], rows: list[Row]) -> list[dict[str, Any]]:
-    """Return the samples grouped by step, with the validation perplexity at that step."""
+    """Return the sample stories grouped by step, with the validation perplexity at each step."""
     perplexity = {row["step"]: f"{row[PERPLEXITY]:.2f}" for row in rows if PERPLEXITY in row}
     groups = [(step, list(group)) for step, group in groupby(samples, key=lambda s: s["step"])]
     spread = {round(i * (len(groups) - 1) / (OPEN_STAGES - 1)) for i in range(OPEN_STAGES)}

@@ -1,4 +1,4 @@
-"""Start of a run: from random weights, another run's weights, or its last good checkpoint."""
+"""Start of a run: random weights, weights of another run, or a checkpoint of the same run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from minigpt.tokenizer import Tokenizer
 from minigpt.training.config import Schedule, TrainConfig, settings_of
 from minigpt.training.module import GPTModule
 
-AUTO = "auto"  # resume=auto: the run called config.name, if there is one
+AUTO = "auto"  # resume=auto continues the run called config.name, if there is one
 _SECTIONS = ("model", "data", "optimizer", "trainer", "budget", "seed")  # in every config.yaml
 # Settings that may change between the parts of a run, such as its location.
 _MAY_CHANGE = ("name", "runs_dir", "resume", "data.cache_dir", "model_class", "overrides")
@@ -30,14 +30,14 @@ _MAY_CHANGE = ("name", "runs_dir", "resume", "data.cache_dir", "model_class", "o
 
 @dataclasses.dataclass(frozen=True)
 class ResumeState:
-    """The config of a run and the state it starts from.
+    """The config of a run and the state from which the run starts.
 
-    A run without a checkpoint starts at step 0, with random weights or, with `init_from`, with the
-    weights and the tokenizer of another run.
+    A run without a checkpoint starts at step 0. With `init_from`, it starts with the weights and
+    the tokenizer of another run; otherwise it starts with random weights.
     """
 
     config: TrainConfig
-    """All settings; for a resumed run, the settings that it recorded."""
+    """All settings; for a resumed run, the settings in its config.yaml."""
     checkpoint: Path | None = None
     """Checkpoint to resume from; None for a new run."""
     step: int = 0
@@ -47,19 +47,19 @@ class ResumeState:
     parent_model: GPT | None = None
     """Model of the parent run; None for random weights and for a resumed run."""
     tokenizer: Tokenizer | None = None
-    """Tokenizer of another run; None if one is trained on the stories."""
+    """Tokenizer to use; None means that a tokenizer is trained on the stories."""
     parent: Parent | None = None
-    """Provenance record of the parent run, if there is one."""
+    """Provenance record of the parent run; None for a run without a parent."""
 
     @classmethod
     def from_config(
         cls, config: TrainConfig, folder: Path | None, model: ModelFactory | None = None
     ) -> ResumeState:
-        """Return the state that a run starts from.
+        """Return the state from which a run starts.
 
         Args:
-            config: all settings, as they were typed.
-            folder: the run to resume, whose own settings then apply; None for a new run.
+            config: all settings as typed by the user.
+            folder: folder of the run to resume, which keeps its own settings; None for a new run.
             model: class of the model, or function that creates it; None means `GPT`.
 
         Raises:
@@ -72,7 +72,7 @@ class ResumeState:
                 return cls(config, tokenizer=tokenizer)
             run = Run.load(config.init_from, model)
             if tokenizer and tokenizer.fingerprint != run.tokenizer.fingerprint:
-                message = f"is not the tokenizer of init_from={config.init_from}; leave it out"
+                message = f"leave it out: init_from={config.init_from} has another tokenizer"
                 raise UserError(message, "data.tokenizer", config.data.tokenizer)
             parent_model = run.load_model()
             _check_shape(config, parent_model.config, run)
@@ -92,18 +92,18 @@ class ResumeState:
         data = with_cache_here(before.data, config.data.cache_dir)
         content = read_checkpoint(checkpoint)
         stored, step = content["hyper_parameters"], content["global_step"]
-        parent = parent_of(stored, checkpoint)  # from the record, since that run may be deleted
+        parent = parent_of(stored, checkpoint)  # not from the parent run, which may be deleted
         tokenizer = run.tokenizer if parent or before.data.tokenizer else None
-        if parent is not None:  # an earlier version recorded more about it
+        if parent is not None:  # an earlier version recorded more about the parent
             stored = {**stored, "init_from": dataclasses.asdict(parent)}
         config = dataclasses.replace(before, data=data)
         return cls(config, checkpoint, step, stored, tokenizer=tokenizer, parent=parent)
 
     def prepared_data(self, schedule: Schedule) -> DataModule:
-        """Return the data of the run, prepared by one process before any other is started.
+        """Return the data of the run. One process prepares the data; any others wait for it.
 
         Args:
-            schedule: number of updates, and of tokens in each.
+            schedule: number of updates, and number of tokens in each update.
 
         Raises:
             UserError: model.vocab_size is less than the size of the tokenizer.
@@ -112,17 +112,17 @@ class ResumeState:
         n_batches, start_batch = schedule.n_steps * accumulate, self.step * accumulate
         length, vocab_size = config.model.context_length, config.model.vocab_size
         data = DataModule(config.data, length, n_batches, config.seed, start_batch, self.tokenizer)
-        data.setup("fit")  # prepares them too; `prepare_data` would read them once more
+        data.setup("fit")  # also prepares the data; `prepare_data` would read it again
         if (size := data.tokenizer.vocab_size) > vocab_size:
-            message = f"is less than the tokenizer's {size}: leave it out to follow data.vocab_size"
+            message = f"is less than the {size} tokens of the tokenizer: leave this setting out"
             raise UserError(message, "model.vocab_size", vocab_size)
         return data
 
     def with_vocabulary(self, tokenizer: Tokenizer) -> ResumeState:
-        """Return the state with the model's vocabulary reduced to that of `tokenizer`.
+        """Return the state with the model's vocabulary reduced to the size of `tokenizer`.
 
-        This changes only a new model, and only if its `vocab_size` is data.vocab_size, which is
-        the maximum.
+        Only a new model is changed, and only if its `vocab_size` equals data.vocab_size, the
+        maximum size of the tokenizer.
         """
         model, size = self.config.model, tokenizer.vocab_size
         is_new = self.checkpoint is None and self.parent_model is None
@@ -132,10 +132,10 @@ class ResumeState:
         return dataclasses.replace(self, config=dataclasses.replace(self.config, model=model))
 
     def module(self, schedule: Schedule, data: DataModule, model: ModelFactory | None) -> GPTModule:
-        """Return the Lightning module, with the weights that the run starts with.
+        """Return the Lightning module; with `init_from`, it has the weights of the parent run.
 
         Args:
-            schedule: number of updates, and of tokens in each.
+            schedule: number of updates, and number of tokens in each update.
             data: the prepared data.
             model: class of the model, or function that creates it; None means `GPT`.
 
@@ -168,7 +168,7 @@ class ResumeState:
                 changed.append(key)
         if changed:
             message = f"{self.checkpoint} cannot be resumed: {', '.join(changed)} changed"
-            raise UserError(f"{message}; restore stories and number of devices, or start a new run")
+            raise UserError(f"{message}; restore the stories and devices, or start a new run")
 
     def clear(self, folder: Path) -> None:
         """Remove the temporary files of a killed process, and rename damaged checkpoints."""
@@ -178,20 +178,20 @@ class ResumeState:
         for path in last_checkpoints(folder):
             if path == self.checkpoint:
                 break
-            if not is_whole(path):  # it must not push a good one out of the rotation
+            if not is_whole(path):  # it must not push an undamaged one out of the rotation
                 log.warning("%s is damaged: continuing from %s", path, self.checkpoint)
                 path.replace(path.with_name(f"{path.name}.damaged"))
 
 
 def folder_to_resume(config: TrainConfig) -> Path | None:
-    """Return the run folder that `config.resume` names; None if a new run starts.
+    """Return the folder of the run to resume; None if a new run starts.
 
     Args:
-        config: all settings.
+        config: all settings, with `resume`.
 
     Raises:
-        UserError: there is no such run, resume=auto has no run name, or a link in the folder
-            leads out of it.
+        UserError: there is no such run, `name` is missing for resume=auto, or a link in the run
+            folder points outside the folder.
     """
     if config.resume is None:
         return None
@@ -212,7 +212,7 @@ def _with_tokenizer(config: TrainConfig) -> tuple[TrainConfig, Tokenizer | None]
     """Return `config` with the vocabulary size of data.tokenizer, and the loaded tokenizer.
 
     Raises:
-        UserError: the tokenizer is missing or damaged, or data.vocab_size is another size.
+        UserError: the tokenizer is missing or damaged, or data.vocab_size differs from its size.
     """
     data, name = config.data, "data.tokenizer"
     if data.tokenizer is None:
@@ -231,7 +231,7 @@ def _with_tokenizer(config: TrainConfig) -> tuple[TrainConfig, Tokenizer | None]
     size = tokenizer.vocab_size
     typed = any(word.startswith("data.vocab_size=") for word in config.overrides)
     if data.vocab_size not in (size, None if typed else DataConfig.vocab_size):
-        message = f"{name}={data.tokenizer} has {size} tokens: leave it out"
+        message = f"leave it out: {name}={data.tokenizer} has {size} tokens"
         raise UserError(message, "data.vocab_size", data.vocab_size)
     model = config.model
     if model.vocab_size == data.vocab_size:
@@ -241,9 +241,9 @@ def _with_tokenizer(config: TrainConfig) -> tuple[TrainConfig, Tokenizer | None]
 
 
 def _check_shape(config: TrainConfig, trained: GPTConfig, run: Run) -> None:
-    """Raise UserError if the weights of `run`, of shape `trained`, do not fit the model.
+    """Raise UserError if the model's shape differs from `trained`, the shape of the parent `run`.
 
-    The context length may differ, because positions are computed, not learned.
+    The context length and dropout may differ: positions are computed, not learned.
     """
     fix = {
         f"model.{name}": value
@@ -254,7 +254,7 @@ def _check_shape(config: TrainConfig, trained: GPTConfig, run: Run) -> None:
     if fix and size not in (None, "gpt", config.size):
         fix = {"model": size}
     if fix:
-        raise UserError("its model has another shape", "init_from", config.init_from, fix)
+        raise UserError("this run's model has another shape", "init_from", config.init_from, fix)
 
 
 def _parent(run: Run, model: GPT) -> Parent:
@@ -281,16 +281,16 @@ def _parent(run: Run, model: GPT) -> Parent:
 
 
 def run_lock(folder: Path) -> AcquireReturnProxy:
-    """Lock a run, so that no second process trains it at the same time.
+    """Lock a run, so that only one process trains the run at a time.
 
     Args:
         folder: the run folder.
 
     Returns:
-        The lock, which is a context manager that releases it.
+        The lock, as a context manager that releases the lock at its end.
 
     Raises:
-        UserError: another process trains it. A process that is killed releases its lock.
+        UserError: another process trains the run. The lock of a killed process is released.
     """
     try:
         return FileLock(folder / ".lock").acquire(timeout=0)
@@ -309,5 +309,5 @@ def _check_settings(config: TrainConfig, before: TrainConfig, folder: Path) -> N
         ignored.add("model.vocab_size")  # it follows the tokenizer
     for name, value in flat(settings_of(config)).items():
         if name not in ignored and earlier[name] != value:
-            message = f"{folder} was trained with another value; restore it or choose another name"
+            message = f"the run in {folder} used another value; use that value or another name"
             raise UserError(message, name, value, {name: earlier[name]})
