@@ -321,7 +321,7 @@ def cut_texts(
     position, the piece ends after them, which may change the ids there.
 
     Args:
-        texts: pairs of a part of a text and whether it is the last part of that text. The
+        texts: pairs (part, is_last): a part of a text, and whether the text ends with it. The
             boundaries between parts do not affect the result.
         longest_run: maximum length in characters of a run without a cut position.
 

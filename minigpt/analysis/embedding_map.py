@@ -67,7 +67,7 @@ def embedding_map(
     words = {name: probe.single(members) for name, members in clusters.items()}
     singles = [word for members in words.values() for word in members]
     if len(singles) < 3:
-        problem = f"only {len(singles)} words of the map are single tokens, at least 3 are needed"
+        problem = f"the map needs at least 3 words that are single tokens, but has {len(singles)}"
         raise FewWordsError(f"{problem}; train with a larger data.vocab_size or on more stories")
     unit = probe.vectors(singles)  # (n, d)
     u, s, _ = torch.linalg.svd(unit - unit.mean(dim=0), full_matrices=False)

@@ -207,7 +207,7 @@ def coherence_markdown(
 
 Each run wrote {config.n} stories at each temperature, with seed {config.seed} and without top-k
 or top-p. A story continues the first sentence of a validation story that names its protagonist,
-until it ends or fills the context of {context} tokens. The first row is the human baseline: the
+until it ends or fills the context of {context} tokens. The first row is the baseline: the
 rest of those validation stories, cut at the same length.
 
 {md_table(HEADS, map(_cells, rows))}
@@ -270,9 +270,9 @@ def coherence_figure(rows: Sequence[Row]) -> Figure:
             own = [(row.temperature, value(row)) for row in rows if row.run == name]
             points = np.array(own, float).T  # None becomes NaN, which is not drawn
             axes.plot(*points, f"{marker}-", color=colour, markersize=4, label=name)
-        (human,) = [value(row) for row in rows if row.run == ORIGINALS]
-        if human is not None:
-            axes.axhline(human, color=plots.REFERENCE_COLOUR, linestyle="--", label=ORIGINALS)
+        (original,) = [value(row) for row in rows if row.run == ORIGINALS]
+        if original is not None:
+            axes.axhline(original, color=plots.REFERENCE_COLOUR, linestyle="--", label=ORIGINALS)
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("temperature")
         axes.set_xticks(temperatures, [f"{temperature:g}" for temperature in temperatures])
@@ -281,7 +281,7 @@ def coherence_figure(rows: Sequence[Row]) -> Figure:
             plots.log_ticks(axes.yaxis, (1, 2, 5), "{:g}".format)
         else:
             axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
-    title = "Generated stories by temperature, compared with the human originals (dashed)"
+    title = "Generated stories by temperature, compared with the original stories (dashed)"
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=plots.INK)
     legend = figure.axes[0].get_legend_handles_labels()
     figure.legend(*legend, loc="outside lower center", ncols=4, frameon=False, labelcolor=plots.INK)

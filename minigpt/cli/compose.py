@@ -111,7 +111,8 @@ def plain_values(config: Any) -> Any:
 def composed_words(name: str, typed: Sequence[str], folder: Path | None = None) -> list[str]:
     """Return the typed settings for Hydra, without the class path.
 
-    If MINIGPT_LOCAL is set and a folder local/ exists, local= is added for train.
+    For train, `local=<value of MINIGPT_LOCAL>` is added if that variable is set and a folder
+    local/ exists.
 
     Args:
         name: name of the root config.
@@ -251,7 +252,9 @@ def import_class(path: str, argument: str) -> Any:
     try:
         model = getattr(importlib.import_module(module), name)
     except Exception as error:  # a module may raise anything while it is imported
-        raise UserError(f"cannot be imported ({error!r}): check the path", argument, path) from None
+        raise UserError(
+            f"cannot be imported ({error!r}): check the path and the code", argument, path
+        ) from None
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(here)

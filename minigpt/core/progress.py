@@ -27,7 +27,7 @@ class Progress(progress.Progress):
     minute.
 
     Args:
-        columns: columns of the bar. Log lines have no `BarColumn`, and the time left in words.
+        columns: columns of the bar. Log lines omit `BarColumn` and show the time left in words.
         show: whether to show progress; only the process of rank 0 shows it.
         options: keyword arguments of `rich.progress.Progress`.
     """

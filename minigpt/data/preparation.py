@@ -170,7 +170,7 @@ def _encode(
     """Write the ids of `pieces` to `path`; return the counts and the checksum for meta.json.
 
     Args:
-        pieces: pairs of a piece of a story and whether it is the last piece of that story.
+        pieces: pairs (piece, is_last): a piece of a story, and whether the story ends with it.
         tokenizer: tokenizer for the pieces.
         path: file to write.
         show: function to call with the number of UTF-8 bytes of each encoded block.

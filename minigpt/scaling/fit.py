@@ -129,8 +129,8 @@ def fit_sizes(sizes: Sequence[Size], replicates: int = REPLICATES, seed: int = 0
         ValueError: there are fewer than four different sizes.
     """
     sizes = tuple(sorted(sizes, key=lambda size: size.n))
-    if len({size.n for size in sizes}) < MIN_SIZES:
-        raise ValueError(f"{len(sizes)} sizes are too few: the fit needs {MIN_SIZES} distinct ones")
+    if (distinct := len({size.n for size in sizes})) < MIN_SIZES:
+        raise ValueError(f"{distinct} distinct sizes are too few: the fit needs {MIN_SIZES}")
     n, means = np.array([s.n for s in sizes], float), np.array([s.mean for s in sizes])
     e, a, alpha = _fit(n, means)
     law = e + a * n**-alpha

@@ -155,7 +155,10 @@ class Muon(Optimizer):
                     matrix.add_(update, alpha=-group["lr"] * size)
 
     def _momentum(self, matrix: Tensor, momentum: float) -> Tensor:
-        """Return the Nesterov momentum: the running mean of the gradients, one step ahead."""
+        """Update the running mean of the gradients, and return the Nesterov momentum.
+
+        The Nesterov momentum is the running mean, averaged once more with the current gradient.
+        """
         assert matrix.grad is not None
         if not (state := self.state[matrix]):
             state["momentum"] = torch.zeros_like(matrix)
