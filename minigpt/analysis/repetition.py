@@ -13,7 +13,7 @@ NOVELTY_STORIES = 40_000  # maximum number of training stories to search for cop
 
 @dataclass(frozen=True)
 class Repetition:
-    """Measures of word n-grams in a group of texts; a fraction without n-grams is None.
+    """Measures of word n-grams in a group of texts; a fraction is None without n-grams.
 
     The fraction of distinct n-grams is the measure distinct-n of Li et al. 2016, arXiv:1510.03055.
     """

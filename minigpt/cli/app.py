@@ -61,7 +61,7 @@ def generate(
 ) -> None:
     """Generate stories.
 
-    A single story is printed token by token. Several stories are sampled as one batch and printed
+    A single story is printed token by token. Several stories are sampled in batches and printed
     with <|endoftext|> between them. data=text can read this format.
     """
     import torch

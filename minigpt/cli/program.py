@@ -77,8 +77,8 @@ def hydra_value(value: Any) -> str:
 def quote_paths(word: str) -> str:
     """Return a typed setting with quotes around paths that Hydra could not parse otherwise.
 
-    Such paths contain spaces, brackets or non-ASCII letters. In a setting with such a path, a
-    leading ~ is also expanded, because Hydra writes the records of a multirun below runs_dir.
+    Such a path contains a character other than ASCII letters, digits and `_./:*?@%+=|-`. A leading
+    ~ is expanded too, because Hydra itself creates runs_dir for a multirun and does not expand it.
     """
     key, _, value = word.partition("=")
     if key.lstrip("+") not in PATH_SETTINGS or re.search(r"[\"']|\$\{", value):

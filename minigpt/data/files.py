@@ -268,7 +268,9 @@ def _table_rows(path: Path, chunks: Iterable[str], kind: str, field: str | None)
             yield rows.line_num, row[column]
     except csv.Error as error:
         problem = f"{path}:{rows.line_num}: {error}"
-        remedy = f"put fields that contain {delimiter!r}, quotes or line breaks in quotes"
+        remedy = (
+            f"put double quotes around fields that contain {delimiter!r}, a quote or a line break"
+        )
         raise UserError(f"{problem}; {remedy}") from None
 
 

@@ -408,7 +408,8 @@ def _expand(patterns: Sequence[str], field: str) -> dict[tuple[int, int], Path]:
     argument, paths = f"data.{field}", {}
     for pattern in patterns:
         if "\0" in pattern or len(pattern) > _LONGEST_PATH:
-            raise UserError(f"{pattern[:50]!r} ... is not a valid path", argument)
+            limits = f"a path has no NUL and at most {_LONGEST_PATH} characters"
+            raise UserError(f"{pattern[:50]!r} is not a path: {limits}", argument)
         path = user_path(pattern, argument)
         if path.is_dir():
             files = {argument: [f"{path}/*.txt"]}

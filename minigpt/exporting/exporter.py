@@ -134,7 +134,7 @@ def _average(model: GPT, run: Run, parent: Parent | None) -> None:
 
 
 def _portable_config(settings: Record, path: Path) -> dict[str, Any]:
-    """Return the settings without those that depend on the machine.
+    """Return the settings without init_from and without those that depend on the machine.
 
     Args:
         settings: content of config.yaml.
@@ -156,11 +156,12 @@ def _portable_config(settings: Record, path: Path) -> dict[str, Any]:
 
 
 def _portable_data(data: Record) -> dict[str, Any]:
-    """Return the data settings without the paths of the user's files and of the cache."""
+    """Return the data settings without paths: of a local dataset or tokenizer only the name."""
     paths = ("train_files", "valid_files", "cache_dir")
     values = {key: value for key, value in data.items() if key not in paths}
-    if Path(values.get("dataset") or "").is_absolute():
-        values["dataset"] = Path(values["dataset"]).name
+    for key in ("dataset", "tokenizer"):
+        if Path(values.get(key) or "").is_absolute():
+            values[key] = Path(values[key]).name
     return values
 
 

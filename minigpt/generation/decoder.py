@@ -34,7 +34,7 @@ class Batch(Protocol):
     """Sequences that are decoded together by one backend."""
 
     def fill(self, indices: list[int], sequences: list[Tensor]) -> None:
-        """Replace the sequences at `indices` with `sequences`, each ids (T,)."""
+        """Replace the sequences at `indices` with `sequences`, each a tensor of ids (T,)."""
         ...
 
     def step(self, ids: Tensor, positions: Tensor, end: int) -> Tensor:

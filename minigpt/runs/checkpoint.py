@@ -112,7 +112,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # torch.load raises many types of errors for damaged files
         code = re.search("unsupported (global|class)", str(error), re.IGNORECASE)
-        fault = "contains code, which is never run" if code else "is damaged or not a checkpoint"
+        fault = "contains code, which is refused" if code else "is damaged or not a checkpoint"
         raise UserError(f"{path} {fault}: give a run folder or another .ckpt file") from None
     parts = ("state_dict", "hyper_parameters")
     if not isinstance(content, dict) or not all(isinstance(content.get(p), dict) for p in parts):

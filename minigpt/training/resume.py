@@ -72,7 +72,8 @@ class ResumeState:
                 return cls(config, tokenizer=tokenizer)
             run = Run.load(config.init_from, model)
             if tokenizer and tokenizer.fingerprint != run.tokenizer.fingerprint:
-                message = f"leave it out: init_from={config.init_from} has another tokenizer"
+                other = f"the tokenizer of init_from={config.init_from}"
+                message = f"differs from {other}: leave this out"
                 raise UserError(message, "data.tokenizer", config.data.tokenizer)
             parent_model = run.load_model()
             _check_shape(config, parent_model.config, run)
@@ -231,7 +232,7 @@ def _with_tokenizer(config: TrainConfig) -> tuple[TrainConfig, Tokenizer | None]
     size = tokenizer.vocab_size
     typed = any(word.startswith("data.vocab_size=") for word in config.overrides)
     if data.vocab_size not in (size, None if typed else DataConfig.vocab_size):
-        message = f"leave it out: {name}={data.tokenizer} has {size} tokens"
+        message = f"{name}={data.tokenizer} has {size} tokens: leave this setting out"
         raise UserError(message, "data.vocab_size", data.vocab_size)
     model = config.model
     if model.vocab_size == data.vocab_size:

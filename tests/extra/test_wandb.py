@@ -55,6 +55,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sweep]:
         "data": "text",
         "data.train_files": write_stories(folder / "train.txt", 400, seed=1).as_posix(),
         "data.valid_files": write_stories(folder / "valid.txt", 40, seed=2).as_posix(),
+        "data.tokenizer": (ROOT / "releases/small").as_posix(),  # its 3,000 tokens
         "data.cache_dir": (folder / "cache").as_posix(),
         "data.batch_size": 1,
         "runs_dir": (folder / "runs").as_posix(),
