@@ -85,14 +85,16 @@ def test_export_of_own_texts_is_evaluated_on_other_texts(run, trained, tmp_path,
     assert (after.perplexity, after.weights) == (before.perplexity, before.weights)
 
 
-def test_tinystories_source_stays_in_the_config(run, tmp_path):
+def test_source_and_names_of_dataset_and_tokenizer_stay_in_the_config(run, tmp_path):
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["data"] |= {"source": "tinystories_sample", "train_files": [], "valid_files": []}
+    config["data"] |= {key: str(tmp_path / "a folder" / key) for key in ("dataset", "tokenizer")}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     out = exported(run, tmp_path / "out", format="safetensors")
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert config["data"]["source"] == "tinystories_sample"
     assert "cache_dir" not in config["data"]
+    assert [config["data"][key] for key in ("dataset", "tokenizer")] == ["dataset", "tokenizer"]
     assert {"model", "optimizer", "trainer", "budget", "seed", "size"} <= config.keys()
 
 
