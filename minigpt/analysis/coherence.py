@@ -91,7 +91,7 @@ def story_openings(
                 openings.append(Opening(match[0], match[1], ids, story[match.end() :]))
             if len(openings) == n:
                 return openings
-    problem = f"only {len(openings)} stories name their protagonist in the first {context // 2}"
+    problem = f"only {len(openings)} first sentences name a protagonist in at most {context // 2}"
     raise UserError(f"{problem} tokens (half the context); choose n <= {len(openings)}", "n", n)
 
 
@@ -121,7 +121,7 @@ def original_continuations(
 def write_continuations(
     net: GPT, tokenizer: Tokenizer, openings: Sequence[Opening], temperature: float, seed: int
 ) -> list[Continuation]:
-    """Sample a continuation for each opening, in order.
+    """Sample a continuation for each opening.
 
     Openings with the same number of tokens are continued in batches of at most BATCH.
 
@@ -133,7 +133,7 @@ def write_continuations(
         seed: seed of the first batch; each further batch uses the next integer.
 
     Returns:
-        A continuation for each opening.
+        A continuation for each opening, in the order of `openings`.
     """
     continuations: dict[int, Continuation] = {}
     for batch_seed, batch in enumerate(_batches(openings), start=seed):

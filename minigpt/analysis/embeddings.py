@@ -70,9 +70,9 @@ class EmbeddingProbe:
     """Cosine similarities between token embeddings.
 
     A word is looked up as a token with a leading space (" dad"), because words inside a story have
-    one. If a word with capitals has no such token, the token without a space is used ("Once"). This
-    is not done for lower-case words, because a lower-case token without a space is a piece of a
-    longer word, such as "art" in "started".
+    one. If there is no such token, the token without a space is used ("Once"). This is not done for
+    lower-case words, because a lower-case token without a space is a piece of a longer word, such
+    as "art" in "started".
 
     Results have no leading spaces. If a word is a token both with and without the space, it appears
     once, with the higher cosine similarity. The words of the query are left out.

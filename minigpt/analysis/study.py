@@ -99,8 +99,9 @@ def write_study(runs: Sequence[Run], out: Path, config: StudyConfig | None = Non
         config: settings of the stories; None means the defaults.
 
     Raises:
-        UserError: two runs have the same name, or the runs differ in tokenizer or context length,
-            so that the largest model cannot score all stories.
+        UserError: two runs have the same name; the runs differ in tokenizer or context length, so
+            that the largest model cannot score all stories; or fewer than `config.n` validation
+            stories have an opening.
     """
     config = config or StudyConfig()
     models = _load_models(runs)

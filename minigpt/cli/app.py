@@ -77,7 +77,7 @@ def generate(
     options = {"--top-k": top_k, "--top-p": top_p, "--min-p": min_p, "--n": None if n == 1 else n}
     unused = [f"{name} {value}" for name, value in options.items() if value is not None]
     if temperature == 0 and unused:
-        problem = "always takes the most likely token, so only one story is possible: leave out "
+        problem = "always takes the most likely token, so only one story is possible; leave out "
         raise UserError(f"{problem}{' and '.join(unused)}", "temperature", 0)
     (source,) = _load([run], class_path)
     model, tokenizer = source.load_model().to(getattr(torch, dtype)), source.tokenizer

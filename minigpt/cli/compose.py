@@ -1,8 +1,8 @@
 """Compose settings: the defaults of the dataclasses, then conf/, then the command line.
 
 Each default is defined only in its dataclass. All defaults are registered with Hydra as one plain
-root node, the first entry of the defaults list. A YAML file therefore contains only the settings
-that differ from the defaults, and every setting can be typed without a plus sign.
+root node, the first entry of the defaults list. A YAML file therefore need only contain the
+settings that differ from the defaults, and every setting can be typed without a plus sign.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def plain_values(config: Any) -> Any:
 def composed_words(name: str, typed: Sequence[str], folder: Path | None = None) -> list[str]:
     """Return the typed settings for Hydra, without the class path.
 
-    For train, `local=<value of MINIGPT_LOCAL>` is added if that variable is set and a folder
-    local/ exists.
+    For train, `local=<value of MINIGPT_LOCAL>` is added if that variable is set and conf/ or
+    `folder` contains a folder local/.
 
     Args:
         name: name of the root config.

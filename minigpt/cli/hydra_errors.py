@@ -80,7 +80,7 @@ FAILURES = {  # pattern of the error: explanation and advice
 
 
 def explain_failure(error: Exception) -> str | None:
-    """Return one line of advice for a failure in `FAILURES`, such as too little memory, else None.
+    """Return advice for a failure that `FAILURES` describes, such as too little memory; else None.
 
     PyTorch raises RuntimeError for most failures, so a lack of memory is recognised by its message.
     """

@@ -94,7 +94,8 @@ def _prepare(name: str, program: Program, arguments: list[str]) -> None:
         return
     register_defaults(name, arguments)
     words = composed_words(name, arguments)
-    # Insert them before the first setting: argparse accepts settings on one side of a flag only.
+    # Insert `more` next to the other settings, because argparse accepts settings on one side of a
+    # flag only.
     settings = (i for i, word in enumerate(words) if "=" in word and not word.startswith("-"))
     first = next(settings, len(words))
     sys.argv = [program.path, *words[:first], *more, *words[first:]]
@@ -105,9 +106,9 @@ def _one_line_errors(program: Program) -> Iterator[None]:
     """Exit with a one-line error if a Hydra task fails because of a user error.
 
     In a multirun, the user error is raised again instead, so that Hydra continues with the next
-    job. All ranks raise the same user error. Another exception may occur at one rank only, while
-    the remaining ranks wait. Hydra would hide such an exception, so a process with a rank above 0
-    prints the traceback and exits.
+    job. All ranks raise the same user error. Any other exception may occur at one rank only, while
+    the remaining ranks wait. In a multirun, Hydra would hide this exception, so a process with a
+    rank above 0 prints the traceback and exits.
     """
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     try:

@@ -1,4 +1,4 @@
-"""Help for single settings: `python train.py --help optimizer`, or `--help optimizer.lr`."""
+"""Help for a group of settings (`--help optimizer`) or a single one (`--help optimizer.lr`)."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ def field_docs(cls: type) -> dict[str, str]:
         cls: a dataclass.
 
     Returns:
-        The field docs by field name, each on one line. The dict is empty for a class without source
-        code, such as a class that was typed into an interpreter.
+        The field docs by field name, each on one line. A class without source code, such as a class
+        that was typed into an interpreter, has no field docs.
     """
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):

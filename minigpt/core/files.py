@@ -24,10 +24,10 @@ _MAX_YAML_BYTES = 1 << 16  # 50 times a config.yaml; the time to parse a number 
 
 
 def user_path(path: str | Path, argument: str | None = None) -> Path:
-    """Return a path as typed by the user, with `~` and `~user` expanded to the home folder.
+    """Return a path with a leading `~` or `~user` replaced by the home folder.
 
     Args:
-        path: the path as typed.
+        path: the path as typed by the user.
         argument: name of the argument, for the error message.
 
     Raises:
@@ -166,7 +166,7 @@ def check_archive(path: Path) -> None:
 
 
 def refuse_links_out(folder: Path) -> None:
-    """Check that no file in a run folder is a link to a path outside the folder.
+    """Check that no entry of a run folder or its checkpoints/ is a link out of the run folder.
 
     Otherwise, resuming a run from an unknown source could overwrite the target of such a link.
 
@@ -174,7 +174,7 @@ def refuse_links_out(folder: Path) -> None:
         folder: the run folder.
 
     Raises:
-        UserError: a file is such a link.
+        UserError: an entry is a link to a path outside the run folder.
     """
     inside = folder.resolve()
     for path in sorted([*folder.glob("*"), *folder.glob("checkpoints/*")]):

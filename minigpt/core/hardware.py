@@ -107,7 +107,7 @@ def _find_precision(setting: str, accelerator: str) -> tuple[str, str]:
     device, other = ("CPU", "32-true") if cpu else ("GPU", "16-mixed")
     why = f"this {device} {'multiplies' if native else 'does not multiply'} bfloat16 natively"
     if cpu and setting == "16-mixed":
-        why = f"16-mixed was requested, but on a CPU autocast uses only bfloat16, and {why}"
+        why = f"16-mixed was requested, but Lightning does not support it on a CPU, and {why}"
     if setting == "auto" or (cpu and setting == "16-mixed"):
         return "bf16-mixed" if native else other, why
     if cpu and setting == "bf16-mixed" and not native:
@@ -143,7 +143,7 @@ def cpu_description() -> str:
 
 
 def cpu_quota() -> float | None:
-    """Return the number of cores that the cgroup of this process may use; None means no limit."""
+    """Return the number of cores that this process's cgroup may use; None if no limit is found."""
     for names in ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"):  # v2, then v1
         with contextlib.suppress(OSError, ValueError):  # no file of this version, or "max"
             text = " ".join(Path("/sys/fs/cgroup", name).read_text() for name in names)
@@ -163,9 +163,9 @@ def matmul_peak(hardware: Hardware, cache_dir: Path) -> float:
     """Measure the peak FLOP/s of one device with products of square matrices.
 
     The result is the speed of the fastest of several products. On a CPU, the measurement takes 0.2
-    to 0.5 s. The result is cached in `cache_dir`/matmul_peak.json for each host, device, dtype and
-    number of threads. Delete this file to measure again. If the file cannot be written, each run
-    measures again.
+    to 0.5 s. The result is cached in `cache_dir`/matmul_peak.json for each host, device, dtype,
+    matmul precision and number of threads. Delete this file to measure again. If the file cannot be
+    written, each run measures again.
 
     Args:
         hardware: the device and the precision; the precision determines the dtype.
@@ -193,7 +193,7 @@ def matmul_peak(hardware: Hardware, cache_dir: Path) -> float:
 
 
 def _measure(accelerator: str, dtype: torch.dtype) -> float:
-    # Sizes increase until a product takes long enough, as emulated dtypes may be very slow.
+    # Start with small matrices, because a large product of an emulated dtype may be very slow.
     side = 256
     while side < _SIDE[accelerator] and _fastest(side, accelerator, dtype, 2) < _ENOUGH:
         side *= 2

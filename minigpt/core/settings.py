@@ -98,7 +98,7 @@ class ModelClassError(UserError):
 
 
 def python_call(verb: str, /, **settings: Any) -> str:
-    """Return the Python call that runs a verb with these settings, for messages in a notebook.
+    """Return the Python call that runs a verb with these settings, for messages of the library.
 
     Args:
         verb: verb of the command line, such as train.
@@ -229,7 +229,7 @@ def flat(group: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def one_line(error: Exception | str) -> str:
     """Return a message on one line, without control characters and with at most 1000 characters.
 
-    Messages contain values that users typed or that were read from untrusted files.
+    A message may contain values that a user typed or that were read from an untrusted file.
     """
     text = " ".join(str(error).split())
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -84,7 +84,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def weights_fingerprint(model: GPT) -> str:
-    """Return a hash of all parameters as float32, to identify the weights of an evaluation."""
+    """Return a hash of all parameters as float32, which identifies the weights."""
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(model.named_parameters()):
         digest.update(name.encode())
@@ -123,7 +123,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def _load(path: Path) -> Any:
     if zipfile.is_zipfile(path):
         check_archive(path)
-    with warnings.catch_warnings(action="ignore"):  # such pickles are rejected anyway
+    with warnings.catch_warnings(action="ignore"):  # about pickles that are rejected anyway
         return torch.load(path, map_location="cpu", weights_only=True)
 
 

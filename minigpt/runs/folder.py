@@ -77,7 +77,8 @@ class Run:
             The run, with the selected checkpoint. `load_model` loads its model.
 
         Raises:
-            UserError: there is no run or no checkpoint at `path`.
+            UserError: there is no run or no checkpoint at `path`, or the run folder contains a
+                link to a path outside it.
         """
         if isinstance(path, Run):
             return path
@@ -127,8 +128,8 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """Content of summary.json, with the steps and tokens of the selected checkpoint.
 
-        A run that is still training or was killed has no summary.json. The summary then contains
-        only the steps, the tokens and the parent, if the run has a parent.
+        If there is no summary.json, because the run is still training or was killed, the summary
+        contains only the steps, the tokens and the parent, if the run has a parent.
 
         Raises:
             UserError: summary.json or the checkpoint is damaged.
@@ -218,7 +219,7 @@ def first_undamaged(checkpoints: list[Path]) -> Path:
     for checkpoint in checkpoints:
         if is_whole(checkpoint):
             return checkpoint
-        log.warning("%s is damaged and was skipped: its checksum does not match", checkpoint)
+        log.warning("%s is damaged and was skipped", checkpoint)
     return checkpoints[0]  # reading it reports the damage
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from minigpt.core.settings import UserError, build
 
-# Settings that depend on the machine and that exports leave out.
+# Settings for one machine or one user, which exports leave out.
 MACHINE = ("runs_dir", "resume", "logger", "callbacks")
 _FOLDERS = re.compile(r"""(?<=[=,\s"'(\[{])(?:~|[A-Za-z]:)?[/\\](?:[^,()\[\]{}"']*[/\\])?""")
 
@@ -60,10 +60,10 @@ def _installed_commit(package: Path) -> str:
 
 
 def portable_overrides(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides of a run, without those that depend on the machine.
+    """Return the overrides of a run, without those that concern only its machine or user.
 
-    Overrides of `runs_dir`, `resume`, `logger`, `callbacks` and `data.cache_dir` are removed. An
-    absolute path is reduced to its last component.
+    Overrides of `runs_dir`, `resume`, `logger`, `callbacks` and `data.cache_dir` are removed. A
+    path that is absolute or begins with ~/ is reduced to its last component.
 
     Args:
         overrides: the overrides as typed, such as "model=large".
@@ -82,7 +82,7 @@ class Parent:
     Tokens, seconds and sources include those of all earlier ancestors.
 
     Raises:
-        ValueError: a string is not printable, or a number is negative.
+        ValueError: the name or a source is not printable, or a number is negative.
     """
 
     name: str

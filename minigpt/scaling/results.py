@@ -33,7 +33,7 @@ _COMPARED = (  # settings that should be equal in a group of runs, besides all o
     "model.dropout", "model.embedding_scale", "data.batch_size", "data.holdout",
     "data.random_offset", "data.vocab_size",
 )  # fmt: skip
-COPIED_ROWS = 200  # approximate number of earlier training rows in a copied metrics.csv
+COPIED_ROWS = 200  # maximum number of earlier training rows in a copied metrics.csv
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class RunResult:
     parameters: int | None
     non_embedding_parameters: int | None
     tokens: int  # seen in training, including those of the parent run
-    tokens_of_data: int  # the part of `tokens` from this data source
+    tokens_of_data: int  # the part of `tokens` that is known to be from `data`
     train_tokens: int | None  # size of the training split
     flops_per_token: int | None  # training FLOPs
     train_loss: float | None  # mean over the last 5 % of the run, with dropout
@@ -108,7 +108,7 @@ class RunResult:
 
 
 def find_runs(folders: Sequence[Path]) -> list[Path]:
-    """Return the run folders in `folders` and below them, without duplicates.
+    """Return the run folders among `folders` and below them, without duplicates.
 
     A run folder contains config.yaml and at least one of summary.json and metrics.csv. Hidden
     folders and the folders inside a run are not searched.
@@ -226,8 +226,8 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 def late_training_loss(rows: list[Row]) -> float | None:
     """Return the mean training loss of the steps logged in the last 5 % of the run.
 
-    The learning rate is near zero in these steps, so the weights hardly change. The result is None
-    if no such step was logged or if a loss is not finite.
+    With the default `final_lr` of 0, the learning rate of these steps is near zero, so the weights
+    hardly change. The result is None if no such step was logged or if a loss is not finite.
     """
     late = [row["train/loss"] for row in rows if "train/loss" in row and _is_late(row, rows)]
     return fmean(late) if late and all(map(math.isfinite, late)) else None
@@ -245,7 +245,7 @@ def keep_run(path: Path, into: Path) -> Path:
 
     The copy contains summary.json, config.yaml and metrics.csv. In config.yaml, absolute paths are
     reduced to their last component. In metrics.csv, the rows of all validations, the rows of the
-    last 5 % of training, and about 200 earlier rows are kept.
+    last 5 % of training, and at most 200 earlier rows are kept.
 
     Args:
         path: the run folder.

@@ -168,7 +168,7 @@ class TrainingProgress(Callback):
         self.bar.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        """Show the step, its tokens, the latest losses and the speed."""
+        """Show the number of tokens so far, the latest losses and the speed."""
         step, total, size = trainer.global_step, self.module.n_steps, self.module.tokens_per_step
         if not self.bar.show:
             return

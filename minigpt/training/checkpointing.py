@@ -1,8 +1,9 @@
-"""Checkpointing: a killed run loses at most a few minutes and resumes bit-exactly.
+"""Checkpointing: a killed run loses about ten minutes at most and resumes bit-exactly.
 
-A checkpoint is the state of training between two steps. The state is collected at the end of a step
-and written at the start of the next step, because only then metrics.csv has the row of the earlier
-step. A resumed run therefore finds every row up to the step of its checkpoint.
+Ten minutes is the default of `checkpoint_minutes`. A checkpoint is the state of training between
+two steps. Except at a validation, the state is collected at the end of a step and written at the
+start of the next step, because only then metrics.csv has the row of the earlier step. A resumed run
+therefore finds every row up to the step of its checkpoint.
 """
 
 from __future__ import annotations

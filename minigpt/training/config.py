@@ -37,7 +37,8 @@ class TrainerConfig:
     accumulate_grad_batches: int = 1
     """Number of batches whose gradients are averaged for one update."""
     n_validations: int = 5
-    """Number of evenly spaced validations; the last one is at the end of the run."""
+    """Number of evenly spaced validations, the last one at the end of the run; a run of few updates
+    may have fewer."""
     log_every_n_steps: int = 10
     """Number of updates between two rows of training metrics in metrics.csv."""
     compile: bool = False
@@ -60,7 +61,7 @@ class TrainerConfig:
         if self.accelerator not in ("auto", "cpu", "gpu", "cuda", "mps"):
             raise UserError("must be auto, cpu, gpu, cuda or mps", "accelerator", self.accelerator)
         check(self, "must be at least 1, or left out", lambda n: n >= 1, "max_steps")
-        length = "leave it out: budget.tokens sets the length of a run and counts repeated epochs"
+        length = "leave it out; budget.tokens sets the length of a run and counts repeated epochs"
         check(self, length, lambda _: False, "max_epochs")
 
 
@@ -99,7 +100,7 @@ class OptimizerConfig:
             schedule = "linear" if self.name == "muon" else "cosine"
             object.__setattr__(self, "schedule", schedule)
         if self.name == "adamw" and self.matrix_lr is not None:
-            raise UserError("leave it out: adamw uses optimizer.lr for all weights", "matrix_lr")
+            raise UserError("leave it out; adamw uses optimizer.lr for all weights", "matrix_lr")
         check(self, "must be positive", lambda lr: lr > 0, "lr", "matrix_lr")
         check(self, "must be from 0 to below 1", lambda x: 0 <= x < 1, "beta1", "beta2", "momentum")
         names = ("weight_decay", "warmup_steps", "grad_clip")
@@ -133,7 +134,7 @@ class CallbacksConfig:
     checkpoint_minutes: float = 10.0
     """Minutes after which last.ckpt is written again; each validation also writes last.ckpt."""
     checkpoint_steps: int | None = None
-    """Number of updates after which last.ckpt is also written; None disables this interval."""
+    """Interval, in updates, at which last.ckpt is written in addition; None disables it."""
     keep_checkpoints: int = 2
     """Number of latest checkpoints to keep, including last.ckpt but not best.ckpt."""
 
@@ -178,7 +179,8 @@ class TrainConfig:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     """Length of the run."""
     name: str | None = None
-    """Name of the run folder; None means the model's size, the date and the time."""
+    """Name of the run folder; None means the model's size with the date and time or, under srun,
+    with the ids of the Slurm job and step."""
     runs_dir: str = "runs"
     """Folder in which the run folder is created."""
     resume: str | None = None

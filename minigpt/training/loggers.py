@@ -117,7 +117,7 @@ def extra_loggers(folder: Path, config: LoggerConfig) -> list[Logger]:
         config: settings of the logger.
 
     Raises:
-        UserError: the login to W&B failed.
+        UserError: the login of a new run to W&B failed.
     """
     if config.kind == "tensorboard":
         from lightning.pytorch.loggers import TensorBoardLogger
@@ -200,4 +200,4 @@ def finish_wandb(loggers: list[Logger], exit_code: int) -> None:
         wandb.finish(exit_code=exit_code)
     except TimeoutError:
         folder = Path(run.dir).parent
-        log.warning("W&B        upload timed out; data kept locally, run wandb sync %s", folder)
+        log.warning("W&B        the upload timed out: finish it later with wandb sync %s", folder)

@@ -78,7 +78,7 @@ def train(
 
     Raises:
         UserError: the settings or the data are invalid or contradict each other, the loss
-            diverged, or another process trains this run.
+            diverged, the disk is full, or another process trains this run.
     """
     with preserved_process():
         config = _with_model(config, model)
@@ -166,7 +166,7 @@ def _hardware(c: TrainerConfig) -> Hardware:
 
 
 def _speed_up(module: GPTModule, kernels: Kernels, c: TrainerConfig) -> None:
-    """Make `module` compute the loss with `kernels`, compiled or in micro-batches if possible."""
+    """Make `module` use `kernels`; depending on `c`, compile or micro-batch its loss."""
     model = module.net.use(kernels)
     if kernels.name == "cpu" and not is_tuned():
         log.info("memory     minigpt.tune_process() makes training on this CPU faster")
@@ -318,7 +318,7 @@ def _fit(
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         status = 0
-    except SystemExit as leaving:  # from Lightning at ctrl-C, from `Checkpoints` at other signals
+    except SystemExit as leaving:  # from Lightning at Ctrl-C, from `Checkpoints` at other signals
         if (folder / CHECKPOINTS).is_dir():
             more = {f"model.{key}": value for key, value in _class_setting(config).items()}
             log.info("continue:  %s", next_step("train", resume=str(folder), **more))

@@ -110,7 +110,7 @@ class GPTModule(L.LightningModule):
         return step % every == 0 or step >= self.n_steps
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Stop after the last step; Lightning then validates, whatever the validation interval."""
+        """Stop after the last step; Lightning then validates, even if no validation is due."""
         if self.global_step >= self.n_steps:
             self.trainer.should_stop = True
 

@@ -141,7 +141,7 @@ class ResumeState:
             model: class of the model, or function that creates it; None means `GPT`.
 
         Raises:
-            UserError: data, schedule or model changed since the checkpoint.
+            UserError: data, schedule, model or optimizer changed since the checkpoint.
         """
         extra = {"tokenizer": data.tokenizer.fingerprint, "train_tokens": data.train.n_tokens}
         if self.parent is not None:
@@ -156,7 +156,7 @@ class ResumeState:
         return module
 
     def _check_unchanged(self, module: GPTModule) -> None:
-        """Raise UserError if data, schedule or model changed since the checkpoint."""
+        """Raise UserError if data, schedule, model or optimizer changed since the checkpoint."""
         if self.hyper_parameters is None:
             return
         changed = []
@@ -172,7 +172,10 @@ class ResumeState:
             raise UserError(f"{message}; restore the stories and devices, or start a new run")
 
     def clear(self, folder: Path) -> None:
-        """Remove the temporary files of a killed process, and rename damaged checkpoints."""
+        """Remove the temporary files of a killed process, and rename damaged checkpoints.
+
+        Only checkpoints that are newer than `checkpoint` are checked for damage.
+        """
         for pattern in ("*.tmp", f"{CHECKPOINTS}/*.tmp"):
             for leftover in folder.glob(pattern):
                 leftover.unlink()
@@ -244,7 +247,8 @@ def _with_tokenizer(config: TrainConfig) -> tuple[TrainConfig, Tokenizer | None]
 def _check_shape(config: TrainConfig, trained: GPTConfig, run: Run) -> None:
     """Raise UserError if the model's shape differs from `trained`, the shape of the parent `run`.
 
-    The context length and dropout may differ: positions are computed, not learned.
+    The context length may differ, because positions are computed, not learned. Dropout may differ,
+    because it has no weights.
     """
     fix = {
         f"model.{name}": value
