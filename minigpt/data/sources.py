@@ -457,7 +457,7 @@ def download_tinystories(folder: Path, tokens: int | None, valid_only: bool = Fa
             return Corpus((), (valid,))
         train = fetch(folder, _REPO, _TRAIN, END_OF_TEXT, file_bytes)
     except ConnectionError as error:
-        remedy = "try again to continue, or use tinystories_sample (bundled) or text (your files)"
+        remedy = "try again, or use tinystories_sample (bundled) or text (your files)"
         problem = f"could not download TinyStories ({error}); {remedy}"
         raise UserError(problem, "data.source", "tinystories") from None
     except OSError as error:

@@ -214,7 +214,7 @@ def _batch(model: GPT, n_sequences: int, backend: Backend) -> Batch:
             problem = f"decode.c cannot decode this model on this machine ({reason})"
             raise UserError(problem, "backend", backend, fix={"backend": "torch"})
         if type(model) is not GPT and c_backend() is not None:
-            _warn_once(f"PyTorch decodes {name}, more slowly than decode.c, which supports only GPT")
+            _warn_once(f"PyTorch decodes {name} more slowly than decode.c, which supports only GPT")
     if weight.dtype == torch.float16 and weight.device.type == "cpu":
         model = copy.deepcopy(model).float()
     if takes_cache(model):
