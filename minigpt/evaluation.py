@@ -366,10 +366,10 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate the selected checkpoint of a run, write the results to a file, and return them.
 
-    The file is evaluation.json, or has another name if the settings are not the defaults (see
-    `evaluation_name`). The best available device is used. The precision is that of training, so
-    that the loss is comparable with the loss that was logged in training. If this machine would
-    only emulate that precision, float32 is used instead.
+    `evaluation_name` gives the name of the file, such as evaluation.json. The best available device
+    is used. The precision is that of training, so that the loss is comparable with the loss that
+    was logged in training. If this machine would only emulate that precision, float32 is used
+    instead.
 
     Args:
         run: a run, or the path of its folder, of a checkpoint or of an export.
