@@ -113,7 +113,8 @@ class EvaluationConfig:
 
     valid: Literal["v1", "v2", "both"] | None = None
     """Validation stories of the bundled sample to score: those from TinyStories V2, those from the
-    harder V1, or both. None means both for the sample, and the validation split for other data."""
+    harder V1, or both. None means both for the sample. For other data, or if `data.valid` is set,
+    None means the stories that the data settings select for validation."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -363,17 +364,18 @@ def evaluate(
     console: Console | None = None,
     out: Path | None = None,
 ) -> Evaluation:
-    """Evaluate the selected checkpoint of a run, write evaluation.json, and return its content.
+    """Evaluate the selected checkpoint of a run, write the results to a file, and return them.
 
-    The best available device is used. The precision is that of training, so that the loss equals
-    the loss that was logged in training. If this machine would only emulate that precision, float32
-    is used instead.
+    `evaluation_name` gives the name of the file, such as evaluation.json. The best available device
+    is used. The precision is that of training, so that the loss is comparable with the loss that
+    was logged in training. If this machine would only emulate that precision, float32 is used
+    instead.
 
     Args:
         run: a run, or the path of its folder, of a checkpoint or of an export.
         config: settings of the evaluation; None means the defaults.
         console: console for the progress; None shows none.
-        out: folder for evaluation.json; None means the run folder or, for an export, the working
+        out: folder for the results; None means the run folder or, for an export, the working
             directory.
 
     Returns:
@@ -465,8 +467,8 @@ def _texts(data: DataConfig, valid: str | None) -> tuple[DataConfig, str | None,
 def evaluation_name(config: EvaluationConfig, evaluation: Evaluation) -> str:
     """Return the name of the file to write an evaluation to.
 
-    evaluation.json is for the validation split of the run's own data. Evaluations of other data, of
-    the tuning stories, of V1 only or with a stride have other names.
+    evaluation.json is for the validation split of the run's own data. Evaluations with
+    `config.data`, of the tuning stories, of V1 only or with a stride have other names.
 
     Args:
         config: settings of the evaluation.

@@ -150,7 +150,9 @@ class KVCache:
         return self.positions
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the keys and values of the new tokens for one layer. Layers are called in order.
+        """Append the keys and values of the new tokens for one layer.
+
+        After `extend`, the layers call this method in their order.
 
         Args:
             k: keys (B, nh, T, hs).

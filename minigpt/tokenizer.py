@@ -5,10 +5,10 @@ The `tokenizers` library learns the merges from the training stories. The vocabu
 appends to each story. No text can produce id 0: the string `<|endoftext|>` in a story is encoded as
 ordinary characters.
 
-Memory use is bounded for texts in any script. During training, the library needs about 120 bytes
-for each byte of distinct pre-tokens, so the total size of distinct pre-tokens is limited. During
-encoding, the library needs about 180 bytes for each byte of text, so long texts are encoded in
-pieces (`cut_texts`).
+The library would need much memory for large texts in some scripts. During training, it needs about
+120 bytes for each byte of distinct pre-tokens, so `train` limits the total size of distinct
+pre-tokens. During encoding, it needs about 180 bytes for each byte of text, so `encode_stories`
+encodes long texts in pieces (`cut_texts`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _MAX_CACHED_WORDS = 100_000  # with the limit below, at most about 20 MB
 _MAX_CACHED_LENGTH = 32  # characters; longer words are rarely repeated
 
 # Positions that are pre-token boundaries in any context: before the last character of white space,
-# and between a letter or digit and punctuation.
+# and between a letter or digit and the punctuation after it.
 _CUT = re.compile(
     r"(?=[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]\S)"
     r"|(?<=[^\W_])"
@@ -77,8 +77,8 @@ class Tokenizer:
         """Train a tokenizer on `stories`, which are streamed and not held in memory.
 
         The same stories give the same tokenizer. Training stops reading when the distinct
-        pre-tokens reach 3 MB; 100 MB of English stories stay below that. Runs of more than 1,024
-        letters or punctuation marks are split.
+        pre-tokens reach about 3 MB; 100 MB of English stories stay below that. Runs of more than
+        1,024 letters or punctuation marks may be split.
 
         Args:
             stories: texts to learn from.
@@ -188,8 +188,8 @@ class Tokenizer:
     def encode_stories(self, stories: Iterable[str]) -> np.ndarray:
         """Return the ids of all stories in one array, with END_OF_TEXT after each story.
 
-        The ids are those of `encode_batch`, with one exception: `cut_texts` cuts a run of more than
-        65,536 characters without a cut position, which may change the ids of this run.
+        The ids are those of `encode_batch`, with one exception: if a run of more than 65,536
+        characters has no cut position, `cut_texts` may cut it, and its ids may differ.
 
         Args:
             stories: any Unicode texts, which are streamed.
@@ -351,8 +351,8 @@ def cut_texts(
 
 
 def _until_diverse(texts: Iterable[str]) -> Iterator[str]:
-    """Yield `texts` until their distinct pre-tokens have _DISTINCT_BYTES bytes in total."""
-    words: set[str] = set()  # words already counted; a new English text has few other words
+    """Yield `texts` until the distinct pre-tokens counted in them have _DISTINCT_BYTES bytes."""
+    words: set[str] = set()  # words already counted; most words of a new English text are in it
     pre_tokens: set[str] = set()
     group: list[str] = []
     n_characters = n_bytes = 0
@@ -375,7 +375,7 @@ def _until_diverse(texts: Iterable[str]) -> Iterator[str]:
         n_bytes += n_new
         if n_bytes >= _DISTINCT_BYTES:
             return
-        # While a text has few new words, as English does, counting a quarter of it is enough.
+        # While a text has few new pre-tokens, as English does, counting a quarter of it is enough.
         interval = _COUNTED_CHARACTERS * (4 if n_new < _COUNTED_CHARACTERS / 256 else 1)
 
 
@@ -414,7 +414,7 @@ def _untrained() -> tokenizers.Tokenizer:
 
 
 def _is_ours(library: tokenizers.Tokenizer) -> bool:
-    """Return whether `library` has the same settings as a tokenizer from `Tokenizer.train`."""
+    """Return whether `library` has the settings of `Tokenizer.train` and a valid vocabulary."""
     expected, vocabulary = _untrained(), library.get_vocab()
     expected.add_special_tokens([END_OF_TEXT])
     return (

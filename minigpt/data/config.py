@@ -80,7 +80,7 @@ class DataConfig:
     other sources."""
 
     random_offset: bool = True
-    """Whether the windows start at different positions in each epoch."""
+    """Whether the windows start at a random offset in each epoch after the first."""
 
     shuffle: Shuffle = "stories"
     """What is shuffled in each epoch: `stories` shuffles the stories and then the windows cut from

@@ -31,10 +31,10 @@ def fetch(folder: Path, repo: str, name: str, separator: str, n_bytes: int | Non
 
     A complete file is stored as `name`, a prefix as <stem>.first-<n_bytes>.<version>.txt, where
     <version> is a hash of the Hub's etag. If the complete file is stored, or a prefix for which at
-    least `n_bytes` were requested, the network is not used. A longer prefix continues a stored
-    shorter prefix of the same version. Only one process downloads a file at a time; the other
-    processes wait. The environment variable HF_ENDPOINT sets the Hub's address; the default is
-    huggingface.co.
+    least `n_bytes` were requested, the network is not used. The download of a longer prefix begins
+    after the bytes of a stored shorter prefix of the same version. Only one process downloads a
+    file at a time; the other processes wait. The environment variable HF_ENDPOINT sets the Hub's
+    address; the default is huggingface.co.
 
     Args:
         folder: folder for the file, created if missing.
@@ -145,15 +145,15 @@ def _check(path: Path, separator: str, etag: str = "", n_bytes: int = 0) -> None
     """Check a downloaded file. If `n_bytes` is above 0, cut the file after its last separator.
 
     Raises:
-        ConnectionError: the file has no separator, is not UTF-8, or has another SHA-256 than
-            `etag`.
+        ConnectionError: the file has no separator, is not UTF-8, or does not match the
+            SHA-256 in `etag`.
     """
     mark = separator.encode()
     with path.open("r+b") as file:
         with mmap.mmap(file.fileno(), n_bytes, access=mmap.ACCESS_READ) as content:
             end = content.rfind(mark) + len(mark)
         if end < len(mark):
-            raise ConnectionError(f"the downloaded part of {path.name} contains no {separator}")
+            raise ConnectionError(f"the downloaded file {path.name} contains no {separator}")
         if n_bytes:
             file.truncate(end)
             os.fsync(file.fileno())

@@ -40,9 +40,9 @@ def read_pieces(
     """Yield the stories of one file; a story of more than two million characters comes in pieces.
 
     White space at both ends of a story is removed, and empty stories are skipped. Line ends become
-    line feeds, and byte order marks are removed. Concatenating the pieces of a story gives the
-    story. Stories are cut at pre-token boundaries where possible. Memory use does not grow with the
-    number of stories.
+    line feeds. Byte order marks are removed, except in Parquet files. Concatenating the pieces of a
+    story gives the story. Stories are cut at pre-token boundaries where possible. Memory use does
+    not grow with the number of stories.
 
     Args:
         path: .txt or .md (stories with a separator between them, or one document), .jsonl, .ndjson
@@ -56,7 +56,8 @@ def read_pieces(
         A piece of a story, and whether it is the last piece of that story.
 
     Raises:
-        UserError: the file is missing, damaged, empty, not UTF-8, or in an unknown format.
+        UserError: the file is missing, damaged, not UTF-8, in an unknown format, or without
+            stories, or the field does not exist.
     """
     file_format = detect_format(path)
     if file_format.kind == "text":
@@ -111,7 +112,7 @@ def find_cut(text: str, first: int, last: int, near: int) -> int:
     A blank line is preferred to a line end, and a line end to a space. Among places of the same
     kind, the closest to `near` is chosen. The cut is directly before the white-space character that
     precedes a word. This is a pre-token boundary, so cutting does not change the ids of the text.
-    If there is no white space between `first` and `last`, the position is `near`.
+    If there is no such place between `first` and `last`, the position is `near`.
 
     Args:
         text: the text to cut.
@@ -329,7 +330,7 @@ def _decode(path: Path, file_format: Format) -> Iterator[str]:
         try:
             text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
-            # error.object also contains bytes of the previous chunk: count from its end.
+            # error.object may also contain bytes of the previous chunk: count from its end.
             at = offset + len(chunk) - len(error.object) + error.start
             line += error.object.count(b"\n", 0, error.start)
             remedy = f"convert it with iconv -f {'UTF-16' if utf16 else 'WINDOWS-1252'} -t UTF-8"

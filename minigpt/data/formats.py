@@ -28,8 +28,9 @@ READABLE = f"{', '.join(_KINDS)}, each also with .gz, .xz, .bz2 or .zst"
 
 _UNPACK, _TEXT = "unpack it and name the files in it", "save its text as .txt"
 _DATA = "write its stories as .txt or .jsonl"
-# Formats that cannot be read: name, extensions, first bytes, and what to do. The extension takes
-# precedence over the first bytes, because a Word document is also a zip archive.
+# Formats that cannot be read, at least not under this file name: name, extensions, first bytes, and
+# what to do. The extension takes precedence over the first bytes, because a Word document is also a
+# zip archive.
 _FOREIGN: tuple[tuple[str, str, tuple[bytes, ...], str], ...] = (
     ("a Word document", ".docx .doc .odt", (b"\xd0\xcf\x11\xe0",), _TEXT),
     ("a rich text document", ".rtf", (b"{\\rtf",), _TEXT),
@@ -66,9 +67,10 @@ class Format:
 
 
 def detect_format(path: Path) -> Format:
-    """Return the format that a file's name gives; reject unsupported formats by first bytes.
+    """Return the format that a file's name gives.
 
-    The first bytes of .parquet files are not checked.
+    A file in an unsupported format is rejected by its extension or by its first bytes. The first
+    bytes of .parquet files are not checked.
 
     Args:
         path: path of the file.

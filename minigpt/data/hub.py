@@ -41,7 +41,8 @@ def fetch_dataset(folder: Path, config: DataConfig, split: str, n_bytes: int | N
         folder: folder of the file, created if missing.
         config: data settings; `dataset`, `subset` and `field` are used.
         split: name of the split.
-        n_bytes: minimum number of UTF-8 bytes of stories; None means the whole split.
+        n_bytes: number of UTF-8 bytes of stories to exceed, if the split has so many; None means
+            the whole split.
 
     Returns:
         The path of the file.
@@ -74,7 +75,10 @@ def fetch_dataset(folder: Path, config: DataConfig, split: str, n_bytes: int | N
 
 
 def _append(path: Path, state: dict[str, Any], stories: Iterable[Any], n_bytes: int | None) -> None:
-    """Append stories until the file has more than `n_bytes` of text; save `state` next to it."""
+    """Append stories until the file has more than `n_bytes` of text, or no story is left.
+
+    The position in the dataset is saved in `state`, and `state` is saved next to the file.
+    """
     with path.open("ab") as file, byte_progress("downloading", n_bytes, state["bytes"]) as show:
         file.truncate(state["size"])  # removes what was written after the position was saved
         saved = state["bytes"]

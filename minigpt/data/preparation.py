@@ -50,7 +50,7 @@ class TokenFile:
 
     path: Path
     n_tokens: int  # including the END_OF_TEXT after each story
-    n_bytes: int  # UTF-8 bytes of the stories only
+    n_bytes: int  # UTF-8 bytes of the stories, without END_OF_TEXT
     n_stories: int
 
     @classmethod
@@ -130,8 +130,9 @@ def prepare_split(
 ) -> TokenFile:
     """Return the token file of a split, from the cache if possible.
 
-    Memory use grows neither with the corpus nor with the length of a story. A second process that
-    needs the same split waits for the first. Incomplete files of a killed process are never used.
+    The memory for encoding grows neither with the corpus nor with the length of a story. A second
+    process that needs the same split waits for the first. Incomplete files of a killed process are
+    never used.
 
     Args:
         corpus: stories to encode.

@@ -64,8 +64,8 @@ class Corpus:
     """Separator between two stories in a text file."""
 
     max_train_bytes: int | None = None
-    """Maximum number of UTF-8 bytes to read from the training files, in complete stories; None
-    means all."""
+    """Approximate maximum number of UTF-8 bytes to read from the training files; no story is cut.
+    None means all stories."""
 
     field: str | None = None
     """Column or key that holds the stories; None selects `text`, or else `story`, or else the only
@@ -316,9 +316,8 @@ def open_corpus(config: DataConfig, valid_only: bool = False) -> Corpus:
 
     Args:
         config: data settings.
-        valid_only: whether the caller reads only "valid", so that training stories need no
-            download. Ignored if `config.valid` is "tuning", because both splits then consist of
-            training stories.
+        valid_only: whether the caller reads only "valid". Training stories are then downloaded only
+            if the validation stories are taken from them, as with `config.valid` "tuning".
 
     Returns:
         The corpus, whose files exist.
@@ -385,7 +384,8 @@ def local_files(
             are held out.
         holdout: fraction of the training stories to hold out, above 0 and below 1.
         separator: separator between two stories in a .txt or .md file.
-        field: column or key that holds the stories in files other than .txt and .md.
+        field: column or key that holds the stories in files other than .txt and .md; None as in
+            `Corpus`.
 
     Returns:
         The corpus. The files that match one pattern are sorted by path.
@@ -408,7 +408,7 @@ def _expand(patterns: Sequence[str], field: str) -> dict[tuple[int, int], Path]:
     argument, paths = f"data.{field}", {}
     for pattern in patterns:
         if "\0" in pattern or len(pattern) > _LONGEST_PATH:
-            limits = f"a path has no NUL and at most {_LONGEST_PATH} characters"
+            limits = f"a path contains no NUL and has at most {_LONGEST_PATH} characters"
             raise UserError(f"{pattern[:50]!r} is not a path: {limits}", argument)
         path = user_path(pattern, argument)
         if path.is_dir():
@@ -433,8 +433,8 @@ def download_tinystories(folder: Path, tokens: int | None, valid_only: bool = Fa
     """Download TinyStories (GPT-4 version) from the Hugging Face Hub, and return it as a corpus.
 
     If `tokens` is given, only a prefix of the training file with enough stories is downloaded. The
-    same request always gives the same stories. If enough stories are stored, the network is not
-    used. An interrupted download of a prefix continues where it stopped.
+    same request gives the same stories, even if a longer prefix is stored. If enough stories are
+    stored, the network is not used. An interrupted download of a prefix continues where it stopped.
 
     Args:
         folder: folder for the files, created if missing.
@@ -457,7 +457,7 @@ def download_tinystories(folder: Path, tokens: int | None, valid_only: bool = Fa
             return Corpus((), (valid,))
         train = fetch(folder, _REPO, _TRAIN, END_OF_TEXT, file_bytes)
     except ConnectionError as error:
-        remedy = "try again to continue, or use tinystories_sample (bundled) or text (your files)"
+        remedy = "try again, or use tinystories_sample (bundled) or text (your files)"
         problem = f"could not download TinyStories ({error}); {remedy}"
         raise UserError(problem, "data.source", "tinystories") from None
     except OSError as error:

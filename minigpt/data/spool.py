@@ -20,7 +20,8 @@ def spool_stories(
     """Write `stories` to `data.cache_dir` and return settings that read them from there.
 
     Memory use does not grow with the number of stories. The same stories give the same files, so
-    they are encoded only once.
+    they are not encoded again. (A file of 64 MiB or more is encoded again, because it is identified
+    by its modification time.)
 
     Args:
         data: data settings; the source and the files are replaced.

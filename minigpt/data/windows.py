@@ -53,9 +53,10 @@ class StoryWindows(TokenWindows):
     """Windows over a token file; each epoch has the stories in a different order.
 
     Epochs are concatenated: position `epoch * n_tokens + i` is token i of that epoch. The order of
-    the stories depends only on the seed and the epoch. The token file is not reordered: a table
-    with 16 bytes per story maps positions in an epoch to positions in the file. The tables of two
-    epochs are held in memory, because a batch has windows from at most two epochs.
+    the stories depends only on their number, the seed and the epoch. The token file is not
+    reordered: a table with 16 bytes per story maps positions in an epoch to positions in the file.
+    The tables of two epochs are held in memory, because a batch has windows from at most two
+    epochs.
 
     Args:
         tokens: ids [n_tokens] uint16, story₁ EOT ... storyₙ EOT, usually a memory map.
@@ -143,8 +144,8 @@ class BudgetSampler(Sampler[list[int]]):
 
     An epoch consists of adjacent windows in a random order. The windows are shuffled even if the
     stories are shuffled too. Otherwise a batch would contain fewer stories, because neighbouring
-    windows often share a story. With `random_offset`, the windows start at different positions in
-    each epoch, so each token gets a different context and a different position in its window.
+    windows often share a story. With `random_offset`, the windows start at a random offset in each
+    epoch after the first, so the context of a token and its position in the window change.
 
     The windows of all epochs form one sequence. With B windows per batch and W ranks, batch s of
     rank r has the windows [(s·W + r)·B, (s·W + r + 1)·B) of this sequence. So each batch is full

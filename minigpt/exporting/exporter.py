@@ -49,7 +49,7 @@ def export(
 
     Args:
         run: a run, or an export in the format safetensors.
-        out: the output folder: new, empty, or an earlier export, which is replaced.
+        out: the output folder, which is new, empty, or an earlier export; an export is replaced.
         config: settings of the export; None means the defaults, with the format of transformers.
         name: title of the model card, such as user/name; None means the name of the folder.
         console: console for the progress of an evaluation; None shows none.
@@ -114,8 +114,8 @@ def _write_run(
 def _average(model: GPT, run: Run, parent: Parent | None) -> None:
     """Average the weights of `model` with the weights that its run was initialised from.
 
-    Both sets of weights are in the same basin of the loss, and the loss of their average is lower
-    than the loss of either set (Izmailov et al. 2018, arXiv 1803.05407; measured in docs/LOG.md,
+    Both sets of weights are usually in the same basin of the loss, where their average has a lower
+    loss than either set (Izmailov et al. 2018, arXiv 1803.05407; measured in docs/LOG.md,
     2026-11-25).
     """
     path = run.config.get("init_from")
@@ -156,7 +156,7 @@ def _portable_config(settings: Record, path: Path) -> dict[str, Any]:
 
 
 def _portable_data(data: Record) -> dict[str, Any]:
-    """Return the data settings without paths: of a local dataset or tokenizer only the name."""
+    """Return the data settings without paths; a local dataset or tokenizer keeps its name."""
     paths = ("train_files", "valid_files", "cache_dir")
     values = {key: value for key, value in data.items() if key not in paths}
     for key in ("dataset", "tokenizer"):
@@ -178,14 +178,14 @@ def _portable_summary(summary: Record, evaluation: Record | None) -> dict[str, A
 
 
 def _stored_evaluation(folder: Path, weights: str) -> dict[str, Any] | None:
-    """Return the content of evaluation.json; None if it is missing or for other weights.
+    """Return the content of evaluation.json; None if it is unreadable or for other weights.
 
     Args:
         folder: folder of evaluation.json.
         weights: fingerprint of the weights.
 
     Raises:
-        UserError: evaluation.json is damaged.
+        UserError: a result or the data settings in evaluation.json are missing or invalid.
     """
     evaluation = read_object(folder / EVALUATION)
     if evaluation.get("weights") != weights:

@@ -159,7 +159,7 @@ def _hf_config(model: GPT, end: int) -> dict[str, Any]:
 def write_tokenizer_with_prefix(tokenizer: Tokenizer, path: Path) -> None:
     """Write a tokenizer.json that puts END_OF_TEXT before each text, as a special token.
 
-    Each training story is preceded by this token, and `minigpt generate` also adds it to prompts.
+    This token precedes the stories in training, and `minigpt generate` also adds it to prompts.
 
     Args:
         tokenizer: the tokenizer.

@@ -80,7 +80,7 @@ class Decoder:
         self.context = model.config.context_length
         self.half = max(1, self.context // 2)
         self.prompts = prompts
-        self.new: deque[Tensor] = deque(maxlen=self.half)  # ids (B,) read after `prompts`
+        self.new: deque[Tensor] = deque(maxlen=self.half)  # last ids (B,) after `prompts`
         # (B,) number of tokens of each sequence in the batch, which is the next position.
         device = model.embedding.weight.device
         self.positions = torch.zeros(len(prompts), dtype=torch.long, device=device)
@@ -214,7 +214,7 @@ def _batch(model: GPT, n_sequences: int, backend: Backend) -> Batch:
             problem = f"decode.c cannot decode this model on this machine ({reason})"
             raise UserError(problem, "backend", backend, fix={"backend": "torch"})
         if type(model) is not GPT and c_backend() is not None:
-            _warn_once(f"PyTorch decodes {name}, which is slower: decode.c only supports GPT")
+            _warn_once(f"PyTorch decodes {name} more slowly than decode.c, which supports only GPT")
     if weight.dtype == torch.float16 and weight.device.type == "cpu":
         model = copy.deepcopy(model).float()
     if takes_cache(model):

@@ -16,7 +16,7 @@ from torch import Tensor
 from minigpt.model import IGNORE_INDEX, Kernels
 
 BLOCK = 64  # queries per block: small enough to skip most of the masked half of the scores
-TINY = torch.finfo(torch.float32).tiny  # after an underflow, the loss is 87 nats, not infinity
+TINY = torch.finfo(torch.float32).tiny  # after an underflow, a loss is 87 nats, not infinity
 CHUNK = 2048  # tokens per chunk: few enough for their logits to stay in the CPU caches
 
 
@@ -110,8 +110,8 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Te
     """Return the mean loss, computed in chunks of CHUNK tokens to limit the memory for logits.
 
     If gradients are enabled, the forward pass also computes the gradients, because the loss and the
-    gradients both need the softmax, which is most of the work. If gradients are disabled, the
-    log-softmax is computed in float32.
+    gradients need the same softmax. If gradients are disabled, the log-softmax is computed in
+    float32.
 
     Args:
         hidden: hidden states (B, T, d).

@@ -3,8 +3,8 @@
 decode.c is an optional backend of `generation.decoder` for models on a CPU. It supports models that
 compute exactly what model.py does. The compiler is the command in the environment variable CC, else
 `gcc`, `cc` or `clang`; an empty CC disables this backend. The compiled library is cached in the
-folder `minigpt` of XDG_CACHE_HOME, by default ~/.cache. Its name depends on the source, the command
-and the CPU.
+folder `minigpt` of XDG_CACHE_HOME, by default ~/.cache. Its name depends on the source, the
+compiler with its version and options, and the CPU.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ _FLAGS = [
     *([] if platform.machine() == "arm64" else ["-march=native"]),  # not needed on Apple silicon
 ]  # fmt: skip
 _MAX_THREADS = 8  # maximum for a batch too small to give each thread sequences of its own
-_MAX_TOKENS = 2048  # after this many tokens, a pass takes no further prompt; 17 MB, medium model
+# A pass takes no further prompt after this many tokens, which need 17 MB for the medium model.
+_MAX_TOKENS = 2048
 _MIN_SEQUENCES = 4  # as in decode.c: minimum per thread, for threads to work on separate sequences
 MISMATCH = "its logits differ from GPT.forward: was model.py changed, but not decode.c?"
 
@@ -367,7 +368,7 @@ def unsupported(model: GPT) -> str | None:
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its weights are {weight.dtype}, not float32, bfloat16 or float16"
     if library() is None:
-        return MISMATCH if False in _self_checks.values() else "install a C compiler, gcc or clang"
+        return MISMATCH if False in _self_checks.values() else "it needs a working gcc or clang"
     if not is_plain(model):
         return f"it supports only GPT: this {type(model).__qualname__} has other parts or methods"
     return None
@@ -455,5 +456,5 @@ def _passes_self_check(weights: Weights, model: GPT) -> bool:
     tolerance = 1e-3 if weights.dtype == torch.float32 else 5e-2
     is_close = (logits - expected).abs().max() <= tolerance * expected.abs().max()
     if not _self_checks.setdefault(weights.dtype, bool(is_close)):
-        log.warning("decode.c is not used: %s", MISMATCH)
+        log.warning("decode.c is not used, because %s", MISMATCH)
     return bool(is_close)

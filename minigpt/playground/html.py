@@ -86,9 +86,9 @@ def _textless(probabilities: Tensor, token_id: int, tokenizer: Tokenizer) -> Sho
 
 
 def token_name(tokenizer: Tokenizer, token_id: int) -> str:
-    """Return the name of a token in lists, such as "dad", or "…ing" if it continues a word.
+    """Return the name of a token in lists, such as "dad" for " dad" and "…ing" for "ing".
 
-    Invisible characters are shown as a symbol or a description.
+    Line ends and spaces other than the first are shown as symbols.
     """
     if token_id == tokenizer.end_of_text:
         return "(end of the story)"

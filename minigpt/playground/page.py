@@ -19,8 +19,8 @@ from gradio import themes
 
 from minigpt.playground.answers import MAX_PROMPT, MAX_TOKENS, Playground
 
-WRITERS = 4  # number of visitors served at the same time; further visitors wait
-WAITING = 64  # maximum number of waiting visitors; further visitors get an error
+WRITERS = 4  # requests of one kind that are served at the same time; further requests wait
+WAITING = 64  # maximum number of waiting requests; further requests get an error
 
 PROMPT = "Once upon a time, there was a dog"
 ATTENTION_TEXT = "Tom had a red ball. He gave the ball to his mom. She was happy."

@@ -34,7 +34,8 @@ def serve(
         auth: login that visitors must enter, "user:password"; None means no login.
 
     Raises:
-        UserError: Gradio is missing, a run cannot be read, or the address cannot be used.
+        UserError: Gradio is missing, `auth` lacks the user or the password, a run cannot be read,
+            or the address cannot be used.
     """
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the playground needs Gradio: run pip install gradio")
