@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
-import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -291,12 +290,8 @@ class _WordIds(dict[str, bytes]):
     def add_missing(self) -> None:
         """Encode all missing words, and add them to the cache."""
         encodings = self._library.encode_batch_fast(list(self._missing.values()))
-        lengths = list(map(len, encodings))
-        ids = itertools.chain.from_iterable(encoding.ids for encoding in encodings)
-        stored = np.fromiter(ids, dtype="<u2", count=sum(lengths)).tobytes()
-        ends = itertools.accumulate((2 * length for length in lengths), initial=0)
-        for word, (start, end) in zip(self._missing, itertools.pairwise(ends), strict=True):
-            self[word] = stored[start:end]
+        for word, encoding in zip(self._missing, encodings, strict=True):
+            self[word] = _stored(encoding.ids)
         self._long += [word for word in self._missing if len(word) > _MAX_CACHED_LENGTH]
         self._missing.clear()
 

@@ -91,7 +91,7 @@ def story_openings(
                 openings.append(Opening(match[0], match[1], ids, story[match.end() :]))
             if len(openings) == n:
                 return openings
-    problem = f"only {len(openings)} first sentences name a protagonist in at most {context // 2}"
+    problem = f"only {len(openings)} first sentences have a protagonist and at most {context // 2}"
     raise UserError(f"{problem} tokens (half the context); choose n <= {len(openings)}", "n", n)
 
 

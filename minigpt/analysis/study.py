@@ -150,7 +150,7 @@ def _write_maps(probes: Mapping[str, EmbeddingProbe], out: Path) -> list[str]:
 
 
 def _row_json(row: Row) -> dict[str, Any]:
-    """Return a row of coherence.json, with the keys of older files."""
+    """Return a row for coherence.json. Renamed fields keep the keys they have in older files."""
     plain = dataclasses.asdict(row)
     renamed = {JSON_NAMES.get(key, key): value for key, value in plain["coherence"].items()}
     return plain | {"coherence": renamed}

@@ -1,4 +1,4 @@
-"""The running program: the form of the commands to suggest, and one-line errors."""
+"""Detect how the program was started, suggest commands in that form, and format errors."""
 
 from __future__ import annotations
 

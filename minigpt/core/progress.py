@@ -73,7 +73,7 @@ def track(items: Sequence[T], title: str, console: Console | None = console) -> 
     Args:
         items: the items to process.
         title: name of the task, such as "validation split".
-        console: console of the bar; None means no bar and no lines.
+        console: console of the bar; None shows no progress.
     """
     columns = Progress.get_default_columns()
     with Progress(*columns, show=console is not None, console=console) as bar:

@@ -117,7 +117,9 @@ _spell: Callable[..., str] = python_call
 
 
 def next_step(verb: str, /, **settings: Any) -> str:
-    """Return a library call or, after `speak`, a shell command to suggest in a log message.
+    """Return the next step to suggest in a log message.
+
+    It is a Python call, or a shell command once `speak` has been called.
 
     Args:
         verb: verb of the command line, such as train.

@@ -30,11 +30,11 @@ def fetch(folder: Path, repo: str, name: str, separator: str, n_bytes: int | Non
     """Download a file of a dataset, or a prefix of the file, and return the path of the copy.
 
     A complete file is stored as `name`, a prefix as <stem>.first-<n_bytes>.<version>.txt, where
-    <version> is a hash of the Hub's etag. If the complete file is stored, or a prefix for which at
-    least `n_bytes` were requested, the network is not used. The download of a longer prefix begins
-    after the bytes of a stored shorter prefix of the same version. Only one process downloads a
-    file at a time; the other processes wait. The environment variable HF_ENDPOINT sets the Hub's
-    address; the default is huggingface.co.
+    <version> is a hash of the Hub's etag. The network is not used if the complete file is stored,
+    or a prefix from an earlier request for at least `n_bytes`. The download of a longer prefix
+    begins after the bytes of a stored shorter prefix of the same version. Only one process
+    downloads a file at a time; the other processes wait. The environment variable HF_ENDPOINT sets
+    the Hub's address; the default is huggingface.co.
 
     Args:
         folder: folder for the file, created if missing.

@@ -41,8 +41,8 @@ def fetch_dataset(folder: Path, config: DataConfig, split: str, n_bytes: int | N
         folder: folder of the file, created if missing.
         config: data settings; `dataset`, `subset` and `field` are used.
         split: name of the split.
-        n_bytes: number of UTF-8 bytes of stories to exceed, if the split has so many; None means
-            the whole split.
+        n_bytes: reading stops once the stories exceed this number of UTF-8 bytes; None means the
+            whole split.
 
     Returns:
         The path of the file.

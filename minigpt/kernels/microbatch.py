@@ -113,7 +113,10 @@ def _add(sums: list[Tensor], more: Sequence[Tensor]) -> None:
 
 @cache
 def _threads(n: int) -> ThreadPoolExecutor:
-    """Return the process-wide pool of `n` threads. An operator in the pool uses one thread."""
+    """Return the process-wide pool of `n` threads.
+
+    Each PyTorch operation that runs in the pool uses one thread.
+    """
     pool, before = ThreadPoolExecutor(n, "micro-batch"), torch.get_num_threads()
     barrier = Barrier(n)
 

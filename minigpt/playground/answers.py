@@ -180,7 +180,7 @@ class Playground:
 
 
 def _story(model: LoadedModel, prompt: str, sampling: SamplingConfig) -> Iterator[str]:
-    """Yield the story so far as HTML.
+    """Yield, as HTML, the story so far.
 
     The first item is the prompt. Then the story is yielded after each token and, at the end, with a
     note on how it ended.

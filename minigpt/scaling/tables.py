@@ -190,7 +190,10 @@ def _run_cells(run: RunResult, count: Callable[[float], str]) -> tuple[str, ...]
 
 
 def _recipe_rows(runs: Sequence[RunResult]) -> list[list[str]]:
-    """Return a row for each recipe of every size, data set and token count with several recipes."""
+    """Return the rows of the comparison of recipes.
+
+    Each size, data set and token count that has several recipes gets a row per recipe.
+    """
     cases: dict[tuple[int, str, str], dict[str, list[RunResult]]] = {}
     for run in by_size(runs):
         if run.point and run.loss is not None:

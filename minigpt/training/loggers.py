@@ -110,14 +110,14 @@ def check_logger(config: LoggerConfig) -> None:
 
 
 def extra_loggers(folder: Path, config: LoggerConfig) -> list[Logger]:
-    """Return a list with the logger that writes in addition to metrics.csv; [] for kind csv.
+    """Return the extra logger (besides metrics.csv) as a list, which is empty for kind csv.
 
     Args:
         folder: the run folder.
         config: settings of the logger.
 
     Raises:
-        UserError: the login of a new run to W&B failed.
+        UserError: a new run could not log in to W&B.
     """
     if config.kind == "tensorboard":
         from lightning.pytorch.loggers import TensorBoardLogger

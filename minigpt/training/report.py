@@ -219,7 +219,7 @@ def curve_figure(rows: list[Row], column: str, label: str, colour: str) -> Figur
 
 
 def _axes(label: str) -> tuple[Figure, Axes]:
-    """Return an empty figure whose horizontal axis is the number of training tokens."""
+    """Return an empty figure and its axes; the x-axis is the number of training tokens."""
     figure = new_figure(5, 3)
     (axes,) = figure.axes
     axes.set(xlabel="training tokens", ylabel=label)

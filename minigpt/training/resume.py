@@ -169,7 +169,7 @@ class ResumeState:
                 changed.append(key)
         if changed:
             message = f"{self.checkpoint} cannot be resumed: {', '.join(changed)} changed"
-            raise UserError(f"{message}; restore the stories and devices, or start a new run")
+            raise UserError(f"{message}; use its stories, devices and settings, or a new run")
 
     def clear(self, folder: Path) -> None:
         """Remove the temporary files of a killed process, and rename damaged checkpoints.
