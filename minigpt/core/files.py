@@ -161,8 +161,8 @@ def check_archive(path: Path) -> None:
     compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
     folders = any(entry.external_attr & 0x10 for entry in entries)  # the MS-DOS folder attribute
     if compressed or folders or sum(e.file_size for e in entries) > path.stat().st_size:
-        problem = f"{path} is not a checkpoint: the archive is compressed or contains folders"
-        raise UserError(f"{problem}; give another file")
+        problem = "the archive is compressed, contains folders, or unpacks to more than its size"
+        raise UserError(f"{path} is not a checkpoint: {problem}; give another file")
 
 
 def refuse_links_out(folder: Path) -> None:

@@ -368,7 +368,7 @@ def unsupported(model: GPT) -> str | None:
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its weights are {weight.dtype}, not float32, bfloat16 or float16"
     if library() is None:
-        return MISMATCH if False in _self_checks.values() else "it needs a working gcc or clang"
+        return MISMATCH if False in _self_checks.values() else "it needs a C compiler"
     if not is_plain(model):
         return f"it supports only GPT: this {type(model).__qualname__} has other parts or methods"
     return None

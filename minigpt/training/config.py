@@ -60,7 +60,7 @@ class TrainerConfig:
             raise UserError("must be auto or a number of devices", "devices", self.devices)
         if self.accelerator not in ("auto", "cpu", "gpu", "cuda", "mps"):
             raise UserError("must be auto, cpu, gpu, cuda or mps", "accelerator", self.accelerator)
-        check(self, "must be at least 1, or left out", lambda n: n >= 1, "max_steps")
+        check(self, "leave it out: budget.tokens sets it", lambda n: n >= 1, "max_steps")
         length = "leave it out; budget.tokens sets the length of a run and counts repeated epochs"
         check(self, length, lambda _: False, "max_epochs")
 
@@ -207,8 +207,8 @@ class TrainConfig:
         if (name := self.name) is not None:
             fits = name.isprintable() and 0 < len(name.encode()) <= MAX_NAME_BYTES
             if not fits or Path(name).name != name or name == "..":
-                message = "must be a folder name, not a path, with printable characters only and"
-                raise UserError(f"{message} at most {MAX_NAME_BYTES} bytes", "name", name)
+                message = "must be the name of a folder in runs_dir: printable, without /, at most"
+                raise UserError(f"{message} {MAX_NAME_BYTES} bytes", "name", name)
         examples = {"runs_dir": "runs", "resume": "runs/<name>", "init_from": "releases/large"}
         for name, example in examples.items():
             if getattr(self, name) == "":

@@ -115,7 +115,7 @@ class ResumeState:
         data = DataModule(config.data, length, n_batches, config.seed, start_batch, self.tokenizer)
         data.setup("fit")  # also prepares the data; `prepare_data` would read it again
         if (size := data.tokenizer.vocab_size) > vocab_size:
-            message = f"is less than the {size} tokens of the tokenizer: leave this setting out"
+            message = f"is below the tokenizer's {size}: leave it out, it follows data.vocab_size"
             raise UserError(message, "model.vocab_size", vocab_size)
         return data
 
