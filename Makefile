@@ -67,6 +67,7 @@ test-export: .venv/installed-tools  # test exported models in onnxruntime, lm_ev
 
 test-wandb: .venv/installed-dev  # test logging and sweeps with a mock W&B server
 	$(EXTRA) tests/extra/test_wandb.py
+	$(EXTRA) -m wandb tests/training/test_checkpointing.py
 
 test-examples: .venv/installed-dev  # run the notebooks in examples/ with tiny budgets
 	$(EXTRA) tests/extra/test_examples.py

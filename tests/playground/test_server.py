@@ -62,7 +62,7 @@ for host in {hosts}:
 
 
 def test_default_port_is_the_next_free_one(taken_port):
-    hosts = ["127.0.0.1", "localhost", "::1", "[::1]", "0.0.0.0"]
+    hosts = ["localhost", "[::1]", "0.0.0.0"]
     proxy = {"http_proxy": "http://192.0.2.1:9", "no_proxy": "example.org"}
     process = subprocess.run(
         [sys.executable, "-c", FREE_PORTS.format(port=taken_port, hosts=hosts)],

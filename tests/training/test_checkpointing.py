@@ -239,6 +239,7 @@ def online(server: WandbServer) -> dict[str, str]:
     }  # fmt: skip
 
 
+@pytest.mark.wandb
 def test_resumed_run_keeps_its_wandb_id(workspace: Path):
     command = [*overrides(workspace), "logger=wandb", "name=sent", "resume=auto"]
     with WandbServer() as server:
@@ -256,6 +257,7 @@ def test_resumed_run_keeps_its_wandb_id(workspace: Path):
     assert steps == [int(row["step"]) for row in rows(workspace / "runs/whole") if row["lr"]]
 
 
+@pytest.mark.wandb
 def test_run_resumed_without_a_wandb_server_logs_offline(workspace: Path):
     with WandbServer() as server:
         variables = online(server)
@@ -275,6 +277,7 @@ def test_run_resumed_without_a_wandb_server_logs_offline(workspace: Path):
     assert list((folder / "wandb").glob("offline-run-*-abcd1234"))
 
 
+@pytest.mark.wandb
 @pytest.mark.parametrize("trouble", ["error", "silence"])
 def test_wandb_server_that_fails_during_a_run_loses_no_metric_and_delays_no_longer_than_the_timeout(
     trouble, workspace: Path
