@@ -3,6 +3,7 @@
     python benchmarks/training.py --out docs/results/benchmarks
     python benchmarks/training.py --sweep     # also vary batch size, context and width
     python benchmarks/training.py --profile   # only profile the operators of a medium step
+    python benchmarks/training.py --teacher   # only measure what a teacher of the same size costs
 
 Each candidate is a separate process that runs one step on request. The candidates can therefore
 take turns, and each uses its usual memory allocator. Times are medians. On a CPU without native
@@ -35,7 +36,7 @@ VOCABULARY = 3000
 
 def worker(kind: str, d_model: int, batch: int, context: int, precision: str) -> None:
     """Run a step for each line on stdin; print its seconds and the peak memory so far as JSON."""
-    make = {"ours": _ours, "muon": _muon, "peer": _peer, "peak": _peak}[kind]
+    make = {"ours": _ours, "muon": _muon, "taught": _taught, "peer": _peer, "peak": _peak}[kind]
     step = make(d_model, batch, context, precision)
     for _ in sys.stdin:
         start = time.perf_counter()
@@ -56,12 +57,19 @@ def peak_memory() -> float | None:
     )  # KiB, but bytes on macOS
 
 
-def _ours(d_model: int, batch: int, context: int, precision: str, name: Any = "adamw") -> Any:
-    """Return a training step of this project, with AdamW as in the peer or another optimizer."""
+def _ours(
+    d_model: int, batch: int, context: int, precision: str, name: Any = "adamw",
+    taught: bool = False,
+) -> Any:  # fmt: skip
+    """Return a training step of this project, with AdamW as in the peer or another optimizer.
+
+    With `taught`, a teacher of the same size takes part.
+    """
     import torch
 
     from minigpt.core.process import tune_process
     from minigpt.kernels.cpu import CPU
+    from minigpt.kernels.distillation import Distillation
     from minigpt.kernels.microbatch import microbatched_loss
     from minigpt.model import GPT
     from minigpt.training.config import OptimizerConfig
@@ -69,16 +77,25 @@ def _ours(d_model: int, batch: int, context: int, precision: str, name: Any = "a
 
     tune_process()
     net = GPT(shape_of(d_model, context)).use(CPU)
-    loss = microbatched_loss(net)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    loss = microbatched_loss(net)
+    if taught:
+        teacher = GPT(shape_of(d_model, context)).use(CPU).eval().requires_grad_(False)
+        loss = microbatched_loss(net, loss=Distillation(net, [teacher], dtype=dtype))
     optimizer = make_optimizer(net, OptimizerConfig(name), d_model, dtype=dtype)
     tokens = torch.randint(0, VOCABULARY, (batch, context + 1))
-    return _step(net, optimizer, lambda: loss(tokens[:, :-1], tokens[:, 1:]), precision)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    return _step(net, optimizer, lambda: loss(inputs, targets).flatten()[0], precision)
 
 
 def _muon(d_model: int, batch: int, context: int, precision: str) -> Any:
     """Return the training step of `python train.py`, with Muon, which costs more than AdamW."""
     return _ours(d_model, batch, context, precision, "muon")
+
+
+def _taught(d_model: int, batch: int, context: int, precision: str) -> Any:
+    """Return the training step of a student with a teacher of the same size."""
+    return _ours(d_model, batch, context, precision, "muon", taught=True)
 
 
 def _peer(d_model: int, batch: int, context: int, precision: str) -> Any:
@@ -226,6 +243,16 @@ def compare(rounds: int) -> dict[str, Any]:
     }
 
 
+def teacher_cost(rounds: int) -> dict[str, Any]:
+    """Return the time of a student's step, relative to a step without a teacher, by size."""
+    best, ratios = precisions()[-1], {}
+    for size, d_model in WIDTHS.items():
+        both = {kind: Candidate(kind, d_model, 16, 256, best) for kind in ("muon", "taught")}
+        measure(both, rounds)
+        ratios[f"step with a teacher, {size}"] = both["taught"].median / both["muon"].median
+    return ratios
+
+
 def sweep(rounds: int) -> list[dict[str, Any]]:
     """Return training FLOP/s of the medium model with other batch sizes, contexts and widths."""
     cases = [("batch", 256, b, 256) for b in (8, 16, 32, 64, 128)]
@@ -316,6 +343,7 @@ def main() -> None:
     parser.add_argument(
         "--profile", action="store_true", help="only profile the operators of a step"
     )
+    parser.add_argument("--teacher", action="store_true", help="only measure the cost of a teacher")
     parser.add_argument("--out", type=Path, help="output folder")
     arguments = parser.parse_args()
     if arguments.worker:
@@ -328,18 +356,18 @@ def main() -> None:
     table: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.system()} {platform.machine()}",
-        **compare(arguments.rounds),
+        **(teacher_cost if arguments.teacher else compare)(arguments.rounds),
     }
     for name, value in table.items():
         print(f"{name:45} {value if isinstance(value, str) else f'{value:,.3f}'}")
-    if arguments.sweep:
+    if arguments.sweep and not arguments.teacher:
         table["sweep"] = sweep(arguments.rounds)
         shares = [row["share_of_peak"] for row in table["sweep"]]
         table["smallest / largest share of the sweep"] = min(shares) / max(shares)
         print(f"smallest / largest share of the sweep {min(shares) / max(shares):.3f}")
     if arguments.out:
-        write_json(arguments.out / "training.json", table)
-        if arguments.sweep:
+        write_json(arguments.out / f"{'teacher' if arguments.teacher else 'training'}.json", table)
+        if "sweep" in table:
             sweep_figure(table["sweep"]).savefig(arguments.out / "training-sweep.png", dpi=160)
 
 

@@ -12,6 +12,7 @@ import copy
 import importlib
 import inspect
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import minigpt
-from minigpt.cli.program import CLASS_PATH, quote_paths
+from minigpt.cli.program import CLASS_SETTINGS, names_class, quote_paths
 from minigpt.core.files import user_path
 from minigpt.core.settings import UserError, build, plain_defaults, unknown_name
 
@@ -60,11 +61,11 @@ def load_config(
         UserError: a name or an option is unknown, a value is not allowed, or `config_dir` is not a
             folder.
     """
-    if name not in CLASS_PATH:
-        raise UserError(unknown_name(name, list(CLASS_PATH), "config"))
+    if name not in CLASS_SETTINGS:
+        raise UserError(unknown_name(name, list(CLASS_SETTINGS), "config"))
     values, size = compose_values(name, overrides, config_dir)
     if name == "train":
-        return train_config(values, size, overrides, typed_class(name, overrides))
+        return train_config(values, size, overrides, typed_class("model.class_path", overrides))
     return evaluation_config(values)
 
 
@@ -109,7 +110,7 @@ def plain_values(config: Any) -> Any:
 
 
 def composed_words(name: str, typed: Sequence[str], folder: Path | None = None) -> list[str]:
-    """Return the typed settings for Hydra, without the class path.
+    """Return the typed settings for Hydra, without class paths; teacher= becomes teacher.runs=.
 
     For train, `local=<value of MINIGPT_LOCAL>` is added if that variable is set and conf/ or
     `folder` contains a folder local/.
@@ -119,7 +120,8 @@ def composed_words(name: str, typed: Sequence[str], folder: Path | None = None) 
         typed: settings as typed on the command line.
         folder: folder with additional config groups.
     """
-    words = [quote_paths(word) for word in typed if not word.startswith(CLASS_PATH[name])]
+    settings = [word for word in typed if not names_class(word, name)]
+    words = [quote_paths(re.sub("^teacher=", "teacher.runs=", word)) for word in settings]
     folders = [Path(path) for path in (config_source(), folder) if path is not None]
     has_local = any((path / "local").is_dir() for path in folders)
     if name == "train" and has_local and (local := os.environ.get("MINIGPT_LOCAL")):
@@ -173,7 +175,7 @@ def defaults(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         values = plain_defaults(TrainConfig)
         for key in ("size", "model_class", "overrides"):  # derived from the overrides
             del values[key]
-        if (model := typed_class(name, overrides)) is not None:
+        if (model := typed_class("model.class_path", overrides)) is not None:
             values["model"] = plain_defaults(config_class(model))
         values["model"]["class_path"] = None
         return values
@@ -221,13 +223,13 @@ def evaluation_config(values: dict[str, Any]) -> Any:
 # ---------------------------------------------------------------------------- custom model classes
 
 
-def typed_class(name: str, overrides: Sequence[str]) -> Any:
-    """Return the model class whose path is in `overrides`; None for a plain GPT."""
-    argument = CLASS_PATH[name]
-    paths = [word.removeprefix(argument) for word in overrides if word.startswith(argument)]
+def typed_class(setting: str, overrides: Sequence[str]) -> Any:
+    """Return the class whose path `overrides` give as `setting`; None for a plain GPT."""
+    words = [word.partition("=") for word in overrides]
+    paths = [path for name, _, path in words if name == setting]
     if not paths or paths[-1] == "null":
         return None
-    return import_class(paths[-1], argument.removesuffix("="))
+    return import_class(paths[-1], setting)
 
 
 def import_class(path: str, argument: str) -> Any:

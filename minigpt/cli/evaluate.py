@@ -29,7 +29,7 @@ def _evaluate(config: DictConfig, program: Program, classes: list[str]) -> None:
     from minigpt.runs.names import REPORT
 
     values = plain_values(config)
-    run = Run.load(str(values["ckpt"]), typed_class("evaluate", classes))
+    run = Run.load(str(values["ckpt"]), typed_class("class_path", classes))
     folder = run.output_dir if values["out"] is None else user_path(str(values["out"]), "out")
     settings = evaluation_config(values)
     evaluation = evaluate(run, settings, console, folder)

@@ -14,13 +14,16 @@ from minigpt.core.files import user_path
 from minigpt.core.settings import MISSING, ModelClassError, UserError, one_line
 
 PATH_SETTINGS = {
-    "runs_dir", "resume", "init_from", "ckpt", "out", "data.tokenizer",
+    "runs_dir", "resume", "init_from", "ckpt", "out", "data.tokenizer", "teacher.runs",
     "data.train_files", "data.valid_files", "data.dataset", "data.cache_dir",
 }  # fmt: skip
 # Settings that a config group determines, and the group that the user types instead.
 OPTION_OF = {"data.source": "data", "optimizer.name": "optimizer", "logger.kind": "logger"}
-# Setting that names the model class.
-CLASS_PATH = {"train": "model.class_path=", "evaluate": "class_path="}
+# Settings that name a class: of the model, and of its teachers.
+CLASS_SETTINGS = {
+    "train": ("model.class_path", "teacher.class_path"),
+    "evaluate": ("class_path",),
+}
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,11 @@ def quote_paths(word: str) -> str:
     return f"{key}=[{quoted}]" if is_list else f"{key}={quoted}"
 
 
+def names_class(word: str, name: str) -> bool:
+    """Return whether a typed word of the program `name` sets the class of a model."""
+    return word.startswith(tuple(f"{setting}=" for setting in CLASS_SETTINGS[name]))
+
+
 def describe(error: UserError, program: Program, options: frozenset[str] = frozenset()) -> str:
     """Return one line for `error`: what is wrong, what is allowed, what to type instead.
 
@@ -115,7 +123,8 @@ def describe(error: UserError, program: Program, options: frozenset[str] = froze
     steps = [fix if name in options else shlex.quote(fix) for name, fix in fixes.items()]
     if isinstance(error, ModelClassError):
         verb = program.words[0] if program.words else Path(program.path).stem
-        steps.append(f"{CLASS_PATH.get(verb, '--class-path ')}{error.class_name}")
+        names = [f"{name}=" for name in CLASS_SETTINGS.get(verb, ())] or ["--class-path "]
+        steps.append(f"{names[error.argument == 'teacher']}{error.class_name}")
     if error.command is not None:
         verb, settings = error.command
         steps.append(program.command(verb, **settings))

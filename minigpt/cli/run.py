@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from minigpt.cli.compose import composed_words, config_source, register_defaults
 from minigpt.cli.hydra_errors import explain, explain_failure
-from minigpt.cli.program import CLASS_PATH, Program, describe, leave
+from minigpt.cli.program import Program, describe, leave, names_class
 from minigpt.core.console import show_log
 from minigpt.core.distributed import allow_starting_processes, global_rank
 from minigpt.core.settings import UserError, speak
@@ -52,7 +52,7 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
     speak(program.command)
     allow_starting_processes()
     arguments = program.arguments
-    classes = [word for word in arguments if word.startswith(CLASS_PATH[name])]
+    classes = [word for word in arguments if names_class(word, name)]
 
     def job(config: DictConfig) -> None:
         with _one_line_errors(program):

@@ -10,7 +10,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from minigpt.cli.compose import plain_values, train_config, typed_class
-from minigpt.cli.program import Program, hydra_value
+from minigpt.cli.program import CLASS_SETTINGS, Program, hydra_value
 from minigpt.cli.run import run_app
 from minigpt.core.settings import UserError
 
@@ -24,7 +24,8 @@ def _train(config: DictConfig, program: Program, classes: list[str]) -> None:
     job = HydraConfig.get()
     overrides: Any = OmegaConf.to_container(job.overrides.task)  # as typed, with interpolations
     overrides = [word for word in overrides if not word.startswith("local=")]  # MINIGPT_LOCAL
-    excess = [word for word in overrides if not word.startswith(("resume=", "data.cache_dir="))]
+    kept = ("resume=", "data.cache_dir=", "teacher.runs=")  # as teachers may have been moved
+    excess = [word for word in overrides if not word.startswith(kept)]
     location: list[str] = []
     if job.mode == RunMode.MULTIRUN:
         # Each job has its own folder, and uses the same folder if a scheduler restarts the job.
@@ -40,6 +41,6 @@ def _train(config: DictConfig, program: Program, classes: list[str]) -> None:
     from minigpt.training.loop import train  # imports Lightning, which is slow: after the checks
 
     tune_process()
-    model = typed_class("train", classes)
+    model, teacher = (typed_class(name, classes) for name in CLASS_SETTINGS["train"])
     values, size = plain_values(config), job.runtime.choices.get("model")
-    train(train_config(values, size, [*overrides, *classes], model), model)
+    train(train_config(values, size, [*overrides, *classes], model), model, teacher=teacher)

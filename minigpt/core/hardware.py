@@ -45,6 +45,14 @@ class Hardware:
         bfloat16_on_cpu = (self.accelerator, self.precision) == ("cpu", "bf16-mixed")
         return bfloat16_on_cpu and not cpu_has_bfloat16()
 
+    @property
+    def fast_dtype(self) -> torch.dtype:
+        """Dtype of the fastest matrix products, for models that are not in training."""
+        precision, _ = _find_precision("auto", self.accelerator)
+        return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(
+            precision, torch.float32
+        )
+
     @classmethod
     def detect(cls, accelerator: str, devices: str, num_nodes: int, precision: str) -> Hardware:
         """Check the trainer settings on this machine, and replace "auto" with a value.

@@ -90,10 +90,11 @@ class ModelClassError(UserError):
     Args:
         message: what is wrong.
         class_name: dotted path of the class that the run was trained with.
+        argument: "model", or "teacher" if the run is a teacher.
     """
 
-    def __init__(self, message: str, class_name: str) -> None:
-        super().__init__(message, "model")
+    def __init__(self, message: str, class_name: str, argument: str = "model") -> None:
+        super().__init__(message, argument)
         self.class_name = class_name
 
 

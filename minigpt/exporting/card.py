@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata, resources
 from typing import Any
 
@@ -18,7 +18,7 @@ from minigpt.core.settings import one_line
 from minigpt.core.text import BAR, human_time
 from minigpt.exporting.config import ExportConfig
 from minigpt.model import GPT
-from minigpt.runs.provenance import Parent
+from minigpt.runs.provenance import Parent, total_tokens
 
 Record = Mapping[str, Any]  # content of a JSON or YAML file of a run
 TINYSTORIES = "roneneldan/TinyStories"
@@ -30,7 +30,7 @@ CORPORA = {
 
 def model_card(
     name: str, export: ExportConfig, model: GPT, vocabulary: int, config: Record, summary: Record,
-    evaluation: Record | None, parent: Parent | None,
+    evaluation: Record | None, parent: Parent | None, teachers: Sequence[Parent] = (),
 ) -> str:  # fmt: skip
     """Return the content of README.md.
 
@@ -44,6 +44,7 @@ def model_card(
         evaluation: content of evaluation.json for exactly these weights; None if they were not
             evaluated.
         parent: the run that this run was initialised from; None for random weights.
+        teachers: the teachers of the run and of its ancestors.
 
     Returns:
         Markdown, with the YAML metadata for the Hub at the top.
@@ -61,6 +62,7 @@ def model_card(
         **{"name": name, "format": export.format, "dtype": export.weights, "model": model},
         vocabulary=vocabulary,
         **{"config": config, "summary": summary, "evaluation": evaluation, "parent": parent},
+        **{"teachers": teachers, "teacher_tokens": total_tokens(teachers)},
         local_path=name.split("/")[1] if "/" in name else f"path/to/{name}",
         on_hub="/" in name,
         averaged=averaged,

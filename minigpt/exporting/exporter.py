@@ -30,7 +30,7 @@ from minigpt.model import GPT
 from minigpt.runs.checkpoint import weights_fingerprint
 from minigpt.runs.folder import Run, class_path
 from minigpt.runs.names import CONFIG, EVALUATION, SUMMARY
-from minigpt.runs.provenance import MACHINE, Parent, parent_of, portable_overrides
+from minigpt.runs.provenance import MACHINE, Parent, parent_of, portable_overrides, teachers_of
 from minigpt.tokenizer import Tokenizer
 
 CARD = "README.md"
@@ -72,6 +72,7 @@ def export(
         raise UserError(problem, "format", config.format, {"format": "safetensors"})
     summary = run.summary
     parent = parent_of(summary, run.folder / SUMMARY)
+    teachers = teachers_of(summary, run.folder / SUMMARY)
     if parent is not None:  # without additional entries of earlier versions
         summary = {**summary, "init_from": dataclasses.asdict(parent)}
     if config.average:
@@ -85,7 +86,8 @@ def export(
     if evaluation is None and config.evaluate:
         evaluation = _new_evaluation(model, run, summary, dtype, console)
     title, size = name or out.resolve().name, tokenizer.vocab_size
-    card = model_card(title, config, model, size, portable, summary, evaluation, parent)
+    records = portable, summary, evaluation, parent, teachers
+    card = model_card(title, config, model, size, *records)
     with atomic_folder(out) as folder:
         if config.format == "safetensors":
             summary = _portable_summary(summary, evaluation)
@@ -149,6 +151,9 @@ def _portable_config(settings: Record, path: Path) -> dict[str, Any]:
     excluded = (*MACHINE, "init_from", "data", "overrides")
     portable = {key: value for key, value in settings.items() if key not in excluded}
     portable["data"] = _portable_data(data)
+    if isinstance(teacher := settings.get("teacher"), Mapping):
+        names = [Path(path).name for path in teacher.get("runs") or ()]
+        portable["teacher"] = {**teacher, "runs": names}
     overrides = settings.get("overrides")
     if isinstance(overrides, list) and all(isinstance(typed, str) for typed in overrides):
         portable["overrides"] = portable_overrides(overrides)

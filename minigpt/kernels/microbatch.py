@@ -24,39 +24,43 @@ TOKENS = 2048  # tokens per micro-batch: few enough for activations to stay in t
 
 
 class Loss(Protocol):
-    """Loss function of a model, such as `GPT.loss`."""
+    """Loss function of a model, such as `GPT.loss` or `Distillation`."""
 
     def __call__(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean loss in nats per token, float32, for ids (B, T) and targets (B, T)."""
+        """Return means over the scored tokens, float32, for ids (B, T) and targets (B, T).
+
+        The result is a scalar, or a vector (k,) of which only the first element has a gradient.
+        """
         ...
 
 
-def microbatched_loss(model: GPT, n_threads: int | None = None) -> Loss:
-    """Return a function equivalent to `model.loss` that computes in micro-batches on threads.
+def microbatched_loss(model: GPT, n_threads: int | None = None, loss: Loss | None = None) -> Loss:
+    """Return a function equivalent to `loss` that computes in micro-batches on threads.
 
     The function computes the gradients of trainable weights together with the loss. It adds the
     results of the threads in a fixed order, so that the sums are reproducible. For a batch with
-    fewer windows than threads, the function calls `model.loss`. For a model with dropout,
-    `model.loss` itself is returned, because threads would draw random numbers in an undefined
-    order.
+    fewer windows than threads, the function calls `loss`. For a model with dropout, `loss` itself
+    is returned, because threads would draw random numbers in an undefined order.
 
     Args:
-        model: the model, on a CPU.
+        model: the model in training, on a CPU.
         n_threads: number of threads; None means the number that PyTorch uses within an operator.
+        loss: the loss of `model`; None means `model.loss`.
 
     Returns:
-        The function, from ids (B, T) and targets (B, T) to the mean loss in nats, float32.
+        The function, with the arguments and the result of `loss`.
     """
+    whole = loss or model.loss
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
-        return model.loss
+        return whole
 
     def microbatched(ids: Tensor, targets: Tensor) -> Tensor:
         n = n_threads or torch.get_num_threads()  # read here, since Lightning changes it later
         if len(ids) < n:
-            return model.loss(ids, targets)
+            return whole(ids, targets)
         trainable = [p for p in model.parameters() if p.requires_grad]
         weights = trainable if torch.is_grad_enabled() else []
-        return _MicroBatchedLoss.apply(model.loss, n, ids, targets, *weights)  # type: ignore[no-any-return]
+        return _MicroBatchedLoss.apply(whole, n, ids, targets, *weights)  # type: ignore[no-any-return]
 
     return microbatched
 
@@ -74,7 +78,7 @@ class _MicroBatchedLoss(torch.autograd.Function):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
         def part(rows: tuple[Tensor, Tensor]) -> tuple[Tensor, list[Tensor]]:
-            nats, gradients = torch.zeros(()), list[Tensor]()
+            sums, gradients = torch.zeros(()), list[Tensor]()
             for batch in zip(*(x.split(size) for x in rows), strict=True):
                 share = (batch[1] != IGNORE_INDEX).sum() / n_scored
                 if not share:  # only padding, whose mean loss is undefined
@@ -83,23 +87,25 @@ class _MicroBatchedLoss(torch.autograd.Function):
                     with torch.autocast("cpu", dtype, dtype is not None, cache_enabled=False):
                         term = loss(*batch) * share
                     if weights:  # materialize_grads: a subclass may have unused weights
-                        _add(gradients, torch.autograd.grad(term, weights, materialize_grads=True))
-                nats += term.detach()
-            return nats, gradients
+                        first = term.flatten()[0]
+                        _add(gradients, torch.autograd.grad(first, weights, materialize_grads=True))
+                sums = sums + term.detach()
+            return sums, gradients
 
         parts = zip(ids.chunk(n_threads), targets.chunk(n_threads), strict=True)
         run = map if n_threads == 1 else _threads(n_threads).map
-        (nats, gradients), *others = run(part, parts)
-        for other_nats, other_gradients in others:
-            nats += other_nats
+        (sums, gradients), *others = run(part, parts)
+        for other_sums, other_gradients in others:
+            sums = sums + other_sums
             _add(gradients, other_gradients)
         ctx.gradients = gradients or [torch.zeros_like(weight) for weight in weights]
-        return nats
+        return sums
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        factor = grads[0].flatten()[0]
         gradients, ctx.gradients = ctx.gradients, None  # frees them before the loss is freed
-        return None, None, None, None, *(gradient.mul_(grads[0]) for gradient in gradients)
+        return None, None, None, None, *(gradient.mul_(factor) for gradient in gradients)
 
 
 def _add(sums: list[Tensor], more: Sequence[Tensor]) -> None:

@@ -28,9 +28,11 @@ from minigpt.runs.checkpoint import (
     read_checkpoint,
     read_model,
     read_safetensors,
+    weights_fingerprint,
     with_weights,
 )
-from minigpt.runs.names import BEST, CHECKPOINTS, CONFIG, LAST, TOKENIZER, WEIGHTS
+from minigpt.runs.names import BEST, CHECKPOINTS, CONFIG, LAST, SUMMARY, TOKENIZER, WEIGHTS
+from minigpt.runs.provenance import Parent, parent_of, teachers_of
 from minigpt.runs.records import read_summary
 from minigpt.tokenizer import Tokenizer
 
@@ -139,8 +141,9 @@ class Run:
             return summary
         content = read_checkpoint(self.checkpoint)
         stored, steps = content["hyper_parameters"], content["global_step"]
-        if "init_from" in stored:
-            summary = {**summary, "init_from": stored["init_from"]}
+        for key in ("init_from", "teachers"):
+            if key in stored:
+                summary = {**summary, key: stored[key]}
         if steps == summary.get("steps"):
             return summary
         per_step = stored.get("tokens_per_step")
@@ -194,6 +197,36 @@ class Run:
         if name.rpartition(".")[2] != trained.rpartition(".")[2]:
             raise ModelClassError(f"{self.folder} was trained with {trained}, not {name}", trained)
         return model.to(device).eval().requires_grad_(False)
+
+    def provenance(self, model: GPT) -> Parent:
+        """Return the record of this run in a run that starts from it or is taught by it.
+
+        Args:
+            model: the model of this run.
+
+        Raises:
+            UserError: config.yaml or summary.json lacks the record of the training.
+        """
+        summary, path = self.summary, self.folder / SUMMARY
+        parent = parent_of(summary, path)
+
+        def total(name: str) -> Any:
+            own, before = summary.get(name), getattr(parent, name) if parent else 0
+            return None if own is None or before is None else before + own
+
+        try:
+            entry = {
+                "name": self.folder.resolve().name,
+                "weights": weights_fingerprint(model),
+                "tokens": total("tokens"),
+                "seconds": total("seconds"),
+                "sources": [*(parent.sources if parent else []), self.config["data"]["source"]],
+                "teachers": teachers_of(summary, path),
+            }
+        except (KeyError, TypeError):
+            message = f"{self.folder} has no record of its training"
+            raise UserError(f"{message}: restore its {CONFIG} and {SUMMARY}") from None
+        return build(Parent, entry, f"{self.folder}")
 
 
 def class_path(factory: ModelFactory) -> str:

@@ -7,8 +7,8 @@ import os
 import re
 import subprocess
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -77,9 +77,9 @@ def portable_overrides(overrides: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Parent:
-    """Record of the run that another run was initialised from (`init_from`).
+    """Record of a run that another run was initialised from (`init_from`) or is taught by.
 
-    Tokens, seconds and sources include those of all earlier ancestors.
+    Tokens, seconds and sources include those of all earlier ancestors by `init_from`.
 
     Raises:
         ValueError: the name or a source is not printable, or a number is negative.
@@ -99,6 +99,9 @@ class Parent:
 
     sources: list[str]
     """Each `data.source` that the weights were trained on, oldest first."""
+
+    teachers: list[Parent] = field(default_factory=list)
+    """All teachers of the run, of its ancestors and of these teachers, each once."""
 
     def __post_init__(self) -> None:
         if not all(text.isprintable() for text in (self.name, *self.sources)):
@@ -123,10 +126,50 @@ def parent_of(record: Mapping[str, Any], path: Path) -> Parent | None:
     Raises:
         UserError: the entry is not a valid record of a parent.
     """
-    if (entry := record.get("init_from")) is None:
-        return None
+    entry = record.get("init_from")
+    return None if entry is None else _record(entry, f"{path}: init_from")
+
+
+def teachers_of(record: Mapping[str, Any], path: Path) -> list[Parent]:
+    """Return all teachers that the weights of a run have learned from, each once.
+
+    These are the teachers of the run and of its ancestors, and the teachers of these teachers.
+
+    Args:
+        record: summary or hyper-parameters, with the run's own teachers under the key `teachers`
+            and the parent under `init_from`.
+        path: path of the file with the record, for error messages.
+
+    Raises:
+        UserError: an entry is not a valid record.
+    """
+    own, parent = own_teachers(record, path), parent_of(record, path)
+    everyone = [*own, *(t for teacher in own for t in teacher.teachers)]
+    return _distinct([*everyone, *(parent.teachers if parent else [])])
+
+
+def own_teachers(record: Mapping[str, Any], path: Path) -> list[Parent]:
+    """Return the teachers of a run itself, with the arguments and errors of `teachers_of`."""
+    entries = record.get("teachers") or []
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: teachers must be a list: restore the file, or train again")
+    return [_record(entry, f"{path}: teachers") for entry in entries]
+
+
+def _record(entry: Any, where: str) -> Parent:
     if not isinstance(entry, Mapping):
-        raise UserError(f"{path}: init_from must be an object: restore the file, or train again")
+        raise UserError(f"{where} must be an object: restore the file, or train again")
     names = {field.name for field in fields(Parent)}
-    values = {name: value for name, value in entry.items() if name in names}
-    return build(Parent, values, f"{path}: init_from")
+    return build(Parent, {name: entry[name] for name in entry if name in names}, where)
+
+
+def _distinct(teachers: Iterable[Parent]) -> list[Parent]:
+    """Return the teachers without repetitions; the teachers in their records are left out."""
+    by_weights = {t.weights: replace(t, teachers=[]) for t in teachers}
+    return list(by_weights.values())
+
+
+def total_tokens(teachers: Iterable[Parent]) -> int | None:
+    """Return the number of tokens that all teachers were trained on; None if one is unknown."""
+    counts = [teacher.tokens for teacher in teachers]
+    return None if None in counts else sum(n for n in counts if n is not None)

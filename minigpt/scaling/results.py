@@ -25,7 +25,7 @@ from minigpt.core.text import human_count
 from minigpt.data.config import DataConfig
 from minigpt.runs.folder import Run
 from minigpt.runs.names import CONFIG, METRICS, SUMMARY
-from minigpt.runs.provenance import Parent, parent_of
+from minigpt.runs.provenance import Parent, parent_of, teachers_of, total_tokens
 from minigpt.runs.records import Row, last_values, read_metrics, read_summary, series
 
 LATE = 0.05  # final fraction of a run over which the training loss is averaged
@@ -67,6 +67,7 @@ class RunResult:
     parameters: int | None
     non_embedding_parameters: int | None
     tokens: int  # seen in training, including those of the parent run
+    teacher_tokens: int | None  # seen by all teachers; 0 without teachers, None if unknown
     tokens_of_data: int  # the part of `tokens` that is known to be from `data`
     train_tokens: int | None  # size of the training split
     flops_per_token: int | None  # training FLOPs
@@ -161,7 +162,7 @@ def read_run(path: Path) -> RunResult:
             raise UserError(f"{path / SUMMARY}: {name} is {value!r}; it must be a number")
         return value
 
-    parent = parent_of(summary, path / SUMMARY)
+    parent, teachers = parent_of(summary, path / SUMMARY), teachers_of(summary, path / SUMMARY)
     before = (parent.tokens or 0) if parent else 0
     own, losses = int(number("tokens") or 0), zip(*series(rows, "val/loss"), strict=True)
     try:
@@ -173,12 +174,13 @@ def read_run(path: Path) -> RunResult:
         model=numbers.get("model", "unknown"),
         data=data,
         corpus=corpus,
-        recipe=_recipe(config, summary, parent),
+        recipe=_recipe(config, summary, parent, teachers),
         seed=seed,
         status=numbers.get("status", "unfinished"),
         parameters=number("parameters"),
         non_embedding_parameters=number("non_embedding_parameters"),
         tokens=before + own,
+        teacher_tokens=total_tokens(teachers),
         tokens_of_data=own + (before if parent and set(parent.sources) == {data} else 0),
         train_tokens=number("train_tokens"),
         flops_per_token=number("flops_per_token"),
@@ -188,7 +190,7 @@ def read_run(path: Path) -> RunResult:
         perplexity=number("val/perplexity"),
         bits_per_byte=number("val/bits_per_byte"),
         curve=tuple((before + seen, loss) for seen, loss in losses if math.isfinite(loss)),
-        settings=_settings(config) | ({"init_from": parent.weights} if parent else {}),
+        settings=_settings(config, parent, teachers),
     )
 
 
@@ -203,24 +205,34 @@ def _corpus(data: dict[str, Any]) -> str:
     return f"{data['source']}{names}{more}{vocabulary}"
 
 
-def _recipe(config: dict[str, Any], summary: dict[str, Any], parent: Parent | None) -> str:
+def _recipe(
+    config: dict[str, Any], summary: dict[str, Any], parent: Parent | None, teachers: list[Parent]
+) -> str:
     scale = (config.get("model") or {}).get("embedding_scale")
     # The summary names the parent, and a run in progress has no summary yet.
     start = parent.name if parent else "another run" if config.get("init_from") else None
+    taught = bool((config.get("teacher") or {}).get("runs"))
+    names = " and ".join(teacher.name for teacher in teachers) or ("another run" if taught else "")
     parts = (
         (config.get("optimizer") or {}).get("name"),
         scale == 1 and "unscaled embeddings",
         start and f"from {start}",
+        names and f"taught by {names}",
         summary.get("averaged") is True and "averaged",  # by minigpt export
     )
     return ", ".join(part for part in parts if part)
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
+def _settings(
+    config: dict[str, Any], parent: Parent | None, teachers: list[Parent]
+) -> dict[str, Any]:
     values = flat(config)
     optimizer = [name for name in values if name.startswith("optimizer.")]
-    names = (*_COMPARED, *optimizer, "trainer.accumulate_grad_batches")
-    return {name: values[name] for name in names if name in values}
+    names = [*_COMPARED, *optimizer, "trainer.accumulate_grad_batches"]
+    names += ["teacher.weight", "teacher.temperature"] if teachers else []
+    settings = {name: values[name] for name in names if name in values}
+    settings |= {"init_from": parent.weights} if parent else {}
+    return settings | ({"teachers": [t.weights for t in teachers]} if teachers else {})
 
 
 def late_training_loss(rows: list[Row]) -> float | None:

@@ -137,7 +137,7 @@ def markdown(runs: Sequence[RunResult], groups: Sequence[RunGroup]) -> str:
     sizes = [_size_cells(group, size) for group in groups for size in group.sizes]
     parts = [
         "# Scaling",
-        md_table(list(COLUMNS), [_run_cells(run, "{:,}".format) for run in runs], left=2),
+        _run_table(runs),
         f"Validation loss is measured at the end of each run. {REFERENCE_NOTE}",
         "\n".join(f"- {warning}" for warning in run_warnings(runs)),
         "![Perplexity against parameters](scaling.png)",
@@ -172,6 +172,18 @@ def markdown(runs: Sequence[RunResult], groups: Sequence[RunGroup]) -> str:
         "6 N + 12 L T d FLOPs per token, where N includes the output matrix.",
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _run_table(runs: Sequence[RunResult]) -> str:
+    """Return the table of runs, with the tokens of teachers if a run has teachers."""
+    columns, rows = list(COLUMNS), [list(_run_cells(run, "{:,}".format)) for run in runs]
+    if any(run.teacher_tokens != 0 for run in runs):
+        place = columns.index("tokens") + 1
+        columns.insert(place, "teachers' tokens")
+        for row, run in zip(rows, runs, strict=True):
+            unknown = run.teacher_tokens is None
+            row.insert(place, "–" if unknown else human_count(run.teacher_tokens or 0))
+    return md_table(columns, rows, left=2)
 
 
 def _run_cells(run: RunResult, count: Callable[[float], str]) -> tuple[str, ...]:

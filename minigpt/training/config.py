@@ -109,6 +109,31 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class TeacherConfig:
+    """Distillation: the teachers of the model in training, and the weight of their predictions."""
+
+    runs: tuple[str, ...] = ()
+    """Run folders, checkpoints or exports of the teachers, whose probabilities are averaged; if
+    there are none, the model learns only from the text. The command line also accepts
+    teacher=releases/large."""
+    weight: float = 0.5
+    """Weight of the divergence from the teachers in the training objective, from 0 to 1; the
+    cross-entropy has the rest."""
+    temperature: float = 1.0
+    """Temperature of the teachers' and the student's probabilities in the divergence, above 0."""
+    class_path: str | None = None
+    """Dotted path of the teachers' class, as typed; None means minigpt.model.GPT."""
+
+    def __post_init__(self) -> None:
+        check(self, "must be between 0 and 1", lambda w: 0 <= w <= 1, "weight")
+        check(self, "must be positive", lambda t: t > 0, "temperature")
+        if "" in self.runs:
+            problem = "must not be empty; leave it out, or name a run"
+            raise UserError(problem, "runs", fix={"runs": ["releases/large"]})
+        expand_paths(self, "runs")
+
+
+@dataclass(frozen=True)
 class LoggerConfig:
     """Logger in addition to metrics.csv, which is always written."""
 
@@ -170,6 +195,8 @@ class TrainConfig:
     """Stories, tokenizer and batches."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer, learning rates and schedule."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """Models that teach this one."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """Device, precision, validation and logging intervals."""
     logger: LoggerConfig = field(default_factory=LoggerConfig)
@@ -218,6 +245,9 @@ class TrainConfig:
         if fsdp and self.callbacks.prompts:  # only rank 0 samples, without all weights
             message = "cannot sample stories during training"
             raise UserError(message, name, "fsdp", {"callbacks": "quiet"})
+        if fsdp and self.teacher.runs:
+            message = "shards the weights of the student, but not those of teachers"
+            raise UserError(message, name, "fsdp", {name: "ddp"})
         if fsdp and self.optimizer.name == "muon":
             message = "splits each matrix over the devices, but Muon needs whole matrices"
             raise UserError(message, name, "fsdp", {"optimizer": "adamw"})
@@ -246,7 +276,7 @@ class TrainConfig:
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """Return all settings as plain values, to be read again in any working directory.
 
-    The paths of text files, tokenizer, cache and `init_from` are made absolute.
+    The paths of text files, tokenizer, cache, teachers and `init_from` are made absolute.
     """
     paths = {
         "train_files": tuple(str(Path(name).absolute()) for name in config.data.train_files),
@@ -257,7 +287,9 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
         paths["tokenizer"] = str(Path(tokenizer).expanduser().absolute())
     init_from = str(Path(config.init_from).absolute()) if config.init_from else None
     data = dataclasses.replace(config.data, **paths)
-    return plain(dataclasses.replace(config, data=data, init_from=init_from))
+    runs = tuple(str(Path(name).absolute()) for name in config.teacher.runs)
+    teacher = dataclasses.replace(config.teacher, runs=runs)
+    return plain(dataclasses.replace(config, data=data, teacher=teacher, init_from=init_from))
 
 
 @dataclass(frozen=True)

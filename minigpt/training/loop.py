@@ -38,11 +38,12 @@ from minigpt.data.datamodule import DataModule
 from minigpt.data.spool import spool_stories
 from minigpt.kernels.choice import kernels_for
 from minigpt.kernels.decode import is_plain
+from minigpt.kernels.distillation import Distillation
 from minigpt.kernels.microbatch import microbatched_loss
 from minigpt.model import GPT, Kernels
 from minigpt.runs.folder import ModelFactory, Run, class_path, config_class, new_run_folder
 from minigpt.runs.names import CHECKPOINTS, CONFIG, METRICS, REPORT, TOKENIZER
-from minigpt.runs.provenance import source_commit
+from minigpt.runs.provenance import source_commit, total_tokens
 from minigpt.runs.records import read_summary
 from minigpt.training.callbacks import RunReport, StorySamples, Throughput, TrainingProgress
 from minigpt.training.checkpointing import Checkpoints, full_disk_in_one_line
@@ -50,6 +51,7 @@ from minigpt.training.config import Schedule, TrainConfig, TrainerConfig, settin
 from minigpt.training.loggers import MetricsCsv, check_logger, extra_loggers, finish_wandb
 from minigpt.training.module import GPTModule
 from minigpt.training.resume import AUTO, ResumeState, folder_to_resume, run_lock
+from minigpt.training.teacher import Teachers
 
 
 def train(
@@ -58,6 +60,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     stories: Iterable[str] | None = None,
     valid_stories: Iterable[str] | None = None,
+    teacher: ModelFactory | None = None,
 ) -> Run:
     """Train a model, or continue the run in `config.resume`, and return the run.
 
@@ -72,6 +75,8 @@ def train(
         stories: training stories, which replace the stories of `config.data`.
         valid_stories: validation stories; None holds out the fraction `config.data.holdout` at the
             end of `stories`.
+        teacher: class of the teachers in `config.teacher`, derived from `GPT`, or function that
+            maps a config to a teacher; None means `GPT`.
 
     Returns:
         The run, with its best checkpoint selected.
@@ -81,16 +86,19 @@ def train(
             diverged, the disk is full, or another process trains this run.
     """
     with preserved_process():
-        config = _with_model(config, model)
+        config = _with_classes(config, model, teacher)
         if stories is not None:
             data = spool_stories(config.data, stories, valid_stories)
             config = dataclasses.replace(config, data=data)
         elif valid_stories is not None:
             raise UserError("must be given together with stories", "valid_stories")
-        return Run.load(_train(config, model, callbacks), model)
+        return Run.load(_train(config, model, teacher, callbacks), model)
 
 
-def _train(config: TrainConfig, model: ModelFactory | None, callbacks: Sequence[Callback]) -> Path:
+def _train(
+    config: TrainConfig, model: ModelFactory | None, teacher: ModelFactory | None,
+    callbacks: Sequence[Callback],
+) -> Path:  # fmt: skip
     """Check everything, create the run folder and train; return the folder."""
     if config.name is None and (step := step_name()) is not None:  # under srun
         config = dataclasses.replace(config, name=f"{config.size}-{step}")
@@ -98,7 +106,7 @@ def _train(config: TrainConfig, model: ModelFactory | None, callbacks: Sequence[
     with contextlib.ExitStack() as stack:
         if (folder := folder_to_resume(config)) is not None:
             stack.enter_context(lock(folder))
-        start = ResumeState.from_config(config, folder, model)
+        start = ResumeState.from_config(config, folder, model, teacher)
         config = start.config
         hardware = _hardware(config.trainer)
         kernels = kernels_for(hardware.accelerator, config.trainer.kernels)
@@ -128,17 +136,25 @@ def _train(config: TrainConfig, model: ModelFactory | None, callbacks: Sequence[
             start.clear(folder)
         training.describe(kernels)
         trainer = training.trainer(callbacks)
-        _speed_up(module, kernels, config.trainer)
+        _speed_up(module, kernels, hardware, config, start.teachers)
         _fit(trainer, module, data, start.checkpoint, config)
         log.info("report: %s", folder / REPORT)
         log.info("next:   %s", next_step("evaluate", ckpt=str(folder), **_class_setting(config)))
     return folder
 
 
-def _with_model(config: TrainConfig, model: ModelFactory | None) -> TrainConfig:
-    """Return `config` with `config.model` converted to the config class of `model`."""
+def _with_classes(
+    config: TrainConfig, model: ModelFactory | None, teacher: ModelFactory | None
+) -> TrainConfig:
+    """Return `config` with the classes of model and teachers.
+
+    `config.model` is converted to the config class of `model`.
+    """
     if model is None and config.model_class is not None:
         raise ModelClassError("the config is for a model class other than GPT", config.model_class)
+    if teacher is not None:
+        taught = dataclasses.replace(config.teacher, class_path=class_path(teacher))
+        config = dataclasses.replace(config, teacher=taught)
     shape = config_class(model or GPT)
     if type(config.model) is not shape:
         values = dataclasses.asdict(config.model)
@@ -165,20 +181,35 @@ def _hardware(c: TrainerConfig) -> Hardware:
     return hardware
 
 
-def _speed_up(module: GPTModule, kernels: Kernels, c: TrainerConfig) -> None:
-    """Make `module` use `kernels`; depending on `c`, compile or micro-batch its loss."""
-    model = module.net.use(kernels)
+def _speed_up(
+    module: GPTModule, kernels: Kernels, hardware: Hardware, config: TrainConfig,
+    teachers: Teachers | None,
+) -> None:  # fmt: skip
+    """Set the losses of `module`: with `kernels`, and compiled or micro-batched if possible."""
+    model, c = module.net.use(kernels), config.trainer
+    if teachers is not None:
+        module.teachers = [teacher.use(kernels) for teacher in teachers.models]
+        settings = config.teacher.weight, config.teacher.temperature, hardware.fast_dtype
+        module.distillation = Distillation(model, module.teachers, *settings)
     if kernels.name == "cpu" and not is_tuned():
         log.info("memory     minigpt.tune_process() makes training on this CPU faster")
     if c.compile:  # only the loss: compiling the whole model would rename its weights
         module.fast_loss = torch.compile(model.loss)
+        module.distillation = module.distillation and torch.compile(module.distillation)
     elif kernels.name == "cpu" and c.strategy != "fsdp":  # fsdp gathers weights for a single pass
         module.fast_loss = microbatched_loss(model)
+        if module.distillation is not None:
+            module.distillation = microbatched_loss(model, loss=module.distillation)
 
 
 def _class_setting(config: TrainConfig) -> dict[str, str]:
     """Return the setting that names a custom model class; {} for GPT."""
     return {} if config.model_class is None else {"class_path": config.model_class}
+
+
+def _tokens_seen(number: int | None) -> str:
+    """Return the number of tokens that a model was trained on, for the log."""
+    return "an unknown number of" if number is None else human_count(number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,12 +251,17 @@ class _Training:
             "kernels": kernels.name,
         }
         if parent is not None:
-            seen = "an unknown number of" if parent.tokens is None else human_count(parent.tokens)
+            seen = _tokens_seen(parent.tokens)
             lines["weights"] = f"from {parent.name}, trained on {seen} tokens, with its tokenizer"
+        if (teachers := self.start.teachers) is not None:
+            names, c = ", ".join(record.name for record in teachers.records), config.teacher
+            seen = _tokens_seen(total_tokens(teachers.records))
+            settings = f"weight {c.weight:g}, temperature {c.temperature:g}"
+            lines["teachers"] = f"{names}, trained on {seen} tokens: {settings}"
         for key, text in lines.items():
             log.info("%-10s %s", key, text)
         size, limit = data.tokenizer.vocab_size, config.data.vocab_size
-        if config.init_from is None and size < limit:
+        if parent is None and self.start.tokenizer is None and size < limit:
             sizes = f"{size:,} tokens, fewer than data.vocab_size={limit:,}"
             rows = f"the model's vocabulary has {config.model.vocab_size:,}"
             log.warning("the training stories yield a vocabulary of %s; %s", sizes, rows)
@@ -291,7 +327,7 @@ class _Training:
             earlier = read_summary(self.folder).get("commit")
             if isinstance(earlier, str):  # commits of earlier parts of the run
                 commits = ", ".join(dict.fromkeys([*earlier.split(", "), commits]))
-        parent = self.start.parent
+        parent, teachers = self.start.parent, self.start.teachers
         return {
             "model": self.config.size,
             "parameters": model.n_parameters,
@@ -305,6 +341,7 @@ class _Training:
             "num_nodes": hardware.num_nodes,
             "precision": hardware.precision,
             **({"init_from": dataclasses.asdict(parent)} if parent else {}),
+            **({"teachers": plain(list(teachers.records))} if teachers else {}),
             "commit": commits,
         }
 
@@ -321,6 +358,8 @@ def _fit(
     except SystemExit as leaving:  # from Lightning at Ctrl-C, from `Checkpoints` at other signals
         if (folder / CHECKPOINTS).is_dir():
             more = {f"model.{key}": value for key, value in _class_setting(config).items()}
+            if (name := config.teacher.class_path) is not None:
+                more["teacher.class_path"] = name
             log.info("continue:  %s", next_step("train", resume=str(folder), **more))
         if not isinstance(leaving, SIGTERMException):
             raise KeyboardInterrupt from None

@@ -61,6 +61,8 @@ class GPTModule(L.LightningModule):
         self.save_hyperparameters({**sections, **steps, **(extra_hparams or {})}, logger=False)
         self.net = factory(config)  # "net" is part of the names of weights in checkpoints
         self.fast_loss: Loss | None = None  # a faster computation of `net.loss`
+        self.distillation: Loss | None = None  # the training loss of a student, `Distillation`
+        self.teachers: list[GPT] = []  # in a list, so that they are not part of this module
         self.settings = optimizer
         self.peak_lrs = peak_lrs(optimizer, config.d_model)
         self.n_steps, self.tokens_per_step = n_steps, tokens_per_step
@@ -77,6 +79,11 @@ class GPTModule(L.LightningModule):
             fully_shard(module, mesh=mesh)
         register_fsdp_forward_method(self.net, "loss")
 
+    def on_fit_start(self) -> None:
+        """Move the teachers to the device of the model."""
+        for teacher in self.teachers:
+            teacher.to(self.device)
+
     def forward(self, ids: Tensor) -> Tensor:
         """Return the logits (B, T, V) of token ids (B, T)."""
         return self.net(ids)
@@ -86,20 +93,26 @@ class GPTModule(L.LightningModule):
         return (self.fast_loss or self.net.loss)(ids, targets)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the mean loss in nats per token; raise UserError if it is not finite."""
+        """Return the training loss in nats per token; raise UserError if it is not finite.
+
+        With teachers, this is the objective of `Distillation`. The logged `train/loss` is the
+        cross-entropy in any case.
+        """
         if self.net.config.dropout:
             self._seed_dropout(batch_idx)
-        loss = self.loss(*batch)
-        mean = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
-        assert isinstance(mean, Tensor)  # averaged over ranks so that all ranks stop together
-        self._check_finite("training", mean.item())
+        losses = (self.distillation or self.loss)(*batch).reshape(-1)
+        means = self.trainer.strategy.reduce(losses.detach().clone(), reduce_op="mean")
+        assert isinstance(means, Tensor)  # averaged over ranks so that all ranks stop together
+        self._check_finite("training", means[0].item())
         steps = self.global_step + 1
-        self.log("train/loss", mean)
+        self.log("train/loss", means[1 if self.distillation else 0])  # the cross-entropy
         if self.has_row(steps):
+            if self.distillation:
+                self.log("train/divergence", means[2])
             self.log("lr", self._lr())
             # Lightning uses the logged "step" as the row's x-axis: the number of updates so far.
             self.log_dict({"step": float(steps), "tokens": float(steps * self.tokens_per_step)})
-        return loss
+        return losses[0]
 
     def has_row(self, step: int) -> bool:
         """Return whether update `step`, counted from 1, has a training row in metrics.csv.

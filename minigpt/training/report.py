@@ -99,7 +99,9 @@ def _details(summary: dict[str, Any]) -> list[tuple[str, str]]:
     def text(value: Any) -> str:
         if value is None:
             return "not measured"
-        if isinstance(value, dict):  # init_from, the parent run
+        if isinstance(value, list):  # teachers
+            return ", ".join(map(text, value))
+        if isinstance(value, dict):  # init_from, the parent run, or a teacher
             return str(value.get("name"))
         if isinstance(value, float):
             return f"{value:,.6g}"

@@ -10,22 +10,26 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from minigpt.core.console import log
 from minigpt.core.files import refuse_links_out
-from minigpt.core.settings import ModelClassError, UserError, build, flat
+from minigpt.core.settings import ModelClassError, UserError, flat
 from minigpt.data.config import DataConfig, with_cache_here
 from minigpt.data.datamodule import DataModule
 from minigpt.model import GPT, GPTConfig
-from minigpt.runs.checkpoint import is_whole, read_checkpoint, weights_fingerprint
+from minigpt.runs.checkpoint import is_whole, read_checkpoint
 from minigpt.runs.folder import ModelFactory, Run, config_class, last_checkpoint, last_checkpoints
-from minigpt.runs.names import CHECKPOINTS, CONFIG, SUMMARY, TOKENIZER
+from minigpt.runs.names import CHECKPOINTS, CONFIG, TOKENIZER
 from minigpt.runs.provenance import Parent, parent_of
 from minigpt.tokenizer import Tokenizer
 from minigpt.training.config import Schedule, TrainConfig, settings_of
 from minigpt.training.module import GPTModule
+from minigpt.training.teacher import Teachers
 
 AUTO = "auto"  # resume=auto continues the run called config.name, if there is one
 _SECTIONS = ("model", "data", "optimizer", "trainer", "budget", "seed")  # in every config.yaml
 # Settings that may change between the parts of a run, such as its location.
-_MAY_CHANGE = ("name", "runs_dir", "resume", "data.cache_dir", "model_class", "overrides")
+_MAY_CHANGE = (
+    "name", "runs_dir", "resume", "data.cache_dir", "teacher.runs", "teacher.class_path",
+    "model_class", "overrides",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,35 +54,65 @@ class ResumeState:
     """Tokenizer to use; None means that a tokenizer is trained on the stories."""
     parent: Parent | None = None
     """Provenance record of the parent run; None for a run without a parent."""
+    teachers: Teachers | None = None
+    """The loaded teachers; None for a run without teachers."""
 
     @classmethod
     def from_config(
-        cls, config: TrainConfig, folder: Path | None, model: ModelFactory | None = None
-    ) -> ResumeState:
+        cls, config: TrainConfig, folder: Path | None, model: ModelFactory | None = None,
+        teacher: ModelFactory | None = None,
+    ) -> ResumeState:  # fmt: skip
         """Return the state from which a run starts.
 
         Args:
             config: all settings as typed by the user.
             folder: folder of the run to resume, which keeps its own settings; None for a new run.
             model: class of the model, or function that creates it; None means `GPT`.
+            teacher: class of the teachers, or function that creates them; None means `GPT`.
 
         Raises:
             UserError: there is no checkpoint to resume, resume=auto found a run with other
-                settings, or the weights of `init_from` do not fit the model.
+                settings, the weights of `init_from` do not fit the model, or the teachers do not
+                fit the model or have changed since the checkpoint.
         """
         if folder is None or (config.resume == AUTO and not last_checkpoints(folder)):
-            config, tokenizer = _with_tokenizer(config)
-            if config.init_from is None:
-                return cls(config, tokenizer=tokenizer)
+            return cls._new(config, folder, model, teacher)
+        return cls._resumed(config, folder, model, teacher)
+
+    @classmethod
+    def _new(
+        cls, config: TrainConfig, folder: Path | None, model: ModelFactory | None,
+        teacher: ModelFactory | None,
+    ) -> ResumeState:  # fmt: skip
+        teachers = parent = parent_model = run = None
+        tokenizer = _typed_tokenizer(config.data)
+        tokenizers = {"data.tokenizer": (config.data.tokenizer, tokenizer)}
+        if config.teacher.runs:
+            if folder is None and config.name is not None:
+                folder = Path(config.runs_dir) / config.name
+            teachers = Teachers.load(config.teacher.runs, folder, teacher)
+            tokenizers["teacher.runs"] = config.teacher.runs[0], teachers.tokenizer
+        if config.init_from is not None:
             run = Run.load(config.init_from, model)
-            if tokenizer and tokenizer.fingerprint != run.tokenizer.fingerprint:
-                other = f"the tokenizer of init_from={config.init_from}"
-                message = f"differs from {other}: leave this out"
-                raise UserError(message, "data.tokenizer", config.data.tokenizer)
+            tokenizers["init_from"] = config.init_from, run.tokenizer
             parent_model = run.load_model()
+        tokenizer = _common(tokenizers)
+        if tokenizer is not None and (config.data.tokenizer or teachers):
+            config = _with_vocabulary_of(tokenizer, config)
+        if run is not None and parent_model is not None:
             _check_shape(config, parent_model.config, run)
-            parent = _parent(run, parent_model)
-            return cls(config, parent_model=parent_model, tokenizer=run.tokenizer, parent=parent)
+            parent = run.provenance(parent_model)
+        if teachers is not None:
+            teachers.check_shape(config.model)
+        return cls(
+            config, parent_model=parent_model, tokenizer=tokenizer, parent=parent, teachers=teachers
+        )
+
+    @classmethod
+    def _resumed(
+        cls, config: TrainConfig, folder: Path, model: ModelFactory | None,
+        teacher: ModelFactory | None,
+    ) -> ResumeState:  # fmt: skip
         assert config.resume is not None
         checkpoint = last_checkpoint(folder if config.resume == AUTO else Path(config.resume))
         run = Run(folder, checkpoint)
@@ -94,11 +128,21 @@ class ResumeState:
         content = read_checkpoint(checkpoint)
         stored, step = content["hyper_parameters"], content["global_step"]
         parent = parent_of(stored, checkpoint)  # not from the parent run, which may be deleted
-        tokenizer = run.tokenizer if parent or before.data.tokenizer else None
-        if parent is not None:  # an earlier version recorded more about the parent
+        given = parent or before.data.tokenizer or before.teacher.runs
+        if parent is not None:  # an earlier version recorded more or less about the parent
             stored = {**stored, "init_from": dataclasses.asdict(parent)}
-        config = dataclasses.replace(before, data=data)
-        return cls(config, checkpoint, step, stored, tokenizer=tokenizer, parent=parent)
+        paths = config.teacher.runs or before.teacher.runs
+        teachers = None
+        if before.teacher.runs:
+            if before.teacher.class_path is not None and teacher is None:
+                name = before.teacher.class_path
+                message = f"the teachers of {folder} have the class {name}"
+                raise ModelClassError(message, name, "teacher")
+            teachers = Teachers.load(paths, folder, teacher).recorded_in(stored, checkpoint)
+        teacher_config = dataclasses.replace(before.teacher, runs=paths)
+        config = dataclasses.replace(before, data=data, teacher=teacher_config)
+        tokenizer = run.tokenizer if given else None
+        return cls(config, checkpoint, step, stored, None, tokenizer, parent, teachers)
 
     def prepared_data(self, schedule: Schedule) -> DataModule:
         """Return the data of the run. One process prepares the data; any others wait for it.
@@ -143,9 +187,12 @@ class ResumeState:
         Raises:
             UserError: data, schedule, model or optimizer changed since the checkpoint.
         """
-        extra = {"tokenizer": data.tokenizer.fingerprint, "train_tokens": data.train.n_tokens}
+        extra: dict[str, Any] = {"tokenizer": data.tokenizer.fingerprint}
+        extra["train_tokens"] = data.train.n_tokens
         if self.parent is not None:
             extra["init_from"] = dataclasses.asdict(self.parent)
+        if self.teachers is not None:
+            extra["teachers"] = [dataclasses.asdict(record) for record in self.teachers.records]
         module = GPTModule(
             self.config.model, self.config.optimizer, schedule.n_steps, schedule.tokens_per_step,
             data.valid.bytes_per_token, extra, model or GPT,
@@ -212,15 +259,15 @@ def folder_to_resume(config: TrainConfig) -> Path | None:
     return folder
 
 
-def _with_tokenizer(config: TrainConfig) -> tuple[TrainConfig, Tokenizer | None]:
-    """Return `config` with the vocabulary size of data.tokenizer, and the loaded tokenizer.
+def _typed_tokenizer(data: DataConfig) -> Tokenizer | None:
+    """Return the tokenizer at `data.tokenizer`; None if no tokenizer is typed.
 
     Raises:
-        UserError: the tokenizer is missing or damaged, or data.vocab_size differs from its size.
+        UserError: the tokenizer is missing or damaged.
     """
-    data, name = config.data, "data.tokenizer"
+    name = "data.tokenizer"
     if data.tokenizer is None:
-        return config, None
+        return None
     path = Path(data.tokenizer).expanduser()
     if path.suffix in (".ckpt", ".safetensors"):
         path = path.parent.parent if path.parent.name == CHECKPOINTS else path.parent
@@ -229,19 +276,45 @@ def _with_tokenizer(config: TrainConfig) -> tuple[TrainConfig, Tokenizer | None]
         message = f"there is no {file}; give a run folder, a checkpoint, an export or a {TOKENIZER}"
         raise UserError(message, name, data.tokenizer)
     try:
-        tokenizer = Tokenizer.load(file)
+        return Tokenizer.load(file)
     except UserError as error:
         raise UserError(error.message, name, data.tokenizer) from None
-    size = tokenizer.vocab_size
+
+
+def _common(tokenizers: dict[str, tuple[str | None, Tokenizer | None]]) -> Tokenizer | None:
+    """Return the tokenizer that several settings name; None if no setting names one.
+
+    Args:
+        tokenizers: value of each setting, and the tokenizer that it names.
+
+    Raises:
+        UserError: the tokenizers differ.
+    """
+    named = [(key, value, tok) for key, (value, tok) in tokenizers.items() if tok is not None]
+    for key, value, tokenizer in named[:-1]:
+        other, other_value, last = named[-1]
+        if tokenizer.fingerprint != last.fingerprint:
+            problem = f"its tokenizer differs from that of {other}={other_value}: leave one out"
+            raise UserError(problem, key, value)
+    return named[-1][2] if named else None
+
+
+def _with_vocabulary_of(tokenizer: Tokenizer, config: TrainConfig) -> TrainConfig:
+    """Return `config` with the vocabulary size of `tokenizer`.
+
+    Raises:
+        UserError: the size differs from the data.vocab_size that was typed.
+    """
+    data, model, size = config.data, config.model, tokenizer.vocab_size
     typed = any(word.startswith("data.vocab_size=") for word in config.overrides)
     if data.vocab_size not in (size, None if typed else DataConfig.vocab_size):
-        message = f"{name}={data.tokenizer} has {size} tokens: leave this setting out"
+        source = data.tokenizer or config.teacher.runs[0]
+        message = f"the tokenizer of {source} has {size} tokens: leave this setting out"
         raise UserError(message, "data.vocab_size", data.vocab_size)
-    model = config.model
     if model.vocab_size == data.vocab_size:
         model = dataclasses.replace(model, vocab_size=size)
     data = dataclasses.replace(data, vocab_size=size)
-    return dataclasses.replace(config, data=data, model=model), tokenizer
+    return dataclasses.replace(config, data=data, model=model)
 
 
 def _check_shape(config: TrainConfig, trained: GPTConfig, run: Run) -> None:
@@ -260,29 +333,6 @@ def _check_shape(config: TrainConfig, trained: GPTConfig, run: Run) -> None:
         fix = {"model": size}
     if fix:
         raise UserError("this run's model has another shape", "init_from", config.init_from, fix)
-
-
-def _parent(run: Run, model: GPT) -> Parent:
-    """Return the provenance record for a run that starts with `model`, the model of `run`."""
-    summary = run.summary
-    parent = parent_of(summary, run.folder / SUMMARY)
-
-    def total(name: str) -> Any:
-        own, before = summary.get(name), getattr(parent, name) if parent else 0
-        return None if own is None or before is None else before + own
-
-    try:
-        entry = {
-            "name": run.folder.resolve().name,
-            "weights": weights_fingerprint(model),
-            "tokens": total("tokens"),
-            "seconds": total("seconds"),
-            "sources": [*(parent.sources if parent else []), run.config["data"]["source"]],
-        }
-    except (KeyError, TypeError):
-        message = f"{run.folder} has no record of its training"
-        raise UserError(f"{message}: restore its {CONFIG} and {SUMMARY}") from None
-    return build(Parent, entry, f"{run.folder}")
 
 
 def run_lock(folder: Path) -> AcquireReturnProxy:
@@ -307,7 +357,7 @@ def run_lock(folder: Path) -> AcquireReturnProxy:
 def _check_settings(config: TrainConfig, before: TrainConfig, folder: Path) -> None:
     """Raise UserError if `config` differs from `before`, the config of the run in `folder`."""
     earlier = flat(settings_of(before))
-    by_tokenizer = config.data.tokenizer is not None
+    by_tokenizer = bool(config.data.tokenizer or config.teacher.runs)
     ignored = {*_MAY_CHANGE, *(["data.vocab_size"] if by_tokenizer else [])}
     size, limit = config.model.vocab_size, config.data.vocab_size
     if size == limit and (by_tokenizer or earlier["model.vocab_size"] <= size):

@@ -1,0 +1,161 @@
+"""Distillation: a student learns from the targets and from the predictions of its teachers.
+
+The objective is (1 − w) CE + w τ² KL(q ‖ p), where CE is the cross-entropy of the targets, q is the
+mean of the teachers' probabilities, p are the student's probabilities, and both q and p have
+temperature τ (Hinton et al. 2015, arXiv:1503.02531). The objective and its gradient are computed in
+chunks of tokens, so that no logits (B · T, V) of a whole batch are in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minigpt.kernels.cpu import CHUNK, TINY
+from minigpt.model import GPT, IGNORE_INDEX
+
+# Hidden states (B · T, d) and the weight (V, d) that gives logits; or logits and None.
+Rows = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Loss of a student, for token ids (B, T) and targets (B, T)."""
+
+    student: GPT
+    """The model in training."""
+
+    teachers: Sequence[GPT]
+    """Frozen models with the same vocabulary, in evaluation mode, on the student's device."""
+
+    weight: float = 0.5
+    """Weight w of the divergence, from 0 to 1; the cross-entropy has the weight 1 − w."""
+
+    temperature: float = 1.0
+    """Temperature τ of both distributions in the divergence, above 0."""
+
+    dtype: torch.dtype = torch.float32
+    """Dtype of the teachers' matrix products."""
+
+    def __call__(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Return objective, cross-entropy and divergence, (3,) float32.
+
+        All three are means over the scored tokens, in nats. Only the objective has a gradient.
+        """
+        mixed = self.dtype != torch.float32
+        with torch.no_grad(), torch.autocast(ids.device.type, self.dtype, mixed):
+            teachers = [_rows(teacher, ids) for teacher in self.teachers]
+        rows, weight = _rows(self.student, ids)
+        settings = teachers, self.weight, self.temperature
+        return _Distillation.apply(rows, weight, targets.flatten(), *settings)  # type: ignore[no-any-return]
+
+
+def _rows(model: GPT, ids: Tensor) -> Rows:
+    """Return the factors of the logits of `ids`, in the dtype of autocast if autocast is on."""
+    factored = type(model).forward is GPT.forward
+    rows = (model.hidden(ids) if factored else model(ids)).flatten(0, 1)
+    weight = model.embedding.weight if factored else None
+    if torch.is_autocast_enabled(rows.device.type):
+        dtype = torch.get_autocast_dtype(rows.device.type)
+        rows, weight = rows.to(dtype), None if weight is None else weight.to(dtype)
+    return rows, weight
+
+
+class _Distillation(torch.autograd.Function):
+    """Objective of a student, whose forward pass also computes the gradients.
+
+    P₁ is the softmax of the student's logits, P and Q are the distributions of student and teachers
+    at temperature τ, Y the one-hot targets and n the number of scored targets. The gradient of the
+    logits is ((1 − w) (P₁ − Y) + w τ (P − Q)) / n.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor | None, targets: Tensor,
+        teachers: list[Rows], share: float, temperature: float,
+    ) -> Tensor:  # fmt: skip
+        ce, kl = torch.zeros((2,), device=rows.device)
+        drows = torch.empty_like(rows)
+        # float32: the sum over all chunks
+        dweight = None if weight is None else torch.zeros(weight.shape, device=rows.device)
+        scored = targets != IGNORE_INDEX
+        n = scored.sum()
+        for s in range(0, len(rows), CHUNK):
+            part = slice(s, s + CHUNK)
+            h, mask = rows[part], scored[part]
+            target = torch.arange(len(h), device=h.device), targets[part].clamp_min(0)
+            logits = _logits(h, weight, 1.0)
+            p = _softmax(logits)
+            log_p = _log(p[target].float())
+            ce -= torch.where(mask, log_p, 0.0).sum()
+            tempered = p
+            if temperature != 1:
+                logits = logits / temperature
+                tempered = _softmax(logits)
+                log_p = _log(tempered[target].float())
+            log_partition = logits[target].float() - log_p
+            q, entropy_term = _mean_softmax(
+                [_logits(r[part], w, temperature) for r, w in teachers], target, logits
+            )
+            kl += torch.where(mask, entropy_term + log_partition, 0.0).sum()
+            if temperature == 1:
+                p.sub_(q, alpha=share)
+            else:
+                p.mul_(1 - share).add_(tempered.sub_(q), alpha=share * temperature)
+            p.index_put_(target, p[target] - (1 - share))
+            if not mask.all():
+                p *= mask[:, None]
+            if weight is None or dweight is None:
+                drows[part] = p
+            else:
+                torch.mm(p, weight, out=drows[part])
+                dweight += p.t() @ h
+        ctx.save_for_backward(drows, dweight, n)
+        objective = (1 - share) * ce + share * temperature**2 * kl
+        return torch.stack([objective, ce, kl]) / n
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        drows, dweight, n = ctx.saved_tensors
+        factor = grads[0][0] / n
+        return drows * factor, None if dweight is None else dweight * factor, *[None] * 4
+
+
+def _mean_softmax(
+    teachers: list[Tensor], target: tuple[Tensor, Tensor], student: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the teachers' mean probabilities q (n, V), and Σ q (log q − student) (n,), float32.
+
+    Args:
+        teachers: logits (n, V) of each teacher, which are overwritten.
+        target: index of one logit in each row.
+        student: logits (n, V) of the student.
+    """
+    if len(teachers) == 1:  # log q is logits − log partition: no logarithm of (n, V) numbers
+        (logits,) = teachers
+        q = _softmax(logits)
+        log_partition = logits[target].float() - _log(q[target].float())
+        cross = torch.linalg.vecdot(q, logits.sub_(student)).float()
+        return q, cross - log_partition
+    q = torch.stack([_softmax(logits) for logits in teachers]).mean(0)
+    return q, torch.linalg.vecdot(q, _log(q) - student).float()
+
+
+def _logits(rows: Tensor, weight: Tensor | None, temperature: float) -> Tensor:
+    """Return logits (n, V), divided by the temperature, that may be overwritten."""
+    logits = rows.clone() if weight is None else rows @ weight.t()
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
+def _softmax(x: Tensor) -> Tensor:
+    """Return the softmax over the last dimension in the dtype of `x`, even under autocast."""
+    return torch.ops.aten._softmax(x, -1, False)
+
+
+def _log(probabilities: Tensor) -> Tensor:
+    """Return the logarithm of probabilities, which are at least the smallest normal number."""
+    return probabilities.clamp_min(TINY).log()

@@ -1,0 +1,96 @@
+"""Teachers: models whose predictions a student learns from, in addition to the text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from minigpt.core.settings import ModelClassError, UserError
+from minigpt.model import GPT, GPTConfig
+from minigpt.runs.folder import ModelFactory, Run
+from minigpt.runs.provenance import Parent, own_teachers
+from minigpt.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """The loaded teachers of a run, with the same tokenizer."""
+
+    models: Sequence[GPT]
+    """Frozen, in evaluation mode, on the CPU."""
+
+    tokenizer: Tokenizer
+    """Tokenizer of all teachers."""
+
+    records: Sequence[Parent]
+    """Provenance record of each teacher."""
+
+    @classmethod
+    def load(
+        cls, paths: Sequence[str], student: Path | None = None, model: ModelFactory | None = None
+    ) -> Teachers:
+        """Load the teachers.
+
+        Args:
+            paths: run folders, checkpoints or exports, at least one.
+            student: folder of the run in training; None if it is not known yet.
+            model: class of the teachers, or function that creates them; None means `GPT`.
+
+        Raises:
+            UserError: a path is not a run or is the student itself, or the tokenizers differ.
+            ModelClassError: a teacher was trained with another class than `model`.
+        """
+        runs = [_run(path, student, model) for path in paths]
+        for path, run in zip(paths[1:], runs[1:], strict=True):
+            if run.tokenizer.fingerprint != runs[0].tokenizer.fingerprint:
+                message = f"{paths[0]} and {path} have different tokenizers: choose one of them"
+                raise UserError(message, "teacher.runs", list(paths), {"teacher.runs": [paths[0]]})
+        try:
+            models = [run.load_model() for run in runs]
+        except ModelClassError as error:
+            raise ModelClassError(error.message, error.class_name, "teacher") from None
+        records = [run.provenance(model) for run, model in zip(runs, models, strict=True)]
+        return cls(models, runs[0].tokenizer, records)
+
+    def recorded_in(self, hyper_parameters: Mapping[str, Any], checkpoint: Path) -> Teachers:
+        """Return these teachers with the records in a checkpoint of the student.
+
+        Args:
+            hyper_parameters: hyper-parameters in the checkpoint.
+            checkpoint: path of the checkpoint.
+
+        Raises:
+            UserError: the student was taught by other weights.
+        """
+        records = own_teachers(hyper_parameters, checkpoint)
+        if [r.weights for r in records] != [r.weights for r in self.records]:
+            names = ", ".join(record.name for record in records)
+            message = f"{checkpoint} had other teachers: restore the runs {names}"
+            raise UserError(message, "teacher.runs", [record.name for record in self.records])
+        return replace(self, records=records)
+
+    def check_shape(self, student: GPTConfig) -> None:
+        """Raise UserError if a student of this shape cannot learn from the teachers."""
+        for model, record in zip(self.models, self.records, strict=True):
+            if (size := model.config.vocab_size) != student.vocab_size:
+                message = f"the teacher {record.name} predicts {size} tokens"
+                fix = {"model.vocab_size": size}
+                raise UserError(message, "model.vocab_size", student.vocab_size, fix)
+            if (length := model.config.context_length) < student.context_length:
+                message = f"the teacher {record.name} reads at most {length} tokens"
+                fix = {"model.context_length": length}
+                raise UserError(message, "model.context_length", student.context_length, fix)
+
+
+def _run(path: str, student: Path | None, model: ModelFactory | None) -> Run:
+    try:
+        run = Run.load(path, model)
+    except UserError as error:
+        if error.argument is not None:
+            raise
+        raise UserError(error.message, "teacher.runs", path, error.fix, error.command) from None
+    if student is not None and run.folder.resolve() == student.resolve():
+        raise UserError("a run cannot be its own teacher: choose another", "teacher.runs", path)
+    return run
