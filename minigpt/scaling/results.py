@@ -205,11 +205,13 @@ def _corpus(data: dict[str, Any]) -> str:
 
 def _recipe(config: dict[str, Any], summary: dict[str, Any], parent: Parent | None) -> str:
     scale = (config.get("model") or {}).get("embedding_scale")
+    cycles = (config.get("optimizer") or {}).get("cycles")
     # The summary names the parent, and a run in progress has no summary yet.
     start = parent.name if parent else "another run" if config.get("init_from") else None
     parts = (
         (config.get("optimizer") or {}).get("name"),
         scale == 1 and "unscaled embeddings",
+        cycles and f"mean over {cycles} cycles",
         start and f"from {start}",
         summary.get("averaged") is True and "averaged",  # by minigpt export
     )
@@ -219,6 +221,8 @@ def _recipe(config: dict[str, Any], summary: dict[str, Any], parent: Parent | No
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
     values = flat(config)
     optimizer = [name for name in values if name.startswith("optimizer.")]
+    if not values.get("optimizer.cycles"):  # then the other settings of cycles have no effect
+        optimizer = [name for name in optimizer if not name.startswith("optimizer.cycle")]
     names = (*_COMPARED, *optimizer, "trainer.accumulate_grad_batches")
     return {name: values[name] for name in names if name in values}
 
