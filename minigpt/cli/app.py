@@ -30,7 +30,7 @@ Format = Literal["hf", "safetensors", "onnx", "gguf"]
 Dtype = Literal["float32", "bfloat16"]
 PathArgument = partial(Argument, parser=user_path)
 PathOption = partial(Option, parser=user_path, metavar="PATH")
-RunPath = Annotated[Path, PathArgument(help="Run folder, checkpoint file or exported model.")]
+RunPath = Annotated[Path, PathArgument(help="Run folder, checkpoint, snapshot or exported model.")]
 ClassPath = Annotated[str | None, Option(help="Class of the model, such as mypackage.MyGPT.")]
 UsageError: Any = typer.BadParameter.__base__  # typer does not export it
 

@@ -166,7 +166,7 @@ def check_archive(path: Path) -> None:
 
 
 def refuse_links_out(folder: Path) -> None:
-    """Check that no entry of a run folder or its checkpoints/ is a link out of the run folder.
+    """Check that no entry of a run folder, its checkpoints/ or snapshots/ is a link out of it.
 
     Otherwise, resuming a run from an unknown source could overwrite the target of such a link.
 
@@ -177,7 +177,8 @@ def refuse_links_out(folder: Path) -> None:
         UserError: an entry is a link to a path outside the run folder.
     """
     inside = folder.resolve()
-    for path in sorted([*folder.glob("*"), *folder.glob("checkpoints/*")]):
+    inner = [path for name in ("checkpoints", "snapshots") for path in folder.glob(f"{name}/*")]
+    for path in sorted([*folder.glob("*"), *inner]):
         if path.is_symlink() and not path.resolve().is_relative_to(inside):
             problem = f"{path} is a link to a path outside the run folder"
             raise UserError(f"{problem}: replace the link with the file itself")
@@ -205,7 +206,7 @@ def write_bytes(
             skipped.
 
     Raises:
-        OSError: the file cannot be written; an existing file is unchanged.
+        OSError: the file cannot be written; an existing file is unchanged. `filename` is `path`.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -217,8 +218,10 @@ def write_bytes(
             with contextlib.suppress(FileNotFoundError):
                 old.replace(new)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # names the temporary file, which the user does not know
+            error.filename = str(path)
         raise
     if os.name == "posix":  # make the renames durable as well
         folder = os.open(path.parent, os.O_RDONLY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import pickle
 import re
 import warnings
@@ -13,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from minigpt.core.files import check_archive, write_bytes
+from minigpt.core.files import check_archive, parse_json, write_bytes
 from minigpt.core.settings import UserError
 from minigpt.model import GPT
 
@@ -93,13 +94,14 @@ def weights_fingerprint(model: GPT) -> str:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the content of a Lightning checkpoint; only tensors and plain values are accepted.
+    """Return the content of a checkpoint or snapshot; only tensors and plain values are accepted.
 
     Args:
-        path: the checkpoint file.
+        path: a Lightning checkpoint, or a snapshot of the weights.
 
     Returns:
-        A dict with at least `state_dict` and `hyper_parameters`.
+        A dict with at least `state_dict` and `hyper_parameters`; for a snapshot, also
+        `global_step`.
 
     Raises:
         UserError: the file is not a checkpoint of Mini GPT, is damaged, or contains code.
@@ -121,6 +123,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _load(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        stored, step = parse_json(metadata["hyper_parameters"]), int(metadata["step"])
+        return {"state_dict": load_file(path), "hyper_parameters": stored, "global_step": step}
     if zipfile.is_zipfile(path):
         check_archive(path)
     with warnings.catch_warnings(action="ignore"):  # about pickles that are rejected anyway
@@ -144,6 +151,29 @@ def write_checkpoint(path: Path, content: dict[str, Any], keep: int = 1) -> None
     torch.save(content, buffer)
     names = [path, *(path.with_stem(f"{path.stem}-{age}") for age in range(1, keep))]
     write_bytes(path, buffer.getbuffer(), move=list(zip(names[-2::-1], names[:0:-1], strict=True)))
+
+
+def write_snapshot(
+    path: Path, model: GPT, hyper_parameters: Mapping[str, Any], values: Mapping[str, Any]
+) -> None:
+    """Write the weights of a model, rounded to bfloat16, as a safetensors file, atomically.
+
+    Args:
+        path: the file.
+        model: the model.
+        hyper_parameters: plain values, as in a checkpoint.
+        values: further metadata of the file, with at least `step`, the number of updates so far.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    weights = {}
+    for name, weight in model.state_dict().items():
+        dtype = torch.bfloat16 if weight.is_floating_point() else weight.dtype
+        weights[name] = weight.to("cpu", dtype, copy=True).contiguous()
+    metadata = {name: str(value) for name, value in values.items()}
+    metadata["hyper_parameters"] = json.dumps(dict(hyper_parameters))
+    write_bytes(path, save(weights, metadata))
 
 
 def is_whole(path: Path) -> bool:

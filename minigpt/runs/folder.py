@@ -31,7 +31,16 @@ from minigpt.runs.checkpoint import (
     weights_fingerprint,
     with_weights,
 )
-from minigpt.runs.names import BEST, CHECKPOINTS, CONFIG, LAST, SUMMARY, TOKENIZER, WEIGHTS
+from minigpt.runs.names import (
+    BEST,
+    CHECKPOINTS,
+    CONFIG,
+    LAST,
+    SNAPSHOTS,
+    SUMMARY,
+    TOKENIZER,
+    WEIGHTS,
+)
 from minigpt.runs.provenance import Parent, parent_of, teachers_of
 from minigpt.runs.records import read_summary
 from minigpt.tokenizer import Tokenizer
@@ -44,7 +53,7 @@ ModelFactory = Callable[[Any], GPT]  # subclass of GPT, or a function from confi
 OLD_DEFAULTS: dict[str, dict[str, Any]] = {
     "model": {"d_model": 256, "n_heads": 8, "d_ff": 512},
     "data": {"batch_size": 32, "shuffle": "windows"},
-    "optimizer": {"schedule": "cosine"},
+    "optimizer": {"schedule": "cosine", "cycles": 0},
 }
 OLD_SETTINGS = {"model": ("attention",)}
 
@@ -71,8 +80,8 @@ class Run:
         checkpoint. Damaged checkpoints are skipped with a warning.
 
         Args:
-            path: a run folder, a folder of runs (the newest run is selected), a checkpoint file in
-                a run folder, or an export. A `Run` is returned unchanged.
+            path: a run folder, a folder of runs (the newest run is selected), a checkpoint or
+                snapshot in a run folder, or an export. A `Run` is returned unchanged.
             model: class of the model, or a function from its config to a model; None means `GPT`.
 
         Returns:
@@ -100,7 +109,8 @@ class Run:
         if not path.is_file() or path.suffix not in (".ckpt", ".safetensors"):
             fault = "is not a checkpoint" if path.is_file() else "does not exist"
             raise UserError(f"{path} {fault}: give a run folder (runs/<name>) or a .ckpt file")
-        if path.parent.name != CHECKPOINTS:
+        is_snapshot = path.parent.name == SNAPSHOTS and path.name != WEIGHTS
+        if path.parent.name != CHECKPOINTS and not is_snapshot:
             return cls(path.parent, path, model)
         refuse_links_out(path.parent.parent)
         return cls(path.parent.parent, path, model)
@@ -146,13 +156,22 @@ class Run:
                 summary = {**summary, key: stored[key]}
         if steps == summary.get("steps"):
             return summary
+        summary.pop("cycles", None)  # only the final weights are a mean
+        if self.checkpoint.suffix == ".safetensors":  # a snapshot does not record its time
+            summary.pop("seconds", None)
         per_step = stored.get("tokens_per_step")
         return {**summary, "steps": steps, "tokens": per_step and steps * per_step}
 
     @property
+    def snapshots(self) -> list[Path]:
+        """Paths of the snapshots of the weights, sorted by step; [] if there are none."""
+        paths = (self.folder / SNAPSHOTS).glob("step-*.safetensors")
+        return sorted(paths, key=lambda path: (len(path.name), path.name))
+
+    @property
     def is_export(self) -> bool:
         """Whether this is an export in the format safetensors instead of a run folder."""
-        return self.checkpoint.suffix == ".safetensors"
+        return self.checkpoint.suffix == ".safetensors" and self.checkpoint.parent == self.folder
 
     @property
     def output_dir(self) -> Path:
@@ -275,6 +294,9 @@ def last_checkpoint(path: Path) -> Path:
         path = path / CHECKPOINTS / f"{LAST}.ckpt"
     if not path.is_file():
         raise UserError(f"{path} does not exist: give a run folder with a checkpoint")
+    if path.suffix == ".safetensors":
+        problem = "contains the weights without the state of the training"
+        raise UserError(f"{path} {problem}: give a run folder or a .ckpt file")
     return path
 
 

@@ -209,6 +209,7 @@ def _recipe(
     config: dict[str, Any], summary: dict[str, Any], parent: Parent | None, teachers: list[Parent]
 ) -> str:
     scale = (config.get("model") or {}).get("embedding_scale")
+    cycles = (config.get("optimizer") or {}).get("cycles")
     # The summary names the parent, and a run in progress has no summary yet.
     start = parent.name if parent else "another run" if config.get("init_from") else None
     taught = bool((config.get("teacher") or {}).get("runs"))
@@ -216,6 +217,7 @@ def _recipe(
     parts = (
         (config.get("optimizer") or {}).get("name"),
         scale == 1 and "unscaled embeddings",
+        cycles and f"mean over {cycles} cycles",
         start and f"from {start}",
         names and f"taught by {names}",
         summary.get("averaged") is True and "averaged",  # by minigpt export
@@ -228,6 +230,8 @@ def _settings(
 ) -> dict[str, Any]:
     values = flat(config)
     optimizer = [name for name in values if name.startswith("optimizer.")]
+    if not values.get("optimizer.cycles"):  # then the other settings of cycles have no effect
+        optimizer = [name for name in optimizer if not name.startswith("optimizer.cycle_")]
     names = [*_COMPARED, *optimizer, "trainer.accumulate_grad_batches"]
     names += ["teacher.weight", "teacher.temperature"] if teachers else []
     settings = {name: values[name] for name in names if name in values}

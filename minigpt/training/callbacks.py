@@ -261,6 +261,8 @@ class RunReport(Callback):
             **{name: float(metrics[name]) for name in names if name in metrics},
             "best_val_loss": best if math.isfinite(best) else None,
         }
+        if (cycles := self.module.settings.cycles) and steps >= self.module.n_steps:
+            summary["cycles"] = cycles  # the weights are the mean over the ends of the decays
         write_json(self.folder / SUMMARY, summary)
         write_report(self.folder)
         log.info("%s after %s: %s tokens", status, human_time(seconds), f"{tokens:,}")

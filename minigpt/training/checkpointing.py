@@ -92,12 +92,8 @@ class CheckpointFiles(TorchCheckpointIO):
             self._pending = checkpoint, Path(path)
             return
         path = Path(path)
-        try:
-            path.parent.mkdir(exist_ok=True)
-            write_checkpoint(path, checkpoint, self.keep if path.stem == LAST else 1)
-        except OSError as error:  # names the temporary file, which the user does not know
-            error.filename = str(path)
-            raise
+        path.parent.mkdir(exist_ok=True)
+        write_checkpoint(path, checkpoint, self.keep if path.stem == LAST else 1)
 
     def write_held(self) -> None:
         """Write the held checkpoint, if there is one."""

@@ -90,7 +90,15 @@ class OptimizerConfig:
     schedule: Literal["cosine", "linear"] | None = None
     """Shape of the decay after the warm-up; None means linear with Muon and cosine with AdamW."""
     final_lr: float = 0.0
-    """Final learning rate, as a fraction of the peak, from 0 to 1."""
+    """Final learning rate of each decay, as a fraction of the peak, from 0 to 1."""
+    cycles: int = 0
+    """Number of cycles at the end of the run, each of which raises the learning rate again and then
+    repeats the decay; the final weights are the mean of those at the end of the main decay and of
+    each cycle, and 0 disables cycles."""
+    cycle_share: float = 0.1
+    """Length of each cycle, as a fraction of all updates, between 0 and 1."""
+    cycle_lr: float = 0.5
+    """Learning rate at the start of each cycle, as a fraction of the peak, from final_lr to 1."""
     grad_clip: float = 1.0
     """Maximum total norm of the gradients; gradients with a larger norm are scaled down, and 0
     disables clipping."""
@@ -106,6 +114,24 @@ class OptimizerConfig:
         names = ("weight_decay", "warmup_steps", "grad_clip")
         check(self, "must not be negative", lambda x: x >= 0, *names)
         check(self, "must be a fraction from 0 to 1", lambda x: 0 <= x <= 1, "final_lr")
+        check(self, "must not be negative", lambda n: n >= 0, "cycles")
+        check(self, "must be between 0 and 1", lambda x: 0 < x < 1, "cycle_share")
+        lowest = self.final_lr if self.cycles else 0.0
+        message = "must be positive and from final_lr to 1"
+        check(self, message, lambda x: x > 0 and lowest <= x <= 1, "cycle_lr")
+        if self.cycles * self.cycle_share >= 1:
+            fix = {"cycle_share": float(f"{0.5 / self.cycles:.1g}")}  # about half of the run
+            message = f"with cycle_share={self.cycle_share}, the cycles take the whole run"
+            raise UserError(message, "cycles", self.cycles, fix)
+
+    def decay_ends(self, n_steps: int) -> list[int]:
+        """Return the numbers of updates after which the main decay and each cycle end.
+
+        Args:
+            n_steps: number of updates in the run, which is the last element of the result.
+        """
+        length = int(self.cycle_share * n_steps)
+        return [n_steps - i * length for i in range(self.cycles, -1, -1)]
 
 
 @dataclass(frozen=True)
@@ -162,11 +188,15 @@ class CallbacksConfig:
     """Interval, in updates, at which last.ckpt is written in addition; None disables it."""
     keep_checkpoints: int = 2
     """Number of latest checkpoints to keep, including last.ckpt but not best.ckpt."""
+    snapshots: int | None = None
+    """Number of snapshots of the weights, written to snapshots/ at steps from 0 to the end that are
+    evenly spaced on a logarithmic scale; None disables them."""
 
     def __post_init__(self) -> None:
         check(self, "must be positive", lambda x: x > 0, "checkpoint_minutes")
         counts = ("checkpoint_steps", "keep_checkpoints")
         check(self, "must be at least 1", lambda n: n >= 1, *counts)
+        check(self, "must be at least 2", lambda n: n >= 2, "snapshots")
         SamplingConfig(temperature=self.temperature, max_tokens=self.max_tokens)
 
 
@@ -251,6 +281,12 @@ class TrainConfig:
         if fsdp and self.optimizer.name == "muon":
             message = "splits each matrix over the devices, but Muon needs whole matrices"
             raise UserError(message, name, "fsdp", {"optimizer": "adamw"})
+        for setting, value, off in (
+            ("callbacks.snapshots", self.callbacks.snapshots, None),
+            ("optimizer.cycles", self.optimizer.cycles, 0),
+        ):
+            if fsdp and value:  # no process has all weights
+                raise UserError(f"cannot be combined with {setting}", name, "fsdp", {setting: off})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], model: type[GPTConfig] = GPTConfig) -> TrainConfig:
@@ -308,22 +344,40 @@ class Schedule:
             world_size: number of processes; each process has its own batches.
 
         Raises:
-            UserError: the budget is less than one update, the warm-up is not shorter than the run,
-                or max_steps contradicts the budget.
+            UserError: the budget is less than one update, the warm-up is not shorter than the run
+                without its cycles, a cycle is shorter than one update, there are more snapshots
+                than steps, or max_steps contradicts the budget.
         """
         trainer, budget = config.trainer, config.budget.tokens
         windows = config.data.windows_per_batch * trainer.accumulate_grad_batches * world_size
         per_step = windows * config.model.context_length
-        n_steps, warmup = budget // per_step, config.optimizer.warmup_steps
+        n_steps = budget // per_step
         if n_steps < 1:
             message = f"is less than one step of {per_step:,} tokens (see data.batch_size)"
             raise UserError(message, "budget.tokens", budget, {"budget.tokens": per_step})
         length = f"{n_steps:,} steps of {per_step:,} tokens"
-        if warmup >= n_steps:
-            name, message = "optimizer.warmup_steps", f"must be less than the run length: {length}"
-            raise UserError(message, name, warmup, {name: n_steps // 10})
+        _check_decays(config.optimizer, n_steps, length)
+        if (snapshots := config.callbacks.snapshots or 0) > n_steps + 1:
+            name = "callbacks.snapshots"
+            message = f"is more than one at step 0 and one after each step: the run has {length}"
+            raise UserError(message, name, snapshots, {name: n_steps + 1})
         if (max_steps := trainer.max_steps) not in (None, n_steps):
             message = f"contradicts budget.tokens={budget}, which is {length}"
             fix = {"budget.tokens": max_steps * per_step}
             raise UserError(message, "trainer.max_steps", max_steps, fix)
         return cls(n_steps, per_step)
+
+
+def _check_decays(optimizer: OptimizerConfig, n_steps: int, length: str) -> None:
+    """Raise UserError if warm-up and cycles do not fit into the run; `length` describes the run."""
+    cycles, name = optimizer.cycles, "optimizer.cycle_share"
+    if cycles and optimizer.cycle_share * n_steps < 1:
+        share = (10_000 // n_steps + 1) / 10_000  # just over one step
+        fix = {name: share} if cycles * share < 1 else {"optimizer.cycles": 0}
+        message = f"a cycle would be shorter than one step: the run has {length}"
+        raise UserError(message, name, optimizer.cycle_share, fix)
+    end = optimizer.decay_ends(n_steps)[0]
+    if optimizer.warmup_steps >= end:
+        name, message = "optimizer.warmup_steps", f"must be less than the run length: {length}"
+        message += f", {n_steps - end:,} of them in cycles" if cycles else ""
+        raise UserError(message, name, optimizer.warmup_steps, {name: end // 10})

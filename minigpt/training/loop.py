@@ -48,9 +48,11 @@ from minigpt.runs.records import read_summary
 from minigpt.training.callbacks import RunReport, StorySamples, Throughput, TrainingProgress
 from minigpt.training.checkpointing import Checkpoints, full_disk_in_one_line
 from minigpt.training.config import Schedule, TrainConfig, TrainerConfig, settings_of
+from minigpt.training.cycles import CycleMean
 from minigpt.training.loggers import MetricsCsv, check_logger, extra_loggers, finish_wandb
 from minigpt.training.module import GPTModule
 from minigpt.training.resume import AUTO, ResumeState, folder_to_resume, run_lock
+from minigpt.training.snapshots import Snapshots
 from minigpt.training.teacher import Teachers
 
 
@@ -250,6 +252,9 @@ class _Training:
             "precision": f"{hardware.precision}: {hardware.why}",
             "kernels": kernels.name,
         }
+        if cycles := config.optimizer.cycles:
+            ends = ", ".join(map(str, config.optimizer.decay_ends(schedule.n_steps)))
+            lines["cycles"] = f"{cycles}; the final weights are the mean of those at steps {ends}"
         if parent is not None:
             seen = _tokens_seen(parent.tokens)
             lines["weights"] = f"from {parent.name}, trained on {seen} tokens, with its tokenizer"
@@ -274,6 +279,9 @@ class _Training:
         peak = matmul_peak(hardware, cache_dir) * hardware.world_size
         throughput = Throughput(module, c.log_every_n_steps, peak, cache_dir / PEAK_FILE)
         checkpoints = Checkpoints(module, folder, keep)
+        # At the last step, snapshots and checkpoints contain the mean.
+        weights: list[Callback] = [CycleMean(module)] if config.optimizer.cycles else []
+        weights += [Snapshots(module, folder, keep.snapshots)] if keep.snapshots else []
         facts = self._facts()
         metrics = MetricsCsv(folder / METRICS, start_step or None)
         loggers = [metrics, *extra_loggers(folder, config.logger)]
@@ -304,6 +312,7 @@ class _Training:
                 throughput,
                 TrainingProgress(module, keep.progress_bar, throughput),
                 StorySamples(module, folder, self.data.tokenizer, keep, config.seed, start_step),
+                *weights,
                 checkpoints,
                 RunReport(module, folder, facts, throughput, checkpoints),
                 *callbacks,

@@ -155,8 +155,10 @@ class GPTModule(L.LightningModule):
         dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
         optimizer = make_optimizer(self.net, c, self.net.config.d_model, fused, dtype)
 
+        end, *ends = c.decay_ends(self.n_steps)
+
         def factor(step: int) -> float:
-            return lr_factor(step, self.n_steps, c.warmup_steps, c.final_lr, c.schedule)
+            return lr_factor(step, end, c.warmup_steps, c.final_lr, c.schedule, ends, c.cycle_lr)
 
         schedule = LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

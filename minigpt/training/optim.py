@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -55,27 +56,33 @@ def peak_lrs(config: OptimizerConfig, d_model: int) -> dict[str, float]:
 
 
 def lr_factor(
-    step: int, n_steps: int, warmup_steps: int, final_lr: float, schedule: str | None = "cosine"
-) -> float:
+    step: int, n_steps: int, warmup_steps: int, final_lr: float, schedule: str | None = "cosine",
+    cycle_ends: Sequence[int] = (), cycle_lr: float = 1.0,
+) -> float:  # fmt: skip
     """Return the learning rate of update `step` as a fraction of its peak.
 
     The fraction rises linearly to 1 at update `warmup_steps - 1`. It then falls along half a cosine
     or a straight line. It would reach `final_lr` at update `n_steps`, but the last update is number
-    `n_steps - 1`, so no update has a learning rate of zero.
+    `n_steps - 1`, so no update has a learning rate of zero. Each cycle then starts at `cycle_lr`
+    and falls in the same way.
 
     Args:
         step: number of the update, from 0.
-        n_steps: number of updates in the run.
+        n_steps: number of updates in the warm-up and the main decay.
         warmup_steps: number of updates in the warm-up.
-        final_lr: fraction of the peak at the end of the decay, from 0 to 1.
+        final_lr: fraction of the peak at the end of each decay, from 0 to 1.
         schedule: "cosine" or "linear".
+        cycle_ends: number of updates at the end of each cycle, all above `n_steps`.
+        cycle_lr: fraction of the peak at the start of each cycle, from `final_lr` to 1.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    left = 1 - min(1.0, (step - warmup_steps) / max(1, n_steps - warmup_steps))
+    ends = [warmup_steps, n_steps, *cycle_ends]
+    i = min(max(1, bisect_right(ends, step)), len(ends) - 1)  # the decay that contains `step`
+    left = 1 - min(1.0, (step - ends[i - 1]) / max(1, ends[i] - ends[i - 1]))
     if schedule == "cosine":
         left = 0.5 * (1 - math.cos(math.pi * left))
-    return final_lr + (1 - final_lr) * left
+    return final_lr + ((1.0 if i == 1 else cycle_lr) - final_lr) * left
 
 
 def make_optimizer(

@@ -16,7 +16,7 @@ from minigpt.data.datamodule import DataModule
 from minigpt.model import GPT, GPTConfig
 from minigpt.runs.checkpoint import is_whole, read_checkpoint
 from minigpt.runs.folder import ModelFactory, Run, config_class, last_checkpoint, last_checkpoints
-from minigpt.runs.names import CHECKPOINTS, CONFIG, TOKENIZER
+from minigpt.runs.names import CHECKPOINTS, CONFIG, SNAPSHOTS, TOKENIZER
 from minigpt.runs.provenance import Parent, parent_of
 from minigpt.tokenizer import Tokenizer
 from minigpt.training.config import Schedule, TrainConfig, settings_of
@@ -223,7 +223,7 @@ class ResumeState:
 
         Only checkpoints that are newer than `checkpoint` are checked for damage.
         """
-        for pattern in ("*.tmp", f"{CHECKPOINTS}/*.tmp"):
+        for pattern in ("*.tmp", f"{CHECKPOINTS}/*.tmp", f"{SNAPSHOTS}/*.tmp"):
             for leftover in folder.glob(pattern):
                 leftover.unlink()
         for path in last_checkpoints(folder):
@@ -270,7 +270,8 @@ def _typed_tokenizer(data: DataConfig) -> Tokenizer | None:
         return None
     path = Path(data.tokenizer).expanduser()
     if path.suffix in (".ckpt", ".safetensors"):
-        path = path.parent.parent if path.parent.name == CHECKPOINTS else path.parent
+        inside = path.parent.name in (CHECKPOINTS, SNAPSHOTS)
+        path = path.parent.parent if inside else path.parent
     file = path if path.suffix == ".json" else path / TOKENIZER
     if not file.is_file():
         message = f"there is no {file}; give a run folder, a checkpoint, an export or a {TOKENIZER}"

@@ -1,0 +1,53 @@
+"""Cycles of the learning rate at the end of a run, and the mean of the weights at their ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from minigpt.training.module import GPTModule
+
+
+class CycleMean(Callback):
+    """Replace the weights after the last step by their mean over the ends of all decays.
+
+    The decays are the main one and one for each cycle, as in snapshot ensembles (Huang et al. 2017,
+    arXiv:1704.00109). Here the weights are averaged instead of the predictions (Izmailov et al.
+    2018, arXiv:1803.05407). The steps are fixed before the run, so no validation loss is involved.
+    Sums are computed in float32 on the CPU, in the order of the steps, and stored in checkpoints.
+
+    Args:
+        module: the model in training. Each process needs all weights, as with ddp.
+    """
+
+    def __init__(self, module: GPTModule) -> None:
+        self.module, self.ends = module, module.settings.decay_ends(module.n_steps)
+        self._n = 0  # number of ends so far
+        self._sums: dict[str, Tensor] = {}  # of the weights at these ends, by parameter name
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Add the weights to the sums at the end of a decay; at the last one, set the mean."""
+        # With accumulated batches, this hook is called several times after the same step.
+        if trainer.global_step not in self.ends[self._n :]:
+            return
+        self._n += 1
+        for name, weight in self.module.net.named_parameters():
+            weights = weight.to("cpu", torch.float32, copy=True)
+            self._sums[name] = self._sums[name] + weights if name in self._sums else weights
+        if self._n == len(self.ends):
+            for name, weight in self.module.net.named_parameters():
+                weight.copy_(self._sums[name] / self._n)
+            self._sums = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state to store in a checkpoint."""
+        return {"n": self._n, "sums": self._sums}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the sums from a checkpoint."""
+        self._n, self._sums = state_dict["n"], state_dict["sums"]

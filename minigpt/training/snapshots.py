@@ -1,0 +1,70 @@
+"""Snapshots of the weights at steps on a logarithmic scale, which show how a model learns."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.callbacks import Callback
+
+from minigpt.runs.checkpoint import write_snapshot
+from minigpt.runs.names import SNAPSHOTS
+from minigpt.training.module import GPTModule
+
+
+def snapshot_steps(n: int, n_steps: int) -> list[int]:
+    """Return `n` steps from 0 to `n_steps`, evenly spaced on the scale log(1 + step).
+
+    The first steps would coincide after rounding, so each is at least 1 after the previous one.
+
+    Args:
+        n: number of snapshots, from 2 to n_steps + 1.
+        n_steps: number of updates in the run.
+    """
+    steps = [round(math.expm1(i / (n - 1) * math.log1p(n_steps))) for i in range(n)]
+    for i in range(1, n):
+        steps[i] = max(steps[i], steps[i - 1] + 1)
+    return steps
+
+
+class Snapshots(Callback):
+    """Write the weights to snapshots/step-XXXXXX.safetensors at the steps of `snapshot_steps`.
+
+    The metadata of a file contains the step, the number of tokens so far, and the training loss of
+    the last batch before the step, in nats per token. A resumed run keeps the snapshots that exist
+    already.
+
+    Args:
+        module: the model in training. The first process needs all weights, as with ddp.
+        folder: the run folder.
+        n: number of snapshots, from 2 to the number of updates plus 1.
+    """
+
+    def __init__(self, module: GPTModule, folder: Path, n: int) -> None:
+        self.module, self.folder = module, folder / SNAPSHOTS
+        self.steps = set(snapshot_steps(n, module.n_steps))
+
+    @rank_zero_only
+    def on_train_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Write the initial weights of a new run."""
+        self.folder.mkdir(exist_ok=True)
+        if trainer.global_step == 0:
+            for path in self.folder.glob("step-*"):  # of a run killed before its first checkpoint
+                path.unlink()
+            self._write(0, math.nan)
+
+    @rank_zero_only
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Write a snapshot if one is due at this step."""
+        if (step := trainer.global_step) in self.steps and step > 0:
+            self._write(step, float(trainer.callback_metrics["train/loss"]))
+
+    def _write(self, step: int, loss: float) -> None:
+        path = self.folder / f"step-{step:06d}.safetensors"
+        if not path.is_file():  # also with accumulated batches, several of which follow a step
+            tokens = step * self.module.tokens_per_step
+            values = {"step": step, "tokens": tokens, "train_loss": loss}
+            write_snapshot(path, self.module.net, self.module.hparams, values)
