@@ -60,7 +60,7 @@ class RunResult:
     path: Path
     model: str  # option of the config group `model`, such as small
     data: str  # data.source
-    corpus: str  # `data`, with the names of text files and a non-default vocabulary size
+    corpus: str  # `data`, with the names of text files, `max_stories` and a non-default vocabulary
     recipe: str  # such as "adamw, unscaled embeddings" or "muon, from <run>, averaged"
     seed: int
     status: str  # finished, interrupted or failed; unfinished if running or killed
@@ -200,7 +200,8 @@ def _corpus(data: dict[str, Any]) -> str:
     more = f" and {len(files) - 2} more" if len(files) > 2 else ""
     size = data.get("vocab_size") or DataConfig.vocab_size
     vocabulary = "" if size == DataConfig.vocab_size else f", vocabulary {size}"
-    return f"{data['source']}{names}{more}{vocabulary}"
+    stories = f", {limit:,} stories" if (limit := data.get("max_stories")) else ""
+    return f"{data['source']}{names}{more}{stories}{vocabulary}"
 
 
 def _recipe(config: dict[str, Any], summary: dict[str, Any], parent: Parent | None) -> str:

@@ -20,6 +20,7 @@ from tests.conftest import naming
         ({"holdout": -0.1}, ["data.holdout", "-0.1"]),
         ({"separator": ""}, ["data.separator"]),
         ({"download_tokens": 0}, ["data.download_tokens", "0"]),
+        ({"max_stories": 0}, ["data.max_stories", "0"]),
         ({"vocab_size": 70_000}, ["70000", "65536", "data.vocab_size"]),
         ({"batch_size": 0}, ["data.batch_size", "0"]),
     ],
