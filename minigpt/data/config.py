@@ -91,6 +91,11 @@ class DataConfig:
     """What is shuffled in each epoch: `stories` shuffles the stories and then the windows cut from
     them; `windows` keeps the order of the stories and shuffles only the windows."""
 
+    noise: float = 0.0
+    """Fraction of the input tokens of training batches to replace by random tokens, from 0 to below
+    1; it decreases linearly to zero over the last 20 % of the run. The targets, END_OF_TEXT and
+    validation are not affected."""
+
     valid: Literal["tuning"] | None = None
     """Stories to validate on: None means the validation split; `tuning` means every seventh
     training story, so that settings can be compared without the validation split."""
@@ -120,6 +125,7 @@ class DataConfig:
             raise UserError("must not be empty", "separator", fix={"separator": END_OF_TEXT})
         limits = "download_tokens", "max_stories"
         check(self, "must be at least 1 or None", lambda n: n >= 1, *limits)
+        check(self, "must be from 0 to below 1", lambda share: 0 <= share < 1, "noise")
         check_vocab_size(self.vocab_size)
         if self.tokenizer == "":
             fix = {"tokenizer": "releases/large"}

@@ -41,7 +41,7 @@ ModelFactory = Callable[[Any], GPT]  # subclass of GPT, or a function from confi
 # c2cfd24. OLD_SETTINGS are settings that no longer exist.
 OLD_DEFAULTS: dict[str, dict[str, Any]] = {
     "model": {"d_model": 256, "n_heads": 8, "d_ff": 512},
-    "data": {"batch_size": 32, "shuffle": "windows"},
+    "data": {"batch_size": 32, "shuffle": "windows", "noise": 0.0},
     "optimizer": {"schedule": "cosine"},
 }
 OLD_SETTINGS = {"model": ("attention",)}

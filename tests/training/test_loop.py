@@ -93,13 +93,15 @@ def test_seed_determines_the_weights(tiny: list[str]):
 
 
 @pytest.mark.parametrize(
-    ("accumulate", "n_validations", "validated"),
-    [(1, 2, [10, 20]), (4, 6, [4, 8, 12, 16, 20])],  # 80 batches are no whole number of steps by 6
+    ("accumulate", "n_validations", "validated", "noise"),
+    # 80 batches are no whole number of steps by 6
+    [(1, 2, [10, 20], 0.0), (4, 6, [4, 8, 12, 16, 20], 0.2)],
 )
 def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_run(
     accumulate: int,
     n_validations: int,
     validated: list[int],
+    noise: float,
     tiny: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
@@ -108,6 +110,7 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_run(
         f"trainer.accumulate_grad_batches={accumulate}",
         f"budget.tokens={1280 * accumulate}",
         f"trainer.n_validations={n_validations}",
+        f"data.noise={noise}",
     ]
     whole = trained_folder([*tiny, "name=whole"])
     with monkeypatch.context() as patch:
