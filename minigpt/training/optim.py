@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -78,6 +79,29 @@ def lr_factor(
     return final_lr + (1 - final_lr) * left
 
 
+def set_weight_decay(
+    optimizer: Optimizer, config: OptimizerConfig, step: int, n_steps: int
+) -> None:
+    """Set the weight decay of matrices and embeddings for one update.
+
+    It changes linearly from `config.weight_decay` in the first update to
+    `config.final_weight_decay` in the last one. If the latter is None, nothing is set.
+
+    Args:
+        optimizer: result of `make_optimizer`.
+        config: settings of the optimizer.
+        step: number of the update, from 0.
+        n_steps: number of updates in the run.
+    """
+    if config.final_weight_decay is None:
+        return
+    change = config.final_weight_decay - config.weight_decay
+    weight_decay = config.weight_decay + change * step / max(1, n_steps - 1)
+    for group in optimizer.param_groups:
+        if any(parameter.dim() > 1 for parameter in group["params"]):
+            group["weight_decay"] = weight_decay
+
+
 def make_optimizer(
     model: nn.Module,
     config: OptimizerConfig,
@@ -106,8 +130,8 @@ def make_optimizer(
     adamw = AdamW(groups, lrs["lr"], (config.beta1, config.beta2), weight_decay=0.0, fused=fused)
     if config.name == "adamw":
         return adamw
-    muon = Muon(matrices, lrs["matrix_lr"], config.momentum, config.weight_decay, dtype)
-    return CombinedOptimizer(adamw, muon)
+    rates = lrs["matrix_lr"], config.momentum, config.weight_decay
+    return CombinedOptimizer(adamw, Muon(matrices, *rates, dtype, config.normalize_rows))
 
 
 class Muon(Optimizer):
@@ -125,6 +149,11 @@ class Muon(Optimizer):
         momentum: decay of the running mean of the gradients, from 0 to below 1.
         weight_decay: decoupled weight decay, multiplied by `lr` in each update.
         dtype: dtype of the matrix products.
+        normalize_rows: whether to scale the rows of each matrix to equal norms. "before" scales
+            those of the momentum before it is orthogonalised, as in MuonEq-R (Chang et al. 2026,
+            arXiv:2603.28254). "after" scales those of the orthogonalised update, as in Muon+
+            (arXiv:2602.21545), and keeps the norm of the whole update, as in NorMuon (Li et al.
+            2025, arXiv:2510.05491). None means that rows are not scaled.
     """
 
     def __init__(
@@ -134,9 +163,10 @@ class Muon(Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.1,
         dtype: torch.dtype = torch.float32,
+        normalize_rows: str | None = None,
     ) -> None:
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.dtype = dtype
+        self.dtype, self.normalize_rows = dtype, normalize_rows
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -148,11 +178,21 @@ class Muon(Optimizer):
                     by_shape.setdefault(matrix.shape, []).append(matrix)
             for shape, matrices in by_shape.items():
                 momenta = torch.stack([self._momentum(p, group["momentum"]) for p in matrices])
-                updates = newton_schulz(momenta.to(self.dtype)).to(matrices[0].dtype)
+                updates = self._orthogonalised(momenta)
                 size = 0.2 * math.sqrt(max(shape))
                 for matrix, update in zip(matrices, updates, strict=True):
                     matrix.mul_(1 - group["lr"] * group["weight_decay"])
                     matrix.add_(update, alpha=-group["lr"] * size)
+
+    def _orthogonalised(self, momenta: Tensor) -> Tensor:
+        """Return the updates (k, m, n) for the momenta (k, m, n) of k matrices."""
+        if self.normalize_rows == "before":
+            momenta = F.normalize(momenta, dim=2)
+        updates = newton_schulz(momenta.to(self.dtype)).to(momenta.dtype)
+        if self.normalize_rows == "after":
+            norms = updates.norm(dim=(1, 2), keepdim=True)
+            updates = F.normalize(updates, dim=2) * (norms / math.sqrt(updates.shape[1]))
+        return updates
 
     def _momentum(self, matrix: Tensor, momentum: float) -> Tensor:
         """Update the running mean of the gradients, and return the Nesterov momentum.

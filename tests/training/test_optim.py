@@ -16,6 +16,7 @@ from minigpt.training.optim import (
     make_optimizer,
     newton_schulz,
     peak_lrs,
+    set_weight_decay,
 )
 from tests.conftest import naming
 
@@ -79,6 +80,47 @@ def test_weight_decay_is_on_matrices_alone_and_every_weight_has_an_optimizer(nam
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             assert group["weight_decay"] == (0.1 if parameter.dim() == 2 else 0.0)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_final_weight_decay_changes_the_decay_of_matrices_linearly(name):
+    settings = {"name": name, "weight_decay": 0.0, "final_weight_decay": 0.4}
+    _, optimizer = net_and_optimizer(**settings)
+    config = OptimizerConfig(**settings)
+    for step, expected in ((0, 0.0), (1, 0.1), (4, 0.4)):
+        set_weight_decay(optimizer, config, step, 5)
+        for group in optimizer.param_groups:
+            matrices = [p.dim() == 2 for p in group["params"]]
+            assert all(matrices) or not any(matrices)
+            assert group["weight_decay"] == pytest.approx(expected if matrices[0] else 0.0)
+    set_weight_decay(optimizer, OptimizerConfig(name=name), 2, 5)
+    assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(0.4)
+    set_weight_decay(optimizer, config, 0, 1)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.0
+
+
+def update_of(gradient: torch.Tensor, normalize_rows: str | None) -> torch.Tensor:
+    matrix = torch.nn.Parameter(torch.zeros_like(gradient))
+    matrix.grad = gradient.clone()
+    Muon([matrix], 1.0, normalize_rows=normalize_rows).step()
+    return matrix.detach() / (0.2 * max(gradient.shape) ** 0.5)
+
+
+@pytest.mark.parametrize("shape", [(40, 10), (10, 40), (16, 16)])
+def test_muon_normalizes_rows_before_or_after_it_orthogonalises(shape):
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    gradient *= torch.logspace(-3, 0, shape[0])[:, None]  # rows of very different norms
+    plain, before, after = (update_of(gradient, how) for how in (None, "before", "after"))
+    equal = gradient / gradient.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(before, update_of(equal, None))
+    rows = after.norm(dim=1)
+    torch.testing.assert_close(rows, rows[:1].expand_as(rows))
+    torch.testing.assert_close(after.norm(), plain.norm())
+    cosine = torch.cosine_similarity(after, plain, dim=1)
+    torch.testing.assert_close(cosine, torch.ones_like(cosine))
+    assert not torch.allclose(after, plain, rtol=0.01)
+    zeros = update_of(torch.zeros(shape), "before"), update_of(torch.zeros(shape), "after")
+    assert all(torch.equal(update, torch.zeros(shape)) for update in zeros)
 
 
 def test_muon_trains_the_matrices_of_the_blocks_and_adamw_all_other_weights():
@@ -166,6 +208,8 @@ def test_closure_is_called_once_with_gradients_enabled():
         ({"beta2": 1.0}, ["beta2", "1.0"]),
         ({"momentum": 1.5}, ["momentum", "1.5"]),
         ({"weight_decay": -0.1}, ["weight_decay", "-0.1"]),
+        ({"final_weight_decay": -0.1}, ["final_weight_decay", "-0.1"]),
+        ({"name": "adamw", "normalize_rows": "after"}, ["normalize_rows", "after"]),
         ({"final_lr": 2.0}, ["final_lr", "2.0"]),
     ],
 )
