@@ -213,6 +213,7 @@ SETTINGS: list[Case] = [
     ("train.py TINY model.dropout=1", None, "dropout"),
     ("train.py TINY model.dropout=nan", None, ("model.dropout", "nan")),
     ("train.py TINY model.embedding_scale=-1", None, "embedding_scale"),
+    ("train.py TINY model.residual_init=0", None, ("residual_init", "scaled", "wide", "zero")),
     ("train.py TINY model.attention=sdpa", None, ("model.attention", "trainer.kernels")),
     ("train.py TINY trainer.kernels=flash", None, ("trainer.kernels", "auto", "torch", "cpu")),
     ("train.py TINY 'trainer.kernels=\"a\nb\"'", None, ("trainer.kernels", "auto", "torch", "cpu")),

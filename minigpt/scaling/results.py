@@ -30,8 +30,8 @@ from minigpt.runs.records import Row, last_values, read_metrics, read_summary, s
 
 LATE = 0.05  # final fraction of a run over which the training loss is averaged
 _COMPARED = (  # settings that should be equal in a group of runs, besides all optimizer settings
-    "model.dropout", "model.embedding_scale", "data.batch_size", "data.holdout",
-    "data.random_offset", "data.noise", "data.vocab_size",
+    "model.dropout", "model.embedding_scale", "model.residual_init", "data.batch_size",
+    "data.holdout", "data.random_offset", "data.noise", "data.vocab_size",
 )  # fmt: skip
 COPIED_ROWS = 200  # maximum number of earlier training rows in a copied metrics.csv
 
