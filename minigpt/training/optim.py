@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from minigpt.kernels.microbatch import thread_pool
 from minigpt.training.config import OptimizerConfig
 
 
@@ -140,8 +142,9 @@ class Muon(Optimizer):
     The method is by Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/). Each update is
     scaled by 0.2 · sqrt(max(rows, columns)). It then has the size of an AdamW update at the same
     learning rate (Liu et al. 2025, arXiv:2502.16982, section 2.2). Unlike torch.optim.Muon, this
-    class orthogonalises all matrices of one shape as a batch, which is faster for small matrices.
-    It can also compute in float32, for devices on which bfloat16 is not faster.
+    class orthogonalises several small matrices at a time, which is faster: on a CPU, each thread
+    updates whole matrices; on other devices, all matrices of one shape form a batch. It can also
+    compute in float32, for devices on which bfloat16 is not faster.
 
     Args:
         matrices: parameters with two dimensions.
@@ -172,17 +175,29 @@ class Muon(Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every matrix (m, n) that has a gradient."""
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = {}
-            for matrix in group["params"]:
-                if matrix.grad is not None:
+            matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
+            update = partial(self._update, group)
+            if any(matrix.device.type != "cpu" for matrix in matrices):
+                by_shape: dict[torch.Size, list[Tensor]] = {}
+                for matrix in matrices:
                     by_shape.setdefault(matrix.shape, []).append(matrix)
-            for shape, matrices in by_shape.items():
-                momenta = torch.stack([self._momentum(p, group["momentum"]) for p in matrices])
-                updates = self._orthogonalised(momenta)
-                size = 0.2 * math.sqrt(max(shape))
-                for matrix, update in zip(matrices, updates, strict=True):
-                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                    matrix.add_(update, alpha=-group["lr"] * size)
+                for batch in by_shape.values():
+                    update(batch)
+                continue
+            n_threads = torch.get_num_threads()
+            run = map if n_threads == 1 else thread_pool(n_threads).map
+            largest_first = sorted(matrices, key=torch.numel, reverse=True)  # for equal loads
+            list(run(update, ([matrix] for matrix in largest_first)))
+
+    @torch.no_grad()  # per thread
+    def _update(self, group: dict[str, Any], matrices: list[Tensor]) -> None:
+        """Update matrices of one shape (m, n)."""
+        momenta = torch.stack([self._momentum(p, group["momentum"]) for p in matrices])
+        updates = self._orthogonalised(momenta)
+        size = 0.2 * math.sqrt(max(momenta.shape[1:]))
+        for matrix, update in zip(matrices, updates, strict=True):
+            matrix.mul_(1 - group["lr"] * group["weight_decay"])
+            matrix.add_(update, alpha=-group["lr"] * size)
 
     def _orthogonalised(self, momenta: Tensor) -> Tensor:
         """Return the updates (k, m, n) for the momenta (k, m, n) of k matrices."""

@@ -162,6 +162,27 @@ def test_muon_step_equals_that_of_torch(dtype):
             assert (p - q).norm() < 0.05 * (q - old).norm()
 
 
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_muon_updates_on_threads_equal_those_of_a_batch_bit_for_bit(n_threads):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(16, 48), (48, 16), (16, 16), (16, 48)]
+    threaded = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
+    batched = [torch.nn.Parameter(p.detach().clone()) for p in threaded]
+    optimizer, reference = Muon(threaded, 1e-2), Muon(batched, 1e-2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        for _ in range(3):
+            for p, q in zip(threaded, batched, strict=True):
+                p.grad = q.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+            for batch in (batched[::3], batched[1:2], batched[2:3]):
+                reference._update(reference.param_groups[0], batch)
+        assert all(map(torch.equal, threaded, batched))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_newton_schulz_brings_every_singular_value_near_one():
     matrices = torch.randn(3, 20, 50, generator=torch.Generator().manual_seed(0))
     for x in (matrices, matrices.mT):
