@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,10 @@ class GPTConfig:
     """Dropout probability, in [0, 1), after the embeddings and after each sublayer."""
     embedding_scale: float | None = None
     """Factor on the token embeddings before positions are added; None means sqrt(d_model)."""
+    residual_init: Literal["scaled", "wide", "zero"] = "scaled"
+    """Standard deviation of the initial `attention.out` and `down` weights, whose outputs are added
+    to the residual stream: `scaled` means 0.02 / sqrt(2 n_layers), `wide` means 1 / sqrt(d_model),
+    and `zero` means 0."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "d_model", "n_layers", "n_heads", "d_ff"):
@@ -238,7 +242,8 @@ class GPT(nn.Module):
     |                                  | any width, so the initial loss is ln V + 0.05           |
     | linear weights                   | normal, std 0.02                                        |
     | `attention.out`, `down` weights  | normal, std 0.02 / sqrt(2 n_layers), as in GPT-2, so    |
-    |                                  | the sum of all sublayers does not grow with depth       |
+    |                                  | the sum of all sublayers does not grow with depth;      |
+    |                                  | `residual_init` selects another std                     |
     | biases                           | 0                                                       |
     | LayerNorm                        | weight 1, bias 0                                        |
 
@@ -283,14 +288,16 @@ class GPT(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
+        c = self.config
+        scaled, wide = 0.02 / math.sqrt(2 * c.n_layers), c.d_model**-0.5
+        residual_std = {"scaled": scaled, "wide": wide, "zero": 0.0}[c.residual_init]
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:
                 residual = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
-                std = 0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02
-                nn.init.normal_(parameter, std=std)
-        nn.init.normal_(self.embedding.weight, std=0.3 / math.sqrt(self.config.d_model))
+                nn.init.normal_(parameter, std=residual_std if residual else 0.02)
+        nn.init.normal_(self.embedding.weight, std=0.3 / math.sqrt(c.d_model))
 
     def use(self, kernels: Kernels) -> Self:
         """Compute attention and loss with `kernels` from now on; the weights do not change.

@@ -141,6 +141,20 @@ def as_gpt2(model: GPT) -> nn.Module:
     return theirs
 
 
+def test_residual_init_changes_the_weights_of_sublayer_outputs_alone():
+    models = {}
+    for choice in ("scaled", "wide", "zero"):
+        torch.manual_seed(0)
+        models[choice] = GPT(replace(SIZES["small"][0], residual_init=choice)).state_dict()
+    stds = {"scaled": 0.02 / math.sqrt(10), "wide": 128**-0.5, "zero": 0.0}
+    for name, weight in models["scaled"].items():
+        for choice, std in stds.items():
+            if name.endswith(("attention.out.weight", "feed_forward.down.weight")):
+                assert models[choice][name].std() == pytest.approx(std, rel=0.05)
+            else:
+                assert torch.equal(models[choice][name], weight)
+
+
 def test_embedding_scale_of_one_leaves_embeddings_unscaled():
     model = random_model(replace(TINY, embedding_scale=1.0))
     ids = random_ids(TINY, 2, 5)

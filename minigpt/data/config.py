@@ -75,6 +75,11 @@ class DataConfig:
     `vocab_size` is then set from that tokenizer. None means that a tokenizer is trained on the
     training stories."""
 
+    max_stories: int | None = None
+    """Maximum number of training stories for the model and the tokenizer: the first ones in file
+    order, after the stories that `holdout` or `valid=tuning` holds out are taken out. None means
+    all stories."""
+
     batch_size: int | None = None
     """Number of windows per device and step; None means 32 for source `tinystories` and 8 for the
     other sources."""
@@ -85,6 +90,11 @@ class DataConfig:
     shuffle: Shuffle = "stories"
     """What is shuffled in each epoch: `stories` shuffles the stories and then the windows cut from
     them; `windows` keeps the order of the stories and shuffles only the windows."""
+
+    noise: float = 0.0
+    """Fraction of the input tokens of training batches to replace by random tokens, from 0 to below
+    1; it decreases linearly to zero over the last 20 % of the run. The targets, END_OF_TEXT and
+    validation are not affected."""
 
     valid: Literal["tuning"] | None = None
     """Stories to validate on: None means the validation split; `tuning` means every seventh
@@ -113,7 +123,9 @@ class DataConfig:
         check(self, "must be above 0 and below 1", lambda share: 0 < share < 1, "holdout")
         if not self.separator:
             raise UserError("must not be empty", "separator", fix={"separator": END_OF_TEXT})
-        check(self, "must be at least 1 or None", lambda n: n >= 1, "download_tokens")
+        limits = "download_tokens", "max_stories"
+        check(self, "must be at least 1 or None", lambda n: n >= 1, *limits)
+        check(self, "must be from 0 to below 1", lambda share: 0 <= share < 1, "noise")
         check_vocab_size(self.vocab_size)
         if self.tokenizer == "":
             fix = {"tokenizer": "releases/large"}

@@ -6,12 +6,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from minigpt.data.config import DataConfig
 from minigpt.data.preparation import TokenFile, prepare_split, prepare_tokenizer
 from minigpt.data.sources import open_corpus
-from minigpt.data.windows import BudgetSampler, StoryWindows, TokenWindows
+from minigpt.data.windows import BudgetSampler, StoryWindows, TokenWindows, TrainingBatches
 from minigpt.tokenizer import Tokenizer
 
 
@@ -88,9 +89,10 @@ class DataModule(L.LightningDataModule):
         stories = config.shuffle == "stories"
         order = self.n_steps, self.seed, self.start_step, *self._rank(), config.random_offset
         sampler = BudgetSampler(len(tokens), length, config.windows_per_batch, *order, stories)
-        if stories:
-            return _loader(StoryWindows(tokens, length, self.seed), batch_sampler=sampler)
-        return _loader(TokenWindows(tokens, length), batch_sampler=sampler)
+        shuffled = StoryWindows(tokens, length, self.seed) if stories else None
+        windows = shuffled or TokenWindows(tokens, length)
+        batches = TrainingBatches(windows, sampler, config.noise, self.tokenizer.vocab_size)
+        return _loader(batches, sampler=sampler, batch_size=None)
 
     def val_dataloader(self) -> DataLoader:
         """Return a loader of this rank's part of the validation split, in order.
@@ -112,8 +114,8 @@ class DataModule(L.LightningDataModule):
         return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
 
 
-def _loader(windows: TokenWindows, **settings: Any) -> DataLoader:
+def _loader(dataset: Dataset[tuple[Tensor, Tensor]], **settings: Any) -> DataLoader:
     # No worker processes: gathering a batch takes microseconds, less than passing it to another
-    # process. TokenWindows.__getitems__ has already collated it.
+    # process. The dataset has already collated it.
     pin_memory = torch.cuda.is_available()
-    return DataLoader(windows, collate_fn=lambda batch: batch, pin_memory=pin_memory, **settings)
+    return DataLoader(dataset, collate_fn=lambda batch: batch, pin_memory=pin_memory, **settings)

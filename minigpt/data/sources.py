@@ -74,6 +74,10 @@ class Corpus:
     tuning: bool = False
     """Whether to validate on every seventh training story instead of the validation split."""
 
+    max_stories: int | None = None
+    """Maximum number of training stories, taken from the start of the training split; None means
+    all stories. The validation stories do not depend on it."""
+
     def stories(self, split: Split) -> Iterator[str]:
         """Yield the stories of a split; a story above two million characters comes in pieces.
 
@@ -105,6 +109,9 @@ class Corpus:
             UserError: there are no files for the split, a file cannot be read, or `holdout` leaves
                 a split without stories.
         """
+        if self.max_stories is not None:
+            stories = self._unlimited.pieces(split)
+            return _slice(stories, 0, self.max_stories) if split == "train" else stories
         if self.tuning:
             stories = self._train_pieces() if self.valid_files else self._reported.pieces("train")
             return _every_seventh(stories, split == "valid")
@@ -131,6 +138,9 @@ class Corpus:
         Raises:
             UserError: a file cannot be read.
         """
+        if self.max_stories is not None:
+            limit = {"max_stories": self.max_stories} if split == "train" else {}
+            return self._unlimited.fingerprint(split) | limit
         if self.tuning:
             return {**self._reported.fingerprint("train"), "split": split, "tuning": _TUNING}
         given = split == "valid" and bool(self.valid_files)
@@ -144,6 +154,11 @@ class Corpus:
             "holdout": None if self.valid_files else self.holdout,
             "max_bytes": None if given else self.max_train_bytes,
         }
+
+    @cached_property
+    def _unlimited(self) -> Corpus:
+        """This corpus with all training stories."""
+        return dataclasses.replace(self, max_stories=None)
 
     @cached_property
     def _reported(self) -> Corpus:
@@ -325,9 +340,12 @@ def open_corpus(config: DataConfig, valid_only: bool = False) -> Corpus:
     Raises:
         UserError: the files do not exist, or cannot be downloaded.
     """
-    if config.valid == "tuning":
-        config = dataclasses.replace(config, valid=None)
-        return dataclasses.replace(open_corpus(config), tuning=True)
+    tuning = config.valid == "tuning"
+    corpus = _open_source(config, valid_only and not tuning)
+    return dataclasses.replace(corpus, tuning=tuning, max_stories=config.max_stories)
+
+
+def _open_source(config: DataConfig, valid_only: bool) -> Corpus:
     downloads = Path(config.cache_dir) / "downloads"
     if config.source == "text":
         # \n and \t as typed in a shell

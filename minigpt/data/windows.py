@@ -15,6 +15,7 @@ from minigpt.model import IGNORE_INDEX
 from minigpt.tokenizer import Tokenizer
 
 _CHUNK = 1 << 24  # tokens to search at a time for the ends of stories
+_CONSTANT_NOISE = 0.8  # fraction of a run after which noise decreases
 
 
 class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
@@ -139,8 +140,8 @@ def epoch_offset(context_length: int, seed: int, epoch: int) -> int:
     return int(np.random.default_rng([seed, epoch, 1]).integers(context_length))
 
 
-class BudgetSampler(Sampler[list[int]]):
-    """Sampler of the batches of a whole run. It yields the start positions of the windows.
+class BudgetSampler(Sampler[int]):
+    """Sampler of the steps of a whole run. `batch` returns the windows of a step.
 
     An epoch consists of adjacent windows in a random order. The windows are shuffled even if the
     stories are shuffled too. Otherwise a batch would contain fewer stories, because neighbouring
@@ -203,10 +204,25 @@ class BudgetSampler(Sampler[list[int]]):
         """
         return self.n_steps
 
-    def __iter__(self) -> Iterator[list[int]]:
-        """Yield the batches from `start_step` to the end of the run."""
-        for step in range(self.start_step, self.n_steps):
-            yield self.batch(step)
+    def __iter__(self) -> Iterator[int]:
+        """Yield the steps from `start_step` to the end of the run."""
+        return iter(range(self.start_step, self.n_steps))
+
+    @property
+    def n_windows_of_run(self) -> int:
+        """Number of windows in the batches of all steps and ranks."""
+        return self.n_steps * self.world_size * self.batch_size
+
+    def numbers(self, step: int) -> np.ndarray:
+        """Return the numbers of the windows in this rank's batch at `step`, [B].
+
+        The windows of the run are numbered from 0 in the order in which the run reads them.
+
+        Args:
+            step: step of the run, from 0.
+        """
+        first = (step * self.world_size + self.rank) * self.batch_size
+        return np.arange(first, first + self.batch_size)
 
     def batch(self, step: int) -> list[int]:
         """Return the start positions of the windows in this rank's batch at `step`.
@@ -218,8 +234,7 @@ class BudgetSampler(Sampler[list[int]]):
             `batch_size` positions in the token file; with `stories`, `n_tokens` is added to a
             position for each earlier epoch.
         """
-        first = (step * self.world_size + self.rank) * self.batch_size
-        epochs, indices = np.divmod(np.arange(first, first + self.batch_size), self.n_windows)
+        epochs, indices = np.divmod(self.numbers(step), self.n_windows)
         parts = [self._starts(int(epoch), indices[epochs == epoch]) for epoch in np.unique(epochs)]
         return np.concatenate(parts).tolist()
 
@@ -228,3 +243,64 @@ class BudgetSampler(Sampler[list[int]]):
         order = epoch_permutation(self.n_windows, self.seed, epoch)[indices]
         offset = self.random_offset and epoch_offset(self.context_length, self.seed, epoch)
         return order * self.context_length + (offset + epoch * self.epoch_length)
+
+
+class TrainingBatches(Dataset[tuple[Tensor, Tensor]]):
+    """Training batches of a run, indexed by step, with random tokens in place of some inputs.
+
+    The targets stay unchanged. The fraction of replaced inputs is constant until 80 % of the run
+    and then falls linearly to zero at its end. Chen, Zhang and Wang (2026, arXiv 2606.16246)
+    compare random replacement with other augmentations for training on repeated text.
+
+    Args:
+        windows: windows of the training split.
+        order: windows of each step.
+        noise: fraction of the input tokens to replace, from 0 to below 1. END_OF_TEXT is never
+            replaced.
+        vocab_size: number of tokens of the tokenizer. The random tokens are uniformly distributed
+            over the vocabulary without END_OF_TEXT.
+    """
+
+    def __init__(self, windows: TokenWindows, order: BudgetSampler, noise: float, vocab_size: int):
+        self.windows, self.order = windows, order
+        self.noise, self.vocab_size = noise, vocab_size
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return the batch of a step: inputs and targets, [B, T] int64."""
+        ids, targets = self.windows.__getitems__(self.order.batch(step))
+        if self.noise:
+            ids = torch.from_numpy(self._noisy(ids.numpy(), self.order.numbers(step)))
+        return ids, targets
+
+    def _noisy(self, ids: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """Return `ids` [B, T] with random tokens; `numbers` [B] are those of the windows."""
+        progress = numbers / self.order.n_windows_of_run
+        fraction = self.noise * noise_factor(progress)[:, None]
+        bits = noise_bits(self.order.seed, int(numbers[0]), *ids.shape)
+        replaced = (bits >> 32 < fraction * 2**32) & (ids != Tokenizer.end_of_text)
+        random = 1 + ((bits & 0xFFFFFFFF) * (self.vocab_size - 1) >> 32)  # every id except 0
+        return np.where(replaced, random.astype(np.int64), ids)
+
+
+def noise_factor(progress: np.ndarray) -> np.ndarray:
+    """Return the noise as a fraction of its initial value; `progress` is from 0 to below 1."""
+    return np.minimum(1, (1 - progress) / (1 - _CONSTANT_NOISE))
+
+
+def noise_bits(seed: int, first: int, n_windows: int, context_length: int) -> np.ndarray:
+    """Return 64 random bits for each token of consecutive windows, [n_windows, T] uint64.
+
+    The bits of a window depend only on the seed and the number of the window in the run, so they
+    are the same for any batch size and any number of ranks. They come from the counter-based
+    generator Philox4x64 (Salmon et al. 2011, doi 10.1145/2063384.2063405).
+
+    Args:
+        seed: seed of the run, at least 0.
+        first: number of the first window in the run.
+        n_windows: number of windows.
+        context_length: number of tokens per window, T.
+    """
+    n_counters = -(-context_length // 4)  # per window; each counter value gives four numbers
+    philox = np.random.Philox(key=[seed, 3], counter=first * n_counters)
+    bits = philox.random_raw(4 * n_counters * n_windows).reshape(n_windows, -1)
+    return bits[:, :context_length]

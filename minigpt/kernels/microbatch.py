@@ -93,7 +93,7 @@ class _MicroBatchedLoss(torch.autograd.Function):
             return sums, gradients
 
         parts = zip(ids.chunk(n_threads), targets.chunk(n_threads), strict=True)
-        run = map if n_threads == 1 else _threads(n_threads).map
+        run = map if n_threads == 1 else thread_pool(n_threads).map
         (sums, gradients), *others = run(part, parts)
         for other_sums, other_gradients in others:
             sums = sums + other_sums
@@ -118,7 +118,7 @@ def _add(sums: list[Tensor], more: Sequence[Tensor]) -> None:
 
 
 @cache
-def _threads(n: int) -> ThreadPoolExecutor:
+def thread_pool(n: int) -> ThreadPoolExecutor:
     """Return the process-wide pool of `n` threads.
 
     Each PyTorch operation that runs in the pool uses one thread.

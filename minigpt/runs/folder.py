@@ -51,9 +51,14 @@ ModelFactory = Callable[[Any], GPT]  # subclass of GPT, or a function from confi
 # Values for settings that are missing in the config.yaml of an older run: the defaults as of commit
 # c2cfd24. OLD_SETTINGS are settings that no longer exist.
 OLD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "model": {"d_model": 256, "n_heads": 8, "d_ff": 512},
-    "data": {"batch_size": 32, "shuffle": "windows"},
-    "optimizer": {"schedule": "cosine", "cycles": 0},
+    "model": {"d_model": 256, "n_heads": 8, "d_ff": 512, "residual_init": "scaled"},
+    "data": {"batch_size": 32, "shuffle": "windows", "noise": 0.0},
+    "optimizer": {
+        "schedule": "cosine",
+        "cycles": 0,
+        "final_weight_decay": None,
+        "normalize_rows": None,
+    },
 }
 OLD_SETTINGS = {"model": ("attention",)}
 

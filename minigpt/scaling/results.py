@@ -30,8 +30,8 @@ from minigpt.runs.records import Row, last_values, read_metrics, read_summary, s
 
 LATE = 0.05  # final fraction of a run over which the training loss is averaged
 _COMPARED = (  # settings that should be equal in a group of runs, besides all optimizer settings
-    "model.dropout", "model.embedding_scale", "data.batch_size", "data.holdout",
-    "data.random_offset", "data.vocab_size",
+    "model.dropout", "model.embedding_scale", "model.residual_init", "data.batch_size",
+    "data.holdout", "data.random_offset", "data.noise", "data.vocab_size",
 )  # fmt: skip
 COPIED_ROWS = 200  # maximum number of earlier training rows in a copied metrics.csv
 
@@ -60,7 +60,7 @@ class RunResult:
     path: Path
     model: str  # option of the config group `model`, such as small
     data: str  # data.source
-    corpus: str  # `data`, with the names of text files and a non-default vocabulary size
+    corpus: str  # `data`, with the names of text files, `max_stories` and a non-default vocabulary
     recipe: str  # such as "adamw, unscaled embeddings" or "muon, from <run>, averaged"
     seed: int
     status: str  # finished, interrupted or failed; unfinished if running or killed
@@ -202,7 +202,8 @@ def _corpus(data: dict[str, Any]) -> str:
     more = f" and {len(files) - 2} more" if len(files) > 2 else ""
     size = data.get("vocab_size") or DataConfig.vocab_size
     vocabulary = "" if size == DataConfig.vocab_size else f", vocabulary {size}"
-    return f"{data['source']}{names}{more}{vocabulary}"
+    stories = f", {limit:,} stories" if (limit := data.get("max_stories")) else ""
+    return f"{data['source']}{names}{more}{stories}{vocabulary}"
 
 
 def _recipe(

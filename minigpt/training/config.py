@@ -84,6 +84,13 @@ class OptimizerConfig:
     """Decay of Muon's running mean of the gradients, from 0 to below 1."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices and embeddings; biases and norms are not decayed."""
+    final_weight_decay: float | None = None
+    """Weight decay in the last update; it changes linearly from `weight_decay` in the first update.
+    None means that it is constant."""
+    normalize_rows: Literal["before", "after"] | None = None
+    """Whether Muon scales the rows of each matrix to equal norms: `before` scales the rows of the
+    momentum before it is orthogonalised, `after` scales the rows of the orthogonalised update and
+    keeps its total norm, and None scales no rows."""
     warmup_steps: int = 500
     """Number of updates in which the learning rate rises linearly from peak / warmup_steps to the
     peak."""
@@ -109,9 +116,11 @@ class OptimizerConfig:
             object.__setattr__(self, "schedule", schedule)
         if self.name == "adamw" and self.matrix_lr is not None:
             raise UserError("leave it out; adamw uses optimizer.lr for all weights", "matrix_lr")
+        if self.name == "adamw" and self.normalize_rows is not None:
+            raise UserError("leave it out; only muon has it", "normalize_rows", self.normalize_rows)
         check(self, "must be positive", lambda lr: lr > 0, "lr", "matrix_lr")
         check(self, "must be from 0 to below 1", lambda x: 0 <= x < 1, "beta1", "beta2", "momentum")
-        names = ("weight_decay", "warmup_steps", "grad_clip")
+        names = ("weight_decay", "final_weight_decay", "warmup_steps", "grad_clip")
         check(self, "must not be negative", lambda x: x >= 0, *names)
         check(self, "must be a fraction from 0 to 1", lambda x: 0 <= x <= 1, "final_lr")
         check(self, "must not be negative", lambda n: n >= 0, "cycles")

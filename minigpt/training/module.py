@@ -23,7 +23,7 @@ from minigpt.core.settings import UserError
 from minigpt.kernels.microbatch import Loss
 from minigpt.model import GPT, IGNORE_INDEX, GPTConfig, perplexity
 from minigpt.training.config import OptimizerConfig
-from minigpt.training.optim import lr_factor, make_optimizer, peak_lrs
+from minigpt.training.optim import lr_factor, make_optimizer, peak_lrs, set_weight_decay
 
 Batch = tuple[Tensor, Tensor]  # token ids (B, T) and targets (B, T), both int64
 
@@ -162,6 +162,10 @@ class GPTModule(L.LightningModule):
 
         schedule = LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Set the weight decay of the next update, which may change during the run."""
+        set_weight_decay(optimizer, self.settings, self.global_step, self.n_steps)
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
         """Clip the total norm of the gradients, and log the norm before clipping."""

@@ -322,12 +322,13 @@ def _check_shape(config: TrainConfig, trained: GPTConfig, run: Run) -> None:
     """Raise UserError if the model's shape differs from `trained`, the shape of the parent `run`.
 
     The context length may differ, because positions are computed, not learned. Dropout may differ,
-    because it has no weights.
+    because it has no weights, and `residual_init`, because the weights are given.
     """
+    free = "context_length", "dropout", "residual_init"
     fix = {
         f"model.{name}": value
         for name, value in dataclasses.asdict(trained).items()
-        if name not in ("context_length", "dropout") and getattr(config.model, name, None) != value
+        if name not in free and getattr(config.model, name, None) != value
     }
     size = run.config.get("size")
     if fix and size not in (None, "gpt", config.size):

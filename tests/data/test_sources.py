@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import shutil
@@ -201,6 +202,10 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path, monkeyp
         of(a, holdout=0.1),
         of(a, separator="##"),
         of(a, max_train_bytes=9),
+        of(a, max_stories=1),
+        of(a, max_stories=2),
+        of(a, max_stories=2, tuning=True),
+        of(a, tuning=True),
         of(a, valid_files=(b,)),
         of(a, valid_files=(b,), split="valid"),
         of(a, field="body"),
@@ -208,6 +213,7 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path, monkeyp
         of(Path(shutil.copyfile(a, tmp_path / "a.csv"))),
     ]
     assert len(set(different)) == len(different)
+    assert of(a, split="valid", max_stories=1) == of(a, split="valid")
     assert of(valid_files=(b,), split="valid") == of(a, valid_files=(b,), split="valid")
 
     monkeypatch.setattr(sources, "_HASH_WHOLE", 10)
@@ -218,6 +224,28 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path, monkeyp
     assert of(a) != large
 
 
+@pytest.mark.parametrize("tuning", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_max_stories_keeps_the_first_training_stories_and_all_validation(tmp_path, tuning, given):
+    a = write(tmp_path / "a.txt", END_OF_TEXT.join(f"story {n}" for n in range(40)))
+    b = (write(tmp_path / "b.txt", "story 2"),) if given else ()
+    whole = Corpus((a,), b, holdout=0.1, tuning=tuning)
+    train, valid = list(whole.stories("train")), list(whole.stories("valid"))
+    for n in (1, 9, len(train), 1000):
+        few = dataclasses.replace(whole, max_stories=n)
+        assert list(few.stories("train")) == train[:n]
+        assert list(few.stories("valid")) == valid
+
+
+def test_max_stories_counts_a_divided_document_and_a_story_in_pieces_as_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_PIECE", 200)
+    paths = write(tmp_path / "a.txt", BOOK), write(tmp_path / "b.txt", BOOK)
+    whole = local_files([str(path) for path in paths], [])
+    first = list(dataclasses.replace(whole, max_stories=1).pieces("train"))
+    assert sum(ends for _, ends in first) == 1
+    assert first == list(whole.pieces("train"))[: len(first)]
+
+
 def test_own_text_and_the_bundled_sample_open_by_config(tmp_path):
     text, stories = tmp_path / "own.txt", [f"Story {n} é." for n in range(50)]
     text.write_text(END_OF_TEXT.join(stories), encoding="utf-8")
@@ -226,6 +254,8 @@ def test_own_text_and_the_bundled_sample_open_by_config(tmp_path):
     assert list(corpus.stories("train")) == stories[:45]
     assert list(corpus.stories("valid")) == stories[45:]
     assert open_corpus(DataConfig()) == bundled_sample()
+    assert open_corpus(DataConfig(max_stories=5)).max_stories == 5
+    assert open_corpus(DataConfig(max_stories=5, valid="tuning")).max_stories == 5
 
 
 def test_an_empty_line_separates_stories_where_it_is_typed(tmp_path):

@@ -18,11 +18,17 @@ from minigpt.data.windows import (
     TokenWindows,
     epoch_offset,
     epoch_permutation,
+    noise_bits,
     story_permutation,
     story_starts,
 )
 from minigpt.model import IGNORE_INDEX
 from tests.conftest import naming
+
+
+def batches_of(sampler: BudgetSampler) -> list[list[int]]:
+    return [sampler.batch(step) for step in sampler]
+
 
 # ---------------------------------------------------------------------------- windows
 
@@ -132,7 +138,8 @@ def test_story_shuffle_reads_each_token_once_an_epoch_across_ranks(
         BudgetSampler(*shape, n_steps, 1, 0, rank, world_size, random_offset, stories=True)
         for rank in range(world_size)
     ]
-    starts = [start for step in zip(*ranks, strict=True) for batch in step for start in batch]
+    steps = zip(*map(batches_of, ranks), strict=True)
+    starts = [start for step in steps for batch in step for start in batch]
     # one StoryWindows a rank in a real run, equal by (seed, epoch)
     ids, _ = StoryWindows(tokens, 4, 1).__getitems__(starts)
     for epoch in range(len(ids) // n_windows):
@@ -145,8 +152,8 @@ def test_story_shuffle_reads_each_token_once_an_epoch_across_ranks(
 def test_story_shuffle_of_one_story_reads_it_as_window_shuffle_does():
     book = stream([101])
     args = 101, 10, 2, 20, 3
-    starts = list(BudgetSampler(*args, random_offset=True))
-    positions = list(BudgetSampler(*args, random_offset=True, stories=True))
+    starts = batches_of(BudgetSampler(*args, random_offset=True))
+    positions = batches_of(BudgetSampler(*args, random_offset=True, stories=True))
     plain, windows = TokenWindows(book, 10), StoryWindows(book, 10, 3)
     for batch, shifted in zip(starts, positions, strict=True):
         assert all(map(torch.equal, plain.__getitems__(batch), windows.__getitems__(shifted)))
@@ -182,7 +189,7 @@ def test_ranks_read_every_window_once_an_epoch(n_windows, batch_size, world_size
         sampler(n_windows, batch_size, n_steps, seed, rank=rank, world_size=world_size)
         for rank in range(world_size)
     ]
-    batches = [batch for step in zip(*ranks, strict=True) for batch in step]
+    batches = [batch for step in zip(*map(batches_of, ranks), strict=True) for batch in step]
     assert {len(batch) for batch in batches} == {batch_size}
     order = list(itertools.chain.from_iterable(batches))
     for epoch in range(len(order) // n_windows):
@@ -203,7 +210,7 @@ def test_the_order_is_the_same_on_every_machine():
 def test_random_offset_moves_the_windows_of_each_epoch_without_overlap():
     # 7 windows of 4 in 33 tokens, at most 3 of which an offset can leave out
     first_seed = BudgetSampler(33, 4, 7, n_steps=20, seed=1, random_offset=True)
-    epochs = [sorted(starts) for starts in first_seed]
+    epochs = [sorted(starts) for starts in batches_of(first_seed)]
     offsets = [starts[0] for starts in epochs]
     assert offsets[0] == 0
     assert set(offsets) == {0, 1, 2, 3}
@@ -211,14 +218,15 @@ def test_random_offset_moves_the_windows_of_each_epoch_without_overlap():
         assert starts == list(range(offset, offset + 28, 4))
     assert offsets == [epoch_offset(4, seed=1, epoch=epoch) for epoch in range(20)]
     other_seed = BudgetSampler(33, 4, 7, n_steps=20, seed=2, random_offset=True)
-    assert offsets != [min(starts) for starts in other_seed]
+    assert offsets != [min(starts) for starts in batches_of(other_seed)]
 
 
 @pytest.mark.parametrize("start_step", [0, 1, 7, 49, 50])
 def test_start_step_skips_the_steps_before(start_step):
-    whole = list(sampler(10, 4, 50, seed=3))
+    whole = batches_of(sampler(10, 4, 50, seed=3))
     assert len(whole) == 50
-    assert list(sampler(10, 4, 50, seed=3, start_step=start_step)) == whole[start_step:]
+    rest = sampler(10, 4, 50, seed=3, start_step=start_step)
+    assert batches_of(rest) == whole[start_step:]
 
 
 def test_too_few_windows_for_a_batch_names_the_largest_batch():
@@ -291,6 +299,61 @@ def test_training_loader_has_full_batches_for_the_whole_run(config):
     assert {tuple(row) for row in first_epoch.tolist()} <= known
 
 
+def noisy_batches(
+    config: DataConfig, n_steps: int, noise: float = 0.3, rank: int = 0, world_size: int = 1
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    data = data_module(dataclasses.replace(config, noise=noise), n_steps)
+    data.trainer = FakeTrainer(rank, world_size)  # type: ignore[assignment]
+    return list(data.train_dataloader())
+
+
+def test_noise_replaces_its_share_of_inputs_by_random_tokens_and_no_target(config):
+    clean, noisy = noisy_batches(config, 1000, noise=0.0), noisy_batches(config, 1000)
+    replaced, tokens, positions = [], [], []
+    for (ids, targets), (random, same) in zip(clean, noisy, strict=True):
+        assert torch.equal(targets, same)
+        assert random[ids == 0].eq(0).all()  # END_OF_TEXT
+        changed = random != ids
+        replaced.append(changed.sum() / ids.ne(0).sum())
+        tokens.append(random[changed])
+        positions.append(changed.float().mean(0))
+    share = torch.stack(replaced)
+    # A 299th of the random tokens equals the token that it replaces.
+    assert share[:800].mean() == pytest.approx(0.3 * 298 / 299, rel=0.02)
+    assert share[800:900].mean() == pytest.approx(0.225, rel=0.1)
+    assert share[900:].mean() == pytest.approx(0.075, rel=0.1)
+    assert share[-5:].mean() < 0.01
+    counts = torch.cat(tokens).bincount(minlength=300)
+    assert counts[0] == 0
+    assert 0.5 < counts[1:].min() / counts[1:].float().mean() < 1
+    assert counts.max() < 1.5 * counts[1:].float().mean()
+    assert (torch.stack(positions)[:800].mean(0) / 0.28).sub(1).abs().max() < 0.1
+
+
+def test_noise_is_a_function_of_the_seed_and_the_number_of_the_window(config):
+    whole = noisy_batches(config, 60)
+    single = noisy_batches(dataclasses.replace(config, batch_size=1), 240)
+    ranks = [noisy_batches(config, 30, rank=rank, world_size=2) for rank in range(2)]
+    assert torch.equal(windows_of(whole), windows_of(single))
+    targets = [torch.cat([targets for _, targets in batches]) for batches in (whole, single)]
+    assert torch.equal(*targets)
+    assert torch.equal(
+        windows_of(whole), windows_of([b for step in zip(*ranks, strict=True) for b in step])
+    )
+    assert len({tuple(noise_bits(seed, n, 1, 6)[0]) for seed in range(9) for n in range(9)}) == 81
+    assert noise_bits(1, 0, 3, 6)[1:].tolist() == noise_bits(1, 1, 2, 6).tolist()
+
+
+def windows_of(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    return torch.cat([ids for ids, _ in batches])
+
+
+def test_noise_spares_the_validation_split(config):
+    plain, noisy = data_module(config), data_module(dataclasses.replace(config, noise=0.5))
+    pairs = zip(plain.val_dataloader(), noisy.val_dataloader(), strict=True)
+    assert all(torch.equal(a[0], b[0]) for a, b in pairs)
+
+
 class FakeTrainer:
     def __init__(self, rank: int, world_size: int):
         self.global_rank, self.world_size = rank, world_size
@@ -345,11 +408,13 @@ class SaveAt(L.Callback):
     "ignore:.*your dataloader is not resumable",  # it is: start_step
     "ignore:.*LeafSpec",  # within Lightning
 )
-@pytest.mark.parametrize("shuffle", ["stories", "windows"])
+@pytest.mark.parametrize(("shuffle", "noise"), [("stories", 0), ("windows", 0), ("stories", 0.5)])
 @pytest.mark.parametrize("stopped_at", [7, 113])
-def test_resumed_run_reads_exactly_the_remaining_batches(config, tmp_path, stopped_at, shuffle):
+def test_resumed_run_reads_exactly_the_remaining_batches(
+    config, tmp_path, stopped_at, shuffle, noise
+):
     n_steps = stopped_at + 13  # 113: in the second epoch
-    config = dataclasses.replace(config, shuffle=shuffle)
+    config = dataclasses.replace(config, shuffle=shuffle, noise=noise)
 
     def fit(start_step: int, resume: str | None = None) -> Recorder:
         trainer = L.Trainer(

@@ -107,21 +107,21 @@ def threads_of_a_new_thread() -> int:
 
 def test_pool_threads_use_one_thread_each_and_others_are_unchanged():
     before = torch.get_num_threads()
-    microbatch._threads.cache_clear()
+    microbatch.thread_pool.cache_clear()
     try:
         torch.set_num_threads(3)
-        pool = microbatch._threads(2)
+        pool = microbatch.thread_pool(2)
         alone = [pool.submit(torch.get_num_threads).result() for _ in range(4)]
         assert (alone, torch.get_num_threads(), threads_of_a_new_thread()) == ([1] * 4, 3, 3)
     finally:
         torch.set_num_threads(before)
-        microbatch._threads.cache_clear()
+        microbatch.thread_pool.cache_clear()
 
 
 def test_number_of_threads_is_read_at_each_step(model, monkeypatch):
     sizes = []
     monkeypatch.setattr(
-        microbatch, "_threads", lambda n: sizes.append(n) or microbatch.ThreadPoolExecutor(n)
+        microbatch, "thread_pool", lambda n: sizes.append(n) or microbatch.ThreadPoolExecutor(n)
     )
     loss = microbatched_loss(model)  # before Lightning has shared the threads out
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)

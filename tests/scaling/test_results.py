@@ -60,10 +60,10 @@ def test_group_names_the_optimizer_and_unscaled_embeddings(tmp_path):
     ]
 
 
-def test_group_names_the_files_of_text_and_an_unusual_vocabulary(tmp_path):
+def test_group_names_the_files_of_text_max_stories_and_an_unusual_vocabulary(tmp_path):
     for name, files, vocabulary in (
         ("a", "[/x/poems.txt]", 3000),
-        ("b", "[/y/code.txt]", 3000),
+        ("b", "[/y/code.txt]\n  max_stories: 1000", 3000),
         ("c", "[a.txt, b.txt, c.txt]", 500),
     ):
         run = write_run(tmp_path / name, sized("small", 9.0))
@@ -71,7 +71,7 @@ def test_group_names_the_files_of_text_and_an_unusual_vocabulary(tmp_path):
             config.write(f"  train_files: {files}\n  vocab_size: {vocabulary}\n")
     assert [run.group for run in results(tmp_path)] == [
         "text of poems.txt, 328k tokens",
-        "text of code.txt, 328k tokens",
+        "text of code.txt, 1,000 stories, 328k tokens",
         "text of a.txt, b.txt and 1 more, vocabulary 500, 328k tokens",
     ]
 

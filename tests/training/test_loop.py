@@ -92,14 +92,23 @@ def test_seed_determines_the_weights(tiny: list[str]):
     assert not torch.equal(first["net.embedding.weight"], other["net.embedding.weight"])
 
 
+RECIPE = [
+    "data.noise=0.2",
+    "optimizer.final_weight_decay=0.3",
+    "optimizer.normalize_rows=after",
+]
+
+
 @pytest.mark.parametrize(
-    ("accumulate", "n_validations", "validated"),
-    [(1, 2, [10, 20]), (4, 6, [4, 8, 12, 16, 20])],  # 80 batches are no whole number of steps by 6
+    ("accumulate", "n_validations", "validated", "recipe"),
+    # 80 batches are no whole number of steps by 6
+    [(1, 2, [10, 20], []), (4, 6, [4, 8, 12, 16, 20], RECIPE)],
 )
 def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_run(
     accumulate: int,
     n_validations: int,
     validated: list[int],
+    recipe: list[str],
     tiny: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
@@ -108,6 +117,7 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_run(
         f"trainer.accumulate_grad_batches={accumulate}",
         f"budget.tokens={1280 * accumulate}",
         f"trainer.n_validations={n_validations}",
+        *recipe,
     ]
     whole = trained_folder([*tiny, "name=whole"])
     with monkeypatch.context() as patch:
@@ -123,6 +133,8 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_run(
     assert len(read_metrics(broken)) == len(read_metrics(whole))
     ends = [read_checkpoint(run / "checkpoints/last.ckpt")["state_dict"] for run in (whole, broken)]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    group = read_checkpoint(broken / "checkpoints/last.ckpt")["optimizer_states"][0]["param_groups"]
+    assert group[0]["weight_decay"] == pytest.approx(0.3 if recipe else 0.1)
     steps = [[row["step"] for row in read_metrics(run)] for run in (whole, broken)]
     assert steps[0] == steps[1]
 

@@ -16,6 +16,7 @@ from minigpt.training.optim import (
     make_optimizer,
     newton_schulz,
     peak_lrs,
+    set_weight_decay,
 )
 from tests.conftest import naming
 
@@ -81,6 +82,47 @@ def test_weight_decay_is_on_matrices_alone_and_every_weight_has_an_optimizer(nam
             assert group["weight_decay"] == (0.1 if parameter.dim() == 2 else 0.0)
 
 
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_final_weight_decay_changes_the_decay_of_matrices_linearly(name):
+    settings = {"name": name, "weight_decay": 0.0, "final_weight_decay": 0.4}
+    _, optimizer = net_and_optimizer(**settings)
+    config = OptimizerConfig(**settings)
+    for step, expected in ((0, 0.0), (1, 0.1), (4, 0.4)):
+        set_weight_decay(optimizer, config, step, 5)
+        for group in optimizer.param_groups:
+            matrices = [p.dim() == 2 for p in group["params"]]
+            assert all(matrices) or not any(matrices)
+            assert group["weight_decay"] == pytest.approx(expected if matrices[0] else 0.0)
+    set_weight_decay(optimizer, OptimizerConfig(name=name), 2, 5)
+    assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(0.4)
+    set_weight_decay(optimizer, config, 0, 1)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.0
+
+
+def update_of(gradient: torch.Tensor, normalize_rows: str | None) -> torch.Tensor:
+    matrix = torch.nn.Parameter(torch.zeros_like(gradient))
+    matrix.grad = gradient.clone()
+    Muon([matrix], 1.0, normalize_rows=normalize_rows).step()
+    return matrix.detach() / (0.2 * max(gradient.shape) ** 0.5)
+
+
+@pytest.mark.parametrize("shape", [(40, 10), (10, 40), (16, 16)])
+def test_muon_normalizes_rows_before_or_after_it_orthogonalises(shape):
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    gradient *= torch.logspace(-3, 0, shape[0])[:, None]  # rows of very different norms
+    plain, before, after = (update_of(gradient, how) for how in (None, "before", "after"))
+    equal = gradient / gradient.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(before, update_of(equal, None))
+    rows = after.norm(dim=1)
+    torch.testing.assert_close(rows, rows[:1].expand_as(rows))
+    torch.testing.assert_close(after.norm(), plain.norm())
+    cosine = torch.cosine_similarity(after, plain, dim=1)
+    torch.testing.assert_close(cosine, torch.ones_like(cosine))
+    assert not torch.allclose(after, plain, rtol=0.01)
+    zeros = update_of(torch.zeros(shape), "before"), update_of(torch.zeros(shape), "after")
+    assert all(torch.equal(update, torch.zeros(shape)) for update in zeros)
+
+
 def test_muon_trains_the_matrices_of_the_blocks_and_adamw_all_other_weights():
     net, optimizer = net_and_optimizer()
     assert isinstance(optimizer, CombinedOptimizer)
@@ -118,6 +160,27 @@ def test_muon_step_equals_that_of_torch(dtype):
         for p, q, old in zip(ours, peer, before, strict=True):
             # torch rounds to bfloat16 in every product: a few parts in a hundred of the update.
             assert (p - q).norm() < 0.05 * (q - old).norm()
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_muon_updates_on_threads_equal_those_of_a_batch_bit_for_bit(n_threads):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(16, 48), (48, 16), (16, 16), (16, 48)]
+    threaded = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
+    batched = [torch.nn.Parameter(p.detach().clone()) for p in threaded]
+    optimizer, reference = Muon(threaded, 1e-2), Muon(batched, 1e-2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        for _ in range(3):
+            for p, q in zip(threaded, batched, strict=True):
+                p.grad = q.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+            for batch in (batched[::3], batched[1:2], batched[2:3]):
+                reference._update(reference.param_groups[0], batch)
+        assert all(map(torch.equal, threaded, batched))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_newton_schulz_brings_every_singular_value_near_one():
@@ -166,6 +229,8 @@ def test_closure_is_called_once_with_gradients_enabled():
         ({"beta2": 1.0}, ["beta2", "1.0"]),
         ({"momentum": 1.5}, ["momentum", "1.5"]),
         ({"weight_decay": -0.1}, ["weight_decay", "-0.1"]),
+        ({"final_weight_decay": -0.1}, ["final_weight_decay", "-0.1"]),
+        ({"name": "adamw", "normalize_rows": "after"}, ["normalize_rows", "after"]),
         ({"final_lr": 2.0}, ["final_lr", "2.0"]),
     ],
 )

@@ -213,8 +213,16 @@ def test_init_from_no_run_is_refused(tiny: list[str], parent: Path, typed: str, 
     assert not (parent.parent / "child").exists()
 
 
-def test_init_from_allows_another_context_length(tiny: list[str], parent: Path):
-    child = trained_folder([*tiny, f"init_from={parent}", "name=child", "model.context_length=32"])
+def test_init_from_allows_another_context_length_and_residual_init(tiny: list[str], parent: Path):
+    child = trained_folder(
+        [
+            *tiny,
+            f"init_from={parent}",
+            "name=child",
+            "model.context_length=32",
+            "model.residual_init=zero",
+        ]
+    )
     assert Run.load(child).load_model().config.context_length == 32
 
 
