@@ -301,6 +301,13 @@ SETTINGS: list[Case] = [
     ("train.py TINY init_from=runs/nobody", None, "runs/nobody"),
     ("train.py TINY init_from=train.txt", None, "train.txt"),
     ("train.py TINY init_from=", None, "init_from"),
+    ("train.py TINY teacher=runs/nobody", None, "runs/nobody"),
+    ("train.py TINY teacher=train.txt", None, ("teacher.runs", "train.txt")),
+    ("train.py TINY teacher=", None, "teacher"),
+    ("train.py TINY teacher=runs/tiny teacher.weight=2", None, "teacher.weight"),
+    ("train.py TINY teacher=runs/tiny teacher.temperature=0", None, "teacher.temperature"),
+    ("train.py TINY name=tiny teacher=runs/tiny", None, ("teacher.runs", "runs/tiny")),
+    ("train.py resume=runs/tiny teacher=runs/tiny", None, ("teacher.runs", "runs/tiny")),
 ]
 
 # ---------------------------------------------------------------------------- stories

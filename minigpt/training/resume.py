@@ -131,17 +131,13 @@ class ResumeState:
         given = parent or before.data.tokenizer or before.teacher.runs
         if parent is not None:  # an earlier version recorded more or less about the parent
             stored = {**stored, "init_from": dataclasses.asdict(parent)}
-        paths = config.teacher.runs or before.teacher.runs
-        teachers = None
-        if before.teacher.runs:
-            if before.teacher.class_path is not None and teacher is None:
-                name = before.teacher.class_path
-                message = f"the teachers of {folder} have the class {name}"
-                raise ModelClassError(message, name, "teacher")
-            teachers = Teachers.load(paths, folder, teacher).recorded_in(stored, checkpoint)
-        teacher_config = dataclasses.replace(before.teacher, runs=paths)
-        config = dataclasses.replace(before, data=data, teacher=teacher_config)
+        paths = _teacher_paths(config, before, folder, teacher)
+        teachers = Teachers.load(paths, folder, teacher) if paths else None
+        if teachers is not None:
+            teachers = teachers.recorded_in(stored, checkpoint)
         tokenizer = run.tokenizer if given else None
+        taught_by = dataclasses.replace(before.teacher, runs=paths)
+        config = dataclasses.replace(before, data=data, teacher=taught_by)
         return cls(config, checkpoint, step, stored, None, tokenizer, parent, teachers)
 
     def prepared_data(self, schedule: Schedule) -> DataModule:
@@ -257,6 +253,25 @@ def folder_to_resume(config: TrainConfig) -> Path | None:
         folder = last_checkpoint(folder).parent.parent
     refuse_links_out(folder)
     return folder
+
+
+def _teacher_paths(
+    config: TrainConfig, before: TrainConfig, folder: Path, teacher: ModelFactory | None
+) -> tuple[str, ...]:
+    """Return the paths of the teachers of a resumed run: those in `config`, or else the old ones.
+
+    Raises:
+        UserError: the run has no teachers.
+        ModelClassError: the class of the teachers is not given.
+    """
+    typed, recorded = config.teacher.runs, before.teacher.runs
+    if typed and not recorded:
+        message = f"the run in {folder} has no teachers: leave this out"
+        raise UserError(message, "teacher.runs", list(typed))
+    if (name := before.teacher.class_path) is not None and teacher is None:
+        message = f"the teachers of {folder} have the class {name}"
+        raise ModelClassError(message, name, "teacher")
+    return typed or recorded
 
 
 def _typed_tokenizer(data: DataConfig) -> Tokenizer | None:
