@@ -228,6 +228,36 @@ def scaling(
 
 
 @app.command()
+def compare(
+    folders: Annotated[list[Path], PathArgument(help="Run folders, or folders that contain runs.")],
+    out: Annotated[Path | None, PathOption(help="Write the table to this Markdown file.")] = None,
+) -> None:
+    """Compare recipes by the validation losses of runs with the same seeds.
+
+    Runs that differ only in their seed have one recipe. The table lists the mean difference to the
+    recipe of the first run, with its standard error.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from minigpt.core.files import write_text
+    from minigpt.scaling.comparison import COLUMNS, NOTE, cells, markdown
+    from minigpt.scaling.comparison import compare as compare_recipes
+    from minigpt.scaling.results import find_runs, read_run
+
+    comparisons = compare_recipes([read_run(folder) for folder in find_runs(folders)])
+    table = Table(*COLUMNS, box=None, pad_edge=False, header_style="bold")
+    for comparison in comparisons:
+        table.add_row(*map(Text, cells(comparison)))
+    console = Console()
+    console.print(table)
+    console.print("", NOTE, sep="\n", markup=False, highlight=False)
+    if out is not None:
+        write_text(out, markdown(comparisons))
+
+
+@app.command()
 def study(
     runs: Annotated[list[Path], PathArgument(help="Runs to compare, of different sizes.")],
     out: Annotated[Path, PathOption(help="Output folder.")] = Path("study"),

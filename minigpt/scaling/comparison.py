@@ -1,0 +1,144 @@
+"""Compare recipes by the validation losses of runs that have the same seeds.
+
+Runs with the same seed read the same batches, so the difference of their losses has less noise than
+the losses themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from minigpt.core.settings import UserError, flat
+from minigpt.core.text import human_time, md_table, value_cell
+from minigpt.runs.folder import Run
+from minigpt.runs.provenance import MACHINE
+from minigpt.runs.records import read_summary
+from minigpt.scaling.results import RunResult
+
+COLUMNS = ("change", "seeds", "nats/token", "difference", "standard error", "shown", "time")
+NOTE = (
+    "Difference: mean over the seeds that a recipe shares with the first one, in nats per token. "
+    "Shown: whether it is larger than two standard errors. Time: mean training time of a run."
+)
+_IGNORED = {*MACHINE, "name", "seed", "size", "overrides"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Validation loss of a recipe, compared with the first recipe by seed."""
+
+    change: str  # settings that differ from the first recipe; "" for the first recipe
+    losses: dict[int, float]  # nats per token by seed
+    differences: tuple[float, ...]  # loss minus that of the first recipe, for each common seed
+    seconds: float | None  # mean training time of a run
+
+    @property
+    def difference(self) -> float | None:
+        """Mean difference to the first recipe, in nats per token; None without common seeds."""
+        return fmean(self.differences) if self.differences else None
+
+    @property
+    def standard_error(self) -> float | None:
+        """Standard error of `difference`; None for fewer than two common seeds."""
+        n = len(self.differences)
+        return stdev(self.differences) / math.sqrt(n) if n > 1 else None
+
+    @property
+    def shown(self) -> bool | None:
+        """Whether the difference is larger than two standard errors; None if that is unknown."""
+        if self.difference is None or self.standard_error is None:
+            return None
+        return abs(self.difference) > 2 * self.standard_error
+
+
+def compare(runs: Sequence[RunResult]) -> list[Comparison]:
+    """Group finished runs by recipe, and compare each recipe with that of the first run.
+
+    The recipe is all settings except the seed and those that depend on the machine.
+
+    Args:
+        runs: results of runs; those without a final validation loss are left out.
+
+    Returns:
+        The recipes in the order of their first runs.
+
+    Raises:
+        UserError: no run has a final validation loss, or two runs have the same recipe and seed.
+    """
+    recipes: list[tuple[dict[str, Any], list[RunResult]]] = []
+    for run in runs:
+        if run.point is None or run.loss is None:
+            continue
+        settings = _recipe(run.path)
+        members = next((members for other, members in recipes if other == settings), None)
+        if members is None:
+            recipes.append((settings, [run]))
+            continue
+        if same := next((other for other in members if other.seed == run.seed), None):
+            message = f"{same.path} and {run.path} have the same settings and seed: leave out one"
+            raise UserError(message)
+        members.append(run)
+    if not recipes:
+        raise UserError("no run has a final validation loss: give runs that are finished")
+    first = _losses(recipes[0][1])
+    return [_comparison(settings, recipes[0][0], members, first) for settings, members in recipes]
+
+
+def _comparison(
+    settings: dict[str, Any], base: dict[str, Any], members: list[RunResult],
+    first: dict[int, float],
+) -> Comparison:  # fmt: skip
+    names = [name for name in base | settings if settings.get(name) != base.get(name)]
+    losses = _losses(members)
+    common = [seed for seed in losses if seed in first]
+    differences = () if losses is first else tuple(losses[s] - first[s] for s in common)
+    times = [read_summary(run.path).get("seconds") for run in members]
+    seconds = [value for value in times if isinstance(value, int | float)]
+    return Comparison(
+        ", ".join(f"{name}={settings.get(name)}" for name in names),
+        losses,
+        differences if names else (),
+        fmean(seconds) if seconds else None,
+    )
+
+
+def _losses(runs: list[RunResult]) -> dict[int, float]:
+    return {run.seed: run.loss for run in runs if run.loss is not None}
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    """Return the settings that define a recipe, with the names of folders instead of paths."""
+    config = {name: value for name, value in Run(path, path).config.items() if name not in _IGNORED}
+
+    def portable(value: Any) -> Any:
+        if isinstance(value, list):
+            return [portable(item) for item in value]
+        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+    values = {name: portable(value) for name, value in flat(config).items()}
+    values.pop("data.cache_dir", None)
+    return values
+
+
+def cells(comparison: Comparison) -> list[str]:
+    """Return the cells of a recipe in the order of `COLUMNS`."""
+    shown = {True: "yes", False: "no", None: "–"}
+    return [
+        comparison.change or "(first recipe)",
+        ", ".join(map(str, sorted(comparison.losses))),
+        f"{fmean(comparison.losses.values()):.4f}",
+        value_cell(comparison.difference, "+.4f"),
+        value_cell(comparison.standard_error, ".4f"),
+        shown[comparison.shown],
+        "–" if comparison.seconds is None else human_time(comparison.seconds),
+    ]
+
+
+def markdown(comparisons: Sequence[Comparison]) -> str:
+    """Return a Markdown table of the recipes, with a note."""
+    return f"{md_table(COLUMNS, map(cells, comparisons))}\n\n{NOTE}\n"
