@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from minigpt.cli.compose import plain_values, train_config, typed_class
-from minigpt.cli.program import Program, hydra_value
+from minigpt.cli.program import Program
 from minigpt.cli.run import run_app
-from minigpt.core.settings import UserError
+from minigpt.core.settings import UserError, build
+from minigpt.core.typed import typed_settings
 
 
 def main() -> None:
@@ -31,11 +32,11 @@ def _train(config: DictConfig, program: Program, classes: list[str]) -> None:
         config.runs_dir = job.sweep.dir
         config.name = config.name or f"{job.runtime.choices.get('model')}-{job.job.num}"
         config.resume = config.resume or "auto"
-        location = [f"{key}={hydra_value(config[key])}" for key in ("runs_dir", "name", "resume")]
+        location = typed_settings({key: config[key] for key in ("runs_dir", "name", "resume")})
     # Lightning starts the processes of other devices with this command. It runs one job only.
     sys.argv = [program.path, *program.words, *overrides, *classes, *location]
     if config.resume not in (None, "auto") and excess:
-        raise UserError(f"a resumed run keeps its own settings: leave out {excess[0]}", "resume")
+        _refuse_settings(config, excess)
     from minigpt.core.process import tune_process
     from minigpt.training.loop import train  # imports Lightning, which is slow: after the checks
 
@@ -43,3 +44,17 @@ def _train(config: DictConfig, program: Program, classes: list[str]) -> None:
     model = typed_class("train", classes)
     values, size = plain_values(config), job.runtime.choices.get("model")
     train(train_config(values, size, [*overrides, *classes], model), model)
+
+
+def _refuse_settings(config: DictConfig, typed: list[str]) -> NoReturn:
+    """Raise UserError for settings that are typed beside the run to resume."""
+    if any(word.startswith("budget.tokens=") for word in typed):
+        from minigpt.training.config import BudgetConfig, TrainConfig
+        from minigpt.training.resume import budget_error, folder_to_resume
+
+        budget = build(BudgetConfig, plain_values(config.budget), "budget")
+        folder = folder_to_resume(TrainConfig(resume=str(config.resume)))
+        assert folder is not None
+        if error := budget_error(folder, budget.tokens):
+            raise error
+    raise UserError(f"a resumed run keeps its own settings: leave out {typed[0]}", "resume")

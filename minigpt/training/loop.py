@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import math
 import os
@@ -219,6 +220,9 @@ class _Training:
             "precision": f"{hardware.precision}: {hardware.why}",
             "kernels": kernels.name,
         }
+        if prompts := config.callbacks.prompts:
+            quoted = ", ".join(json.dumps(prompt, ensure_ascii=False) for prompt in prompts)
+            lines["stories"] = f"{len(prompts)} prompt{'s' if len(prompts) > 1 else ''}: {quoted}"
         if parent is not None:
             seen = "an unknown number of" if parent.tokens is None else human_count(parent.tokens)
             lines["weights"] = f"from {parent.name}, trained on {seen} tokens, with its tokenizer"
