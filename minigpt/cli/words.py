@@ -45,7 +45,8 @@ def without_dashes(arguments: Sequence[str]) -> list[str]:
     words = [word.removeprefix("--") if _is_dashed(word) else word for word in arguments]
     for index, (word, following) in enumerate(pairwise([*words, ""])):
         flag, equals, value = word.partition("=")
-        if (flag.startswith("--") and flag not in HYDRA_FLAGS) or (flag.startswith("-") and equals):
+        is_long = flag.startswith("--")
+        if flag not in HYDRA_FLAGS if is_long else flag.startswith("-") and equals:
             value = value if equals else following
             typed = f"{flag.lstrip('-')}={value or '<value>'}"
             raise UserError(f"settings are typed as key=value: type {typed}, not {word}")

@@ -156,7 +156,7 @@ def test_generate_by_seed_prompt_and_dtype(tiny, monkeypatch, capsys):
         assert all(name in err for name in names)
 
 
-WRONG_PROMPTS = {"\udcff": [r"\udcff"], "-": ["UTF-8", "2"]}
+WRONG_PROMPTS = {"\udcff": [r"\xff", "UTF-8"], "-": ["UTF-8", "2"]}
 
 
 @pytest.mark.parametrize(
