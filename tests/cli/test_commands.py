@@ -92,6 +92,9 @@ def commands(here: Path) -> dict[str, list[str]]:
         texts[case] = [start + step]
     sweep = typed("minigpt", ["sweep", "scaling", "--out", f"{NAME}.yaml"], here).out
     texts["sweep"] = re.findall(r"Next: (.*)", sweep)
+    for name in ("train.py", "evaluate.py"):
+        settings = re.findall(r"^ +(\S+=\S.*?)  ", typed(name, ["--help"], here).out, re.MULTILINE)
+        texts[name] = [f"python {name} {typed}" for typed in settings]
     return texts
 
 
@@ -128,7 +131,7 @@ def pasted(shell: str, lines: list[str], folder: Path) -> list[list[str]]:
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_shells_read_the_words_of_every_command(shell: str, commands, here: Path):
     lines = [line for group in commands.values() for line in group]
-    assert len(lines) >= 11
+    assert len(lines) >= 30
     assert all(line.isprintable() for line in lines)
     assert pasted(shell, lines, here) == [shlex.split(line) for line in lines]
 
