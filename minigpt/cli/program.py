@@ -26,16 +26,19 @@ class Program:
     Args:
         path: absolute path of the script that Python runs.
         words: the verb after the path, as a tuple; () for train.py or evaluate.py.
+        script: the script as typed, such as train.py.
     """
 
     path: str
     words: tuple[str, ...]
+    script: str
 
     @classmethod
     def detect(cls, name: str) -> Program:
         """Return the program of this process; `name` is the verb that it runs."""
         path = os.path.abspath(sys.argv[0])
-        return cls(path, () if Path(path).name in ("train.py", "evaluate.py") else (name,))
+        words = () if Path(path).name in ("train.py", "evaluate.py") else (name,)
+        return cls(path, words, sys.argv[0])  # Hydra replaces sys.argv
 
     @property
     def arguments(self) -> list[str]:
@@ -58,7 +61,7 @@ class Program:
             return shell_command(*_program("minigpt"), verb, *paths)
         if self.words:
             return shell_command(*_program("minigpt"), verb, *words, *typed_settings(settings))
-        script = str(Path(sys.argv[0]).with_name(f"{verb}.py"))
+        script = str(Path(self.script).with_name(f"{verb}.py"))
         return shell_command(*_program("python"), script, *words, *typed_settings(settings))
 
 

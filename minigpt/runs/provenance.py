@@ -79,7 +79,7 @@ def portable_overrides(overrides: Sequence[str]) -> list[str]:
 def _portable(override: str) -> str:
     """Return an override without the folders of absolute paths."""
     key, equals, value = override.partition("=")
-    if "{" in value:  # a reference to a variable, or a dict
+    if value.startswith("{") or re.search(r"(?<!\\)\$\{", value):  # a dict, or a reference
         return _FOLDERS.sub("", override)
     if not (value.startswith("[") and value.endswith("]")):
         return f"{key}{equals}{_file_name(value)}"

@@ -29,8 +29,9 @@ def read(word: str, sweep: bool = False) -> Any:
     if override.is_sweep_override():
         rest = [f"{override.key_or_group}={text}" for text in override.sweep_string_iterator()]
         return [read(word) for word in rest]
-    config: Any = OmegaConf.create({"v": override.value(), "seed": 5})
-    return OmegaConf.to_container(config, resolve=True)["v"]
+    config = OmegaConf.create({"v": override.value(), "seed": 5})
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    return values["v"]
 
 
 @pytest.mark.parametrize("text", LITERAL)
