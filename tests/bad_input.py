@@ -463,7 +463,7 @@ VERBS: list[Case] = [
     (f"{_GENERATE} --prompt \udcff", None, "xff"),
     (f"{_GENERATE} --prompt -", write("../x.stdin", b"a\xff"), ("UTF-8", "1")),
     (f"{_GENERATE} --dtype int8", None, ("--dtype", "int8", "float32", "bfloat16")),
-    (f"{_GENERATE} runs/tiny", None, "runs/tiny"),
+    (f"{_GENERATE} Once upon", None, "--prompt 'Once upon'"),
     ("minigpt probe runs/tiny --k 0", None, "--k"),
     ("minigpt probe runs/tiny --analogy princess", None, "princess - girl + boy"),
     ("minigpt probe runs/tiny --analogy 'a - b'", None, ("a - b", "princess - girl + boy")),

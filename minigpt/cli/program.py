@@ -71,8 +71,10 @@ def _program(name: str) -> list[str]:
     They are the name alone if it is found on the PATH, else the path of the program.
     """
     path, on_path = Path(sys.executable).with_name(name), shutil.which(name)
-    if on_path is not None and (not path.exists() or Path(on_path).absolute() == path):
-        return [name]
+    if on_path is not None:
+        same = Path(on_path).parent.resolve() == path.parent.resolve()  # also through links
+        if same or not path.exists():
+            return [name]
     if not path.exists():
         return [sys.executable] if name == "python" else [*_program("python"), "-m", "minigpt"]
     here = Path.cwd()

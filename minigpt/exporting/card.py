@@ -50,7 +50,9 @@ def model_card(
         Markdown, with the YAML metadata for the Hub at the top.
     """
     local_path = name.split("/")[1] if "/" in name else f"path/to/{name}"
-    (ckpt,) = typed_settings({"ckpt": local_path})
+    settings: dict[str, Any] = {"ckpt": local_path}
+    if config["data"]["source"] == "text":  # an export does not contain the stories
+        settings |= {"data": "text", "data.valid_files": ["stories.txt"]}
     name, license = _cell(name), export.license
     sources: list[str] = [*(parent.sources if parent else []), config["data"]["source"]]
     stories = [source for source in sources if source.startswith("tinystories")]
@@ -65,7 +67,7 @@ def model_card(
         vocabulary=vocabulary,
         **{"config": config, "summary": summary, "evaluation": evaluation, "parent": parent},
         local_path=shell_word(local_path),
-        ckpt=shell_word(ckpt),
+        evaluate=shell_command("minigpt", "evaluate", *typed_settings(settings)),
         model_path=_python_string(name if "/" in name else local_path),
         on_hub="/" in name,
         averaged=averaged,
