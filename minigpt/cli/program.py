@@ -122,6 +122,7 @@ def describe(error: UserError, program: Program, options: frozenset[str] = froze
 
 
 def leave(message: str) -> NoReturn:
-    """Print `message`, which is one line, as an error and exit with code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    """Print `message` as a one-line error and exit with code 2."""
+    text = message if message.isprintable() else one_line(message)  # spaces in commands stay
+    print(f"error: {text}", file=sys.stderr)
     sys.exit(2)

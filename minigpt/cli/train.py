@@ -26,34 +26,33 @@ def _train(config: DictConfig, program: Program, classes: list[str]) -> None:
     overrides: Any = OmegaConf.to_container(job.overrides.task)  # as typed, with interpolations
     overrides = [word for word in overrides if not word.startswith("local=")]  # MINIGPT_LOCAL
     excess = [word for word in overrides if not word.startswith(("resume=", "data.cache_dir="))]
+    values, size = plain_values(config), job.runtime.choices.get("model")
     location: list[str] = []
     if job.mode == RunMode.MULTIRUN:
         # Each job has its own folder, and uses the same folder if a scheduler restarts the job.
-        config.runs_dir = job.sweep.dir
-        config.name = config.name or f"{job.runtime.choices.get('model')}-{job.job.num}"
-        config.resume = config.resume or "auto"
-        location = typed_settings({key: config[key] for key in ("runs_dir", "name", "resume")})
+        name, resume = values["name"] or f"{size}-{job.job.num}", values["resume"] or "auto"
+        where = {"runs_dir": job.sweep.dir, "name": name, "resume": resume}
+        values, location = values | where, typed_settings(where)
     # Lightning starts the processes of other devices with this command. It runs one job only.
     sys.argv = [program.path, *program.words, *overrides, *classes, *location]
-    if config.resume not in (None, "auto") and excess:
-        _refuse_settings(config, excess)
+    if values["resume"] not in (None, "auto") and excess:
+        _refuse_settings(values, excess)
     from minigpt.core.process import tune_process
     from minigpt.training.loop import train  # imports Lightning, which is slow: after the checks
 
     tune_process()
     model = typed_class("train", classes)
-    values, size = plain_values(config), job.runtime.choices.get("model")
     train(train_config(values, size, [*overrides, *classes], model), model)
 
 
-def _refuse_settings(config: DictConfig, typed: list[str]) -> NoReturn:
+def _refuse_settings(values: dict[str, Any], typed: list[str]) -> NoReturn:
     """Raise UserError for settings that are typed beside the run to resume."""
     if any(word.startswith("budget.tokens=") for word in typed):
         from minigpt.training.config import BudgetConfig, TrainConfig
         from minigpt.training.resume import budget_error, folder_to_resume
 
-        budget = build(BudgetConfig, plain_values(config.budget), "budget")
-        folder = folder_to_resume(TrainConfig(resume=str(config.resume)))
+        budget = build(BudgetConfig, values["budget"], "budget")
+        folder = folder_to_resume(TrainConfig(resume=str(values["resume"])))
         assert folder is not None
         if error := budget_error(folder, budget.tokens):
             raise error
