@@ -128,8 +128,8 @@ def _value(name: str, text: str, depth: int) -> str:
     if is_list and items == [""]:
         return "[]"
     if len(items) > 1 and "" in items:
-        fix = {name: [item for item in items if item]}
-        raise UserError("an item of the list is empty", name, text, fix)
+        filled = [item[1:-1] if is_quoted(item) else item for item in items if item]
+        raise UserError("an item of the list is empty", name, text, {name: filled})
     if is_list and depth > 1:
         return f"[{','.join(_value(name, item, depth - 1) for item in items)}]"
     if len(items) > 1 and not is_list:
