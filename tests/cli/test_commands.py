@@ -35,7 +35,8 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     write_stories(folder / FILES[0], 400, 1)
     write_stories(folder / FILES[1], 40, 2)
-    result = typed("train.py", run_words(), folder)
+    *words, name = run_words()
+    result = typed("train.py", [*words, f"--{name}"], folder)  # as W&B types it
     (folder / "log").write_text(result.err, encoding="utf-8")
     return folder
 
@@ -137,7 +138,7 @@ def test_shells_read_the_words_of_every_command(shell: str, commands, here: Path
 
 
 def test_every_command_runs(commands: dict[str, list[str]], here: Path):
-    quick = {"evaluate": ["stories.prompts=[]"], "generate": ["--max-tokens", "2"], "train": []}
+    quick = {"evaluate": ["--stories.prompts=[]"], "generate": ["--max-tokens", "2"], "train": []}
     shutil.copy(here / FILES[1], here / "stories.txt")  # the card's name for your own stories
     n_runs = len(list((here / "runs").iterdir()))
     for group in ("log", "report", "safetensors", "resume", "budget", "prompt"):
