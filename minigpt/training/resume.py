@@ -347,10 +347,10 @@ def budget_error(folder: Path, tokens: int, typed: Sequence[str] | None = None) 
         return None
     words: Sequence[str] = (values.get("overrides") or ()) if typed is None else typed
     replaced = ("name", "resume", "init_from", "budget.tokens", "model.vocab_size")
-    kept = [word for word in words if word.partition("=")[0].lstrip("+") not in replaced]
+    rest = [word for word in words if word.partition("=")[0].lstrip("+") not in replaced]
     settings = {"init_from": str(folder), "budget.tokens": tokens - trained}
     if values["model"].get("vocab_size") != values["data"].get("vocab_size"):
         settings["model.vocab_size"] = values["model"].get("vocab_size")
     message = f"{folder} is finished, after {trained:,} tokens; to train on from its weights"
-    command = ("train", [*typed_settings(settings), *kept])
+    command = ("train", [*typed_settings(settings), *rest])
     return UserError(message, "budget.tokens", tokens, command=command)
