@@ -384,4 +384,4 @@ def test_command_without_a_run_prints_what_to_type(tmp_path):
     assert process.code == 2
     (line,) = process.err.strip().splitlines()
     assert line.startswith("error: ")
-    assert "python evaluate.py ckpt=runs/" in line
+    assert "evaluate.py ckpt=runs/" in line

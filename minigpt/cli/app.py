@@ -7,7 +7,6 @@ modules.
 
 from __future__ import annotations
 
-import shlex
 import sys
 from dataclasses import replace
 from functools import partial
@@ -18,10 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
-from minigpt.cli.program import Program, describe, leave
+from minigpt.cli.program import Program, describe, leave, use_utf8
 from minigpt.core.console import log, show_log
 from minigpt.core.files import user_path
 from minigpt.core.settings import UserError, one_line, speak
+from minigpt.core.typed import path_argument, shell_command, shell_word
 
 if TYPE_CHECKING:
     from minigpt.runs.folder import Run
@@ -45,7 +45,12 @@ app = typer.Typer(
 @app.command()
 def generate(
     run: RunPath,
-    prompt: Annotated[str, Option(help="Text to continue; - reads stdin.")] = "Once upon a time",
+    words: Annotated[
+        list[str] | None, Argument(metavar="PROMPT", help="Text to continue; - reads stdin.")
+    ] = None,
+    prompt: Annotated[
+        str | None, Option(help="The same as an option; default: Once upon a time.")
+    ] = None,
     temperature: Annotated[float, Option(help="0 always takes the most likely token.")] = 0.8,
     top_k: Annotated[int | None, Option(help="Sample from the k most likely tokens.")] = None,
     top_p: Annotated[float | None, Option(help="Sample from this much probability mass.")] = None,
@@ -79,9 +84,9 @@ def generate(
     if temperature == 0 and unused:
         problem = "always takes the most likely token, so only one story is possible; leave out "
         raise UserError(f"{problem}{' and '.join(unused)}", "temperature", 0)
+    prompt = _one_prompt(words or [], prompt)
     (source,) = _load([run], class_path)
     model, tokenizer = source.load_model().to(getattr(torch, dtype)), source.tokenizer
-    prompt = _standard_input() if prompt == "-" else prompt
     length = len(tokenizer.encode(prompt))  # raises before anything is printed
     if length >= (context := model.config.context_length):
         log.warning("only the end of the %d-token prompt fits the context of %d", length, context)
@@ -93,6 +98,18 @@ def generate(
         return
     for story, text in enumerate(iterate_stories(model, tokenizer, prompt, n, config)):
         print(f"{END_OF_TEXT}\n" if story else "", prompt, text, sep="", flush=True)
+
+
+def _one_prompt(words: list[str], option: str | None) -> str:
+    """Return the prompt, typed as an argument or as the option --prompt; - is standard input."""
+    if len(words) > 1:
+        raise UserError("the prompt must be one argument", fix={"prompt": " ".join(words)})
+    if words and option is not None:
+        raise UserError(f"leave it out: {shell_word(words[0])} is the prompt", "prompt", option)
+    prompt = option if option is not None else (words or ["Once upon a time"])[0]
+    if any("\udc80" <= character <= "\udcff" for character in prompt):  # bytes, see os.fsdecode
+        raise UserError("is not valid UTF-8: type it in a UTF-8 terminal", "prompt", prompt)
+    return _standard_input() if prompt == "-" else prompt
 
 
 def _load(paths: list[Path], class_path: str | None) -> list[Run]:
@@ -351,7 +368,7 @@ def sweep(
     from minigpt.cli.sweep import write_sweep
 
     path = write_sweep(name, out or Path(f"{name}.yaml"))
-    print(f"Wrote {path}. Next: wandb sweep {shlex.quote(str(path))}")
+    print(f"Wrote {path}. Next: {shell_command('wandb', 'sweep', path_argument(str(path)))}")
 
 
 @app.command()
@@ -374,6 +391,7 @@ def main() -> None:
 
     A user error prints one line on stderr and exits with code 2; Ctrl-C exits with code 130.
     """
+    use_utf8()
     show_log()
     if len(sys.argv) == 1:
         sys.argv.append("--help")
@@ -391,6 +409,7 @@ def main() -> None:
         if error.filename is None:
             raise
         problem = f"cannot read or write {error.filename}: {error.strerror}; give another path"
+        problem = one_line(problem)
     leave(problem)
 
 

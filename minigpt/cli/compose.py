@@ -28,9 +28,12 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import minigpt
-from minigpt.cli.program import CLASS_SETTINGS, names_class, quote_paths
+from minigpt.cli.program import CLASS_SETTINGS, names_class
+from minigpt.cli.words import hydra_word, is_sweep
+from minigpt.core.fields import setting_types
 from minigpt.core.files import user_path
 from minigpt.core.settings import UserError, build, plain_defaults, unknown_name
+from minigpt.core.typed import quoted
 
 
 def config_source() -> str:
@@ -92,7 +95,7 @@ def compose_values(
     if folder is not None:
         if not folder.is_dir():
             raise UserError("must be an existing folder", "config_dir", str(config_dir))
-        words.append(f"hydra.searchpath=['file://{folder}']")
+        words.append(f"hydra.searchpath=[{quoted(f'file://{folder}')}]")
     with own_hydra(name, overrides):
         try:
             config = compose(name, words, return_hydra_config=True)
@@ -110,7 +113,9 @@ def plain_values(config: Any) -> Any:
 
 
 def composed_words(name: str, typed: Sequence[str], folder: Path | None = None) -> list[str]:
-    """Return the typed settings for Hydra, without class paths; teacher= becomes teacher.runs=.
+    """Return the typed settings in Hydra's grammar; teacher= becomes teacher.runs=.
+
+    Settings that name a class are left out.
 
     For train, `local=<value of MINIGPT_LOCAL>` is added if that variable is set and conf/ or
     `folder` contains a folder local/.
@@ -120,13 +125,13 @@ def composed_words(name: str, typed: Sequence[str], folder: Path | None = None) 
         typed: settings as typed on the command line.
         folder: folder with additional config groups.
     """
-    settings = [word for word in typed if not names_class(word, name)]
-    words = [quote_paths(re.sub("^teacher=", "teacher.runs=", word)) for word in settings]
+    words = [re.sub("^teacher=", "teacher.runs=", w) for w in typed if not names_class(w, name)]
     folders = [Path(path) for path in (config_source(), folder) if path is not None]
     has_local = any((path / "local").is_dir() for path in folders)
     if name == "train" and has_local and (local := os.environ.get("MINIGPT_LOCAL")):
         words.append(f"local={local}")
-    return words
+    hints, sweep = types_of_settings(name, typed), is_sweep(words)
+    return [hydra_word(word, hints, sweep) for word in words]
 
 
 @contextlib.contextmanager
@@ -186,6 +191,25 @@ def defaults(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     data = plain_defaults(DataConfig) if corpus else None
     command_line = {"ckpt": "???", "out": None, "class_path": None}
     return {**command_line, **plain_defaults(EvaluationConfig), "data": data}
+
+
+def types_of_settings(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the type of every setting of `train` or `evaluate`, by dotted name.
+
+    Args:
+        name: name of the root config.
+        overrides: settings as typed. For train, a class path adds the settings of the model class.
+    """
+    if name == "train":
+        from minigpt.runs.folder import config_class
+        from minigpt.training.config import TrainConfig
+
+        own = typed_class("model.class_path", overrides)
+        shape = {} if own is None else setting_types(config_class(own), "model.")
+        return {**setting_types(TrainConfig), **shape}
+    from minigpt.evaluation import EvaluationConfig
+
+    return {"ckpt": str, "out": str | None, **setting_types(EvaluationConfig)}
 
 
 # ---------------------------------------------------------------------------- into dataclasses

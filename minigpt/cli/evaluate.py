@@ -38,4 +38,4 @@ def _evaluate(config: DictConfig, program: Program, classes: list[str]) -> None:
     numbers = folder / evaluation_name(settings, evaluation)
     for kind, path in (("numbers:", numbers), ("report:", run.folder / REPORT)):
         if path.is_file():
-            terminal.print(f"{kind:9}{path}", markup=False, highlight=False)
+            terminal.print(f"{kind:9}{path}", markup=False, highlight=False, soft_wrap=True)

@@ -10,6 +10,8 @@ from hydra.errors import MissingConfigException, OverrideParseException
 
 from minigpt.core.settings import flat, unknown_name
 
+REFERENCE = r"${...} refers to another setting: type \${ for the characters themselves"
+
 
 def explain(error: Exception, name: str) -> str:
     """Return one line for a Hydra or OmegaConf error: what is wrong and what to type instead.
@@ -22,7 +24,10 @@ def explain(error: Exception, name: str) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _unknown_option(str(error.missing_cfg_file), name)
     if isinstance(error, OverrideParseException):
-        return f"cannot read '{error.override}': type settings as key=value, lists as key=[a,b]"
+        key, equals, _ = str(error.override).partition("=")
+        if key and equals:
+            return unknown_name(key, setting_names(name))
+        return f"cannot read '{error.override}': type settings as key=value, lists as 'key=[a,b]'"
     unknown = (
         re.search(r"Could not override '([^']+)'", text)
         or re.search(r"Key '([^']+)' is not in struct", text)
@@ -35,7 +40,8 @@ def explain(error: Exception, name: str) -> str:
         return unknown_name(setting, setting_names(name))
     if missing := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{missing.group(1)} is not set: type {missing.group(1)}=<value>"
-    return " ".join(text.split("\n")[:2])  # the lines after these list Hydra's own types
+    reason = " ".join(" ".join(text.split("\n")[:2]).split())  # later lines list Hydra's own types
+    return f"{reason}; {REFERENCE}" if "nterpolation" in reason else reason
 
 
 def _unknown_option(file: str, name: str) -> str:

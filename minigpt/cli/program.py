@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import os
-import re
-import shlex
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from minigpt.core.files import user_path
-from minigpt.core.settings import MISSING, ModelClassError, UserError, one_line
+from minigpt.core.settings import MISSING, ModelClassError, UserError, one_line, spell_step
+from minigpt.core.typed import path_argument, shell_command, shell_word, typed_settings
 
-PATH_SETTINGS = {
-    "runs_dir", "resume", "init_from", "ckpt", "out", "data.tokenizer", "teacher.runs",
-    "data.train_files", "data.valid_files", "data.dataset", "data.cache_dir",
-}  # fmt: skip
 # Settings that a config group determines, and the group that the user types instead.
 OPTION_OF = {"data.source": "data", "optimizer.name": "optimizer", "logger.kind": "logger"}
 # Settings that name a class: of the model, and of its teachers.
@@ -33,66 +29,70 @@ class Program:
     Args:
         path: absolute path of the script that Python runs.
         words: the verb after the path, as a tuple; () for train.py or evaluate.py.
+        script: the script as typed, such as train.py.
     """
 
     path: str
     words: tuple[str, ...]
+    script: str
 
     @classmethod
     def detect(cls, name: str) -> Program:
         """Return the program of this process; `name` is the verb that it runs."""
         path = os.path.abspath(sys.argv[0])
-        return cls(path, () if Path(path).name in ("train.py", "evaluate.py") else (name,))
+        words = () if Path(path).name in ("train.py", "evaluate.py") else (name,)
+        return cls(path, words, sys.argv[0])  # Hydra replaces sys.argv
 
     @property
     def arguments(self) -> list[str]:
         """The arguments after the program and its verb."""
         return sys.argv[1 + len(self.words) :]
 
-    def command(self, verb: str, /, **settings: Any) -> str:
-        """Return a shell command that runs `verb` with `settings`.
+    def command(self, verb: str, /, *words: str, **settings: Any) -> str:
+        """Return a shell command that runs `verb`, for bash and zsh.
+
+        The command starts the same Python environment as this process in the same folder.
 
         Args:
             verb: verb of `minigpt`.
-            **settings: settings of train or evaluate; for other verbs, positional arguments.
+            *words: settings as typed, for train or evaluate.
+            **settings: settings of train or evaluate; for other verbs, paths as positional
+                arguments.
         """
-        if verb in ("train", "evaluate"):
-            start = f"minigpt {verb}" if self.words else f"python {verb}.py"
-            words = [f"{key}={hydra_value(value)}" for key, value in settings.items()]
-        else:
-            start, words = f"minigpt {verb}", [str(value) for value in settings.values()]
-        return " ".join([start, *map(shlex.quote, words)])
+        if verb not in ("train", "evaluate"):
+            paths = [path_argument(str(path)) for path in settings.values()]
+            return shell_command(*_program("minigpt"), verb, *paths)
+        if self.words:
+            return shell_command(*_program("minigpt"), verb, *words, *typed_settings(settings))
+        script = str(Path(self.script).with_name(f"{verb}.py"))
+        return shell_command(*_program("python"), script, *words, *typed_settings(settings))
 
 
-def hydra_value(value: Any) -> str:
-    """Return a plain value in the syntax of Hydra's command line."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | tuple):
-        return f"[{','.join(map(hydra_value, value))}]"
-    if isinstance(value, str) and not re.fullmatch(r"[\w./:-]+", value, re.ASCII):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    return str(value)
+def _program(name: str) -> list[str]:
+    """Return the words that start `python` or `minigpt` of this Python environment.
 
-
-def quote_paths(word: str) -> str:
-    """Return a typed setting with quotes around paths that Hydra could not parse otherwise.
-
-    Such a path contains a character other than ASCII letters, digits and `_./:*?@%+=|-`. A leading
-    ~ is expanded too, because Hydra itself creates runs_dir for a multirun and does not expand it.
+    They are the name alone if it is found on the PATH, else the path of the program.
     """
-    key, _, value = word.partition("=")
-    if key.lstrip("+") not in PATH_SETTINGS or re.search(r"[\"']|\$\{", value):
-        return word
-    is_list = value.startswith("[") and value.endswith("]")
-    items = [item.strip() for item in (value[1:-1] if is_list else value).split(",")]
-    if all(re.fullmatch(r"[\w./:*?@%+=|-]*", item, re.ASCII) for item in items):
-        return word
-    paths = [str(user_path(item, key)) if item.startswith("~") else item for item in items]
-    quoted = ",".join(map(hydra_value, paths))
-    return f"{key}=[{quoted}]" if is_list else f"{key}={quoted}"
+    path, on_path = Path(sys.executable).with_name(name), shutil.which(name)
+    if on_path is not None:
+        same = Path(on_path).parent.resolve() == path.parent.resolve()  # also through links
+        if same or not path.exists():
+            return [name]
+    if not path.exists():
+        return [sys.executable] if name == "python" else [*_program("python"), "-m", "minigpt"]
+    here = Path.cwd()
+    return [str(path.relative_to(here) if path.is_relative_to(here) else path)]
+
+
+def use_utf8() -> None:
+    """Start this process again in Python's UTF-8 mode if the locale has only ASCII characters.
+
+    Without it, Python cannot read or write other characters in arguments, paths and output.
+    """
+    ascii_only = codecs.lookup(sys.getfilesystemencoding()).name == "ascii"
+    if ascii_only and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
 
 
 def names_class(word: str, name: str) -> bool:
@@ -112,26 +112,26 @@ def describe(error: UserError, program: Program, options: frozenset[str] = froze
     def typed(name: str, value: Any) -> str:
         if name in options:
             option = f"--{name.replace('_', '-')}"
-            return option if value is MISSING else f"{option} {value}"
+            return option if value is MISSING else shell_command(option, str(value))
         name = OPTION_OF.get(name, name)
-        return name if value is MISSING else f"{name}={hydra_value(value)}"
+        return name if value is MISSING else typed_settings({name: value})[0]
 
     head = error.message
     if error.argument is not None and not isinstance(error, ModelClassError):
         head = f"{typed(error.argument, error.value)}: {head}"
     fixes = {name: typed(name, value) for name, value in error.fix.items()}
-    steps = [fix if name in options else shlex.quote(fix) for name, fix in fixes.items()]
+    steps = [fix if name in options else shell_word(fix) for name, fix in fixes.items()]
     if isinstance(error, ModelClassError):
         verb = program.words[0] if program.words else Path(program.path).stem
         names = [f"{name}=" for name in CLASS_SETTINGS.get(verb, ())] or ["--class-path "]
-        steps.append(f"{names[error.argument == 'teacher']}{error.class_name}")
+        steps.append(f"{names[error.argument == 'teacher']}{shell_word(error.class_name)}")
     if error.command is not None:
-        verb, settings = error.command
-        steps.append(program.command(verb, **settings))
-    return one_line(f"{head}: type {' '.join(steps)}" if steps else head)
+        steps.append(spell_step(program.command, *error.command))
+    return f"{one_line(head)}: type {' '.join(steps)}" if steps else one_line(head)
 
 
 def leave(message: str) -> NoReturn:
     """Print `message` as a one-line error and exit with code 2."""
-    print(f"error: {one_line(message)}", file=sys.stderr)
+    text = message if message.isprintable() else one_line(message)  # spaces in commands stay
+    print(f"error: {text}", file=sys.stderr)
     sys.exit(2)

@@ -8,7 +8,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from itertools import zip_longest
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -19,17 +18,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from minigpt.cli.compose import composed_words, config_source, register_defaults
 from minigpt.cli.hydra_errors import explain, explain_failure
-from minigpt.cli.program import Program, describe, leave, names_class
+from minigpt.cli.program import Program, describe, leave, names_class, use_utf8
+from minigpt.cli.words import without_dashes
 from minigpt.core.console import show_log
 from minigpt.core.distributed import allow_starting_processes, global_rank
-from minigpt.core.settings import UserError, speak
-
-# Hydra's own options. Everything else on the command line is a setting, without dashes.
-HYDRA_FLAGS = {
-    "--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run",
-    "--multirun", "--shell-completion", "--config-path", "--config-name", "--config-dir",
-    "--experimental-rerun", "--info",
-}  # fmt: skip
+from minigpt.core.settings import UserError, one_line, speak
 
 
 def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -> None:
@@ -42,6 +35,7 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
         task: function of the composed config, the program, and the typed settings that name a model
             class. These settings are not passed to Hydra.
     """
+    use_utf8()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of exiting
     # The plugins for Slurm and Ray register configs with the same names and keys as conf/.
     warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against ConfigStore")
@@ -51,15 +45,15 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
     show_log()
     speak(program.command)
     allow_starting_processes()
-    arguments = program.arguments
-    classes = [word for word in arguments if names_class(word, name)]
+    classes: list[str] = []
 
     def job(config: DictConfig) -> None:
         with _one_line_errors(program):
             task(config, program, classes)
 
     try:
-        _check_dashes(arguments)
+        arguments = without_dashes(program.arguments)
+        classes += [word for word in arguments if names_class(word, name)]
         _prepare(name, program, arguments)
         hydra.main(version_base="1.3", config_path=config_source(), config_name=name)(job)()
     except KeyboardInterrupt:
@@ -67,10 +61,10 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
     except UserError as error:
         leave(describe(error, program))
     except (HydraException, OmegaConfBaseException) as error:
-        leave(explain(error, name))
+        leave(one_line(explain(error, name)))
     except (RuntimeError, ConnectionError, ValueError) as error:
         if reason := explain_failure(error):
-            leave(reason)
+            leave(one_line(reason))
         raise
 
 
@@ -118,19 +112,9 @@ def _one_line_errors(program: Program) -> Iterator[None]:
             raise
         if isinstance(error, UserError):
             leave(describe(error, program))
-        leave(str(error).partition("\n")[0])  # the other lines list OmegaConf's own types
+        leave(one_line(str(error).partition("\n")[0]))  # the others list OmegaConf's own types
     except Exception:
         if multirun and global_rank() > 0:
             traceback.print_exc()
             sys.exit(1)
         raise
-
-
-def _check_dashes(arguments: list[str]) -> None:
-    for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
-        flag, equals, value = argument.partition("=")
-        dashed = flag.startswith("--") and flag not in HYDRA_FLAGS
-        if dashed or (flag.startswith("-") and equals and not flag.startswith("--")):
-            value = value if equals else following
-            typed = f"{flag.lstrip('-')}={value or '<value>'}"
-            raise UserError(f"settings have no dashes: type {typed}, not {argument}")

@@ -7,9 +7,9 @@ import textwrap
 from collections.abc import Sequence
 
 from minigpt.cli.compose import defaults
-from minigpt.cli.program import hydra_value
 from minigpt.core.fields import setting_docs
 from minigpt.core.settings import UserError, flat, unknown_name
+from minigpt.core.typed import shell_word, typed_settings
 
 # Settings that exist only on the command line, not in a dataclass.
 _OWN = {
@@ -28,7 +28,7 @@ def settings_help(name: str, words: Sequence[str]) -> str:
         words: names of settings, or of groups such as optimizer; "all" means every setting.
 
     Returns:
-        One line per setting with its default, and its meaning indented below.
+        One line per setting with its default, quoted for a shell, and its meaning indented below.
 
     Raises:
         UserError: a name is neither a setting nor a group.
@@ -46,6 +46,7 @@ def settings_help(name: str, words: Sequence[str]) -> str:
         for key in chosen:
             text = docs.get(key, _OWN.get(key.removeprefix("model."), ""))
             lines = textwrap.wrap(re.sub(r"\bNone\b", "null", text), 86)
-            value = "<required>" if values[key] == "???" else hydra_value(values[key])
-            blocks.append("\n    ".join([f"{key}={value}", *lines]))
+            (typed,) = typed_settings({key: values[key]})
+            typed = f"{key}=<required>" if values[key] == "???" else shell_word(typed)
+            blocks.append("\n    ".join([typed, *lines]))
     return "\n".join(blocks)

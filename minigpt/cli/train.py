@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from minigpt.cli.compose import plain_values, train_config, typed_class
-from minigpt.cli.program import CLASS_SETTINGS, Program, hydra_value
+from minigpt.cli.program import CLASS_SETTINGS, Program
 from minigpt.cli.run import run_app
-from minigpt.core.settings import UserError
+from minigpt.core.settings import UserError, build
+from minigpt.core.typed import typed_settings
 
 
 def main() -> None:
@@ -26,21 +27,35 @@ def _train(config: DictConfig, program: Program, classes: list[str]) -> None:
     overrides = [word for word in overrides if not word.startswith("local=")]  # MINIGPT_LOCAL
     kept = ("resume=", "data.cache_dir=", "teacher.runs=")  # as teachers may have been moved
     excess = [word for word in overrides if not word.startswith(kept)]
+    values, size = plain_values(config), job.runtime.choices.get("model")
     location: list[str] = []
     if job.mode == RunMode.MULTIRUN:
         # Each job has its own folder, and uses the same folder if a scheduler restarts the job.
-        config.runs_dir = job.sweep.dir
-        config.name = config.name or f"{job.runtime.choices.get('model')}-{job.job.num}"
-        config.resume = config.resume or "auto"
-        location = [f"{key}={hydra_value(config[key])}" for key in ("runs_dir", "name", "resume")]
+        name, resume = values["name"] or f"{size}-{job.job.num}", values["resume"] or "auto"
+        where = {"runs_dir": job.sweep.dir, "name": name, "resume": resume}
+        values, location = values | where, typed_settings(where)
     # Lightning starts the processes of other devices with this command. It runs one job only.
     sys.argv = [program.path, *program.words, *overrides, *classes, *location]
-    if config.resume not in (None, "auto") and excess:
-        raise UserError(f"a resumed run keeps its own settings: leave out {excess[0]}", "resume")
+    if values["resume"] not in (None, "auto") and excess:
+        _refuse_settings(values, excess)
     from minigpt.core.process import tune_process
     from minigpt.training.loop import train  # imports Lightning, which is slow: after the checks
 
     tune_process()
     model, teacher = (typed_class(name, classes) for name in CLASS_SETTINGS["train"])
-    values, size = plain_values(config), job.runtime.choices.get("model")
-    train(train_config(values, size, [*overrides, *classes], model), model, teacher=teacher)
+    settings = train_config(values, size, [*overrides, *classes], model)
+    train(settings, model, teacher=teacher)
+
+
+def _refuse_settings(values: dict[str, Any], typed: list[str]) -> NoReturn:
+    """Raise UserError for settings that are typed beside the run to resume."""
+    if any(word.startswith("budget.tokens=") for word in typed):
+        from minigpt.training.config import BudgetConfig, TrainConfig
+        from minigpt.training.resume import budget_error, folder_to_resume
+
+        budget = build(BudgetConfig, values["budget"], "budget")
+        folder = folder_to_resume(TrainConfig(resume=str(values["resume"])))
+        assert folder is not None
+        if error := budget_error(folder, budget.tokens):
+            raise error
+    raise UserError(f"a resumed run keeps its own settings: leave out {typed[0]}", "resume")

@@ -62,6 +62,23 @@ def setting_docs(cls: type, prefix: str = "") -> dict[str, str]:
     return docs
 
 
+def setting_types(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Return the type of each setting in `cls` and its sections.
+
+    Args:
+        cls: a dataclass. A field that is itself a dataclass is a section.
+        prefix: prefix of the dotted names, such as "model.".
+
+    Returns:
+        The types by dotted name, such as "optimizer.lr".
+    """
+    hints: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        section = _sections(cls).get(name)
+        hints |= setting_types(section, f"{prefix}{name}.") if section else {prefix + name: hint}
+    return hints
+
+
 def documented(cls: C) -> C:
     """Class decorator: add field docs to the `__doc__` of a dataclass and of each of its sections.
 

@@ -12,8 +12,10 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
+
+from minigpt.core.typed import shell_word, typed_settings
 
 T = TypeVar("T")
 MISSING = dataclasses.MISSING
@@ -32,7 +34,7 @@ class UserError(ValueError):
         value: value of `argument`; omitted if `message` contains the value.
         fix: values to set instead, by dotted name.
         command: verb and settings of a command to suggest, such as
-            ("train", {"resume": "runs/a"}).
+            ("train", {"resume": "runs/a"}); or its settings as typed, ["resume=runs/a"].
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class UserError(ValueError):
         argument: str | None = None,
         value: Any = MISSING,
         fix: Mapping[str, Any] | None = None,
-        command: tuple[str, Mapping[str, Any]] | None = None,
+        command: tuple[str, Mapping[str, Any] | Sequence[str]] | None = None,
     ) -> None:
         super().__init__(message)
         self.message, self.argument, self.value = message, argument, value
@@ -52,7 +54,7 @@ class UserError(ValueError):
         if self.fix:
             parts.append("set " + " and ".join(f"{k}={v!r}" for k, v in self.fix.items()))
         if self.command is not None:
-            parts.append(f"call {python_call(self.command[0], **self.command[1])}")
+            parts.append(f"call {spell_step(python_call, *self.command)}")
         return self.subject(repr) + "; ".join(parts)
 
     def subject(self, spell: Callable[[Any], str]) -> str:
@@ -98,18 +100,19 @@ class ModelClassError(UserError):
         self.class_name = class_name
 
 
-def python_call(verb: str, /, **settings: Any) -> str:
+def python_call(verb: str, /, *words: str, **settings: Any) -> str:
     """Return the Python call that runs a verb with these settings, for messages of the library.
 
     Args:
         verb: verb of the command line, such as train.
+        *words: settings as typed on the command line, for train only.
         **settings: settings by name; verbs other than train use only the first value.
 
     Returns:
         The call, such as "minigpt.evaluate('runs/a')".
     """
     if verb == "train":
-        typed = [f"{key}={value}" for key, value in settings.items()]
+        typed = [*words, *typed_settings(settings)]
         return f'minigpt.train(minigpt.load_config("train", {typed}))'
     return f"minigpt.{verb}({str(next(iter(settings.values())))!r})"
 
@@ -130,6 +133,13 @@ def next_step(verb: str, /, **settings: Any) -> str:
         The call or the command.
     """
     return _spell(verb, **settings)
+
+
+def spell_step(
+    spell: Callable[..., str], verb: str, settings: Mapping[str, Any] | Sequence[str]
+) -> str:
+    """Return `spell` of a verb with settings that are given by name, or as typed."""
+    return spell(verb, **settings) if isinstance(settings, Mapping) else spell(verb, *settings)
 
 
 def speak(spell: Callable[..., str]) -> None:
@@ -287,7 +297,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if origin in (list, tuple):
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
-            raise UserError(f"expected a list, such as {name}=[a,b]", name, value)
+            raise UserError(f"expected a list, such as {shell_word(f'{name}=[a,b]')}", name, value)
         return origin(_convert(item, args[0], name) for item in items)
     if hint is bool and isinstance(value, bool):
         return value

@@ -6,8 +6,8 @@ reduces each value to one line.
 
 from __future__ import annotations
 
+import json
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from importlib import metadata, resources
 from typing import Any
@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from minigpt.core.settings import one_line
 from minigpt.core.text import BAR, human_time
+from minigpt.core.typed import shell_command, shell_word, typed_settings
 from minigpt.exporting.config import ExportConfig
 from minigpt.model import GPT
 from minigpt.runs.provenance import Parent, total_tokens
@@ -49,6 +50,10 @@ def model_card(
     Returns:
         Markdown, with the YAML metadata for the Hub at the top.
     """
+    local_path = name.split("/")[1] if "/" in name else f"path/to/{name}"
+    settings: dict[str, Any] = {"ckpt": local_path}
+    if config["data"]["source"] == "text":  # an export does not contain the stories
+        settings |= {"data": "text", "data.valid_files": ["stories.txt"]}
     name, license = _cell(name), export.license
     sources: list[str] = [*(parent.sources if parent else []), config["data"]["source"]]
     stories = [source for source in sources if source.startswith("tinystories")]
@@ -63,7 +68,9 @@ def model_card(
         vocabulary=vocabulary,
         **{"config": config, "summary": summary, "evaluation": evaluation, "parent": parent},
         **{"teachers": teachers, "teacher_tokens": total_tokens(teachers)},
-        local_path=name.split("/")[1] if "/" in name else f"path/to/{name}",
+        local_path=shell_word(local_path),
+        evaluate=shell_command("minigpt", "evaluate", *typed_settings(settings)),
+        model_path=_python_string(name if "/" in name else local_path),
         on_hub="/" in name,
         averaged=averaged,
         devices=_devices(summary),
@@ -72,7 +79,7 @@ def model_card(
         others=len(stories) < len(sources),
         license=license,
         command=_command(config, averaged),
-        run=shlex.quote(f"runs/{_cell(config.get('name'))}"),
+        run=shell_word(f"runs/{config.get('name')}"),
         version=metadata.version("minigpt"),
         commit=_cell(summary.get("commit")),
     )
@@ -115,6 +122,11 @@ def _cell(value: Any) -> str:
     return "not recorded" if value is None else one_line(str(value)).replace("|", BAR)
 
 
+def _python_string(text: str) -> str:
+    """Return a Python literal on one line."""
+    return json.dumps(text, ensure_ascii=not text.isprintable())
+
+
 def _count(number: Any) -> str:
     return f"{number:,}" if isinstance(number, int) else _cell(number)
 
@@ -149,5 +161,5 @@ def _command(config: Record, averaged: bool) -> str | None:
     if overrides is None or not all(typed.isprintable() for typed in overrides):
         return None
     if averaged and not any(typed.startswith("name=") for typed in overrides):
-        overrides = [*overrides, f"name={_cell(config.get('name'))}"]
-    return shlex.join(["minigpt", "train", *overrides])
+        overrides = [*overrides, *typed_settings({"name": config.get("name")})]
+    return shell_command("minigpt", "train", *overrides)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.core.settings import UserError, build
+from minigpt.core.typed import is_quoted, split_items
 
 # Settings for one machine or one user, which exports leave out.
 MACHINE = ("runs_dir", "resume", "logger", "callbacks")
@@ -72,7 +73,24 @@ def portable_overrides(overrides: Sequence[str]) -> list[str]:
         The remaining overrides, in the same order.
     """
     typed = [o for o in overrides if re.split(r"[./=@]", o.lstrip("+~"))[0] not in MACHINE]
-    return [_FOLDERS.sub("", o) for o in typed if not o.lstrip("+").startswith("data.cache_dir=")]
+    return [_portable(o) for o in typed if not o.lstrip("+").startswith("data.cache_dir=")]
+
+
+def _portable(override: str) -> str:
+    """Return an override without the folders of absolute paths."""
+    key, equals, value = override.partition("=")
+    if value.startswith("{") or re.search(r"(?<!\\)\$\{", value):  # a dict, or a reference
+        return _FOLDERS.sub("", override)
+    if not (value.startswith("[") and value.endswith("]")):
+        return f"{key}{equals}{_file_name(value)}"
+    return f"{key}=[{','.join(map(_file_name, split_items(value[1:-1])))}]"
+
+
+def _file_name(text: str) -> str:
+    """Return the last component of an absolute path, in quotes if it was typed in quotes."""
+    quote, path = (text[0], text[1:-1]) if is_quoted(text) else ("", text)
+    absolute = re.match(r"(~[^/\\]*|[A-Za-z]:)?[/\\]", path)
+    return quote + (re.split(r"[/\\]", path)[-1] if absolute else path) + quote
 
 
 @dataclass(frozen=True)

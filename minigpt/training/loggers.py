@@ -17,6 +17,7 @@ from minigpt.core.console import log
 from minigpt.core.distributed import global_rank
 from minigpt.core.files import write_text
 from minigpt.core.settings import UserError, one_line
+from minigpt.core.typed import shell_command
 from minigpt.runs.records import broken_line, whole_lines
 from minigpt.training.config import LoggerConfig
 
@@ -168,7 +169,8 @@ def _wandb_logger(folder: Path, project: str) -> Logger:
             return logger(mode)
         except CommError as error:
             log.warning("W&B        no answer: %s", one_line(error))
-    log.info("W&B        offline: upload it later with wandb sync %s/wandb/offline-run-*", folder)
+    sync = shell_command("wandb", "sync", str(folder / "wandb"))
+    log.info("W&B        offline: upload it later with %s/offline-run-*", sync)
     return logger("offline")
 
 
@@ -199,5 +201,5 @@ def finish_wandb(loggers: list[Logger], exit_code: int) -> None:
     try:
         wandb.finish(exit_code=exit_code)
     except TimeoutError:
-        folder = Path(run.dir).parent
-        log.warning("W&B        the upload timed out: finish it later with wandb sync %s", folder)
+        sync = shell_command("wandb", "sync", str(Path(run.dir).parent))
+        log.warning("W&B        the upload timed out: finish it later with %s", sync)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import math
 import os
@@ -255,6 +256,9 @@ class _Training:
         if cycles := config.optimizer.cycles:
             ends = ", ".join(map(str, config.optimizer.decay_ends(schedule.n_steps)))
             lines["cycles"] = f"{cycles}; the final weights are the mean of those at steps {ends}"
+        if prompts := config.callbacks.prompts:
+            quoted = ", ".join(json.dumps(prompt, ensure_ascii=False) for prompt in prompts)
+            lines["stories"] = f"{len(prompts)} prompt{'s' if len(prompts) > 1 else ''}: {quoted}"
         if parent is not None:
             seen = _tokens_seen(parent.tokens)
             lines["weights"] = f"from {parent.name}, trained on {seen} tokens, with its tokenizer"

@@ -10,7 +10,6 @@ except the raw training loss, have a contrast of at least 3 on a light and on a 
 from __future__ import annotations
 
 import math
-import shlex
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
@@ -21,6 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from minigpt.core.files import write_text
 from minigpt.core.plots import COLOURS, INK, log_ticks, new_figure, to_svg
 from minigpt.core.text import human_count, human_time
+from minigpt.core.typed import path_argument, shell_command, typed_settings
 from minigpt.runs.names import CONFIG, REPORT
 from minigpt.runs.records import Row, last_values, read_metrics, read_samples, read_summary, series
 
@@ -114,11 +114,11 @@ def _commands(run_dir: Path) -> list[tuple[str, str]]:
     """Return (purpose, command) for each next step, to be typed in the working directory."""
     run = run_dir.resolve()
     run = (run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run).as_posix()
-    settings = shlex.quote(f"ckpt={run}")
+    generation = "Generate stories from your own prompts"
     evaluation = "Evaluate: perplexity of the whole validation split, stories at four temperatures"
     return [
-        (evaluation, f"minigpt evaluate {settings}"),
-        ("Generate stories from your own prompts", f"minigpt generate {shlex.quote(run)}"),
+        (evaluation, shell_command("minigpt", "evaluate", *typed_settings({"ckpt": run}))),
+        (generation, shell_command("minigpt", "generate", path_argument(run))),
     ]
 
 

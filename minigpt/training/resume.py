@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,22 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from minigpt.core.console import log
 from minigpt.core.files import refuse_links_out
 from minigpt.core.settings import ModelClassError, UserError, flat
+from minigpt.core.typed import typed_settings
 from minigpt.data.config import DataConfig, with_cache_here
 from minigpt.data.datamodule import DataModule
 from minigpt.model import GPT, GPTConfig
 from minigpt.runs.checkpoint import is_whole, read_checkpoint
-from minigpt.runs.folder import ModelFactory, Run, config_class, last_checkpoint, last_checkpoints
+from minigpt.runs.folder import (
+    ModelFactory,
+    Run,
+    config_class,
+    last_checkpoint,
+    last_checkpoints,
+    read_config,
+)
 from minigpt.runs.names import CHECKPOINTS, CONFIG, SNAPSHOTS, TOKENIZER
 from minigpt.runs.provenance import Parent, parent_of
+from minigpt.runs.records import read_summary
 from minigpt.tokenizer import Tokenizer
 from minigpt.training.config import Schedule, TrainConfig, settings_of
 from minigpt.training.module import GPTModule
@@ -381,5 +391,33 @@ def _check_settings(config: TrainConfig, before: TrainConfig, folder: Path) -> N
         ignored.add("model.vocab_size")  # it follows the tokenizer
     for name, value in flat(settings_of(config)).items():
         if name not in ignored and earlier[name] != value:
+            if name == "budget.tokens" and (error := budget_error(folder, value, config.overrides)):
+                raise error
             message = f"the run in {folder} used another value; use that value or another name"
             raise UserError(message, name, value, {name: earlier[name]})
+
+
+def budget_error(folder: Path, tokens: int, typed: Sequence[str] | None = None) -> UserError | None:
+    """Return the error for a finished run that is resumed with a larger budget; else None.
+
+    The error suggests a new run that starts with the weights of the finished run and trains on the
+    remaining tokens, with the same settings.
+
+    Args:
+        folder: the run folder.
+        tokens: the larger budget.
+        typed: settings as typed; None means those that the finished run recorded.
+    """
+    values, summary = read_config(folder), read_summary(folder)
+    trained = summary.get("tokens")
+    if summary.get("status") != "finished" or not isinstance(trained, int) or tokens <= trained:
+        return None
+    words: Sequence[str] = (values.get("overrides") or ()) if typed is None else typed
+    replaced = ("name", "resume", "init_from", "budget.tokens", "model.vocab_size")
+    rest = [word for word in words if word.partition("=")[0].lstrip("+") not in replaced]
+    settings = {"init_from": str(folder), "budget.tokens": tokens - trained}
+    if values["model"].get("vocab_size") != values["data"].get("vocab_size"):
+        settings["model.vocab_size"] = values["model"].get("vocab_size")
+    message = f"{folder} is finished, after {trained:,} tokens; to train on from its weights"
+    command = ("train", [*typed_settings(settings), *rest])
+    return UserError(message, "budget.tokens", tokens, command=command)

@@ -118,6 +118,14 @@ def test_generate_by_seed_prompt_and_dtype(tiny, monkeypatch, capsys):
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] != outputs[2]
     assert all(text.startswith("Tom") for text in outputs)
+    plain = [word for word in words if word != "--prompt"]
+    assert run_main(monkeypatch, *plain, "--seed", "1") == 0
+    assert capsys.readouterr().out == outputs[0]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Tom\n")))
+    assert run_main(monkeypatch, *["-" if word == "Tom" else word for word in plain]) == 0
+    assert capsys.readouterr().out.startswith("Tom")
+    assert run_main(monkeypatch, *words, "Lily") == 2
+    assert "--prompt Tom" in capsys.readouterr().err
     assert run_main(monkeypatch, *words, "--n", "70", "--seed", "1") == 0
     stories = capsys.readouterr().out.split("\n<|endoftext|>\n")
     assert len(stories) == 70
@@ -156,7 +164,7 @@ def test_generate_by_seed_prompt_and_dtype(tiny, monkeypatch, capsys):
         assert all(name in err for name in names)
 
 
-WRONG_PROMPTS = {"\udcff": [r"\udcff"], "-": ["UTF-8", "2"]}
+WRONG_PROMPTS = {"\udcff": [r"\xff", "UTF-8"], "-": ["UTF-8", "2"]}
 
 
 @pytest.mark.parametrize(

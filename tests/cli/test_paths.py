@@ -1,12 +1,11 @@
-"""Paths with ~, spaces, brackets and other letters, in every setting and option that takes one."""
+"""Paths with ~, spaces, brackets and other letters, in the commands that take one."""
 
 import os
 from pathlib import Path
 
 import pytest
-from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from minigpt.cli.program import PATH_SETTINGS, hydra_value, quote_paths
+from minigpt.cli.words import hydra_word
 from minigpt.core.files import user_path
 from minigpt.core.settings import UserError
 from minigpt.evaluation import EvaluationConfig, evaluate
@@ -17,7 +16,6 @@ from tests.commands import run_here
 from tests.conftest import naming, tiny_overrides, trained_folder, write_stories
 
 ROOT = Path(__file__).parents[2]
-NAMES = ["my stories", "stories [v2]/*.txt", "mÿ/störies.txt", "a (b)&c;d/$e", "it's"]
 
 
 @pytest.fixture
@@ -31,25 +29,11 @@ def home(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def value(word: str):
-    return OverridesParser.create().parse_override(word).value()
-
-
-@pytest.mark.parametrize("key", sorted(PATH_SETTINGS))
-@pytest.mark.parametrize("name", NAMES)
-def test_hydra_reads_the_paths_that_are_typed(key, name):
-    typed = f"{key}={name}" if "'" not in name else f"{key}={hydra_value(name)}"
-    assert value(quote_paths(typed)) == name
-
-
-def test_lists_plain_values_and_other_settings_stay(home):
-    words = ["data.train_files=[~/my stories/[v2]/*.txt, b é.txt,~/c.txt]", "runs_dir=~"]
-    lists, runs = map(quote_paths, words)
-    assert value(lists) == [f"{home}/my stories/[v2]/*.txt", "b é.txt", f"{home}/c.txt"]
-    assert value(runs) == str(home)
-    words = ["resume=null", "data.train_files=[a/*.txt,b.jsonl]", 'out="a b"', "~data.field"]
-    words += ["callbacks.prompts=[~ é]", "runs_dir=${oc.env:HOME}", "data.train_files=[]"]
-    assert list(map(quote_paths, words)) == words
+def test_the_folder_of_a_sweep_has_no_tilde(home):
+    """Hydra creates it, and would not expand the tilde."""
+    hints = {"runs_dir": str, "init_from": str | None}
+    words = [hydra_word(f"{key}=~/r (1)", hints, sweep=True) for key in hints]
+    assert words == [f'runs_dir="{home}/r (1)"', 'init_from="~/r (1)"']
 
 
 def test_a_user_who_does_not_exist_is_named():

@@ -52,7 +52,7 @@ def test_push_sends_the_folder_of_the_export(run, tmp_path, hub, monkeypatch, ca
     card = (out / "README.md").read_text(encoding="utf-8")
     assert ModelCard.load(out / "README.md").data.license == "cc0-1.0"
     assert "`cc0-1.0`" in card
-    assert "hf download me/tiny --local-dir tiny\nminigpt generate tiny --prompt" in card
+    assert "hf download me/tiny --local-dir tiny\nminigpt generate tiny " in card
 
 
 def test_private_push_to_a_public_repository_is_refused(tmp_path, hub):

@@ -70,7 +70,7 @@ def test_run_stopped_by_a_scheduler_resumes_by_the_same_command(
         last = read_checkpoint(folder / "checkpoints/last.ckpt")
         assert last["global_step"] == summary["steps"]
         assert (folder / "report.html").is_file()
-        assert f"python train.py resume={folder}" in training.output_text()
+        assert f"train.py resume={folder}" in training.output_text()
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"  # once: after SIGTERM Slurm does it
     training = Training(command, workspace / "stopped.txt", slurm)
     assert training.wait() == 0, training.output_text()
@@ -142,7 +142,7 @@ def test_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(workspace: P
     assert (
         error.count(str(runs / "full")) >= 2
     )  # the file that could not be written, and the command to continue
-    assert f"python train.py resume={runs / 'full'}" in error
+    assert f"train.py resume={runs / 'full'}" in error
     assert "Traceback" not in training.output_text()
     assert all(map(is_whole, last_checkpoints(runs / "full")))
     assert read_checkpoint(last_checkpoints(runs / "full")[0])["global_step"] >= 16

@@ -1,0 +1,178 @@
+"""Read the words of a command line, and write settings in Hydra's grammar.
+
+The value of a text setting is the text as it stands: `name=3.10` and `name=It's (1)` are names.
+`null` means None, and quotes around the whole value mark a text, such as `name='null'`. The items
+of a list are read in the same way. Hydra reads the values of all other settings.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+from omegaconf.grammar_parser import parse
+
+from minigpt.core.files import user_path
+from minigpt.core.settings import UserError
+from minigpt.core.typed import is_quoted, quoted, shell_word, split_items
+
+# Hydra's own options. Everything else on the command line is a setting.
+HYDRA_FLAGS = {
+    "--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run",
+    "--multirun", "--shell-completion", "--config-path", "--config-name", "--config-dir",
+    "--experimental-rerun", "--info",
+}  # fmt: skip
+_SWEEP = re.compile(r"(choice|glob|interval|range|shuffle|sort|tag)\(.*\)", re.DOTALL)
+
+
+def without_dashes(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with each --key=value, the form that W&B uses, as key=value.
+
+    Raises:
+        UserError: another argument has dashes without being an option of Hydra, or a word is not
+            a setting, such as the second word of a value with spaces.
+    """
+    words = [word.removeprefix("--") if _is_dashed(word) else word for word in arguments]
+    for index, (word, following) in enumerate(pairwise([*words, ""])):
+        flag, equals, value = word.partition("=")
+        is_long = flag.startswith("--")
+        if flag not in HYDRA_FLAGS if is_long else flag.startswith("-") and equals:
+            value = value if equals else following
+            typed = f"{flag.lstrip('-')}={value or '<value>'}"
+            raise UserError(f"settings are typed as key=value: type {typed}, not {word}")
+        if equals and not flag.startswith(("-", "~")) and _is_stray(following):
+            rest = itertools.takewhile(_is_stray, words[index + 1 :])
+            whole = shell_word(" ".join([word, *rest]))
+            raise UserError(f"{following} is not a setting, key=value: type {whole} for one value")
+    return words
+
+
+def _is_dashed(word: str) -> bool:
+    """Return whether the word is --key=value, but not an option of Hydra."""
+    flag, equals, _ = word.partition("=")
+    return word.startswith("--") and equals == "=" and flag not in HYDRA_FLAGS
+
+
+def _is_stray(word: str) -> bool:
+    """Return whether the word is neither a setting nor an option."""
+    return word != "" and "=" not in word and not word.startswith(("-", "~"))
+
+
+def is_sweep(words: Sequence[str]) -> bool:
+    """Return whether the command line starts one run for each value of a setting (-m)."""
+    return any(word in ("-m", "--multirun", "hydra.mode=MULTIRUN") for word in words)
+
+
+def hydra_word(word: str, hints: Mapping[str, Any], sweep: bool) -> str:
+    """Return a typed setting in Hydra's grammar.
+
+    Args:
+        word: the word as typed. Options and deletions, ~key, are returned as they are.
+        hints: type of each setting by dotted name.
+        sweep: whether commas separate the values of a sweep.
+
+    Raises:
+        UserError: commas separate several values, but neither a list nor a sweep is typed.
+    """
+    key, equals, text = word.partition("=")
+    if not equals or word.startswith(("-", "~")):
+        return word
+    name = key.lstrip("+")
+    depth = _text_depth(hints.get(name))
+    if depth is None:
+        return _other_word(word, sweep)
+    if name == "runs_dir" and text.startswith("~"):  # Hydra creates it for a sweep
+        text = str(user_path(text, name))
+    if not sweep:
+        return f"{key}={_value(name, text, depth)}"
+    if _SWEEP.fullmatch(text):
+        return word
+    return f"{key}={','.join(_value(name, item, depth) for item in split_items(text))}"
+
+
+def _text_depth(hint: Any) -> int | None:
+    """Return 0 for the type of a text, 1 for a list of texts and so on; None for other types."""
+    arguments = [one for one in typing.get_args(hint) if one is not types.NoneType]
+    if hint is str:
+        return 0
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return _text_depth(arguments[0])
+    if typing.get_origin(hint) not in (list, tuple):
+        return None
+    inner = _text_depth(arguments[0])
+    return None if inner is None else inner + 1
+
+
+def _value(name: str, text: str, depth: int) -> str:
+    """Return the value of a text setting in Hydra's grammar.
+
+    Args:
+        name: name of the setting, for errors.
+        text: the value as typed.
+        depth: 0 for a text, 1 for a list of texts, 2 for a list of lists of texts.
+    """
+    if text == "null" or is_quoted(text) or depth == 0:
+        return text if text == "null" else _text(name, text)
+    is_list = text.startswith("[") and text.endswith("]")
+    items = split_items(text[1:-1] if is_list else text)
+    if is_list and items == [""]:
+        return "[]"
+    if len(items) > 1 and "" in items:
+        filled = [item[1:-1] if is_quoted(item) else item for item in items if item]
+        raise UserError("an item of the list is empty", name, text, {name: filled})
+    if is_list and depth > 1:
+        return f"[{','.join(_value(name, item, depth - 1) for item in items)}]"
+    if len(items) > 1 and not is_list:
+        problem = "commas separate items only in brackets, [a,b]; for a single item"
+        raise UserError(problem, name, text, {name: [text]})
+    texts = [_text(name, item) for item in items]
+    return f"[{','.join(texts)}]" if is_list else texts[0]
+
+
+def _text(name: str, text: str) -> str:
+    r"""Return a text in Hydra's grammar. `${...}` refers to another setting, unless it is `\${`."""
+    if "${" in text:
+        try:
+            parse(text)
+        except OmegaConfBaseException:
+            problem = r"${ begins a reference to another setting, and \${ stands for the characters"
+            raise UserError(problem, name, text, {name: text}) from None
+    return text if is_quoted(text) or _parsed(text) == text else quoted(text)
+
+
+def _other_word(word: str, sweep: bool) -> str:
+    """Return a setting that is not a text in Hydra's grammar.
+
+    A value that Hydra cannot read becomes a text, so that the error names the setting and its type.
+    """
+    key, _, text = word.partition("=")
+    try:
+        override: Override = _parser().parse_override(word)
+    except HydraException:
+        return f"{key}={quoted(text)}"
+    if override.is_sweep_override() and not sweep:
+        raise UserError(f"{word} has several values: type one, or add -m for one run per value")
+    return word
+
+
+def _parsed(text: str) -> Any:
+    """Return the value that Hydra reads, if it can read the text or its beginning; else None."""
+    try:
+        return _parser().parse_rule(text, "element")
+    except HydraException:
+        return None
+
+
+@functools.cache
+def _parser() -> OverridesParser:
+    return OverridesParser.create()

@@ -1,0 +1,113 @@
+"""Settings as text: print settings as key=value, split lists, and quote words for a shell.
+
+A setting is typed as key=value. The value of a text setting is the text as it stands. In lists and
+sweeps, which commas separate, and around texts that would mean something else, single or double
+quotes mark a text. `minigpt.cli.words` reads this form.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+_QUOTED = r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
+# An item is quoted, or extends to the next comma outside ${...} and brackets; \, is a comma.
+_ITEM = re.compile(
+    rf"\s*(?P<quoted>{_QUOTED})\s*(?=,|\Z)"
+    r"|(?:\$\{[^}]*\}|\\,|\[(?:\[[^\[\]]*\]|[^\[\]])*\]|[^,])*",
+    re.DOTALL,
+)
+_PLAIN = re.compile(r"""(?!null\Z)[^\s,"'\[\]{}\\$]([^,"'\[\]{}\\$]*[^\s,"'\[\]{}\\$])?""")
+
+
+def is_quoted(text: str) -> bool:
+    """Return whether the whole text is in single or double quotes."""
+    return re.fullmatch(_QUOTED, text, re.DOTALL) is not None
+
+
+def split_items(text: str) -> list[str]:
+    r"""Split the text between the brackets of a list at its commas.
+
+    Args:
+        text: the items, such as `a, "b, c"`.
+
+    Returns:
+        The items without spaces around them, in quotes where they were typed in quotes. There is at
+        least one item. `\,` becomes a comma.
+    """
+    items, start = [], 0
+    while start <= len(text):
+        match = _ITEM.match(text, start)
+        assert match is not None  # the second alternative matches any text
+        items.append(match["quoted"] or match[0].strip().replace("\\,", ","))
+        start = match.end() + 1
+    return items
+
+
+def quoted(text: str) -> str:
+    r"""Return a text in double quotes, with the escapes that Hydra's grammar needs.
+
+    Backslashes are doubled before a double quote and at the end only. An interpolation, `${...}`,
+    remains one.
+    """
+    text = re.sub(r'(\\*)"', r"\1\1\\" + '"', text)
+    return '"' + re.sub(r"(\\+)\Z", r"\1\1", text) + '"'
+
+
+def typed_value(value: Any) -> str:
+    """Return a plain value as it is typed after `key=`.
+
+    Args:
+        value: None, a truth value, a number, a text, or a list of these. A text is literal: `${` is
+            escaped.
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(typed_value, value))}]"
+    if not isinstance(value, str) or _PLAIN.fullmatch(value):
+        return str(value)
+    return quoted(re.sub(r"(\\*)\$\{", r"\1\1\\${", value))
+
+
+def typed_settings(settings: Mapping[str, Any]) -> list[str]:
+    """Return settings as words, key=value, which are not quoted for a shell."""
+    return [f"{key}={typed_value(value)}" for key, value in settings.items()]
+
+
+def shell_word(text: str) -> str:
+    r"""Return a text as one word of a command in bash or zsh, on one line.
+
+    Args:
+        text: the text. Characters that are not printable, and bytes of a file name that are not
+            UTF-8, are written as $'\x..'.
+    """
+    if text.isprintable():
+        return f"'{text}'" if text.startswith("=") and "'" not in text else shlex.quote(text)
+    characters = [
+        c
+        if c.isprintable() and c not in "\\'!"
+        else "".join(f"\\x{byte:02x}" for byte in _bytes(c))
+        for c in text
+    ]
+    return f"$'{''.join(characters)}'"
+
+
+def _bytes(character: str) -> bytes:
+    """Return a character in UTF-8; for a byte of a file name that is not UTF-8, that byte."""
+    escaped = "\udc80" <= character <= "\udcff"
+    return character.encode("utf-8", "surrogateescape" if escaped else "surrogatepass")
+
+
+def path_argument(path: str) -> str:
+    """Return a path as a positional argument, which must not look like an option."""
+    return f"./{path}" if path.startswith("-") else path
+
+
+def shell_command(*words: str) -> str:
+    """Return a command that bash and zsh split into these words."""
+    return " ".join(map(shell_word, words))
