@@ -62,8 +62,8 @@ test-cluster: .venv/installed-cluster  # test sweeps on one-node Slurm and a loc
 	fi
 	$(EXTRA) tests/extra/test_cluster.py tests/extra/test_preemption.py
 
-test-export: .venv/installed-tools  # test exported models in onnxruntime, lm_eval and gguf
-	$(EXTRA) tests/extra/test_export_tools.py
+test-export: .venv/installed-tools  # test exported models in the programs that they are for
+	$(EXTRA) tests/extra/test_export_tools.py tests/extra/test_transformer_lens.py
 
 test-wandb: .venv/installed-dev  # test logging and sweeps with a mock W&B server
 	$(EXTRA) tests/extra/test_wandb.py
