@@ -26,7 +26,7 @@ from minigpt.core.settings import UserError, one_line, speak
 if TYPE_CHECKING:
     from minigpt.runs.folder import Run
 
-Format = Literal["hf", "safetensors", "onnx", "gguf"]
+Format = Literal["hf", "safetensors", "onnx", "gguf", "html"]
 Dtype = Literal["float32", "bfloat16"]
 PathArgument = partial(Argument, parser=user_path)
 PathOption = partial(Option, parser=user_path, metavar="PATH")
@@ -250,8 +250,8 @@ def study(
 def export(
     run: RunPath,
     out: Annotated[Path, PathArgument(help="New folder, or an earlier export to replace.")],
-    format: Annotated[Format, Option(help="hf: transformers; safetensors: Mini GPT.")] = "hf",
-    dtype: Annotated[Dtype | None, Option(help="For safetensors; by default bfloat16.")] = None,
+    format: Annotated[Format, Option(help="hf: transformers; html: a page to open.")] = "hf",
+    dtype: Annotated[Dtype | None, Option(help="For safetensors and html: bfloat16.")] = None,
     license: Annotated[str | None, Option(help="License of the weights, such as mit.")] = None,
     evaluate: Annotated[bool, Option("--evaluate", help="Evaluate the weights if needed.")] = False,
     average: Annotated[bool, Option("--average", help="Average with init_from's weights.")] = False,
