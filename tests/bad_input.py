@@ -338,6 +338,8 @@ RUNS: list[Case] = [
     ("evaluate.py ckpt=train.txt", None, "train.txt"),
     ("evaluate.py ckpt=cache", None, ("cache", "checkpoints/best.ckpt")),
     ("evaluate.py ckpt=/dev/null", None, "/dev/null"),
+    ("evaluate.py hf=nowhere", None, "hf=nowhere"),
+    (f"{_EVALUATE} hf=cache", None, ("hf=cache", "ckpt")),
     (f"{_EVALUATE} data.valid_files=[a]", None, ("data.valid_files", "data=text")),
     (f"{_EVALUATE} chkpt=x", None, ("chkpt", "ckpt")),
     (f"{_EVALUATE} stride=0", None, ("stride", "16")),

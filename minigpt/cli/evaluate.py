@@ -16,6 +16,9 @@ def main() -> None:
 
 
 def _evaluate(config: DictConfig, program: Program, classes: list[str]) -> None:
+    if config.hf is not None:
+        _evaluate_hf(config)
+        return
     if OmegaConf.is_missing(config, "ckpt"):
         example = ("evaluate", {"ckpt": "runs/my-run"})
         raise UserError("give the run to evaluate", "ckpt", command=example)
@@ -39,3 +42,17 @@ def _evaluate(config: DictConfig, program: Program, classes: list[str]) -> None:
     for kind, path in (("numbers:", numbers), ("report:", run.folder / REPORT)):
         if path.is_file():
             terminal.print(f"{kind:9}{path}", markup=False, highlight=False)
+
+
+def _evaluate_hf(config: DictConfig) -> None:
+    if not OmegaConf.is_missing(config, "ckpt"):
+        raise UserError("cannot be combined with ckpt: give only one of them", "hf", config.hf)
+    from rich.console import Console
+
+    from minigpt.cli.tables import show_hf
+    from minigpt.core.console import console
+    from minigpt.evaluation_hf import evaluate_hf
+
+    values = plain_values(OmegaConf.merge(config, {"ckpt": None}))
+    settings = evaluation_config(values)
+    show_hf(evaluate_hf(str(values["hf"]), settings, console, values["out"]), Console())

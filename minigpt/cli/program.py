@@ -14,7 +14,7 @@ from minigpt.core.files import user_path
 from minigpt.core.settings import MISSING, ModelClassError, UserError, one_line
 
 PATH_SETTINGS = {
-    "runs_dir", "resume", "init_from", "ckpt", "out", "data.tokenizer",
+    "runs_dir", "resume", "init_from", "ckpt", "hf", "out", "data.tokenizer",
     "data.train_files", "data.valid_files", "data.dataset", "data.cache_dir",
 }  # fmt: skip
 # Settings that a config group determines, and the group that the user types instead.
