@@ -81,7 +81,7 @@ def evaluate_hf(
     """
     folder, config = user_path(folder, "hf"), config or EvaluationConfig()
     out = user_path(out or ".", "out")
-    path = out / f"evaluation-hf-{folder.resolve().name}.json"
+    path = out / evaluation_hf_name(folder)
     _check_settings(config)
     check_writable(out, path.name)
     model, tokenizer = _load(folder)
@@ -114,6 +114,11 @@ def evaluate_hf(
     )
     write_json(path, dataclasses.asdict(evaluation))
     return evaluation
+
+
+def evaluation_hf_name(folder: Path) -> str:
+    """Return the name of the file for the results of the model in `folder`."""
+    return f"evaluation-hf-{folder.resolve().name}.json"
 
 
 def _check_settings(config: EvaluationConfig) -> None:

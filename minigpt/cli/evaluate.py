@@ -51,8 +51,13 @@ def _evaluate_hf(config: DictConfig) -> None:
 
     from minigpt.cli.tables import show_hf
     from minigpt.core.console import console
-    from minigpt.evaluation_hf import evaluate_hf
+    from minigpt.core.files import user_path
+    from minigpt.evaluation_hf import evaluate_hf, evaluation_hf_name
 
     values = plain_values(OmegaConf.merge(config, {"ckpt": None}))
-    settings = evaluation_config(values)
-    show_hf(evaluate_hf(str(values["hf"]), settings, console, values["out"]), Console())
+    folder = user_path(str(values["hf"]), "hf")
+    out = user_path(str(values["out"] or ""), "out")
+    terminal = Console()
+    show_hf(evaluate_hf(folder, evaluation_config(values), console, out), terminal)
+    numbers = out / evaluation_hf_name(folder)
+    terminal.print(f"numbers: {numbers}", markup=False, highlight=False)
