@@ -339,6 +339,7 @@ RUNS: list[Case] = [
     ("evaluate.py ckpt=cache", None, ("cache", "checkpoints/best.ckpt")),
     ("evaluate.py ckpt=/dev/null", None, "/dev/null"),
     ("evaluate.py hf=nowhere", None, "hf=nowhere"),
+    ("train.py logger.log_model=true", None, ("logger.log_model=true", "logger=wandb")),
     (f"{_EVALUATE} hf=cache", None, ("hf=cache", "ckpt")),
     (f"{_EVALUATE} data.valid_files=[a]", None, ("data.valid_files", "data=text")),
     (f"{_EVALUATE} chkpt=x", None, ("chkpt", "ckpt")),

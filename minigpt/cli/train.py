@@ -42,4 +42,10 @@ def _train(config: DictConfig, program: Program, classes: list[str]) -> None:
     tune_process()
     model = typed_class("train", classes)
     values, size = plain_values(config), job.runtime.choices.get("model")
-    train(train_config(values, size, [*overrides, *classes], model), model)
+    settings = train_config(values, size, [*overrides, *classes], model)
+    callbacks = []
+    if settings.logger.log_model:
+        from minigpt.exporting.wandb import WandbModel
+
+        callbacks = [WandbModel(model)]
+    train(settings, model, callbacks)

@@ -88,7 +88,8 @@ def test_card_shows_v1_beside_v2(run, tmp_path):
         ("V1", "bits_per_byte", 0.9877),
     ]
     assert len({result.dataset_name for result in results}) == 2
-    assert card.index(f"**{evaluation['perplexity']:.3f}**") < card.index("9.877")
+    table = card.split("\n---\n")[1]
+    assert table.index(f"**{evaluation['perplexity']:.3f}**") < table.index("9.877")
 
 
 def test_card_names_the_edition_of_the_sample_by_its_number_of_stories(run, tmp_path):
