@@ -195,6 +195,27 @@ def test_attention_follows_head_and_pointer(visitor: Visitor):
     assert "later" in (tokens.nth(3).get_attribute("title") or "")
 
 
+def test_layers_follow_text_and_position(visitor: Visitor):
+    page = visitor.page
+    page.get_by_role("tab", name="Layers").click()
+    page.locator("#layers-text textarea").fill("The dog saw the cat!")
+    heads = page.locator("#lens thead th")
+    expect(heads.last).to_have_text("!")
+    n = heads.count() - 1
+    expect(page.locator("#lens tbody td")).to_have_count(3 * n)  # the embeddings and two layers
+    expect(page.locator("#activity tbody td")).to_have_count(7 * n)
+    before = page.locator("#attribution .note").inner_text()
+    position = page.get_by_label("number input for Position")
+    position.fill("2")
+    position.press("Enter")
+    expect(page.locator("#attribution .note")).not_to_have_text(before)
+    position.fill("24")
+    position.press("Enter")
+    expect(page.locator("#attribution .error")).to_contain_text(str(n))
+    page.get_by_role("tab", name="Attention").click()
+    expect(page.locator("#scores td")).to_have_count(2 * 2 * 4)  # two scores of eight heads
+
+
 def test_two_models_write_side_by_side_after_login(phone: Visitor):
     page = phone.page
     expect(page.get_by_role("button", name="Write")).to_have_count(0)
