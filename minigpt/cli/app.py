@@ -284,6 +284,37 @@ def export(
         print(f"Uploaded to {push_folder(out, push, private)}")
 
 
+@app.command()
+def publish(
+    run: RunPath,
+    name: Annotated[str, Argument(help="Name on the Hugging Face Hub, user/name.")],
+    space: Annotated[bool, Option("--space", help="A web page with the model.")] = False,
+    out: Annotated[Path | None, PathOption(help="Folder to write; by default ./NAME.")] = None,
+    private: Annotated[bool, Option("--private", help="Private repository.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only write the folder.")] = False,
+    class_path: ClassPath = None,
+) -> None:
+    """Upload a model for transformers or, with --space, a web page to try it.
+
+    A Space runs the playground. To see it here first, add --dry-run and run python NAME/app.py.
+    """
+    from minigpt.exporting import export as write
+    from minigpt.exporting.folder import check_output
+    from minigpt.exporting.hub import check_repository, push_folder
+    from minigpt.exporting.space import write_space
+
+    check_repository(name, dry_run, "name")
+    folder = out or Path(name.rpartition("/")[2])
+    check_output(folder)
+    (source,) = _load([run], class_path)
+    files = write_space(source, folder, name) if space else write(source, folder, name=name)
+    print(f"Wrote {folder}: {len(files)} files")
+    if dry_run:
+        print(f"Nothing was uploaded.{f' To try it: python {folder}/app.py' if space else ''}")
+    else:
+        print(f"Uploaded to {push_folder(folder, name, private, 'space' if space else 'model')}")
+
+
 # ---------------------------------------------------------------------------- Hydra's verbs
 
 _FORWARDED = {"ignore_unknown_options": True, "help_option_names": []}

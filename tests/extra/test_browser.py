@@ -4,12 +4,15 @@ import contextlib
 import re
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
-from tests.extra.conftest import Served
+from minigpt.exporting.space import write_space
+from minigpt.runs.folder import Run
+from tests.extra.conftest import Served, page_of
 
 SECONDS = 1000  # Playwright counts in milliseconds
 pytestmark = pytest.mark.timeout(300)
@@ -214,6 +217,20 @@ def test_layers_follow_text_and_position(visitor: Visitor):
     expect(page.locator("#attribution .error")).to_contain_text(str(n))
     page.get_by_role("tab", name="Attention").click()
     expect(page.locator("#scores td")).to_have_count(2 * 2 * 4)  # two scores of eight heads
+
+
+def test_space_tells_a_story_and_cannot_train(tiny_run: Path, tmp_path: Path):
+    write_space(Run.load(tiny_run), tmp_path / "space")
+    (tmp_path / "watch").mkdir()
+    command, port = [str(tmp_path / "space/app.py")], {"GRADIO_SERVER_PORT": "0"}
+    with page_of(command, tmp_path / "watch", **port) as served, visit(served, 1280) as visitor:
+        page = visitor.page
+        page.get_by_label("number input for Maximum length (tokens)").fill("20")
+        page.get_by_role("button", name="Write").click()
+        expect(page.locator(".story .note")).to_be_visible()
+        assert page.locator(".story .token").count() > 0
+        expect(page.get_by_role("tab", name="Layers")).to_be_visible()
+        expect(page.get_by_role("tab", name="Train")).to_have_count(0)
 
 
 def test_two_models_write_side_by_side_after_login(phone: Visitor):
