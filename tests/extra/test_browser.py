@@ -1,8 +1,11 @@
 """Tests of the playground in a browser: Debian's Chromium, driven by Playwright."""
 
 import contextlib
+import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -231,6 +234,27 @@ def test_space_tells_a_story_and_cannot_train(tiny_run: Path, tmp_path: Path):
         assert page.locator(".story .token").count() > 0
         expect(page.get_by_role("tab", name="Layers")).to_be_visible()
         expect(page.get_by_role("tab", name="Train")).to_have_count(0)
+
+
+def test_app_of_a_space_imports_only_its_own_code(tiny_run: Path, tmp_path: Path):
+    out = tmp_path / "space"
+    write_space(Run.load(tiny_run), out)
+    program = """
+import json, sys
+from minigpt.playground.answers import Playground
+from minigpt.playground.page import build_page
+from minigpt.runs.folder import Run
+page = Playground.load([Run.load("model")])
+build_page(page)
+print(json.dumps(sorted(m.__file__ for n, m in sys.modules.items() if n.startswith("minigpt"))))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=out, env={"PYTHONPATH": str(out), "HOME": str(out)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    for file in json.loads(result.stdout.splitlines()[-1]):
+        assert Path(file).is_relative_to(out)
 
 
 def test_two_models_write_side_by_side_after_login(phone: Visitor):
