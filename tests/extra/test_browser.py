@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -249,7 +250,7 @@ build_page(page)
 print(json.dumps(sorted(m.__file__ for n, m in sys.modules.items() if n.startswith("minigpt"))))
 """
     result = subprocess.run(
-        [sys.executable, "-c", program], cwd=out, env={"PYTHONPATH": str(out), "HOME": str(out)},
+        [sys.executable, "-c", program], cwd=out, env=os.environ | {"PYTHONPATH": str(out)},
         capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
