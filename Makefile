@@ -45,12 +45,12 @@ docs: .venv/installed-dev  # build the documentation site into site/, and test i
 
 # These targets need system packages or several minutes. .ci/run runs all except chaos and bench.
 
-test-browser: .venv/installed-browser  # test the playground in Chromium
+test-browser: .venv/installed-browser  # test the playground and the html export in Chromium
 	@command -v chromium >/dev/null || [ "$$(id -u)" = 0 ] || \
 	  { echo "error: the browser test needs Chromium: run as root, apt-get install chromium" >&2; exit 2; }
 	@command -v chromium >/dev/null || \
 	  { apt-get update -q && apt-get install -q -y --no-install-recommends chromium; }
-	$(EXTRA) tests/extra/test_browser.py tests/extra/test_visitors.py
+	$(EXTRA) tests/extra/test_browser.py tests/extra/test_visitors.py tests/extra/test_html_export.py
 
 test-cluster: .venv/installed-cluster  # test sweeps on one-node Slurm and a local Ray cluster
 	@for tool in munged srun sbatch slurmctld slurmd; do command -v $$tool >/dev/null || missing=1; done; \
@@ -63,8 +63,8 @@ test-cluster: .venv/installed-cluster  # test sweeps on one-node Slurm and a loc
 	fi
 	$(EXTRA) tests/extra/test_cluster.py tests/extra/test_preemption.py
 
-test-export: .venv/installed-tools  # test exported models in onnxruntime, lm_eval and gguf
-	$(EXTRA) tests/extra/test_export_tools.py
+test-export: .venv/installed-tools  # test exported models in the programs that they are for
+	$(EXTRA) tests/extra/test_export_tools.py tests/extra/test_transformer_lens.py
 
 test-wandb: .venv/installed-dev  # test logging and sweeps with a mock W&B server
 	$(EXTRA) tests/extra/test_wandb.py

@@ -6,17 +6,23 @@ The model has the medium size and random weights. First, the logits of both mode
 All candidates generate the same number of tokens after the same prompt, with key/value caches, at
 temperature 0.8 and without an end-of-text token. They take turns within one run, and their medians
 are compared. "by PyTorch" means this project without decode.c, as on a machine without a C
-compiler.
+compiler. CTranslate2 and llama.cpp take part if they are installed:
+`pip install ctranslate2 llama-cpp-python gguf`.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib
+import json
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +32,7 @@ from torch import Tensor
 from training import write_json
 
 from minigpt.core.hardware import cpu_has_bfloat16
-from minigpt.exporting.formats import HF, renamed
+from minigpt.exporting.formats import HF, renamed, write_gguf, write_hf
 from minigpt.exporting.formats import as_gpt2 as weights_of_gpt2
 from minigpt.generation.decoder import Backend, c_backend
 from minigpt.generation.sampling import (
@@ -36,6 +42,7 @@ from minigpt.generation.sampling import (
     seeded_generator,
 )
 from minigpt.model import GPT, GPTConfig
+from minigpt.tokenizer import Tokenizer
 
 PROMPT = 16  # tokens; GPT-2 cannot continue beyond the context, which prompt and new tokens fill
 MEDIUM = GPTConfig(d_model=256, n_heads=8, d_ff=512)
@@ -73,6 +80,66 @@ def peer(net: Any, config: GPTConfig, batch: int, new: int) -> Candidate:
         return batch * (out.shape[1] - PROMPT)
 
     return write
+
+
+def ctranslate2_of(net: GPT, folder: Path, dtype: str, batch: int, new: int) -> Candidate:
+    """Return a candidate that samples with CTranslate2, from an export for transformers."""
+    ctranslate2: Any = importlib.import_module("ctranslate2")
+    converted = folder / f"ctranslate2-{dtype}"
+    if not converted.is_dir():
+        converter = importlib.import_module("ctranslate2.converters").TransformersConverter
+        converter(str(folder / "hf")).convert(str(converted), quantization=dtype)
+    threads = torch.get_num_threads()
+    generator = ctranslate2.Generator(str(converted), device="cpu", intra_threads=threads)
+    names = tokenizer_names()
+    prompts = [[names[i] for i in ids] for ids in random_prompt(net.config, batch, PROMPT).tolist()]
+    sampling = {"sampling_topk": 0, "sampling_temperature": 0.8, "beam_size": 1}
+    length = {"max_length": new, "min_length": new, "include_prompt_in_result": False}
+
+    def write() -> int:
+        results = generator.generate_batch(prompts, **sampling, **length)
+        return sum(len(result.sequences_ids[0]) for result in results)
+
+    return write
+
+
+def llama_cpp_of(net: GPT, folder: Path, new: int) -> Candidate:
+    """Return a candidate that samples one sequence with llama.cpp, from a GGUF export."""
+    llama_cpp: Any = importlib.import_module("llama_cpp")
+    threads, context = torch.get_num_threads(), net.config.context_length
+    path = str(folder / "gguf/model.gguf")
+    llama = llama_cpp.Llama(path, n_ctx=context, n_threads=threads, verbose=False)
+    (ids,) = random_prompt(net.config, 1, PROMPT).tolist()
+    sampling = {"temp": 0.8, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0}
+    return lambda: sum(1 for _ in islice(llama.generate(ids, **sampling), new))
+
+
+def engines(net: GPT, folder: Path, new: int) -> dict[str, Candidate]:
+    """Return a candidate for each other engine that is installed; `folder` gets the exports."""
+    candidates: dict[str, Candidate] = {}
+    for name, write in {"hf": write_hf, "gguf": write_gguf}.items():
+        (folder / name).mkdir()
+        if name == "hf" or find_spec("gguf") is not None:
+            write(net, tokenizer(), folder / name)
+    if find_spec("ctranslate2") is not None:
+        for dtype in ("float32", "int8"):
+            for batch in (1, 32):
+                name = f"CTranslate2 {dtype} batch {batch}"
+                candidates[name] = ctranslate2_of(net, folder, dtype, batch, new)
+    if find_spec("llama_cpp") is not None:
+        candidates["llama.cpp float32 batch 1"] = llama_cpp_of(net, folder, new)
+    return candidates
+
+
+def tokenizer() -> Tokenizer:
+    """Return the tokenizer of the released medium model, for the exports; weights are random."""
+    return Tokenizer.load(Path(__file__).parent.parent / "releases/medium/tokenizer.json")
+
+
+def tokenizer_names() -> list[str]:
+    """Return the text of each token in the tokenizer's file, by id."""
+    vocabulary = json.loads(tokenizer().to_json())["model"]["vocab"]
+    return sorted(vocabulary, key=vocabulary.__getitem__)
 
 
 def without_cache(net: GPT, new: int) -> Candidate:
@@ -139,7 +206,7 @@ def measure(candidates: dict[str, Candidate], rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
-def compare(rounds: int, new: int) -> dict[str, Any]:
+def compare(rounds: int, new: int, folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     net = GPT(MEDIUM).eval().requires_grad_(False)  # frozen, as `Run.load_model` returns it
     gpt2 = as_gpt2(net)
@@ -162,6 +229,7 @@ def compare(rounds: int, new: int) -> dict[str, Any]:
             candidates[f"peer {precision} batch {batch}"] = peer(other, net.config, batch, new)
         few = max(1, new // 10)
         candidates[f"without a cache {precision}, full context"] = without_cache(own, few)
+    candidates |= engines(net, folder, new)
     candidates["weights read once for each token"] = weights_once(4 * net.n_parameters)
     rate = measure(candidates, rounds)
     return {**{f"tokens per second, {name}": r for name, r in rate.items()}, **ratios(rate)}
@@ -178,6 +246,10 @@ def ratios(rate: dict[str, float]) -> dict[str, float]:
         ours, peer = f"ours {{}} batch {batch}", f"peer {{}} batch {batch}"
         for p in PEER:
             result[f"ours / peer, {p}, batch {batch}"] = rate[ours.format(p)] / rate[peer.format(p)]
+            if other := rate.get(f"CTranslate2 float32 batch {batch}"):
+                result[f"ours {p} / CTranslate2 float32, batch {batch}"] = (
+                    rate[ours.format(p)] / other
+                )
         result[f"best of ours / best of peer, batch {batch}"] = best(ours, DTYPES) / best(
             peer, PEER
         )
@@ -214,8 +286,9 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
-        **compare(arguments.rounds, arguments.tokens),
     }
+    with tempfile.TemporaryDirectory() as folder:
+        table |= compare(arguments.rounds, arguments.tokens, Path(folder))
     for name, value in table.items():
         print(f"{name:62} {f'{value:,.2f}' if isinstance(value, float) else value}")
     if arguments.out:

@@ -18,7 +18,8 @@ The public API:
 - `Run`: a run folder or an exported model, with its settings, tokenizer and model
 - `evaluate`, `EvaluationConfig`: measure perplexity, bits per byte, and generated stories
 - `generate`, `stream_story`, `SamplingConfig`: generate stories
-- `export`, `ExportConfig`: export a model to transformers, ONNX, GGUF (llama.cpp) or safetensors
+- `export`, `ExportConfig`: export a model to transformers, ONNX, GGUF (llama.cpp), safetensors
+  or a web page
 - `GPT`, `GPTConfig`, `Tokenizer`: the model, its shape, and its tokenizer
 - `tune_process`: speed up all training on a CPU in this process
 - `UserError`: error for mistakes that the user can fix

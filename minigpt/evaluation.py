@@ -12,7 +12,7 @@ import itertools
 import logging
 import math
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -388,7 +388,7 @@ def evaluate(
     """
     run, config = Run.load(run), config or EvaluationConfig()
     out = run.output_dir if out is None else user_path(out, "out")
-    _check_writable(out)  # before anything is measured
+    check_writable(out)  # before anything is measured
     model = run.load_model()
     trained_on = own_data(run.config)
     settings = config.data or trained_on
@@ -396,7 +396,6 @@ def evaluate(
         files = {"data": "text", "data.valid_files": ["stories.txt"]}
         problem = f"the stories that {run.folder} was trained on are not available"
         raise UserError(problem, fix=files)
-    settings, valid, corpora = _texts(settings, config.valid)
     # A killed run has no summary.json, so its setting of the precision is resolved here.
     setting = run.config.get("trainer", {}).get("precision", "auto")
     precision = read_summary(run.folder).get("precision", setting)
@@ -406,14 +405,17 @@ def evaluate(
         hardware = Hardware.detect("auto", "1", 1, "32-true")
     device, precision, tokenizer = hardware.accelerator, hardware.precision, run.tokenizer
     model = model.to(device).use(kernels_for(device))
-    scores = []
-    for corpus in corpora:
-        split = prepare_split(corpus, "valid", tokenizer, settings.cache_dir)
+    cache_dir = settings.cache_dir
+
+    def score(corpus: Corpus) -> Score:
+        split = prepare_split(corpus, "valid", tokenizer, cache_dir)
         batching = config.batch_size, config.stride
         loss = evaluate_loss(model, split.array(), *batching, precision, console)
         bits_per_byte = loss.bits_per_byte(split.bytes_per_token)
         numbers = split.n_stories, loss.n_tokens, loss.nats_per_token, loss.perplexity
-        scores.append(Score(*numbers, bits_per_byte))
+        return Score(*numbers, bits_per_byte)
+
+    settings, valid, scores = score_corpora(settings, config.valid, score)
     stories = write_stories(model, tokenizer, config.stories, config.seed)
     rows, n_training = compare_temperatures(config.stories.temperatures, stories, trained_on)
     probe = EmbeddingProbe(model, tokenizer)
@@ -441,27 +443,43 @@ def evaluate(
     return evaluation
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: Path, name: str = "evaluation.json") -> None:
+    """Create `folder` if it is missing; raise UserError if the file `name` cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        problem = f"cannot write evaluation.json ({error.strerror}); choose another folder"
+        problem = f"cannot write {name} ({error.strerror}); choose another folder"
         raise UserError(problem, "out", str(folder)) from None
 
 
-def _texts(data: DataConfig, valid: str | None) -> tuple[DataConfig, str | None, list[Corpus]]:
-    """Return the data settings, the resolved `valid`, and the corpora to score."""
+def score_corpora(
+    data: DataConfig, valid: str | None, score: Callable[[Corpus], Score]
+) -> tuple[DataConfig, str | None, list[Score]]:
+    """Score the validation stories that the settings select.
+
+    Args:
+        data: data settings.
+        valid: validation stories of the bundled sample, as in `EvaluationConfig`.
+        score: function that scores a corpus.
+
+    Returns:
+        The data settings, the resolved `valid`, and one or two scores; of two, the second is for
+        V1.
+
+    Raises:
+        UserError: the stories cannot be read, or `valid` is set for other data than the sample.
+    """
     sample = data.source == "tinystories_sample"
     if valid is not None and not sample:
         problem = f"is only for the bundled sample, not for {data.source}: leave it out"
         raise UserError(problem, "valid", valid)
     if valid is None and not (sample and data.valid is None):
-        return data, None, [open_corpus(data, valid_only=True)]
+        return data, None, [score(open_corpus(data, valid_only=True))]
     valid = valid or "both"
     v2, v1 = bundled_sample("v2"), bundled_sample("v1")
     corpora = {"v2": [v2], "v1": [v1], "both": [v2, v1]}[valid]
-    return dataclasses.replace(data, valid=None), valid, corpora
+    return dataclasses.replace(data, valid=None), valid, [score(corpus) for corpus in corpora]
 
 
 def evaluation_name(config: EvaluationConfig, evaluation: Evaluation) -> str:

@@ -1,7 +1,8 @@
 """A mock W&B server on loopback, with the part of its API that sweeps, agents and runs use.
 
 It answers GraphQL at /graphql. A run posts its history and exit code to
-/files/<entity>/<project>/<run>/file_stream. Everything received is stored as plain Python values.
+/files/<entity>/<project>/<run>/file_stream, and puts its files at /upload/<owner>/<name>, where the
+owner is the run or an artifact. Everything received is stored as plain Python values.
 """
 
 import gzip
@@ -12,6 +13,7 @@ import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
+from urllib.parse import quote, unquote
 
 import yaml
 
@@ -27,6 +29,17 @@ class WandbRun:
     summary: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     exit_code: int | None = None  # None while the run has not reported its end
+    files: dict[str, bytes] = field(default_factory=dict)  # of the run, such as tables
+
+
+@dataclass
+class WandbArtifact:
+    """An artifact of a run: its files, and whether it is complete."""
+
+    name: str
+    kind: str
+    files: dict[str, bytes] = field(default_factory=dict)
+    is_committed: bool = False
 
 
 class WandbServer:
@@ -53,6 +66,7 @@ class WandbServer:
         self.sweep: dict[str, Any] = {}
         self.waiting: list[dict[str, Any]] = []
         self.runs: dict[str, WandbRun] = {}
+        self.artifacts: dict[str, WandbArtifact] = {}  # by id
         self.n_requests = 0
         self._lock = threading.Lock()
         server = self
@@ -78,6 +92,16 @@ class WandbServer:
                 self.send_header("Content-Length", str(len(answer)))
                 self.end_headers()
                 self.wfile.write(answer)
+
+            def do_PUT(self) -> None:
+                content = self.rfile.read(int(self.headers["Content-Length"]))
+                _, _, owner, name = unquote(self.path).split("/", 3)
+                with server._lock:
+                    owners: dict[str, Any] = {**server.runs, **server.artifacts}
+                    owners[owner].files[name] = content
+                self.send_response(200)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass
@@ -189,7 +213,42 @@ class WandbServer:
         return {"upsertBucket": {"bucket": bucket, "inserted": True}}
 
     def _CreateRunFiles(self, sent: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
-        return {"createRunFiles": {"runID": sent["run"], "uploadHeaders": [], "files": []}}
+        files = [self._place(sent["run"], name) for name in sent["files"]]
+        return {"createRunFiles": {"runID": sent["run"], "uploadHeaders": [], "files": files}}
+
+    def _place(self, owner: str, name: str) -> dict[str, Any]:
+        """Return where a client must upload a file of a run or of an artifact."""
+        url = f"{self.url}/upload/{owner}/{quote(name, safe='')}"
+        return {"id": name, "name": name, "uploadUrl": url, "uploadHeaders": []}
+
+    def _CreateArtifact(self, sent: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        given, name = sent["input"], f"artifact{len(self.artifacts)}"
+        artifact = WandbArtifact(given["artifactCollectionName"], given["artifactTypeName"])
+        self.artifacts[name] = artifact
+        sequence = {"latestArtifact": None}
+        answer = {"id": name, "state": "PENDING", "artifactSequence": sequence}
+        return {"createArtifact": {"artifact": answer}}
+
+    def _CreateArtifactManifest(self, sent: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        given = sent.get("input") or sent
+        file = self._place(given["artifactID"], "manifest")
+        return {"createArtifactManifest": {"artifactManifest": {"id": "1", "file": file}}}
+
+    def _CreateArtifactFiles(self, sent: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        nodes = [
+            {
+                **self._place(spec["artifactID"], spec["name"]),
+                "displayName": spec["name"], "storagePath": spec["name"],
+                "uploadMultipartUrls": None, "artifact": {"id": spec["artifactID"]},
+            }
+            for spec in sent["input"]["artifactFiles"]
+        ]  # fmt: skip
+        return {"createArtifactFiles": {"files": {"edges": [{"node": node} for node in nodes]}}}
+
+    def _CommitArtifact(self, sent: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        name = (sent.get("input") or sent)["artifactID"]
+        self.artifacts[name].is_committed = True
+        return {"commitArtifact": {"artifact": {"id": name, "digest": "1"}}}
 
 
 def _project(name: str) -> dict[str, Any]:

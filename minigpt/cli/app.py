@@ -26,7 +26,7 @@ from minigpt.core.typed import path_argument, shell_command, shell_word
 if TYPE_CHECKING:
     from minigpt.runs.folder import Run
 
-Format = Literal["hf", "safetensors", "onnx", "gguf"]
+Format = Literal["hf", "safetensors", "onnx", "gguf", "html"]
 Dtype = Literal["float32", "bfloat16"]
 PathArgument = partial(Argument, parser=user_path)
 PathOption = partial(Option, parser=user_path, metavar="PATH")
@@ -297,8 +297,8 @@ def study(
 def export(
     run: RunPath,
     out: Annotated[Path, PathArgument(help="New folder, or an earlier export to replace.")],
-    format: Annotated[Format, Option(help="hf: transformers; safetensors: Mini GPT.")] = "hf",
-    dtype: Annotated[Dtype | None, Option(help="For safetensors; by default bfloat16.")] = None,
+    format: Annotated[Format, Option(help="hf: transformers; html: a page to open.")] = "hf",
+    dtype: Annotated[Dtype | None, Option(help="For safetensors and html: bfloat16.")] = None,
     license: Annotated[str | None, Option(help="License of the weights, such as mit.")] = None,
     evaluate: Annotated[bool, Option("--evaluate", help="Evaluate the weights if needed.")] = False,
     average: Annotated[bool, Option("--average", help="Average with init_from's weights.")] = False,
@@ -329,6 +329,37 @@ def export(
         print("\n".join(f"{path.stat().st_size:>12,}  {path.name}" for path in files))
     elif push is not None:
         print(f"Uploaded to {push_folder(out, push, private)}")
+
+
+@app.command()
+def publish(
+    run: RunPath,
+    name: Annotated[str, Argument(help="Name on the Hugging Face Hub, user/name.")],
+    space: Annotated[bool, Option("--space", help="A web page with the model.")] = False,
+    out: Annotated[Path | None, PathOption(help="Folder to write; by default ./NAME.")] = None,
+    private: Annotated[bool, Option("--private", help="Private repository.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only write the folder.")] = False,
+    class_path: ClassPath = None,
+) -> None:
+    """Upload a model for transformers or, with --space, a web page to try it.
+
+    A Space runs the playground. To see it here first, add --dry-run and run python NAME/app.py.
+    """
+    from minigpt.exporting import export as write
+    from minigpt.exporting.folder import check_output
+    from minigpt.exporting.hub import check_repository, push_folder
+    from minigpt.exporting.space import write_space
+
+    check_repository(name, dry_run, "name")
+    folder = out or Path(name.rpartition("/")[2])
+    check_output(folder)
+    (source,) = _load([run], class_path)
+    files = write_space(source, folder, name) if space else write(source, folder, name=name)
+    print(f"Wrote {folder}: {len(files)} files")
+    if dry_run:
+        print(f"Nothing was uploaded.{f' To try it: python {folder}/app.py' if space else ''}")
+    else:
+        print(f"Uploaded to {push_folder(folder, name, private, 'space' if space else 'model')}")
 
 
 # ---------------------------------------------------------------------------- Hydra's verbs

@@ -189,7 +189,7 @@ def defaults(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     corpus = any(word.startswith("data=") and word != "data=null" for word in overrides)
     data = plain_defaults(DataConfig) if corpus else None
-    command_line = {"ckpt": "???", "out": None, "class_path": None}
+    command_line = {"ckpt": "???", "hf": None, "out": None, "class_path": None}
     return {**command_line, **plain_defaults(EvaluationConfig), "data": data}
 
 
@@ -209,7 +209,7 @@ def types_of_settings(name: str, overrides: Sequence[str] = ()) -> dict[str, Any
         return {**setting_types(TrainConfig), **shape}
     from minigpt.evaluation import EvaluationConfig
 
-    return {"ckpt": str, "out": str | None, **setting_types(EvaluationConfig)}
+    return {"ckpt": str, "hf": str | None, "out": str | None, **setting_types(EvaluationConfig)}
 
 
 # ---------------------------------------------------------------------------- into dataclasses
@@ -240,7 +240,7 @@ def evaluation_config(values: dict[str, Any]) -> Any:
     """Build an `EvaluationConfig` from composed `values`."""
     from minigpt.evaluation import EvaluationConfig
 
-    settings = {k: v for k, v in values.items() if k not in ("ckpt", "out", "class_path")}
+    settings = {k: v for k, v in values.items() if k not in ("ckpt", "hf", "out", "class_path")}
     return build(EvaluationConfig, settings, "")
 
 

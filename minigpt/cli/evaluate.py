@@ -16,6 +16,9 @@ def main() -> None:
 
 
 def _evaluate(config: DictConfig, program: Program, classes: list[str]) -> None:
+    if config.hf is not None:
+        _evaluate_hf(config)
+        return
     if OmegaConf.is_missing(config, "ckpt"):
         example = ("evaluate", {"ckpt": "runs/my-run"})
         raise UserError("give the run to evaluate", "ckpt", command=example)
@@ -39,3 +42,22 @@ def _evaluate(config: DictConfig, program: Program, classes: list[str]) -> None:
     for kind, path in (("numbers:", numbers), ("report:", run.folder / REPORT)):
         if path.is_file():
             terminal.print(f"{kind:9}{path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _evaluate_hf(config: DictConfig) -> None:
+    if not OmegaConf.is_missing(config, "ckpt"):
+        raise UserError("cannot be combined with ckpt: give only one of them", "hf", config.hf)
+    from rich.console import Console
+
+    from minigpt.cli.tables import show_hf
+    from minigpt.core.console import console
+    from minigpt.core.files import user_path
+    from minigpt.evaluation_hf import evaluate_hf, evaluation_hf_name
+
+    values = plain_values(OmegaConf.merge(config, {"ckpt": None}))
+    folder = user_path(str(values["hf"]), "hf")
+    out = user_path(str(values["out"] or ""), "out")
+    terminal = Console()
+    show_hf(evaluate_hf(folder, evaluation_config(values), console, out), terminal)
+    numbers = out / evaluation_hf_name(folder)
+    terminal.print(f"numbers: {numbers}", markup=False, highlight=False, soft_wrap=True)

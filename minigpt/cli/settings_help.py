@@ -14,8 +14,10 @@ from minigpt.core.typed import shell_word, typed_settings
 # Settings that exist only on the command line, not in a dataclass.
 _OWN = {
     "ckpt": "Run to evaluate: its folder, or a checkpoint file in it.",
-    "out": "Folder for evaluation.json; None means the run folder, or, for an export, the working "
-    "directory.",
+    "hf": "Folder with a causal language model in Hugging Face's format, to measure instead of a "
+    "run; only data, valid, stride and batch_size apply.",
+    "out": "Folder for evaluation.json; None means the run folder, or, for an export or hf, the "
+    "working directory.",
     "class_path": "Dotted path of the model's class; None means minigpt.model.GPT.",
 }
 

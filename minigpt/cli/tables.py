@@ -13,6 +13,7 @@ from minigpt.analysis.analogies import Answers, token_cell
 from minigpt.analysis.embeddings import Tokens
 from minigpt.core.text import percent
 from minigpt.evaluation import Evaluation
+from minigpt.evaluation_hf import HFEvaluation
 
 # ---------------------------------------------------------------------------- evaluation
 
@@ -38,7 +39,16 @@ def show(evaluation: Evaluation, console: Console) -> None:
             console.print("", _probe_table(kind, answers), sep="\n")
 
 
-def _loss_table(e: Evaluation) -> Table:
+def show_hf(evaluation: HFEvaluation, console: Console) -> None:
+    """Print the loss of a Hugging Face model."""
+    e = evaluation
+    heading = f"{e.model}, {e.parameters:,} parameters, {e.vocabulary:,} tokens, on the validation "
+    heading += f"split of {e.data['source']}: windows of {e.context} tokens, 32-true on {e.device}"
+    note = "Compare models of different vocabularies by bits per byte, not by perplexity."
+    console.print(Text(heading), _loss_table(e), Text(note), sep="\n")
+
+
+def _loss_table(e: Evaluation | HFEvaluation) -> Table:
     name = "V1" if e.valid == "v1" else "V2" if e.valid else "value"
     scores = {name: e} if e.valid_v1 is None else {name: e, "V1": e.valid_v1}
     table = Table("measure", *(Column(name, justify="right") for name in scores))

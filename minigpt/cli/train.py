@@ -44,7 +44,12 @@ def _train(config: DictConfig, program: Program, classes: list[str]) -> None:
     tune_process()
     model, teacher = (typed_class(name, classes) for name in CLASS_SETTINGS["train"])
     settings = train_config(values, size, [*overrides, *classes], model)
-    train(settings, model, teacher=teacher)
+    callbacks = []
+    if settings.logger.log_model:
+        from minigpt.exporting.wandb import WandbModel
+
+        callbacks = [WandbModel(model)]
+    train(settings, model, callbacks, teacher=teacher)
 
 
 def _refuse_settings(values: dict[str, Any], typed: list[str]) -> NoReturn:

@@ -90,21 +90,28 @@ def _metadata(
     name: str, format: str, tinystories: bool, evaluation: Record | None, license: str | None
 ) -> ModelCardData:
     """Return the metadata that the Hub displays, such as license, data and evaluation results."""
-    results = []
-    if evaluation is not None:
-        source = _cell(evaluation["data"].get("source"))
-        results = [
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=TINYSTORIES if source.startswith("tinystories") else source,
-                dataset_name=f"validation split of {source}",
-                dataset_split="validation",
-                metric_type=key,
-                metric_name=key.replace("_", " "),
-                metric_value=round(evaluation[key], digits),
-            )
-            for key, digits in (("perplexity", 3), ("bits_per_byte", 4))
-        ]
+    texts: dict[str | None, Record] = {}  # release of TinyStories, or None: the loss on it
+    if evaluation is not None and isinstance(v1 := evaluation.get("valid_v1"), Mapping):
+        texts = {"V2": evaluation, "V1": v1}
+    elif evaluation is not None:
+        texts = {{"v1": "V1", "v2": "V2"}.get(str(evaluation.get("valid"))): evaluation}
+    source = _cell(evaluation["data"].get("source")) if evaluation is not None else ""
+    split = f"validation split of {source}"
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=TINYSTORIES if source.startswith("tinystories") else source,
+            dataset_name=f"{split}, {text}" if text else split,
+            dataset_config=text,
+            dataset_split="validation",
+            metric_type=key,
+            metric_name=key.replace("_", " "),
+            metric_value=round(loss[key], digits),
+        )
+        for text, loss in texts.items()
+        for key, digits in (("perplexity", 3), ("bits_per_byte", 4))
+        if isinstance(loss.get(key), int | float)
+    ]
     return ModelCardData(
         license=license,
         datasets=[TINYSTORIES] if tinystories else None,

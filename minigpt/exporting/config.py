@@ -9,6 +9,8 @@ from typing import Literal
 from minigpt.core.fields import documented
 from minigpt.core.settings import UserError, check
 
+BFLOAT16 = ("safetensors", "html")  # formats that can store bfloat16 weights, as is their default
+
 
 @documented
 @dataclass(frozen=True)
@@ -19,11 +21,12 @@ class ExportConfig:
         UserError: the license is not a valid identifier, or the format does not support the dtype.
     """
 
-    format: Literal["hf", "safetensors", "onnx", "gguf"] = "hf"
-    """File format: transformers (hf), Mini GPT (safetensors), ONNX (onnx) or llama.cpp (gguf)."""
+    format: Literal["hf", "safetensors", "onnx", "gguf", "html"] = "hf"
+    """File format: transformers (hf), Mini GPT (safetensors), ONNX (onnx), llama.cpp (gguf), or a
+    page that runs in a browser (html)."""
 
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Type of the weights; None means bfloat16 for safetensors, float32 for the other formats."""
+    """Type of the weights; None means bfloat16 for safetensors and html, otherwise float32."""
 
     evaluate: bool = False
     """Whether to evaluate the exported weights if they have not been evaluated yet."""
@@ -38,11 +41,11 @@ class ExportConfig:
     def __post_init__(self) -> None:
         license = "must be a license identifier of the Hub, such as mit or cc-by-4.0"
         check(self, license, lambda text: bool(re.fullmatch(r"[\w.-]+", text)), "license")
-        if self.dtype == "bfloat16" and self.format != "safetensors":
+        if self.dtype == "bfloat16" and self.format not in BFLOAT16:
             message = f"the format {self.format} supports only float32"
             raise UserError(message, "dtype", self.dtype, {"format": "safetensors"})
 
     @property
     def weights(self) -> str:
         """Resolved type of the exported weights, such as "float32"."""
-        return self.dtype or ("bfloat16" if self.format == "safetensors" else "float32")
+        return self.dtype or ("bfloat16" if self.format in BFLOAT16 else "float32")

@@ -25,6 +25,7 @@ from minigpt.exporting.card import Record, model_card
 from minigpt.exporting.config import ExportConfig
 from minigpt.exporting.folder import MARKER, atomic_folder, check_output, read_object
 from minigpt.exporting.formats import write_gguf, write_hf, write_onnx, write_safetensors
+from minigpt.exporting.html import write_html
 from minigpt.kernels.decode import is_plain
 from minigpt.model import GPT
 from minigpt.runs.checkpoint import weights_fingerprint
@@ -92,6 +93,8 @@ def export(
         if config.format == "safetensors":
             summary = _portable_summary(summary, evaluation)
             _write_run(model, tokenizer, portable, summary, dtype, folder)
+        elif config.format == "html":
+            write_html(model, tokenizer, folder, title, dtype)
         else:
             WRITERS[config.format](model, tokenizer, folder)
         if evaluation is not None:

@@ -126,7 +126,8 @@ def write_hf(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     write_json(folder / "generation_config.json", sampling)
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT),
+        # No text is encoded as unk_token, but CTranslate2 needs one.
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), END_OF_TEXT),
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
         "model_max_length": model.config.context_length,
@@ -220,7 +221,7 @@ def write_onnx(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def write_gguf(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write model.gguf, a float32 GPT-2 for llama.cpp that includes the tokenizer.
+    """Write model.gguf, a float32 GPT-2 with tokenizer for llama.cpp, and a Modelfile for Ollama.
 
     llama.cpp approximates GELU with tanh and a float16 lookup table, so its logits differ slightly;
     docs/sharing.md has the measurement.
@@ -250,6 +251,22 @@ def write_gguf(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    write_text(folder / "Modelfile", _modelfile(c.context_length))
+
+
+def _modelfile(context: int) -> str:
+    """Return the Modelfile with which Ollama imports model.gguf, with Mini GPT's sampling."""
+    parameters = {
+        "num_ctx": context,
+        "temperature": SamplingConfig().temperature,
+        "top_k": 0,  # all tokens
+        "top_p": 1,
+        "repeat_penalty": 1,
+        "stop": f'"{END_OF_TEXT}"',
+    }
+    lines = ["FROM ./model.gguf", 'TEMPLATE "{{ .Prompt }}"']
+    lines += [f"PARAMETER {name} {value}" for name, value in parameters.items()]
+    return "\n".join([*lines, ""])
 
 
 def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int, kind: Any) -> None:

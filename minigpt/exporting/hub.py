@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from minigpt.core.settings import UserError
 
 
-def check_repository(push: str, dry_run: bool = False) -> None:
+def check_repository(push: str, dry_run: bool = False, argument: str = "push") -> None:
     """Check the name of a repository, and that a token for the upload is available.
 
     Args:
         push: name of the repository on the Hub, user/name.
         dry_run: whether nothing will be uploaded, so that no token is needed.
+        argument: name of the argument, for errors.
 
     Raises:
         UserError: the name is not valid, or there is no token.
@@ -25,18 +27,22 @@ def check_repository(push: str, dry_run: bool = False) -> None:
         _user, _name = push.split("/")  # ValueError unless there are both
     except ValueError:
         problem = "this is not the name of a repository on the Hub: write user/name"
-        raise UserError(problem, "push", push) from None
+        raise UserError(problem, argument, push) from None
     if not dry_run and get_token() is None:
-        raise UserError("the Hub needs a token: run hf auth login, or set HF_TOKEN", "push", push)
+        problem = "the Hub needs a token: run hf auth login, or set HF_TOKEN"
+        raise UserError(problem, argument, push)
 
 
-def push_folder(folder: Path, push: str, private: bool = False) -> str:
+def push_folder(
+    folder: Path, push: str, private: bool = False, kind: Literal["model", "space"] = "model"
+) -> str:
     """Upload all files of a folder in one commit; the repository is created if missing.
 
     Args:
         folder: the folder of an export.
         push: name of the repository on the Hub, user/name.
         private: whether the repository must be private; a new one is created as private.
+        kind: kind of the repository.
 
     Returns:
         The URL of the repository.
@@ -50,12 +56,13 @@ def push_folder(folder: Path, push: str, private: bool = False) -> str:
 
     api = HfApi()
     try:
-        url = api.create_repo(push, repo_type="model", exist_ok=True, private=private)
-        if private and not api.model_info(push).private:
+        sdk = "gradio" if kind == "space" else None
+        url = api.create_repo(push, private=private, repo_type=kind, exist_ok=True, space_sdk=sdk)
+        if private and not api.repo_info(push, repo_type=kind).private:
             problem = f"the repository is public: make it private at {url}/settings"
             raise UserError(problem, "push", push)
-        message = "Model exported by Mini GPT"
-        api.upload_folder(repo_id=push, folder_path=folder, commit_message=message)
+        message = f"{kind.capitalize()} written by Mini GPT"
+        api.upload_folder(repo_id=push, repo_type=kind, folder_path=folder, commit_message=message)
     except (httpx.HTTPError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         problem = f"nothing was published ({reason}); check network, token and name"

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from minigpt.analysis.attention import attention_weights
+from minigpt.analysis.attention import HeadScores, attention_weights, head_scores
 from minigpt.analysis.embedding_map import FewWordsError, caption, embedding_map, map_svg
 from minigpt.analysis.embeddings import EmbeddingProbe, parse_analogy
 from minigpt.core.settings import UserError
@@ -39,6 +39,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     probe: EmbeddingProbe
     map: str  # map of words, as HTML
+    scores: HeadScores | None = None  # None if they cannot be measured
 
 
 class Playground:
@@ -95,7 +96,7 @@ class Playground:
             The story so far of each model.
         """
         try:
-            prompt = _checked(prompt)
+            prompt = checked_text(prompt)
             if not 1 <= max_tokens <= MAX_TOKENS:
                 raise UserError(f"must be from 1 to {MAX_TOKENS}", "max_tokens", max_tokens)
             seed = random.getrandbits(31)
@@ -124,7 +125,9 @@ class Playground:
             The bar chart, or a one-line error.
         """
         try:
-            return html.bars_html(self.models[name].probe.neighbours(_checked(word, "a word"), k=8))
+            return html.bars_html(
+                self.models[name].probe.neighbours(checked_text(word, "a word"), k=8)
+            )
         except UserError as error:
             return html.note_html(str(error), "error")
 
@@ -139,7 +142,7 @@ class Playground:
             The bar chart, or a one-line error.
         """
         try:
-            words = parse_analogy(_checked(text, "three words"))
+            words = parse_analogy(checked_text(text, "three words"))
             return html.bars_html(self.models[name].probe.analogy(*words, k=8))
         except UserError as error:
             return html.note_html(str(error), "error")
@@ -166,13 +169,18 @@ class Playground:
             for part, i, n in (("layers", layer, shape.n_layers), ("heads", head, shape.n_heads)):
                 if not 1 <= i <= n:
                     raise UserError(f"{name} has {n} {part}: choose a number from 1 to {n}")
-            text_ids = encode_prompt(model.tokenizer, _checked(text, "a sentence"))
+            text_ids = encode_prompt(model.tokenizer, checked_text(text, "a sentence"))
             ids = text_ids[:, : min(MAX_ATTENTION, shape.context_length)]
             weights = attention_weights(model.net, ids.to(model.net.embedding.weight.device))
         except UserError as error:
             return html.note_html(str(error), "error")
         names = ["(start) ", *map(model.tokenizer.token, ids[0, 1:].tolist())]
         matrix = html.attention_html(names, weights[layer - 1, head - 1])
+        if (scores := model.scores) is not None:
+            previous = scores.previous_token[layer - 1, head - 1]
+            induction = scores.induction[layer - 1, head - 1]
+            line = f"Previous-token score {previous:.2f}, induction score {induction:.2f}."
+            matrix = html.note_html(line) + matrix
         if ids.shape[1] == text_ids.shape[1]:
             return matrix
         cut = f"Only the first {ids.shape[1]} of {text_ids.shape[1]} tokens are shown."
@@ -222,10 +230,14 @@ def _load(run: Run, taken: Sequence[str]) -> LoadedModel:
         word_map = f'<div class="map">{map_svg(words)}</div>{html.note_html(caption(words))}'
     except FewWordsError as error:
         word_map = html.note_html(str(error), "error")
-    return LoadedModel(name, net, tokenizer, probe, word_map)
+    try:
+        scores = head_scores(net)
+    except UserError:  # the context is too short, or the class takes no cache
+        scores = None
+    return LoadedModel(name, net, tokenizer, probe, word_map, scores)
 
 
-def _checked(text: str | None, what: str = "a prompt, such as Once upon a time") -> str:
+def checked_text(text: str | None, what: str = "a prompt, such as Once upon a time") -> str:
     """Return `text`; raise UserError if it is empty or too long."""
     if text is None or not text.strip():
         raise UserError(f"The field is empty: type {what}.")

@@ -140,6 +140,42 @@ def bars_html(cosines: Iterable[tuple[str, float]]) -> str:
     return f'<table class="bars"><tbody>{rows}</tbody></table>'
 
 
+@dataclass(frozen=True)
+class Cell:
+    """Cell of a table: its text, its value from -1 to 1, which colours it, and its title."""
+
+    text: str
+    value: float
+    title: str = ""
+
+
+def grid_html(columns: Sequence[str], rows: Sequence[str], cells: Sequence[Sequence[Cell]]) -> str:
+    """Return a table with coloured cells: blue for positive values, orange for negative values.
+
+    Args:
+        columns: headings of the columns.
+        rows: headings of the rows.
+        cells: the cells of each row.
+
+    Returns:
+        HTML, in which all text is escaped.
+    """
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in columns)
+    body = "".join(
+        f'<tr><th scope="row">{html.escape(name)}</th>{"".join(map(_cell_html, row))}</tr>'
+        for name, row in zip(rows, cells, strict=True)
+    )
+    table = f"<thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="grid"><table>{table}</table></div>'
+
+
+def _cell_html(cell: Cell) -> str:
+    sign = ' class="negative"' if cell.value < 0 else ""
+    title = f' title="{html.escape(cell.title)}"' if cell.title else ""
+    style = f'style="--p:{min(abs(cell.value), 1):.3f}"'
+    return f"<td{sign}{title} {style}>{html.escape(cell.text)}</td>"
+
+
 def attention_html(names: Sequence[str], weights: Tensor) -> str:
     """Return the HTML of the attention of one head over T tokens.
 

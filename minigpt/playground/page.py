@@ -17,6 +17,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import gradio as gr
 from gradio import themes
 
+from minigpt.playground import inside
 from minigpt.playground.answers import MAX_PROMPT, MAX_TOKENS, Playground
 
 WRITERS = 4  # requests of one kind that are served at the same time; further requests wait
@@ -47,9 +48,19 @@ Point at a token, or tap it, and the tokens that it attends to turn blue. In the
 a token that attends, and each column is a token that it attends to. A head that finds nothing
 relevant often attends to (start)."""
 
+SCORES = """**Scores of all heads**, measured on a random sequence that is repeated: the
+previous-token score is the mean attention to the token before; the induction score is the mean
+attention to the token after the earlier occurrence of the same token."""
+LENS = """**Logit lens**: what the model would predict next if it ended after a layer. Point at a
+cell to see the most likely tokens."""
+ATTRIBUTION = """**Attribution**: how much each head adds to the logit of the next token after the
+chosen position. Blue raises it, orange lowers it."""
+ACTIVITY = """**Activations**: the root mean square of the residual stream before each block, and of
+what its attention and its feed-forward layer add."""
+
 
 def build_page(playground: Playground) -> gr.Blocks:
-    """Return the page with its four tabs: Story, Words, Map and Attention."""
+    """Return the page with its five tabs: Story, Words, Map, Attention and Layers."""
     with gr.Blocks(title="Mini GPT playground", analytics_enabled=False) as page:
         gr.Markdown(INTRODUCTION)
         with gr.Tab("Story"):
@@ -62,6 +73,8 @@ def build_page(playground: Playground) -> gr.Blocks:
             _answer(playground.map, [name], gr.HTML(playground.map(name.value)))
         with gr.Tab("Attention"):
             _attention_tab(playground)
+        with gr.Tab("Layers"):
+            _layers_tab(playground)
     page.queue(max_size=WAITING, default_concurrency_limit=WRITERS)
     return page
 
@@ -122,6 +135,37 @@ def _attention_tab(playground: Playground) -> None:
     value = playground.attention(name.value, text.value, layer.value, head.value)
     matrix = _tokens_part("${value}", value, elem_id="attention")
     _answer(playground.attention, [name, text, layer, head], matrix)
+    if any(model.scores is not None for model in playground.models.values()):
+
+        def scores(name: str) -> str:
+            measured = playground.models[name].scores
+            return "" if measured is None else inside.scores_html(measured)
+
+        gr.Markdown(SCORES)
+        _answer(scores, [name], gr.HTML(scores(name.value), elem_id="scores"))
+
+
+def _layers_tab(playground: Playground) -> None:
+    name = _model_choice(playground)
+    text = gr.Textbox(ATTENTION_TEXT, label="Text", max_length=MAX_PROMPT, elem_id="layers-text")
+    gr.Markdown(LENS)
+
+    def lens(name: str, text: str) -> str:
+        return inside.lens(playground, name, text)
+
+    def attribution(name: str, text: str, position: int) -> str:
+        return inside.attribution(playground, name, text, position)
+
+    def activity(name: str, text: str) -> str:
+        return inside.activity(playground, name, text)
+
+    _answer(lens, [name, text], gr.HTML(lens(name.value, text.value), elem_id="lens"))
+    gr.Markdown(ATTRIBUTION)
+    position = _slider("Position", 1, inside.MAX_COLUMNS, 6, 1)
+    value = attribution(name.value, text.value, position.value)
+    _answer(attribution, [name, text, position], gr.HTML(value, elem_id="attribution"))
+    gr.Markdown(ACTIVITY)
+    _answer(activity, [name, text], gr.HTML(activity(name.value, text.value), elem_id="activity"))
 
 
 def _model_choice(playground: Playground) -> gr.Dropdown:

@@ -28,6 +28,7 @@ from minigpt.runs.records import read_samples
 from minigpt.tokenizer import Tokenizer
 from minigpt.training.checkpointing import Checkpoints
 from minigpt.training.config import CallbacksConfig
+from minigpt.training.loggers import log_final, log_samples
 from minigpt.training.module import GPTModule
 from minigpt.training.report import write_report
 
@@ -124,8 +125,8 @@ class StorySamples(Callback):
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        """Write a story for each prompt."""
-        model, step = self.module.net, trainer.global_step
+        """Write a story for each prompt, and log the stories."""
+        model, step, samples = self.module.net, trainer.global_step, []
         with self.path.open("a", encoding="utf-8") as file:
             for prompt in self.config.prompts:
                 (story,) = generate_stories(model, self.tokenizer, prompt, 1, self.sampling)
@@ -137,6 +138,8 @@ class StorySamples(Callback):
                     "text": story,
                 }
                 file.write(_line(sample))
+                samples.append(sample)
+        log_samples(trainer.loggers, samples)
 
 
 def _line(sample: dict[str, Any]) -> str:
@@ -213,6 +216,13 @@ class TrainingProgress(Callback):
     on_exception = on_train_end
 
 
+class ModelUpload(Callback):
+    """Base class of callbacks that upload the model of a finished run to W&B.
+
+    `logger.log_model` needs one: `minigpt.exporting.wandb.WandbModel`, which the command line adds.
+    """
+
+
 class RunReport(Callback):
     """Write summary.json and report.html when a run finishes, fails or is interrupted.
 
@@ -265,4 +275,6 @@ class RunReport(Callback):
             summary["cycles"] = cycles  # the weights are the mean over the ends of the decays
         write_json(self.folder / SUMMARY, summary)
         write_report(self.folder)
+        final = {name: summary[name] for name in names if name != "val/loss" and name in summary}
+        log_final(trainer.loggers, final, steps)
         log.info("%s after %s: %s tokens", status, human_time(seconds), f"{tokens:,}")

@@ -177,6 +177,13 @@ class LoggerConfig:
     addition to metrics.csv."""
     project: str = "mini-gpt"
     """Name of the W&B project."""
+    log_model: bool = False
+    """Whether to upload the best model to W&B at the end, as an artifact with the bfloat16 export
+    in the format safetensors; needs the kind `wandb`."""
+
+    def __post_init__(self) -> None:
+        if self.log_model and self.kind != "wandb":
+            raise UserError("needs the logger wandb", "log_model", True, {"kind": "wandb"})
 
 
 @dataclass(frozen=True)

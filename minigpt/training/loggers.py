@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import secrets
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,9 @@ def extra_loggers(folder: Path, config: LoggerConfig) -> list[Logger]:
     if config.kind == "tensorboard":
         from lightning.pytorch.loggers import TensorBoardLogger
 
-        return [TensorBoardLogger(folder, name="tensorboard", version="")]
+        # `log_final` writes the hyperparameters, with the final metrics.
+        options: Any = {"version": "", "default_hp_metric": False}
+        return [TensorBoardLogger(folder, name="tensorboard", **options)]
     return [_wandb_logger(folder, config.project)] if config.kind == "wandb" else []
 
 
@@ -182,6 +185,43 @@ def _wandb_id(folder: Path) -> str:
     if global_rank() == 0:
         write_text(path, wandb_id + "\n")
     return wandb_id
+
+
+def log_samples(loggers: Sequence[Logger], samples: Sequence[Mapping[str, Any]]) -> None:
+    """Log sample stories to W&B, as a table, and to TensorBoard, as texts.
+
+    Args:
+        loggers: all loggers of the run.
+        samples: the stories of one validation, in the form of samples.jsonl.
+    """
+    from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+
+    columns = ["step", "tokens", "prompt", "temperature", "text"]
+    rows = [[sample[column] for column in columns] for sample in samples]
+    for logger in loggers:
+        if isinstance(logger, WandbLogger) and rows:
+            logger.log_table("samples", columns, rows, step=samples[0]["step"])
+        elif isinstance(logger, TensorBoardLogger):
+            for i, sample in enumerate(samples):
+                text = f"**{sample['prompt']}**{sample['text']}"
+                logger.experiment.add_text(f"samples/{i}", text, sample["step"])
+
+
+def log_final(loggers: Sequence[Logger], metrics: Mapping[str, float], step: int) -> None:
+    """Log the hyperparameters to TensorBoard, with the final metrics, for its tab of runs.
+
+    Args:
+        loggers: all loggers of the run.
+        metrics: final metrics by name.
+        step: number of updates.
+    """
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    final = {f"final/{name.removeprefix('val/')}": value for name, value in metrics.items()}
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger) and final:
+            hparams: Any = logger.hparams
+            logger.log_hyperparams(dict(hparams), final, step)
 
 
 def finish_wandb(loggers: list[Logger], exit_code: int) -> None:

@@ -46,7 +46,13 @@ from minigpt.runs.folder import ModelFactory, Run, class_path, config_class, new
 from minigpt.runs.names import CHECKPOINTS, CONFIG, METRICS, REPORT, TOKENIZER
 from minigpt.runs.provenance import source_commit, total_tokens
 from minigpt.runs.records import read_summary
-from minigpt.training.callbacks import RunReport, StorySamples, Throughput, TrainingProgress
+from minigpt.training.callbacks import (
+    ModelUpload,
+    RunReport,
+    StorySamples,
+    Throughput,
+    TrainingProgress,
+)
 from minigpt.training.checkpointing import Checkpoints, full_disk_in_one_line
 from minigpt.training.config import Schedule, TrainConfig, TrainerConfig, settings_of
 from minigpt.training.cycles import CycleMean
@@ -118,6 +124,7 @@ def _train(
             log.info("%s is already complete (%d steps)", folder, start.step)
             return folder
         check_logger(config.logger)
+        _check_upload(config, callbacks)
         _prepare_libraries(config.seed)
         data = start.prepared_data(schedule)
         start = start.with_vocabulary(data.tokenizer)
@@ -144,6 +151,15 @@ def _train(
         log.info("report: %s", folder / REPORT)
         log.info("next:   %s", next_step("evaluate", ckpt=str(folder), **_class_setting(config)))
     return folder
+
+
+def _check_upload(config: TrainConfig, callbacks: Sequence[Callback]) -> None:
+    """Raise UserError if the model must be uploaded and no callback does so."""
+    if config.logger.log_model and not any(isinstance(c, ModelUpload) for c in callbacks):
+        problem = (
+            "needs a callback that uploads: add minigpt.exporting.wandb.WandbModel() to callbacks"
+        )
+        raise UserError(problem, "logger.log_model", True, {"logger.log_model": False})
 
 
 def _with_classes(

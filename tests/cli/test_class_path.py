@@ -171,7 +171,7 @@ def test_a_run_of_gpt_is_refused_with_another_class(here: Path):
     one_line(result, "runs/plain", "GPT")
 
 
-@pytest.mark.parametrize("format", ["hf", "onnx", "gguf"])
+@pytest.mark.parametrize("format", ["hf", "onnx", "gguf", "html"])
 def test_export_for_other_programs_is_refused_by_name(format: str, here: Path):
     words = ["export", "runs/mine", f"for-{format}", "--format", format, OPTION, CLASS]
     one_line(run_here("minigpt", words, here), CLASS, f"--format {format}", "--format safetensors")

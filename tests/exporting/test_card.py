@@ -76,10 +76,20 @@ def test_card_shows_v1_beside_v2(run, tmp_path):
     evaluation = json.loads((run / "evaluation.json").read_text())
     evaluation["valid_v1"] = {"perplexity": 9.87654, "bits_per_byte": 0.98765}
     (run / "evaluation.json").write_text(json.dumps(evaluation))
-    card = card_of(exported(run, tmp_path / "out"))
+    out = exported(run, tmp_path / "out")
+    card = card_of(out)
     assert row_of(card, "validation perplexity, V1") == "9.877"
     assert row_of(card, "bits per byte, V1") == "0.9877"
-    assert card.index(f"**{evaluation['perplexity']:.3f}**") < card.index("9.877")
+    results = ModelCard.load(out / "README.md").data.eval_results
+    assert [(r.dataset_config, r.metric_type, r.metric_value) for r in results] == [
+        ("V2", "perplexity", round(evaluation["perplexity"], 3)),
+        ("V2", "bits_per_byte", round(evaluation["bits_per_byte"], 4)),
+        ("V1", "perplexity", 9.877),
+        ("V1", "bits_per_byte", 0.9877),
+    ]
+    assert len({result.dataset_name for result in results}) == 2
+    table = card.split("\n---\n")[1]
+    assert table.index(f"**{evaluation['perplexity']:.3f}**") < table.index("9.877")
 
 
 def test_card_names_the_edition_of_the_sample_by_its_number_of_stories(run, tmp_path):

@@ -56,7 +56,7 @@ def test_push_sends_the_folder_of_the_export(run, tmp_path, hub, monkeypatch, ca
 
 
 def test_private_push_to_a_public_repository_is_refused(tmp_path, hub):
-    hub.model_info.return_value.private = False
+    hub.repo_info.return_value.private = False
     with pytest.raises(UserError, match=naming("me/tiny", "public")):
         push_folder(tmp_path, "me/tiny", private=True)
     hub.upload_folder.assert_not_called()

@@ -103,12 +103,20 @@ def guarded(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @contextlib.contextmanager
 def playground(arguments: list[str], folder: Path) -> Iterator[Served]:
     """`minigpt playground <arguments>`, watched from the scratch folder `folder`."""
+    command = ["-m", "minigpt.cli.app", "playground", *arguments, "--port", "0"]
+    with page_of(command, folder) as served:
+        yield served
+
+
+@contextlib.contextmanager
+def page_of(command: list[str], folder: Path, **variables: str) -> Iterator[Served]:
+    """The page that `python <command>` serves, watched from the scratch folder `folder`."""
     (folder / "sitecustomize.py").write_text(WATCH)
     outbound = folder / "outbound.txt"
     paths = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    environment = os.environ | {"PYTHONPATH": paths, "OUTBOUND": str(outbound)}
+    environment = os.environ | {"PYTHONPATH": paths, "OUTBOUND": str(outbound)} | variables
     environment.pop("GRADIO_ANALYTICS_ENABLED", None)  # the page must set it itself
-    command = [sys.executable, "-m", "minigpt.cli.app", "playground", *arguments, "--port", "0"]
+    command = [sys.executable, *command]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None
     lines: queue.Queue[str] = queue.Queue()

@@ -1,15 +1,22 @@
 """Tests of the playground in a browser: Debian's Chromium, driven by Playwright."""
 
 import contextlib
+import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
-from tests.extra.conftest import Served
+from minigpt.exporting.space import write_space
+from minigpt.runs.folder import Run
+from tests.extra.conftest import Served, page_of
 
 SECONDS = 1000  # Playwright counts in milliseconds
 pytestmark = pytest.mark.timeout(300)
@@ -193,6 +200,62 @@ def test_attention_follows_head_and_pointer(visitor: Visitor):
     assert "query" in (tokens.nth(2).get_attribute("class") or "")
     assert "future" in (tokens.nth(3).get_attribute("class") or "")
     assert "later" in (tokens.nth(3).get_attribute("title") or "")
+
+
+def test_layers_follow_text_and_position(visitor: Visitor):
+    page = visitor.page
+    page.get_by_role("tab", name="Layers").click()
+    page.locator("#layers-text textarea").fill("The dog saw the cat!")
+    heads = page.locator("#lens thead th")
+    expect(heads.last).to_have_text("!")
+    n = heads.count() - 1
+    expect(page.locator("#lens tbody td")).to_have_count(3 * n)  # the embeddings and two layers
+    expect(page.locator("#activity tbody td")).to_have_count(7 * n)
+    before = page.locator("#attribution .note").inner_text()
+    position = page.get_by_label("number input for Position")
+    position.fill("2")
+    position.press("Enter")
+    expect(page.locator("#attribution .note")).not_to_have_text(before)
+    position.fill("24")
+    position.press("Enter")
+    expect(page.locator("#attribution .error")).to_contain_text(str(n))
+    page.get_by_role("tab", name="Attention").click()
+    expect(page.locator("#scores td")).to_have_count(2 * 2 * 4)  # two scores of eight heads
+
+
+def test_space_tells_a_story_and_cannot_train(tiny_run: Path, tmp_path: Path):
+    write_space(Run.load(tiny_run), tmp_path / "space")
+    (tmp_path / "watch").mkdir()
+    command, port = [str(tmp_path / "space/app.py")], {"GRADIO_SERVER_PORT": "0"}
+    with page_of(command, tmp_path / "watch", **port) as served, visit(served, 1280) as visitor:
+        page = visitor.page
+        page.get_by_label("number input for Maximum length (tokens)").fill("20")
+        page.get_by_role("button", name="Write").click()
+        expect(page.locator(".story .note")).to_be_visible()
+        assert page.locator(".story .token").count() > 0
+        expect(page.get_by_role("tab", name="Layers")).to_be_visible()
+        expect(page.get_by_role("tab", name="Train")).to_have_count(0)
+
+
+def test_app_of_a_space_imports_only_its_own_code(tiny_run: Path, tmp_path: Path):
+    out = tmp_path / "space"
+    write_space(Run.load(tiny_run), out)
+    program = """
+import json, sys
+from minigpt.playground.answers import Playground
+from minigpt.playground.page import build_page
+from minigpt.runs.folder import Run
+page = Playground.load([Run.load("model")])
+build_page(page)
+print(json.dumps(sorted(m.__file__ for n, m in sys.modules.items() if n.startswith("minigpt"))))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=out, env=os.environ | {"PYTHONPATH": str(out)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    for file in json.loads(result.stdout.splitlines()[-1]):
+        assert Path(file).is_relative_to(out)
 
 
 def test_two_models_write_side_by_side_after_login(phone: Visitor):

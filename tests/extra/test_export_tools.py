@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ctranslate2
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 import yaml
+from ctranslate2.converters import TransformersConverter
 from gguf import GGUFReader
+from transformers import AutoTokenizer
 
 from minigpt.core.settings import build
 from minigpt.evaluation import EvaluationConfig, evaluate
@@ -50,6 +53,26 @@ def test_onnxruntime_computes_the_same_for_any_batch_and_length(place):
         with torch.no_grad():
             np.testing.assert_allclose(logits, net(ids).numpy(), rtol=0, atol=1e-4)
     assert os.fsencode(ROOT) not in (out / "model.onnx").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore")  # warnings of other packages
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_ctranslate2_writes_the_same_greedy_story(place, dtype):
+    run, out = exported(place, "hf")
+    converted = place / dtype
+    TransformersConverter(str(out)).convert(str(converted), quantization=dtype)
+    generator = ctranslate2.Generator(str(converted), device="cpu")
+    net, prompt = run.load_model(), "Once upon a time, Tom"
+    tokens = AutoTokenizer.from_pretrained(out)(prompt).tokens()
+    logits = np.array(generator.forward_batch([tokens]))
+    ids = torch.tensor([[0, *run.tokenizer.encode(prompt)]])
+    tolerance = {"float32": 1e-4, "int8": 0.05}[dtype]
+    np.testing.assert_allclose(logits, net(ids).numpy(), rtol=0, atol=tolerance)
+    if dtype == "float32":
+        greedy = SamplingConfig(temperature=0, max_tokens=6)
+        ours = generate_stories(net, run.tokenizer, prompt, 1, greedy)[0]
+        (result,) = generator.generate_batch([tokens], max_length=6, include_prompt_in_result=False)
+        assert run.tokenizer.decode(result.sequences_ids[0]) == ours
 
 
 def whole_windows(place: Path, run: Run) -> tuple[list[str], int, list[int]]:
@@ -132,6 +155,13 @@ def test_gguf_has_the_tensor_names_of_llama_cpp(place):
     assert len(value("tokenizer.ggml.tokens")) == net.config.vocab_size
     own = json.loads(tokenizer.to_json())["model"]["merges"]
     assert value("tokenizer.ggml.merges") == [" ".join(pair) for pair in own]
+    modelfile = dict(
+        line.removeprefix("PARAMETER ").split(" ", 1)
+        for line in (out / "Modelfile").read_text(encoding="utf-8").splitlines()
+    )
+    assert (out / modelfile["FROM"]).is_file()
+    assert modelfile["num_ctx"] == str(CONTEXT)
+    assert modelfile["stop"] == '"<|endoftext|>"'
 
 
 def test_llama_cpp_writes_the_same_greedy_story(place):

@@ -1,5 +1,6 @@
 """W&B sweeps and runs, with the installed wandb programs and a mock of their server."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from minigpt.runs.folder import Run
+from minigpt.runs.records import read_samples
 from tests.conftest import ROOT, write_stories
 from tests.wandb_server import WandbServer
 
@@ -103,6 +107,37 @@ def test_a_job_that_fails_is_reported_to_the_agent_and_to_the_server(sweep: Swee
     assert re.search(r"error: .*\bloss\b", sweep.agent.stderr)
     # Only an exit code above zero makes the agent count a failure, and this is the first.
     assert "Detected 1 consecutive failed runs, shutting down" in sweep.agent.stderr
+
+
+def test_stories_are_tables_and_the_model_is_an_export(tiny: list[str], tmp_path: Path):
+    with WandbServer() as server:
+        address = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
+        words = ("logger=wandb", "logger.log_model=true", "name=ours", *tiny)
+        result = run("train.py", *words, folder=tmp_path, **address)
+        assert result.returncode == 0, result.stderr
+    (wandb_run,) = server.runs.values()
+    folder = tmp_path / "runs" / "ours"
+    rows = [row for row in wandb_run.history if "samples" in row]
+    for row, sample in zip(rows, read_samples(folder), strict=True):
+        table = json.loads(wandb_run.files[row["samples"]["path"]])
+        assert table["columns"] == ["step", "tokens", "prompt", "temperature", "text"]
+        assert table["data"] == [[sample[column] for column in table["columns"]]]
+        assert row["trainer/global_step"] == sample["step"]
+
+    (artifact,) = [a for a in server.artifacts.values() if a.kind == "model"]
+    assert artifact.is_committed
+    out = tmp_path / "artifact"
+    out.mkdir()
+    artifact.files.pop("manifest")  # written by wandb, which records its own temporary files there
+    for name, content in artifact.files.items():
+        assert not name.endswith(".ckpt")
+        assert os.fsencode(tmp_path) not in content, name
+        assert os.fsencode(ROOT) not in content, name
+        (out / name).write_bytes(content)
+    assert (out / "README.md").is_file()
+    weights = Run.load(out).load_model().state_dict()
+    for name, weight in Run.load(folder).load_model().state_dict().items():
+        assert torch.equal(weights[name], weight.bfloat16().float())
 
 
 def test_without_a_key_each_job_has_an_offline_run_that_can_be_synced(

@@ -91,7 +91,8 @@ def test_wheel_and_sdist_hold_all_but_the_settings_of_a_machine(dist: Path):
     for path in (
         "minigpt/conf/train.yaml", "minigpt/conf/hydra/launcher/ray.yaml", "minigpt/py.typed",
         "minigpt/kernels/decode.c", "minigpt/data/tinystories/train.txt.xz",
-        "minigpt/exporting/card.md.j2", "minigpt/training/report.html.j2",
+        "minigpt/exporting/card.md.j2", "minigpt/exporting/story.html.j2",
+        "minigpt/training/report.html.j2",
         "minigpt/playground/static/playground.css", "minigpt/sweeps/scaling.yaml",
     ):  # fmt: skip
         assert path in names

@@ -233,9 +233,31 @@ def test_float16_on_cpu_falls_back_and_the_log_names_the_precision(tiny: list[st
     assert re.search(rf"\b{fallback}\b.*\b16-mixed\b", log)
 
 
-def test_tensorboard_logger_writes_event_files(tiny: list[str]):
-    folder = trained_folder([*tiny, "logger=tensorboard"])
-    assert list((folder / "tensorboard").glob("events.out.*"))
+def test_upload_of_the_model_needs_a_callback(tiny: list[str]):
+    with pytest.raises(UserError, match=naming("logger.log_model", "WandbModel")):
+        trained_folder([*tiny, "logger=wandb", "logger.log_model=true"])
+
+
+def test_tensorboard_files_hold_curves_stories_and_final_metrics(tiny: list[str]):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    folder = trained_folder([*tiny, "logger=tensorboard", "optimizer.lr=0.002"])
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    summary, samples = read_summary(folder), read_samples(folder)
+    assert [event.step for event in events.Scalars("val/perplexity")] == [10, 20]
+    for name in ("perplexity", "bits_per_byte"):
+        (final,) = events.Scalars(f"final/{name}")
+        assert final.value == pytest.approx(summary[f"val/{name}"], rel=1e-5)
+    stories = events.Tensors("samples/0/text_summary")
+    for event, sample in zip(stories, samples, strict=True):
+        assert event.step == sample["step"]
+        (text,) = event.tensor_proto.string_val
+        assert text.decode() == f"**{sample['prompt']}**{sample['text']}"
+    metadata = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    values = HParamsPluginData.FromString(metadata).session_start_info.hparams
+    assert values["optimizer/lr"].number_value == 0.002
 
 
 def test_validation_runs_after_the_last_step_for_any_number_of_steps(tiny: list[str]):

@@ -1,0 +1,138 @@
+"""Activations of a forward pass, recorded and, if wanted, edited by hooks.
+
+>>> values = activations(model, encode_prompt(tokenizer, "Tom had a dog. He"))
+>>> values["blocks.2.input"].shape
+torch.Size([1, 8, 256])
+
+The activations of a model with L blocks, in the order in which they are computed; i runs from 0 to
+L - 1:
+
+| name                         | shape           | content                                        |
+|------------------------------|-----------------|------------------------------------------------|
+| blocks.i.input               | (B, T, d)       | residual stream before the block               |
+| blocks.i.attention.weights   | (B, nh, T, T)   | attention weights; each row sums to 1          |
+| blocks.i.attention.heads     | (B, T, nh, hs)  | weighted sum of the values, for each head      |
+| blocks.i.attention           | (B, T, d)       | output of attention, added to the stream       |
+| blocks.i.middle              | (B, T, d)       | residual stream after attention                |
+| blocks.i.feed_forward.hidden | (B, T, d_ff)    | hidden units after GELU                        |
+| blocks.i.feed_forward        | (B, T, d)       | output of the feed-forward layer               |
+| residual                     | (B, T, d)       | residual stream after the last block           |
+| final_norm                   | (B, T, d)       | output of the final LayerNorm                  |
+| logits                       | (B, T, V)       | logits of the next token                       |
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minigpt.core.settings import UserError
+from minigpt.generation.decoder import takes_cache
+from minigpt.model import GPT, KVCache
+
+Edit = Callable[[Tensor], Tensor]
+WEIGHTS = "attention.weights"
+# Name of an activation of a block: module, and whether the activation is its input.
+_POINTS = {
+    "input": ("", True),
+    WEIGHTS: ("attention", False),  # recorded by the cache instead of a hook
+    "attention.heads": ("attention.out", True),
+    "attention": ("attention", False),
+    "middle": ("norm2", True),
+    "feed_forward.hidden": ("feed_forward.down", True),
+    "feed_forward": ("feed_forward", False),
+}
+
+
+@torch.no_grad()
+def activations(
+    model: GPT, ids: Tensor, edits: Mapping[str, Edit] | None = None
+) -> dict[str, Tensor]:
+    """Return all activations of a forward pass.
+
+    The model itself is not changed: the hooks are on a copy that shares its weights, so several
+    threads may call this function at once. Dropout is off.
+
+    Args:
+        model: the model; a subclass must keep the modules of `GPT` and the parameter `cache`.
+        ids: token ids (B, T), int64.
+        edits: functions that replace an activation during the pass, by the name of the activation.
+            Later activations follow from the replaced one. Attention weights and logits cannot be
+            replaced. None replaces nothing.
+
+    Returns:
+        Tensors by name; the table at the top of this module has names, order and shapes.
+
+    Raises:
+        UserError: `edits` has an unknown name, or the class of the model does not fit.
+        ValueError: `ids` is longer than the context.
+    """
+    if not takes_cache(model):
+        raise UserError(f"{type(model).__qualname__}.forward must have a parameter named cache")
+    names, edits = activation_names(model), edits or {}
+    for name in edits:
+        if name not in names or name.endswith(("weights", "logits")):
+            problem = f"{name} is not an activation that can be replaced"
+            raise UserError(f"{problem}; choose from {', '.join(names[:3])}, ...", "edits")
+    tensors = [*model.parameters(), *model.buffers()]
+    view = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
+    recorded: dict[str, Tensor] = {}
+    n_heads = model.config.n_heads
+
+    def record(name: str, x: Tensor) -> Tensor:
+        split = name.endswith(".heads")
+        x = x.unflatten(-1, (n_heads, -1)) if split else x
+        recorded[name] = edits[name](x) if name in edits else x
+        return recorded[name].flatten(2) if split else recorded[name]
+
+    for name in names:
+        if not name.endswith(("weights", "logits")):
+            _add_hook(view, name, record)
+    cache = KVCache(ids.shape[1], keep_weights=True)
+    recorded["logits"] = view(ids, cache=cache)
+    assert cache.weights is not None
+    for i, weights in enumerate(cache.weights):
+        recorded[f"blocks.{i}.{WEIGHTS}"] = weights
+    return {name: recorded[name] for name in names}
+
+
+def activation_names(model: GPT) -> list[str]:
+    """Return the names of all activations of a model, in the order in which they are computed.
+
+    Args:
+        model: the model.
+
+    Returns:
+        The names; the table at the top of this module explains them.
+    """
+    blocks = [f"blocks.{i}.{point}" for i in range(model.config.n_layers) for point in _POINTS]
+    return [*blocks, "residual", "final_norm", "logits"]
+
+
+def _add_hook(view: GPT, name: str, record: Callable[[str, Tensor], Tensor]) -> None:
+    """Call `record` with the activation `name` in each forward pass, and use what it returns."""
+    path, is_input = ("final_norm", True) if name == "residual" else (name, False)
+    if name.startswith("blocks."):
+        _, block, point = name.split(".", 2)
+        part, is_input = _POINTS[point]
+        path = ".".join(filter(None, ("blocks", block, part)))
+    try:
+        module = view.get_submodule(path)
+    except AttributeError:
+        problem = f"{type(view).__qualname__} has no module {path}: choose a model that has it"
+        raise UserError(problem, "model") from None
+
+    def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return record(name, inputs[0]), *inputs[1:]
+
+    def after(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+        return record(name, output)
+
+    if is_input:
+        module.register_forward_pre_hook(before)
+    else:
+        module.register_forward_hook(after)

@@ -1,0 +1,115 @@
+"""Head ablation and activation patching: change one activation, and measure the effect.
+
+>>> logits = ablate_heads(model, ids, [(2, 0)])  # without head 0 of block 2
+>>> patch_heads(model, clean_ids, corrupted_ids, lambda logits: logits[0, -1, answer].item())
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from minigpt.analysis.activations import activations
+from minigpt.core.settings import UserError
+from minigpt.model import GPT
+
+Metric = Callable[[Tensor], float]
+
+
+def ablate_heads(model: GPT, ids: Tensor, heads: Iterable[tuple[int, int]]) -> Tensor:
+    """Return the logits of a model without some of its attention heads (zero ablation).
+
+    Args:
+        model: the model, which is not changed.
+        ids: token ids (B, T), int64.
+        heads: pairs (block, head), each from 0; the outputs of these heads are set to 0.
+
+    Returns:
+        Logits (B, T, V).
+
+    Raises:
+        UserError: the model has no such head.
+    """
+    removed: dict[str, list[int]] = {}
+    shape = model.config
+    for block, head in heads:
+        if not (0 <= block < shape.n_layers and 0 <= head < shape.n_heads):
+            limits = f"block is from 0 to {shape.n_layers - 1}, head from 0 to {shape.n_heads - 1}"
+            raise UserError(limits, "heads", (block, head))
+        removed.setdefault(f"blocks.{block}.attention.heads", []).append(head)
+    edits = {name: _zeroed(torch.tensor(indices)) for name, indices in removed.items()}
+    return activations(model, ids, edits)["logits"]
+
+
+def _zeroed(heads: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.index_fill(2, heads.to(x.device), 0)
+
+
+def patch_residual(model: GPT, clean: Tensor, corrupted: Tensor, metric: Metric) -> Tensor:
+    """Return the effect of each position of the residual stream (activation patching).
+
+    The model reads `corrupted`, but the residual stream before one block and at one position is
+    replaced with the value that it has for `clean` (Meng et al. 2022, arXiv 2202.05262).
+
+    Args:
+        model: the model, which is not changed.
+        clean: token ids (B, T), int64.
+        corrupted: token ids of the same shape.
+        metric: function of the logits (B, T, V), such as the difference of two logits.
+
+    Returns:
+        Values (n_layers, T) of the metric, float64.
+
+    Raises:
+        UserError: `clean` and `corrupted` differ in shape.
+    """
+    layers, length = range(model.config.n_layers), clean.shape[-1]
+    return _patched(model, clean, corrupted, metric, "input", layers, 1, length)
+
+
+def patch_heads(model: GPT, clean: Tensor, corrupted: Tensor, metric: Metric) -> Tensor:
+    """Return the effect of each attention head (activation patching).
+
+    The model reads `corrupted`, but the output of one head is replaced, at all positions, with the
+    output that it has for `clean`.
+
+    Args:
+        model: the model, which is not changed.
+        clean: token ids (B, T), int64.
+        corrupted: token ids of the same shape.
+        metric: function of the logits (B, T, V), such as the difference of two logits.
+
+    Returns:
+        Values (n_layers, n_heads) of the metric, float64.
+
+    Raises:
+        UserError: `clean` and `corrupted` differ in shape.
+    """
+    layers, n_heads = range(model.config.n_layers), model.config.n_heads
+    return _patched(model, clean, corrupted, metric, "attention.heads", layers, 2, n_heads)
+
+
+def _patched(
+    model: GPT, clean: Tensor, corrupted: Tensor, metric: Metric, point: str, layers: range,
+    dim: int, size: int,
+) -> Tensor:  # fmt: skip
+    """Return the metric for each layer and each index of dimension `dim` of an activation."""
+    if clean.shape != corrupted.shape:
+        problem = f"must have the shape of clean, {tuple(clean.shape)}: use texts of equal length"
+        raise UserError(problem, "corrupted", tuple(corrupted.shape))
+    source = activations(model, clean)
+    results = torch.zeros(len(layers), size, dtype=torch.float64)
+    for layer in layers:
+        name = f"blocks.{layer}.{point}"
+        for i in range(size):
+            edit = _replaced(source[name], dim, i)
+            results[layer, i] = metric(activations(model, corrupted, {name: edit})["logits"])
+    return results
+
+
+def _replaced(values: Tensor, dim: int, index: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.clone().index_copy_(
+        dim, torch.tensor([index], device=x.device), values.narrow(dim, index, 1)
+    )

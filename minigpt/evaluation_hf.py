@@ -1,0 +1,216 @@
+"""Loss of any causal language model in Hugging Face's format, on the text of an evaluation.
+
+>>> evaluate_hf("models/gpt2").bits_per_byte  # comparable with evaluate("runs/my-run")
+
+Bits per byte do not depend on the vocabulary, so models of any tokenizer can be compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor
+
+from minigpt.core.files import user_path, write_json
+from minigpt.core.hardware import Hardware
+from minigpt.core.progress import track
+from minigpt.core.settings import UserError
+from minigpt.data.config import DataConfig
+from minigpt.data.sources import Corpus
+from minigpt.evaluation import EvaluationConfig, Loss, Score, check_writable, score_corpora, windows
+from minigpt.model import IGNORE_INDEX
+from minigpt.tokenizer import utf8_length
+
+_CHUNK = 1024  # tokens of a window per pass; the key/value cache holds the earlier ones
+_MAX_LOGITS = 1 << 27  # logits per pass, 512 MB
+_ONLY_OURS = ("seed", "stories", "words", "analogies")  # settings that need a Mini GPT
+
+
+@dataclass(frozen=True)
+class HFEvaluation(Score):
+    """Loss of a Hugging Face model. If V1 and V2 were both scored, the loss is for V2."""
+
+    valid: str | None  # v1, v2 or both for the bundled sample; None for other data
+    valid_v1: Score | None  # loss on V1, if both were scored
+    model: str  # path of the model
+    parameters: int
+    vocabulary: int  # number of tokens of the tokenizer
+    context: int  # number of tokens per window
+    stride: int | None
+    device: str
+    data: dict[str, Any]  # data settings
+
+
+def evaluate_hf(
+    folder: str | Path,
+    config: EvaluationConfig | None = None,
+    console: Console | None = None,
+    out: str | Path | None = None,
+) -> HFEvaluation:
+    """Measure the loss of a causal language model in Hugging Face's format, in float32.
+
+    The stories are joined as in `evaluate`: the model's own tokenizer encodes each story, followed
+    by its end-of-sequence token. Each token except the first is scored once, in windows of the
+    context length of the model. Nothing is downloaded, and no code from the folder is run.
+
+    Args:
+        folder: folder that `from_pretrained` of transformers can load.
+        config: settings; only `data`, `valid`, `stride` and `batch_size` apply. None means the
+            defaults.
+        console: console for the progress; None shows none.
+        out: folder for evaluation-hf-NAME.json; None means the working directory.
+
+    Returns:
+        The loss. For the bundled sample, it is for V2, and `valid_v1` has the loss for V1, unless
+        `config.valid` selects only one of the two.
+
+    Raises:
+        UserError: transformers is missing, the folder is not such a model, a setting does not
+            apply, the data cannot be read, or the output folder cannot be written.
+    """
+    folder, config = user_path(folder, "hf"), config or EvaluationConfig()
+    out = user_path(out or ".", "out")
+    path = out / evaluation_hf_name(folder)
+    _check_settings(config)
+    check_writable(out, path.name)
+    model, tokenizer = _load(folder)
+    context = _context(model.config, folder)
+    stride = context if config.stride is None else config.stride
+    if not 1 <= stride <= context:
+        problem = f"must be from 1 to {context}, the context length of this model"
+        raise UserError(problem, "stride", stride, fix={"stride": max(1, context // 2)})
+    device = Hardware.detect("auto", "1", 1, "32-true").accelerator
+    model = model.to(device)
+
+    def score(corpus: Corpus) -> Score:
+        ids, n_stories, n_bytes = _encoded(corpus, tokenizer)
+        loss = _loss(model, ids, context, stride, config.batch_size, console)
+        numbers = n_stories, loss.n_tokens, loss.nats_per_token, loss.perplexity
+        return Score(*numbers, loss.bits_per_byte(n_bytes / len(ids)))
+
+    settings, valid, scores = score_corpora(config.data or DataConfig(), config.valid, score)
+    evaluation = HFEvaluation(
+        **dataclasses.asdict(scores[0]),
+        valid=valid,
+        valid_v1=scores[1] if len(scores) > 1 else None,
+        model=str(folder),
+        parameters=model.num_parameters(),
+        vocabulary=len(tokenizer),
+        context=context,
+        stride=config.stride,
+        device=device,
+        data=dataclasses.asdict(settings),
+    )
+    write_json(path, dataclasses.asdict(evaluation))
+    return evaluation
+
+
+def evaluation_hf_name(folder: Path) -> str:
+    """Return the name of the file for the results of the model in `folder`."""
+    return f"evaluation-hf-{folder.resolve().name}.json"
+
+
+def _check_settings(config: EvaluationConfig) -> None:
+    for name in _ONLY_OURS:
+        if getattr(config, name) != getattr(EvaluationConfig(), name):
+            raise UserError("is only for a Mini GPT: leave it out, or evaluate a run", name)
+
+
+def _load(folder: Path) -> tuple[Any, Any]:
+    """Return the model, in evaluation mode, and its tokenizer.
+
+    Raises:
+        UserError: transformers is missing, or the folder is not a causal language model.
+    """
+    if not (folder / "config.json").is_file():
+        example = "download a model with hf download NAME --local-dir FOLDER"
+        problem = f"this is not a folder with a Hugging Face model: {example}"
+        raise UserError(problem, "hf", str(folder))
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError:
+        raise UserError("this needs transformers: run pip install transformers", "hf") from None
+    transformers.logging.disable_progress_bar()
+    offline = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **offline)
+        factory = transformers.AutoModelForCausalLM
+        model = factory.from_pretrained(folder, dtype=torch.float32, **offline)
+    except Exception as error:  # transformers and its parts raise many kinds
+        reason = " ".join(str(error).split())[:300]
+        problem = f"transformers cannot load this model ({reason}): choose another folder"
+        raise UserError(problem, "hf", str(folder)) from None
+    if tokenizer.eos_token_id is None:
+        problem = "its tokenizer has no end-of-sequence token, which separates the stories"
+        raise UserError(f"{problem}: choose another model", "hf", str(folder))
+    return model.eval(), tokenizer
+
+
+def _context(config: Any, folder: Path) -> int:
+    """Return the context length that the config of a model states."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "n_ctx"):
+        if isinstance(length := getattr(text, name, None), int):
+            return length
+    problem = "its config.json has no max_position_embeddings: choose another model"
+    raise UserError(problem, "hf", str(folder))
+
+
+def _encoded(corpus: Corpus, tokenizer: Any) -> tuple[np.ndarray, int, int]:
+    """Return the ids of the validation stories, their number, and their number of UTF-8 bytes."""
+    pieces = [*corpus.pieces("valid")]
+    rows = tokenizer(
+        [text for text, _ in pieces], add_special_tokens=False, split_special_tokens=True
+    )["input_ids"]
+    end = [tokenizer.eos_token_id]
+    parts: list[Iterable[int]] = []
+    for ids, (_, is_last) in zip(rows, pieces, strict=True):
+        parts += [ids, end] if is_last else [ids]
+    n_stories = sum(is_last for _, is_last in pieces)
+    n_bytes = sum(utf8_length(text) for text, _ in pieces)
+    return np.concatenate([np.array(ids, dtype=np.int64) for ids in parts]), n_stories, n_bytes
+
+
+@torch.inference_mode()
+def _loss(
+    model: Any, ids: np.ndarray, context: int, stride: int, batch_size: int,
+    console: Console | None,
+) -> Loss:  # fmt: skip
+    """Return the loss of a model; each token except the first is scored once."""
+    chunk, vocabulary = min(context, _CHUNK), model.config.get_text_config().vocab_size
+    size = max(1, min(batch_size, _MAX_LOGITS // (chunk * vocabulary)))
+    n_windows = 1 + max(0, math.ceil((len(ids) - 1 - context) / stride))
+    batches = [range(n_windows)[i : i + size] for i in range(0, n_windows, size)]
+    nats, n_tokens = 0.0, 0
+    for batch in track(batches, "validation split", console):
+        inputs, targets = (part.to(model.device) for part in windows(ids, batch, context, stride))
+        cache = {"use_cache": False} if context == chunk else _cache(model)
+        for start in range(0, context, chunk):
+            part = slice(start, start + chunk)
+            nats += _sum(model(inputs[:, part], **cache).logits, targets[:, part])
+        n_tokens += int((targets != IGNORE_INDEX).sum())
+    return Loss(nats, n_tokens)
+
+
+def _cache(model: Any) -> dict[str, Any]:
+    """Return arguments of the forward pass: an empty cache, to which each pass appends."""
+    cache = importlib.import_module("transformers").DynamicCache(config=model.config)
+    arguments = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in arguments else "past_key_values"  # in older versions
+    return {name: cache, "use_cache": True}
+
+
+def _sum(logits: Tensor, targets: Tensor) -> float:
+    flat = logits.float().flatten(0, 1), targets.flatten()
+    return F.cross_entropy(*flat, ignore_index=IGNORE_INDEX, reduction="sum").item()

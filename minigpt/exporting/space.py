@@ -1,0 +1,116 @@
+"""A Space: a folder with the playground and a model, which the Hugging Face Hub runs as a web page.
+
+>>> write_space(Run.load("runs/my-run"), "my-space")  # then: python my-space/app.py
+
+The page is the one of `minigpt playground`: it tells stories and shows the inside of the model. It
+cannot train.
+"""
+
+from __future__ import annotations
+
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+import yaml
+
+import minigpt
+from minigpt.core.files import user_path, write_json, write_text
+from minigpt.core.settings import UserError
+from minigpt.exporting.config import ExportConfig
+from minigpt.exporting.exporter import export
+from minigpt.exporting.folder import MARKER, atomic_folder, check_output
+from minigpt.kernels.decode import is_plain
+from minigpt.runs.folder import Run, class_path
+
+APP, MODEL = "app.py", "model"
+# What the playground needs of this package, and of others; the Hub itself installs Gradio.
+_PARTS = (
+    "__init__.py", "analysis", "core", "generation", "kernels", "model.py", "playground", "runs",
+    "tokenizer.py",
+)  # fmt: skip
+_PACKAGES = (
+    "torch", "tokenizers", "safetensors", "numpy", "pyyaml", "rich", "matplotlib", "filelock",
+)  # fmt: skip
+_PROGRAM = '''"""Web page of the model in model/, for a Space or for this machine: python app.py."""
+
+import os
+from pathlib import Path
+
+from minigpt.core.console import show_log
+from minigpt.playground.server import serve
+from minigpt.runs.folder import Run
+
+show_log()
+serve(
+    [Run.load(Path(__file__).parent / "model")],
+    host=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),  # set by the Hub
+    port=int(os.environ.get("GRADIO_SERVER_PORT", "7860")),
+)
+'''
+
+
+def write_space(run: Run, out: str | Path, name: str | None = None) -> list[Path]:
+    """Write a Space with the model of a run, atomically.
+
+    The folder contains the weights (bfloat16), the code of the playground, app.py, a README.md with
+    the settings of the Space, and requirements.txt with the versions that are installed here.
+
+    Args:
+        run: a run, or an export in the format safetensors.
+        out: the output folder, which is new, empty, or an earlier export; an export is replaced.
+        name: name of the Space, such as user/name; None means the name of the folder.
+
+    Returns:
+        The paths of all files in `out`, sorted.
+
+    Raises:
+        UserError: the run cannot be read, its class is not `GPT`, `out` contains other files, or
+            Gradio is not installed.
+    """
+    out = user_path(out, "out")
+    check_output(out)
+    try:
+        gradio = _version("gradio")
+    except metadata.PackageNotFoundError:
+        raise UserError("a Space needs gradio: run pip install gradio") from None
+    if not is_plain(model := run.load_model()):
+        problem = f"a Space cannot run {class_path(run.model or type(model))}, which is not in it"
+        raise UserError(problem, "run", str(run.folder))
+    title = (name or out.resolve().name).rpartition("/")[2]
+    settings = {
+        "title": title,
+        "sdk": "gradio",
+        "sdk_version": gradio,
+        "app_file": APP,
+        "short_description": "A small language model that tells stories",
+        "pinned": False,
+    }
+    front = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    text = f"The playground of Mini GPT with one model. To run it here: `python {APP}`."
+    versions = [f"{package}=={_version(package)}" for package in _PACKAGES]
+    with atomic_folder(out) as folder:
+        export(run, folder / MODEL, ExportConfig("safetensors"), name or title)
+        _copy_code(folder / "minigpt")
+        write_text(folder / APP, _PROGRAM)
+        write_text(folder / "requirements.txt", "\n".join([*versions, ""]))
+        write_text(folder / "README.md", f"---\n{front}---\n# {title}\n\n{text}\n")
+        files = sorted([MARKER, *(path.name for path in folder.iterdir())])
+        write_json(folder / MARKER, {"format": "space", "dtype": "bfloat16", "files": files})
+    return sorted(path for path in out.rglob("*") if path.is_file())
+
+
+def _version(package: str) -> str:
+    """Return the installed version, without a local part such as +cpu."""
+    return metadata.version(package).partition("+")[0]
+
+
+def _copy_code(folder: Path) -> None:
+    package = Path(str(minigpt.__file__)).parent
+    for part in _PARTS:
+        source = package / part
+        (folder / part).parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copyfile(source, folder / part)

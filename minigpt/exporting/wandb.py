@@ -1,0 +1,52 @@
+"""Upload of the model of a finished run to Weights & Biases, for `logger.log_model`."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers import WandbLogger
+
+from minigpt.core.console import log
+from minigpt.core.settings import UserError
+from minigpt.exporting.config import ExportConfig
+from minigpt.exporting.exporter import export
+from minigpt.runs.folder import ModelFactory, Run
+from minigpt.training.callbacks import ModelUpload
+
+
+class WandbModel(ModelUpload):
+    """Callback that uploads the best model of a run to W&B when training ends.
+
+    The artifact `model-<id of the W&B run>` is an export in the format safetensors with bfloat16
+    weights and a model card. It has no checkpoint and no path of this machine, and every command of
+    Mini GPT can load it. If the export fails, a warning is logged, and the run still finishes.
+
+    Args:
+        model: class of the model, or a function from its config to a model; None means `GPT`.
+    """
+
+    def __init__(self, model: ModelFactory | None = None) -> None:
+        self.model = model
+
+    @rank_zero_only
+    def on_train_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Export the best checkpoint and give it to W&B, which uploads it in the background."""
+        import wandb
+
+        runs = [logger.experiment for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+        folder = Path(trainer.default_root_dir)
+        with tempfile.TemporaryDirectory() as name:
+            out = Path(name) / folder.name
+            try:
+                export(Run.load(folder, self.model), out, ExportConfig("safetensors"))
+            except (OSError, UserError) as error:
+                log.warning("W&B        the model was not uploaded: %s", error)
+                return
+            for run in runs:
+                artifact = wandb.Artifact(f"model-{run.id}", type="model")
+                artifact.add_dir(str(out))  # copies the files
+                run.log_artifact(artifact)

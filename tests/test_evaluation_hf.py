@@ -1,0 +1,99 @@
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minigpt import evaluation, evaluation_hf
+from minigpt.cli.compose import load_config
+from minigpt.core.settings import UserError
+from minigpt.data.sources import Corpus
+from minigpt.evaluation import EvaluationConfig, StoriesConfig, evaluate_loss
+from minigpt.evaluation_hf import evaluate_hf
+from minigpt.exporting.formats import write_hf
+from minigpt.model import GPT, GPTConfig
+from minigpt.tokenizer import Tokenizer
+from tests.conftest import naming, write_stories
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with stories, and a random model in the format of transformers in `hf`."""
+    folder = tmp_path_factory.mktemp("place")
+    text = write_stories(folder / "valid.txt", 30, seed=1).read_text(encoding="utf-8")
+    tokenizer = Tokenizer.train([text], 300)
+    torch.manual_seed(0)
+    net = GPT(GPTConfig(tokenizer.vocab_size, 16, d_model=16, n_layers=2, n_heads=2, d_ff=16))
+    (folder / "hf").mkdir()
+    write_hf(net.eval().requires_grad_(False), tokenizer, folder / "hf")
+    tokenizer.save(folder / "ours.json")
+    torch.save(net.state_dict(), folder / "ours.pt")
+    return folder
+
+
+def settings(place: Path, *more: str) -> EvaluationConfig:
+    data = ["data=text", f"data.valid_files=[{place / 'valid.txt'}]"]
+    return load_config("evaluate", [f"hf={place / 'hf'}", *data, *more])
+
+
+@pytest.mark.parametrize("stride", [None, 5])
+@pytest.mark.parametrize("chunk", [1024, 7])
+def test_loss_of_our_export_equals_that_of_our_model(place, tmp_path, monkeypatch, stride, chunk):
+    monkeypatch.setattr(evaluation_hf, "_CHUNK", chunk)  # 7: a window takes three passes
+    tokenizer = Tokenizer.load(place / "ours.json")
+    net = GPT(GPTConfig(tokenizer.vocab_size, 16, d_model=16, n_layers=2, n_heads=2, d_ff=16))
+    net.load_state_dict(torch.load(place / "ours.pt"))
+    stories = (place / "valid.txt").read_text(encoding="utf-8").split("\n<|endoftext|>\n")
+    ids = np.array(tokenizer.encode_stories(stories))
+    ours = evaluate_loss(net, ids, stride=stride)
+    n_bytes = sum(len(story.encode()) for story in stories)
+    typed = [] if stride is None else [f"stride={stride}"]
+    result = evaluate_hf(place / "hf", settings(place, *typed), out=tmp_path)
+    assert (result.n_stories, result.n_tokens) == (30, ours.n_tokens)
+    assert result.nats_per_token == pytest.approx(ours.nats_per_token, abs=1e-5)
+    expected = ours.bits_per_byte(n_bytes / len(ids))
+    assert result.bits_per_byte == pytest.approx(expected, abs=1e-5)
+    assert (result.context, result.vocabulary) == (16, tokenizer.vocab_size)
+    stored = json.loads((tmp_path / "evaluation-hf-hf.json").read_text(encoding="utf-8"))
+    assert stored["bits_per_byte"] == result.bits_per_byte
+
+
+def test_both_texts_of_the_sample_are_scored(place, tmp_path, monkeypatch):
+    texts = {name: tmp_path / f"{name}.txt" for name in ("v1", "v2")}
+    for seed, path in enumerate(texts.values()):
+        write_stories(path, 10 + seed, seed)
+    monkeypatch.setattr(evaluation, "bundled_sample", lambda name: Corpus((), (texts[name],)))
+    result = evaluate_hf(place / "hf", out=tmp_path)
+    assert (result.valid, result.n_stories) == ("both", 11)
+    assert result.valid_v1 is not None
+    assert result.valid_v1.n_stories == 10
+    assert result.valid_v1.bits_per_byte != result.bits_per_byte
+
+
+def test_settings_of_stories_and_folders_without_a_model_are_errors(place, tmp_path, monkeypatch):
+    stories = EvaluationConfig(stories=StoriesConfig(n=1))
+    for folder, config, names in (
+        (place, None, ("hf", str(place))),
+        (place / "hf", stories, ("stories",)),
+        (place / "hf", EvaluationConfig(stride=17), ("stride", "17", "16")),
+    ):
+        with pytest.raises(UserError, match=naming(*names)):
+            evaluate_hf(folder, config, out=tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match=naming("pip install transformers")):
+        evaluate_hf(place / "hf", out=tmp_path)
+
+
+def test_tokenizer_without_an_end_and_damaged_weights_are_errors(place, tmp_path):
+    write_hf(GPT(GPTConfig(300, 4, 4, 1, 1, 4)), Tokenizer.load(place / "ours.json"), tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    without = json.loads(config.read_text(encoding="utf-8"))
+    del without["eos_token"]
+    config.write_text(json.dumps(without))
+    with pytest.raises(UserError, match=naming("hf", str(tmp_path))):
+        evaluate_hf(tmp_path, out=tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(UserError, match=naming("hf", str(tmp_path))):
+        evaluate_hf(tmp_path, out=tmp_path)
