@@ -20,6 +20,7 @@ from typer import Argument, Option
 
 from minigpt.cli.program import Program, describe, leave
 from minigpt.core.console import log, show_log
+from minigpt.core.distributed import forget_launcher
 from minigpt.core.files import user_path
 from minigpt.core.settings import UserError, one_line, speak
 
@@ -344,10 +345,12 @@ def main() -> None:
 
     A user error prints one line on stderr and exits with code 2; Ctrl-C exits with code 130.
     """
-    show_log()
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     verb = sys.argv[1]
+    if verb not in ("train", "doctor"):
+        forget_launcher()
+    show_log()
     program = Program.detect(verb)
     speak(program.command)
     try:

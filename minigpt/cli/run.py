@@ -21,7 +21,12 @@ from minigpt.cli.compose import composed_words, config_source, register_defaults
 from minigpt.cli.hydra_errors import explain, explain_failure
 from minigpt.cli.program import CLASS_PATH, Program, describe, leave
 from minigpt.core.console import show_log
-from minigpt.core.distributed import allow_starting_processes, global_rank
+from minigpt.core.distributed import (
+    allow_starting_processes,
+    forget_launcher,
+    forget_stale_launcher,
+    global_rank,
+)
 from minigpt.core.settings import UserError, speak
 
 # Hydra's own options. Everything else on the command line is a setting, without dashes.
@@ -48,9 +53,10 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
     # Make Slurm send SIGUSR1 before a job times out, because training handles this signal.
     os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
     program = Program.detect(name)
+    if name != "train":  # a single process, whatever started it
+        forget_launcher()
     show_log()
     speak(program.command)
-    allow_starting_processes()
     arguments = program.arguments
     classes = [word for word in arguments if word.startswith(CLASS_PATH[name])]
 
@@ -92,6 +98,8 @@ def _prepare(name: str, program: Program, arguments: list[str]) -> None:
         ConfigStore.instance().store(f"{name}_defaults", {})
         sys.argv = [program.path, "--help", *more]
         return
+    forget_stale_launcher()
+    allow_starting_processes()
     register_defaults(name, arguments)
     words = composed_words(name, arguments)
     # Insert `more` next to the other settings, because argparse accepts settings on one side of a

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,24 @@ import lightning as L
 import torch
 import torch.distributed
 import yaml
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments import (
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from minigpt.core.console import log, log_file
-from minigpt.core.distributed import Launcher, global_rank, may_start_processes, step_name
+from minigpt.core.distributed import (
+    Launcher,
+    forget_stale_launcher,
+    global_rank,
+    may_start_processes,
+    step_name,
+)
 from minigpt.core.files import write_text
 from minigpt.core.hardware import PEAK_FILE, Hardware, matmul_peak
 from minigpt.core.process import is_tuned, preserved_process
@@ -81,6 +93,8 @@ def train(
             diverged, the disk is full, or another process trains this run.
     """
     with preserved_process():
+        forget_stale_launcher()
+        rank_zero_only.rank = global_rank()  # Lightning reads other variables too
         config = _with_model(config, model)
         if stories is not None:
             data = spool_stories(config.data, stories, valid_stories)
@@ -245,9 +259,13 @@ class _Training:
         if strategy == "fsdp":  # FSDP2; `GPTModule` shards its model, checkpoints are single files
             sizes = hardware.world_size, 1  # sizes of data and tensor parallelism
             strategy = ModelParallelStrategy(*sizes, save_distributed_checkpoint=False)
-        srun = getattr(Launcher.detect(), "name", None) == "srun"
+        launcher = Launcher.detect()
         # Under srun, `Checkpoints` queues the job again, so Lightning must not.
-        environment = [SLURMEnvironment(auto_requeue=False)] if srun else []
+        environment = {
+            None: LightningEnvironment,
+            "torchrun": TorchElasticEnvironment,
+            "srun": partial(SLURMEnvironment, auto_requeue=False),
+        }[launcher and launcher.name]()
         accumulate, n_steps = c.accumulate_grad_batches, self.schedule.n_steps
         trainer = L.Trainer(
             accelerator=hardware.accelerator,
@@ -277,7 +295,7 @@ class _Training:
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,  # the data module distributes the windows itself
-            plugins=[checkpoints.files, *environment],
+            plugins=[checkpoints.files, environment],
         )
         for logger in loggers:  # opens the W&B run, which `_fit` closes
             shape = dataclasses.asdict(config.model)  # `model` is the name of the size
