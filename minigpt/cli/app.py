@@ -20,6 +20,7 @@ from typer import Argument, Option
 
 from minigpt.cli.program import Program, describe, leave
 from minigpt.core.console import log, show_log
+from minigpt.core.cores import limit_threads
 from minigpt.core.distributed import forget_launcher
 from minigpt.core.files import user_path
 from minigpt.core.settings import UserError, one_line, speak
@@ -350,6 +351,8 @@ def main() -> None:
     verb = sys.argv[1]
     if verb not in ("train", "doctor"):
         forget_launcher()
+    if verb != "train":
+        limit_threads()
     show_log()
     program = Program.detect(verb)
     speak(program.command)

@@ -21,6 +21,7 @@ from minigpt.cli.compose import composed_words, config_source, register_defaults
 from minigpt.cli.hydra_errors import explain, explain_failure
 from minigpt.cli.program import CLASS_PATH, Program, describe, leave
 from minigpt.core.console import show_log
+from minigpt.core.cores import limit_threads
 from minigpt.core.distributed import (
     allow_starting_processes,
     forget_launcher,
@@ -55,6 +56,7 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
     program = Program.detect(name)
     if name != "train":  # a single process, whatever started it
         forget_launcher()
+        limit_threads()
     show_log()
     speak(program.command)
     arguments = program.arguments

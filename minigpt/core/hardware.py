@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import re
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from minigpt.core.cores import THREADS, usable_cores
 from minigpt.core.distributed import Launcher
 from minigpt.core.files import read_json, write_json
 from minigpt.core.settings import UserError
@@ -142,14 +144,24 @@ def cpu_description() -> str:
     return f"{processor}, {instructions or 'instructions unknown'}"
 
 
-def cpu_quota() -> float | None:
-    """Return the number of cores that this process's cgroup may use; None if no limit is found."""
-    for names in ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"):  # v2, then v1
-        with contextlib.suppress(OSError, ValueError):  # no file of this version, or "max"
-            text = " ".join(Path("/sys/fs/cgroup", name).read_text() for name in names)
-            quota, period = map(int, text.split())
-            return quota / period if quota > 0 else None
-    return None
+def set_threads(threads: int | None, hardware: Hardware) -> None:
+    """Set the number of threads of PyTorch, in this process and in those that Lightning starts.
+
+    The environment variable OMP_NUM_THREADS gets the same value, because Lightning would otherwise
+    replace the number.
+
+    Args:
+        threads: number of threads of each process. None means the value of OMP_NUM_THREADS, if it
+            is set; else PyTorch's own number, but at most the process's share of the usable cores.
+        hardware: the devices, with one process for each.
+    """
+    if threads is None:
+        if os.environ.get(THREADS):
+            return
+        n_processes = hardware.devices if Launcher.detect() is None else 1  # srun divides the cores
+        threads = min(torch.get_num_threads(), max(1, usable_cores() // n_processes))
+    torch.set_num_threads(threads)
+    os.environ[THREADS] = str(threads)
 
 
 PEAK_FILE = "matmul_peak.json"  # in the cache_dir

@@ -48,6 +48,10 @@ class TrainerConfig:
     """Implementation of attention and loss: `cpu` selects the CPU kernels of this package, which
     split each batch into micro-batches, with one thread per core; `torch` selects plain PyTorch;
     `auto` chooses by device."""
+    threads: int | None = None
+    """Number of CPU threads of each process, from 1 to 1024; None means the value of the
+    environment variable OMP_NUM_THREADS or, if that is not set, the process's share of the cores
+    that the CPU affinity and a container's CPU quota allow."""
     max_steps: int | None = None
     """Must equal the number of updates that budget.tokens allows; None disables the check."""
     max_epochs: int | None = None
@@ -56,6 +60,7 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         counts = ("num_nodes", "accumulate_grad_batches", "n_validations", "log_every_n_steps")
         check(self, "must be at least 1", lambda n: n >= 1, *counts)
+        check(self, "must be from 1 to 1024", lambda n: 1 <= n <= 1024, "threads")
         if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):
             raise UserError("must be auto or a number of devices", "devices", self.devices)
         if self.accelerator not in ("auto", "cpu", "gpu", "cuda", "mps"):

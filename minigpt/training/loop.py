@@ -42,7 +42,7 @@ from minigpt.core.distributed import (
     step_name,
 )
 from minigpt.core.files import write_text
-from minigpt.core.hardware import PEAK_FILE, Hardware, matmul_peak
+from minigpt.core.hardware import PEAK_FILE, Hardware, matmul_peak, set_threads
 from minigpt.core.process import is_tuned, preserved_process
 from minigpt.core.settings import ModelClassError, UserError, build, next_step, plain
 from minigpt.core.text import human_count
@@ -115,6 +115,7 @@ def _train(config: TrainConfig, model: ModelFactory | None, callbacks: Sequence[
         start = ResumeState.from_config(config, folder, model)
         config = start.config
         hardware = _hardware(config.trainer)
+        set_threads(config.trainer.threads, hardware)
         kernels = kernels_for(hardware.accelerator, config.trainer.kernels)
         schedule = Schedule.from_config(config, hardware.world_size)
         if folder is not None and start.step >= schedule.n_steps:
@@ -229,7 +230,8 @@ class _Training:
             f"{schedule.tokens_per_step:,}, {epochs:.1f} epochs",
             "optimizer": f"{config.optimizer.name}, {lrs}, {config.optimizer.warmup_steps} warm-up "
             "steps",
-            "device": f"{hardware.accelerator} ×{hardware.world_size}",
+            "device": f"{hardware.accelerator} ×{hardware.world_size}, "
+            f"{torch.get_num_threads()} CPU thread(s) each",
             "precision": f"{hardware.precision}: {hardware.why}",
             "kernels": kernels.name,
         }
