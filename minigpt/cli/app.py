@@ -22,7 +22,7 @@ from minigpt.cli.program import Program, describe, leave
 from minigpt.core.console import log, show_log
 from minigpt.core.cores import limit_threads
 from minigpt.core.distributed import forget_launcher
-from minigpt.core.files import user_path
+from minigpt.core.files import provide_home, user_path
 from minigpt.core.settings import UserError, one_line, speak
 
 if TYPE_CHECKING:
@@ -87,7 +87,8 @@ def generate(
     length = len(tokenizer.encode(prompt))  # raises before anything is printed
     if length >= (context := model.config.context_length):
         log.warning("only the end of the %d-token prompt fits the context of %d", length, context)
-    if dtype == "bfloat16" and c_backend() is None and not cpu_has_bfloat16():
+    c_works = c_backend() is not None  # logs a warning if not, before the story
+    if dtype == "bfloat16" and not c_works and not cpu_has_bfloat16():
         log.warning("decode.c and native bfloat16 are not available: --dtype float32 is faster")
     if n == 1:
         for piece in chain([prompt], stream_text(model, tokenizer, prompt, config), ["\n"]):
@@ -353,6 +354,7 @@ def main() -> None:
         forget_launcher()
     if verb != "train":
         limit_threads()
+    provide_home()
     show_log()
     program = Program.detect(verb)
     speak(program.command)

@@ -37,8 +37,9 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
         precision = f"{hardware.precision} on {hardware.accelerator}: {hardware.why}"
     except UserError as error:
         precision = f"not chosen: {error}"
-    generation, private = _generation(), str(Path.home())  # the path contains the user's name
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minigpt"
+    generation = _generation()
+    private = os.path.expanduser("~")  # the path contains the user's name
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path(private, ".cache")) / "minigpt"
     caches = {"data.cache_dir": Path(CACHE), "XDG_CACHE_HOME": home}  # by setting to change
     sizes = {p: sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) for p in caches.values()}
     facts = {

@@ -28,6 +28,7 @@ from minigpt.core.distributed import (
     forget_stale_launcher,
     global_rank,
 )
+from minigpt.core.files import provide_home
 from minigpt.core.settings import UserError, speak
 
 # Hydra's own options. Everything else on the command line is a setting, without dashes.
@@ -57,6 +58,7 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
     if name != "train":  # a single process, whatever started it
         forget_launcher()
         limit_threads()
+    provide_home()
     show_log()
     speak(program.command)
     arguments = program.arguments
@@ -76,7 +78,7 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
         leave(describe(error, program))
     except (HydraException, OmegaConfBaseException) as error:
         leave(explain(error, name))
-    except (RuntimeError, ConnectionError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError) as error:
         if reason := explain_failure(error):
             leave(reason)
         raise

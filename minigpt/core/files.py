@@ -7,10 +7,12 @@ a whole.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import json
 import os
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,28 @@ def user_path(path: str | Path, argument: str | None = None) -> Path:
     except RuntimeError:
         problem = "this user has no home folder; put ./ before a file name that begins with ~"
         raise UserError(problem, argument, str(path)) from None
+
+
+def provide_home() -> None:
+    """Let libraries use a temporary folder if the home folder is missing or not writable.
+
+    A container may run with a user id that has no name and no home folder. Matplotlib, W&B,
+    fontconfig and the cache of decode.c would then fail or complain. Programs call this function
+    before they import these libraries. The folder is deleted when the process exits. Variables that
+    are already set are not changed.
+    """
+    try:
+        if os.access(Path.home(), os.W_OK | os.X_OK):
+            return
+    except RuntimeError:  # the user id has no name, and HOME is not set
+        os.environ["HOME"] = "/nonexistent"
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="minigpt-", ignore_cleanup_errors=True)
+    except OSError:  # no temporary folder either: each library reports what it misses
+        return
+    atexit.register(folder.cleanup)
+    for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):
+        os.environ[name] = os.environ.get(name) or str(Path(folder.name, name))
 
 
 def expand_paths(config: Any, *names: str) -> None:
@@ -166,7 +190,7 @@ def check_archive(path: Path) -> None:
 
 
 def refuse_links_out(folder: Path) -> None:
-    """Check that no entry of a run folder or its checkpoints/ is a link out of the run folder.
+    """Check that no entry of a run folder or its subfolders is a link out of the run folder.
 
     Otherwise, resuming a run from an unknown source could overwrite the target of such a link.
 
@@ -177,7 +201,7 @@ def refuse_links_out(folder: Path) -> None:
         UserError: an entry is a link to a path outside the run folder.
     """
     inside = folder.resolve()
-    for path in sorted([*folder.glob("*"), *folder.glob("checkpoints/*")]):
+    for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
         if path.is_symlink() and not path.resolve().is_relative_to(inside):
             problem = f"{path} is a link to a path outside the run folder"
             raise UserError(f"{problem}: replace the link with the file itself")

@@ -144,6 +144,18 @@ def cpu_description() -> str:
     return f"{processor}, {instructions or 'instructions unknown'}"
 
 
+def has_cpp_compiler() -> bool:
+    """Return whether torch.compile finds a C++ compiler for the CPU."""
+    from torch._inductor.cpp_builder import get_cpp_compiler  # slow to import
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return False
+    return True
+
+
 def set_threads(threads: int | None, hardware: Hardware) -> None:
     """Set the number of threads of PyTorch, in this process and in those that Lightning starts.
 

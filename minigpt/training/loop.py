@@ -42,7 +42,13 @@ from minigpt.core.distributed import (
     step_name,
 )
 from minigpt.core.files import write_text
-from minigpt.core.hardware import PEAK_FILE, Hardware, matmul_peak, set_threads
+from minigpt.core.hardware import (
+    PEAK_FILE,
+    Hardware,
+    has_cpp_compiler,
+    matmul_peak,
+    set_threads,
+)
 from minigpt.core.process import is_tuned, preserved_process
 from minigpt.core.settings import ModelClassError, UserError, build, next_step, plain
 from minigpt.core.text import human_count
@@ -174,6 +180,9 @@ def _hardware(c: TrainerConfig) -> Hardware:
     if hardware.accelerator == "mps" and c.strategy != "auto":
         message = "needs several devices, and a Mac has one GPU; CPU processes can train instead"
         raise UserError(message, "trainer.strategy", c.strategy, {"trainer.accelerator": "cpu"})
+    if c.compile and hardware.accelerator == "cpu" and not has_cpp_compiler():
+        message = "torch.compile needs a C++ compiler, such as g++"
+        raise UserError(message, "trainer.compile", True, {"trainer.compile": False})
     if hardware.world_size > 1 and not may_start_processes():
         message = "only the command line, torchrun or srun can train on several devices"
         raise UserError(message, "trainer.devices", hardware.devices, {"trainer.devices": "1"})
