@@ -37,7 +37,11 @@ def _train(config: DictConfig, program: Program, classes: list[str]) -> None:
     if config.resume not in (None, "auto") and excess:
         raise UserError(f"a resumed run keeps its own settings: leave out {excess[0]}", "resume")
     from minigpt.core.process import tune_process
+    from minigpt.training.loggers import forget_wandb_run
     from minigpt.training.loop import train  # imports Lightning, which is slow: after the checks
+
+    if job.mode == RunMode.MULTIRUN:
+        forget_wandb_run()
 
     tune_process()
     model = typed_class("train", classes)

@@ -183,17 +183,18 @@ _TRIES = 7
 _DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": torch.float32}
 
 
-def matmul_peak(hardware: Hardware, cache_dir: Path) -> float:
+def matmul_peak(hardware: Hardware, cache_dir: Path, again: bool = False) -> float:
     """Measure the peak FLOP/s of one device with products of square matrices.
 
     The result is the speed of the fastest of several products. On a CPU, the measurement takes 0.2
     to 0.5 s. The result is cached in `cache_dir`/matmul_peak.json for each host, device, dtype,
-    matmul precision and number of threads. Delete this file to measure again. If the file cannot be
-    written, each run measures again.
+    matmul precision and number of threads. If the file cannot be written, each run measures again.
 
     Args:
         hardware: the device and the precision; the precision determines the dtype.
         cache_dir: folder of the cache.
+        again: whether to measure even if there is a cached result, and to keep the higher one. The
+            cached one is too low if the machine was busy.
 
     Returns:
         Floating-point operations per second, where a multiply-add counts as two.
@@ -208,8 +209,8 @@ def matmul_peak(hardware: Hardware, cache_dir: Path) -> float:
         peaks = {k: v for k, v in read_json(path).items() if isinstance(v, float)}
     except (OSError, ValueError, AttributeError):  # missing or damaged
         peaks = {}
-    if key not in peaks:
-        peaks[key] = _measure(accelerator, dtype)
+    if again or key not in peaks:
+        peaks[key] = max(_measure(accelerator, dtype), peaks.get(key, 0.0))
         with contextlib.suppress(OSError):  # a read-only cache: measure again next time
             cache_dir.mkdir(parents=True, exist_ok=True)
             write_json(path, peaks)

@@ -120,8 +120,15 @@ class LoggerConfig:
     kind: Literal["csv", "wandb", "tensorboard"] = "csv"
     """Logger of the metrics: `csv` writes only metrics.csv; `wandb` and `tensorboard` log in
     addition to metrics.csv."""
-    project: str = "mini-gpt"
-    """Name of the W&B project."""
+    project: str | None = None
+    """Name of the W&B project; None means the environment variable WANDB_PROJECT, else mini-gpt."""
+    entity: str | None = None
+    """User or team that owns the W&B project; None means WANDB_ENTITY, else the account's own."""
+    mode: Literal["online", "offline", "disabled"] | None = None
+    """Whether W&B uploads the run, stores it locally, or does nothing; None means WANDB_MODE, else
+    online with an API key and offline without."""
+    group: str | None = None
+    """Group of the W&B run; None means WANDB_RUN_GROUP, else no group."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,6 @@ from minigpt.core.distributed import (
 )
 from minigpt.core.files import write_text
 from minigpt.core.hardware import (
-    PEAK_FILE,
     Hardware,
     has_cpp_compiler,
     matmul_peak,
@@ -228,6 +227,8 @@ class _Training:
         """Log the main settings of the run, so that the user can notice a wrong setting early."""
         config, data, schedule, hardware = self.config, self.data, self.schedule, self.hardware
         valid, parent = data.valid, self.start.parent
+        n_windows = -(-(valid.n_tokens - 1) // config.model.context_length)
+        n_batches = -(-n_windows // (config.data.windows_per_batch * hardware.world_size))
         epochs = schedule.n_steps * schedule.tokens_per_step / data.train.n_tokens
         lrs = ", ".join(f"peak {name} {lr:.2e}" for name, lr in self.module.peak_lrs.items())
         lines = {
@@ -235,6 +236,8 @@ class _Training:
             "model": f"{config.size}, {self.module.net.n_parameters:,} parameters",
             "data": f"{config.data.source}: {data.train.n_tokens:,} training and "
             f"{valid.n_tokens:,} validation tokens, {valid.bytes_per_token:.2f} bytes each",
+            "validation": f"{n_windows:,} windows in {n_batches:,} batches, up to "
+            f"{config.trainer.n_validations} times",
             "budget": f"{human_count(config.budget.tokens)} tokens = {schedule.n_steps:,} steps of "
             f"{schedule.tokens_per_step:,}, {epochs:.1f} epochs",
             "optimizer": f"{config.optimizer.name}, {lrs}, {config.optimizer.warmup_steps} warm-up "
@@ -260,8 +263,14 @@ class _Training:
         folder, config, hardware = self.folder, self.config, self.hardware
         module, c, keep = self.module, config.trainer, config.callbacks
         cache_dir, start_step = Path(config.data.cache_dir), self.start.step
-        peak = matmul_peak(hardware, cache_dir) * hardware.world_size
-        throughput = Throughput(module, c.log_every_n_steps, peak, cache_dir / PEAK_FILE)
+
+        def peak(again: bool) -> float:
+            return matmul_peak(hardware, cache_dir, again) * hardware.world_size
+
+        throughput = Throughput(module, c.log_every_n_steps, peak)
+        log.info(
+            "%-10s %s", "peak", f"{throughput.peak_flops:.3g} FLOP/s, which mfu is relative to"
+        )
         checkpoints = Checkpoints(module, folder, keep)
         facts = self._facts()
         metrics = MetricsCsv(folder / METRICS, start_step or None)

@@ -313,6 +313,7 @@ def _check_settings(config: TrainConfig, before: TrainConfig, folder: Path) -> N
     if size == limit and (by_tokenizer or earlier["model.vocab_size"] <= size):
         ignored.add("model.vocab_size")  # it follows the tokenizer
     for name, value in flat(settings_of(config)).items():
-        if name not in ignored and earlier[name] != value:
+        unset = value is None and name.startswith("logger.")  # W&B's variables may have changed
+        if name not in ignored and not unset and earlier[name] != value:
             message = f"the run in {folder} used another value; use that value or another name"
             raise UserError(message, name, value, {name: earlier[name]})
