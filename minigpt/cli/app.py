@@ -190,12 +190,16 @@ def playground(
         int | None, Option(min=0, max=65535, help="By default the first free port from 7860 up.")
     ] = None,
     auth: Annotated[str | None, Option(help="Require a login.", metavar="USER:PASSWORD")] = None,
+    root_path: Annotated[
+        str | None,
+        Option(help="Path or URL of the page behind a reverse proxy.", metavar="PATH"),
+    ] = None,
     class_path: ClassPath = None,
 ) -> None:
     """Serve a local web page to generate stories and explore embeddings and attention."""
     from minigpt.playground.server import serve
 
-    serve(_load(runs, class_path), host, port, auth)
+    serve(_load(runs, class_path), host, port, auth, root_path)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import hashlib
 import json
 import os
@@ -19,9 +20,8 @@ def spool_stories(
 ) -> DataConfig:
     """Write `stories` to `data.cache_dir` and return settings that read them from there.
 
-    Memory use does not grow with the number of stories. The same stories give the same files, so
-    they are not encoded again. (A file of 64 MiB or more is encoded again, because it is identified
-    by its modification time.)
+    Memory use does not grow with the number of stories. The same stories give the same files, which
+    are not written again, so they are not encoded again.
 
     Args:
         data: data settings; the source and the files are replaced.
@@ -59,7 +59,11 @@ def _spool(stories: Iterable[str], folder: Path, argument: str) -> str:
                 os.fsync(file.fileno())
             if not n_stories:
                 raise UserError("must contain at least one story", argument)
-            return str(unfinished.replace(folder / f"{digest.hexdigest()}.jsonl"))
+            path = folder / f"{digest.hexdigest()}.jsonl"
+            # A large file is identified by its size and modification time, so an equal one stays.
+            if not path.is_file() or not filecmp.cmp(path, unfinished, shallow=False):
+                unfinished.replace(path)
+            return str(path)
     except OSError as error:
         problem = f"cannot write {folder} ({error.strerror}); choose another folder"
         raise UserError(problem, "data.cache_dir", str(folder.parent)) from None

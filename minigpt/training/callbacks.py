@@ -34,7 +34,6 @@ from minigpt.training.config import CallbacksConfig
 from minigpt.training.module import GPTModule
 from minigpt.training.report import write_report
 
-
 _LONG_VALIDATION = 60.0  # seconds
 
 
