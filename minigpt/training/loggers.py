@@ -144,7 +144,7 @@ def _wandb_logger(folder: Path, config: LoggerConfig) -> Logger:
     is_new = not (folder / WANDB_ID).is_file()
     try:
         defaults = wandb.setup().settings
-    except ValueError as error:  # such as WANDB_MODE=on
+    except (UsageError, ValueError) as error:  # such as WANDB_MODE=on
         raise _wandb_error(error) from None
     mode = config.mode or defaults.mode
     try:
