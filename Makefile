@@ -5,7 +5,7 @@ BIN := .venv/bin
 EXTRA := $(BIN)/python -m pytest --override-ini addopts="-q --strict-markers"
 
 .PHONY: help quickstart test lint format audit docs golden chaos bench clean
-.PHONY: test-browser test-cluster test-examples test-export test-memory test-wandb test-wheel
+.PHONY: test-browser test-cluster test-examples test-export test-memory test-surroundings test-wandb test-wheel
 .DELETE_ON_ERROR:
 
 help:  # list the targets
@@ -77,6 +77,9 @@ test-wheel: .venv/installed-dev  # test the wheel and the sdist, installed witho
 
 test-memory: .venv/installed-dev  # test that memory does not grow with the text: a minute
 	$(EXTRA) tests/extra/test_memory.py
+
+test-surroundings: .venv/installed-dev  # test unusual users, folders and launchers, as root
+	$(EXTRA) tests/extra/test_environment.py
 
 golden: .venv/installed-dev  # compare logits, curves, stories and settings with commit c2cfd24
 	$(BIN)/python -m tests.golden

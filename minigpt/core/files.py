@@ -207,6 +207,24 @@ def refuse_links_out(folder: Path) -> None:
             raise UserError(f"{problem}: replace the link with the file itself")
 
 
+def sync(descriptor: int) -> None:
+    """Sync an open file or folder to disk, as far as the file system supports this.
+
+    Some network and FUSE file systems support it for no file, or for files but not for folders.
+
+    Args:
+        descriptor: descriptor of the file or folder.
+
+    Raises:
+        OSError: the sync failed, for example because the disk is full.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write `content` to `path` as JSON, atomically."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -236,7 +254,7 @@ def write_bytes(
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         for old, new in move or []:
             with contextlib.suppress(FileNotFoundError):
                 old.replace(new)
@@ -247,6 +265,6 @@ def write_bytes(
     if os.name == "posix":  # make the renames durable as well
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            sync(folder)
         finally:
             os.close(folder)

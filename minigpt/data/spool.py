@@ -6,11 +6,11 @@ import dataclasses
 import filecmp
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from minigpt.core.files import sync
 from minigpt.core.settings import UserError
 from minigpt.data.config import DataConfig
 
@@ -56,7 +56,7 @@ def _spool(stories: Iterable[str], folder: Path, argument: str) -> str:
                     file.write(line)
                     n_stories += 1
                 file.flush()
-                os.fsync(file.fileno())
+                sync(file.fileno())
             if not n_stories:
                 raise UserError("must contain at least one story", argument)
             path = folder / f"{digest.hexdigest()}.jsonl"

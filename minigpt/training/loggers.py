@@ -15,7 +15,7 @@ from lightning.pytorch.loggers.logger import Logger
 
 from minigpt.core.console import log
 from minigpt.core.distributed import global_rank
-from minigpt.core.files import write_text
+from minigpt.core.files import sync, write_text
 from minigpt.core.settings import UserError, one_line
 from minigpt.runs.records import broken_line, whole_lines
 from minigpt.training.config import LoggerConfig
@@ -82,7 +82,7 @@ class MetricsCsv(Logger):
     def save(self) -> None:
         """Sync the file to disk; `Checkpoints` calls this before it writes a checkpoint."""
         with self.path.open("r+b") as file:  # Windows does not sync a file opened for reading
-            os.fsync(file.fileno())
+            sync(file.fileno())
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Do nothing, because config.yaml contains the hyperparameters."""

@@ -295,13 +295,17 @@ def run_lock(folder: Path) -> AcquireReturnProxy:
         The lock, as a context manager that releases the lock at its end.
 
     Raises:
-        UserError: another process trains the run. The lock of a killed process is released.
+        UserError: another process trains the run, or the file system supports no locks. The lock
+            of a killed process is released.
     """
     try:
         return FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
         message = f"{folder} is being trained by another process: wait, or choose another name"
         raise UserError(message, "name", folder.name) from None
+    except (OSError, NotImplementedError) as error:  # a file system without locks
+        problem = f"cannot lock {folder} ({error}): choose a folder on another file system"
+        raise UserError(problem, "runs_dir", str(folder.parent)) from None
 
 
 def _check_settings(config: TrainConfig, before: TrainConfig, folder: Path) -> None:

@@ -1,4 +1,5 @@
 import atexit
+import errno
 import json
 import os
 import resource
@@ -167,3 +168,17 @@ def test_no_temporary_folder_is_no_error_without_a_home_folder(tmp_path, monkeyp
     monkeypatch.setattr(tempfile, "TemporaryDirectory", fail)
     provide_home()
     assert "XDG_CACHE_HOME" not in os.environ
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_fsync_holds_atomic_files(number, tmp_path, monkeypatch):
+    def fail(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    write_text(tmp_path / "file", "content")
+    assert (tmp_path / "file").read_text() == "content"
+    number = errno.EIO  # the disk is broken
+    with pytest.raises(OSError, match=os.strerror(number)):
+        write_text(tmp_path / "file", "other")
+    assert (tmp_path / "file").read_text() == "content"
