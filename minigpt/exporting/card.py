@@ -6,7 +6,9 @@ reduces each value to one line.
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import shlex
 from collections.abc import Mapping
 from importlib import metadata, resources
@@ -53,6 +55,8 @@ def model_card(
     stories = [source for source in sources if source.startswith("tinystories")]
     if license is None and len(stories) == len(sources):
         license = "mit"
+    prompts = (config.get("callbacks") or {}).get("prompts") or ["Once upon a time"]
+    prompt = one_line(str(prompts[0]))  # in the language of the stories
     averaged = parent is not None and summary.get("averaged") is True
     card = ModelCard.from_template(
         _metadata(name, export.format, bool(stories), evaluation, license),
@@ -61,6 +65,8 @@ def model_card(
         **{"name": name, "format": export.format, "dtype": export.weights, "model": model},
         vocabulary=vocabulary,
         **{"config": config, "summary": summary, "evaluation": evaluation, "parent": parent},
+        prompt=json.dumps(prompt, ensure_ascii=False),
+        shell_prompt=f'"{prompt}"' if re.fullmatch(r"[\w ,.]+", prompt) else shlex.quote(prompt),
         local_path=name.split("/")[1] if "/" in name else f"path/to/{name}",
         on_hub="/" in name,
         averaged=averaged,
