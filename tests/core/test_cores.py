@@ -1,5 +1,6 @@
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_trainer_threads_hold_during_training_only(tiny):
     before, during = torch.get_num_threads(), list[int]()
 
     class Record(Callback):
-        def on_train_start(self, *_: object) -> None:
+        def on_train_start(self, *_: Any, **__: Any) -> None:
             during.append(torch.get_num_threads())
 
     trained_folder([*tiny, f"trainer.threads={before + 1}"], callbacks=[Record()])

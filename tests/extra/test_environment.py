@@ -1,6 +1,5 @@
 """The programs as real processes in unusual surroundings: users, folders, compilers, launchers."""
 
-import contextlib
 import os
 import re
 import shutil
@@ -28,19 +27,21 @@ PLAIN = {"PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREA
 
 
 def run(
-    *arguments: str, before: tuple[str, ...] = (), **variables: str
+    *arguments: str, before: tuple[str, ...] = (), variables: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run `python <arguments>` in the checkout with only these environment variables."""
-    environment = {**PLAIN, "PYTHONPATH": str(ROOT), **variables}
+    environment = {**PLAIN, "PYTHONPATH": str(ROOT), **(variables or {})}
     return subprocess.run(
         [*before, sys.executable, *arguments], cwd=ROOT, env=environment,
         capture_output=True, text=True, encoding="utf-8", timeout=250,
     )  # fmt: skip
 
 
-def as_user(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def as_user(
+    *arguments: str, variables: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run `python <arguments>` with a user id that has no name."""
-    return run(*arguments, before=tuple(AS_USER), **variables)
+    return run(*arguments, before=tuple(AS_USER), variables=variables)
 
 
 def check_error(process: subprocess.CompletedProcess[str], *names: str) -> None:
@@ -65,12 +66,12 @@ def owned(tmp_path: Path) -> list[str]:
 @pytest.mark.parametrize("home", [None, "/nonexistent"])
 def test_a_user_without_name_and_home_trains_with_wandb_and_generates(owned, tmp_path, home):
     variables = {} if home is None else {"HOME": home}
-    trained = as_user("train.py", *owned, "logger=wandb", "name=a", **variables)
+    trained = as_user("train.py", *owned, "logger=wandb", "name=a", variables=variables)
     assert trained.returncode == 0, trained.stderr
     assert "Traceback" not in trained.stderr
     assert "atplotlib" not in trained.stderr  # no complaint about its cache
     assert (tmp_path / "runs/a/report.html").is_file()
-    story = as_user("-m", "minigpt", "generate", str(tmp_path / "runs/a"), **variables)
+    story = as_user("-m", "minigpt", "generate", str(tmp_path / "runs/a"), variables=variables)
     assert (story.returncode, story.stderr) == (0, "")  # decode.c is compiled
     assert story.stdout.startswith("Once upon a time")
 
@@ -85,19 +86,20 @@ def test_read_only_checkout_cache_and_runs_are_one_line_errors(owned, tmp_path):
     )
 
 
-@contextlib.contextmanager
-def without_compiler(folder: Path) -> Iterator[str]:
-    """Yield a PATH without compilers."""
+def without_compiler(folder: Path) -> str:
+    """Return a PATH without compilers."""
     folder.mkdir()
     for name in ("git", "uname", "env"):
         (folder / name).symlink_to(shutil.which(name) or f"/usr/bin/{name}")
-    yield str(folder)
+    return str(folder)
 
 
 def test_without_a_compiler_compile_is_an_error_and_generation_one_warning(tiny, tmp_path):
-    with without_compiler(tmp_path / "bin") as path:
-        check_error(run("train.py", *tiny, "trainer.compile=true", PATH=path), "trainer.compile")
-        story = run("-m", "minigpt", "generate", "releases/small", "--max-tokens", "5", PATH=path)
+    variables = {"PATH": without_compiler(tmp_path / "bin")}
+    training = run("train.py", *tiny, "trainer.compile=true", variables=variables)
+    check_error(training, "trainer.compile")
+    command = "-m minigpt generate releases/small --max-tokens 5"
+    story = run(*command.split(), variables=variables)
     assert story.returncode == 0
     (warning,) = story.stderr.splitlines()
     assert "gcc" in warning
@@ -105,24 +107,24 @@ def test_without_a_compiler_compile_is_an_error_and_generation_one_warning(tiny,
 
 def test_launcher_variables_left_in_a_shell_are_ignored(tiny, tmp_path):
     variables = {"RANK": "1", "WORLD_SIZE": "", "LOCAL_RANK": "x", "SLURM_PROCID": ""}
-    trained = run("train.py", *tiny, "name=a", **variables)
+    trained = run("train.py", *tiny, "name=a", variables=variables)
     assert trained.returncode == 0, trained.stderr
     assert trained.stderr.count("ignored") == 1
     assert (tmp_path / "runs/a/metrics.csv").read_text().count("\n") > 10  # as rank 0
     variables |= {"TORCHELASTIC_RUN_ID": "left"}
-    check_error(run("train.py", *tiny, **variables), "TORCHELASTIC_RUN_ID", "LOCAL_RANK")
+    check_error(run("train.py", *tiny, variables=variables), "TORCHELASTIC_RUN_ID", "LOCAL_RANK")
     for arguments in (
         ["train.py", "--help"],
         ["-m", "minigpt", "generate", "releases/small", "--max-tokens", "2"],
         ["evaluate.py", f"ckpt={tmp_path / 'runs/a'}", "stories.n=1", "stories.max_tokens=2"],
     ):
-        process = run(*arguments, **variables)
+        process = run(*arguments, variables=variables)
         assert process.returncode == 0, process.stderr
         assert "ignored" not in process.stderr
 
 
 @pytest.fixture
-def half_a_core() -> Iterator[Path]:
+def one_core() -> Iterator[Path]:
     """A real cgroup of version 1 or 2 with a quota of one core."""
     root = Path("/sys/fs/cgroup")
     group = (root / "cpu" if (root / "cpu").is_dir() else root) / f"minigpt-{os.getpid()}"
@@ -140,15 +142,39 @@ def half_a_core() -> Iterator[Path]:
     group.rmdir()
 
 
-def test_the_quota_of_a_cgroup_sets_the_threads(half_a_core, tiny):
+NO_FSYNC = """
+#include <errno.h>
+int fsync(int fd) { errno = EINVAL; return -1; }
+"""
+
+
+def test_a_file_system_without_fsync_holds_a_whole_run(tiny, tmp_path):
+    (tmp_path / "shim.c").write_text(NO_FSYNC)
+    shim = str(tmp_path / "shim.so")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", shim, str(tmp_path / "shim.c")], check=True)
+    trained = run("train.py", *tiny, "name=a", variables={"LD_PRELOAD": shim})
+    assert trained.returncode == 0, trained.stderr
+    assert (tmp_path / "runs/a/checkpoints/best.ckpt").is_file()
+
+
+def test_two_users_share_a_cache(owned, tmp_path):
+    assert run("train.py", *owned, "name=a").returncode == 0  # as root
+    shutil.rmtree(tmp_path / "runs")
+    other = as_user("train.py", *owned, "name=b")
+    assert other.returncode == 0, other.stderr
+    check_error(as_user("train.py", *owned, "data.vocab_size=310"), "data.cache_dir")
+
+
+def test_the_quota_of_a_cgroup_sets_the_threads(one_core, tiny):
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs two cores")
-    inside = ("sh", "-c", f'echo $$ > {half_a_core}/cgroup.procs; exec "$@"', "sh")
-    facts = run("-m", "minigpt", "doctor", before=inside, OMP_NUM_THREADS="")
+    inside = ("sh", "-c", f'echo $$ > {one_core}/cgroup.procs; exec "$@"', "sh")
+    facts = run("-m", "minigpt", "doctor", before=inside, variables={"OMP_NUM_THREADS": ""})
     assert "quota 1.0, 1 threads" in facts.stdout
     for setting, variable, threads in ((None, "", 1), (None, "2", 2), (3, "2", 3)):
         more = [] if setting is None else [f"trainer.threads={setting}"]
-        trained = run("train.py", *tiny, *more, before=inside, OMP_NUM_THREADS=variable)
+        variables = {"OMP_NUM_THREADS": variable}
+        trained = run("train.py", *tiny, *more, before=inside, variables=variables)
         assert re.search(rf"device .*\b{threads} CPU thread", trained.stderr), trained.stderr
 
 
@@ -161,7 +187,7 @@ def test_a_user_without_a_temporary_folder_trains(owned, tmp_path):
     )
     moved = [word.replace(str(tmp_path), "/run/minigpt/run") for word in owned]
     before = ("unshare", "--mount", "sh", "-c", script, "sh", *AS_USER)
-    trained = run("train.py", *moved, before=before, HOME="/nonexistent")
+    trained = run("train.py", *moved, before=before, variables={"HOME": "/nonexistent"})
     if "unshare" in trained.stderr or "mount" in trained.stderr:
         pytest.skip(trained.stderr)
     assert trained.returncode == 0, trained.stderr

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import wandb
+from wandb.errors import UsageError
 
 from minigpt.core.settings import UserError
 from minigpt.runs.records import read_metrics
@@ -58,14 +59,14 @@ def wandb_runs(monkeypatch) -> list[dict[str, Any]]:
 
     def setup() -> SimpleNamespace:
         settings = wandb.Settings()
-        settings.update_from_env_vars(os.environ)
+        settings.update_from_env_vars(dict(os.environ))
         return SimpleNamespace(settings=settings)
 
     runs: list[dict[str, Any]] = []
 
     def init(**arguments: Any) -> Any:
         if "/" in arguments["id"]:
-            raise wandb.errors.UsageError("invalid run id")
+            raise UsageError("invalid run id")
         runs.append(arguments)
         return SimpleNamespace(define_metric=lambda *_, **__: None)
 
@@ -85,7 +86,9 @@ VARIABLES = {
 def test_wandb_settings_rule_over_the_variables(wandb_runs, monkeypatch, tmp_path, typed):
     for name, value in VARIABLES.items():
         monkeypatch.setenv(name, value)
-    settings = {"project": "P", "entity": "E", "mode": "offline", "group": "G"} if typed else {}
+    settings: dict[str, Any] = {}
+    if typed:
+        settings = {"project": "P", "entity": "E", "mode": "offline", "group": "G"}
     extra_loggers(tmp_path, LoggerConfig("wandb", **settings))
     extra_loggers(tmp_path, LoggerConfig("wandb", **settings))  # resumed
     expected = {"project": "p", "mode": "disabled", "entity": None, "group": None} | settings

@@ -244,3 +244,13 @@ def test_export_averages_a_run_with_its_parent(tiny: list[str], parent: Path, tm
     with pytest.raises(UserError, match="(?=.*parent)(?=.*average)"):
         export(Run.load(child), tmp_path / "other", mean)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(37, "No locks available"), NotImplementedError()])
+def test_a_folder_without_locks_is_an_error(tmp_path, monkeypatch, error):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("minigpt.training.resume.FileLock.acquire", fail)
+    with pytest.raises(UserError, match=naming("runs_dir", "lock")):
+        run_lock(tmp_path)
