@@ -17,7 +17,8 @@ from minigpt.runs.folder import Run
 from minigpt.runs.provenance import Parent, parent_of
 from minigpt.runs.records import read_metrics, read_summary
 from minigpt.scaling.results import keep_run, read_run
-from tests.conftest import trained_folder, write_stories
+from minigpt.training.resume import run_lock
+from tests.conftest import naming, trained_folder, write_stories
 from tests.training.test_loop import fail_at_step
 
 FEW = EvaluationConfig(stories=StoriesConfig(prompts=("Once",), n=1, max_tokens=5), words=("Tom",))
