@@ -7,6 +7,7 @@ modules.
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 from dataclasses import replace
@@ -83,7 +84,9 @@ def generate(
         raise UserError(f"{problem}{' and '.join(unused)}", "temperature", 0)
     (source,) = _load([run], class_path)
     model, tokenizer = source.load_model().to(getattr(torch, dtype)), source.tokenizer
-    prompt = _standard_input() if prompt == "-" else prompt
+    prompt = _standard_input() if prompt == "-" else _typed_text(prompt)
+    if prompt.endswith(" ") and prompt.strip():  # a token of its own, which is rare in stories
+        log.warning("the prompt ends with a space, but words begin with one: leave it out")
     length = len(tokenizer.encode(prompt))  # raises before anything is printed
     if length >= (context := model.config.context_length):
         log.warning("only the end of the %d-token prompt fits the context of %d", length, context)
@@ -130,6 +133,16 @@ def _standard_input() -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
+def _typed_text(text: str) -> str:
+    """Return typed text as UTF-8, even if the locale is C and Python did not replace it.
+
+    Python then represents each byte of a character such as ü by a lone surrogate.
+    """
+    with contextlib.suppress(UnicodeError):
+        return text.encode("ascii", "surrogateescape").decode("utf-8")
+    return text
+
+
 @app.command()
 def probe(
     run: RunPath,
@@ -158,10 +171,11 @@ def probe(
     from minigpt.cli.tables import score_line, score_table, word_table
 
     _check_folder(out)
-    analogies = {text: parse_analogy(text) for text in analogy or []}
+    near, analogy = ([_typed_text(text) for text in texts or []] for texts in (near, analogy))
+    analogies = {text: parse_analogy(text) for text in analogy}
     (source,) = _load([run], class_path)
     probe = EmbeddingProbe(source.load_model(), source.tokenizer)
-    queries = {f"Nearest to {word}": partial(probe.neighbours, word, k) for word in near or []}
+    queries = {f"Nearest to {word}": partial(probe.neighbours, word, k) for word in near}
     queries |= {text: partial(probe.analogy, *words, k) for text, words in analogies.items()}
     console, problems = Console(), {}
     for title, query in queries.items():

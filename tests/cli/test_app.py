@@ -118,6 +118,11 @@ def test_generate_by_seed_prompt_and_dtype(tiny, monkeypatch, capsys):
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] != outputs[2]
     assert all(text.startswith("Tom") for text in outputs)
+    typed = "Zoë ".encode().decode("ascii", "surrogateescape")  # as in the locale C
+    assert run_main(monkeypatch, "generate", str(folder), "--prompt", typed) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("Zoë ")
+    assert len(captured.err.splitlines()) == 1  # on the space at the end
     assert run_main(monkeypatch, *words, "--n", "70", "--seed", "1") == 0
     stories = capsys.readouterr().out.split("\n<|endoftext|>\n")
     assert len(stories) == 70
