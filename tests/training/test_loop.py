@@ -86,8 +86,8 @@ def test_a_long_validation_is_announced_with_its_windows(
     monkeypatch.setattr("minigpt.training.callbacks._LONG_VALIDATION", 0.0)
     folder = trained_folder([*tiny, "model.context_length=1", "budget.tokens=40"])
     log = (folder / "train.log").read_text(encoding="utf-8").splitlines()
-    before = next(line for line in log if " validation " in line)
-    n_windows, n_batches = re.findall(r"[\d,]+", before.partition("validation")[2])[:2]
+    pattern = r" validation +([\d,]+) windows in ([\d,]+) batches"
+    ((n_windows, n_batches),) = re.findall(pattern, "\n".join(log))
     assert int(n_windows.replace(",", "")) > 500
     announced = [line for line in log if "validating" in line]
     assert len(announced) == 2
