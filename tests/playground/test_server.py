@@ -54,7 +54,13 @@ from minigpt.tokenizer import Tokenizer
 from tests.playground.test_answers import model
 
 http_server.INITIAL_PORT_VALUE = {port}
-playground = Playground([model("a", Tokenizer.train(["the dog ran"] * 5, 300))])
+tokenizer = Tokenizer.train(["the dog ran"] * 5, 300)
+playground = Playground([model("a", tokenizer), model("b", tokenizer, n_heads=1)])
+from minigpt.playground.page import _attention_sliders
+for name, n_heads in (("a", 2), ("b", 1)):  # sliders follow the chosen model
+    layer, head = _attention_sliders(playground, name, 9, 9)
+    assert (layer.maximum, layer.value, head.maximum, head.value) == (2, 2, n_heads, n_heads)
+    assert (layer.visible, head.visible) == (True, n_heads > 1)
 for host in {hosts}:
     page = start(playground, host, None, root_path="/stories")
     with httpx.Client(base_url=page.local_url, trust_env=False) as client:
