@@ -147,7 +147,8 @@ def _attention_sliders(playground: Playground, name: str, layer: int, head: int)
     """Return the sliders for the layers and the heads of a model; one with one value is hidden."""
     shape = playground.models[name].net.config
     sizes = (("Layer", layer, shape.n_layers), ("Head", head, shape.n_heads))
-    return [_slider(label, 1, n, min(i, n), 1, visible=n > 1) for label, i, n in sizes]
+    # Gradio needs a maximum above the minimum.
+    return [_slider(label, 1, max(n, 2), min(i, n), 1, visible=n > 1) for label, i, n in sizes]
 
 
 def _model_choice(playground: Playground) -> gr.Dropdown:

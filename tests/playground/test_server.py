@@ -59,7 +59,7 @@ playground = Playground([model("a", tokenizer), model("b", tokenizer, n_heads=1)
 from minigpt.playground.page import _attention_sliders
 for name, n_heads in (("a", 2), ("b", 1)):  # sliders follow the chosen model
     layer, head = _attention_sliders(playground, name, 9, 9)
-    assert (layer.maximum, layer.value, head.maximum, head.value) == (2, 2, n_heads, n_heads)
+    assert (layer.maximum, layer.value, head.maximum, head.value) == (2, 2, 2, n_heads)
     assert (layer.visible, head.visible) == (True, n_heads > 1)
 for host in {hosts}:
     page = start(playground, host, None, root_path="/stories")
