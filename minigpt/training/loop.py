@@ -23,11 +23,9 @@ import lightning as L
 import torch
 import torch.distributed
 import yaml
-from lightning.fabric.plugins.environments import (
-    LightningEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
@@ -99,7 +97,8 @@ def train(
     """
     with preserved_process():
         forget_stale_launcher()
-        rank_zero_only.rank = global_rank()  # Lightning reads other variables too
+        rank_zero: Any = rank_zero_only
+        rank_zero.rank = global_rank()  # Lightning reads other variables too
         config = _with_model(config, model)
         if stories is not None:
             data = spool_stories(config.data, stories, valid_stories)
