@@ -26,7 +26,8 @@ _ELASTIC = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT
 _SRUN = ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
 # Launchers that are not supported, by their variables for the rank and the number of processes.
 _OTHERS = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
-_SHELLS = {"bash", "zsh", "fish", "sh", "dash", "ksh", "csh", "tcsh"}  # default names of jobs
+# Names of jobs that are interactive shells, by default the name of the shell.
+_SHELLS = {"interactive", "bash", "zsh", "fish", "sh", "dash", "ksh", "csh", "tcsh"}
 _STARTED = "MINIGPT_STARTED"  # set for the processes that Lightning starts
 
 
@@ -114,9 +115,8 @@ def _wrong(launcher: str, names: str) -> str:
 
 def _in_interactive_shell() -> bool:
     """Return whether the Slurm variables come from a shell, in which srun starts nothing."""
-    name = os.environ.get("SLURM_JOB_NAME", "").lower()
-    shell = name in _SHELLS or "interactive" in name
-    return shell or "SLURM_PTY_PORT" in os.environ  # srun --pty
+    is_shell = os.environ.get("SLURM_JOB_NAME", "").lower() in _SHELLS
+    return is_shell or "SLURM_PTY_PORT" in os.environ  # srun --pty
 
 
 def forget_launcher() -> list[str]:

@@ -163,7 +163,7 @@ def test_stale_launcher_variables_are_ignored_with_one_warning(monkeypatch, capl
 
 @pytest.mark.parametrize(
     "shell",
-    [{"SLURM_JOB_NAME": name} for name in ("bash", "zsh", "fish", "interactive", "Interactive-2")]
+    [{"SLURM_JOB_NAME": name} for name in ("bash", "zsh", "fish", "interactive", "Interactive")]
     + [{"SLURM_JOB_NAME": "mine", "SLURM_PTY_PORT": "40000"}],
 )
 def test_an_interactive_slurm_shell_is_no_job_step(monkeypatch, caplog, shell):
