@@ -45,7 +45,7 @@ def global_rank() -> int:
 def _number(name: str) -> int | None:
     """Return the value of an environment variable; None if it is no whole number, or not set."""
     text = os.environ.get(name, "")
-    return int(text) if text.isascii() and text.isdigit() else None
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
 
 
 @dataclass(frozen=True)
