@@ -79,12 +79,12 @@ test-wheel: .venv/installed-dev  # test the wheel and the sdist, installed witho
 test-memory: .venv/installed-dev  # test that memory does not grow with the text: a minute
 	$(EXTRA) tests/extra/test_memory.py
 
-test-surroundings: .venv/installed-dev  # test printed commands in shells, and other locales
+test-surroundings: .venv/installed-dev  # test shells, locales, users, folders and launchers, as root
 	@command -v zsh >/dev/null || [ "$$(id -u)" = 0 ] || \
 	  { echo "error: these tests need zsh: run as root, apt-get install zsh" >&2; exit 2; }
 	@command -v zsh >/dev/null || \
 	  { apt-get update -q && apt-get install -q -y --no-install-recommends zsh; }
-	$(EXTRA) tests/extra/test_shells.py tests/cli/test_commands.py
+	$(EXTRA) tests/extra/test_shells.py tests/extra/test_environment.py tests/cli/test_commands.py
 
 golden: .venv/installed-dev  # compare logits, curves, stories and settings with commit c2cfd24
 	$(BIN)/python -m tests.golden

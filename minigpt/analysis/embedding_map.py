@@ -68,7 +68,8 @@ def embedding_map(
     singles = [word for members in words.values() for word in members]
     if len(singles) < 3:
         problem = f"the map needs at least 3 words that are single tokens, but has {len(singles)}"
-        raise FewWordsError(f"{problem}; train with a larger data.vocab_size or on more stories")
+        fix = "it shows common English words: train on more English stories, or with a larger"
+        raise FewWordsError(f"{problem}; {fix} data.vocab_size")
     unit = probe.vectors(singles)  # (n, d)
     u, s, _ = torch.linalg.svd(unit - unit.mean(dim=0), full_matrices=False)
     points = u[:, :2] * s[:2]

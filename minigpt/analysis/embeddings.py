@@ -75,7 +75,8 @@ class EmbeddingProbe:
     as "art" in "started".
 
     Results have no leading spaces. If a word is a token both with and without the space, it appears
-    once, with the higher cosine similarity. The words of the query are left out.
+    once, with the higher cosine similarity. The words of the query, and tokens that are a part of a
+    character, are left out.
 
     Args:
         net: a model, or an embedding matrix (V, d).
@@ -168,6 +169,7 @@ class EmbeddingProbe:
             if len(nearest) == k:
                 break
             text = self.tokenizer.token(token_id).removeprefix(" ")
-            if text not in leave_out and text not in nearest:
+            is_part = "\N{REPLACEMENT CHARACTER}" in text  # of a character, which is no word
+            if not is_part and text not in leave_out and text not in nearest:
                 nearest[text] = cosines[token_id].item()
         return list(nearest.items())

@@ -42,6 +42,8 @@ from minigpt.model import GPT
 from minigpt.runs.folder import Run
 from minigpt.tokenizer import Tokenizer
 
+TINYSTORIES = ("tinystories", "tinystories_sample")  # sources that the study is meant for
+
 ORIGINALS = "the original stories"  # name of the baseline's row, also in coherence.json
 SAMPLE_SEEDS = (1, 2, 3)  # seeds of the stories in samples.md
 # Keys of coherence.json that differ from the names of the fields, for compatibility with old files.
@@ -105,6 +107,10 @@ def write_study(runs: Sequence[Run], out: Path, config: StudyConfig | None = Non
     """
     config = config or StudyConfig()
     models = _load_models(runs)
+    for run in runs:
+        if (source := run.config.get("data", {}).get("source")) not in TINYSTORIES:
+            problem = "%s was trained on other stories (%s) than the English ones of this study"
+            log.warning(problem, run.folder, source)
     out.mkdir(parents=True, exist_ok=True)
     probes = {m.name: EmbeddingProbe(m.net, m.tokenizer) for m in models}
     answers = {name: analogies.ask(probe) for name, probe in probes.items()}

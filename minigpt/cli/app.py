@@ -19,7 +19,9 @@ from typer import Argument, Option
 
 from minigpt.cli.program import Program, describe, leave, use_utf8
 from minigpt.core.console import log, show_log
-from minigpt.core.files import user_path
+from minigpt.core.cores import limit_threads
+from minigpt.core.distributed import forget_launcher
+from minigpt.core.files import provide_home, user_path
 from minigpt.core.settings import UserError, one_line, speak
 from minigpt.core.typed import path_argument, shell_command, shell_word
 
@@ -87,10 +89,13 @@ def generate(
     prompt = _one_prompt(words or [], prompt)
     (source,) = _load([run], class_path)
     model, tokenizer = source.load_model().to(getattr(torch, dtype)), source.tokenizer
+    if prompt.endswith(" ") and prompt.strip():  # a token of its own, which is rare in stories
+        log.warning("the prompt ends with a space, but words begin with one: leave it out")
     length = len(tokenizer.encode(prompt))  # raises before anything is printed
     if length >= (context := model.config.context_length):
         log.warning("only the end of the %d-token prompt fits the context of %d", length, context)
-    if dtype == "bfloat16" and c_backend() is None and not cpu_has_bfloat16():
+    c_works = c_backend() is not None  # logs a warning if not, before the story
+    if dtype == "bfloat16" and not c_works and not cpu_has_bfloat16():
         log.warning("decode.c and native bfloat16 are not available: --dtype float32 is faster")
     if n == 1:
         for piece in chain([prompt], stream_text(model, tokenizer, prompt, config), ["\n"]):
@@ -172,10 +177,10 @@ def probe(
     from minigpt.cli.tables import score_line, score_table, word_table
 
     _check_folder(out)
-    analogies = {text: parse_analogy(text) for text in analogy or []}
+    near, analogies = near or [], {text: parse_analogy(text) for text in analogy or []}
     (source,) = _load([run], class_path)
     probe = EmbeddingProbe(source.load_model(), source.tokenizer)
-    queries = {f"Nearest to {word}": partial(probe.neighbours, word, k) for word in near or []}
+    queries = {f"Nearest to {word}": partial(probe.neighbours, word, k) for word in near}
     queries |= {text: partial(probe.analogy, *words, k) for text, words in analogies.items()}
     console, problems = Console(), {}
     for title, query in queries.items():
@@ -204,12 +209,16 @@ def playground(
         int | None, Option(min=0, max=65535, help="By default the first free port from 7860 up.")
     ] = None,
     auth: Annotated[str | None, Option(help="Require a login.", metavar="USER:PASSWORD")] = None,
+    root_path: Annotated[
+        str | None,
+        Option(help="Path or URL of the page behind a reverse proxy.", metavar="PATH"),
+    ] = None,
     class_path: ClassPath = None,
 ) -> None:
     """Serve a local web page to generate stories and explore embeddings and attention."""
     from minigpt.playground.server import serve
 
-    serve(_load(runs, class_path), host, port, auth)
+    serve(_load(runs, class_path), host, port, auth, root_path)
 
 
 @app.command()
@@ -423,10 +432,15 @@ def main() -> None:
     A user error prints one line on stderr and exits with code 2; Ctrl-C exits with code 130.
     """
     use_utf8()
-    show_log()
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     verb = sys.argv[1]
+    if verb not in ("train", "doctor"):
+        forget_launcher()
+    if verb != "train":
+        limit_threads()
+    provide_home()
+    show_log()
     program = Program.detect(verb)
     speak(program.command)
     try:

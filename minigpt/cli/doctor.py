@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 import minigpt
-from minigpt.core.hardware import Hardware, cpu_description, cpu_quota
+from minigpt.core.cores import allowed_cores, cpu_quota, usable_cores
+from minigpt.core.hardware import Hardware, cpu_description
 from minigpt.core.settings import UserError
 from minigpt.data.config import CACHE
 from minigpt.generation.decoder import Decoder, decode
@@ -27,9 +28,7 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
     Returns:
         The facts by topic, in printing order, and a list with one line of advice for each problem.
     """
-    n_cores, threads, quota = os.cpu_count() or 1, torch.get_num_threads(), cpu_quota()
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else n_cores
-    limit = max(1, int(min(usable, quota or usable)))
+    threads, quota, limit = torch.get_num_threads(), cpu_quota(), usable_cores()
     gpus = ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
     sysconf = getattr(os, "sysconf", lambda _: 0)  # missing on Windows
     free = shutil.disk_usage(".").free / 1e9
@@ -38,8 +37,9 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
         precision = f"{hardware.precision} on {hardware.accelerator}: {hardware.why}"
     except UserError as error:
         precision = f"not chosen: {error}"
-    generation, private = _generation(), str(Path.home())  # the path contains the user's name
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minigpt"
+    generation = _generation()
+    private = os.path.expanduser("~")  # the path contains the user's name
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path(private, ".cache")) / "minigpt"
     caches = {"data.cache_dir": Path(CACHE), "XDG_CACHE_HOME": home}  # by setting to change
     sizes = {p: sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) for p in caches.values()}
     facts = {
@@ -48,7 +48,8 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
         "packages": ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES),
         "system": platform.platform(),
         "cpu": cpu_description(),
-        "cores": f"{usable} usable of {n_cores}, quota {quota or 'none'}, {threads} threads",
+        "cores": f"{allowed_cores()} usable of {os.cpu_count()}, quota {quota or 'none'}, "
+        f"{threads} threads",
         "memory": f"{sysconf('SC_PHYS_PAGES') * sysconf('SC_PAGE_SIZE') / 1e9:.1f} GB",
         "gpu": gpus or "none",
         "precision": precision,

@@ -77,6 +77,8 @@ FAILURES = {  # pattern of the error: explanation and advice
     "data.batch_size, model.context_length or model",
     r"Unknown plugin class : 'hydra_plugins\.hydra_(?P<name>\w+)_launcher": "hydra/launcher needs "
     r"another package: type pip install hydra-\g<name>-launcher",
+    "^backend='inductor' raised": "torch.compile failed, perhaps for lack of a compiler or of "
+    "Python's headers: set trainer.compile=false",
     "^Config group override must be a string": "a setting has no name: type settings as key=value",
     'Could not detect "srun"': "srun is not installed: run this on a machine that submits jobs "
     "to a Slurm cluster",
@@ -86,10 +88,12 @@ FAILURES = {  # pattern of the error: explanation and advice
 
 
 def explain_failure(error: Exception) -> str | None:
-    """Return advice for a failure that `FAILURES` describes, such as too little memory; else None.
+    """Return advice for a failed file access or a failure in `FAILURES`; else None.
 
     PyTorch raises RuntimeError for most failures, so a lack of memory is recognised by its message.
     """
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"cannot read or write {error.filename}: {error.strerror}; give another path"
     for pattern, advice in FAILURES.items():
         if match := re.search(pattern, str(error)):
             return match.expand(advice)

@@ -21,7 +21,14 @@ from minigpt.cli.hydra_errors import explain, explain_failure
 from minigpt.cli.program import Program, describe, leave, names_class, use_utf8
 from minigpt.cli.words import without_dashes
 from minigpt.core.console import show_log
-from minigpt.core.distributed import allow_starting_processes, global_rank
+from minigpt.core.cores import limit_threads
+from minigpt.core.distributed import (
+    allow_starting_processes,
+    forget_launcher,
+    forget_stale_launcher,
+    global_rank,
+)
+from minigpt.core.files import provide_home
 from minigpt.core.settings import UserError, one_line, speak
 
 
@@ -42,9 +49,12 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
     # Make Slurm send SIGUSR1 before a job times out, because training handles this signal.
     os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
     program = Program.detect(name)
+    if name != "train":  # a single process, whatever started it
+        forget_launcher()
+        limit_threads()
+    provide_home()
     show_log()
     speak(program.command)
-    allow_starting_processes()
     classes: list[str] = []
 
     def job(config: DictConfig) -> None:
@@ -62,7 +72,7 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
         leave(describe(error, program))
     except (HydraException, OmegaConfBaseException) as error:
         leave(one_line(explain(error, name)))
-    except (RuntimeError, ConnectionError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError) as error:
         if reason := explain_failure(error):
             leave(one_line(reason))
         raise
@@ -86,6 +96,8 @@ def _prepare(name: str, program: Program, arguments: list[str]) -> None:
         ConfigStore.instance().store(f"{name}_defaults", {})
         sys.argv = [program.path, "--help", *more]
         return
+    forget_stale_launcher()
+    allow_starting_processes()
     register_defaults(name, arguments)
     words = composed_words(name, arguments)
     # Insert `more` next to the other settings, because argparse accepts settings on one side of a

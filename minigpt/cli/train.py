@@ -39,7 +39,11 @@ def _train(config: DictConfig, program: Program, classes: list[str]) -> None:
     if values["resume"] not in (None, "auto") and excess:
         _refuse_settings(values, excess)
     from minigpt.core.process import tune_process
+    from minigpt.training.loggers import forget_wandb_run
     from minigpt.training.loop import train  # imports Lightning, which is slow: after the checks
+
+    if job.mode == RunMode.MULTIRUN:
+        forget_wandb_run()
 
     tune_process()
     model, teacher = (typed_class(name, classes) for name in CLASS_SETTINGS["train"])

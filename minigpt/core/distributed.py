@@ -5,18 +5,47 @@ Without torchrun or srun, Lightning starts the processes for additional devices 
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 from dataclasses import dataclass
 
 from minigpt.core.settings import UserError
 
+log = logging.getLogger("minigpt")
+
+
+# Variables from which Lightning, PyTorch or this module read the rank of a process.
+_VARIABLES = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK",
+    "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID", "JSM_NAMESPACE_RANK", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE",
+    "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_ID",
+)  # fmt: skip
+_ELASTIC = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+_SRUN = ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
+# Launchers that are not supported, by their variables for the rank and the number of processes.
+_OTHERS = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
+# Names of jobs that are interactive shells, by default the name of the shell.
+_SHELLS = {"interactive", "bash", "zsh", "fish", "sh", "dash", "ksh", "csh", "tcsh"}
+_STARTED = "MINIGPT_STARTED"  # set for the processes that Lightning starts
+
 
 def global_rank() -> int:
-    """Return the global rank of this process, which is 0 for the first or only process."""
-    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):  # torchrun, Lightning's launcher, srun
-        if name in os.environ:
-            return int(os.environ[name])
-    return 0
+    """Return the global rank of this process: 0 for the first process, or without a launcher."""
+    try:
+        launcher = Launcher.detect()
+    except UserError:  # `train` raises it
+        return 0
+    if launcher is not None:
+        return launcher.rank
+    return (_number("LOCAL_RANK") or 0) if _STARTED in os.environ else 0
+
+
+def _number(name: str) -> int | None:
+    """Return the value of an environment variable; None if it is no whole number, or not set."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
 
 
 @dataclass(frozen=True)
@@ -27,34 +56,95 @@ class Launcher:
         name: "torchrun" or "srun".
         devices: number of processes on each node.
         num_nodes: number of nodes.
+        rank: global rank of this process.
     """
 
     name: str
     devices: int
     num_nodes: int
+    rank: int
 
     @classmethod
     def detect(cls) -> Launcher | None:
         """Return the launcher, according to the environment variables; None without a launcher.
 
         Raises:
-            UserError: the job has several Slurm tasks that srun did not start, or that were not
-                requested with --ntasks-per-node.
+            UserError: a variable of the launcher is missing or wrong, the job has several Slurm
+                tasks that srun did not start or that were not requested with --ntasks-per-node, or
+                another launcher started several processes.
         """
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            n, on_each_node = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
-            return cls("torchrun", on_each_node, n // on_each_node)
-        # Like Lightning, do not count an interactive allocation: srun starts nothing there.
-        interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
-        if "SLURM_NTASKS" not in os.environ or interactive:
-            return None
-        n, num_nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES", 1))
-        if n > 1 and "SLURM_STEP_ID" not in os.environ:
+        if os.environ.get("TORCHELASTIC_RUN_ID"):
+            rank, _, size, on_each_node, _ = _numbers("torchrun", _ELASTIC)
+            if not (on_each_node and rank < size and size % on_each_node == 0):
+                raise UserError(_wrong("torchrun", "RANK, WORLD_SIZE, LOCAL_WORLD_SIZE"))
+            return cls("torchrun", on_each_node, size // on_each_node, rank)
+        n = 0 if _in_interactive_shell() else _number("SLURM_NTASKS") or 0
+        if os.environ.get("SLURM_STEP_ID") and not _in_interactive_shell():
+            n, rank, *_ = _numbers("srun", _SRUN)
+            num_nodes = _number("SLURM_NNODES") or 1
+            if n > 1 and not _number("SLURM_NTASKS_PER_NODE"):  # Lightning requires it
+                fix = f"submit with --ntasks-per-node={n // num_nodes}, not --ntasks"
+                raise UserError(f"Lightning needs the number of tasks per node: {fix}")
+            if not (rank < n and n % num_nodes == 0):
+                raise UserError(_wrong("srun", "SLURM_NTASKS, SLURM_PROCID, SLURM_NNODES"))
+            return cls("srun", n // num_nodes, num_nodes, rank)
+        if n > 1:
             raise UserError(f"Slurm has {n} tasks for this job: start them with srun python ...")
-        if n > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:  # Lightning requires it
-            fix = f"submit with --ntasks-per-node={n // num_nodes}, not --ntasks"
-            raise UserError(f"Lightning needs the number of tasks per node: {fix}")
-        return cls("srun", n // num_nodes, num_nodes)
+        pairs = (("RANK", "WORLD_SIZE"),) if _number("MASTER_PORT") else ()
+        for name, total in (*pairs, *_OTHERS):
+            if _number(name) is not None and (size := _number(total) or 0) > 1:
+                problem = f"{total}={size}, but neither torchrun nor srun started this process"
+                raise UserError(f"{problem}: start it with torchrun, or type unset {name} {total}")
+        return None
+
+
+def _numbers(launcher: str, names: tuple[str, ...]) -> list[int]:
+    """Return the values of the variables `names`; raise UserError if one is not a number."""
+    values = [(name, _number(name)) for name in names]
+    if wrong := [name for name, value in values if value is None]:
+        raise UserError(_wrong(launcher, ", ".join(wrong)))
+    return [value for _, value in values if value is not None]
+
+
+def _wrong(launcher: str, names: str) -> str:
+    """Return the error message for missing or wrong variables of a launcher."""
+    sign = "TORCHELASTIC_RUN_ID" if launcher == "torchrun" else "SLURM_STEP_ID"
+    problem = f"{sign} is set, but of the variables of {launcher} these are not valid: {names}"
+    return f"{problem}; start the run with {launcher}, or type unset {sign}"
+
+
+def _in_interactive_shell() -> bool:
+    """Return whether the Slurm variables come from a shell, in which srun starts nothing."""
+    is_shell = os.environ.get("SLURM_JOB_NAME", "").lower() in _SHELLS
+    return is_shell or "SLURM_PTY_PORT" in os.environ  # srun --pty
+
+
+def forget_launcher() -> list[str]:
+    """Remove the variables of launchers from the environment of this process.
+
+    Returns:
+        The names of the removed variables, except valid ones of Slurm, which every shell of a job
+        has.
+    """
+    names = [name for name in _VARIABLES if name in os.environ]
+    odd = [name for name in names if not (name.startswith("SLURM_") and _number(name) is not None)]
+    for name in names:
+        del os.environ[name]
+    return odd
+
+
+def forget_stale_launcher() -> None:
+    """Remove variables that no launcher of this run has set, and log a warning with their names.
+
+    They may be left over from another program. Lightning would take RANK=1 for a process that
+    writes nothing, and fails when it is imported if RANK is not a number. Nothing is removed if
+    `Launcher.detect` returns a launcher or raises.
+    """
+    with contextlib.suppress(UserError):
+        child = _STARTED in os.environ and _number("LOCAL_RANK") is not None
+        if Launcher.detect() is None and not child and (names := forget_launcher()):
+            ignored = ", ".join(names)
+            log.warning("%s ignored: neither torchrun nor srun started this process", ignored)
 
 
 _may_start_processes = False
@@ -73,6 +163,12 @@ def allow_starting_processes() -> None:
     """Allow Lightning to start processes with this process's command line; called by cli/ only."""
     global _may_start_processes
     _may_start_processes = True
+    os.environ[_STARTED] = "1"
+
+
+def in_slurm_job() -> bool:
+    """Return whether this process belongs to a Slurm job that can be requeued."""
+    return bool(os.environ.get("SLURM_JOB_ID")) and not _in_interactive_shell()
 
 
 def step_name() -> str | None:
@@ -81,4 +177,4 @@ def step_name() -> str | None:
     The ids are the same on all nodes and after the job is requeued.
     """
     job, step = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID")
-    return f"{job}.{step}" if job and step else None
+    return f"{job}.{step}" if in_slurm_job() and step else None

@@ -7,10 +7,12 @@ a whole.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import json
 import os
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,28 @@ def user_path(path: str | Path, argument: str | None = None) -> Path:
     except RuntimeError:
         problem = "this user has no home folder; put ./ before a file name that begins with ~"
         raise UserError(problem, argument, str(path)) from None
+
+
+def provide_home() -> None:
+    """Let libraries use a temporary folder if the home folder is missing or not writable.
+
+    A container may run with a user id that has no name and no home folder. Matplotlib, W&B,
+    fontconfig and the cache of decode.c would then fail or complain. Programs call this function
+    before they import these libraries. The folder is deleted when the process exits. Variables that
+    are already set are not changed.
+    """
+    try:
+        if os.access(Path.home(), os.W_OK | os.X_OK):
+            return
+    except RuntimeError:  # the user id has no name, and HOME is not set
+        os.environ["HOME"] = "/nonexistent"
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="minigpt-", ignore_cleanup_errors=True)
+    except OSError:  # no temporary folder either: each library reports what it misses
+        return
+    atexit.register(folder.cleanup)
+    for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):
+        os.environ[name] = os.environ.get(name) or str(Path(folder.name, name))
 
 
 def expand_paths(config: Any, *names: str) -> None:
@@ -166,7 +190,7 @@ def check_archive(path: Path) -> None:
 
 
 def refuse_links_out(folder: Path) -> None:
-    """Check that no entry of a run folder, its checkpoints/ or snapshots/ is a link out of it.
+    """Check that no entry of a run folder or its subfolders is a link out of the run folder.
 
     Otherwise, resuming a run from an unknown source could overwrite the target of such a link.
 
@@ -177,11 +201,28 @@ def refuse_links_out(folder: Path) -> None:
         UserError: an entry is a link to a path outside the run folder.
     """
     inside = folder.resolve()
-    inner = [path for name in ("checkpoints", "snapshots") for path in folder.glob(f"{name}/*")]
-    for path in sorted([*folder.glob("*"), *inner]):
+    for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
         if path.is_symlink() and not path.resolve().is_relative_to(inside):
             problem = f"{path} is a link to a path outside the run folder"
             raise UserError(f"{problem}: replace the link with the file itself")
+
+
+def sync(descriptor: int) -> None:
+    """Sync an open file or folder to disk, as far as the file system supports this.
+
+    Some network and FUSE file systems support it for no file, or for files but not for folders.
+
+    Args:
+        descriptor: descriptor of the file or folder.
+
+    Raises:
+        OSError: the sync failed, for example because the disk is full.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -213,7 +254,7 @@ def write_bytes(
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         for old, new in move or []:
             with contextlib.suppress(FileNotFoundError):
                 old.replace(new)
@@ -226,6 +267,6 @@ def write_bytes(
     if os.name == "posix":  # make the renames durable as well
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            sync(folder)
         finally:
             os.close(folder)

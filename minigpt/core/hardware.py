@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import re
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from minigpt.core.cores import THREADS, usable_cores
 from minigpt.core.distributed import Launcher
 from minigpt.core.files import read_json, write_json
 from minigpt.core.settings import UserError
@@ -150,14 +152,36 @@ def cpu_description() -> str:
     return f"{processor}, {instructions or 'instructions unknown'}"
 
 
-def cpu_quota() -> float | None:
-    """Return the number of cores that this process's cgroup may use; None if no limit is found."""
-    for names in ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"):  # v2, then v1
-        with contextlib.suppress(OSError, ValueError):  # no file of this version, or "max"
-            text = " ".join(Path("/sys/fs/cgroup", name).read_text() for name in names)
-            quota, period = map(int, text.split())
-            return quota / period if quota > 0 else None
-    return None
+def has_cpp_compiler() -> bool:
+    """Return whether torch.compile finds a C++ compiler for the CPU."""
+    from torch._inductor.cpp_builder import get_cpp_compiler  # slow to import
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return False
+    return True
+
+
+def set_threads(threads: int | None, hardware: Hardware) -> None:
+    """Set the number of threads of PyTorch, in this process and in those that Lightning starts.
+
+    The environment variable OMP_NUM_THREADS gets the same value, because Lightning would otherwise
+    replace the number.
+
+    Args:
+        threads: number of threads of each process. None means the value of OMP_NUM_THREADS, if it
+            is set; else PyTorch's own number, but at most the process's share of the usable cores.
+        hardware: the devices, with one process for each.
+    """
+    if threads is None:
+        if os.environ.get(THREADS):
+            return
+        n_processes = hardware.devices if Launcher.detect() is None else 1  # srun divides the cores
+        threads = min(torch.get_num_threads(), max(1, usable_cores() // n_processes))
+    torch.set_num_threads(threads)
+    os.environ[THREADS] = str(threads)
 
 
 PEAK_FILE = "matmul_peak.json"  # in the cache_dir
@@ -167,17 +191,18 @@ _TRIES = 7
 _DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": torch.float32}
 
 
-def matmul_peak(hardware: Hardware, cache_dir: Path) -> float:
+def matmul_peak(hardware: Hardware, cache_dir: Path, again: bool = False) -> float:
     """Measure the peak FLOP/s of one device with products of square matrices.
 
     The result is the speed of the fastest of several products. On a CPU, the measurement takes 0.2
     to 0.5 s. The result is cached in `cache_dir`/matmul_peak.json for each host, device, dtype,
-    matmul precision and number of threads. Delete this file to measure again. If the file cannot be
-    written, each run measures again.
+    matmul precision and number of threads. If the file cannot be written, each run measures again.
 
     Args:
         hardware: the device and the precision; the precision determines the dtype.
         cache_dir: folder of the cache.
+        again: whether to measure even if there is a cached result, and to keep the higher one. The
+            cached one is too low if the machine was busy.
 
     Returns:
         Floating-point operations per second, where a multiply-add counts as two.
@@ -192,8 +217,8 @@ def matmul_peak(hardware: Hardware, cache_dir: Path) -> float:
         peaks = {k: v for k, v in read_json(path).items() if isinstance(v, float)}
     except (OSError, ValueError, AttributeError):  # missing or damaged
         peaks = {}
-    if key not in peaks:
-        peaks[key] = _measure(accelerator, dtype)
+    if again or key not in peaks:
+        peaks[key] = max(_measure(accelerator, dtype), peaks.get(key, 0.0))
         with contextlib.suppress(OSError):  # a read-only cache: measure again next time
             cache_dir.mkdir(parents=True, exist_ok=True)
             write_json(path, peaks)

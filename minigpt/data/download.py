@@ -21,6 +21,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import httpx, tqdm
 
 from minigpt.core.console import console
+from minigpt.core.files import sync
 from minigpt.data.progress import byte_progress
 
 _BLOCK = 16 << 20  # bytes downloaded by one request and held in memory
@@ -156,7 +157,7 @@ def _check(path: Path, separator: str, etag: str = "", n_bytes: int = 0) -> None
             raise ConnectionError(f"the downloaded file {path.name} contains no {separator}")
         if n_bytes:
             file.truncate(end)
-            os.fsync(file.fileno())
+            sync(file.fileno())
         # The etag of a large file is its SHA-256; that of a small file is a shorter git hash.
         if len(etag) == 64 and hashlib.file_digest(file, "sha256").hexdigest() != etag:
             raise ConnectionError(f"{path.name} is damaged: its SHA-256 does not match the Hub's")

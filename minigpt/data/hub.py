@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 from filelock import FileLock
 from huggingface_hub import HfApi, constants
 
-from minigpt.core.files import read_json, write_json
+from minigpt.core.files import read_json, sync, write_json
 from minigpt.core.settings import UserError, one_line
 from minigpt.data.config import DataConfig
 from minigpt.data.files import choose_field, clean
@@ -92,7 +91,7 @@ def _append(path: Path, state: dict[str, Any], stories: Iterable[Any], n_bytes: 
             enough = state["whole"] or (n_bytes is not None and state["bytes"] > n_bytes)
             if enough or state["bytes"] - saved >= _SAVED:
                 file.flush()
-                os.fsync(file.fileno())
+                sync(file.fileno())
                 state |= {"size": file.tell(), "stream": position()}
                 write_json(path.with_suffix(".json"), state)
                 saved = state["bytes"]

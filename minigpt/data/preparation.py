@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from collections import Counter
@@ -26,7 +25,7 @@ import numpy as np
 import tokenizers
 from filelock import FileLock, Timeout
 
-from minigpt.core.files import read_json, write_json
+from minigpt.core.files import read_json, sync, write_json
 from minigpt.core.settings import UserError
 from minigpt.data.config import DataConfig
 from minigpt.data.progress import byte_progress
@@ -190,7 +189,7 @@ def _encode(
             show(n_bytes)
             counts.update(tokens=len(ids), bytes=n_bytes, stories=n_stories)
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
     return {**counts, "blake2b": checksum.hexdigest()}
 
 
@@ -314,7 +313,7 @@ def _cached(path: Path, load: Callable[[Path], T], make: Callable[[Path], None])
             unfinished.mkdir()
             make(unfinished)
             unfinished.replace(path)
-    except OSError as error:
-        problem = f"cannot write {path} ({error.strerror or error})"
+    except (OSError, NotImplementedError) as error:  # the latter: no locks
+        problem = f"cannot write {path} ({getattr(error, 'strerror', None) or error})"
         raise UserError(f"{problem}; choose another folder", "data.cache_dir") from None
     return load(path)

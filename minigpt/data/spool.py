@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from minigpt.core.files import sync
 from minigpt.core.settings import UserError
 from minigpt.data.config import DataConfig
 
@@ -19,9 +20,8 @@ def spool_stories(
 ) -> DataConfig:
     """Write `stories` to `data.cache_dir` and return settings that read them from there.
 
-    Memory use does not grow with the number of stories. The same stories give the same files, so
-    they are not encoded again. (A file of 64 MiB or more is encoded again, because it is identified
-    by its modification time.)
+    Memory use does not grow with the number of stories. The same stories give the same files, which
+    are not written again, so they are not encoded again.
 
     Args:
         data: data settings; the source and the files are replaced.
@@ -56,10 +56,14 @@ def _spool(stories: Iterable[str], folder: Path, argument: str) -> str:
                     file.write(line)
                     n_stories += 1
                 file.flush()
-                os.fsync(file.fileno())
+                sync(file.fileno())
             if not n_stories:
                 raise UserError("must contain at least one story", argument)
-            return str(unfinished.replace(folder / f"{digest.hexdigest()}.jsonl"))
+            path = folder / f"{digest.hexdigest()}.jsonl"
+            # A large file is identified by its size and modification time, so an equal one stays.
+            if not path.is_file() or not filecmp.cmp(path, unfinished, shallow=False):
+                unfinished.replace(path)
+            return str(path)
     except OSError as error:
         problem = f"cannot write {folder} ({error.strerror}); choose another folder"
         raise UserError(problem, "data.cache_dir", str(folder.parent)) from None

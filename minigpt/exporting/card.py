@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from importlib import metadata, resources
 from typing import Any
@@ -59,6 +60,8 @@ def model_card(
     stories = [source for source in sources if source.startswith("tinystories")]
     if license is None and len(stories) == len(sources):
         license = "mit"
+    prompts = (config.get("callbacks") or {}).get("prompts") or ["Once upon a time"]
+    prompt = one_line(str(prompts[0]))  # in the language of the stories
     averaged = parent is not None and summary.get("averaged") is True
     card = ModelCard.from_template(
         _metadata(name, export.format, bool(stories), evaluation, license),
@@ -68,6 +71,8 @@ def model_card(
         vocabulary=vocabulary,
         **{"config": config, "summary": summary, "evaluation": evaluation, "parent": parent},
         **{"teachers": teachers, "teacher_tokens": total_tokens(teachers)},
+        prompt=json.dumps(prompt, ensure_ascii=False),
+        shell_prompt=f'"{prompt}"' if re.fullmatch(r"[\w ,.]+", prompt) else shell_word(prompt),
         local_path=shell_word(local_path),
         evaluate=shell_command("minigpt", "evaluate", *typed_settings(settings)),
         model_path=_python_string(name if "/" in name else local_path),

@@ -61,6 +61,8 @@ def library() -> ctypes.CDLL | None:
 def _compiled_library() -> ctypes.CDLL | None:
     try:
         command = compiler()
+        if command is None and "CC" not in os.environ and sys.platform != "win32":
+            log.warning("generation is slower without decode.c, which needs gcc or clang")
         return _load(command) if command is not None and SOURCE.is_file() else None
     # Path.home() raises RuntimeError if there is no home folder.
     except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as error:

@@ -204,7 +204,11 @@ def _story(model: LoadedModel, prompt: str, sampling: SamplingConfig) -> Iterato
     n, seconds, end = 0, 0.0, "Stopped at the maximum length"
     while True:
         started = time.monotonic()
-        token = next(tokens, None)
+        try:
+            token = next(tokens, None)
+        except UserError as error:  # logits that are not finite; other models continue
+            yield story + html.note_html(str(error), "error")
+            return
         seconds += time.monotonic() - started  # excludes the time of the other models
         if token is None:
             break

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -16,9 +17,11 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import gradio as gr
 from gradio import themes
+from gradio.routes import App, ORJSONResponse
 
 from minigpt.playground import inside
 from minigpt.playground.answers import MAX_PROMPT, MAX_TOKENS, Playground
+from minigpt.playground.hosts import Hosts, guarded
 
 WRITERS = 4  # requests of one kind that are served at the same time; further requests wait
 WAITING = 64  # maximum number of waiting requests; further requests get an error
@@ -79,6 +82,20 @@ def build_page(playground: Playground) -> gr.Blocks:
     return page
 
 
+def build_app(hosts: Hosts) -> App:
+    """Return the web application of the page, which refuses requests that `hosts` does not allow.
+
+    The check is the outermost layer, because Gradio's own layers add
+    Access-Control-Allow-Origin to every answer.
+    """
+
+    class GuardedApp(App):
+        def build_middleware_stack(self) -> Any:
+            return guarded(super().build_middleware_stack(), hosts)
+
+    return GuardedApp(default_response_class=ORJSONResponse)
+
+
 def _story_tab(playground: Playground) -> None:
     with gr.Row():
         with gr.Column(scale=3, min_width=300):
@@ -125,16 +142,18 @@ def _words_tab(playground: Playground) -> None:
 
 
 def _attention_tab(playground: Playground) -> None:
-    shapes = [model.net.config for model in playground.models.values()]
     gr.Markdown(ATTENTION)
     name = _model_choice(playground)
     text = gr.Textbox(ATTENTION_TEXT, label="Text", max_length=MAX_PROMPT)
     with gr.Row():
-        layer = _slider("Layer", 1, max(shape.n_layers for shape in shapes), 1, 1)
-        head = _slider("Head", 1, max(shape.n_heads for shape in shapes), 1, 1)
+        layer, head = _attention_sliders(playground, name.value, 1, 1)
     value = playground.attention(name.value, text.value, layer.value, head.value)
     matrix = _tokens_part("${value}", value, elem_id="attention")
-    _answer(playground.attention, [name, text, layer, head], matrix)
+    inputs = [name, text, layer, head]
+    _answer(playground.attention, [text, layer, head], matrix, inputs)
+    sliders = partial(_attention_sliders, playground)
+    changed = name.change(sliders, [name, layer, head], [layer, head], api_visibility="private")
+    changed.then(playground.attention, inputs, matrix, api_visibility="private")
     if any(model.scores is not None for model in playground.models.values()):
 
         def scores(name: str) -> str:
@@ -143,6 +162,14 @@ def _attention_tab(playground: Playground) -> None:
 
         gr.Markdown(SCORES)
         _answer(scores, [name], gr.HTML(scores(name.value), elem_id="scores"))
+
+
+def _attention_sliders(playground: Playground, name: str, layer: int, head: int) -> list[gr.Slider]:
+    """Return the sliders for the layers and the heads of a model; one with one value is hidden."""
+    shape = playground.models[name].net.config
+    sizes = (("Layer", layer, shape.n_layers), ("Head", head, shape.n_heads))
+    # Gradio needs a maximum above the minimum.
+    return [_slider(label, 1, max(n, 2), min(i, n), 1, visible=n > 1) for label, i, n in sizes]
 
 
 def _layers_tab(playground: Playground) -> None:
@@ -174,10 +201,18 @@ def _model_choice(playground: Playground) -> gr.Dropdown:
 
 
 def _slider(
-    label: str, low: float, high: float, value: float, step: float, info: str | None = None
+    label: str,
+    low: float,
+    high: float,
+    value: float,
+    step: float,
+    info: str | None = None,
+    visible: bool = True,
 ) -> gr.Slider:
     precision = 0 if isinstance(step, int) else None  # 0 rounds the input of a client
-    return gr.Slider(low, high, value, step=step, precision=precision, label=label, info=info)
+    return gr.Slider(
+        low, high, value, step=step, precision=precision, label=label, info=info, visible=visible
+    )
 
 
 def _tokens_part(template: str, value: str = "", elem_id: str | None = None) -> gr.HTML:
@@ -185,14 +220,28 @@ def _tokens_part(template: str, value: str = "", elem_id: str | None = None) -> 
     return gr.HTML(value, html_template=template, js_on_load=script, elem_id=elem_id)
 
 
-def _answer(function: Callable[..., str], inputs: Sequence[Any], output: gr.HTML) -> None:
-    """Show the result of `function` when an input changes.
+def _answer(
+    function: Callable[..., str],
+    changing: Sequence[Any],
+    output: gr.HTML,
+    inputs: Sequence[Any] | None = None,
+) -> None:
+    """Show the result of `function` for `inputs` when one of `changing` changes.
+
+    By default, `inputs` are `changing`.
 
     If several changes are waiting, only the newest is handled. The event is `change`, because
     Gradio's `input` misses pasted text and backspace.
     """
-    changes = [component.change for component in inputs]
-    gr.on(changes, function, inputs, output, show_progress="hidden", trigger_mode="always_last")
+    changes = [component.change for component in changing]
+    gr.on(
+        changes,
+        function,
+        inputs or changing,
+        output,
+        show_progress="hidden",
+        trigger_mode="always_last",
+    )
 
 
 def page_theme() -> themes.ThemeClass:

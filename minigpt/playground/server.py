@@ -13,6 +13,7 @@ from urllib.request import getproxies
 from minigpt.core.console import log
 from minigpt.core.settings import UserError
 from minigpt.playground.answers import Playground
+from minigpt.playground.hosts import Hosts
 from minigpt.runs.folder import Run
 
 if TYPE_CHECKING:
@@ -23,7 +24,11 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(
-    runs: Sequence[Run], host: str = "127.0.0.1", port: int | None = None, auth: str | None = None
+    runs: Sequence[Run],
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    auth: str | None = None,
+    root_path: str | None = None,
 ) -> None:
     """Serve a page with the models of `runs` until Ctrl-C is pressed, and log the page's address.
 
@@ -32,15 +37,20 @@ def serve(
         host: host name or address to listen on.
         port: port to listen on; 0 means any free port, None the first free port from 7860.
         auth: login that visitors must enter, "user:password"; None means no login.
+        root_path: path such as "/stories", or URL, of the page behind a reverse proxy; None means
+            no proxy, or one that serves the page at its root.
 
     Raises:
-        UserError: Gradio is missing, `auth` lacks the user or the password, a run cannot be read,
-            or the address cannot be used.
+        UserError: Gradio is missing, `auth` lacks the user or the password, `root_path` is neither
+            a path nor a URL, a run cannot be read, or the address cannot be used.
     """
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the playground needs Gradio: run pip install gradio")
     login = read_login(auth)
-    page = start(Playground.load(runs), host, port, login)
+    if root_path is not None and not root_path.startswith(("/", "http://", "https://")):
+        problem = "must be a path or a URL, such as /stories or https://example.org/stories"
+        raise UserError(problem, "root_path", root_path)
+    page = start(Playground.load(runs), host, port, login, root_path)
     if host.strip("[]") not in LOOPBACK and login is None:
         log.warning("anyone who can reach %s can use the page, because auth is not set", host)
     log.info("open %s in a browser (Ctrl-C stops the page)", page.local_url)
@@ -51,7 +61,11 @@ def serve(
 
 
 def start(
-    playground: Playground, host: str, port: int | None, login: tuple[str, str] | None = None
+    playground: Playground,
+    host: str,
+    port: int | None,
+    login: tuple[str, str] | None = None,
+    root_path: str | None = None,
 ) -> Blocks:
     """Start the page in a separate thread and return it; its address is `local_url`.
 
@@ -60,6 +74,7 @@ def start(
         host: host name or address to listen on.
         port: port to listen on; 0 means any free port, None the first free port from 7860.
         login: user name and password; None means no login.
+        root_path: path or URL of the page behind a reverse proxy; None means no proxy.
 
     Returns:
         The running page.
@@ -74,7 +89,7 @@ def start(
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         with socket.create_server((host, port or 0), family=family) as trial:
             port = trial.getsockname()[1] if port == 0 else port
-        from minigpt.playground.page import build_page, page_theme, static_text
+        from minigpt.playground.page import build_app, build_page, page_theme, static_text
 
         page = build_page(playground)
         page.launch(
@@ -82,6 +97,8 @@ def start(
             server_name=f"[{host}]" if ":" in host else host,
             server_port=port,
             auth=login,
+            root_path=root_path,
+            _app=build_app(Hosts(host, root_path)),
             theme=page_theme(),
             css=static_text("playground.css"),
             footer_links=[],

@@ -5,13 +5,16 @@ The callback that writes checkpoints is in checkpointing.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -32,6 +35,8 @@ from minigpt.training.loggers import log_final, log_samples
 from minigpt.training.module import GPTModule
 from minigpt.training.report import write_report
 
+_LONG_VALIDATION = 60.0  # seconds
+
 
 class Throughput(Callback):
     """Log `tokens_per_second` and `mfu` (model FLOPs utilisation) in training rows of metrics.csv.
@@ -39,23 +44,26 @@ class Throughput(Callback):
     The time includes work between steps (data, logging) but not validations. `mfu` is the model's
     FLOP/s as a fraction of the peak FLOP/s of all devices (Chowdhery et al. 2022, arXiv:2204.02311,
     appendix B). If `mfu` exceeds 1, the measured peak is too low, usually because the machine was
-    busy. A warning then says how to measure the peak again.
+    busy. The peak is then measured again, once in a run.
 
     Args:
         module: the model in training.
         every: number of steps over which the speed is averaged.
-        peak_flops: total peak of all devices, in FLOP/s.
-        peak_file: file in which the measured peak is stored.
+        measure_peak: function that returns the total peak of all devices in FLOP/s; if its
+            argument is true, it measures again.
 
     Attributes:
         seconds: training time so far in seconds, including earlier parts of a resumed run.
         speed: tokens per second in the current window of at most `every` steps.
+        peak_flops: total peak of all devices, in FLOP/s.
     """
 
-    def __init__(self, module: GPTModule, every: int, peak_flops: float, peak_file: Path) -> None:
-        self.module, self.every = module, every
-        self.peak_flops, self.peak_file = peak_flops, peak_file
-        self.seconds, self.speed, self._warned = 0.0, 0.0, False
+    def __init__(
+        self, module: GPTModule, every: int, measure_peak: Callable[[bool], float]
+    ) -> None:
+        self.module, self.every, self._measure_peak = module, every, measure_peak
+        self.peak_flops = measure_peak(False)
+        self.seconds, self.speed, self._measured_again = 0.0, 0.0, False
         self._steps, self._elapsed = 0, 0.0  # in the current window
         self._mark: float | None = None  # end of the last step; None after a pause
 
@@ -74,12 +82,15 @@ class Throughput(Callback):
         tokens_per_batch = self.module.tokens_per_step / trainer.accumulate_grad_batches
         self.speed = self._steps * tokens_per_batch / self._elapsed
         if self.module.has_row(trainer.global_step):
-            mfu = self.speed * self.module.net.flops_per_token() / self.peak_flops
-            self.module.log_dict({"tokens_per_second": self.speed, "mfu": mfu})
-            if mfu > 1 and not self._warned and trainer.is_global_zero:
-                self._warned = True
-                message = "mfu is above 1: delete %s so that the peak is measured again"
-                log.warning(message, self.peak_file)
+            flops = self.speed * self.module.net.flops_per_token()
+            if flops > self.peak_flops and not self._measured_again and trainer.is_global_zero:
+                self._measured_again, self._mark = True, None  # the clock excludes the measurement
+                with contextlib.suppress(torch.OutOfMemoryError):  # a GPU full of activations
+                    self.peak_flops = self._measure_peak(True)
+                message = "mfu was above 1: measured the peak again, it is %.3g FLOP/s"
+                log.info(message, self.peak_flops)
+            values = {"tokens_per_second": self.speed, "mfu": flops / self.peak_flops}
+            self.module.log_dict(values)
         if self._steps >= self.every * trainer.accumulate_grad_batches:
             self._steps, self._elapsed = 0, 0.0
 
@@ -188,10 +199,17 @@ class TrainingProgress(Callback):
         self.bar.update(self.task, completed=step, position=position, numbers=numbers)
 
     def on_validation_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        """Start counting the batches of the validation."""
+        """Start counting the batches of the validation; log its size if it may take a minute."""
         self.bar.update(self.task, description="validating")
         total = sum(trainer.num_val_batches)
         self.bar.add_task("validating", True, total, visible=False, position="", numbers="")
+        batches = self.module.tokens_per_step / trainer.accumulate_grad_batches
+        # A validation batch takes less time than a training batch, which has a backward pass.
+        seconds = total * batches / self.throughput.speed if self.throughput.speed else 0.0
+        if seconds > _LONG_VALIDATION and trainer.is_global_zero:
+            message = "validating on %s windows in %s batches, which takes at most about %s"
+            loader: Any = trainer.val_dataloaders
+            log.info(message, f"{len(loader.sampler):,}", f"{total:,}", human_time(seconds))
 
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
         """Count a batch of the validation."""
@@ -268,6 +286,7 @@ class RunReport(Callback):
             "tokens": tokens,
             "seconds": round(seconds, 1),
             "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
+            "peak_flops": self.throughput.peak_flops,  # mfu is relative to it
             **{name: float(metrics[name]) for name in names if name in metrics},
             "best_val_loss": best if math.isfinite(best) else None,
         }

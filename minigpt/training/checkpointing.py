@@ -27,6 +27,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from minigpt.core.console import log
+from minigpt.core.distributed import in_slurm_job
 from minigpt.core.settings import UserError
 from minigpt.runs.checkpoint import write_checkpoint
 from minigpt.runs.names import BEST, CHECKPOINTS, LAST
@@ -135,7 +136,7 @@ class Checkpoints(Callback):
         if threading.current_thread() is not threading.main_thread():
             return
         signals = [signal.SIGINT, signal.SIGTERM]
-        if "SLURM_JOB_ID" in os.environ:
+        if in_slurm_job():
             signals.append(signal.SIGUSR1)
         self._handlers = {number: signal.signal(number, self._ask_to_stop) for number in signals}
 

@@ -48,6 +48,10 @@ class TrainerConfig:
     """Implementation of attention and loss: `cpu` selects the CPU kernels of this package, which
     split each batch into micro-batches, with one thread per core; `torch` selects plain PyTorch;
     `auto` chooses by device."""
+    threads: int | None = None
+    """Number of CPU threads of each process, from 1 to 1024; None means the value of the
+    environment variable OMP_NUM_THREADS or, if that is not set, the process's share of the cores
+    that the CPU affinity and a container's CPU quota allow."""
     max_steps: int | None = None
     """Must equal the number of updates that budget.tokens allows; None disables the check."""
     max_epochs: int | None = None
@@ -56,6 +60,7 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         counts = ("num_nodes", "accumulate_grad_batches", "n_validations", "log_every_n_steps")
         check(self, "must be at least 1", lambda n: n >= 1, *counts)
+        check(self, "must be from 1 to 1024", lambda n: 1 <= n <= 1024, "threads")
         if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):
             raise UserError("must be auto or a number of devices", "devices", self.devices)
         if self.accelerator not in ("auto", "cpu", "gpu", "cuda", "mps"):
@@ -175,8 +180,15 @@ class LoggerConfig:
     kind: Literal["csv", "wandb", "tensorboard"] = "csv"
     """Logger of the metrics: `csv` writes only metrics.csv; `wandb` and `tensorboard` log in
     addition to metrics.csv."""
-    project: str = "mini-gpt"
-    """Name of the W&B project."""
+    project: str | None = None
+    """Name of the W&B project; None means the environment variable WANDB_PROJECT, else mini-gpt."""
+    entity: str | None = None
+    """User or team that owns the W&B project; None means WANDB_ENTITY, else the account's own."""
+    mode: Literal["online", "offline", "disabled"] | None = None
+    """Whether W&B uploads the run, stores it locally, or does nothing; None means WANDB_MODE, else
+    online with an API key and offline without."""
+    group: str | None = None
+    """Group of the W&B run; None means WANDB_RUN_GROUP, else no group."""
     log_model: bool = False
     """Whether to upload the best model to W&B at the end, as an artifact with the bfloat16 export
     in the format safetensors; needs the kind `wandb`."""

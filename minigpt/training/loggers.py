@@ -16,7 +16,7 @@ from lightning.pytorch.loggers.logger import Logger
 
 from minigpt.core.console import log
 from minigpt.core.distributed import global_rank
-from minigpt.core.files import write_text
+from minigpt.core.files import sync, write_text
 from minigpt.core.settings import UserError, one_line
 from minigpt.core.typed import shell_command
 from minigpt.runs.records import broken_line, whole_lines
@@ -84,7 +84,7 @@ class MetricsCsv(Logger):
     def save(self) -> None:
         """Sync the file to disk; `Checkpoints` calls this before it writes a checkpoint."""
         with self.path.open("r+b") as file:  # Windows does not sync a file opened for reading
-            os.fsync(file.fileno())
+            sync(file.fileno())
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Do nothing, because config.yaml contains the hyperparameters."""
@@ -127,30 +127,36 @@ def extra_loggers(folder: Path, config: LoggerConfig) -> list[Logger]:
         # `log_final` writes the hyperparameters, with the final metrics.
         options: Any = {"version": "", "default_hp_metric": False}
         return [TensorBoardLogger(folder, name="tensorboard", **options)]
-    return [_wandb_logger(folder, config.project)] if config.kind == "wandb" else []
+    return [_wandb_logger(folder, config)] if config.kind == "wandb" else []
 
 
-def _wandb_logger(folder: Path, project: str) -> Logger:
+def _wandb_logger(folder: Path, config: LoggerConfig) -> Logger:
     """Return a W&B logger, and store its id in the run folder so that a resumed run keeps the id.
 
-    The logger works offline if there is no API key, if the login of a resumed run fails, or if the
+    A new run takes its name and its id from WANDB_NAME and WANDB_RUN_ID, if they are set. The
+    logger works offline if there is no API key, if the login of a resumed run fails, or if the
     server does not answer after the login.
 
     Raises:
-        UserError: the login of a new run fails or times out.
+        UserError: the login of a new run fails or times out, or one of W&B's environment variables
+            has a wrong value.
     """
     import wandb
     from lightning.pytorch.loggers import WandbLogger
-    from wandb.errors import AuthenticationError, CommError
+    from wandb.errors import AuthenticationError, CommError, UsageError
 
-    defaults = wandb.setup().settings
-    mode = defaults.mode
+    is_new = not (folder / WANDB_ID).is_file()
+    try:
+        defaults = wandb.setup().settings
+    except (UsageError, ValueError) as error:  # such as WANDB_MODE=on
+        raise _wandb_error(error) from None
+    mode = config.mode or defaults.mode
     try:
         if mode != "disabled" and not wandb.login(prompt=False):
             mode = "offline"
     except AuthenticationError as error:  # also raised if the server does not answer
         problem = one_line(error)
-        if not (folder / WANDB_ID).is_file():
+        if is_new:
             message = f"W&B login failed ({problem}); set WANDB_MODE=offline or another logger"
             raise UserError(message, "logger.kind", "wandb", {"logger.kind": "csv"}) from None
         log.warning("W&B        no answer: %s", problem)
@@ -158,23 +164,47 @@ def _wandb_logger(folder: Path, project: str) -> Logger:
     start = min(defaults.init_timeout, _WANDB_START_SECONDS)
     finish = defaults.finish_timeout or _WANDB_FINISH_SECONDS
     settings = wandb.Settings(init_timeout=start, finish_timeout=finish, finish_timeout_raises=True)
+    # A resumed run keeps the name that it has on the server.
+    name = os.environ.get("WANDB_NAME") or folder.name if is_new else None
 
     def logger(mode: str) -> WandbLogger:
         wandb_logger = WandbLogger(
-            folder.name, folder, id=_wandb_id(folder), project=project, mode=mode,
+            name, folder, id=_wandb_id(folder), project=config.project or defaults.project
+            or "mini-gpt", entity=config.entity, group=config.group, mode=mode,
             resume=None if mode == "offline" else "allow", settings=settings,
         )  # fmt: skip
         _ = wandb_logger.experiment  # opens the run, only on rank 0
         return wandb_logger
 
-    if mode != "offline":
-        try:
-            return logger(mode)
-        except CommError as error:
-            log.warning("W&B        no answer: %s", one_line(error))
-    sync = shell_command("wandb", "sync", str(folder / "wandb"))
-    log.info("W&B        offline: upload it later with %s/offline-run-*", sync)
-    return logger("offline")
+    try:
+        if mode != "offline":
+            try:
+                return logger(mode)
+            except CommError as error:
+                log.warning("W&B        no answer: %s", one_line(error))
+        sync = shell_command("wandb", "sync", str(folder / "wandb"))
+        log.info("W&B        offline: upload it later with %s/offline-run-*", sync)
+        return logger("offline")
+    except (UsageError, ValueError) as error:  # such as a WANDB_RUN_ID with a slash
+        if is_new:
+            (folder / WANDB_ID).unlink(missing_ok=True)
+        raise _wandb_error(error) from None
+
+
+def _wandb_error(error: Exception) -> UserError:
+    """Return the error for a wrong setting of W&B, most of which are environment variables."""
+    problem = f"W&B refuses a setting ({one_line(error)}): check the variables WANDB_*"
+    return UserError(f"{problem}, or choose another logger", fix={"logger.kind": "csv"})
+
+
+def forget_wandb_run() -> None:
+    """Remove WANDB_NAME and WANDB_RUN_ID, which hold for one run, before a multirun; log a warning.
+
+    With one id, W&B would mix the metrics of all jobs into one run.
+    """
+    for name in ("WANDB_NAME", "WANDB_RUN_ID"):
+        if value := os.environ.pop(name, None):
+            log.warning("%s=%s ignored: it holds for one run, and this is a multirun", name, value)
 
 
 def _wandb_id(folder: Path) -> str:

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,29 @@ import lightning as L
 import torch
 import torch.distributed
 import yaml
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from minigpt.core.console import log, log_file
-from minigpt.core.distributed import Launcher, global_rank, may_start_processes, step_name
+from minigpt.core.distributed import (
+    Launcher,
+    forget_stale_launcher,
+    global_rank,
+    may_start_processes,
+    step_name,
+)
 from minigpt.core.files import write_text
-from minigpt.core.hardware import PEAK_FILE, Hardware, matmul_peak
+from minigpt.core.hardware import (
+    Hardware,
+    has_cpp_compiler,
+    matmul_peak,
+    set_threads,
+)
 from minigpt.core.process import is_tuned, preserved_process
 from minigpt.core.settings import ModelClassError, UserError, build, next_step, plain
 from minigpt.core.text import human_count
@@ -95,6 +110,9 @@ def train(
             diverged, the disk is full, or another process trains this run.
     """
     with preserved_process():
+        forget_stale_launcher()
+        rank_zero: Any = rank_zero_only
+        rank_zero.rank = global_rank()  # Lightning reads other variables too
         config = _with_classes(config, model, teacher)
         if stories is not None:
             data = spool_stories(config.data, stories, valid_stories)
@@ -118,6 +136,7 @@ def _train(
         start = ResumeState.from_config(config, folder, model, teacher)
         config = start.config
         hardware = _hardware(config.trainer)
+        set_threads(config.trainer.threads, hardware)
         kernels = kernels_for(hardware.accelerator, config.trainer.kernels)
         schedule = Schedule.from_config(config, hardware.world_size)
         if folder is not None and start.step >= schedule.n_steps:
@@ -194,6 +213,9 @@ def _hardware(c: TrainerConfig) -> Hardware:
     if hardware.accelerator == "mps" and c.strategy != "auto":
         message = "needs several devices, and a Mac has one GPU; CPU processes can train instead"
         raise UserError(message, "trainer.strategy", c.strategy, {"trainer.accelerator": "cpu"})
+    if c.compile and hardware.accelerator == "cpu" and not has_cpp_compiler():
+        message = "torch.compile needs a C++ compiler, such as g++"
+        raise UserError(message, "trainer.compile", True, {"trainer.compile": False})
     if hardware.world_size > 1 and not may_start_processes():
         message = "only the command line, torchrun or srun can train on several devices"
         raise UserError(message, "trainer.devices", hardware.devices, {"trainer.devices": "1"})
@@ -254,6 +276,8 @@ class _Training:
         """Log the main settings of the run, so that the user can notice a wrong setting early."""
         config, data, schedule, hardware = self.config, self.data, self.schedule, self.hardware
         valid, parent = data.valid, self.start.parent
+        n_windows = -(-(valid.n_tokens - 1) // config.model.context_length)
+        n_batches = -(-n_windows // (config.data.windows_per_batch * hardware.world_size))
         epochs = schedule.n_steps * schedule.tokens_per_step / data.train.n_tokens
         lrs = ", ".join(f"peak {name} {lr:.2e}" for name, lr in self.module.peak_lrs.items())
         lines = {
@@ -261,11 +285,14 @@ class _Training:
             "model": f"{config.size}, {self.module.net.n_parameters:,} parameters",
             "data": f"{config.data.source}: {data.train.n_tokens:,} training and "
             f"{valid.n_tokens:,} validation tokens, {valid.bytes_per_token:.2f} bytes each",
+            "validation": f"{n_windows:,} windows in {n_batches:,} batches, up to "
+            f"{config.trainer.n_validations} times",
             "budget": f"{human_count(config.budget.tokens)} tokens = {schedule.n_steps:,} steps of "
             f"{schedule.tokens_per_step:,}, {epochs:.1f} epochs",
             "optimizer": f"{config.optimizer.name}, {lrs}, {config.optimizer.warmup_steps} warm-up "
             "steps",
-            "device": f"{hardware.accelerator} ×{hardware.world_size}",
+            "device": f"{hardware.accelerator} ×{hardware.world_size}, "
+            f"{torch.get_num_threads()} CPU thread(s) each",
             "precision": f"{hardware.precision}: {hardware.why}",
             "kernels": kernels.name,
         }
@@ -296,8 +323,14 @@ class _Training:
         folder, config, hardware = self.folder, self.config, self.hardware
         module, c, keep = self.module, config.trainer, config.callbacks
         cache_dir, start_step = Path(config.data.cache_dir), self.start.step
-        peak = matmul_peak(hardware, cache_dir) * hardware.world_size
-        throughput = Throughput(module, c.log_every_n_steps, peak, cache_dir / PEAK_FILE)
+
+        def peak(again: bool) -> float:
+            return matmul_peak(hardware, cache_dir, again) * hardware.world_size
+
+        throughput = Throughput(module, c.log_every_n_steps, peak)
+        log.info(
+            "%-10s %s", "peak", f"{throughput.peak_flops:.3g} FLOP/s, which mfu is relative to"
+        )
         checkpoints = Checkpoints(module, folder, keep)
         # At the last step, snapshots and checkpoints contain the mean.
         weights: list[Callback] = [CycleMean(module)] if config.optimizer.cycles else []
@@ -309,9 +342,13 @@ class _Training:
         if strategy == "fsdp":  # FSDP2; `GPTModule` shards its model, checkpoints are single files
             sizes = hardware.world_size, 1  # sizes of data and tensor parallelism
             strategy = ModelParallelStrategy(*sizes, save_distributed_checkpoint=False)
-        srun = getattr(Launcher.detect(), "name", None) == "srun"
+        launcher = Launcher.detect()
         # Under srun, `Checkpoints` queues the job again, so Lightning must not.
-        environment = [SLURMEnvironment(auto_requeue=False)] if srun else []
+        environment = {
+            None: LightningEnvironment,
+            "torchrun": TorchElasticEnvironment,
+            "srun": partial(SLURMEnvironment, auto_requeue=False),
+        }[launcher and launcher.name]()
         accumulate, n_steps = c.accumulate_grad_batches, self.schedule.n_steps
         trainer = L.Trainer(
             accelerator=hardware.accelerator,
@@ -342,7 +379,7 @@ class _Training:
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,  # the data module distributes the windows itself
-            plugins=[checkpoints.files, *environment],
+            plugins=[checkpoints.files, environment],
         )
         for logger in loggers:  # opens the W&B run, which `_fit` closes
             shape = dataclasses.asdict(config.model)  # `model` is the name of the size

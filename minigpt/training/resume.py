@@ -372,13 +372,17 @@ def run_lock(folder: Path) -> AcquireReturnProxy:
         The lock, as a context manager that releases the lock at its end.
 
     Raises:
-        UserError: another process trains the run. The lock of a killed process is released.
+        UserError: another process trains the run, or the file system supports no locks. The lock
+            of a killed process is released.
     """
     try:
         return FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
         message = f"{folder} is being trained by another process: wait, or choose another name"
         raise UserError(message, "name", folder.name) from None
+    except (OSError, NotImplementedError) as error:  # a file system without locks
+        problem = f"cannot lock {folder} ({error}): choose a folder on another file system"
+        raise UserError(problem, "runs_dir", str(folder.parent)) from None
 
 
 def _check_settings(config: TrainConfig, before: TrainConfig, folder: Path) -> None:
@@ -390,8 +394,11 @@ def _check_settings(config: TrainConfig, before: TrainConfig, folder: Path) -> N
     if size == limit and (by_tokenizer or earlier["model.vocab_size"] <= size):
         ignored.add("model.vocab_size")  # it follows the tokenizer
     for name, value in flat(settings_of(config)).items():
-        if name not in ignored and earlier[name] != value:
-            if name == "budget.tokens" and (error := budget_error(folder, value, config.overrides)):
+        unset = value is None and name.startswith("logger.")  # W&B's variables may have changed
+        if name not in ignored and not unset and earlier[name] != value:
+            if name == "budget.tokens" and (
+                error := budget_error(folder, config.budget.tokens, config.overrides)
+            ):
                 raise error
             message = f"the run in {folder} used another value; use that value or another name"
             raise UserError(message, name, value, {name: earlier[name]})

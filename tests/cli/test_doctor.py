@@ -9,7 +9,7 @@ import torch
 
 import minigpt
 from minigpt.cli import doctor
-from minigpt.core import hardware
+from minigpt.core import cores, hardware
 from minigpt.kernels import decode
 from tests.cli.test_app import run_main
 
@@ -77,6 +77,7 @@ def test_doctor_warns_of_threads_disk_and_cache(monkeypatch, capsys, tmp_path):
     home = tmp_path / "home"
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(cores, "cpu_quota", lambda: 1.5)
     monkeypatch.setattr(doctor, "cpu_quota", lambda: 1.5)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=1.5e9))
@@ -93,16 +94,3 @@ def test_doctor_reports_the_launcher_that_forbids_a_choice(monkeypatch, capsys):
     monkeypatch.setenv("SLURM_NTASKS", "2")
     facts, _ = doctor_json(monkeypatch, capsys)
     assert "srun" in facts["precision"]
-
-
-def test_cpu_quota_is_read_from_either_cgroup_version(monkeypatch, tmp_path):
-    monkeypatch.setattr(hardware, "Path", lambda folder, name: tmp_path / name)
-    assert hardware.cpu_quota() is None
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("-1\n")
-    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
-    assert hardware.cpu_quota() is None
-    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("250000\n")
-    assert hardware.cpu_quota() == 2.5
-    (tmp_path / "cpu.max").write_text("150000 100000\n")
-    assert hardware.cpu_quota() == 1.5

@@ -1,12 +1,17 @@
+import atexit
+import errno
 import json
 import os
 import resource
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
 from minigpt.core.files import (
+    provide_home,
     read_json,
     read_text,
     read_yaml,
@@ -107,10 +112,15 @@ def test_a_pipe_and_a_folder_are_not_read(tmp_path):
             read_text(path)
 
 
-@pytest.mark.parametrize("name", ["summary.json", "checkpoints", "checkpoints/last.ckpt"])
+@pytest.mark.parametrize(
+    "name",
+    ["summary.json", "checkpoints", "checkpoints/last.ckpt", "tensorboard/hparams.yaml", "wandb/x"],
+)
 def test_a_link_out_of_the_run_folder_is_refused(name, tmp_path):
     run, outside = tmp_path / "run", tmp_path / "outside"
-    (run / "checkpoints").mkdir(parents=True)
+    for subfolder in ("checkpoints", "tensorboard", "wandb/run-1/logs"):
+        (run / subfolder).mkdir(parents=True)
+    (run / "wandb/run-1/logs/core.log").symlink_to(outside)  # W&B itself creates such a link
     (run / "inside").write_text("")
     (run / "checkpoints" / "best.ckpt").symlink_to(run / "inside")
     refuse_links_out(run)
@@ -121,3 +131,54 @@ def test_a_link_out_of_the_run_folder_is_refused(name, tmp_path):
     (run / name).symlink_to(outside)
     with pytest.raises(UserError, match=naming(str(run / name), "link")):
         refuse_links_out(run)
+
+
+@pytest.mark.parametrize("home", [None, "absent", "read-only", "usable"])
+def test_libraries_get_a_temporary_folder_if_the_home_folder_is_not_usable(
+    home, tmp_path, monkeypatch
+):
+    (tmp_path / "read-only").mkdir()
+    (tmp_path / "usable").mkdir()
+    variables = {} if home is None else {"HOME": str(tmp_path / home)}
+    monkeypatch.setattr(os, "environ", variables | {"XDG_CONFIG_HOME": "/mine"})
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path).name == "usable")
+    if home is None:  # the user id has no name
+        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError()))
+    cleanups: list[Callable[[], None]] = []
+    monkeypatch.setattr(atexit, "register", cleanups.append)
+    provide_home()
+    assert os.environ["XDG_CONFIG_HOME"] == "/mine"
+    if home == "usable":
+        assert "XDG_CACHE_HOME" not in os.environ
+        return
+    folder = Path(os.environ["XDG_CACHE_HOME"]).parent
+    assert folder.is_dir()
+    assert folder.stat().st_mode & 0o077 == 0  # decode.c is loaded from there
+    assert "HOME" in os.environ
+    cleanups[0]()
+    assert not folder.exists()
+
+
+def test_no_temporary_folder_is_no_error_without_a_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", {"HOME": str(tmp_path / "absent")})
+
+    def fail(**_: object) -> None:
+        raise FileNotFoundError("no usable temporary directory")
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", fail)
+    provide_home()
+    assert "XDG_CACHE_HOME" not in os.environ
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_fsync_holds_atomic_files(number, tmp_path, monkeypatch):
+    def fail(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    write_text(tmp_path / "file", "content")
+    assert (tmp_path / "file").read_text() == "content"
+    number = errno.EIO  # the disk is broken
+    with pytest.raises(OSError, match=os.strerror(number)):
+        write_text(tmp_path / "file", "other")
+    assert (tmp_path / "file").read_text() == "content"

@@ -1,8 +1,17 @@
+import os
+import re
+
 import pytest
 import torch
 
 from minigpt.core import hardware
-from minigpt.core.distributed import global_rank
+from minigpt.core.distributed import (
+    Launcher,
+    forget_stale_launcher,
+    global_rank,
+    in_slurm_job,
+    step_name,
+)
 from minigpt.core.hardware import Hardware
 from minigpt.core.settings import UserError
 from minigpt.training.config import TrainConfig, TrainerConfig
@@ -67,9 +76,11 @@ def test_the_gpu_of_a_mac_is_one_device(monkeypatch):
         train(config)
 
 
-TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3", "RANK": "4"}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3", "RANK": "4",
+            "LOCAL_RANK": "1", "MASTER_PORT": "29500"}  # fmt: skip
 SRUN = {"SLURM_NTASKS": "6", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "3",
-        "SLURM_STEP_ID": "0", "SLURM_PROCID": "4", "SLURM_JOB_NAME": "train"}  # fmt: skip
+        "SLURM_STEP_ID": "0", "SLURM_PROCID": "4", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
+        "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -103,6 +114,83 @@ def test_slurm_tasks_that_would_deadlock_are_refused(monkeypatch, missing, named
             monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=named):
         Hardware.detect("cpu", "auto", 1, "auto")
+
+
+WRONG = [
+    *((TORCHRUN, name, value) for name in TORCHRUN for value in (None, "", "x", "-1", "\u0663")
+      if name != "TORCHELASTIC_RUN_ID"),
+    (TORCHRUN, "RANK", "6"),
+    (TORCHRUN, "LOCAL_WORLD_SIZE", "4"), (TORCHRUN, "LOCAL_WORLD_SIZE", "0"),
+    *((SRUN, name, value) for name in ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+      for value in (None, "", "x")),
+    (SRUN, "SLURM_PROCID", "6"), (SRUN, "SLURM_NNODES", "4"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("variables", "name", "value"), WRONG)
+def test_launcher_variables_that_are_missing_or_wrong_are_an_error(
+    monkeypatch, variables, name, value
+):
+    for other, number in {**variables, name: value}.items():
+        if number is not None:
+            monkeypatch.setenv(other, number)
+    with pytest.raises(UserError, match=re.escape(name)):
+        Hardware.detect("cpu", "auto", 1, "auto")
+    assert global_rank() == 0  # does not raise
+
+
+STALE = {
+    "empty": {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""},
+    "no number": {"RANK": "a", "WORLD_SIZE": "b", "MASTER_PORT": "c"},
+    "rank alone": {"RANK": "1"},
+    "local rank alone": {"LOCAL_RANK": "1"},
+    "no address": {"RANK": "1", "WORLD_SIZE": "2"},
+    "one process": {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "29500"},
+    "wrong Slurm": {"SLURM_NTASKS": "", "SLURM_PROCID": "x", "SLURM_JOB_ID": "7"},
+}
+
+
+@pytest.mark.parametrize("variables", STALE.values(), ids=STALE)
+def test_stale_launcher_variables_are_ignored_with_one_warning(monkeypatch, caplog, variables):
+    monkeypatch.setattr(os, "environ", {**os.environ, **variables})
+    assert (Launcher.detect(), global_rank(), step_name()) == (None, 0, None)
+    forget_stale_launcher()
+    forget_stale_launcher()
+    assert not (variables.keys() - {"SLURM_JOB_ID"}) & os.environ.keys()
+    (message,) = caplog.messages
+    assert all(name in message for name in variables if name != "SLURM_JOB_ID")
+
+
+@pytest.mark.parametrize(
+    "shell",
+    [{"SLURM_JOB_NAME": name} for name in ("bash", "zsh", "fish", "interactive", "Interactive")]
+    + [{"SLURM_JOB_NAME": "mine", "SLURM_PTY_PORT": "40000"}],
+)
+def test_an_interactive_slurm_shell_is_no_job_step(monkeypatch, caplog, shell):
+    monkeypatch.setattr(os, "environ", {**os.environ, **SRUN, **shell})
+    assert (Launcher.detect(), global_rank(), step_name()) == (None, 0, None)
+    assert not in_slurm_job()
+    forget_stale_launcher()
+    assert caplog.messages == []
+    assert "SLURM_PROCID" not in os.environ  # Lightning would read it
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "29500"},
+        {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"},
+        {"PMI_RANK": "0", "PMI_SIZE": "4"},
+    ],
+    ids=["torch.distributed", "mpirun", "PMI"],
+)
+def test_processes_of_an_unknown_launcher_are_refused(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="torchrun"):
+        Hardware.detect("cpu", "auto", 1, "auto")
+    forget_stale_launcher()
+    assert variables.items() <= os.environ.items()  # so that train raises
 
 
 def test_several_nodes_need_a_launcher():

@@ -16,6 +16,13 @@ def test_matmul_peak_is_measured_once_and_cached(tmp_path, monkeypatch):
     assert matmul_peak(CPU, tmp_path / "cache") == measured
 
 
+def test_matmul_peak_measured_again_replaces_a_lower_one(tmp_path, monkeypatch):
+    speeds = iter([2e9, 1e9, 5e9])
+    monkeypatch.setattr(hardware, "_measure", lambda *_: next(speeds))
+    peaks = [matmul_peak(CPU, tmp_path, again) for again in (False, True, True, False)]
+    assert peaks == [2e9, 2e9, 5e9, 5e9]
+
+
 def test_matmul_peak_has_one_entry_per_dtype_and_replaces_a_damaged_file(tmp_path, monkeypatch):
     monkeypatch.setattr(hardware, "_measure", lambda accelerator, dtype: float(dtype.itemsize))
     file = tmp_path / "matmul_peak.json"

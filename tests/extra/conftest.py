@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -101,22 +101,27 @@ def guarded(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @contextlib.contextmanager
-def playground(arguments: list[str], folder: Path) -> Iterator[Served]:
-    """`minigpt playground <arguments>`, watched from the scratch folder `folder`."""
+def playground(arguments: list[str], folder: Path, before: Sequence[str] = ()) -> Iterator[Served]:
+    """`minigpt playground <arguments>`, watched from the scratch folder `folder`.
+
+    The words in `before` are put before the command; they may start it as another user.
+    """
     command = ["-m", "minigpt.cli.app", "playground", *arguments, "--port", "0"]
-    with page_of(command, folder) as served:
+    with page_of(command, folder, before) as served:
         yield served
 
 
 @contextlib.contextmanager
-def page_of(command: list[str], folder: Path, **variables: str) -> Iterator[Served]:
+def page_of(
+    command: list[str], folder: Path, before: Sequence[str] = (), **variables: str
+) -> Iterator[Served]:
     """The page that `python <command>` serves, watched from the scratch folder `folder`."""
     (folder / "sitecustomize.py").write_text(WATCH)
     outbound = folder / "outbound.txt"
     paths = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     environment = os.environ | {"PYTHONPATH": paths, "OUTBOUND": str(outbound)} | variables
     environment.pop("GRADIO_ANALYTICS_ENABLED", None)  # the page must set it itself
-    command = [sys.executable, *command]
+    command = [*before, sys.executable, *command]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None
     lines: queue.Queue[str] = queue.Queue()

@@ -61,6 +61,14 @@ def test_story_grows_in_each_column_and_its_note_counts_tokens(page, monkeypatch
         assert re.search(naming(str(n), "tokens"), note_text(column[-1]))
 
 
+def test_logits_that_are_not_finite_are_an_error_in_their_own_column(page):
+    with torch.no_grad():
+        page.models["a"].net.embedding.weight.fill_(float("nan"))
+    broken, whole = list(page.write("the dog", **USUAL))[-1]
+    assert "finite" in note_text(broken, "error")
+    assert "tokens" in note_text(whole)
+
+
 def test_story_speed_excludes_other_models_and_the_page(page, monkeypatch):
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
 

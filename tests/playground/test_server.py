@@ -54,14 +54,29 @@ from minigpt.tokenizer import Tokenizer
 from tests.playground.test_answers import model
 
 http_server.INITIAL_PORT_VALUE = {port}
-playground = Playground([model("a", Tokenizer.train(["the dog ran"] * 5, 300))])
+tokenizer = Tokenizer.train(["the dog ran"] * 5, 300)
+playground = Playground([model("a", tokenizer), model("b", tokenizer, n_heads=1)])
+from minigpt.playground.page import _attention_sliders
+for name, n_heads in (("a", 2), ("b", 1)):  # sliders follow the chosen model
+    layer, head = _attention_sliders(playground, name, 9, 9)
+    assert (layer.maximum, layer.value, head.maximum, head.value) == (2, 2, 2, n_heads)
+    assert (layer.visible, head.visible) == (True, n_heads > 1)
 for host in {hosts}:
-    page = start(playground, host, None)
-    print(page.server_port, httpx.get(page.local_url, trust_env=False).status_code)
+    page = start(playground, host, None, root_path="/stories")
+    with httpx.Client(base_url=page.local_url, trust_env=False) as client:
+        answers = [
+            client.get("/"),
+            client.get("/", headers={{"Host": "rebound.example"}}),
+            client.get("/", headers={{"Origin": "http://foreign.example"}}),
+        ]
+        root = client.get("/config").json()["root"]
+    assert not any("access-control-allow-origin" in answer.headers for answer in answers)
+    assert root.endswith("/stories"), root
+    print(page.server_port, *(answer.status_code for answer in answers))
 """
 
 
-def test_default_port_is_the_next_free_one(taken_port):
+def test_default_port_is_the_next_free_one_and_foreign_hosts_are_refused(taken_port):
     hosts = ["localhost", "[::1]", "0.0.0.0"]
     proxy = {"http_proxy": "http://192.0.2.1:9", "no_proxy": "example.org"}
     process = subprocess.run(
@@ -72,10 +87,17 @@ def test_default_port_is_the_next_free_one(taken_port):
         check=True,
     )
     answers = [line.split() for line in process.stdout.splitlines()]
-    ports = [int(port) for port, _ in answers]
+    ports = [int(port) for port, *_ in answers]
     assert len(ports) == len(hosts)
     assert ports[0] > taken_port
-    assert {status for _, status in answers} == {"200"}
+    assert {tuple(statuses) for _, *statuses in answers} == {("200", "403", "403")}
+
+
+@pytest.mark.parametrize("root_path", ["", "stories", "ftp://a/b"])
+def test_root_path_that_is_no_path_or_url_is_an_error(root_path):
+    with pytest.raises(UserError, match=naming("https://example.org/stories")) as error:
+        serve([], root_path=root_path)
+    assert error.value.argument == "root_path"
 
 
 @pytest.mark.parametrize("auth", ["user", "user:", ":password", ""])

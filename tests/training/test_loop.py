@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minigpt.core.hardware import cpu_has_bfloat16
+from minigpt.core.hardware import Hardware, cpu_has_bfloat16
 from minigpt.core.settings import UserError
 from minigpt.data import sources
 from minigpt.data.sources import Corpus
@@ -62,14 +62,45 @@ def test_run_folder_holds_config_metrics_samples_summary_and_report(
     assert "<svg" in (folder / "report.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("peak", "lines"), [(1.0, 1), (1e30, 0)])
-def test_mfu_above_one_is_warned_about_once(
-    tiny: list[str], monkeypatch: pytest.MonkeyPatch, peak: float, lines: int
+@pytest.mark.parametrize(("peak", "again"), [(1.0, 1e30), (1e30, None)])
+def test_a_peak_that_a_run_beats_is_measured_again_once(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, peak: float, again: float | None
 ):
-    monkeypatch.setattr("minigpt.training.loop.matmul_peak", lambda *_: peak)
+    peaks, calls = iter([peak, again]), list[bool]()
+
+    def measure(hardware: Hardware, cache_dir: Path, measure_again: bool) -> float | None:
+        calls.append(measure_again)
+        return next(peaks)
+
+    monkeypatch.setattr("minigpt.training.loop.matmul_peak", measure)
     folder = trained_folder(tiny)
-    log = (folder / "train.log").read_text(encoding="utf-8")
-    assert log.count("matmul_peak.json") == lines
+    assert calls == ([False] if again is None else [False, True])
+    assert read_summary(folder)["peak_flops"] == 1e30
+    assert max(row.get("mfu", 0.0) for row in read_metrics(folder)) < 1
+    assert f"{peak:.3g} FLOP/s" in (folder / "train.log").read_text(encoding="utf-8")
+
+
+def test_a_long_validation_is_announced_with_its_windows(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("minigpt.training.callbacks._LONG_VALIDATION", 0.0)
+    folder = trained_folder([*tiny, "model.context_length=1", "budget.tokens=40"])
+    log = (folder / "train.log").read_text(encoding="utf-8").splitlines()
+    pattern = r" validation +([\d,]+) windows in ([\d,]+) batches"
+    ((n_windows, n_batches),) = re.findall(pattern, "\n".join(log))
+    assert int(n_windows.replace(",", "")) > 500
+    announced = [line for line in log if "validating" in line]
+    assert len(announced) == 2
+    assert all(f" {n_windows} " in line and f" {n_batches} " in line for line in announced)
+
+
+def test_compile_without_a_compiler_is_an_error_before_the_run(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("minigpt.training.loop.has_cpp_compiler", lambda: False)
+    with pytest.raises(UserError, match=naming("trainer.compile", "g++")):
+        trained_folder([*tiny, "trainer.compile=true"])
+    assert not Path(composed(tiny).runs_dir).exists()
 
 
 def test_evaluation_agrees_with_what_training_logged(tiny: list[str]):

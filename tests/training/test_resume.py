@@ -17,7 +17,8 @@ from minigpt.runs.folder import Run
 from minigpt.runs.provenance import Parent, parent_of
 from minigpt.runs.records import read_metrics, read_summary
 from minigpt.scaling.results import keep_run, read_run
-from tests.conftest import trained_folder, write_stories
+from minigpt.training.resume import run_lock
+from tests.conftest import naming, trained_folder, write_stories
 from tests.training.test_loop import fail_at_step
 
 FEW = EvaluationConfig(stories=StoriesConfig(prompts=("Once",), n=1, max_tokens=5), words=("Tom",))
@@ -252,3 +253,13 @@ def test_export_averages_a_run_with_its_parent(tiny: list[str], parent: Path, tm
     with pytest.raises(UserError, match="(?=.*parent)(?=.*average)"):
         export(Run.load(child), tmp_path / "other", mean)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(37, "No locks available"), NotImplementedError()])
+def test_a_folder_without_locks_is_an_error(tmp_path, monkeypatch, error):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("minigpt.training.resume.FileLock.acquire", fail)
+    with pytest.raises(UserError, match=naming("runs_dir", "lock")):
+        run_lock(tmp_path)

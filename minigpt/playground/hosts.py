@@ -1,0 +1,86 @@
+"""Protection of the playground against pages of other sites in the visitor's browser.
+
+Any web page can send requests to a server on the visitor's own machine, and with DNS rebinding it
+can read the answers, because a name of its own then resolves to 127.0.0.1. The name is in the
+header Host, so requests with a foreign Host or Origin are refused.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+Scope = MutableMapping[str, Any]
+App = Callable[[Scope, Any, Any], Awaitable[None]]
+_ANY = ("0.0.0.0", "::")  # noqa: S104 (the addresses of all interfaces)
+
+
+class Hosts:
+    """Host names and addresses under which the server may be called.
+
+    Args:
+        host: host name or address that the server listens on.
+        root_path: URL or path of the page behind a reverse proxy; the host of a URL is allowed.
+    """
+
+    def __init__(self, host: str, root_path: str | None = None) -> None:
+        self._any_address = host in _ANY
+        machine = socket.gethostname()
+        own = [machine, f"{machine}.local"] if self._any_address else [host]
+        self._names = {"localhost", *own, _name(urlsplit(root_path or "").netloc)}
+        self._names = {name.lower() for name in self._names if name}
+
+    def allow(self, netloc: str) -> bool:
+        """Return whether the host in "host:port" is loopback or a host of this server.
+
+        If the server listens on all interfaces, every address is allowed: only names can be
+        rebound.
+        """
+        name = _name(netloc)
+        try:
+            return name in self._names or ipaddress.ip_address(name).is_loopback | self._any_address
+        except ValueError:  # not an address
+            return False
+
+    def refusal(self, headers: dict[str, str]) -> str | None:
+        """Return the reason to refuse a request with these headers; None to answer it."""
+        if not self.allow(host := headers.get("host", "")):
+            return f"the host {host!r} is not one of this server"
+        origin = headers.get("origin")
+        if origin is None or self.allow(urlsplit(origin).netloc):
+            return None
+        # A proxy sets this header; a page of another site cannot without the server's consent.
+        if _name(urlsplit(origin).netloc) == _name(headers.get("x-forwarded-host", "")) != "":
+            return None
+        return f"the request comes from a page of another site, {origin!r}"
+
+
+def _name(netloc: str) -> str:
+    """Return the host in "host:port" in lower case; "" if there is none."""
+    try:
+        return urlsplit(f"//{netloc}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def guarded(app: App, hosts: Hosts) -> App:
+    """Return an ASGI app that answers 403 to requests that `hosts` refuses, else calls `app`."""
+
+    async def guard(scope: Scope, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":  # the page has no WebSockets
+            return await app(scope, receive, send)
+        pairs = (
+            (name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]
+        )
+        if (reason := hosts.refusal({name.lower(): value for name, value in pairs})) is None:
+            return await app(scope, receive, send)
+        advice = "start minigpt playground with --host or --root-path and the address of the page"
+        body = f"403: {reason}; {advice}\n".encode()
+        start = [(b"content-type", b"text/plain; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 403, "headers": start})
+        await send({"type": "http.response.body", "body": body})
+
+    return guard
