@@ -122,7 +122,7 @@ def describe(error: UserError, program: Program, options: frozenset[str] = froze
     return one_line(f"{head}: type {' '.join(steps)}" if steps else head)
 
 
-def leave(message: str) -> NoReturn:
-    """Print `message` as a one-line error and exit with code 2."""
+def leave(message: str, code: int = 2) -> NoReturn:
+    """Print `message` as a one-line error and exit with `code`."""
     print(f"error: {one_line(message)}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -18,11 +19,13 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from minigpt.cli.compose import composed_words, config_source, register_defaults
+from minigpt.cli.exits import orderly_exit
 from minigpt.cli.hydra_errors import explain, explain_failure
-from minigpt.cli.program import CLASS_PATH, Program, describe, leave
-from minigpt.core.console import show_log
+from minigpt.cli.program import CLASS_PATH, Program, describe, hydra_value, leave
+from minigpt.core.console import log
 from minigpt.core.distributed import allow_starting_processes, global_rank
 from minigpt.core.settings import UserError, speak
+from minigpt.core.signals import watch
 
 # Hydra's own options. Everything else on the command line is a setting, without dashes.
 HYDRA_FLAGS = {
@@ -35,7 +38,7 @@ HYDRA_FLAGS = {
 def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -> None:
     """Compose conf/<name>.yaml with the settings of the command line, and run `task`.
 
-    A user error prints one line on stderr and exits with code 2; Ctrl-C exits with code 130.
+    A user error prints one line on stderr and exits with code 2; `orderly_exit` handles signals.
 
     Args:
         name: name of the root config, train or evaluate.
@@ -48,30 +51,44 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
     # Make Slurm send SIGUSR1 before a job times out, because training handles this signal.
     os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
     program = Program.detect(name)
-    show_log()
     speak(program.command)
     allow_starting_processes()
     arguments = program.arguments
     classes = [word for word in arguments if word.startswith(CLASS_PATH[name])]
 
+    sweep_dirs: list[str] = []  # of a multirun whose first job has started
+
     def job(config: DictConfig) -> None:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            sweep_dirs.append(HydraConfig.get().sweep.dir)
         with _one_line_errors(program):
             task(config, program, classes)
 
-    try:
-        _check_dashes(arguments)
-        _prepare(name, program, arguments)
-        hydra.main(version_base="1.3", config_path=config_source(), config_name=name)(job)()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except UserError as error:
-        leave(describe(error, program))
-    except (HydraException, OmegaConfBaseException) as error:
-        leave(explain(error, name))
-    except (RuntimeError, ConnectionError, ValueError) as error:
-        if reason := explain_failure(error):
-            leave(reason)
-        raise
+    with orderly_exit(name):
+        try:
+            _check_dashes(arguments)
+            _prepare(name, program, arguments)
+            hydra.main(version_base="1.3", config_path=config_source(), config_name=name)(job)()
+        except (KeyboardInterrupt, SystemExit):
+            if sweep_dirs and watch.number and global_rank() == 0:
+                log.info("sweep:     %s", _sweep_again(program, arguments, sweep_dirs[0]))
+            raise
+        except UserError as error:
+            leave(describe(error, program), error.exit_code)
+        except (HydraException, OmegaConfBaseException) as error:
+            leave(explain(error, name))
+        except (RuntimeError, ConnectionError, ValueError) as error:
+            if reason := explain_failure(error):
+                leave(reason)
+            raise
+
+
+def _sweep_again(program: Program, arguments: list[str], sweep_dir: str) -> str:
+    """Return the command that continues a multirun: its finished jobs end at once."""
+    key = "hydra.sweep.dir"
+    folder = [] if any(word.startswith(f"{key}=") for word in arguments) else [sweep_dir]
+    words = [*arguments, *(f"{key}={hydra_value(path)}" for path in folder)]
+    return " ".join([program.command("train"), *map(shlex.quote, words)])
 
 
 def _prepare(name: str, program: Program, arguments: list[str]) -> None:
@@ -117,7 +134,7 @@ def _one_line_errors(program: Program) -> Iterator[None]:
         if multirun:
             raise
         if isinstance(error, UserError):
-            leave(describe(error, program))
+            leave(describe(error, program), error.exit_code)
         leave(str(error).partition("\n")[0])  # the other lines list OmegaConf's own types
     except Exception:
         if multirun and global_rank() > 0:

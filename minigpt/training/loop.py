@@ -25,7 +25,6 @@ import yaml
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from minigpt.core.console import log, log_file
 from minigpt.core.distributed import Launcher, global_rank, may_start_processes, step_name
@@ -103,7 +102,7 @@ def _train(config: TrainConfig, model: ModelFactory | None, callbacks: Sequence[
         hardware = _hardware(config.trainer)
         kernels = kernels_for(hardware.accelerator, config.trainer.kernels)
         schedule = Schedule.from_config(config, hardware.world_size)
-        if folder is not None and start.step >= schedule.n_steps:
+        if folder is not None and start.step >= schedule.n_steps and not start.validates:
             log.info("%s is already complete (%d steps)", folder, start.step)
             return folder
         check_logger(config.logger)
@@ -237,9 +236,10 @@ class _Training:
         cache_dir, start_step = Path(config.data.cache_dir), self.start.step
         peak = matmul_peak(hardware, cache_dir) * hardware.world_size
         throughput = Throughput(module, c.log_every_n_steps, peak, cache_dir / PEAK_FILE)
-        checkpoints = Checkpoints(module, folder, keep)
+        validates = self.start.validates
+        checkpoints = Checkpoints(module, folder, keep, validates)
         facts = self._facts()
-        metrics = MetricsCsv(folder / METRICS, start_step or None)
+        metrics = MetricsCsv(folder / METRICS, start_step or None, validates)
         loggers = [metrics, *extra_loggers(folder, config.logger)]
         strategy: Strategy | str = c.strategy
         if strategy == "fsdp":  # FSDP2; `GPTModule` shards its model, checkpoints are single files
@@ -255,7 +255,7 @@ class _Training:
             num_nodes=hardware.num_nodes,
             strategy=strategy,
             precision=hardware.precision,  # type: ignore[arg-type]
-            max_steps=n_steps,
+            max_steps=n_steps + validates,  # Lightning would skip a validation after the last step
             accumulate_grad_batches=accumulate,
             # In batches, because a run is one pass of the loader. Validation saves a checkpoint, so
             # it must come after a whole step.
@@ -267,7 +267,9 @@ class _Training:
             callbacks=[
                 throughput,
                 TrainingProgress(module, keep.progress_bar, throughput),
-                StorySamples(module, folder, self.data.tokenizer, keep, config.seed, start_step),
+                StorySamples(
+                    module, folder, self.data.tokenizer, keep, config.seed, start_step - validates
+                ),
                 checkpoints,
                 RunReport(module, folder, facts, throughput, checkpoints),
                 *callbacks,
@@ -318,11 +320,11 @@ def _fit(
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         status = 0
-    except SystemExit as leaving:  # from Lightning at Ctrl-C, from `Checkpoints` at other signals
+    except SystemExit as leaving:  # from `Checkpoints`, or 1 from Lightning at KeyboardInterrupt
         if (folder / CHECKPOINTS).is_dir():
             more = {f"model.{key}": value for key, value in _class_setting(config).items()}
             log.info("continue:  %s", next_step("train", resume=str(folder), **more))
-        if not isinstance(leaving, SIGTERMException):
+        if leaving.code in (1, 128 + signal.SIGINT):
             raise KeyboardInterrupt from None
         raise SystemExit(leaving.code or 128 + signal.SIGTERM) from None
     finally:

@@ -19,6 +19,7 @@ from minigpt.runs.folder import ModelFactory, Run, config_class, last_checkpoint
 from minigpt.runs.names import CHECKPOINTS, CONFIG, SUMMARY, TOKENIZER
 from minigpt.runs.provenance import Parent, parent_of
 from minigpt.tokenizer import Tokenizer
+from minigpt.training.checkpointing import VALIDATES
 from minigpt.training.config import Schedule, TrainConfig, settings_of
 from minigpt.training.module import GPTModule
 
@@ -42,6 +43,8 @@ class ResumeState:
     """Checkpoint to resume from; None for a new run."""
     step: int = 0
     """Number of updates so far."""
+    validates: bool = False
+    """Whether the run was stopped during the validation after this step, which is repeated."""
     hyper_parameters: dict[str, Any] | None = None
     """Hyperparameters in the checkpoint; None for a new run."""
     parent_model: GPT | None = None
@@ -98,7 +101,8 @@ class ResumeState:
         if parent is not None:  # an earlier version recorded more about the parent
             stored = {**stored, "init_from": dataclasses.asdict(parent)}
         config = dataclasses.replace(before, data=data)
-        return cls(config, checkpoint, step, stored, tokenizer=tokenizer, parent=parent)
+        validates = content.get(VALIDATES) is True
+        return cls(config, checkpoint, step, validates, stored, tokenizer=tokenizer, parent=parent)
 
     def prepared_data(self, schedule: Schedule) -> DataModule:
         """Return the data of the run. One process prepares the data; any others wait for it.
