@@ -35,7 +35,9 @@ def orderly_exit(verb: str) -> Iterator[None]:
             number = watch.number or signal.SIGINT
             if global_rank() == 0:
                 print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
-            watch.limit_exit()
+            end_output()
+            if watch.number:
+                watch.exit()
             sys.exit(128 + number)
         except OSError as error:
             if error.filename is None:

@@ -113,7 +113,9 @@ def show_log() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
             if number and not _losses:
-                _losses.append("the terminal is gone (closed before the start): continuing")
+                _losses.append(
+                    "the terminal is gone (closed before the start): continuing without it"
+                )
     sys.stdin = sys.stdin or open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stdout, sys.stderr = _replaced(sys.stdout, 1), _replaced(sys.stderr, 2)
     log.setLevel(logging.INFO)
@@ -126,10 +128,11 @@ def _replaced(stream: Any, number: int) -> Any:
     if stream is None:
         raw = io.FileIO(number, "w", closefd=False)
     elif isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(errors="replace")
         raw = getattr(stream.buffer, "raw", stream.buffer)  # python -u has no buffer
     if not isinstance(raw, io.RawIOBase) or isinstance(raw, _Output) or raw.fileno() != number:
-        return stream  # redirected within Python
+        if isinstance(stream, io.TextIOWrapper):  # redirected within Python
+            stream.reconfigure(errors="replace")
+        return stream
     encoding = "utf-8" if stream is None else stream.encoding
     return io.TextIOWrapper(
         io.BufferedWriter(_Output(raw)), encoding, "replace",

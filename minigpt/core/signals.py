@@ -7,6 +7,7 @@ receives the signals in a thread of its own.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import math
 import os
@@ -15,8 +16,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 from minigpt.core.console import terminal_is_gone
 
@@ -101,10 +102,15 @@ class SignalWatch:
         self.number = self.number or number
         return True
 
-    def limit_exit(self) -> None:
-        """Exit after a few seconds, even if threads or exit handlers are still running then."""
-        if self.number:
-            self._later(lambda: os._exit(128 + self.number))
+    def exit(self) -> NoReturn:
+        """Exit with 128 plus the signal, a few seconds from now at the latest.
+
+        Python would wait for all threads, and abort if one of them runs native code.
+        """
+        code = 128 + self.number
+        self._later(lambda: os._exit(code))
+        atexit._run_exitfuncs()
+        os._exit(code)
 
     def _stop(self, number: int, _: Any) -> None:
         is_first = not self.number
@@ -132,7 +138,7 @@ class SignalWatch:
 
         self._later(check)
 
-    def _later(self, action: Any) -> None:
+    def _later(self, action: Callable[[], object]) -> None:
         timer = threading.Timer(_ANSWER_SECONDS, action)
         timer.daemon = True
         timer.start()

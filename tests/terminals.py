@@ -1,0 +1,89 @@
+"""A pseudo-terminal for the processes of a test, and other places to which output can be lost."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from tests.processes import Training
+
+
+class Terminal:
+    """A terminal that a process can have as its own: `before=terminal.attach` of `Training`."""
+
+    def __init__(self) -> None:
+        self.master, self._slave = os.openpty()
+        self.attach = partial(_attach, os.ttyname(self._slave))
+        self._pieces: list[bytes] = []
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):
+            while piece := os.read(self.master, 4096):
+                self._pieces.append(piece)
+
+    def text(self) -> str:
+        """Return what was printed so far."""
+        return b"".join(self._pieces).decode(errors="replace")
+
+    def press_ctrl_c(self) -> None:
+        os.write(self.master, b"\x03")
+
+    def close(self) -> None:
+        """Close the terminal: the kernel sends SIGHUP, and every later write fails with EIO."""
+        os.close(self._slave)
+        os.close(self.master)
+
+
+def _attach(name: str) -> None:
+    os.setsid()  # a session leader gets the first terminal that it opens
+    terminal = os.open(name, os.O_RDWR)
+    for number in range(3):
+        os.dup2(terminal, number)
+
+
+def close_descriptors() -> None:
+    for number in range(3):
+        os.close(number)
+
+
+def write_into_full_disk() -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, 1)
+    os.dup2(full, 2)
+
+
+def write_into_broken_pipe() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    os.dup2(writer, 2)
+
+
+def ignore_sighup() -> None:
+    """Do what nohup does."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+LOST_OUTPUTS: dict[str, Callable[[], None]] = {
+    "closed": close_descriptors,
+    "full disk": write_into_full_disk,
+    "broken pipe": write_into_broken_pipe,
+}
+
+
+def seconds_until_end(process: Training) -> float:
+    """Return how long a process that was sent a signal takes to end; at most 60 s."""
+    start = time.monotonic()
+    process.process.join(60)
+    assert not process.process.is_alive()
+    return time.monotonic() - start
+
+
+def has_lines(path: Path, n: int) -> bool:
+    """Return whether a file exists and has at least `n` lines."""
+    return path.is_file() and len(path.read_bytes().splitlines()) >= n
