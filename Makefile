@@ -5,11 +5,12 @@ BIN := .venv/bin
 EXTRA := $(BIN)/python -m pytest --override-ini addopts="-q --strict-markers"
 
 .PHONY: help quickstart test lint format audit docs golden chaos bench clean
-.PHONY: test-browser test-cluster test-examples test-export test-memory test-wandb test-wheel
+.PHONY: test-browser test-cluster test-examples test-export test-memory test-surroundings test-wandb
+.PHONY: test-wheel
 .DELETE_ON_ERROR:
 
 help:  # list the targets
-	@awk -F ':.*  # ' '/^[a-z-]+:.*  # / { printf "  %-14s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*  # ' '/^[a-z-]+:.*  # / { printf "  %-18s%s\n", $$1, $$2 }' Makefile
 
 quickstart: .venv/installed  # install, train the small model for minutes, evaluate it, write a story
 	$(BIN)/python train.py experiment=quickstart
@@ -77,6 +78,9 @@ test-wheel: .venv/installed-dev  # test the wheel and the sdist, installed witho
 
 test-memory: .venv/installed-dev  # test that memory does not grow with the text: a minute
 	$(EXTRA) tests/extra/test_memory.py
+
+test-surroundings: .venv/installed-dev  # test runs that lose their terminal or are asked to stop
+	$(EXTRA) tests/extra/test_surroundings.py
 
 golden: .venv/installed-dev  # compare logits, curves, stories and settings with commit c2cfd24
 	$(BIN)/python -m tests.golden

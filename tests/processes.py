@@ -45,7 +45,7 @@ class Training:
         shared = output.with_suffix(".shared")
         self._shared = np.memmap(shared, np.int32, "w+", shape=2)
         parameters = arguments, output, shared, variables or {}, before, program
-        self.process = CONTEXT.Process(target=_train, args=parameters)
+        self.process = CONTEXT.Process(target=_train, args=parameters, daemon=True)
         self.process.start()
 
     @property
@@ -78,7 +78,7 @@ class Training:
 
     def output_text(self) -> str:
         """Return what the process printed."""
-        return self.output.read_text(encoding="utf-8")
+        return self.output.read_text(encoding="utf-8") if self.output.exists() else ""
 
 
 def _train(

@@ -1,9 +1,6 @@
 """Runs that are killed, stopped, started twice or fill the disk, in real processes."""
 
-import contextlib
-import resource
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from minigpt.runs.records import read_metrics, read_summary
 from tests.conftest import composed, naming, tiny_overrides, trained_folder
 from tests.killing import assert_same, kill_and_resume, rows
 from tests.processes import CHECKPOINT, STEP, VALIDATION, Training
+from tests.surroundings import Disk
 from tests.wandb_server import WandbServer
 
 STEPS = 160
@@ -93,37 +91,6 @@ def test_run_lock_refuses_a_second_process(workspace: Path):
     assert all(name in third.output_text() for name in ("budget.tokens=10240", "99999", "name"))
 
 
-class Disk:
-    """A folder that can be filled up: a small tmpfs, or, without the right to mount one, a limit
-    on the size of files that the training process may write.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.filler = folder, folder / "filler"
-        folder.mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
-        with contextlib.suppress(FileNotFoundError):
-            mounting = subprocess.run(mount, capture_output=True)
-        self.mounted = mounting.returncode == 0
-
-    def fill(self, training: Training, checkpoint: Path) -> None:
-        if not self.mounted:
-            assert training.process.pid is not None
-            limit = checkpoint.stat().st_size // 2
-            resource.prlimit(training.process.pid, resource.RLIMIT_FSIZE, (limit, limit))
-            return
-        with self.filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-            while file.write(bytes(4096)):
-                pass
-
-    def clear(self) -> None:
-        self.filler.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        if self.mounted:
-            subprocess.run(["umount", "-l", str(self.folder)], check=True)
-
-
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
     disk = Disk(tmp_path / "disk")
@@ -137,7 +104,7 @@ def test_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(workspace: P
     training = Training(command, workspace / "full.txt")
     assert training.wait_until(lambda: training.steps > 20)
     disk.fill(training, runs / "full/checkpoints/last-1.ckpt")
-    assert training.wait() == 2, training.output_text()
+    assert training.wait() == 1, training.output_text()
     (error,) = [line for line in training.output_text().splitlines() if line.startswith("error: ")]
     assert (
         error.count(str(runs / "full")) >= 2

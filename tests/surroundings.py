@@ -1,8 +1,10 @@
-"""A pseudo-terminal for the processes of a test, and other places to which output can be lost."""
+"""Surroundings of a process that can fail: a terminal, a pipe, a full disk."""
 
 import contextlib
 import os
+import resource
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -44,6 +46,37 @@ def _attach(name: str) -> None:
     terminal = os.open(name, os.O_RDWR)
     for number in range(3):
         os.dup2(terminal, number)
+
+
+class Disk:
+    """A folder that can be filled up: a small tmpfs, or, without the right to mount one, a limit
+    on the size of files that the training process may write.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.filler = folder, folder / "filler"
+        folder.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+        with contextlib.suppress(FileNotFoundError):
+            mounting = subprocess.run(mount, capture_output=True)
+        self.mounted = mounting.returncode == 0
+
+    def fill(self, training: Training, checkpoint: Path) -> None:
+        if not self.mounted:
+            assert training.process.pid is not None
+            limit = checkpoint.stat().st_size // 2
+            resource.prlimit(training.process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+            return
+        with self.filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(4096)):
+                pass
+
+    def clear(self) -> None:
+        self.filler.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        if self.mounted:
+            subprocess.run(["umount", "-l", str(self.folder)], check=True)
 
 
 def close_descriptors() -> None:
