@@ -3,6 +3,7 @@
 import contextlib
 import os
 import resource
+import select
 import signal
 import subprocess
 import threading
@@ -21,12 +22,16 @@ class Terminal:
         self.master, self._slave = os.openpty()
         self.attach = partial(_attach, os.ttyname(self._slave))
         self._pieces: list[bytes] = []
-        threading.Thread(target=self._read, daemon=True).start()
+        self._is_closed = False
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
-        with contextlib.suppress(OSError):
-            while piece := os.read(self.master, 4096):
-                self._pieces.append(piece)
+        with contextlib.suppress(OSError, ValueError):
+            while not self._is_closed:
+                # A call of `read` that waits would keep the terminal open.
+                if select.select([self.master], [], [], 0.02)[0]:
+                    self._pieces.append(os.read(self.master, 4096))
 
     def text(self) -> str:
         """Return what was printed so far."""
@@ -37,8 +42,11 @@ class Terminal:
 
     def close(self) -> None:
         """Close the terminal: the kernel sends SIGHUP, and every later write fails with EIO."""
-        os.close(self._slave)
-        os.close(self.master)
+        if not self._is_closed:
+            self._is_closed = True
+            self._reader.join()
+            os.close(self._slave)
+            os.close(self.master)
 
 
 def _attach(name: str) -> None:

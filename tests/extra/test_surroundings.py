@@ -1,6 +1,5 @@
 """`make test-surroundings`: runs that lose their terminal, and programs that are asked to stop."""
 
-import contextlib
 import ctypes
 import os
 import shlex
@@ -53,9 +52,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def terminal() -> Iterator[Terminal]:
     terminal = Terminal()
     yield terminal
-    for descriptor in (terminal.master, terminal._slave):
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
+    terminal.close()
 
 
 def log_text(folder: Path) -> str:
@@ -319,10 +316,11 @@ def test_ctrl_c_stops_a_download(tmp_path: Path, terminal: Terminal):
         variables = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "NO_PROXY": "*"}
         command = ["data=tinystories", f"data.cache_dir={tmp_path}", f"runs_dir={tmp_path}/runs"]
         run = Training(command, tmp_path / "download.txt", variables, terminal.attach)
-        server.accept()
+        connection, _ = server.accept()
         time.sleep(0.5)
         terminal.press_ctrl_c()
         assert seconds_until_end(run) < LIMIT
+        connection.close()
     assert run.wait() == 130
     assert "Traceback" not in terminal.text()
     assert terminal.text().splitlines()[-1].endswith("stopped by SIGINT")
