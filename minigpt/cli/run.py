@@ -84,11 +84,17 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
 
 
 def _sweep_again(program: Program, arguments: list[str], sweep_dir: str) -> str:
-    """Return the command that continues a multirun: its finished jobs end at once."""
-    key = "hydra.sweep.dir"
-    folder = [] if any(word.startswith(f"{key}=") for word in arguments) else [sweep_dir]
-    words = [*arguments, *(f"{key}={hydra_value(path)}" for path in folder)]
+    """Return the command that continues a multirun; its finished jobs end at once."""
+    words, key = list(arguments), "hydra.sweep.dir"
+    if not any(word.startswith(f"{key}=") for word in words):
+        words.insert(_first_setting(words), f"{key}={hydra_value(sweep_dir)}")
     return " ".join([program.command("train"), *map(shlex.quote, words)])
+
+
+def _first_setting(words: list[str]) -> int:
+    """Return the index for another setting: argparse accepts them on one side of a flag only."""
+    settings = (i for i, word in enumerate(words) if "=" in word and not word.startswith("-"))
+    return next(settings, len(words))
 
 
 def _prepare(name: str, program: Program, arguments: list[str]) -> None:
@@ -111,10 +117,7 @@ def _prepare(name: str, program: Program, arguments: list[str]) -> None:
         return
     register_defaults(name, arguments)
     words = composed_words(name, arguments)
-    # Insert `more` next to the other settings, because argparse accepts settings on one side of a
-    # flag only.
-    settings = (i for i, word in enumerate(words) if "=" in word and not word.startswith("-"))
-    first = next(settings, len(words))
+    first = _first_setting(words)
     sys.argv = [program.path, *words[:first], *more, *words[first:]]
 
 
