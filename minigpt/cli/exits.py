@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 
 from minigpt.cli.program import leave
@@ -46,6 +48,23 @@ def orderly_exit(verb: str) -> Iterator[None]:
             leave(problem, 1 if error.errno in DISK_FULL else 2)
         finally:
             end_output()
+            _leave_processes(sys.exc_info()[1])
+
+
+def _leave_processes(error: BaseException | None) -> None:
+    """Exit at once if one of several processes of a run fails, so that the others do not wait.
+
+    Python would first wait for collective operations that the other processes never join.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if error is None or distributed is None or not distributed.is_initialized():
+        return
+    if not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    code = error.code if isinstance(error, SystemExit) else 1
+    end_output()
+    if code:
+        os._exit(code if isinstance(code, int) else 1)
 
 
 def result_on_stdout() -> None:

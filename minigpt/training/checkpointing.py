@@ -73,6 +73,7 @@ class CheckpointFiles(TorchCheckpointIO):
 
     def __init__(self, keep: int) -> None:
         self.keep, self.hold = keep, False
+        self.is_provisional = False  # last.ckpt is from before a validation; do not keep it
         self._pending: tuple[dict[str, Any], Path] | None = None
 
     def save_checkpoint(
@@ -96,7 +97,10 @@ class CheckpointFiles(TorchCheckpointIO):
             return
         path = Path(path)
         path.parent.mkdir(exist_ok=True)
-        write_checkpoint(path, checkpoint, self.keep if path.stem == LAST else 1)
+        is_kept = path.stem == LAST and not self.is_provisional
+        write_checkpoint(path, checkpoint, self.keep if is_kept else 1)
+        if path.stem == LAST:
+            self.is_provisional = VALIDATES in checkpoint
 
     def write_held(self) -> None:
         """Write the held checkpoint, if there is one."""
@@ -137,7 +141,7 @@ class Checkpoints(Callback):
         self.module, self.folder, self.keep = module, folder / CHECKPOINTS, keep
         self.files = CheckpointFiles(keep.keep_checkpoints)
         self.best_val_loss = math.inf
-        self._validates = validates
+        self._validates = self.files.is_provisional = validates
         self._last_write = time.monotonic()
         self._is_due = False  # SIGHUP asks for a checkpoint
         self._signal, self._signal_time = 0, 0.0  # signal that this process received
