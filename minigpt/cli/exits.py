@@ -76,8 +76,9 @@ def result_on_stdout() -> None:
 def end_output() -> None:
     """Write what is left of the output; report a full disk that has lost some of stdout."""
     for output in outputs():
+        has_failed = output.is_result  # and its error was reported
         output.is_result = False
-    sys.stdout.flush()
-    for output in outputs():
-        if output.name == "<stdout>" and output.error and output.error.errno in DISK_FULL:
-            log.warning("stdout could not be written: %s", output.error.strerror)
+        if output.name == "<stdout>":
+            sys.stdout.flush()
+            if output.error and output.error.errno in DISK_FULL and not has_failed:
+                log.warning("stdout could not be written: %s", output.error.strerror)

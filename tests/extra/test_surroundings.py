@@ -101,7 +101,7 @@ def test_verb_without_output_completes_its_files(
     arguments = {
         "evaluate": [f"ckpt={run}", f"out={out}", "stories.n=1"],
         "export": [str(run), str(out), "--format", "safetensors"],
-        "study": [str(run), "--n", "2", *out_option],
+        "study": [str(ROOT / "releases/small"), "--n", "2", *out_option],
         "scaling": [str(run), *out_option],
         "probe": [str(run), *out_option],
     }[verb]
