@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tests.processes import Training
 
@@ -65,9 +66,9 @@ class Disk:
         self.folder, self.filler = folder, folder / "filler"
         folder.mkdir()
         mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+        self.mounted = False
         with contextlib.suppress(FileNotFoundError):
-            mounting = subprocess.run(mount, capture_output=True)
-        self.mounted = mounting.returncode == 0
+            self.mounted = subprocess.run(mount, capture_output=True).returncode == 0
 
     def fill(self, training: Training, checkpoint: Path) -> None:
         if not self.mounted:
@@ -103,6 +104,21 @@ def write_into_broken_pipe() -> None:
     os.close(reader)
     os.dup2(writer, 1)
     os.dup2(writer, 2)
+
+
+def slow_validation(step: int) -> None:
+    """Make the validation after a step take a minute."""
+    from minigpt.training.module import GPTModule
+
+    validate = GPTModule.validation_step
+
+    def slow(self: Any, *arguments: Any) -> None:
+        validate(self, *arguments)
+        if self.global_step == step:
+            print("busy", flush=True)
+            time.sleep(60)
+
+    GPTModule.validation_step = slow  # type: ignore[method-assign]
 
 
 def ignore_sighup() -> None:

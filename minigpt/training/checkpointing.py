@@ -158,7 +158,7 @@ class Checkpoints(Callback):
         Lightning's signal handlers are replaced: they could stop the run in the middle of a step.
         """
         if threading.current_thread() is threading.main_thread():
-            signals = [signal.SIGINT, signal.SIGTERM]
+            signals: list[int] = [signal.SIGINT, signal.SIGTERM]
             if not is_ignored(SIGHUP):
                 signals.append(SIGHUP)
             if "SLURM_JOB_ID" in os.environ:

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ from minigpt.core.files import (
     read_text,
     read_yaml,
     refuse_links_out,
+    write_bytes,
     write_json,
     write_text,
 )
@@ -121,3 +123,21 @@ def test_a_link_out_of_the_run_folder_is_refused(name, tmp_path):
     (run / name).symlink_to(outside)
     with pytest.raises(UserError, match=naming(str(run / name), "link")):
         refuse_links_out(run)
+
+
+def test_failed_write_moves_the_earlier_files_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, older = tmp_path / "a", tmp_path / "a-1"
+    path.write_bytes(b"new")
+    older.write_bytes(b"old")
+    replace = Path.replace
+
+    def fail(source: Path, target: Path) -> Path:
+        if source.suffix == ".tmp":
+            raise OSError(errno.ENOSPC, "No space left on device", str(source))
+        return replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="No space") as error:
+        write_bytes(path, b"newest", move=[(older, tmp_path / "a-2"), (path, older)])
+    assert error.value.filename == str(path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"a": b"new", "a-1": b"old"}

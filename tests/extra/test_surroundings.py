@@ -23,7 +23,14 @@ from minigpt.runs.records import read_summary
 from tests.conftest import ROOT, tiny_overrides
 from tests.killing import assert_same
 from tests.processes import Training
-from tests.surroundings import LOST_OUTPUTS, Terminal, has_lines, ignore_sighup, seconds_until_end
+from tests.surroundings import (
+    LOST_OUTPUTS,
+    Terminal,
+    has_lines,
+    ignore_sighup,
+    seconds_until_end,
+    slow_validation,
+)
 
 STEPS = 160
 LIMIT = 5.0  # seconds in which a signal is answered
@@ -206,20 +213,6 @@ def test_signal_stops_a_validation_and_the_resumed_run_repeats_it(
     assert again.wait() == 0, again.output_text()
     assert again.steps == STEPS - STEPS // 4 * validation
     assert_same(folder, workspace / "runs/whole")
-
-
-def slow_validation(step: int) -> None:
-    from minigpt.training.module import GPTModule
-
-    validate = GPTModule.validation_step
-
-    def slow(self: Any, *arguments: Any) -> None:
-        validate(self, *arguments)
-        if self.global_step == step:
-            print("busy", flush=True)
-            time.sleep(60)
-
-    GPTModule.validation_step = slow  # type: ignore[method-assign]
 
 
 def test_signal_stops_the_samples_of_a_validation(workspace: Path):

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from minigpt.runs.records import read_metrics, read_summary
 from tests.conftest import composed, naming, tiny_overrides, trained_folder
 from tests.killing import assert_same, kill_and_resume, rows
 from tests.processes import CHECKPOINT, STEP, VALIDATION, Training
-from tests.surroundings import Disk
+from tests.surroundings import Disk, Terminal, slow_validation
 from tests.wandb_server import WandbServer
 
 STEPS = 160
@@ -73,6 +74,32 @@ def test_run_stopped_by_a_scheduler_resumes_by_the_same_command(
     training = Training(command, workspace / "stopped.txt", slurm)
     assert training.wait() == 0, training.output_text()
     assert_same(folder, workspace / "runs/whole")
+
+
+def test_run_outlives_its_terminal(workspace: Path):
+    terminal = Terminal()
+    command = [*overrides(workspace), "name=alone", "callbacks.progress_bar=true"]
+    training = Training(command, workspace / "alone.txt", before=terminal.attach)
+    assert training.wait_until(lambda: training.steps > 20)
+    terminal.close()
+    assert training.wait() == 0
+    assert_same(workspace / "runs/alone", workspace / "runs/whole")
+    log = (workspace / "runs/alone/train.log").read_text(encoding="utf-8")
+    assert log.count("terminal is gone") == 1
+
+
+def test_run_stopped_in_its_last_validation_repeats_it(workspace: Path):
+    command = [*overrides(workspace), "name=last", "resume=auto"]
+    before = partial(slow_validation, STEPS)
+    training = Training(command, workspace / "last.txt", before=before)
+    assert training.wait_until(lambda: "busy" in training.output_text())
+    training.send(signal.SIGINT)
+    assert training.wait() == 128 + signal.SIGINT, training.output_text()
+    assert read_summary(workspace / "runs/last")["status"] == "interrupted"
+    training = Training(command, workspace / "last.txt")
+    assert training.wait() == 0, training.output_text()
+    assert training.steps == 0
+    assert_same(workspace / "runs/last", workspace / "runs/whole")
 
 
 def test_run_lock_refuses_a_second_process(workspace: Path):
