@@ -45,13 +45,12 @@ def has_terminal() -> bool:
 class SignalWatch:
     """Signal handling of a program: stop at SIGINT, SIGTERM and SIGHUP.
 
-    Each signal raises KeyboardInterrupt once. If the main thread does not run the handler in time,
-    or at a second Ctrl-C, the process exits at once.
+    The first signal raises KeyboardInterrupt. If the program does not end within seconds, or at a
+    second Ctrl-C, the process exits at once.
 
     Attributes:
         number: the signal that stops the program; 0 if there was none.
-        patient: whether the first signal waits for the main thread for as long as necessary,
-            because exiting would lose work.
+        patient: whether the program may take as long as it needs, because exiting would lose work.
     """
 
     def __init__(self) -> None:
@@ -60,7 +59,7 @@ class SignalWatch:
 
     def _reset(self) -> None:
         self.number, self.patient = 0, False
-        self._first, self._answer = math.inf, -math.inf  # times of the first signal, last handler
+        self._first = math.inf  # time of the first signal
 
     @contextlib.contextmanager
     def running(self, outlives_terminal: bool) -> Iterator[None]:
@@ -90,12 +89,11 @@ class SignalWatch:
             self._is_running = False
 
     def answer(self, number: int) -> bool:
-        """Record that a handler runs, and return whether the process should stop.
+        """Record a signal, and return whether the process should stop.
 
         Args:
             number: the signal. At SIGHUP, a process without a terminal should not stop.
         """
-        self._answer = time.monotonic()
         if number == SIGHUP and not has_terminal():
             terminal_is_gone("SIGHUP")
             return False
@@ -132,8 +130,8 @@ class SignalWatch:
             _exit_now(number)
         self._first = min(self._first, now)
 
-        def check() -> None:
-            if self._answer < now - 1 and not self.patient:  # the handler may have run before `now`
+        def check() -> None:  # a library may even have caught the KeyboardInterrupt
+            if self._is_running and not self.patient:
                 _exit_now(number)
 
         self._later(check)

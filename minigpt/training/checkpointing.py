@@ -261,7 +261,6 @@ class Checkpoints(Callback):
 
     def teardown(self, *_: Any, **__: Any) -> None:
         """Restore the signal handlers."""
-        watch.patient = False
         for number, handler in self._handlers.items():
             if signal.getsignal(number) == self._on_signal:
                 signal.signal(number, handler)

@@ -32,6 +32,7 @@ from minigpt.core.files import write_text
 from minigpt.core.hardware import PEAK_FILE, Hardware, matmul_peak
 from minigpt.core.process import is_tuned, preserved_process
 from minigpt.core.settings import ModelClassError, UserError, build, next_step, plain
+from minigpt.core.signals import watch
 from minigpt.core.text import human_count
 from minigpt.data.datamodule import DataModule
 from minigpt.data.spool import spool_stories
@@ -330,6 +331,7 @@ def _fit(
     finally:
         finish_wandb(trainer.loggers, status)
         _end_processes(trainer, finished=status == 0)
+        watch.patient = False  # `Checkpoints` has set it
 
 
 def _end_processes(trainer: L.Trainer, finished: bool) -> None:

@@ -322,9 +322,12 @@ def test_ctrl_c_stops_a_download(tmp_path: Path, terminal: Terminal):
 @pytest.mark.timeout(600)
 def test_ctrl_c_stops_a_compilation(workspace: Path, tmp_path: Path, terminal: Terminal):
     command = [*overrides(workspace), "name=compiled", "trainer.compile=true"]
-    variables = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    cache = tmp_path / "inductor"
+    variables = {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
     run = Training(command, tmp_path / "compiled.txt", variables, terminal.attach)
-    assert run.wait_until(lambda: any((tmp_path / "inductor").rglob("*.cpp")))
+    assert run.wait_until(lambda: "kernels" in terminal.text())
+    before = len(list(cache.rglob("*.cpp")))  # from the detection of the CPU
+    assert run.wait_until(lambda: len(list(cache.rglob("*.cpp"))) > before)
     terminal.press_ctrl_c()
     assert seconds_until_end(run) < LIMIT
     assert run.wait() == 130

@@ -99,6 +99,7 @@ def test_run_stopped_in_its_last_validation_repeats_it(workspace: Path):
     training = Training(command, workspace / "last.txt")
     assert training.wait() == 0, training.output_text()
     assert training.steps == 0
+    assert {"train/loss", "val/loss"} <= read_summary(workspace / "runs/last").keys()
     assert_same(workspace / "runs/last", workspace / "runs/whole")
 
 
