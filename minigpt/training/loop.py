@@ -343,6 +343,8 @@ def _end_processes(trainer: L.Trainer, finished: bool) -> None:
         torch.distributed.destroy_process_group()
     for process in started:
         if not finished:  # the process may wait in a collective operation forever
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(2.0)  # it may be about to print why it failed
             process.kill()
         process.wait()
     started.clear()  # Lightning watches this list and would kill this process if one failed
