@@ -10,7 +10,7 @@ EXTRA := $(BIN)/python -m pytest --override-ini addopts="-q --strict-markers"
 .DELETE_ON_ERROR:
 
 help:  # list the targets
-	@awk -F ':.*  # ' '/^[a-z-]+:.*  # / { printf "  %-14s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*  # ' '/^[a-z-]+:.*  # / { printf "  %-18s%s\n", $$1, $$2 }' Makefile
 
 quickstart: .venv/installed  # install, train the small model for minutes, evaluate it, write a story
 	$(BIN)/python train.py experiment=quickstart
@@ -79,12 +79,13 @@ test-wheel: .venv/installed-dev  # test the wheel and the sdist, installed witho
 test-memory: .venv/installed-dev  # test that memory does not grow with the text: a minute
 	$(EXTRA) tests/extra/test_memory.py
 
-test-surroundings: .venv/installed-dev  # test shells, locales, users, folders and launchers, as root
+test-surroundings: .venv/installed-dev  # test terminals, signals, shells, users and folders, as root
 	@command -v zsh >/dev/null || [ "$$(id -u)" = 0 ] || \
 	  { echo "error: these tests need zsh: run as root, apt-get install zsh" >&2; exit 2; }
 	@command -v zsh >/dev/null || \
 	  { apt-get update -q && apt-get install -q -y --no-install-recommends zsh; }
-	$(EXTRA) tests/extra/test_shells.py tests/extra/test_environment.py tests/cli/test_commands.py
+	$(EXTRA) tests/extra/test_surroundings.py tests/extra/test_shells.py tests/extra/test_environment.py \
+	  tests/cli/test_commands.py
 
 golden: .venv/installed-dev  # compare logits, curves, stories and settings with commit c2cfd24
 	$(BIN)/python -m tests.golden

@@ -3,6 +3,7 @@
 import csv
 import random
 import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,19 +16,37 @@ from tests.processes import CHECKPOINT, STARTING, STEP, VALIDATION, Training
 TIMING = {"tokens_per_second", "mfu"}  # columns that no two runs share
 
 
-def kill_and_resume(overrides: list[str], folder: Path, kills: int, seed: int) -> list[int]:
+# What to call in a new process, and the function that ends it and returns its exit code.
+Trouble = tuple[Callable[[], None] | None, Callable[[Training], int]]
+Troubles = Sequence[Callable[[], Trouble]]
+
+
+def kill_and_resume(
+    overrides: list[str], folder: Path, kills: int, seed: int, troubles: Troubles = ()
+) -> list[int]:
     """Train the run `killed` to its end, with `kills` kills; return its phase at each kill.
 
     The command line is the same each time. A process is killed after a random number of steps, as
-    soon as it is in the next phase of a fixed cycle.
+    soon as it is in the next phase of a fixed cycle. Every third process ends by the next of
+    `troubles` instead, if there are any.
     """
     generator = random.Random(seed)
     phases = [STEP, CHECKPOINT, VALIDATION, CHECKPOINT, STARTING]
     killed_in: list[int] = []
     command = [*overrides, "name=killed", "resume=auto"]
     while True:
-        training = Training(command, folder / "killed.txt")
-        if len(killed_in) < kills:
+        n = len(killed_in)
+        before, end = None, None
+        if troubles and n % 3 == 2 and n < kills:
+            before, end = troubles[n // 3 % len(troubles)]()
+        training = Training(command, folder / "killed.txt", before=before)
+        if end is not None:
+            n_steps = generator.randint(1, 8)
+            assert training.wait_until(lambda t=training, n=n_steps: t.steps >= n)
+            code = end(training)
+            assert training.wait() == code, training.output_text()
+            killed_in.append(training.phase)
+        elif n < kills:
             phase, steps = phases[len(killed_in) % len(phases)], generator.randint(1, 8)
             if phase == STARTING:
                 training.process.join(generator.uniform(0, 0.5))

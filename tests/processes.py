@@ -1,4 +1,4 @@
-"""Run train.py in processes that start at once, forked from a server that has imported it.
+"""Run our programs in processes that start at once, forked from a server that has imported them.
 
 Each process writes its current phase to a small shared file, so that a test can kill it there.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.commands import CONTEXT
+from tests.commands import CONTEXT, MAINS
 from tests.conftest import ROOT
 
 STARTING, STEP, VALIDATION, CHECKPOINT, BETWEEN = range(5)  # phases of a process
@@ -23,13 +23,14 @@ _PHASE, _STEPS = 0, 1  # indices in the shared file
 
 
 class Training:
-    """A running `python train.py <arguments>`.
+    """A running `python train.py <arguments>`, or another of our programs.
 
     Args:
         arguments: settings, as typed.
         output: file for stdout and stderr; the shared file is beside it.
         variables: additional environment variables.
         before: function to call in the new process before training, to break something there.
+        program: the program, as in `commands.MAINS`.
     """
 
     def __init__(
@@ -38,12 +39,13 @@ class Training:
         output: Path,
         variables: dict[str, str] | None = None,
         before: Callable[[], None] | None = None,
+        program: str = "train.py",
     ) -> None:
         self.output = output
         shared = output.with_suffix(".shared")
         self._shared = np.memmap(shared, np.int32, "w+", shape=2)
-        parameters = arguments, output, shared, variables or {}, before
-        self.process = CONTEXT.Process(target=_train, args=parameters)
+        parameters = arguments, output, shared, variables or {}, before, program
+        self.process = CONTEXT.Process(target=_train, args=parameters, daemon=True)
         self.process.start()
 
     @property
@@ -76,7 +78,7 @@ class Training:
 
     def output_text(self) -> str:
         """Return what the process printed."""
-        return self.output.read_text(encoding="utf-8")
+        return self.output.read_text(encoding="utf-8") if self.output.exists() else ""
 
 
 def _train(
@@ -85,6 +87,7 @@ def _train(
     shared: Path,
     variables: dict[str, str],
     before: Callable[[], None] | None,
+    program: str,
 ) -> None:
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
@@ -100,8 +103,11 @@ def _train(
     _mark(memory, checkpointing, "write_checkpoint", CHECKPOINT)
     if before is not None:
         before()
-    sys.argv = ["train.py", *arguments]
-    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    sys.argv = [program, *arguments]
+    if program == "minigpt":
+        MAINS[program]()
+    else:
+        runpy.run_path(str(ROOT / program), run_name="__main__")
 
 
 def _mark(memory: np.ndarray, owner: Any, name: str, phase: int) -> None:

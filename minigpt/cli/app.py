@@ -7,6 +7,7 @@ modules.
 
 from __future__ import annotations
 
+import signal
 import sys
 from dataclasses import replace
 from functools import partial
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
+from minigpt.cli.exits import orderly_exit, result_on_stdout
 from minigpt.cli.program import Program, describe, leave, use_utf8
-from minigpt.core.console import log, show_log
+from minigpt.core.console import log
 from minigpt.core.cores import limit_threads
 from minigpt.core.distributed import forget_launcher
 from minigpt.core.files import provide_home, user_path
@@ -97,6 +99,7 @@ def generate(
     c_works = c_backend() is not None  # logs a warning if not, before the story
     if dtype == "bfloat16" and not c_works and not cpu_has_bfloat16():
         log.warning("decode.c and native bfloat16 are not available: --dtype float32 is faster")
+    result_on_stdout()
     if n == 1:
         for piece in chain([prompt], stream_text(model, tokenizer, prompt, config), ["\n"]):
             print(piece, end="", flush=True)
@@ -419,6 +422,7 @@ def doctor(as_json: Annotated[bool, Option("--json", help="Print JSON.")] = Fals
     from minigpt.cli.doctor import diagnose
 
     facts, advice = diagnose()
+    result_on_stdout()
     if as_json:
         print(json.dumps({"facts": facts, "advice": advice}, indent=2, ensure_ascii=False))
         return
@@ -429,7 +433,7 @@ def doctor(as_json: Annotated[bool, Option("--json", help="Print JSON.")] = Fals
 def main() -> None:
     """Run the command line.
 
-    A user error prints one line on stderr and exits with code 2; Ctrl-C exits with code 130.
+    A user error prints one line on stderr and exits with code 2; `orderly_exit` handles signals.
     """
     use_utf8()
     if len(sys.argv) == 1:
@@ -439,23 +443,22 @@ def main() -> None:
         forget_launcher()
     if verb != "train":
         limit_threads()
-    provide_home()
-    show_log()
+    if not {"-h", "--help"} & set(sys.argv):
+        provide_home()
     program = Program.detect(verb)
     speak(program.command)
-    try:
-        sys.exit(app(standalone_mode=False))
-    except UserError as error:
-        problem = describe(error, program, _options(verb))
-    except UsageError as error:
-        verb = error.ctx.command_path if error.ctx else "minigpt"
-        problem = f"{one_line(error.format_message()).rstrip('.')} (usage: {verb} --help)"
-    except OSError as error:
-        if error.filename is None:
-            raise
-        problem = f"cannot read or write {error.filename}: {error.strerror}; give another path"
-        problem = one_line(problem)
-    leave(problem)
+    with orderly_exit(verb):
+        code = 2
+        try:
+            if (code := app(standalone_mode=False)) == 128 + signal.SIGINT:  # from typer
+                raise KeyboardInterrupt
+            sys.exit(code)
+        except UserError as error:
+            problem, code = describe(error, program, _options(verb)), error.exit_code
+        except UsageError as error:
+            path = error.ctx.command_path if error.ctx else "minigpt"
+            problem = f"{one_line(error.format_message()).rstrip('.')} (usage: {path} --help)"
+        leave(problem, code)
 
 
 def _options(verb: str) -> frozenset[str]:

@@ -73,6 +73,8 @@ def _groups(name: str) -> dict[str, list[str]]:
 
 
 FAILURES = {  # pattern of the error: explanation and advice
+    "Connection (closed|reset) by peer": "another process of this run has failed: if its error is "
+    "not above, try trainer.devices=1",
     "can't allocate memory|(out of|not enough) memory": "not enough memory: set a smaller "
     "data.batch_size, model.context_length or model",
     r"Unknown plugin class : 'hydra_plugins\.hydra_(?P<name>\w+)_launcher": "hydra/launcher needs "

@@ -130,8 +130,8 @@ def describe(error: UserError, program: Program, options: frozenset[str] = froze
     return f"{one_line(head)}: type {' '.join(steps)}" if steps else one_line(head)
 
 
-def leave(message: str) -> NoReturn:
-    """Print `message` as a one-line error and exit with code 2."""
+def leave(message: str, code: int = 2) -> NoReturn:
+    """Print `message` as a one-line error and exit with `code`."""
     text = message if message.isprintable() else one_line(message)  # spaces in commands stay
     print(f"error: {text}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)

@@ -17,10 +17,11 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from minigpt.cli.compose import composed_words, config_source, register_defaults
+from minigpt.cli.exits import orderly_exit
 from minigpt.cli.hydra_errors import explain, explain_failure
 from minigpt.cli.program import Program, describe, leave, names_class, use_utf8
 from minigpt.cli.words import without_dashes
-from minigpt.core.console import show_log
+from minigpt.core.console import log
 from minigpt.core.cores import limit_threads
 from minigpt.core.distributed import (
     allow_starting_processes,
@@ -30,12 +31,14 @@ from minigpt.core.distributed import (
 )
 from minigpt.core.files import provide_home
 from minigpt.core.settings import UserError, one_line, speak
+from minigpt.core.signals import watch
+from minigpt.core.typed import typed_settings
 
 
 def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -> None:
     """Compose conf/<name>.yaml with the settings of the command line, and run `task`.
 
-    A user error prints one line on stderr and exits with code 2; Ctrl-C exits with code 130.
+    A user error prints one line on stderr and exits with code 2; `orderly_exit` handles signals.
 
     Args:
         name: name of the root config, train or evaluate.
@@ -53,29 +56,50 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
         forget_launcher()
         limit_threads()
     provide_home()
-    show_log()
     speak(program.command)
+    arguments: list[str] = []
     classes: list[str] = []
+    sweep_dirs: list[str] = []  # of a multirun whose first job has started
 
     def job(config: DictConfig) -> None:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            sweep_dirs.append(HydraConfig.get().sweep.dir)
         with _one_line_errors(program):
             task(config, program, classes)
 
-    try:
-        arguments = without_dashes(program.arguments)
-        classes += [word for word in arguments if names_class(word, name)]
-        _prepare(name, program, arguments)
-        hydra.main(version_base="1.3", config_path=config_source(), config_name=name)(job)()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except UserError as error:
-        leave(describe(error, program))
-    except (HydraException, OmegaConfBaseException) as error:
-        leave(one_line(explain(error, name)))
-    except (RuntimeError, OSError, ValueError) as error:
-        if reason := explain_failure(error):
-            leave(one_line(reason))
-        raise
+    with orderly_exit(name):
+        try:
+            arguments += without_dashes(program.arguments)
+            classes += [word for word in arguments if names_class(word, name)]
+            _prepare(name, program, arguments)
+            hydra.main(version_base="1.3", config_path=config_source(), config_name=name)(job)()
+        except (KeyboardInterrupt, SystemExit):
+            if sweep_dirs and watch.number and global_rank() == 0:
+                log.info("sweep:     %s", _sweep_again(program, arguments, sweep_dirs[0]))
+            raise
+        except UserError as error:
+            leave(describe(error, program), error.exit_code)
+        except (HydraException, OmegaConfBaseException) as error:
+            leave(one_line(explain(error, name)))
+        except (RuntimeError, OSError, ValueError) as error:
+            if reason := explain_failure(error):
+                leave(one_line(reason))
+            raise
+
+
+def _sweep_again(program: Program, arguments: list[str], sweep_dir: str) -> str:
+    """Return the command that continues a multirun; its finished jobs end at once."""
+    words, key = list(arguments), "hydra.sweep.dir"
+    if not any(word.startswith(f"{key}=") for word in words):
+        i = _first_setting(words)
+        words[i:i] = typed_settings({key: sweep_dir})
+    return program.command("train", *words)
+
+
+def _first_setting(words: list[str]) -> int:
+    """Return the index for another setting: argparse accepts them on one side of a flag only."""
+    settings = (i for i, word in enumerate(words) if "=" in word and not word.startswith("-"))
+    return next(settings, len(words))
 
 
 def _prepare(name: str, program: Program, arguments: list[str]) -> None:
@@ -100,10 +124,7 @@ def _prepare(name: str, program: Program, arguments: list[str]) -> None:
     allow_starting_processes()
     register_defaults(name, arguments)
     words = composed_words(name, arguments)
-    # Insert `more` next to the other settings, because argparse accepts settings on one side of a
-    # flag only.
-    settings = (i for i, word in enumerate(words) if "=" in word and not word.startswith("-"))
-    first = next(settings, len(words))
+    first = _first_setting(words)
     sys.argv = [program.path, *words[:first], *more, *words[first:]]
 
 
@@ -123,7 +144,7 @@ def _one_line_errors(program: Program) -> Iterator[None]:
         if multirun:
             raise
         if isinstance(error, UserError):
-            leave(describe(error, program))
+            leave(describe(error, program), error.exit_code)
         leave(one_line(str(error).partition("\n")[0]))  # the others list OmegaConf's own types
     except Exception:
         if multirun and global_rank() > 0:

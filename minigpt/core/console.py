@@ -1,17 +1,25 @@
-"""Terminal output: one console for log lines and progress bars, so that they do not overlap."""
+"""Terminal output: one console for log lines and progress bars, so that they do not overlap.
+
+A program continues when its output can no longer be written, because the terminal was closed, the
+reader of a pipe ended, or the disk under a redirected output is full.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import logging
+import os
+import select
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from minigpt.core.distributed import global_rank
+from minigpt.core.files import DISK_FULL
 
 console = Console(stderr=True, soft_wrap=True)
 log = logging.getLogger("minigpt")
@@ -19,20 +27,131 @@ log = logging.getLogger("minigpt")
 
 class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        console.print(self.format(record), markup=False, highlight=False)
+        with contextlib.suppress(RuntimeError):  # a signal handler interrupted a write to stderr
+            console.print(self.format(record), markup=False, highlight=False)
+
+
+class _Output(io.RawIOBase):
+    """Raw stream for stdout or stderr that discards what cannot be written.
+
+    Args:
+        raw: the stream to write to.
+
+    Attributes:
+        is_result: whether errors are raised, because the output is the result of the program.
+        error: the first error; None if everything was written.
+    """
+
+    def __init__(self, raw: Any) -> None:
+        self._raw, self.name, self.mode = raw, raw.name, raw.mode
+        self.is_result, self.error = False, None
+
+    def write(self, data: Any) -> int:
+        try:
+            while (count := self._raw.write(data)) is None:  # another process made it non-blocking
+                select.select([], [self._raw], [])
+            return count
+        except OSError as error:
+            if self.is_result:
+                error.filename = self.name
+                raise
+            self._discard(error)
+            return memoryview(data).nbytes
+
+    def _discard(self, error: OSError) -> None:
+        is_full = error.errno in DISK_FULL  # there may be space again later
+        if not is_full:  # nothing can be written any more, nor by native code
+            with contextlib.suppress(OSError):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self.fileno())
+                os.close(null)
+        if self.error is None:
+            self.error = error
+            subject = f"the file of {self.name}" if is_full else "the terminal"
+            _losses.append(f"{subject} is gone ({error.strerror}): continuing without it")
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._raw.fileno()
+
+    def isatty(self) -> bool:
+        return self._raw.isatty()
+
+
+_losses: list[str] = []  # lines about lost outputs, for train.log; only the first is written
+
+
+def terminal_is_gone(reason: str) -> None:
+    """Log, once in a process, that the terminal is gone.
+
+    Args:
+        reason: the signal or the error that shows this.
+    """
+    if not _losses:
+        _losses.append(f"the terminal is gone ({reason}): continuing without it")
+        log.warning("%s", _losses[0])
+
+
+def outputs() -> list[_Output]:
+    """Return the raw streams of stdout and stderr, as far as `show_log` has replaced them."""
+    buffers = (getattr(stream, "buffer", None) for stream in (sys.stdout, sys.stderr))
+    raws = (getattr(buffer, "raw", None) for buffer in buffers)
+    return [raw for raw in raws if isinstance(raw, _Output)]
 
 
 def show_log() -> None:
     """Print the package's log records of level INFO and higher, above any progress bar.
 
     Only the process of rank 0 prints. Characters that the encoding of stdout or stderr lacks are
-    replaced with question marks.
+    replaced with question marks. From now on, stdout and stderr discard what cannot be written.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    for number in range(3):  # otherwise a file of the run would get the number of a closed stream
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+            if number and not _losses:
+                _losses.append(
+                    "the terminal is gone (closed before the start): continuing without it"
+                )
+    sys.stdin = sys.stdin or open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdout, sys.stderr = _replaced(sys.stdout, 1), _replaced(sys.stderr, 2)
     log.setLevel(logging.INFO)
     log.handlers = [] if global_rank() else [_ConsoleHandler()]
+
+
+def _replaced(stream: Any, number: int) -> Any:
+    """Return the stream to use instead of `stream`, which has the file descriptor `number`."""
+    raw: Any = None
+    if stream is None:
+        raw = io.FileIO(number, "w", closefd=False)
+    elif isinstance(stream, io.TextIOWrapper):
+        raw = getattr(stream.buffer, "raw", stream.buffer)  # python -u has no buffer
+    if not isinstance(raw, io.RawIOBase) or isinstance(raw, _Output) or raw.fileno() != number:
+        if isinstance(stream, io.TextIOWrapper):  # redirected within Python
+            stream.reconfigure(errors="replace")
+        return stream
+    encoding = "utf-8" if stream is None else stream.encoding
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Output(raw)), encoding, "replace",
+        line_buffering=stream is None or stream.line_buffering,
+        write_through=stream is not None and stream.write_through,
+    )  # fmt: skip
+
+
+class _RunLog(logging.FileHandler):
+    """Log file of a run, with a line about the loss of the terminal."""
+
+    has_loss = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if _losses and not self.has_loss:
+            self.has_loss = True
+            if record.getMessage() != _losses[0]:
+                super().emit(logging.makeLogRecord({"msg": _losses[0]}))
+        super().emit(record)
 
 
 @contextlib.contextmanager
@@ -42,7 +161,7 @@ def log_file(path: Path) -> Iterator[None]:
     Args:
         path: the log file; its folder must exist.
     """
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _RunLog(path, encoding="utf-8")
     handler.handleError = lambda record: None  # training continues when the disk is full
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)

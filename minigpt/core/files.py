@@ -21,6 +21,9 @@ import yaml
 
 from minigpt.core.settings import UserError
 
+# Errors when a disk is full or read-only, or a quota or a size limit is exceeded.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
 _MEGABYTE = 1 << 20
 _MAX_YAML_BYTES = 1 << 16  # 50 times a config.yaml; the time to parse a number is quadratic
 
@@ -250,6 +253,7 @@ def write_bytes(
         OSError: the file cannot be written; an existing file is unchanged. `filename` is `path`.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    moved: list[tuple[Path, Path]] = []
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -258,11 +262,15 @@ def write_bytes(
         for old, new in move or []:
             with contextlib.suppress(FileNotFoundError):
                 old.replace(new)
+                moved.append((old, new))
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):  # names the temporary file, which the user does not know
-            error.filename = str(path)
+        with contextlib.suppress(OSError):
+            for old, new in reversed(moved):
+                new.replace(old)
+        if isinstance(error, OSError):  # the user does not know the temporary file
+            error.filename, error.filename2 = str(path), None
         raise
     if os.name == "posix":  # make the renames durable as well
         folder = os.open(path.parent, os.O_RDONLY)

@@ -35,7 +35,12 @@ class UserError(ValueError):
         fix: values to set instead, by dotted name.
         command: verb and settings of a command to suggest, such as
             ("train", {"resume": "runs/a"}); or its settings as typed, ["resume=runs/a"].
+
+    Attributes:
+        exit_code: exit code of a program that stops with this error.
     """
+
+    exit_code = 2
 
     def __init__(
         self,
@@ -84,6 +89,12 @@ class UserError(ValueError):
         argument = None if self.argument is None else prefix + self.argument
         fix = {prefix + key: value for key, value in self.fix.items()}
         return UserError(self.message, argument, self.value, fix, self.command)
+
+
+class DiskFullError(UserError):
+    """Error raised if the disk under a run is full: the settings are right, but the run stopped."""
+
+    exit_code = 1
 
 
 class ModelClassError(UserError):

@@ -23,11 +23,12 @@ from rich.progress import BarColumn, TimeRemainingColumn
 from minigpt.core.console import log
 from minigpt.core.files import write_json, write_text
 from minigpt.core.progress import Progress
+from minigpt.core.settings import UserError
 from minigpt.core.text import human_count, human_time
 from minigpt.generation.sampling import SamplingConfig, generate_stories
 from minigpt.model import perplexity
 from minigpt.runs.names import SAMPLES, SUMMARY
-from minigpt.runs.records import read_samples
+from minigpt.runs.records import read_samples, read_summary
 from minigpt.tokenizer import Tokenizer
 from minigpt.training.checkpointing import Checkpoints
 from minigpt.training.config import CallbacksConfig
@@ -279,6 +280,9 @@ class RunReport(Callback):
         tokens, metrics = steps * self.module.tokens_per_step, trainer.callback_metrics
         names = ("train/loss", "val/loss", "val/perplexity", "val/bits_per_byte")
         best = self.checkpoints.best_val_loss
+        losses = {name: float(metrics[name]) for name in names if name in metrics}
+        with contextlib.suppress(UserError, KeyError):  # this process has made no step, perhaps
+            losses = {"train/loss": read_summary(self.folder)["train/loss"]} | losses
         summary = {
             **self.facts,
             "status": status,
@@ -287,7 +291,7 @@ class RunReport(Callback):
             "seconds": round(seconds, 1),
             "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
             "peak_flops": self.throughput.peak_flops,  # mfu is relative to it
-            **{name: float(metrics[name]) for name in names if name in metrics},
+            **losses,
             "best_val_loss": best if math.isfinite(best) else None,
         }
         if (cycles := self.module.settings.cycles) and steps >= self.module.n_steps:

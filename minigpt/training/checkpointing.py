@@ -3,13 +3,14 @@
 Ten minutes is the default of `checkpoint_minutes`. A checkpoint is the state of training between
 two steps. Except at a validation, the state is collected at the end of a step and written at the
 start of the next step, because only then metrics.csv has the row of the earlier step. A resumed run
-therefore finds every row up to the step of its checkpoint.
+therefore finds every row up to the step of its checkpoint. The state is also collected at the start
+of a validation: if the run is stopped during the validation, this state is written, and the resumed
+run repeats the validation.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
 import os
 import signal
@@ -27,37 +28,38 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from minigpt.core.console import log
-from minigpt.core.distributed import in_slurm_job
-from minigpt.core.settings import UserError
+from minigpt.core.distributed import global_rank, in_slurm_job
+from minigpt.core.files import DISK_FULL
+from minigpt.core.settings import DiskFullError
+from minigpt.core.signals import REPEAT_SECONDS, SIGHUP, is_ignored, watch
 from minigpt.runs.checkpoint import write_checkpoint
 from minigpt.runs.names import BEST, CHECKPOINTS, LAST
 from minigpt.training.config import CallbacksConfig
 from minigpt.training.module import GPTModule
 
-# Errors when a disk is full or read-only, or a quota or a size limit is exceeded.
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+VALIDATES = "validates"  # entry of a checkpoint: the run was stopped during the validation
 
-_CHECKPOINT_DUE = 1  # not a signal: the signals that are handled below have larger numbers
+_CHECKPOINT_DUE = 1  # not an exit code: the exit code for a signal is above 128
 
 
 @contextlib.contextmanager
 def full_disk_in_one_line(folder: Path) -> Iterator[None]:
-    """Turn the OSError of a full disk into a UserError, because a traceback would not help.
+    """Turn the OSError of a full disk into a one-line error, because a traceback would not help.
 
     Args:
         folder: the run folder; the error suggests resuming this run.
 
     Raises:
-        UserError: the disk is full or read-only.
+        DiskFullError: the disk is full or read-only.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK_FULL:
+        if error.errno not in DISK_FULL:
             raise
         message = f"cannot write {error.filename or folder} ({error.strerror})"
         message += ": free some space there"
-        raise UserError(message, command=("train", {"resume": str(folder)})) from None
+        raise DiskFullError(message, command=("train", {"resume": str(folder)})) from None
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -71,6 +73,7 @@ class CheckpointFiles(TorchCheckpointIO):
 
     def __init__(self, keep: int) -> None:
         self.keep, self.hold = keep, False
+        self.is_provisional = False  # last.ckpt is from before a validation; do not keep it
         self._pending: tuple[dict[str, Any], Path] | None = None
 
     def save_checkpoint(
@@ -94,69 +97,114 @@ class CheckpointFiles(TorchCheckpointIO):
             return
         path = Path(path)
         path.parent.mkdir(exist_ok=True)
-        write_checkpoint(path, checkpoint, self.keep if path.stem == LAST else 1)
+        is_kept = path.stem == LAST and not self.is_provisional
+        write_checkpoint(path, checkpoint, self.keep if is_kept else 1)
+        if path.stem == LAST:
+            self.is_provisional = VALIDATES in checkpoint
 
     def write_held(self) -> None:
         """Write the held checkpoint, if there is one."""
-        if self._pending is not None:
-            checkpoint, self._pending, self.hold = self._pending, None, False
-            self.save_checkpoint(*checkpoint)
+        pending = self._pending
+        self.drop_held()
+        if pending is not None:
+            self.save_checkpoint(*pending)
+
+    def drop_held(self) -> None:
+        """Forget the held checkpoint, if there is one."""
+        self._pending, self.hold = None, False
 
 
 class Checkpoints(Callback):
     """Write best.ckpt at the lowest validation loss, and last.ckpt at regular intervals.
 
     last.ckpt is written after each validation, at intervals of minutes and of steps, and when a
-    signal asks the run to stop: Ctrl-C, SIGTERM or, under Slurm, SIGUSR1. A second Ctrl-C stops the
-    run immediately. After SIGUSR1, the job is put back into the queue. A run that fails keeps its
-    latest checkpoints.
+    signal asks the run to stop: Ctrl-C, SIGTERM, SIGHUP or, under Slurm, SIGUSR1. The run completes
+    its step before it stops. It does not complete its first step or a validation, and a second
+    Ctrl-C stops the run immediately. At SIGHUP, a run without a terminal writes last.ckpt and
+    continues. After SIGUSR1, the job is put back into the queue. A run that fails keeps its latest
+    checkpoints.
 
     Args:
         module: the model in training; its weights are checked before they are written.
         folder: the run folder.
         keep: intervals of last.ckpt and number of checkpoints to keep.
+        validates: whether the run was stopped during a validation, which is repeated.
 
     Attributes:
         files: the plugin that writes the checkpoints; give it to the trainer.
         best_val_loss: lowest validation loss so far, in nats per token.
     """
 
-    def __init__(self, module: GPTModule, folder: Path, keep: CallbacksConfig) -> None:
+    def __init__(
+        self, module: GPTModule, folder: Path, keep: CallbacksConfig, validates: bool = False
+    ) -> None:
         self.module, self.folder, self.keep = module, folder / CHECKPOINTS, keep
         self.files = CheckpointFiles(keep.keep_checkpoints)
         self.best_val_loss = math.inf
+        self._validates = self.files.is_provisional = validates
         self._last_write = time.monotonic()
-        self._signal = 0  # signal that this process received
-        self._stop_signal = 0  # signal for which all processes stop
+        self._is_due = False  # SIGHUP asks for a checkpoint
+        self._signal, self._signal_time = 0, 0.0  # signal that this process received
+        self._stop_code = 0  # exit code with which all processes stop
         self._is_saved = False  # last.ckpt holds the current state
+        # A signal stops the run at once before its first update, because compiling the model takes
+        # minutes, and in a validation, whose state was collected.
+        self._stops_at_once = True
         self._handlers: dict[int, Any] = {}  # previous handlers of the signals
 
-    def on_train_start(self, *_: Any, **__: Any) -> None:
-        """Replace Lightning's signal handlers, which could stop the run in the middle of a step."""
-        if threading.current_thread() is not threading.main_thread():
+    def on_train_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Handle signals, and repeat the validation in which the run was stopped.
+
+        Lightning's signal handlers are replaced: they could stop the run in the middle of a step.
+        """
+        if threading.current_thread() is threading.main_thread():
+            signals: list[int] = [signal.SIGINT, signal.SIGTERM]
+            if not is_ignored(SIGHUP):
+                signals.append(SIGHUP)
+            if in_slurm_job():
+                signals.append(signal.SIGUSR1)
+            self._handlers = {number: signal.signal(number, self._on_signal) for number in signals}
+        if self._validates:
+            trainer.validating = True  # what Lightning does after a step
+            validation = trainer.fit_loop.epoch_loop.val_loop
+            validation.restarting = False
+            validation.run()
+            trainer.training = True
+            trainer.should_stop = trainer.global_step >= self.module.n_steps
+
+    def _on_signal(self, number: int, _: Any) -> None:
+        if not watch.answer(number):
+            self._is_due = True
             return
-        signals = [signal.SIGINT, signal.SIGTERM]
-        if in_slurm_job():
-            signals.append(signal.SIGUSR1)
-        self._handlers = {number: signal.signal(number, self._ask_to_stop) for number in signals}
+        name, again = signal.Signals(number).name, False
+        if self._signal:
+            late = time.monotonic() - self._signal_time > REPEAT_SECONDS
+            again = late and number == self._signal == signal.SIGINT
+        else:
+            self._signal, self._signal_time = number, time.monotonic()
+            hint = "; press Ctrl-C again to stop now" if number == signal.SIGINT else ""
+            when = "now" if self._stops_at_once else f"after this step{hint}"
+            log.info("%s: stopping %s", name, when)
+        if self._stops_at_once or again:
+            self._stops_at_once = False
+            raise self._stop(128 + number)
 
-    def _ask_to_stop(self, number: int, _: Any) -> None:
-        again = "; press Ctrl-C again to stop now" if number == signal.SIGINT else ""
-        log.info("%s: stopping after this step%s", signal.Signals(number).name, again)
-        self._signal = number
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, self._handlers[number])
+    def _stop(self, code: int) -> SIGTERMException:
+        """Return the exception that ends the run with this exit code."""
+        if code == 128 + signal.SIGUSR1 and global_rank() == 0:
+            _requeue()
+        return SIGTERMException(code)
 
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+    def on_train_batch_start(self, *_: Any, **__: Any) -> None:
         """Write the held checkpoint, and stop the run if a signal asked for this."""
         self.files.write_held()
-        if self._stop_signal and self._is_saved:
-            if self._stop_signal == signal.SIGINT:
-                raise KeyboardInterrupt
-            if self._stop_signal == signal.SIGUSR1 and trainer.is_global_zero:
-                _requeue()
-            raise SIGTERMException(128 + self._stop_signal)  # the exit code
+        if self._stop_code and self._is_saved:
+            raise self._stop(self._stop_code)
         self._is_saved = False
+
+    def on_before_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Let the run complete this step and the later ones, because stopping would lose work."""
+        self._stops_at_once, watch.patient = False, True
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -169,27 +217,52 @@ class Checkpoints(Callback):
         validates_next = ends or not (batch_idx + 1) % trainer.val_check_batch
         due = time.monotonic() - self._last_write > 60 * self.keep.checkpoint_minutes
         steps = self.keep.checkpoint_steps
-        due |= steps is not None and trainer.global_step % steps == 0
-        urgency = self._signal or (_CHECKPOINT_DUE if due else 0)
+        due |= self._is_due or (steps is not None and trainer.global_step % steps == 0)
+        self._is_due = False
+        urgency = 128 + self._signal if self._signal else _CHECKPOINT_DUE * due
         if trainer.world_size > 1:  # all processes stop and save together, or none does
             own = torch.tensor(urgency, device=trainer.strategy.root_device)
             urgency = int(trainer.strategy.reduce(own, reduce_op="max"))
-        self._stop_signal = urgency if urgency != _CHECKPOINT_DUE else 0
+        self._stop_code = urgency if urgency != _CHECKPOINT_DUE else 0
         if urgency and not validates_next:
             self.files.hold = True
             self._save(trainer, LAST)
 
+    def on_validation_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Collect a checkpoint, and stop the run if a signal asked for this."""
+        self._validates = self.files.hold = True
+        self._save(trainer, LAST)
+        if code := self._stop_code or (128 + self._signal if self._signal else 0):
+            raise self._stop(code)
+        self._stops_at_once = True
+
+    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+        """Write the collected checkpoint if SIGHUP asks for one."""
+        if self._is_due:
+            self._is_due = False
+            self.files.write_held()
+
     def on_validation_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         """Write last.ckpt, and also best.ckpt if the validation loss is the lowest so far."""
+        self._stops_at_once = self._validates = False
+        self.files.drop_held()
         if (loss := float(trainer.callback_metrics["val/loss"])) < self.best_val_loss:
             self.best_val_loss = loss
             self._save(trainer, BEST)
         self._save(trainer, LAST)
 
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Write the collected checkpoint if the run is stopped during a validation."""
+        self._stops_at_once = False
+        if is_ignored(signal.SIGINT):  # by Lightning; a second Ctrl-C should be immediate
+            signal.signal(signal.SIGINT, self._on_signal)
+        if self._validates and isinstance(exception, KeyboardInterrupt | SIGTERMException):
+            self.files.write_held()
+
     def teardown(self, *_: Any, **__: Any) -> None:
         """Restore the signal handlers."""
         for number, handler in self._handlers.items():
-            if signal.getsignal(number) == self._ask_to_stop:
+            if signal.getsignal(number) == self._on_signal:
                 signal.signal(number, handler)
 
     def _save(self, trainer: L.Trainer, name: str) -> None:
@@ -199,6 +272,13 @@ class Checkpoints(Callback):
             logger.save()
         trainer.save_checkpoint(self.folder / f"{name}.ckpt")
         self._is_saved = name == LAST
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        """Record whether the state is that before a validation."""
+        if self._validates:
+            checkpoint[VALIDATES] = True
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state to store in a checkpoint."""

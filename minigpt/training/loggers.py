@@ -42,11 +42,12 @@ class MetricsCsv(Logger):
         path: the CSV file.
         resume_step: step at which a resumed run starts. Later rows are dropped, because the run
             writes them again. None means a new run; an existing file is replaced.
+        validates: whether the run repeats the validation of this step, so that its row is dropped.
     """
 
     name, version = "csv", ""  # type: ignore[assignment]  # for Lightning; no version: one file
 
-    def __init__(self, path: Path, resume_step: int | None = None) -> None:
+    def __init__(self, path: Path, resume_step: int | None = None, validates: bool = False) -> None:
         super().__init__()
         self.path = path
         self.columns = list(COLUMNS)
@@ -54,7 +55,8 @@ class MetricsCsv(Logger):
         if resume_step is not None:
             reader = csv.DictReader(whole_lines(path))
             try:
-                rows = [row for row in reader if int(row["step"]) <= resume_step]
+                last = resume_step, not validates  # a step's row of training, then of validation
+                rows = [r for r in reader if (int(r["step"]), bool(r["val/loss"])) <= last]
             except (KeyError, TypeError, ValueError):
                 raise broken_line(path, reader.line_num, "a row with a step") from None
             self.columns = list(reader.fieldnames or COLUMNS)

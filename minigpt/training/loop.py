@@ -30,7 +30,6 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from minigpt.core.console import log, log_file
 from minigpt.core.distributed import (
@@ -49,6 +48,7 @@ from minigpt.core.hardware import (
 )
 from minigpt.core.process import is_tuned, preserved_process
 from minigpt.core.settings import ModelClassError, UserError, build, next_step, plain
+from minigpt.core.signals import watch
 from minigpt.core.text import human_count
 from minigpt.data.datamodule import DataModule
 from minigpt.data.spool import spool_stories
@@ -139,7 +139,7 @@ def _train(
         set_threads(config.trainer.threads, hardware)
         kernels = kernels_for(hardware.accelerator, config.trainer.kernels)
         schedule = Schedule.from_config(config, hardware.world_size)
-        if folder is not None and start.step >= schedule.n_steps:
+        if folder is not None and start.step >= schedule.n_steps and not start.validates:
             log.info("%s is already complete (%d steps)", folder, start.step)
             return folder
         check_logger(config.logger)
@@ -331,12 +331,13 @@ class _Training:
         log.info(
             "%-10s %s", "peak", f"{throughput.peak_flops:.3g} FLOP/s, which mfu is relative to"
         )
-        checkpoints = Checkpoints(module, folder, keep)
+        validates = self.start.validates
+        checkpoints = Checkpoints(module, folder, keep, validates)
         # At the last step, snapshots and checkpoints contain the mean.
         weights: list[Callback] = [CycleMean(module)] if config.optimizer.cycles else []
         weights += [Snapshots(module, folder, keep.snapshots)] if keep.snapshots else []
         facts = self._facts()
-        metrics = MetricsCsv(folder / METRICS, start_step or None)
+        metrics = MetricsCsv(folder / METRICS, start_step or None, validates)
         loggers = [metrics, *extra_loggers(folder, config.logger)]
         strategy: Strategy | str = c.strategy
         if strategy == "fsdp":  # FSDP2; `GPTModule` shards its model, checkpoints are single files
@@ -356,7 +357,7 @@ class _Training:
             num_nodes=hardware.num_nodes,
             strategy=strategy,
             precision=hardware.precision,  # type: ignore[arg-type]
-            max_steps=n_steps,
+            max_steps=n_steps + validates,  # Lightning would skip a validation after the last step
             accumulate_grad_batches=accumulate,
             # In batches, because a run is one pass of the loader. Validation saves a checkpoint, so
             # it must come after a whole step.
@@ -368,7 +369,9 @@ class _Training:
             callbacks=[
                 throughput,
                 TrainingProgress(module, keep.progress_bar, throughput),
-                StorySamples(module, folder, self.data.tokenizer, keep, config.seed, start_step),
+                StorySamples(
+                    module, folder, self.data.tokenizer, keep, config.seed, start_step - validates
+                ),
                 *weights,
                 checkpoints,
                 RunReport(module, folder, facts, throughput, checkpoints),
@@ -421,18 +424,19 @@ def _fit(
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         status = 0
-    except SystemExit as leaving:  # from Lightning at Ctrl-C, from `Checkpoints` at other signals
+    except SystemExit as leaving:  # from `Checkpoints`, or 1 from Lightning at KeyboardInterrupt
         if (folder / CHECKPOINTS).is_dir():
             more = {f"model.{key}": value for key, value in _class_setting(config).items()}
             if (name := config.teacher.class_path) is not None:
                 more["teacher.class_path"] = name
             log.info("continue:  %s", next_step("train", resume=str(folder), **more))
-        if not isinstance(leaving, SIGTERMException):
+        if leaving.code in (1, 128 + signal.SIGINT):
             raise KeyboardInterrupt from None
         raise SystemExit(leaving.code or 128 + signal.SIGTERM) from None
     finally:
         finish_wandb(trainer.loggers, status)
         _end_processes(trainer, finished=status == 0)
+        watch.patient = False  # `Checkpoints` has set it
 
 
 def _end_processes(trainer: L.Trainer, finished: bool) -> None:
@@ -444,6 +448,8 @@ def _end_processes(trainer: L.Trainer, finished: bool) -> None:
         torch.distributed.destroy_process_group()
     for process in started:
         if not finished:  # the process may wait in a collective operation forever
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(2.0)  # it may be about to print why it failed
             process.kill()
         process.wait()
     started.clear()  # Lightning watches this list and would kill this process if one failed

@@ -29,6 +29,7 @@ from minigpt.runs.names import CHECKPOINTS, CONFIG, SNAPSHOTS, TOKENIZER
 from minigpt.runs.provenance import Parent, parent_of
 from minigpt.runs.records import read_summary
 from minigpt.tokenizer import Tokenizer
+from minigpt.training.checkpointing import VALIDATES
 from minigpt.training.config import Schedule, TrainConfig, settings_of
 from minigpt.training.module import GPTModule
 from minigpt.training.teacher import Teachers
@@ -56,6 +57,8 @@ class ResumeState:
     """Checkpoint to resume from; None for a new run."""
     step: int = 0
     """Number of updates so far."""
+    validates: bool = False
+    """Whether the run was stopped during the validation after this step, which is repeated."""
     hyper_parameters: dict[str, Any] | None = None
     """Hyperparameters in the checkpoint; None for a new run."""
     parent_model: GPT | None = None
@@ -145,10 +148,17 @@ class ResumeState:
         teachers = Teachers.load(paths, folder, teacher) if paths else None
         if teachers is not None:
             teachers = teachers.recorded_in(stored, checkpoint)
-        tokenizer = run.tokenizer if given else None
         taught_by = dataclasses.replace(before.teacher, runs=paths)
-        config = dataclasses.replace(before, data=data, teacher=taught_by)
-        return cls(config, checkpoint, step, stored, None, tokenizer, parent, teachers)
+        return cls(
+            dataclasses.replace(before, data=data, teacher=taught_by),
+            checkpoint,
+            step,
+            content.get(VALIDATES) is True,
+            stored,
+            tokenizer=run.tokenizer if given else None,
+            parent=parent,
+            teachers=teachers,
+        )
 
     def prepared_data(self, schedule: Schedule) -> DataModule:
         """Return the data of the run. One process prepares the data; any others wait for it.

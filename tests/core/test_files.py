@@ -16,6 +16,7 @@ from minigpt.core.files import (
     read_text,
     read_yaml,
     refuse_links_out,
+    write_bytes,
     write_json,
     write_text,
 )
@@ -182,3 +183,21 @@ def test_a_file_system_without_fsync_holds_atomic_files(number, tmp_path, monkey
     with pytest.raises(OSError, match=os.strerror(number)):
         write_text(tmp_path / "file", "other")
     assert (tmp_path / "file").read_text() == "content"
+
+
+def test_failed_write_moves_the_earlier_files_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, older = tmp_path / "a", tmp_path / "a-1"
+    path.write_bytes(b"new")
+    older.write_bytes(b"old")
+    replace = Path.replace
+
+    def fail(source: Path, target: Path) -> Path:
+        if source.suffix == ".tmp":
+            raise OSError(errno.ENOSPC, "No space left on device", str(source))
+        return replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="No space") as error:
+        write_bytes(path, b"newest", move=[(older, tmp_path / "a-2"), (path, older)])
+    assert error.value.filename == str(path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"a": b"new", "a-1": b"old"}

@@ -1,10 +1,8 @@
 """Runs that are killed, stopped, started twice or fill the disk, in real processes."""
 
-import contextlib
-import resource
 import signal
-import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from minigpt.runs.records import read_metrics, read_summary
 from tests.conftest import composed, naming, tiny_overrides, trained_folder
 from tests.killing import assert_same, kill_and_resume, rows
 from tests.processes import CHECKPOINT, STEP, VALIDATION, Training
+from tests.surroundings import Disk, Terminal, slow_validation
 from tests.wandb_server import WandbServer
 
 STEPS = 160
@@ -77,6 +76,33 @@ def test_run_stopped_by_a_scheduler_resumes_by_the_same_command(
     assert_same(folder, workspace / "runs/whole")
 
 
+def test_run_outlives_its_terminal(workspace: Path):
+    terminal = Terminal()
+    command = [*overrides(workspace), "name=alone", "callbacks.progress_bar=true"]
+    training = Training(command, workspace / "alone.txt", before=terminal.attach)
+    assert training.wait_until(lambda: training.steps > 20)
+    terminal.close()
+    assert training.wait() == 0
+    assert_same(workspace / "runs/alone", workspace / "runs/whole")
+    log = (workspace / "runs/alone/train.log").read_text(encoding="utf-8")
+    assert log.count("terminal is gone") == 1
+
+
+def test_run_stopped_in_its_last_validation_repeats_it(workspace: Path):
+    command = [*overrides(workspace), "name=last", "resume=auto"]
+    before = partial(slow_validation, STEPS)
+    training = Training(command, workspace / "last.txt", before=before)
+    assert training.wait_until(lambda: "busy" in training.output_text())
+    training.send(signal.SIGINT)
+    assert training.wait() == 128 + signal.SIGINT, training.output_text()
+    assert read_summary(workspace / "runs/last")["status"] == "interrupted"
+    training = Training(command, workspace / "last.txt")
+    assert training.wait() == 0, training.output_text()
+    assert training.steps == 0
+    assert {"train/loss", "val/loss"} <= read_summary(workspace / "runs/last").keys()
+    assert_same(workspace / "runs/last", workspace / "runs/whole")
+
+
 def test_run_lock_refuses_a_second_process(workspace: Path):
     command = [*overrides(workspace), "name=twice", "resume=auto"]
     first = Training(command, workspace / "first.txt")
@@ -93,37 +119,6 @@ def test_run_lock_refuses_a_second_process(workspace: Path):
     assert all(name in third.output_text() for name in ("budget.tokens=10240", "99999", "name"))
 
 
-class Disk:
-    """A folder that can be filled up: a small tmpfs, or, without the right to mount one, a limit
-    on the size of files that the training process may write.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.filler = folder, folder / "filler"
-        folder.mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
-        with contextlib.suppress(FileNotFoundError):
-            mounting = subprocess.run(mount, capture_output=True)
-        self.mounted = mounting.returncode == 0
-
-    def fill(self, training: Training, checkpoint: Path) -> None:
-        if not self.mounted:
-            assert training.process.pid is not None
-            limit = checkpoint.stat().st_size // 2
-            resource.prlimit(training.process.pid, resource.RLIMIT_FSIZE, (limit, limit))
-            return
-        with self.filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-            while file.write(bytes(4096)):
-                pass
-
-    def clear(self) -> None:
-        self.filler.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        if self.mounted:
-            subprocess.run(["umount", "-l", str(self.folder)], check=True)
-
-
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
     disk = Disk(tmp_path / "disk")
@@ -137,7 +132,7 @@ def test_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(workspace: P
     training = Training(command, workspace / "full.txt")
     assert training.wait_until(lambda: training.steps > 20)
     disk.fill(training, runs / "full/checkpoints/last-1.ckpt")
-    assert training.wait() == 2, training.output_text()
+    assert training.wait() == 1, training.output_text()
     (error,) = [line for line in training.output_text().splitlines() if line.startswith("error: ")]
     assert (
         error.count(str(runs / "full")) >= 2

@@ -44,6 +44,17 @@ def test_resumed_run_drops_the_rows_after_its_checkpoint(tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20, 30]
 
 
+def test_resumed_run_repeats_the_validation_in_which_it_was_stopped(tmp_path):
+    path = tmp_path / "metrics.csv"
+    logger = MetricsCsv(path)
+    for step in (10, 20):
+        logger.log_metrics({"tokens": step * 8.0}, step=step)
+        logger.log_metrics({"tokens": step * 8.0, "val/loss": 2.0}, step=step)
+    MetricsCsv(path, resume_step=20, validates=True)
+    validated = [(row["step"], "val/loss" in row) for row in read_metrics(tmp_path)]
+    assert validated == [(10, False), (10, True), (20, False)]
+
+
 def test_new_run_replaces_an_existing_metrics_csv(tmp_path):
     path = tmp_path / "metrics.csv"
     MetricsCsv(path).log_metrics({"tokens": 8.0}, step=1)

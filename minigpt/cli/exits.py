@@ -1,0 +1,84 @@
+"""How a program ends: at a signal, at a system error, or when its output cannot be written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+
+from minigpt.cli.program import leave
+from minigpt.core.console import log, outputs, show_log
+from minigpt.core.distributed import global_rank
+from minigpt.core.files import DISK_FULL
+from minigpt.core.signals import watch
+
+# Verbs that end with their terminal; all others write files and continue.
+INTERACTIVE = ("generate", "playground", "doctor")
+
+
+@contextlib.contextmanager
+def orderly_exit(verb: str) -> Iterator[None]:
+    """Run a program during the `with` block: print its log, and end it with one line at most.
+
+    At Ctrl-C, SIGTERM and SIGHUP, the exit code is 128 plus the number of the signal. If the disk
+    is full, the exit code is 1; at any other error of a file, it is 2.
+
+    Args:
+        verb: the verb that runs, such as train.
+    """
+    show_log()
+    with watch.running(outlives_terminal=verb not in INTERACTIVE):
+        try:
+            yield
+        except KeyboardInterrupt:
+            number = watch.number or signal.SIGINT
+            if global_rank() == 0:
+                print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
+            end_output()
+            if watch.number:
+                watch.exit()
+            sys.exit(128 + number)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            problem = f"cannot read or write {error.filename}: {error.strerror}; give another path"
+            leave(problem, 1 if error.errno in DISK_FULL else 2)
+        finally:
+            end_output()
+            _leave_processes(sys.exc_info()[1])
+
+
+def _leave_processes(error: BaseException | None) -> None:
+    """Exit at once if one of several processes of a run fails, so that the others do not wait.
+
+    Python would first wait for collective operations that the other processes never join.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if error is None or distributed is None or not distributed.is_initialized():
+        return
+    if not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    code = error.code if isinstance(error, SystemExit) else 1
+    end_output()
+    if code:
+        os._exit(code if isinstance(code, int) else 1)
+
+
+def result_on_stdout() -> None:
+    """Stop the program when stdout cannot be written, because it is the only result."""
+    for output in outputs():
+        output.is_result = output.name == "<stdout>"
+
+
+def end_output() -> None:
+    """Write what is left of the output; report a full disk that has lost some of stdout."""
+    for output in outputs():
+        has_failed = output.is_result  # and its error was reported
+        output.is_result = False
+        if output.name == "<stdout>":
+            sys.stdout.flush()
+            if output.error and output.error.errno in DISK_FULL and not has_failed:
+                log.warning("stdout could not be written: %s", output.error.strerror)

@@ -1,0 +1,152 @@
+"""Stop signals of a program, which are answered even while the main thread runs native code.
+
+Python runs the handler of a signal only when the main thread executes Python code. Training a
+tokenizer or resolving a host name can block the main thread for minutes. `watch` therefore also
+receives the signals in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+from minigpt.core.console import terminal_is_gone
+
+_ANSWER_SECONDS = 4.0
+# A launcher, such as torchrun, forwards a Ctrl-C that the terminal has sent to all processes.
+REPEAT_SECONDS = 0.25
+SIGHUP: int = getattr(signal, "SIGHUP", 0)  # Windows has none
+
+
+def is_ignored(number: int) -> bool:
+    """Return whether a signal does not exist, or is ignored, as SIGHUP is by nohup."""
+    return not number or signal.getsignal(number) == signal.SIG_IGN
+
+
+def has_terminal() -> bool:
+    """Return whether this process has a terminal that can still be opened."""
+    time.sleep(0.1)  # the kernel sends SIGHUP shortly before it detaches the terminal
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | getattr(os, "O_NOCTTY", 0)))
+    except OSError:
+        return False
+    return True
+
+
+class SignalWatch:
+    """Signal handling of a program: stop at SIGINT, SIGTERM and SIGHUP.
+
+    The first signal raises KeyboardInterrupt. If the program does not end within seconds, or at a
+    second Ctrl-C, the process exits at once.
+
+    Attributes:
+        number: the signal that stops the program; 0 if there was none.
+        patient: whether the program may take as long as it needs, because exiting would lose work.
+    """
+
+    def __init__(self) -> None:
+        self._is_running = self._outlives_terminal = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self.number, self.patient = 0, False
+        self._first = math.inf  # time of the first signal
+
+    @contextlib.contextmanager
+    def running(self, outlives_terminal: bool) -> Iterator[None]:
+        """Handle the signals of this process during the `with` block.
+
+        Args:
+            outlives_terminal: whether the program continues when its terminal is closed.
+        """
+        if self._is_running or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self._reset()
+        self._is_running, self._outlives_terminal = True, outlives_terminal
+        numbers = [signal.SIGINT, signal.SIGTERM, *([] if is_ignored(SIGHUP) else [SIGHUP])]
+        previous = {number: signal.signal(number, self._stop) for number in numbers}
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._read, args=(reader,), daemon=True).start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(wakeup)
+            writer.close()  # ends the thread
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            self._is_running = False
+
+    def answer(self, number: int) -> bool:
+        """Record a signal, and return whether the process should stop.
+
+        Args:
+            number: the signal. At SIGHUP, a process without a terminal should not stop.
+        """
+        if number == SIGHUP and not has_terminal():
+            terminal_is_gone("SIGHUP")
+            return False
+        self.number = self.number or number
+        return True
+
+    def exit(self) -> NoReturn:
+        """Exit with 128 plus the signal, a few seconds from now at the latest.
+
+        Python would wait for all threads, and abort if one of them runs native code.
+        """
+        code = 128 + self.number
+        self._later(lambda: os._exit(code))
+        atexit._run_exitfuncs()
+        os._exit(code)
+
+    def _stop(self, number: int, _: Any) -> None:
+        is_first = not self.number
+        if self.answer(number) or not self._outlives_terminal:
+            self.number = self.number or number
+            if is_first:
+                raise KeyboardInterrupt
+
+    def _read(self, reader: socket.socket) -> None:
+        with reader:
+            while numbers := reader.recv(64):
+                for number in numbers:
+                    if number in (signal.SIGINT, signal.SIGTERM):
+                        self._receive(number)
+
+    def _receive(self, number: int) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT and now - self._first > REPEAT_SECONDS:
+            _exit_now(number)
+        self._first = min(self._first, now)
+
+        def check() -> None:  # a library may even have caught the KeyboardInterrupt
+            if self._is_running and not self.patient:
+                _exit_now(number)
+
+        self._later(check)
+
+    def _later(self, action: Callable[[], object]) -> None:
+        timer = threading.Timer(_ANSWER_SECONDS, action)
+        timer.daemon = True
+        timer.start()
+
+
+def _exit_now(number: int) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides the cursor
+        os.write(2, f"{cursor}\nstopped by {signal.Signals(number).name}\n".encode())
+    os._exit(128 + number)
+
+
+watch = SignalWatch()
