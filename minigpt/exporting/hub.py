@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from minigpt.core.settings import UserError
 
@@ -56,8 +56,8 @@ def push_folder(
 
     api = HfApi()
     try:
-        sdk = "gradio" if kind == "space" else None
-        url = api.create_repo(push, private=private, repo_type=kind, exist_ok=True, space_sdk=sdk)
+        sdk: dict[str, Any] = {"space_sdk": "gradio"} if kind == "space" else {}
+        url = api.create_repo(push, repo_type=kind, exist_ok=True, private=private, **sdk)
         if private and not api.repo_info(push, repo_type=kind).private:
             problem = f"the repository is public: make it private at {url}/settings"
             raise UserError(problem, "push", push)
