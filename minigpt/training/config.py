@@ -44,6 +44,9 @@ class TrainerConfig:
     compile: bool = False
     """Whether to compile the loss with torch.compile; compilation takes a minute and pays off on
     GPUs."""
+    cuda_graph: bool = True
+    """Whether a CUDA GPU replays the forward and backward pass as a recorded graph; not used with
+    dropout, fsdp, 16-mixed or a custom model class."""
     kernels: Choice = "auto"
     """Implementation of attention and loss: `cpu` selects the CPU kernels of this package, which
     split each batch into micro-batches, with one thread per core; `torch` selects plain PyTorch;

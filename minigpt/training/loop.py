@@ -37,6 +37,7 @@ from minigpt.core.text import human_count
 from minigpt.data.datamodule import DataModule
 from minigpt.data.spool import spool_stories
 from minigpt.kernels.choice import kernels_for
+from minigpt.kernels.cuda_graph import graphed_loss
 from minigpt.kernels.decode import is_plain
 from minigpt.kernels.distillation import Distillation
 from minigpt.kernels.microbatch import microbatched_loss
@@ -187,7 +188,7 @@ def _speed_up(
     module: GPTModule, kernels: Kernels, hardware: Hardware, config: TrainConfig,
     teachers: Teachers | None,
 ) -> None:  # fmt: skip
-    """Set the losses of `module`: with `kernels`, and compiled or micro-batched if possible."""
+    """Set the losses of `module`: with `kernels`, and compiled, recorded or micro-batched."""
     model, c = module.net.use(kernels), config.trainer
     if teachers is not None:
         module.teachers = [teacher.use(kernels) for teacher in teachers.models]
@@ -198,10 +199,26 @@ def _speed_up(
     if c.compile:  # only the loss: compiling the whole model would rename its weights
         module.fast_loss = torch.compile(model.loss)
         module.distillation = module.distillation and torch.compile(module.distillation)
-    elif kernels.name == "cpu" and c.strategy != "fsdp":  # fsdp gathers weights for a single pass
+    if _records_graphs(module, hardware, c):
+        whole = model.loss  # for validation, whose batches may have two shapes
+        module.fast_loss = graphed_loss(model, module.fast_loss or whole, whole)
+        if (distillation := module.distillation) is not None:
+            module.distillation = graphed_loss(model, distillation, distillation)
+    elif (
+        not c.compile and kernels.name == "cpu" and c.strategy != "fsdp"
+    ):  # fsdp gathers weights for a single pass
         module.fast_loss = microbatched_loss(model)
         if module.distillation is not None:
             module.distillation = microbatched_loss(model, loss=module.distillation)
+
+
+def _records_graphs(module: GPTModule, hardware: Hardware, c: TrainerConfig) -> bool:
+    """Return whether the training loss is replayed as a CUDA graph."""
+    # A recording would repeat the random numbers of dropout and the loss scale of 16-mixed, and
+    # what the Python code of a custom class did in the first step.
+    repeatable = is_plain(module.net) and not module.net.config.dropout
+    plain = repeatable and hardware.precision != "16-mixed" and c.strategy != "fsdp"
+    return c.cuda_graph and hardware.accelerator == "cuda" and plain
 
 
 def _class_setting(config: TrainConfig) -> dict[str, str]:

@@ -25,7 +25,7 @@ from minigpt.runs.checkpoint import read_checkpoint
 from minigpt.runs.folder import Run
 from minigpt.runs.records import read_metrics, read_samples, read_summary
 from minigpt.training import loop
-from minigpt.training.config import TrainerConfig
+from minigpt.training.config import TrainConfig, TrainerConfig
 from tests.conftest import ROOT, composed, naming, trained_folder, write_stories
 
 FEW = EvaluationConfig(stories=StoriesConfig(prompts=("Once",), n=1, max_tokens=5), words=("Tom",))
@@ -410,22 +410,34 @@ def test_run_moved_to_another_machine_is_evaluated_and_resumed_there(
     assert not (tmp_path / "cache").exists()
 
 
-def test_micro_batches_are_used_on_a_cpu_without_compile_and_fsdp(monkeypatch):
+def test_loss_of_training_by_device_precision_and_settings(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda loss: ("compiled", loss))
 
-    def loss_on(device: str, **settings) -> object:
-        module = SimpleNamespace(net=GPT(GPTConfig(61, 16, d_model=16, n_layers=1, n_heads=1)))
-        c = TrainerConfig(**settings)
-        loop._speed_up(module, kernels_for(device, c.kernels), c)  # type: ignore[arg-type]
-        return vars(module).get("fast_loss")
+    def loss_on(device: str, dropout: float = 0.0, precision="bf16-mixed", **settings) -> object:
+        shape = GPTConfig(61, 16, d_model=16, n_layers=1, n_heads=1, dropout=dropout)
+        module = SimpleNamespace(net=GPT(shape), fast_loss=None, distillation=None)
+        config = TrainConfig(model=shape, trainer=TrainerConfig(**settings))
+        hardware = SimpleNamespace(accelerator=device, precision=precision)
+        kernels = kernels_for(device, config.trainer.kernels)
+        loop._speed_up(module, kernels, hardware, config, None)  # type: ignore[arg-type]
+        return module.fast_loss
 
     micro_batches = loss_on("cpu")
     assert callable(micro_batches)
     assert micro_batches.__qualname__.startswith("microbatched_loss")
     assert loss_on("cpu", strategy="fsdp") is None  # the net's own
     assert loss_on("cpu", kernels="torch") is None
-    assert loss_on("cuda") is None
-    compiled = loss_on("cpu", compile=True)
-    assert isinstance(compiled, tuple)
-    assert compiled[0] == "compiled"
-    assert compiled[1].__qualname__ == "GPT.loss"
+    for compiled in (
+        loss_on("cpu", compile=True),
+        loss_on("cuda", compile=True, precision="16-mixed"),
+        loss_on("cuda", compile=True, cuda_graph=False),
+    ):
+        assert isinstance(compiled, tuple)
+        assert compiled[0] == "compiled"
+        assert compiled[1].__qualname__ == "GPT.loss"
+    for graphed in (loss_on("cuda"), loss_on("cuda", compile=True)):
+        assert callable(graphed)
+        assert graphed.__qualname__.startswith("graphed_loss")
+    assert loss_on("cuda", dropout=0.1) is None
+    assert loss_on("cuda", precision="16-mixed") is None
+    assert loss_on("mps") is None
