@@ -64,7 +64,7 @@ class _GraphedStep:
             autocast = torch.autocast(ids.device.type, dtype, dtype is not None, False)
             with torch.enable_grad(), autocast:
                 values = loss(self.ids, self.targets)
-            first = values.flatten()[0]
+                first = values.flatten()[0]
             gradients = torch.autograd.grad(first, weights, materialize_grads=True)
             return values.detach(), gradients
 
