@@ -31,6 +31,7 @@ from minigpt.core.settings import UserError
 from minigpt.runs.checkpoint import write_checkpoint
 from minigpt.runs.names import BEST, CHECKPOINTS, LAST
 from minigpt.training.config import CallbacksConfig
+from minigpt.training.loggers import MetricsCsv
 from minigpt.training.module import GPTModule
 
 # Errors when a disk is full or read-only, or a quota or a size limit is exceeded.
@@ -195,7 +196,7 @@ class Checkpoints(Callback):
         self.module.check_weights()
         self._last_write = time.monotonic()
         for logger in trainer.loggers:
-            logger.save()
+            logger.sync() if isinstance(logger, MetricsCsv) else logger.save()
         trainer.save_checkpoint(self.folder / f"{name}.ckpt")
         self._is_saved = name == LAST
 

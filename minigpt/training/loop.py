@@ -52,6 +52,7 @@ from minigpt.training.config import Schedule, TrainConfig, TrainerConfig, settin
 from minigpt.training.cycles import CycleMean
 from minigpt.training.loggers import MetricsCsv, check_logger, extra_loggers, finish_wandb
 from minigpt.training.module import GPTModule
+from minigpt.training.profiling import PROFILE, Profile
 from minigpt.training.resume import AUTO, ResumeState, folder_to_resume, run_lock
 from minigpt.training.snapshots import Snapshots
 from minigpt.training.teacher import Teachers
@@ -263,8 +264,8 @@ class _Training:
             f"{valid.n_tokens:,} validation tokens, {valid.bytes_per_token:.2f} bytes each",
             "budget": f"{human_count(config.budget.tokens)} tokens = {schedule.n_steps:,} steps of "
             f"{schedule.tokens_per_step:,}, {epochs:.1f} epochs",
-            "optimizer": f"{config.optimizer.name}, {lrs}, {config.optimizer.warmup_steps} warm-up "
-            "steps",
+            "optimizer": f"{config.optimizer.name}, {lrs}, "
+            f"{config.optimizer.n_warmup_steps(schedule.tokens_per_step)} warm-up steps",
             "device": f"{hardware.accelerator} ×{hardware.world_size}",
             "precision": f"{hardware.precision}: {hardware.why}",
             "kernels": kernels.name,
@@ -299,6 +300,7 @@ class _Training:
         # At the last step, snapshots and checkpoints contain the mean.
         weights: list[Callback] = [CycleMean(module)] if config.optimizer.cycles else []
         weights += [Snapshots(module, folder, keep.snapshots)] if keep.snapshots else []
+        profiles = [Profile(module, folder / PROFILE)] if c.profile else []
         facts = self._facts()
         metrics = MetricsCsv(folder / METRICS, start_step or None)
         loggers = [metrics, *extra_loggers(folder, config.logger)]
@@ -332,6 +334,7 @@ class _Training:
                 *weights,
                 checkpoints,
                 RunReport(module, folder, facts, throughput, checkpoints),
+                *profiles,
                 *callbacks,
             ],
             default_root_dir=folder,
@@ -381,6 +384,13 @@ def _fit(
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         status = 0
+    except torch.OutOfMemoryError:
+        windows, accumulate = config.data.windows_per_batch, config.trainer.accumulate_grad_batches
+        fix = {"data.batch_size": windows // 2, "trainer.accumulate_grad_batches": 2 * accumulate}
+        problem = "the GPU does not have enough memory for this number of windows at a time: "
+        problem += "reduce it, and raise trainer.accumulate_grad_batches"
+        fix = fix if windows % 2 == 0 else None  # an odd batch has no half
+        raise UserError(problem, "data.batch_size", windows, fix) from None
     except SystemExit as leaving:  # from Lightning at Ctrl-C, from `Checkpoints` at other signals
         if (folder / CHECKPOINTS).is_dir():
             more = {f"model.{key}": value for key, value in _class_setting(config).items()}

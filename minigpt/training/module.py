@@ -175,9 +175,10 @@ class GPTModule(L.LightningModule):
         optimizer = make_optimizer(self.net, c, self.net.config.d_model, fused, dtype)
 
         end, *ends = c.decay_ends(self.n_steps)
+        warmup = c.n_warmup_steps(self.tokens_per_step)
 
         def factor(step: int) -> float:
-            return lr_factor(step, end, c.warmup_steps, c.final_lr, c.schedule, ends, c.cycle_lr)
+            return lr_factor(step, end, warmup, c.final_lr, c.schedule, ends, c.cycle_lr)
 
         schedule = LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -209,9 +210,10 @@ class GPTModule(L.LightningModule):
             self._diverged(f"{kind} loss became {loss}")
 
     def _diverged(self, event: str) -> NoReturn:
+        warmup = "steps" if self.settings.warmup_tokens is None else "tokens"
         raise UserError(
             f"the {event} at step {self.global_step} with a learning rate of {self._lr():.2e}: try "
-            "more optimizer.warmup_steps, or a third of the peak learning rate",
+            f"more optimizer.warmup_{warmup}, or a third of the peak learning rate",
             fix={f"optimizer.{name}": float(f"{lr / 3:.0e}") for name, lr in self.peak_lrs.items()},
         )
 

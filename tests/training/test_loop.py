@@ -441,3 +441,47 @@ def test_loss_of_training_by_device_precision_and_settings(monkeypatch):
     assert loss_on("cuda", dropout=0.1) is None
     assert loss_on("cuda", precision="16-mixed") is None
     assert loss_on("mps") is None
+
+
+@pytest.mark.parametrize(
+    ("windows", "names"),
+    [
+        (4, ("data.batch_size=2", "trainer.accumulate_grad_batches=2")),
+        (3, ("data.batch_size", "trainer.accumulate_grad_batches")),
+    ],
+)
+def test_out_of_memory_names_batch_size_and_accumulation(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, windows: int, names: tuple[str, ...]
+):
+    def allocate(self, batch, batch_idx) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr("minigpt.training.module.GPTModule.training_step", allocate)
+    with pytest.raises(UserError, match=naming(*names)) as error:
+        trained_folder([*tiny, f"data.batch_size={windows}", "name=large"])
+    assert "\n" not in str(error.value)
+    assert read_summary(Path(composed(tiny).runs_dir) / "large")["status"] == "failed"
+
+
+def test_warmup_in_tokens_takes_fewer_updates_with_larger_batches(tiny: list[str]):
+    def lrs(**settings) -> list[float]:
+        words = [f"{name}={value}" for name, value in settings.items()]
+        folder = trained_folder([*tiny, "optimizer.warmup_tokens=300", *words])
+        rows = [row for row in read_metrics(folder) if "lr" in row]
+        return [row["lr"] / rows[4]["lr"] for row in rows[:5]]
+
+    # Batches of 64 and of 128 tokens: the warm-up takes 5 and 3 updates.
+    assert lrs(name="a") == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    rising = lrs(**{"name": "b", "data.batch_size": 8})
+    assert rising[0] < rising[1] < rising[2]
+    assert rising[2] == pytest.approx(rising[3])  # the decay starts
+    assert rising[3] > rising[4]
+
+
+def test_metrics_are_synced_to_disk_with_checkpoints_alone(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    syncs = []
+    monkeypatch.setattr("minigpt.training.loggers.MetricsCsv.sync", lambda self: syncs.append(1))
+    trained_folder([*tiny, "trainer.n_validations=1"])
+    assert len(syncs) == 2  # best.ckpt and last.ckpt, after 20 rows
