@@ -7,7 +7,7 @@ longer than running them. A recorded graph starts them all at once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from torch import Tensor
 from minigpt.kernels.microbatch import Loss
 from minigpt.model import GPT
 
+T = TypeVar("T")
 _WARM_UP = 3  # runs before the recording, in which libraries allocate their workspaces
-Step = Callable[[], tuple[Tensor, tuple[Tensor, ...]]]  # computes a loss and its gradients
 
 
 def graphed_loss(model: GPT, loss: Loss, whole: Loss) -> Loss:
@@ -68,7 +68,7 @@ class _GraphedStep:
             gradients = torch.autograd.grad(first, weights, materialize_grads=True)
             return values.detach(), gradients
 
-        self.run = _recorded(step, ids.device)
+        self.run = recorded(step, ids.device)
 
     def __call__(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         self.ids.copy_(ids)
@@ -76,8 +76,17 @@ class _GraphedStep:
         return self.run()
 
 
-def _recorded(step: Step, device: torch.device) -> Step:
-    """Return a function that replays `step`; on a CPU, which has no graphs, `step` itself."""
+def recorded(step: Callable[[], T], device: torch.device) -> Callable[[], T]:
+    """Return a function that replays `step`; on a CPU, which has no graphs, `step` itself.
+
+    Args:
+        step: function that computes on `device` without waiting for it. It runs several times
+            before the recording, so running it again must not change its result.
+        device: the device.
+
+    Returns:
+        The function. Its results are in memory that each call overwrites.
+    """
     if device.type != "cuda":
         return step
     stream = torch.cuda.Stream(device)  # a recording must not start on the default stream
@@ -91,7 +100,7 @@ def _recorded(step: Step, device: torch.device) -> Step:
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = step()
 
-    def replay() -> tuple[Tensor, tuple[Tensor, ...]]:
+    def replay() -> T:
         graph.replay()
         return outputs
 

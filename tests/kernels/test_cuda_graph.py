@@ -12,27 +12,35 @@ from tests.kernels.test_distillation import batch, models
 def accumulated(model, loss, batches) -> list[torch.Tensor]:
     """Return the gradients of the mean loss of several batches, accumulated one by one."""
     model.zero_grad()
-    for ids, targets in batches:
-        (loss(ids, targets).flatten()[0] / len(batches)).backward()
+    for pair in batches:
+        (loss(*pair).flatten()[0] / len(batches)).backward()
     return [p.grad for p in model.parameters()]
 
 
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("taught", [False, True])
-def test_graphed_loss_and_its_accumulated_gradients_are_those_of_the_loss(taught, autocast):
+def test_graphed_loss_and_its_accumulated_gradients_are_those_of_the_loss(taught, mixed):
     model, teacher = (model.use(kernels_for("cuda")) for model in models(2))
     teacher.requires_grad_(False)
-    loss = Distillation(model, [teacher]) if taught else model.loss
-    graphed = graphed_loss(model, loss, model.loss)
-    with torch.autocast("cpu", torch.bfloat16, autocast):
-        batches = [batch(), batch(), batch(3)]  # two shapes
-        for ids, targets in batches:
-            torch.testing.assert_close(graphed(ids, targets), loss(ids, targets))
-        kept = graphed(*batches[0])
-        graphed(*batches[1])  # must not change the first result
-        torch.testing.assert_close(kept, loss(*batches[0]))
-        expected, actual = (accumulated(model, x, batches) for x in (loss, graphed))
-    for gradient, wanted in zip(actual, expected, strict=True):
+    plain = Distillation(model, [teacher]) if taught else model.loss
+    graphed = graphed_loss(model, plain, model.loss)
+
+    def autocast(function):  # per batch, as in Lightning
+        def result(ids, targets):
+            with torch.autocast("cpu", torch.bfloat16, mixed):
+                return function(ids, targets)
+
+        return result
+
+    expected, actual = autocast(plain), autocast(graphed)
+    batches = [batch(), batch(), batch(3)]  # two shapes
+    for pair in batches:
+        torch.testing.assert_close(actual(*pair), expected(*pair))
+    first = actual(*batches[0])
+    actual(*batches[1])  # must not change the first result
+    torch.testing.assert_close(first, expected(*batches[0]))
+    gradients = accumulated(model, actual, batches)
+    for gradient, wanted in zip(gradients, accumulated(model, expected, batches), strict=True):
         torch.testing.assert_close(gradient, wanted)
 
 

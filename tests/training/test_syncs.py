@@ -71,7 +71,7 @@ def counted(tmp_path, monkeypatch):
     def train(*overrides: str) -> StepsWithoutRow:
         steps = StepsWithoutRow()
         with steps.counter:
-            settings = ["trainer.log_every_n_steps=7", "trainer.precision=32-true", *overrides]
+            settings = ["trainer.log_every_n_steps=5", "trainer.precision=32-true", *overrides]
             trained_folder([*tiny_overrides(tmp_path), *settings], callbacks=[steps])
         return steps
 
