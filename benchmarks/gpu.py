@@ -113,6 +113,7 @@ def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
     """Return all parts, the most valuable first."""
     parts = [
         Part("machine", 5, lambda: measures.describe(m)),
+        Part("data", 15, lambda: measures.data_is_ready(m)),
         Part("check batches", 5, lambda: measures.check_batches(m)),
         Part("check gradients", 25, lambda: measures.check_gradients(m)),
         Part("check syncs", 20, lambda: measures.check_syncs(m)),
@@ -121,7 +122,6 @@ def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
     for batch in m.batches:
         name = f"speed medium {batch}"
         parts.append(Part(name, 90, lambda batch=batch: measures.speed(m, "medium", batch)))
-    parts.append(Part("data", 10, lambda: measures.data_is_ready(m)))
 
     def training(name: str, seconds: float, *overrides: str, keep: bool = True) -> None:
         def run() -> Values:
@@ -130,12 +130,12 @@ def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
         parts.append(Part(f"training {name}", seconds, run))
 
     budgets = {"medium": 104e6, "large": 60e6, "student": 60e6, "small": 60e6, "precision": 10e6}
-    batch = {"128": "data.batch_size=128", "8": "data.batch_size=8"}
+    many, few = ["data.batch_size=128", "optimizer.warmup_tokens=1e6"], ["data.batch_size=8"]
     if not m.on_gpu:
-        budgets, batch = dict.fromkeys(budgets, 640), dict.fromkeys(batch, "data.batch_size=4")
+        budgets, many, few = dict.fromkeys(budgets, 640), ["data.batch_size=4"], []
     sizes = {name: [f"model={name}"] if m.on_gpu else [] for name in ("small", "medium", "large")}
     b = {name: f"budget.tokens={budget:.0f}" for name, budget in budgets.items()}
-    training("medium", 75, *sizes["medium"], batch["128"], b["medium"])
+    training("medium", 75, *sizes["medium"], *many, b["medium"])
     for windows in m.batches:
         parts.append(
             Part(
@@ -143,18 +143,18 @@ def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
                 lambda n=windows: measures.kernels_of_a_step(m, "medium", n),
             )
         )  # fmt: skip
-    training("large", 60, *sizes["large"], batch["128"], b["large"])
+    training("large", 60, *sizes["large"], *many, b["large"])
     teacher = f"teacher.runs=[{m.scratch / 'runs/large'}]"
-    training("student", 45, *sizes["small"], batch["128"], b["student"], teacher)
+    training("student", 45, *sizes["small"], *many, b["student"], teacher)
     for precision in ("32-true", "bf16-mixed", "16-mixed") if m.on_gpu else ("32-true",):
-        words = [*sizes["large"], batch["8"], b["precision"], f"trainer.precision={precision}"]
+        words = [*sizes["large"], *few, b["precision"], f"trainer.precision={precision}"]
         training(f"large-{precision}", 35, *words, keep=False)
     parts.append(Part("generation", 30, lambda: measures.generation(m, "medium")))
-    small = [*sizes["small"], batch["128"], b["precision"]]
+    small = [*sizes["small"], *many, b["precision"]]
     parts.append(
         Part("sharing", 60, lambda: measures.sharing(m, 4 if m.on_gpu else 2, small, left()))
     )
-    training("small", 40, *sizes["small"], batch["128"], b["small"])
+    training("small", 40, *sizes["small"], *many, b["small"])
     return parts
 
 

@@ -230,7 +230,9 @@ class _Syncs(Callback):
             warnings.simplefilter("always")
             with contextlib.nullcontext() if self.on_gpu else self.counter:
                 yield names
-        names += [str(w.message) for w in caught if "synchroniz" in str(w.message)]
+        names += [
+            str(w.message) for w in caught if "synchronizing CUDA operation" in str(w.message)
+        ]
 
 
 def check_syncs(m: Machine) -> Values:
@@ -239,6 +241,7 @@ def check_syncs(m: Machine) -> Values:
     kernels = [] if m.on_gpu else ["trainer.kernels=torch"]
     length = next(iter(m.sizes.values())).context_length
     budget = [f"budget.tokens={40 * 4 * length}", "data.batch_size=4", "data.noise=0.1"]
+    budget.append("optimizer.warmup_steps=2")
     rows = ["trainer.log_every_n_steps=10", "trainer.n_validations=2"]
     with syncs.names() as names:
         run_in_process(m, "syncs", [*kernels, *budget, *rows], [syncs])
@@ -248,13 +251,15 @@ def check_syncs(m: Machine) -> Values:
 def check_resume(m: Machine) -> Values:
     """Compare a run that was stopped and resumed with one that was not."""
     length = next(iter(m.sizes.values())).context_length
-    short = [f"budget.tokens={20 * 4 * length}", "data.batch_size=4", "trainer.n_validations=1"]
-    whole = run_in_process(m, "whole", [*short, "trainer.log_every_n_steps=1"])
+    short = [
+        f"budget.tokens={20 * 4 * length}", "data.batch_size=4", "trainer.n_validations=1",
+        "optimizer.warmup_steps=2", "trainer.log_every_n_steps=1",
+    ]  # fmt: skip
+    whole = run_in_process(m, "whole", short)
     stopped = m.scratch / "runs/stopped"
     with contextlib.suppress(_StopError):
         run_in_process(
-            m, "stopped",
-            [*short, "trainer.log_every_n_steps=1", "callbacks.checkpoint_steps=8"], [_StopAt(12)],
+            m, "stopped", [*short, "callbacks.checkpoint_steps=8"], [_StopAt(12)]
         )  # fmt: skip
     train(load_config("train", [f"resume={stopped}"]))
     a, b = (_losses(folder) for folder in (whole, stopped))

@@ -46,7 +46,18 @@ def measures(content: dict[str, Any]) -> list[tuple[str, str]]:
         elif part == "sharing":
             label = f"{part}: {values['runs']} runs at once, relative to one"
             rows.append((label, f"{values['all at once'] / values['alone']:.2f}×"))
+    if (ratio := against_bare_step(content["results"])) is not None:
+        rows.append(("train.py, medium, relative to the bare step", f"{ratio:.3f}"))
     return rows
+
+
+def against_bare_step(results: dict[str, Any]) -> float | None:
+    """Return the speed of `train.py` relative to a step alone, for the larger batch."""
+    rates = next((v["tokens per second"] for n, v in results.items() if n.startswith("speed")), {})
+    run = results.get("training medium", {})
+    if "ours" not in rates or "tokens_per_second" not in run:
+        return None
+    return run["tokens_per_second"] / rates["ours"]
 
 
 def figure(content: dict[str, Any]) -> Any:
