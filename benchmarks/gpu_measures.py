@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
+from torch.autograd.profiler_util import DeviceType
 
 from benchmarks.peers import Step, nanogpt_step, transformers_step
 from minigpt.cli.compose import load_config
@@ -211,16 +212,16 @@ class _Syncs(Callback):
             torch.cuda.set_sync_debug_mode("warn" if active else "default")
         self.counter.active = active
 
-    def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any, **__: Any) -> None:
         # The first steps allocate, record the graph and load libraries.
-        active = trainer.global_step >= 5 and not module.has_row(trainer.global_step + 1)
+        active = trainer.global_step >= 5 and not pl_module.has_row(trainer.global_step + 1)
         self.steps += active
         self._watch(active)
 
-    def on_validation_start(self, *_: Any) -> None:
+    def on_validation_start(self, *_: Any, **__: Any) -> None:
         self._watch(False)
 
-    on_train_end = on_exception = on_validation_start
+    on_train_end = on_exception = on_validation_start  # type: ignore[assignment]
 
     @contextlib.contextmanager
     def names(self) -> Iterator[list[str]]:
@@ -276,7 +277,7 @@ class _StopAt(Callback):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Any, *_: Any, **__: Any) -> None:
         if trainer.global_step == self.step:
             raise _StopError
 
@@ -340,7 +341,7 @@ def kernels_of_a_step(m: Machine, size: str, batch: int) -> Values:
         for _ in range(m.steps):
             step()
         m.synchronize()
-    device = torch.autograd.DeviceType.CUDA if m.on_gpu else torch.autograd.DeviceType.CPU
+    device = DeviceType.CUDA if m.on_gpu else DeviceType.CPU
     events = [e for e in profile.key_averages() if e.device_type == device]
     spent = {e.key: e.self_device_time_total if m.on_gpu else e.self_cpu_time_total for e in events}
     top = sorted(spent, key=lambda key: -spent[key])[:15]
@@ -363,7 +364,8 @@ def generation(m: Machine, size: str) -> Values:
         n_layer=shape.n_layers, n_head=shape.n_heads, n_inner=shape.d_ff,
         bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    peer: Any = transformers.GPT2LMHeadModel(config).to(m.device).eval()
+    peer: Any = transformers.GPT2LMHeadModel(config)
+    peer = peer.to(m.device).eval()
     sampling = SamplingConfig(0.8, max_tokens=m.new_tokens, seed=1, backend="torch")
     for batch in m.sequences:
         prompt = torch.ones(batch, 4, dtype=torch.long, device=m.device)

@@ -79,7 +79,7 @@ def figure(content: dict[str, Any]) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Print the results of benchmarks/gpu.py.")
     parser.add_argument("json", type=Path, help="gpu.json of benchmarks/gpu.py")
     path = parser.parse_args(arguments).json
     content = json.loads(path.read_text(encoding="utf-8"))

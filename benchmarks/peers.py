@@ -32,7 +32,8 @@ def transformers_step(
         activation_function="gelu", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    net: Any = transformers.GPT2LMHeadModel(config).to(device)
+    net: Any = transformers.GPT2LMHeadModel(config)
+    net = net.to(device)
 
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
         logits = net(ids, use_cache=False).logits.float()

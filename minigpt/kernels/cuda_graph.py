@@ -6,7 +6,7 @@ longer than running them. A recorded graph starts them all at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -54,7 +54,7 @@ class _GraphedStep:
     """The loss of a batch and its gradients, in memory that every call overwrites."""
 
     def __init__(
-        self, loss: Loss, weights: list[Tensor], ids: Tensor, targets: Tensor,
+        self, loss: Loss, weights: Sequence[Tensor], ids: Tensor, targets: Tensor,
         dtype: torch.dtype | None,
     ) -> None:  # fmt: skip
         self.ids, self.targets = ids.clone(), targets.clone()
@@ -121,4 +121,4 @@ class _GraphedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         # New tensors, because the next replay overwrites these, but gradients may accumulate.
-        return None, None, None, *torch._foreach_mul(gradients, grads[0].flatten()[0])
+        return None, None, None, *torch._foreach_mul(gradients, grads[0].flatten()[0])  # type: ignore[attr-defined]

@@ -202,8 +202,8 @@ class Muon(Optimizer):
         momenta = torch.stack(self._momenta(matrices, group["momentum"]))
         updates = self._orthogonalised(momenta)
         size = 0.2 * math.sqrt(max(momenta.shape[1:]))
-        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(matrices, updates.unbind(), alpha=-group["lr"] * size)
+        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])  # type: ignore[attr-defined]
+        torch._foreach_add_(matrices, updates.unbind(), alpha=-group["lr"] * size)  # type: ignore[attr-defined]
 
     def _orthogonalised(self, momenta: Tensor) -> Tensor:
         """Return the updates (k, m, n) for the momenta (k, m, n) of k matrices."""
@@ -227,8 +227,8 @@ class Muon(Optimizer):
                 state["momentum"] = torch.zeros_like(matrix)
             means.append(state["momentum"])
             gradients.append(matrix.grad)
-        torch._foreach_lerp_(means, gradients, 1 - momentum)
-        return torch._foreach_lerp(gradients, means, momentum)
+        torch._foreach_lerp_(means, gradients, 1 - momentum)  # type: ignore[attr-defined]
+        return torch._foreach_lerp(gradients, means, momentum)  # type: ignore[attr-defined]
 
 
 def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:

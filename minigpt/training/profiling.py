@@ -35,7 +35,7 @@ class Profile(Callback):
         self.last = min(self.first + _STEPS, module.n_steps)
         self._profile: profile | None = None
 
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         """Start the profiler before the first step to profile."""
         if trainer.global_step == self.first and self._profile is None and trainer.is_global_zero:
             on_gpu = trainer.strategy.root_device.type == "cuda"
@@ -43,7 +43,7 @@ class Profile(Callback):
             self._profile = profile(activities=activities)
             self._profile.start()
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         """Write the files after the last step to profile."""
         if self._profile is None or trainer.global_step < self.last:
             return

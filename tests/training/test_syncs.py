@@ -28,12 +28,12 @@ class StepsWithoutRow(Callback):
         self.counter, self.n_batches = SyncCounter(), 0
         self.counter.active = False
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any, **__: Any) -> None:
         assert isinstance(pl_module, GPTModule)
         self.counter.active = not pl_module.has_row(trainer.global_step + 1)
         self.n_batches += self.counter.active
 
-    def on_validation_start(self, *_: Any) -> None:
+    def on_validation_start(self, *_: Any, **__: Any) -> None:
         self.counter.active = False
 
     on_train_end = on_validation_start  # type: ignore[assignment]
