@@ -330,7 +330,7 @@ def speed(m: Machine, size: str, batch: int) -> Values:
 
 
 def kernels_of_a_step(m: Machine, size: str, batch: int) -> Values:
-    """Profile our step: launches, time in kernels, and the kernels that take most of it."""
+    """Profile our step: number of kernels, time in kernels, and the kernels that take most of it."""
     step = our_step(m, m.sizes[size], batch)
     for _ in range(m.steps):
         step()
@@ -347,7 +347,7 @@ def kernels_of_a_step(m: Machine, size: str, batch: int) -> Values:
     top = sorted(spent, key=lambda key: -spent[key])[:15]
     return {
         "size": size, "windows": batch,
-        "launches per step": sum(e.count for e in events) / m.steps,
+        "kernels per step": sum(e.count for e in events) / m.steps,
         "ms in kernels per step": sum(spent.values()) / m.steps / 1e3,
         "top kernels, ms per step": {key[:80]: spent[key] / m.steps / 1e3 for key in top},
     }  # fmt: skip

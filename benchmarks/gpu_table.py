@@ -41,7 +41,7 @@ def measures(content: dict[str, Any]) -> list[tuple[str, str]]:
             rows.append((f"{part}: tokens/s", f"{values['tokens_per_second']:,.0f}"))
             rows.append((f"{part}: validation perplexity", f"{values['val/perplexity']:.3f}"))
         elif part.startswith("kernels"):
-            rows.append((f"{part}: launches per step", f"{values['launches per step']:,.0f}"))
+            rows.append((f"{part}: kernels per step", f"{values['kernels per step']:,.0f}"))
             rows.append((f"{part}: ms in kernels", f"{values['ms in kernels per step']:.2f}"))
         elif part == "sharing":
             label = f"{part}: {values['runs']} runs at once, relative to one"
