@@ -330,7 +330,7 @@ def speed(m: Machine, size: str, batch: int) -> Values:
 
 
 def kernels_of_a_step(m: Machine, size: str, batch: int) -> Values:
-    """Profile our step: number of kernels, time in kernels, and the kernels that take most of it."""
+    """Profile our step: number and time of its kernels, and which take most of the time."""
     step = our_step(m, m.sizes[size], batch)
     for _ in range(m.steps):
         step()
