@@ -196,16 +196,17 @@ def evaluate_loss(
     batches = [range(n_windows)[i : i + batch_size] for i in range(0, n_windows, batch_size)]
     half = torch.float16 if precision == "16-mixed" else torch.bfloat16
     mixed = torch.autocast(device.type, half, enabled=precision.endswith("-mixed"))
-    nats, n_tokens = 0.0, 0
+    losses: list[Tensor] = []  # on the device, so that a batch does not wait for the one before
+    counts: list[int] = []
     with torch.inference_mode(), mixed, contextlib.ExitStack() as at_exit:
         at_exit.callback(model.train, model.training)
         model.eval()
         for batch in track(batches, "validation split", console):
             ids, targets = windows(tokens, batch, context, stride)
-            n = int((targets != IGNORE_INDEX).sum())
-            nats += n * model.loss(ids.to(device), targets.to(device)).item()
-            n_tokens += n
-    return Loss(nats, n_tokens)
+            counts.append(int((targets != IGNORE_INDEX).sum()))
+            losses.append(model.loss(ids.to(device), targets.to(device)))
+    means = torch.stack(losses).tolist()
+    return Loss(sum(n * mean for n, mean in zip(counts, means, strict=True)), sum(counts))
 
 
 def windows(

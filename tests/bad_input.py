@@ -239,6 +239,8 @@ SETTINGS: list[Case] = [
     ("train.py TINY optimizer.beta1=1", None, "beta1"),
     ("train.py TINY optimizer.schedule=step", None, ("schedule", "cosine", "linear")),
     ("train.py TINY optimizer.warmup_steps=1000", None, "optimizer.warmup_steps=2"),
+    ("train.py TINY optimizer.warmup_tokens=1e6", None, "optimizer.warmup_tokens=128"),
+    ("train.py TINY optimizer.warmup_tokens=-1", None, "optimizer.warmup_tokens"),
     ("train.py TINY optimizer.grad_clip=-1", None, "grad_clip"),
     ("train.py TINY optimizer.cycles=-1", None, "optimizer.cycles=-1"),
     (

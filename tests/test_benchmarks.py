@@ -4,10 +4,13 @@ import io
 import json
 import runpy
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
 
+from minigpt.cli.compose import load_config
+from minigpt.training.loop import train
 from tests.conftest import ROOT
 
 training = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks/training.py")))
@@ -29,3 +32,76 @@ def test_worker_measures_steps_without_the_resource_module(monkeypatch, capsys):
     answer = json.loads(capsys.readouterr().out)
     assert answer["seconds"] > 0
     assert answer["memory_mb"] is None
+
+
+@pytest.fixture(scope="module")
+def gpu_results(tmp_path_factory):
+    """Return the folder of a run of benchmarks/gpu.py on a CPU, with trainings in this process."""
+    from benchmarks import gpu, gpu_measures
+
+    one_at_a_time = threading.Lock()
+
+    def shell(command, timeout):
+        assert command[1].endswith("train.py")
+        with one_at_a_time:
+            train(load_config("train", command[2:]))
+        return ""
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_measures, "shell", shell)
+        out = tmp_path_factory.mktemp("gpu")
+        gpu.main(["--minutes", "60", "--device", "cpu", "--out", str(out)])
+    return out
+
+
+def test_gpu_benchmark_runs_every_part_on_a_cpu(gpu_results):
+    content = json.loads((gpu_results / "gpu.json").read_text(encoding="utf-8"))
+    assert content["measured_on"].startswith("CPU")
+    results = content["results"]
+    checks = {name: values for name, values in results.items() if name.startswith("check")}
+    assert len(checks) == 4
+    assert all(values["ok"] for values in checks.values())
+    assert results["check syncs"]["syncs"] == 0
+    assert results["check syncs"]["steps"] > 20
+    assert not any("error" in values for values in results.values())
+    for windows in (4, 2):
+        rates = results[f"speed medium {windows}"]["tokens per second"]
+        assert {"ours", "nanoGPT compiled"} <= rates.keys()
+        assert min(rates.values()) > 0
+        assert results[f"speed medium {windows}"]["failures"] == {}
+        assert results[f"kernels medium {windows}"]["kernels per step"] > 0
+    assert results["training student"]["val/perplexity"] > 1
+    assert "not_run" not in content
+    weights = {path.name for path in gpu_results.glob("*.safetensors")}
+    assert weights == {f"{name}.safetensors" for name in ("small", "medium", "large", "student")}
+
+
+def test_gpu_table_and_figure_name_the_device(gpu_results, capsys):
+    from benchmarks import gpu_table
+
+    gpu_table.main([str(gpu_results / "gpu.json")])
+    rows = capsys.readouterr().out.splitlines()
+    assert any("training medium: tokens/s" in row and "| CPU" in row for row in rows)
+    assert (gpu_results / "gpu.png").stat().st_size > 1000
+
+
+def test_gpu_benchmark_reports_the_error_of_a_part_and_runs_the_others():
+    from benchmarks import gpu
+
+    values = gpu.outcome(gpu.Part("check x", 0, lambda: 1 / 0))  # type: ignore[arg-type]
+    assert values["ok"] is False
+    assert "ZeroDivisionError" in values["error"]
+
+
+def test_gpu_benchmark_stops_at_the_end_of_its_time_and_lists_what_did_not_run(
+    tmp_path, monkeypatch
+):
+    from benchmarks import gpu
+
+    exits = []
+    monkeypatch.setattr(gpu.os, "_exit", exits.append)
+    content = gpu.run(0, "cpu", tmp_path)
+    assert {"machine", "check syncs", "training medium"} <= set(content["not_run"])
+    assert content["results"] == {}
+    assert exits == [1]
+    assert "stopped" in json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from minigpt.core.console import log
 from minigpt.data.config import DataConfig
+from minigpt.data.device import DeviceBatches
 from minigpt.data.preparation import TokenFile, prepare_split, prepare_tokenizer
 from minigpt.data.sources import open_corpus
 from minigpt.data.windows import BudgetSampler, StoryWindows, TokenWindows, TrainingBatches
 from minigpt.tokenizer import Tokenizer
+
+_SHARE_OF_MEMORY = 0.25  # largest part of a GPU's memory that the training tokens may take
 
 
 class DataModule(L.LightningDataModule):
@@ -92,7 +96,15 @@ class DataModule(L.LightningDataModule):
         shuffled = StoryWindows(tokens, length, self.seed) if stories else None
         windows = shuffled or TokenWindows(tokens, length)
         batches = TrainingBatches(windows, sampler, config.noise, self.tokenizer.vocab_size)
-        return _loader(batches, sampler=sampler, batch_size=None)
+        device = self.trainer.strategy.root_device if self.trainer is not None else None
+        if device is None or device.type != "cuda":
+            return _loader(batches, sampler=sampler, batch_size=None)
+        memory = torch.cuda.get_device_properties(device).total_memory
+        if tokens.nbytes > _SHARE_OF_MEMORY * memory:
+            log.info("batches    from pinned memory, because the GPU has only %d GB", memory >> 30)
+            return _loader(batches, sampler=sampler, batch_size=None)
+        on_device = DeviceBatches(batches, device)
+        return _loader(on_device, sampler=sampler, batch_size=None, pin_memory=False)
 
     def val_dataloader(self) -> DataLoader:
         """Return a loader of this rank's part of the validation split, in order.
@@ -117,5 +129,5 @@ class DataModule(L.LightningDataModule):
 def _loader(dataset: Dataset[tuple[Tensor, Tensor]], **settings: Any) -> DataLoader:
     # No worker processes: gathering a batch takes microseconds, less than passing it to another
     # process. The dataset has already collated it.
-    pin_memory = torch.cuda.is_available()
-    return DataLoader(dataset, collate_fn=lambda batch: batch, pin_memory=pin_memory, **settings)
+    settings = {"pin_memory": torch.cuda.is_available(), **settings}
+    return DataLoader(dataset, collate_fn=lambda batch: batch, **settings)

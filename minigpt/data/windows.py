@@ -69,7 +69,7 @@ class StoryWindows(TokenWindows):
         super().__init__(tokens, context_length)
         self.seed = seed
         self._starts = story_starts(self.tokens)
-        self._table = lru_cache(maxsize=2)(self._epoch_table)
+        self._table = lru_cache(maxsize=2)(self.epoch_table)
 
     def __getitems__(self, starts: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return a batch, gathered in one operation: inputs and targets, [B, T] int64."""
@@ -83,11 +83,15 @@ class StoryWindows(TokenWindows):
         rows = self.tokens[positions].astype(np.int64)
         return _shifted(rows, rows)
 
-    def _epoch_table(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def epoch_table(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return two arrays [n_stories] that locate the stories of an epoch, in its order.
 
-        The first array has the start of each story in the epoch. The second array has the start of
-        the story in the file minus its start in the epoch.
+        Args:
+            epoch: number of the epoch, from 0.
+
+        Returns:
+            The start of each story in the epoch, and the start of the story in the file minus its
+            start in the epoch.
         """
         order = story_permutation(len(self._starts), self.seed, epoch)
         lengths = np.diff(self._starts, append=len(self.tokens))[order]
@@ -235,14 +239,25 @@ class BudgetSampler(Sampler[int]):
             position for each earlier epoch.
         """
         epochs, indices = np.divmod(self.numbers(step), self.n_windows)
-        parts = [self._starts(int(epoch), indices[epochs == epoch]) for epoch in np.unique(epochs)]
+        parts = [
+            self.starts(int(epoch), indices[epochs == epoch]) + int(epoch) * self.epoch_length
+            for epoch in np.unique(epochs)
+        ]
         return np.concatenate(parts).tolist()
 
-    def _starts(self, epoch: int, indices: np.ndarray) -> np.ndarray:
-        """Return the start positions of the windows at `indices` in the order of an epoch."""
+    def starts(self, epoch: int, indices: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Return the start positions of windows in an epoch, [n_windows] or those of `indices`.
+
+        Args:
+            epoch: number of the epoch, from 0.
+            indices: indices of the windows in the order of the epoch.
+
+        Returns:
+            Positions, counted from the start of the epoch.
+        """
         order = epoch_permutation(self.n_windows, self.seed, epoch)[indices]
         offset = self.random_offset and epoch_offset(self.context_length, self.seed, epoch)
-        return order * self.context_length + (offset + epoch * self.epoch_length)
+        return order * self.context_length + offset
 
 
 class TrainingBatches(Dataset[tuple[Tensor, Tensor]]):
@@ -269,17 +284,27 @@ class TrainingBatches(Dataset[tuple[Tensor, Tensor]]):
         """Return the batch of a step: inputs and targets, [B, T] int64."""
         ids, targets = self.windows.__getitems__(self.order.batch(step))
         if self.noise:
-            ids = torch.from_numpy(self._noisy(ids.numpy(), self.order.numbers(step)))
+            ids = with_noise(ids, torch.from_numpy(self.random_tokens(step)))
         return ids, targets
 
-    def _noisy(self, ids: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        """Return `ids` [B, T] with random tokens; `numbers` [B] are those of the windows."""
-        progress = numbers / self.order.n_windows_of_run
-        fraction = self.noise * noise_factor(progress)[:, None]
-        bits = noise_bits(self.order.seed, int(numbers[0]), *ids.shape)
-        replaced = (bits >> 32 < fraction * 2**32) & (ids != Tokenizer.end_of_text)
+    def random_tokens(self, step: int) -> np.ndarray:
+        """Return the tokens that replace inputs of a step, [B, T] int64; 0 keeps the input.
+
+        Args:
+            step: step of the run, from 0.
+        """
+        numbers = self.order.numbers(step)
+        fraction = self.noise * noise_factor(numbers / self.order.n_windows_of_run)[:, None]
+        size = len(numbers), self.windows.context_length
+        bits = noise_bits(self.order.seed, int(numbers[0]), *size)
         random = 1 + ((bits & 0xFFFFFFFF) * (self.vocab_size - 1) >> 32)  # every id except 0
-        return np.where(replaced, random.astype(np.int64), ids)
+        return np.where(bits >> 32 < fraction * 2**32, random.astype(np.int64), 0)
+
+
+def with_noise(ids: Tensor, random_tokens: Tensor) -> Tensor:
+    """Return `ids` [B, T] with random tokens where they are not 0, except at END_OF_TEXT."""
+    replaced = (random_tokens != 0) & (ids != Tokenizer.end_of_text)
+    return torch.where(replaced, random_tokens, ids)
 
 
 def noise_factor(progress: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from minigpt.core.settings import UserError
+from minigpt.generation.static_batch import StaticBatch
 from minigpt.kernels import decode
 from minigpt.model import GPT, KVCache
 
@@ -217,6 +218,8 @@ def _batch(model: GPT, n_sequences: int, backend: Backend) -> Batch:
             _warn_once(f"PyTorch decodes {name} more slowly than decode.c, which supports only GPT")
     if weight.dtype == torch.float16 and weight.device.type == "cpu":
         model = copy.deepcopy(model).float()
+    if weight.device.type == "cuda" and decode.is_plain(model):
+        return StaticBatch(model, n_sequences)
     if takes_cache(model):
         return CachedBatch(model, n_sequences)
     _warn_once(f"{name} takes no `cache`, so each new token needs a pass over the whole sequence")

@@ -98,7 +98,8 @@ def generate(
         prompt_ids: token ids (B, T), or B sequences of different lengths, none of them empty.
         sampling: settings of the sampling.
         end_of_text: id that ends a sequence; -1 means that no id does.
-        generator: random generator on the device of the model; None means one with `sampling.seed`.
+        generator: random generator; None means one on the CPU with `sampling.seed`, so that the
+            random numbers are the same on every device.
         vocab_size: vocabulary size of the tokenizer. If the model has more ids, the additional ids
             are never chosen. None means the vocabulary size of the model.
 
@@ -111,7 +112,7 @@ def generate(
     """
     device = model.embedding.weight.device
     prompts = [torch.as_tensor(row, dtype=torch.long, device=device) for row in prompt_ids]
-    generator = generator or seeded_generator(sampling.seed, device)
+    generator = generator or seeded_generator(sampling.seed, torch.device("cpu"))
     penalised = sampling.repetition_penalty != 1.0
     was_training = model.training
     model.eval()
@@ -161,7 +162,7 @@ def sample(
     Args:
         logits: logits of the model (B, V).
         sampling: settings of the sampling.
-        generator: random generator on the device of `logits`.
+        generator: random generator, on any device.
         seen: mask (B, V), bool, of the tokens that get the repetition penalty; None means no token.
 
     Returns:
@@ -181,7 +182,9 @@ def sample(
     if sampling.min_p is not None:
         logits = keep_min_p(logits, sampling.min_p)
     # One random number per row; torch.multinomial would need one per token of the vocabulary.
-    points = torch.rand(len(logits), generator=generator, dtype=torch.float32, device=logits.device)
+    points = torch.rand(
+        len(logits), generator=generator, dtype=torch.float32, device=generator.device
+    ).to(logits.device, non_blocking=True)
     c = c_backend() if sampling.backend != "torch" and logits.device.type == "cpu" else None
     if c is not None:
         return c.sample(logits, temperature, points)
@@ -314,7 +317,7 @@ def iterate_stories(
         The continuation of the next story.
     """
     prompt_ids = encode_prompt(tokenizer, prompt)
-    generator = seeded_generator(sampling.seed, model.embedding.weight.device)
+    generator = seeded_generator(sampling.seed, torch.device("cpu"))
     end, size = tokenizer.end_of_text, tokenizer.vocab_size
     for first in range(0, n, MAX_BATCH):
         prompts = prompt_ids.expand(min(MAX_BATCH, n - first), -1)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minigpt.core.settings import UserError
 from minigpt.kernels.cpu import CPU
+from minigpt.kernels.cross_entropy import chunked_cross_entropy
 from minigpt.model import Kernels
 
 Choice = Literal["auto", "torch", "cpu"]
@@ -32,7 +33,7 @@ def kernels_for(device: str, choice: Choice = "auto") -> Kernels:
         problem = f"these kernels run on a CPU, but the device is {device}"
         raise UserError(problem, "kernels", choice, fix={"kernels": "auto"})
     if device != "cpu":
-        return Kernels(attention=fused_attention)
+        return Kernels("torch", fused_attention, chunked_cross_entropy)
     return Kernels() if choice == "torch" else CPU
 
 

@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigpt.kernels.cpu import CHUNK, TINY
+from minigpt.kernels.cross_entropy import (
+    TINY,
+    chunk_size,
+    log_likelihood,
+    may_have_padding,
+    softmax,
+)
 from minigpt.model import GPT, IGNORE_INDEX
 
 # Hidden states (B · T, d) and the weight (V, d) that gives logits; or logits and None.
@@ -84,21 +90,22 @@ class _Distillation(torch.autograd.Function):
         dweight = None if weight is None else torch.zeros(weight.shape, device=rows.device)
         scored = targets != IGNORE_INDEX
         n = scored.sum()
-        for s in range(0, len(rows), CHUNK):
-            part = slice(s, s + CHUNK)
+        size = chunk_size(rows.device)
+        for s in range(0, len(rows), size):
+            part = slice(s, s + size)
             h, mask = rows[part], scored[part]
             target = torch.arange(len(h), device=h.device), targets[part].clamp_min(0)
             logits = _logits(h, weight, 1.0)
-            p = _softmax(logits)
-            log_p = _log(p[target].float())
+            p = softmax(logits)
+            log_p = log_likelihood(logits, p, target)
             ce -= torch.where(mask, log_p, 0.0).sum()
             tempered = p
             if temperature != 1:
                 logits = logits / temperature
-                tempered = _softmax(logits)
-                log_p = _log(tempered[target].float())
+                tempered = softmax(logits)
+                log_p = log_likelihood(logits, tempered, target)
             log_partition = logits[target].float() - log_p
-            q, entropy_term = _mean_softmax(
+            q, entropy_term = _meansoftmax(
                 [_logits(r[part], w, temperature) for r, w in teachers], target, logits
             )
             kl += torch.where(mask, entropy_term + log_partition, 0.0).sum()
@@ -107,7 +114,7 @@ class _Distillation(torch.autograd.Function):
             else:
                 p.mul_(1 - share).add_(tempered.sub_(q), alpha=share * temperature)
             p.index_put_(target, p[target] - (1 - share))
-            if not mask.all():
+            if may_have_padding(mask):
                 p *= mask[:, None]
             if weight is None or dweight is None:
                 drows[part] = p
@@ -125,7 +132,7 @@ class _Distillation(torch.autograd.Function):
         return drows * factor, None if dweight is None else dweight * factor, *[None] * 4
 
 
-def _mean_softmax(
+def _meansoftmax(
     teachers: list[Tensor], target: tuple[Tensor, Tensor], student: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the teachers' mean probabilities q (n, V), and Σ q (log q − student) (n,), float32.
@@ -137,11 +144,11 @@ def _mean_softmax(
     """
     if len(teachers) == 1:  # log q is logits − log partition: no logarithm of (n, V) numbers
         (logits,) = teachers
-        q = _softmax(logits)
-        log_partition = logits[target].float() - _log(q[target].float())
+        q = softmax(logits)
+        log_partition = logits[target].float() - log_likelihood(logits, q, target)
         cross = torch.linalg.vecdot(q, logits.sub_(student)).float()
         return q, cross - log_partition
-    q = torch.stack([_softmax(logits) for logits in teachers]).mean(0)
+    q = torch.stack([softmax(logits) for logits in teachers]).mean(0)
     return q, torch.linalg.vecdot(q, _log(q) - student).float()
 
 
@@ -151,11 +158,7 @@ def _logits(rows: Tensor, weight: Tensor | None, temperature: float) -> Tensor:
     return logits if temperature == 1 else logits.div_(temperature)
 
 
-def _softmax(x: Tensor) -> Tensor:
-    """Return the softmax over the last dimension in the dtype of `x`, even under autocast."""
-    return torch.ops.aten._softmax(x, -1, False)
-
-
 def _log(probabilities: Tensor) -> Tensor:
-    """Return the logarithm of probabilities, which are at least the smallest normal number."""
-    return probabilities.clamp_min(TINY).log()
+    """Return the logarithm of probabilities, finite also for 0."""
+    least = 2**-24 if probabilities.dtype == torch.float16 else TINY
+    return probabilities.clamp_min(least).log()

@@ -277,7 +277,9 @@ class RunReport(Callback):
     @rank_zero_only
     def _write(self, trainer: L.Trainer, status: str) -> None:
         steps, seconds = trainer.global_step, self.throughput.seconds
-        tokens, metrics = steps * self.module.tokens_per_step, trainer.callback_metrics
+        tokens, metrics = steps * self.module.tokens_per_step, dict(trainer.callback_metrics)
+        if self.module.train_loss is not None:  # newer than that of the latest row
+            metrics["train/loss"] = self.module.train_loss
         names = ("train/loss", "val/loss", "val/perplexity", "val/bits_per_byte")
         best = self.checkpoints.best_val_loss
         losses = {name: float(metrics[name]) for name in names if name in metrics}

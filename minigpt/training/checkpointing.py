@@ -35,6 +35,7 @@ from minigpt.core.signals import REPEAT_SECONDS, SIGHUP, is_ignored, watch
 from minigpt.runs.checkpoint import write_checkpoint
 from minigpt.runs.names import BEST, CHECKPOINTS, LAST
 from minigpt.training.config import CallbacksConfig
+from minigpt.training.loggers import MetricsCsv
 from minigpt.training.module import GPTModule
 
 VALIDATES = "validates"  # entry of a checkpoint: the run was stopped during the validation
@@ -269,7 +270,7 @@ class Checkpoints(Callback):
         self.module.check_weights()
         self._last_write = time.monotonic()
         for logger in trainer.loggers:
-            logger.save()
+            logger.sync() if isinstance(logger, MetricsCsv) else logger.save()
         trainer.save_checkpoint(self.folder / f"{name}.ckpt")
         self._is_saved = name == LAST
 

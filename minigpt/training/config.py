@@ -44,6 +44,12 @@ class TrainerConfig:
     compile: bool = False
     """Whether to compile the loss with torch.compile; compilation takes a minute and pays off on
     GPUs."""
+    profile: bool = False
+    """Whether to profile ten updates near the start: profile/trace.json, for chrome://tracing, and
+    profile/operators.txt, a table of the operators and kernels that take most of the time."""
+    cuda_graph: bool = True
+    """Whether a CUDA GPU replays the forward and backward pass as a recorded graph; not used with
+    dropout, fsdp, 16-mixed or a custom model class."""
     kernels: Choice = "auto"
     """Implementation of attention and loss: `cpu` selects the CPU kernels of this package, which
     split each batch into micro-batches, with one thread per core; `torch` selects plain PyTorch;
@@ -99,6 +105,9 @@ class OptimizerConfig:
     warmup_steps: int = 500
     """Number of updates in which the learning rate rises linearly from peak / warmup_steps to the
     peak."""
+    warmup_tokens: int | None = None
+    """Number of training tokens in the warm-up, which replaces warmup_steps: it is rounded up to
+    whole updates, so that larger batches need fewer updates. None means warmup_steps."""
     schedule: Literal["cosine", "linear"] | None = None
     """Shape of the decay after the warm-up; None means linear with Muon and cosine with AdamW."""
     final_lr: float = 0.0
@@ -127,6 +136,7 @@ class OptimizerConfig:
         check(self, "must be from 0 to below 1", lambda x: 0 <= x < 1, "beta1", "beta2", "momentum")
         names = ("weight_decay", "final_weight_decay", "warmup_steps", "grad_clip")
         check(self, "must not be negative", lambda x: x >= 0, *names)
+        check(self, "must not be negative", lambda n: n >= 0, "warmup_tokens")
         check(self, "must be a fraction from 0 to 1", lambda x: 0 <= x <= 1, "final_lr")
         check(self, "must not be negative", lambda n: n >= 0, "cycles")
         check(self, "must be between 0 and 1", lambda x: 0 < x < 1, "cycle_share")
@@ -137,6 +147,15 @@ class OptimizerConfig:
             fix = {"cycle_share": float(f"{0.5 / self.cycles:.1g}")}  # about half of the run
             message = f"with cycle_share={self.cycle_share}, the cycles take the whole run"
             raise UserError(message, "cycles", self.cycles, fix)
+
+    def n_warmup_steps(self, tokens_per_step: int) -> int:
+        """Return the number of updates in the warm-up.
+
+        Args:
+            tokens_per_step: number of training tokens in one update, over all devices.
+        """
+        tokens = self.warmup_tokens
+        return self.warmup_steps if tokens is None else -(-tokens // tokens_per_step)
 
     def decay_ends(self, n_steps: int) -> list[int]:
         """Return the numbers of updates after which the main decay and each cycle end.
@@ -384,7 +403,7 @@ class Schedule:
             message = f"is less than one step of {per_step:,} tokens (see data.batch_size)"
             raise UserError(message, "budget.tokens", budget, {"budget.tokens": per_step})
         length = f"{n_steps:,} steps of {per_step:,} tokens"
-        _check_decays(config.optimizer, n_steps, length)
+        _check_decays(config.optimizer, n_steps, per_step, length)
         if (snapshots := config.callbacks.snapshots or 0) > n_steps + 1:
             name = "callbacks.snapshots"
             message = f"is more than one at step 0 and one after each step: the run has {length}"
@@ -396,7 +415,7 @@ class Schedule:
         return cls(n_steps, per_step)
 
 
-def _check_decays(optimizer: OptimizerConfig, n_steps: int, length: str) -> None:
+def _check_decays(optimizer: OptimizerConfig, n_steps: int, per_step: int, length: str) -> None:
     """Raise UserError if warm-up and cycles do not fit into the run; `length` describes the run."""
     cycles, name = optimizer.cycles, "optimizer.cycle_share"
     if cycles and optimizer.cycle_share * n_steps < 1:
@@ -405,7 +424,10 @@ def _check_decays(optimizer: OptimizerConfig, n_steps: int, length: str) -> None
         message = f"a cycle would be shorter than one step: the run has {length}"
         raise UserError(message, name, optimizer.cycle_share, fix)
     end = optimizer.decay_ends(n_steps)[0]
-    if optimizer.warmup_steps >= end:
+    if optimizer.n_warmup_steps(per_step) >= end:
         name, message = "optimizer.warmup_steps", f"must be less than the run length: {length}"
         message += f", {n_steps - end:,} of them in cycles" if cycles else ""
+        if (tokens := optimizer.warmup_tokens) is not None:
+            name = "optimizer.warmup_tokens"
+            raise UserError(message, name, tokens, {name: end // 10 * per_step})
         raise UserError(message, name, optimizer.warmup_steps, {name: end // 10})

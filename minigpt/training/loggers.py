@@ -83,8 +83,11 @@ class MetricsCsv(Logger):
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
 
     @rank_zero_only
-    def save(self) -> None:
-        """Sync the file to disk; `Checkpoints` calls this before it writes a checkpoint."""
+    def sync(self) -> None:
+        """Sync the file to disk; `Checkpoints` calls this before it writes a checkpoint.
+
+        This is not `save`, which Lightning calls after every row.
+        """
         with self.path.open("r+b") as file:  # Windows does not sync a file opened for reading
             sync(file.fileno())
 

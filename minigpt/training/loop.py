@@ -53,6 +53,7 @@ from minigpt.core.text import human_count
 from minigpt.data.datamodule import DataModule
 from minigpt.data.spool import spool_stories
 from minigpt.kernels.choice import kernels_for
+from minigpt.kernels.cuda_graph import graphed_loss
 from minigpt.kernels.decode import is_plain
 from minigpt.kernels.distillation import Distillation
 from minigpt.kernels.microbatch import microbatched_loss
@@ -73,6 +74,7 @@ from minigpt.training.config import Schedule, TrainConfig, TrainerConfig, settin
 from minigpt.training.cycles import CycleMean
 from minigpt.training.loggers import MetricsCsv, check_logger, extra_loggers, finish_wandb
 from minigpt.training.module import GPTModule
+from minigpt.training.profiling import PROFILE, Profile
 from minigpt.training.resume import AUTO, ResumeState, folder_to_resume, run_lock
 from minigpt.training.snapshots import Snapshots
 from minigpt.training.teacher import Teachers
@@ -226,7 +228,7 @@ def _speed_up(
     module: GPTModule, kernels: Kernels, hardware: Hardware, config: TrainConfig,
     teachers: Teachers | None,
 ) -> None:  # fmt: skip
-    """Set the losses of `module`: with `kernels`, and compiled or micro-batched if possible."""
+    """Set the losses of `module`: with `kernels`, and compiled, recorded or micro-batched."""
     model, c = module.net.use(kernels), config.trainer
     if teachers is not None:
         module.teachers = [teacher.use(kernels) for teacher in teachers.models]
@@ -237,10 +239,26 @@ def _speed_up(
     if c.compile:  # only the loss: compiling the whole model would rename its weights
         module.fast_loss = torch.compile(model.loss)
         module.distillation = module.distillation and torch.compile(module.distillation)
-    elif kernels.name == "cpu" and c.strategy != "fsdp":  # fsdp gathers weights for a single pass
+    if _records_graphs(module, hardware, c):
+        whole = model.loss  # for validation, whose batches may have two shapes
+        module.fast_loss = graphed_loss(model, module.fast_loss or whole, whole)
+        if (distillation := module.distillation) is not None:
+            module.distillation = graphed_loss(model, distillation, distillation)
+    elif (
+        not c.compile and kernels.name == "cpu" and c.strategy != "fsdp"
+    ):  # fsdp gathers weights for a single pass
         module.fast_loss = microbatched_loss(model)
         if module.distillation is not None:
             module.distillation = microbatched_loss(model, loss=module.distillation)
+
+
+def _records_graphs(module: GPTModule, hardware: Hardware, c: TrainerConfig) -> bool:
+    """Return whether the training loss is replayed as a CUDA graph."""
+    # A recording would repeat the random numbers of dropout and the loss scale of 16-mixed, and
+    # what the Python code of a custom class did in the first step.
+    repeatable = is_plain(module.net) and not module.net.config.dropout
+    plain = repeatable and hardware.precision != "16-mixed" and c.strategy != "fsdp"
+    return c.cuda_graph and hardware.accelerator == "cuda" and plain
 
 
 def _class_setting(config: TrainConfig) -> dict[str, str]:
@@ -289,8 +307,8 @@ class _Training:
             f"{config.trainer.n_validations} times",
             "budget": f"{human_count(config.budget.tokens)} tokens = {schedule.n_steps:,} steps of "
             f"{schedule.tokens_per_step:,}, {epochs:.1f} epochs",
-            "optimizer": f"{config.optimizer.name}, {lrs}, {config.optimizer.warmup_steps} warm-up "
-            "steps",
+            "optimizer": f"{config.optimizer.name}, {lrs}, "
+            f"{config.optimizer.n_warmup_steps(schedule.tokens_per_step)} warm-up steps",
             "device": f"{hardware.accelerator} ×{hardware.world_size}, "
             f"{torch.get_num_threads()} CPU thread(s) each",
             "precision": f"{hardware.precision}: {hardware.why}",
@@ -336,6 +354,7 @@ class _Training:
         # At the last step, snapshots and checkpoints contain the mean.
         weights: list[Callback] = [CycleMean(module)] if config.optimizer.cycles else []
         weights += [Snapshots(module, folder, keep.snapshots)] if keep.snapshots else []
+        profiles = [Profile(module, folder / PROFILE)] if c.profile else []
         facts = self._facts()
         metrics = MetricsCsv(folder / METRICS, start_step or None, validates)
         loggers = [metrics, *extra_loggers(folder, config.logger)]
@@ -375,6 +394,7 @@ class _Training:
                 *weights,
                 checkpoints,
                 RunReport(module, folder, facts, throughput, checkpoints),
+                *profiles,
                 *callbacks,
             ],
             default_root_dir=folder,
@@ -424,6 +444,13 @@ def _fit(
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         status = 0
+    except torch.OutOfMemoryError:
+        windows, accumulate = config.data.windows_per_batch, config.trainer.accumulate_grad_batches
+        fix = {"data.batch_size": windows // 2, "trainer.accumulate_grad_batches": 2 * accumulate}
+        problem = "the GPU does not have enough memory for this number of windows at a time: "
+        problem += "reduce it, and raise trainer.accumulate_grad_batches"
+        fix = fix if windows % 2 == 0 else None  # an odd batch has no half
+        raise UserError(problem, "data.batch_size", windows, fix) from None
     except SystemExit as leaving:  # from `Checkpoints`, or 1 from Lightning at KeyboardInterrupt
         if (folder / CHECKPOINTS).is_dir():
             more = {f"model.{key}": value for key, value in _class_setting(config).items()}

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric
+from torchmetrics import SumMetric
 
 from minigpt.core.settings import UserError
 from minigpt.kernels.microbatch import Loss
@@ -42,6 +42,10 @@ class GPTModule(L.LightningModule):
         extra_hparams: additional plain values to store in each checkpoint, such as the tokenizer's
             fingerprint.
         factory: `GPT`, a class derived from it, or a function from `config` to a GPT.
+
+    Attributes:
+        train_loss: cross-entropy of the latest training batch in nats per token, on the device;
+            None before the first batch.
     """
 
     def __init__(
@@ -67,7 +71,11 @@ class GPTModule(L.LightningModule):
         self.peak_lrs = peak_lrs(optimizer, config.d_model)
         self.n_steps, self.tokens_per_step = n_steps, tokens_per_step
         self.bytes_per_token = bytes_per_token
-        self.val_nats = MeanMetric()
+        self.train_loss: Tensor | None = None
+        self._loss_sum: Tensor | None = None  # since the last check; not finite if one is not
+        # Without torchmetrics' own check for NaNs, which would wait for the device.
+        self.val_nats = SumMetric(nan_strategy="disable")
+        self.val_tokens = SumMetric(nan_strategy="disable")
         self._seed = torch.initial_seed()  # the argument of `seed_everything`
 
     def configure_model(self) -> None:
@@ -93,20 +101,25 @@ class GPTModule(L.LightningModule):
         return (self.fast_loss or self.net.loss)(ids, targets)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the training loss in nats per token; raise UserError if it is not finite.
+        """Return the training loss in nats per token.
 
         With teachers, this is the objective of `Distillation`. The logged `train/loss` is the
-        cross-entropy in any case.
+        cross-entropy in any case. A step without a row in metrics.csv does not wait for the device.
+
+        Raises:
+            UserError: the step has a row, and a loss since the previous row is not finite.
         """
         if self.net.config.dropout:
             self._seed_dropout(batch_idx)
         losses = (self.distillation or self.loss)(*batch).reshape(-1)
         means = self.trainer.strategy.reduce(losses.detach().clone(), reduce_op="mean")
         assert isinstance(means, Tensor)  # averaged over ranks so that all ranks stop together
-        self._check_finite("training", means[0].item())
+        self._loss_sum = means[0] if self._loss_sum is None else self._loss_sum + means[0]
+        self.train_loss = means[1 if self.distillation else 0]  # the cross-entropy
         steps = self.global_step + 1
-        self.log("train/loss", means[1 if self.distillation else 0])  # the cross-entropy
         if self.has_row(steps):
+            self._check_loss()
+            self.log("train/loss", self.train_loss)
             if self.distillation:
                 self.log("train/divergence", means[2])
             self.log("lr", self._lr())
@@ -130,14 +143,20 @@ class GPTModule(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the loss of a batch to the mean, weighted by the number of scored tokens."""
         loss = self.loss(*batch)
-        if n_scored := (batch[1] != IGNORE_INDEX).sum():
-            self._check_finite("validation", loss.item())  # the metric would skip NaNs
-            self.val_nats.update(loss, weight=n_scored)
+        n_scored = (batch[1] != IGNORE_INDEX).sum()
+        self.val_nats.update(torch.where(n_scored > 0, loss * n_scored, 0.0))
+        self.val_tokens.update(n_scored)
 
     def on_validation_epoch_end(self) -> None:
-        """Log loss, perplexity and bits per byte of the whole validation split."""
-        nats = float(self.val_nats.compute())
+        """Log loss, perplexity and bits per byte of the whole validation split.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        nats = float(self.val_nats.compute() / self.val_tokens.compute())
+        self._check_finite("validation", nats)
         self.val_nats.reset()
+        self.val_tokens.reset()
         metrics = {
             "val/loss": nats,
             "val/perplexity": perplexity(nats),
@@ -156,9 +175,10 @@ class GPTModule(L.LightningModule):
         optimizer = make_optimizer(self.net, c, self.net.config.d_model, fused, dtype)
 
         end, *ends = c.decay_ends(self.n_steps)
+        warmup = c.n_warmup_steps(self.tokens_per_step)
 
         def factor(step: int) -> float:
-            return lr_factor(step, end, c.warmup_steps, c.final_lr, c.schedule, ends, c.cycle_lr)
+            return lr_factor(step, end, warmup, c.final_lr, c.schedule, ends, c.cycle_lr)
 
         schedule = LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -174,18 +194,26 @@ class GPTModule(L.LightningModule):
             self.log("grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def check_weights(self) -> None:
-        """Raise UserError if a weight is not finite; the next loss would not be finite either."""
+        """Raise UserError if a loss or a weight is not finite."""
+        self._check_loss()
         if not all(bool(weight.isfinite().all()) for weight in self.net.parameters()):
             self._diverged("weights became nan or infinite")
+
+    def _check_loss(self) -> None:
+        """Raise UserError if a training loss since the last check is not finite."""
+        if self._loss_sum is not None:
+            total, self._loss_sum = self._loss_sum.item(), None
+            self._check_finite("training", total)
 
     def _check_finite(self, kind: str, loss: float) -> None:
         if not math.isfinite(loss):
             self._diverged(f"{kind} loss became {loss}")
 
     def _diverged(self, event: str) -> NoReturn:
+        warmup = "steps" if self.settings.warmup_tokens is None else "tokens"
         raise UserError(
             f"the {event} at step {self.global_step} with a learning rate of {self._lr():.2e}: try "
-            "more optimizer.warmup_steps, or a third of the peak learning rate",
+            f"more optimizer.warmup_{warmup}, or a third of the peak learning rate",
             fix={f"optimizer.{name}": float(f"{lr / 3:.0e}") for name, lr in self.peak_lrs.items()},
         )
 

@@ -198,13 +198,12 @@ class Muon(Optimizer):
 
     @torch.no_grad()  # per thread
     def _update(self, group: dict[str, Any], matrices: list[Tensor]) -> None:
-        """Update matrices of one shape (m, n)."""
-        momenta = torch.stack([self._momentum(p, group["momentum"]) for p in matrices])
+        """Update matrices of one shape (m, n), with one kernel for all of them on a GPU."""
+        momenta = torch.stack(self._momenta(matrices, group["momentum"]))
         updates = self._orthogonalised(momenta)
         size = 0.2 * math.sqrt(max(momenta.shape[1:]))
-        for matrix, update in zip(matrices, updates, strict=True):
-            matrix.mul_(1 - group["lr"] * group["weight_decay"])
-            matrix.add_(update, alpha=-group["lr"] * size)
+        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])  # type: ignore[attr-defined]
+        torch._foreach_add_(matrices, updates.unbind(), alpha=-group["lr"] * size)  # type: ignore[attr-defined]
 
     def _orthogonalised(self, momenta: Tensor) -> Tensor:
         """Return the updates (k, m, n) for the momenta (k, m, n) of k matrices."""
@@ -216,16 +215,20 @@ class Muon(Optimizer):
             updates = F.normalize(updates, dim=2) * (norms / math.sqrt(updates.shape[1]))
         return updates
 
-    def _momentum(self, matrix: Tensor, momentum: float) -> Tensor:
-        """Update the running mean of the gradients, and return the Nesterov momentum.
+    def _momenta(self, matrices: list[Tensor], momentum: float) -> tuple[Tensor, ...]:
+        """Update the running means of the gradients, and return the Nesterov momenta.
 
-        The Nesterov momentum is the running mean, averaged once more with the current gradient.
+        A Nesterov momentum is the running mean, averaged once more with the current gradient.
         """
-        assert matrix.grad is not None
-        if not (state := self.state[matrix]):
-            state["momentum"] = torch.zeros_like(matrix)
-        state["momentum"].lerp_(matrix.grad, 1 - momentum)
-        return matrix.grad.lerp(state["momentum"], momentum)
+        means, gradients = list[Tensor](), list[Tensor]()
+        for matrix in matrices:
+            assert matrix.grad is not None
+            if not (state := self.state[matrix]):
+                state["momentum"] = torch.zeros_like(matrix)
+            means.append(state["momentum"])
+            gradients.append(matrix.grad)
+        torch._foreach_lerp_(means, gradients, 1 - momentum)  # type: ignore[attr-defined]
+        return torch._foreach_lerp(gradients, means, momentum)  # type: ignore[attr-defined]
 
 
 def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:

@@ -60,7 +60,8 @@ class Snapshots(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         """Write a snapshot if one is due at this step."""
         if (step := trainer.global_step) in self.steps and step > 0:
-            self._write(step, float(trainer.callback_metrics["train/loss"]))
+            assert self.module.train_loss is not None
+            self._write(step, float(self.module.train_loss))
 
     def _write(self, step: int, loss: float) -> None:
         path = self.folder / f"step-{step:06d}.safetensors"

@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -355,6 +356,8 @@ def test_noise_spares_the_validation_split(config):
 
 
 class FakeTrainer:
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+
     def __init__(self, rank: int, world_size: int):
         self.global_rank, self.world_size = rank, world_size
 

@@ -12,13 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from minigpt.data.config import DataConfig
 from minigpt.data.datamodule import DataModule
 from minigpt.data.sources import bundled_sample
-from minigpt.kernels.cpu import (
-    BLOCK,
-    CHUNK,
-    CPU,
-    block_attention,
-    chunked_cross_entropy,
-)
+from minigpt.kernels.cpu import BLOCK, CPU, block_attention
+from minigpt.kernels.cross_entropy import CHUNK, chunked_cross_entropy
 from minigpt.model import GPT, IGNORE_INDEX, GPTConfig
 from minigpt.training.config import OptimizerConfig
 from minigpt.training.optim import lr_factor, make_optimizer

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minigpt.kernels.cpu import CHUNK, CPU
+from minigpt.kernels.cpu import CPU
+from minigpt.kernels.cross_entropy import CHUNK
 from minigpt.kernels.distillation import Distillation
 from minigpt.kernels.microbatch import microbatched_loss
 from minigpt.model import GPT, IGNORE_INDEX, GPTConfig

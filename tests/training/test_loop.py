@@ -25,7 +25,7 @@ from minigpt.runs.checkpoint import read_checkpoint
 from minigpt.runs.folder import Run
 from minigpt.runs.records import read_metrics, read_samples, read_summary
 from minigpt.training import loop
-from minigpt.training.config import TrainerConfig
+from minigpt.training.config import TrainConfig, TrainerConfig
 from tests.conftest import ROOT, composed, naming, trained_folder, write_stories
 
 FEW = EvaluationConfig(stories=StoriesConfig(prompts=("Once",), n=1, max_tokens=5), words=("Tom",))
@@ -463,22 +463,78 @@ def test_run_moved_to_another_machine_is_evaluated_and_resumed_there(
     assert not (tmp_path / "cache").exists()
 
 
-def test_micro_batches_are_used_on_a_cpu_without_compile_and_fsdp(monkeypatch):
+def test_loss_of_training_by_device_precision_and_settings(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda loss: ("compiled", loss))
 
-    def loss_on(device: str, **settings) -> object:
-        module = SimpleNamespace(net=GPT(GPTConfig(61, 16, d_model=16, n_layers=1, n_heads=1)))
-        c = TrainerConfig(**settings)
-        loop._speed_up(module, kernels_for(device, c.kernels), c)  # type: ignore[arg-type]
-        return vars(module).get("fast_loss")
+    def loss_on(device: str, dropout: float = 0.0, precision="bf16-mixed", **settings) -> object:
+        shape = GPTConfig(61, 16, d_model=16, n_layers=1, n_heads=1, dropout=dropout)
+        module = SimpleNamespace(net=GPT(shape), fast_loss=None, distillation=None)
+        config = TrainConfig(model=shape, trainer=TrainerConfig(**settings))
+        hardware = SimpleNamespace(accelerator=device, precision=precision)
+        kernels = kernels_for(device, config.trainer.kernels)
+        loop._speed_up(module, kernels, hardware, config, None)  # type: ignore[arg-type]
+        return module.fast_loss
 
     micro_batches = loss_on("cpu")
     assert callable(micro_batches)
     assert micro_batches.__qualname__.startswith("microbatched_loss")
     assert loss_on("cpu", strategy="fsdp") is None  # the net's own
     assert loss_on("cpu", kernels="torch") is None
-    assert loss_on("cuda") is None
-    compiled = loss_on("cpu", compile=True)
-    assert isinstance(compiled, tuple)
-    assert compiled[0] == "compiled"
-    assert compiled[1].__qualname__ == "GPT.loss"
+    for compiled in (
+        loss_on("cpu", compile=True),
+        loss_on("cuda", compile=True, precision="16-mixed"),
+        loss_on("cuda", compile=True, cuda_graph=False),
+    ):
+        assert isinstance(compiled, tuple)
+        assert compiled[0] == "compiled"
+        assert compiled[1].__qualname__ == "GPT.loss"
+    for graphed in (loss_on("cuda"), loss_on("cuda", compile=True)):
+        assert callable(graphed)
+        assert graphed.__qualname__.startswith("graphed_loss")
+    assert loss_on("cuda", dropout=0.1) is None
+    assert loss_on("cuda", precision="16-mixed") is None
+    assert loss_on("mps") is None
+
+
+@pytest.mark.parametrize(
+    ("windows", "names"),
+    [
+        (4, ("data.batch_size=2", "trainer.accumulate_grad_batches=2")),
+        (3, ("data.batch_size", "trainer.accumulate_grad_batches")),
+    ],
+)
+def test_out_of_memory_names_batch_size_and_accumulation(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, windows: int, names: tuple[str, ...]
+):
+    def allocate(self, batch, batch_idx) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr("minigpt.training.module.GPTModule.training_step", allocate)
+    with pytest.raises(UserError, match=naming(*names)) as error:
+        trained_folder([*tiny, f"data.batch_size={windows}", "name=large"])
+    assert "\n" not in str(error.value)
+    assert read_summary(Path(composed(tiny).runs_dir) / "large")["status"] == "failed"
+
+
+def test_warmup_in_tokens_takes_fewer_updates_with_larger_batches(tiny: list[str]):
+    def lrs(**settings) -> list[float]:
+        words = [f"{name}={value}" for name, value in settings.items()]
+        folder = trained_folder([*tiny, "optimizer.warmup_tokens=300", *words])
+        rows = [row for row in read_metrics(folder) if "lr" in row]
+        return [row["lr"] / rows[4]["lr"] for row in rows[:5]]
+
+    # Batches of 64 and of 128 tokens: the warm-up takes 5 and 3 updates.
+    assert lrs(name="a") == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    rising = lrs(**{"name": "b", "data.batch_size": 8})
+    assert rising[0] < rising[1] < rising[2]
+    assert rising[2] == pytest.approx(rising[3])  # the decay starts
+    assert rising[3] > rising[4]
+
+
+def test_metrics_are_synced_to_disk_with_checkpoints_alone(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    syncs = []
+    monkeypatch.setattr("minigpt.training.loggers.MetricsCsv.sync", lambda self: syncs.append(1))
+    trained_folder([*tiny, "trainer.n_validations=1"])
+    assert len(syncs) == 2  # best.ckpt and last.ckpt, after 20 rows

@@ -1,0 +1,91 @@
+"""Print the results of benchmarks/gpu.py as a Markdown table, and write a figure of the speeds.
+
+python benchmarks/gpu_table.py gpu-results/gpu.json    # also writes gpu-results/gpu.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def table(content: dict[str, Any]) -> str:
+    """Return a Markdown table of the measures, each with the device that it was measured on."""
+    rows = [("measure", "value", "measured on"), ("---", "---", "---")]
+    rows += [(name, value, content["measured_on"]) for name, value in measures(content)]
+    rows += [(name, "not run", "") for name in content.get("not_run", [])]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def measures(content: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the name and the value of each measure."""
+    rows: list[tuple[str, str]] = []
+    for part, values in content["results"].items():
+        if "error" in values:
+            rows.append((part, values["error"]))
+        elif "ok" in values:
+            rows.append((part, "holds" if values["ok"] else "does not hold"))
+        elif part == "machine":
+            rows += [(key, f"{values[key]:,.0f}") for key in ("copy GB/s", "bfloat16 TFLOP/s")]
+        elif part.startswith(("speed", "generation")):
+            rates = values["tokens per second"]
+            rows += [(f"{part}: {name}, tokens/s", f"{rate:,.0f}") for name, rate in rates.items()]
+            ratios = values.get("best against peers", {})
+            rows += [(f"{part}: against {k} peers", f"{r:.2f}×") for k, r in ratios.items()]
+        elif part.startswith("training"):
+            rows.append(
+                (f"{part}: seconds from the shell", f"{values['seconds from the shell']:.1f}")
+            )
+            rows.append((f"{part}: tokens/s", f"{values['tokens_per_second']:,.0f}"))
+            rows.append((f"{part}: validation perplexity", f"{values['val/perplexity']:.3f}"))
+        elif part.startswith("kernels"):
+            rows.append((f"{part}: kernels per step", f"{values['kernels per step']:,.0f}"))
+            rows.append((f"{part}: ms in kernels", f"{values['ms in kernels per step']:.2f}"))
+        elif part == "sharing":
+            label = f"{part}: {values['runs']} runs at once, relative to one"
+            rows.append((label, f"{values['all at once'] / values['alone']:.2f}×"))
+    if (ratio := against_bare_step(content["results"])) is not None:
+        rows.append(("train.py, medium, relative to the bare step", f"{ratio:.3f}"))
+    return rows
+
+
+def against_bare_step(results: dict[str, Any]) -> float | None:
+    """Return the speed of `train.py` relative to a step alone, for the larger batch."""
+    rates = next((v["tokens per second"] for n, v in results.items() if n.startswith("speed")), {})
+    run = results.get("training medium", {})
+    if "ours" not in rates or "tokens_per_second" not in run:
+        return None
+    return run["tokens_per_second"] / rates["ours"]
+
+
+def figure(content: dict[str, Any]) -> Any:
+    """Return a figure with the training speed of each candidate, one panel per batch size."""
+    from minigpt.core.plots import COLOURS, INK, REFERENCE_COLOUR, new_figure
+
+    parts = [v for name, v in content["results"].items() if "best against peers" in v]
+    result = new_figure(8, 3.2, columns=max(1, len(parts)))
+    for axes, values in zip(result.axes, parts, strict=False):
+        rates = values["tokens per second"]
+        names = list(rates)[::-1]
+        ours = [COLOURS[0] if name.startswith("ours") else REFERENCE_COLOUR for name in names]
+        axes.barh(names, [rates[name] / 1e6 for name in names], color=ours)
+        axes.set(xlabel=f"million tokens per second, {values['windows']} windows")
+        axes.tick_params(labelsize=7)
+    title = f"Training the medium model on {content['measured_on']}"
+    result.suptitle(title[:100], x=0.01, ha="left", fontsize=10, color=INK)
+    return result
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Print the results of benchmarks/gpu.py.")
+    parser.add_argument("json", type=Path, help="gpu.json of benchmarks/gpu.py")
+    path = parser.parse_args(arguments).json
+    content = json.loads(path.read_text(encoding="utf-8"))
+    print(table(content))
+    figure(content).savefig(path.with_suffix(".png"), dpi=160)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Training batches that are gathered on the device, so that no step waits for a copy."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from minigpt.data.windows import StoryWindows, TrainingBatches, with_noise
+
+
+class DeviceBatches(Dataset[tuple[Tensor, Tensor]]):
+    """The batches of `TrainingBatches`, bit for bit, gathered on a device.
+
+    The device holds all tokens, 2 bytes each, and the order of two epochs, which is copied when an
+    epoch starts. With noise, the random tokens of each step are drawn on the host and copied. The
+    host waits for none of these copies.
+
+    Args:
+        batches: the batches.
+        device: the device, such as `torch.device("cuda")`.
+    """
+
+    def __init__(self, batches: TrainingBatches, device: torch.device):
+        self.batches, self.device = batches, device
+        # PyTorch can index int16, but not uint16.
+        self._tokens = self._upload(np.array(batches.windows.tokens).view(np.int16))
+        self._window = torch.arange(batches.windows.context_length + 1, device=device)
+        self._epoch = lru_cache(maxsize=2)(self._epoch_order)
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return the batch of a step on the device: inputs and targets, [B, T] int64."""
+        order, parts = self.batches.order, list[Tensor]()
+        first = int(order.numbers(step)[0])
+        end = first + order.batch_size
+        while first < end:  # a batch may span two epochs
+            epoch, i = divmod(first, order.n_windows)
+            j = min(i + end - first, order.n_windows)
+            parts.append(self._positions(epoch, i, j))
+            first += j - i
+        rows = self._tokens[torch.cat(parts)].long() & 0xFFFF  # [B, T + 1]
+        ids, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        if self.batches.noise:
+            ids = with_noise(ids, self._upload(self.batches.random_tokens(step)))
+        return ids, targets
+
+    def _positions(self, epoch: int, i: int, j: int) -> Tensor:
+        """Return the positions of the tokens of windows i to j of an epoch, [j - i, T + 1]."""
+        starts, table = self._epoch(epoch)
+        positions = starts[i:j, None] + self._window
+        if table is None:
+            return positions
+        begins, shifts = table
+        stories = torch.searchsorted(begins, positions, right=True) - 1
+        return positions + shifts[stories]
+
+    def _epoch_order(self, epoch: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Return the starts of an epoch's windows [n_windows], and its table of stories, if any."""
+        starts, windows = self._upload(self.batches.order.starts(epoch)), self.batches.windows
+        if not isinstance(windows, StoryWindows):
+            return starts, None
+        begins, shifts = windows.epoch_table(epoch)
+        return starts, (self._upload(begins), self._upload(shifts))
+
+    def _upload(self, array: np.ndarray) -> Tensor:
+        """Copy an array to the device, through pinned memory, so that the host does not wait."""
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)

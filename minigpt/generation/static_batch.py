@@ -1,0 +1,83 @@
+"""Decoding on a GPU: a cache of constant size, and each step recorded as one CUDA graph."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from minigpt.kernels.cuda_graph import recorded
+from minigpt.model import GPT, KVCache
+
+
+class StaticCache(KVCache):
+    """Cache for one new token per sequence, whose shapes and memory are the same in every step.
+
+    A token attends to all `capacity` positions, with a mask on the later ones.
+
+    Args:
+        layers: keys and values (2, B, nh, capacity, hs) of each layer, changed in place.
+        positions: positions (B,) of the new tokens, which the caller sets before each pass.
+    """
+
+    def __init__(self, layers: list[Tensor], positions: Tensor) -> None:
+        super().__init__(layers[0].shape[3])
+        self.layers, self.positions = layers, positions[:, None]
+        self._all = torch.arange(self.capacity, device=positions.device)
+
+    def extend(self, x: Tensor) -> Tensor:
+        """Return the positions (B, 1) of the new tokens, and prepare the mask."""
+        self.layer = 0
+        later = self._all > self.positions[..., None]
+        self.mask = torch.where(later, -math.inf, 0.0)[:, None]  # (B, 1, 1, capacity)
+        return self.positions
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values (B, nh, 1, hs), and return those of all positions."""
+        stored = self.layers[self.layer]
+        self.layer += 1
+        index = self.positions[:, None, :, None].expand_as(k)
+        return stored[0].scatter_(2, index, k), stored[1].scatter_(2, index, v)
+
+
+class StaticBatch:
+    """Batch of the decoder for a `GPT`; the first step records the graph that later steps replay.
+
+    Args:
+        model: a `GPT` in evaluation mode, whose weights keep their memory.
+        n_sequences: number of sequences, B.
+    """
+
+    def __init__(self, model: GPT, n_sequences: int) -> None:
+        weight, c = model.embedding.weight, model.config
+        size = 2, n_sequences, c.n_heads, c.context_length, c.d_model // c.n_heads
+        self.model = model
+        self.layers = [weight.new_zeros(size) for _ in range(c.n_layers)]
+        self.ids = torch.zeros(n_sequences, dtype=torch.long, device=weight.device)
+        self.positions = torch.zeros_like(self.ids)
+        self._run = None
+
+    def fill(self, indices: list[int], sequences: list[Tensor]) -> None:
+        """Replace the sequences at `indices`, and compute their keys and values."""
+        if not (length := max(map(len, sequences))):
+            return
+        cache = KVCache(self.model.config.context_length)
+        ids = self.ids.new_zeros(len(sequences), length)  # padding at the end is overwritten later
+        for row, sequence in zip(ids, sequences, strict=True):
+            row[: len(sequence)] = sequence
+        self.model.hidden(ids, cache)
+        for stored, new in zip(self.layers, cache.layers, strict=True):
+            stored[:, indices] = new
+
+    def step(self, ids: Tensor, positions: Tensor, end: int) -> Tensor:
+        """Append one token to each sequence and return logits (B, V) of the next token."""
+        self.ids.copy_(ids)
+        self.positions.copy_(positions)
+        if self._run is None:
+            self._run = recorded(self._step, self.ids.device)
+        return self._run().clone()  # the next step overwrites the result
+
+    def _step(self) -> Tensor:
+        cache = StaticCache(self.layers, self.positions)
+        return self.model(self.ids[:, None], cache)[:, -1].float()

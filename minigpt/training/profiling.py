@@ -1,0 +1,60 @@
+"""Profile of a few training steps: a trace, and a table of operators and kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch.profiler import ProfilerActivity, profile
+
+from minigpt.core.console import log
+from minigpt.core.files import write_text
+from minigpt.training.module import GPTModule
+
+PROFILE = "profile"  # folder in the run folder
+_FIRST, _STEPS = 10, 10  # the first steps load libraries, compile and record
+_ROWS = 40
+
+
+class Profile(Callback):
+    """Profile `_STEPS` steps, and write trace.json and operators.txt when they are over.
+
+    A run of fewer than twice as many steps is profiled in its second half.
+
+    Args:
+        module: the model in training.
+        folder: folder of the two files.
+    """
+
+    def __init__(self, module: GPTModule, folder: Path) -> None:
+        self.folder = folder
+        self.first = min(_FIRST, module.n_steps // 2)
+        self.last = min(self.first + _STEPS, module.n_steps)
+        self._profile: profile | None = None
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Start the profiler before the first step to profile."""
+        if trainer.global_step == self.first and self._profile is None and trainer.is_global_zero:
+            on_gpu = trainer.strategy.root_device.type == "cuda"
+            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+            self._profile = profile(activities=activities)
+            self._profile.start()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Write the files after the last step to profile."""
+        if self._profile is None or trainer.global_step < self.last:
+            return
+        result, self._profile = self._profile, None
+        on_gpu = trainer.strategy.root_device.type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize()
+        result.stop()
+        self.folder.mkdir(exist_ok=True)
+        column = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+        table = result.key_averages().table(sort_by=column, row_limit=_ROWS)
+        write_text(self.folder / "operators.txt", table)
+        result.export_chrome_trace(str(self.folder / "trace.json"))
+        log.info("profile: %s", self.folder)
