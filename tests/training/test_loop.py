@@ -72,7 +72,7 @@ def test_a_peak_that_a_run_beats_is_measured_again_once(
         calls.append(measure_again)
         return next(peaks)
 
-    monkeypatch.setattr("minigpt.training.loop.matmul_peak", measure)
+    monkeypatch.setattr("minigpt.training.assembly.matmul_peak", measure)
     folder = trained_folder(tiny)
     assert calls == ([False] if again is None else [False, True])
     assert read_summary(folder)["peak_flops"] == 1e30
