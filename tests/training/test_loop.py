@@ -24,8 +24,8 @@ from minigpt.model import GPT, GPTConfig
 from minigpt.runs.checkpoint import read_checkpoint
 from minigpt.runs.folder import Run
 from minigpt.runs.records import read_metrics, read_samples, read_summary
-from minigpt.training import loop
-from minigpt.training.config import TrainConfig, TrainerConfig
+from minigpt.training import assembly
+from minigpt.training.config import CallbacksConfig, OptimizerConfig, TrainConfig, TrainerConfig
 from tests.conftest import ROOT, composed, naming, trained_folder, write_stories
 
 FEW = EvaluationConfig(stories=StoriesConfig(prompts=("Once",), n=1, max_tokens=5), words=("Tom",))
@@ -365,7 +365,7 @@ def test_run_resumed_after_ctrl_c_equals_an_uninterrupted_one(
     assert read_summary(stopped)["status"] == "interrupted"
     commit = read_summary(stopped)["commit"]
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "source_commit", lambda: "a1b2")
+        patched.setattr(assembly, "source_commit", lambda: "a1b2")
         trained_folder([f"resume={stopped}"])
     assert read_summary(stopped)["commit"] == f"{commit}, a1b2"
     ends = [
@@ -469,10 +469,12 @@ def test_loss_of_training_by_device_precision_and_settings(monkeypatch):
     def loss_on(device: str, dropout: float = 0.0, precision="bf16-mixed", **settings) -> object:
         shape = GPTConfig(61, 16, d_model=16, n_layers=1, n_heads=1, dropout=dropout)
         module = SimpleNamespace(net=GPT(shape), fast_loss=None, distillation=None)
-        config = TrainConfig(model=shape, trainer=TrainerConfig(**settings))
+        adamw, quiet = OptimizerConfig("adamw"), CallbacksConfig(prompts=())  # for fsdp
+        trainer = TrainerConfig(**settings)
+        config = TrainConfig(model=shape, optimizer=adamw, trainer=trainer, callbacks=quiet)
         hardware = SimpleNamespace(accelerator=device, precision=precision)
         kernels = kernels_for(device, config.trainer.kernels)
-        loop._speed_up(module, kernels, hardware, config, None)  # type: ignore[arg-type]
+        assembly.set_losses(module, kernels, hardware, config, None)  # type: ignore[arg-type]
         return module.fast_loss
 
     micro_batches = loss_on("cpu")
