@@ -539,4 +539,4 @@ def test_metrics_are_synced_to_disk_with_checkpoints_alone(
     syncs = []
     monkeypatch.setattr("minigpt.training.loggers.MetricsCsv.sync", lambda self: syncs.append(1))
     trained_folder([*tiny, "trainer.n_validations=1"])
-    assert len(syncs) == 2  # best.ckpt and last.ckpt, after 20 rows
+    assert len(syncs) == 3  # before the validation, best.ckpt and last.ckpt, after 20 rows
