@@ -15,7 +15,7 @@ from minigpt.data import datamodule
 from minigpt.kernels.choice import kernels_for
 from minigpt.kernels.cuda_graph import graphed_loss
 from minigpt.runs.records import read_metrics
-from minigpt.training import loop
+from minigpt.training import assembly
 from minigpt.training.module import GPTModule
 from tests.conftest import tiny_overrides, trained_folder
 from tests.syncs import SyncCounter
@@ -96,7 +96,7 @@ def test_steps_without_a_row_do_not_wait_for_the_device(counted, overrides):
 
 def test_steps_with_teachers_and_a_graph_do_not_wait_for_the_device(counted, tmp_path, monkeypatch):
     teacher = trained_folder([*tiny_overrides(tmp_path), "name=teacher", "budget.tokens=320"])
-    monkeypatch.setattr(loop, "_records_graphs", lambda *_: True)
+    monkeypatch.setattr(assembly, "_records_graphs", lambda *_: True)
     graphs = []
     monkeypatch.setattr(loop, "graphed_loss", lambda *a: graphs.append(a) or graphed_loss(*a))
     steps = counted(f"teacher.runs=[{teacher}]")
