@@ -181,18 +181,28 @@ def probe(
 
 @app.command()
 def playground(
-    runs: Annotated[list[Path], PathArgument(help="One to four runs to show side by side.")],
+    runs: Annotated[
+        list[Path] | None,
+        PathArgument(help="One to four runs to show side by side; default: the bundled model."),
+    ] = None,
     host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
         int | None, Option(min=0, max=65535, help="By default the first free port from 7860 up.")
     ] = None,
     auth: Annotated[str | None, Option(help="Require a login.", metavar="USER:PASSWORD")] = None,
+    allow_training: Annotated[
+        bool, Option("--allow-training", help="Allow training on another --host; needs --auth.")
+    ] = False,
     class_path: ClassPath = None,
 ) -> None:
-    """Serve a local web page to generate stories and explore embeddings and attention."""
-    from minigpt.playground.server import serve
+    """Serve a local web page to generate stories, to explore models and to train them.
 
-    serve(_load(runs, class_path), host, port, auth)
+    With snapshots in a run (callbacks.snapshots=8), a slider shows the model as it grew.
+    """
+    from minigpt.playground.server import serve
+    from minigpt.runs.folder import bundled_release
+
+    serve(_load(runs or [bundled_release()], class_path), host, port, auth, allow_training)
 
 
 @app.command()
