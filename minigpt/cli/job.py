@@ -26,6 +26,7 @@ from minigpt.core.settings import UserError, speak
 from minigpt.playground.training import CACHE, LOCK, SIZES, Job
 
 CALIBRATION_SECONDS = 4.0
+SNAPSHOTS = 8  # for the slider "Age" of the page
 _WARM_UP = 3  # updates that are not timed
 MAX_UNPACKED = 1_000_000_000  # bytes of the uploads after decompression
 _SMALL_TEXT = 2_000_000  # bytes; below it, docs/your-own-text.md recommends other settings
@@ -102,20 +103,18 @@ def _train(job: Job, program: Program) -> None:
     words = job_words(job)
     place: dict[str, Any] = {"data.cache_dir": str(cache), "logger": "csv"}
     place["data.train_files"] = list(map(str, job.uploads))
-    budget = {name: job.status[name] for name in ("tokens", "warmup") if name in job.status}
-    if not budget:
+    budget = job.status.get("budget")
+    if budget is None:
         job.report(phase="calibrating")
         config = load_config("train", _typed({**words, **place, "budget.tokens": _LONG_BUDGET}))
         rate = tokens_per_second(config, job.folder / "calibration")
-        step = config.data.windows_per_batch * config.model.context_length
-        tokens = max(int(60 * settings["minutes"] * rate) // step, 1) * step
-        budget = {"tokens": tokens}
-        budget["warmup"] = min(config.optimizer.warmup_steps, tokens // step // 10)
-    words |= {"budget.tokens": budget["tokens"], "optimizer.warmup_steps": budget["warmup"]}
+        budget = budget_words(config, 60 * settings["minutes"] * rate)
+    words |= budget
     names = {"data.train_files": list(job.uploads.values())}
     run = Path(settings["runs_dir"]) / f"{settings['size']}-{job.name}"
     command = program.command("train", **{**words, **names})
-    job.report(phase="training", run=str(run), command=command, **budget)
+    tokens = budget["budget.tokens"]
+    job.report(phase="training", run=str(run), command=command, budget=budget, tokens=tokens)
     place |= {"runs_dir": str(run.parent), "name": run.name, "resume": "auto"}
     train(load_config("train", _typed({**words, **place})))
 
@@ -140,6 +139,24 @@ def job_words(job: Job) -> dict[str, Any]:
     if sum(path.stat().st_size for path in job.uploads) < _SMALL_TEXT:
         words |= {"data.vocab_size": 1000, "optimizer.weight_decay": 0.4}
     return words
+
+
+def budget_words(config: Any, tokens: float) -> dict[str, Any]:
+    """Return the settings of a run of about `tokens` tokens.
+
+    The run has at least one update, a warm-up of at most a tenth of its length, and snapshots.
+
+    Args:
+        config: all settings, a `TrainConfig` for a longer run.
+        tokens: number of training tokens.
+    """
+    per_step = config.data.windows_per_batch * config.model.context_length
+    n_steps = max(int(tokens) // per_step, 1)
+    return {
+        "budget.tokens": n_steps * per_step,
+        "optimizer.warmup_steps": min(config.optimizer.warmup_steps, n_steps // 10),
+        "callbacks.snapshots": min(SNAPSHOTS, n_steps + 1),
+    }
 
 
 def _shape(start: dict[str, Any]) -> dict[str, Any]:
