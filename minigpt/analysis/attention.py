@@ -1,4 +1,4 @@
-"""Attention weights of every layer and head for a sequence of tokens.
+"""Attention weights of every layer and head, and scores of what a head attends to.
 
 >>> weights = attention_weights(net, encode_prompt(tokenizer, "Tom had a dog. He"))
 >>> weights[layer, head, i, j]  # the attention that token i pays to token j
@@ -6,12 +6,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from minigpt.core.settings import UserError
 from minigpt.generation.decoder import takes_cache
 from minigpt.model import GPT, KVCache
+
+MAX_REPEATED = 50  # length of the random sequence that `head_scores` repeats
 
 
 @torch.inference_mode()
@@ -26,7 +30,8 @@ def attention_weights(net: GPT, ids: Tensor) -> Tensor:
         ids: token ids (1, T).
 
     Returns:
-        Weights (n_layers, n_heads, T, T) in float32. Each row sums to one.
+        Weights (n_layers, n_heads, T, T) in float32, or in float64 for a model in float64. Each row
+        sums to one.
 
     Raises:
         ValueError: `ids` is longer than the context.
@@ -37,4 +42,70 @@ def attention_weights(net: GPT, ids: Tensor) -> Tensor:
     cache = KVCache(ids.shape[1], keep_weights=True)
     net(ids, cache=cache)
     assert cache.weights is not None
-    return torch.cat(cache.weights).float()
+    weights = torch.cat(cache.weights)
+    return weights if weights.dtype == torch.float64 else weights.float()
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """Scores of every head, from 0 to 1, each (n_layers, n_heads).
+
+    Induction heads are by Olsson et al. (2022, arXiv 2209.11895).
+
+    Attributes:
+        previous_token: mean attention to the previous token.
+        induction: mean attention to the token after the earlier occurrence of the current token.
+    """
+
+    previous_token: Tensor
+    induction: Tensor
+
+
+def head_scores(net: GPT, seed: int = 0) -> HeadScores:
+    """Return the previous-token score and the induction score of every head.
+
+    Both are measured on one sequence: id 0, n random different ids, and the same n ids again. The
+    model cannot know the ids of the second half except by looking back.
+
+    Args:
+        net: the model.
+        seed: seed of the random ids.
+
+    Returns:
+        The scores. n is MAX_REPEATED, or less for a short context or a small vocabulary.
+
+    Raises:
+        UserError: the context or the vocabulary is too small for n = 2, or the class of `net` has a
+            `forward` without the parameter `cache`.
+    """
+    ids = repeated_ids(net, seed)
+    n = (ids.shape[1] - 1) // 2
+    weights = attention_weights(net, ids)
+    return HeadScores(
+        previous_token=weights.diagonal(-1, -2, -1).mean(dim=-1),
+        # Position i > n holds the token of position i - n, which i - n + 1 follows.
+        induction=weights.diagonal(1 - n, -2, -1)[..., 2:].mean(dim=-1),
+    )
+
+
+def repeated_ids(net: GPT, seed: int = 0) -> Tensor:
+    """Return the sequence of `head_scores`: id 0, n random different ids, and these n ids again.
+
+    Args:
+        net: the model, which limits n.
+        seed: seed of the random ids.
+
+    Returns:
+        Ids (1, 2 n + 1), int64.
+
+    Raises:
+        UserError: the context or the vocabulary is too small for n = 2.
+    """
+    shape = net.config
+    n = min(MAX_REPEATED, (shape.context_length - 1) // 2, shape.vocab_size - 1)
+    if n < 2:
+        raise UserError("needs a context of 5 tokens and a vocabulary of 3: choose another", "net")
+    generator = torch.Generator().manual_seed(seed)
+    half = 1 + torch.randperm(shape.vocab_size - 1, generator=generator)[:n]
+    ids = torch.cat([torch.zeros(1, dtype=torch.long), half, half])[None]
+    return ids.to(net.embedding.weight.device)
