@@ -243,15 +243,28 @@ def study(
     out: Annotated[Path, PathOption(help="Output folder.")] = Path("study"),
     n: Annotated[int, Option(help="Number of stories for each run and temperature.")] = 200,
     seed: Annotated[int, Option(help="Seed of the stories.")] = 1,
+    over_time: Annotated[
+        bool, Option("--over-time", help="Measure each snapshot of one run instead.")
+    ] = False,
     class_path: ClassPath = None,
 ) -> None:
     """Compare runs by the coherence of their stories, by sample stories and by embeddings.
 
-    Writes coherence.md, samples.md and embeddings.md, with figures and JSON files.
+    Writes coherence.md, samples.md and embeddings.md, with figures and JSON files. With
+    --over-time, writes over-time.md with a figure and a JSON file, and embeddings.html.
     """
+    _check_folder(out)
+    if over_time:
+        from minigpt.analysis.over_time import SETTLING, TABLE, OverTimeConfig, write_over_time
+
+        if len(runs) > 1:
+            raise UserError(f"--over-time measures one run, not {len(runs)}: name one run")
+        settings = OverTimeConfig(n_written=n, seed=seed)
+        write_over_time(_load(runs, class_path)[0], out, settings)
+        print(f"Wrote {out / TABLE} and {SETTLING}.")
+        return
     from minigpt.analysis.study import StudyConfig, write_study
 
-    _check_folder(out)
     write_study(_load(runs, class_path), out, StudyConfig(n=n, seed=seed))
     print(f"Wrote {out / 'coherence.md'}, samples.md and embeddings.md.")
 
