@@ -21,7 +21,7 @@ from gradio.routes import App, ORJSONResponse
 
 from minigpt.playground.access import with_token
 from minigpt.playground.answers import MAX_PROMPT, MAX_RUNS, MAX_TOKENS, Playground
-from minigpt.playground.training_page import training_tab
+from minigpt.playground.training_page import RANDOM, START_FROM, training_tab
 
 if TYPE_CHECKING:
     from minigpt.playground.server import Training
@@ -169,7 +169,7 @@ def _refresh_models(page: Page) -> None:
     choices = [
         block
         for block in page.blocks.values()
-        if isinstance(block, gr.Dropdown) and block.label in ("Model", "Models")
+        if isinstance(block, gr.Dropdown) and block.label in ("Model", "Models", START_FROM)
     ]
     known = gr.State(list(page.playground.models))
 
@@ -177,7 +177,12 @@ def _refresh_models(page: Page) -> None:
         names = list(page.playground.models)
         if names == known:
             return [gr.skip()] * (1 + len(choices))
-        return [names, *(gr.Dropdown(names, visible=len(names) > 1) for _ in choices)]
+        updates = []
+        for choice in choices:
+            is_start = choice.label == START_FROM
+            listed = [RANDOM, *names] if is_start else names
+            updates.append(gr.Dropdown(listed, visible=is_start or len(names) > 1))
+        return [names, *updates]
 
     for event in (page.load, gr.Timer(REFRESH_SECONDS).tick):
         event(refresh, [known], [known, *choices], show_progress="hidden", api_visibility="private")

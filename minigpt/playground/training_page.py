@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 FIELDS = ("text", "files", "size", "minutes", "start", "job")  # fields that can have an error
 POLL_SECONDS = 1.5  # interval at which the page shows a training again
 N_SAMPLES = 2  # sample stories on the page
-RANDOM = "random weights"
+START_FROM, RANDOM = "Start from", "random weights"
 
 INTRODUCTION = """Train a model on your own stories. The training is a process of its own: it
 continues if you close this page, and you find it here again."""
@@ -73,7 +73,7 @@ def training_tab(page: gr.Blocks, playground: Playground, training: Training) ->
         with gr.Row():
             sizes = [(f"{name}: {size}", name) for name, size in SIZES.items()]
             size = gr.Dropdown(sizes, value="small", label="Size")
-            start = gr.Dropdown([RANDOM, *playground.models], value=RANDOM, label="Start from")
+            start = gr.Dropdown([RANDOM, *playground.models], value=RANDOM, label=START_FROM)
             minutes = gr.Number(5, label="Minutes", minimum=MINUTES[0], maximum=MINUTES[1])
         errors["size"] = gr.HTML(elem_id="error-size")
         errors["minutes"] = gr.HTML(elem_id="error-minutes")
