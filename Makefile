@@ -98,6 +98,7 @@ bench: .venv/installed-dev  # measure speed and memory, on an idle machine
 	$(BIN)/python benchmarks/runs.py --out docs/results/benchmarks
 	$(BIN)/python benchmarks/preparation.py --rounds 3 --out docs/results/benchmarks
 	$(BIN)/python benchmarks/generation.py --rounds 5 --out docs/results/benchmarks
+	$(BIN)/python benchmarks/playground.py --out docs/results/benchmarks
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: type make PYTHON=python3.12 quickstart")'
