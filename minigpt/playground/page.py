@@ -104,7 +104,7 @@ def build_page(playground: Playground, training: Training | None = None) -> Page
         if training is not None:
             with gr.Tab("Train") as tab:
                 _follow_selection(page, tab)
-                training_tab(page, playground, training)
+                training_tab(page, tab, playground, training)
             _refresh_models(page)
     page.queue(max_size=WAITING, default_concurrency_limit=WRITERS)
     return page

@@ -48,11 +48,12 @@ PHASES = {
 }
 
 
-def training_tab(page: gr.Blocks, playground: Playground, training: Training) -> None:
+def training_tab(page: gr.Blocks, tab: gr.Tab, playground: Playground, training: Training) -> None:
     """Add the fields of a new training, the list of trainings, and a view of one of them.
 
     Args:
         page: the page that contains the tab.
+        tab: the tab.
         playground: the models of the page, from which a training may start.
         training: the queue, and the token that a visitor needs.
     """
@@ -156,7 +157,8 @@ def training_tab(page: gr.Blocks, playground: Playground, training: Training) ->
     polled = [chosen, known, shown], [*views, *slots, shown]
     chosen.input(poll, *polled, **how)
     gr.Timer(POLL_SECONDS).tick(poll, *polled, **how)
-    page.load(open_page, None, [refusal, form], **how).then(poll, *polled, **how)
+    for event in (page.load, tab.select):  # also the tab, which is built when it is opened
+        event(open_page, None, [refusal, form], **how).then(poll, *polled, **how)
 
 
 def _errors(field: str | None = None, message: str = "") -> list[str]:
