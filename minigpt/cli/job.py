@@ -144,7 +144,8 @@ def job_words(job: Job) -> dict[str, Any]:
 def budget_words(config: Any, tokens: float) -> dict[str, Any]:
     """Return the settings of a run of about `tokens` tokens.
 
-    The run has at least one update, a warm-up of at most a tenth of its length, and snapshots.
+    The run has at least one update, a warm-up of at most a tenth of its length, snapshots, and at
+    least fifty rows of metrics if it has as many updates.
 
     Args:
         config: all settings, a `TrainConfig` for a longer run.
@@ -156,6 +157,7 @@ def budget_words(config: Any, tokens: float) -> dict[str, Any]:
         "budget.tokens": n_steps * per_step,
         "optimizer.warmup_steps": min(config.optimizer.warmup_steps, n_steps // 10),
         "callbacks.snapshots": min(SNAPSHOTS, n_steps + 1),
+        "trainer.log_every_n_steps": min(config.trainer.log_every_n_steps, n_steps // 50 + 1),
     }
 
 
