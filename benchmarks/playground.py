@@ -32,7 +32,8 @@ from minigpt.model import GPT
 from minigpt.playground.answers import Playground
 from minigpt.playground.server import start
 from minigpt.playground.training import Job
-from minigpt.playground.training_page import POLL_SECONDS, job_html
+from minigpt.playground.training_page import POLL_SECONDS
+from minigpt.playground.training_view import job_html
 from minigpt.runs.checkpoint import write_checkpoint, write_snapshot
 from minigpt.runs.folder import Run
 from minigpt.tokenizer import Tokenizer
@@ -51,6 +52,7 @@ def write_run(folder: Path) -> Path:
     Tokenizer.load(ROOT / "releases/medium/tokenizer.json").save(folder / "tokenizer.json")
     (folder / "config.yaml").write_text(yaml.safe_dump({"model": shape}))
     config = load_config("train", ["model=medium"]).model
+    net = GPT(config)
     for step in range(N_SNAPSHOTS):
         torch.manual_seed(step)
         net = GPT(config)
@@ -58,7 +60,11 @@ def write_run(folder: Path) -> Path:
         path = folder / f"snapshots/step-{step:06d}.safetensors"
         write_snapshot(path, net, {"model": shape}, values)
     state = {f"net.{name}": value for name, value in net.state_dict().items()}
-    content = {"state_dict": state, "hyper_parameters": {"model": shape}, "global_step": step}
+    content = {
+        "state_dict": state,
+        "hyper_parameters": {"model": shape},
+        "global_step": N_SNAPSHOTS,
+    }
     write_checkpoint(folder / "checkpoints/best.ckpt", content)
     return folder
 

@@ -1,8 +1,7 @@
-"""The tab Train of the playground: its layout, its events, and the HTML that shows a training."""
+"""The tab Train of the playground: its layout and its events."""
 
 from __future__ import annotations
 
-import html
 import os
 import time
 from collections.abc import Callable
@@ -15,19 +14,16 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 
 from minigpt.core.settings import UserError, one_line
-from minigpt.core.text import human_count, human_time
 from minigpt.playground.answers import Playground
-from minigpt.playground.curves import Curve, curve_svg, metrics
 from minigpt.playground.html import note_html
 from minigpt.playground.training import MAX_UPLOAD, MINUTES, SIZES, Job
-from minigpt.runs.records import last_values, read_samples, series
+from minigpt.playground.training_view import job_html
 
 if TYPE_CHECKING:
     from minigpt.playground.server import Training
 
 FIELDS = ("text", "files", "size", "minutes", "start", "job")  # fields that can have an error
 POLL_SECONDS = 1.5  # interval at which the page shows a training again
-N_SAMPLES = 2  # sample stories on the page
 START_FROM, RANDOM = "Start from", "random weights"
 
 INTRODUCTION = """Train a model on your own stories. The training is a process of its own: it
@@ -40,12 +36,6 @@ FILES = (
     "or files: .txt, .md, .csv, .tsv, .json, .jsonl or .parquet, also compressed; "
     f"at most {MAX_UPLOAD / 1e6:.0f} MB"
 )
-PHASES = {
-    "starting": "starting",
-    "preparing": "reading the text",
-    "calibrating": "measuring the speed, to convert minutes into tokens",
-    "training": "training",
-}
 
 
 def training_tab(page: gr.Blocks, tab: gr.Tab, playground: Playground, training: Training) -> None:
@@ -102,7 +92,7 @@ def training_tab(page: gr.Blocks, tab: gr.Tab, playground: Playground, training:
             field = error.argument if error.argument in FIELDS else "start"
             return [*_errors(field, error.message), *[gr.skip()] * len(views)]
         name = values[0] if job is None else job.name
-        return [*_errors(), *_views(training, name, [])]
+        return [*_errors(), *_views(training, name, [], None)]
 
     def start_from(name: str) -> dict[str, str] | None:
         model = playground.models.get(name)
@@ -142,7 +132,7 @@ def training_tab(page: gr.Blocks, tab: gr.Tab, playground: Playground, training:
         fields = [gr.skip()] * len(FIELDS)
         if error != shown:
             fields = _errors(*next(iter(error.items()), ()))
-        return [*_views(training, name, known), *fields, error]
+        return [*_views(training, name, known, name), *fields, error]
 
     def open_page(request: gr.Request) -> list[Any]:
         may = allowed(request)
@@ -179,14 +169,25 @@ def _selected(training: Training, name: str | None) -> Job | None:
     return next(iter([*chosen, *running, *jobs]), None)
 
 
-def _views(training: Training, name: str | None, known: list[Any]) -> list[Any]:
-    """Return the list of jobs and its choices, the buttons and the view of the selected job."""
+def _views(
+    training: Training, name: str | None, known: list[Any], current: str | None
+) -> list[Any]:
+    """Return the list of jobs and its choices, the buttons and the view of a job.
+
+    Args:
+        training: the queue.
+        name: name of the job to show.
+        known: choices that the page has already.
+        current: name that is chosen on the page.
+    """
     jobs, job = training.queue.jobs(), _selected(training, name)
     choices = [[_label(each), each.name] for each in jobs]
     value = None if job is None else job.name
     listed = gr.skip()
-    if choices != known or value != name:
-        listed = gr.Dropdown([(a, b) for a, b in choices], value=value, visible=bool(choices))
+    if choices != known or value != current:
+        chosen = {} if value == current else {"value": value}  # the visitor may choose meanwhile
+        pairs = [(label, key) for label, key in choices]
+        listed = gr.Dropdown(pairs, visible=bool(choices), **chosen)
     state = None if job is None else job.state
     buttons = [
         gr.Button(visible=state in ("waiting", "running")),
@@ -203,60 +204,3 @@ def _label(job: Job) -> str:
     size = settings["size"] if start is None else start["name"]
     begun = time.strftime("%H:%M", time.localtime(settings["queued"]))
     return f"{size}, {settings['minutes']:g} min, {begun}: {job.state}"
-
-
-def job_html(job: Job, n_waiting: int = 0) -> str:
-    """Return the state, the loss curve and the sample stories of a training, as HTML.
-
-    Args:
-        job: the training.
-        n_waiting: number of trainings that wait.
-    """
-    parts = [note_html(_state_line(job, n_waiting))]
-    if job.error is not None:
-        parts.append(note_html(one_line(job.error), "error"))
-    run = job.run
-    if run is not None and run.is_dir():
-        try:
-            parts.append(_run_html(run, job.status.get("tokens")))
-        except UserError as error:
-            parts.append(note_html(str(error), "error"))
-    command = job.status.get("command")
-    if command and job.state == "finished":
-        parts.append(note_html(f"The run is in {run}. The same run in a terminal:"))
-        parts.append(f'<pre class="command">{html.escape(command)}</pre>')
-    return "".join(parts)
-
-
-def _state_line(job: Job, n_waiting: int) -> str:
-    state = job.state
-    if state == "waiting":
-        return f"waiting for another training to end; {n_waiting} in the queue"
-    if state != "running":
-        return state
-    if job.settings["state"] == "stopping":
-        return "stopping after a checkpoint"
-    phase = str(job.status.get("phase"))
-    return PHASES.get(phase, phase)
-
-
-def _run_html(run: Path, tokens: int | None) -> str:
-    rows = metrics(run)
-    values, parts = last_values(rows), []
-    if rows:
-        facts = [f"{human_count(values['tokens'])} of {human_count(tokens or 0)} tokens"]
-        if "train/loss" in values:
-            facts.append(f"loss {values['train/loss']:.3f}")
-        if "val/perplexity" in values:
-            facts.append(f"validation perplexity {values['val/perplexity']:.2f}")
-        if rate := values.get("tokens_per_second"):
-            left = max((tokens or 0) - values["tokens"], 0) / rate
-            facts += [f"{rate:,.0f} tokens/s", f"{human_time(left)} left"]
-        parts.append(note_html(", ".join(facts)))
-        curve = Curve(series(rows, "train/loss"), series(rows, "val/loss"))
-        parts.append(curve_svg(curve, tokens))
-    for sample in reversed(read_samples(run)[-N_SAMPLES:]):
-        title = f"After {human_count(sample['tokens'])} tokens:"
-        story = html.escape(str(sample["text"]))
-        parts.append(f'{note_html(title)}<div class="story sample" dir="auto">{story}</div>')
-    return "".join(parts)
