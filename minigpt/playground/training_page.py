@@ -185,7 +185,8 @@ def _views(
     value = None if job is None else job.name
     listed = gr.skip()
     if choices != known or value != current:
-        chosen = {} if value == current else {"value": value}  # the visitor may choose meanwhile
+        # Without a value, what the visitor chooses meanwhile stays.
+        chosen: dict[str, Any] = {} if value == current else {"value": value}
         pairs = [(label, key) for label, key in choices]
         listed = gr.Dropdown(pairs, visible=bool(choices), **chosen)
     state = None if job is None else job.state
