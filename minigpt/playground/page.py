@@ -7,10 +7,11 @@ system.
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -20,8 +21,13 @@ from gradio import themes
 from gradio.routes import App, ORJSONResponse
 
 from minigpt.playground import inside
-from minigpt.playground.answers import MAX_PROMPT, MAX_TOKENS, Playground
+from minigpt.playground.access import with_token
+from minigpt.playground.answers import MAX_PROMPT, MAX_RUNS, MAX_TOKENS, Playground
 from minigpt.playground.hosts import Hosts, guarded
+from minigpt.playground.training_page import RANDOM, START_FROM, training_tab
+
+if TYPE_CHECKING:
+    from minigpt.playground.server import Training
 
 WRITERS = 4  # requests of one kind that are served at the same time; further requests wait
 WAITING = 64  # maximum number of waiting requests; further requests get an error
@@ -50,6 +56,9 @@ ATTENTION = """To predict the next token, each **head** in each layer attends to
 Point at a token, or tap it, and the tokens that it attends to turn blue. In the matrix, each row is
 a token that attends, and each column is a token that it attends to. A head that finds nothing
 relevant often attends to (start)."""
+AGE = "the run has snapshots of its weights: move the slider to see what the model did when younger"
+PLAY_SECONDS = 1.5  # time of each age while the slider plays
+REFRESH_SECONDS = 3.0  # interval at which a page looks for newly trained models
 
 SCORES = """**Scores of all heads**, measured on a random sequence that is repeated: the
 previous-token score is the mean attention to the token before; the induction score is the mean
@@ -62,41 +71,152 @@ ACTIVITY = """**Activations**: the root mean square of the residual stream befor
 what its attention and its feed-forward layer add."""
 
 
-def build_page(playground: Playground) -> gr.Blocks:
-    """Return the page with its five tabs: Story, Words, Map, Attention and Layers."""
-    with gr.Blocks(title="Mini GPT playground", analytics_enabled=False) as page:
+class Page(gr.Blocks):
+    """The page, with the inputs that all tabs share: the age of the models, and the open tab."""
+
+    playground: Playground
+    age: gr.Slider
+    selected: gr.State
+
+
+class Place(NamedTuple):
+    """The tab and the page of a component."""
+
+    tab: gr.Tab
+    page: Page
+
+
+def build_page(playground: Playground, training: Training | None = None) -> Page:
+    """Return the page with its tabs: Story, Words, Map, Attention, Layers and, if allowed, Train.
+
+    Args:
+        playground: the loaded models.
+        training: the queue of trainings, and who may use it; None means no training.
+    """
+    # Uploads that are not moved to a training are deleted after an hour, or when the server ends.
+    with Page(
+        title="Mini GPT playground", analytics_enabled=False, delete_cache=(600, 3600)
+    ) as page:
+        page.playground, page.selected = playground, gr.State("Story")
         gr.Markdown(INTRODUCTION)
-        with gr.Tab("Story"):
-            _story_tab(playground)
-        with gr.Tab("Words"):
+        _age_slider(page)
+        with gr.Tab("Story") as tab:
+            _follow_selection(page, tab)
+            _story_tab(playground, page)
+        with gr.Tab("Words") as tab:
+            _follow_selection(page, tab)
             _words_tab(playground)
-        with gr.Tab("Map"):
+        with gr.Tab("Map") as tab:
+            _follow_selection(page, tab)
             gr.Markdown(MAP)
             name = _model_choice(playground)
             _answer(playground.map, [name], gr.HTML(playground.map(name.value)))
-        with gr.Tab("Attention"):
+        with gr.Tab("Attention") as tab:
+            _follow_selection(page, tab)
             _attention_tab(playground)
-        with gr.Tab("Layers"):
+        with gr.Tab("Layers") as tab:
+            _follow_selection(page, tab)
             _layers_tab(playground)
+        if training is not None:
+            with gr.Tab("Train") as tab:
+                _follow_selection(page, tab)
+                training_tab(page, tab, playground, training)
+            _refresh_models(page)
     page.queue(max_size=WAITING, default_concurrency_limit=WRITERS)
     return page
 
 
-def build_app(hosts: Hosts) -> App:
-    """Return the web application of the page, which refuses requests that `hosts` does not allow.
+def build_app(hosts: Hosts, training: Training | None = None) -> App:
+    """Return the web application of the page, which checks the host and the token of trainings.
 
-    The check is the outermost layer, because Gradio's own layers add
-    Access-Control-Allow-Origin to every answer.
+    Both checks are outside of Gradio's own layers, which add Access-Control-Allow-Origin to every
+    answer and read uploads.
+
+    Args:
+        hosts: the hosts of this server; requests with another Host or Origin are refused.
+        training: the queue of trainings, and who may use it; None means no training.
     """
 
     class GuardedApp(App):
         def build_middleware_stack(self) -> Any:
-            return guarded(super().build_middleware_stack(), hosts)
+            stack = super().build_middleware_stack()
+            if training is not None:
+                stack = with_token(stack, training.access)
+            return guarded(stack, hosts)
 
     return GuardedApp(default_response_class=ORJSONResponse)
 
 
-def _story_tab(playground: Playground) -> None:
+def _age_slider(page: Page) -> None:
+    """Add the slider for the age of the models, hidden while no model has snapshots."""
+    playground = page.playground
+    n = playground.n_ages
+    with gr.Column(visible=n > 0, elem_id="age") as part:
+        with gr.Row():
+            page.age = gr.Slider(
+                0, max(n, 1), n, step=1, precision=0, label="Age", info=AGE, scale=5
+            )
+            play = gr.Button("Play", scale=1, min_width=80)
+        curve = gr.HTML(playground.age_html(None, n))
+
+    def next_age(age: int) -> tuple[int, gr.Timer]:
+        age = min(age + 1, playground.n_ages)
+        return age, gr.Timer(active=age < playground.n_ages)
+
+    def start(age: int) -> tuple[int, gr.Timer]:
+        return (0 if age >= playground.n_ages else age), gr.Timer(active=True)
+
+    def show(age: int) -> str:
+        return playground.age_html(None, age)
+
+    timer = gr.Timer(PLAY_SECONDS, active=False)
+    private: dict[str, Any] = {"api_visibility": "private"}
+    play.click(start, [page.age], [page.age, timer], **private)
+    timer.tick(next_age, [page.age], [page.age, timer], show_progress="hidden", **private)
+    page.age.change(show, [page.age], curve, show_progress="hidden", **private)
+
+    def resize() -> tuple[gr.Column, gr.Slider]:
+        n = playground.n_ages
+        return gr.Column(visible=n > 0), gr.Slider(0, max(n, 1), n)
+
+    page.load(resize, None, [part, page.age], show_progress="hidden", **private)
+
+
+def _follow_selection(page: Page, tab: gr.Tab) -> None:
+    label = str(tab.label)
+    tab.select(lambda: label, None, page.selected, queue=False, api_visibility="private")
+
+
+def _refresh_models(page: Page) -> None:
+    """Add newly trained models to the lists of the open pages."""
+    choices = [
+        block
+        for block in page.blocks.values()
+        if isinstance(block, gr.Dropdown) and block.label in ("Model", "Models", START_FROM)
+    ]
+    known = gr.State(list(page.playground.models))
+
+    def refresh(known: list[str]) -> list[Any]:
+        names = list(page.playground.models)
+        if names == known:
+            return [gr.skip()] * (1 + len(choices))
+        updates = []
+        for choice in choices:
+            is_start = choice.label == START_FROM
+            listed = [RANDOM, *names] if is_start else names
+            updates.append(gr.Dropdown(listed, visible=is_start or len(names) > 1))
+        return [names, *updates]
+
+    for event in (page.load, gr.Timer(REFRESH_SECONDS).tick):
+        event(refresh, [known], [known, *choices], show_progress="hidden", api_visibility="private")
+
+
+def _story_tab(playground: Playground, page: Page) -> None:
+    names = list(playground.models)
+    models = gr.Dropdown(
+        names, value=names[:MAX_RUNS], label="Models", multiselect=True, max_choices=MAX_RUNS,
+        visible=len(names) > 1,
+    )  # fmt: skip
     with gr.Row():
         with gr.Column(scale=3, min_width=300):
             prompt = gr.Textbox(PROMPT, label="Prompt", lines=2, max_length=MAX_PROMPT)
@@ -111,20 +231,42 @@ def _story_tab(playground: Playground) -> None:
                 top_p = _slider("top-p", 0.05, 1, 1, 0.05, TOP_P)
                 min_p = _slider("min-p", 0, 0.5, 0, 0.01, MIN_P)
     gr.HTML(LEGEND)
-    stories = []
+    columns, titles, stories = [], [], []
     with gr.Row():
-        for name in playground.models:
-            with gr.Column(min_width=300):
-                gr.Markdown(f"**{name}**")
+        for i in range(MAX_RUNS):
+            with gr.Column(min_width=300, visible=i < len(names)) as column:
+                columns.append(column)
+                titles.append(gr.Markdown(f"**{names[i]}**" if i < len(names) else ""))
                 stories.append(_tokens_part('<div class="story" dir="auto">${value}</div>'))
+    seed = gr.State(0)
+
+    def choose(chosen: list[str]) -> list[Any]:
+        shown = [f"**{name}**" for name in playground.chosen(chosen)]
+        shown += [""] * (MAX_RUNS - len(shown))
+        return [*(gr.Column(visible=bool(title)) for title in shown), *shown]
 
     def write(*inputs: Any) -> Iterator[Any]:
-        for columns in playground.write(*inputs):
-            yield columns if len(stories) > 1 else columns[0]  # Gradio rejects 1-tuples
+        for texts in playground.write(*inputs):
+            yield (*texts, *[""] * (MAX_RUNS - len(texts)))
 
-    inputs = [prompt, temperature, top_k, top_p, min_p, length]
-    story = gr.on([start.click, prompt.submit], write, inputs, stories, show_progress="minimal")
-    stop.click(None, cancels=[story], api_visibility="private")
+    def follow(selected: str, *inputs: Any) -> Iterator[Any]:
+        """Write the story of the last seed again at another age."""
+        yield from write(*inputs) if selected == "Story" else [(gr.skip(),) * MAX_RUNS]
+
+    models.change(
+        choose, models, [*columns, *titles], show_progress="hidden", api_visibility="private"
+    )
+    inputs = [prompt, temperature, top_k, top_p, min_p, length, models, page.age]
+    new_seed = gr.on(
+        [start.click, prompt.submit], lambda: random.getrandbits(31), None, seed, queue=False,
+        api_visibility="private",
+    )  # fmt: skip
+    story = new_seed.then(write, [*inputs, seed], stories, show_progress="minimal")
+    aged = page.age.change(
+        follow, [page.selected, *inputs, seed], stories, show_progress="hidden",
+        trigger_mode="always_last", api_visibility="private",
+    )  # fmt: skip
+    stop.click(None, cancels=[story, aged], api_visibility="private")
 
 
 def _words_tab(playground: Playground) -> None:
@@ -153,15 +295,15 @@ def _attention_tab(playground: Playground) -> None:
     _answer(playground.attention, [text, layer, head], matrix, inputs)
     sliders = partial(_attention_sliders, playground)
     changed = name.change(sliders, [name, layer, head], [layer, head], api_visibility="private")
-    changed.then(playground.attention, inputs, matrix, api_visibility="private")
-    if any(model.scores is not None for model in playground.models.values()):
+    page = _place(matrix).page
+    answer = _at_age(playground.attention, page)
+    changed.then(answer, [*inputs, page.age], matrix, api_visibility="private")
 
-        def scores(name: str) -> str:
-            measured = playground.models[name].scores
-            return "" if measured is None else inside.scores_html(measured)
+    def scores(name: str) -> str:
+        return inside.scores_html(playground.models[name].scores)
 
-        gr.Markdown(SCORES)
-        _answer(scores, [name], gr.HTML(scores(name.value), elem_id="scores"))
+    gr.Markdown(SCORES)
+    _answer(scores, [name], gr.HTML(scores(name.value), elem_id="scores"))
 
 
 def _attention_sliders(playground: Playground, name: str, layer: int, head: int) -> list[gr.Slider]:
@@ -228,20 +370,47 @@ def _answer(
 ) -> None:
     """Show the result of `function` for `inputs` when one of `changing` changes.
 
-    By default, `inputs` are `changing`.
+    By default, `inputs` are `changing`. The first input is the name of a model, which is replaced
+    by that of its age. A change of the age updates only the open tab; another tab is updated when
+    it is opened.
 
     If several changes are waiting, only the newest is handled. The event is `change`, because
     Gradio's `input` misses pasted text and backspace.
     """
+    tab, page = _place(output)
+    inputs = [*(inputs or changing), page.age]
+    answer = _at_age(function, page)
+
+    def follow(selected: str, *values: Any) -> Any:
+        return answer(*values) if selected == tab.label else gr.skip()
+
     changes = [component.change for component in changing]
-    gr.on(
-        changes,
-        function,
-        inputs or changing,
-        output,
-        show_progress="hidden",
-        trigger_mode="always_last",
-    )
+    how: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last"}
+    gr.on([*changes, tab.select], answer, inputs, output, **how)
+    age_inputs = [page.selected, *inputs]
+    page.age.change(follow, age_inputs, output, api_visibility="private", **how)
+
+
+def _at_age(function: Callable[..., str], page: Page) -> Callable[..., str]:
+    """Return a function whose last input is the age of the model that the first input names."""
+
+    def answer(*values: Any) -> str:
+        name, *rest, age = values
+        return function(page.playground.aged(name, age), *rest)
+
+    answer.__name__ = function.__name__  # the name in the API
+    return answer
+
+
+def _place(block: Any) -> Place:
+    """Return the tab and the page that contain a component."""
+    tab: Any = block
+    while not isinstance(tab, gr.Tab):
+        tab = tab.parent
+    page: Any = tab
+    while not isinstance(page, Page):
+        page = page.parent
+    return Place(tab, page)
 
 
 def page_theme() -> themes.ThemeClass:

@@ -54,7 +54,7 @@ def phone(guarded: Served) -> Iterator[Visitor]:
 
 
 @contextlib.contextmanager
-def visit(served: Served, width: int) -> Iterator[Visitor]:
+def visit(served: Served, width: int, url: str | None = None) -> Iterator[Visitor]:
     chromium = shutil.which("chromium")
     assert chromium, "chromium is not installed: make test-browser does it as root"
     with sync_playwright() as playwright:
@@ -63,7 +63,7 @@ def visit(served: Served, width: int) -> Iterator[Visitor]:
         page.set_default_timeout(60 * SECONDS)
         expect.set_options(timeout=60 * SECONDS)
         visitor = Visitor(page)
-        page.goto(served.url)
+        page.goto(url or served.url)
         yield visitor
         browser.close()
     assert visitor.errors == []
