@@ -237,6 +237,9 @@ Of {config.n_written} continuations of validation stories at temperature {TEMPER
   the token after the earlier occurrence of the current token; {DATA} has the score of each head.
 
 ![The measures over training tokens]({FIGURE})
+
+The figure shows the initial weights at half of the tokens of the second snapshot, because its axis
+is logarithmic.
 """
 
 
@@ -293,17 +296,19 @@ def over_time_figure(moments: Sequence[Moment]) -> Figure:
 
 
 def _draw_heads(axes: Any, tokens: Sequence[float], moments: Sequence[Moment]) -> None:
-    """Plot the induction score of each head, with one colour for each layer."""
+    """Plot the induction score of each head, with one colour and line style for each layer."""
     axes.set_title("Induction score of each head", loc="left", fontsize=10)
     scores = [moment.induction for moment in moments if moment.induction is not None]
     if len(scores) < len(moments):
         return
     for layer in range(len(scores[0])):
-        colour = plots.COLOURS[layer % len(plots.COLOURS)]
+        n = len(plots.COLOURS)
+        style = {"color": plots.COLOURS[layer % n], "linestyle": ("-", "--", ":")[layer // n % 3]}
         for head in range(len(scores[0][layer])):
             label = f"layer {layer + 1}" if head == 0 else None
             values = [each[layer][head] for each in scores]
-            axes.plot(tokens, values, color=colour, linewidth=0.8, alpha=0.7, label=label)
+            axes.plot(tokens, values, **style, linewidth=0.8, alpha=0.7, label=label)
+    axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=7)
 
 

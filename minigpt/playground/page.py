@@ -100,28 +100,24 @@ def build_page(playground: Playground, training: Training | None = None) -> Page
         page.playground, page.selected = playground, gr.State("Story")
         gr.Markdown(INTRODUCTION)
         _age_slider(page)
-        with gr.Tab("Story") as tab:
-            _follow_selection(page, tab)
+        with gr.Tab("Story"):
             _story_tab(playground, page)
-        with gr.Tab("Words") as tab:
-            _follow_selection(page, tab)
+        with gr.Tab("Words"):
             _words_tab(playground)
-        with gr.Tab("Map") as tab:
-            _follow_selection(page, tab)
+        with gr.Tab("Map"):
             gr.Markdown(MAP)
             name = _model_choice(playground)
             _answer(playground.map, [name], gr.HTML(playground.map(name.value)))
-        with gr.Tab("Attention") as tab:
-            _follow_selection(page, tab)
+        with gr.Tab("Attention"):
             _attention_tab(playground)
         with gr.Tab("Layers") as tab:
             _follow_selection(page, tab)
             _layers_tab(playground)
         if training is not None:
             with gr.Tab("Train") as tab:
-                _follow_selection(page, tab)
                 training_tab(page, tab, playground, training)
             _refresh_models(page)
+        _follow_selection(page)
     page.queue(max_size=WAITING, default_concurrency_limit=WRITERS)
     return page
 
@@ -182,9 +178,15 @@ def _age_slider(page: Page) -> None:
     page.load(resize, None, [part, page.age], show_progress="hidden", **private)
 
 
-def _follow_selection(page: Page, tab: gr.Tab) -> None:
-    label = str(tab.label)
-    tab.select(lambda: label, None, page.selected, queue=False, api_visibility="private")
+def _follow_selection(page: Page) -> None:
+    """Store the label of the tab that is opened."""
+    for tab in [block for block in page.blocks.values() if isinstance(block, gr.Tab)]:
+        opened = gr.State(str(tab.label))
+        tab.select(_same, opened, page.selected, queue=False, api_visibility="private")
+
+
+def _same(value: str) -> str:
+    return value
 
 
 def _refresh_models(page: Page) -> None:

@@ -320,12 +320,12 @@ def training_environment(variables: Mapping[str, str]) -> dict[str, str]:
     Args:
         variables: environment of the server.
     """
-    kept = {
+    inherited = {
         name: value
         for name, value in variables.items()
         if _INHERITED.fullmatch(name) and not _SECRET.search(name)
     }
-    return kept | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    return inherited | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
 
 
 def _check(text: str | None, files: Sequence[Path], size: str, minutes: float | None) -> None:

@@ -83,6 +83,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "trainer.accelerator=cpu",
             "trainer.n_validations=1",
             "callbacks.progress_bar=false",
+            "callbacks.snapshots=4",
         ]
     )
 

@@ -135,6 +135,35 @@ def test_temperature_zero_writes_the_same_story_twice(visitor: Visitor):
     assert texts[0] == texts[1]
 
 
+def test_age_slider_shows_younger_models_in_the_open_tab(visitor: Visitor):
+    page = visitor.page
+    for name, value in (("Temperature", "0"), ("Maximum length (tokens)", "20")):
+        page.get_by_label(f"number input for {name}").fill(value)
+    page.get_by_role("button", name="Write").click()
+    tokens, note = page.locator(".story .token"), page.locator(".story .note")
+    expect(note).to_be_visible()
+    old, age = tokens.all_inner_texts(), page.get_by_label("number input for Age")
+    assert age.input_value() == "4"
+    age.fill("0")
+    age.press("Enter")
+    expect(page.locator("#age figcaption")).to_contain_text("after 0 tokens")
+    page.wait_for_function(
+        """old => {
+            const tokens = [...document.querySelectorAll(".story .token")];
+            return tokens.length && tokens.some((token, i) => token.innerText !== old[i]);
+        }""",
+        arg=old,
+    )
+    page.get_by_role("tab", name="Words").click()
+    expect(page.locator("#neighbours tr")).to_have_count(8)
+    young = page.locator("#neighbours").inner_text()
+    page.get_by_role("button", name="Play").click()
+    expect(age).to_have_value("4")
+    page.wait_for_function(
+        "young => document.querySelector('#neighbours').innerText !== young", arg=young
+    )
+
+
 def test_stop_button_ends_the_story(visitor: Visitor):
     page = visitor.page
     length = page.get_by_label("number input for Maximum length (tokens)")

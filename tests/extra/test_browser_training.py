@@ -24,8 +24,12 @@ def training(tiny_run: Path, tmp_path: Path) -> Iterator[Served]:
         yield served
 
 
-def open_tab(page: Page) -> None:
-    page.get_by_role("tab", name="Train").click()
+def open_tab(page: Page, phone: bool = False) -> None:
+    if phone:  # the last tabs are in a menu
+        page.locator(".overflow-menu > button").click()
+        page.locator(".overflow-dropdown button", has_text="Train").click()
+    else:
+        page.get_by_role("tab", name="Train").click()
     expect(page.locator("#start-training")).to_be_visible()
 
 
@@ -71,7 +75,7 @@ def test_text_is_trained_stopped_continued_and_tells_a_story(training: Served, t
 def test_error_of_the_data_is_shown_at_its_field(training: Served):
     with visit(training, width=390, url=training.token_url) as visitor:
         page = visitor.page
-        open_tab(page)
+        open_tab(page, phone=True)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         fill(page, " ", "1")
         expect(page.locator("#error-text .error")).to_be_visible()
