@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from importlib import resources
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -22,6 +22,7 @@ from gradio.routes import App, ORJSONResponse
 
 from minigpt.playground import inside
 from minigpt.playground.access import with_token
+from minigpt.playground.age_page import Page, age_slider, at_age, follow_selection, show_answer
 from minigpt.playground.answers import MAX_PROMPT, MAX_RUNS, MAX_TOKENS, Playground
 from minigpt.playground.hosts import Hosts, guarded
 from minigpt.playground.training_page import RANDOM, START_FROM, training_tab
@@ -56,8 +57,6 @@ ATTENTION = """To predict the next token, each **head** in each layer attends to
 Point at a token, or tap it, and the tokens that it attends to turn blue. In the matrix, each row is
 a token that attends, and each column is a token that it attends to. A head that finds nothing
 relevant often attends to (start)."""
-AGE = "the run has snapshots of its weights: move the slider to see what the model did when younger"
-PLAY_SECONDS = 1.5  # time of each age while the slider plays
 REFRESH_SECONDS = 3.0  # interval at which a page looks for newly trained models
 
 SCORES = """**Scores of all heads**, measured on a random sequence that is repeated: the
@@ -69,21 +68,6 @@ ATTRIBUTION = """**Attribution**: how much each head adds to the logit of the ne
 chosen position. Blue raises it, orange lowers it."""
 ACTIVITY = """**Activations**: the root mean square of the residual stream before each block, and of
 what its attention and its feed-forward layer add."""
-
-
-class Page(gr.Blocks):
-    """The page, with the inputs that all tabs share: the age of the models, and the open tab."""
-
-    playground: Playground
-    age: gr.Slider
-    selected: gr.State
-
-
-class Place(NamedTuple):
-    """The tab and the page of a component."""
-
-    tab: gr.Tab
-    page: Page
 
 
 def build_page(playground: Playground, training: Training | None = None) -> Page:
@@ -99,7 +83,7 @@ def build_page(playground: Playground, training: Training | None = None) -> Page
     ) as page:
         page.playground, page.selected = playground, gr.State("Story")
         gr.Markdown(INTRODUCTION)
-        _age_slider(page)
+        age_slider(page)
         with gr.Tab("Story"):
             _story_tab(playground, page)
         with gr.Tab("Words"):
@@ -107,17 +91,16 @@ def build_page(playground: Playground, training: Training | None = None) -> Page
         with gr.Tab("Map"):
             gr.Markdown(MAP)
             name = _model_choice(playground)
-            _answer(playground.map, [name], gr.HTML(playground.map(name.value)))
+            show_answer(playground.map, [name], gr.HTML(playground.map(name.value)))
         with gr.Tab("Attention"):
-            _attention_tab(playground)
-        with gr.Tab("Layers") as tab:
-            _follow_selection(page, tab)
+            _attention_tab(playground, page)
+        with gr.Tab("Layers"):
             _layers_tab(playground)
         if training is not None:
             with gr.Tab("Train") as tab:
                 training_tab(page, tab, playground, training)
             _refresh_models(page)
-        _follow_selection(page)
+        follow_selection(page)
     page.queue(max_size=WAITING, default_concurrency_limit=WRITERS)
     return page
 
@@ -141,52 +124,6 @@ def build_app(hosts: Hosts, training: Training | None = None) -> App:
             return guarded(stack, hosts)
 
     return GuardedApp(default_response_class=ORJSONResponse)
-
-
-def _age_slider(page: Page) -> None:
-    """Add the slider for the age of the models, hidden while no model has snapshots."""
-    playground = page.playground
-    n = playground.n_ages
-    with gr.Column(visible=n > 0, elem_id="age") as part:
-        with gr.Row():
-            page.age = gr.Slider(
-                0, max(n, 1), n, step=1, precision=0, label="Age", info=AGE, scale=5
-            )
-            play = gr.Button("Play", scale=1, min_width=80)
-        curve = gr.HTML(playground.age_html(None, n))
-
-    def next_age(age: int) -> tuple[int, gr.Timer]:
-        age = min(age + 1, playground.n_ages)
-        return age, gr.Timer(active=age < playground.n_ages)
-
-    def start(age: int) -> tuple[int, gr.Timer]:
-        return (0 if age >= playground.n_ages else age), gr.Timer(active=True)
-
-    def show(age: int) -> str:
-        return playground.age_html(None, age)
-
-    timer = gr.Timer(PLAY_SECONDS, active=False)
-    private: dict[str, Any] = {"api_visibility": "private"}
-    play.click(start, [page.age], [page.age, timer], **private)
-    timer.tick(next_age, [page.age], [page.age, timer], show_progress="hidden", **private)
-    page.age.change(show, [page.age], curve, show_progress="hidden", **private)
-
-    def resize() -> tuple[gr.Column, gr.Slider]:
-        n = playground.n_ages
-        return gr.Column(visible=n > 0), gr.Slider(0, max(n, 1), n)
-
-    page.load(resize, None, [part, page.age], show_progress="hidden", **private)
-
-
-def _follow_selection(page: Page) -> None:
-    """Store the label of the tab that is opened."""
-    for tab in [block for block in page.blocks.values() if isinstance(block, gr.Tab)]:
-        opened = gr.State(str(tab.label))
-        tab.select(_same, opened, page.selected, queue=False, api_visibility="private")
-
-
-def _same(value: str) -> str:
-    return value
 
 
 def _refresh_models(page: Page) -> None:
@@ -281,11 +218,11 @@ def _words_tab(playground: Playground) -> None:
         with gr.Column(min_width=300):
             text = gr.Textbox("princess - girl + boy", label="Analogy", max_lines=1)
             answers = gr.HTML(playground.analogy(name.value, text.value), elem_id="answers")
-    _answer(playground.neighbours, [name, word], words)
-    _answer(playground.analogy, [name, text], answers)
+    show_answer(playground.neighbours, [name, word], words)
+    show_answer(playground.analogy, [name, text], answers)
 
 
-def _attention_tab(playground: Playground) -> None:
+def _attention_tab(playground: Playground, page: Page) -> None:
     gr.Markdown(ATTENTION)
     name = _model_choice(playground)
     text = gr.Textbox(ATTENTION_TEXT, label="Text", max_length=MAX_PROMPT)
@@ -294,18 +231,17 @@ def _attention_tab(playground: Playground) -> None:
     value = playground.attention(name.value, text.value, layer.value, head.value)
     matrix = _tokens_part("${value}", value, elem_id="attention")
     inputs = [name, text, layer, head]
-    _answer(playground.attention, [text, layer, head], matrix, inputs)
+    show_answer(playground.attention, [text, layer, head], matrix, inputs)
     sliders = partial(_attention_sliders, playground)
     changed = name.change(sliders, [name, layer, head], [layer, head], api_visibility="private")
-    page = _place(matrix).page
-    answer = _at_age(playground.attention, page)
-    changed.then(answer, [*inputs, page.age], matrix, api_visibility="private")
+    attention = at_age(playground.attention, page)
+    changed.then(attention, [*inputs, page.age], matrix, api_visibility="private")
 
     def scores(name: str) -> str:
         return inside.scores_html(playground.models[name].scores)
 
     gr.Markdown(SCORES)
-    _answer(scores, [name], gr.HTML(scores(name.value), elem_id="scores"))
+    show_answer(scores, [name], gr.HTML(scores(name.value), elem_id="scores"))
 
 
 def _attention_sliders(playground: Playground, name: str, layer: int, head: int) -> list[gr.Slider]:
@@ -330,13 +266,14 @@ def _layers_tab(playground: Playground) -> None:
     def activity(name: str, text: str) -> str:
         return inside.activity(playground, name, text)
 
-    _answer(lens, [name, text], gr.HTML(lens(name.value, text.value), elem_id="lens"))
+    show_answer(lens, [name, text], gr.HTML(lens(name.value, text.value), elem_id="lens"))
     gr.Markdown(ATTRIBUTION)
     position = _slider("Position", 1, inside.MAX_COLUMNS, 6, 1)
     value = attribution(name.value, text.value, position.value)
-    _answer(attribution, [name, text, position], gr.HTML(value, elem_id="attribution"))
+    show_answer(attribution, [name, text, position], gr.HTML(value, elem_id="attribution"))
     gr.Markdown(ACTIVITY)
-    _answer(activity, [name, text], gr.HTML(activity(name.value, text.value), elem_id="activity"))
+    value = activity(name.value, text.value)
+    show_answer(activity, [name, text], gr.HTML(value, elem_id="activity"))
 
 
 def _model_choice(playground: Playground) -> gr.Dropdown:
@@ -362,57 +299,6 @@ def _slider(
 def _tokens_part(template: str, value: str = "", elem_id: str | None = None) -> gr.HTML:
     script = static_text("playground.js")
     return gr.HTML(value, html_template=template, js_on_load=script, elem_id=elem_id)
-
-
-def _answer(
-    function: Callable[..., str],
-    changing: Sequence[Any],
-    output: gr.HTML,
-    inputs: Sequence[Any] | None = None,
-) -> None:
-    """Show the result of `function` for `inputs` when one of `changing` changes.
-
-    By default, `inputs` are `changing`. The first input is the name of a model, which is replaced
-    by that of its age. A change of the age updates only the open tab; another tab is updated when
-    it is opened.
-
-    If several changes are waiting, only the newest is handled. The event is `change`, because
-    Gradio's `input` misses pasted text and backspace.
-    """
-    tab, page = _place(output)
-    inputs = [*(inputs or changing), page.age]
-    answer = _at_age(function, page)
-
-    def follow(selected: str, *values: Any) -> Any:
-        return answer(*values) if selected == tab.label else gr.skip()
-
-    changes = [component.change for component in changing]
-    how: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last"}
-    gr.on([*changes, tab.select], answer, inputs, output, **how)
-    age_inputs = [page.selected, *inputs]
-    page.age.change(follow, age_inputs, output, api_visibility="private", **how)
-
-
-def _at_age(function: Callable[..., str], page: Page) -> Callable[..., str]:
-    """Return a function whose last input is the age of the model that the first input names."""
-
-    def answer(*values: Any) -> str:
-        name, *rest, age = values
-        return function(page.playground.aged(name, age), *rest)
-
-    answer.__name__ = function.__name__  # the name in the API
-    return answer
-
-
-def _place(block: Any) -> Place:
-    """Return the tab and the page that contain a component."""
-    tab: Any = block
-    while not isinstance(tab, gr.Tab):
-        tab = tab.parent
-    page: Any = tab
-    while not isinstance(page, Page):
-        page = page.parent
-    return Place(tab, page)
 
 
 def page_theme() -> themes.ThemeClass:

@@ -162,6 +162,15 @@ def test_age_slider_shows_younger_models_in_the_open_tab(visitor: Visitor):
     page.wait_for_function(
         "young => document.querySelector('#neighbours').innerText !== young", arg=young
     )
+    for tab, part, value in (("Layers", "#lens", "0"), ("Attention", "#scores", "4")):
+        page.get_by_role("tab", name=tab).click()
+        expect(page.locator(f"{part} td").first).to_be_visible()
+        before = [part, page.locator(part).inner_text()]
+        age.fill(value)
+        age.press("Enter")
+        page.wait_for_function(
+            "([part, text]) => document.querySelector(part).innerText !== text", arg=before
+        )
 
 
 def test_stop_button_ends_the_story(visitor: Visitor):

@@ -60,9 +60,12 @@ def test_each_server_has_its_own_token():
 @pytest.mark.parametrize(
     ("loopback", "public", "login", "allow", "expected"),
     [
-        (True, False, None, False, True),
-        (True, True, None, False, False),
-        (False, False, None, False, False),
+        (True, False, None, None, True),
+        (True, False, None, True, True),
+        (True, False, ("a", "b"), False, False),
+        (True, True, None, None, False),
+        (False, False, None, None, False),
+        (False, False, ("a", "b"), None, False),
         (False, False, ("a", "b"), False, False),
         (False, False, ("a", "b"), True, True),
         (True, True, ("a", "b"), True, True),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minigpt.model import GPT, GPTConfig
-from minigpt.playground import answers
+from minigpt.playground import answers, inside
 from minigpt.playground.answers import Playground
 from minigpt.playground.curves import Curve, curve_svg, metrics, run_curve
 from minigpt.runs.checkpoint import write_checkpoint, write_snapshot
@@ -78,6 +78,11 @@ def test_answers_follow_the_age_with_the_same_seed(playground):
         old, "the dog", 1, 1
     )
     assert playground.map(young) == playground.map(young)
+    for answer in (inside.lens, inside.activity):
+        assert answer(playground, young, "the dog") != answer(playground, old, "the dog")
+    scores = [playground.models[key].scores for key in (young, old)]
+    assert all(score is not None for score in scores)
+    assert not torch.equal(scores[0].induction, scores[1].induction)
     with pytest.raises(KeyError):
         playground.models["nobody"]
 
