@@ -41,7 +41,7 @@ def fill(page: Page, text: str, minutes: str) -> None:
     page.locator("#start-training").click()
 
 
-def test_text_is_trained_stopped_continued_and_tells_a_story(training: Served, tmp_path: Path):
+def test_text_is_trained_stopped_continued_and_writes_a_story(training: Served, tmp_path: Path):
     with visit(training, width=1280, url=training.token_url) as visitor:
         page, view = visitor.page, visitor.page.locator("#training")
         assert "token" not in page.url
@@ -52,8 +52,9 @@ def test_text_is_trained_stopped_continued_and_tells_a_story(training: Served, t
         visitor.errors.clear()  # the reload ends requests that were running
         open_tab(page)
         expect(view).to_contain_text("tokens/s")
-        second = page.context.new_page()  # another tab sees the same training
-        second.goto(training.url)
+        assert page.context.browser is not None
+        second = page.context.browser.new_page()  # another visitor sees the same training
+        second.goto(training.token_url)
         open_tab(second)
         expect(second.locator("#training")).to_contain_text("tokens/s")
         second.close()
