@@ -84,7 +84,7 @@ def gpu_machine(scratch: Path) -> Machine:
 
 def cpu_machine(scratch: Path) -> Machine:
     """Return tiny sizes, with which the script takes seconds on a CPU."""
-    shape = GPTConfig(300, 16, d_model=16, n_layers=1, n_heads=2, d_ff=32)
+    shape = GPTConfig(280, 16, d_model=16, n_layers=1, n_heads=2, d_ff=32)
     names = ("Tom", "Lily", "Max", "Anna")
     scratch.mkdir(parents=True, exist_ok=True)
     for split, ends in (("train", ("happy", "sad", "tired", "kind")), ("valid", ("good",))):
@@ -96,7 +96,7 @@ def cpu_machine(scratch: Path) -> Machine:
     overrides = (
         "trainer.accelerator=cpu", "data=text", f"data.train_files=[{scratch / 'train.txt'}]",
         f"data.valid_files=[{scratch / 'valid.txt'}]", f"data.cache_dir={scratch / 'cache'}",
-        "data.vocab_size=300", "model.context_length=16", "model.d_model=16", "model.n_layers=1",
+        "data.vocab_size=280", "model.context_length=16", "model.d_model=16", "model.n_layers=1",
         "model.n_heads=2", "model.d_ff=32", "optimizer.warmup_steps=2", "callbacks=quiet",
     )  # fmt: skip
     return Machine(
@@ -132,7 +132,11 @@ def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
     budgets = {"medium": 104e6, "large": 60e6, "student": 60e6, "small": 60e6, "precision": 10e6}
     many, few = ["data.batch_size=128", "optimizer.warmup_tokens=1e6"], ["data.batch_size=8"]
     if not m.on_gpu:
-        budgets, many, few = dict.fromkeys(budgets, 640), ["data.batch_size=4"], []
+        budgets, many, few = (
+            dict.fromkeys(budgets, 640),
+            ["data.batch_size=4"],
+            ["data.batch_size=4"],
+        )
     sizes = {name: [f"model={name}"] if m.on_gpu else [] for name in ("small", "medium", "large")}
     b = {name: f"budget.tokens={budget:.0f}" for name, budget in budgets.items()}
     training("medium", 75, *sizes["medium"], *many, b["medium"])

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
-from torch._C._autograd import DeviceType
 
 from benchmarks.peers import Step, nanogpt_step, transformers_step
 from minigpt.cli.compose import load_config
@@ -341,8 +340,8 @@ def kernels_of_a_step(m: Machine, size: str, batch: int) -> Values:
         for _ in range(m.steps):
             step()
         m.synchronize()
-    device = DeviceType.CUDA if m.on_gpu else DeviceType.CPU
-    events = [e for e in profile.key_averages() if e.device_type == device]
+    device = "CUDA" if m.on_gpu else "CPU"
+    events = [e for e in profile.key_averages() if e.device_type.name == device]
     spent = {e.key: e.self_device_time_total if m.on_gpu else e.self_cpu_time_total for e in events}
     top = sorted(spent, key=lambda key: -spent[key])[:15]
     return {

@@ -125,7 +125,7 @@ def compare(
     comparisons = compare_recipes([read_run(folder) for folder in find_runs(folders)])
     table = Table(*COLUMNS, box=None, pad_edge=False, header_style="bold")
     for comparison in comparisons:
-        table.add_row(*map(Text, cells(comparison)))
+        table.add_row(*(Text(cell, overflow="fold") for cell in cells(comparison)))
     console = Console()
     console.print(table)
     console.print("", NOTE, sep="\n", markup=False, highlight=False)

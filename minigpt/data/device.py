@@ -17,7 +17,7 @@ class DeviceBatches(Dataset[tuple[Tensor, Tensor]]):
 
     The device holds all tokens, 2 bytes each, and the order of two epochs, which is copied when an
     epoch starts. With noise, the random tokens of each step are drawn on the host and copied. The
-    host waits for none of these copies.
+    host waits only for the copy of the tokens, at the start.
 
     Args:
         batches: the batches.
@@ -26,8 +26,8 @@ class DeviceBatches(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, batches: TrainingBatches, device: torch.device):
         self.batches, self.device = batches, device
-        # PyTorch can index int16, but not uint16.
-        self._tokens = self._upload(np.array(batches.windows.tokens).view(np.int16))
+        # PyTorch can index int16, but not uint16. Not pinned, because it is copied only once.
+        self._tokens = torch.from_numpy(np.array(batches.windows.tokens).view(np.int16)).to(device)
         self._window = torch.arange(batches.windows.context_length + 1, device=device)
         self._epoch = lru_cache(maxsize=2)(self._epoch_order)
 

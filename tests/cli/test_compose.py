@@ -193,13 +193,14 @@ def test_load_config_with_config_dir(tmp_path: Path):
 
 def test_load_config_restores_another_hydra_application(tmp_path: Path):
     (tmp_path / "theirs.yaml").write_text("a: 1\n")
+    initialized = HydraConfig.initialized()  # by a program that a test has run in this process
     with hydra.initialize_config_dir(str(tmp_path), version_base="1.3"):
         before = GlobalHydra.instance()
         assert load_config("train").seed == 1
         assert GlobalHydra.instance() is before
         assert hydra.compose("theirs").a == 1
     assert not GlobalHydra.instance().is_initialized()
-    assert not HydraConfig.initialized()
+    assert HydraConfig.initialized() == initialized
 
 
 def test_library_and_command_line_have_the_same_losses(tmp_path: Path):

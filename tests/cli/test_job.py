@@ -17,7 +17,7 @@ from minigpt.data.sources import bundled_sample
 from minigpt.playground import training
 from minigpt.playground.training import SIZES, Job, TrainingQueue
 from minigpt.runs.folder import Run
-from minigpt.training import loop
+from minigpt.training import assembly, loop
 from tests.conftest import ROOT, composed, naming, tiny_overrides
 
 PROGRAM = Program("minigpt", ("train",), "minigpt")
@@ -31,7 +31,7 @@ def queue(tmp_path, monkeypatch) -> TrainingQueue:
 
 @pytest.fixture(autouse=True)
 def no_benchmark(monkeypatch) -> None:
-    monkeypatch.setattr(loop, "matmul_peak", lambda *_: 1e9)
+    monkeypatch.setattr(assembly, "matmul_peak", lambda *_: 1e9)
 
 
 def run_started(job: Job) -> None:

@@ -24,8 +24,8 @@ from minigpt.model import GPT, GPTConfig
 from minigpt.runs.checkpoint import read_checkpoint
 from minigpt.runs.folder import Run
 from minigpt.runs.records import read_metrics, read_samples, read_summary
-from minigpt.training import loop
-from minigpt.training.config import TrainConfig, TrainerConfig
+from minigpt.training import assembly
+from minigpt.training.config import CallbacksConfig, OptimizerConfig, TrainConfig, TrainerConfig
 from tests.conftest import ROOT, composed, naming, trained_folder, write_stories
 
 FEW = EvaluationConfig(stories=StoriesConfig(prompts=("Once",), n=1, max_tokens=5), words=("Tom",))
@@ -72,7 +72,7 @@ def test_a_peak_that_a_run_beats_is_measured_again_once(
         calls.append(measure_again)
         return next(peaks)
 
-    monkeypatch.setattr("minigpt.training.loop.matmul_peak", measure)
+    monkeypatch.setattr("minigpt.training.assembly.matmul_peak", measure)
     folder = trained_folder(tiny)
     assert calls == ([False] if again is None else [False, True])
     assert read_summary(folder)["peak_flops"] == 1e30
@@ -365,7 +365,7 @@ def test_run_resumed_after_ctrl_c_equals_an_uninterrupted_one(
     assert read_summary(stopped)["status"] == "interrupted"
     commit = read_summary(stopped)["commit"]
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "source_commit", lambda: "a1b2")
+        patched.setattr(assembly, "source_commit", lambda: "a1b2")
         trained_folder([f"resume={stopped}"])
     assert read_summary(stopped)["commit"] == f"{commit}, a1b2"
     ends = [
@@ -469,10 +469,12 @@ def test_loss_of_training_by_device_precision_and_settings(monkeypatch):
     def loss_on(device: str, dropout: float = 0.0, precision="bf16-mixed", **settings) -> object:
         shape = GPTConfig(61, 16, d_model=16, n_layers=1, n_heads=1, dropout=dropout)
         module = SimpleNamespace(net=GPT(shape), fast_loss=None, distillation=None)
-        config = TrainConfig(model=shape, trainer=TrainerConfig(**settings))
+        adamw, quiet = OptimizerConfig("adamw"), CallbacksConfig(prompts=())  # for fsdp
+        trainer = TrainerConfig(**settings)
+        config = TrainConfig(model=shape, optimizer=adamw, trainer=trainer, callbacks=quiet)
         hardware = SimpleNamespace(accelerator=device, precision=precision)
         kernels = kernels_for(device, config.trainer.kernels)
-        loop._speed_up(module, kernels, hardware, config, None)  # type: ignore[arg-type]
+        assembly.set_losses(module, kernels, hardware, config, None)  # type: ignore[arg-type]
         return module.fast_loss
 
     micro_batches = loss_on("cpu")
@@ -537,4 +539,4 @@ def test_metrics_are_synced_to_disk_with_checkpoints_alone(
     syncs = []
     monkeypatch.setattr("minigpt.training.loggers.MetricsCsv.sync", lambda self: syncs.append(1))
     trained_folder([*tiny, "trainer.n_validations=1"])
-    assert len(syncs) == 2  # best.ckpt and last.ckpt, after 20 rows
+    assert len(syncs) == 3  # before the validation, best.ckpt and last.ckpt, after 20 rows

@@ -6,7 +6,8 @@ from tests.conftest import trained_folder
 def test_profile_writes_a_trace_and_a_table_of_ten_steps(tiny: list[str]):
     folder = trained_folder([*tiny, "trainer.profile=true", "trainer.accumulate_grad_batches=2"])
     trace = json.loads((folder / "profile/trace.json").read_text(encoding="utf-8"))
-    steps = [e for e in trace["traceEvents"] if e.get("name", "").startswith("Optimizer.step")]
+    name = "Optimizer.step#CombinedOptimizer.step"
+    steps = [e for e in trace["traceEvents"] if e.get("name") == name]
     assert len(steps) == 5  # the second half of a run of ten updates
     table = (folder / "profile/operators.txt").read_text(encoding="utf-8")
     assert "aten::" in table
