@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRA := $(BIN)/python -m pytest --override-ini addopts="-q --strict-markers"
 
-.PHONY: help quickstart test lint format audit docs golden chaos bench clean
+.PHONY: help quickstart life test lint format audit docs golden chaos bench clean
 .PHONY: test-browser test-cluster test-examples test-export test-memory test-surroundings
 .PHONY: test-wandb test-wheel
 .DELETE_ON_ERROR:
@@ -22,6 +22,14 @@ quickstart: .venv/installed  # install, train the small model for minutes, evalu
 	@echo "Next:    $(BIN)/python train.py budget.tokens=20e6     # better stories, in 20 to 60 min"
 	@echo "         $(BIN)/python train.py model=medium           # or model=large"
 	@echo "         $(BIN)/python train.py --help"
+
+life: .venv/installed  # train the three sizes with snapshots, for the slider "Age": hours
+	@echo "Each run logs the time that it has left. A run that is stopped continues with make life."
+	for size in small medium large; do \
+	  $(BIN)/python train.py model=$$size budget.tokens=20e6 callbacks.snapshots=8 \
+	    name=life-$$size resume=auto || exit; \
+	done
+	@echo "Next:    $(BIN)/minigpt playground runs/life-small runs/life-medium runs/life-large"
 
 test: lint audit  # run the linters, the audit and all tests
 	$(BIN)/python -m pytest -n auto --dist worksteal
@@ -50,7 +58,8 @@ test-browser: .venv/installed-browser  # test the playground and the html export
 	  { echo "error: the browser test needs Chromium: run as root, apt-get install chromium" >&2; exit 2; }
 	@command -v chromium >/dev/null || \
 	  { apt-get update -q && apt-get install -q -y --no-install-recommends chromium; }
-	$(EXTRA) tests/extra/test_browser.py tests/extra/test_visitors.py tests/extra/test_html_export.py
+	$(EXTRA) tests/extra/test_browser.py tests/extra/test_browser_training.py \
+	  tests/extra/test_visitors.py tests/extra/test_html_export.py
 
 test-cluster: .venv/installed-cluster  # test sweeps on one-node Slurm and a local Ray cluster
 	@for tool in munged srun sbatch slurmctld slurmd; do command -v $$tool >/dev/null || missing=1; done; \
@@ -98,6 +107,7 @@ bench: .venv/installed-dev  # measure speed and memory, on an idle machine
 	$(BIN)/python benchmarks/runs.py --out docs/results/benchmarks
 	$(BIN)/python benchmarks/preparation.py --rounds 3 --out docs/results/benchmarks
 	$(BIN)/python benchmarks/generation.py --rounds 5 --out docs/results/benchmarks
+	$(BIN)/python benchmarks/playground.py --out docs/results/benchmarks
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: type make PYTHON=python3.12 quickstart")'

@@ -540,10 +540,14 @@ VERBS: list[Case] = [
     ("minigpt export runs/tiny out", write("out/export.json", '{"files": 1}'), "README.md"),
     ("minigpt export out new", edit("out/config.yaml", "source: text", "source: [1]"), "source"),
     ("minigpt export out new", edit("out/config.yaml", "source:", "sauce:"), "data.source"),
-    ("minigpt playground", None, ("runs", "playground --help")),
     ("minigpt playground nowhere", None, "nowhere"),
     ("minigpt playground runs/tiny --port 70000", None, ("--port", "65535")),
     ("minigpt playground runs/tiny --auth name", None, ("--auth", "user:password")),
+    (
+        "minigpt playground runs/tiny --host 0.0.0.0 --allow-training",
+        None,
+        ("--allow-training", "--auth user:password"),
+    ),
     ("minigpt playground runs/tiny --auth :secret", None, ("--auth", "user:password")),
 ]
 

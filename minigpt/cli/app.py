@@ -1,41 +1,34 @@
 """The `minigpt` command, with one verb per task.
 
-Each verb is a function below. It imports its modules only when it is called, so that
-`minigpt --help` does not wait for torch. `train` and `evaluate` are Hydra apps in their own
-modules.
+Each verb is a function below or in `minigpt.cli.analysis`. It imports its modules only when it is
+called, so that `minigpt --help` does not wait for torch. `train` and `evaluate` are Hydra apps in
+their own modules.
 """
 
 from __future__ import annotations
 
 import signal
 import sys
-from dataclasses import replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
 
+from minigpt.cli.analysis import compare, probe, scaling, study
+from minigpt.cli.arguments import ClassPath, PathArgument, PathOption, RunPath, load_runs
 from minigpt.cli.exits import orderly_exit, result_on_stdout
 from minigpt.cli.program import Program, describe, leave, use_utf8
 from minigpt.core.console import log
 from minigpt.core.cores import limit_threads
 from minigpt.core.distributed import forget_launcher
-from minigpt.core.files import provide_home, user_path
+from minigpt.core.files import provide_home
 from minigpt.core.settings import UserError, one_line, speak
 from minigpt.core.typed import path_argument, shell_command, shell_word
 
-if TYPE_CHECKING:
-    from minigpt.runs.folder import Run
-
 Format = Literal["hf", "safetensors", "onnx", "gguf", "html"]
 Dtype = Literal["float32", "bfloat16"]
-PathArgument = partial(Argument, parser=user_path)
-PathOption = partial(Option, parser=user_path, metavar="PATH")
-RunPath = Annotated[Path, PathArgument(help="Run folder, checkpoint, snapshot or exported model.")]
-ClassPath = Annotated[str | None, Option(help="Class of the model, such as mypackage.MyGPT.")]
 UsageError: Any = typer.BadParameter.__base__  # typer does not export it
 
 app = typer.Typer(
@@ -89,7 +82,7 @@ def generate(
         problem = "always takes the most likely token, so only one story is possible; leave out "
         raise UserError(f"{problem}{' and '.join(unused)}", "temperature", 0)
     prompt = _one_prompt(words or [], prompt)
-    (source,) = _load([run], class_path)
+    (source,) = load_runs([run], class_path)
     model, tokenizer = source.load_model().to(getattr(torch, dtype)), source.tokenizer
     if prompt.endswith(" ") and prompt.strip():  # a token of its own, which is rare in stories
         log.warning("the prompt ends with a space, but words begin with one: leave it out")
@@ -120,29 +113,6 @@ def _one_prompt(words: list[str], option: str | None) -> str:
     return _standard_input() if prompt == "-" else prompt
 
 
-def _load(paths: list[Path], class_path: str | None) -> list[Run]:
-    """Load runs.
-
-    `class_path` is used for the runs that were trained with a custom class, or for all runs if
-    none was.
-    """
-    from minigpt.runs.folder import Run
-
-    runs = [Run.load(path) for path in paths]
-    if class_path is None:
-        return runs
-    from minigpt.cli.compose import import_class
-
-    model = import_class(class_path, "class_path")
-    custom = [run for run in runs if run.config.get("model_class") is not None] or runs
-    return [replace(run, model=model) if run in custom else run for run in runs]
-
-
-def _check_folder(path: Path | None, option: str = "--out") -> None:
-    if path is not None and path.exists() and not path.is_dir():
-        raise UserError(f"{option} {path} is a file: give an existing or a new folder")
-
-
 def _standard_input() -> str:
     """Return standard input without the final newline that `echo` adds."""
     try:
@@ -152,61 +122,15 @@ def _standard_input() -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-@app.command()
-def probe(
-    run: RunPath,
-    near: Annotated[
-        list[str] | None, Option(help="Show the tokens nearest to this word; may be repeated.")
-    ] = None,
-    analogy: Annotated[
-        list[str] | None,
-        Option(help="Analogy: 'princess - girl + boy'; may be repeated.", metavar="'A - B + C'"),
-    ] = None,
-    k: Annotated[int, Option(min=1, help="Number of tokens to show.")] = 5,
-    out: Annotated[
-        Path | None, PathOption(help="Folder for the map; default: the run's, or . for an export.")
-    ] = None,
-    class_path: ClassPath = None,
-) -> None:
-    """Explore the embedding: nearest words, analogies, and a map of words as a PNG.
-
-    Without --near and --analogy, twenty analogies are scored.
-    """
-    from rich.console import Console
-
-    from minigpt.analysis.analogies import ask
-    from minigpt.analysis.embedding_map import MAP, FewWordsError, caption, embedding_map, write_map
-    from minigpt.analysis.embeddings import EmbeddingProbe, SplitWordError, parse_analogy
-    from minigpt.cli.tables import score_line, score_table, word_table
-
-    _check_folder(out)
-    near, analogies = near or [], {text: parse_analogy(text) for text in analogy or []}
-    (source,) = _load([run], class_path)
-    probe = EmbeddingProbe(source.load_model(), source.tokenizer)
-    queries = {f"Nearest to {word}": partial(probe.neighbours, word, k) for word in near}
-    queries |= {text: partial(probe.analogy, *words, k) for text, words in analogies.items()}
-    console, problems = Console(), {}
-    for title, query in queries.items():
-        try:
-            console.print(word_table(title, query()))
-        except SplitWordError as error:
-            problems[str(error)] = None  # each once
-    if not queries:
-        answers = ask(probe)
-        console.print(score_table(answers), score_line(answers), sep="\n")
-    try:
-        layout, path = embedding_map(probe), (out or source.output_dir) / MAP
-        write_map(layout, path)
-        console.print(f"Wrote {path}. {caption(layout)}", markup=False, highlight=False)
-    except FewWordsError as error:  # the tables are useful without a map
-        console.print(f"No map: {error}", markup=False, highlight=False)
-    if problems:
-        raise UserError("; ".join(problems))
+app.command()(probe)
 
 
 @app.command()
 def playground(
-    runs: Annotated[list[Path], PathArgument(help="One to four runs to show side by side.")],
+    runs: Annotated[
+        list[Path] | None,
+        PathArgument(help="One to four runs to show side by side; default: the bundled model."),
+    ] = None,
     host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
         int | None, Option(min=0, max=65535, help="By default the first free port from 7860 up.")
@@ -216,93 +140,25 @@ def playground(
         str | None,
         Option(help="Path or URL of the page behind a reverse proxy.", metavar="PATH"),
     ] = None,
+    allow_training: Annotated[
+        bool | None,
+        Option("--allow-training", help="Allow training if others reach it; needs --auth."),
+    ] = None,
     class_path: ClassPath = None,
 ) -> None:
-    """Serve a local web page to generate stories and explore embeddings and attention."""
+    """Serve a local web page to generate stories, to explore models and to train them.
+
+    With snapshots in a run (callbacks.snapshots=8), a slider shows the model as it grew.
+    """
     from minigpt.playground.server import serve
+    from minigpt.runs.folder import bundled_release
 
-    serve(_load(runs, class_path), host, port, auth, root_path)
-
-
-@app.command()
-def scaling(
-    folders: Annotated[list[Path], PathArgument(help="Run folders, or folders that contain runs.")],
-    out: Annotated[Path | None, PathOption(help="Output folder; default: the first input.")] = None,
-    keep: Annotated[Path | None, PathOption(help="Copy records of finished runs here.")] = None,
-) -> None:
-    """Compare runs of several sizes and fit the scaling law L = E + A / N^α.
-
-    Prints the table of runs, and writes scaling.md, scaling.json and three log-log figures.
-    """
-    from rich.console import Console
-
-    from minigpt.scaling.fit import run_warnings
-    from minigpt.scaling.results import find_runs, keep_run, read_run
-    from minigpt.scaling.tables import REFERENCE_NOTE, law_line, rich_table, write_scaling
-
-    _check_folder(out)
-    _check_folder(keep, "--keep")
-    runs = [read_run(folder) for folder in find_runs(folders)]
-    for run in runs:
-        if keep is not None and run.point:
-            keep_run(run.path, keep)
-    out = out or (folders[0] if folders[0].is_dir() else runs[0].path)
-    laws = map(law_line, write_scaling(runs, out))
-    files = f"Wrote {out / 'scaling.md'}, scaling.json and figures."
-    paragraphs = (REFERENCE_NOTE, "\n".join(run_warnings(runs)), "\n".join(laws), files)
-    console = Console()
-    console.print(rich_table(runs))
-    for paragraph in filter(None, paragraphs):
-        console.print("", paragraph, sep="\n", markup=False, highlight=False)
+    models = load_runs(runs or [bundled_release()], class_path)
+    serve(models, host, port, auth, root_path, allow_training)
 
 
-@app.command()
-def compare(
-    folders: Annotated[list[Path], PathArgument(help="Run folders, or folders that contain runs.")],
-    out: Annotated[Path | None, PathOption(help="Write the table to this Markdown file.")] = None,
-) -> None:
-    """Compare recipes by the validation losses of runs with the same seeds.
-
-    Runs that differ only in their seed have one recipe. The table lists the mean difference to the
-    recipe of the first run, with its standard error.
-    """
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from minigpt.core.files import write_text
-    from minigpt.scaling.comparison import COLUMNS, NOTE, cells, markdown
-    from minigpt.scaling.comparison import compare as compare_recipes
-    from minigpt.scaling.results import find_runs, read_run
-
-    comparisons = compare_recipes([read_run(folder) for folder in find_runs(folders)])
-    table = Table(*COLUMNS, box=None, pad_edge=False, header_style="bold")
-    for comparison in comparisons:
-        table.add_row(*(Text(cell, overflow="fold") for cell in cells(comparison)))
-    console = Console()
-    console.print(table)
-    console.print("", NOTE, sep="\n", markup=False, highlight=False)
-    if out is not None:
-        write_text(out, markdown(comparisons))
-
-
-@app.command()
-def study(
-    runs: Annotated[list[Path], PathArgument(help="Runs to compare, of different sizes.")],
-    out: Annotated[Path, PathOption(help="Output folder.")] = Path("study"),
-    n: Annotated[int, Option(help="Number of stories for each run and temperature.")] = 200,
-    seed: Annotated[int, Option(help="Seed of the stories.")] = 1,
-    class_path: ClassPath = None,
-) -> None:
-    """Compare runs by the coherence of their stories, by sample stories and by embeddings.
-
-    Writes coherence.md, samples.md and embeddings.md, with figures and JSON files.
-    """
-    from minigpt.analysis.study import StudyConfig, write_study
-
-    _check_folder(out)
-    write_study(_load(runs, class_path), out, StudyConfig(n=n, seed=seed))
-    print(f"Wrote {out / 'coherence.md'}, samples.md and embeddings.md.")
+for verb in (scaling, compare, study):
+    app.command()(verb)
 
 
 @app.command()
@@ -333,7 +189,7 @@ def export(
     check_output(out)
     if push is not None:
         check_repository(push, dry_run)
-    (source,) = _load([run], class_path)
+    (source,) = load_runs([run], class_path)
     files = write(source, out, config, push, console)
     print(f"Wrote {out}: {', '.join(path.name for path in files)}")
     if push is not None and dry_run:
@@ -365,7 +221,7 @@ def publish(
     check_repository(name, dry_run, "name")
     folder = out or Path(name.rpartition("/")[2])
     check_output(folder)
-    (source,) = _load([run], class_path)
+    (source,) = load_runs([run], class_path)
     files = write_space(source, folder, name) if space else write(source, folder, name=name)
     print(f"Wrote {folder}: {len(files)} files")
     if dry_run:

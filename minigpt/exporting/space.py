@@ -46,6 +46,7 @@ serve(
     [Run.load(Path(__file__).parent / "model")],
     host=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),  # set by the Hub
     port=int(os.environ.get("GRADIO_SERVER_PORT", "7860")),
+    allow_training=False,
 )
 '''
 

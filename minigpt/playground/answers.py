@@ -8,7 +8,8 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from minigpt.analysis.attention import HeadScores, attention_weights, head_scores
@@ -19,6 +20,8 @@ from minigpt.core.text import human_count
 from minigpt.generation.sampling import SamplingConfig, encode_prompt
 from minigpt.model import GPT
 from minigpt.playground import html
+from minigpt.playground.curves import Curve, curves_html, safe_curve
+from minigpt.runs.checkpoint import snapshot_values
 from minigpt.runs.folder import Run
 from minigpt.runs.names import BEST
 from minigpt.tokenizer import Tokenizer
@@ -28,6 +31,16 @@ MAX_PROMPT = 1000  # maximum length of a prompt in characters
 MAX_TOKENS = 400  # maximum number of tokens per story
 MAX_ATTENTION = 48  # maximum number of tokens in a readable heatmap
 UPDATE_SECONDS = 0.08  # minimum time between two updates of a growing story
+LOADED_AGES = 12  # snapshots that stay in memory
+
+
+@dataclass(frozen=True)
+class Age:
+    """Snapshot of a model on the page."""
+
+    name: str  # name of the model at this age
+    run: Run  # with the snapshot selected
+    tokens: int  # number of training tokens so far
 
 
 @dataclass(frozen=True)
@@ -38,21 +51,43 @@ class LoadedModel:
     net: GPT
     tokenizer: Tokenizer
     probe: EmbeddingProbe
-    map: str  # map of words, as HTML
-    scores: HeadScores | None = None  # None if they cannot be measured
+    map: str | None  # map of words, as HTML; None means that it is drawn when it is needed
+    checkpoint: Path | None = None
+    ages: tuple[Age, ...] = ()  # snapshots of the run, sorted by age
+    curve: Curve | None = None  # loss of the run
+
+    @cached_property
+    def scores(self) -> HeadScores | None:
+        """Scores of all heads; None if they cannot be measured."""
+        try:
+            return head_scores(self.net)
+        except UserError:  # the context is too short, or the class takes no cache
+            return None
+
+
+class Models(dict[str, LoadedModel]):
+    """Loaded models by name; a model at an earlier age is loaded when it is needed."""
+
+    def __missing__(self, name: str) -> LoadedModel:
+        for model in self.values():
+            for age in model.ages:
+                if age.name == name:
+                    return _load_age(age)
+        raise KeyError(name)
 
 
 class Playground:
     """Loaded models and their answers to visitors.
 
-    Methods do not modify the object, so many visitors can be served at once.
+    Only `add` modifies the object, and it replaces the models as a whole, so many visitors can be
+    served at once.
 
     Args:
         models: the models, whose names must differ.
     """
 
     def __init__(self, models: Sequence[LoadedModel]) -> None:
-        self.models = {model.name: model for model in models}
+        self.models = Models({model.name: model for model in models})
 
     @classmethod
     def load(cls, runs: Sequence[Run]) -> Playground:
@@ -75,11 +110,70 @@ class Playground:
                 models[run.checkpoint] = _load(run, [model.name for model in models.values()])
         return cls(list(models.values()))
 
+    def add(self, run: Run) -> None:
+        """Add the model of a run, unless it is already loaded.
+
+        Args:
+            run: the run.
+
+        Raises:
+            UserError: the run cannot be read.
+        """
+        if all(model.checkpoint != run.checkpoint for model in self.models.values()):
+            model = _load(run, list(self.models))
+            self.models = Models({**self.models, model.name: model})
+
+    @property
+    def n_ages(self) -> int:
+        """Largest number of snapshots of a model."""
+        return max((len(model.ages) for model in self.models.values()), default=0)
+
+    def aged(self, name: str, age: int | None) -> str:
+        """Return the name of a model at an age.
+
+        Args:
+            name: name of the model.
+            age: position from 0 to `n_ages`; `n_ages` and None mean the selected checkpoint. For a
+                model with fewer snapshots, the position is scaled.
+
+        Returns:
+            A key of `models`; `name` itself for a model without snapshots.
+        """
+        ages, n = self.models[name].ages, self.n_ages
+        if age is None or not ages or age >= n:
+            return name
+        return ages[max(int(age), 0) * len(ages) // n].name
+
+    def age_html(self, names: Sequence[str] | None, age: int | None) -> str:
+        """Return the loss curves of models with a marker at an age, as HTML.
+
+        Args:
+            names: names of the models; None or none means all, at most MAX_RUNS.
+            age: position from 0 to `n_ages`.
+        """
+        curves = {}
+        for name in self.chosen(names):
+            model = self.models[name]
+            if model.curve is not None and model.ages:
+                key = self.aged(name, age)
+                tokens = {each.name: each.tokens for each in model.ages}.get(key)
+                curves[key] = model.curve, model.curve.end if tokens is None else tokens
+        return curves_html(curves)
+
+    def chosen(self, names: Sequence[str] | None) -> list[str]:
+        """Return the names of the models that a visitor chose, at most MAX_RUNS.
+
+        Args:
+            names: the chosen names; None or none means the first models.
+        """
+        return [name for name in names or self.models if name in self.models][:MAX_RUNS]
+
     def write(
         self, prompt: str, temperature: float, top_k: int, top_p: float, min_p: float,
-        max_tokens: int,
+        max_tokens: int, names: Sequence[str] | None = None, age: int | None = None,
+        seed: int | None = None,
     ) -> Iterator[tuple[str, ...]]:  # fmt: skip
-        """Yield the stories of all models as HTML, updated as they grow.
+        """Yield the stories of several models as HTML, updated as they grow.
 
         All models sample with the same seed. For an invalid input, a one-line error is yielded
         instead of each story.
@@ -91,20 +185,25 @@ class Playground:
             top_p: total probability of the most likely tokens to sample from; 1 means all.
             min_p: minimum probability, relative to the most likely token; 0 means all tokens.
             max_tokens: maximum number of new tokens, from 1 to MAX_TOKENS.
+            names: names of the models; None or none means the first MAX_RUNS models.
+            age: age of the models, as for `aged`.
+            seed: seed of the sampling; None means a random seed.
 
         Yields:
             The story so far of each model.
         """
+        chosen = self.chosen(names)
         try:
             prompt = checked_text(prompt)
             if not 1 <= max_tokens <= MAX_TOKENS:
                 raise UserError(f"must be from 1 to {MAX_TOKENS}", "max_tokens", max_tokens)
-            seed = random.getrandbits(31)
+            seed = random.getrandbits(31) if seed is None else seed
             sampling = SamplingConfig(temperature, top_k or None, top_p, max_tokens, seed, min_p)
-            stories = [_story(model, prompt, sampling) for model in self.models.values()]
+            models = [self.models[self.aged(name, age)] for name in chosen]
+            stories = [_story(model, prompt, sampling) for model in models]
             columns = [next(story) for story in stories]
         except UserError as error:
-            yield (html.note_html(str(error), "error"),) * len(self.models)
+            yield (html.note_html(str(error), "error"),) * len(chosen)
             return
         last = 0.0  # the first token is shown at once
         while any(updates := [next(story, "") for story in stories]):
@@ -149,7 +248,8 @@ class Playground:
 
     def map(self, name: str) -> str:
         """Return the map of words of the model `name`, as HTML."""
-        return self.models[name].map
+        model = self.models[name]
+        return _word_map(model.probe) if model.map is None else model.map
 
     def attention(self, name: str, text: str, layer: int, head: int) -> str:
         """Return the attention of one head, as HTML.
@@ -229,16 +329,33 @@ def _load(run: Run, taken: Sequence[str]) -> LoadedModel:
     while name in taken:
         name += " again"
     probe = EmbeddingProbe(net, tokenizer)
+    ages = []
+    for path in run.snapshots:
+        tokens, loss = snapshot_values(path)
+        aged = f"{name} after {human_count(tokens)} tokens, {path.stem}"
+        ages.append((Age(aged, replace(run, checkpoint=path), tokens), loss))
+    curve = safe_curve(run.folder)
+    if curve is None and ages:  # a release has no metrics.csv
+        losses = [age.tokens for age, _ in ages], [loss for _, loss in ages]
+        curve = Curve(losses, ([], []))
+    ages = tuple(age for age, _ in ages)
+    return LoadedModel(name, net, tokenizer, probe, _word_map(probe), run.checkpoint, ages, curve)
+
+
+@lru_cache(maxsize=LOADED_AGES)
+def _load_age(age: Age) -> LoadedModel:
+    net, tokenizer = age.run.load_model(), age.run.tokenizer
+    return LoadedModel(age.name, net, tokenizer, EmbeddingProbe(net, tokenizer), None)
+
+
+@lru_cache(maxsize=LOADED_AGES)
+def _word_map(probe: EmbeddingProbe) -> str:
+    """Return the map of words as HTML, or a one-line error."""
     try:
         words = embedding_map(probe)
-        word_map = f'<div class="map">{map_svg(words)}</div>{html.note_html(caption(words))}'
+        return f'<div class="map">{map_svg(words)}</div>{html.note_html(caption(words))}'
     except FewWordsError as error:
-        word_map = html.note_html(str(error), "error")
-    try:
-        scores = head_scores(net)
-    except UserError:  # the context is too short, or the class takes no cache
-        scores = None
-    return LoadedModel(name, net, tokenizer, probe, word_map, scores)
+        return html.note_html(str(error), "error")
 
 
 def checked_text(text: str | None, what: str = "a prompt, such as Once upon a time") -> str:

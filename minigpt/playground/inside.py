@@ -107,8 +107,14 @@ def _activity(model: LoadedModel, ids: Tensor) -> str:
     return _signed(_columns(model, ids), names, rows)
 
 
-def scores_html(scores: HeadScores) -> str:
-    """Return the previous-token score and the induction score of every head, as HTML tables."""
+def scores_html(scores: HeadScores | None) -> str:
+    """Return the previous-token score and the induction score of every head, as HTML tables.
+
+    Args:
+        scores: the scores; None if they cannot be measured.
+    """
+    if scores is None:
+        return html.note_html("They cannot be measured for this model.")
     tables = []
     for title, values in (
         ("Previous-token score", scores.previous_token),

@@ -7,10 +7,11 @@ system.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import random
+from collections.abc import Iterator
 from functools import partial
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -20,8 +21,14 @@ from gradio import themes
 from gradio.routes import App, ORJSONResponse
 
 from minigpt.playground import inside
-from minigpt.playground.answers import MAX_PROMPT, MAX_TOKENS, Playground
+from minigpt.playground.access import with_token
+from minigpt.playground.age_page import Page, age_slider, at_age, follow_selection, show_answer
+from minigpt.playground.answers import MAX_PROMPT, MAX_RUNS, MAX_TOKENS, Playground
 from minigpt.playground.hosts import Hosts, guarded
+from minigpt.playground.training_page import RANDOM, START_FROM, training_tab
+
+if TYPE_CHECKING:
+    from minigpt.playground.server import Training
 
 WRITERS = 4  # requests of one kind that are served at the same time; further requests wait
 WAITING = 64  # maximum number of waiting requests; further requests get an error
@@ -50,6 +57,7 @@ ATTENTION = """To predict the next token, each **head** in each layer attends to
 Point at a token, or tap it, and the tokens that it attends to turn blue. In the matrix, each row is
 a token that attends, and each column is a token that it attends to. A head that finds nothing
 relevant often attends to (start)."""
+REFRESH_SECONDS = 3.0  # interval at which a page looks for newly trained models
 
 SCORES = """**Scores of all heads**, measured on a random sequence that is repeated: the
 previous-token score is the mean attention to the token before; the induction score is the mean
@@ -62,41 +70,92 @@ ACTIVITY = """**Activations**: the root mean square of the residual stream befor
 what its attention and its feed-forward layer add."""
 
 
-def build_page(playground: Playground) -> gr.Blocks:
-    """Return the page with its five tabs: Story, Words, Map, Attention and Layers."""
-    with gr.Blocks(title="Mini GPT playground", analytics_enabled=False) as page:
+def build_page(playground: Playground, training: Training | None = None) -> Page:
+    """Return the page with its tabs: Story, Words, Map, Attention, Layers and, if allowed, Train.
+
+    Args:
+        playground: the loaded models.
+        training: the queue of trainings, and who may use it; None means no training.
+    """
+    # Uploads that are not moved to a training are deleted after an hour, or when the server ends.
+    with Page(
+        title="Mini GPT playground", analytics_enabled=False, delete_cache=(600, 3600)
+    ) as page:
+        page.playground, page.selected = playground, gr.State("Story")
         gr.Markdown(INTRODUCTION)
+        age_slider(page)
         with gr.Tab("Story"):
-            _story_tab(playground)
+            _story_tab(playground, page)
         with gr.Tab("Words"):
             _words_tab(playground)
         with gr.Tab("Map"):
             gr.Markdown(MAP)
             name = _model_choice(playground)
-            _answer(playground.map, [name], gr.HTML(playground.map(name.value)))
+            show_answer(playground.map, [name], gr.HTML(playground.map(name.value)))
         with gr.Tab("Attention"):
-            _attention_tab(playground)
+            _attention_tab(playground, page)
         with gr.Tab("Layers"):
             _layers_tab(playground)
+        if training is not None:
+            with gr.Tab("Train") as tab:
+                training_tab(page, tab, playground, training)
+            _refresh_models(page)
+        follow_selection(page)
     page.queue(max_size=WAITING, default_concurrency_limit=WRITERS)
     return page
 
 
-def build_app(hosts: Hosts) -> App:
-    """Return the web application of the page, which refuses requests that `hosts` does not allow.
+def build_app(hosts: Hosts, training: Training | None = None) -> App:
+    """Return the web application of the page, which checks the host and the token of trainings.
 
-    The check is the outermost layer, because Gradio's own layers add
-    Access-Control-Allow-Origin to every answer.
+    Both checks are outside of Gradio's own layers, which add Access-Control-Allow-Origin to every
+    answer and read uploads.
+
+    Args:
+        hosts: the hosts of this server; requests with another Host or Origin are refused.
+        training: the queue of trainings, and who may use it; None means no training.
     """
 
     class GuardedApp(App):
         def build_middleware_stack(self) -> Any:
-            return guarded(super().build_middleware_stack(), hosts)
+            stack = super().build_middleware_stack()
+            if training is not None:
+                stack = with_token(stack, training.access)
+            return guarded(stack, hosts)
 
     return GuardedApp(default_response_class=ORJSONResponse)
 
 
-def _story_tab(playground: Playground) -> None:
+def _refresh_models(page: Page) -> None:
+    """Add newly trained models to the lists of the open pages."""
+    choices = [
+        block
+        for block in page.blocks.values()
+        if isinstance(block, gr.Dropdown) and block.label in ("Model", "Models", START_FROM)
+    ]
+    known = gr.State(list(page.playground.models))
+
+    def refresh(known: list[str]) -> list[Any]:
+        names = list(page.playground.models)
+        if names == known:
+            return [gr.skip()] * (1 + len(choices))
+        updates = []
+        for choice in choices:
+            is_start = choice.label == START_FROM
+            listed = [RANDOM, *names] if is_start else names
+            updates.append(gr.Dropdown(listed, visible=is_start or len(names) > 1))
+        return [names, *updates]
+
+    for event in (page.load, gr.Timer(REFRESH_SECONDS).tick):
+        event(refresh, [known], [known, *choices], show_progress="hidden", api_visibility="private")
+
+
+def _story_tab(playground: Playground, page: Page) -> None:
+    names = list(playground.models)
+    models = gr.Dropdown(
+        names, value=names[:MAX_RUNS], label="Models", multiselect=True, max_choices=MAX_RUNS,
+        visible=len(names) > 1,
+    )  # fmt: skip
     with gr.Row():
         with gr.Column(scale=3, min_width=300):
             prompt = gr.Textbox(PROMPT, label="Prompt", lines=2, max_length=MAX_PROMPT)
@@ -111,20 +170,42 @@ def _story_tab(playground: Playground) -> None:
                 top_p = _slider("top-p", 0.05, 1, 1, 0.05, TOP_P)
                 min_p = _slider("min-p", 0, 0.5, 0, 0.01, MIN_P)
     gr.HTML(LEGEND)
-    stories = []
+    columns, titles, stories = [], [], []
     with gr.Row():
-        for name in playground.models:
-            with gr.Column(min_width=300):
-                gr.Markdown(f"**{name}**")
+        for i in range(MAX_RUNS):
+            with gr.Column(min_width=300, visible=i < len(names)) as column:
+                columns.append(column)
+                titles.append(gr.Markdown(f"**{names[i]}**" if i < len(names) else ""))
                 stories.append(_tokens_part('<div class="story" dir="auto">${value}</div>'))
+    seed = gr.State(0)
+
+    def choose(chosen: list[str]) -> list[Any]:
+        shown = [f"**{name}**" for name in playground.chosen(chosen)]
+        shown += [""] * (MAX_RUNS - len(shown))
+        return [*(gr.Column(visible=bool(title)) for title in shown), *shown]
 
     def write(*inputs: Any) -> Iterator[Any]:
-        for columns in playground.write(*inputs):
-            yield columns if len(stories) > 1 else columns[0]  # Gradio rejects 1-tuples
+        for texts in playground.write(*inputs):
+            yield (*texts, *[""] * (MAX_RUNS - len(texts)))
 
-    inputs = [prompt, temperature, top_k, top_p, min_p, length]
-    story = gr.on([start.click, prompt.submit], write, inputs, stories, show_progress="minimal")
-    stop.click(None, cancels=[story], api_visibility="private")
+    def follow(selected: str, *inputs: Any) -> Iterator[Any]:
+        """Write the story of the last seed again at another age."""
+        yield from write(*inputs) if selected == "Story" else [(gr.skip(),) * MAX_RUNS]
+
+    models.change(
+        choose, models, [*columns, *titles], show_progress="hidden", api_visibility="private"
+    )
+    inputs = [prompt, temperature, top_k, top_p, min_p, length, models, page.age]
+    new_seed = gr.on(
+        [start.click, prompt.submit], lambda: random.getrandbits(31), None, seed, queue=False,
+        api_visibility="private",
+    )  # fmt: skip
+    story = new_seed.then(write, [*inputs, seed], stories, show_progress="minimal")
+    aged = page.age.change(
+        follow, [page.selected, *inputs, seed], stories, show_progress="hidden",
+        trigger_mode="always_last", api_visibility="private",
+    )  # fmt: skip
+    stop.click(None, cancels=[story, aged], api_visibility="private")
 
 
 def _words_tab(playground: Playground) -> None:
@@ -137,11 +218,11 @@ def _words_tab(playground: Playground) -> None:
         with gr.Column(min_width=300):
             text = gr.Textbox("princess - girl + boy", label="Analogy", max_lines=1)
             answers = gr.HTML(playground.analogy(name.value, text.value), elem_id="answers")
-    _answer(playground.neighbours, [name, word], words)
-    _answer(playground.analogy, [name, text], answers)
+    show_answer(playground.neighbours, [name, word], words)
+    show_answer(playground.analogy, [name, text], answers)
 
 
-def _attention_tab(playground: Playground) -> None:
+def _attention_tab(playground: Playground, page: Page) -> None:
     gr.Markdown(ATTENTION)
     name = _model_choice(playground)
     text = gr.Textbox(ATTENTION_TEXT, label="Text", max_length=MAX_PROMPT)
@@ -150,18 +231,17 @@ def _attention_tab(playground: Playground) -> None:
     value = playground.attention(name.value, text.value, layer.value, head.value)
     matrix = _tokens_part("${value}", value, elem_id="attention")
     inputs = [name, text, layer, head]
-    _answer(playground.attention, [text, layer, head], matrix, inputs)
+    show_answer(playground.attention, [text, layer, head], matrix, inputs)
     sliders = partial(_attention_sliders, playground)
     changed = name.change(sliders, [name, layer, head], [layer, head], api_visibility="private")
-    changed.then(playground.attention, inputs, matrix, api_visibility="private")
-    if any(model.scores is not None for model in playground.models.values()):
+    attention = at_age(playground.attention, page)
+    changed.then(attention, [*inputs, page.age], matrix, api_visibility="private")
 
-        def scores(name: str) -> str:
-            measured = playground.models[name].scores
-            return "" if measured is None else inside.scores_html(measured)
+    def scores(name: str) -> str:
+        return inside.scores_html(playground.models[name].scores)
 
-        gr.Markdown(SCORES)
-        _answer(scores, [name], gr.HTML(scores(name.value), elem_id="scores"))
+    gr.Markdown(SCORES)
+    show_answer(scores, [name], gr.HTML(scores(name.value), elem_id="scores"))
 
 
 def _attention_sliders(playground: Playground, name: str, layer: int, head: int) -> list[gr.Slider]:
@@ -186,13 +266,14 @@ def _layers_tab(playground: Playground) -> None:
     def activity(name: str, text: str) -> str:
         return inside.activity(playground, name, text)
 
-    _answer(lens, [name, text], gr.HTML(lens(name.value, text.value), elem_id="lens"))
+    show_answer(lens, [name, text], gr.HTML(lens(name.value, text.value), elem_id="lens"))
     gr.Markdown(ATTRIBUTION)
     position = _slider("Position", 1, inside.MAX_COLUMNS, 6, 1)
     value = attribution(name.value, text.value, position.value)
-    _answer(attribution, [name, text, position], gr.HTML(value, elem_id="attribution"))
+    show_answer(attribution, [name, text, position], gr.HTML(value, elem_id="attribution"))
     gr.Markdown(ACTIVITY)
-    _answer(activity, [name, text], gr.HTML(activity(name.value, text.value), elem_id="activity"))
+    value = activity(name.value, text.value)
+    show_answer(activity, [name, text], gr.HTML(value, elem_id="activity"))
 
 
 def _model_choice(playground: Playground) -> gr.Dropdown:
@@ -218,30 +299,6 @@ def _slider(
 def _tokens_part(template: str, value: str = "", elem_id: str | None = None) -> gr.HTML:
     script = static_text("playground.js")
     return gr.HTML(value, html_template=template, js_on_load=script, elem_id=elem_id)
-
-
-def _answer(
-    function: Callable[..., str],
-    changing: Sequence[Any],
-    output: gr.HTML,
-    inputs: Sequence[Any] | None = None,
-) -> None:
-    """Show the result of `function` for `inputs` when one of `changing` changes.
-
-    By default, `inputs` are `changing`.
-
-    If several changes are waiting, only the newest is handled. The event is `change`, because
-    Gradio's `input` misses pasted text and backspace.
-    """
-    changes = [component.change for component in changing]
-    gr.on(
-        changes,
-        function,
-        inputs or changing,
-        output,
-        show_progress="hidden",
-        trigger_mode="always_last",
-    )
 
 
 def page_theme() -> themes.ThemeClass:

@@ -6,14 +6,20 @@ import errno
 import importlib.util
 import os
 import socket
+import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.request import getproxies
 
 from minigpt.core.console import log
 from minigpt.core.settings import UserError
+from minigpt.playground.access import Access, may_train
 from minigpt.playground.answers import Playground
 from minigpt.playground.hosts import Hosts
+from minigpt.playground.training import JOBS, MAX_UPLOAD, TrainingQueue
 from minigpt.runs.folder import Run
 
 if TYPE_CHECKING:
@@ -21,6 +27,35 @@ if TYPE_CHECKING:
 
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MAX_TRAINED = 8  # trained models on the page
+WATCH_SECONDS = 0.5  # interval at which waiting trainings are started
+
+
+@dataclass(frozen=True)
+class Training:
+    """The queue of a server, and the token that a visitor needs to use it."""
+
+    queue: TrainingQueue
+    access: Access
+
+    def watch(self, playground: Playground, ended: threading.Event) -> None:
+        """Start waiting jobs and add the models of finished jobs to the page, until `ended` is set.
+
+        Args:
+            playground: the models of the page.
+            ended: event that ends the loop.
+        """
+        seen: set[str] = set()
+        while not ended.wait(WATCH_SECONDS):
+            try:
+                self.queue.advance()
+                finished = [job for job in self.queue.jobs() if job.state == "finished"]
+                for job in finished[:MAX_TRAINED]:
+                    if job.name not in seen and job.run is not None:
+                        seen.add(job.name)
+                        playground.add(Run.load(job.run))
+            except (OSError, UserError) as error:  # such as a full disk, or a run that was deleted
+                log.warning("training from the page: %s", error)
 
 
 def serve(
@@ -29,8 +64,12 @@ def serve(
     port: int | None = None,
     auth: str | None = None,
     root_path: str | None = None,
+    allow_training: bool | None = None,
 ) -> None:
     """Serve a page with the models of `runs` until Ctrl-C is pressed, and log the page's address.
+
+    The page can also train models, in the folder runs/ and as processes of their own, if the server
+    listens on this machine only. Trainings continue when the server ends.
 
     Args:
         runs: one to four runs.
@@ -39,10 +78,14 @@ def serve(
         auth: login that visitors must enter, "user:password"; None means no login.
         root_path: path such as "/stories", or URL, of the page behind a reverse proxy; None means
             no proxy, or one that serves the page at its root.
+        allow_training: whether the page can train models. None means only if nobody else can reach
+            it: not with `root_path`, on a Hugging Face Space, or if other machines can reach
+            `host`. There, True also needs a login.
 
     Raises:
         UserError: Gradio is missing, `auth` lacks the user or the password, `root_path` is neither
-            a path nor a URL, a run cannot be read, or the address cannot be used.
+            a path nor a URL, training needs a login, a run cannot be read, or the address cannot be
+            used.
     """
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the playground needs Gradio: run pip install gradio")
@@ -50,13 +93,31 @@ def serve(
     if root_path is not None and not root_path.startswith(("/", "http://", "https://")):
         problem = "must be a path or a URL, such as /stories or https://example.org/stories"
         raise UserError(problem, "root_path", root_path)
-    page = start(Playground.load(runs), host, port, login, root_path)
-    if host.strip("[]") not in LOOPBACK and login is None:
+    is_loopback = host.strip("[]") in LOOPBACK
+    is_public = root_path is not None or "SPACE_ID" in os.environ
+    training = None
+    if may_train(is_loopback, is_public, login, allow_training):
+        from minigpt.data.config import CACHE  # a Space has no minigpt.data, and cannot train
+
+        try:
+            training = Training(TrainingQueue(Path(CACHE) / JOBS, Path("runs")), Access())
+        except OSError as error:  # such as a read-only working directory
+            log.warning("the page cannot train models: %s", error)
+    playground = Playground.load(runs)
+    page = start(playground, host, port, login, root_path, training)
+    if not is_loopback and login is None:
         log.warning("anyone who can reach %s can use the page, because auth is not set", host)
-    log.info("open %s in a browser (Ctrl-C stops the page)", page.local_url)
+    url = str(page.local_url)
+    url = url if training is None else training.access.url(url)
+    log.info("open %s in a browser (Ctrl-C stops the page)", url)
+    ended = threading.Event()
+    if training is not None:
+        watch = partial(training.watch, playground, ended)
+        threading.Thread(target=watch, daemon=True).start()
     try:
         page.server.thread.join()
     finally:
+        ended.set()
         page.close(verbose=False)
 
 
@@ -66,6 +127,7 @@ def start(
     port: int | None,
     login: tuple[str, str] | None = None,
     root_path: str | None = None,
+    training: Training | None = None,
 ) -> Blocks:
     """Start the page in a separate thread and return it; its address is `local_url`.
 
@@ -75,6 +137,7 @@ def start(
         port: port to listen on; 0 means any free port, None the first free port from 7860.
         login: user name and password; None means no login.
         root_path: path or URL of the page behind a reverse proxy; None means no proxy.
+        training: the queue of trainings, and the token to use it; None means no training.
 
     Returns:
         The running page.
@@ -91,18 +154,18 @@ def start(
             port = trial.getsockname()[1] if port == 0 else port
         from minigpt.playground.page import build_app, build_page, page_theme, static_text
 
-        page = build_page(playground)
+        page = build_page(playground, training)
         page.launch(
             prevent_thread_lock=True,
             server_name=f"[{host}]" if ":" in host else host,
             server_port=port,
             auth=login,
             root_path=root_path,
-            _app=build_app(Hosts(host, root_path)),
+            _app=build_app(Hosts(host, root_path), training),
             theme=page_theme(),
             css=static_text("playground.css"),
             footer_links=[],
-            max_file_size="1kb",  # the page has no uploads
+            max_file_size="1kb" if training is None else MAX_UPLOAD,  # only trainings have uploads
             run_history=False,  # browsers must not store the inputs
             enable_monitoring=False,
             share=False,

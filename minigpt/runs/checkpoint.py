@@ -176,6 +176,26 @@ def write_snapshot(
     write_bytes(path, save(weights, metadata))
 
 
+def snapshot_values(path: Path) -> tuple[int, float]:
+    """Return the number of training tokens of a snapshot, and its training loss.
+
+    Args:
+        path: the file, written by `write_snapshot`.
+
+    Returns:
+        The number of tokens, and the loss of the last batch in nats per token, NaN at step 0.
+
+    Raises:
+        UserError: the file is damaged or not a snapshot.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        return int(metadata["tokens"]), float(metadata["train_loss"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        raise UserError(f"{path} is damaged or not a snapshot: remove it") from None
+
+
 def is_whole(path: Path) -> bool:
     """Return whether a checkpoint is undamaged, by the CRC-32 checksums in its zip archive."""
     try:

@@ -253,6 +253,21 @@ class Run:
         return build(Parent, entry, f"{self.folder}")
 
 
+def bundled_release(name: str = "w64") -> Path:
+    """Return the folder of a released model in this checkout; `w64` has snapshots of its training.
+
+    Args:
+        name: name of the folder in releases/.
+
+    Raises:
+        UserError: there is no such release, as in an installation without a checkout.
+    """
+    path = Path(__file__).parents[2] / "releases" / name
+    if not (path / WEIGHTS).is_file():
+        raise UserError(f"there is no bundled model {path}: give a run folder (runs/<name>)")
+    return path
+
+
 def class_path(factory: ModelFactory) -> str:
     """Return the dotted path of a model class or function, such as minigpt.model.GPT."""
     return f"{factory.__module__}.{getattr(factory, '__qualname__', repr(factory))}"

@@ -50,6 +50,7 @@ class Served:
     """A running playground."""
 
     url: str
+    token_url: str  # with the token to train
     outbound: Path  # has a line for each attempt of the server to reach another machine
 
     def reached_out(self) -> str:
@@ -82,6 +83,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "trainer.accelerator=cpu",
             "trainer.n_validations=1",
             "callbacks.progress_bar=false",
+            "callbacks.snapshots=4",
         ]
     )
 
@@ -122,16 +124,17 @@ def page_of(
     environment = os.environ | {"PYTHONPATH": paths, "OUTBOUND": str(outbound)} | variables
     environment.pop("GRADIO_ANALYTICS_ENABLED", None)  # the page must set it itself
     command = [*before, sys.executable, *command]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    where = {"cwd": folder, "env": environment}  # trainings are in the working directory
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **where)
     assert process.stderr is not None
     lines: queue.Queue[str] = queue.Queue()
     reader = threading.Thread(target=lambda: [lines.put(line) for line in process.stderr or ()])
     reader.start()
     try:
         line = lines.get(timeout=120)
-        url = re.search(r"http://127\.0\.0\.1:\d+", line)
+        url = re.search(r"(http://127\.0\.0\.1:\d+)\S*", line)
         assert url, line
-        yield Served(url[0], outbound)
+        yield Served(url[1], url[0], outbound)
         assert process.poll() is None, "the server ended by itself"
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 130

@@ -54,7 +54,7 @@ def phone(guarded: Served) -> Iterator[Visitor]:
 
 
 @contextlib.contextmanager
-def visit(served: Served, width: int) -> Iterator[Visitor]:
+def visit(served: Served, width: int, url: str | None = None) -> Iterator[Visitor]:
     chromium = shutil.which("chromium")
     assert chromium, "chromium is not installed: make test-browser does it as root"
     with sync_playwright() as playwright:
@@ -63,7 +63,7 @@ def visit(served: Served, width: int) -> Iterator[Visitor]:
         page.set_default_timeout(60 * SECONDS)
         expect.set_options(timeout=60 * SECONDS)
         visitor = Visitor(page)
-        page.goto(served.url)
+        page.goto(url or served.url)
         yield visitor
         browser.close()
     assert visitor.errors == []
@@ -133,6 +133,44 @@ def test_temperature_zero_writes_the_same_story_twice(visitor: Visitor):
         expect(story.locator(".error")).to_contain_text("type")
         page.get_by_label("Prompt").fill("Once upon a time, there was a dog")
     assert texts[0] == texts[1]
+
+
+def test_age_slider_shows_younger_models_in_the_open_tab(visitor: Visitor):
+    page = visitor.page
+    for name, value in (("Temperature", "0"), ("Maximum length (tokens)", "20")):
+        page.get_by_label(f"number input for {name}").fill(value)
+    page.get_by_role("button", name="Write").click()
+    tokens, note = page.locator(".story .token"), page.locator(".story .note")
+    expect(note).to_be_visible()
+    old, age = tokens.all_inner_texts(), page.get_by_label("number input for Age")
+    assert age.input_value() == "4"
+    age.fill("0")
+    age.press("Enter")
+    expect(page.locator("#age figcaption")).to_contain_text("after 0 tokens")
+    page.wait_for_function(
+        """old => {
+            const tokens = [...document.querySelectorAll(".story .token")];
+            return tokens.length && tokens.some((token, i) => token.innerText !== old[i]);
+        }""",
+        arg=old,
+    )
+    page.get_by_role("tab", name="Words").click()
+    expect(page.locator("#neighbours tr")).to_have_count(8)
+    young = page.locator("#neighbours").inner_text()
+    page.get_by_role("button", name="Play").click()
+    expect(age).to_have_value("4")
+    page.wait_for_function(
+        "young => document.querySelector('#neighbours').innerText !== young", arg=young
+    )
+    for tab, part, value in (("Layers", "#lens", "0"), ("Attention", "#scores", "4")):
+        page.get_by_role("tab", name=tab).click()
+        expect(page.locator(f"{part} td").first).to_be_visible()
+        before = [part, page.locator(part).inner_text()]
+        age.fill(value)
+        age.press("Enter")
+        page.wait_for_function(
+            "([part, text]) => document.querySelector(part).innerText !== text", arg=before
+        )
 
 
 def test_stop_button_ends_the_story(visitor: Visitor):

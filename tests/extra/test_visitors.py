@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(300)
 
 def write(url: str, prompt: str, n: float, top_k: float = 0) -> str:
     """Return the last update of a story of `n` tokens."""
-    inputs = [prompt, 1.0, top_k, 1.0, 0.0, n]
+    inputs = [prompt, 1.0, top_k, 1.0, 0.0, n, None, None]  # all models, at their last age
     with httpx.Client(base_url=url, timeout=120, trust_env=False) as client:
         response = client.post("/gradio_api/call/write", json={"data": inputs})
         response.raise_for_status()
@@ -43,7 +43,8 @@ def test_ten_visitors_at_once_each_get_a_story(served: Served):
 
 def test_invalid_requests_are_answered_and_the_server_survives(served: Served):
     assert re.search(naming("5000", "1000"), write(served.url, "x" * 5000, 10))
-    for inputs in ([], ["dog", 99, 0, 1, 0, 10**9], [None] * 6, ["dog", None, 0, 1, 0, 9]):
+    cases = ([], ["dog", 99, 0, 1, 0, 10**9, [], 0], [None] * 8, ["dog", None, 0, 1, 0, 9, 5, "x"])
+    for inputs in cases:
         with httpx.Client(base_url=served.url, timeout=60, trust_env=False) as client:
             response = client.post("/gradio_api/call/write", json={"data": inputs})
             if response.is_success:

@@ -149,7 +149,7 @@ def test_attention_is_limited_and_an_error_names_layers_and_heads(page):
         assert re.search(naming("a", "2", name), note_text(attention, "error"))
     long = page.attention("a", "dog " * 200, 1, 1)
     assert long.count("data-row=") == 48
-    assert re.search(naming("48"), note_text(long))
+    assert re.search(naming("48"), long.partition("</div>")[0])
 
 
 def test_models_have_unique_names_and_are_loaded_once(tmp_path, tokenizer, monkeypatch):

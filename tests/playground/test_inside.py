@@ -103,3 +103,4 @@ def test_scores_of_all_heads_are_two_tables(page):
     for table, values in zip(tables, (scores.previous_token, scores.induction), strict=True):
         shown = [float(text) for text in re.findall(r"<td[^>]*>([\d.]+)", table)]
         assert shown == pytest.approx(values.flatten().tolist(), abs=0.006)
+    assert "<table" not in inside.scores_html(None)

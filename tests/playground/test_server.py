@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import pytest
 
 from minigpt.core.settings import UserError
+from minigpt.playground import server
 from minigpt.playground.answers import Playground
 from minigpt.playground.server import read_login, serve, start
 from minigpt.runs.folder import Run
 from tests.cli.test_app import run_main
-from tests.conftest import naming
+from tests.conftest import ROOT, naming
 
 
 @pytest.fixture
@@ -46,10 +47,14 @@ def test_unknown_host_is_looked_up_once(monkeypatch, host, port):
 
 # In a process of its own, because Gradio leaves event loops open. The proxy must not be used.
 FREE_PORTS = """
+from pathlib import Path
+
 import httpx
 from gradio import http_server
 from minigpt.playground.answers import Playground
-from minigpt.playground.server import start
+from minigpt.playground.access import Access
+from minigpt.playground.server import Training, start
+from minigpt.playground.training import TrainingQueue
 from minigpt.tokenizer import Tokenizer
 from tests.playground.test_answers import model
 
@@ -61,27 +66,33 @@ for name, n_heads in (("a", 2), ("b", 1)):  # sliders follow the chosen model
     layer, head = _attention_sliders(playground, name, 9, 9)
     assert (layer.maximum, layer.value, head.maximum, head.value) == (2, 2, 2, n_heads)
     assert (layer.visible, head.visible) == (True, n_heads > 1)
+training = Training(TrainingQueue(Path("jobs"), Path("runs")), Access())
+token = {{"token": training.access.token}}
 for host in {hosts}:
-    page = start(playground, host, None, root_path="/stories")
+    page = start(playground, host, None, root_path="/stories", training=training)
     with httpx.Client(base_url=page.local_url, trust_env=False) as client:
         answers = [
             client.get("/"),
             client.get("/", headers={{"Host": "rebound.example"}}),
             client.get("/", headers={{"Origin": "http://foreign.example"}}),
+            client.get("/", params=token, headers={{"Host": "rebound.example"}}),
+            client.get("/", params=token),
         ]
         root = client.get("/config").json()["root"]
+    assert ["set-cookie" in answer.headers for answer in answers[-2:]] == [False, True]
     assert not any("access-control-allow-origin" in answer.headers for answer in answers)
     assert root.endswith("/stories"), root
     print(page.server_port, *(answer.status_code for answer in answers))
 """
 
 
-def test_default_port_is_the_next_free_one_and_foreign_hosts_are_refused(taken_port):
+def test_default_port_is_the_next_free_one_and_foreign_hosts_are_refused(taken_port, tmp_path):
     hosts = ["localhost", "[::1]", "0.0.0.0"]
     proxy = {"http_proxy": "http://192.0.2.1:9", "no_proxy": "example.org"}
     process = subprocess.run(
         [sys.executable, "-c", FREE_PORTS.format(port=taken_port, hosts=hosts)],
-        env=os.environ | proxy,
+        cwd=tmp_path,
+        env=os.environ | proxy | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=True,
@@ -90,7 +101,46 @@ def test_default_port_is_the_next_free_one_and_foreign_hosts_are_refused(taken_p
     ports = [int(port) for port, *_ in answers]
     assert len(ports) == len(hosts)
     assert ports[0] > taken_port
-    assert {tuple(statuses) for _, *statuses in answers} == {("200", "403", "403")}
+    assert {tuple(statuses) for _, *statuses in answers} == {("200", "403", "403", "403", "303")}
+
+
+@pytest.mark.parametrize(
+    ("variables", "settings", "expected"),
+    [
+        ({}, {}, True),
+        ({}, {"allow_training": False}, False),
+        ({}, {"root_path": "/stories"}, False),
+        ({"SPACE_ID": "me/space"}, {}, False),
+        ({}, {"host": "0.0.0.0"}, False),
+        ({}, {"root_path": "/stories", "auth": "me:secret", "allow_training": True}, True),
+    ],
+)
+def test_training_is_off_where_others_reach_the_page(
+    variables, settings, expected, monkeypatch, tmp_path
+):
+    trainings = []
+
+    def start(*arguments: object) -> None:
+        trainings.append(arguments[-1])
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(server, "start", start)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(KeyboardInterrupt):
+        serve([], **settings)
+    assert [training is not None for training in trainings] == [expected]
+
+
+def test_page_without_a_folder_for_trainings_is_served(monkeypatch, tmp_path):
+    (tmp_path / ".cache").touch()
+    trainings = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(server, "start", lambda *values: trainings.append(values[-1]) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        serve([])
+    assert trainings == [None]
 
 
 @pytest.mark.parametrize("root_path", ["", "stories", "ftp://a/b"])

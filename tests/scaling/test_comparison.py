@@ -54,7 +54,7 @@ def test_comparison_of_two_runs_with_one_recipe_and_seed_names_both(recipes):
 
 
 def test_compare_writes_the_table(recipes, tmp_path, capsys):
-    from minigpt.cli.app import compare as verb
+    from minigpt.cli.analysis import compare as verb
 
     out = tmp_path / "table.md"
     verb([recipes / "a1", recipes / "a2", recipes / "b1", recipes / "b2"], out)

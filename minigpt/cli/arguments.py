@@ -1,0 +1,45 @@
+"""Arguments that several verbs share: runs, output folders and classes of models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Option
+
+from minigpt.core.files import user_path
+from minigpt.core.settings import UserError
+
+if TYPE_CHECKING:
+    from minigpt.runs.folder import Run
+
+PathArgument = partial(Argument, parser=user_path)
+PathOption = partial(Option, parser=user_path, metavar="PATH")
+RunPath = Annotated[Path, PathArgument(help="Run folder, checkpoint, snapshot or exported model.")]
+ClassPath = Annotated[str | None, Option(help="Class of the model, such as mypackage.MyGPT.")]
+
+
+def load_runs(paths: list[Path], class_path: str | None) -> list[Run]:
+    """Load runs.
+
+    `class_path` is used for the runs that were trained with a custom class, or for all runs if
+    none was.
+    """
+    from minigpt.runs.folder import Run
+
+    runs = [Run.load(path) for path in paths]
+    if class_path is None:
+        return runs
+    from minigpt.cli.compose import import_class
+
+    model = import_class(class_path, "class_path")
+    custom = [run for run in runs if run.config.get("model_class") is not None] or runs
+    return [replace(run, model=model) if run in custom else run for run in runs]
+
+
+def check_folder(path: Path | None, option: str = "--out") -> None:
+    """Raise UserError if a path, given as `option`, is that of a file."""
+    if path is not None and path.exists() and not path.is_dir():
+        raise UserError(f"{option} {path} is a file: give an existing or a new folder")

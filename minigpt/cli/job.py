@@ -1,0 +1,243 @@
+"""The process of a training that the playground started: python -m minigpt.cli.job FOLDER.
+
+It composes the settings as `minigpt train` does, from the size, the minutes and the uploaded files
+in the folder of the job, and never from words that a visitor typed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from minigpt.cli.exits import orderly_exit
+from minigpt.cli.program import Program, describe
+from minigpt.core.settings import UserError, speak
+from minigpt.core.typed import typed_settings
+from minigpt.playground.training import CACHE, LOCK, SIZES, Job
+
+CALIBRATION_SECONDS = 4.0
+SNAPSHOTS = 8  # for the slider "Age" of the page
+_WARM_UP = 3  # updates that are not timed
+MAX_UNPACKED = 1_000_000_000  # bytes of the uploads after decompression
+_SMALL_TEXT = 2_000_000  # bytes; below it, docs/your-own-text.md recommends other settings
+_LONG_BUDGET = 100_000_000  # tokens; more than a calibration can use
+_LOCK_SECONDS = 10.0  # the page holds the lock for a moment to see whether it is free
+
+
+def main() -> None:
+    """Train the job in the folder that is the first argument."""
+    job = Job(Path(sys.argv[1]))
+    with FileLock(job.folder / LOCK, timeout=_LOCK_SECONDS):
+        job.report(phase="preparing", pid=os.getpid())
+        if job.settings["state"] == "stopping":
+            job.report(phase="stopped")
+            return
+        program = Program("minigpt", ("train",), "minigpt")
+        speak(program.command)
+        with orderly_exit("train"):
+            run_job(job, program)
+
+
+def run_job(job: Job, program: Program) -> None:
+    """Train, and record the outcome in status.json.
+
+    The uploaded files are deleted unless the training can be continued.
+
+    Args:
+        job: the job.
+        program: the program whose settings errors and commands name.
+    """
+    from minigpt.cli.hydra_errors import explain_failure
+
+    try:
+        _train(job, program)
+        job.report(phase="finished")
+    except (KeyboardInterrupt, SystemExit):
+        job.report(phase="stopped")
+    except UserError as error:
+        message = describe(error, program)
+        for path, name in job.uploads.items():
+            message = message.replace(str(path), name)
+        job.report(phase="failed", error=message, field=_field(job, error))
+    except Exception as error:
+        traceback.print_exc()
+        reason = explain_failure(error) or f"{type(error).__name__}: see {job.folder}/job.log"
+        job.report(phase="failed", error=reason, field="start")
+    if job.state == "finished" or not job.can_continue:
+        job.delete_data()
+
+
+def _field(job: Job, error: UserError) -> str:
+    """Return the field of the page that an error is about."""
+    of_data = (error.argument or "data").startswith("data")
+    if not of_data:
+        return "start"
+    return "text" if job.settings["pasted"] and len(job.uploads) == 1 else "files"
+
+
+def _train(job: Job, program: Program) -> None:
+    from minigpt.cli.compose import load_config
+    from minigpt.core.process import tune_process
+    from minigpt.training.loop import train
+
+    tune_process()
+    settings, cache = job.settings, job.folder / CACHE
+    check_unpacked(list(job.uploads))
+    words = job_words(job)
+    place: dict[str, Any] = {"data.cache_dir": str(cache), "logger": "csv"}
+    place["data.train_files"] = list(map(str, job.uploads))
+    budget = job.status.get("budget")
+    if budget is None:
+        job.report(phase="calibrating")
+        config = load_config(
+            "train", typed_settings({**words, **place, "budget.tokens": _LONG_BUDGET})
+        )
+        rate = tokens_per_second(config, job.folder / "calibration")
+        budget = budget_words(config, 60 * settings["minutes"] * rate)
+    words |= budget
+    names = {"data.train_files": list(job.uploads.values())}
+    run = Path(settings["runs_dir"]) / f"{settings['size']}-{job.name}"
+    command = program.command("train", **{**words, **names})
+    tokens = budget["budget.tokens"]
+    job.report(phase="training", run=str(run), command=command, budget=budget, tokens=tokens)
+    place |= {"runs_dir": str(run.parent), "name": run.name, "resume": "auto"}
+    train(load_config("train", typed_settings({**words, **place})))
+
+
+def job_words(job: Job) -> dict[str, Any]:
+    """Return the settings of the training without its budget and its paths.
+
+    Args:
+        job: the job.
+
+    Returns:
+        Settings of `minigpt train` by name.
+    """
+    settings = job.settings
+    words: dict[str, Any] = {"model": settings["size"], "data": "text", "trainer.devices": "1"}
+    if (start := settings["init_from"]) is not None:
+        return {"experiment": "finetune", "init_from": start["path"], **words, **_shape(start)}
+    if sum(path.stat().st_size for path in job.uploads) < _SMALL_TEXT:
+        words |= {"data.vocab_size": 1000, "optimizer.weight_decay": 0.4}
+    return words
+
+
+def budget_words(config: Any, tokens: float) -> dict[str, Any]:
+    """Return the settings of a run of about `tokens` tokens.
+
+    The run has at least one update, a warm-up of at most a tenth of its length, snapshots, and at
+    least fifty rows of metrics if it has as many updates.
+
+    Args:
+        config: all settings, a `TrainConfig` for a longer run.
+        tokens: number of training tokens.
+    """
+    per_step = config.data.windows_per_batch * config.model.context_length
+    n_steps = max(int(tokens) // per_step, 1)
+    return {
+        "budget.tokens": n_steps * per_step,
+        "optimizer.warmup_steps": min(config.optimizer.warmup_steps, n_steps // 10),
+        "callbacks.snapshots": min(SNAPSHOTS, n_steps + 1),
+        "trainer.log_every_n_steps": min(config.trainer.log_every_n_steps, n_steps // 50 + 1),
+    }
+
+
+def _shape(start: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that give a model the shape of the run to start from."""
+    from minigpt.cli.compose import load_config
+    from minigpt.runs.folder import Run
+
+    run = Run.load(start["path"])
+    size = run.config.get("size") if run.config.get("size") in SIZES else "small"
+    shape = dataclasses.asdict(load_config("train", [f"model={size}"]).model)
+    trained = dataclasses.asdict(run.load_model().config)
+    different = {name: value for name, value in trained.items() if shape[name] != value}
+    return {"model": size, **{f"model.{name}": value for name, value in different.items()}}
+
+
+def check_unpacked(paths: list[Path]) -> None:
+    """Check that files have at most MAX_UNPACKED bytes after decompression.
+
+    Nothing is stored, and reading stops at the limit.
+
+    Args:
+        paths: the files.
+
+    Raises:
+        UserError: a file cannot be read, or the files are too large.
+    """
+    from minigpt.data.files import read_pieces
+    from minigpt.data.formats import detect_format, unpack
+
+    total = 0
+    for path in paths:
+        file_format = detect_format(path)
+        if file_format.kind == "parquet":  # compressed inside
+            sizes: Iterator[int] = (4 * len(text) for text, _ in read_pieces(path))
+        else:
+            sizes = (len(chunk) for chunk in unpack(path, file_format.packing))
+        for size in sizes:
+            total += size
+            if total > MAX_UNPACKED:
+                limit = f"at most {MAX_UNPACKED / 1e9:g} GB are allowed"
+                message = f"{path} and the files before it are larger when decompressed: {limit}"
+                raise UserError(message, "data.train_files")
+
+
+def tokens_per_second(config: Any, folder: Path, seconds: float = CALIBRATION_SECONDS) -> float:
+    """Return the speed of a training, measured for a few seconds.
+
+    Args:
+        config: all settings, a `TrainConfig`.
+        folder: folder for the run, deleted at the end.
+        seconds: length of the measurement.
+
+    Raises:
+        UserError: the settings or the data are invalid.
+    """
+    from lightning.pytorch.callbacks import Callback
+
+    from minigpt.training.loop import train
+
+    class Measured(Exception):  # noqa: N818 (not an error: it ends the run without a validation)
+        pass
+
+    class Clock(Callback):
+        start, rate = 0.0, 0.0
+
+        def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
+            steps, now = trainer.global_step - _WARM_UP, time.monotonic()
+            if steps <= 0:
+                self.start = now
+            elif now - self.start >= seconds:
+                per_step = config.data.windows_per_batch * config.model.context_length
+                self.rate = steps * per_step / (now - self.start)
+                raise Measured
+
+    quiet = dataclasses.replace(config.callbacks, prompts=(), progress_bar=False)
+    trainer = dataclasses.replace(config.trainer, n_validations=1)
+    config = dataclasses.replace(config, callbacks=quiet, trainer=trainer, runs_dir=str(folder))
+    clock, log = Clock(), logging.getLogger("minigpt")
+    handlers, log.handlers = log.handlers, []  # its log would look like that of a failed run
+    try:
+        with contextlib.suppress(Measured):
+            train(config, callbacks=[clock])
+    finally:
+        log.handlers = handlers
+        shutil.rmtree(folder, ignore_errors=True)
+    return clock.rate
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""The slider for the age of the models, which all answers of the page follow."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported
+
+import gradio as gr
+
+from minigpt.playground.answers import Playground
+
+AGE = "the run has snapshots of its weights: move the slider to see what the model did when younger"
+PLAY_SECONDS = 1.5  # time of each age while the slider plays
+
+
+class Page(gr.Blocks):
+    """The page, with the inputs that all tabs share: the age of the models, and the open tab."""
+
+    playground: Playground
+    age: gr.Slider
+    selected: gr.State
+
+
+class Place(NamedTuple):
+    """The tab and the page of a component."""
+
+    tab: gr.Tab
+    page: Page
+
+
+def age_slider(page: Page) -> None:
+    """Add the slider for the age of the models, hidden while no model has snapshots."""
+    playground = page.playground
+    n = playground.n_ages
+    with gr.Column(visible=n > 0, elem_id="age") as part:
+        with gr.Row():
+            page.age = gr.Slider(
+                0, max(n, 1), n, step=1, precision=0, label="Age", info=AGE, scale=5
+            )
+            play = gr.Button("Play", scale=1, min_width=80)
+        curve = gr.HTML(playground.age_html(None, n))
+
+    def next_age(age: int) -> tuple[int, gr.Timer]:
+        age = min(age + 1, playground.n_ages)
+        return age, gr.Timer(active=age < playground.n_ages)
+
+    def start(age: int) -> tuple[int, gr.Timer]:
+        return (0 if age >= playground.n_ages else age), gr.Timer(active=True)
+
+    def show(age: int) -> str:
+        return playground.age_html(None, age)
+
+    timer = gr.Timer(PLAY_SECONDS, active=False)
+    private: dict[str, Any] = {"api_visibility": "private"}
+    play.click(start, [page.age], [page.age, timer], **private)
+    timer.tick(next_age, [page.age], [page.age, timer], show_progress="hidden", **private)
+    page.age.change(show, [page.age], curve, show_progress="hidden", **private)
+
+    def resize() -> tuple[gr.Column, gr.Slider]:
+        n = playground.n_ages
+        return gr.Column(visible=n > 0), gr.Slider(0, max(n, 1), n)
+
+    page.load(resize, None, [part, page.age], show_progress="hidden", **private)
+
+
+def follow_selection(page: Page) -> None:
+    """Store the label of the tab that is opened."""
+    for tab in [block for block in page.blocks.values() if isinstance(block, gr.Tab)]:
+        opened = gr.State(str(tab.label))
+        tab.select(_same, opened, page.selected, queue=False, api_visibility="private")
+
+
+def _same(value: str) -> str:
+    return value
+
+
+def show_answer(
+    function: Callable[..., str],
+    changing: Sequence[Any],
+    output: gr.HTML,
+    inputs: Sequence[Any] | None = None,
+) -> None:
+    """Show the result of `function` for `inputs` when one of `changing` changes.
+
+    By default, `inputs` are `changing`. The first input is the name of a model, which is replaced
+    by that of its age. A change of the age updates only the open tab; another tab is updated when
+    it is opened.
+
+    If several changes are waiting, only the newest is handled. The event is `change`, because
+    Gradio's `input` misses pasted text and backspace.
+    """
+    tab, page = _place(output)
+    inputs = [*(inputs or changing), page.age]
+    answer = at_age(function, page)
+
+    def follow(selected: str, *values: Any) -> Any:
+        return answer(*values) if selected == tab.label else gr.skip()
+
+    changes = [component.change for component in changing]
+    how: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last"}
+    gr.on([*changes, tab.select], answer, inputs, output, **how)
+    age_inputs = [page.selected, *inputs]
+    page.age.change(follow, age_inputs, output, api_visibility="private", **how)
+
+
+def at_age(function: Callable[..., str], page: Page) -> Callable[..., str]:
+    """Return a function whose last input is the age of the model that the first input names."""
+
+    def answer(*values: Any) -> str:
+        name, *rest, age = values
+        return function(page.playground.aged(name, age), *rest)
+
+    answer.__name__ = function.__name__  # the name in the API
+    return answer
+
+
+def _place(block: Any) -> Place:
+    """Return the tab and the page that contain a component."""
+    tab: Any = block
+    while not isinstance(tab, gr.Tab):
+        tab = tab.parent
+    page: Any = tab
+    while not isinstance(page, Page):
+        page = page.parent
+    return Place(tab, page)

@@ -1,0 +1,376 @@
+"""Training jobs of the playground: their folders, their queue and their processes.
+
+A job is a folder with the files that a visitor uploaded, job.json, which only the page writes, and
+status.json, which only the process of the training writes while it runs. The state of a job is read
+from these files, so the page finds a training again after a reload or a restart of the server, and
+a training continues if the page is closed. One job runs at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from minigpt.core.files import read_json, write_json, write_text
+from minigpt.core.settings import UserError
+
+JOBS = "playground"  # folder of the jobs, in the cache folder
+JOB, STATUS, LOCK, LOG, UPLOADS, CACHE = (
+    "job.json", "status.json", "lock", "job.log", "uploads", "cache",
+)  # fmt: skip
+PROGRAM = "minigpt.cli.job"  # the module that trains; it reads settings as the command line does
+SIZES = {"w64": "0.4M parameters", "small": "1M", "medium": "3.4M", "large": "7M"}
+MINUTES = (0.1, 24 * 60.0)  # shortest and longest training
+MAX_UPLOAD = 200_000_000  # bytes of text and files in one job
+MAX_FILES = 100
+MAX_WAITING = 4  # jobs that wait for others
+MAX_JOBS = 20  # jobs in the list; the oldest finished ones are removed
+TEXT = "text.txt"  # name of the pasted text
+_START_SECONDS = 30.0  # time in which a new process must have locked its job
+
+State = Literal["waiting", "running", "stopped", "failed", "finished"]
+_FINAL = ("stopped", "failed", "finished")
+# Variables that the process of a training inherits. All others, such as HF_TOKEN and WANDB_API_KEY,
+# are left out.
+_INHERITED = re.compile(
+    r"PATH|HOME|USER|LOGNAME|LANG|LC_\w+|TZ|TMPDIR|TEMP|TMP|SYSTEMROOT|VIRTUAL_ENV|PYTHON\w+"
+    r"|LD_LIBRARY_PATH|XDG_CACHE_HOME|CC|CUDA_\w+|NVIDIA_\w+|OMP_\w+|MKL_\w+|KMP_\w+|GOMP_\w+",
+    re.IGNORECASE,
+)
+_SECRET = re.compile("token|key|secret|passw|credential", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training that was started from the page.
+
+    Args:
+        folder: folder of the job.
+    """
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """Name of the job, which begins with the time at which it was added."""
+        return self.folder.name
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Content of job.json: size, minutes, init_from, names of the uploads, requested state."""
+        return _read(self.folder / JOB)
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """Content of status.json: phase, pid, tokens, run, command, error and its field."""
+        return _read(self.folder / STATUS)
+
+    @property
+    def uploads(self) -> dict[Path, str]:
+        """Path of each uploaded file, and its name as uploaded."""
+        names = self.settings.get("names", [])
+        return {self.folder / UPLOADS / _stored(i, name): name for i, name in enumerate(names)}
+
+    @property
+    def run(self) -> Path | None:
+        """Folder of the run; None if the run has not started."""
+        run = self.status.get("run")
+        return None if run is None else Path(run)
+
+    @property
+    def state(self) -> State:
+        """State of the job. A killed process leaves the job stopped."""
+        settings, status = self.settings, self.status
+        if settings.get("state") == "waiting":
+            return "waiting"
+        phase = status.get("phase")
+        if phase in _FINAL:
+            return phase
+        is_new = phase == "starting" and time.time() - settings["started"] < _START_SECONDS
+        return "running" if is_new or self._is_locked() else "stopped"
+
+    @property
+    def error(self) -> str | None:
+        """Why the job failed, or that its process was killed; None if there is no error."""
+        if self.state == "failed":
+            return self.status.get("error")
+        killed = self.state == "stopped" and self.status.get("phase") not in _FINAL
+        if not killed or self.settings.get("state") == "stopping":
+            return None
+        if shutil.disk_usage(self.folder).free < 1 << 20:
+            return "The disk is full: free some space, then continue."
+        return f"The process ended unexpectedly: see {self.folder / LOG}, or continue."
+
+    @property
+    def can_continue(self) -> bool:
+        """Whether the job is stopped, or has failed after its first checkpoint."""
+        from minigpt.runs.folder import last_checkpoints  # imports torch, which is slow
+
+        state, run = self.state, self.run
+        saved = run is not None and bool(last_checkpoints(run))
+        return state == "stopped" or (state == "failed" and saved)
+
+    def report(self, **values: Any) -> None:
+        """Update status.json."""
+        write_json(self.folder / STATUS, {**self.status, **values})
+
+    def delete_data(self) -> None:
+        """Delete the uploaded files and everything that was prepared from them."""
+        for name in (UPLOADS, CACHE):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def _is_locked(self) -> bool:
+        try:
+            with FileLock(self.folder / LOCK).acquire(timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    def _request(self, **values: Any) -> None:
+        """Update job.json."""
+        write_json(self.folder / JOB, {**self.settings, **values})
+
+
+class TrainingQueue:
+    """The jobs in a folder, of which one runs at a time.
+
+    Several servers may use the same folder.
+
+    Args:
+        folder: folder of the jobs, created if missing.
+        runs_dir: folder in which the runs are created.
+    """
+
+    def __init__(self, folder: Path, runs_dir: Path) -> None:
+        self.folder, self.runs_dir = folder.absolute(), runs_dir.absolute()
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def jobs(self) -> list[Job]:
+        """Return all jobs, newest first."""
+        paths = self.folder.glob(f"[!.]*/{JOB}")
+        return sorted((Job(path.parent) for path in paths), key=lambda j: j.name, reverse=True)
+
+    def job(self, name: str | None) -> Job:
+        """Return the job called `name`.
+
+        Raises:
+            UserError: there is no such job.
+        """
+        for job in self.jobs():
+            if job.name == name:
+                return job
+        raise UserError("This training is not in the list: choose one from it.", "job")
+
+    def add(
+        self, text: str | None, files: Sequence[Path], size: str, minutes: float | None,
+        init_from: Mapping[str, Any] | None = None,
+    ) -> Job:  # fmt: skip
+        """Add a job to the end of the queue.
+
+        Args:
+            text: pasted text.
+            files: uploaded files, which are moved into the folder of the job.
+            size: name of the model size, one of SIZES; ignored with `init_from`.
+            minutes: length of the training in minutes.
+            init_from: path and name of a run to start from; None means random weights.
+
+        Returns:
+            The job.
+
+        Raises:
+            UserError: an input is missing or out of range, too many jobs are waiting, or the disk
+                is full. `argument` is the name of the field.
+        """
+        _check(text, files, size, minutes)
+        with self._lock(), _full_disk():
+            jobs = self.jobs()
+            self._check_capacity(jobs)
+            name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+            new = Job(self.folder / f".{name}")
+            try:
+                self._write(new, text, files, {
+                    "size": size, "minutes": minutes, "init_from": init_from,
+                    "runs_dir": str(self.runs_dir), "state": "waiting", "queued": time.time(),
+                })  # fmt: skip
+                new.folder.replace(self.folder / name)
+            finally:
+                shutil.rmtree(new.folder, ignore_errors=True)  # if it was not renamed
+            for old in jobs[MAX_JOBS - 1 :]:
+                if old.state == "finished":
+                    shutil.rmtree(old.folder)
+            return Job(self.folder / name)
+
+    @staticmethod
+    def _write(job: Job, text: str | None, files: Sequence[Path], settings: dict[str, Any]) -> None:
+        """Write a new job: its uploads, then job.json."""
+        pasted = bool(text and text.strip())
+        names = [*([TEXT] if pasted else []), *(path.name for path in files)]
+        (job.folder / UPLOADS).mkdir(parents=True)
+        write_json(job.folder / JOB, {**settings, "names": names, "pasted": pasted})
+        targets = list(job.uploads)
+        if pasted:
+            write_text(targets.pop(0), text or "")
+        for path, target in zip(files, targets, strict=True):
+            shutil.move(path, target)
+
+    def stop(self, name: str) -> None:
+        """Stop a job; a running one writes a checkpoint first.
+
+        Args:
+            name: name of the job.
+
+        Raises:
+            UserError: there is no such job.
+        """
+        with self._lock(), _full_disk():
+            job = self.job(name)
+            state = job.state
+            if state == "waiting":
+                job.report(phase="stopped")
+            if state in ("waiting", "running"):
+                job._request(state="stopping")
+            pid = job.status.get("pid")
+            if state == "running" and pid is not None and job._is_locked():
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(pid, signal.SIGTERM)
+
+    def resume(self, name: str) -> None:
+        """Put a stopped job at the end of the queue; it continues from its last checkpoint.
+
+        Args:
+            name: name of the job.
+
+        Raises:
+            UserError: there is no such job, it cannot be continued, or too many jobs are waiting.
+        """
+        with self._lock(), _full_disk():
+            job = self.job(name)
+            if not job.can_continue:
+                raise UserError("Only a stopped training can be continued.", "job")
+            self._check_capacity(self.jobs())
+            job._request(state="waiting", queued=time.time())
+
+    def remove(self, name: str) -> None:
+        """Remove a job and its uploaded files; its run folder stays.
+
+        Args:
+            name: name of the job.
+
+        Raises:
+            UserError: there is no such job, or it is running.
+        """
+        with self._lock():
+            job = self.job(name)
+            if job.state == "running":
+                raise UserError("This training is running: stop it first.", "job")
+            shutil.rmtree(job.folder)
+
+    def advance(self) -> None:
+        """Start the process of the next waiting job, if no job is running."""
+        self._processes = [process for process in self._processes if process.poll() is None]
+        with self._lock():
+            jobs = self.jobs()
+            states = {job.name: job.state for job in jobs}
+            if "running" in states.values():
+                return
+            waiting = [job for job in jobs if states[job.name] == "waiting"]
+            if waiting:
+                self._start(min(waiting, key=lambda job: job.settings["queued"]))
+
+    def _start(self, job: Job) -> None:
+        job.report(phase="starting", pid=None, error=None)
+        job._request(state="started", started=time.time())
+        command = [sys.executable, "-m", PROGRAM, str(job.folder)]
+        with (job.folder / LOG).open("ab") as output:
+            process = subprocess.Popen(  # noqa: S603 (arguments of our own)
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                env=training_environment(os.environ), start_new_session=True,
+            )  # fmt: skip
+        self._processes.append(process)
+
+    def _check_capacity(self, jobs: Sequence[Job]) -> None:
+        if sum(job.state == "waiting" for job in jobs) >= MAX_WAITING:
+            message = f"{MAX_WAITING} trainings are waiting already: wait, or remove one of them."
+            raise UserError(message, "start")
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        with FileLock(self.folder / ".lock"):
+            yield
+
+
+def training_environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a training: the variables that it needs, without any secret.
+
+    Args:
+        variables: environment of the server.
+    """
+    inherited = {
+        name: value
+        for name, value in variables.items()
+        if _INHERITED.fullmatch(name) and not _SECRET.search(name)
+    }
+    return inherited | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+
+
+def _check(text: str | None, files: Sequence[Path], size: str, minutes: float | None) -> None:
+    """Check the fields of a new job."""
+    if not (text and text.strip()) and not files:
+        raise UserError("The text is empty: paste a text, or add files.", "text")
+    try:
+        n_bytes = len((text or "").encode())
+    except UnicodeEncodeError:
+        message = "The text contains half of a character (a surrogate): remove it."
+        raise UserError(message, "text") from None
+    if len(files) > MAX_FILES:
+        message = f"There are {len(files)} files: add at most {MAX_FILES}, or join some."
+        raise UserError(message, "files")
+    n_bytes += sum(path.stat().st_size for path in files)
+    if n_bytes > MAX_UPLOAD:
+        limit = f"at most {MAX_UPLOAD / 1e6:.0f} MB are allowed; train in a terminal instead"
+        message = f"The text has {n_bytes / 1e6:.0f} MB: {limit}."
+        raise UserError(message, "files" if files else "text")
+    if size not in SIZES:
+        raise UserError(f"Choose a size: {', '.join(SIZES)}.", "size")
+    low, high = MINUTES
+    if minutes is None or not low <= minutes <= high:  # also if it is not a number
+        raise UserError(f"Choose from {low:g} to {high:g} minutes.", "minutes")
+
+
+def _stored(index: int, name: str) -> str:
+    """Return the name under which an upload is stored: a number and the extensions of `name`."""
+    match = re.search(r"(\.[a-z0-9]{1,8}){1,2}$", name.lower())
+    return f"{index:03d}{match[0] if match else ''}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except FileNotFoundError:
+        return {}
+
+
+@contextlib.contextmanager
+def _full_disk() -> Iterator[None]:
+    """Report a full disk as an error of the field `start`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError("The disk is full: free some space, then try again.", "start") from None

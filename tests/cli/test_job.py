@@ -1,0 +1,144 @@
+"""The process of a training from the page, run in this process."""
+
+import gzip
+import shlex
+import signal
+from itertools import islice
+from typing import Any
+
+import pytest
+
+from minigpt.cli import job as job_module
+from minigpt.cli.compose import load_config
+from minigpt.cli.job import budget_words, check_unpacked, job_words, run_job, tokens_per_second
+from minigpt.cli.program import Program
+from minigpt.core.settings import UserError
+from minigpt.data.sources import bundled_sample
+from minigpt.playground import training
+from minigpt.playground.training import SIZES, Job, TrainingQueue
+from minigpt.runs.folder import Run
+from minigpt.training import assembly, loop
+from tests.conftest import ROOT, composed, naming, tiny_overrides
+
+PROGRAM = Program("minigpt", ("train",), "minigpt")
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch) -> TrainingQueue:
+    monkeypatch.chdir(tmp_path)
+    return TrainingQueue(tmp_path / "jobs", tmp_path / "runs")
+
+
+@pytest.fixture(autouse=True)
+def no_benchmark(monkeypatch) -> None:
+    monkeypatch.setattr(assembly, "matmul_peak", lambda *_: 1e9)
+
+
+def run_started(job: Job) -> None:
+    """Train a job that the queue has started."""
+    job._request(state="started")
+    run_job(job, PROGRAM)
+
+
+def stories(n: int) -> str:
+    return "\n<|endoftext|>\n".join(islice(bundled_sample().stories("train"), n))
+
+
+def test_every_size_of_the_page_is_a_model_size():
+    for size in SIZES:
+        assert (ROOT / f"conf/model/{size}.yaml").is_file()
+
+
+def test_text_becomes_a_run_that_its_command_repeats(queue, monkeypatch):
+    monkeypatch.setattr(job_module, "tokens_per_second", lambda *_: 700.0)
+    monkeypatch.setitem(training.SIZES, "w32", "the smallest")
+    job = queue.add(stories(60), [], "w32", 0.1)
+    run_started(job)
+    assert (job.state, job.error) == ("finished", None)
+    assert not any(path.exists() for path in job.uploads)  # the text and what was prepared from it
+    assert not (job.folder / training.CACHE).exists()
+    assert job.run is not None
+    run = Run.load(job.run)
+    assert run.folder.parent == queue.runs_dir
+    assert run.summary["tokens"] == job.status["tokens"] == 4096
+    assert len(run.snapshots) == 3
+    words = shlex.split(job.status["command"])
+    same = load_config("train", words[words.index("train") + 1 :])
+    assert (same.model.d_model, same.budget.tokens) == (32, 4096)
+    assert same.data.train_files == ("text.txt",)
+
+
+def test_stopped_job_continues_with_the_same_settings(queue, monkeypatch):
+    configs: list[Any] = []
+
+    def train(config: Any) -> None:
+        configs.append(config)
+        if len(configs) == 1:
+            raise SystemExit(128 + signal.SIGTERM)
+
+    monkeypatch.setattr(job_module, "tokens_per_second", lambda *_: 5000.0)
+    monkeypatch.setattr(loop, "train", train)
+    job = queue.add(stories(20), [], "small", 10)
+    run_started(job)
+    assert (job.state, job.can_continue) == ("stopped", True)
+    assert all(path.exists() for path in job.uploads)
+    monkeypatch.setattr(job_module, "tokens_per_second", lambda *_: pytest.fail("measured again"))
+    run_started(job)
+    assert job.state == "finished"
+    assert configs[0] == configs[1]
+    assert (configs[0].resume, configs[0].logger.kind) == ("auto", "csv")
+    assert configs[0].budget.tokens == 10 * 60 * 5000 // 2048 * 2048
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "names"),
+    [
+        ("a.txt", b"one story", ["data"]),
+        ("a.txt", b"\xff\xfe\x00\x00", ["a.txt"]),
+        ("a.png", b"\x89PNG\r\n", ["a.png"]),
+        ("a.csv", b"x,y\n1", ["a.csv"]),
+        ("a.txt.gz", b"no gzip", ["a.txt.gz"]),
+    ],
+    ids=["short", "binary", "image", "table", "damaged"],
+)
+def test_error_of_the_data_names_the_upload_and_its_field(queue, tmp_path, name, content, names):
+    path = tmp_path / name
+    path.write_bytes(content)
+    job = queue.add(None, [path], "w64", 1)
+    run_started(job)
+    assert (job.state, job.status["field"]) == ("failed", "files")
+    assert job.error is not None
+    assert "\n" not in job.error
+    assert str(tmp_path) not in job.error
+    for part in names:
+        assert part in job.error
+    assert not any(path.exists() for path in job.uploads)
+
+
+def test_uploads_are_limited_after_decompression(tmp_path, monkeypatch):
+    monkeypatch.setattr(job_module, "MAX_UNPACKED", 1000)
+    plain, packed = tmp_path / "a.txt", tmp_path / "b.txt.gz"
+    plain.write_bytes(b"x" * 500)
+    packed.write_bytes(gzip.compress(b"x" * 501))
+    check_unpacked([plain])
+    with pytest.raises(UserError, match=naming("b.txt.gz")) as error:
+        check_unpacked([plain, packed])
+    assert error.value.argument == "data.train_files"
+
+
+def test_training_from_a_run_has_its_size_and_its_vocabulary(queue):
+    release = ROOT / "releases/medium"
+    job = queue.add("text", [], "w64", 1, {"path": str(release), "name": "medium"})
+    words = job_words(job)
+    assert (words["model"], words["init_from"]) == ("medium", str(release))
+    assert "data.vocab_size" not in words
+
+
+def test_speed_is_measured_without_leaving_a_run(tmp_path):
+    config = composed([*tiny_overrides(tmp_path), "budget.tokens=1e6"])
+    assert tokens_per_second(config, tmp_path / "calibration", seconds=0) > 0
+    assert not (tmp_path / "calibration").exists()
+    words = budget_words(config, 64 * 30.5)
+    assert words["budget.tokens"] == 64 * 30
+    assert words["optimizer.warmup_steps"] == 2
+    assert budget_words(config, 0)["callbacks.snapshots"] == 2

@@ -1,0 +1,249 @@
+"""The queue of trainings, with processes that only lock their jobs."""
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from minigpt.core.settings import UserError
+from minigpt.playground import training
+from minigpt.playground.training import LOCK, Job, TrainingQueue, training_environment
+from minigpt.playground.training_view import job_html
+from tests.conftest import naming
+from tests.run_folder import write_run
+
+TEXT = "Tom had a ball."
+
+
+class Processes:
+    """Stands for subprocess.Popen: the process locks its job until it is told to end."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+        self.environments: list[dict[str, str]] = []
+        self.locks: dict[str, Any] = {}
+
+    def start(self, command: list[str], env: dict[str, str], **_: Any) -> Any:
+        job = Job(Path(command[-1]))
+        self.jobs.append(job)
+        self.environments.append(env)
+        self.locks[job.name] = FileLock(job.folder / LOCK).acquire()
+        job.report(phase="training", pid=4242)
+        return SimpleNamespace(poll=lambda: None)
+
+    def end(self, job: Job, **status: Any) -> None:
+        job.report(**status)
+        self.locks.pop(job.name).lock.release()
+
+
+@pytest.fixture
+def processes(monkeypatch) -> Processes:
+    processes = Processes()
+    monkeypatch.setattr(subprocess, "Popen", processes.start)
+    return processes
+
+
+@pytest.fixture
+def queue(tmp_path) -> TrainingQueue:
+    return TrainingQueue(tmp_path / "jobs", tmp_path / "runs")
+
+
+def add(queue: TrainingQueue, text: str | None = TEXT, **fields: Any) -> Job:
+    usual: dict[str, Any] = {"files": [], "size": "small", "minutes": 1}
+    return queue.add(text, **{**usual, **fields})
+
+
+def test_jobs_run_one_at_a_time_in_their_order(queue, processes):
+    first, second = add(queue), add(queue)
+    for _ in range(3):
+        queue.advance()
+    assert [job.name for job in processes.jobs] == [first.name]
+    assert (first.state, second.state) == ("running", "waiting")
+    TrainingQueue(queue.folder, queue.runs_dir).advance()  # another server
+    assert len(processes.jobs) == 1
+    processes.end(first, phase="finished")
+    queue.advance()
+    assert (first.state, second.state) == ("finished", "running")
+    with pytest.raises(UserError) as error:
+        queue.remove(second.name)
+    assert error.value.argument == "job"
+    queue.remove(first.name)
+    assert [job.name for job in queue.jobs()] == [second.name]
+
+
+def test_stopped_job_continues_at_the_end_of_the_queue(queue, processes, monkeypatch):
+    signals: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda *sent: signals.append(sent))
+    first, second = add(queue), add(queue)
+    queue.stop(second.name)  # it never ran
+    assert (second.state, second.can_continue) == ("stopped", True)
+    queue.advance()
+    with pytest.raises(UserError, match="stopped"):
+        queue.resume(first.name)
+    queue.stop(first.name)
+    assert signals == [(4242, signal.SIGTERM)]
+    assert first.state == "running"  # until it has written its checkpoint
+    processes.end(first, phase="stopped")
+    assert (first.state, first.error) == ("stopped", None)
+    queue.resume(second.name)
+    queue.resume(first.name)
+    queue.advance()
+    assert (first.state, second.state) == ("waiting", "running")
+
+
+def test_killed_job_says_so_and_can_continue(queue, processes, monkeypatch):
+    job = add(queue)
+    queue.advance()
+    processes.end(job)
+    assert (job.state, job.can_continue) == ("stopped", True)
+    assert "job.log" in str(job.error)
+    full = SimpleNamespace(free=0)
+    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: full)
+    assert "full" in str(job.error)
+
+
+def test_process_that_has_not_locked_its_job_yet_counts_as_running(queue, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: SimpleNamespace(poll=lambda: None))
+    job = add(queue)
+    queue.advance()
+    assert job.state == "running"
+    monkeypatch.setattr(training.time, "time", lambda: 1e12)
+    assert job.state == "stopped"
+
+
+def test_uploads_are_moved_and_lose_their_names(queue, tmp_path):
+    names = ["stories.csv.gz", "..\\x y.TXT", "$(rm -rf).md", "none"]
+    files = [tmp_path / name for name in names]
+    for path in files:
+        path.write_text(path.name)
+    job = add(queue, files=files)
+    assert not any(path.exists() for path in files)
+    stored = {path.name: path.read_text() for path in job.uploads}
+    assert stored == {"000.txt": TEXT, "001.csv.gz": names[0], "002.txt": names[1],
+                      "003.md": names[2], "004": names[3]}  # fmt: skip
+    assert list(job.uploads.values()) == ["text.txt", *names]
+    job.delete_data()
+    assert not any(path.exists() for path in job.uploads)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"text": None}, "text"),
+        ({"text": " \n\t"}, "text"),
+        ({"text": "\ud800"}, "text"),
+        ({"text": "x" * 100}, "text"),
+        ({"files": [64]}, "files"),
+        ({"files": [1] * 4}, "files"),
+        ({"size": "huge"}, "size"),
+        ({"size": "../../etc/passwd"}, "size"),
+        ({"minutes": None}, "minutes"),
+        ({"minutes": 0}, "minutes"),
+        ({"minutes": float("nan")}, "minutes"),
+        ({"minutes": 1e9}, "minutes"),
+    ],
+)
+def test_invalid_field_is_an_error_of_that_field_and_nothing_is_stored(
+    queue, tmp_path, monkeypatch, fields, name
+):
+    monkeypatch.setattr(training, "MAX_UPLOAD", 70)
+    monkeypatch.setattr(training, "MAX_FILES", 3)
+    files = []
+    for i, size in enumerate(fields.pop("files", [])):
+        files.append(tmp_path / f"{i}.txt")
+        files[-1].write_bytes(b"x" * size)
+    with pytest.raises(UserError) as error:
+        add(queue, files=files, **fields)
+    assert error.value.argument == name
+    assert queue.jobs() == []
+    assert all(path.exists() for path in files)
+
+
+def test_flood_of_starts_is_refused(queue):
+    for _ in range(training.MAX_WAITING):
+        add(queue)
+    with pytest.raises(UserError, match=naming(str(training.MAX_WAITING))) as error:
+        add(queue)
+    assert error.value.argument == "start"
+    assert len(queue.jobs()) == training.MAX_WAITING
+
+
+def test_full_disk_is_an_error_and_leaves_no_job(queue, monkeypatch):
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(training, "write_json", full)
+    with pytest.raises(UserError, match="full") as error:
+        add(queue)
+    assert error.value.argument == "start"
+    assert list(queue.folder.glob(".*-*")) == queue.jobs() == []
+
+
+@pytest.mark.parametrize("name", ["", "..", "../../runs/other", "none", None])
+def test_only_jobs_of_the_queue_can_be_changed(queue, tmp_path, name):
+    other = tmp_path / "runs/other"
+    other.mkdir(parents=True)
+    (other / "job.json").write_text("{}")
+    for act in (queue.stop, queue.resume, queue.remove):
+        with pytest.raises(UserError) as error:
+            act(name)
+        assert error.value.argument == "job"
+    assert (other / "job.json").exists()
+
+
+def test_old_finished_jobs_leave_the_list(queue, monkeypatch):
+    monkeypatch.setattr(training, "MAX_JOBS", 2)
+    jobs = [add(queue) for _ in range(3)]
+    for job in jobs:
+        job.report(phase="finished")
+        job._request(state="started")
+    add(queue)
+    assert len(queue.jobs()) == 2
+
+
+def test_environment_of_a_training_has_no_secrets():
+    secrets = {
+        "HF_TOKEN": "x", "WANDB_API_KEY": "x", "WANDB_PROJECT": "x", "AWS_SECRET_ACCESS_KEY": "x",
+        "GITHUB_TOKEN": "x", "MINIGPT_LOCAL": "x", "LC_TOKEN": "x", "MY_PATH": "x",
+    }  # fmt: skip
+    needed = {"PATH": "/bin", "HOME": "/root", "PYTHONPATH": "/a", "OMP_NUM_THREADS": "1"}
+    environment = training_environment({**secrets, **needed})
+    assert environment.items() >= needed.items()
+    assert not secrets.keys() & environment.keys()
+
+
+def test_view_shows_progress_samples_and_at_the_end_the_command(queue, processes):
+    job = add(queue)
+    assert "1 in the queue" in job_html(job, 1)
+    queue.advance()
+    run = write_run(queue.runs_dir / "mine")
+    story = {"step": 40, "tokens": 327680, "prompt": "<b>", "temperature": 0.8, "text": "<i>"}
+    with (run / "samples.jsonl").open("a") as file:
+        file.write(json.dumps(story) + "\n")
+    job.report(run=str(run), tokens=655_360, command="minigpt train 'name=<x>'")
+    view = job_html(job)
+    assert re.search(naming("328k", "655k", "4.000", "66.69", "16 s"), view)
+    assert "&lt;b&gt;</span>&lt;i&gt;" in view
+    assert "<polyline" in view
+    assert "name=" not in view
+    processes.end(job, phase="finished")
+    assert "minigpt train &#x27;name=&lt;x&gt;&#x27;" in job_html(job)
+
+
+def test_view_shows_the_error_of_a_job_and_of_its_files(queue, processes):
+    job = add(queue)
+    queue.advance()
+    run = write_run(queue.runs_dir / "mine")
+    (run / "samples.jsonl").write_text("broken\n")
+    processes.end(job, phase="failed", error="<the text is short>", run=str(run))
+    view = job_html(job)
+    assert "&lt;the text is short&gt;" in view
+    assert re.search(naming("samples.jsonl", "line", "1"), view)
