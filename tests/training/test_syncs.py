@@ -15,7 +15,7 @@ from minigpt.data import datamodule
 from minigpt.kernels.choice import kernels_for
 from minigpt.kernels.cuda_graph import graphed_loss
 from minigpt.runs.records import read_metrics
-from minigpt.training import assembly
+from minigpt.training import assembly, loop
 from minigpt.training.module import GPTModule
 from tests.conftest import tiny_overrides, trained_folder
 from tests.syncs import SyncCounter
@@ -98,7 +98,7 @@ def test_steps_with_teachers_and_a_graph_do_not_wait_for_the_device(counted, tmp
     teacher = trained_folder([*tiny_overrides(tmp_path), "name=teacher", "budget.tokens=320"])
     monkeypatch.setattr(assembly, "_records_graphs", lambda *_: True)
     graphs = []
-    monkeypatch.setattr(loop, "graphed_loss", lambda *a: graphs.append(a) or graphed_loss(*a))
+    monkeypatch.setattr(assembly, "graphed_loss", lambda *a: graphs.append(a) or graphed_loss(*a))
     steps = counted(f"teacher.runs=[{teacher}]")
     assert len(graphs) == 2
     assert steps.n_batches >= 15
