@@ -47,9 +47,16 @@ def tiny_overrides(folder: Path) -> list[str]:
     """Return the same overrides for a folder that several tests share."""
     train, valid = folder / "train.txt", folder / "valid.txt"
     return [
-        "data=text",
         f"data.train_files=[{write_stories(train, 400, 1)}]",
         f"data.valid_files=[{write_stories(valid, 40, 2)}]",
+        *tiny_settings(folder),
+    ]
+
+
+def tiny_settings(folder: Path) -> list[str]:
+    """Return the overrides without the files of the stories; nothing is written."""
+    return [
+        "data=text",
         f"data.cache_dir={folder / 'cache'}",
         "data.vocab_size=300",
         "data.batch_size=4",

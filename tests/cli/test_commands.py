@@ -20,7 +20,7 @@ from minigpt.core.typed import shell_word, typed_settings
 from minigpt.runs.folder import Run
 from minigpt.runs.records import read_summary
 from tests.commands import Result, run_here
-from tests.conftest import tiny_overrides, write_stories
+from tests.conftest import tiny_settings, write_stories
 
 FOLDER = "It's größe, 1 (a) [v2]"
 NAME = '$HOME !x  "q" #&;~{a}`|${b}'
@@ -43,10 +43,9 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_words() -> list[str]:
     """Return the settings of the run, as a user types them."""
-    tiny = [word for word in tiny_overrides(Path()) if "_files=" not in word]
     files = [f'data.train_files=["{FILES[0]}"]', f"data.valid_files={FILES[1]}"]
     return [
-        *tiny,
+        *tiny_settings(Path()),
         *files,
         "callbacks.prompts=[It's raining!, größe]",
         *typed_settings({"name": NAME}),
