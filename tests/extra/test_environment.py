@@ -211,7 +211,7 @@ def check_served(served: Served) -> None:
     """Check the answers of a playground to its own page and to pages of other sites."""
     with httpx.Client(base_url=served.url, timeout=60, trust_env=False) as client:
         assert "/stories" in client.get("/").text
-        inputs = {"data": ["Tom", 1.0, 0, 1.0, 0.0, 10, None, None]}
+        inputs = {"data": ["Tom", 1.0, 0, 1.0, 0.0, 10, [], 4]}
         for headers in ({"Host": "rebound.example"}, {"Origin": "http://foreign.example"}):
             answer = client.post("/gradio_api/call/write", json=inputs, headers=headers)
             assert answer.status_code == 403

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(300)
 
 def write(url: str, prompt: str, n: float, top_k: float = 0) -> str:
     """Return the last update of a story of `n` tokens."""
-    inputs = [prompt, 1.0, top_k, 1.0, 0.0, n, None, None]  # all models, at their last age
+    inputs = [prompt, 1.0, top_k, 1.0, 0.0, n, [], 4]  # all models, at their last age
     with httpx.Client(base_url=url, timeout=120, trust_env=False) as client:
         response = client.post("/gradio_api/call/write", json={"data": inputs})
         response.raise_for_status()
