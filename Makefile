@@ -5,7 +5,7 @@ BIN := .venv/bin
 EXTRA := $(BIN)/python -m pytest --override-ini addopts="-q --strict-markers"
 
 .PHONY: help quickstart life test lint format audit docs golden chaos bench clean
-.PHONY: test-browser test-cluster test-examples test-export test-memory test-surroundings
+.PHONY: test-browser test-cluster test-examples test-export test-long test-memory test-surroundings
 .PHONY: test-wandb test-wheel
 .DELETE_ON_ERROR:
 
@@ -85,6 +85,9 @@ test-examples: .venv/installed-dev  # run the notebooks in examples/ with tiny b
 test-wheel: .venv/installed-dev  # test the wheel and the sdist, installed without a checkout
 	$(EXTRA) tests/extra/test_wheel.py
 
+test-long: .venv/installed-dev  # test what takes too long for make test
+	$(EXTRA) -m long tests
+
 test-memory: .venv/installed-dev  # test that memory does not grow with the text: a minute
 	$(EXTRA) tests/extra/test_memory.py
 
@@ -94,7 +97,7 @@ test-surroundings: .venv/installed-dev  # test terminals, signals, shells, users
 	@command -v zsh >/dev/null || \
 	  { apt-get update -q && apt-get install -q -y --no-install-recommends zsh; }
 	$(EXTRA) tests/extra/test_surroundings.py tests/extra/test_shells.py tests/extra/test_environment.py \
-	  tests/cli/test_commands.py
+	  tests/extra/test_commands.py
 
 golden: .venv/installed-dev  # compare logits, curves, stories and settings with commit c2cfd24
 	$(BIN)/python -m tests.golden

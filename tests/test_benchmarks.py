@@ -54,6 +54,7 @@ def gpu_results(tmp_path_factory):
     return out
 
 
+@pytest.mark.long
 def test_gpu_benchmark_runs_every_part_on_a_cpu(gpu_results):
     content = json.loads((gpu_results / "gpu.json").read_text(encoding="utf-8"))
     assert content["measured_on"].startswith("CPU")
@@ -76,6 +77,7 @@ def test_gpu_benchmark_runs_every_part_on_a_cpu(gpu_results):
     assert weights == {f"{name}.safetensors" for name in ("small", "medium", "large", "student")}
 
 
+@pytest.mark.long
 def test_gpu_table_and_figure_name_the_device(gpu_results, capsys):
     from benchmarks import gpu_table
 

@@ -35,6 +35,7 @@ _PACKAGES = (
 _PROGRAM = '''"""Web page of the model in model/, for a Space or for this machine: python app.py."""
 
 import os
+import sys
 from pathlib import Path
 
 from minigpt.core.console import show_log
@@ -42,12 +43,15 @@ from minigpt.playground.server import serve
 from minigpt.runs.folder import Run
 
 show_log()
-serve(
-    [Run.load(Path(__file__).parent / "model")],
-    host=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),  # set by the Hub
-    port=int(os.environ.get("GRADIO_SERVER_PORT", "7860")),
-    allow_training=False,
-)
+try:
+    serve(
+        [Run.load(Path(__file__).parent / "model")],
+        host=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),  # set by the Hub
+        port=int(os.environ.get("GRADIO_SERVER_PORT", "7860")),
+        allow_training=False,
+    )
+except KeyboardInterrupt:
+    sys.exit(130)
 '''
 
 

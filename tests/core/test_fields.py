@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from minigpt.analysis.over_time import OverTimeConfig
 from minigpt.analysis.study import StudyConfig
 from minigpt.core.fields import documented, field_docs, setting_docs
 from minigpt.evaluation import EvaluationConfig
@@ -14,7 +15,7 @@ from minigpt.generation import SamplingConfig
 from minigpt.training.config import TrainConfig
 from tests.conftest import ROOT
 
-ROOTS = (TrainConfig, EvaluationConfig, ExportConfig, SamplingConfig, StudyConfig)
+ROOTS = (TrainConfig, EvaluationConfig, ExportConfig, SamplingConfig, StudyConfig, OverTimeConfig)
 
 
 def with_sections(config: Any) -> set[type]:

@@ -86,6 +86,7 @@ for host in {hosts}:
 """
 
 
+@pytest.mark.long
 def test_default_port_is_the_next_free_one_and_foreign_hosts_are_refused(taken_port, tmp_path):
     hosts = ["localhost", "[::1]", "0.0.0.0"]
     proxy = {"http_proxy": "http://192.0.2.1:9", "no_proxy": "example.org"}
