@@ -24,6 +24,7 @@ from minigpt.cli.words import without_dashes
 from minigpt.core.console import log
 from minigpt.core.cores import limit_threads
 from minigpt.core.distributed import (
+    Launcher,
     allow_starting_processes,
     forget_launcher,
     forget_stale_launcher,
@@ -121,6 +122,7 @@ def _prepare(name: str, program: Program, arguments: list[str]) -> None:
         sys.argv = [program.path, "--help", *more]
         return
     forget_stale_launcher()
+    Launcher.detect()  # raises UserError for wrong variables, before Lightning reads them
     allow_starting_processes()
     register_defaults(name, arguments)
     words = composed_words(name, arguments)

@@ -154,13 +154,17 @@ def test_age_slider_shows_younger_models_in_the_open_tab(visitor: Visitor):
         }""",
         arg=old,
     )
+    neighbours = page.locator("#neighbours")
+    grown = neighbours.text_content()
     page.get_by_role("tab", name="Words").click()
+    page.wait_for_function(
+        "grown => document.querySelector('#neighbours').textContent !== grown", arg=grown
+    )
     expect(page.locator("#neighbours tr")).to_have_count(8)
-    young = page.locator("#neighbours").inner_text()
     page.get_by_role("button", name="Play").click()
     expect(age).to_have_value("4")
     page.wait_for_function(
-        "young => document.querySelector('#neighbours').innerText !== young", arg=young
+        "grown => document.querySelector('#neighbours').textContent === grown", arg=grown
     )
     for tab, part, value in (("Layers", "#lens", "0"), ("Attention", "#scores", "4")):
         page.get_by_role("tab", name=tab).click()

@@ -178,7 +178,7 @@ def test_the_quota_of_a_cgroup_sets_the_threads(one_core, tiny):
         assert re.search(rf"device .*\b{threads} CPU thread", trained.stderr), trained.stderr
 
 
-def test_a_user_without_a_temporary_folder_trains(owned, tmp_path):
+def test_a_user_without_a_temporary_folder_is_asked_for_one(owned, tmp_path):
     script = (
         "mkdir -p /run/minigpt && mount -t tmpfs tmpfs /run/minigpt && "
         f"cp -a {tmp_path} /run/minigpt/run && chmod 755 /run/minigpt && "
@@ -190,8 +190,12 @@ def test_a_user_without_a_temporary_folder_trains(owned, tmp_path):
     trained = run("train.py", *moved, before=before, variables={"HOME": "/nonexistent"})
     if "unshare" in trained.stderr or "mount" in trained.stderr:
         pytest.skip(trained.stderr)
-    assert trained.returncode == 0, trained.stderr
+    assert trained.returncode == 2, trained.stderr
+    assert "TMPDIR" in trained.stderr.splitlines()[-1]
     assert "Traceback" not in trained.stderr
+    there = {"HOME": "/nonexistent", "TMPDIR": "/run/minigpt/run"}
+    trained = run("train.py", *moved, before=before, variables=there)
+    assert trained.returncode == 0, trained.stderr
 
 
 def test_playground_as_user_beside_the_temporary_files_of_another(tiny_run: Path, tmp_path: Path):
