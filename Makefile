@@ -10,7 +10,7 @@ EXTRA := $(BIN)/python -m pytest --override-ini addopts="-q --strict-markers"
 .DELETE_ON_ERROR:
 
 help:  # list the targets
-	@awk -F ':.*  # ' '/^[a-z-]+:.*  # / { printf "  %-14s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*  # ' '/^[a-z-]+:.*  # / { printf "  %-18s%s\n", $$1, $$2 }' Makefile
 
 quickstart: .venv/installed  # install, train the small model for minutes, evaluate it, write a story
 	$(BIN)/python train.py experiment=quickstart
