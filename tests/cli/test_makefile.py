@@ -8,9 +8,9 @@ from tests.conftest import ROOT
 
 def make_help(*words: str) -> dict[str, str]:
     """Return the description of each target that `make words…` prints."""
-    process = subprocess.run(
-        ["make", *words], cwd=ROOT, capture_output=True, text=True, check=True
-    )  # fmt: skip
+    # The suite may itself be a child of make, which then prints the names of folders.
+    command = ["make", "--no-print-directory", *words]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return dict(line.strip().split(maxsplit=1) for line in process.stdout.splitlines())
 
 
