@@ -66,6 +66,7 @@ def test_every_command_of_the_readme_works(command: str, place: Path, tiny: list
     typed(command, place)
 
 
+@pytest.mark.long
 def test_the_library_example_of_the_readme_runs(place: Path, tiny: list[str]):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     (overrides,) = re.findall(r"\[\"budget.*?\]", code)

@@ -192,6 +192,7 @@ def test_generate_options_out_of_range_are_one_line_errors(options, names, monke
     assert all(name in err for name in names)
 
 
+@pytest.mark.long
 def test_generate_into_a_closed_pipe_has_no_traceback(tiny):
     folder = trained_folder(tiny)
     words = [str(folder), "--n", "500", "--max-tokens", "60", "--temperature", "5"]

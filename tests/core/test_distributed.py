@@ -47,6 +47,7 @@ def two(tiny: list[str]) -> list[str]:
     return [*tiny, "trainer=ddp", "trainer.precision=32-true", "trainer.n_validations=2"]
 
 
+@pytest.mark.long
 def test_multirun_on_two_devices_equals_one_device_with_twice_the_batch(
     two: list[str], tmp_path: Path
 ):
@@ -62,6 +63,7 @@ def test_multirun_on_two_devices_equals_one_device_with_twice_the_batch(
     assert evaluation.perplexity == pytest.approx(logged, rel=1e-5)
 
 
+@pytest.mark.long
 def test_the_processes_of_torchrun_share_a_folder_a_log_and_a_wandb_run(two: list[str]):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     run([*torchrun, "train.py", *two, "logger=wandb"])

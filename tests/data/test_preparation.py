@@ -333,6 +333,7 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(tokenizer, tmp_path
     assert prepare_split(Listed(), "train", tokenizer, tmp_path).n_stories == 50
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("n", [2, 8])
 def test_runs_that_start_at_once_prepare_once_and_all_train(n: int, tmp_path: Path):
     command = [*tiny_overrides(tmp_path), "budget.tokens=192", "trainer.n_validations=1"]

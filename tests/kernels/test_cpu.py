@@ -84,6 +84,7 @@ def test_chunked_cross_entropy_and_its_gradients_are_those_of_cross_entropy(
     assert float(evaluated) == pytest.approx(float(expected))
 
 
+@pytest.mark.long
 def test_training_loss_with_cpu_kernels_equals_that_of_pytorch(tmp_path):
     stories = "\n<|endoftext|>\n".join(islice(bundled_sample().stories("train"), 600))
     (tmp_path / "stories.txt").write_text(stories, encoding="utf-8")

@@ -236,6 +236,7 @@ def test_structs_and_constants_are_those_of_the_source(tmp_path):
 STRUCTS = ("matrix", "norm", "layer", "model", "batch")
 
 
+@pytest.mark.long
 @needs_compiler
 def test_library_is_compiled_once_and_replaced_if_damaged(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -43,6 +43,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_run_killed_ten_times_ends_with_the_weights_of_an_undisturbed_run(workspace: Path):
     killed_in = kill_and_resume(overrides(workspace), workspace, kills=10, seed=1)
     assert {STEP, VALIDATION, CHECKPOINT} <= set(killed_in)
