@@ -9,19 +9,23 @@ from typing import Any, NamedTuple
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported
 
 import gradio as gr
+from gradio.events import Dependency
 
 from minigpt.playground.answers import Playground
 
 AGE = "the run has snapshots of its weights: move the slider to see what the model did when younger"
 PLAY_SECONDS = 1.5  # time of each age while the slider plays
+# Sets the first input to whether a tab is open. Only the browser knows this at the moment when the
+# age changes: a state on the server, stored when a tab is opened, would arrive later.
+IS_OPEN = "(_, ...inputs) => [document.getElementById('%s')?.offsetParent != null, ...inputs]"
 
 
 class Page(gr.Blocks):
-    """The page, with the inputs that all tabs share: the age of the models, and the open tab."""
+    """The page, with the inputs that all tabs share."""
 
     playground: Playground
     age: gr.Slider
-    selected: gr.State
+    is_open: gr.Checkbox  # hidden; the value is what `IS_OPEN` returns in the browser
 
 
 class Place(NamedTuple):
@@ -66,15 +70,21 @@ def age_slider(page: Page) -> None:
     page.load(resize, None, [part, page.age], show_progress="hidden", **private)
 
 
-def follow_selection(page: Page) -> None:
-    """Store the label of the tab that is opened."""
-    for tab in [block for block in page.blocks.values() if isinstance(block, gr.Tab)]:
-        opened = gr.State(str(tab.label))
-        tab.select(_same, opened, page.selected, queue=False, api_visibility="private")
+def on_age(
+    function: Callable[..., Any], inputs: Sequence[Any], outputs: Any, place: Place
+) -> Dependency:
+    """Call `function` when the age changes while the tab of `place` is open.
 
-
-def _same(value: str) -> str:
-    return value
+    Args:
+        function: takes whether the tab is open, and then the values of `inputs`.
+        inputs: components of the page.
+        outputs: components that the results replace.
+        place: the tab, whose `elem_id` is set, and its page.
+    """
+    return place.page.age.change(
+        function, [place.page.is_open, *inputs], outputs, js=IS_OPEN % place.tab.elem_id,
+        show_progress="hidden", trigger_mode="always_last", api_visibility="private",
+    )  # fmt: skip
 
 
 def show_answer(
@@ -92,18 +102,17 @@ def show_answer(
     If several changes are waiting, only the newest is handled. The event is `change`, because
     Gradio's `input` misses pasted text and backspace.
     """
-    tab, page = _place(output)
-    inputs = [*(inputs or changing), page.age]
-    answer = at_age(function, page)
+    place = place_of(output)
+    inputs = [*(inputs or changing), place.page.age]
+    answer = at_age(function, place.page)
 
-    def follow(selected: str, *values: Any) -> Any:
-        return answer(*values) if selected == tab.label else gr.skip()
+    def follow(is_open: bool, *values: Any) -> Any:
+        return answer(*values) if is_open else gr.skip()
 
     changes = [component.change for component in changing]
     how: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last"}
-    gr.on([*changes, tab.select], answer, inputs, output, **how)
-    age_inputs = [page.selected, *inputs]
-    page.age.change(follow, age_inputs, output, api_visibility="private", **how)
+    gr.on([*changes, place.tab.select], answer, inputs, output, **how)
+    on_age(follow, inputs, output, place)
 
 
 def at_age(function: Callable[..., str], page: Page) -> Callable[..., str]:
@@ -117,7 +126,7 @@ def at_age(function: Callable[..., str], page: Page) -> Callable[..., str]:
     return answer
 
 
-def _place(block: Any) -> Place:
+def place_of(block: Any) -> Place:
     """Return the tab and the page that contain a component."""
     tab: Any = block
     while not isinstance(tab, gr.Tab):

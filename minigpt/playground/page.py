@@ -22,7 +22,7 @@ from gradio.routes import App, ORJSONResponse
 
 from minigpt.playground import inside
 from minigpt.playground.access import with_token
-from minigpt.playground.age_page import Page, age_slider, at_age, follow_selection, show_answer
+from minigpt.playground.age_page import Page, age_slider, at_age, on_age, place_of, show_answer
 from minigpt.playground.answers import MAX_PROMPT, MAX_RUNS, MAX_TOKENS, Playground
 from minigpt.playground.hosts import Hosts, guarded
 from minigpt.playground.training_page import RANDOM, START_FROM, training_tab
@@ -81,26 +81,25 @@ def build_page(playground: Playground, training: Training | None = None) -> Page
     with Page(
         title="Mini GPT playground", analytics_enabled=False, delete_cache=(600, 3600)
     ) as page:
-        page.playground, page.selected = playground, gr.State("Story")
+        page.playground, page.is_open = playground, gr.Checkbox(visible=False)
         gr.Markdown(INTRODUCTION)
         age_slider(page)
-        with gr.Tab("Story"):
+        with _tab("Story"):
             _story_tab(playground, page)
-        with gr.Tab("Words"):
+        with _tab("Words"):
             _words_tab(playground)
-        with gr.Tab("Map"):
+        with _tab("Map"):
             gr.Markdown(MAP)
             name = _model_choice(playground)
             show_answer(playground.map, [name], gr.HTML(playground.map(name.value)))
-        with gr.Tab("Attention"):
+        with _tab("Attention"):
             _attention_tab(playground, page)
-        with gr.Tab("Layers"):
+        with _tab("Layers"):
             _layers_tab(playground)
         if training is not None:
             with gr.Tab("Train") as tab:
                 training_tab(page, tab, playground, training)
             _refresh_models(page)
-        follow_selection(page)
     page.queue(max_size=WAITING, default_concurrency_limit=WRITERS)
     return page
 
@@ -150,6 +149,10 @@ def _refresh_models(page: Page) -> None:
         event(refresh, [known], [known, *choices], show_progress="hidden", api_visibility="private")
 
 
+def _tab(label: str) -> gr.Tab:
+    return gr.Tab(label, elem_id=f"tab-{label.lower()}")
+
+
 def _story_tab(playground: Playground, page: Page) -> None:
     names = list(playground.models)
     models = gr.Dropdown(
@@ -188,9 +191,9 @@ def _story_tab(playground: Playground, page: Page) -> None:
         for texts in playground.write(*inputs):
             yield (*texts, *[""] * (MAX_RUNS - len(texts)))
 
-    def follow(selected: str, *inputs: Any) -> Iterator[Any]:
+    def follow(is_open: bool, *inputs: Any) -> Iterator[Any]:
         """Write the story of the last seed again at another age."""
-        yield from write(*inputs) if selected == "Story" else [(gr.skip(),) * MAX_RUNS]
+        yield from write(*inputs) if is_open else [(gr.skip(),) * MAX_RUNS]
 
     models.change(
         choose, models, [*columns, *titles], show_progress="hidden", api_visibility="private"
@@ -201,10 +204,7 @@ def _story_tab(playground: Playground, page: Page) -> None:
         api_visibility="private",
     )  # fmt: skip
     story = new_seed.then(write, [*inputs, seed], stories, show_progress="minimal")
-    aged = page.age.change(
-        follow, [page.selected, *inputs, seed], stories, show_progress="hidden",
-        trigger_mode="always_last", api_visibility="private",
-    )  # fmt: skip
+    aged = on_age(follow, [*inputs, seed], stories, place_of(start))
     stop.click(None, cancels=[story, aged], api_visibility="private")
 
 

@@ -135,7 +135,7 @@ def test_temperature_zero_writes_the_same_story_twice(visitor: Visitor):
     assert texts[0] == texts[1]
 
 
-def test_age_slider_shows_the_story_of_a_younger_model(visitor: Visitor):
+def test_age_slider_shows_younger_models_in_the_open_tab(visitor: Visitor):
     page = visitor.page
     for name, value in (("Temperature", "0"), ("Maximum length (tokens)", "20")):
         page.get_by_label(f"number input for {name}").fill(value)
@@ -154,6 +154,18 @@ def test_age_slider_shows_the_story_of_a_younger_model(visitor: Visitor):
         }""",
         arg=old,
     )
+    page.get_by_role("button", name="Play").click()
+    expect(age).to_have_value("4")
+    parts = {"Words": "#neighbours", "Layers": "#lens", "Attention": "#scores"}
+    for (tab, part), value in zip(parts.items(), ("0", "4", "0"), strict=True):
+        page.get_by_role("tab", name=tab).click()
+        expect(page.locator(f"{part} td").first).to_be_visible()
+        before = [part, page.locator(part).inner_text()]
+        age.fill(value)
+        age.press("Enter")
+        page.wait_for_function(
+            "([part, text]) => document.querySelector(part).innerText !== text", arg=before
+        )
 
 
 def test_stop_button_ends_the_story(visitor: Visitor):
