@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import ConsoleMessage, Page, expect, sync_playwright
 
 from minigpt.exporting.space import write_space
 from minigpt.runs.folder import Run
@@ -29,11 +29,13 @@ class Visitor:
         self.page = page
         self.errors: list[str] = []
         self.hosts: set[str | None] = set()
-        page.on(
-            "console", lambda message: message.type == "error" and self.errors.append(message.text)
-        )
+        page.on("console", self._note_error)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("request", lambda request: self._note_host(request.url))
+
+    def _note_error(self, message: ConsoleMessage) -> None:
+        if message.type == "error":
+            self.errors.append(message.text)
 
     def _note_host(self, url: str) -> None:
         if not url.startswith(("data:", "blob:")):
