@@ -341,7 +341,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation(Score):
-    """Content of evaluation.json. If V1 and V2 were both scored, the loss is for V2."""
+    """Content of evaluation.json.
+
+    If both validation files of the bundled stories were scored, the loss is for TinyStoriesV2.
+    """
 
     valid: str | None  # v1, v2 or both for the bundled sample; None for other data
     valid_v1: Score | None  # loss on V1, if both were scored

@@ -39,7 +39,10 @@ _ONLY_OURS = ("seed", "stories", "words", "analogies")  # settings that need a M
 
 @dataclass(frozen=True)
 class HFEvaluation(Score):
-    """Loss of a Hugging Face model. If V1 and V2 were both scored, the loss is for V2."""
+    """Loss of a Hugging Face model.
+
+    If both validation files of the bundled stories were scored, the loss is for TinyStoriesV2.
+    """
 
     valid: str | None  # v1, v2 or both for the bundled sample; None for other data
     valid_v1: Score | None  # loss on V1, if both were scored

@@ -156,7 +156,7 @@ class KVCache:
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append the keys and values of the new tokens for one layer.
 
-        After `extend`, the layers call this method in their order.
+        After `extend`, the layers call this method in order, first layer first.
 
         Args:
             k: keys (B, nh, T, hs).

@@ -5,10 +5,10 @@ The `tokenizers` library learns the merges from the training stories. The vocabu
 appends to each story. No text can produce id 0: the string `<|endoftext|>` in a story is encoded as
 ordinary characters.
 
-The library would need much memory for large texts in some scripts. During training, it needs about
-120 bytes for each byte of distinct pre-tokens, so `train` limits the total size of distinct
-pre-tokens. During encoding, it needs about 180 bytes for each byte of text, so `encode_stories`
-encodes long texts in pieces (`cut_texts`).
+The library would need much memory for large texts in some writing systems. During training, it
+needs about 120 bytes for each byte of distinct pre-tokens, so `train` limits the total size of
+distinct pre-tokens. During encoding, it needs about 180 bytes for each byte of text, so
+`encode_stories` encodes long texts in pieces (`cut_texts`).
 """
 
 from __future__ import annotations
@@ -187,8 +187,8 @@ class Tokenizer:
     def encode_stories(self, stories: Iterable[str]) -> np.ndarray:
         """Return the ids of all stories in one array, with END_OF_TEXT after each story.
 
-        The ids are those of `encode_batch`, with one exception: if a run of more than 65,536
-        characters has no cut position, `cut_texts` may cut it, and its ids may differ.
+        The ids are those of `encode_batch`, with one exception: if there is no safe position to
+        cut a text for more than 65,536 characters, `cut_texts` cuts it there, and ids may differ.
 
         Args:
             stories: any Unicode texts, which are streamed.

@@ -61,7 +61,7 @@ class Analogy:
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers to the analogies, and the neighbours of each word or a message why it has none."""
+    """Answers to the analogies, and for each word its neighbours, or why it has none."""
 
     neighbours: dict[str, Tokens | str]
     analogies: list[Analogy]

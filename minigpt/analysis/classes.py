@@ -50,7 +50,7 @@ def scored_texts(
 ) -> list[ScoredText]:
     """Return the first `n` stories with the classes of their tokens, cut at the context.
 
-    A story with a character that is divided over several tokens is left out, because its tokens
+    A story with a character that is split across several tokens is left out, because its tokens
     have no positions in the text.
 
     Args:

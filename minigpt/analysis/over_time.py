@@ -192,7 +192,7 @@ def over_time_markdown(name: str, moments: Sequence[Moment], config: OverTimeCon
 
     Args:
         name: name of the run.
-        moments: the measures, oldest snapshot first.
+        moments: the measurements of each snapshot, oldest first.
         config: numbers of stories.
     """
     heads = [f"{human_count(moment.tokens)} tokens" for moment in moments]

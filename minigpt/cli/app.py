@@ -85,7 +85,7 @@ def generate(
     (source,) = load_runs([run], class_path)
     model, tokenizer = source.load_model().to(getattr(torch, dtype)), source.tokenizer
     if prompt.endswith(" ") and prompt.strip():  # a token of its own, which is rare in stories
-        log.warning("the prompt ends with a space, but words begin with one: leave it out")
+        log.warning("the prompt ends with a space, which belongs to the next word: remove it")
     length = len(tokenizer.encode(prompt))  # raises before anything is printed
     if length >= (context := model.config.context_length):
         log.warning("only the end of the %d-token prompt fits the context of %d", length, context)
@@ -148,7 +148,8 @@ def playground(
 ) -> None:
     """Serve a local web page to generate stories, to explore models and to train them.
 
-    With snapshots in a run (callbacks.snapshots=8), a slider shows the model as it grew.
+    With snapshots in a run (callbacks.snapshots=8), a slider shows the model at earlier points of
+    its training.
     """
     from minigpt.playground.server import serve
     from minigpt.runs.folder import bundled_release

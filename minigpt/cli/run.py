@@ -89,7 +89,7 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
 
 
 def _sweep_again(program: Program, arguments: list[str], sweep_dir: str) -> str:
-    """Return the command that continues a multirun; its finished jobs end at once."""
+    """Return the command that continues a multirun without training its finished jobs again."""
     words, key = list(arguments), "hydra.sweep.dir"
     if not any(word.startswith(f"{key}=") for word in words):
         i = _first_setting(words)

@@ -114,7 +114,7 @@ def _wrong(launcher: str, names: str) -> str:
 
 
 def _in_interactive_shell() -> bool:
-    """Return whether the Slurm variables come from a shell, in which srun starts nothing."""
+    """Return whether the Slurm variables are those of an interactive shell, not of a task."""
     is_shell = os.environ.get("SLURM_JOB_NAME", "").lower() in _SHELLS
     return is_shell or "SLURM_PTY_PORT" in os.environ  # srun --pty
 

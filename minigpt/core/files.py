@@ -147,7 +147,7 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise ValueError("aliases are not allowed")
+            raise ValueError("aliases (*name) are not allowed")
         return super().compose_node(parent, index)
 
 

@@ -113,5 +113,8 @@ def log_likelihood(logits: Tensor, p: Tensor, target: tuple[Tensor, Tensor]) -> 
 
 
 def may_have_padding(mask: Tensor) -> bool:
-    """Return whether `mask` may have a False; a GPU is not asked, because that would take long."""
+    """Return whether `mask` may contain False.
+
+    On a GPU, return True without reading the mask, because the host would have to wait for it.
+    """
     return mask.device.type != "cpu" or not mask.all()

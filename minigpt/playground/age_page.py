@@ -13,7 +13,7 @@ from gradio.events import Dependency
 
 from minigpt.playground.answers import Playground
 
-AGE = "the run has snapshots of its weights: move the slider to see what the model did when younger"
+AGE = "number of the snapshot: further left, the model is at an earlier point of its training"
 PLAY_SECONDS = 1.5  # time of each age while the slider plays
 # Sets the first input to whether a tab is open. Only the browser knows this at the moment when the
 # age changes: a state on the server, stored when a tab is opened, would arrive later.

@@ -35,13 +35,14 @@ WAITING = 64  # maximum number of waiting requests; further requests get an erro
 
 PROMPT = "Once upon a time, there was a dog"
 ATTENTION_TEXT = "Tom had a red ball. He gave the ball to his mom. She was happy."
-TEMPERATURE = "0: always the most likely token; 1: the model's own probabilities; 2: nearly random"
+TEMPERATURE = "0: always the most likely token; 1: the model's own probabilities; 2: often nonsense"
 TOP_K = "sample from the k most likely tokens; 0: from all tokens"
 TOP_P = "sample from the most likely tokens up to this total probability; 1: from all tokens"
 MIN_P = "exclude tokens below this fraction of the highest probability; 0: exclude none"
 INTRODUCTION = """# Mini GPT playground
-This is a small language model, trained on children's stories. It writes one **token** (a word or a
-part of a word) at a time: it gives each token in its vocabulary a probability, and one is sampled.
+This is a small language model, such as one trained on children's stories. It writes one **token**
+(a word or a part of a word) at a time: it gives each token in its vocabulary a probability, and one
+is sampled.
 """
 LEGEND = (
     '<div class="scale">unlikely <i></i> likely</div><div class="caption">The colour of a token '
@@ -51,8 +52,8 @@ LEGEND = (
 WORDS = """The model represents each token by a vector, its **embedding**, which it has learned.
 Tokens that are used similarly have embeddings with a similar direction: their cosine similarity is
 close to 1."""
-MAP = """This map shows the same embeddings in two dimensions. The model was trained only on
-stories, and learned the groups from the way the words are used."""
+MAP = """This map shows the embeddings of words in two dimensions. Words that are used similarly are
+close to each other. The model learned this from its training text alone."""
 ATTENTION = """To predict the next token, each **head** in each layer attends to the tokens so far.
 Point at a token, or tap it, and the tokens that it attends to turn blue. In the matrix, each row is
 a token that attends, and each column is a token that it attends to. A head that finds nothing
@@ -64,8 +65,8 @@ previous-token score is the mean attention to the token before; the induction sc
 attention to the token after the earlier occurrence of the same token."""
 LENS = """**Logit lens**: what the model would predict next if it ended after a layer. Point at a
 cell to see the most likely tokens."""
-ATTRIBUTION = """**Attribution**: how much each head adds to the logit of the next token after the
-chosen position. Blue raises it, orange lowers it."""
+ATTRIBUTION = """**Attribution**: how much each head, the biases and the feed-forward layers add to
+the logit of the next token after the chosen position. Blue raises it, orange lowers it."""
 ACTIVITY = """**Activations**: the root mean square of the residual stream before each block, and of
 what its attention and its feed-forward layer add."""
 

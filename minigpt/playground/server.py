@@ -106,7 +106,7 @@ def serve(
     playground = Playground.load(runs)
     page = start(playground, host, port, login, root_path, training)
     if not is_loopback and login is None:
-        log.warning("anyone who can reach %s can use the page, because auth is not set", host)
+        log.warning("anyone who can reach this machine can use the page: --auth sets a login")
     url = str(page.local_url)
     url = url if training is None else training.access.url(url)
     log.info("open %s in a browser (Ctrl-C stops the page)", url)

@@ -174,7 +174,7 @@ class TrainingQueue:
         for job in self.jobs():
             if job.name == name:
                 return job
-        raise UserError("This training is not in the list: choose one from it.", "job")
+        raise UserError("This training no longer exists: choose another one.", "job")
 
     def add(
         self, text: str | None, files: Sequence[Path], size: str, minutes: float | None,

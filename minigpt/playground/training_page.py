@@ -29,8 +29,8 @@ START_FROM, RANDOM = "Start from", "random weights"
 INTRODUCTION = """Train a model on your own stories. The training is a process of its own: it
 continues if you close this page, and you find it here again."""
 REFUSAL = (
-    "Training needs a token: open the address with the token that minigpt playground printed in "
-    "its terminal."
+    "Training needs an access key: open the whole address that minigpt playground printed in its "
+    "terminal, with ?token=."
 )
 FILES = (
     "or files: .txt, .md, .csv, .tsv, .json, .jsonl or .parquet, also compressed; "
@@ -172,12 +172,12 @@ def _selected(training: Training, name: str | None) -> Job | None:
 def _views(
     training: Training, name: str | None, known: list[Any], current: str | None
 ) -> list[Any]:
-    """Return the list of jobs and its choices, the buttons and the view of a job.
+    """Return updates for the menu of jobs, its choices, the buttons and the view of a job.
 
     Args:
         training: the queue.
         name: name of the job to show.
-        known: choices that the page has already.
+        known: choices that the page already has.
         current: name that is chosen on the page.
     """
     jobs, job = training.queue.jobs(), _selected(training, name)

@@ -406,7 +406,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _current(values: Any, section: str) -> Any:
-    """Return a section of a config, without OLD_SETTINGS and with OLD_DEFAULTS where missing."""
+    """Return a section without OLD_SETTINGS; missing settings have their OLD_DEFAULTS."""
     if not isinstance(values, Mapping):
         return values
     removed = OLD_SETTINGS.get(section, ())

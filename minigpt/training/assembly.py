@@ -232,7 +232,10 @@ def set_losses(
     module: GPTModule, kernels: Kernels, hardware: Hardware, config: TrainConfig,
     teachers: Teachers | None,
 ) -> None:  # fmt: skip
-    """Set the losses of `module`: with `kernels`, and compiled, recorded or micro-batched."""
+    """Set the loss functions of `module`.
+
+    They use `kernels`, and may be compiled, recorded as a CUDA graph or split into micro-batches.
+    """
     model, c = module.net.use(kernels), config.trainer
     if teachers is not None:
         module.teachers = [teacher.use(kernels) for teacher in teachers.models]

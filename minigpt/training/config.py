@@ -232,7 +232,7 @@ class CallbacksConfig:
     checkpoint_minutes: float = 10.0
     """Minutes after which last.ckpt is written again; each validation also writes last.ckpt."""
     checkpoint_steps: int | None = None
-    """Interval, in updates, at which last.ckpt is written in addition; None disables it."""
+    """Interval, in updates, at which last.ckpt is written besides `checkpoint_minutes`, or None."""
     keep_checkpoints: int = 2
     """Number of latest checkpoints to keep, including last.ckpt but not best.ckpt."""
     snapshots: int | None = None

@@ -164,7 +164,7 @@ def _wandb_logger(folder: Path, config: LoggerConfig) -> Logger:
         if is_new:
             message = f"W&B login failed ({problem}); set WANDB_MODE=offline or another logger"
             raise UserError(message, "logger.kind", "wandb", {"logger.kind": "csv"}) from None
-        log.warning("W&B        no answer: %s", problem)
+        log.warning("W&B        login failed: %s", problem)
         mode = "offline"
     start = min(defaults.init_timeout, _WANDB_START_SECONDS)
     finish = defaults.finish_timeout or _WANDB_FINISH_SECONDS
