@@ -70,7 +70,12 @@ class StoriesConfig:
 
     def __post_init__(self) -> None:
         if self.n < 1:
-            raise UserError("must be at least 1", "n", self.n, fix={"prompts": []})
+            raise UserError(
+                "must be at least 1; an empty list of prompts means no stories",
+                "n",
+                self.n,
+                fix={"prompts": []},
+            )
         for temperature in self.temperatures:
             SamplingConfig(temperature=temperature, max_tokens=self.max_tokens)
 

@@ -109,7 +109,7 @@ def _numbers(launcher: str, names: tuple[str, ...]) -> list[int]:
 def _wrong(launcher: str, names: str) -> str:
     """Return the error message for missing or wrong variables of a launcher."""
     sign = "TORCHELASTIC_RUN_ID" if launcher == "torchrun" else "SLURM_STEP_ID"
-    problem = f"{sign} is set, but of the variables of {launcher} these are not valid: {names}"
+    problem = f"{sign} is set, but variables of {launcher} are missing or contradictory: {names}"
     return f"{problem}; start the run with {launcher}, or type unset {sign}"
 
 

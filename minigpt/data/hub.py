@@ -106,7 +106,7 @@ def _stories(
 
     The new position is directly after the story.
     """
-    datasets = optional("datasets", "source hf")
+    datasets = optional("datasets", "reading from the Hugging Face Hub")
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     datasets.disable_progress_bars()
     telemetry_off, constants.HF_HUB_DISABLE_TELEMETRY = constants.HF_HUB_DISABLE_TELEMETRY, True
