@@ -70,12 +70,8 @@ class StoriesConfig:
 
     def __post_init__(self) -> None:
         if self.n < 1:
-            raise UserError(
-                "must be at least 1; an empty list of prompts means no stories",
-                "n",
-                self.n,
-                fix={"prompts": []},
-            )
+            problem = "must be at least 1; without prompts, no stories are generated"
+            raise UserError(problem, "n", self.n, fix={"prompts": []})
         for temperature in self.temperatures:
             SamplingConfig(temperature=temperature, max_tokens=self.max_tokens)
 
