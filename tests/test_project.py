@@ -1,8 +1,10 @@
 """Files about the project agree with each other: versions, Python versions and hooks."""
 
 import re
+import subprocess
 import tomllib
 
+import pytest
 import yaml
 
 import minigpt
@@ -44,3 +46,18 @@ def test_publishing_is_disabled_for_the_name_of_another_project():
     assert "Private :: Do Not Upload" in PROJECT["classifiers"]
     publish = read_yaml(".github/workflows/release.yml")["jobs"]["publish"]
     assert "PUBLISH_TO_INDEX" in publish["if"]
+
+
+def test_top_level_has_only_known_files():
+    """A test or program that writes into the checkout must not be committed by accident."""
+    git = ["git", "ls-files"]
+    paths = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    if not paths:
+        pytest.skip("not a git checkout")
+    folders = "conf minigpt sweeps tests benchmarks docs examples releases .ci .github"
+    files = (
+        "pyproject.toml train.py evaluate.py README.md CHANGELOG.md CITATION.cff CONTRIBUTING.md "
+        "LICENSE MANIFEST.in Makefile mkdocs.yml .gitignore .pre-commit-config.yaml"
+    )
+    assert {path.split("/")[0] for path in paths} == {*folders.split(), *files.split()}
+    assert sum((ROOT / path).stat().st_size for path in paths) < 45e6
