@@ -73,8 +73,7 @@ def _groups(name: str) -> dict[str, list[str]]:
 
 
 FAILURES = {
-    r"No usable temporary directory found in (.*)": r"cannot write to any of \1: "
-    "set the variable TMPDIR to a folder",  # pattern of the error: explanation and advice
+    # pattern of the error: explanation and advice
     "Connection (closed|reset) by peer": "another process of this run has failed: if its error is "
     "not above, try trainer.devices=1",
     "can't allocate memory|(out of|not enough) memory": "not enough memory: set a smaller "

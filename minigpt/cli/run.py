@@ -56,7 +56,6 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
     if name != "train":  # a single process, whatever started it
         forget_launcher()
         limit_threads()
-    provide_home()
     speak(program.command)
     arguments: list[str] = []
     classes: list[str] = []
@@ -110,17 +109,19 @@ def _prepare(name: str, program: Program, arguments: list[str]) -> None:
     """
     more = [f"hydra.help.app_name='minigpt {word}'" for word in program.words]
     flags = [index for index, word in enumerate(arguments) if word in ("--help", "-h")]
-    if flags and (words := arguments[flags[0] + 1 :]):
-        from minigpt.cli.settings_help import settings_help
-
-        print(settings_help(name, words))
-        sys.exit()
-    if flags:  # fast: without defaults, which import torch
+    words = arguments[flags[0] + 1 :] if flags else []
+    if flags and not words:  # fast: without defaults, which import torch
         from hydra.core.config_store import ConfigStore
 
         ConfigStore.instance().store(f"{name}_defaults", {})
         sys.argv = [program.path, "--help", *more]
         return
+    provide_home()
+    if flags:
+        from minigpt.cli.settings_help import settings_help
+
+        print(settings_help(name, words))
+        sys.exit()
     forget_stale_launcher()
     Launcher.detect()  # raises UserError for wrong variables, before Lightning reads them
     allow_starting_processes()
