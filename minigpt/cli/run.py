@@ -8,10 +8,12 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -34,6 +36,17 @@ from minigpt.core.files import provide_home
 from minigpt.core.settings import UserError, one_line, speak
 from minigpt.core.signals import watch
 from minigpt.core.typed import typed_settings
+
+_sweep: dict[str, str] = {}  # folder and launcher of the multirun of this process
+
+
+class RecordSweep(Callback):
+    """Hydra callback that records a multirun, for the command that continues it."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Record the folder and the launcher, wherever the jobs run."""
+        launcher = config.hydra.runtime.choices["hydra/launcher"]
+        _sweep.update(dir=config.hydra.sweep.dir, launcher=launcher)
 
 
 def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -> None:
@@ -59,11 +72,9 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
     speak(program.command)
     arguments: list[str] = []
     classes: list[str] = []
-    sweep_dirs: list[str] = []  # of a multirun whose first job has started
+    _sweep.clear()
 
     def job(config: DictConfig) -> None:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            sweep_dirs.append(HydraConfig.get().sweep.dir)
         with _one_line_errors(program):
             task(config, program, classes)
 
@@ -74,17 +85,28 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
             _prepare(name, program, arguments)
             hydra.main(version_base="1.3", config_path=config_source(), config_name=name)(job)()
         except (KeyboardInterrupt, SystemExit):
-            if sweep_dirs and watch.number and global_rank() == 0:
-                log.info("sweep:     %s", _sweep_again(program, arguments, sweep_dirs[0]))
+            if _sweep and watch.number and global_rank() == 0:
+                if _sweep["launcher"] == "submitit_slurm":
+                    log.info(
+                        "jobs:      those in Slurm continue; squeue lists and scancel ends them"
+                    )
+                log.info("sweep:     %s", _sweep_again(program, arguments, _sweep["dir"]))
             raise
         except UserError as error:
             leave(describe(error, program), error.exit_code)
         except (HydraException, OmegaConfBaseException) as error:
             leave(one_line(explain(error, name)))
         except (RuntimeError, OSError, ValueError) as error:
-            if reason := explain_failure(error):
-                leave(one_line(reason))
+            _leave_explained(error)
             raise
+
+
+def _leave_explained(error: Exception) -> None:
+    """Exit with one line if there is an explanation for the error of a library."""
+    if watch.number and global_rank():  # the first process has ended, and stops this one
+        sys.exit(128 + watch.number)
+    if reason := explain_failure(error):
+        leave(one_line(reason))
 
 
 def _sweep_again(program: Program, arguments: list[str], sweep_dir: str) -> str:
@@ -149,8 +171,10 @@ def _one_line_errors(program: Program) -> Iterator[None]:
         if isinstance(error, UserError):
             leave(describe(error, program), error.exit_code)
         leave(one_line(str(error).partition("\n")[0]))  # the others list OmegaConf's own types
-    except Exception:
-        if multirun and global_rank() > 0:
+    except Exception as error:
+        if not multirun:  # Hydra would print all settings
+            _leave_explained(error)
+        elif global_rank() > 0:
             traceback.print_exc()
             sys.exit(1)
         raise
