@@ -75,7 +75,7 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
     _sweep.clear()
 
     def job(config: DictConfig) -> None:
-        with _one_line_errors(program):
+        with _one_line_errors(name, program):
             task(config, program, classes)
 
     with orderly_exit(name):
@@ -154,7 +154,7 @@ def _prepare(name: str, program: Program, arguments: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _one_line_errors(program: Program) -> Iterator[None]:
+def _one_line_errors(name: str, program: Program) -> Iterator[None]:
     """Exit with a one-line error if a Hydra task fails because of a user error.
 
     In a multirun, the user error is raised again instead, so that Hydra continues with the next
@@ -170,7 +170,7 @@ def _one_line_errors(program: Program) -> Iterator[None]:
             raise
         if isinstance(error, UserError):
             leave(describe(error, program), error.exit_code)
-        leave(one_line(str(error).partition("\n")[0]))  # the others list OmegaConf's own types
+        leave(one_line(explain(error, name)))
     except Exception as error:
         if not multirun:  # Hydra would print all settings
             _leave_explained(error)
