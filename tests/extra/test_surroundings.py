@@ -350,7 +350,8 @@ def test_signal_stops_two_processes_with_one_line(
     assert run.wait() == 128 + number
     text = terminal.text()
     assert "Traceback" not in text
-    assert text.splitlines()[-1] == f"stopped by {number.name}"
+    assert text.count(number.name) == 1 + (n_presses > 0 and slow != "start")  # when and why
+    assert text.rstrip().endswith(number.name if n_presses else "tests.slow_model.SlowGPT")
     assert "error" not in text
     folder = workspace / f"runs/two-{slow}"
     assert (folder / "checkpoints/last.ckpt").is_file() == (slow in ("validation", "no step"))
