@@ -6,7 +6,7 @@ import time
 import torch
 
 from minigpt.core.settings import UserError
-from minigpt.model import GPT
+from minigpt.model import GPT, KVCache
 
 
 class SlowGPT(GPT):
@@ -18,7 +18,7 @@ class SlowGPT(GPT):
 
     n_passes = 0
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """Return the logits of a GPT."""
         case = os.environ["SLOW"]
         self.n_passes += self.training
@@ -28,4 +28,4 @@ class SlowGPT(GPT):
             time.sleep(60)
         if case == "error" and at_sixth and os.environ.get("LOCAL_RANK") == "1":
             raise UserError("is wrong", "data.batch_size", 4)
-        return super().forward(ids)
+        return super().forward(ids, cache)

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from minigpt.cli.compose import composed_words, config_source, register_defaults
-from minigpt.cli.exits import orderly_exit
+from minigpt.cli.exits import is_interrupt, orderly_exit
 from minigpt.cli.hydra_errors import explain, explain_failure
 from minigpt.cli.program import Program, describe, leave, names_class, use_utf8
 from minigpt.cli.words import without_dashes
@@ -94,17 +94,26 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
             raise
         except UserError as error:
             leave(describe(error, program), error.exit_code)
-        except (HydraException, OmegaConfBaseException) as error:
-            leave(one_line(explain(error, name)))
-        except (RuntimeError, OSError, ValueError) as error:
-            _leave_explained(error)
+        except Exception as error:
+            _leave_explained(error, name)
             raise
 
 
-def _leave_explained(error: Exception) -> None:
-    """Exit with one line if there is an explanation for the error of a library."""
+def _leave_explained(error: Exception, name: str) -> None:
+    """Exit with one line if there is an explanation for the error of a library.
+
+    `orderly_exit` handles the errors that follow from a Ctrl-C.
+
+    Args:
+        error: the error.
+        name: name of the root config.
+    """
+    if is_interrupt(error):
+        return
     if watch.number and global_rank():  # the first process has ended, and stops this one
         sys.exit(128 + watch.number)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        leave(one_line(explain(error, name)))
     if reason := explain_failure(error):
         leave(one_line(reason))
 
@@ -165,16 +174,14 @@ def _one_line_errors(name: str, program: Program) -> Iterator[None]:
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         yield
-    except (UserError, OmegaConfBaseException) as error:
+    except UserError as error:
         if multirun:
             raise
-        if isinstance(error, UserError):
-            leave(describe(error, program), error.exit_code)
-        leave(one_line(explain(error, name)))
+        leave(describe(error, program), error.exit_code)
     except Exception as error:
         if not multirun:  # Hydra would print all settings
-            _leave_explained(error)
-        elif global_rank() > 0:
+            _leave_explained(error, name)
+        elif global_rank() > 0 and not isinstance(error, OmegaConfBaseException):
             traceback.print_exc()
             sys.exit(1)
         raise
