@@ -85,6 +85,8 @@ FAILURES = {
     "^Config group override must be a string": "a setting has no name: type settings as key=value",
     'Could not detect "srun"': "srun is not installed: run this on a machine that submits jobs "
     "to a Slurm cluster",
+    "sbatch: (error|fatal): (?P<reason>.*)": r"sbatch failed (\g<reason>): check the settings "
+    "hydra.launcher.*, or leave out hydra/launcher",
     "Could not find any running Ray instance": "no Ray cluster is running: type ray start --head, "
     "or set hydra.launcher.ray.init.address=local",
 }
