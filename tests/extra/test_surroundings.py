@@ -348,6 +348,7 @@ def test_signal_stops_two_processes_with_one_line(
         run.send(number)
     assert seconds_until_end(run) < LIMIT
     assert run.wait() == 128 + number
+    time.sleep(2)  # for the other process, and for the terminal
     text = terminal.text()
     assert "Traceback" not in text
     assert text.count(number.name) == 1 + (n_presses > 0 and slow != "start")  # when and why
@@ -355,7 +356,6 @@ def test_signal_stops_two_processes_with_one_line(
     assert "error" not in text
     folder = workspace / f"runs/two-{slow}"
     assert (folder / "checkpoints/last.ckpt").is_file() == (slow in ("validation", "no step"))
-    time.sleep(2)
     assert started
     assert not any(process.exists() for process in started)
 
@@ -363,6 +363,7 @@ def test_signal_stops_two_processes_with_one_line(
 def test_error_of_the_second_process_is_one_line(workspace: Path, terminal: Terminal):
     run = two_processes(workspace, "error", terminal)
     assert run.wait() == 2
+    time.sleep(1)  # for the terminal
     errors = [line for line in terminal.text().splitlines() if "rror" in line]
     assert len(errors) == 2  # and a line of the first process
     assert "data.batch_size=4" in errors[0]
@@ -501,6 +502,7 @@ def test_stopped_sweep_of_a_cluster_prints_the_command_that_continues_it(
     terminal.press_ctrl_c()
     assert seconds_until_end(sweep) < LIMIT
     assert sweep.wait() == 130
+    time.sleep(1)  # for the terminal
     assert "Traceback" not in terminal.text()
     lines = [line.partition(":") for line in terminal.text().splitlines()]
     (line,) = [rest for name, _, rest in lines if name == "sweep"]
