@@ -1,6 +1,6 @@
 """Evaluate a model, such as `python evaluate.py ckpt=runs/<name>`; see `--help`."""
 
-from minigpt.cli.evaluate import main
+from minigpt.cli.start import run
 
 if __name__ == "__main__":
-    main()
+    run("minigpt.cli.evaluate")

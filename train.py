@@ -1,6 +1,6 @@
 """Train a model, such as `python train.py model=large budget.tokens=20e6`; see `--help`."""
 
-from minigpt.cli.train import main
+from minigpt.cli.start import run
 
 if __name__ == "__main__":
-    main()
+    run("minigpt.cli.train")

@@ -1,6 +1,6 @@
 """Run `minigpt` as `python -m minigpt`."""
 
-from minigpt.cli.app import main
+from minigpt.cli.start import main
 
 if __name__ == "__main__":
     main()

@@ -303,7 +303,7 @@ SETTINGS: list[Case] = [
     ("train.py TINY =5", None, "key=value"),
     ("train.py TINY '${oc.env:HOME}=5'", None, "${oc.env:HOME}"),
     ("train.py TINY 'name=${oc.env:NOT_SET}'", None, "NOT_SET"),
-    ("train.py TINY 'name=${nowhere}'", None, "nowhere"),
+    ("train.py TINY 'name=${nowhere}'", None, ("name", "nowhere", r"\${")),
     ("train.py TINY 'seed=${seed}'", None, "interpolation"),
     ("train.py resume=auto data=text data.train_files=[train.txt]", None, ("resume=auto", "name=")),
     ("train.py resume=runs/tiny seed=5", None, ("resume", "seed=5")),

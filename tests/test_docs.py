@@ -79,3 +79,21 @@ def test_formats_are_listed_once_each():
     endings = re.findall(r"`(\.\w+)`", "".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)))
     assert sorted(endings) == sorted(set(endings))
     assert {".txt", ".md", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"} == set(endings)
+
+
+def test_every_test_that_the_reliability_page_names_exists():
+    page = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    files = {path.name: path.read_text("utf-8") for path in ROOT.glob("tests/**/test_*.py")}
+    promises = page.split("## What you can rely on")[1].split("\n## ")[0]
+    names = re.findall(r"`(test_\w+)`(?: in `tests/\S*?(\w+\.py)`)?", page)
+    for name, file in names:
+        default = "test_surroundings.py" if f"`{name}`" in promises else ""
+        texts = [text for key, text in files.items() if key == (file or default or key)]
+        assert any(f"\ndef {name}(" in text for text in texts), name
+    assert len(names) >= 25
+    for path in re.findall(r"`(?:tests/\S*?)?(test_\w+\.py)`", page):
+        assert path in files, path
+    for section in (promises, page.split("\n## Surroundings")[1].split("\n## ")[0]):
+        rows = re.findall(r"^\| (.*) \|$", section, re.MULTILINE)[2:]
+        assert len(rows) >= 10
+        assert all("`test" in row.rpartition(" | ")[2] for row in rows)

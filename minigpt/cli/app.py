@@ -300,13 +300,13 @@ def main() -> None:
         forget_launcher()
     if verb != "train":
         limit_threads()
-    if not {"-h", "--help"} & set(sys.argv):
-        provide_home()
     program = Program.detect(verb)
     speak(program.command)
     with orderly_exit(verb):
         code = 2
         try:
+            if not {"-h", "--help"} & set(sys.argv):
+                provide_home()
             if (code := app(standalone_mode=False)) == 128 + signal.SIGINT:  # from typer
                 raise KeyboardInterrupt
             sys.exit(code)

@@ -33,22 +33,32 @@ def orderly_exit(verb: str) -> Iterator[None]:
     with watch.running(outlives_terminal=verb not in INTERACTIVE):
         try:
             yield
-        except KeyboardInterrupt:
-            number = watch.number or signal.SIGINT
-            if global_rank() == 0:
-                print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
-            end_output()
-            if watch.number:
-                watch.exit()
-            sys.exit(128 + number)
-        except OSError as error:
-            if error.filename is None:
+        except (KeyboardInterrupt, Exception) as error:
+            if is_interrupt(error):
+                number = watch.number or signal.SIGINT
+                if global_rank() == 0:
+                    print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
+                end_output()
+                if watch.number:
+                    watch.exit()
+                sys.exit(128 + number)
+            if not isinstance(error, OSError) or error.filename is None:
                 raise
             problem = f"cannot read or write {error.filename}: {error.strerror}; give another path"
             leave(problem, 1 if error.errno in DISK_FULL else 2)
         finally:
             end_output()
             _leave_processes(sys.exc_info()[1])
+
+
+def is_interrupt(error: BaseException | None) -> bool:
+    """Return whether an error is a KeyboardInterrupt, or was raised while one was handled.
+
+    A library may fail when a KeyboardInterrupt leaves its functions half done.
+    """
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _leave_processes(error: BaseException | None) -> None:

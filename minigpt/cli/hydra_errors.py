@@ -73,8 +73,7 @@ def _groups(name: str) -> dict[str, list[str]]:
 
 
 FAILURES = {
-    r"No usable temporary directory found in (.*)": r"cannot write to any of \1: "
-    "set the variable TMPDIR to a folder",  # pattern of the error: explanation and advice
+    # pattern of the error: explanation and advice
     "Connection (closed|reset) by peer": "another process of this run has failed: if its error is "
     "not above, try trainer.devices=1",
     "can't allocate memory|(out of|not enough) memory": "not enough memory: set a smaller "
@@ -86,6 +85,8 @@ FAILURES = {
     "^Config group override must be a string": "a setting has no name: type settings as key=value",
     'Could not detect "srun"': "srun is not installed: run this on a machine that submits jobs "
     "to a Slurm cluster",
+    "sbatch: (error|fatal): (?P<reason>.*)": r"sbatch failed (\g<reason>): check the settings "
+    "hydra.launcher.*, or leave out hydra/launcher",
     "Could not find any running Ray instance": "no Ray cluster is running: type ray start --head, "
     "or set hydra.launcher.ray.init.address=local",
 }

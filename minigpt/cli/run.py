@@ -8,16 +8,18 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from minigpt.cli.compose import composed_words, config_source, register_defaults
-from minigpt.cli.exits import orderly_exit
+from minigpt.cli.exits import is_interrupt, orderly_exit
 from minigpt.cli.hydra_errors import explain, explain_failure
 from minigpt.cli.program import Program, describe, leave, names_class, use_utf8
 from minigpt.cli.words import without_dashes
@@ -34,6 +36,17 @@ from minigpt.core.files import provide_home
 from minigpt.core.settings import UserError, one_line, speak
 from minigpt.core.signals import watch
 from minigpt.core.typed import typed_settings
+
+_sweep: dict[str, str] = {}  # folder and launcher of the multirun of this process
+
+
+class RecordSweep(Callback):
+    """Hydra callback that records a multirun, for the command that continues it."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Record the folder and the launcher, wherever the jobs run."""
+        launcher = config.hydra.runtime.choices["hydra/launcher"]
+        _sweep.update(dir=config.hydra.sweep.dir, launcher=launcher)
 
 
 def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -> None:
@@ -56,16 +69,13 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
     if name != "train":  # a single process, whatever started it
         forget_launcher()
         limit_threads()
-    provide_home()
     speak(program.command)
     arguments: list[str] = []
     classes: list[str] = []
-    sweep_dirs: list[str] = []  # of a multirun whose first job has started
+    _sweep.clear()
 
     def job(config: DictConfig) -> None:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            sweep_dirs.append(HydraConfig.get().sweep.dir)
-        with _one_line_errors(program):
+        with _one_line_errors(name, program):
             task(config, program, classes)
 
     with orderly_exit(name):
@@ -75,17 +85,37 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
             _prepare(name, program, arguments)
             hydra.main(version_base="1.3", config_path=config_source(), config_name=name)(job)()
         except (KeyboardInterrupt, SystemExit):
-            if sweep_dirs and watch.number and global_rank() == 0:
-                log.info("sweep:     %s", _sweep_again(program, arguments, sweep_dirs[0]))
+            if _sweep and watch.number and global_rank() == 0:
+                if _sweep["launcher"] == "submitit_slurm":
+                    log.info(
+                        "jobs:      those in Slurm continue; squeue lists and scancel ends them"
+                    )
+                log.info("sweep:     %s", _sweep_again(program, arguments, _sweep["dir"]))
             raise
         except UserError as error:
             leave(describe(error, program), error.exit_code)
-        except (HydraException, OmegaConfBaseException) as error:
-            leave(one_line(explain(error, name)))
-        except (RuntimeError, OSError, ValueError) as error:
-            if reason := explain_failure(error):
-                leave(one_line(reason))
+        except Exception as error:
+            _leave_explained(error, name)
             raise
+
+
+def _leave_explained(error: Exception, name: str) -> None:
+    """Exit with one line if there is an explanation for the error of a library.
+
+    `orderly_exit` handles the errors that follow from a Ctrl-C.
+
+    Args:
+        error: the error.
+        name: name of the root config.
+    """
+    if is_interrupt(error):
+        return
+    if watch.number and global_rank():  # the first process has ended, and stops this one
+        sys.exit(128 + watch.number)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        leave(one_line(explain(error, name)))
+    if reason := explain_failure(error):
+        leave(one_line(reason))
 
 
 def _sweep_again(program: Program, arguments: list[str], sweep_dir: str) -> str:
@@ -110,17 +140,19 @@ def _prepare(name: str, program: Program, arguments: list[str]) -> None:
     """
     more = [f"hydra.help.app_name='minigpt {word}'" for word in program.words]
     flags = [index for index, word in enumerate(arguments) if word in ("--help", "-h")]
-    if flags and (words := arguments[flags[0] + 1 :]):
-        from minigpt.cli.settings_help import settings_help
-
-        print(settings_help(name, words))
-        sys.exit()
-    if flags:  # fast: without defaults, which import torch
+    words = arguments[flags[0] + 1 :] if flags else []
+    if flags and not words:  # fast: without defaults, which import torch
         from hydra.core.config_store import ConfigStore
 
         ConfigStore.instance().store(f"{name}_defaults", {})
         sys.argv = [program.path, "--help", *more]
         return
+    provide_home()
+    if flags:
+        from minigpt.cli.settings_help import settings_help
+
+        print(settings_help(name, words))
+        sys.exit()
     forget_stale_launcher()
     Launcher.detect()  # raises UserError for wrong variables, before Lightning reads them
     allow_starting_processes()
@@ -131,7 +163,7 @@ def _prepare(name: str, program: Program, arguments: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _one_line_errors(program: Program) -> Iterator[None]:
+def _one_line_errors(name: str, program: Program) -> Iterator[None]:
     """Exit with a one-line error if a Hydra task fails because of a user error.
 
     In a multirun, the user error is raised again instead, so that Hydra continues with the next
@@ -142,14 +174,14 @@ def _one_line_errors(program: Program) -> Iterator[None]:
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         yield
-    except (UserError, OmegaConfBaseException) as error:
+    except UserError as error:
         if multirun:
             raise
-        if isinstance(error, UserError):
-            leave(describe(error, program), error.exit_code)
-        leave(one_line(str(error).partition("\n")[0]))  # the others list OmegaConf's own types
-    except Exception:
-        if multirun and global_rank() > 0:
+        leave(describe(error, program), error.exit_code)
+    except Exception as error:
+        if not multirun:  # Hydra would print all settings
+            _leave_explained(error, name)
+        elif global_rank() > 0 and not isinstance(error, OmegaConfBaseException):
             traceback.print_exc()
             sys.exit(1)
         raise

@@ -47,16 +47,20 @@ class _Output(io.RawIOBase):
         self.is_result, self.error = False, None
 
     def write(self, data: Any) -> int:
+        rest = memoryview(data)
+        size = rest.nbytes
         try:
-            while (count := self._raw.write(data)) is None:  # another process made it non-blocking
-                select.select([], [self._raw], [])
-            return count
+            while rest:
+                count = self._raw.write(rest)
+                rest = rest[count or 0 :]
+                if count is None:  # another process has made the stream non-blocking
+                    select.select([], [self._raw], [])
         except OSError as error:
             if self.is_result:
                 error.filename = self.name
                 raise
             self._discard(error)
-            return memoryview(data).nbytes
+        return size
 
     def _discard(self, error: OSError) -> None:
         is_full = error.errno in DISK_FULL  # there may be space again later
@@ -97,7 +101,7 @@ def terminal_is_gone(reason: str) -> None:
 def outputs() -> list[_Output]:
     """Return the raw streams of stdout and stderr, as far as `show_log` has replaced them."""
     buffers = (getattr(stream, "buffer", None) for stream in (sys.stdout, sys.stderr))
-    raws = (getattr(buffer, "raw", None) for buffer in buffers)
+    raws = (getattr(buffer, "raw", buffer) for buffer in buffers)
     return [raw for raw in raws if isinstance(raw, _Output)]
 
 
@@ -134,10 +138,11 @@ def _replaced(stream: Any, number: int) -> Any:
             stream.reconfigure(errors="replace")
         return stream
     encoding = "utf-8" if stream is None else stream.encoding
+    unbuffered = stream is not None and stream.write_through  # python -u
+    output: Any = _Output(raw) if unbuffered else io.BufferedWriter(_Output(raw))
     return io.TextIOWrapper(
-        io.BufferedWriter(_Output(raw)), encoding, "replace",
-        line_buffering=stream is None or stream.line_buffering,
-        write_through=stream is not None and stream.write_through,
+        output, encoding, "replace",
+        line_buffering=stream is None or stream.line_buffering, write_through=unbuffered,
     )  # fmt: skip
 
 

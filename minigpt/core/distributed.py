@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
+import time
 from dataclasses import dataclass
 
 from minigpt.core.settings import UserError
@@ -160,10 +162,22 @@ def may_start_processes() -> bool:
 
 
 def allow_starting_processes() -> None:
-    """Allow Lightning to start processes with this process's command line; called by cli/ only."""
+    """Allow Lightning to start processes with this process's command line; called by cli/ only.
+
+    If Lightning has started this process, it will exit when the first process has ended.
+    """
     global _may_start_processes
     _may_start_processes = True
+    if global_rank() and Launcher.detect() is None:
+        threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
     os.environ[_STARTED] = "1"
+
+
+def _exit_with(parent: int) -> None:
+    """Exit when the parent process has ended; otherwise this one could wait for it forever."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def in_slurm_job() -> bool:

@@ -52,16 +52,21 @@ def provide_home() -> None:
     fontconfig and the cache of decode.c would then fail or complain. Programs call this function
     before they import these libraries. The folder is deleted when the process exits. Variables that
     are already set are not changed.
+
+    Raises:
+        UserError: there is no writable temporary folder. PyTorch needs one when it is imported.
     """
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        problem = "there is no writable temporary folder, such as /tmp"
+        raise UserError(f"{problem}: set the environment variable TMPDIR to a folder") from None
     try:
         if os.access(Path.home(), os.W_OK | os.X_OK):
             return
     except RuntimeError:  # the user id has no name, and HOME is not set
         os.environ["HOME"] = "/nonexistent"
-    try:
-        folder = tempfile.TemporaryDirectory(prefix="minigpt-", ignore_cleanup_errors=True)
-    except OSError:  # no temporary folder either: each library reports what it misses
-        return
+    folder = tempfile.TemporaryDirectory(prefix="minigpt-", ignore_cleanup_errors=True)
     atexit.register(folder.cleanup)
     for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):
         os.environ[name] = os.environ.get(name) or str(Path(folder.name, name))

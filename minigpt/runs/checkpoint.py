@@ -173,7 +173,21 @@ def write_snapshot(
         weights[name] = weight.to("cpu", dtype, copy=True).contiguous()
     metadata = {name: str(value) for name, value in values.items()}
     metadata["hyper_parameters"] = json.dumps(dict(hyper_parameters))
-    write_bytes(path, save(weights, metadata))
+    write_bytes(path, _with_sorted_header(save(weights, metadata)))
+
+
+def _with_sorted_header(content: bytes) -> bytes:
+    """Return a safetensors file with a sorted header, so that equal weights give equal bytes.
+
+    The library writes the metadata in random order. A file consists of the length of the header in
+    eight bytes, the header in JSON, padded with spaces to a multiple of eight bytes, and the data.
+    """
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(
+        json.loads(content[8:end]), ensure_ascii=False, separators=(",", ":"), sort_keys=True
+    ).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[end:]
 
 
 def snapshot_values(path: Path) -> tuple[int, float]:

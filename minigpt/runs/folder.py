@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -143,10 +144,11 @@ class Run:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """Content of summary.json, with the steps and tokens of the selected checkpoint.
+        """Content of summary.json, with the steps, tokens and seconds of the selected checkpoint.
 
         If there is no summary.json, because the run is still training or was killed, the summary
-        contains only the steps, the tokens and the parent, if the run has a parent.
+        contains only these three and the parent, if the run has a parent. A snapshot does not
+        record its seconds.
 
         Raises:
             UserError: summary.json or the checkpoint is damaged.
@@ -162,8 +164,9 @@ class Run:
         if steps == summary.get("steps"):
             return summary
         summary.pop("cycles", None)  # only the final weights are a mean
-        if self.checkpoint.suffix == ".safetensors":  # a snapshot does not record its time
-            summary.pop("seconds", None)
+        summary.pop("seconds", None)
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            summary["seconds"] = round(float(content["callbacks"]["Throughput"]["seconds"]), 1)
         per_step = stored.get("tokens_per_step")
         return {**summary, "steps": steps, "tokens": per_step and steps * per_step}
 

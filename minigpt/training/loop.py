@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import signal
-import subprocess
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,13 +17,11 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback
 
 from minigpt.core.console import log, log_file
 from minigpt.core.distributed import (
-    Launcher,
     forget_stale_launcher,
     global_rank,
     may_start_processes,
@@ -54,6 +50,7 @@ from minigpt.training.checkpointing import full_disk_in_one_line
 from minigpt.training.config import Schedule, TrainConfig, TrainerConfig
 from minigpt.training.loggers import check_logger, finish_wandb
 from minigpt.training.module import GPTModule
+from minigpt.training.processes import end_processes, own_launcher
 from minigpt.training.resume import AUTO, ResumeState, folder_to_resume, run_lock
 
 
@@ -212,6 +209,7 @@ def _fit(
 ) -> None:  # fmt: skip
     """Train, then close the W&B run, if there is one, with exit code 0 or 1."""
     status, folder = 1, Path(trainer.default_root_dir)
+    own_launcher(trainer)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         status = 0
@@ -233,26 +231,8 @@ def _fit(
         raise SystemExit(leaving.code or 128 + signal.SIGTERM) from None
     finally:
         finish_wandb(trainer.loggers, status)
-        _end_processes(trainer, finished=status == 0)
+        end_processes(trainer, finished=status == 0)
         watch.patient = False  # `Checkpoints` has set it
-
-
-def _end_processes(trainer: L.Trainer, finished: bool) -> None:
-    """End the processes that Lightning started, so that the next job of a multirun can start."""
-    if global_rank() > 0 or Launcher.detect() is not None:
-        return
-    started: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    for process in started:
-        if not finished:  # the process may wait in a collective operation forever
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(2.0)  # it may be about to print why it failed
-            process.kill()
-        process.wait()
-    started.clear()  # Lightning watches this list and would kill this process if one failed
-    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK"):
-        os.environ.pop(name, None)
 
 
 def _prepare_libraries(seed: int) -> None:

@@ -52,6 +52,14 @@ def test_out_of_memory_is_a_one_line_error_on_every_system(message: str):
     assert explanation.isprintable()
 
 
+def test_refusal_of_sbatch_is_a_one_line_error():
+    explanation = explain_failure(RuntimeError("sbatch: error: Invalid partition\nsbatch: more"))
+    assert explanation is not None
+    assert explanation.isprintable()
+    assert "Invalid partition" in explanation
+    assert "hydra.launcher" in explanation
+
+
 @pytest.mark.parametrize(
     ("launcher", "package", "missing", "no_cluster"),
     [

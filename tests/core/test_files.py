@@ -160,15 +160,13 @@ def test_libraries_get_a_temporary_folder_if_the_home_folder_is_not_usable(
     assert not folder.exists()
 
 
-def test_no_temporary_folder_is_no_error_without_a_home_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "environ", {"HOME": str(tmp_path / "absent")})
-
-    def fail(**_: object) -> None:
+def test_no_temporary_folder_is_an_error_that_names_tmpdir(monkeypatch):
+    def fail() -> None:
         raise FileNotFoundError("no usable temporary directory")
 
-    monkeypatch.setattr(tempfile, "TemporaryDirectory", fail)
-    provide_home()
-    assert "XDG_CACHE_HOME" not in os.environ
+    monkeypatch.setattr(tempfile, "gettempdir", fail)
+    with pytest.raises(UserError, match=naming("TMPDIR")):
+        provide_home()
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])

@@ -1,6 +1,7 @@
 """`make test-surroundings`: runs that lose their terminal, and programs that are asked to stop."""
 
 import ctypes
+import importlib
 import os
 import shlex
 import shutil
@@ -299,6 +300,76 @@ def test_second_ctrl_c_stops_a_run_in_native_code_at_once(workspace: Path, termi
     assert "Traceback" not in terminal.text()
 
 
+def two_processes(folder: Path, slow: str, terminal: Terminal) -> Training:
+    """Start a run in two processes; `slow` says where they wait."""
+    command = [
+        *overrides(folder), f"name=two-{slow}", "trainer.devices=2", "trainer.strategy=ddp",
+        "model.class_path=tests.slow_model.SlowGPT",
+    ]  # fmt: skip
+    shutil.rmtree(folder / f"runs/two-{slow}", ignore_errors=True)
+    variables = {"SLOW": slow, "PYTHONPATH": str(ROOT)}
+    return Training(command, folder / "two.txt", variables, terminal.attach)
+
+
+def children(run: Training) -> list[Path]:
+    """Return the folders in /proc of the processes that a process has started."""
+    pid = run.process.pid
+    return [
+        Path("/proc", child)
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("slow", "number", "n_presses"),
+    [
+        ("start", signal.SIGINT, 1),
+        ("validation", signal.SIGINT, 1),
+        ("validation", signal.SIGTERM, 0),  # to the first process alone
+        ("no step", signal.SIGINT, 1),
+        ("no step", signal.SIGTERM, 0),
+        ("step", signal.SIGINT, 2),
+    ],
+)
+def test_signal_stops_two_processes_with_one_line(
+    slow: str, number: signal.Signals, n_presses: int, workspace: Path, terminal: Terminal
+):
+    run = two_processes(workspace, slow, terminal)
+    begun = {
+        "start": lambda: "peak" in terminal.text() and children(run),
+        "no step": lambda: run.steps > 20,
+    }
+    assert run.wait_until(begun.get(slow, lambda: "busy" in terminal.text())), terminal.text()
+    started = children(run)
+    for _ in range(n_presses):
+        terminal.press_ctrl_c()
+        time.sleep(1)
+    if not n_presses:
+        run.send(number)
+    assert seconds_until_end(run) < LIMIT
+    assert run.wait() == 128 + number
+    time.sleep(2)  # for the other process, and for the terminal
+    text = terminal.text()
+    assert "Traceback" not in text
+    assert text.count(number.name) == 1 + (n_presses > 0 and slow != "start")  # when and why
+    assert text.rstrip().endswith(number.name if n_presses else "tests.slow_model.SlowGPT")
+    assert "error" not in text
+    folder = workspace / f"runs/two-{slow}"
+    assert (folder / "checkpoints/last.ckpt").is_file() == (slow in ("validation", "no step"))
+    assert started
+    assert not any(process.exists() for process in started)
+
+
+def test_error_of_the_second_process_is_one_line(workspace: Path, terminal: Terminal):
+    run = two_processes(workspace, "error", terminal)
+    assert run.wait() == 2
+    time.sleep(1)  # for the terminal
+    errors = [line for line in terminal.text().splitlines() if "rror" in line]
+    assert len(errors) == 2  # and a line of the first process
+    assert "data.batch_size=4" in errors[0]
+    assert "Traceback" not in terminal.text()
+
+
 def both(*functions: Callable[[], None]) -> None:
     for function in functions:
         function()
@@ -414,3 +485,37 @@ def test_stopped_sweep_prints_the_command_that_continues_it(tmp_path: Path, term
     assert {read_summary(path.parent)["status"] for path in summaries} == {"finished"}
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert "resume" not in words
+
+
+LAUNCHERS = {"ray": ("ray", "init"), "submitit_slurm": ("submitit", "AutoExecutor")}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_stopped_sweep_of_a_cluster_prints_the_command_that_continues_it(
+    launcher: str, tmp_path: Path, terminal: Terminal
+):
+    pytest.importorskip(LAUNCHERS[launcher][0])
+    words = [*tiny_overrides(tmp_path), "seed=1,2", f"hydra/launcher={launcher}", "-m"]
+    before = partial(both, terminal.attach, partial(wait_for_jobs, *LAUNCHERS[launcher]))
+    sweep = Training(words, tmp_path / "sweep.txt", before=before)
+    assert sweep.wait_until(lambda: "busy" in terminal.text())
+    terminal.press_ctrl_c()
+    assert seconds_until_end(sweep) < LIMIT
+    assert sweep.wait() == 130
+    time.sleep(1)  # for the terminal
+    assert "Traceback" not in terminal.text()
+    lines = [line.partition(":") for line in terminal.text().splitlines()]
+    (line,) = [rest for name, _, rest in lines if name == "sweep"]
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert set(words) | {f"hydra.sweep.dir={folder}"} == set(shlex.split(line)[2:])
+    assert any("scancel" in rest for _, _, rest in lines) == (launcher == "submitit_slurm")
+
+
+def wait_for_jobs(package: str, name: str) -> None:
+    """Replace a function that a launcher calls: it only waits, as for jobs on a cluster."""
+
+    def wait(*_: Any, **__: Any) -> None:
+        print("busy", flush=True)
+        time.sleep(60)
+
+    setattr(importlib.import_module(package), name, wait)

@@ -54,7 +54,7 @@ def bin(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     program = folder / "bin/minigpt"
     python = folder / "bin/python"
-    program.write_text(f"#!{python}\nfrom minigpt.cli.app import main\nmain()\n")
+    program.write_text(f"#!{python}\nfrom minigpt.cli.start import main\nmain()\n")
     program.chmod(0o755)
     return folder / "bin"
 

@@ -21,6 +21,7 @@ from minigpt.runs.checkpoint import (
     read_model,
     with_weights,
     write_checkpoint,
+    write_snapshot,
 )
 from minigpt.runs.folder import last_checkpoints
 from tests.runs.test_folder import TINY, content
@@ -236,3 +237,14 @@ def test_failed_checkpoint_write_leaves_earlier_checkpoints(checkpoint, monkeypa
     with pytest.raises(OSError, match="No space left"):
         write_checkpoint(path, content(GPT(TINY)), keep=2)
     assert sorted((p.name, p.read_bytes()) for p in path.parent.iterdir()) == before
+
+
+def test_snapshots_of_equal_weights_are_equal_files(tmp_path: Path):
+    model, path = GPT(TINY), tmp_path / "step-000001.safetensors"
+    stored = content(model)["hyper_parameters"] | {"text": 'größe "\n\x1f\x7f\u2028'}
+    files = set()
+    for _ in range(4):
+        write_snapshot(path, model, stored, {"step": 1, "tokens": 64, "train_loss": 2.5})
+        files.add(path.read_bytes())
+    assert len(files) == 1
+    assert read_checkpoint(path)["hyper_parameters"] == stored

@@ -1,3 +1,4 @@
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -86,3 +87,18 @@ def test_damaged_best_checkpoint_is_skipped(run, caplog):
     (run / "checkpoints" / "last.ckpt").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"best\.ckpt"):
         Run.load(run).load_model()
+
+
+def test_summary_has_steps_tokens_and_seconds_of_the_selected_checkpoint(run):
+    total = {"steps": 9, "tokens": 90, "seconds": 50.0, "device": "cpu"}
+    (run / "summary.json").write_text(json.dumps(total))
+    path = run / "checkpoints" / "best.ckpt"
+    stored = content(GPT(TINY))
+    stored["hyper_parameters"]["tokens_per_step"] = 10
+    for callbacks, seconds in ({"Throughput": {"seconds": 12.34}}, 12.3), ([], None), (None, None):
+        torch.save(stored | {"callbacks": callbacks}, path)
+        summary = Run.load(path).summary
+        assert summary.get("seconds") == seconds
+        assert {**summary, "seconds": 0} == {**total, "steps": 3, "tokens": 30, "seconds": 0}
+    torch.save(stored | {"global_step": 9}, path)
+    assert Run.load(path).summary == total

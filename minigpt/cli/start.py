@@ -1,0 +1,30 @@
+"""Entry points of the programs, which end with one line at a Ctrl-C during their imports."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+from typing import Any
+
+
+def main() -> None:
+    """Run `minigpt`."""
+    run("minigpt.cli.app")
+
+
+def run(module: str) -> None:
+    """Run the function `main` of a module.
+
+    Args:
+        module: name of the module. Its imports take a second or more.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _exit)
+    importlib.import_module(module).main()
+
+
+def _exit(number: int, _: Any) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        os.write(2, b"stopped by SIGINT\n")
+    os._exit(128 + number)
