@@ -152,6 +152,13 @@ def cpu_description() -> str:
     return f"{processor}, {instructions or 'instructions unknown'}"
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a copy of a CPU tensor on a device; the host does not wait for the copy to CUDA."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def has_cpp_compiler() -> bool:
     """Return whether torch.compile finds a C++ compiler for the CPU."""
     from torch._inductor.cpp_builder import get_cpp_compiler  # slow to import

@@ -254,7 +254,7 @@ def test_stories_of_different_batches_differ(tokenizer, monkeypatch):
         sizes.append(len(rows))
         return generate(model, rows, *args)
 
-    monkeypatch.setattr(sampling, "MAX_BATCH", 4)
+    monkeypatch.setattr(sampling, "GROUP", 4)
     monkeypatch.setattr(sampling, "generate", watched)
     stories = generate_stories(model, tokenizer, "Once", 10, settings)
     assert sizes == [4, 4, 2]
