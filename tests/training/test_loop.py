@@ -475,6 +475,8 @@ def test_loss_of_training_by_device_precision_and_settings(monkeypatch):
         hardware = SimpleNamespace(accelerator=device, precision=precision)
         kernels = kernels_for(device, config.trainer.kernels)
         assembly.set_losses(module, kernels, hardware, config, None)  # type: ignore[arg-type]
+        graphs = device == "cuda" and config.trainer.cuda_graph
+        assert module.graphed_updates == graphs
         return module.fast_loss
 
     micro_batches = loss_on("cpu")
