@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from minigpt.core.fields import documented
-from minigpt.core.hardware import to_device
+from minigpt.core.hardware import gpu_memory_for, model_device, to_device
 from minigpt.core.settings import UserError, check
 from minigpt.generation.decoder import Backend, Decoder, c_backend
 from minigpt.kernels.choice import sequences_at_once
@@ -325,6 +325,14 @@ def stream_text(
         yield tokenizer.decode(pending)[n_yielded:]
 
 
+def device_for(n: int) -> str:
+    """Return the device to generate `n` stories on: "cuda", if there is one, from two groups on.
+
+    A group or less stays on the CPU, because the start of CUDA takes seconds.
+    """
+    return model_device() if n > GROUP else "cpu"
+
+
 def generate_stories(
     model: GPT, tokenizer: Tokenizer, prompt: str, n: int, sampling: SamplingConfig
 ) -> list[str]:
@@ -349,6 +357,9 @@ def iterate_stories(
 
     Yields:
         The continuation of the next story.
+
+    Raises:
+        UserError: the logits of the model are not finite, or the GPU does not have enough memory.
     """
     prompt_ids = encode_prompt(tokenizer, prompt)
     generators = seeded_generators(sampling.seed, n)
@@ -360,7 +371,11 @@ def iterate_stories(
         own = generators[first // GROUP : -(-(first + len(prompts)) // GROUP)]
         stories: deque[list[int]] = deque([] for _ in prompts)  # ids of stories not yet yielded
         steps = (ids for ids, _ in generate(model, prompts, sampling, end, own, size))
-        while stories and (block := list(islice(steps, every))):
+        while stories:
+            with gpu_memory_for("n", n):
+                block = list(islice(steps, every))
+            if not block:
+                break
             rows = torch.stack(block, dim=1).tolist()  # (B, every)
             for story, tokens in zip(stories, rows[-len(stories) :], strict=True):
                 story += tokens

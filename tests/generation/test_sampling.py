@@ -262,6 +262,13 @@ def test_stories_of_different_batches_differ(tokenizer, monkeypatch):
     assert stories == generate_stories(model, tokenizer, "Once", 10, settings)
 
 
+def test_several_groups_of_stories_are_generated_on_the_gpu(monkeypatch):
+    assert sampling.device_for(1000) == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert sampling.device_for(sampling.GROUP) == "cpu"
+    assert sampling.device_for(sampling.GROUP + 1) == "cuda"
+
+
 def test_iterate_stories_yields_a_story_as_soon_as_it_has_ended(tokenizer, monkeypatch):
     steps = []
 
