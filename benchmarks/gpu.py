@@ -117,6 +117,7 @@ def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
         Part("check batches", 5, lambda: measures.check_batches(m)),
         Part("check gradients", 25, lambda: measures.check_gradients(m)),
         Part("check syncs", 20, lambda: measures.check_syncs(m)),
+        Part("check generation", 10, lambda: measures.check_generation(m)),
         Part("check resume", 20, lambda: measures.check_resume(m)),
     ]
     for batch in m.batches:

@@ -221,6 +221,32 @@ def check_batches(m: Machine) -> Values:
     return {"ok": same, "steps": 100}
 
 
+def check_generation(m: Machine) -> Values:
+    """Compare the tokens of a seed with those of the CPU, and count the waits for the device."""
+    shape = next(iter(m.sizes.values()))
+    model = GPT(shape).eval().requires_grad_(False)
+    sampling = SamplingConfig(0.8, max_tokens=40, seed=1, backend="torch")
+
+    def tokens() -> Tensor:
+        prompts = torch.arange(1, 7, device=model.embedding.weight.device).view(2, 3)
+        steps = generate(model, prompts, sampling, end_of_text=-1)
+        return torch.stack([step.ids for step in steps])
+
+    expected, precision = tokens(), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # TF32 would change some tokens
+    try:
+        model.to(m.device)
+        syncs = _Syncs(m.on_gpu)
+        with syncs.names() as names:
+            syncs.watch(True)
+            actual = tokens()
+            syncs.watch(False)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    same = torch.equal(actual.cpu(), expected)
+    return {"ok": same, "steps": len(actual), "waits, with those of the start": len(names)}
+
+
 class _Syncs(Callback):
     """Count the waits for the device in steps without a row in metrics.csv."""
 
@@ -228,7 +254,7 @@ class _Syncs(Callback):
         self.counter, self.on_gpu, self.active, self.steps = SyncCounter(), on_gpu, False, 0
         self.counter.active = False
 
-    def _watch(self, active: bool) -> None:
+    def watch(self, active: bool) -> None:
         if self.on_gpu:
             torch.cuda.set_sync_debug_mode("warn" if active else "default")
         self.counter.active = active
@@ -237,10 +263,10 @@ class _Syncs(Callback):
         # The first steps allocate, record the graph and load libraries.
         active = trainer.global_step >= 5 and not pl_module.has_row(trainer.global_step + 1)
         self.steps += active
-        self._watch(active)
+        self.watch(active)
 
     def on_validation_start(self, *_: Any, **__: Any) -> None:
-        self._watch(False)
+        self.watch(False)
 
     on_train_end = on_exception = on_validation_start  # type: ignore[assignment]
 

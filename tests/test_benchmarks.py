@@ -64,7 +64,7 @@ def test_gpu_benchmark_runs_every_part_on_a_cpu(gpu_results):
     assert content["measured_on"].startswith("CPU")
     results = content["results"]
     checks = {name: values for name, values in results.items() if name.startswith("check")}
-    assert len(checks) == 4
+    assert len(checks) == 5
     assert all(values["ok"] for values in checks.values())
     assert results["check syncs"]["syncs"] == 0
     assert results["check syncs"]["steps"] > 20
