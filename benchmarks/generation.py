@@ -39,7 +39,6 @@ from minigpt.generation.sampling import (
     SamplingConfig,
     generate,
     sample,
-    seeded_generator,
 )
 from minigpt.model import GPT, GPTConfig
 from minigpt.tokenizer import Tokenizer
@@ -144,7 +143,7 @@ def tokenizer_names() -> list[str]:
 
 def without_cache(net: GPT, new: int) -> Candidate:
     """Return a candidate that reads the last 256 tokens again for each new token."""
-    context, generator = net.config.context_length, seeded_generator(0, torch.device("cpu"))
+    context, generator = net.config.context_length, torch.Generator().manual_seed(0)
     prompt = random_prompt(net.config, 1, context)
 
     @torch.inference_mode()

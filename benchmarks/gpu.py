@@ -78,7 +78,7 @@ def gpu_machine(scratch: Path) -> Machine:
         torch.device("cuda"), scratch, sizes, batches=(128, 16), rounds=5, steps=20,
         precisions=("float32", "bfloat16", "float16"),
         overrides=("trainer.accelerator=cuda", "trainer.devices=1"),
-        side=8192, sequences=(1, 256), new_tokens=200,
+        side=8192, sequences=(1, 256, 1024), new_tokens=200, shared=(1, 8, 4, 2), perplexity=5.87,
     )  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def cpu_machine(scratch: Path) -> Machine:
     return Machine(
         torch.device("cpu"), scratch, {"medium": shape}, batches=(4, 2), rounds=1, steps=2,
         precisions=("float32", "bfloat16"), overrides=overrides, side=64, sequences=(1, 3),
-        new_tokens=6,
+        new_tokens=6, shared=(1, 2), perplexity=1e9,
     )  # fmt: skip
 
 
@@ -117,11 +117,12 @@ def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
         Part("check batches", 5, lambda: measures.check_batches(m)),
         Part("check gradients", 25, lambda: measures.check_gradients(m)),
         Part("check syncs", 20, lambda: measures.check_syncs(m)),
+        Part("check generation", 10, lambda: measures.check_generation(m)),
         Part("check resume", 20, lambda: measures.check_resume(m)),
     ]
     for batch in m.batches:
         name = f"speed medium {batch}"
-        parts.append(Part(name, 90, lambda batch=batch: measures.speed(m, "medium", batch)))
+        parts.append(Part(name, 110, lambda batch=batch: measures.speed(m, "medium", batch)))
 
     def training(name: str, seconds: float, *overrides: str, keep: bool = True) -> None:
         def run() -> Values:
@@ -129,7 +130,10 @@ def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
 
         parts.append(Part(f"training {name}", seconds, run))
 
-    budgets = {"medium": 104e6, "large": 60e6, "student": 60e6, "small": 60e6, "precision": 10e6}
+    budgets = {
+        "medium": 104e6, "large": 60e6, "student": 60e6, "small": 60e6, "precision": 10e6,
+        "shared": 20e6,
+    }  # fmt: skip
     many, few = ["data.batch_size=128", "optimizer.warmup_tokens=1e6"], ["data.batch_size=8"]
     if not m.on_gpu:
         budgets, many, few = (
@@ -139,7 +143,8 @@ def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
         )
     sizes = {name: [f"model={name}"] if m.on_gpu else [] for name in ("small", "medium", "large")}
     b = {name: f"budget.tokens={budget:.0f}" for name, budget in budgets.items()}
-    training("medium", 75, *sizes["medium"], *many, b["medium"])
+    medium = [*sizes["medium"], *many, b["medium"]]
+    training("medium", 75, *medium)
     for windows in m.batches:
         parts.append(
             Part(
@@ -154,11 +159,19 @@ def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
         words = [*sizes["large"], *few, b["precision"], f"trainer.precision={precision}"]
         training(f"large-{precision}", 35, *words, keep=False)
     parts.append(Part("generation", 30, lambda: measures.generation(m, "medium")))
-    small = [*sizes["small"], *many, b["precision"]]
-    parts.append(
-        Part("sharing", 60, lambda: measures.sharing(m, 4 if m.on_gpu else 2, small, left()))
-    )
+    compiled = ["trainer.compile=true"] if m.on_gpu else []
+    training("medium-compiled", 90, *medium, *compiled, keep=False)
+    small = [*sizes["small"], *few, b["shared"]]
+    for n in m.shared:
+        parts.append(Part(f"sharing {n}", 60, lambda n=n: measures.sharing(m, n, small, left())))
     training("small", 40, *sizes["small"], *many, b["small"])
+    for windows in m.batches:
+        parts.append(
+            Part(
+                f"compile variants medium {windows}", 120,
+                lambda n=windows: measures.compile_variants(m, "medium", n),
+            )
+        )  # fmt: skip
     return parts
 
 

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import statistics
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from benchmarks.peers import Step, nanogpt_step, transformers_step
+from benchmarks.peers import Compile, Step, nanogpt_step, transformers_step
 from minigpt.cli.compose import load_config
 from minigpt.core.hardware import Hardware
 from minigpt.data.datamodule import DataModule
@@ -36,11 +40,12 @@ from minigpt.runs.folder import Run
 from minigpt.runs.records import read_metrics, read_summary
 from minigpt.training.config import OptimizerConfig
 from minigpt.training.loop import train
-from minigpt.training.optim import make_optimizer
+from minigpt.training.optim import CombinedOptimizer, Muon, make_optimizer
 from tests.syncs import SyncCounter
 
 ROOT = Path(__file__).parent.parent
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COMPILE_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 Values = dict[str, Any]
 
 
@@ -59,6 +64,14 @@ class Machine:
     side: int  # of the matrices whose product is timed
     sequences: tuple[int, ...]  # batch sizes of generation
     new_tokens: int
+    shared: tuple[int, ...]  # numbers of runs that share the device
+    perplexity: float  # on the validation split, to which the time is measured
+
+    def compile(self, mode: str | None = None) -> Compile:
+        """Return `torch.compile` with a mode; on a CPU without the compiler, to save time."""
+        if self.on_gpu:
+            return partial(torch.compile, mode=mode)
+        return partial(torch.compile, backend="aot_eager")
 
     @property
     def on_gpu(self) -> bool:
@@ -108,22 +121,31 @@ def describe(m: Machine) -> Values:
 # ---------------------------------------------------------------------------- our step
 
 
-def training_loss(m: Machine, model: GPT, graph: bool, compiled: bool) -> Any:
-    """Return the loss of a training step, as `train.py` computes it on this device."""
-    loss = torch.compile(model.loss) if compiled else model.loss
+def training_loss(model: GPT, graph: bool, compile: Compile | None = None) -> Any:
+    """Return the loss of a training step, as `train.py` computes it on a GPU."""
+    loss = compile(model.loss) if compile else model.loss
     return graphed_loss(model, loss, model.loss) if graph else loss
 
 
 def our_step(
     m: Machine, shape: GPTConfig, batch: int, precision: str = "bfloat16", graph: bool = True,
-    compiled: bool = False,
+    compile: Compile | None = None, optimizer_too: bool = False,
 ) -> Step:  # fmt: skip
-    """Return a step with batches on the device, Muon and clipping."""
+    """Return a step with batches on the device, Muon and clipping.
+
+    `compile` is applied to forward pass, loss and backward pass, and if `optimizer_too` is set,
+    also to Muon's products.
+    """
     model = GPT(shape).to(m.device).use(kernels_for("cuda"))
-    loss, dtype = training_loss(m, model, graph, compiled), DTYPES[precision]
+    loss, dtype = training_loss(model, graph, compile), DTYPES[precision]
     settings = OptimizerConfig()
-    muon = dtype or torch.float32
-    optimizer = make_optimizer(model, settings, shape.d_model, dtype=muon)
+    products = dtype or torch.float32
+    optimizer = make_optimizer(model, settings, shape.d_model, dtype=products, graphed=graph)
+    if compile and optimizer_too:
+        assert isinstance(optimizer, CombinedOptimizer)
+        muon = optimizer.parts[1]
+        assert isinstance(muon, Muon)
+        muon._orthogonalised = compile(muon._orthogonalised)
     tokens, n = m.tokens(), iter(range(10**9))
     order = BudgetSampler(len(tokens), shape.context_length, batch, 10**6, 1, stories=True)
     windows = StoryWindows(tokens, shape.context_length, 1)
@@ -155,7 +177,7 @@ def check_gradients(m: Machine) -> Values:
         model = GPT(shape).to(m.device).use(kernels_for("cuda"))
         model.load_state_dict(reference.state_dict())
         for precision in m.precisions:
-            loss = training_loss(m, model, precision != "float16", compiled=False)
+            loss = training_loss(model, precision != "float16")
             actual = _gradients(model, loss, ids.to(m.device), targets.to(m.device), precision)
             errors = {k: _distance(actual[k], expected[k]) for k in ("loss", "gradients")}
             limits = (1e-4, 3e-3) if precision == "float32" else (5e-3, 5e-2)
@@ -199,6 +221,32 @@ def check_batches(m: Machine) -> Values:
     return {"ok": same, "steps": 100}
 
 
+def check_generation(m: Machine) -> Values:
+    """Compare the tokens of a seed with those of the CPU, and count the waits for the device."""
+    shape = next(iter(m.sizes.values()))
+    model = GPT(shape).eval().requires_grad_(False)
+    sampling = SamplingConfig(0.8, max_tokens=40, seed=1, backend="torch")
+
+    def tokens() -> Tensor:
+        prompts = torch.arange(1, 7, device=model.embedding.weight.device).view(2, 3)
+        steps = generate(model, prompts, sampling, end_of_text=-1)
+        return torch.stack([step.ids for step in steps])
+
+    expected, precision = tokens(), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # TF32 would change some tokens
+    try:
+        model.to(m.device)
+        syncs = _Syncs(m.on_gpu)
+        with syncs.names() as names:
+            syncs.watch(True)
+            actual = tokens()
+            syncs.watch(False)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    same = torch.equal(actual.cpu(), expected)
+    return {"ok": same, "steps": len(actual), "waits, with those of the start": len(names)}
+
+
 class _Syncs(Callback):
     """Count the waits for the device in steps without a row in metrics.csv."""
 
@@ -206,7 +254,7 @@ class _Syncs(Callback):
         self.counter, self.on_gpu, self.active, self.steps = SyncCounter(), on_gpu, False, 0
         self.counter.active = False
 
-    def _watch(self, active: bool) -> None:
+    def watch(self, active: bool) -> None:
         if self.on_gpu:
             torch.cuda.set_sync_debug_mode("warn" if active else "default")
         self.counter.active = active
@@ -215,10 +263,10 @@ class _Syncs(Callback):
         # The first steps allocate, record the graph and load libraries.
         active = trainer.global_step >= 5 and not pl_module.has_row(trainer.global_step + 1)
         self.steps += active
-        self._watch(active)
+        self.watch(active)
 
     def on_validation_start(self, *_: Any, **__: Any) -> None:
-        self._watch(False)
+        self.watch(False)
 
     on_train_end = on_exception = on_validation_start  # type: ignore[assignment]
 
@@ -293,27 +341,20 @@ def speed(m: Machine, size: str, batch: int) -> Values:
     """Measure our step and those of the peers, in tokens per second."""
     shape, tokens = m.sizes[size], m.tokens()
     args = shape, tokens, batch, m.device
+    compile, with_graphs = m.compile(), m.compile("reduce-overhead")
     candidates: dict[str, Callable[[], Step]] = {
         "ours": lambda: our_step(m, shape, batch),
-        "ours compiled": lambda: our_step(m, shape, batch, compiled=m.on_gpu),
-        "nanoGPT compiled": lambda: nanogpt_step(*args, compiled=m.on_gpu),
-        "transformers eager": lambda: transformers_step(*args, compiled=False),
-        "transformers compiled": lambda: transformers_step(*args, compiled=m.on_gpu),
+        "ours compiled": lambda: our_step(m, shape, batch, compile=compile),
+        "nanoGPT compiled": lambda: nanogpt_step(*args, compile),
+        "transformers eager": lambda: transformers_step(*args),
+        "transformers compiled": lambda: transformers_step(*args, compile),
+        "nanoGPT compiled, CUDA graphs": lambda: nanogpt_step(*args, with_graphs),
+        "transformers compiled, CUDA graphs": lambda: transformers_step(*args, with_graphs),
         "ours without graph": lambda: our_step(m, shape, batch, graph=False),
         "ours float32": lambda: our_step(m, shape, batch, "float32"),
     }
-    n, rates, memory, failures = batch * shape.context_length, {}, {}, {}
-    for name, make in candidates.items():
-        if m.on_gpu:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        try:
-            rates[name] = n / m.seconds(make())
-        except Exception as error:  # a missing package or compiler concerns one candidate
-            failures[name] = f"{type(error).__name__}: {error}"[:300]
-        if m.on_gpu:
-            memory[name] = torch.cuda.max_memory_allocated() / 1e6
-        torch.compiler.reset()
+    values = rates_of(m, size, batch, candidates)
+    rates = values["tokens per second"]
     best = max((r for name, r in rates.items() if name.startswith("ours")), default=None)
     ratios = {}
     for kind in ("eager", "compiled"):
@@ -321,19 +362,56 @@ def speed(m: Machine, size: str, batch: int) -> Values:
         if best and peers:
             ratios[kind] = best / max(peers)
     flops = GPT(shape).flops_per_token()
+    model_flops = best and best * flops / 1e12
+    return {**values, "best against peers": ratios, "model TFLOP/s": model_flops}
+
+
+def compile_variants(m: Machine, size: str, batch: int) -> Values:
+    """Measure our step with other ways to compile it, in tokens per second."""
+    step, tuned = partial(our_step, m, m.sizes[size], batch), "max-autotune-no-cudagraphs"
+    candidates: dict[str, Callable[[], Step]] = {
+        "ours compiled, optimizer too": lambda: step(compile=m.compile(), optimizer_too=True),
+        "ours compiled, graphs of torch.compile": lambda: step(
+            graph=False, compile=m.compile("reduce-overhead"), optimizer_too=True
+        ),
+        "ours compiled, max-autotune": lambda: step(compile=m.compile(tuned)),
+    }
+    return rates_of(m, size, batch, candidates)
+
+
+def rates_of(
+    m: Machine, size: str, batch: int, candidates: dict[str, Callable[[], Step]]
+) -> Values:
+    """Return speed and memory of each candidate; one that fails does not stop the others."""
+    n, rates, memory, failures = batch * m.sizes[size].context_length, {}, {}, {}
+    for name, make in candidates.items():
+        if m.on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        with recorded_failure(failures, name):
+            rates[name] = n / m.seconds(make())
+        if m.on_gpu:
+            memory[name] = torch.cuda.max_memory_allocated() / 1e6
+        torch.compiler.reset()
     return {
         "size": size, "windows": batch, "tokens per second": rates, "memory MB": memory,
-        "best against peers": ratios, "model TFLOP/s": best and best * flops / 1e12,
         "failures": failures,
     }  # fmt: skip
 
 
+@contextlib.contextmanager
+def recorded_failure(failures: dict[str, str], name: str) -> Iterator[None]:
+    """Add an exception to `failures`; a missing package or compiler concerns one candidate."""
+    try:
+        yield
+    except Exception as error:
+        failures[name] = f"{type(error).__name__}: {error}"[:300]
+
+
 def kernels_of_a_step(m: Machine, size: str, batch: int) -> Values:
-    """Profile our step: number and time of its kernels, and which take most of the time."""
+    """Profile our step: its kernels, which take most of the time, and the time without a kernel."""
     step = our_step(m, m.sizes[size], batch)
-    for _ in range(m.steps):
-        step()
-    m.synchronize()
+    whole = 1e3 * m.seconds(step)
     kinds = [torch.profiler.ProfilerActivity.CPU]
     kinds += [torch.profiler.ProfilerActivity.CUDA] if m.on_gpu else []
     with torch.profiler.profile(activities=kinds) as profile:
@@ -344,46 +422,74 @@ def kernels_of_a_step(m: Machine, size: str, batch: int) -> Values:
     events = [e for e in profile.key_averages() if e.device_type.name == device]
     spent = {e.key: e.self_device_time_total if m.on_gpu else e.self_cpu_time_total for e in events}
     top = sorted(spent, key=lambda key: -spent[key])[:15]
+    in_kernels = sum(spent.values()) / m.steps / 1e3
+    launches = sum(e.count for e in profile.key_averages() if "Launch" in e.key) / m.steps
     return {
-        "size": size, "windows": batch,
+        "size": size, "windows": batch, "ms per step": whole,
         "kernels per step": sum(e.count for e in events) / m.steps,
-        "ms in kernels per step": sum(spent.values()) / m.steps / 1e3,
+        "launches per step": launches,
+        "ms in kernels per step": in_kernels,
+        "ms in gaps per step": max(0.0, whole - in_kernels),
         "top kernels, ms per step": {key[:80]: spent[key] / m.steps / 1e3 for key in top},
     }  # fmt: skip
 
 
 def generation(m: Machine, size: str) -> Values:
     """Measure generated tokens per second, ours and transformers', by batch size."""
-    import transformers
-
-    shape, rates = m.sizes[size], {}
+    shape, rates, failures, ratios = m.sizes[size], {}, {}, {}
     model = GPT(shape).to(m.device).eval().requires_grad_(False)
-    config = transformers.GPT2Config(
-        vocab_size=shape.vocab_size, n_positions=shape.context_length, n_embd=shape.d_model,
-        n_layer=shape.n_layers, n_head=shape.n_heads, n_inner=shape.d_ff,
-        bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    peer: Any = transformers.GPT2LMHeadModel(config)
-    peer = peer.to(m.device).eval()
     sampling = SamplingConfig(0.8, max_tokens=m.new_tokens, seed=1, backend="torch")
     for batch in m.sequences:
         prompt = torch.ones(batch, 4, dtype=torch.long, device=m.device)
+        candidates = {
+            "ours": lambda p=prompt: sum(1 for _ in generate(model, p, sampling, end_of_text=-1)),
+            "transformers eager": transformers_generation(m, shape, prompt),
+            "transformers compiled": transformers_generation(m, shape, prompt, static=True),
+        }
+        names = {kind: f"{kind}, batch {batch}" for kind in candidates}
+        for kind, write in candidates.items():
+            with recorded_failure(failures, names[kind]):
+                write()
+                m.synchronize()
+                start = time.perf_counter()
+                write()
+                m.synchronize()
+                seconds = time.perf_counter() - start
+                rates[names[kind]] = batch * m.new_tokens / seconds
+        ours = rates.get(names.pop("ours"))
+        ratios |= {name: ours / rates[name] for name in names.values() if ours and name in rates}
+    return {
+        "size": size, "tokens per second": rates, "ours against": ratios, "failures": failures
+    }  # fmt: skip
+
+
+def transformers_generation(
+    m: Machine, shape: GPTConfig, prompt: Tensor, static: bool = False
+) -> Step:
+    """Return a function that generates with transformers, which compiles with a static cache."""
+
+    def write() -> Any:
+        nonlocal peer
+        import transformers
+
+        if peer is None:
+            config = transformers.GPT2Config(
+                vocab_size=shape.vocab_size, n_positions=shape.context_length,
+                n_embd=shape.d_model, n_layer=shape.n_layers, n_head=shape.n_heads,
+                n_inner=shape.d_ff, bos_token_id=None, eos_token_id=None,
+            )  # fmt: skip
+            model: Any = transformers.GPT2LMHeadModel(config)
+            peer = model.to(m.device).eval()
         settings = transformers.GenerationConfig(
             do_sample=True, temperature=0.8, top_k=0, max_new_tokens=m.new_tokens,
             min_new_tokens=m.new_tokens, pad_token_id=0,
+            cache_implementation="static" if static else None,
         )  # fmt: skip
-        ours = lambda p=prompt: list(generate(model, p, sampling, end_of_text=-1))  # noqa: E731
-        theirs = lambda p=prompt, s=settings: peer.generate(  # noqa: E731
-            p, attention_mask=torch.ones_like(p), generation_config=s
-        )
-        for name, write in (("ours", ours), ("transformers eager", theirs)):
-            write()
-            m.synchronize()
-            start = time.perf_counter()
-            write()
-            m.synchronize()
-            rates[f"{name}, batch {batch}"] = batch * m.new_tokens / (time.perf_counter() - start)
-    return {"size": size, "tokens per second": rates}
+        mask = torch.ones_like(prompt)
+        return peer.generate(prompt, attention_mask=mask, generation_config=settings)
+
+    peer: Any = None
+    return write
 
 
 # ---------------------------------------------------------------------------- trainings
@@ -397,39 +503,56 @@ def run_in_process(
     return train(load_config("train", words), callbacks=callbacks).folder
 
 
-def shell(command: Sequence[str], timeout: float) -> str:
-    """Run a command; return the end of its output, and raise if it fails or takes too long."""
+def shell(command: Sequence[str], timeout: float, **environment: str) -> None:
+    """Run a command; raise if it fails or takes too long."""
     result = subprocess.run(
         command, cwd=ROOT, timeout=timeout, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, check=False,
+        stderr=subprocess.STDOUT, check=False, env={**os.environ, **environment},
     )  # fmt: skip
     if result.returncode:
         raise RuntimeError(f"{' '.join(command[1:4])} failed: {result.stdout[-800:]}")
-    return result.stdout[-800:]
 
 
 def training(
     m: Machine, name: str, overrides: Sequence[str], timeout: float, out: Path | None = None
 ) -> Values:
-    """Train with train.py from the shell; keep the final weights in bfloat16 in `out`."""
+    """Train with train.py from the shell; keep the final weights in bfloat16 in `out`.
+
+    The process has empty caches of compiled code.
+    """
     folder = m.scratch / "runs" / name
     words = [*m.overrides, f"runs_dir={folder.parent}", f"name={name}", *overrides]
-    start = time.perf_counter()
-    shell([sys.executable, str(ROOT / "train.py"), *words], timeout)
+    caches = {v: str(m.scratch / "compiled" / name / v) for v in COMPILE_CACHES}
+    start, epoch = time.perf_counter(), time.time()
+    shell([sys.executable, str(ROOT / "train.py"), *words], timeout, **caches)
     seconds = time.perf_counter() - start
     summary = read_summary(folder)
     names = (
         "steps", "tokens", "seconds", "tokens_per_second", "precision", "train/loss",
         "val/perplexity",
     )  # fmt: skip
-    rows = [row for row in read_metrics(folder) if "val/perplexity" in row]
     if out is not None:
         _keep_weights(Run.load(folder), out / f"{name}.safetensors")
+    rows = [row for row in read_metrics(folder) if "val/perplexity" in row]
+    validations = [
+        {"tokens": row["tokens"], "perplexity": row["val/perplexity"], "seconds": time - epoch}
+        for row, time in zip(rows, _validation_times(folder), strict=True)
+    ]
+    target = [v["seconds"] for v in validations if v["perplexity"] <= m.perplexity]
     return {
         "name": name, "overrides": list(overrides), "seconds from the shell": seconds,
         **{key: summary[key] for key in names if key in summary},
-        "validations": [[row["tokens"], row["val/perplexity"]] for row in rows],
+        "validations": validations,  # seconds: from the shell until the result was logged
+        "perplexity to reach": m.perplexity,
+        "seconds to perplexity": target[0] if target else None,
     }  # fmt: skip
+
+
+def _validation_times(folder: Path) -> list[float]:
+    """Return when train.log got each validation result, in seconds since the epoch."""
+    lines = (folder / "train.log").read_text(encoding="utf-8").splitlines()
+    stamps = [line[:23] for line in lines if "validation perplexity" in line]
+    return [datetime.strptime(s, "%Y-%m-%d %H:%M:%S,%f").timestamp() for s in stamps]
 
 
 def _keep_weights(run: Run, path: Path) -> None:
@@ -441,16 +564,17 @@ def _keep_weights(run: Run, path: Path) -> None:
 
 
 def sharing(m: Machine, n: int, overrides: Sequence[str], timeout: float) -> Values:
-    """Train one run, then `n` at the same time on one device; return tokens per second."""
-    from concurrent.futures import ThreadPoolExecutor
+    """Train `n` runs at the same time on one device; return their tokens per second in all.
 
-    deadline = time.monotonic() + timeout
-    one = training(m, "alone", overrides, timeout)
+    The time is from the shell to the end of the last run, because the runs do not start together.
+    """
+    names = [f"shared-{n}-{i}" for i in range(n)]
+    start = time.perf_counter()
     with ThreadPoolExecutor(n) as pool:
-        left = deadline - time.monotonic()
-        runs = [pool.submit(training, m, f"shared-{i}", overrides, left) for i in range(n)]
-        rates = [run.result()["tokens_per_second"] for run in runs]
-    return {"runs": n, "alone": one["tokens_per_second"], "all at once": sum(rates)}
+        runs = [pool.submit(training, m, name, overrides, timeout) for name in names]
+        tokens = sum(run.result()["tokens"] for run in runs)
+    seconds = time.perf_counter() - start
+    return {"runs": n, "seconds from the shell": seconds, "tokens per second": tokens / seconds}
 
 
 def data_is_ready(m: Machine) -> Values:

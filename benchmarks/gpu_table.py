@@ -10,44 +10,69 @@ import json
 from pathlib import Path
 from typing import Any
 
+UNITS = ("copy GB/s", "bfloat16 TFLOP/s")
+
 
 def table(content: dict[str, Any]) -> str:
     """Return a Markdown table of the measures, each with the device that it was measured on."""
     rows = [("measure", "value", "measured on"), ("---", "---", "---")]
-    rows += [(name, value, content["measured_on"]) for name, value in measures(content)]
+    rows += [(name, value, device(content)) for name, value in measures(content)]
     rows += [(name, "not run", "") for name in content.get("not_run", [])]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def device(content: dict[str, Any]) -> str:
+    """Return the name of the device, with its measured copy bandwidth and bfloat16 product."""
+    speeds = content["results"].get("machine", {})
+    units = [f"{speeds[unit]:,.0f} {unit}" for unit in UNITS if unit in speeds]
+    return ", ".join([content["measured_on"], *units])
+
+
 def measures(content: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the name and the value of each measure."""
-    rows: list[tuple[str, str]] = []
-    for part, values in content["results"].items():
-        if "error" in values:
-            rows.append((part, values["error"]))
-        elif "ok" in values:
-            rows.append((part, "holds" if values["ok"] else "does not hold"))
-        elif part == "machine":
-            rows += [(key, f"{values[key]:,.0f}") for key in ("copy GB/s", "bfloat16 TFLOP/s")]
-        elif part.startswith(("speed", "generation")):
-            rates = values["tokens per second"]
-            rows += [(f"{part}: {name}, tokens/s", f"{rate:,.0f}") for name, rate in rates.items()]
-            ratios = values.get("best against peers", {})
-            rows += [(f"{part}: against {k} peers", f"{r:.2f}×") for k, r in ratios.items()]
-        elif part.startswith("training"):
-            rows.append(
-                (f"{part}: seconds from the shell", f"{values['seconds from the shell']:.1f}")
-            )
-            rows.append((f"{part}: tokens/s", f"{values['tokens_per_second']:,.0f}"))
-            rows.append((f"{part}: validation perplexity", f"{values['val/perplexity']:.3f}"))
-        elif part.startswith("kernels"):
-            rows.append((f"{part}: kernels per step", f"{values['kernels per step']:,.0f}"))
-            rows.append((f"{part}: ms in kernels", f"{values['ms in kernels per step']:.2f}"))
-        elif part == "sharing":
-            label = f"{part}: {values['runs']} runs at once, relative to one"
-            rows.append((label, f"{values['all at once'] / values['alone']:.2f}×"))
-    if (ratio := against_bare_step(content["results"])) is not None:
+    results: dict[str, Any] = content["results"]
+    rows = [row for part, values in results.items() for row in rows_of(part, values)]
+    alone = results.get("sharing 1", {}).get("tokens per second")
+    for values in results.values():
+        if alone and values.get("runs", 1) > 1:
+            ratio = values["tokens per second"] / alone
+            rows.append((f"{values['runs']} runs at once, relative to one", f"{ratio:.2f}×"))
+    if (ratio := against_bare_step(results)) is not None:
         rows.append(("train.py, medium, relative to the bare step", f"{ratio:.3f}"))
+    return rows
+
+
+def rows_of(part: str, values: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the name and the value of each measure of a part."""
+    if "error" in values:
+        return [(part, values["error"])]
+    if "ok" in values:
+        return [(part, "holds" if values["ok"] else "does not hold")]
+    rows: list[tuple[str, str]] = []
+    if part == "machine":
+        rows += [(unit, f"{values[unit]:,.0f}") for unit in UNITS]
+    elif part.startswith(("speed", "compile variants", "generation")):
+        rates = values["tokens per second"]
+        rows += [(f"{part}: {name}, tokens/s", f"{rate:,.0f}") for name, rate in rates.items()]
+        ratios = values.get("best against peers", {})
+        rows += [(f"{part}: against {k} peers", f"{r:.2f}×") for k, r in ratios.items()]
+        ratios = values.get("ours against", {})
+        rows += [(f"{part}: against {name}", f"{r:.2f}×") for name, r in ratios.items()]
+        rows += [(f"{part}: {name}", text) for name, text in values["failures"].items()]
+    elif part.startswith("training"):
+        seconds = values["seconds to perplexity"]
+        goal = f"{part}: seconds from the shell to perplexity {values['perplexity to reach']:g}"
+        rows += [
+            (f"{part}: seconds from the shell", f"{values['seconds from the shell']:.1f}"),
+            (goal, "not reached" if seconds is None else f"{seconds:.1f}"),
+            (f"{part}: tokens/s", f"{values['tokens_per_second']:,.0f}"),
+            (f"{part}: validation perplexity", f"{values['val/perplexity']:.3f}"),
+        ]
+    elif part.startswith("kernels"):
+        names = ("kernels per step", "launches per step", "ms per step", "ms in kernels per step")
+        rows += [(f"{part}: {name}", f"{values[name]:,.2f}") for name in names]
+    elif part.startswith("sharing"):
+        rows.append((f"{part}: tokens/s in all", f"{values['tokens per second']:,.0f}"))
     return rows
 
 
@@ -73,8 +98,8 @@ def figure(content: dict[str, Any]) -> Any:
         axes.barh(names, [rates[name] / 1e6 for name in names], color=ours)
         axes.set(xlabel=f"million tokens per second, {values['windows']} windows")
         axes.tick_params(labelsize=7)
-    title = f"Training the medium model on {content['measured_on']}"
-    result.suptitle(title[:100], x=0.01, ha="left", fontsize=10, color=INK)
+    title = f"Training the medium model on {device(content)}"
+    result.suptitle(title[:120], x=0.01, ha="left", fontsize=10, color=INK)
     return result
 
 

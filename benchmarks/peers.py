@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from minigpt.model import GPTConfig
 
 Step = Callable[[], Any]
+Compile = Callable[[Any], Any]  # from a function or module to a faster one
 
 
 def transformers_step(
-    shape: GPTConfig, tokens: np.ndarray, batch: int, device: torch.device, compiled: bool
-) -> Step:
+    shape: GPTConfig, tokens: np.ndarray, batch: int, device: torch.device,
+    compile: Compile | None = None,
+) -> Step:  # fmt: skip
     """Return a training step of `GPT2LMHeadModel`, eager or compiled."""
     import transformers
 
@@ -39,15 +41,15 @@ def transformers_step(
         logits = net(ids, use_cache=False).logits.float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    return _step(net, torch.compile(loss) if compiled else loss, tokens, shape, batch, device)
+    return _step(net, compile(loss) if compile else loss, tokens, shape, batch, device)
 
 
 def nanogpt_step(
-    shape: GPTConfig, tokens: np.ndarray, batch: int, device: torch.device, compiled: bool = True
+    shape: GPTConfig, tokens: np.ndarray, batch: int, device: torch.device, compile: Compile
 ) -> Step:
     """Return a step of the training loop of nanoGPT (https://github.com/karpathy/nanoGPT)."""
     net = NanoGPT(shape).to(device)
-    return _step(net, torch.compile(net) if compiled else net, tokens, shape, batch, device)
+    return _step(net, compile(net), tokens, shape, batch, device)
 
 
 def _step(

@@ -26,7 +26,7 @@ from minigpt.analysis.embeddings import EmbeddingProbe, Tokens, tokens_or_reason
 from minigpt.analysis.repetition import NOVELTY_STORIES, Repetition, measure
 from minigpt.core.fields import documented
 from minigpt.core.files import user_path, write_json
-from minigpt.core.hardware import Hardware
+from minigpt.core.hardware import Hardware, gpu_memory_for
 from minigpt.core.progress import track
 from minigpt.core.settings import UserError, build
 from minigpt.data.config import DataConfig, with_cache_here
@@ -34,7 +34,7 @@ from minigpt.data.preparation import prepare_split
 from minigpt.data.sources import Corpus, bundled_sample, open_corpus
 from minigpt.data.windows import TokenWindows
 from minigpt.generation.sampling import SamplingConfig, generate_stories
-from minigpt.kernels.choice import kernels_for
+from minigpt.kernels.choice import kernels_for, sequences_at_once
 from minigpt.model import GPT, IGNORE_INDEX, perplexity
 from minigpt.runs.checkpoint import weights_fingerprint
 from minigpt.runs.folder import Run
@@ -42,6 +42,7 @@ from minigpt.runs.records import read_summary
 from minigpt.tokenizer import Tokenizer
 
 log = logging.getLogger("minigpt")
+WINDOWS = 32  # scored at a time, except on a CUDA GPU
 
 
 # ---------------------------------------------------------------------------- settings
@@ -89,8 +90,9 @@ class EvaluationConfig:
     """Number of tokens from the start of one window to the next, from 1 to the context length; None
     means adjacent windows, as in training."""
 
-    batch_size: int = 32
-    """Number of windows to score at a time, at least 1."""
+    batch_size: int | None = None
+    """Number of windows to score at a time, at least 1; None means 32, or on a CUDA GPU as many as
+    a quarter of its memory holds, up to 1,024."""
 
     seed: int = 1
     """Seed of the stories, at least 0, the same at each temperature."""
@@ -118,7 +120,7 @@ class EvaluationConfig:
     None means the stories that the data settings select for validation."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
+        if self.batch_size is not None and self.batch_size < 1:
             raise UserError("must be at least 1", "batch_size", self.batch_size)
         if self.seed < 0:
             raise UserError("must not be negative", "seed", self.seed)
@@ -164,7 +166,7 @@ class Loss:
 def evaluate_loss(
     model: GPT,
     tokens: np.ndarray,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     stride: int | None = None,
     precision: str = "32-true",
     console: Console | None = None,
@@ -174,7 +176,7 @@ def evaluate_loss(
     Args:
         model: the model; its context length is the window length, T.
         tokens: ids [n_tokens] uint16, usually a memory map.
-        batch_size: number of windows to score at a time.
+        batch_size: number of windows to score at a time; None means 32, or more on a CUDA GPU.
         stride: number of tokens from the start of one window to the next, from 1 to T. A window
             scores only the tokens after the end of the previous window. So each token after the
             first window has at least T - stride tokens of context. None means T, as in the
@@ -186,13 +188,15 @@ def evaluate_loss(
         The total loss in nats, and the number of scored tokens.
 
     Raises:
-        UserError: the stride is not from 1 to the context length.
+        UserError: the stride is not from 1 to the context length, or the GPU does not have enough
+            memory.
     """
     context, device = model.config.context_length, model.embedding.weight.device
     stride = context if stride is None else stride
     if not 1 <= stride <= context:
         problem = f"must be from 1 to {context}, the context length of this model"
         raise UserError(problem, "stride", stride, fix={"stride": max(1, context // 2)})
+    batch_size = batch_size or sequences_at_once(model, on_cpu=WINDOWS)
     n_windows = 1 + max(0, math.ceil((len(tokens) - 1 - context) / stride))
     batches = [range(n_windows)[i : i + batch_size] for i in range(0, n_windows, batch_size)]
     half = torch.float16 if precision == "16-mixed" else torch.bfloat16
@@ -205,7 +209,8 @@ def evaluate_loss(
         for batch in track(batches, "validation split", console):
             ids, targets = windows(tokens, batch, context, stride)
             counts.append(int((targets != IGNORE_INDEX).sum()))
-            losses.append(model.loss(ids.to(device), targets.to(device)))
+            with gpu_memory_for("batch_size", batch_size):
+                losses.append(model.loss(ids.to(device), targets.to(device)))
     means = torch.stack(losses).tolist()
     return Loss(sum(n * mean for n, mean in zip(counts, means, strict=True)), sum(counts))
 
@@ -261,13 +266,19 @@ def write_stories(
     Returns:
         One list of dicts per temperature; each dict has a `prompt` and the `text` that continues
         the prompt.
+
+    Raises:
+        UserError: the model has no finite logits, or the GPU does not have enough memory.
     """
     groups = []
     for temperature in config.temperatures:
         stories = []
         for i, prompt in enumerate(config.prompts):
             sampling = SamplingConfig(temperature, max_tokens=config.max_tokens, seed=seed + i)
-            texts = generate_stories(model, tokenizer, prompt, config.n, sampling)
+            try:
+                texts = generate_stories(model, tokenizer, prompt, config.n, sampling)
+            except UserError as error:
+                raise error.within("stories") from None
             stories += [{"prompt": prompt, "text": text} for text in texts]
         groups.append(stories)
     return groups

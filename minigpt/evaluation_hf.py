@@ -28,7 +28,15 @@ from minigpt.core.progress import track
 from minigpt.core.settings import UserError
 from minigpt.data.config import DataConfig
 from minigpt.data.sources import Corpus
-from minigpt.evaluation import EvaluationConfig, Loss, Score, check_writable, score_corpora, windows
+from minigpt.evaluation import (
+    WINDOWS,
+    EvaluationConfig,
+    Loss,
+    Score,
+    check_writable,
+    score_corpora,
+    windows,
+)
 from minigpt.model import IGNORE_INDEX
 from minigpt.tokenizer import utf8_length
 
@@ -98,7 +106,7 @@ def evaluate_hf(
 
     def score(corpus: Corpus) -> Score:
         ids, n_stories, n_bytes = _encoded(corpus, tokenizer)
-        loss = _loss(model, ids, context, stride, config.batch_size, console)
+        loss = _loss(model, ids, context, stride, config.batch_size or WINDOWS, console)
         numbers = n_stories, loss.n_tokens, loss.nats_per_token, loss.perplexity
         return Score(*numbers, loss.bits_per_byte(n_bytes / len(ids)))
 

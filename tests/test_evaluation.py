@@ -88,6 +88,20 @@ def test_loss_does_not_depend_on_batch_size_and_leaves_the_model_training():
     assert net.training
 
 
+def out_of_memory(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+def test_out_of_memory_names_batch_size_or_the_number_of_stories(monkeypatch):
+    net, tokenizer = make_net(), Tokenizer.train(STORIES, 290)
+    monkeypatch.setattr(GPT, "loss", out_of_memory)
+    with pytest.raises(UserError, match=naming("batch_size=32", "batch_size=16")):
+        evaluate_loss(net, random_tokens(200))
+    monkeypatch.setattr("minigpt.generation.sampling.Decoder", out_of_memory)
+    with pytest.raises(UserError, match=naming("stories.n=4", "stories.n=2")):
+        write_stories(net, tokenizer, StoriesConfig(), seed=1)
+
+
 def test_autocast_is_close_to_float32_but_not_equal():
     net, tokens = make_net(), random_tokens(200)
     exact, mixed = (evaluate_loss(net, tokens, precision=p) for p in ("32-true", "bf16-mixed"))

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from minigpt.analysis.coherence import BATCH, NAME
+from minigpt.kernels.choice import sequences_at_once
 from minigpt.model import GPT, IGNORE_INDEX
 from minigpt.tokenizer import Tokenizer
 
@@ -112,9 +113,9 @@ def class_losses(net: GPT, texts: Sequence[ScoredText]) -> dict[str, float | Non
         The loss of each of CLASSES, None for a class without tokens, and of `all tokens`.
     """
     losses: dict[str, list[float]] = {name: [] for name in ("all tokens", *CLASSES)}
-    device = net.embedding.weight.device
-    for first in range(0, len(texts), BATCH):
-        batch = texts[first : first + BATCH]
+    device, size = net.embedding.weight.device, sequences_at_once(net, on_cpu=BATCH)
+    for first in range(0, len(texts), size):
+        batch = texts[first : first + size]
         ids = [torch.tensor(text.ids, device=device) for text in batch]
         inputs = pad_sequence([row[:-1] for row in ids], batch_first=True)
         targets = pad_sequence([row[1:] for row in ids], True, IGNORE_INDEX)

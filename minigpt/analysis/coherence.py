@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from minigpt.analysis.repetition import split_words
 from minigpt.core.settings import UserError
 from minigpt.generation.sampling import SamplingConfig, generate
+from minigpt.kernels.choice import sequences_at_once
 from minigpt.model import GPT, IGNORE_INDEX, perplexity
 from minigpt.tokenizer import Tokenizer
 
@@ -31,7 +32,7 @@ from minigpt.tokenizer import Tokenizer
 OPENING = re.compile(r"[^.!?\"“]*\b(?:named|called) ([A-Z][a-z]+)\.(?=\s)")
 # A capitalised word inside a sentence: after a lower-case letter or a comma.
 NAME = re.compile(r"(?<=[a-z,] )[A-Z][a-z]+\b")
-BATCH = 50  # stories generated or scored at once; 200 MB for 256 tokens of the large size
+BATCH = 50  # stories of one seed, and on a CPU also the number of stories scored at once
 
 
 @dataclass(frozen=True)
@@ -189,8 +190,9 @@ def score(net: GPT, stories: Sequence[Continuation], end_of_text: int) -> float:
         end_of_text: id of the end-of-text token.
     """
     nats, n_tokens, device = 0.0, 0, net.embedding.weight.device
-    for first in range(0, len(stories), BATCH):
-        ids, targets = _rows(stories[first : first + BATCH], end_of_text)
+    batch = sequences_at_once(net, on_cpu=BATCH)
+    for first in range(0, len(stories), batch):
+        ids, targets = _rows(stories[first : first + batch], end_of_text)
         n = int((targets != IGNORE_INDEX).sum())
         nats += n * net.loss(ids.to(device), targets.to(device)).item()
         n_tokens += n

@@ -40,6 +40,7 @@ from minigpt.core import plots
 from minigpt.core.console import log
 from minigpt.core.fields import documented
 from minigpt.core.files import write_json, write_text
+from minigpt.core.hardware import model_device
 from minigpt.core.settings import UserError, check
 from minigpt.core.text import human_count, md_table, percent, value_cell
 from minigpt.data.sources import bundled_sample
@@ -130,7 +131,8 @@ def _measure(
     openings = story_openings(sample.stories("valid"), tokenizer, config.n_written, context)
     moments, vectors, words = [], [], {}
     for path in run.snapshots:
-        net, (tokens, _) = replace(run, checkpoint=path).load_model(), snapshot_values(path)
+        net = replace(run, checkpoint=path).load_model(model_device())
+        tokens, _ = snapshot_values(path)
         log.info("%s: %s tokens", path.name, human_count(tokens))
         stories = write_continuations(net, tokenizer, openings, TEMPERATURE, config.seed)
         probe = EmbeddingProbe(net, tokenizer)

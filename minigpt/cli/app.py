@@ -70,7 +70,12 @@ def generate(
 
     from minigpt.core.hardware import cpu_has_bfloat16
     from minigpt.generation.decoder import c_backend
-    from minigpt.generation.sampling import SamplingConfig, iterate_stories, stream_text
+    from minigpt.generation.sampling import (
+        SamplingConfig,
+        device_for,
+        iterate_stories,
+        stream_text,
+    )
     from minigpt.tokenizer import END_OF_TEXT
 
     config = SamplingConfig(temperature, top_k, top_p, max_tokens, seed, min_p, repetition_penalty)
@@ -83,7 +88,8 @@ def generate(
         raise UserError(f"{problem}{' and '.join(unused)}", "temperature", 0)
     prompt = _one_prompt(words or [], prompt)
     (source,) = load_runs([run], class_path)
-    model, tokenizer = source.load_model().to(getattr(torch, dtype)), source.tokenizer
+    model, tokenizer = source.load_model(device_for(n)), source.tokenizer
+    model = model.to(getattr(torch, dtype))
     if prompt.endswith(" ") and prompt.strip():  # a token of its own, which is rare in stories
         log.warning("the prompt ends with a space, which belongs to the next word: remove it")
     length = len(tokenizer.encode(prompt))  # raises before anything is printed

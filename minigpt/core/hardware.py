@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,6 +151,34 @@ def cpu_description() -> str:
     instructions = " ".join(flag for flag in _CPU_FLAGS if re.search(rf"\b{flag}\b", text))
     processor = name[1] if name else platform.processor() or platform.machine()
     return f"{processor}, {instructions or 'instructions unknown'}"
+
+
+def model_device() -> str:
+    """Return the device for a model that is not in training: "cuda" if there is one, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextlib.contextmanager
+def gpu_memory_for(argument: str, value: int) -> Iterator[None]:
+    """Raise UserError for `argument` if the GPU runs out of memory in the `with` block.
+
+    Args:
+        argument: name of the number of sequences or windows that are computed at a time.
+        value: the number; the error suggests half of it.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        problem = "the GPU does not have enough memory for this number: reduce it"
+        fix = {argument: value // 2} if value > 1 else None
+        raise UserError(problem, argument, value, fix) from None
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a copy of a CPU tensor on a device; the host does not wait for the copy to CUDA."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def has_cpp_compiler() -> bool:

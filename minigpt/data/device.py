@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from minigpt.core.hardware import to_device
 from minigpt.data.windows import StoryWindows, TrainingBatches, with_noise
 
 
@@ -66,8 +67,4 @@ class DeviceBatches(Dataset[tuple[Tensor, Tensor]]):
         return starts, (self._upload(begins), self._upload(shifts))
 
     def _upload(self, array: np.ndarray) -> Tensor:
-        """Copy an array to the device, through pinned memory, so that the host does not wait."""
-        tensor = torch.from_numpy(array)
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
+        return to_device(torch.from_numpy(array), self.device)

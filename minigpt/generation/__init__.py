@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from minigpt.generation.sampling import SamplingConfig, generate_stories, stream_story
+from minigpt.generation.sampling import (
+    SamplingConfig,
+    device_for,
+    generate_stories,
+    stream_story,
+)
 from minigpt.runs.folder import Run
 
 __all__ = ["SamplingConfig", "generate", "stream_story"]
@@ -28,7 +33,9 @@ def generate(
         The continuations, without the prompt.
 
     Raises:
-        UserError: `run` is not a run or cannot be read, or the prompt is not valid Unicode.
+        UserError: `run` is not a run or cannot be read, the prompt is not valid Unicode, or the
+            GPU does not have enough memory.
     """
     run, sampling = Run.load(run), sampling or SamplingConfig()
-    return generate_stories(run.load_model(), run.tokenizer, prompt, n, sampling)
+    model = run.load_model(device_for(n))
+    return generate_stories(model, run.tokenizer, prompt, n, sampling)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from minigpt.core.hardware import to_device
 from minigpt.core.settings import UserError
 from minigpt.generation.static_batch import StaticBatch
 from minigpt.kernels import decode
@@ -82,9 +83,10 @@ class Decoder:
         self.half = max(1, self.context // 2)
         self.prompts = prompts
         self.new: deque[Tensor] = deque(maxlen=self.half)  # last ids (B,) after `prompts`
-        # (B,) number of tokens of each sequence in the batch, which is the next position.
-        device = model.embedding.weight.device
-        self.positions = torch.zeros(len(prompts), dtype=torch.long, device=device)
+        # Number of tokens of each sequence in the batch minus `n_read`, so that the host knows the
+        # lengths without a look at the device.
+        self.offsets, self.n_read = [0] * len(prompts), 0
+        self.device = model.embedding.weight.device
         fitting = [ids if len(ids) < self.context else self._truncated(ids) for ids in prompts]
         self._fill(list(range(len(prompts))), fitting)
 
@@ -108,12 +110,13 @@ class Decoder:
             self._shift()
         logits = self.batch.step(ids, self.positions, self.longest + 1)
         self.new.append(ids)
+        self.n_read += 1
         self.longest += 1
         self.positions += 1
         return logits
 
     def _shift(self) -> None:
-        full = [i for i, position in enumerate(self.positions.tolist()) if position == self.context]
+        full = [i for i, n in enumerate(self.offsets) if n + self.n_read == self.context]
         new = torch.stack(tuple(self.new), dim=1)  # (B, at most half)
         self._fill(full, [self._truncated(torch.cat([self.prompts[i], new[i]])) for i in full])
 
@@ -122,9 +125,11 @@ class Decoder:
         return ids[len(ids) - (self.half - 1) :]
 
     def _fill(self, indices: list[int], sequences: list[Tensor]) -> None:
-        lengths = [len(ids) for ids in sequences]
-        self.positions[indices] = torch.tensor(lengths, device=self.positions.device)
-        self.longest = int(self.positions.max())
+        for i, ids in zip(indices, sequences, strict=True):
+            self.offsets[i] = len(ids) - self.n_read
+        lengths = torch.tensor(self.offsets) + self.n_read
+        self.longest = int(lengths.max())
+        self.positions = to_device(lengths, self.device)  # (B,) positions of the next tokens
         self.batch.fill(indices, sequences)
 
 

@@ -10,20 +10,25 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from minigpt.core.fields import documented
+from minigpt.core.hardware import gpu_memory_for, model_device, to_device
 from minigpt.core.settings import UserError, check
 from minigpt.generation.decoder import Backend, Decoder, c_backend
+from minigpt.kernels.choice import sequences_at_once
 from minigpt.model import GPT
 from minigpt.runs.folder import Run
 from minigpt.tokenizer import Tokenizer
 
-MAX_BATCH = 64  # sequences per batch: 170 MB of keys and values for the medium model
+GROUP = 64  # sequences with one random generator; on a CPU, also the size of a batch
+LOOK_EVERY = 16  # steps on a GPU from one look at the tokens to the next
 MIN_TEMPERATURE = 1e-6  # below this, sampling is greedy, because the division would overflow
 
 
@@ -83,23 +88,24 @@ def generate(
     prompt_ids: Tensor | Sequence[Sequence[int]],
     sampling: SamplingConfig,
     end_of_text: int,
-    generator: torch.Generator | None = None,
+    generators: Sequence[torch.Generator] | None = None,
     vocab_size: int | None = None,
 ) -> Iterator[Step]:
     """Generate continuations of a batch of prompts, with one new token per prompt and step.
 
     A sequence that has ended is padded with `end_of_text`. Iteration stops when all sequences have
-    ended, or after `max_tokens` steps. `Decoder` describes the context shift of long sequences. The
-    global random state is not used. The model is in evaluation mode until the iterator ends or is
-    closed.
+    ended, or after `max_tokens` steps. On a GPU, the host waits for the tokens only in every
+    LOOK_EVERY-th step, so that up to LOOK_EVERY - 1 steps of padding may follow. `Decoder`
+    describes the context shift of long sequences. The global random state is not used. The model is
+    in evaluation mode until the iterator ends or is closed.
 
     Args:
         model: the model, whose weights must not change during the iteration.
         prompt_ids: token ids (B, T), or B sequences of different lengths, none of them empty.
         sampling: settings of the sampling.
         end_of_text: id that ends a sequence; -1 means that no id does.
-        generator: random generator; None means one on the CPU with `sampling.seed`, so that the
-            random numbers are the same on every device.
+        generators: random generators on the CPU, so that the random numbers are the same for every
+            device, one for each GROUP of sequences; None means `seeded_generators`.
         vocab_size: vocabulary size of the tokenizer. If the model has more ids, the additional ids
             are never chosen. None means the vocabulary size of the model.
 
@@ -111,8 +117,12 @@ def generate(
             model.
     """
     device = model.embedding.weight.device
-    prompts = [torch.as_tensor(row, dtype=torch.long, device=device) for row in prompt_ids]
-    generator = generator or seeded_generator(sampling.seed, torch.device("cpu"))
+    if isinstance(prompt_ids, Tensor):
+        prompts = list(prompt_ids.to(device, torch.long))
+    else:
+        prompts = [torch.as_tensor(row, dtype=torch.long, device=device) for row in prompt_ids]
+    generators = generators or seeded_generators(sampling.seed, len(prompts))
+    every = look_interval(device)
     penalised = sampling.repetition_penalty != 1.0
     was_training = model.training
     model.eval()
@@ -121,36 +131,53 @@ def generate(
         with torch.inference_mode():
             decoder = Decoder(model, [prompt[:-1] for prompt in prompts], sampling.backend)
             ids = torch.stack([prompt[-1] for prompt in prompts])  # (B,)
-            ended, n_ended = torch.zeros_like(ids, dtype=torch.bool), 0
-            n_tokens = vocab_size or model.config.vocab_size
+            ended = torch.zeros_like(ids, dtype=torch.bool)
+            n_tokens, points = vocab_size or model.config.vocab_size, torch.empty(0)
             seen = _tokens_of(prompts, n_tokens, end_of_text) if penalised else None
         for step in range(sampling.max_tokens):
+            looks = step % every == 0
             with torch.inference_mode():
+                if looks:  # numbers for the steps until the next look
+                    n_steps = min(every, sampling.max_tokens - step)
+                    points = to_device(_draw(generators, n_steps, len(prompts)), device)
                 logits = decoder.read(ids)
                 if n_tokens < logits.shape[1]:
                     logits = logits[:, :n_tokens]
                 if step == 0 and not logits.isfinite().all():
                     problem = "the logits of this model are not finite, so its weights are damaged"
                     raise UserError(f"{problem}: choose another checkpoint")
-                ids = sample(logits, sampling, generator, seen)
-                if n_ended:
-                    ids.masked_fill_(ended, end_of_text)
-                if n_ended := ids.tolist().count(end_of_text):
-                    ended = ids == end_of_text
+                ids = _choose(logits, sampling, points[step % every], seen)
+                ids.masked_fill_(ended, end_of_text)
+                ended = ids == end_of_text
                 if seen is not None:
-                    seen.scatter_(1, ids[:, None], ids[:, None] != end_of_text)
+                    seen.scatter_(1, ids[:, None], ~ended[:, None])
+                finished = looks and bool(ended.all())
             yield Step(ids, logits)
-            if n_ended == len(ids):
+            if finished:
                 return
     finally:
         model.train(was_training)
+
+
+def look_interval(device: torch.device) -> int:
+    """Return the number of steps from one look at the tokens to the next."""
+    return 1 if device.type == "cpu" else LOOK_EVERY
+
+
+def _draw(generators: Sequence[torch.Generator], n_steps: int, n_sequences: int) -> Tensor:
+    """Return the random numbers (n_steps, n_sequences) of the next steps, in [0, 1)."""
+    sizes = [min(GROUP, n_sequences - first) for first in range(0, n_sequences, GROUP)]
+    groups = zip(sizes, generators, strict=True)
+    return torch.cat([torch.rand(n_steps, n, generator=each) for n, each in groups], dim=1)
 
 
 def _tokens_of(prompts: list[Tensor], vocab_size: int, end_of_text: int) -> Tensor:
     """Return a mask (B, V), bool, of the tokens in each prompt, except `end_of_text`."""
     seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=prompts[0].device)
     for row, prompt in zip(seen, prompts, strict=True):
-        row[prompt[prompt != end_of_text]] = True
+        row.index_fill_(0, prompt, True)
+    if end_of_text >= 0:
+        seen[:, end_of_text] = False
     return seen
 
 
@@ -168,6 +195,17 @@ def sample(
     Returns:
         Ids (B,), int64.
     """
+    points = torch.rand(len(logits), generator=generator, device=generator.device)
+    return _choose(logits, sampling, points.to(logits.device), seen)
+
+
+def _choose(
+    logits: Tensor, sampling: SamplingConfig, points: Tensor, seen: Tensor | None
+) -> Tensor:
+    """Return an id for each row of logits (B, V); `points` (B,) are uniform in [0, 1).
+
+    One random number per row suffices; torch.multinomial would need one per token.
+    """
     if seen is not None:
         logits = penalise(logits, seen, sampling.repetition_penalty)
     if sampling.temperature < MIN_TEMPERATURE:
@@ -181,10 +219,6 @@ def sample(
         logits = keep_top_p(logits, sampling.top_p)
     if sampling.min_p is not None:
         logits = keep_min_p(logits, sampling.min_p)
-    # One random number per row; torch.multinomial would need one per token of the vocabulary.
-    points = torch.rand(
-        len(logits), generator=generator, dtype=torch.float32, device=generator.device
-    ).to(logits.device, non_blocking=True)
     c = c_backend() if sampling.backend != "torch" and logits.device.type == "cpu" else None
     if c is not None:
         return c.sample(logits, temperature, points)
@@ -291,6 +325,14 @@ def stream_text(
         yield tokenizer.decode(pending)[n_yielded:]
 
 
+def device_for(n: int) -> str:
+    """Return the device to generate `n` stories on: "cuda", if there is one, from two groups on.
+
+    A group or less stays on the CPU, because the start of CUDA takes seconds.
+    """
+    return model_device() if n > GROUP else "cpu"
+
+
 def generate_stories(
     model: GPT, tokenizer: Tokenizer, prompt: str, n: int, sampling: SamplingConfig
 ) -> list[str]:
@@ -303,8 +345,8 @@ def iterate_stories(
 ) -> Iterator[str]:
     """Yield `n` continuations of `prompt`, without the prompt.
 
-    At most MAX_BATCH stories are generated at a time. A story is yielded as soon as it and all
-    stories before it have ended.
+    A story is yielded as soon as it and all stories before it have ended. The stories of a seed are
+    the same for every device, except for rounding.
 
     Args:
         model: the model.
@@ -315,16 +357,28 @@ def iterate_stories(
 
     Yields:
         The continuation of the next story.
+
+    Raises:
+        UserError: the logits of the model are not finite, or the GPU does not have enough memory.
     """
     prompt_ids = encode_prompt(tokenizer, prompt)
-    generator = seeded_generator(sampling.seed, torch.device("cpu"))
+    generators = seeded_generators(sampling.seed, n)
     end, size = tokenizer.end_of_text, tokenizer.vocab_size
-    for first in range(0, n, MAX_BATCH):
-        prompts = prompt_ids.expand(min(MAX_BATCH, n - first), -1)
+    batch = sequences_at_once(model, on_cpu=GROUP)
+    every = look_interval(model.embedding.weight.device)
+    for first in range(0, n, batch):
+        prompts = prompt_ids.expand(min(batch, n - first), -1)
+        own = generators[first // GROUP : -(-(first + len(prompts)) // GROUP)]
         stories: deque[list[int]] = deque([] for _ in prompts)  # ids of stories not yet yielded
-        for ids, _ in generate(model, prompts, sampling, end, generator, size):
-            for story, token in zip(stories, ids.tolist()[-len(stories) :], strict=True):
-                story.append(token)
+        steps = (ids for ids, _ in generate(model, prompts, sampling, end, own, size))
+        while stories:
+            with gpu_memory_for("n", n):
+                block = list(islice(steps, every))
+            if not block:
+                break
+            rows = torch.stack(block, dim=1).tolist()  # (B, every)
+            for story, tokens in zip(stories, rows[-len(stories) :], strict=True):
+                story += tokens
             while stories and stories[0][-1] == end:
                 yield tokenizer.decode(_until(stories.popleft(), end))
         for story in stories:
@@ -344,7 +398,15 @@ def _until(ids: list[int], end: int) -> list[int]:
     return ids[: ids.index(end)] if end in ids else ids
 
 
-def seeded_generator(seed: int | None, device: torch.device) -> torch.Generator:
-    """Return a random generator on `device`; if `seed` is None, its seed is new each time."""
-    generator = torch.Generator(device)
-    return generator.manual_seed(generator.seed() if seed is None else seed)
+def seeded_generators(seed: int | None, n_sequences: int) -> list[torch.Generator]:
+    """Return random generators on the CPU, one for each GROUP of sequences.
+
+    The numbers of a sequence therefore do not depend on the size of the batch. If `seed` is None,
+    they are new each time.
+    """
+    seed = torch.Generator().seed() if seed is None else seed
+    seeds = [seed]  # the other groups must not repeat the sequences of another seed
+    for group in range(1, -(-n_sequences // GROUP)):
+        (state,) = np.random.SeedSequence([seed, group]).generate_state(1, np.uint64)
+        seeds.append(int(state >> np.uint64(1)))
+    return [torch.Generator().manual_seed(each) for each in seeds]

@@ -6,7 +6,9 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from minigpt.core.hardware import to_device
 from minigpt.kernels.cuda_graph import recorded
 from minigpt.model import GPT, KVCache
 
@@ -60,15 +62,15 @@ class StaticBatch:
 
     def fill(self, indices: list[int], sequences: list[Tensor]) -> None:
         """Replace the sequences at `indices`, and compute their keys and values."""
-        if not (length := max(map(len, sequences))):
+        ids = pad_sequence(sequences, batch_first=True)  # padding at the end is overwritten later
+        if not ids.shape[1]:
             return
         cache = KVCache(self.model.config.context_length)
-        ids = self.ids.new_zeros(len(sequences), length)  # padding at the end is overwritten later
-        for row, sequence in zip(ids, sequences, strict=True):
-            row[: len(sequence)] = sequence
+        cache.lengths = cache.lengths.to(ids.device, non_blocking=True)
         self.model.hidden(ids, cache)
+        rows = to_device(torch.tensor(indices), ids.device)
         for stored, new in zip(self.layers, cache.layers, strict=True):
-            stored[:, indices] = new
+            stored.index_copy_(1, rows, new)
 
     def step(self, ids: Tensor, positions: Tensor, end: int) -> Tensor:
         """Append one token to each sequence and return logits (B, V) of the next token."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt.core.settings import UserError
 from minigpt.kernels.cpu import CPU
 from minigpt.kernels.cross_entropy import chunked_cross_entropy
-from minigpt.model import Kernels
+from minigpt.model import GPT, Kernels
 
 Choice = Literal["auto", "torch", "cpu"]
 
@@ -35,6 +36,30 @@ def kernels_for(device: str, choice: Choice = "auto") -> Kernels:
     if device != "cpu":
         return Kernels("torch", fused_attention, chunked_cross_entropy)
     return Kernels() if choice == "torch" else CPU
+
+
+_MAX_SEQUENCES = 1024  # more do not make a GPU faster
+
+
+def sequences_at_once(model: GPT, on_cpu: int) -> int:
+    """Return the number of sequences to generate or to score at a time.
+
+    On a CUDA GPU, keys, values and logits may take a quarter of the memory.
+
+    Args:
+        model: the model, on its device.
+        on_cpu: number on other devices.
+
+    Returns:
+        `on_cpu`, or on a CUDA GPU a multiple of it up to 1,024.
+    """
+    weight, c = model.embedding.weight, model.config
+    if weight.device.type != "cuda":
+        return on_cpu
+    numbers = c.context_length * (2 * c.n_layers * c.d_model + 2 * c.vocab_size)
+    memory = torch.cuda.get_device_properties(weight.device).total_memory // 4
+    fitting = min(_MAX_SEQUENCES, memory // (numbers * weight.element_size()))
+    return max(1, fitting // on_cpu) * on_cpu
 
 
 def fused_attention(qkv: Tensor, n_heads: int) -> Tensor:

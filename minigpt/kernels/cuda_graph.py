@@ -7,6 +7,7 @@ longer than running them. A recorded graph starts them all at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from minigpt.kernels.microbatch import Loss
 from minigpt.model import GPT
 
 T = TypeVar("T")
+_recording = Lock()  # all recordings use the same stream, and visitors of the page have threads
 _WARM_UP = 3  # runs before the recording, in which libraries allocate their workspaces
 
 
@@ -97,7 +99,7 @@ def recorded(step: Callable[[], T], device: torch.device) -> Callable[[], T]:
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     # thread_local: other threads, such as those of loggers, may use CUDA at the same time.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with _recording, torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = step()
 
     def replay() -> T:

@@ -15,6 +15,7 @@ from pathlib import Path
 from minigpt.analysis.attention import HeadScores, attention_weights, head_scores
 from minigpt.analysis.embedding_map import FewWordsError, caption, embedding_map, map_svg
 from minigpt.analysis.embeddings import EmbeddingProbe, parse_analogy
+from minigpt.core.hardware import model_device
 from minigpt.core.settings import UserError
 from minigpt.core.text import human_count
 from minigpt.generation.sampling import SamplingConfig, encode_prompt
@@ -321,7 +322,7 @@ def _story(model: LoadedModel, prompt: str, sampling: SamplingConfig) -> Iterato
 
 
 def _load(run: Run, taken: Sequence[str]) -> LoadedModel:
-    net, tokenizer = run.load_model(), run.tokenizer
+    net, tokenizer = run.load_model(model_device()), run.tokenizer
     name = run.folder.resolve().name
     if run.checkpoint.stem != BEST:
         name += f" {run.checkpoint.stem}"
@@ -344,7 +345,7 @@ def _load(run: Run, taken: Sequence[str]) -> LoadedModel:
 
 @lru_cache(maxsize=LOADED_AGES)
 def _load_age(age: Age) -> LoadedModel:
-    net, tokenizer = age.run.load_model(), age.run.tokenizer
+    net, tokenizer = age.run.load_model(model_device()), age.run.tokenizer
     return LoadedModel(age.name, net, tokenizer, EmbeddingProbe(net, tokenizer), None)
 
 

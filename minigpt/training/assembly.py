@@ -246,7 +246,8 @@ def set_losses(
     if c.compile:  # only the loss: compiling the whole model would rename its weights
         module.fast_loss = torch.compile(model.loss)
         module.distillation = module.distillation and torch.compile(module.distillation)
-    if _records_graphs(module, hardware, c):
+    module.graphed_updates = _records_graphs(hardware, c)
+    if module.graphed_updates and _is_repeatable(module, hardware):
         whole = model.loss  # for validation, whose batches may have two shapes
         module.fast_loss = graphed_loss(model, module.fast_loss or whole, whole)
         if (distillation := module.distillation) is not None:
@@ -258,10 +259,16 @@ def set_losses(
             module.distillation = microbatched_loss(model, loss=module.distillation)
 
 
-def _records_graphs(module: GPTModule, hardware: Hardware, c: TrainerConfig) -> bool:
-    """Return whether the training loss is replayed as a CUDA graph."""
-    # A recording would repeat the random numbers of dropout and the loss scale of 16-mixed, and
-    # what the Python code of a custom class did in the first step.
-    repeatable = is_plain(module.net) and not module.net.config.dropout
-    plain = repeatable and hardware.precision != "16-mixed" and c.strategy != "fsdp"
-    return c.cuda_graph and hardware.accelerator == "cuda" and plain
+def _records_graphs(hardware: Hardware, c: TrainerConfig) -> bool:
+    """Return whether parts of a step are replayed as CUDA graphs."""
+    return c.cuda_graph and hardware.accelerator == "cuda" and c.strategy != "fsdp"
+
+
+def _is_repeatable(module: GPTModule, hardware: Hardware) -> bool:
+    """Return whether a recording of the training loss can be replayed in each step.
+
+    A recording would repeat the random numbers of dropout and the loss scale of 16-mixed, and what
+    the Python code of a custom class did in the first step.
+    """
+    plain = is_plain(module.net) and not module.net.config.dropout
+    return plain and hardware.precision != "16-mixed"

@@ -112,8 +112,9 @@ def check_logger(config: LoggerConfig) -> None:
     Raises:
         UserError: the package is not installed.
     """
-    if config.kind == "tensorboard" and find_spec("tensorboard") is None:
-        raise UserError("is not installed: type pip install tensorboard", "logger", config.kind)
+    kind = config.kind
+    if kind != "csv" and find_spec(kind) is None:  # a kind is also the name of its package
+        raise UserError(f"is not installed: type pip install {kind}", "logger", kind)
 
 
 def extra_loggers(folder: Path, config: LoggerConfig) -> list[Logger]:

@@ -67,6 +67,7 @@ class GPTModule(L.LightningModule):
         self.fast_loss: Loss | None = None  # a faster computation of `net.loss`
         self.distillation: Loss | None = None  # the training loss of a student, `Distillation`
         self.teachers: list[GPT] = []  # in a list, so that they are not part of this module
+        self.graphed_updates = False  # whether Muon replays CUDA graphs
         self.settings = optimizer
         self.peak_lrs = peak_lrs(optimizer, config.d_model)
         self.n_steps, self.tokens_per_step = n_steps, tokens_per_step
@@ -172,7 +173,8 @@ class GPTModule(L.LightningModule):
         # A fused step would unscale float16 gradients itself, which is too late for clipping.
         fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
         dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
-        optimizer = make_optimizer(self.net, c, self.net.config.d_model, fused, dtype)
+        width, graphed = self.net.config.d_model, self.graphed_updates
+        optimizer = make_optimizer(self.net, c, width, fused, dtype, graphed)
 
         end, *ends = c.decay_ends(self.n_steps)
         warmup = c.n_warmup_steps(self.tokens_per_step)

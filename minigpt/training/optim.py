@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from minigpt.kernels.cuda_graph import recorded
 from minigpt.kernels.microbatch import thread_pool
 from minigpt.training.config import OptimizerConfig
 
@@ -117,6 +118,7 @@ def make_optimizer(
     d_model: int,
     fused: bool = True,
     dtype: torch.dtype = torch.float32,
+    graphed: bool = False,
 ) -> Optimizer:
     """Return the optimizer for the weights of `model`.
 
@@ -128,6 +130,7 @@ def make_optimizer(
         d_model: width of the model, for the default learning rates.
         fused: whether AdamW runs as one kernel.
         dtype: dtype of Muon's matrix products, for which bfloat16 is precise enough.
+        graphed: whether Muon replays CUDA graphs.
     """
     lrs = peak_lrs(config, d_model)
     matrices, embeddings, vectors = [], [], []  # vectors: biases and norms
@@ -140,7 +143,7 @@ def make_optimizer(
     if config.name == "adamw":
         return adamw
     rates = lrs["matrix_lr"], config.momentum, config.weight_decay
-    return CombinedOptimizer(adamw, Muon(matrices, *rates, dtype, config.normalize_rows))
+    return CombinedOptimizer(adamw, Muon(matrices, *rates, dtype, config.normalize_rows, graphed))
 
 
 class Muon(Optimizer):
@@ -164,6 +167,8 @@ class Muon(Optimizer):
             arXiv:2603.28254). "after" scales those of the orthogonalised update, as in Muon+
             (arXiv:2602.21545), and keeps the norm of the whole update, as in NorMuon (Li et al.
             2025, arXiv:2510.05491). None means that rows are not scaled.
+        graphed: whether to record the orthogonalisation of the matrices of each shape, about twenty
+            kernels, as a CUDA graph. Learning rate and state are not in the graph. For one GPU.
     """
 
     def __init__(
@@ -174,9 +179,12 @@ class Muon(Optimizer):
         weight_decay: float = 0.1,
         dtype: torch.dtype = torch.float32,
         normalize_rows: str | None = None,
+        graphed: bool = False,
     ) -> None:
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.dtype, self.normalize_rows = dtype, normalize_rows
+        self.dtype, self.normalize_rows, self.graphed = dtype, normalize_rows, graphed
+        # Momenta that the graph of a shape (k, m, n) reads, and the function that replays it.
+        self._graphs: dict[torch.Size, tuple[Tensor, Callable[[], Tensor]]] = {}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -184,7 +192,7 @@ class Muon(Optimizer):
         for group in self.param_groups:
             matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
             update = partial(self._update, group)
-            if any(matrix.device.type != "cpu" for matrix in matrices):
+            if self.graphed or any(matrix.device.type != "cpu" for matrix in matrices):
                 by_shape: dict[torch.Size, list[Tensor]] = {}
                 for matrix in matrices:
                     by_shape.setdefault(matrix.shape, []).append(matrix)
@@ -200,10 +208,19 @@ class Muon(Optimizer):
     def _update(self, group: dict[str, Any], matrices: list[Tensor]) -> None:
         """Update matrices of one shape (m, n), with one kernel for all of them on a GPU."""
         momenta = torch.stack(self._momenta(matrices, group["momentum"]))
-        updates = self._orthogonalised(momenta)
+        updates = self._replayed(momenta) if self.graphed else self._orthogonalised(momenta)
         size = 0.2 * math.sqrt(max(momenta.shape[1:]))
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])  # type: ignore[attr-defined]
         torch._foreach_add_(matrices, updates.unbind(), alpha=-group["lr"] * size)  # type: ignore[attr-defined]
+
+    def _replayed(self, momenta: Tensor) -> Tensor:
+        """Return the result of `_orthogonalised`, in memory that the next call overwrites."""
+        if momenta.shape not in self._graphs:
+            own = momenta.clone()
+            self._graphs[own.shape] = own, recorded(lambda: self._orthogonalised(own), own.device)
+        own, replay = self._graphs[momenta.shape]
+        own.copy_(momenta)
+        return replay()
 
     def _orthogonalised(self, momenta: Tensor) -> Tensor:
         """Return the updates (k, m, n) for the momenta (k, m, n) of k matrices."""

@@ -254,12 +254,19 @@ def test_stories_of_different_batches_differ(tokenizer, monkeypatch):
         sizes.append(len(rows))
         return generate(model, rows, *args)
 
-    monkeypatch.setattr(sampling, "MAX_BATCH", 4)
+    monkeypatch.setattr(sampling, "GROUP", 4)
     monkeypatch.setattr(sampling, "generate", watched)
     stories = generate_stories(model, tokenizer, "Once", 10, settings)
     assert sizes == [4, 4, 2]
     assert len(set(stories)) == 10
     assert stories == generate_stories(model, tokenizer, "Once", 10, settings)
+
+
+def test_several_groups_of_stories_are_generated_on_the_gpu(monkeypatch):
+    assert sampling.device_for(1000) == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert sampling.device_for(sampling.GROUP) == "cpu"
+    assert sampling.device_for(sampling.GROUP + 1) == "cuda"
 
 
 def test_iterate_stories_yields_a_story_as_soon_as_it_has_ended(tokenizer, monkeypatch):

@@ -1,10 +1,13 @@
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from minigpt.core.settings import UserError
-from minigpt.kernels.choice import fused_attention, kernels_for
+from minigpt.kernels.choice import fused_attention, kernels_for, sequences_at_once
 from minigpt.kernels.cpu import CPU, block_attention
-from minigpt.model import Kernels
+from minigpt.model import GPTConfig, Kernels
 from tests.conftest import naming
 from tests.kernels.test_cpu import attention
 
@@ -36,3 +39,19 @@ def test_fused_attention_and_its_gradient_are_those_of_attention(length):
     expected.backward(downstream)
     result.backward(downstream)
     torch.testing.assert_close(fused.grad, plain.grad)
+
+
+def test_sequences_at_once_follow_the_memory_of_a_gpu(monkeypatch):
+    def number(gigabytes: float, device: str = "cuda", d_model: int = 256) -> int:
+        memory = SimpleNamespace(total_memory=int(gigabytes * 2**30))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
+        weight = SimpleNamespace(device=torch.device(device), element_size=lambda: 4)
+        config, embedding = GPTConfig(d_model=d_model), SimpleNamespace(weight=weight)
+        model: Any = SimpleNamespace(config=config, embedding=embedding)
+        return sequences_at_once(model, on_cpu=64)
+
+    assert number(80, "cpu") == number(80, "mps") == 64
+    assert number(80) == 1024
+    assert number(4) == 64  # 8.8 MB of keys, values and logits each, in a quarter of 4 GiB
+    assert number(8) == 192
+    assert number(8, d_model=1024) == 128

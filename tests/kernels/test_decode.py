@@ -14,7 +14,7 @@ import torch
 from minigpt.core.settings import UserError
 from minigpt.generation import decoder as decoder_module
 from minigpt.generation.decoder import CachedBatch, Decoder
-from minigpt.generation.sampling import SamplingConfig, sample, seeded_generator
+from minigpt.generation.sampling import SamplingConfig, sample
 from minigpt.kernels import decode
 from minigpt.model import GPT, GPTConfig
 from tests.conftest import naming
@@ -152,7 +152,7 @@ def test_logits_of_any_dtype_are_sampled(dtype):
     logits = torch.full((4, 80), -30.0, dtype=dtype)
     logits[:, 50] = 30.0
     for backend in ("c", "torch"):
-        generator = seeded_generator(0, torch.device("cpu"))
+        generator = torch.Generator().manual_seed(0)
         sampling = SamplingConfig(1.0, backend=backend)
         assert sample(logits, sampling, generator).tolist() == [50] * 4
 
@@ -191,7 +191,7 @@ def test_sampled_token_equals_that_of_pytorch_for_the_same_random_number():
         logits, samples = 4 * torch.randn(200, n), []
         logits[:, ::3] -= 100.0  # as good as impossible
         for backend in ("c", "torch"):
-            generator = seeded_generator(1, torch.device("cpu"))
+            generator = torch.Generator().manual_seed(1)
             samples.append(sample(logits, SamplingConfig(temperature, backend=backend), generator))
         assert (samples[0] == samples[1]).float().mean() >= 0.99  # others differ by rounding
         assert n == 1 or len(samples[0].unique()) > 1

@@ -48,6 +48,19 @@ def note_text(markup: str, kind: str = "note") -> str:
     return html.unescape(line)
 
 
+def test_page_loads_models_on_the_gpu(monkeypatch):
+    devices, original = [], Run.load_model
+
+    def load_model(self, device="cpu"):
+        devices.append(device)
+        return original(self)
+
+    monkeypatch.setattr(Run, "load_model", load_model)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    Playground.load([Run.load("releases/small")])
+    assert devices == ["cuda"]
+
+
 def test_story_grows_in_each_column_and_its_note_counts_tokens(page, monkeypatch):
     monkeypatch.setattr(answers, "UPDATE_SECONDS", 0)
     monkeypatch.setattr(random, "getrandbits", lambda n: 1)  # a seed whose story is not short

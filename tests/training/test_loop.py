@@ -231,12 +231,13 @@ def test_resume_of_a_folder_without_a_checkpoint_is_refused(tiny: list[str], tmp
     trained_folder([*tiny, "name=empty", "resume=auto"])
 
 
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_logger_that_is_not_installed_is_refused_before_the_run_folder_exists(
-    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ):
     monkeypatch.setattr("minigpt.training.loggers.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"(?=.*logger=.*tensorboard)(?=.*pip install tensorboard)"):
-        trained_folder([*tiny, "logger=tensorboard"])
+    with pytest.raises(UserError, match=rf"(?=.*logger=.*{name})(?=.*pip install {name})"):
+        trained_folder([*tiny, f"logger={name}"])
     assert not (tmp_path / "runs").exists()
 
 
@@ -475,6 +476,8 @@ def test_loss_of_training_by_device_precision_and_settings(monkeypatch):
         hardware = SimpleNamespace(accelerator=device, precision=precision)
         kernels = kernels_for(device, config.trainer.kernels)
         assembly.set_losses(module, kernels, hardware, config, None)  # type: ignore[arg-type]
+        graphs = device == "cuda" and config.trainer.cuda_graph
+        assert module.graphed_updates == graphs
         return module.fast_loss
 
     micro_batches = loss_on("cpu")
