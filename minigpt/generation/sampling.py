@@ -18,13 +18,16 @@ from torch import Tensor
 
 from minigpt.core.fields import documented
 from minigpt.core.settings import UserError, check
-from minigpt.generation.decoder import Backend, Decoder, c_backend
+from minigpt.generation.decoder import Backend, Decoder
+from minigpt.kernels import decode
+from minigpt.kernels.sampler import Sampler
 from minigpt.model import GPT
 from minigpt.runs.folder import Run
 from minigpt.tokenizer import Tokenizer
 
 MAX_BATCH = 64  # sequences per batch: 170 MB of keys and values for the medium model
 MIN_TEMPERATURE = 1e-6  # below this, sampling is greedy, because the division would overflow
+CHUNK = 8  # steps per call of decode.c: few enough for a stream, after a first step on its own
 
 
 @documented
@@ -113,7 +116,6 @@ def generate(
     device = model.embedding.weight.device
     prompts = [torch.as_tensor(row, dtype=torch.long, device=device) for row in prompt_ids]
     generator = generator or seeded_generator(sampling.seed, torch.device("cpu"))
-    penalised = sampling.repetition_penalty != 1.0
     was_training = model.training
     model.eval()
     try:
@@ -121,29 +123,82 @@ def generate(
         with torch.inference_mode():
             decoder = Decoder(model, [prompt[:-1] for prompt in prompts], sampling.backend)
             ids = torch.stack([prompt[-1] for prompt in prompts])  # (B,)
-            ended, n_ended = torch.zeros_like(ids, dtype=torch.bool), 0
             n_tokens = vocab_size or model.config.vocab_size
+            penalised = sampling.repetition_penalty != 1.0
             seen = _tokens_of(prompts, n_tokens, end_of_text) if penalised else None
-        for step in range(sampling.max_tokens):
-            with torch.inference_mode():
-                logits = decoder.read(ids)
-                if n_tokens < logits.shape[1]:
-                    logits = logits[:, :n_tokens]
-                if step == 0 and not logits.isfinite().all():
-                    problem = "the logits of this model are not finite, so its weights are damaged"
-                    raise UserError(f"{problem}: choose another checkpoint")
-                ids = sample(logits, sampling, generator, seen)
-                if n_ended:
-                    ids.masked_fill_(ended, end_of_text)
-                if n_ended := ids.tolist().count(end_of_text):
-                    ended = ids == end_of_text
-                if seen is not None:
-                    seen.scatter_(1, ids[:, None], ids[:, None] != end_of_text)
-            yield Step(ids, logits)
-            if n_ended == len(ids):
-                return
+        in_c = isinstance(decoder.batch, decode.Batch)
+        steps = _steps_in_c if in_c else _steps
+        yield from steps(decoder, ids, sampling, generator, end_of_text, n_tokens, seen)
     finally:
         model.train(was_training)
+
+
+def _steps(
+    decoder: Decoder, ids: Tensor, sampling: SamplingConfig, generator: torch.Generator,
+    end_of_text: int, n_tokens: int, seen: Tensor | None,
+) -> Iterator[Step]:  # fmt: skip
+    """Yield the steps after `ids`, with tokens that PyTorch chooses."""
+    ended, n_ended = torch.zeros_like(ids, dtype=torch.bool), 0
+    for step in range(sampling.max_tokens):
+        with torch.inference_mode():
+            logits = decoder.read(ids)[:, :n_tokens]
+            if step == 0:
+                _check_finite(logits)
+            ids = sample(logits, sampling, generator, seen)
+            if n_ended:
+                ids.masked_fill_(ended, end_of_text)
+            if n_ended := ids.tolist().count(end_of_text):
+                ended = ids == end_of_text
+            if seen is not None:
+                seen.scatter_(1, ids[:, None], ids[:, None] != end_of_text)
+        yield Step(ids, logits)
+        if n_ended == len(ids):
+            return
+
+
+def _steps_in_c(
+    decoder: Decoder, ids: Tensor, sampling: SamplingConfig, generator: torch.Generator,
+    end_of_text: int, n_tokens: int, seen: Tensor | None,
+) -> Iterator[Step]:  # fmt: skip
+    """Yield the steps after `ids`, with tokens that decode.c chooses, several steps at a time."""
+    greedy = sampling.temperature < MIN_TEMPERATURE
+    sampler = Sampler(
+        len(ids), n_tokens, end_of_text,
+        temperature=0.0 if greedy else sampling.temperature, top_k=sampling.top_k,
+        top_p=sampling.top_p, min_p=sampling.min_p, penalty=sampling.repetition_penalty, seen=seen,
+    )  # fmt: skip
+
+    def points(n: int) -> Tensor:
+        shape = n, len(ids)
+        if greedy:
+            return torch.zeros(shape, dtype=torch.float32, device="cpu")
+        return _points(shape, generator).cpu()
+
+    n_left, size = sampling.max_tokens, 1
+    while n_left and not sampler.ended.all():
+        with torch.inference_mode():
+            n = min(size, n_left, decoder.capacity())
+            state = generator.get_state()
+            chunk, logits = decoder.generate(ids, sampler, points(n))
+            logits = logits[..., :n_tokens]
+            if n_left == sampling.max_tokens:
+                _check_finite(logits)
+        n_yielded = 0
+        try:
+            for step in zip(chunk, logits, strict=True):
+                n_yielded += 1
+                yield Step(*step)
+        finally:
+            if n_yielded < n:  # the generator must have drawn only the numbers of these steps
+                generator.set_state(state)
+                points(n_yielded)
+        ids, n_left, size = chunk[-1], n_left - n, CHUNK
+
+
+def _check_finite(logits: Tensor) -> None:
+    if not logits.isfinite().all():
+        problem = "the logits of this model are not finite, so its weights are damaged"
+        raise UserError(f"{problem}: choose another checkpoint")
 
 
 def _tokens_of(prompts: list[Tensor], vocab_size: int, end_of_text: int) -> Tensor:
@@ -181,18 +236,20 @@ def sample(
         logits = keep_top_p(logits, sampling.top_p)
     if sampling.min_p is not None:
         logits = keep_min_p(logits, sampling.min_p)
-    # One random number per row; torch.multinomial would need one per token of the vocabulary.
-    points = torch.rand(
-        len(logits), generator=generator, dtype=torch.float32, device=generator.device
-    ).to(logits.device, non_blocking=True)
-    c = c_backend() if sampling.backend != "torch" and logits.device.type == "cpu" else None
-    if c is not None:
-        return c.sample(logits, temperature, points)
+    points = _points((len(logits),), generator).to(logits.device, non_blocking=True)
     mass = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)
     # Rounding must not move a point beyond the last token.
     end = mass[:, -1].nextafter(torch.zeros_like(mass[:, -1]))
     points = torch.minimum(points * mass[:, -1], end)
     return torch.searchsorted(mass, points[:, None], right=True).squeeze(1)
+
+
+def _points(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Return uniform random numbers in [0, 1), float32; they do not depend on the shape.
+
+    One number chooses a token; `torch.multinomial` would need one per token of the vocabulary.
+    """
+    return torch.rand(size, generator=generator, dtype=torch.float32, device=generator.device)
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
