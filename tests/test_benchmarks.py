@@ -35,9 +35,7 @@ def test_worker_measures_steps_without_the_resource_module(monkeypatch, capsys):
     assert answer["memory_mb"] is None
 
 
-def test_generation_leaves_out_missing_and_failing_engines(
-    monkeypatch, capsys, tmp_path
-):
+def test_generation_leaves_out_missing_and_failing_engines(monkeypatch, capsys, tmp_path):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     generation = importlib.import_module("generation")
     monkeypatch.setattr(generation, "find_spec", lambda name: None if "llama" in name else name)
