@@ -83,10 +83,10 @@ for host in {hosts}:
             client.get("/", params=token),
         ]
         root = client.get("/config").json()["root"]
-    assert ["set-cookie" in answer.headers for answer in answers[-2:]] == [False, True]
-    assert not any("access-control-allow-origin" in answer.headers for answer in answers)
         files = {{"files": ("story.txt", b"Tom ran.")}}
         (upload,) = client.post("/gradio_api/upload", files=files).json()
+    assert ["set-cookie" in answer.headers for answer in answers[-2:]] == [False, True]
+    assert not any("access-control-allow-origin" in answer.headers for answer in answers)
     assert Path(upload).is_relative_to(os.environ["GRADIO_TEMP_DIR"])
     assert root.endswith("/stories"), root
     print(page.server_port, *(answer.status_code for answer in answers))
