@@ -1,13 +1,15 @@
-"""Measure generation speed, compared with transformers' GPT-2 with the same weights.
+"""Measure generation speed, compared with other programs that run the same weights.
 
     python benchmarks/generation.py --out docs/results/benchmarks
 
-The model has the medium size and random weights. First, the logits of both models are compared.
-All candidates generate the same number of tokens after the same prompt, with key/value caches, at
-temperature 0.8 and without an end-of-text token. They take turns within one run, and their medians
-are compared. "by PyTorch" means this project without decode.c, as on a machine without a C
-compiler. CTranslate2 and llama.cpp take part if they are installed:
-`pip install ctranslate2 llama-cpp-python gguf`.
+The model has the medium size and random weights. First, its logits are compared with those of
+transformers' GPT-2 with the same weights. All candidates generate the same number of tokens after
+the same prompt, with key/value caches, at temperature 0.8 and without an end-of-text token. They
+take turns within one run, and their medians are compared. "by PyTorch" means this project without
+decode.c, as on a machine without a C compiler; "decoder alone" means forward passes of decode.c
+without a choice of tokens. CTranslate2 and llama.cpp take part if they are installed:
+`pip install ctranslate2 llama-cpp-python gguf`. An engine that is missing or fails is reported in
+one line and left out.
 """
 
 from __future__ import annotations
@@ -34,12 +36,13 @@ from training import write_json
 from minigpt.core.hardware import cpu_has_bfloat16
 from minigpt.exporting.formats import HF, renamed, write_gguf, write_hf
 from minigpt.exporting.formats import as_gpt2 as weights_of_gpt2
-from minigpt.generation.decoder import Backend, c_backend
+from minigpt.generation.decoder import Backend, Decoder, c_backend
 from minigpt.generation.sampling import (
     SamplingConfig,
     generate,
     sample,
 )
+from minigpt.kernels import decode
 from minigpt.model import GPT, GPTConfig
 from minigpt.tokenizer import Tokenizer
 
@@ -62,6 +65,24 @@ def ours(net: GPT, batch: int, prompt: int, new: int, backend: Backend = "c") ->
     ids = random_prompt(net.config, batch, prompt)
     sampling = SamplingConfig(0.8, max_tokens=new, backend=backend)
     return lambda: batch * sum(1 for _ in generate(net, ids, sampling, end_of_text=-1))
+
+
+def decoder_alone(net: GPT, batch: int, new: int) -> Candidate:
+    """Return a candidate that only runs decode.c's forward passes, after reading the prompts."""
+    ids = random_prompt(net.config, batch, PROMPT)
+    logits = torch.empty(batch, net.config.vocab_size)
+
+    @torch.inference_mode()
+    def write() -> int:
+        decoder = Decoder(net, list(ids[:, :-1]), "c")
+        assert isinstance(decoder.batch, decode.Batch)
+        struct = decoder.batch._single_tokens(PROMPT + new - 1)
+        for _ in range(new):
+            decoder.batch._read(struct, ids[:, -1], decoder.positions, logits)
+            decoder.positions += 1
+        return batch * new
+
+    return write
 
 
 def peer(net: Any, config: GPTConfig, batch: int, new: int) -> Candidate:
@@ -115,18 +136,35 @@ def llama_cpp_of(net: GPT, folder: Path, new: int) -> Candidate:
 
 def engines(net: GPT, folder: Path, new: int) -> dict[str, Candidate]:
     """Return a candidate for each other engine that is installed; `folder` gets the exports."""
+
+    def ctranslate2() -> dict[str, Candidate]:
+        write_hf(net, tokenizer(), folder / "hf")
+        return {
+            f"CTranslate2 {dtype} batch {batch}": ctranslate2_of(net, folder, dtype, batch, new)
+            for dtype in ("float32", "int8")
+            for batch in (1, 32)
+        }
+
+    def llama_cpp() -> dict[str, Candidate]:
+        write_gguf(net, tokenizer(), folder / "gguf")
+        return {"llama.cpp float32 batch 1": llama_cpp_of(net, folder, new)}
+
+    available = {
+        "CTranslate2": (ctranslate2, "hf", {"ctranslate2": "ctranslate2"}),
+        "llama.cpp": (llama_cpp, "gguf", {"llama_cpp": "llama-cpp-python", "gguf": "gguf"}),
+    }
     candidates: dict[str, Candidate] = {}
-    for name, write in {"hf": write_hf, "gguf": write_gguf}.items():
-        (folder / name).mkdir()
-        if name == "hf" or find_spec("gguf") is not None:
-            write(net, tokenizer(), folder / name)
-    if find_spec("ctranslate2") is not None:
-        for dtype in ("float32", "int8"):
-            for batch in (1, 32):
-                name = f"CTranslate2 {dtype} batch {batch}"
-                candidates[name] = ctranslate2_of(net, folder, dtype, batch, new)
-    if find_spec("llama_cpp") is not None:
-        candidates["llama.cpp float32 batch 1"] = llama_cpp_of(net, folder, new)
+    for name, (engine, export, modules) in available.items():
+        missing = [package for module, package in modules.items() if find_spec(module) is None]
+        if missing:
+            print(f"{name} is left out: pip install {' '.join(missing)}", flush=True)
+            continue
+        (folder / export).mkdir()
+        try:
+            candidates |= engine()
+        except Exception as error:  # of any kind, in the program of others
+            reason = str(error).strip().split("\n")[0]
+            print(f"{name} is left out: {type(error).__name__}: {reason}", flush=True)
     return candidates
 
 
@@ -215,6 +253,7 @@ def compare(rounds: int, new: int, folder: Path) -> dict[str, Any]:
         own = copy.deepcopy(net).to(DTYPES[precision])
         for batch in (1, 32, 64):
             candidates[f"ours {precision} batch {batch}"] = ours(own, batch, PROMPT, new)
+            candidates[f"decoder alone {precision} batch {batch}"] = decoder_alone(own, batch, new)
         candidates[f"ours {precision} behind a full context"] = ours(own, 1, context, new)
     for precision in PEER:
         own = copy.deepcopy(net).to(DTYPES[precision])
@@ -245,10 +284,13 @@ def ratios(rate: dict[str, float]) -> dict[str, float]:
         ours, peer = f"ours {{}} batch {batch}", f"peer {{}} batch {batch}"
         for p in PEER:
             result[f"ours / peer, {p}, batch {batch}"] = rate[ours.format(p)] / rate[peer.format(p)]
-            if other := rate.get(f"CTranslate2 float32 batch {batch}"):
-                result[f"ours {p} / CTranslate2 float32, batch {batch}"] = (
-                    rate[ours.format(p)] / other
-                )
+        for p in DTYPES:
+            for engine in ("CTranslate2 float32", "CTranslate2 int8", "llama.cpp float32"):
+                if other := rate.get(f"{engine} batch {batch}"):
+                    name = f"ours {p} / {engine}, batch {batch}"
+                    result[name] = rate[ours.format(p)] / other
+            share = 1 - rate[ours.format(p)] / rate[f"decoder alone {p} batch {batch}"]
+            result[f"share of sampling and the loop, {p}, batch {batch}"] = share
         result[f"best of ours / best of peer, batch {batch}"] = best(ours, DTYPES) / best(
             peer, PEER
         )
@@ -272,6 +314,20 @@ def ratios(rate: dict[str, float]) -> dict[str, float]:
     return result
 
 
+def speed_table(table: dict[str, Any]) -> str:
+    """Return a Markdown table of tokens per second: one row for each program and precision."""
+    names = ("ours", "ours by PyTorch", "decoder alone", "peer", "CTranslate2", "llama.cpp")
+    rows = ["| tokens per second | batch 1 | batch 32 |", "|---|---|---|"]
+    for name in names:
+        for dtype in (*DTYPES, "int8"):
+            keys = [f"tokens per second, {name} {dtype} batch {batch}" for batch in (1, 32)]
+            if any(key in table for key in keys):
+                cells = [f"{table[key]:,.0f}" if key in table else "–" for key in keys]
+                label = name.replace("peer", "transformers")
+                rows.append(f"| {label}, {dtype} | {cells[0]} | {cells[1]} |")
+    return "\n".join(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure how fast text is generated.")
     parser.add_argument("--rounds", type=int, default=7)
@@ -290,6 +346,7 @@ def main() -> None:
         table |= compare(arguments.rounds, arguments.tokens, Path(folder))
     for name, value in table.items():
         print(f"{name:62} {f'{value:,.2f}' if isinstance(value, float) else value}")
+    print(f"\n{speed_table(table)}")
     if arguments.out:
         write_json(arguments.out / "generation.json", table)
 

@@ -405,28 +405,20 @@ def evaluate(
     run, config = Run.load(run), config or EvaluationConfig()
     out = run.output_dir if out is None else user_path(out, "out")
     check_writable(out)  # before anything is measured
-    model = run.load_model()
+    model, tokenizer = run.load_model(), run.tokenizer
     trained_on = own_data(run.config)
     settings = config.data or trained_on
     if settings is None:
         files = {"data": "text", "data.valid_files": ["stories.txt"]}
         problem = f"the stories that {run.folder} was trained on are not available"
         raise UserError(problem, fix=files)
-    # A killed run has no summary.json, so its setting of the precision is resolved here.
-    setting = run.config.get("trainer", {}).get("precision", "auto")
-    precision = read_summary(run.folder).get("precision", setting)
-    hardware = Hardware.detect("auto", "1", 1, precision)
-    if hardware.emulated:
-        log.info("using 32-true instead of %s: this CPU has no native bfloat16", precision)
-        hardware = Hardware.detect("auto", "1", 1, "32-true")
-    device, precision, tokenizer = hardware.accelerator, hardware.precision, run.tokenizer
-    model = model.to(device).use(kernels_for(device))
-    cache_dir = settings.cache_dir
+    hardware, cache_dir = _hardware(run), settings.cache_dir
+    model = model.to(hardware.accelerator).use(kernels_for(hardware.accelerator))
 
     def score(corpus: Corpus) -> Score:
         split = prepare_split(corpus, "valid", tokenizer, cache_dir)
         batching = config.batch_size, config.stride
-        loss = evaluate_loss(model, split.array(), *batching, precision, console)
+        loss = evaluate_loss(model, split.array(), *batching, hardware.precision, console)
         bits_per_byte = loss.bits_per_byte(split.bytes_per_token)
         numbers = split.n_stories, loss.n_tokens, loss.nats_per_token, loss.perplexity
         return Score(*numbers, bits_per_byte)
@@ -434,7 +426,7 @@ def evaluate(
     settings, valid, scores = score_corpora(settings, config.valid, score)
     stories = write_stories(model, tokenizer, config.stories, config.seed)
     rows, n_training = compare_temperatures(config.stories.temperatures, stories, trained_on)
-    probe = EmbeddingProbe(model, tokenizer)
+    neighbours, analogies = _probe(EmbeddingProbe(model, tokenizer), config)
     evaluation = Evaluation(
         **dataclasses.asdict(scores[0]),
         valid=valid,
@@ -442,21 +434,41 @@ def evaluate(
         checkpoint=run.checkpoint.name,
         weights=weights_fingerprint(model),
         parameters=model.n_parameters,
-        device=device,
-        precision=precision,
+        device=hardware.accelerator,
+        precision=hardware.precision,
         data=dataclasses.asdict(settings),
         stride=config.stride,
         seed=config.seed,
         temperatures=rows,
         novelty_stories=n_training,
-        neighbours={word: tokens_or_reason(probe.neighbours, word) for word in config.words},
-        analogies={
-            f"{a} − {b} + {c}": tokens_or_reason(probe.analogy, a, b, c)
-            for a, b, c in config.analogies
-        },
+        neighbours=neighbours,
+        analogies=analogies,
     )
     write_json(out / evaluation_name(config, evaluation), dataclasses.asdict(evaluation))
     return evaluation
+
+
+def _hardware(run: Run) -> Hardware:
+    """Return the best device, with the precision of training if this machine has it."""
+    # A killed run has no summary.json, so its setting of the precision is resolved here.
+    setting = run.config.get("trainer", {}).get("precision", "auto")
+    precision = read_summary(run.folder).get("precision", setting)
+    hardware = Hardware.detect("auto", "1", 1, precision)
+    if not hardware.emulated:
+        return hardware
+    log.info("using 32-true instead of %s: this CPU has no native bfloat16", precision)
+    return Hardware.detect("auto", "1", 1, "32-true")
+
+
+def _probe(
+    probe: EmbeddingProbe, config: EvaluationConfig
+) -> tuple[dict[str, Tokens | str], dict[str, Tokens | str]]:
+    """Return the nearest tokens of each word and the answers to each analogy."""
+    neighbours = {word: tokens_or_reason(probe.neighbours, word) for word in config.words}
+    analogies = {
+        f"{a} − {b} + {c}": tokens_or_reason(probe.analogy, a, b, c) for a, b, c in config.analogies
+    }
+    return neighbours, analogies
 
 
 def check_writable(folder: Path, name: str = "evaluation.json") -> None:

@@ -1,5 +1,6 @@
 """The parts of benchmarks/ that depend on the system; `make bench` runs the benchmarks."""
 
+import importlib
 import io
 import json
 import runpy
@@ -32,6 +33,28 @@ def test_worker_measures_steps_without_the_resource_module(monkeypatch, capsys):
     answer = json.loads(capsys.readouterr().out)
     assert answer["seconds"] > 0
     assert answer["memory_mb"] is None
+
+
+def test_generation_leaves_out_missing_and_failing_engines(monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    generation = importlib.import_module("generation")
+    monkeypatch.setattr(generation, "find_spec", lambda name: None if "llama" in name else name)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("unsupported\nmodel")
+
+    monkeypatch.setattr(generation, "write_hf", fail)
+    assert generation.engines(None, tmp_path, 1) == {}
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["CTranslate2", "llama.cpp"]
+    assert "unsupported" in lines[0]
+    assert "llama-cpp-python" in lines[1]
+    rate = "tokens per second, {} float32 batch 1"
+    table = generation.speed_table({rate.format("ours"): 5000.4, rate.format("llama.cpp"): 1.0})
+    assert table.splitlines()[2:] == [
+        "| ours, float32 | 5,000 | – |",
+        "| llama.cpp, float32 | 1 | – |",
+    ]
 
 
 @pytest.fixture(scope="module")

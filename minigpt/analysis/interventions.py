@@ -65,8 +65,7 @@ def patch_residual(model: GPT, clean: Tensor, corrupted: Tensor, metric: Metric)
     Raises:
         UserError: `clean` and `corrupted` differ in shape.
     """
-    layers, length = range(model.config.n_layers), clean.shape[-1]
-    return _patched(model, clean, corrupted, metric, "input", layers, 1, length)
+    return _patched(model, clean, corrupted, metric, "input", dim=1)
 
 
 def patch_heads(model: GPT, clean: Tensor, corrupted: Tensor, metric: Metric) -> Tensor:
@@ -87,26 +86,24 @@ def patch_heads(model: GPT, clean: Tensor, corrupted: Tensor, metric: Metric) ->
     Raises:
         UserError: `clean` and `corrupted` differ in shape.
     """
-    layers, n_heads = range(model.config.n_layers), model.config.n_heads
-    return _patched(model, clean, corrupted, metric, "attention.heads", layers, 2, n_heads)
+    return _patched(model, clean, corrupted, metric, "attention.heads", dim=2)
 
 
 def _patched(
-    model: GPT, clean: Tensor, corrupted: Tensor, metric: Metric, point: str, layers: range,
-    dim: int, size: int,
-) -> Tensor:  # fmt: skip
+    model: GPT, clean: Tensor, corrupted: Tensor, metric: Metric, point: str, dim: int
+) -> Tensor:
     """Return the metric for each layer and each index of dimension `dim` of an activation."""
     if clean.shape != corrupted.shape:
         problem = f"must have the shape of clean, {tuple(clean.shape)}: use texts of equal length"
         raise UserError(problem, "corrupted", tuple(corrupted.shape))
     source = activations(model, clean)
-    results = torch.zeros(len(layers), size, dtype=torch.float64)
-    for layer in layers:
+    results = []
+    for layer in range(model.config.n_layers):
         name = f"blocks.{layer}.{point}"
-        for i in range(size):
+        for i in range(source[name].shape[dim]):
             edit = _replaced(source[name], dim, i)
-            results[layer, i] = metric(activations(model, corrupted, {name: edit})["logits"])
-    return results
+            results.append(metric(activations(model, corrupted, {name: edit})["logits"]))
+    return torch.tensor(results, dtype=torch.float64).view(model.config.n_layers, -1)
 
 
 def _replaced(values: Tensor, dim: int, index: int) -> Callable[[Tensor], Tensor]:

@@ -25,6 +25,7 @@ from minigpt.core.hardware import to_device
 from minigpt.core.settings import UserError
 from minigpt.generation.static_batch import StaticBatch
 from minigpt.kernels import decode
+from minigpt.kernels.sampler import Sampler
 from minigpt.model import GPT, KVCache
 
 log = logging.getLogger(__name__)
@@ -106,14 +107,42 @@ class Decoder:
         if ids.shape != self.positions.shape:
             shapes = f"{tuple(self.positions.shape)}, not {tuple(ids.shape)}"
             raise ValueError(f"ids must have one id per sequence: expected shape {shapes}")
+        self.capacity()
+        logits = self.batch.step(ids, self.positions, self.longest + 1)
+        self._append(ids[None])
+        return logits
+
+    def generate(self, ids: Tensor, sampler: Sampler, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Append one token to each sequence, and choose and append the next tokens with decode.c.
+
+        The batch must be one of decode.c. The last token is chosen, but not appended.
+
+        Args:
+            ids: the new tokens (B,), on a CPU.
+            sampler: settings and state of the choice.
+            points: uniform random numbers (steps, B), for 1 to `capacity()` steps.
+
+        Returns:
+            The chosen tokens (n, B), and logits (n, B, V), float32; n is the number of steps until
+            all sequences have ended, at most `steps`.
+        """
+        assert isinstance(self.batch, decode.Batch)
+        steps = self.batch.generate(ids, self.positions, self.longest + 1, sampler, points)
+        self._append(torch.cat([ids[None], steps[0][:-1]]))
+        return steps
+
+    def capacity(self) -> int:
+        """Return how many tokens fit before the next context shift, after a shift if it is due."""
         if self.longest == self.context:
             self._shift()
-        logits = self.batch.step(ids, self.positions, self.longest + 1)
-        self.new.append(ids)
-        self.n_read += 1
-        self.longest += 1
-        self.positions += 1
-        return logits
+        return self.context - self.longest
+
+    def _append(self, ids: Tensor) -> None:
+        """Record ids (T, B) that the batch has read."""
+        self.new.extend(ids)
+        self.n_read += len(ids)
+        self.longest += len(ids)
+        self.positions += len(ids)
 
     def _shift(self) -> None:
         full = [i for i, n in enumerate(self.offsets) if n + self.n_read == self.context]

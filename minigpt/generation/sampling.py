@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -21,14 +22,17 @@ from torch import Tensor
 from minigpt.core.fields import documented
 from minigpt.core.hardware import gpu_memory_for, model_device, to_device
 from minigpt.core.settings import UserError, check
-from minigpt.generation.decoder import Backend, Decoder, c_backend
+from minigpt.generation.decoder import Backend, Decoder
+from minigpt.kernels import decode
 from minigpt.kernels.choice import sequences_at_once
+from minigpt.kernels.sampler import Sampler
 from minigpt.model import GPT
 from minigpt.runs.folder import Run
 from minigpt.tokenizer import Tokenizer
 
 GROUP = 64  # sequences with one random generator; on a CPU, also the size of a batch
 LOOK_EVERY = 16  # steps on a GPU from one look at the tokens to the next
+CHUNK = 8  # steps per call of decode.c: few enough for a stream, after a first step on its own
 MIN_TEMPERATURE = 1e-6  # below this, sampling is greedy, because the division would overflow
 
 
@@ -69,6 +73,10 @@ class SamplingConfig:
         check(self, "must be from 0 to 2^63 − 1", lambda seed: 0 <= seed < 2**63, "seed")
         backends = get_args(Backend)
         check(self, f"must be one of {', '.join(backends)}", backends.__contains__, "backend")
+
+
+# Returns random numbers (n, B) in [0, 1) for the next n steps of B sequences.
+Draw = Callable[[int], Tensor]
 
 
 class Step(NamedTuple):
@@ -122,8 +130,7 @@ def generate(
     else:
         prompts = [torch.as_tensor(row, dtype=torch.long, device=device) for row in prompt_ids]
     generators = generators or seeded_generators(sampling.seed, len(prompts))
-    every = look_interval(device)
-    penalised = sampling.repetition_penalty != 1.0
+    draw = partial(_draw, generators, len(prompts))
     was_training = model.training
     model.eval()
     try:
@@ -131,32 +138,70 @@ def generate(
         with torch.inference_mode():
             decoder = Decoder(model, [prompt[:-1] for prompt in prompts], sampling.backend)
             ids = torch.stack([prompt[-1] for prompt in prompts])  # (B,)
-            ended = torch.zeros_like(ids, dtype=torch.bool)
-            n_tokens, points = vocab_size or model.config.vocab_size, torch.empty(0)
+            n_tokens = vocab_size or model.config.vocab_size
+            penalised = sampling.repetition_penalty != 1.0
             seen = _tokens_of(prompts, n_tokens, end_of_text) if penalised else None
-        for step in range(sampling.max_tokens):
-            looks = step % every == 0
-            with torch.inference_mode():
-                if looks:  # numbers for the steps until the next look
-                    n_steps = min(every, sampling.max_tokens - step)
-                    points = to_device(_draw(generators, n_steps, len(prompts)), device)
-                logits = decoder.read(ids)
-                if n_tokens < logits.shape[1]:
-                    logits = logits[:, :n_tokens]
-                if step == 0 and not logits.isfinite().all():
-                    problem = "the logits of this model are not finite, so its weights are damaged"
-                    raise UserError(f"{problem}: choose another checkpoint")
-                ids = _choose(logits, sampling, points[step % every], seen)
-                ids.masked_fill_(ended, end_of_text)
-                ended = ids == end_of_text
-                if seen is not None:
-                    seen.scatter_(1, ids[:, None], ~ended[:, None])
-                finished = looks and bool(ended.all())
-            yield Step(ids, logits)
-            if finished:
-                return
+        in_c = isinstance(decoder.batch, decode.Batch)
+        steps = _steps_in_c if in_c else _steps
+        yield from steps(decoder, ids, sampling, draw, end_of_text, n_tokens, seen)
     finally:
         model.train(was_training)
+
+
+def _steps(
+    decoder: Decoder, ids: Tensor, sampling: SamplingConfig, draw: Draw, end_of_text: int,
+    n_tokens: int, seen: Tensor | None,
+) -> Iterator[Step]:  # fmt: skip
+    """Yield the steps after `ids`, with tokens that PyTorch chooses."""
+    every, points = look_interval(ids.device), torch.empty(0)
+    ended = torch.zeros_like(ids, dtype=torch.bool)
+    for step in range(sampling.max_tokens):
+        looks = step % every == 0
+        with torch.inference_mode():
+            if looks:  # numbers for the steps until the next look
+                points = to_device(draw(min(every, sampling.max_tokens - step)), ids.device)
+            logits = decoder.read(ids)[:, :n_tokens]
+            if step == 0:
+                _check_finite(logits)
+            ids = _choose(logits, sampling, points[step % every], seen)
+            ids.masked_fill_(ended, end_of_text)
+            ended = ids == end_of_text
+            if seen is not None:
+                seen.scatter_(1, ids[:, None], ~ended[:, None])
+            finished = looks and bool(ended.all())
+        yield Step(ids, logits)
+        if finished:
+            return
+
+
+def _steps_in_c(
+    decoder: Decoder, ids: Tensor, sampling: SamplingConfig, draw: Draw, end_of_text: int,
+    n_tokens: int, seen: Tensor | None,
+) -> Iterator[Step]:  # fmt: skip
+    """Yield the steps after `ids`, with tokens that decode.c chooses, several steps at a time."""
+    greedy = sampling.temperature < MIN_TEMPERATURE
+    sampler = Sampler(
+        len(ids), n_tokens, end_of_text,
+        temperature=0.0 if greedy else sampling.temperature, top_k=sampling.top_k,
+        top_p=sampling.top_p, min_p=sampling.min_p, penalty=sampling.repetition_penalty, seen=seen,
+    )  # fmt: skip
+    n_left, size = sampling.max_tokens, 1
+    while n_left and not sampler.ended.all():
+        with torch.inference_mode():
+            n = min(size, n_left, decoder.capacity())
+            chunk, logits = decoder.generate(ids, sampler, draw(n))
+            logits = logits[..., :n_tokens]
+            if n_left == sampling.max_tokens:
+                _check_finite(logits)
+        for step in zip(chunk, logits, strict=True):
+            yield Step(*step)
+        ids, n_left, size = chunk[-1], n_left - n, CHUNK
+
+
+def _check_finite(logits: Tensor) -> None:
+    if not logits.isfinite().all():
+        problem = "the logits of this model are not finite, so its weights are damaged"
+        raise UserError(f"{problem}: choose another checkpoint")
 
 
 def look_interval(device: torch.device) -> int:
@@ -164,11 +209,15 @@ def look_interval(device: torch.device) -> int:
     return 1 if device.type == "cpu" else LOOK_EVERY
 
 
-def _draw(generators: Sequence[torch.Generator], n_steps: int, n_sequences: int) -> Tensor:
-    """Return the random numbers (n_steps, n_sequences) of the next steps, in [0, 1)."""
+def _draw(generators: Sequence[torch.Generator], n_sequences: int, n_steps: int) -> Tensor:
+    """Return the random numbers (n_steps, n_sequences) of the next steps, float32 in [0, 1).
+
+    The numbers of a sequence do not depend on how its steps are divided into calls.
+    """
     sizes = [min(GROUP, n_sequences - first) for first in range(0, n_sequences, GROUP)]
     groups = zip(sizes, generators, strict=True)
-    return torch.cat([torch.rand(n_steps, n, generator=each) for n, each in groups], dim=1)
+    options = {"dtype": torch.float32, "device": "cpu"}
+    return torch.cat([torch.rand(n_steps, n, generator=g, **options) for n, g in groups], dim=1)
 
 
 def _tokens_of(prompts: list[Tensor], vocab_size: int, end_of_text: int) -> Tensor:
@@ -219,9 +268,6 @@ def _choose(
         logits = keep_top_p(logits, sampling.top_p)
     if sampling.min_p is not None:
         logits = keep_min_p(logits, sampling.min_p)
-    c = c_backend() if sampling.backend != "torch" and logits.device.type == "cpu" else None
-    if c is not None:
-        return c.sample(logits, temperature, points)
     mass = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)
     # Rounding must not move a point beyond the last token.
     end = mass[:, -1].nextafter(torch.zeros_like(mass[:, -1]))

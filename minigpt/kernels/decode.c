@@ -1,6 +1,7 @@
-/* One forward pass of a GPT over the new tokens of a batch of sequences, with cached keys and values:
-   what GPT.forward computes with a KVCache, in one call. When each step decodes one token, calling
-   PyTorch's hundred small operators costs more than the arithmetic.
+/* Forward passes of a GPT over the new tokens of a batch of sequences, with cached keys and values, and
+   the choice of the next tokens: what GPT.forward computes with a KVCache, and sampling.py from its
+   logits, for several steps in one call. When each step decodes one token, calling PyTorch's hundred
+   small operators costs more than the arithmetic.
 
    decode.py compiles this file once, if there is a C compiler, and fills the structs. Weights, keys
    and values are float32 or bfloat16; all arithmetic is in float32. The vector extensions of GCC and
@@ -64,7 +65,17 @@ typedef struct {
     float *qkv, *attended, *up; /* (N, 3 d), (N, d), (N, d_ff) */
     float *scores, *outputs; /* (threads, nh, capacity), (threads, nh, hs padded to PANEL) */
     float *logits;           /* (B, V), with one new token per sequence; or null for none */
-} batch;
+} batch; /* with a sampler, `ids`, `positions` and `logits` have one such array for each step */
+typedef struct {
+    int32_t steps, vocab_size, n_tokens, end_of_text; /* ids from n_tokens on are never chosen */
+    int32_t top_k;                      /* 0 for no filter, as in top_p and min_p */
+    float temperature, top_p, min_p, penalty; /* temperature 0: the most likely token */
+    const float *points; /* (steps, B) uniform random numbers in [0, 1) */
+    int64_t *ids;        /* (steps, B) the chosen tokens */
+    uint8_t *seen;       /* (B, n_tokens) whether a token gets the penalty; or null for no penalty */
+    uint8_t *ended;      /* (B,) whether a sequence has ended */
+    float *scratch;      /* (threads, n_tokens + PANEL) */
+} sampler;
 
 const int32_t lanes = LANES;
 
@@ -403,23 +414,46 @@ static void run(const model *m, const batch *b, barrier *all) {
             parts);
 }
 
-/* Run a forward pass over the new tokens. Return 0, or -1 without computing anything if an id is not
-   in the vocabulary. */
-int read_tokens(const model *m, const batch *b) {
-    for (int i = 0; i < b->starts[b->n_sequences]; i++)
-        if (b->ids[i] < 0 || b->ids[i] >= m->vocab_size) return -1;
-    barrier all = {0, 0, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER};
-#pragma omp parallel num_threads(b->threads)
-    run(m, b, &all);
-    return 0;
-}
-
 /* ------------------------------------------------------------------------------- sampling */
 
-/* Return the first token at which the cumulative probability exceeds `point`, in [0, 1). p holds the
-   logits and is overwritten. */
-static int64_t sample_one(float *p, int n, float temperature, float point) {
-    float target = point * exponentials(p, n, 1.0f / temperature), sum = 0, before = 0;
+/* Return the number or the total probability of the tokens of p with a probability above `floor`. */
+INLINE float mass_above(float floor, int as_number, const float *p, int n) {
+    vec sums[PANEL / LANES] = {{0}}, one = (vec){0} + 1.0f, total = {0};
+    for (int i = 0; i < n; i += PANEL)
+        UNROLL for (int c = 0; c < PANEL / LANES; c++) {
+            vec x = *(const vec *)(p + i + c * LANES);
+            sums[c] += (vec)((ivec)(as_number ? one : x) & (x > floor));
+        }
+    float sum = 0;
+    UNROLL for (int c = 0; c < PANEL / LANES; c++) total += sums[c];
+    for (int l = 0; l < LANES; l++) sum += total[l];
+    return sum;
+}
+
+/* Set p to 0 for all but the most likely tokens: a token stays if the number (or the total probability)
+   of the more likely tokens is below `limit`. Of equally likely tokens, those with smaller ids stay.
+   The largest p is 1. */
+INLINE void keep_top(float *p, int n, int as_number, float limit) {
+    /* The bits of floats above 0 have the same order as the floats: bisect for the smallest p to stay. */
+    int32_t low = -1, high = 0x3f800000; /* the bits of 1.0 */
+    float floor;
+    while (high - low > 1) {
+        int32_t middle = low + (high - low) / 2;
+        memcpy(&floor, &middle, 4);
+        if (mass_above(floor, as_number, p, n) < limit) high = middle; else low = middle;
+    }
+    memcpy(&floor, &high, 4);
+    float above = mass_above(floor, as_number, p, n);
+    for (int i = 0; i < n; i++)
+        if (p[i] <= floor) {
+            if (p[i] == floor && above < limit) above += as_number ? 1.0f : p[i]; else p[i] = 0;
+        }
+}
+
+/* Return the first token at which the cumulative probability exceeds `point`, in [0, 1). p does not
+   need to sum to 1. */
+static int64_t inverse_transform(const float *p, int n, float point) {
+    float target = point * mass_above(0, 0, p, n), sum = 0, before = 0;
     int block = 0;
     for (int i = 0; i < n && sum <= target; i += PANEL) {
         vec sums = {0};
@@ -434,15 +468,70 @@ static int64_t sample_one(float *p, int n, float temperature, float point) {
     return token;
 }
 
-/* Sample one token for each row of `logits` (rows, n); `scratch` is (threads, n + PANEL). */
-void sample(int rows, int n, int threads, float temperature, const float *logits,
-            const float *points, float *scratch, int64_t *ids) {
-    (void)threads; /* unused without OpenMP */
-#pragma omp parallel for num_threads(threads)
-    for (int r = 0; r < rows; r++) {
-        float *p = scratch + (size_t)omp_get_thread_num() * (n + PANEL);
-        memcpy(p, logits + (size_t)r * n, n * sizeof(float));
-        memset(p + n, 0, PANEL * sizeof(float));
-        ids[r] = sample_one(p, n, temperature, points[r]);
+/* Choose a token from logits, with the steps and in the order of sampling.py. p has n_tokens + PANEL
+   elements of scratch. */
+static int64_t choose(const sampler *s, const float *logits, const uint8_t *seen, float point, float *p) {
+    int n = s->n_tokens;
+    memcpy(p, logits, n * sizeof(float));
+    if (seen)
+        for (int i = 0; i < n; i++)
+            if (seen[i]) p[i] = p[i] > 0 ? p[i] / s->penalty : p[i] * s->penalty;
+    if (s->temperature == 0) {
+        int64_t best = 0;
+        for (int i = 1; i < n; i++) best = p[i] > p[best] ? i : best;
+        return best;
     }
+    exponentials(p, n, 1.0f / s->temperature); /* probabilities, relative to the largest */
+    memset(p + n, 0, PANEL * sizeof(float));
+    if (s->top_k) keep_top(p, n, 1, s->top_k);
+    if (s->top_p) keep_top(p, n, 0, s->top_p * mass_above(0, 0, p, n));
+    if (s->min_p)
+        for (int i = 0; i < n; i++) p[i] = p[i] < s->min_p ? 0 : p[i];
+    return inverse_transform(p, n, point);
+}
+
+/* Choose the next tokens of sequences `begin` to `end` into `ids` (B,), from logits (B, V). */
+void sample(const sampler *s, int begin, int end, const float *logits, const float *points,
+            int64_t *ids) {
+    float *scratch = s->scratch + (size_t)omp_get_thread_num() * (s->n_tokens + PANEL);
+    for (int r = begin; r < end; r++) {
+        uint8_t *seen = s->seen ? s->seen + (size_t)r * s->n_tokens : 0;
+        ids[r] = choose(s, logits + (size_t)r * s->vocab_size, seen, points[r], scratch);
+        if (s->ended[r]) ids[r] = s->end_of_text;
+        if (ids[r] == s->end_of_text) s->ended[r] = 1;
+        else if (seen) seen[ids[r]] = 1;
+    }
+}
+
+/* ------------------------------------------------------------------------------------ calls */
+
+/* Run this thread's part of all steps. Each chosen token is the new token of the next step. */
+static void run_steps(const model *m, batch b, const sampler *s, barrier *all, int *n_steps) {
+    int thread = omp_get_thread_num(), n_threads = omp_get_num_threads(), n = b.n_sequences;
+    for (int step = 0; step < s->steps; step++) {
+        size_t row = (size_t)step * n;
+        run(m, &b, all);
+        wait_for_all(all, n_threads); /* for the logits */
+        sample(s, n * thread / n_threads, n * (thread + 1) / n_threads, b.logits, s->points + row,
+               s->ids + row);
+        wait_for_all(all, n_threads); /* for the tokens */
+        if (thread == 0) *n_steps = step + 1;
+        if (!memchr(s->ended, 0, n)) return;
+        b.ids = s->ids + row;
+        b.positions += n;
+        b.logits += (size_t)n * m->vocab_size;
+    }
+}
+
+/* Run a forward pass over the new tokens; or with a sampler, which needs one new token per sequence,
+   as many steps as it says, or until all sequences have ended. Return the number of steps, or -1 without
+   computing anything if an id is not in the vocabulary. */
+int read_tokens(const model *m, const batch *b, const sampler *s) {
+    for (int i = 0; i < b->starts[b->n_sequences]; i++)
+        if (b->ids[i] < 0 || b->ids[i] >= m->vocab_size) return -1;
+    barrier all = {0, 0, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER};
+    int n_steps = 1;
+#pragma omp parallel num_threads(b->threads)
+    if (s) run_steps(m, *b, s, &all, &n_steps); else run(m, b, &all);
+    return n_steps;
 }

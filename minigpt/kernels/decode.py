@@ -30,12 +30,12 @@ import torch
 from torch import Tensor, nn
 
 from minigpt.core.hardware import cpu_name
+from minigpt.kernels.sampler import PANEL, Sampler, SamplerStruct
 from minigpt.model import GPT, Block, CausalSelfAttention, FeedForward, GPTConfig
 
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("decode.c")
-PANEL = 32  # as in decode.c: tokens per block of keys and values; columns are padded to a multiple
 _FLAGS = [
     "-O3", "-shared", "-fPIC",
     # Neither changes a result: decode.c reads neither errno nor floating-point exceptions.
@@ -101,7 +101,7 @@ def _load(command: list[str]) -> ctypes.CDLL:
 
 def _open(path: Path) -> ctypes.CDLL:
     compiled = ctypes.CDLL(str(path))
-    compiled.sample.argtypes = [*[c_int32] * 3, c_float, *[c_void_p] * 4]
+    compiled.read_tokens.argtypes = [c_void_p] * 3
     return compiled
 
 
@@ -271,12 +271,44 @@ class Batch:
         Raises:
             IndexError: an id is not in the vocabulary.
         """
-        if end > self._step[0].capacity:  # `fill` may have added blocks that the struct lacks
-            self._reserve(end)
-            self._step = self._struct(self._single)
         logits = torch.empty(self._n_sequences, self.weights.config.vocab_size, **_FLOATS)
-        self._read(self._step, ids, positions, logits)
+        self._read(self._single_tokens(end), ids, positions, logits)
         return logits
+
+    def generate(
+        self, ids: Tensor, positions: Tensor, end: int, sampler: Sampler, points: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Append one token to each sequence, and choose and append the next tokens.
+
+        The last token is chosen, but not appended. Generation stops when all sequences have ended.
+
+        Args:
+            ids: the new tokens (B,), on a CPU.
+            positions: positions of the new tokens (B,), int64.
+            end: the largest position plus one.
+            sampler: settings and state of the choice.
+            points: uniform random numbers in [0, 1), (steps, B) float32, on a CPU.
+
+        Returns:
+            The chosen tokens (n, B), int64, and the logits (n, B, V), float32, for n <= steps.
+
+        Raises:
+            IndexError: an id is not in the vocabulary.
+        """
+        n_steps, vocab_size = len(points), self.weights.config.vocab_size
+        chosen = torch.empty(points.shape, dtype=torch.long, device="cpu")
+        logits = torch.empty(*points.shape, vocab_size, **_FLOATS)
+        positions = positions + torch.arange(n_steps, device="cpu")[:, None]  # (steps, B)
+        step = self._single_tokens(end + n_steps - 1)
+        n = self._read(step, ids, positions, logits, sampler.prepare(points, chosen, vocab_size))
+        return chosen[:n], logits[:n]
+
+    def _single_tokens(self, capacity: int) -> _Step:
+        """Return a batch with one new token per sequence."""
+        if capacity > self._step[0].capacity:  # `fill` may have added blocks that the struct lacks
+            self._reserve(capacity)
+            self._step = self._struct(self._single)
+        return self._step
 
     def fill(self, indices: list[int], sequences: list[Tensor]) -> None:
         """Replace the sequences at `indices`, and compute their keys and values.
@@ -320,39 +352,19 @@ class Batch:
         )  # fmt: skip
         return batch, [starts, blocks, scratch]
 
-    def _read(self, struct: _Step, ids: Tensor, positions: Tensor, logits: Tensor | None) -> None:
+    def _read(
+        self, struct: _Step, ids: Tensor, positions: Tensor, logits: Tensor | None,
+        sampler: SamplerStruct | None = None,
+    ) -> int:  # fmt: skip
+        """Call `read_tokens` of decode.c, and return the number of steps."""
         ids = ids.long().contiguous()
         batch, weights = struct[0], self.weights
         batch.ids, batch.positions = ids.data_ptr(), positions.data_ptr()
         batch.logits = None if logits is None else logits.data_ptr()
-        if weights.library.read_tokens(ctypes.byref(weights.struct), ctypes.byref(batch)):
+        parts = (None if x is None else ctypes.byref(x) for x in (weights.struct, batch, sampler))
+        if (n_steps := weights.library.read_tokens(*parts)) < 0:
             raise IndexError(f"an id is not in the vocabulary of size {weights.config.vocab_size}")
-
-
-def sample(logits: Tensor, temperature: float, points: Tensor) -> Tensor:
-    """Sample ids from softmax(logits / temperature) by inverse transform sampling.
-
-    `library()` must not be None.
-
-    Args:
-        logits: (B, V), on a CPU.
-        temperature: above 0.
-        points: a uniform random number in [0, 1) for each row, (B,).
-
-    Returns:
-        Ids (B,): for each row, the first id at which the cumulative probability exceeds the point.
-    """
-    compiled, (rows, n) = library(), logits.shape
-    assert compiled is not None
-    threads = min(torch.get_num_threads(), -(-rows // 8))
-    logits, points = logits.float().contiguous(), points.float().contiguous()
-    ids = torch.empty(rows, dtype=torch.long, device="cpu")
-    scratch = torch.empty(threads * (n + PANEL), **_FLOATS)
-    compiled.sample(
-        rows, n, threads, temperature,
-        logits.data_ptr(), points.data_ptr(), scratch.data_ptr(), ids.data_ptr(),
-    )  # fmt: skip
-    return ids
+        return n_steps
 
 
 # ---------------------------------------------------------------------------- supported models

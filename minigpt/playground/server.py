@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import importlib.util
 import os
+import shutil
 import socket
+import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,6 +49,7 @@ class Training:
             ended: event that ends the loop.
         """
         seen: set[str] = set()
+        problem = ""  # the last one, which is logged once
         while not ended.wait(WATCH_SECONDS):
             try:
                 self.queue.advance()
@@ -54,8 +58,11 @@ class Training:
                     if job.name not in seen and job.run is not None:
                         seen.add(job.name)
                         playground.add(Run.load(job.run))
+                problem = ""
             except (OSError, UserError) as error:  # such as a full disk, or a run that was deleted
-                log.warning("training from the page: %s", error)
+                if str(error) != problem:
+                    problem = str(error)
+                    log.warning("training from the page: %s", problem)
 
 
 def serve(
@@ -148,6 +155,7 @@ def start(
     host = host.strip("[]")
     # Gradio requests its own page as a check, and this request must not go through a proxy.
     os.environ["no_proxy"] = f"{getproxies().get('no', '')},localhost,{host}"
+    store_uploads_privately()
     try:  # Gradio only checks ports of 127.0.0.1, and retries an invalid host for minutes
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         with socket.create_server((host, port or 0), family=family) as trial:
@@ -180,6 +188,18 @@ def start(
         problem = f"cannot listen on {host} ({reason}); choose another port"
         raise UserError(problem, "port", port) from None
     return page
+
+
+def store_uploads_privately() -> None:
+    """Let Gradio store uploads in a new folder that only this user can read.
+
+    The folder is deleted when the process ends. Gradio's default, gradio in the folder of temporary
+    files, is shared by all users, and only the first of them can write there. If GRADIO_TEMP_DIR
+    names a folder, that folder is used, and is not deleted.
+    """
+    if not os.environ.get("GRADIO_TEMP_DIR"):
+        folder = os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="minigpt-uploads-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def read_login(auth: str | None) -> tuple[str, str] | None:

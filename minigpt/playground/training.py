@@ -41,6 +41,7 @@ MAX_WAITING = 4  # jobs that wait for others
 MAX_JOBS = 20  # jobs in the list; the oldest finished ones are removed
 TEXT = "text.txt"  # name of the pasted text
 _START_SECONDS = 30.0  # time in which a new process must have locked its job
+_LOCK_SECONDS = 10.0  # time to wait for another server that changes the queue
 
 State = Literal["waiting", "running", "stopped", "failed", "finished"]
 _FINAL = ("stopped", "failed", "finished")
@@ -139,6 +140,8 @@ class Job:
                 return False
         except Timeout:
             return True
+        except (OSError, NotImplementedError) as error:
+            raise _storage_error(self.folder, error, "job") from None
 
     def _request(self, **values: Any) -> None:
         """Update job.json."""
@@ -193,11 +196,11 @@ class TrainingQueue:
             The job.
 
         Raises:
-            UserError: an input is missing or out of range, too many jobs are waiting, or the disk
-                is full. `argument` is the name of the field.
+            UserError: an input is missing or out of range, too many jobs are waiting, or the folder
+                cannot be used. `argument` is the name of the field.
         """
         _check(text, files, size, minutes)
-        with self._lock(), _full_disk():
+        with self._lock("start"):
             jobs = self.jobs()
             self._check_capacity(jobs)
             name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
@@ -235,9 +238,9 @@ class TrainingQueue:
             name: name of the job.
 
         Raises:
-            UserError: there is no such job.
+            UserError: there is no such job, or the folder cannot be used.
         """
-        with self._lock(), _full_disk():
+        with self._lock("job"):
             job = self.job(name)
             state = job.state
             if state == "waiting":
@@ -256,9 +259,10 @@ class TrainingQueue:
             name: name of the job.
 
         Raises:
-            UserError: there is no such job, it cannot be continued, or too many jobs are waiting.
+            UserError: there is no such job, it cannot be continued, too many jobs are waiting, or
+                the folder cannot be used.
         """
-        with self._lock(), _full_disk():
+        with self._lock("job"):
             job = self.job(name)
             if not job.can_continue:
                 raise UserError("Only a stopped training can be continued.", "job")
@@ -272,18 +276,22 @@ class TrainingQueue:
             name: name of the job.
 
         Raises:
-            UserError: there is no such job, or it is running.
+            UserError: there is no such job, it is running, or the folder cannot be used.
         """
-        with self._lock():
+        with self._lock("job"):
             job = self.job(name)
             if job.state == "running":
                 raise UserError("This training is running: stop it first.", "job")
             shutil.rmtree(job.folder)
 
     def advance(self) -> None:
-        """Start the process of the next waiting job, if no job is running."""
+        """Start the process of the next waiting job, if no job is running.
+
+        Raises:
+            UserError: the folder cannot be used.
+        """
         self._processes = [process for process in self._processes if process.poll() is None]
-        with self._lock():
+        with self._lock("start"):
             jobs = self.jobs()
             states = {job.name: job.state for job in jobs}
             if "running" in states.values():
@@ -309,9 +317,16 @@ class TrainingQueue:
             raise UserError(message, "start")
 
     @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        with FileLock(self.folder / ".lock"):
-            yield
+    def _lock(self, field: str) -> Iterator[None]:
+        """Lock the queue, and report a folder that cannot be used as an error of `field`."""
+        try:
+            with FileLock(self.folder / ".lock", timeout=_LOCK_SECONDS):
+                yield
+        except Timeout:
+            message = "Another server is changing the list of trainings: try again."
+            raise UserError(message, field) from None
+        except (OSError, NotImplementedError) as error:  # NotImplementedError: no locks here
+            raise _storage_error(self.folder, error, field) from None
 
 
 def training_environment(variables: Mapping[str, str]) -> dict[str, str]:
@@ -340,7 +355,11 @@ def _check(text: str | None, files: Sequence[Path], size: str, minutes: float | 
     if len(files) > MAX_FILES:
         message = f"There are {len(files)} files: add at most {MAX_FILES}, or join some."
         raise UserError(message, "files")
-    n_bytes += sum(path.stat().st_size for path in files)
+    try:
+        n_bytes += sum(path.stat().st_size for path in files)
+    except OSError:  # such as an upload that was deleted after an hour
+        message = "An uploaded file is no longer there: add the files again."
+        raise UserError(message, "files") from None
     if n_bytes > MAX_UPLOAD:
         limit = f"at most {MAX_UPLOAD / 1e6:.0f} MB are allowed; train in a terminal instead"
         message = f"The text has {n_bytes / 1e6:.0f} MB: {limit}."
@@ -365,12 +384,11 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
 
 
-@contextlib.contextmanager
-def _full_disk() -> Iterator[None]:
-    """Report a full disk as an error of the field `start`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError("The disk is full: free some space, then try again.", "start") from None
+def _storage_error(folder: Path, error: OSError | NotImplementedError, field: str) -> UserError:
+    """Return the error of `field` for a folder of jobs that cannot be locked, read or written."""
+    code = getattr(error, "errno", None)
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        return UserError("The disk is full: free some space, then try again.", field)
+    reason = getattr(error, "strerror", None) or error
+    problem = f"The folder of the trainings, {folder}, cannot be used ({reason})"
+    return UserError(f"{problem}: check its owner, its permissions and its file system.", field)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported
 
 import gradio as gr
+from gradio.components import Component
 from gradio.utils import get_upload_folder
 
 from minigpt.core.settings import UserError, one_line
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from minigpt.playground.server import Training
 
 FIELDS = ("text", "files", "size", "minutes", "start", "job")  # fields that can have an error
+N_VIEWS = 6  # number of components that `_views` updates
 POLL_SECONDS = 1.5  # interval at which the page shows a training again
 START_FROM, RANDOM = "Start from", "random weights"
 
@@ -38,6 +41,30 @@ FILES = (
 )
 
 
+@dataclass(frozen=True)
+class _Form:
+    """Components of the tab."""
+
+    refusal: gr.HTML
+    column: gr.Column  # everything but the refusal
+    inputs: list[Component]  # text, files, size, start and minutes
+    files: gr.File
+    add: gr.Button
+    chosen: gr.Dropdown
+    known: gr.State  # choices of the list, which is sent again only if it changes
+    stop: gr.Button
+    resume: gr.Button
+    remove: gr.Button
+    view: gr.HTML
+    slots: list[gr.HTML]  # errors, in the order of FIELDS
+    shown: gr.State  # errors of the job on the page
+
+    @property
+    def views(self) -> list[Component]:
+        """Components that `_views` updates."""
+        return [self.chosen, self.known, self.stop, self.resume, self.remove, self.view]
+
+
 def training_tab(page: gr.Blocks, tab: gr.Tab, playground: Playground, training: Training) -> None:
     """Add the fields of a new training, the list of trainings, and a view of one of them.
 
@@ -47,16 +74,27 @@ def training_tab(page: gr.Blocks, tab: gr.Tab, playground: Playground, training:
         playground: the models of the page, from which a training may start.
         training: the queue, and the token that a visitor needs.
     """
-    queue, access = training.queue, training.access
-    uploads = Path(get_upload_folder()).resolve()
+    form, events = _form(playground), _Events(playground, training)
+    how: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    outputs = [*form.slots, *form.views]
+    form.add.click(events.add, form.inputs, [*outputs, form.files], concurrency_limit=1, **how)
+    buttons = (form.stop, events.stop), (form.resume, events.resume), (form.remove, events.remove)
+    for button, function in buttons:
+        button.click(function, [form.chosen], outputs, concurrency_limit=1, **how)
+    polled = [form.chosen, form.known, form.shown], [*form.views, *form.slots, form.shown]
+    form.chosen.input(events.poll, *polled, **how)
+    gr.Timer(POLL_SECONDS).tick(events.poll, *polled, **how)
+    for event in (page.load, tab.select):  # also the tab, which is built when it is opened
+        opened = event(events.open_page, None, [form.refusal, form.column], **how)
+        opened.then(events.poll, *polled, **how)
 
-    def allowed(request: gr.Request) -> bool:
-        return access.allows(request.cookies.get(access.cookie))
 
+def _form(playground: Playground) -> _Form:
+    """Add the components to the tab."""
     gr.Markdown(INTRODUCTION)
     refusal = gr.HTML(note_html(REFUSAL, "error"), elem_id="no-token")
     errors = {}
-    with gr.Column(visible=False) as form:
+    with gr.Column(visible=False) as column:
         text = gr.Textbox(label="Text of the stories", lines=6, max_lines=12)
         errors["text"] = gr.HTML(elem_id="error-text")
         files = gr.File(label=FILES, file_count="multiple", type="filepath", height=140)
@@ -77,78 +115,106 @@ def training_tab(page: gr.Blocks, tab: gr.Tab, playground: Playground, training:
             remove = gr.Button("Remove from the list", visible=False, elem_id="remove-training")
         errors["job"] = gr.HTML(elem_id="error-job")
         view = gr.HTML(elem_id="training")
-    known = gr.State([])  # choices of the list, which is sent again only if it changes
-    shown = gr.State({})  # errors of the job on the page
-    views = [chosen, known, stop, resume, remove, view]
-    slots = [errors[name] for name in FIELDS]
+    return _Form(
+        refusal, column, [text, files, size, start, minutes], files, add, chosen, gr.State([]),
+        stop, resume, remove, view, [errors[name] for name in FIELDS], gr.State({}),
+    )  # fmt: skip
 
-    def act(action: Callable[..., Job | None], *values: Any, request: gr.Request) -> list[Any]:
-        """Call `action` if the visitor may; return the error slots, the list and the view."""
-        if not allowed(request):
-            return [*_errors("start", REFUSAL), *[gr.skip()] * len(views)]
+
+class _Events:
+    """Answers to the events of the tab."""
+
+    def __init__(self, playground: Playground, training: Training) -> None:
+        self.playground, self.training = playground, training
+        self.uploads = Path(get_upload_folder()).resolve()
+
+    def allowed(self, request: gr.Request) -> bool:
+        """Return whether the visitor may train."""
+        access = self.training.access
+        return access.allows(request.cookies.get(access.cookie))
+
+    def add(
+        self, text: str, files: list[str] | None, size: str, start: str, minutes: float,
+        request: gr.Request,
+    ) -> list[Any]:  # fmt: skip
+        """Add a job; also empty the field of the files if it was added."""
+
+        def add_job() -> Job:
+            paths = [Path(name) for name in files or []]
+            if not all(path.resolve().is_relative_to(self.uploads) for path in paths):
+                raise UserError("Only uploaded files can be used.", "files")
+            return self.training.queue.add(text, paths, size, minutes, self._start_from(start))
+
+        answer = self._act(add_job, None, request)
+        started = all(not error for error in answer[: len(FIELDS)])
+        return [*answer, None if started else gr.skip()]  # the uploads were moved
+
+    def stop(self, name: str, request: gr.Request) -> list[Any]:
+        """Stop a job."""
+        return self._act(lambda: self.training.queue.stop(name), name, request)
+
+    def resume(self, name: str, request: gr.Request) -> list[Any]:
+        """Continue a job."""
+        return self._act(lambda: self.training.queue.resume(name), name, request)
+
+    def remove(self, name: str, request: gr.Request) -> list[Any]:
+        """Remove a job from the list."""
+        return self._act(lambda: self.training.queue.remove(name), name, request)
+
+    def poll(
+        self, name: str | None, known: list[Any], shown: dict[str, str], request: gr.Request
+    ) -> list[Any]:
+        """Return the list and the view, and the error of the job at its field."""
+        if not self.allowed(request):
+            return [gr.skip()] * (N_VIEWS + len(FIELDS) + 1)
+        views = [gr.skip()] * N_VIEWS
         try:
-            job = action(*values)
+            job = _selected(self.training, name)
+            problem = {} if job is None or job.error is None else _field_error(job)
+            views = _views(self.training, name, known, name)
         except UserError as error:
-            field = error.argument if error.argument in FIELDS else "start"
-            return [*_errors(field, error.message), *[gr.skip()] * len(views)]
-        name = values[0] if job is None else job.name
-        return [*_errors(), *_views(training, name, [], None)]
+            problem = {_field(error): error.message}
+        fields = [gr.skip()] * len(FIELDS)
+        if problem != shown:
+            fields = _errors(*next(iter(problem.items()), ()))
+        return [*views, *fields, problem]
 
-    def start_from(name: str) -> dict[str, str] | None:
-        model = playground.models.get(name)
+    def open_page(self, request: gr.Request) -> list[Any]:
+        """Show the form, or why the visitor may not use it."""
+        may = self.allowed(request)
+        return [gr.HTML(visible=not may), gr.Column(visible=may)]
+
+    def _act(
+        self, action: Callable[[], Job | None], name: str | None, request: gr.Request
+    ) -> list[Any]:
+        """Call `action` if the visitor may; return the error slots, the list and the view.
+
+        Args:
+            action: function that returns a new job, or None.
+            name: name of the job to show if there is no new one.
+            request: request of the visitor.
+        """
+        views = [gr.skip()] * N_VIEWS
+        if not self.allowed(request):
+            return [*_errors("start", REFUSAL), *views]
+        try:
+            job = action()
+            name = name if job is None else job.name
+            return [*_errors(), *_views(self.training, name, [], None)]
+        except UserError as error:
+            return [*_errors(_field(error), error.message), *views]
+
+    def _start_from(self, name: str) -> dict[str, str] | None:
+        """Return path and name of a model of the page; None for random weights."""
+        model = self.playground.models.get(name)
         if model is None or model.checkpoint is None:
             return None
         return {"path": str(model.checkpoint.absolute()), "name": name}
 
-    def add_job(text: str, files: list[str] | None, size: str, start: str, minutes: float) -> Job:
-        paths = [Path(name) for name in files or []]
-        if not all(path.resolve().is_relative_to(uploads) for path in paths):
-            raise UserError("Only uploaded files can be used.", "files")
-        return queue.add(text, paths, size, minutes, start_from(start))
 
-    def on_add(
-        text: str, files: list[str] | None, size: str, start: str, minutes: float,
-        request: gr.Request,
-    ) -> list[Any]:  # fmt: skip
-        answer = act(add_job, text, files, size, start, minutes, request=request)
-        started = all(not error for error in answer[: len(FIELDS)])
-        return [*answer, None if started else gr.skip()]  # the uploads were moved
-
-    def on_stop(name: str, request: gr.Request) -> list[Any]:
-        return act(queue.stop, name, request=request)
-
-    def on_resume(name: str, request: gr.Request) -> list[Any]:
-        return act(queue.resume, name, request=request)
-
-    def on_remove(name: str, request: gr.Request) -> list[Any]:
-        return act(queue.remove, name, request=request)
-
-    def poll(name: str | None, known: list[Any], shown: dict[str, str], request: gr.Request) -> Any:
-        """Return the list and the view, and the error of the job at its field."""
-        if not allowed(request):
-            return [gr.skip()] * (len(views) + len(slots) + 1)
-        job = _selected(training, name)
-        error = {} if job is None or job.error is None else _field_error(job)
-        fields = [gr.skip()] * len(FIELDS)
-        if error != shown:
-            fields = _errors(*next(iter(error.items()), ()))
-        return [*_views(training, name, known, name), *fields, error]
-
-    def open_page(request: gr.Request) -> list[Any]:
-        may = allowed(request)
-        return [gr.HTML(visible=not may), gr.Column(visible=may)]
-
-    how: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    outputs = [*slots, *views]
-    fields = [text, files, size, start, minutes]
-    add.click(on_add, fields, [*outputs, files], concurrency_limit=1, **how)
-    for button, function in ((stop, on_stop), (resume, on_resume), (remove, on_remove)):
-        button.click(function, [chosen], outputs, concurrency_limit=1, **how)
-    polled = [chosen, known, shown], [*views, *slots, shown]
-    chosen.input(poll, *polled, **how)
-    gr.Timer(POLL_SECONDS).tick(poll, *polled, **how)
-    for event in (page.load, tab.select):  # also the tab, which is built when it is opened
-        event(open_page, None, [refusal, form], **how).then(poll, *polled, **how)
+def _field(error: UserError) -> str:
+    """Return the field of an error."""
+    return error.argument if error.argument in FIELDS else "start"
 
 
 def _errors(field: str | None = None, message: str = "") -> list[str]:

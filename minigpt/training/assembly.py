@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import lightning as L
 import torch
 import torch.distributed
 import yaml
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
@@ -131,43 +131,17 @@ class Assembly:
 
     def trainer(self, callbacks: Sequence[Callback]) -> L.Trainer:
         """Return the Lightning Trainer with Mini GPT's callbacks and loggers, then `callbacks`."""
-        folder, config, hardware = self.folder, self.config, self.hardware
-        module, c, keep = self.module, config.trainer, config.callbacks
-        cache_dir, start_step = Path(config.data.cache_dir), self.start.step
-
-        def peak(again: bool) -> float:
-            return matmul_peak(hardware, cache_dir, again) * hardware.world_size
-
-        throughput = Throughput(module, c.log_every_n_steps, peak)
-        log.info(
-            "%-10s %s", "peak", f"{throughput.peak_flops:.3g} FLOP/s, which mfu is relative to"
-        )
-        validates = self.start.validates
-        checkpoints = Checkpoints(module, folder, keep, validates)
-        # At the last step, snapshots and checkpoints contain the mean.
-        weights: list[Callback] = [CycleMean(module)] if config.optimizer.cycles else []
-        weights += [Snapshots(module, folder, keep.snapshots)] if keep.snapshots else []
-        profiles = [Profile(module, folder / PROFILE)] if c.profile else []
-        facts = self._facts()
-        metrics = MetricsCsv(folder / METRICS, start_step or None, validates)
+        folder, config, hardware, c = self.folder, self.config, self.hardware, self.config.trainer
+        validates, facts = self.start.validates, self._facts()
+        checkpoints = Checkpoints(self.module, folder, config.callbacks, validates)
+        metrics = MetricsCsv(folder / METRICS, self.start.step or None, validates)
         loggers = [metrics, *extra_loggers(folder, config.logger)]
-        strategy: Strategy | str = c.strategy
-        if strategy == "fsdp":  # FSDP2; `GPTModule` shards its model, checkpoints are single files
-            sizes = hardware.world_size, 1  # sizes of data and tensor parallelism
-            strategy = ModelParallelStrategy(*sizes, save_distributed_checkpoint=False)
-        launcher = Launcher.detect()
-        # Under srun, `Checkpoints` queues the job again, so Lightning must not.
-        environment = {
-            None: LightningEnvironment,
-            "torchrun": TorchElasticEnvironment,
-            "srun": partial(SLURMEnvironment, auto_requeue=False),
-        }[launcher and launcher.name]()
         accumulate, n_steps = c.accumulate_grad_batches, self.schedule.n_steps
         trainer = L.Trainer(
             accelerator=hardware.accelerator,
             devices=hardware.devices,
             num_nodes=hardware.num_nodes,
-            strategy=strategy,
+            strategy=_strategy(c, hardware),
             precision=hardware.precision,  # type: ignore[arg-type]
             max_steps=n_steps + validates,  # Lightning would skip a validation after the last step
             accumulate_grad_batches=accumulate,
@@ -178,29 +152,43 @@ class Assembly:
             num_sanity_val_steps=0,
             log_every_n_steps=c.log_every_n_steps,
             logger=loggers,
-            callbacks=[
-                throughput,
-                TrainingProgress(module, keep.progress_bar, throughput),
-                StorySamples(
-                    module, folder, self.data.tokenizer, keep, config.seed, start_step - validates
-                ),
-                *weights,
-                checkpoints,
-                RunReport(module, folder, facts, throughput, checkpoints),
-                *profiles,
-                *callbacks,
-            ],
+            callbacks=[*self._callbacks(checkpoints, facts), *callbacks],
             default_root_dir=folder,
             enable_checkpointing=False,  # ours are among the callbacks
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,  # the data module distributes the windows itself
-            plugins=[checkpoints.files, environment],
+            plugins=[checkpoints.files, _environment()],
         )
         for logger in loggers:  # opens the W&B run, which `_fit` closes
             shape = dataclasses.asdict(config.model)  # `model` is the name of the size
             logger.log_hyperparams({**plain(config), "shape": shape, **facts})
         return trainer
+
+    def _callbacks(self, checkpoints: Checkpoints, facts: dict[str, Any]) -> list[Callback]:
+        """Return Mini GPT's callbacks, in the order in which they run."""
+        folder, config, hardware = self.folder, self.config, self.hardware
+        module, c, keep = self.module, config.trainer, config.callbacks
+        cache_dir, first_step = Path(config.data.cache_dir), self.start.step - self.start.validates
+
+        def peak(again: bool) -> float:
+            return matmul_peak(hardware, cache_dir, again) * hardware.world_size
+
+        throughput = Throughput(module, c.log_every_n_steps, peak)
+        log.info(
+            "%-10s %s", "peak", f"{throughput.peak_flops:.3g} FLOP/s, which mfu is relative to"
+        )
+        return [
+            throughput,
+            TrainingProgress(module, keep.progress_bar, throughput),
+            StorySamples(module, folder, self.data.tokenizer, keep, config.seed, first_step),
+            # At the last step, snapshots and checkpoints contain the mean.
+            *([CycleMean(module)] if config.optimizer.cycles else []),
+            *([Snapshots(module, folder, keep.snapshots)] if keep.snapshots else []),
+            checkpoints,
+            RunReport(module, folder, facts, throughput, checkpoints),
+            *([Profile(module, folder / PROFILE)] if c.profile else []),
+        ]
 
     def _facts(self) -> dict[str, Any]:
         """Return the entries of the summary that are known before the run starts."""
@@ -226,6 +214,23 @@ class Assembly:
             **({"teachers": plain(list(teachers.records))} if teachers else {}),
             "commit": commits,
         }
+
+
+def _strategy(c: TrainerConfig, hardware: Hardware) -> Strategy | str:
+    if c.strategy != "fsdp":
+        return c.strategy
+    # FSDP2: `GPTModule` shards its model, and checkpoints are single files.
+    sizes = hardware.world_size, 1  # sizes of data and tensor parallelism
+    return ModelParallelStrategy(*sizes, save_distributed_checkpoint=False)
+
+
+def _environment() -> ClusterEnvironment:
+    launcher = Launcher.detect()
+    if launcher is None:
+        return LightningEnvironment()
+    if launcher.name == "torchrun":
+        return TorchElasticEnvironment()
+    return SLURMEnvironment(auto_requeue=False)  # `Checkpoints` queues the job again
 
 
 def set_losses(

@@ -121,18 +121,18 @@ def test_training_works_after_generation_and_between_its_tokens():
     assert model.embedding.weight.grad is not None
 
 
-def test_samples_follow_the_softmax_at_the_given_temperature(backend):
+def test_samples_follow_the_softmax_at_the_given_temperature():
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0]).expand(20_000, -1)
     generator = torch.Generator().manual_seed(0)
     for temperature in (0.5, 1.0, 2.0):
-        ids = sample(logits, SamplingConfig(temperature, backend=backend), generator)
+        ids = sample(logits, SamplingConfig(temperature), generator)
         shares = ids.bincount(minlength=4) / len(ids)
         torch.testing.assert_close(
             shares, (logits[0] / temperature).softmax(-1), atol=0.015, rtol=0
         )
 
 
-def test_lowest_temperatures_and_strictest_filters_choose_the_most_likely_token(backend):
+def test_lowest_temperatures_and_strictest_filters_choose_the_most_likely_token():
     logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(0)) * 5
     generator = torch.Generator().manual_seed(0)
     for settings in (
@@ -143,7 +143,7 @@ def test_lowest_temperatures_and_strictest_filters_choose_the_most_likely_token(
         {"top_p": 1e-9},
         {"min_p": 1.0},
     ):
-        ids = sample(logits, SamplingConfig(**settings, backend=backend), generator)
+        ids = sample(logits, SamplingConfig(**settings), generator)
         assert torch.equal(ids, logits.argmax(-1)), settings
 
 

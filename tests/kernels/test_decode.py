@@ -7,6 +7,7 @@ import math
 import subprocess
 import weakref
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ import torch
 from minigpt.core.settings import UserError
 from minigpt.generation import decoder as decoder_module
 from minigpt.generation.decoder import CachedBatch, Decoder
-from minigpt.generation.sampling import SamplingConfig, sample
+from minigpt.generation.sampling import SamplingConfig, generate, sample, stream_text
 from minigpt.kernels import decode
+from minigpt.kernels.sampler import Sampler, SamplerStruct
 from minigpt.model import GPT, GPTConfig
+from minigpt.tokenizer import Tokenizer
 from tests.conftest import naming
 from tests.generation.test_decoder import (  # noqa: F401 - tests, with the backend below
     Flipped,
@@ -33,8 +36,6 @@ from tests.generation.test_decoder import (  # noqa: F401 - tests, with the back
 )
 from tests.generation.test_sampling import (  # noqa: F401
     test_cached_decoding_equals_full_passes_over_the_window,
-    test_lowest_temperatures_and_strictest_filters_choose_the_most_likely_token,
-    test_samples_follow_the_softmax_at_the_given_temperature,
 )
 
 needs_compiler = pytest.mark.skipif(decode.compiler() is None, reason="no C compiler")
@@ -45,6 +46,18 @@ def backend() -> str:
     if decode.compiler() is None:
         pytest.skip("no C compiler")
     return "c"
+
+
+def choose(logits: torch.Tensor, points: torch.Tensor, **settings: Any) -> torch.Tensor:
+    """Tokens that decode.c chooses from logits (B, V) with random numbers (B,)."""
+    sampler = Sampler(*logits.shape, -1, **settings)
+    ids = torch.empty(len(logits), dtype=torch.long)
+    struct = sampler.prepare(points, ids, logits.shape[1])
+    arrays = (ctypes.c_void_p(x.data_ptr()) for x in (logits, points, ids))
+    library = decode.library()
+    assert library is not None
+    library.sample(ctypes.byref(struct), 0, len(logits), *arrays)
+    return ids
 
 
 def read(model: GPT, ids: torch.Tensor, threads: int = 1) -> torch.Tensor:
@@ -116,7 +129,7 @@ def test_avx_512_build_gives_the_same_logits_and_samples(monkeypatch, tmp_path):
     torch.testing.assert_close(read(model.bfloat16(), ids, 2), expected, rtol=0, atol=near)
     logits, points = torch.randn(9, 71), torch.rand(9)
     mass = logits.softmax(-1).cumsum(-1)
-    assert decode.sample(logits, 1.0, points).tolist() == [
+    assert choose(logits, points).tolist() == [
         int(torch.searchsorted(row, point)) for row, point in zip(mass, points, strict=True)
     ]
 
@@ -132,7 +145,7 @@ def test_default_dtype_and_mixed_dtypes_do_not_change_logits():
         torch.set_default_dtype(dtype)
         try:
             logits = read(model, ids)
-            samples = decode.sample(expected.reshape(-1, 71), 1.0, torch.zeros(15))
+            samples = choose(expected.reshape(-1, 71), torch.zeros(15, dtype=torch.float32))
         finally:
             torch.set_default_dtype(torch.float32)
         torch.testing.assert_close(logits, expected)
@@ -144,17 +157,6 @@ def test_default_dtype_and_mixed_dtypes_do_not_change_logits():
     model.positions.mul_(2)
     exact.positions.mul_(2)
     torch.testing.assert_close(read(model, ids), exact(ids)[:, -3:])
-
-
-@needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_logits_of_any_dtype_are_sampled(dtype):
-    logits = torch.full((4, 80), -30.0, dtype=dtype)
-    logits[:, 50] = 30.0
-    for backend in ("c", "torch"):
-        generator = torch.Generator().manual_seed(0)
-        sampling = SamplingConfig(1.0, backend=backend)
-        assert sample(logits, sampling, generator).tolist() == [50] * 4
 
 
 @needs_compiler
@@ -184,17 +186,46 @@ def test_bfloat16_rounds_weights_keys_and_values_and_nothing_else():
     torch.testing.assert_close(read(model.bfloat16(), ids), rounded(ids))
 
 
+FILTERS = {
+    "none": {},
+    "temperature": {"temperature": 0.3},
+    "greedy": {"temperature": 0.0},
+    "top_k": {"top_k": 5},
+    "top_p": {"top_p": 0.8},
+    "min_p": {"min_p": 0.1},
+    "all": {"temperature": 1.7, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
+}
+
+
 @needs_compiler
-def test_sampled_token_equals_that_of_pytorch_for_the_same_random_number():
+@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("n", [1, 7, 33, 3000])
+def test_sampled_token_equals_that_of_pytorch_for_the_same_random_number(name, n):
     torch.manual_seed(0)
-    for n, temperature in itertools.product((1, 7, 8, 33, 3000), (0.3, 1.0, 2.5)):
-        logits, samples = 4 * torch.randn(200, n), []
-        logits[:, ::3] -= 100.0  # as good as impossible
-        for backend in ("c", "torch"):
-            generator = torch.Generator().manual_seed(1)
-            samples.append(sample(logits, SamplingConfig(temperature, backend=backend), generator))
-        assert (samples[0] == samples[1]).float().mean() >= 0.99  # others differ by rounding
-        assert n == 1 or len(samples[0].unique()) > 1
+    logits, settings = 4 * torch.randn(200, n), FILTERS[name]
+    logits[:, ::3] -= 100.0  # as good as impossible
+    seen = torch.rand(200, n) < 0.2
+    generator, points = (torch.Generator().manual_seed(1) for _ in range(2))
+    points = torch.rand(200, generator=points)
+    config = SamplingConfig(**{"temperature": 1.0, "repetition_penalty": 1.3, **settings})
+    expected = sample(logits, config, generator, seen)
+    ids = choose(logits, points, penalty=1.3, seen=seen, **settings)
+    assert (ids == expected).float().mean() >= 0.99  # others differ by rounding
+    assert n == 1 or len(ids.unique()) > 1
+
+
+@needs_compiler
+def test_filters_keep_their_number_of_equally_likely_tokens():
+    points = torch.arange(100) / 100
+    equal = torch.zeros(100, 70)
+    assert set(choose(equal, points, top_k=3).tolist()) == {0, 1, 2}
+    assert set(choose(equal, points, top_p=3.5 / 70).tolist()) == {0, 1, 2, 3}
+    assert set(choose(equal, points, min_p=1.0).tolist()) == set(range(70))
+    assert set(choose(equal, points, temperature=0.0).tolist()) == {0}
+    equal[:, 60:] = 1.0
+    assert set(choose(equal, points, top_k=12).tolist()) == {0, 1, *range(60, 70)}
+    for strict in ({"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-5, "top_k": 1}):
+        assert set(choose(equal, points, **strict).tolist()) == {60}
 
 
 @needs_compiler
@@ -202,14 +233,61 @@ def test_extreme_random_numbers_never_sample_impossible_tokens():
     logits = torch.full((5, 70), -math.inf)
     logits[:, 40:43] = torch.tensor([1.0, 1.0, 0.0])
     points = torch.tensor([0.0, 0.3, 0.5, 0.9, 1 - 2**-24])
-    assert decode.sample(logits, 1.0, points).tolist() == [40, 40, 41, 42, 42]
-    assert decode.sample(logits[:1], 1.0, torch.ones(1)).tolist() == [42]  # rounding may give 1
-    assert 0 <= decode.sample(torch.full((1, 70), math.nan), 1.0, points[:1]).item() < 70
+    assert choose(logits, points).tolist() == [40, 40, 41, 42, 42]
+    assert choose(logits[:1], torch.ones(1)).tolist() == [42]  # rounding may give 1
+    nan = torch.full((1, 70), math.nan)
+    for settings in ({}, {"temperature": 0.0}, {"top_k": 3, "top_p": 0.5, "min_p": 0.1}):
+        assert 0 <= choose(nan, points[:1], **settings).item() < 70
+
+
+def generated(
+    backend: Literal["torch", "c"], prompts: list[list[int]], end: int = 0, **settings: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (T, B) and logits (T, B, 57)."""
+    model = make_model().requires_grad_(False)
+    sampling = SamplingConfig(**{"max_tokens": 60, "backend": backend, "seed": 4, **settings})
+    steps = list(generate(model, prompts, sampling, end, vocab_size=57))
+    ids, logits = (torch.stack(column) for column in zip(*steps, strict=True))
+    return ids, logits
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", [*FILTERS, "penalty"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_generated_tokens_equal_those_of_pytorch_for_the_same_seed(name, threads):
+    """Beyond the context, with sequences that end at different steps."""
+    settings = {**FILTERS, "penalty": {"repetition_penalty": 1.5, "top_k": 8}}[name]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for prompts in ([[5]], [[5, 0, 3], [7], list(range(1, 30))], [[1]] * 9):
+            for end in (-1, 9):
+                expected, result = (
+                    generated(backend, prompts, end, **settings) for backend in ("torch", "c")
+                )
+                assert torch.equal(result[0], expected[0])
+                torch.testing.assert_close(result[1], expected[1])
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+def test_streamed_story_equals_that_of_pytorch():
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train(["Once upon a time there was a dragon.", "There was a cat."], 270)
+    model = GPT(GPTConfig(tokenizer.vocab_size, 16, d_model=16, n_layers=2, n_heads=2, d_ff=24))
+    stories = [
+        list(stream_text(model, tokenizer, "Once", SamplingConfig(1.0, seed=2, backend=backend)))
+        for backend in ("torch", "c")
+    ]
+    assert stories[0] == stories[1]
+    assert len(stories[0]) > 9
 
 
 @needs_compiler
 def test_structs_and_constants_are_those_of_the_source(tmp_path):
     structs = {name: getattr(decode, f"_{name.title()}") for name in STRUCTS}
+    structs["sampler"] = SamplerStruct
     lines = [
         f'#include "{decode.SOURCE}"',
         "const int panel = PANEL, min_sequences = MIN_SEQUENCES;",

@@ -1,15 +1,18 @@
+import atexit
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from minigpt.core.settings import UserError
 from minigpt.playground import server
 from minigpt.playground.answers import Playground
-from minigpt.playground.server import read_login, serve, start
+from minigpt.playground.server import read_login, serve, start, store_uploads_privately
 from minigpt.runs.folder import Run
 from tests.cli.test_app import run_main
 from tests.conftest import ROOT, naming
@@ -47,6 +50,7 @@ def test_unknown_host_is_looked_up_once(monkeypatch, host, port):
 
 # In a process of its own, because Gradio leaves event loops open. The proxy must not be used.
 FREE_PORTS = """
+import os
 from pathlib import Path
 
 import httpx
@@ -79,8 +83,11 @@ for host in {hosts}:
             client.get("/", params=token),
         ]
         root = client.get("/config").json()["root"]
+        files = {{"files": ("story.txt", b"Tom ran.")}}
+        (upload,) = client.post("/gradio_api/upload", files=files).json()
     assert ["set-cookie" in answer.headers for answer in answers[-2:]] == [False, True]
     assert not any("access-control-allow-origin" in answer.headers for answer in answers)
+    assert Path(upload).is_relative_to(os.environ["GRADIO_TEMP_DIR"])
     assert root.endswith("/stories"), root
     print(page.server_port, *(answer.status_code for answer in answers))
 """
@@ -93,11 +100,12 @@ def test_default_port_is_the_next_free_one_and_foreign_hosts_are_refused(taken_p
     process = subprocess.run(
         [sys.executable, "-c", FREE_PORTS.format(port=taken_port, hosts=hosts)],
         cwd=tmp_path,
-        env=os.environ | proxy | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | proxy | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
         check=True,
     )
+    assert not list(tmp_path.glob("minigpt-uploads-*"))
     answers = [line.split() for line in process.stdout.splitlines()]
     ports = [int(port) for port, *_ in answers]
     assert len(ports) == len(hosts)
@@ -142,6 +150,26 @@ def test_page_without_a_folder_for_trainings_is_served(monkeypatch, tmp_path):
     with pytest.raises(ZeroDivisionError):
         serve([])
     assert trainings == [None]
+
+
+def test_uploads_are_stored_in_a_private_folder_that_is_deleted_at_the_end(monkeypatch, tmp_path):
+    callbacks = []
+    monkeypatch.setattr(atexit, "register", lambda *call, **how: callbacks.append((call, how)))
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "named"))
+    store_uploads_privately()
+    assert os.environ["GRADIO_TEMP_DIR"] == str(tmp_path / "named")
+    assert not callbacks
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "gradio").touch()  # Gradio's default, which cannot be used
+    store_uploads_privately()
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    assert folder.parent == tmp_path
+    assert folder.stat().st_mode & 0o777 == 0o700
+    (folder / "story.txt").touch()
+    (((function, *arguments), how),) = callbacks
+    function(*arguments, **how)
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("root_path", ["", "stories", "ftp://a/b"])

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -185,6 +186,71 @@ def test_full_disk_is_an_error_and_leaves_no_job(queue, monkeypatch):
         add(queue)
     assert error.value.argument == "start"
     assert list(queue.folder.glob(".*-*")) == queue.jobs() == []
+
+
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied"),
+                                   NotImplementedError("no locks")])  # fmt: skip
+def test_folder_that_cannot_be_locked_is_one_line_at_the_field(queue, monkeypatch, error):
+    job = add(queue)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(FileLock, "acquire", fail)
+    actions = {
+        "start": [lambda: add(queue), queue.advance],
+        "job": [partial(act, job.name) for act in (queue.stop, queue.resume, queue.remove)],
+    }
+    for field, calls in actions.items():
+        for call in calls:
+            with pytest.raises(UserError, match=naming(str(queue.folder))) as caught:
+                call()
+            assert caught.value.argument == field
+            assert "\n" not in str(caught.value)
+    job._request(state="started")
+    with pytest.raises(UserError, match=naming(str(job.folder))) as caught:
+        _ = job.state
+    assert caught.value.argument == "job"
+
+
+def test_queue_that_another_server_locks_is_one_line_at_the_field(queue, monkeypatch):
+    monkeypatch.setattr(training, "_LOCK_SECONDS", 0)
+    with FileLock(queue.folder / ".lock"), pytest.raises(UserError, match="again") as caught:
+        add(queue)
+    assert caught.value.argument == "start"
+
+
+def test_upload_that_is_gone_is_an_error_of_the_files(queue, tmp_path):
+    with pytest.raises(UserError) as caught:
+        add(queue, files=[tmp_path / "gone.txt"])
+    assert caught.value.argument == "files"
+
+
+def test_tab_shows_a_folder_that_cannot_be_used_at_its_field(queue, monkeypatch):
+    from minigpt.playground import training_page
+    from minigpt.playground.access import Access
+    from minigpt.playground.answers import Playground
+    from minigpt.playground.server import Training
+
+    access, fields = Access(), training_page.FIELDS
+    events = training_page._Events(Playground([]), Training(queue, access))
+    request: Any = SimpleNamespace(cookies={access.cookie: access.token})
+    job = add(queue)
+    job._request(state="started")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(FileLock, "acquire", fail)
+    shown = events.poll(job.name, [], {}, request)[training_page.N_VIEWS :]
+    assert [bool(error) for error in shown[:-1]] == [field == "job" for field in fields]
+    stopped = events.stop(job.name, request)
+    assert [bool(error) for error in stopped[: len(fields)]] == [field == "job" for field in fields]
+    added = events.add(TEXT, None, "small", "", 1, request)
+    assert [bool(error) for error in added[: len(fields)]] == [field == "start" for field in fields]
+    assert len(added) == len(fields) + training_page.N_VIEWS + 1
+    request.cookies.clear()
+    assert "token" in events.stop(job.name, request)[fields.index("start")]
 
 
 @pytest.mark.parametrize("name", ["", "..", "../../runs/other", "none", None])
