@@ -20,6 +20,7 @@ quickstart: .venv/installed  # install, train the small model for minutes, evalu
 	@$(BIN)/minigpt generate releases/large --seed 1
 	@echo
 	@echo "Next:    $(BIN)/python train.py budget.tokens=20e6     # better stories, in 20 to 60 min"
+	@echo "         $(BIN)/pip install -e '.[playground]' && $(BIN)/minigpt playground    # watch a model learn"
 	@echo "         $(BIN)/python train.py model=medium           # or model=large"
 	@echo "         $(BIN)/python train.py --help"
 

@@ -107,7 +107,7 @@ def test_results_are_those_of_the_recorded_runs():
         if not re.search("^reference|-seed", run.name):
             numbers = f"{run.perplexity:.2f}", f"{run.bits_per_byte:.3f}"
             recorded[run.model, f"{run.tokens / 1e6:.0f}M"] = numbers
-            if path.parent.name == "releases":
+            if path.parent.name == "releases" and run.model != "w64":
                 released[run.model] = numbers[0]
     rows = {(m[1], m[2]): (m[3], m[4]) for m in map(ROW.fullmatch, README.splitlines()) if m}
     assert len(rows) == 8

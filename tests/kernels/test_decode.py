@@ -2,7 +2,6 @@
 
 import ctypes
 import gc
-import itertools
 import math
 import subprocess
 import weakref
