@@ -414,7 +414,7 @@ def kernels_of_a_step(m: Machine, size: str, batch: int) -> Values:
     whole = 1e3 * m.seconds(step)
     kinds = [torch.profiler.ProfilerActivity.CPU]
     kinds += [torch.profiler.ProfilerActivity.CUDA] if m.on_gpu else []
-    with torch.profiler.profile(activities=kinds) as profile:
+    with torch.profiler.profile(activities=kinds, acc_events=True) as profile:
         for _ in range(m.steps):
             step()
         m.synchronize()

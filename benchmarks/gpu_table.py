@@ -24,8 +24,9 @@ def table(content: dict[str, Any]) -> str:
 def device(content: dict[str, Any]) -> str:
     """Return the name of the device, with its measured copy bandwidth and bfloat16 product."""
     speeds = content["results"].get("machine", {})
-    units = [f"{speeds[unit]:,.0f} {unit}" for unit in UNITS if unit in speeds]
-    return ", ".join([content["measured_on"], *units])
+    names = [(measure, *measure.split()) for measure in UNITS if measure in speeds]
+    figures = [f"{name} {speeds[measure]:,.0f} {unit}" for measure, name, unit in names]
+    return ", ".join([content["measured_on"], *figures])
 
 
 def measures(content: dict[str, Any]) -> list[tuple[str, str]]:

@@ -10,11 +10,12 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from importlib import metadata, resources
+from importlib import resources
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+import minigpt
 from minigpt.core.settings import one_line
 from minigpt.core.text import BAR, human_time
 from minigpt.core.typed import shell_command, shell_word, typed_settings
@@ -85,7 +86,7 @@ def model_card(
         license=license,
         command=_command(config, averaged),
         run=shell_word(f"runs/{config.get('name')}"),
-        version=metadata.version("minigpt"),
+        version=minigpt.__version__,
         commit=_cell(summary.get("commit")),
     )
     return f"{card}\n"

@@ -40,7 +40,7 @@ class Profile(Callback):
         if trainer.global_step == self.first and self._profile is None and trainer.is_global_zero:
             on_gpu = trainer.strategy.root_device.type == "cuda"
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-            self._profile = profile(activities=activities)
+            self._profile = profile(activities=activities, acc_events=True)
             self._profile.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
