@@ -27,7 +27,7 @@ from minigpt.tokenizer import Tokenizer
 
 MAX_BATCH = 64  # sequences per batch: 170 MB of keys and values for the medium model
 MIN_TEMPERATURE = 1e-6  # below this, sampling is greedy, because the division would overflow
-CHUNK = 8  # steps per call of decode.c: few enough for a stream, after a first step on its own
+CHUNK = 16  # steps per call of decode.c, after a first step on its own: few enough for a stream
 
 
 @documented
