@@ -32,7 +32,7 @@ from minigpt.tokenizer import Tokenizer
 
 GROUP = 64  # sequences with one random generator; on a CPU, also the size of a batch
 LOOK_EVERY = 16  # steps on a GPU from one look at the tokens to the next
-CHUNK = 8  # steps per call of decode.c: few enough for a stream, after a first step on its own
+CHUNK = 16  # steps per call of decode.c, after a first step on its own: few enough for a stream
 MIN_TEMPERATURE = 1e-6  # below this, sampling is greedy, because the division would overflow
 
 
