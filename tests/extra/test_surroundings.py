@@ -365,7 +365,7 @@ def test_error_of_the_second_process_is_one_line(workspace: Path, terminal: Term
     run = two_processes(workspace, "error", terminal)
     assert run.wait() == 2
     time.sleep(1)  # for the terminal
-    errors = [line for line in terminal.text().splitlines() if "rror" in line]
+    errors = re.findall(r"^error: .*", terminal.text(), re.MULTILINE)
     assert len(errors) == 2  # and a line of the first process
     assert "data.batch_size=4" in errors[0]
     assert "Traceback" not in terminal.text()
