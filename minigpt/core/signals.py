@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from minigpt.core.console import terminal_is_gone
+from minigpt.core.distributed import global_rank
 
 _ANSWER_SECONDS = 4.0
 # A launcher, such as torchrun, forwards a Ctrl-C that the terminal has sent to all processes.
@@ -143,9 +144,10 @@ class SignalWatch:
 
 
 def _exit_now(number: int) -> None:
-    with contextlib.suppress(OSError, ValueError):
-        cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides the cursor
-        os.write(2, f"{cursor}\nstopped by {signal.Signals(number).name}\n".encode())
+    if global_rank() == 0:
+        with contextlib.suppress(OSError, ValueError):
+            cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides the cursor
+            os.write(2, f"{cursor}\nstopped by {signal.Signals(number).name}\n".encode())
     os._exit(128 + number)
 
 
