@@ -104,6 +104,10 @@ def _form(playground: Playground) -> _Form:
             size = gr.Dropdown(sizes, value="small", label="Size")
             start = gr.Dropdown([RANDOM, *playground.models], value=RANDOM, label=START_FROM)
             minutes = gr.Number(5, label="Minutes")
+        start.change(  # another start keeps the size of its model
+            lambda name: gr.Dropdown(visible=name == RANDOM), start, size, show_progress="hidden",
+            api_visibility="private",
+        )  # fmt: skip
         errors["size"] = gr.HTML(elem_id="error-size")
         errors["minutes"] = gr.HTML(elem_id="error-minutes")
         add = gr.Button("Start", variant="primary", elem_id="start-training")
