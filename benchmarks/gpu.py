@@ -31,7 +31,9 @@ if str(ROOT) not in sys.path:
 
 import torch  # noqa: E402
 
+from benchmarks import gpu_checks as checks  # noqa: E402
 from benchmarks import gpu_measures as measures  # noqa: E402
+from benchmarks import gpu_trainings as trainings  # noqa: E402
 from benchmarks.gpu_measures import Machine, Values  # noqa: E402
 from minigpt.core.files import write_json  # noqa: E402
 from minigpt.core.hardware import cpu_description  # noqa: E402
@@ -113,12 +115,12 @@ def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
     """Return all parts, the most valuable first."""
     parts = [
         Part("machine", 5, lambda: measures.describe(m)),
-        Part("data", 15, lambda: measures.data_is_ready(m)),
-        Part("check batches", 5, lambda: measures.check_batches(m)),
-        Part("check gradients", 25, lambda: measures.check_gradients(m)),
-        Part("check syncs", 20, lambda: measures.check_syncs(m)),
-        Part("check generation", 10, lambda: measures.check_generation(m)),
-        Part("check resume", 20, lambda: measures.check_resume(m)),
+        Part("data", 15, lambda: trainings.data_is_ready(m)),
+        Part("check batches", 5, lambda: checks.check_batches(m)),
+        Part("check gradients", 25, lambda: checks.check_gradients(m)),
+        Part("check syncs", 20, lambda: checks.check_syncs(m)),
+        Part("check generation", 10, lambda: checks.check_generation(m)),
+        Part("check resume", 20, lambda: checks.check_resume(m)),
     ]
     for batch in m.batches:
         name = f"speed medium {batch}"
@@ -126,7 +128,7 @@ def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
 
     def training(name: str, seconds: float, *overrides: str, keep: bool = True) -> None:
         def run() -> Values:
-            return measures.training(m, name, overrides, left(), out if keep else None)
+            return trainings.training(m, name, overrides, left(), out if keep else None)
 
         parts.append(Part(f"training {name}", seconds, run))
 
@@ -163,7 +165,7 @@ def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
     training("medium-compiled", 90, *medium, *compiled, keep=False)
     small = [*sizes["small"], *few, b["shared"]]
     for n in m.shared:
-        parts.append(Part(f"sharing {n}", 60, lambda n=n: measures.sharing(m, n, small, left())))
+        parts.append(Part(f"sharing {n}", 60, lambda n=n: trainings.sharing(m, n, small, left())))
     training("small", 40, *sizes["small"], *many, b["small"])
     for windows in m.batches:
         parts.append(

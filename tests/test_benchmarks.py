@@ -60,7 +60,7 @@ def test_generation_leaves_out_missing_and_failing_engines(monkeypatch, capsys, 
 @pytest.fixture(scope="module")
 def gpu_results(tmp_path_factory):
     """Return the folder of a run of benchmarks/gpu.py on a CPU, with trainings in this process."""
-    from benchmarks import gpu, gpu_measures
+    from benchmarks import gpu, gpu_trainings
 
     one_at_a_time = threading.Lock()
 
@@ -70,7 +70,7 @@ def gpu_results(tmp_path_factory):
             train(load_config("train", command[2:]))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_measures, "shell", shell)
+        patch.setattr(gpu_trainings, "shell", shell)
         out = tmp_path_factory.mktemp("gpu")
         gpu.main(["--minutes", "60", "--device", "cpu", "--out", str(out)])
     return out
