@@ -90,6 +90,7 @@ def test_evaluate_measures_the_loss_of_the_class(here: Path):
     assert summary["val/loss"] < 3  # of 300 tokens; without the class it would be above 6
 
 
+@pytest.mark.long
 def test_every_verb_that_loads_a_model_takes_the_class(here: Path):
     for words in (
         ["generate", "runs/mine", "--max-tokens", "5"],

@@ -166,7 +166,7 @@ def test_attention_is_limited_and_an_error_names_layers_and_heads(page):
 
 
 def test_models_have_unique_names_and_are_loaded_once(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(Run, "load_model", lambda run: model("", tokenizer).net)
+    monkeypatch.setattr(Run, "load_model", lambda run, device: model("", tokenizer).net)
     monkeypatch.setattr(Run, "tokenizer", tokenizer)
     paths = [tmp_path / name for name in ("x/best.ckpt", "x/last.ckpt", "y/x/best.ckpt")]
     one, last, other = (Run(path.parent, path) for path in paths)

@@ -50,6 +50,7 @@ def test_run_killed_ten_times_ends_with_the_weights_of_an_undisturbed_run(worksp
     assert_same(workspace / "runs/killed", workspace / "runs/whole")
 
 
+@pytest.mark.long
 def test_run_stopped_by_a_scheduler_resumes_by_the_same_command(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -77,6 +78,7 @@ def test_run_stopped_by_a_scheduler_resumes_by_the_same_command(
     assert_same(folder, workspace / "runs/whole")
 
 
+@pytest.mark.long
 def test_run_outlives_its_terminal(workspace: Path):
     terminal = Terminal()
     command = [*overrides(workspace), "name=alone", "callbacks.progress_bar=true"]

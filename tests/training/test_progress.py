@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from minigpt.runs.records import read_metrics
 from tests.conftest import ROOT
 
@@ -16,6 +18,7 @@ RUN = (  # train.py, with a line for each step
 )
 
 
+@pytest.mark.long
 def test_a_run_into_a_file_writes_lines_of_each_stage(tiny: list[str], tmp_path: Path):
     output = tmp_path / "output.txt"
     with output.open("wb") as file:
