@@ -101,6 +101,9 @@ def _train(
     _mark(memory, GPTModule, "optimizer_step", STEP)
     _mark(memory, GPTModule, "validation_step", VALIDATION)
     _mark(memory, checkpointing, "write_checkpoint", CHECKPOINT)
+    # A suite that was started in the background or under nohup ignores these signals.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if before is not None:
         before()
     sys.argv = [program, *arguments]
