@@ -179,6 +179,8 @@ def test_the_quota_of_a_cgroup_sets_the_threads(one_core, tiny):
 
 
 def test_a_user_without_a_temporary_folder_is_asked_for_one(owned, tmp_path):
+    if any(ROOT.is_relative_to(folder) for folder in ("/tmp", "/var/tmp", "/usr/tmp")):
+        pytest.skip("the checkout is in a temporary folder, which this test hides")
     script = (
         "mkdir -p /run/minigpt && mount -t tmpfs tmpfs /run/minigpt && "
         f"cp -a {tmp_path} /run/minigpt/run && chmod 755 /run/minigpt && "
