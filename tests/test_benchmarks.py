@@ -76,8 +76,11 @@ def gpu_results(tmp_path_factory):
     return out
 
 
-# torch.compile itself instantiates the autograd function of the loss.
-COMPILES = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+# torch.compile itself instantiates the autograd function of the loss, and reads gradients.
+COMPILES = pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+)
 
 
 @COMPILES
