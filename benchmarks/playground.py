@@ -104,9 +104,12 @@ def measure_training(folder: Path, n_rounds: int) -> dict[str, Any]:
             job = Job(folder / "jobs" / name)
             job.folder.mkdir(parents=True)
             (job.folder / "job.json").write_text('{"state": "started", "names": []}')
-            job.report(phase="training", run=str(folder / name), tokens=1_000_000)
-            words = ["budget.tokens=1e6", f"runs_dir={folder}", f"name={name}"]
-            config = load_config("train", [*words, "callbacks.progress_bar=false"])
+            job.report(phase="training", run=str(folder / name), tokens=500_000)
+            words = [
+                "budget.tokens=5e5", "optimizer.warmup_steps=20", "trainer.n_validations=1",
+                "callbacks.progress_bar=false", f"runs_dir={folder}", f"name={name}",
+            ]  # fmt: skip
+            config = load_config("train", words)
             ended = threading.Event()
 
             def look(job: Job = job, ended: threading.Event = ended) -> None:
