@@ -41,6 +41,7 @@ class Age:
 
     name: str  # name of the model at this age
     run: Run  # with the snapshot selected
+    tokenizer: Tokenizer  # of the run, which every snapshot shares
     tokens: int  # number of training tokens so far
 
 
@@ -334,7 +335,7 @@ def _load(run: Run, taken: Sequence[str]) -> LoadedModel:
     for path in run.snapshots:
         tokens, loss = snapshot_values(path)
         aged = f"{name} after {human_count(tokens)} tokens, {path.stem}"
-        ages.append((Age(aged, replace(run, checkpoint=path), tokens), loss))
+        ages.append((Age(aged, replace(run, checkpoint=path), tokenizer, tokens), loss))
     curve = safe_curve(run.folder)
     if curve is None and ages:  # a release has no metrics.csv
         losses = [age.tokens for age, _ in ages], [loss for _, loss in ages]
@@ -345,8 +346,8 @@ def _load(run: Run, taken: Sequence[str]) -> LoadedModel:
 
 @lru_cache(maxsize=LOADED_AGES)
 def _load_age(age: Age) -> LoadedModel:
-    net, tokenizer = age.run.load_model(model_device()), age.run.tokenizer
-    return LoadedModel(age.name, net, tokenizer, EmbeddingProbe(net, tokenizer), None)
+    net = age.run.load_model(model_device())
+    return LoadedModel(age.name, net, age.tokenizer, EmbeddingProbe(net, age.tokenizer), None)
 
 
 @lru_cache(maxsize=LOADED_AGES)
