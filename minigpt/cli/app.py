@@ -176,7 +176,10 @@ def export(
     dtype: Annotated[Dtype | None, Option(help="For safetensors and html: bfloat16.")] = None,
     license: Annotated[str | None, Option(help="License of the weights, such as mit.")] = None,
     evaluate: Annotated[bool, Option("--evaluate", help="Evaluate the weights if needed.")] = False,
-    average: Annotated[bool, Option("--average", help="Average with init_from's weights.")] = False,
+    average: Annotated[
+        list[str] | None,
+        Option(help="Average the weights with the run of init_from, or another run from it."),
+    ] = None,
     push: Annotated[str | None, Option(help="Upload to the Hugging Face Hub as user/name.")] = None,
     private: Annotated[bool, Option("--private", help="With --push: private repository.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="With --push: only list the files.")] = False,
@@ -192,7 +195,7 @@ def export(
     from minigpt.exporting.folder import check_output
     from minigpt.exporting.hub import check_repository, push_folder
 
-    config = ExportConfig(format, dtype, evaluate, license, average)
+    config = ExportConfig(format, dtype, evaluate, license, tuple(average or ()))
     check_output(out)
     if push is not None:
         check_repository(push, dry_run)

@@ -19,6 +19,7 @@ import minigpt
 from minigpt.core.settings import one_line
 from minigpt.core.text import BAR, human_time
 from minigpt.core.typed import shell_command, shell_word, typed_settings
+from minigpt.exporting.average import AveragedRun
 from minigpt.exporting.config import ExportConfig
 from minigpt.model import GPT
 from minigpt.runs.provenance import Parent, total_tokens
@@ -34,6 +35,7 @@ CORPORA = {
 def model_card(
     name: str, export: ExportConfig, model: GPT, vocabulary: int, config: Record, summary: Record,
     evaluation: Record | None, parent: Parent | None, teachers: Sequence[Parent] = (),
+    averaged: Sequence[AveragedRun] = (),
 ) -> str:  # fmt: skip
     """Return the content of README.md.
 
@@ -48,6 +50,7 @@ def model_card(
             evaluated.
         parent: the run that this run was initialised from; None for random weights.
         teachers: the teachers of the run and of its ancestors.
+        averaged: the runs whose weights were averaged with those of the run.
 
     Returns:
         Markdown, with the YAML metadata for the Hub at the top.
@@ -63,7 +66,6 @@ def model_card(
         license = "mit"
     prompts = (config.get("callbacks") or {}).get("prompts") or ["Once upon a time"]
     prompt = one_line(str(prompts[0]))  # in the language of the stories
-    averaged = parent is not None and summary.get("averaged") is True
     card = ModelCard.from_template(
         _metadata(name, export.format, bool(stories), evaluation, license),
         template_str=resources.files("minigpt.exporting").joinpath("card.md.j2").read_text("utf-8"),
@@ -84,8 +86,10 @@ def model_card(
         n_stories=_n_stories(config["data"]["source"], summary),
         others=len(stories) < len(sources),
         license=license,
-        command=_command(config, averaged),
+        command=_command(config.get("overrides"), config.get("name"), bool(averaged)),
+        branches=[_command(run.overrides, run.name, True) for run in averaged if run.overrides],
         run=shell_word(f"runs/{config.get('name')}"),
+        average=" ".join(f"--average {shell_word(f'runs/{run.name}')}" for run in averaged),
         version=minigpt.__version__,
         commit=_cell(summary.get("commit")),
     )
@@ -168,11 +172,16 @@ def _devices(summary: Record) -> str:
     return device if n == 1 else f"{n} × {device}"
 
 
-def _command(config: Record, averaged: bool) -> str | None:
-    """Return the command that started the run; None if it is not recorded or not printable."""
-    overrides = config.get("overrides")
+def _command(overrides: Any, name: Any, named: bool) -> str | None:
+    """Return the command that started a run; None if it is not recorded or not printable.
+
+    Args:
+        overrides: the overrides as typed; None if they are not recorded.
+        name: name of the run.
+        named: whether the command must name the run, because the export command does.
+    """
     if overrides is None or not all(typed.isprintable() for typed in overrides):
         return None
-    if averaged and not any(typed.startswith("name=") for typed in overrides):
-        overrides = [*overrides, *typed_settings({"name": config.get("name")})]
+    if named and not any(typed.startswith("name=") for typed in overrides):
+        overrides = [*overrides, *typed_settings({"name": name})]
     return shell_command("minigpt", "train", *overrides)

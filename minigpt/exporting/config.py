@@ -35,8 +35,9 @@ class ExportConfig:
     """License of the weights, as an identifier of the Hub. None means mit if the model was trained
     only on TinyStories; otherwise, the license is left unspecified."""
 
-    average: bool = False
-    """Whether to average the final weights with the weights that the run was initialised from."""
+    average: tuple[str, ...] = ()
+    """Paths of runs to average the weights with: the run that this run was initialised from, or
+    other runs that were initialised from it."""
 
     def __post_init__(self) -> None:
         license = "must be a license identifier of the Hub, such as mit or cc-by-4.0"

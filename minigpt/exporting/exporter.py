@@ -21,6 +21,7 @@ from rich.console import Console
 from minigpt.core.files import user_path, write_json, write_text
 from minigpt.core.settings import UserError
 from minigpt.evaluation import EvaluationConfig, evaluate
+from minigpt.exporting.average import average, averaged_runs
 from minigpt.exporting.card import Record, model_card
 from minigpt.exporting.config import ExportConfig
 from minigpt.exporting.folder import MARKER, atomic_folder, check_output, read_object
@@ -31,7 +32,7 @@ from minigpt.model import GPT
 from minigpt.runs.checkpoint import weights_fingerprint
 from minigpt.runs.folder import Run, class_path
 from minigpt.runs.names import CONFIG, EVALUATION, SUMMARY
-from minigpt.runs.provenance import MACHINE, Parent, parent_of, portable_overrides, teachers_of
+from minigpt.runs.provenance import MACHINE, parent_of, portable_overrides, teachers_of
 from minigpt.tokenizer import Tokenizer
 
 CARD = "README.md"
@@ -71,14 +72,11 @@ def export(
     if not is_plain(model) and config.format != "safetensors":
         problem = f"other programs cannot run {class_path(run.model or type(model))}"
         raise UserError(problem, "format", config.format, {"format": "safetensors"})
-    summary = run.summary
+    summary = average(model, run, config.average) if config.average else run.summary
     parent = parent_of(summary, run.folder / SUMMARY)
     teachers = teachers_of(summary, run.folder / SUMMARY)
     if parent is not None:  # without additional entries of earlier versions
         summary = {**summary, "init_from": dataclasses.asdict(parent)}
-    if config.average:
-        _average(model, run, parent)
-        summary = {**summary, "averaged": True}
     portable = _portable_config(settings, run.folder / CONFIG)
     dtype: torch.dtype = getattr(torch, config.weights)
     for parameter in model.parameters():  # so that the rounded weights are evaluated
@@ -87,7 +85,8 @@ def export(
     if evaluation is None and config.evaluate:
         evaluation = _new_evaluation(model, run, summary, dtype, console)
     title, size = name or out.resolve().name, tokenizer.vocab_size
-    records = portable, summary, evaluation, parent, teachers
+    averaged = averaged_runs(summary, run.folder / SUMMARY)
+    records = portable, summary, evaluation, parent, teachers, averaged
     card = model_card(title, config, model, size, *records)
     with atomic_folder(out) as folder:
         if config.format == "safetensors":
@@ -114,25 +113,6 @@ def _write_run(
     write_safetensors(model, tokenizer, folder, dtype)
     write_text(folder / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     write_json(folder / SUMMARY, summary)
-
-
-def _average(model: GPT, run: Run, parent: Parent | None) -> None:
-    """Average the weights of `model` with the weights that its run was initialised from.
-
-    Both sets of weights are usually in the same basin of the loss, where their average has a lower
-    loss than either set (Izmailov et al. 2018, arXiv 1803.05407; measured in docs/LOG.md,
-    2026-11-25).
-    """
-    path = run.config.get("init_from")
-    if parent is None or not isinstance(path, str):
-        problem = "this run was not initialised from another run: leave this out"
-        raise UserError(problem, "average")
-    first = Run.load(path, run.model).load_model()
-    if weights_fingerprint(first) != parent.weights:
-        problem = f"{path} has changed since this run was initialised from it: restore it"
-        raise UserError(problem, "average")
-    for weight, other in zip(model.parameters(), first.parameters(), strict=True):
-        weight.lerp_(other, 0.5)
 
 
 # ---------------------------------------------------------------------------- portable records

@@ -221,7 +221,7 @@ def _recipe(
         cycles and f"mean over {cycles} cycles",
         start and f"from {start}",
         names and f"taught by {names}",
-        summary.get("averaged") is True and "averaged",  # by minigpt export
+        bool(summary.get("averaged")) and "averaged",  # by minigpt export
     )
     return ", ".join(part for part in parts if part)
 

@@ -142,8 +142,9 @@ def test_a_run_of_the_class_continues(here: Path):
 def test_runs_of_the_class_are_averaged(here: Path, monkeypatch: pytest.MonkeyPatch):
     result = run_here("train.py", [*settings(here, "second"), "init_from=runs/mine"], here)
     assert result.code == 0, result.err
-    words = ["runs/second", "mean", "--format", "safetensors", "--dtype", "float32", "--average"]
-    result = run_here("minigpt", ["export", *words, "--evaluate", OPTION, CLASS], here)
+    words = ["runs/second", "mean", "--average", "runs/mine", "--evaluate", OPTION, CLASS]
+    exact = ["--format", "safetensors", "--dtype", "float32"]
+    result = run_here("minigpt", ["export", *words, *exact], here)
     assert result.code == 0, result.err
     monkeypatch.chdir(here)
     model = import_class(CLASS, "class_path")

@@ -152,8 +152,7 @@ def test_config_without_a_source_is_refused(data, run, tmp_path):
 
 
 def test_command_of_averaged_weights_names_the_run_that_is_averaged():
-    config = {"overrides": ["seed=2"], "name": "a b"}
-    assert _command(config, averaged=True) == "minigpt train seed=2 'name=a b'"
-    assert _command(config, averaged=False) == "minigpt train seed=2"
-    assert _command(config | {"overrides": ["name=c"]}, averaged=True) == "minigpt train name=c"
-    assert _command({"overrides": []}, averaged=False) == "minigpt train"
+    assert _command(["seed=2"], "a b", named=True) == "minigpt train seed=2 'name=a b'"
+    assert _command(["seed=2"], "a b", named=False) == "minigpt train seed=2"
+    assert _command(["name=c"], "a b", named=True) == "minigpt train name=c"
+    assert _command([], None, named=False) == "minigpt train"

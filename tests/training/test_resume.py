@@ -234,25 +234,63 @@ def test_resume_auto_refuses_a_new_init_from(tiny: list[str], parent: Path):
     assert (error.value.argument, error.value.fix) == ("init_from", {"init_from": None})
 
 
+def mean_with(*others: Path) -> ExportConfig:
+    return ExportConfig("safetensors", dtype="float32", average=tuple(map(str, others)))
+
+
+def assert_is_mean(folder: Path, *runs: Path):
+    weights = [Run.load(path).load_model().state_dict() for path in runs]
+    for name, weight in Run.load(folder).load_model().state_dict().items():
+        torch.testing.assert_close(weight, sum(w[name] for w in weights) / len(runs))
+
+
 def test_export_averages_a_run_with_its_parent(tiny: list[str], parent: Path, tmp_path: Path):
     child = trained_folder([*tiny, f"init_from={parent}", "name=child"])
-    out, mean = tmp_path / "out", ExportConfig("safetensors", dtype="float32", average=True)
-    export(Run.load(child), out, mean)
-    nets = [Run.load(folder).load_model().state_dict() for folder in (parent, child, out)]
-    for name, weight in nets[2].items():
-        torch.testing.assert_close(weight, (nets[0][name] + nets[1][name]) / 2)
+    out = tmp_path / "out"
+    export(Run.load(child), out, mean_with(parent))
+    assert_is_mean(out, parent, child)
+    assert read_summary(out)["tokens"] == read_summary(child)["tokens"]
     card = (out / "README.md").read_text(encoding="utf-8")
     assert re.search(r"\| float32\b.* parent \|", card)
-    assert "minigpt export runs/child out --format safetensors --average\n" in card
+    assert "minigpt export runs/child out --format safetensors --average runs/parent\n" in card
 
-    for run in (parent, out):
+
+def test_export_averages_branches_and_counts_the_tokens_of_each_once(
+    tiny: list[str], parent: Path, tmp_path: Path
+):
+    names = ("child", "other", "third")
+    branches = [
+        trained_folder([*tiny, f"init_from={parent}", f"name={name}", f"seed={seed}"])
+        for seed, name in enumerate(names, start=2)
+    ]
+    out = tmp_path / "out"
+    export(Run.load(branches[0]), out, mean_with(parent, *branches[1:]))
+    assert_is_mean(out, parent, *branches)
+    summary, own = read_summary(out), [read_summary(branch) for branch in branches]
+    assert summary["tokens"] == sum(record["tokens"] for record in own)
+    assert summary["seconds"] == pytest.approx(sum(record["seconds"] for record in own))
+    assert [run["name"] for run in summary["averaged"]] == ["parent", "other", "third"]
+    card = (out / "README.md").read_text(encoding="utf-8")
+    averaged = "--average runs/parent --average runs/other --average runs/third\n"
+    assert f"minigpt export runs/child out --format safetensors {averaged}" in card
+    for name in names:
+        assert re.search(rf"^minigpt train .*name={name}\b", card, re.MULTILINE)
+    # An export of the mean in another format has the same record.
+    export(Run.load(out), tmp_path / "hf", ExportConfig("hf"))
+    assert averaged in (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
+
+
+def test_average_of_unrelated_runs_is_refused(tiny: list[str], parent: Path, tmp_path: Path):
+    child = trained_folder([*tiny, f"init_from={parent}", "name=child"])
+    stranger = trained_folder([*tiny, "name=stranger", "seed=3"])
+    for first, second in ((parent, child), (child, child), (child, stranger)):
         with pytest.raises(UserError) as error:
-            export(Run.load(run), tmp_path / "other", mean)
+            export(Run.load(first), tmp_path / "other", mean_with(second))
         assert error.value.argument == "average"
-    shutil.rmtree(parent)
-    trained_folder([*tiny, "name=parent", "seed=2"])
-    with pytest.raises(UserError, match="(?=.*parent)(?=.*average)"):
-        export(Run.load(child), tmp_path / "other", mean)
+    longer = [*tiny, f"init_from={parent}", "name=longer", "model.context_length=32"]
+    for other in (tmp_path / "nothing", trained_folder(longer)):
+        with pytest.raises(UserError, match=other.name):
+            export(Run.load(child), tmp_path / "other", mean_with(other))
     assert not (tmp_path / "other").exists()
 
 

@@ -159,7 +159,7 @@ def test_export_of_a_subclass_is_refused_by_name_and_its_mean_is_right(
             export(flipped, tmp_path / kind, ExportConfig(format=kind))
     more = composed([*tiny, f"init_from={flipped.folder}", "name=more", "seed=2"])
     child = minigpt.train(more, model=Flipped)
-    mean = ExportConfig("safetensors", dtype="float32", average=True)
+    mean = ExportConfig("safetensors", dtype="float32", average=(str(flipped.folder),))
     export(child, tmp_path / "mean", mean)
     run = minigpt.Run.load(tmp_path / "mean", Flipped)
     weights = [r.load_model().state_dict() for r in (flipped, child, run)]
