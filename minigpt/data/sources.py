@@ -142,7 +142,9 @@ class Corpus:
             limit = {"max_stories": self.max_stories} if split == "train" else {}
             return self._unlimited.fingerprint(split) | limit
         if self.tuning:
-            return {**self._reported.fingerprint("train"), "split": split, "tuning": _TUNING}
+            holdout = None if self.valid_files else self.holdout
+            own = {"split": split, "tuning": _TUNING, "holdout": holdout}
+            return self._reported.fingerprint("train") | own
         given = split == "valid" and bool(self.valid_files)
         train_files = () if given else self.train_files
         return {

@@ -206,6 +206,8 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path, monkeyp
         of(a, max_stories=2),
         of(a, max_stories=2, tuning=True),
         of(a, tuning=True),
+        of(a, tuning=True, holdout=0.1),
+        of(a, tuning=True, valid_files=(b,)),
         of(a, valid_files=(b,)),
         of(a, valid_files=(b,), split="valid"),
         of(a, field="body"),
@@ -213,6 +215,8 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path, monkeyp
         of(Path(shutil.copyfile(a, tmp_path / "a.csv"))),
     ]
     assert len(set(different)) == len(different)
+    # With validation files, no training stories are held out.
+    assert of(a, tuning=True, valid_files=(b,), holdout=0.1) == of(a, tuning=True, valid_files=(a,))
     assert of(a, split="valid", max_stories=1) == of(a, split="valid")
     assert of(valid_files=(b,), split="valid") == of(a, valid_files=(b,), split="valid")
 
