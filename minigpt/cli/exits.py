@@ -32,7 +32,10 @@ def orderly_exit(verb: str) -> Iterator[None]:
     show_log()
     with watch.running(outlives_terminal=verb not in INTERACTIVE):
         try:
-            yield
+            try:
+                yield
+            finally:
+                _flush_result()
         except (KeyboardInterrupt, Exception) as error:
             if is_interrupt(error):
                 number = watch.number or signal.SIGINT
@@ -81,6 +84,12 @@ def result_on_stdout() -> None:
     """Stop the program when stdout cannot be written, because it is the only result."""
     for output in outputs():
         output.is_result = output.name == "<stdout>"
+
+
+def _flush_result() -> None:
+    """Write what is left of a result, so that a full disk is an error of the program."""
+    if any(output.is_result for output in outputs()):
+        sys.stdout.flush()
 
 
 def end_output() -> None:

@@ -147,6 +147,19 @@ def test_generate_ends_quietly_when_its_reader_ends(workspace: Path, tmp_path: P
     assert "stdout" in whole.stderr
 
 
+def test_short_result_on_a_full_disk_is_an_error(tmp_path: Path):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    environment["PYTHONPATH"] = str(ROOT)
+    with open("/dev/full", "w") as full:
+        doctor = subprocess.run(
+            [sys.executable, "-m", "minigpt", "doctor"], env=environment, stdout=full,
+            stderr=subprocess.PIPE, cwd=tmp_path, text=True,
+        )  # fmt: skip
+    assert doctor.returncode == 1
+    assert len(doctor.stderr.splitlines()) == 1
+    assert "stdout" in doctor.stderr
+
+
 # ---------------------------------------------------------------------------- signals
 
 
