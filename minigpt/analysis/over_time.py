@@ -89,13 +89,16 @@ class Moment:
     induction: list[list[float]] | None  # score of each head, by layer; None if not measurable
 
 
-def write_over_time(run: Run, out: Path, config: OverTimeConfig | None = None) -> None:
-    """Write over-time.md, over-time.json, over-time.png and embeddings.html.
+def write_over_time(run: Run, out: Path, config: OverTimeConfig | None = None) -> list[Path]:
+    """Write over-time.md, over-time.json, over-time.png and, for several words, embeddings.html.
 
     Args:
         run: a run with snapshots.
         out: output folder, created if missing.
         config: numbers of stories; None means the defaults.
+
+    Returns:
+        The paths of the files.
 
     Raises:
         UserError: the run has no snapshots, or too few validation stories have an opening.
@@ -109,9 +112,12 @@ def write_over_time(run: Run, out: Path, config: OverTimeConfig | None = None) -
     settings = dataclasses.asdict(config) | {"run": name, "temperature": TEMPERATURE}
     write_json(out / DATA, {"settings": settings, "snapshots": plain})
     plots.write_png(over_time_figure(moments), out / FIGURE)
+    files = [out / TABLE, out / DATA, out / FIGURE]
     if len(words) > 1:
         tokens = [moment.tokens for moment in moments]
         write_text(out / SETTLING, settling_html(name, words, tokens, vectors))
+        files.append(out / SETTLING)
+    return files
 
 
 def _measure(
@@ -229,8 +235,8 @@ Of {config.n_written} continuations of validation stories at temperature {TEMPER
 {md_table(["measure", *heads], rows)}
 
 - correct spelling: fraction of words that occur in the bundled training stories.
-- well-formed sentences: fraction of sentences that begin with a capital letter, end with a mark,
-  and have neither a doubled word nor a wrong article.
+- well-formed sentences: fraction of sentences that begin with a capital letter or a digit,
+  end with a mark, and have neither a doubled word nor a wrong article.
 - repeated 4-grams: fraction of word 4-grams that occurred earlier in the same continuation.
 - protagonist retention: fraction of continuations whose last third has the opening's name.
 - name recurrence: fraction of other names that occur more than once.

@@ -150,13 +150,13 @@ def study(
     """
     check_folder(out)
     if over_time:
-        from minigpt.analysis.over_time import SETTLING, TABLE, OverTimeConfig, write_over_time
+        from minigpt.analysis.over_time import OverTimeConfig, write_over_time
 
         if len(runs) > 1:
             raise UserError(f"--over-time measures one run, not {len(runs)}: name one run")
         settings = OverTimeConfig(n_written=n, seed=seed)
-        write_over_time(load_runs(runs, class_path)[0], out, settings)
-        print(f"Wrote {out / TABLE} and {SETTLING}.")
+        files = write_over_time(load_runs(runs, class_path)[0], out, settings)
+        print(f"Wrote {out}: {', '.join(path.name for path in files)}")
         return
     from minigpt.analysis.study import StudyConfig, write_study
 
