@@ -96,13 +96,13 @@ def _comparison(
     names = [name for name in base | settings if settings.get(name) != base.get(name)]
     losses = _losses(members)
     common = [seed for seed in losses if seed in first]
-    differences = () if losses is first else tuple(losses[s] - first[s] for s in common)
+    differences = tuple(losses[seed] - first[seed] for seed in common) if names else ()
     times = [read_summary(run.path).get("seconds") for run in members]
     seconds = [value for value in times if isinstance(value, int | float)]
     return Comparison(
         ", ".join(f"{name}={settings.get(name)}" for name in names),
         losses,
-        differences if names else (),
+        differences,
         fmean(seconds) if seconds else None,
     )
 
