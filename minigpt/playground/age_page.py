@@ -25,6 +25,7 @@ class Page(gr.Blocks):
 
     playground: Playground
     age: gr.Slider
+    age_column: gr.Column  # with the slider and the curve; hidden while no model has snapshots
     is_open: gr.Checkbox  # hidden; the value is what `IS_OPEN` returns in the browser
 
 
@@ -39,7 +40,7 @@ def age_slider(page: Page) -> None:
     """Add the slider for the age of the models, hidden while no model has snapshots."""
     playground = page.playground
     n = playground.n_ages
-    with gr.Column(visible=n > 0, elem_id="age") as part:
+    with gr.Column(visible=n > 0, elem_id="age") as page.age_column:
         with gr.Row():
             page.age = gr.Slider(
                 0, max(n, 1), n, step=1, precision=0, label="Age", info=AGE, scale=5
@@ -63,11 +64,17 @@ def age_slider(page: Page) -> None:
     timer.tick(next_age, [page.age], [page.age, timer], show_progress="hidden", **private)
     page.age.change(show, [page.age], curve, show_progress="hidden", **private)
 
-    def resize() -> tuple[gr.Column, gr.Slider]:
-        n = playground.n_ages
-        return gr.Column(visible=n > 0), gr.Slider(0, max(n, 1), n)
 
-    page.load(resize, None, [part, page.age], show_progress="hidden", **private)
+def resized(age: int, old: int, new: int) -> tuple[gr.Column, gr.Slider]:
+    """Return the column and the slider after models were added.
+
+    Args:
+        age: position of the slider; the last one remains the last one.
+        old: number of ages before.
+        new: number of ages from now on.
+    """
+    position = new if age >= old else round(age * new / old)
+    return gr.Column(visible=new > 0), gr.Slider(0, max(new, 1), position)
 
 
 def on_age(

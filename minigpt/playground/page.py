@@ -22,7 +22,15 @@ from gradio.routes import App, ORJSONResponse
 
 from minigpt.playground import inside
 from minigpt.playground.access import with_token
-from minigpt.playground.age_page import Page, age_slider, at_age, on_age, place_of, show_answer
+from minigpt.playground.age_page import (
+    Page,
+    age_slider,
+    at_age,
+    on_age,
+    place_of,
+    resized,
+    show_answer,
+)
 from minigpt.playground.answers import MAX_PROMPT, MAX_RUNS, MAX_TOKENS, Playground
 from minigpt.playground.hosts import Hosts, guarded
 from minigpt.playground.training_page import RANDOM, START_FROM, training_tab
@@ -127,27 +135,29 @@ def build_app(hosts: Hosts, training: Training | None = None) -> App:
 
 
 def _refresh_models(page: Page) -> None:
-    """Add newly trained models to the lists of the open pages."""
+    """Add newly trained models to the lists of the open pages, and their ages to the slider."""
     choices = [
         block
         for block in page.blocks.values()
         if isinstance(block, gr.Dropdown) and block.label in ("Model", "Models", START_FROM)
     ]
-    known = gr.State(list(page.playground.models))
+    playground = page.playground
+    known = gr.State((list(playground.models), playground.n_ages))
+    outputs = [known, page.age_column, page.age, *choices]
 
-    def refresh(known: list[str]) -> list[Any]:
-        names = list(page.playground.models)
-        if names == known:
-            return [gr.skip()] * (1 + len(choices))
+    def refresh(known: tuple[list[str], int], age: int) -> list[Any]:
+        names, n_ages = list(playground.models), playground.n_ages
+        if names == known[0]:
+            return [gr.skip()] * len(outputs)
         updates = []
         for choice in choices:
             is_start = choice.label == START_FROM
             listed = [RANDOM, *names] if is_start else names
             updates.append(gr.Dropdown(listed, visible=is_start or len(names) > 1))
-        return [names, *updates]
+        return [(names, n_ages), *resized(age, known[1], n_ages), *updates]
 
     for event in (page.load, gr.Timer(REFRESH_SECONDS).tick):
-        event(refresh, [known], [known, *choices], show_progress="hidden", api_visibility="private")
+        event(refresh, [known, page.age], outputs, show_progress="hidden", api_visibility="private")
 
 
 def _tab(label: str) -> gr.Tab:

@@ -69,6 +69,10 @@ def test_text_is_trained_stopped_continued_and_writes_a_story(training: Served, 
         page.get_by_role("option", name=re.compile("w64-")).click()
         page.get_by_role("button", name="Write").click()
         expect(page.locator(".story .note")).to_have_count(2)
+        slider = page.locator("#age input[type=range]")  # the new model has snapshots
+        expect(slider).to_be_visible()
+        assert int(slider.get_attribute("max") or 0) > 1
+        expect(slider).to_have_value(slider.get_attribute("max") or "")
     (job,) = (tmp_path / ".cache/playground").glob("2*")
     assert not (job / "uploads").exists()
 

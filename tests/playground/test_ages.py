@@ -8,6 +8,7 @@ import torch
 
 from minigpt.model import GPT, GPTConfig
 from minigpt.playground import answers, inside
+from minigpt.playground.age_page import resized
 from minigpt.playground.answers import Playground
 from minigpt.playground.curves import Curve, curve_svg, metrics, run_curve
 from minigpt.runs.checkpoint import write_checkpoint, write_snapshot
@@ -62,6 +63,15 @@ def test_model_with_fewer_snapshots_shares_the_slider(playground):
     assert [both.aged("short", age) for age in range(N)] == [
         short.ages[i].name for i in (0, 0, 1, 1)
     ]
+
+
+@pytest.mark.parametrize(
+    ("age", "old", "new", "position"),
+    [(0, 0, 8, 8), (4, 4, 8, 8), (0, 4, 8, 0), (2, 4, 8, 4), (1, 4, 8, 2), (3, 8, 8, 3)],
+)
+def test_slider_keeps_its_point_when_models_are_added(age, old, new, position):
+    column, slider = resized(age, old, new)
+    assert (slider.maximum, slider.value, column.visible) == (new, position, True)
 
 
 def test_answers_follow_the_age_with_the_same_seed(playground):
