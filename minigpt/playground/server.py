@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-MAX_TRAINED = 8  # trained models on the page
+MAX_TRAINED = 8  # newest finished trainings whose models a server loads when it starts
 WATCH_SECONDS = 0.5  # interval at which waiting trainings are started
 
 

@@ -38,7 +38,7 @@ MINUTES = (0.1, 24 * 60.0)  # shortest and longest training
 MAX_UPLOAD = 200_000_000  # bytes of text and files in one job
 MAX_FILES = 100
 MAX_WAITING = 4  # jobs that wait for others
-MAX_JOBS = 20  # jobs in the list; the oldest finished ones are removed
+MAX_JOBS = 20  # jobs in the list; the oldest that cannot be continued are removed
 TEXT = "text.txt"  # name of the pasted text
 _START_SECONDS = 30.0  # time in which a new process must have locked its job
 _LOCK_SECONDS = 10.0  # time to wait for another server that changes the queue
@@ -214,7 +214,7 @@ class TrainingQueue:
             finally:
                 shutil.rmtree(new.folder, ignore_errors=True)  # if it was not renamed
             for old in jobs[MAX_JOBS - 1 :]:
-                if old.state == "finished":
+                if old.state in ("finished", "failed") and not old.can_continue:
                     shutil.rmtree(old.folder)
             return Job(self.folder / name)
 

@@ -275,6 +275,16 @@ def test_old_finished_jobs_leave_the_list(queue, monkeypatch):
     assert len(queue.jobs()) == 2
 
 
+def test_old_failed_jobs_leave_the_list_and_stopped_ones_stay(queue, monkeypatch):
+    monkeypatch.setattr(training, "MAX_JOBS", 2)
+    jobs = [add(queue) for _ in range(3)]
+    for job, phase in zip(jobs, ("failed", "stopped", "failed"), strict=True):
+        job.report(phase=phase)
+        job._request(state="started")
+    new = add(queue)
+    assert {job.name for job in queue.jobs()} == {jobs[1].name, jobs[2].name, new.name}
+
+
 def test_environment_of_a_training_has_no_secrets():
     secrets = {
         "HF_TOKEN": "x", "WANDB_API_KEY": "x", "WANDB_PROJECT": "x", "AWS_SECRET_ACCESS_KEY": "x",
