@@ -72,12 +72,14 @@ def activations(
         ValueError: `ids` is longer than the context.
     """
     if not takes_cache(model):
-        raise UserError(f"{type(model).__qualname__}.forward must have a parameter named cache")
+        name = type(model).__qualname__
+        raise UserError(f"forward and hidden of {name} must have a parameter named cache")
     names, edits = activation_names(model), edits or {}
+    replaceable = [name for name in names if not name.endswith(("weights", "logits"))]
     for name in edits:
-        if name not in names or name.endswith(("weights", "logits")):
+        if name not in replaceable:
             problem = f"{name} is not an activation that can be replaced"
-            raise UserError(f"{problem}; choose from {', '.join(names[:3])}, ...", "edits")
+            raise UserError(f"{problem}; choose from {', '.join(replaceable[:3])}, ...", "edits")
     tensors = [*model.parameters(), *model.buffers()]
     view = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
     recorded: dict[str, Tensor] = {}

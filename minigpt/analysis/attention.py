@@ -38,7 +38,8 @@ def attention_weights(net: GPT, ids: Tensor) -> Tensor:
         UserError: the class of `net` has a `forward` without the parameter `cache`.
     """
     if not takes_cache(net):
-        raise UserError(f"{type(net).__qualname__}.forward must have a parameter named cache")
+        name = type(net).__qualname__
+        raise UserError(f"forward and hidden of {name} must have a parameter named cache")
     cache = KVCache(ids.shape[1], keep_weights=True)
     net(ids, cache=cache)
     assert cache.weights is not None
