@@ -1,4 +1,4 @@
-"""Evaluate a model, such as `python evaluate.py ckpt=runs/<name>`; see `--help`."""
+"""Evaluate a model. Example: `python evaluate.py ckpt=runs/<name>`; see `--help`."""
 
 from minigpt.cli.start import run
 

@@ -1,4 +1,4 @@
-"""Train a model, such as `python train.py model=large budget.tokens=20e6`; see `--help`."""
+"""Train a model. Example: `python train.py model=large budget.tokens=20e6`; see `--help`."""
 
 from minigpt.cli.start import run
 

@@ -16,12 +16,12 @@ The public API:
   command line
 - `train`, `TrainConfig`: train a model, or resume a run
 - `Run`: a run folder or an exported model, with its settings, tokenizer and model
-- `evaluate`, `EvaluationConfig`: measure perplexity, bits per byte, and generated stories
+- `evaluate`, `EvaluationConfig`: measure perplexity and bits per byte, and generate stories
 - `generate`, `stream_story`, `SamplingConfig`: generate stories
 - `export`, `ExportConfig`: export a model to transformers, ONNX, GGUF (llama.cpp), safetensors
   or a web page
 - `GPT`, `GPTConfig`, `Tokenizer`: the model, its shape, and its tokenizer
-- `tune_process`: speed up all training on a CPU in this process
+- `tune_process`: speed up training on a CPU, for the rest of the process
 - `UserError`: error for mistakes that the user can fix
 
 Each name is imported when it is first used (PEP 562), so `import minigpt` does not import torch.

@@ -42,7 +42,7 @@ from minigpt.runs.records import read_summary
 from minigpt.tokenizer import Tokenizer
 
 log = logging.getLogger("minigpt")
-WINDOWS = 32  # scored at a time, except on a CUDA GPU
+WINDOWS = 32  # number of windows to score at a time, except on a CUDA GPU
 
 
 # ---------------------------------------------------------------------------- settings
@@ -91,11 +91,11 @@ class EvaluationConfig:
     means adjacent windows, as in training."""
 
     batch_size: int | None = None
-    """Number of windows to score at a time, at least 1; None means 32, or on a CUDA GPU as many as
-    a quarter of its memory holds, up to 1,024."""
+    """Number of windows to score at a time, at least 1. None means 32 or, on a CUDA GPU, as many
+    windows as fit in a quarter of its memory, up to 1,024."""
 
     seed: int = 1
-    """Seed of the stories, at least 0, the same at each temperature."""
+    """Seed for generating the stories, at least 0; every temperature uses the same seed."""
 
     stories: StoriesConfig = field(default_factory=StoriesConfig)
     """Settings of the stories to generate."""
@@ -182,7 +182,7 @@ def evaluate_loss(
             first window has at least T - stride tokens of context. None means T, as in the
             validation of a training run.
         precision: precision in Lightning's notation; only `*-mixed` uses autocast.
-        console: console for the progress; None shows none.
+        console: console for the progress; None means that no progress is shown.
 
     Returns:
         The total loss in nats, and the number of scored tokens.
@@ -268,7 +268,7 @@ def write_stories(
         the prompt.
 
     Raises:
-        UserError: the model has no finite logits, or the GPU does not have enough memory.
+        UserError: the logits of the model are not finite, or the GPU does not have enough memory.
     """
     groups = []
     for temperature in config.temperatures:
@@ -292,8 +292,9 @@ def compare_temperatures(
     """Measure how much the stories at each temperature repeat themselves and the training stories.
 
     Novelty is measured against training stories. For a run on source `text` or `hf`, these are the
-    first stories of the run, otherwise the first stories of the bundled sample. If the training
-    stories cannot be read, a warning is logged, and novelty is not measured.
+    first training stories of the run. For the other sources, they are the first training stories of
+    the bundled sample. If these stories cannot be read, a warning is logged, and novelty is not
+    measured.
 
     Args:
         temperatures: the temperatures.
@@ -325,9 +326,9 @@ def own_data(run_config: dict[str, Any]) -> DataConfig | None:
         run_config: configuration of the run.
 
     Returns:
-        The settings; None if the stories are not available. For example, the export of a run on the
-        user's own files has no paths, and the stories of `tinystories_tuning` are no longer
-        bundled.
+        The settings; None if the stories are not available. For example, an export of a run on the
+        user's own files does not record their paths, and the stories of `tinystories_tuning` are no
+        longer bundled.
     """
     data = run_config["data"]
     if data.get("source") == "text" and "train_files" not in data:
@@ -353,12 +354,13 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation(Score):
-    """Content of evaluation.json.
+    """Content of evaluation.json: the loss, the generated stories and the embedding probes.
 
-    If both validation files of the bundled stories were scored, the loss is for TinyStoriesV2.
+    If the validation stories of both TinyStories V2 and V1 were scored, the fields inherited from
+    `Score` are for V2, and `valid_v1` is the score for V1.
     """
 
-    valid: str | None  # v1, v2 or both for the bundled sample; None for other data
+    valid: str | None  # stories of the bundled sample: v1, v2 or both; None if others were scored
     valid_v1: Score | None  # loss on V1, if both were scored
     checkpoint: str  # name of the checkpoint file
     weights: str  # fingerprint of the weights
@@ -390,7 +392,7 @@ def evaluate(
     Args:
         run: a run, or the path of its folder, of a checkpoint or of an export.
         config: settings of the evaluation; None means the defaults.
-        console: console for the progress; None shows none.
+        console: console for the progress; None means that no progress is shown.
         out: folder for the results; None means the run folder or, for an export, the working
             directory.
 
@@ -449,8 +451,8 @@ def evaluate(
 
 
 def _hardware(run: Run) -> Hardware:
-    """Return the best device, with the precision of training if this machine has it."""
-    # A killed run has no summary.json, so its setting of the precision is resolved here.
+    """Return the best device, with the precision of training, or float32 if that is emulated."""
+    # A killed run has no summary.json, so the precision is resolved from the setting of the run.
     setting = run.config.get("trainer", {}).get("precision", "auto")
     precision = read_summary(run.folder).get("precision", setting)
     hardware = Hardware.detect("auto", "1", 1, precision)
@@ -489,14 +491,16 @@ def score_corpora(
     Args:
         data: data settings.
         valid: validation stories of the bundled sample, as in `EvaluationConfig`.
-        score: function that scores a corpus.
+        score: function to call with each corpus; it returns the score.
 
     Returns:
-        The data settings, the resolved `valid`, and one or two scores; of two, the second is for
-        V1.
+        The data settings that apply; the stories of the bundled sample that were scored ("v1", "v2"
+        or "both"), or None for other stories; and the scores. For "both", the first score is for V2
+        and the second for V1.
 
     Raises:
-        UserError: the stories cannot be read, or `valid` is set for other data than the sample.
+        UserError: the stories cannot be read, or `valid` is set but the data is not the bundled
+            sample.
     """
     sample = data.source == "tinystories_sample"
     if valid is not None and not sample:
@@ -513,8 +517,9 @@ def score_corpora(
 def evaluation_name(config: EvaluationConfig, evaluation: Evaluation) -> str:
     """Return the name of the file to write an evaluation to.
 
-    evaluation.json is for the validation split of the run's own data. Evaluations with
-    `config.data`, of the tuning stories, of V1 only or with a stride have other names.
+    For the validation split of the run's own data, the name is evaluation.json. A part is added to
+    the name for each of these: the source of `config.data`, the tuning stories, V1 alone, and a
+    stride.
 
     Args:
         config: settings of the evaluation.

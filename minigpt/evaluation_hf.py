@@ -1,8 +1,9 @@
-"""Loss of any causal language model in Hugging Face's format, on the text of an evaluation.
+"""Loss of any causal language model in Hugging Face's format, on the stories of `evaluate`.
 
 >>> evaluate_hf("models/gpt2").bits_per_byte  # comparable with evaluate("runs/my-run")
 
-Bits per byte do not depend on the vocabulary, so models of any tokenizer can be compared.
+The unit bits per byte does not depend on the tokenizer, so models with different tokenizers can be
+compared.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ from minigpt.evaluation import (
 from minigpt.model import IGNORE_INDEX
 from minigpt.tokenizer import utf8_length
 
-_CHUNK = 1024  # tokens of a window per pass; the key/value cache holds the earlier ones
-_MAX_LOGITS = 1 << 27  # logits per pass, 512 MB
+_CHUNK = 1024  # tokens of a window per forward pass; the key/value cache holds earlier tokens
+_MAX_LOGITS = 1 << 27  # maximum number of logits per forward pass, 512 MB
 _ONLY_OURS = ("seed", "stories", "words", "analogies")  # settings that need a Mini GPT
 
 
@@ -49,10 +50,11 @@ _ONLY_OURS = ("seed", "stories", "words", "analogies")  # settings that need a M
 class HFEvaluation(Score):
     """Loss of a Hugging Face model.
 
-    If both validation files of the bundled stories were scored, the loss is for TinyStoriesV2.
+    If the validation stories of both TinyStories V2 and V1 were scored, the fields inherited from
+    `Score` are for V2, and `valid_v1` is the score for V1.
     """
 
-    valid: str | None  # v1, v2 or both for the bundled sample; None for other data
+    valid: str | None  # stories of the bundled sample: v1, v2 or both; None if others were scored
     valid_v1: Score | None  # loss on V1, if both were scored
     model: str  # path of the model
     parameters: int
@@ -71,16 +73,17 @@ def evaluate_hf(
 ) -> HFEvaluation:
     """Measure the loss of a causal language model in Hugging Face's format, in float32.
 
-    The stories are joined as in `evaluate`: the model's own tokenizer encodes each story, followed
-    by its end-of-sequence token. Each token except the first is scored once, in windows of the
-    context length of the model. Nothing is downloaded, and no code from the folder is run.
+    The stories are joined as in `evaluate`: the model's own tokenizer encodes each story, and an
+    end-of-sequence token follows each story. Each token except the first is scored once, in windows
+    of the context length of the model. The model is read from local files only, and no code from
+    its folder is run. The loss is also written to a file; `evaluation_hf_name` gives its name.
 
     Args:
         folder: folder that `from_pretrained` of transformers can load.
         config: settings; only `data`, `valid`, `stride` and `batch_size` apply. None means the
-            defaults.
-        console: console for the progress; None shows none.
-        out: folder for evaluation-hf-NAME.json; None means the working directory.
+            defaults. If `config.data` is None, the bundled sample is scored.
+        console: console for the progress; None means that no progress is shown.
+        out: folder for the file with the loss; None means the working directory.
 
     Returns:
         The loss. For the bundled sample, it is for V2, and `valid_v1` has the loss for V1, unless
@@ -142,7 +145,8 @@ def _load(folder: Path) -> tuple[Any, Any]:
     """Return the model, in evaluation mode, and its tokenizer.
 
     Raises:
-        UserError: transformers is missing, or the folder is not a causal language model.
+        UserError: transformers is missing, the folder does not contain a causal language model that
+            it can load, or the tokenizer has no end-of-sequence token.
     """
     if not (folder / "config.json").is_file():
         example = "download a model with hf download NAME --local-dir FOLDER"
@@ -179,7 +183,7 @@ def _context(config: Any, folder: Path) -> int:
 
 
 def _encoded(corpus: Corpus, tokenizer: Any) -> tuple[np.ndarray, int, int]:
-    """Return the ids of the validation stories, their number, and their number of UTF-8 bytes."""
+    """Return the ids of the validation stories, the number of stories, and that of UTF-8 bytes."""
     pieces = [*corpus.pieces("valid")]
     rows = tokenizer(
         [text for text, _ in pieces], add_special_tokens=False, split_special_tokens=True
@@ -215,7 +219,7 @@ def _loss(
 
 
 def _cache(model: Any) -> dict[str, Any]:
-    """Return arguments of the forward pass: an empty cache, to which each pass appends."""
+    """Return arguments that make each forward pass append to a cache, which is empty at first."""
     cache = importlib.import_module("transformers").DynamicCache(config=model.config)
     arguments = inspect.signature(model.forward).parameters
     name = "cache" if "cache" in arguments else "past_key_values"  # in older versions

@@ -38,7 +38,7 @@ class GPTConfig:
     """
 
     vocab_size: int = 3000
-    """Number of token ids that the model reads and predicts; at least the tokenizer's number."""
+    """Number of token ids of the model; at least the vocabulary size of the tokenizer."""
     context_length: int = 256
     """Maximum number of tokens that the model can attend to."""
     d_model: int = 128
@@ -54,9 +54,9 @@ class GPTConfig:
     embedding_scale: float | None = None
     """Factor on the token embeddings before positions are added; None means sqrt(d_model)."""
     residual_init: Literal["scaled", "wide", "zero"] = "scaled"
-    """Standard deviation of the initial `attention.out` and `down` weights, whose outputs are added
-    to the residual stream: `scaled` means 0.02 / sqrt(2 n_layers), `wide` means 1 / sqrt(d_model),
-    and `zero` means 0."""
+    """Initial standard deviation of the weights of `attention.out` and `down`, the two layers that
+    add to the residual stream: `scaled` means 0.02 / sqrt(2 n_layers), `wide` means
+    1 / sqrt(d_model), and `zero` means 0."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "d_model", "n_layers", "n_heads", "d_ff"):
@@ -98,14 +98,19 @@ def sinusoids(length: int, d_model: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Kernels:
-    """Faster implementations of attention and loss; None selects the code of this module."""
+    """Faster implementations of attention and loss.
+
+    If a function is None, the model computes attention or loss with its own code.
+    """
 
     name: str = "torch"
     """Name of these kernels in the log."""
     attention: Callable[[Tensor, int], Tensor] | None = None
-    """Function from (qkv (B, T, 3 d), n_heads) to the output of causal attention, (B, T, d)."""
+    """Function to call with qkv (B, T, 3 d) and n_heads. It returns the output of causal attention,
+    (B, T, d)."""
     linear_cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-    """Function from (hidden (B, T, d), weight (V, d), targets (B, T)) to the mean loss, float32."""
+    """Function to call with hidden states (B, T, d), weights (V, d) and targets (B, T). It returns
+    the mean loss, a float32 scalar."""
 
 
 class KVCache:
@@ -137,7 +142,8 @@ class KVCache:
     def extend(self, x: Tensor) -> Tensor:
         """Prepare a forward pass over new tokens, and return their positions.
 
-        This also sets `mask` (B or 1, 1, T, S): 0 where a token attends, -inf elsewhere.
+        This also sets `mask`: 0 where a token attends, and -inf elsewhere. The shape of the mask is
+        (B, 1, T, S), or (1, 1, T, S) if all sequences have the same length.
 
         Args:
             x: embeddings (B, T, d) of the new tokens; only the shape and the device are used.
@@ -156,14 +162,15 @@ class KVCache:
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append the keys and values of the new tokens for one layer.
 
-        After `extend`, the layers call this method in order, first layer first.
+        In a forward pass, `extend` is called first. Then each layer calls this method once, in the
+        order of the layers.
 
         Args:
             k: keys (B, nh, T, hs).
             v: values (B, nh, T, hs).
 
         Returns:
-            Keys and values (B, nh, S, hs) of all tokens of that layer.
+            Keys and values (B, nh, S, hs) of that layer, for the earlier and the new tokens.
         """
         if self.layer == len(self.layers):  # zeros, because masked values are multiplied by 0
             self.layers.append(k.new_zeros(2, *k.shape[:2], self.capacity, k.shape[3]))
@@ -185,7 +192,10 @@ class CausalSelfAttention(nn.Module):
         self.out = nn.Linear(config.d_model, config.d_model)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Return the attention output (B, T, d) for x (B, T, d), the tokens after `cache`."""
+        """Return the attention output (B, T, d) for x (B, T, d).
+
+        The T tokens follow those in `cache`. If `cache` is None, they begin at position 0.
+        """
         qkv = self.qkv(x)  # (B, T, 3 d): queries, keys and values, concatenated
         if cache is None and self.kernels.attention is not None:
             return self.out(self.kernels.attention(qkv, self.n_heads))
@@ -215,7 +225,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + sublayer(LayerNorm(x)), for attention and feed-forward."""
+    """Pre-norm transformer block: x + sublayer(LayerNorm(x)), with attention, then feed-forward."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -360,7 +370,8 @@ class GPT(nn.Module):
 
         Args:
             ids: token ids (B, T), int64, in [0, V).
-            targets: ids (B, T) of the next token at each position; IGNORE_INDEX is not scored.
+            targets: ids (B, T) of the next token at each position; a position with IGNORE_INDEX is
+                not scored.
 
         Returns:
             Nats per scored token, a float32 scalar.
@@ -406,6 +417,6 @@ def perplexity(nats_per_token: float) -> float:
         nats_per_token: mean cross-entropy in nats.
 
     Returns:
-        exp(nats_per_token); infinity from 700 nats, because exp overflows near 710 nats.
+        exp(nats_per_token), or infinity for 700 nats or more, because exp overflows near 710 nats.
     """
     return math.exp(nats_per_token) if nats_per_token < 700 else math.inf

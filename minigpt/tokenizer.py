@@ -34,14 +34,15 @@ MIN_VOCAB_SIZE = 257  # the 256 bytes and END_OF_TEXT
 MAX_VOCAB_SIZE = 65_536  # ids are stored in 16 bits
 
 # No pre-token extends across the space before a word, so a text may be cut there and its words
-# encoded one by one. Python's white space includes all white space of the library. If each space is
-# before a word, as in nearly every story, `str.split` takes half the time of this pattern.
+# encoded one by one. Every character that is white space for the library is white space for Python
+# too. `str.split` takes half the time of this pattern, and gives the same words if each space is
+# before a word, as in nearly every story.
 _WORD_BOUNDARY = re.compile(r" (?=\S)")
 _MAX_CACHED_WORDS = 100_000  # with the limit below, at most about 20 MB
 _MAX_CACHED_LENGTH = 32  # characters; longer words are rarely repeated
 
-# Positions that are pre-token boundaries in any context: before the last character of white space,
-# and between a letter or digit and the punctuation after it.
+# Positions that are pre-token boundaries in any context: before a white-space character that a
+# non-space character follows, and between a letter or digit and the punctuation after it.
 _CUT = re.compile(
     r"(?=[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]\S)"
     r"|(?<=[^\W_])"
@@ -49,7 +50,7 @@ _CUT = re.compile(
 )
 _PIECE = 2048  # characters after which a piece ends at the next cut position
 _LONGEST_RUN = 1 << 16  # maximum length in characters of a run without a cut position
-_LONGEST_TRAINED_RUN = 1024  # lower in training, whose time is quadratic in the pre-token length
+_LONGEST_TRAINED_RUN = 1024  # lower for training, as its time is quadratic in pre-token length
 _DISTINCT_BYTES = 3_000_000  # total of distinct pre-tokens in training; 100 MB of English have less
 _COUNTED_CHARACTERS = 1 << 16  # characters of text whose pre-tokens are counted at a time
 # Similar to the library's pattern and five times as fast, which is enough for counting pre-tokens.
@@ -187,8 +188,9 @@ class Tokenizer:
     def encode_stories(self, stories: Iterable[str]) -> np.ndarray:
         """Return the ids of all stories in one array, with END_OF_TEXT after each story.
 
-        The ids are those of `encode_batch`, with one exception: if there is no safe position to
-        cut a text for more than 65,536 characters, `cut_texts` cuts it there, and ids may differ.
+        The ids are those of `encode_batch`, with one exception: if a text has no safe cut position
+        in 65,536 characters, `cut_texts` cuts it after them, and the ids around this cut may
+        differ.
 
         Args:
             stories: any Unicode texts, which are streamed.
@@ -262,12 +264,13 @@ class Tokenizer:
 
 
 class _WordIds(dict[str, bytes]):
-    """Cache of the uint16 ids of words.
+    """Cache of the ids of words, as the bytes of uint16 numbers.
 
-    The key "word" stands for a word after a space; its ids include the space. The key " word"
-    stands for a word at the start of a piece, without a space before it. A word that is not in the
-    cache is recorded as missing, and has no ids until `add_missing` is called. An empty key, or a
-    key that begins with white space other than a space, raises KeyError.
+    The key "word" stands for a word after a space; the cached ids include that space. The key
+    " word" stands for a word at the start of a piece, without a space before it. The look-up of a
+    word that is not in the cache returns no bytes and records the word; `add_missing` then encodes
+    all recorded words. An empty key, or a key that begins with white space other than a space,
+    raises KeyError.
     """
 
     def __init__(self, library: tokenizers.Tokenizer) -> None:
@@ -288,7 +291,7 @@ class _WordIds(dict[str, bytes]):
         return b""
 
     def add_missing(self) -> None:
-        """Encode all missing words, and add them to the cache."""
+        """Encode all words that look-ups did not find, and add them to the cache."""
         encodings = self._library.encode_batch_fast(list(self._missing.values()))
         for word, encoding in zip(self._missing, encodings, strict=True):
             self[word] = _stored(encoding.ids)
@@ -296,7 +299,7 @@ class _WordIds(dict[str, bytes]):
         self._missing.clear()
 
     def drop_long(self) -> None:
-        """Remove long words from the cache, because they are rarely repeated."""
+        """Remove words of more than 32 characters from the cache; these are rarely repeated."""
         for word in self._long:
             self.pop(word, None)
         self._long.clear()
@@ -313,7 +316,7 @@ def cut_texts(
 
     A cut position is a pre-token boundary before white space or punctuation. A piece ends at the
     first cut position after 2,048 characters. If the next `longest_run` characters have no cut
-    position, the piece ends after them, which may change the ids there.
+    position, the piece ends after these characters, and the ids around this cut may change.
 
     Args:
         texts: pairs (part, is_last): a part of a text, and whether the text ends with it. The
@@ -346,8 +349,8 @@ def cut_texts(
 
 
 def _until_diverse(texts: Iterable[str]) -> Iterator[str]:
-    """Yield `texts` until the distinct pre-tokens counted in them have _DISTINCT_BYTES bytes."""
-    words: set[str] = set()  # words already counted; most words of a new English text are in it
+    """Yield `texts` until the distinct pre-tokens counted so far have _DISTINCT_BYTES bytes."""
+    words: set[str] = set()  # words already counted, such as most words of a new English text
     pre_tokens: set[str] = set()
     group: list[str] = []
     n_characters = n_bytes = 0
@@ -370,7 +373,7 @@ def _until_diverse(texts: Iterable[str]) -> Iterator[str]:
         n_bytes += n_new
         if n_bytes >= _DISTINCT_BYTES:
             return
-        # While a text has few new pre-tokens, as English does, counting a quarter of it is enough.
+        # While few pre-tokens are new, as in English, it is enough to count a quarter of the texts.
         interval = _COUNTED_CHARACTERS * (4 if n_new < _COUNTED_CHARACTERS / 256 else 1)
 
 

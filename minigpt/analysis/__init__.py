@@ -1,1 +1,1 @@
-"""Analysis of trained models: embeddings, attention, coherence of their stories."""
+"""Analysis of trained models: their embeddings, attention and activations, and their stories."""

@@ -1,11 +1,11 @@
-"""Activations of a forward pass, recorded and, if wanted, edited by hooks.
+"""Record the activations of a forward pass with hooks, and optionally replace some of them.
 
 >>> values = activations(model, encode_prompt(tokenizer, "Tom had a dog. He"))
 >>> values["blocks.2.input"].shape
 torch.Size([1, 8, 256])
 
-The activations of a model with L blocks, in the order in which they are computed; i runs from 0 to
-L - 1:
+A model with L blocks has the following activations, in the order of their computation. i runs from
+0 to L - 1, and d_ff is the width of the hidden layer; model.py explains the other letters.
 
 | name                         | shape           | content                                        |
 |------------------------------|-----------------|------------------------------------------------|
@@ -36,7 +36,8 @@ from minigpt.model import GPT, KVCache
 
 Edit = Callable[[Tensor], Tensor]
 WEIGHTS = "attention.weights"
-# Name of an activation of a block: module, and whether the activation is its input.
+# Activations of a block: the module, and whether the activation is the input of this module. If
+# not, the activation is the output.
 _POINTS = {
     "input": ("", True),
     WEIGHTS: ("attention", False),  # recorded by the cache instead of a hook
@@ -54,21 +55,23 @@ def activations(
 ) -> dict[str, Tensor]:
     """Return all activations of a forward pass.
 
-    The model itself is not changed: the hooks are on a copy that shares its weights, so several
-    threads may call this function at once. Dropout is off.
+    The hooks are added to a copy of the model, which shares the weights of the model. So the model
+    itself is not changed, and several threads may call this function at once. Dropout is off.
 
     Args:
-        model: the model; a subclass must keep the modules of `GPT` and the parameter `cache`.
+        model: the model. A subclass of `GPT` must keep the modules of `GPT`, and its methods
+            `forward` and `hidden` must accept the argument `cache`.
         ids: token ids (B, T), int64.
-        edits: functions that replace an activation during the pass, by the name of the activation.
-            Later activations follow from the replaced one. Attention weights and logits cannot be
-            replaced. None replaces nothing.
+        edits: functions by name of an activation. Each function is called with the activation of
+            that name, and returns a tensor that replaces it; later activations are computed from
+            this tensor. Attention weights and logits cannot be replaced. None replaces nothing.
 
     Returns:
         Tensors by name; the table at the top of this module has names, order and shapes.
 
     Raises:
-        UserError: `edits` has an unknown name, or the class of the model does not fit.
+        UserError: `edits` names an activation that does not exist or cannot be replaced, or the
+            class of the model lacks a module or does not accept `cache`.
         ValueError: `ids` is longer than the context.
     """
     if not takes_cache(model):
@@ -103,7 +106,7 @@ def activations(
 
 
 def activation_names(model: GPT) -> list[str]:
-    """Return the names of all activations of a model, in the order in which they are computed.
+    """Return the names of all activations of a model, in the order of their computation.
 
     Args:
         model: the model.
@@ -116,7 +119,7 @@ def activation_names(model: GPT) -> list[str]:
 
 
 def _add_hook(view: GPT, name: str, record: Callable[[str, Tensor], Tensor]) -> None:
-    """Call `record` with the activation `name` in each forward pass, and use what it returns."""
+    """Add a hook to `view` that replaces the activation `name` by `record(name, activation)`."""
     path, is_input = ("final_norm", True) if name == "residual" else (name, False)
     if name.startswith("blocks."):
         _, block, point = name.split(".", 2)

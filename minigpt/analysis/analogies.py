@@ -1,4 +1,4 @@
-"""Fixed probes of the token embedding: neighbours of six words, and twenty analogies.
+"""Query the token embeddings of a model: neighbours of six words, and twenty analogies.
 
 >>> answers = ask(EmbeddingProbe(net, tokenizer))
 >>> answers.analogies[0].rank
@@ -13,7 +13,7 @@ from minigpt.analysis.embeddings import EmbeddingProbe, SplitWordError, Tokens, 
 from minigpt.core.text import md_table
 
 WORDS = ("dad", "mom", "king", "happy", "run", "big")
-ANALOGIES = {  # first − second + third = expected; all single tokens of the sample's tokenizer
+ANALOGIES = {  # first − second + third = fourth; all are single tokens in the bundled sample
     "gender": (
         ("princess", "girl", "boy", "prince"),
         ("mom", "girl", "boy", "dad"),
@@ -61,14 +61,19 @@ class Analogy:
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers to the analogies, and for each word its neighbours, or why it has none."""
+    """Answers to the analogies, and the neighbours of each word or the reason why it has none."""
 
     neighbours: dict[str, Tokens | str]
     analogies: list[Analogy]
 
     @property
     def summary(self) -> dict[str, float]:
-        """Number of answered analogies, their median rank, and fractions with rank 1 and 1 to 5."""
+        """Statistics of the ranks of the expected words, over all analogies that have an answer.
+
+        The keys are "asked" (number of analogies that have an answer), "first" (fraction with rank
+        1), "among five" (fraction with rank 1 to 5) and "median rank". If no analogy has an answer,
+        the only key is "asked", with the value 0.
+        """
         ranks = [a.rank for a in self.analogies if a.rank is not None]
         if not ranks:
             return {"asked": 0}
@@ -81,7 +86,7 @@ class Answers:
 
 
 def ask(probe: EmbeddingProbe) -> Answers:
-    """Return the neighbours of `WORDS` and the answers to `ANALOGIES`.
+    """Return the neighbours of six words, `WORDS`, and the answers to twenty `ANALOGIES`.
 
     Args:
         probe: the embeddings to query.
@@ -103,7 +108,7 @@ def _analogy(probe: EmbeddingProbe, kind: str, a: str, b: str, c: str, expected:
 
 
 def markdown(answers: dict[str, Answers]) -> str:
-    """Return embeddings.md, with a column for each run.
+    """Return the content of embeddings.md, which compares the answers of several runs.
 
     Args:
         answers: answers by name of the run.

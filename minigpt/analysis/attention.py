@@ -1,7 +1,7 @@
-"""Attention weights of every layer and head, and scores of what a head attends to.
+"""Attention weights of every layer and head, and scores that show what a head attends to.
 
 >>> weights = attention_weights(net, encode_prompt(tokenizer, "Tom had a dog. He"))
->>> weights[layer, head, i, j]  # the attention that token i pays to token j
+>>> weights[layer, head, i, j]  # weight with which token i attends to token j
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from minigpt.core.settings import UserError
 from minigpt.generation.decoder import takes_cache
 from minigpt.model import GPT, KVCache
 
-MAX_REPEATED = 50  # length of the random sequence that `head_scores` repeats
+MAX_REPEATED = 50  # maximum length of the random sequence that `head_scores` repeats
 
 
 @torch.inference_mode()
@@ -35,7 +35,7 @@ def attention_weights(net: GPT, ids: Tensor) -> Tensor:
 
     Raises:
         ValueError: `ids` is longer than the context.
-        UserError: the class of `net` has a `forward` without the parameter `cache`.
+        UserError: `net.forward` or `net.hidden` does not accept the argument `cache`.
     """
     if not takes_cache(net):
         name = type(net).__qualname__
@@ -49,13 +49,14 @@ def attention_weights(net: GPT, ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class HeadScores:
-    """Scores of every head, from 0 to 1, each (n_layers, n_heads).
+    """Two scores from 0 to 1 for every attention head, as tensors (n_layers, n_heads).
 
-    Induction heads are by Olsson et al. (2022, arXiv 2209.11895).
+    Olsson et al. (2022, arXiv 2209.11895) describe induction heads.
 
     Attributes:
         previous_token: mean attention to the previous token.
-        induction: mean attention to the token after the earlier occurrence of the current token.
+        induction: mean attention to the token that followed the current token when the current
+            token occurred earlier.
     """
 
     previous_token: Tensor
@@ -65,35 +66,36 @@ class HeadScores:
 def head_scores(net: GPT, seed: int = 0) -> HeadScores:
     """Return the previous-token score and the induction score of every head.
 
-    Both are measured on one sequence: id 0, n random different ids, and the same n ids again. The
-    model cannot know the ids of the second half except by looking back.
+    Both scores are measured on one sequence: id 0, n random different ids, and these n ids again.
+    The model can predict the second half only by attending to the first half. n is MAX_REPEATED
+    (50), or the largest n that a shorter context or a smaller vocabulary allows.
 
     Args:
         net: the model.
         seed: seed of the random ids.
 
     Returns:
-        The scores. n is MAX_REPEATED, or less for a short context or a small vocabulary.
+        The scores.
 
     Raises:
-        UserError: the context or the vocabulary is too small for n = 2, or the class of `net` has a
-            `forward` without the parameter `cache`.
+        UserError: the context or the vocabulary is too small for n = 2; or `net.forward` or
+            `net.hidden` does not accept the argument `cache`.
     """
     ids = repeated_ids(net, seed)
     n = (ids.shape[1] - 1) // 2
     weights = attention_weights(net, ids)
     return HeadScores(
         previous_token=weights.diagonal(-1, -2, -1).mean(dim=-1),
-        # Position i > n holds the token of position i - n, which i - n + 1 follows.
+        # Position i > n holds the same token as position i - n; the next token is at i - n + 1.
         induction=weights.diagonal(1 - n, -2, -1)[..., 2:].mean(dim=-1),
     )
 
 
 def repeated_ids(net: GPT, seed: int = 0) -> Tensor:
-    """Return the sequence of `head_scores`: id 0, n random different ids, and these n ids again.
+    """Return the ids on which `head_scores` measures: 0, n random different ids, these n ids again.
 
     Args:
-        net: the model, which limits n.
+        net: the model; n depends on its context length and its vocabulary, as in `head_scores`.
         seed: seed of the random ids.
 
     Returns:

@@ -49,10 +49,10 @@ def token_counts(stories: Iterable[str], tokenizer: Tokenizer) -> Counter[int]:
 def scored_texts(
     stories: Iterable[str], tokenizer: Tokenizer, n: int, context: int, counts: Mapping[int, int]
 ) -> list[ScoredText]:
-    """Return the first `n` stories with the classes of their tokens, cut at the context.
+    """Return the first `n` stories, cut at the context length, with the classes of their tokens.
 
-    A story with a character that is split across several tokens is left out, because its tokens
-    have no positions in the text.
+    If a character of a story is split across several tokens, the story is left out, because these
+    tokens cannot be located in the text.
 
     Args:
         stories: the stories.
@@ -82,7 +82,7 @@ def _by_rank(ids: Sequence[int], rank: Mapping[int, int]) -> list[str]:
 
 
 def _by_text(story: str, pieces: Sequence[str]) -> list[set[str]]:
-    """Return the classes of each token that depend on its position and on the text."""
+    """Return a set of classes for each token: position, names, speech and punctuation."""
     names, seen = [], set()
     for match in NAME.finditer(story):
         names.append((match.span(), NAMES[match[0] in seen]))
@@ -107,10 +107,11 @@ def class_losses(net: GPT, texts: Sequence[ScoredText]) -> dict[str, float | Non
 
     Args:
         net: the model.
-        texts: the stories, each at most one token longer than the context.
+        texts: the stories; each may have at most one id more than the context length.
 
     Returns:
-        The loss of each of CLASSES, None for a class without tokens, and of `all tokens`.
+        Losses by name of the class, and one more loss, "all tokens". The loss of a class without
+            tokens is None.
     """
     losses: dict[str, list[float]] = {name: [] for name in ("all tokens", *CLASSES)}
     device, size = net.embedding.weight.device, sequences_at_once(net, on_cpu=BATCH)

@@ -28,11 +28,11 @@ from minigpt.kernels.choice import sequences_at_once
 from minigpt.model import GPT, IGNORE_INDEX, perplexity
 from minigpt.tokenizer import Tokenizer
 
-# The whole first sentence, if it ends with a name.
+# The whole first sentence, if it ends with "named" or "called" and a name.
 OPENING = re.compile(r"[^.!?\"“]*\b(?:named|called) ([A-Z][a-z]+)\.(?=\s)")
 # A capitalised word inside a sentence: after a lower-case letter or a comma.
 NAME = re.compile(r"(?<=[a-z,] )[A-Z][a-z]+\b")
-BATCH = 50  # stories of one seed, and on a CPU also the number of stories scored at once
+BATCH = 50  # maximum number of stories with one seed; on a CPU, also of stories scored at once
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Opening:
 
 @dataclass(frozen=True)
 class Continuation:
-    """The text after an opening, up to the end of the story or of the model's context."""
+    """The text after an opening, until the story ends or the model's context is full."""
 
     opening: Opening
     ids: tuple[int, ...]  # without the end-of-text token
@@ -57,7 +57,10 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Coherence:
-    """Coherence measures of a group of continuations; a fraction of nothing is None."""
+    """Coherence measures of a group of continuations.
+
+    A fraction is None if there is nothing to count.
+    """
 
     unfinished: float  # fraction that did not end within the context
     protagonist_retention: float | None  # fraction with the opening's name in the last third
@@ -70,7 +73,8 @@ def story_openings(
 ) -> list[Opening]:
     """Return the first `n` openings in `stories`, in order.
 
-    Openings that fill more than half of the context are skipped.
+    An opening is a first sentence that names the protagonist. Openings that fill more than half of
+    the context are skipped.
 
     Args:
         stories: the stories to search.
@@ -113,7 +117,7 @@ def original_continuations(
     for opening in openings:
         ids = tokenizer.encode(opening.rest)
         capacity = context - len(opening.ids)
-        ended = len(ids) < capacity  # leaves space for the end-of-text token, as for a model
+        ended = len(ids) < capacity  # the end-of-text token needs space, too, as for a model
         ids = tuple(ids[:capacity])
         continuations.append(Continuation(opening, ids, tokenizer.decode(ids), ended))
     return continuations
@@ -179,10 +183,11 @@ def coherence(stories: Sequence[Continuation]) -> Coherence:
 
 @torch.inference_mode()
 def score(net: GPT, stories: Sequence[Continuation], end_of_text: int) -> float:
-    """Return the perplexity of `stories` under `net`, without the tokens of the openings.
+    """Return the perplexity of the continuations `stories` under `net`.
 
-    The end-of-text token of an ended story is scored as well. Each opening with its continuation
-    must fit into the context of `net`, and there must be at least one token to score.
+    The tokens of the openings are not scored. If a story ended, its end-of-text token is scored as
+    well. Each opening with its continuation must fit into the context of `net`, and there must be
+    at least one token to score.
 
     Args:
         net: the model that scores the stories.
@@ -200,7 +205,7 @@ def score(net: GPT, stories: Sequence[Continuation], end_of_text: int) -> float:
 
 
 def _rows(stories: Sequence[Continuation], end_of_text: int) -> tuple[Tensor, Tensor]:
-    """Return padded ids and targets, both (B, T); targets in openings are IGNORE_INDEX."""
+    """Return ids and targets (B, T); targets in openings and in padding are IGNORE_INDEX."""
     whole = [[*s.opening.ids, *s.ids, *([end_of_text] if s.ended else [])] for s in stories]
     ids = [torch.tensor(tokens[:-1]) for tokens in whole]
     targets = [torch.tensor(tokens[1:]) for tokens in whole]

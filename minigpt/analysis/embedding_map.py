@@ -40,13 +40,13 @@ class FewWordsError(UserError):
 
 @dataclass(frozen=True)
 class EmbeddingMap:
-    """Positions of words in two dimensions, and measures of how well they show the embedding."""
+    """Positions of words in two dimensions, and statistics of the embeddings of these words."""
 
-    words: dict[str, list[str]]  # cluster: its words that are single tokens
+    words: dict[str, list[str]]  # words of each cluster that are single tokens
     points: Tensor  # (n, 2), in the order of `words`
     explained: float  # fraction of the variance that the two dimensions explain
     within: float  # mean cosine similarity of two words of one cluster, in all d dimensions
-    between: float | None  # the same for words of different clusters; None for one cluster
+    between: float | None  # the same for words of different clusters; None if there is one cluster
 
 
 def embedding_map(
@@ -59,7 +59,7 @@ def embedding_map(
         clusters: words by the name of their cluster.
 
     Returns:
-        The positions of the words that are single tokens.
+        The positions and statistics of those words that are single tokens.
 
     Raises:
         FewWordsError: fewer than three of the words are single tokens.

@@ -38,7 +38,7 @@ def parse_analogy(text: str) -> tuple[str, str, str]:
         text: three words, one of them subtracted and one added.
 
     Returns:
-        The words (word, minus, plus), in the examples ("princess", "girl", "boy").
+        The words (word, minus, plus). For both examples, they are ("princess", "girl", "boy").
 
     Raises:
         UserError: `text` has another form.
@@ -69,14 +69,14 @@ def tokens_or_reason(query: Callable[..., Tokens], *words: str) -> Tokens | str:
 class EmbeddingProbe:
     """Cosine similarities between token embeddings.
 
-    A word is looked up as a token with a leading space (" dad"), because words inside a story have
-    one. If there is no such token, the token without a space is used ("Once"). This is not done for
-    lower-case words, because a lower-case token without a space is a piece of a longer word, such
-    as "art" in "started".
+    A word is looked up as a token with a leading space (" dad"), because a word inside a story
+    follows a space. If there is no such token, the token without a space is used ("Once"), but not
+    for a lower-case word: a lower-case token without a space is a piece of a longer word, such as
+    "art" in "started".
 
     Results have no leading spaces. If a word is a token both with and without the space, it appears
-    once, with the higher cosine similarity. The words of the query, and tokens that are a part of a
-    character, are left out.
+    once, with the higher cosine similarity. The words of the query are left out, and so are tokens
+    that are only a part of a character.
 
     Args:
         net: a model, or an embedding matrix (V, d).
@@ -149,7 +149,7 @@ class EmbeddingProbe:
             word: the word, with or without a leading space.
 
         Raises:
-            SplitWordError: `word` is empty or several tokens.
+            SplitWordError: `word` is empty or consists of several tokens.
         """
         word = word.strip()
         if not word:
@@ -169,7 +169,7 @@ class EmbeddingProbe:
             if len(nearest) == k:
                 break
             text = self.tokenizer.token(token_id).removeprefix(" ")
-            is_part = "\N{REPLACEMENT CHARACTER}" in text  # of a character, which is no word
+            is_part = "\N{REPLACEMENT CHARACTER}" in text  # the token is only a part of a character
             if not is_part and text not in leave_out and text not in nearest:
                 nearest[text] = cosines[token_id].item()
         return list(nearest.items())

@@ -24,13 +24,13 @@ def ablate_heads(model: GPT, ids: Tensor, heads: Iterable[tuple[int, int]]) -> T
     Args:
         model: the model, which is not changed.
         ids: token ids (B, T), int64.
-        heads: pairs (block, head), each from 0; the outputs of these heads are set to 0.
+        heads: pairs (block, head), both counted from 0. The outputs of these heads are set to 0.
 
     Returns:
         Logits (B, T, V).
 
     Raises:
-        UserError: the model has no such head.
+        UserError: the model has no head with the indices of a pair.
     """
     removed: dict[str, list[int]] = {}
     shape = model.config
@@ -48,19 +48,21 @@ def _zeroed(heads: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def patch_residual(model: GPT, clean: Tensor, corrupted: Tensor, metric: Metric) -> Tensor:
-    """Return the effect of each position of the residual stream (activation patching).
+    """Return a metric after patching the residual stream, for each block and position.
 
-    The model reads `corrupted`, but the residual stream before one block and at one position is
-    replaced with the value that it has for `clean` (Meng et al. 2022, arXiv 2202.05262).
+    This is activation patching (Meng et al. 2022, arXiv 2202.05262): the model reads `corrupted`
+    once for each block and position. Each time, the residual stream before this block and at this
+    position is replaced by the one that the model computes for `clean`.
 
     Args:
         model: the model, which is not changed.
         clean: token ids (B, T), int64.
         corrupted: token ids of the same shape.
-        metric: function of the logits (B, T, V), such as the difference of two logits.
+        metric: function that is called with the logits (B, T, V) and returns a number, such as the
+            difference of two logits.
 
     Returns:
-        Values (n_layers, T) of the metric, float64.
+        Value of the metric for each patch, (n_layers, T) float64.
 
     Raises:
         UserError: `clean` and `corrupted` differ in shape.
@@ -69,19 +71,20 @@ def patch_residual(model: GPT, clean: Tensor, corrupted: Tensor, metric: Metric)
 
 
 def patch_heads(model: GPT, clean: Tensor, corrupted: Tensor, metric: Metric) -> Tensor:
-    """Return the effect of each attention head (activation patching).
+    """Return a metric after patching an attention head, for each head.
 
-    The model reads `corrupted`, but the output of one head is replaced, at all positions, with the
-    output that it has for `clean`.
+    This is activation patching: the model reads `corrupted` once for each head. Each time, the
+    output of this head at all positions is replaced by its output for `clean`.
 
     Args:
         model: the model, which is not changed.
         clean: token ids (B, T), int64.
         corrupted: token ids of the same shape.
-        metric: function of the logits (B, T, V), such as the difference of two logits.
+        metric: function that is called with the logits (B, T, V) and returns a number, such as the
+            difference of two logits.
 
     Returns:
-        Values (n_layers, n_heads) of the metric, float64.
+        Value of the metric for each patch, (n_layers, n_heads) float64.
 
     Raises:
         UserError: `clean` and `corrupted` differ in shape.
@@ -92,7 +95,10 @@ def patch_heads(model: GPT, clean: Tensor, corrupted: Tensor, metric: Metric) ->
 def _patched(
     model: GPT, clean: Tensor, corrupted: Tensor, metric: Metric, point: str, dim: int
 ) -> Tensor:
-    """Return the metric for each layer and each index of dimension `dim` of an activation."""
+    """Return the metric for each patch, (n_layers, size of dimension `dim`).
+
+    Each patch replaces the activation `point` of one layer at one index of dimension `dim`.
+    """
     if clean.shape != corrupted.shape:
         problem = f"must have the shape of clean, {tuple(clean.shape)}: use texts of equal length"
         raise UserError(problem, "corrupted", tuple(corrupted.shape))

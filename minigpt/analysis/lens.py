@@ -20,20 +20,22 @@ from minigpt.model import GPT
 
 @torch.no_grad()
 def logit_lens(model: GPT, ids: Tensor) -> Tensor:
-    """Return what each layer would predict: its residual stream through final norm and lm_head.
+    """Return the predictions from the residual stream before the first block and after each block.
 
-    The method is by nostalgebraist (2020, "interpreting GPT: the logit lens").
+    The final LayerNorm and the output projection of the model are applied to the residual stream
+    (nostalgebraist 2020, "interpreting GPT: the logit lens").
 
     Args:
-        model: a plain `GPT`.
+        model: a `GPT`, not an instance of a subclass.
         ids: token ids (1, T), int64.
 
     Returns:
-        Log-probabilities (n_layers + 1, T, V) of the next token: first of the embeddings, then
-        after each block. The last row is the prediction of the model.
+        Log-probabilities (n_layers + 1, T, V) of the next token. In the first dimension, index 0
+        is the prediction before the first block, and index i is the prediction after i blocks. So
+        the last index is the prediction of the model itself.
 
     Raises:
-        UserError: the class of the model changes what `GPT` computes.
+        UserError: `model` is an instance of a subclass, or has hooks or replaced parts.
         ValueError: `ids` is longer than the context.
     """
     stream = _residual_streams(model, activations(_plain(model), ids))  # (L + 1, T, d)
@@ -55,12 +57,14 @@ def _plain(model: GPT) -> GPT:
 
 @dataclass(frozen=True)
 class LogitAttribution:
-    """Contribution of each part of a model to a logit at each position.
+    """Contribution of each part of a model to the logit of a target token, for each position.
 
-    The sum of all parts is the logit of the target minus the reference.
+    The sum of all contributions is the logit of the target minus the reference. `logit_attribution`
+    explains the reference.
 
     Attributes:
-        heads: contributions (n_layers, n_heads, T) of the attention heads, without the bias.
+        heads: contributions (n_layers, n_heads, T) of the attention heads, without the bias of
+            `attention.out`.
         attention_bias: contributions (n_layers, T) of the bias of `attention.out`.
         feed_forward: contributions (n_layers, T) of the feed-forward layers.
         embedding: contributions (T,) of the token embeddings.
@@ -77,7 +81,7 @@ class LogitAttribution:
 
     @property
     def total(self) -> Tensor:
-        """Sum of all parts, (T,): the logit of the target minus the reference."""
+        """Sum of all contributions, (T,): the logit of the target minus the reference."""
         layers = self.heads.sum(dim=1) + self.attention_bias + self.feed_forward
         return layers.sum(dim=0) + self.embedding + self.positions + self.norm_bias
 
@@ -88,23 +92,24 @@ def logit_attribution(
 ) -> LogitAttribution:
     """Split the logits of target tokens into contributions of heads, layers and embeddings.
 
-    The residual stream is a sum, and the final LayerNorm with its standard deviation held constant
-    is linear, so the logit is a sum over all parts (direct logit attribution; Elhage et al. 2021,
-    "A Mathematical Framework for Transformer Circuits"). A constant that is added to all logits
-    changes no probability, so logits are measured relative to a reference.
+    The residual stream is a sum of the outputs of all parts. The final LayerNorm is affine if its
+    standard deviation is held constant. So a logit is a sum of one contribution for each part
+    (direct logit attribution; Elhage et al. 2021, "A Mathematical Framework for Transformer
+    Circuits"). A constant that is added to all logits changes no probability, so a reference, such
+    as the mean logit, is subtracted from each logit.
 
     Args:
-        model: a plain `GPT`.
+        model: a `GPT`, not an instance of a subclass.
         ids: token ids (1, T), int64.
-        targets: the token (T,) whose logit is split, for each position.
-        reference: tokens (T,) whose logits are subtracted; None subtracts the mean logit of the
-            vocabulary.
+        targets: ids (T,) of the target tokens, one for each position.
+        reference: ids (T,) of tokens, one for each position; the reference is the logit of this
+            token. None means that the reference is the mean logit of the vocabulary.
 
     Returns:
         The contributions.
 
     Raises:
-        UserError: the class of the model changes what `GPT` computes.
+        UserError: `model` is an instance of a subclass, or has hooks or replaced parts.
         ValueError: `ids` is longer than the context.
     """
     values = activations(_plain(model), ids)

@@ -1,4 +1,4 @@
-"""What a model learns when: measures of every snapshot of a run, over the tokens seen.
+"""Measure every snapshot of a run, to show what the model learns in the course of training.
 
 >>> write_over_time(Run.load("runs/small"), Path("study"))
 """
@@ -60,10 +60,10 @@ _MAY_DOUBLE = {"that", "had", "very", "so", "no", "bye", "ha"}
 @documented
 @dataclass(frozen=True)
 class OverTimeConfig:
-    """Number of stories for each snapshot."""
+    """Settings of the measurements, the same for each snapshot."""
 
     n_scored: int = 100
-    """Number of validation stories on which the loss by class of token is measured."""
+    """Number of validation stories on which the loss of each class of tokens is measured."""
     n_written: int = 200
     """Number of stories that each snapshot writes."""
     seed: int = 1
@@ -77,31 +77,35 @@ class OverTimeConfig:
 
 @dataclass(frozen=True)
 class Moment:
-    """Measures of one snapshot; a fraction of nothing is None."""
+    """Measures of one snapshot; a loss or fraction is None if there is nothing to count."""
 
     tokens: int  # training tokens so far
     losses: dict[str, float | None]  # nats per token, by class of token
     spelling: float | None  # fraction of written words that occur in the training stories
-    sentences: float | None  # fraction of sentences without a fault that the heuristics see
+    sentences: float | None  # fraction of sentences in which the heuristics find no fault
     repeated: float | None  # fraction of word 4-grams that occurred earlier in the same story
     coherence: Coherence
-    analogies: float | None  # fraction of analogies with the answer among five tokens
+    analogies: float | None  # fraction with the expected word among the five nearest
     induction: list[list[float]] | None  # score of each head, by layer; None if not measurable
 
 
 def write_over_time(run: Run, out: Path, config: OverTimeConfig | None = None) -> list[Path]:
-    """Write over-time.md, over-time.json, over-time.png and, for several words, embeddings.html.
+    """Measure all snapshots of a run, and write the results to a folder.
+
+    The files are over-time.md, over-time.json, over-time.png and the animation embeddings.html. The
+    animation is left out if fewer than two groups of its words have a word that is a single token.
 
     Args:
         run: a run with snapshots.
         out: output folder, created if missing.
-        config: numbers of stories; None means the defaults.
+        config: settings of the measurements; None means the defaults.
 
     Returns:
         The paths of the files.
 
     Raises:
-        UserError: the run has no snapshots, or too few validation stories have an opening.
+        UserError: the run has no snapshots, or fewer than `config.n_written` validation stories
+            begin with a sentence that names the protagonist.
     """
     config = config or OverTimeConfig()
     moments, vectors, words = _measure(run, config)
@@ -123,7 +127,10 @@ def write_over_time(run: Run, out: Path, config: OverTimeConfig | None = None) -
 def _measure(
     run: Run, config: OverTimeConfig
 ) -> tuple[list[Moment], list[Tensor], dict[str, list[str]]]:
-    """Return the measures of each snapshot, its vectors of the map's words, and these words."""
+    """Return the measures of each snapshot, the word embeddings of each snapshot, and the words.
+
+    The words are those of CLUSTERS that are single tokens, by name of their cluster.
+    """
     if not run.snapshots:
         problem = f"{run.folder} has no snapshots; train with snapshots, or choose another run"
         raise UserError(problem, fix={"callbacks.snapshots": 8})
@@ -180,8 +187,8 @@ def sentences(text: str) -> list[str]:
 def is_well_formed(sentence: str) -> bool:
     """Return whether heuristics find no fault in a sentence.
 
-    The faults are: no capital letter or digit at the start, no mark at the end, a doubled word
-    other than those that may be doubled, and a wrong article, such as "an dog" or "a apple".
+    The faults are: no capital letter or digit at the start; no ".", "!" or "?" at the end; a word
+    twice in a row, except words such as "very"; and a wrong article, such as "an dog" or "a apple".
 
     Args:
         sentence: the sentence, without quotation marks around it.
@@ -196,12 +203,12 @@ def is_well_formed(sentence: str) -> bool:
 
 
 def over_time_markdown(name: str, moments: Sequence[Moment], config: OverTimeConfig) -> str:
-    """Return over-time.md: a table of the loss by class, a table of the stories, the figure.
+    """Return the content of over-time.md: a table of losses, a table of story measures, the figure.
 
     Args:
         name: name of the run.
-        moments: the measurements of each snapshot, oldest first.
-        config: numbers of stories.
+        moments: the measures of each snapshot, oldest first.
+        config: settings of the measurements.
     """
     heads = [f"{human_count(moment.tokens)} tokens" for moment in moments]
     classes = ("all tokens", *CLASSES)
@@ -257,9 +264,9 @@ def _highest(moment: Moment) -> float | None:
 
 
 def over_time_figure(moments: Sequence[Moment]) -> Figure:
-    """Plot the measures over the tokens seen, as small multiples with a logarithmic axis."""
+    """Plot the measures over the training tokens, in panels with a logarithmic horizontal axis."""
     figure = plots.new_figure(12, 7, rows=3, columns=3)
-    # The initial weights have seen no token; the axis begins at half of the second snapshot.
+    # A logarithmic axis has no 0, so the initial weights are at half of the second snapshot.
     later = [moment.tokens for moment in moments if moment.tokens > 0]
     tokens = [moment.tokens or min(later, default=2) / 2 for moment in moments]
     groups = {
@@ -330,16 +337,18 @@ def _plotted(values: Sequence[float | None]) -> list[float]:
 def settling_html(
     name: str, words: dict[str, list[str]], tokens: Sequence[int], vectors: Sequence[Tensor]
 ) -> str:
-    """Return an HTML page that animates the embeddings of words as a run learns them.
+    """Return an HTML page that animates how word embeddings change during the training of a run.
 
-    All snapshots are projected onto the first two principal components of the last one, so that a
-    point moves only if its embedding does. The page needs no network.
+    The embeddings of all snapshots are projected onto the first two principal components of the
+    last snapshot. So points move because embeddings change, not because the projection changes. The
+    page needs no network.
 
     Args:
         name: name of the run.
         words: words by name of their group.
         tokens: number of training tokens of each snapshot.
-        vectors: embeddings (n, d) of length one of each snapshot, in the order of `words`.
+        vectors: for each snapshot, the embeddings (n, d) of the n words in the order of `words`,
+            normalised to length one.
     """
     last = vectors[-1] - vectors[-1].mean(dim=0)
     axes = torch.linalg.svd(last, full_matrices=False)[2][:2].T  # (d, 2)
@@ -353,7 +362,7 @@ def settling_html(
     }
     options: Any = {"loader": PackageLoader("minigpt", "analysis"), "undefined": StrictUndefined}
     template = Environment(autoescape=True, **options).get_template("settling.html.j2")
-    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # inside a script
+    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # inside <script>
     return template.render(
         name=name, data=text, names=list(words), colours=list(plots.COLOURS[: len(words)])
     )

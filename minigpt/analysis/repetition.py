@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 NGram = tuple[str, ...]
-COPIED = 4  # consecutive words that count as a repetition or a copy
-NOVELTY_STORIES = 40_000  # maximum number of training stories to search for copies; takes 5 s
+COPIED = 4  # number of consecutive words that count as a repetition or a copy
+NOVELTY_STORIES = 40_000  # maximum number of training stories to search for copies, which takes 5 s
 
 
 @dataclass(frozen=True)
 class Repetition:
-    """Measures of word n-grams in a group of texts; a fraction is None without n-grams.
+    """Measures of word n-grams in a group of texts; a fraction is None if there are no n-grams.
 
     The fraction of distinct n-grams is the measure distinct-n of Li et al. 2016, arXiv:1510.03055.
     """
@@ -21,7 +21,7 @@ class Repetition:
     words: float  # mean number of words per text
     distinct: tuple[float | None, ...]  # fraction of distinct 1-, 2- and 3-grams
     repeated: float | None  # fraction of 4-grams that occurred earlier in the same text
-    novel: float | None  # fraction of 4-grams in no training story; None without training stories
+    novel: float | None  # fraction of 4-grams that no training story has; None without such stories
 
 
 def measure(
@@ -30,7 +30,7 @@ def measure(
     """Measure repetition and novelty in groups of texts.
 
     Args:
-        groups: groups of texts.
+        groups: the texts of each group, such as the stories of one model.
         training: training stories. They are read one by one and need not fit into memory.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Compare trained models by the coherence of their stories, sample stories and embeddings.
+"""Compare trained models: coherence of their stories, sample stories, and word embeddings.
 
 >>> write_study([Run.load("runs/small"), Run.load("runs/large")], Path("docs/results"))
 """
@@ -42,7 +42,7 @@ from minigpt.model import GPT
 from minigpt.runs.folder import Run
 from minigpt.tokenizer import Tokenizer
 
-TINYSTORIES = ("tinystories", "tinystories_sample")  # sources that the study is meant for
+TINYSTORIES = ("tinystories", "tinystories_sample")  # values of data.source that suit the study
 
 ORIGINALS = "the original stories"  # name of the baseline's row, also in coherence.json
 SAMPLE_SEEDS = (1, 2, 3)  # seeds of the stories in samples.md
@@ -82,7 +82,7 @@ class Row:
 
 @dataclass(frozen=True)
 class StudiedModel:
-    """A loaded model with the name of its run."""
+    """A loaded model with its tokenizer and the name of its run."""
 
     name: str
     net: GPT
@@ -103,7 +103,7 @@ def write_study(runs: Sequence[Run], out: Path, config: StudyConfig | None = Non
     Raises:
         UserError: two runs have the same name; the runs differ in tokenizer or context length, so
             that the largest model cannot score all stories; or fewer than `config.n` validation
-            stories have an opening.
+            stories begin with a sentence that names the protagonist.
     """
     config = config or StudyConfig()
     models = _load_models(runs)
@@ -130,7 +130,7 @@ def write_study(runs: Sequence[Run], out: Path, config: StudyConfig | None = Non
 
 
 def _load_models(runs: Sequence[Run]) -> list[StudiedModel]:
-    """Load the models on the CPU, smallest first."""
+    """Load the models on the CPU, and return them sorted by size, smallest first."""
     names = [run.folder.resolve().name for run in runs]
     if len(set(names)) < len(names):
         raise UserError("two runs have the same name; rename one of the folders", "runs", names)
@@ -143,7 +143,7 @@ def _load_models(runs: Sequence[Run]) -> list[StudiedModel]:
 
 
 def _write_maps(probes: Mapping[str, EmbeddingProbe], out: Path) -> list[str]:
-    """Write a map of words for each model, and return the part of embeddings.md on the maps."""
+    """Write maps of words, and return the paragraphs of embeddings.md about the maps."""
     text = []
     for name, probe in probes.items():
         try:
@@ -156,7 +156,7 @@ def _write_maps(probes: Mapping[str, EmbeddingProbe], out: Path) -> list[str]:
 
 
 def _row_json(row: Row) -> dict[str, Any]:
-    """Return a row for coherence.json. Renamed fields keep the keys they have in older files."""
+    """Return a row for coherence.json; fields that were renamed keep their old keys."""
     plain = dataclasses.asdict(row)
     renamed = {JSON_NAMES.get(key, key): value for key, value in plain["coherence"].items()}
     return plain | {"coherence": renamed}
@@ -202,7 +202,7 @@ HEADS = (
 def coherence_markdown(
     rows: Sequence[Row], models: Sequence[StudiedModel], config: StudyConfig
 ) -> str:
-    """Return coherence.md: how the stories were sampled, the table, the figure, the measures.
+    """Return the content of coherence.md: method, table, figure and definitions of the measures.
 
     Args:
         rows: the rows of the table, from `study_rows`.
@@ -299,10 +299,11 @@ def coherence_figure(rows: Sequence[Row]) -> Figure:
 
 
 def samples_markdown(models: Sequence[StudiedModel]) -> str:
-    """Return samples.md: three unedited stories of each model.
+    """Return the content of samples.md: three unedited stories of each model.
 
-    The models must be on the CPU, because `minigpt generate` uses the CPU, too. On another device,
-    the same seed may give another story.
+    samples.md names the commands `minigpt generate` that give the same stories. These commands run
+    on the CPU. So the models must be on the CPU, too: on another device, the same seed may give
+    another story.
     """
     parts = [
         "# Samples",

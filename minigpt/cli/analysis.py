@@ -1,6 +1,7 @@
-"""The verbs that study runs: probe, scaling, compare and study.
+"""The verbs (subcommands) of `minigpt` that study runs: probe, scaling, compare and study.
 
-`minigpt.cli.app` registers them. Each imports its modules only when it is called.
+`minigpt.cli.app` registers these functions. Each function imports the modules that it needs only
+when it is called.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def probe(
 ) -> None:
     """Explore the embedding: nearest words, analogies, and a map of words as a PNG.
 
-    Without --near and --analogy, twenty analogies are scored.
+    Without --near and --analogy, a fixed list of twenty analogies is scored.
     """
     from rich.console import Console
 
@@ -108,10 +109,11 @@ def compare(
     folders: Annotated[list[Path], PathArgument(help="Run folders, or folders that contain runs.")],
     out: Annotated[Path | None, PathOption(help="Write the table to this Markdown file.")] = None,
 ) -> None:
-    """Compare recipes by the validation losses of runs with the same seeds.
+    """Compare recipes (settings without the seed) by the validation losses of runs.
 
-    Runs that differ only in their seed have one recipe. The table lists the mean difference to the
-    recipe of the first run, with its standard error.
+    Runs that differ only in their seed have the same recipe. Each recipe is
+    compared with the recipe of the first run: the table lists the mean difference
+    of the losses over the common seeds, and the standard error of this mean.
     """
     from rich.console import Console
     from rich.table import Table
@@ -145,8 +147,9 @@ def study(
 ) -> None:
     """Compare runs by the coherence of their stories, by sample stories and by embeddings.
 
-    Writes coherence.md, samples.md and embeddings.md, with figures and JSON files. With
-    --over-time, writes over-time.md with a figure and a JSON file, and embeddings.html.
+    Writes coherence.md, samples.md and embeddings.md, with figures and JSON files.
+    With --over-time, writes other files: over-time.md, a figure, a JSON file and
+    embeddings.html.
     """
     check_folder(out)
     if over_time:

@@ -1,8 +1,8 @@
-"""The `minigpt` command, with one verb per task.
+"""The `minigpt` command, with one verb (subcommand) per task.
 
-Each verb is a function below or in `minigpt.cli.analysis`. It imports its modules only when it is
-called, so that `minigpt --help` does not wait for torch. `train` and `evaluate` are Hydra apps in
-their own modules.
+Each verb is a function below or in `minigpt.cli.analysis`. The function imports the modules that it
+needs only when it is called, so that `minigpt --help` does not wait for torch. The verbs `train`
+and `evaluate` call the Hydra apps in `minigpt.cli.train` and `minigpt.cli.evaluate`.
 """
 
 from __future__ import annotations
@@ -63,8 +63,9 @@ def generate(
 ) -> None:
     """Generate stories.
 
-    A single story is printed token by token. Several stories are sampled in batches and printed
-    with <|endoftext|> between them. data=text can read this format.
+    A single story is printed token by token. Several stories are sampled in
+    batches and printed with <|endoftext|> between them. To train on a file in this
+    format, type minigpt train data=text.
     """
     import torch
 
@@ -90,12 +91,12 @@ def generate(
     (source,) = load_runs([run], class_path)
     model, tokenizer = source.load_model(device_for(n)), source.tokenizer
     model = model.to(getattr(torch, dtype))
-    if prompt.endswith(" ") and prompt.strip():  # a token of its own, which is rare in stories
+    if prompt.endswith(" ") and prompt.strip():  # a rare token in stories
         log.warning("the prompt ends with a space, which belongs to the next word: remove it")
     length = len(tokenizer.encode(prompt))  # raises before anything is printed
     if length >= (context := model.config.context_length):
         log.warning("only the end of the %d-token prompt fits the context of %d", length, context)
-    c_works = c_backend() is not None  # logs a warning if not, before the story
+    c_works = c_backend() is not None  # logs its warning before the story is printed
     if dtype == "bfloat16" and not c_works and not cpu_has_bfloat16():
         log.warning("decode.c and native bfloat16 are not available: --dtype float32 is faster")
     result_on_stdout()
@@ -108,13 +109,19 @@ def generate(
 
 
 def _one_prompt(words: list[str], option: str | None) -> str:
-    """Return the prompt, typed as an argument or as the option --prompt; - is standard input."""
+    """Return the prompt from the argument or from the option --prompt; else a default.
+
+    Args:
+        words: positional arguments after the run, of which at most one is allowed.
+        option: value of --prompt. For a prompt of "-", standard input is returned.
+    """
     if len(words) > 1:
         raise UserError("the prompt must be one argument", fix={"prompt": " ".join(words)})
     if words and option is not None:
         raise UserError(f"leave it out: {shell_word(words[0])} is the prompt", "prompt", option)
     prompt = option if option is not None else (words or ["Once upon a time"])[0]
-    if any("\udc80" <= character <= "\udcff" for character in prompt):  # bytes, see os.fsdecode
+    # These characters stand for bytes that are not UTF-8, see os.fsdecode.
+    if any("\udc80" <= character <= "\udcff" for character in prompt):
         raise UserError("is not valid UTF-8: type it in a UTF-8 terminal", "prompt", prompt)
     return _standard_input() if prompt == "-" else prompt
 
@@ -154,8 +161,8 @@ def playground(
 ) -> None:
     """Serve a local web page to generate stories, to explore models and to train them.
 
-    With snapshots in a run (callbacks.snapshots=8), a slider shows the model at earlier points of
-    its training.
+    For a run that was trained with snapshots (callbacks.snapshots=8), a slider
+    shows the model at earlier points of its training.
     """
     from minigpt.playground.server import serve
     from minigpt.runs.folder import bundled_release
@@ -219,9 +226,10 @@ def publish(
     dry_run: Annotated[bool, Option("--dry-run", help="Only write the folder.")] = False,
     class_path: ClassPath = None,
 ) -> None:
-    """Upload a model for transformers or, with --space, a web page to try it.
+    """Upload a model for transformers or, with --space, a web page to try the model.
 
-    A Space runs the playground. To see it here first, add --dry-run and run python NAME/app.py.
+    The page is the playground, as a Space on the Hugging Face Hub. To try it on
+    this machine first, add --dry-run, then type python NAME/app.py.
     """
     from minigpt.exporting import export as write
     from minigpt.exporting.folder import check_output
@@ -273,7 +281,7 @@ def sweep(
     name: Annotated[str, Argument(help="Name of the sweep: scaling, scaling_seeds or recipe.")],
     out: Annotated[Path | None, PathOption(help="Output file; by default <name>.yaml.")] = None,
 ) -> None:
-    """Write a sweep file for wandb sweep, with minigpt train as its command."""
+    """Write a file for the command wandb sweep; each run of the sweep calls minigpt train."""
     from minigpt.cli.sweep import write_sweep
 
     path = write_sweep(name, out or Path(f"{name}.yaml"))
@@ -299,7 +307,8 @@ def doctor(as_json: Annotated[bool, Option("--json", help="Print JSON.")] = Fals
 def main() -> None:
     """Run the command line.
 
-    A user error prints one line on stderr and exits with code 2; `orderly_exit` handles signals.
+    At a `UserError` or a usage error of typer, the program prints one line on stderr and exits with
+    the code of the error, which is usually 2. `orderly_exit` handles signals.
     """
     use_utf8()
     if len(sys.argv) == 1:
@@ -316,7 +325,7 @@ def main() -> None:
         try:
             if not {"-h", "--help"} & set(sys.argv):
                 provide_home()
-            if (code := app(standalone_mode=False)) == 128 + signal.SIGINT:  # from typer
+            if (code := app(standalone_mode=False)) == 128 + signal.SIGINT:  # at Ctrl-C
                 raise KeyboardInterrupt
             sys.exit(code)
         except UserError as error:
@@ -328,7 +337,7 @@ def main() -> None:
 
 
 def _options(verb: str) -> frozenset[str]:
-    """Return the names of a verb's options, which the user types as --name."""
+    """Return the names of a verb's options, such as top_k for --top-k."""
     command = getattr(typer.main.get_command(app), "commands", {}).get(verb)
     parameters = command.params if command is not None else ()
     return frozenset(p.name for p in parameters if p.param_type_name == "option")

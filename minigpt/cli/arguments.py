@@ -1,4 +1,4 @@
-"""Arguments that several verbs share: runs, output folders and classes of models."""
+"""Arguments that several verbs share: runs, output folders and model classes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ ClassPath = Annotated[str | None, Option(help="Class of the model, such as mypac
 
 
 def load_runs(paths: list[Path], class_path: str | None) -> list[Run]:
-    """Load runs.
+    """Load the runs at `paths`.
 
-    `class_path` is used for the runs that were trained with a custom class, or for all runs if
-    none was.
+    Args:
+        paths: run folders, checkpoints, snapshots or exported models.
+        class_path: dotted path of a custom model class. The class is used for the runs that were
+            trained with a custom class. If there are no such runs, it is used for all runs.
     """
     from minigpt.runs.folder import Run
 
@@ -40,6 +42,6 @@ def load_runs(paths: list[Path], class_path: str | None) -> list[Run]:
 
 
 def check_folder(path: Path | None, option: str = "--out") -> None:
-    """Raise UserError if a path, given as `option`, is that of a file."""
+    """Raise UserError if `path`, the value of the option called `option`, is a file."""
     if path is not None and path.exists() and not path.is_dir():
         raise UserError(f"{option} {path} is a file: give an existing or a new folder")

@@ -1,8 +1,9 @@
-"""Compose settings: the defaults of the dataclasses, then conf/, then the command line.
+"""Compose settings from the defaults of the dataclasses, conf/ and the command line.
 
-Each default is defined only in its dataclass. All defaults are registered with Hydra as one plain
-root node, the first entry of the defaults list. A YAML file therefore need only contain the
-settings that differ from the defaults, and every setting can be typed without a plus sign.
+The files in conf/ override the defaults, and the command line overrides both. Each default is
+defined only in its dataclass. All defaults are registered with Hydra as one config of plain values,
+which comes first in Hydra's defaults list. A YAML file therefore need only contain the settings
+that differ from the defaults, and every setting can be typed without Hydra's plus sign.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from minigpt.core.typed import quoted
 
 
 def config_source() -> str:
-    """Return the location of conf/: the folder in a checkout, else the folder in the package."""
+    """Return the location of conf/ for Hydra: its path in a checkout, else pkg://minigpt.conf."""
     root = Path(minigpt.__file__).parent.parent
     beside = (root / "pyproject.toml").is_file() and (root / "conf/train.yaml").is_file()
     return str(root / "conf") if beside else "pkg://minigpt.conf"
@@ -61,8 +62,8 @@ def load_config(
         A `TrainConfig` for "train", an `EvaluationConfig` for "evaluate".
 
     Raises:
-        UserError: a name or an option is unknown, a value is not allowed, or `config_dir` is not a
-            folder.
+        UserError: `name`, a setting or an option of a config group is unknown, a value is not
+            allowed, or `config_dir` is not a folder.
     """
     if name not in CLASS_SETTINGS:
         raise UserError(unknown_name(name, list(CLASS_SETTINGS), "config"))
@@ -83,10 +84,11 @@ def compose_values(
         config_dir: folder with additional config groups.
 
     Returns:
-        The values, and the option of the model group, such as large.
+        The values, and the chosen option of the config group `model`, such as large.
 
     Raises:
-        UserError: a name or an option is unknown, or `config_dir` is not a folder.
+        UserError: a setting or an option of a config group is unknown, or `config_dir` is not a
+            folder.
     """
     from minigpt.cli.hydra_errors import explain
 
@@ -115,10 +117,10 @@ def plain_values(config: Any) -> Any:
 def composed_words(name: str, typed: Sequence[str], folder: Path | None = None) -> list[str]:
     """Return the typed settings in Hydra's grammar; teacher= becomes teacher.runs=.
 
-    Settings that name a class are left out.
+    Settings that name a model class, such as model.class_path, are left out.
 
-    For train, `local=<value of MINIGPT_LOCAL>` is added if that variable is set and conf/ or
-    `folder` contains a folder local/.
+    For train, `local=<value of MINIGPT_LOCAL>` is added if the environment variable MINIGPT_LOCAL
+    is set and a folder called local/ is in conf/ or in `folder`.
 
     Args:
         name: name of the root config.
@@ -136,7 +138,12 @@ def composed_words(name: str, typed: Sequence[str], folder: Path | None = None) 
 
 @contextlib.contextmanager
 def own_hydra(name: str, overrides: Sequence[str] = ()) -> Iterator[None]:
-    """Initialise Hydra for the root config `name`; restore Hydra's previous state at the end."""
+    """Initialise Hydra for the root config `name`, and restore Hydra's previous state at the end.
+
+    Args:
+        name: name of the root config.
+        overrides: settings as typed; some of them add defaults, see `defaults`.
+    """
     instances, store = Singleton._instances, ConfigStore.instance()
     before, repo = dict(instances), store.repo
     store.repo = copy.copy(repo)
@@ -170,8 +177,8 @@ def defaults(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     Args:
         name: name of the root config.
-        overrides: settings as typed. For train, a class path adds the settings of the model class.
-            For evaluate, data=... adds the settings of the corpus.
+        overrides: settings as typed. For train, model.class_path=... adds the settings of that
+            class. For evaluate, data=... adds the settings of the corpus.
     """
     if name == "train":
         from minigpt.runs.folder import config_class
@@ -198,7 +205,8 @@ def types_of_settings(name: str, overrides: Sequence[str] = ()) -> dict[str, Any
 
     Args:
         name: name of the root config.
-        overrides: settings as typed. For train, a class path adds the settings of the model class.
+        overrides: settings as typed. For train, model.class_path=... adds the settings of that
+            class.
     """
     if name == "train":
         from minigpt.runs.folder import config_class
@@ -222,7 +230,7 @@ def train_config(
 
     Args:
         values: composed settings as plain values.
-        size: option of the model group, such as large.
+        size: chosen option of the config group `model`, such as large.
         overrides: settings as typed, to be recorded in config.yaml.
         model: class of the model; None for a plain GPT.
     """
@@ -248,7 +256,12 @@ def evaluation_config(values: dict[str, Any]) -> Any:
 
 
 def typed_class(setting: str, overrides: Sequence[str]) -> Any:
-    """Return the class whose path `overrides` give as `setting`; None for a plain GPT."""
+    """Return the model class that `overrides` give as `setting`; None if they give none.
+
+    Args:
+        setting: name of a setting that names a class, such as model.class_path.
+        overrides: settings as typed.
+    """
     words = [word.partition("=") for word in overrides]
     paths = [path for name, _, path in words if name == setting]
     if not paths or paths[-1] == "null":
@@ -268,7 +281,7 @@ def import_class(path: str, argument: str) -> Any:
 
     Raises:
         UserError: the import fails, the class is not derived from GPT, or its constructor requires
-            more arguments than the config.
+            an argument besides the config.
     """
     from minigpt.model import GPT
 

@@ -40,7 +40,7 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
     generation = _generation()
     private = os.path.expanduser("~")  # the path contains the user's name
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path(private, ".cache")) / "minigpt"
-    caches = {"data.cache_dir": Path(CACHE), "XDG_CACHE_HOME": home}  # by setting to change
+    caches = {"data.cache_dir": Path(CACHE), "XDG_CACHE_HOME": home}  # setting: folder
     sizes = {p: sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) for p in caches.values()}
     facts = {
         "minigpt": f"{minigpt.__version__}, source {source_commit()}",
@@ -77,7 +77,7 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
 
 
 def _generation() -> str:
-    """Return a description of the backend that generates text, after a trial with a tiny model."""
+    """Try decode.c with a tiny model, and describe the backend that generates text."""
     model = GPT(GPTConfig(vocab_size=64, context_length=8, d_model=32, n_heads=1, n_layers=1))
     try:
         Decoder(model.eval().requires_grad_(False), [torch.zeros(1, dtype=torch.long)], "c")

@@ -15,16 +15,17 @@ from minigpt.core.distributed import global_rank
 from minigpt.core.files import DISK_FULL
 from minigpt.core.signals import watch
 
-# Verbs that end with their terminal; all others write files and continue.
+# Verbs that stop when their terminal is closed. All other verbs write files, so they continue.
 INTERACTIVE = ("generate", "playground", "doctor")
 
 
 @contextlib.contextmanager
 def orderly_exit(verb: str) -> Iterator[None]:
-    """Run a program during the `with` block: print its log, and end it with one line at most.
+    """Print the log during the `with` block, and exit with one line at a signal or a file error.
 
-    At Ctrl-C, SIGTERM and SIGHUP, the exit code is 128 plus the number of the signal. If the disk
-    is full, the exit code is 1; at any other error of a file, it is 2.
+    A program that stops at Ctrl-C, SIGTERM or SIGHUP has the exit code 128 plus the number of the
+    signal. After an error of a file, the exit code is 1 if the disk is full, and 2 otherwise. All
+    other exceptions are raised again.
 
     Args:
         verb: the verb that runs, such as train.
@@ -55,9 +56,9 @@ def orderly_exit(verb: str) -> Iterator[None]:
 
 
 def is_interrupt(error: BaseException | None) -> bool:
-    """Return whether an error is a KeyboardInterrupt, or was raised while one was handled.
+    """Return whether an error is a KeyboardInterrupt, or was raised while one was being handled.
 
-    A library may fail when a KeyboardInterrupt leaves its functions half done.
+    A KeyboardInterrupt may leave the functions of a library half done, so that the library fails.
     """
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
@@ -65,9 +66,12 @@ def is_interrupt(error: BaseException | None) -> bool:
 
 
 def _leave_processes(error: BaseException | None) -> None:
-    """Exit at once if one of several processes of a run fails, so that the others do not wait.
+    """Exit at once if this process fails and is one of several processes of a run.
 
-    Python would first wait for collective operations that the other processes never join.
+    A normal exit would first wait for collective operations that the other processes never join.
+
+    Args:
+        error: the exception that ends this process; None if there is none.
     """
     distributed = sys.modules.get("torch.distributed")
     if error is None or distributed is None or not distributed.is_initialized():
@@ -81,7 +85,7 @@ def _leave_processes(error: BaseException | None) -> None:
 
 
 def result_on_stdout() -> None:
-    """Stop the program when stdout cannot be written, because it is the only result."""
+    """Let a failed write to stdout stop the program, because stdout is the only result."""
     for output in outputs():
         output.is_result = output.name == "<stdout>"
 
@@ -93,9 +97,9 @@ def _flush_result() -> None:
 
 
 def end_output() -> None:
-    """Write what is left of the output; report a full disk that has lost some of stdout."""
+    """Flush stdout, and log a warning if a part of it is lost because the disk is full."""
     for output in outputs():
-        has_failed = output.is_result  # and its error was reported
+        has_failed = output.is_result  # failed writes so far have been reported
         output.is_result = False
         if output.name == "<stdout>":
             sys.stdout.flush()

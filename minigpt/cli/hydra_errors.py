@@ -1,4 +1,4 @@
-"""One-line explanations of errors from Hydra and OmegaConf, and of missing programs or memory."""
+"""One-line explanations of Hydra's and OmegaConf's errors, and of the failures in `FAILURES`."""
 
 from __future__ import annotations
 
@@ -45,10 +45,15 @@ def explain(error: Exception, name: str) -> str:
 
 
 def _unknown_option(file: str, name: str) -> str:
-    """Return the error message for an unknown option of a config group, such as model/tiny."""
+    """Return the error message for an unknown option of a config group.
+
+    Args:
+        file: group and option, such as model/tiny. The option may contain slashes.
+        name: name of the root config.
+    """
     group, _, option = file.rpartition("/")
     groups = _groups(name)
-    while group and group not in groups:  # the option is a path
+    while group and group not in groups:  # the option contains a slash
         group, _, above = group.rpartition("/")
         option = f"{above}/{option}"
     options = [f"{group}={one}" for one in groups.get(group, [])]
@@ -93,9 +98,10 @@ FAILURES = {
 
 
 def explain_failure(error: Exception) -> str | None:
-    """Return advice for a failed file access or a failure in `FAILURES`; else None.
+    """Return a line with advice if a file access failed or `FAILURES` matches; None otherwise.
 
-    PyTorch raises RuntimeError for most failures, so a lack of memory is recognised by its message.
+    PyTorch raises RuntimeError for most failures, so a lack of memory is recognised by the message
+    of the error.
     """
     if isinstance(error, OSError) and error.filename is not None:
         return f"cannot read or write {error.filename}: {error.strerror}; give another path"

@@ -1,7 +1,8 @@
-"""The process of a training that the playground started: python -m minigpt.cli.job FOLDER.
+"""Process that runs a job of the playground: python -m minigpt.cli.job FOLDER.
 
-It composes the settings as `minigpt train` does, from the size, the minutes and the uploaded files
-in the folder of the job, and never from words that a visitor typed.
+A job is a training that a visitor of the page has started. FOLDER contains the chosen model size,
+the length in minutes and the uploaded files. From these, the process composes the settings of
+`minigpt train`. Words that a visitor typed are never used as settings.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ CALIBRATION_SECONDS = 4.0
 SNAPSHOTS = 8  # for the slider "Age" of the page
 _WARM_UP = 3  # updates that are not timed
 MAX_UNPACKED = 1_000_000_000  # bytes of the uploads after decompression
-_SMALL_TEXT = 2_000_000  # bytes; below it, docs/your-own-text.md recommends other settings
+_SMALL_TEXT = 2_000_000  # bytes; for less text, docs/your-own-text.md recommends other settings
 _LONG_BUDGET = 100_000_000  # tokens; more than a calibration can use
-_LOCK_SECONDS = 10.0  # the page holds the lock for a moment to see whether it is free
+_LOCK_SECONDS = 10.0  # to wait for the page, which takes the lock briefly to see if a job runs
 
 
 def main() -> None:
-    """Train the job in the folder that is the first argument."""
+    """Run the job in the folder that the first command-line argument names."""
     job = Job(Path(sys.argv[1]))
     with FileLock(job.folder / LOCK, timeout=_LOCK_SECONDS):
         job.report(phase="preparing", pid=os.getpid())
@@ -52,11 +53,11 @@ def main() -> None:
 def run_job(job: Job, program: Program) -> None:
     """Train, and record the outcome in status.json.
 
-    The uploaded files are deleted unless the training can be continued.
+    The uploaded files are deleted at the end, unless the training can be continued.
 
     Args:
         job: the job.
-        program: the program whose settings errors and commands name.
+        program: the program for which error messages and suggested commands are written.
     """
     from minigpt.cli.hydra_errors import explain_failure
 
@@ -79,7 +80,7 @@ def run_job(job: Job, program: Program) -> None:
 
 
 def _field(job: Job, error: UserError) -> str:
-    """Return the field of the page that an error is about."""
+    """Return the form field at which the page shows an error: "text", "files" or "start"."""
     of_data = (error.argument or "data").startswith("data")
     if not of_data:
         return "start"
@@ -116,7 +117,7 @@ def _train(job: Job, program: Program) -> None:
 
 
 def job_words(job: Job) -> dict[str, Any]:
-    """Return the settings of the training without its budget and its paths.
+    """Return the settings of a training, without its token budget, text files and output folders.
 
     Args:
         job: the job.
@@ -134,13 +135,13 @@ def job_words(job: Job) -> dict[str, Any]:
 
 
 def budget_words(config: Any, tokens: float) -> dict[str, Any]:
-    """Return the settings of a run of about `tokens` tokens.
+    """Return the settings that adapt a training to a length of about `tokens` tokens.
 
-    The run has at least one update, a warm-up of at most a tenth of its length, snapshots, and at
-    least fifty rows of metrics if it has as many updates.
+    The training has at least one update. Its warm-up is at most a tenth of its updates. It writes
+    snapshots. If it has at least 25 updates, it also writes at least 25 rows of metrics.
 
     Args:
-        config: all settings, a `TrainConfig` for a longer run.
+        config: settings of a longer training, a `TrainConfig`.
         tokens: number of training tokens.
     """
     per_step = config.data.windows_per_batch * config.model.context_length
@@ -154,7 +155,11 @@ def budget_words(config: Any, tokens: float) -> dict[str, Any]:
 
 
 def _shape(start: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that give a model the shape of the run to start from."""
+    """Return the settings of a model with the shape of the model that the training starts from.
+
+    Args:
+        start: the run to start from; its folder is `start["path"]`.
+    """
     from minigpt.cli.compose import load_config
     from minigpt.runs.folder import Run
 
@@ -167,7 +172,7 @@ def _shape(start: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_unpacked(paths: list[Path]) -> None:
-    """Check that files have at most MAX_UNPACKED bytes after decompression.
+    """Check that files have at most MAX_UNPACKED bytes in total after decompression.
 
     Nothing is stored, and reading stops at the limit.
 
@@ -196,11 +201,11 @@ def check_unpacked(paths: list[Path]) -> None:
 
 
 def tokens_per_second(config: Any, folder: Path, seconds: float = CALIBRATION_SECONDS) -> float:
-    """Return the speed of a training, measured for a few seconds.
+    """Return the training speed in tokens per second, measured in a short training run.
 
     Args:
-        config: all settings, a `TrainConfig`.
-        folder: folder for the run, deleted at the end.
+        config: settings of the training, a `TrainConfig`.
+        folder: folder for the short run, deleted at the end.
         seconds: length of the measurement.
 
     Raises:
@@ -229,7 +234,7 @@ def tokens_per_second(config: Any, folder: Path, seconds: float = CALIBRATION_SE
     trainer = dataclasses.replace(config.trainer, n_validations=1)
     config = dataclasses.replace(config, callbacks=quiet, trainer=trainer, runs_dir=str(folder))
     clock, log = Clock(), logging.getLogger("minigpt")
-    handlers, log.handlers = log.handlers, []  # its log would look like that of a failed run
+    handlers, log.handlers = log.handlers, []  # the log would look like that of a failed run
     try:
         with contextlib.suppress(Measured):
             train(config, callbacks=[clock])

@@ -28,7 +28,7 @@ class Program:
 
     Args:
         path: absolute path of the script that Python runs.
-        words: the verb after the path, as a tuple; () for train.py or evaluate.py.
+        words: the verb of `minigpt` as a tuple, such as ("train",); () for train.py or evaluate.py.
         script: the script as typed, such as train.py.
     """
 
@@ -38,7 +38,7 @@ class Program:
 
     @classmethod
     def detect(cls, name: str) -> Program:
-        """Return the program of this process; `name` is the verb that it runs."""
+        """Return the program of this process; `name` is the verb that this process runs."""
         path = os.path.abspath(sys.argv[0])
         words = () if Path(path).name in ("train.py", "evaluate.py") else (name,)
         return cls(path, words, sys.argv[0])  # Hydra replaces sys.argv
@@ -51,13 +51,14 @@ class Program:
     def command(self, verb: str, /, *words: str, **settings: Any) -> str:
         """Return a shell command that runs `verb`, for bash and zsh.
 
-        The command starts the same Python environment as this process in the same folder.
+        The command uses the Python environment of this process. It must be typed in the working
+        directory of this process.
 
         Args:
             verb: verb of `minigpt`.
             *words: settings as typed, for train or evaluate.
-            **settings: settings of train or evaluate; for other verbs, paths as positional
-                arguments.
+            **settings: settings by name, for train or evaluate. For other verbs, the values are
+                paths, which become positional arguments.
         """
         if verb not in ("train", "evaluate"):
             paths = [path_argument(str(path)) for path in settings.values()]
@@ -69,9 +70,14 @@ class Program:
 
 
 def _program(name: str) -> list[str]:
-    """Return the words that start `python` or `minigpt` of this Python environment.
+    """Return the first words of a command that starts `name` in this Python environment.
 
-    They are the name alone if it is found on the PATH, else the path of the program.
+    If the shell finds this environment's program on the PATH, the result is the name alone. The
+    same holds if the environment has no such program, but the PATH has one. Otherwise, the result
+    is the path of the program, or `python -m minigpt` if there is no program `minigpt`.
+
+    Args:
+        name: "python" or "minigpt".
     """
     path, on_path = Path(sys.executable).with_name(name), shutil.which(name)
     if on_path is not None:
@@ -87,7 +93,7 @@ def _program(name: str) -> list[str]:
 def use_utf8() -> None:
     """Start this process again in Python's UTF-8 mode if the locale has only ASCII characters.
 
-    Without it, Python cannot read or write other characters in arguments, paths and output.
+    Without this mode, Python cannot use other characters in arguments, paths and output.
     """
     ascii_only = codecs.lookup(sys.getfilesystemencoding()).name == "ascii"
     if ascii_only and os.environ.get("PYTHONUTF8") != "1":
@@ -96,7 +102,7 @@ def use_utf8() -> None:
 
 
 def names_class(word: str, name: str) -> bool:
-    """Return whether a typed word of the program `name` sets the class of a model."""
+    """Return whether the word, typed for the verb `name`, sets the class of a model."""
     return word.startswith(tuple(f"{setting}=" for setting in CLASS_SETTINGS[name]))
 
 
@@ -105,8 +111,8 @@ def describe(error: UserError, program: Program, options: frozenset[str] = froze
 
     Args:
         error: an error that names arguments of the library.
-        program: the program. Its settings and options replace the names of the arguments.
-        options: names of the arguments that are options of the running verb, typed as --name.
+        program: the program that runs. The names of its settings replace those of the arguments.
+        options: names of the arguments that the user types as options, such as top_k for --top-k.
     """
 
     def typed(name: str, value: Any) -> str:

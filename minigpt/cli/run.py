@@ -41,10 +41,10 @@ _sweep: dict[str, str] = {}  # folder and launcher of the multirun of this proce
 
 
 class RecordSweep(Callback):
-    """Hydra callback that records a multirun, for the command that continues it."""
+    """Hydra callback that records facts for the command that continues an interrupted multirun."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Record the folder and the launcher, wherever the jobs run."""
+        """Record the folder and the launcher of the multirun."""
         launcher = config.hydra.runtime.choices["hydra/launcher"]
         _sweep.update(dir=config.hydra.sweep.dir, launcher=launcher)
 
@@ -52,12 +52,13 @@ class RecordSweep(Callback):
 def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -> None:
     """Compose conf/<name>.yaml with the settings of the command line, and run `task`.
 
-    A user error prints one line on stderr and exits with code 2; `orderly_exit` handles signals.
+    At a `UserError`, the program prints one line on stderr and exits with the code of the error,
+    which is usually 2. `orderly_exit` handles signals.
 
     Args:
         name: name of the root config, train or evaluate.
-        task: function of the composed config, the program, and the typed settings that name a model
-            class. These settings are not passed to Hydra.
+        task: function to call with the composed config, the program, and the settings that name a
+            model class, as typed. The latter are not passed to Hydra.
     """
     use_utf8()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of exiting
@@ -66,7 +67,7 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
     # Make Slurm send SIGUSR1 before a job times out, because training handles this signal.
     os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
     program = Program.detect(name)
-    if name != "train":  # a single process, whatever started it
+    if name != "train":  # a single process, even if torchrun or srun started it
         forget_launcher()
         limit_threads()
     speak(program.command)
@@ -100,9 +101,9 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
 
 
 def _leave_explained(error: Exception, name: str) -> None:
-    """Exit with one line if there is an explanation for the error of a library.
+    """Exit with a one-line explanation of the error of a library; return if there is none.
 
-    `orderly_exit` handles the errors that follow from a Ctrl-C.
+    Errors that follow from a Ctrl-C are left to `orderly_exit`.
 
     Args:
         error: the error.
@@ -128,15 +129,18 @@ def _sweep_again(program: Program, arguments: list[str], sweep_dir: str) -> str:
 
 
 def _first_setting(words: list[str]) -> int:
-    """Return the index for another setting: argparse accepts them on one side of a flag only."""
+    """Return the index of the first setting in `words`; the length if there is none.
+
+    New settings are inserted there, because argparse accepts settings on one side of a flag only.
+    """
     settings = (i for i, word in enumerate(words) if "=" in word and not word.startswith("-"))
     return next(settings, len(words))
 
 
 def _prepare(name: str, program: Program, arguments: list[str]) -> None:
-    """Register the defaults with Hydra, and rewrite sys.argv for Hydra.
+    """Register the default settings with Hydra, and rewrite sys.argv for Hydra.
 
-    For `--help NAME`, print the help of the setting or group and exit.
+    For `--help NAME`, the help of the setting or group NAME is printed and the program exits.
     """
     more = [f"hydra.help.app_name='minigpt {word}'" for word in program.words]
     flags = [index for index, word in enumerate(arguments) if word in ("--help", "-h")]
@@ -164,12 +168,12 @@ def _prepare(name: str, program: Program, arguments: list[str]) -> None:
 
 @contextlib.contextmanager
 def _one_line_errors(name: str, program: Program) -> Iterator[None]:
-    """Exit with a one-line error if a Hydra task fails because of a user error.
+    """Exit with one line if a Hydra task raises a `UserError` or an error with an explanation.
 
-    In a multirun, the user error is raised again instead, so that Hydra continues with the next
-    job. All ranks raise the same user error. Any other exception may occur at one rank only, while
-    the remaining ranks wait. In a multirun, Hydra would hide this exception, so a process with a
-    rank above 0 prints the traceback and exits.
+    In a multirun, a `UserError` is raised again instead, so that Hydra continues with the next job.
+    All ranks raise the same `UserError`. Any other exception may occur at one rank only, while the
+    other ranks wait. In a multirun, Hydra would hide such an exception, so a process with a rank
+    above 0 prints the traceback and exits.
     """
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     try:

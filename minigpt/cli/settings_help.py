@@ -30,7 +30,8 @@ def settings_help(name: str, words: Sequence[str]) -> str:
         words: names of settings, or of groups such as optimizer; "all" means every setting.
 
     Returns:
-        One line per setting with its default, quoted for a shell, and its meaning indented below.
+        For each setting, a line with the default, quoted for a shell, and indented lines that say
+        what the setting means.
 
     Raises:
         UserError: a name is neither a setting nor a group.
@@ -39,7 +40,7 @@ def settings_help(name: str, words: Sequence[str]) -> str:
     from minigpt.training.config import TrainConfig
 
     docs = setting_docs(TrainConfig if name == "train" else EvaluationConfig)
-    values = flat(defaults(name, ["data=text"]))  # with a corpus, evaluate has the data settings
+    values = flat(defaults(name, ["data=text"]))  # evaluate has no data settings without it
     blocks = []
     for word in (word.partition("=")[0] for word in words):
         chosen = [key for key in values if word in ("all", key) or key.startswith(f"{word}.")]

@@ -1,4 +1,4 @@
-"""Entry points of the programs, which end with one line at a Ctrl-C during their imports."""
+"""Entry points of the programs; a Ctrl-C during the imports ends a program with one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write W&B sweep files for an installed Mini GPT, with `minigpt train` as their command."""
+"""Write W&B sweep files that start their runs with `minigpt train` instead of train.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from minigpt.core.settings import UserError, unknown_name
 
 
 def write_sweep(name: str, path: Path) -> Path:
-    """Write the sweep `name` to `path`, with `minigpt train` as its command.
+    """Write the W&B sweep `name` to `path`; each run of the sweep calls `minigpt train`.
 
     Args:
         name: name of a file in sweeps/, without its extension.

@@ -101,7 +101,7 @@ def score_table(answers: Answers) -> Table:
 
 
 def score_line(answers: Answers) -> str:
-    """Return a line with the top-1 and top-5 counts of the analogies."""
+    """Return a line that says how many expected answers of the analogies are top-1 and top-5."""
     ranks = [analogy.rank for analogy in answers.analogies if analogy.rank is not None]
     first, near = sum(rank == 1 for rank in ranks), sum(rank <= 5 for rank in ranks)
     return f"{first} of {len(ranks)} expected answers rank first, {near} rank in the top five."

@@ -25,7 +25,8 @@ def _train(config: DictConfig, program: Program, classes: list[str]) -> None:
     job = HydraConfig.get()
     overrides: Any = OmegaConf.to_container(job.overrides.task)  # as typed, with interpolations
     overrides = [word for word in overrides if not word.startswith("local=")]  # MINIGPT_LOCAL
-    kept = ("resume=", "data.cache_dir=", "teacher.runs=")  # as teachers may have been moved
+    # Settings that may be typed beside resume=<run>: the teachers may have been moved, for example.
+    kept = ("resume=", "data.cache_dir=", "teacher.runs=")
     excess = [word for word in overrides if not word.startswith(kept)]
     values, size = plain_values(config), job.runtime.choices.get("model")
     location: list[str] = []
@@ -34,7 +35,7 @@ def _train(config: DictConfig, program: Program, classes: list[str]) -> None:
         name, resume = values["name"] or f"{size}-{job.job.num}", values["resume"] or "auto"
         where = {"runs_dir": job.sweep.dir, "name": name, "resume": resume}
         values, location = values | where, typed_settings(where)
-    # Lightning starts the processes of other devices with this command. It runs one job only.
+    # Lightning starts the processes of other devices with this command, which runs one job only.
     sys.argv = [program.path, *program.words, *overrides, *classes, *location]
     if values["resume"] not in (None, "auto") and excess:
         _refuse_settings(values, excess)
@@ -57,7 +58,12 @@ def _train(config: DictConfig, program: Program, classes: list[str]) -> None:
 
 
 def _refuse_settings(values: dict[str, Any], typed: list[str]) -> NoReturn:
-    """Raise UserError for settings that are typed beside the run to resume."""
+    """Raise UserError for settings that may not be combined with resume=<run>.
+
+    Args:
+        values: all settings as plain values.
+        typed: the settings that are not allowed, as typed.
+    """
     if any(word.startswith("budget.tokens=") for word in typed):
         from minigpt.training.config import BudgetConfig, TrainConfig
         from minigpt.training.resume import budget_error, folder_to_resume

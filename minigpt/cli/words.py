@@ -1,8 +1,10 @@
 """Read the words of a command line, and write settings in Hydra's grammar.
 
-The value of a text setting is the text as it stands: `name=3.10` and `name=It's (1)` are names.
-`null` means None, and quotes around the whole value mark a text, such as `name='null'`. The items
-of a list are read in the same way. Hydra reads the values of all other settings.
+A setting of type `str` is called a text setting. Its value is taken literally: `name=3.10` sets the
+name 3.10, and `name=It's (1)` sets the name It's (1). There are two exceptions: `null` means None,
+and `${...}` refers to another setting. Quotes around the whole value mark a text that would
+otherwise have another meaning: `name='null'` sets the name null. The items of a list of texts are
+read in the same way. Hydra reads the values of all other settings.
 """
 
 from __future__ import annotations
@@ -36,11 +38,14 @@ _SWEEP = re.compile(r"(choice|glob|interval|range|shuffle|sort|tag)\(.*\)", re.D
 
 
 def without_dashes(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with each --key=value, the form that W&B uses, as key=value.
+    """Return the arguments, with each --key=value replaced by key=value.
+
+    An agent of W&B types settings with dashes.
 
     Raises:
-        UserError: another argument has dashes without being an option of Hydra, or a word is not
-            a setting, such as the second word of a value with spaces.
+        UserError: another word has dashes but is not an option of Hydra, or the word after a
+            setting is neither a setting nor an option, such as the second word of a value with
+            spaces.
     """
     words = [word.removeprefix("--") if _is_dashed(word) else word for word in arguments]
     for index, (word, following) in enumerate(pairwise([*words, ""])):
@@ -69,7 +74,7 @@ def _is_stray(word: str) -> bool:
 
 
 def is_sweep(words: Sequence[str]) -> bool:
-    """Return whether the command line starts one run for each value of a setting (-m)."""
+    """Return whether the command line asks for a sweep (-m), which starts several runs."""
     return any(word in ("-m", "--multirun", "hydra.mode=MULTIRUN") for word in words)
 
 
@@ -77,12 +82,13 @@ def hydra_word(word: str, hints: Mapping[str, Any], sweep: bool) -> str:
     """Return a typed setting in Hydra's grammar.
 
     Args:
-        word: the word as typed. Options and deletions, ~key, are returned as they are.
+        word: the word as typed. Options and deletions, such as ~key, are returned unchanged.
         hints: type of each setting by dotted name.
         sweep: whether commas separate the values of a sweep.
 
     Raises:
-        UserError: commas separate several values, but neither a list nor a sweep is typed.
+        UserError: commas separate several values, but neither a list nor a sweep is typed; a list
+            has an empty item; or a reference `${...}` is wrong.
     """
     key, equals, text = word.partition("=")
     if not equals or word.startswith(("-", "~")):
@@ -91,7 +97,7 @@ def hydra_word(word: str, hints: Mapping[str, Any], sweep: bool) -> str:
     depth = _text_depth(hints.get(name))
     if depth is None:
         return _other_word(word, sweep)
-    if name == "runs_dir" and text.startswith("~"):  # Hydra creates it for a sweep
+    if name == "runs_dir" and text.startswith("~"):  # Hydra would not expand it
         text = str(user_path(text, name))
     if not sweep:
         return f"{key}={_value(name, text, depth)}"
@@ -101,7 +107,7 @@ def hydra_word(word: str, hints: Mapping[str, Any], sweep: bool) -> str:
 
 
 def _text_depth(hint: Any) -> int | None:
-    """Return 0 for the type of a text, 1 for a list of texts and so on; None for other types."""
+    """Return 0 for the type `str`, 1 for a list of `str`, and so on; None for other types."""
     arguments = [one for one in typing.get_args(hint) if one is not types.NoneType]
     if hint is str:
         return 0
@@ -140,7 +146,10 @@ def _value(name: str, text: str, depth: int) -> str:
 
 
 def _text(name: str, text: str) -> str:
-    r"""Return a text in Hydra's grammar. `${...}` refers to another setting, unless it is `\${`."""
+    r"""Return a text in Hydra's grammar, in quotes if Hydra would change it.
+
+    `${...}` refers to another setting. `\${` stands for the characters `${`.
+    """
     if "${" in text:
         try:
             parse(text)
@@ -151,9 +160,10 @@ def _text(name: str, text: str) -> str:
 
 
 def _other_word(word: str, sweep: bool) -> str:
-    """Return a setting that is not a text in Hydra's grammar.
+    """Convert `word`, a setting whose type is not text, to Hydra's grammar.
 
-    A value that Hydra cannot read becomes a text, so that the error names the setting and its type.
+    A value that Hydra cannot read becomes a quoted text. The setting then rejects this text, with
+    an error that names the setting and its type.
     """
     key, _, text = word.partition("=")
     try:
@@ -166,7 +176,7 @@ def _other_word(word: str, sweep: bool) -> str:
 
 
 def _parsed(text: str) -> Any:
-    """Return the value that Hydra reads, if it can read the text or its beginning; else None."""
+    """Return the value that Hydra reads from `text` or its beginning; None if it cannot read it."""
     try:
         return _parser().parse_rule(text, "element")
     except HydraException:

@@ -1,7 +1,8 @@
 """Terminal output: one console for log lines and progress bars, so that they do not overlap.
 
-A program continues when its output can no longer be written, because the terminal was closed, the
-reader of a pipe ended, or the disk under a redirected output is full.
+A program continues if its output can no longer be written: the terminal was closed, the reader of a
+pipe ended, or the disk with the output file is full. The program stops only if the lost output is
+its result.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ class _Output(io.RawIOBase):
         raw: the stream to write to.
 
     Attributes:
-        is_result: whether errors are raised, because the output is the result of the program.
-        error: the first error; None if everything was written.
+        is_result: whether this output is the result of the program. If it is, errors are raised,
+            and nothing is discarded.
+        error: error of the first write that was discarded; None if nothing was discarded.
     """
 
     def __init__(self, raw: Any) -> None:
@@ -88,10 +90,10 @@ _losses: list[str] = []  # lines about lost outputs, for train.log; only the fir
 
 
 def terminal_is_gone(reason: str) -> None:
-    """Log, once in a process, that the terminal is gone.
+    """Log that the terminal is gone, unless this process has already recorded a lost output.
 
     Args:
-        reason: the signal or the error that shows this.
+        reason: the signal or the error that shows that the terminal is gone.
     """
     if not _losses:
         _losses.append(f"the terminal is gone ({reason}): continuing without it")
@@ -99,7 +101,10 @@ def terminal_is_gone(reason: str) -> None:
 
 
 def outputs() -> list[_Output]:
-    """Return the raw streams of stdout and stderr, as far as `show_log` has replaced them."""
+    """Return the raw streams of stdout and stderr; a stream is left out if it is not an `_Output`.
+
+    `show_log` replaces the raw streams with an `_Output`.
+    """
     buffers = (getattr(stream, "buffer", None) for stream in (sys.stdout, sys.stderr))
     raws = (getattr(buffer, "raw", buffer) for buffer in buffers)
     return [raw for raw in raws if isinstance(raw, _Output)]
@@ -127,7 +132,14 @@ def show_log() -> None:
 
 
 def _replaced(stream: Any, number: int) -> Any:
-    """Return the stream to use instead of `stream`, which has the file descriptor `number`."""
+    """Return a stream that writes through an `_Output`, to use instead of stdout or stderr.
+
+    A stream that already does this, or that was redirected within Python, is itself returned.
+
+    Args:
+        stream: `sys.stdout` or `sys.stderr`; None if it was closed before the start.
+        number: file descriptor of stdout or stderr.
+    """
     raw: Any = None
     if stream is None:
         raw = io.FileIO(number, "w", closefd=False)
@@ -147,7 +159,10 @@ def _replaced(stream: Any, number: int) -> Any:
 
 
 class _RunLog(logging.FileHandler):
-    """Log file of a run, with a line about the loss of the terminal."""
+    """Handler for the log file of a run.
+
+    If the terminal or another output is lost, one line about the first loss is added.
+    """
 
     has_loss = False
 

@@ -1,4 +1,4 @@
-"""Number of cores that this process may use, and number of threads that follows from it.
+"""Number of cores that this process may use, and the number of threads to use on them.
 
 This module does not import torch, so that a program can set OMP_NUM_THREADS before torch reads it.
 """
@@ -18,8 +18,9 @@ _PROCESS = "/proc/self/cgroup"
 def cpu_quota() -> float | None:
     """Return the number of cores that the cgroups of this process allow; None without a limit.
 
-    A container, a systemd unit or a batch job may have such a quota. The smallest quota of the
-    process's cgroup and its ancestors counts, in version 1 and version 2 of cgroups.
+    A container, a systemd unit or a batch job may have such a limit, called a CPU quota. The result
+    is the smallest quota of the process's own cgroup and all cgroups that contain it. Versions 1
+    and 2 of cgroups are supported.
     """
     quotas = [quota for folder in _cgroups() if (quota := _quota(folder)) is not None]
     return min(quotas, default=None)
@@ -28,8 +29,9 @@ def cpu_quota() -> float | None:
 def _cgroups() -> Iterator[Path]:
     """Yield the folders of the cgroups that may limit this process; some may not exist.
 
-    In a container, the path in /proc may be that of the host, and only its end, or nothing of it,
-    exists below the mount. Its ancestors then lead to the mount itself.
+    These are the folder of the process's own cgroup and its parent folders, up to the root folder
+    of the cgroups. In a container, /proc may give the path of the cgroup on the host. Of these
+    folders, the container may then have only the root folder.
     """
     try:
         lines = Path(_PROCESS).read_text(encoding="utf-8").splitlines()
@@ -48,7 +50,7 @@ def _cgroups() -> Iterator[Path]:
 
 
 def _quota(folder: Path) -> float | None:
-    """Return the quota in the files of one cgroup, in cores."""
+    """Return the CPU quota of the cgroup with this folder, in cores; None without a quota."""
     for names in ("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us"):  # version 2, then 1
         with contextlib.suppress(OSError, ValueError):  # no file of this version, or "max"
             text = " ".join((folder / name).read_text(encoding="utf-8") for name in names)
@@ -58,23 +60,26 @@ def _quota(folder: Path) -> float | None:
 
 
 def allowed_cores() -> int:
-    """Return the number of cores in this process's CPU affinity, or of the machine."""
+    """Return the number of cores in the CPU affinity of this process.
+
+    On systems without CPU affinity, such as macOS, return the number of cores of the machine.
+    """
     affinity = getattr(os, "sched_getaffinity", None)  # missing on macOS and Windows
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 def usable_cores() -> int:
-    """Return the number of cores for threads: the affinity or the CPU quota, at least 1."""
+    """Return the number of cores for threads: the smaller of affinity and quota, at least 1."""
     cores = allowed_cores()
     return max(1, int(min(cores, cpu_quota() or cores)))
 
 
 def limit_threads() -> None:
-    """Set OMP_NUM_THREADS to `usable_cores()` if a CPU quota is below the affinity.
+    """Set OMP_NUM_THREADS to `usable_cores()` if a CPU quota allows fewer cores than the affinity.
 
-    PyTorch reads the variable when it is imported. By default it starts a thread for each core in
-    the affinity; with a smaller quota, the kernel would stop all of them for a part of the time. A
-    variable that is already set is not changed.
+    PyTorch reads the variable when it is imported. By default, PyTorch starts one thread for each
+    core in the affinity. If the quota is smaller, the kernel then stops all threads for a part of
+    the time. If OMP_NUM_THREADS is already set, it is not changed.
     """
     if not os.environ.get(THREADS) and (cores := usable_cores()) < allowed_cores():
         os.environ[THREADS] = str(cores)

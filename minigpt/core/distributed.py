@@ -26,15 +26,15 @@ _VARIABLES = (
 )  # fmt: skip
 _ELASTIC = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 _SRUN = ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
-# Launchers that are not supported, by their variables for the rank and the number of processes.
+# Variables for the rank and the number of processes, from launchers that are not supported.
 _OTHERS = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
-# Names of jobs that are interactive shells, by default the name of the shell.
+# Slurm job names of interactive shells; by default, such a job has the name of its shell.
 _SHELLS = {"interactive", "bash", "zsh", "fish", "sh", "dash", "ksh", "csh", "tcsh"}
 _STARTED = "MINIGPT_STARTED"  # set for the processes that Lightning starts
 
 
 def global_rank() -> int:
-    """Return the global rank of this process: 0 for the first process, or without a launcher."""
+    """Return the global rank of this process; 0 for the first process or the only one."""
     try:
         launcher = Launcher.detect()
     except UserError:  # `train` raises it
@@ -68,12 +68,12 @@ class Launcher:
 
     @classmethod
     def detect(cls) -> Launcher | None:
-        """Return the launcher, according to the environment variables; None without a launcher.
+        """Return the launcher that the environment variables show; None without a launcher.
 
         Raises:
-            UserError: a variable of the launcher is missing or wrong, the job has several Slurm
-                tasks that srun did not start or that were not requested with --ntasks-per-node, or
-                another launcher started several processes.
+            UserError: a variable of the launcher is missing or wrong; the Slurm job has several
+                tasks, but srun did not start this process; the tasks were not requested with
+                --ntasks-per-node; or an unsupported launcher started several processes.
         """
         if os.environ.get("TORCHELASTIC_RUN_ID"):
             rank, _, size, on_each_node, _ = _numbers("torchrun", _ELASTIC)
@@ -125,8 +125,8 @@ def forget_launcher() -> list[str]:
     """Remove the variables of launchers from the environment of this process.
 
     Returns:
-        The names of the removed variables, except valid ones of Slurm, which every shell of a job
-        has.
+        The names of the removed variables. Valid Slurm variables are removed but not returned,
+        because every shell in a Slurm job has them.
     """
     names = [name for name in _VARIABLES if name in os.environ]
     odd = [name for name in names if not (name.startswith("SLURM_") and _number(name) is not None)]
@@ -136,11 +136,12 @@ def forget_launcher() -> list[str]:
 
 
 def forget_stale_launcher() -> None:
-    """Remove variables that no launcher of this run has set, and log a warning with their names.
+    """Remove the variables of launchers if no launcher started this process, and log a warning.
 
-    They may be left over from another program. Lightning would take RANK=1 for a process that
-    writes nothing, and fails when it is imported if RANK is not a number. Nothing is removed if
-    `Launcher.detect` returns a launcher or raises.
+    Such variables may be left over from another program. The warning gives their names. With
+    RANK=1, Lightning would treat this process as one that writes no files. If RANK is not a number,
+    importing Lightning would fail. Nothing is removed if Lightning started this process, or if
+    `Launcher.detect` returns a launcher or raises an error.
     """
     with contextlib.suppress(UserError):
         child = _STARTED in os.environ and _number("LOCAL_RANK") is not None
@@ -164,7 +165,8 @@ def may_start_processes() -> bool:
 def allow_starting_processes() -> None:
     """Allow Lightning to start processes with this process's command line; called by cli/ only.
 
-    If Lightning has started this process, it will exit when the first process has ended.
+    In a process that Lightning has started, this function also makes the process exit when the
+    first process of the run has ended.
     """
     global _may_start_processes
     _may_start_processes = True
@@ -174,7 +176,13 @@ def allow_starting_processes() -> None:
 
 
 def _exit_with(parent: int) -> None:
-    """Exit when the parent process has ended; otherwise this one could wait for it forever."""
+    """Wait until the parent process has ended, then exit.
+
+    Without this, the process could wait for its parent forever.
+
+    Args:
+        parent: process id of the parent.
+    """
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)

@@ -98,7 +98,10 @@ def documented(cls: C) -> C:
 
 
 def _sections(cls: type) -> dict[str, Any]:
-    """Return the dataclass of each section of `cls`, by field name; a section may be optional."""
+    """Return the dataclass of each section of `cls`, by field name.
+
+    A section is a field of type `X` or `X | None`, where `X` is a dataclass.
+    """
     hints = typing.get_type_hints(cls).items()
     options = [(name, option) for name, hint in hints for option in typing.get_args(hint) or [hint]]
     return {name: option for name, option in options if dataclasses.is_dataclass(option)}

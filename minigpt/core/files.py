@@ -25,7 +25,7 @@ from minigpt.core.settings import UserError
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 _MEGABYTE = 1 << 20
-_MAX_YAML_BYTES = 1 << 16  # 50 times a config.yaml; the time to parse a number is quadratic
+_MAX_YAML_BYTES = 1 << 16  # 50 times a config.yaml; the time to parse a long number is quadratic
 
 
 def user_path(path: str | Path, argument: str | None = None) -> Path:
@@ -49,9 +49,10 @@ def provide_home() -> None:
     """Let libraries use a temporary folder if the home folder is missing or not writable.
 
     A container may run with a user id that has no name and no home folder. Matplotlib, W&B,
-    fontconfig and the cache of decode.c would then fail or complain. Programs call this function
-    before they import these libraries. The folder is deleted when the process exits. Variables that
-    are already set are not changed.
+    fontconfig and the cache for the compiled decode.c would then fail or complain. Programs call
+    this function before they import these libraries. The libraries find the temporary folder
+    through XDG_CACHE_HOME, XDG_CONFIG_HOME and XDG_DATA_HOME; those of these environment variables
+    that are already set are not changed. The folder is deleted when the process exits.
 
     Raises:
         UserError: there is no writable temporary folder. PyTorch needs one when it is imported.
@@ -179,8 +180,9 @@ def read_yaml(path: Path) -> Any:
 def check_archive(path: Path) -> None:
     """Check that a zip archive could have been written by torch.
 
-    Torch writes archives without compression; a compressed archive could fill the memory. Torch
-    also writes no folders into an archive; for a folder, it would return uninitialised memory.
+    Torch writes archives without compression and without folders. Reading a compressed archive
+    could fill the memory. If an archive contains a folder, `torch.load` could return uninitialised
+    memory.
 
     Args:
         path: the archive.
@@ -200,7 +202,7 @@ def check_archive(path: Path) -> None:
 def refuse_links_out(folder: Path) -> None:
     """Check that no entry of a run folder or its subfolders is a link out of the run folder.
 
-    Otherwise, resuming a run from an unknown source could overwrite the target of such a link.
+    Without this check, resuming a run from an unknown source could overwrite the target of a link.
 
     Args:
         folder: the run folder.
@@ -218,7 +220,8 @@ def refuse_links_out(folder: Path) -> None:
 def sync(descriptor: int) -> None:
     """Sync an open file or folder to disk, as far as the file system supports this.
 
-    Some network and FUSE file systems support it for no file, or for files but not for folders.
+    Some network and FUSE file systems do not support syncing, or support it only for files. Their
+    error is ignored.
 
     Args:
         descriptor: descriptor of the file or folder.
@@ -251,11 +254,12 @@ def write_bytes(
     Args:
         path: the file, which is replaced if it exists.
         content: the bytes.
-        move: pairs (old, new) of paths to rename just before `path` is replaced; a missing file is
-            skipped.
+        move: pairs (old, new) of paths. Just before `path` is replaced, each `old` is renamed to
+            its `new`; a missing `old` is skipped.
 
     Raises:
-        OSError: the file cannot be written; an existing file is unchanged. `filename` is `path`.
+        OSError: the file cannot be written. An existing file is unchanged, and renamed files get
+            their old names again. The attribute `filename` of the error is `path`.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     moved: list[tuple[Path, Path]] = []

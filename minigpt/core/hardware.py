@@ -44,13 +44,16 @@ class Hardware:
 
     @property
     def emulated(self) -> bool:
-        """Whether the CPU emulates bfloat16, which is a hundred times slower than float32."""
+        """Whether the run uses bfloat16 on a CPU that emulates it.
+
+        Emulated bfloat16 is a hundred times slower than float32.
+        """
         bfloat16_on_cpu = (self.accelerator, self.precision) == ("cpu", "bf16-mixed")
         return bfloat16_on_cpu and not cpu_has_bfloat16()
 
     @property
     def fast_dtype(self) -> torch.dtype:
-        """Dtype of the fastest matrix products, for models that are not in training."""
+        """Dtype for models that are not in training, chosen as for the precision "auto"."""
         precision, _ = _find_precision("auto", self.accelerator)
         return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(
             precision, torch.float32
@@ -64,16 +67,19 @@ class Hardware:
 
         Args:
             accelerator: "auto", "cpu", "gpu", "cuda" or "mps".
-            devices: number of devices on each node; "auto" means all CUDA GPUs, or 1 without CUDA.
+            devices: number of devices on each node; "auto" means all CUDA GPUs, or 1 device if the
+                accelerator is not CUDA.
             num_nodes: number of nodes.
-            precision: Lightning's name; "auto" means the best precision for the device.
+            precision: Lightning's name of the precision; "auto" means the best precision for the
+                device.
 
         Returns:
             Accelerator, devices, nodes and precision, without any "auto".
 
         Raises:
-            UserError: this machine lacks the accelerator or has fewer devices, several nodes have
-                no launcher, or the launcher started another number of processes.
+            UserError: this machine lacks the accelerator or has fewer devices than requested,
+                several nodes are requested without torchrun or srun, or the launcher started
+                another number of processes or nodes than requested.
         """
         present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         typed, accelerator = accelerator, "cuda" if accelerator == "gpu" else accelerator
@@ -135,7 +141,7 @@ _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")  # 
 
 
 def cpu_name() -> str:
-    """Return the name and flags of the CPU, as a key for code compiled with `-march=native`."""
+    """Return the name and flags of the CPU, as a cache key for `-march=native` code."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
@@ -163,8 +169,8 @@ def gpu_memory_for(argument: str, value: int) -> Iterator[None]:
     """Raise UserError for `argument` if the GPU runs out of memory in the `with` block.
 
     Args:
-        argument: name of the number of sequences or windows that are computed at a time.
-        value: the number; the error suggests half of it.
+        argument: name of the argument for the number of sequences that are computed at a time.
+        value: value of this argument; the error suggests half of it.
     """
     try:
         yield
@@ -175,7 +181,7 @@ def gpu_memory_for(argument: str, value: int) -> Iterator[None]:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a copy of a CPU tensor on a device; the host does not wait for the copy to CUDA."""
+    """Copy a CPU tensor to a device and return it; the host does not wait for a copy to CUDA."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -196,13 +202,14 @@ def has_cpp_compiler() -> bool:
 def set_threads(threads: int | None, hardware: Hardware) -> None:
     """Set the number of threads of PyTorch, in this process and in those that Lightning starts.
 
-    The environment variable OMP_NUM_THREADS gets the same value, because Lightning would otherwise
-    replace the number.
+    The environment variable OMP_NUM_THREADS gets the same value. If it were not set, Lightning
+    would replace the number with its own.
 
     Args:
-        threads: number of threads of each process. None means the value of OMP_NUM_THREADS, if it
-            is set; else PyTorch's own number, but at most the process's share of the usable cores.
-        hardware: the devices, with one process for each.
+        threads: number of threads of each process. None means the value of OMP_NUM_THREADS. If this
+            variable is not set, None means PyTorch's default number, but at most the process's
+            share of the usable cores.
+        hardware: the devices of the run; each has one process.
     """
     if threads is None:
         if os.environ.get(THREADS):
@@ -214,7 +221,7 @@ def set_threads(threads: int | None, hardware: Hardware) -> None:
 
 
 PEAK_FILE = "matmul_peak.json"  # in the cache_dir
-_SIDE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # largest side; it suffices to reach the peak
+_SIDE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # largest side of a matrix; suffices for the peak
 _ENOUGH = 0.015  # seconds; if a product takes longer, larger matrices do not change the result
 _TRIES = 7
 _DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": torch.float32}
@@ -230,8 +237,9 @@ def matmul_peak(hardware: Hardware, cache_dir: Path, again: bool = False) -> flo
     Args:
         hardware: the device and the precision; the precision determines the dtype.
         cache_dir: folder of the cache.
-        again: whether to measure even if there is a cached result, and to keep the higher one. The
-            cached one is too low if the machine was busy.
+        again: whether to measure even if there is a cached result. The higher of the two results
+            is then cached and returned. A cached result is too low if the machine was busy when it
+            was measured.
 
     Returns:
         Floating-point operations per second, where a multiply-add counts as two.
@@ -263,7 +271,10 @@ def _measure(accelerator: str, dtype: torch.dtype) -> float:
 
 
 def _fastest(side: int, accelerator: str, dtype: torch.dtype, tries: int) -> float:
-    """Return the time of the fastest of `tries` products in seconds; the first is a warm-up."""
+    """Return the time of the fastest of `tries` matrix products, in seconds.
+
+    The first product is a warm-up and does not count.
+    """
     a = torch.full((side, side), 0.5, dtype=dtype, device=accelerator)
     seconds = []
     for _ in range(tries):

@@ -24,7 +24,7 @@ def tune_process() -> None:
 
     By default, glibc returns the memory of each freed large tensor to the kernel. The kernel then
     clears every page again at the next allocation, so training on a CPU takes up to twice as long.
-    The change cannot be undone. Programs therefore call this function, and the library never does.
+    The change cannot be undone, so only programs call this function, never the library.
     With other C libraries, the function has no effect.
     """
     global _tuned
@@ -45,9 +45,10 @@ def is_tuned() -> bool:
 def preserved_process() -> Iterator[None]:
     """Restore the state of the process at the end of the `with` block, even after an exception.
 
-    The state consists of warning filters, levels and handlers of the loggers (root, Mini GPT and
-    Lightning), signal handlers, float32 matmul precision, number of threads, random states (Python,
-    NumPy, PyTorch) and environment variables.
+    The state consists of the warning filters, the levels and handlers of loggers (root, Mini GPT
+    and Lightning), the signal handlers, the float32 matmul precision, the number of threads, the
+    random states (Python, NumPy, PyTorch) and the environment variables. Signal handlers are
+    restored only in the main thread.
     """
     main_thread = threading.current_thread() is threading.main_thread()
     signals = {n: signal.getsignal(n) for n in signal.valid_signals()} if main_thread else {}

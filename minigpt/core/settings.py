@@ -26,15 +26,16 @@ class UserError(ValueError):
     """Mistake that the user can fix.
 
     `str(error)` names arguments of the library. The command line names the corresponding settings
-    or options instead, prints the error on one line, and exits with code 2.
+    or options instead, prints the error on one line, and exits with `exit_code`.
 
     Args:
         message: what is wrong and what is allowed.
         argument: dotted name of the wrong argument or field, such as "data.batch_size".
-        value: value of `argument`; omitted if `message` contains the value.
+        value: value of `argument`. It is left out if `message` already contains the value.
         fix: values to set instead, by dotted name.
-        command: verb and settings of a command to suggest, such as
-            ("train", {"resume": "runs/a"}); or its settings as typed, ["resume=runs/a"].
+        command: verb and settings of a command to suggest. The settings are a dict, such as
+            ("train", {"resume": "runs/a"}), or a list of settings as typed on the command line,
+            such as ("train", ["resume=runs/a"]).
 
     Attributes:
         exit_code: exit code of a program that stops with this error.
@@ -69,7 +70,8 @@ class UserError(ValueError):
             spell: function that formats the value.
 
         Returns:
-            "argument=value: ", or "" if the error has no argument.
+            "argument=value: "; "argument: " if the error has no value, and "" if it has no
+            argument.
         """
         if self.argument is None:
             return ""
@@ -92,7 +94,7 @@ class UserError(ValueError):
 
 
 class DiskFullError(UserError):
-    """Error raised if the disk under a run is full: the settings are right, but the run stopped."""
+    """Error raised if the disk with the run folder is full; the settings are not wrong."""
 
     exit_code = 1
 
@@ -103,7 +105,8 @@ class ModelClassError(UserError):
     Args:
         message: what is wrong.
         class_name: dotted path of the class that the run was trained with.
-        argument: "model", or "teacher" if the run is a teacher.
+        argument: name of the argument for the class: "teacher" if the run is used as a teacher,
+            else "model".
     """
 
     def __init__(self, message: str, class_name: str, argument: str = "model") -> None:
@@ -112,12 +115,13 @@ class ModelClassError(UserError):
 
 
 def python_call(verb: str, /, *words: str, **settings: Any) -> str:
-    """Return the Python call that runs a verb with these settings, for messages of the library.
+    """Return the Python call for a command-line verb with settings, to suggest in a message.
 
     Args:
         verb: verb of the command line, such as train.
         *words: settings as typed on the command line, for train only.
-        **settings: settings by name; verbs other than train use only the first value.
+        **settings: settings by name. For verbs other than train, the call contains only the value
+            of the first setting.
 
     Returns:
         The call, such as "minigpt.evaluate('runs/a')".
@@ -132,16 +136,17 @@ _spell: Callable[..., str] = python_call
 
 
 def next_step(verb: str, /, **settings: Any) -> str:
-    """Return the next step to suggest in a log message.
+    """Return the call or command that a log message suggests to the user as the next step.
 
-    It is a Python call, or a shell command once `speak` has been called.
+    The result is a Python call. In command-line programs, which call `speak`, it is a shell
+    command.
 
     Args:
         verb: verb of the command line, such as train.
         **settings: settings by name.
 
     Returns:
-        The call or the command.
+        The call or the command, as text.
     """
     return _spell(verb, **settings)
 
@@ -149,7 +154,14 @@ def next_step(verb: str, /, **settings: Any) -> str:
 def spell_step(
     spell: Callable[..., str], verb: str, settings: Mapping[str, Any] | Sequence[str]
 ) -> str:
-    """Return `spell` of a verb with settings that are given by name, or as typed."""
+    """Call `spell` with a verb and settings, and return its result.
+
+    Args:
+        spell: `python_call`, or a function with the same arguments.
+        verb: verb of the command line, such as train.
+        settings: a dict of settings by name, which is passed as keyword arguments; or a list of
+            settings as typed on the command line, which is passed as positional arguments.
+    """
     return spell(verb, **settings) if isinstance(settings, Mapping) else spell(verb, *settings)
 
 
@@ -194,7 +206,9 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
 
 def check(config: Any, message: str, allows: Callable[[Any], bool], *names: str) -> None:
-    """Raise UserError for the first named field with a value that is not None and not allowed.
+    """Raise UserError for the first field in `names` with a value that is not allowed.
+
+    None is always allowed.
 
     Args:
         config: the object with the fields.
@@ -210,8 +224,9 @@ def check(config: Any, message: str, allows: Callable[[Any], bool], *names: str)
 def plain_defaults(cls: type) -> dict[str, Any]:
     """Return the defaults of a dataclass as plain values.
 
-    Sections become dicts and tuples become lists. `__post_init__` is not called for `cls`, so
-    defaults that it would resolve remain None.
+    Sections, which are fields with a dataclass as their type, become dicts. Tuples become lists.
+    Other fields without a default are left out. `__post_init__` is not called for `cls`, so a
+    default of None remains None even if `__post_init__` would replace it.
     """
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
@@ -266,12 +281,12 @@ def unknown_name(name: str, allowed: list[str], kind: str = "setting") -> str:
     Args:
         name: the unknown name.
         allowed: names that exist.
-        kind: noun for the message.
+        kind: what the name stands for, as a noun for the message, such as "setting".
 
     Returns:
-        One line. For a renamed setting, it gives the new name. Otherwise it suggests up to three
-        similar names. If there are none, it lists all allowed names, or refers to --help if there
-        are more than 20.
+        One line. For a renamed setting, the line gives the new name. For any other name, it
+        suggests up to three similar names. If no name is similar, it lists all allowed names, or
+        refers to --help if there are more than 20 of them.
     """
     if name in RENAMED:
         return f"unknown {kind} '{name}': it is now called {RENAMED[name]}"

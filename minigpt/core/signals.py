@@ -1,8 +1,8 @@
-"""Stop signals of a program, which are answered even while the main thread runs native code.
+"""Handling of signals that stop a program, even while its main thread runs native code.
 
 Python runs the handler of a signal only when the main thread executes Python code. Training a
-tokenizer or resolving a host name can block the main thread for minutes. `watch` therefore also
-receives the signals in a thread of its own.
+tokenizer or resolving a host name can block the main thread for minutes. The `SignalWatch` of this
+module, `watch`, therefore also receives the signals in another thread.
 """
 
 from __future__ import annotations
@@ -23,13 +23,18 @@ from minigpt.core.console import terminal_is_gone
 from minigpt.core.distributed import global_rank
 
 _ANSWER_SECONDS = 4.0
-# A launcher, such as torchrun, forwards a Ctrl-C that the terminal has sent to all processes.
+# A SIGINT within this time after the first one is part of the same Ctrl-C: the terminal sends a
+# Ctrl-C to all processes, and a launcher, such as torchrun, forwards it to them again.
 REPEAT_SECONDS = 0.25
 SIGHUP: int = getattr(signal, "SIGHUP", 0)  # Windows has none
 
 
 def is_ignored(number: int) -> bool:
-    """Return whether a signal does not exist, or is ignored, as SIGHUP is by nohup."""
+    """Return whether a signal is ignored, as SIGHUP is under nohup, or does not exist.
+
+    Args:
+        number: number of the signal; 0 for a signal that does not exist on this system.
+    """
     return not number or signal.getsignal(number) == signal.SIG_IGN
 
 
@@ -46,12 +51,13 @@ def has_terminal() -> bool:
 class SignalWatch:
     """Signal handling of a program: stop at SIGINT, SIGTERM and SIGHUP.
 
-    The first signal raises KeyboardInterrupt. If the program does not end within seconds, or at a
-    second Ctrl-C, the process exits at once.
+    The first signal raises KeyboardInterrupt. If the program does not end within four seconds after
+    SIGINT or SIGTERM, the process exits. At a second Ctrl-C, the process exits at once.
 
     Attributes:
-        number: the signal that stops the program; 0 if there was none.
-        patient: whether the program may take as long as it needs, because exiting would lose work.
+        number: number of the signal that stops the program; 0 if there was none.
+        patient: whether the program may take as long as it needs to end after a signal, because
+            exiting would lose work.
     """
 
     def __init__(self) -> None:
@@ -90,10 +96,13 @@ class SignalWatch:
             self._is_running = False
 
     def answer(self, number: int) -> bool:
-        """Record a signal, and return whether the process should stop.
+        """Record a signal, and return whether it should stop the process.
+
+        SIGHUP should not stop a process without a terminal, for example after the terminal was
+        closed.
 
         Args:
-            number: the signal. At SIGHUP, a process without a terminal should not stop.
+            number: number of the signal.
         """
         if number == SIGHUP and not has_terminal():
             terminal_is_gone("SIGHUP")
@@ -102,9 +111,10 @@ class SignalWatch:
         return True
 
     def exit(self) -> NoReturn:
-        """Exit with 128 plus the signal, a few seconds from now at the latest.
+        """Exit after a few seconds at most; the exit code is 128 plus the number of the signal.
 
-        Python would wait for all threads, and abort if one of them runs native code.
+        `atexit` functions are called. The rest of Python's normal exit is skipped, because it would
+        wait for all threads, and would abort if one of them runs native code.
         """
         code = 128 + self.number
         self._later(lambda: os._exit(code))

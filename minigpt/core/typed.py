@@ -1,8 +1,9 @@
 """Settings as text: print settings as key=value, split lists, and quote words for a shell.
 
-A setting is typed as key=value. The value of a text setting is the text as it stands. In lists and
-sweeps, which commas separate, and around texts that would mean something else, single or double
-quotes mark a text. `minigpt.cli.words` reads this form.
+A setting is typed as key=value. A value that is a text needs no quotes, with two exceptions. In a
+list or a sweep, a text that contains a comma is quoted. A text that would have another meaning
+without quotes, such as 'null', is also quoted. Quotes may be single or double.
+`minigpt.cli.words` reads this form.
 """
 
 from __future__ import annotations
@@ -28,14 +29,17 @@ def is_quoted(text: str) -> bool:
 
 
 def split_items(text: str) -> list[str]:
-    r"""Split the text between the brackets of a list at its commas.
+    r"""Return the items of a list, from the text between its brackets.
+
+    Items are separated by commas. A comma in quotes, in brackets, in `${...}` or after a backslash
+    belongs to an item.
 
     Args:
         text: the items, such as `a, "b, c"`.
 
     Returns:
-        The items without spaces around them, in quotes where they were typed in quotes. There is at
-        least one item. `\,` becomes a comma.
+        The items without spaces around them; an item in quotes keeps its quotes. In an item without
+        quotes, `\,` becomes a comma. Empty text gives one empty item.
     """
     items, start = [], 0
     while start <= len(text):
@@ -49,8 +53,8 @@ def split_items(text: str) -> list[str]:
 def quoted(text: str) -> str:
     r"""Return a text in double quotes, with the escapes that Hydra's grammar needs.
 
-    Backslashes are doubled before a double quote and at the end only. An interpolation, `${...}`,
-    remains one.
+    Only backslashes before a double quote or at the end of the text are doubled. An interpolation,
+    `${...}`, is not escaped and remains an interpolation.
     """
     text = re.sub(r'(\\*)"', r"\1\1\\" + '"', text)
     return '"' + re.sub(r"(\\+)\Z", r"\1\1", text) + '"'
@@ -60,8 +64,8 @@ def typed_value(value: Any) -> str:
     """Return a plain value as it is typed after `key=`.
 
     Args:
-        value: None, a truth value, a number, a text, or a list of these. A text is literal: `${` is
-            escaped.
+        value: None, a bool, a number, a text, or a list of these. In a text, `${` is escaped, so
+            that Hydra does not read it as an interpolation.
     """
     if value is None:
         return "null"
@@ -75,7 +79,7 @@ def typed_value(value: Any) -> str:
 
 
 def typed_settings(settings: Mapping[str, Any]) -> list[str]:
-    """Return settings as words, key=value, which are not quoted for a shell."""
+    """Return settings as words of the form key=value, not quoted for a shell."""
     return [f"{key}={typed_value(value)}" for key, value in settings.items()]
 
 
@@ -83,8 +87,9 @@ def shell_word(text: str) -> str:
     r"""Return a text as one word of a command in bash or zsh, on one line.
 
     Args:
-        text: the text. Characters that are not printable, and bytes of a file name that are not
-            UTF-8, are written as $'\x..'.
+        text: the text. If it contains characters that are not printable, or bytes of a file name
+            that are not UTF-8, the word has the form $'...', and these characters and bytes are
+            written as hexadecimal escapes, \x...
     """
     if text.isprintable():
         return f"'{text}'" if text.startswith("=") and "'" not in text else shlex.quote(text)
@@ -98,13 +103,20 @@ def shell_word(text: str) -> str:
 
 
 def _bytes(character: str) -> bytes:
-    """Return a character in UTF-8; for a byte of a file name that is not UTF-8, that byte."""
+    """Return the UTF-8 bytes of a character.
+
+    Python represents each byte of a file name that is not UTF-8 by a special character. For such a
+    character, return the byte itself.
+    """
     escaped = "\udc80" <= character <= "\udcff"
     return character.encode("utf-8", "surrogateescape" if escaped else "surrogatepass")
 
 
 def path_argument(path: str) -> str:
-    """Return a path as a positional argument, which must not look like an option."""
+    """Return a path as a positional argument, with ./ before a path that begins with a dash.
+
+    Without ./, such a path would be read as an option.
+    """
     return f"./{path}" if path.startswith("-") else path
 
 

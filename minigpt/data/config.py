@@ -22,7 +22,8 @@ class DataConfig:
     """Settings of the stories, the tokenizer and the batches.
 
     Raises:
-        UserError: a value is out of range, or does not apply to the source.
+        UserError: a value is out of range, a value that `source` needs is missing, or a setting
+            does not apply to `source`.
     """
 
     source: Source = "tinystories_sample"
@@ -33,38 +34,38 @@ class DataConfig:
     """Paths or globs of the training files, for source `text`."""
 
     valid_files: tuple[str, ...] = ()
-    """Paths or globs of the validation files, for source `text`; if there are none, the last
-    training stories are held out."""
+    """Paths or globs of the validation files, for source `text`; if empty, the last training
+    stories are held out for validation."""
 
     dataset: str | None = None
-    """Dataset on the Hugging Face Hub, such as `owner/name`, or a local dataset folder, for source
-    `hf`; None for the other sources."""
+    """Dataset for source `hf`: a name on the Hugging Face Hub, such as `owner/name`, or the path of
+    a local dataset folder. None for the other sources."""
 
     subset: str | None = None
-    """Subset of the dataset, such as `wikitext-2-raw-v1`; None means the dataset's default."""
+    """Subset of the dataset, such as `wikitext-2-raw-v1`; None means the default subset."""
 
     split: str = "train"
     """Split of the dataset to train on."""
 
     valid_split: str | None = None
-    """Split of the dataset to validate on; its first 32 MiB are read. None means that the last
-    training stories are held out."""
+    """Split of the dataset to validate on; only the first 32 MiB of this split are read. None means
+    that the last training stories are held out for validation."""
 
     field: str | None = None
     """Column or key that holds the stories, for datasets and for files other than .txt and .md.
-    None selects `text`, or else `story`, or else the only text column."""
+    None selects `text` if it exists, else `story`, else the only text column."""
 
     holdout: float = 0.05
-    """Fraction of the training stories to hold out for validation, above 0 and below 1. For a
-    single document, it is the fraction of the document's length."""
+    """Fraction of the training stories to hold out for validation, above 0 and below 1. If the
+    training text is a single document, this fraction of its length is held out."""
 
     separator: str = END_OF_TEXT
     """Separator between two stories in a .txt or .md file. A file without separators is one
     document."""
 
     download_tokens: int | None = 104_000_000
-    """Number of training tokens for which text is downloaded, for sources `tinystories` and `hf`;
-    None means all of the text."""
+    """Amount of training text to download for sources `tinystories` and `hf`, in tokens of about
+    3.84 bytes; None means all of the text."""
 
     vocab_size: int = 3000
     """Maximum number of tokens in the vocabulary, from 257 to 65,536; stories with few distinct
@@ -76,9 +77,9 @@ class DataConfig:
     training stories."""
 
     max_stories: int | None = None
-    """Maximum number of training stories for the model and the tokenizer: the first ones in file
-    order, after the stories that `holdout` or `valid=tuning` holds out are taken out. None means
-    all stories."""
+    """Maximum number of training stories for the model and the tokenizer. The first stories in file
+    order are used, without those that `holdout` or `valid=tuning` holds out. None means all
+    stories."""
 
     batch_size: int | None = None
     """Number of windows per device and step; None means 32 for source `tinystories` and 8 for the
@@ -92,9 +93,9 @@ class DataConfig:
     them; `windows` keeps the order of the stories and shuffles only the windows."""
 
     noise: float = 0.0
-    """Fraction of the input tokens of training batches to replace by random tokens, from 0 to below
-    1; it decreases linearly to zero over the last 20 % of the run. The targets, END_OF_TEXT and
-    validation are not affected."""
+    """Fraction of the training input tokens to replace by random tokens, from 0 to below 1; the
+    fraction decreases linearly to zero over the last 20 % of the run. Targets, END_OF_TEXT tokens
+    and validation batches are not changed."""
 
     valid: Literal["tuning"] | None = None
     """Stories to validate on: None means the validation split; `tuning` means every seventh
@@ -136,21 +137,21 @@ class DataConfig:
 
     @property
     def windows_per_batch(self) -> int:
-        """Number of windows per device and step: the resolved `batch_size`."""
+        """Number of windows per device and step: `batch_size` with its default filled in."""
         assert self.batch_size is not None
         return self.batch_size
 
 
 def with_cache_here(data: DataConfig, typed: str = CACHE) -> DataConfig:
-    """Return `data` with a cache folder that is valid on this machine.
+    """Return `data` with a cache folder for this machine.
 
     Args:
-        data: data settings of a run, which may come from another machine.
-        typed: cache folder to use. The default keeps the run's own cache folder if that folder
-            exists on this machine.
+        data: data settings of a run. The run may have been trained on another machine.
+        typed: cache folder, as typed on the command line. If it is the default, `.cache`, and the
+            run's own cache folder exists on this machine, the run's folder is kept.
 
     Returns:
-        `data` itself if the run's own cache folder is kept, else a copy with `typed` as the folder.
+        `data` itself if the run's folder is kept, else a copy with `typed` as `cache_dir`.
     """
     own = typed == CACHE and Path(data.cache_dir).is_dir()
     return data if own else dataclasses.replace(data, cache_dir=typed)

@@ -1,4 +1,4 @@
-"""The LightningDataModule: it prepares a corpus and loads batches from the token files."""
+"""A LightningDataModule that prepares a corpus and loads batches from its token files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHARE_OF_MEMORY = 0.25  # largest part of a GPU's memory that the training toke
 
 
 class DataModule(L.LightningDataModule):
-    """The prepared corpus of a run, and batches of inputs and targets from it, each [B, T] int64.
+    """Prepared corpus of a run; it loads batches of inputs and targets, each [B, T] int64.
 
     `setup` sets `tokenizer` and the token files `train` and `valid`.
 
@@ -88,7 +88,7 @@ class DataModule(L.LightningDataModule):
         return self.valid.bytes_per_token
 
     def train_dataloader(self) -> DataLoader:
-        """Return a loader of the batches from `start_step` to the end of the run."""
+        """Return a loader of this rank's batches, from `start_step` to the end of the run."""
         tokens, length, config = self.train.array(), self.context_length, self.config
         stories = config.shuffle == "stories"
         order = self.n_steps, self.seed, self.start_step, *self._rank(), config.random_offset
@@ -109,10 +109,10 @@ class DataModule(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         """Return a loader of this rank's part of the validation split, in order.
 
-        Each token of the split except the first is predicted exactly once. All ranks get the same
-        number of windows, because under FSDP every rank must run the same number of forward
-        passes. If the number of windows is not a multiple of the number of ranks, the last window
-        of some ranks is empty.
+        Over all ranks, each token of the split except the first is predicted exactly once. All
+        ranks get the same number of windows, because under FSDP every rank must run the same number
+        of forward passes. If the number of windows is not a multiple of the number of ranks, the
+        last window of some ranks contains only padding.
         """
         windows = TokenWindows(self.valid.array(), self.context_length)
         rank, world_size = self._rank()
@@ -127,7 +127,7 @@ class DataModule(L.LightningDataModule):
 
 
 def _loader(dataset: Dataset[tuple[Tensor, Tensor]], **settings: Any) -> DataLoader:
-    # No worker processes: gathering a batch takes microseconds, less than passing it to another
-    # process. The dataset has already collated it.
+    # No worker processes: gathering a batch takes microseconds, and passing it on from a worker
+    # would take longer. No collation: the items that the dataset returns are whole batches.
     settings = {"pin_memory": torch.cuda.is_available(), **settings}
     return DataLoader(dataset, collate_fn=lambda batch: batch, **settings)

@@ -14,26 +14,27 @@ from minigpt.data.windows import StoryWindows, TrainingBatches, with_noise
 
 
 class DeviceBatches(Dataset[tuple[Tensor, Tensor]]):
-    """The batches of `TrainingBatches`, bit for bit, gathered on a device.
+    """The same batches as in `TrainingBatches`, bit for bit, but gathered on a device.
 
-    The device holds all tokens, 2 bytes each, and the order of two epochs, which is copied when an
-    epoch starts. With noise, the random tokens of each step are drawn on the host and copied. The
-    host waits only for the copy of the tokens, at the start.
+    The device holds all tokens of the training split, 2 bytes each, and the order of the windows
+    and stories of at most two epochs. The order of an epoch is copied when the epoch starts. With
+    noise, the random tokens of each step are drawn on the host and copied. The host waits for only
+    one copy: that of the training split, at the start.
 
     Args:
-        batches: the batches.
+        batches: the batches to gather.
         device: the device, such as `torch.device("cuda")`.
     """
 
     def __init__(self, batches: TrainingBatches, device: torch.device):
         self.batches, self.device = batches, device
-        # PyTorch can index int16, but not uint16. Not pinned, because it is copied only once.
+        # PyTorch can index int16, but not uint16. The array is copied once, so it is not pinned.
         self._tokens = torch.from_numpy(np.array(batches.windows.tokens).view(np.int16)).to(device)
         self._window = torch.arange(batches.windows.context_length + 1, device=device)
         self._epoch = lru_cache(maxsize=2)(self._epoch_order)
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return the batch of a step on the device: inputs and targets, [B, T] int64."""
+        """Return the inputs and the targets of a step, each [B, T] int64, on the device."""
         order, parts = self.batches.order, list[Tensor]()
         first = int(order.numbers(step)[0])
         end = first + order.batch_size
@@ -49,7 +50,11 @@ class DeviceBatches(Dataset[tuple[Tensor, Tensor]]):
         return ids, targets
 
     def _positions(self, epoch: int, i: int, j: int) -> Tensor:
-        """Return the positions of the tokens of windows i to j of an epoch, [j - i, T + 1]."""
+        """Return where the tokens of windows i to j - 1 of an epoch are in the token file.
+
+        Returns:
+            Positions [j - i, T + 1]; the inputs and targets of a window together have T + 1 tokens.
+        """
         starts, table = self._epoch(epoch)
         positions = starts[i:j, None] + self._window
         if table is None:
@@ -59,7 +64,10 @@ class DeviceBatches(Dataset[tuple[Tensor, Tensor]]):
         return positions + shifts[stories]
 
     def _epoch_order(self, epoch: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Return the starts of an epoch's windows [n_windows], and its table of stories, if any."""
+        """Return the starts of an epoch's windows [n_windows], and the epoch's table of stories.
+
+        The table is that of `StoryWindows.epoch_table`, or None if the stories are not shuffled.
+        """
         starts, windows = self._upload(self.batches.order.starts(epoch)), self.batches.windows
         if not isinstance(windows, StoryWindows):
             return starts, None

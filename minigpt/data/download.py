@@ -31,9 +31,9 @@ def fetch(folder: Path, repo: str, name: str, separator: str, n_bytes: int | Non
     """Download a file of a dataset, or a prefix of the file, and return the path of the copy.
 
     A complete file is stored as `name`, a prefix as <stem>.first-<n_bytes>.<version>.txt, where
-    <version> is a hash of the Hub's etag. The network is not used if the complete file is stored,
-    or a prefix from an earlier request for at least `n_bytes`. The download of a longer prefix
-    begins after the bytes of a stored shorter prefix of the same version. Only one process
+    <version> is a hash of the Hub's etag. If the complete file is stored, or a prefix that was
+    requested with at least `n_bytes`, the network is not used. If only a shorter prefix of the same
+    version is stored, the download continues after the last byte of that prefix. Only one process
     downloads a file at a time; the other processes wait. The environment variable HF_ENDPOINT sets
     the Hub's address; the default is huggingface.co.
 
@@ -73,7 +73,10 @@ def fetch(folder: Path, repo: str, name: str, separator: str, n_bytes: int | Non
 
 
 class HubLines(tqdm):
-    """Progress of a `huggingface_hub` download in log lines; the Hub's own bar needs a terminal."""
+    """Log lines with the progress of a `huggingface_hub` download, for output without a terminal.
+
+    `huggingface_hub` uses this class in place of `tqdm`.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._stack = contextlib.ExitStack()
@@ -92,7 +95,10 @@ class HubLines(tqdm):
 
 
 def _first_parts(folder: Path, name: str, version: str = "*") -> list[tuple[int, Path]]:
-    """Return (requested number of bytes, path) for each stored prefix of a file."""
+    """Return (requested number of bytes, path) for each stored prefix of the file `name`.
+
+    By default, the prefixes of all versions are returned.
+    """
     paths = folder.glob(f"{Path(name).stem}.first-*.{version}.txt")
     return [(int(path.name.split(".")[-3].removeprefix("first-")), path) for path in paths]
 
@@ -143,7 +149,9 @@ def _fetch(
 
 
 def _check(path: Path, separator: str, etag: str = "", n_bytes: int = 0) -> None:
-    """Check a downloaded file. If `n_bytes` is above 0, cut the file after its last separator.
+    """Check a downloaded file; if `n_bytes` is above 0, first cut the file.
+
+    The cut is after the last separator in the first `n_bytes` bytes.
 
     Raises:
         ConnectionError: the file has no separator, is not UTF-8, or does not match the

@@ -1,6 +1,7 @@
 """Read the stories of one file.
 
-The file may be larger than memory, damaged, or in another format than its name says.
+The file is read in chunks, so it may be larger than memory. UserError reports a damaged file, or a
+file that is not in the format that its name says.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from minigpt.data.formats import CHUNK, Format, detect_format, optional, unpack
 from minigpt.tokenizer import END_OF_TEXT, utf8_length
 
 Piece = tuple[str, bool]  # piece of a story, and whether it is the last piece of that story
-Row = tuple[int, Any]  # number of a line or row, and the value in it
+Row = tuple[int, Any]  # number of a line, row or list item, and its value
 
 _LONGEST = 64 << 20  # maximum length in characters of a line, field or list item held in memory
 _PIECE = 1 << 20  # characters; a story of more than twice this length is split into pieces
@@ -41,16 +42,17 @@ def read_pieces(
 
     White space at both ends of a story is removed, and empty stories are skipped. Line ends become
     line feeds. Byte order marks are removed, except in Parquet files. Concatenating the pieces of a
-    story gives the story. Stories are cut at pre-token boundaries where possible. Memory use does
-    not grow with the number of stories.
+    story gives the story. Long stories are cut at pre-token boundaries where possible. Memory use
+    does not grow with the number of stories.
 
     Args:
-        path: .txt or .md (stories with a separator between them, or one document), .jsonl, .ndjson
-            or .json (strings or objects), .csv, .tsv or .parquet. The file may be compressed.
+        path: path of the file, which may be compressed. A .txt or .md file contains stories with a
+            separator between them, or is one document. A .jsonl, .ndjson or .json file contains
+            strings or objects. A .csv, .tsv or .parquet file contains a table.
         separator: separator between two stories in a .txt or .md file. If the separator contains a
             blank line, lines that contain only white space count as blank.
-        field: column or key that holds the stories; None selects `text`, or else `story`, or else
-            the only text column.
+        field: column or key that holds the stories; None selects `text` if it exists, else `story`,
+            else the only text column.
 
     Yields:
         A piece of a story, and whether it is the last piece of that story.
@@ -77,11 +79,12 @@ def choose_field(
     """Return the name of the column that holds the stories.
 
     Args:
-        where: name of the file or dataset for error messages; for JSON, with the item's number.
+        where: name of the file or dataset for error messages; for JSON, it ends with the number of
+            the line or item.
         names: names of all columns.
         texts: names of the columns that contain text.
-        field: the requested column; None selects `text`, or else `story`, or else the only text
-            column.
+        field: the requested column; None selects `text` if it exists, else `story`, else the only
+            text column.
 
     Returns:
         The name of the column, which is in `names`.
@@ -109,10 +112,10 @@ def clean(text: str) -> str:
 def find_cut(text: str, first: int, last: int, near: int) -> int:
     """Return the position at which to cut `text`: between `first` and `last`, close to `near`.
 
-    A blank line is preferred to a line end, and a line end to a space. Among places of the same
+    A blank line is preferred to a line end, and a line end to a space. Among positions of the same
     kind, the closest to `near` is chosen. The cut is directly before the white-space character that
-    precedes a word. This is a pre-token boundary, so cutting does not change the ids of the text.
-    If there is no such place between `first` and `last`, the position is `near`.
+    precedes a word. This is a pre-token boundary, so cutting does not change the token ids of the
+    text. If there is no such position between `first` and `last`, `near` is returned.
 
     Args:
         text: the text to cut.
@@ -132,7 +135,7 @@ def find_cut(text: str, first: int, last: int, near: int) -> int:
 
 
 def _split_long(text: str) -> list[str]:
-    """Split `text` into pieces of at most `_PIECE` characters; the last may be twice as long."""
+    """Split `text` into pieces of at most `_PIECE` characters; the last has up to twice as many."""
     start, pieces = 0, []
     while len(text) - start > 2 * _PIECE:
         end = start + _PIECE
@@ -164,7 +167,7 @@ def _empty_blank_lines(chunks: Iterable[str]) -> Iterator[str]:
     for chunk in chunks:
         lines, end, rest = (rest + chunk).rpartition("\n")
         yield _BLANK.sub("", lines) + end
-        if len(rest) > _PIECE:  # too long for a blank line, and for memory
+        if len(rest) > _PIECE:  # too long to be a blank line or to be held in memory
             yield rest
             rest = ""
     yield _BLANK.sub("", rest)
@@ -198,7 +201,10 @@ def _row_pieces(path: Path, file_format: Format, field: str | None) -> Iterator[
 
 
 def _objects(path: Path, values: Iterable[Row], field: str | None) -> Iterator[Row]:
-    """Yield the story of each JSON value: the value itself, or a field of it if it is an object."""
+    """Yield the number and the story of each JSON value.
+
+    If the value is an object, the story is one of its fields, else the story is the value itself.
+    """
     for number, value in values:
         if isinstance(value, dict):
             texts = [name for name, entry in value.items() if isinstance(entry, str)]
@@ -330,7 +336,7 @@ def _decode(path: Path, file_format: Format) -> Iterator[str]:
         try:
             text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
-            # error.object may also contain bytes of the previous chunk: count from its end.
+            # error.object may begin with bytes of the previous chunk, but ends where `chunk` ends.
             at = offset + len(chunk) - len(error.object) + error.start
             line += error.object.count(b"\n", 0, error.start)
             remedy = f"convert it with iconv -f {'UTF-16' if utf16 else 'WINDOWS-1252'} -t UTF-8"

@@ -15,9 +15,9 @@ from typing import Any
 from minigpt.core.settings import UserError
 
 CHUNK = 1 << 20  # bytes read at a time
-# A compressed file may decompress to this many bytes or this many times its size, whichever is
-# more. English text compresses to a fifth of its size, a story that repeats itself to a hundredth,
-# and a file that is meant to fill a disk to a thousandth.
+# A compressed file may decompress to `_UNPACKED` bytes or to `_UNPACKED_TIMES` times its size,
+# whichever is more. English text compresses to a fifth of its size, a story that repeats itself to
+# a hundredth, and a file that is made to fill a disk to a thousandth.
 _UNPACKED, _UNPACKED_TIMES = 64 << 20, 200
 
 _KINDS = {
@@ -28,9 +28,9 @@ READABLE = f"{', '.join(_KINDS)}, each also with .gz, .xz, .bz2 or .zst"
 
 _UNPACK, _TEXT = "unpack it and name the files in it", "save its text as .txt"
 _DATA = "write its stories as .txt or .jsonl"
-# Formats that cannot be read, at least not under this file name: name, extensions, first bytes, and
-# what to do. The extension takes precedence over the first bytes, because a Word document is also a
-# zip archive.
+# Formats that cannot be read, or that cannot be read unless the file is renamed. Each entry has a
+# description, the extensions, the first bytes, and what the user can do. The extension takes
+# precedence over the first bytes, because a Word document is also a zip archive.
 _FOREIGN: tuple[tuple[str, str, tuple[bytes, ...], str], ...] = (
     ("a Word document", ".docx .doc .odt", (b"\xd0\xcf\x11\xe0",), _TEXT),
     ("a rich text document", ".rtf", (b"{\\rtf",), _TEXT),
@@ -67,7 +67,7 @@ class Format:
 
 
 def detect_format(path: Path) -> Format:
-    """Return the format that a file's name gives.
+    """Return the format and the compression that the name of a file indicates.
 
     A file in an unsupported format is rejected by its extension or by its first bytes. The first
     bytes of .parquet files are not checked.
@@ -102,7 +102,7 @@ def detect_format(path: Path) -> Format:
 
 
 def optional(module: str, use: str) -> Any:
-    """Import and return a module from the optional dependencies `data`.
+    """Import and return a module of an optional dependency.
 
     Args:
         module: name of the module, such as "pyarrow.parquet".

@@ -1,7 +1,7 @@
 """Stream the stories that a run needs from a Hugging Face dataset to a file.
 
-A later call appends to the file. It continues at the position in the dataset that the previous
-call saved last, and reads the same revision of the dataset. Only the stories are stored.
+A later call appends to the file. It continues at the last position in the dataset that the previous
+call saved, and reads the same revision of the dataset. Of each row, only the story is stored.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _STRINGS = ("string", "large_string", str)
 
 
 def fetch_dataset(folder: Path, config: DataConfig, split: str, n_bytes: int | None) -> Path:
-    """Return the path of a .jsonl file with the first stories of a split, streamed if necessary.
+    """Return a .jsonl file with the first stories of a split, after streaming those that it lacks.
 
     If the file already has enough stories, the network is not used. The environment variable
     HF_ENDPOINT sets the Hub's address; the default is huggingface.co. Private datasets need
@@ -76,7 +76,8 @@ def fetch_dataset(folder: Path, config: DataConfig, split: str, n_bytes: int | N
 def _append(path: Path, state: dict[str, Any], stories: Iterable[Any], n_bytes: int | None) -> None:
     """Append stories until the file has more than `n_bytes` of text, or no story is left.
 
-    The position in the dataset is saved in `state`, and `state` is saved next to the file.
+    The position in the dataset is saved in `state`, and `state` is written to a .json file next to
+    `path`.
     """
     with path.open("ab") as file, byte_progress("downloading", n_bytes, state["bytes"]) as show:
         file.truncate(state["size"])  # removes what was written after the position was saved
@@ -102,9 +103,10 @@ def _append(path: Path, state: dict[str, Any], stories: Iterable[Any], n_bytes: 
 def _stories(
     config: DataConfig, dataset: str, split: str, state: dict[str, Any]
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield each story after the position in `state`, and a function that returns the new position.
+    """Yield (story, get_position) for each story after the position in `state`.
 
-    The new position is directly after the story.
+    `get_position()` returns the position directly after the story. If `state` has no revision yet,
+    the newest revision of the dataset on the Hub is stored in it.
     """
     datasets = optional("datasets", "reading from the Hugging Face Hub")
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False

@@ -38,7 +38,9 @@ T = TypeVar("T")
 S = TypeVar("S")
 
 _FORMAT = 1  # part of each fingerprint; increase it if prepared files change
-_TOKENIZER_BYTES = 100_000_000  # enough for the largest vocabulary; takes 10 s on two cores
+# Bytes of stories to train a tokenizer on. They are enough for the largest vocabulary, and training
+# takes 10 s on two cores.
+_TOKENIZER_BYTES = 100_000_000
 _BLOCK_CHARACTERS = 1 << 18  # characters encoded at a time, which bounds memory for any corpus
 _TOKENS, _META, _TOKENIZER = "tokens.bin", "meta.json", "tokenizer.json"
 
@@ -65,7 +67,7 @@ class TokenFile:
         Raises:
             OSError: the files cannot be read.
             ValueError: a file is truncated or damaged.
-            KeyError: a count is missing from meta.json.
+            KeyError: a value is missing from meta.json.
         """
         meta = _read_meta(folder)
         tokens = cls(folder / _TOKENS, meta["tokens"], meta["bytes"], meta["stories"])
@@ -87,8 +89,7 @@ class TokenFile:
 def prepare_tokenizer(corpus: Corpus, config: DataConfig) -> Tokenizer:
     """Return the tokenizer trained on the training split of `corpus`, from the cache if possible.
 
-    The tokenizer is trained on at most about the first 100 MB of the training stories, and never on
-    the validation split.
+    Training reads only the training stories, and stops after about 100 MB of them.
 
     Args:
         corpus: corpus with the training stories.
@@ -206,7 +207,10 @@ def _map_ahead(pool: Executor, function: Callable[[S], T], items: Iterable[S]) -
 
 
 def _blocks(items: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]:
-    """Yield lists of items. Each list but the last has at least _BLOCK_CHARACTERS characters."""
+    """Yield `items` in lists of at least _BLOCK_CHARACTERS characters; the last may have fewer.
+
+    `length` returns the number of characters of an item.
+    """
     block: list[T] = []
     capacity = _BLOCK_CHARACTERS
     for item in items:
@@ -220,7 +224,7 @@ def _blocks(items: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]
 
 
 def _first_bytes(pieces: Iterable[tuple[str, bool]], limit: int) -> Iterator[str]:
-    """Yield the texts of the first pieces, until they have `limit` bytes in total."""
+    """Yield the texts of `pieces` until at least `limit` UTF-8 bytes were yielded."""
     total = 0
     for text, _ in pieces:
         yield text
@@ -274,7 +278,7 @@ def _digest(path: Path) -> str:
 
 
 def _prepared(cache_dir: str | Path, kind: str, ingredients: dict[str, Any]) -> Path:
-    """Return the cache folder for files computed from these inputs."""
+    """Return the cache folder for prepared files of type `kind`, computed from `ingredients`."""
     versions = {"format": _FORMAT, "tokenizers": tokenizers.__version__}
     text = json.dumps({**versions, **ingredients}, sort_keys=True)
     fingerprint = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
@@ -282,10 +286,11 @@ def _prepared(cache_dir: str | Path, kind: str, ingredients: dict[str, Any]) -> 
 
 
 def _cached(path: Path, load: Callable[[Path], T], make: Callable[[Path], None]) -> T:
-    """Return the result of `load(path)`, after `make` has written the folder if necessary.
+    """Return the result of `load(path)`. If the folder is missing or damaged, call `make` first.
 
     `make` writes to a temporary folder. This folder is then renamed to `path` atomically. Only the
-    process that holds the lock writes, so an unfinished folder was left by a killed process.
+    process that holds the lock writes. So an unfinished folder from before was left by a killed
+    process, and is deleted.
     """
     try:
         return load(path)
@@ -313,7 +318,7 @@ def _cached(path: Path, load: Callable[[Path], T], make: Callable[[Path], None])
             unfinished.mkdir()
             make(unfinished)
             unfinished.replace(path)
-    except (OSError, NotImplementedError) as error:  # the latter: no locks
+    except (OSError, NotImplementedError) as error:  # NotImplementedError: no file locks
         problem = f"cannot write {path} ({getattr(error, 'strerror', None) or error})"
         raise UserError(f"{problem}; choose another folder", "data.cache_dir") from None
     return load(path)

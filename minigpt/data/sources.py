@@ -35,16 +35,16 @@ Split = Literal["train", "valid"]
 
 _MEBIBYTE = 1 << 20
 _LONGEST_PATH = 4000  # characters, about the limit of operating systems
-_HASH_WHOLE = 64 << 20  # bytes; larger files are fingerprinted by size, mtime and both ends
+_HASH_WHOLE = 64 << 20  # bytes; larger files are identified by size, mtime and both ends
 
 _TUNING = 7  # every seventh training story is held out for tuning
 
 _REPO = "roneneldan/TinyStories"
 _TRAIN, _VALID = "TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"
 _BYTES_PER_TOKEN = 3.84  # with a 3,000-token BPE, measured on the bundled sample
-_STORY_MARGIN = 1.02  # story bytes to read, relative to the token budget
+_STORY_MARGIN = 1.02  # story bytes to read, as a multiple of tokens * _BYTES_PER_TOKEN
 _VALID_BYTES = 32 << 20  # bytes to read from a validation split on the Hub
-_FILE_MARGIN = 1.05  # file bytes to download, relative to the budget; separators are 2 % of a file
+_FILE_MARGIN = 1.05  # the same for the file bytes to download; separators are 2 % of a file
 
 
 @dataclass(frozen=True)
@@ -52,24 +52,27 @@ class Corpus:
     """Files of stories, and their division into a training and a validation split."""
 
     train_files: tuple[Path, ...]
-    """Files to read training stories from, in this order; may be empty if only "valid" is read."""
+    """Files with the training stories, in the order in which they are read; may be empty if only
+    `valid_files` are read."""
 
     valid_files: tuple[Path, ...]
-    """Files to read validation stories from; if empty, the last training stories are held out."""
+    """Files with the validation stories; if empty, the last training stories are held out for
+    validation."""
 
     holdout: float = DataConfig.holdout
-    """Fraction of the training stories to hold out, or of the length of a single document."""
+    """Fraction of the training stories to hold out if `valid_files` is empty. If there are too few
+    stories for that, it is the fraction of the length of each document."""
 
     separator: str = DataConfig.separator
-    """Separator between two stories in a text file."""
+    """Separator between two stories in a .txt or .md file."""
 
     max_train_bytes: int | None = None
-    """Approximate maximum number of UTF-8 bytes to read from the training files; no story is cut.
-    None means all stories."""
+    """Approximate maximum number of UTF-8 bytes of stories to read from the training files; no
+    story is cut. None means all stories."""
 
     field: str | None = None
-    """Column or key that holds the stories; None selects `text`, or else `story`, or else the only
-    text column."""
+    """Column or key that holds the stories; None selects `text` if it exists, else `story`, else
+    the only text column."""
 
     tuning: bool = False
     """Whether to validate on every seventh training story instead of the validation split."""
@@ -93,7 +96,7 @@ class Corpus:
         return (text for text, _ in self.pieces(split) if text)
 
     def pieces(self, split: Split) -> Iterator[Piece]:
-        """Yield the stories of a split in file order, in pieces.
+        """Yield the pieces of all stories of a split, in file order.
 
         Only a story of more than two million characters has several pieces. A story that is in both
         splits is removed from one of them: from the training stories if there are validation files,
@@ -159,12 +162,12 @@ class Corpus:
 
     @cached_property
     def _unlimited(self) -> Corpus:
-        """This corpus with all training stories."""
+        """Copy of this corpus without the limit `max_stories`."""
         return dataclasses.replace(self, max_stories=None)
 
     @cached_property
     def _reported(self) -> Corpus:
-        """This corpus without the tuning split and without validation files."""
+        """Copy of this corpus with `tuning` off and without validation files."""
         return dataclasses.replace(self, tuning=False, valid_files=())
 
     def _read(self, files: tuple[Path, ...]) -> Iterator[Piece]:
@@ -182,9 +185,9 @@ class Corpus:
     def _division(self) -> tuple[int, dict[Path, int]]:
         """Number of training stories, and the length in characters of each document to divide.
 
-        A document is a text file with a single story. Documents are divided only if there are too
-        few stories to hold some out; otherwise the dict is empty. To count the stories, all
-        training files are read.
+        A document is a text file with a single story. If there are enough stories to hold some out,
+        no document is divided, and the dict is empty. To count the stories, all training files are
+        read.
         """
         total = sum(ends for _, ends in self._train_pieces())
         n_valid = round(total * self.holdout)
@@ -248,7 +251,7 @@ def _every_seventh(pieces: Iterable[Piece], held_out: bool) -> Iterator[Piece]:
 
 
 def _begun(pieces: Iterable[Piece]) -> Iterator[tuple[str, bool, bool]]:
-    """Yield each piece, whether it is the last of its story, and whether it is the first."""
+    """Yield (text, is_last, is_first) for each piece of a story."""
     begins = True
     for text, ends in pieces:
         yield text, ends, begins
@@ -266,7 +269,11 @@ def _take(pieces: Iterable[Piece], max_bytes: int) -> Iterator[Piece]:
 
 
 def _part(pieces: Iterable[Piece], length: int, holdout: float, split: Split) -> Iterator[Piece]:
-    """Yield the start ("train") or the end ("valid") of a document of `length` characters."""
+    """Yield the pieces of the part of a document that belongs to `split`.
+
+    The end of the document, about the fraction `holdout` of its `length` characters, is the part
+    for "valid". The start is the part for "train".
+    """
     position = min(max(1, round(length * (1 - holdout))), length - 1)
     margin = int(min(holdout, 1 - holdout) * length / 2)
     for text, ends in pieces:
@@ -296,7 +303,10 @@ def _digest(text: str) -> bytes:
 
 
 def _without(digests: set[bytes], pieces: Iterable[Piece], kind: str) -> Iterator[Piece]:
-    """Yield the stories whose digest is not in `digests`; log the number of omitted stories."""
+    """Yield the pieces of all stories except those with a digest in `digests`.
+
+    The number of omitted stories is logged.
+    """
     n_dropped, drop = 0, False
     for text, ends, begins in _begun(pieces):
         if begins:
@@ -333,11 +343,12 @@ def open_corpus(config: DataConfig, valid_only: bool = False) -> Corpus:
 
     Args:
         config: data settings.
-        valid_only: whether the caller reads only "valid". Training stories are then downloaded only
-            if the validation stories are taken from them, as with `config.valid` "tuning".
+        valid_only: whether the caller reads only the validation split. If so, training stories are
+            downloaded only if the validation stories are taken from them. An example is
+            `config.valid="tuning"`.
 
     Returns:
-        The corpus, whose files exist.
+        The corpus. All of its files are on this machine.
 
     Raises:
         UserError: the files do not exist, or cannot be downloaded.
@@ -350,7 +361,7 @@ def open_corpus(config: DataConfig, valid_only: bool = False) -> Corpus:
 def _open_source(config: DataConfig, valid_only: bool) -> Corpus:
     downloads = Path(config.cache_dir) / "downloads"
     if config.source == "text":
-        # \n and \t as typed in a shell
+        # in a shell, a line feed is typed as \n and a tab as \t
         separator = config.separator.replace("\\n", "\n").replace("\\t", "\t")
         files = config.train_files, config.valid_files
         return local_files(*files, config.holdout, separator, config.field)
@@ -404,14 +415,14 @@ def local_files(
             are held out.
         holdout: fraction of the training stories to hold out, above 0 and below 1.
         separator: separator between two stories in a .txt or .md file.
-        field: column or key that holds the stories in files other than .txt and .md; None as in
-            `Corpus`.
+        field: column or key that holds the stories in files other than .txt and .md; None selects
+            one as described in `Corpus`.
 
     Returns:
         The corpus. The files that match one pattern are sorted by path.
 
     Raises:
-        UserError: there is no such file, a file cannot be read, or a file is in both splits.
+        UserError: no file matches a pattern, a file cannot be read, or a file is in both splits.
     """
     train, valid = _expand(train_files, "train_files"), _expand(valid_files, "valid_files")
     for file in train.keys() & valid.keys():
@@ -421,9 +432,10 @@ def local_files(
 
 
 def _expand(patterns: Sequence[str], field: str) -> dict[tuple[int, int], Path]:
-    """Return the files that match the patterns. The keys (device, inode) exclude duplicates.
+    """Return the files that match the patterns, by (device, inode), so that no file occurs twice.
 
-    The files are in the order of the patterns; the files that match one pattern are sorted.
+    The files are in the order of the patterns; the files that match one pattern are sorted. `field`
+    is the setting that error messages name.
     """
     argument, paths = f"data.{field}", {}
     for pattern in patterns:
@@ -434,7 +446,7 @@ def _expand(patterns: Sequence[str], field: str) -> dict[tuple[int, int], Path]:
         if path.is_dir():
             files = {argument: [f"{path}/*.txt"]}
             raise UserError(f"{path} is a folder; name the files in it", argument, fix=files)
-        # Brackets in the name of an existing folder or file are not a pattern.
+        # Brackets in the name of an existing folder or file are not part of a glob pattern.
         real = next(p for p in (path, *path.parents) if p.exists())
         matches = glob.glob(
             str(Path(glob.escape(str(real))) / path.relative_to(real)), recursive=True
@@ -452,13 +464,15 @@ def _expand(patterns: Sequence[str], field: str) -> dict[tuple[int, int], Path]:
 def download_tinystories(folder: Path, tokens: int | None, valid_only: bool = False) -> Corpus:
     """Download TinyStories (GPT-4 version) from the Hugging Face Hub, and return it as a corpus.
 
-    If `tokens` is given, only a prefix of the training file with enough stories is downloaded. The
-    same request gives the same stories, even if a longer prefix is stored. If enough stories are
-    stored, the network is not used. An interrupted download of a prefix continues where it stopped.
+    If `tokens` is not None, only a prefix of the training file is downloaded, with enough stories
+    for that number of tokens. The same `tokens` give the same stories, even if a longer prefix is
+    stored. If enough stories are stored, the network is not used. An interrupted download of a
+    prefix continues where it stopped.
 
     Args:
         folder: folder for the files, created if missing.
-        tokens: number of training tokens, at 3.84 bytes each; None means the whole file (2.2 GB).
+        tokens: number of training tokens, estimated at 3.84 bytes each; None means the whole
+            training file (2.2 GB).
         valid_only: whether to skip the training file.
 
     Returns:

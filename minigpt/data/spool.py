@@ -20,8 +20,8 @@ def spool_stories(
 ) -> DataConfig:
     """Write `stories` to `data.cache_dir` and return settings that read them from there.
 
-    Memory use does not grow with the number of stories. The same stories give the same files, which
-    are not written again, so they are not encoded again.
+    Memory use does not grow with the number of stories. Equal stories give equal files. A file that
+    already exists is kept, so its stories are not encoded again.
 
     Args:
         data: data settings; the source and the files are replaced.
@@ -60,7 +60,7 @@ def _spool(stories: Iterable[str], folder: Path, argument: str) -> str:
             if not n_stories:
                 raise UserError("must contain at least one story", argument)
             path = folder / f"{digest.hexdigest()}.jsonl"
-            # A large file is identified by its size and modification time, so an equal one stays.
+            # Large files are identified by size and modification time, so an equal file is kept.
             if not path.is_file() or not filecmp.cmp(path, unfinished, shallow=False):
                 unfinished.replace(path)
             return str(path)

@@ -34,7 +34,7 @@ class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
         self.context_length = context_length
 
     def side_by_side(self) -> range:
-        """Return the starts of adjacent windows; each token but the first is predicted once."""
+        """Return the starts of adjacent windows, which predict each token but the first once."""
         return range(0, max(0, len(self.tokens) - 1), self.context_length)
 
     def __getitem__(self, start: int) -> tuple[Tensor, Tensor]:
@@ -84,14 +84,14 @@ class StoryWindows(TokenWindows):
         return _shifted(rows, rows)
 
     def epoch_table(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return two arrays [n_stories] that locate the stories of an epoch, in its order.
+        """Return two arrays [n_stories] that locate the stories, in the order of an epoch.
 
         Args:
             epoch: number of the epoch, from 0.
 
         Returns:
-            The start of each story in the epoch, and the start of the story in the file minus its
-            start in the epoch.
+            For each story, the position in the epoch at which it starts, and its shift: the number
+            to add to a position in the epoch to get the position in the file.
         """
         order = story_permutation(len(self._starts), self.seed, epoch)
         lengths = np.diff(self._starts, append=len(self.tokens))[order]
@@ -138,19 +138,24 @@ def epoch_permutation(n_windows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def epoch_offset(context_length: int, seed: int, epoch: int) -> int:
-    """Return the start of an epoch's first window: 0 in epoch 0, then a random number below T."""
+    """Return by how many tokens the windows of an epoch are shifted.
+
+    The offset is 0 for epoch 0. For each later epoch, it is a random number from 0 to
+    `context_length` - 1; equal arguments give the same number.
+    """
     if epoch == 0:
         return 0
     return int(np.random.default_rng([seed, epoch, 1]).integers(context_length))
 
 
 class BudgetSampler(Sampler[int]):
-    """Sampler of the steps of a whole run. `batch` returns the windows of a step.
+    """Sampler that yields the steps of a run; `batch` returns the windows of a step.
 
     An epoch consists of adjacent windows in a random order. The windows are shuffled even if the
-    stories are shuffled too. Otherwise a batch would contain fewer stories, because neighbouring
-    windows often share a story. With `random_offset`, the windows start at a random offset in each
-    epoch after the first, so the context of a token and its position in the window change.
+    stories are shuffled too. If only the stories were shuffled, a batch would contain fewer
+    stories, because neighbouring windows often share a story. With `random_offset`, the windows
+    start at a random offset in each epoch after the first, so the context of a token and its
+    position in the window change.
 
     The windows of all epochs form one sequence. With B windows per batch and W ranks, batch s of
     rank r has the windows [(s·W + r)·B, (s·W + r + 1)·B) of this sequence. So each batch is full
@@ -167,8 +172,8 @@ class BudgetSampler(Sampler[int]):
         rank: rank of this process, from 0.
         world_size: number of ranks, W.
         random_offset: whether windows start at a random offset in each epoch after the first.
-        stories: whether positions count from the start of the first epoch, as in `StoryWindows`;
-            otherwise, positions count from the start of each epoch, as in `TokenWindows`.
+        stories: whether the stories are shuffled. If so, `batch` counts positions from the start of
+            the first epoch, as `StoryWindows` does; if not, from the start of each epoch.
 
     Raises:
         UserError: there are fewer windows than one step needs.
@@ -235,8 +240,8 @@ class BudgetSampler(Sampler[int]):
             step: step of the run, from 0.
 
         Returns:
-            `batch_size` positions in the token file; with `stories`, `n_tokens` is added to a
-            position for each earlier epoch.
+            `batch_size` positions. Without `stories`, these are positions in the token file. With
+            `stories`, they are counted from the start of the first epoch, as in `StoryWindows`.
         """
         epochs, indices = np.divmod(self.numbers(step), self.n_windows)
         parts = [
@@ -246,14 +251,14 @@ class BudgetSampler(Sampler[int]):
         return np.concatenate(parts).tolist()
 
     def starts(self, epoch: int, indices: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """Return the start positions of windows in an epoch, [n_windows] or those of `indices`.
+        """Return the start positions of windows in an epoch, in the order of the epoch.
 
         Args:
             epoch: number of the epoch, from 0.
-            indices: indices of the windows in the order of the epoch.
+            indices: numbers of the windows in that order, from 0; the default means all windows.
 
         Returns:
-            Positions, counted from the start of the epoch.
+            One position per window, counted from the start of the epoch.
         """
         order = epoch_permutation(self.n_windows, self.seed, epoch)[indices]
         offset = self.random_offset and epoch_offset(self.context_length, self.seed, epoch)
@@ -263,13 +268,13 @@ class BudgetSampler(Sampler[int]):
 class TrainingBatches(Dataset[tuple[Tensor, Tensor]]):
     """Training batches of a run, indexed by step, with random tokens in place of some inputs.
 
-    The targets stay unchanged. The fraction of replaced inputs is constant until 80 % of the run
-    and then falls linearly to zero at its end. Chen, Zhang and Wang (2026, arXiv 2606.16246)
+    The targets stay unchanged. The fraction of replaced inputs is constant for 80 % of the run and
+    then falls linearly to zero at the end of the run. Chen, Zhang and Wang (2026, arXiv 2606.16246)
     compare random replacement with other augmentations for training on repeated text.
 
     Args:
         windows: windows of the training split.
-        order: windows of each step.
+        order: sampler that selects the windows of each step.
         noise: fraction of the input tokens to replace, from 0 to below 1. END_OF_TEXT is never
             replaced.
         vocab_size: number of tokens of the tokenizer. The random tokens are uniformly distributed
@@ -302,13 +307,19 @@ class TrainingBatches(Dataset[tuple[Tensor, Tensor]]):
 
 
 def with_noise(ids: Tensor, random_tokens: Tensor) -> Tensor:
-    """Return `ids` [B, T] with random tokens where they are not 0, except at END_OF_TEXT."""
+    """Return a copy of `ids` [B, T] in which some ids are replaced by `random_tokens` [B, T].
+
+    An id is kept if it is END_OF_TEXT, or if the random token at its position is 0.
+    """
     replaced = (random_tokens != 0) & (ids != Tokenizer.end_of_text)
     return torch.where(replaced, random_tokens, ids)
 
 
 def noise_factor(progress: np.ndarray) -> np.ndarray:
-    """Return the noise as a fraction of its initial value; `progress` is from 0 to below 1."""
+    """Return the noise after the fraction `progress` of a run, relative to the initial noise.
+
+    `progress` is from 0 to below 1.
+    """
     return np.minimum(1, (1 - progress) / (1 - _CONSTANT_NOISE))
 
 
@@ -321,7 +332,7 @@ def noise_bits(seed: int, first: int, n_windows: int, context_length: int) -> np
 
     Args:
         seed: seed of the run, at least 0.
-        first: number of the first window in the run.
+        first: number of the first of these windows, counted from 0 at the start of the run.
         n_windows: number of windows.
         context_length: number of tokens per window, T.
     """

@@ -37,10 +37,11 @@ def model_card(
     evaluation: Record | None, parent: Parent | None, teachers: Sequence[Parent] = (),
     averaged: Sequence[AveragedRun] = (),
 ) -> str:  # fmt: skip
-    """Return the content of README.md.
+    """Return the content of README.md, the model card of an export.
 
     Args:
-        name: name of the folder, or user/name on the Hub.
+        name: title of the card: user/name for a repository on the Hub, otherwise the name of the
+            folder.
         export: settings of the export.
         model: the model.
         vocabulary: number of tokens in the vocabulary of the tokenizer.
@@ -48,8 +49,9 @@ def model_card(
         summary: content of summary.json; {} if there is none.
         evaluation: content of evaluation.json for exactly these weights; None if they were not
             evaluated.
-        parent: the run that this run was initialised from; None for random weights.
-        teachers: the teachers of the run and of its ancestors.
+        parent: the run that this run was initialised from; None if this run started from random
+            weights.
+        teachers: all teachers from which the weights have learned, as returned by `teachers_of`.
         averaged: the runs whose weights were averaged with those of the run.
 
     Returns:
@@ -100,7 +102,7 @@ def _metadata(
     name: str, format: str, tinystories: bool, evaluation: Record | None, license: str | None
 ) -> ModelCardData:
     """Return the metadata that the Hub displays, such as license, data and evaluation results."""
-    texts: dict[str | None, Record] = {}  # release of TinyStories, or None: the loss on it
+    texts: dict[str | None, Record] = {}  # results by release of TinyStories; None: no release
     if evaluation is not None and isinstance(v1 := evaluation.get("valid_v1"), Mapping):
         texts = {"V2": evaluation, "V1": v1}
     elif evaluation is not None:
@@ -140,7 +142,7 @@ def _cell(value: Any) -> str:
 
 
 def _python_string(text: str) -> str:
-    """Return a Python literal on one line."""
+    """Return `text` as a Python string literal on one line."""
     return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
@@ -158,8 +160,8 @@ def _time(seconds: Any) -> str:
 
 
 def _n_stories(source: str, summary: Record) -> str:
-    """Return the number of training stories, for the card; "" if the number is not recorded."""
-    # 14,849 is the number in the first edition of the sample; runs on the second edition record it.
+    """Return the phrase ", <n> stories" for the card; "" if the number n is not recorded."""
+    # Runs on the first edition of the sample (14,849 stories) may not have recorded the number.
     n = summary.get("train_stories", 14_849 if source == "tinystories_sample" else None)
     return "" if n is None else f", {_count(n)} stories"
 

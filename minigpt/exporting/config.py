@@ -9,7 +9,7 @@ from typing import Literal
 from minigpt.core.fields import documented
 from minigpt.core.settings import UserError, check
 
-BFLOAT16 = ("safetensors", "html")  # formats that can store bfloat16 weights, as is their default
+BFLOAT16 = ("safetensors", "html")  # formats that can store bfloat16 weights, and do by default
 
 
 @documented
@@ -32,8 +32,8 @@ class ExportConfig:
     """Whether to evaluate the exported weights if they have not been evaluated yet."""
 
     license: str | None = None
-    """License of the weights, as an identifier of the Hub. None means mit if the model was trained
-    only on TinyStories; otherwise, the license is left unspecified."""
+    """License of the weights, as an identifier of the Hugging Face Hub. None means mit for a model
+    that was trained only on TinyStories; for other models, the license is left unspecified."""
 
     average: tuple[str, ...] = ()
     """Paths of runs to average the weights with: the run that this run was initialised from, or
@@ -48,5 +48,5 @@ class ExportConfig:
 
     @property
     def weights(self) -> str:
-        """Resolved type of the exported weights, such as "float32"."""
+        """Type of the exported weights: `dtype`, or the format's default if `dtype` is None."""
         return self.dtype or ("bfloat16" if self.format in BFLOAT16 else "float32")

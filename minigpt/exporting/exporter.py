@@ -47,21 +47,23 @@ def export(
     name: str | None = None,
     console: Console | None = None,
 ) -> list[Path]:
-    """Write the model of a run and its model card to a folder, atomically.
+    """Write the model of a run, with a model card, to a folder, atomically.
 
     Args:
         run: a run, or an export in the format safetensors.
-        out: the output folder, which is new, empty, or an earlier export; an export is replaced.
-        config: settings of the export; None means the defaults, with the format of transformers.
-        name: title of the model card, such as user/name; None means the name of the folder.
-        console: console for the progress of an evaluation; None shows none.
+        out: the output folder: a new or an empty folder, or an earlier export, which is replaced.
+        config: settings of the export; None means the defaults, with the format hf (transformers).
+        name: title of the model card, such as user/name; None means the name of the output folder.
+        console: console for the progress of an evaluation; None means that no progress is shown.
 
     Returns:
         The paths of all files in `out`, sorted.
 
     Raises:
-        UserError: the run cannot be read, `out` contains other files or is the run itself, the
-            format does not support the model, or a package that the format needs is missing.
+        UserError: the run cannot be read, `out` contains files that are not from an export, an
+            export in another format than safetensors would replace `run` itself, the format does
+            not support the model, the weights cannot be averaged, or a package that the format
+            needs is missing.
     """
     out, config = user_path(out, "out"), config or ExportConfig()
     check_output(out)
@@ -75,7 +77,7 @@ def export(
     summary = average(model, run, config.average) if config.average else run.summary
     parent = parent_of(summary, run.folder / SUMMARY)
     teachers = teachers_of(summary, run.folder / SUMMARY)
-    if parent is not None:  # without additional entries of earlier versions
+    if parent is not None:  # without entries that only earlier versions wrote
         summary = {**summary, "init_from": dataclasses.asdict(parent)}
     portable = _portable_config(settings, run.folder / CONFIG)
     dtype: torch.dtype = getattr(torch, config.weights)
@@ -119,7 +121,9 @@ def _write_run(
 
 
 def _portable_config(settings: Record, path: Path) -> dict[str, Any]:
-    """Return the settings without init_from and without those that depend on the machine.
+    """Return the settings of a run without init_from and without those that depend on the machine.
+
+    Paths of teachers, and absolute paths, are reduced to their last component.
 
     Args:
         settings: content of config.yaml.
@@ -144,7 +148,10 @@ def _portable_config(settings: Record, path: Path) -> dict[str, Any]:
 
 
 def _portable_data(data: Record) -> dict[str, Any]:
-    """Return the data settings without paths; a local dataset or tokenizer keeps its name."""
+    """Return the data settings without paths on this machine.
+
+    Of an absolute path to a dataset or a tokenizer, only the name remains.
+    """
     paths = ("train_files", "valid_files", "cache_dir")
     values = {key: value for key, value in data.items() if key not in paths}
     for key in ("dataset", "tokenizer"):
@@ -154,7 +161,11 @@ def _portable_data(data: Record) -> dict[str, Any]:
 
 
 def _portable_summary(summary: Record, evaluation: Record | None) -> dict[str, Any]:
-    """Return the summary, with validation results only if they are for the exported weights."""
+    """Return the summary with the results of `evaluation` instead of those from training.
+
+    The results from training may be for other weights. If `evaluation` is None, the summary has no
+    results.
+    """
     portable = {k: value for k, value in summary.items() if "loss" not in k and "/" not in k}
     if evaluation is not None:
         portable["val/loss"] = evaluation["nats_per_token"]
@@ -166,11 +177,11 @@ def _portable_summary(summary: Record, evaluation: Record | None) -> dict[str, A
 
 
 def _stored_evaluation(folder: Path, weights: str) -> dict[str, Any] | None:
-    """Return the content of evaluation.json; None if it is unreadable or for other weights.
+    """Return the content of evaluation.json; None if the file is unreadable or for other weights.
 
     Args:
         folder: folder of evaluation.json.
-        weights: fingerprint of the weights.
+        weights: fingerprint of the exported weights.
 
     Raises:
         UserError: a result or the data settings in evaluation.json are missing or invalid.
@@ -189,7 +200,7 @@ def _stored_evaluation(folder: Path, weights: str) -> dict[str, Any] | None:
 def _new_evaluation(
     model: GPT, run: Run, summary: dict[str, Any], dtype: torch.dtype, console: Console | None
 ) -> dict[str, Any]:
-    """Evaluate `model`, whose weights are exported, and return the content of evaluation.json."""
+    """Evaluate `model` with the weights to export, and return the content of evaluation.json."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_run(model, run.tokenizer, run.config, summary, dtype, folder)

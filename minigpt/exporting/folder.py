@@ -13,14 +13,14 @@ from minigpt.core.files import read_json
 from minigpt.core.settings import UserError
 
 MARKER = "export.json"  # marks a folder as an export, and lists its files
-_RESULTS = ("report.html", "evaluation*.json")  # files of an evaluation, which may be replaced
+_RESULTS = ("report.html", "evaluation*.json")  # of an evaluation; they may be replaced
 
 
 def check_output(out: Path) -> None:
     """Raise UserError unless a folder is new, empty, or an earlier export without other files.
 
-    The working directory and its parent directories cannot be replaced, because programs would keep
-    running in a removed directory.
+    The working directory and its parent directories are not allowed, because programs would keep
+    running in a directory that was removed.
 
     Args:
         out: the output folder.

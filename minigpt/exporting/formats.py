@@ -1,7 +1,8 @@
 """Writers for the export formats, one function per format.
 
-Other programs can run a Mini GPT as a GPT-2, after `as_gpt2` has removed the two differences
-between the architectures. All writers except `write_safetensors` store float32 weights.
+transformers and llama.cpp run a Mini GPT as a GPT-2: `as_gpt2` removes the two differences between
+the architectures. All writers in this module except `write_safetensors` store float32 weights.
+html.py has the writer of the format html.
 """
 
 from __future__ import annotations
@@ -43,18 +44,19 @@ HF, GGUF = range(2)  # columns of NAMES
 
 
 def as_gpt2(model: GPT) -> dict[str, Tensor]:
-    """Return the weights of a GPT-2 that computes the same logits, with Mini GPT's parameter names.
+    """Return weights with which a GPT-2 computes the logits of `model`.
 
-    The position table of a GPT-2 is a weight; it is set to the sinusoids. A GPT-2 does not scale
-    its embeddings, so the embedding matrix is multiplied by the scale. This matrix is also the
-    output projection, so the final LayerNorm is divided by the scale. The logits are the same up to
-    rounding. If the scale is a power of two, as for the medium model, they are exactly the same.
+    The position table of a GPT-2 is a weight; this weight is set to the sinusoids. A GPT-2 does not
+    scale its embeddings, so the embedding matrix is multiplied by the scale of `model`. The
+    embedding matrix is also the output projection, so the final LayerNorm is divided by the scale.
+    The logits are the same up to rounding, and exactly the same if the scale is a power of two, as
+    for the medium model.
 
     Args:
-        model: a plain `GPT`.
+        model: a `GPT`, not an instance of a subclass.
 
     Returns:
-        Tensors by parameter name, with Mini GPT's shapes.
+        Tensors by parameter name, with the names and shapes of Mini GPT.
     """
     weights = {**model.state_dict(), "positions.weight": model.positions}
     weights["embedding.weight"] = weights["embedding.weight"] * model.scale
@@ -68,10 +70,10 @@ def renamed(name: str, column: int) -> str:
 
     Args:
         name: name in Mini GPT, such as "blocks.0.norm1.bias".
-        column: HF or GGUF.
+        column: the other format, HF or GGUF.
 
     Returns:
-        The name in that format.
+        The name in the other format.
     """
     return re.sub("|".join(NAMES), lambda match: NAMES[match[0]][column], name)
 
@@ -84,7 +86,7 @@ def write_safetensors(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: tor
 
     Args:
         model: the model.
-        tokenizer: its tokenizer.
+        tokenizer: the tokenizer of the model.
         folder: the output folder.
         dtype: type of all weights in the file.
     """
@@ -104,8 +106,8 @@ def write_hf(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     """Write the files that transformers' AutoModelForCausalLM and AutoTokenizer load.
 
     Args:
-        model: a plain `GPT`.
-        tokenizer: its tokenizer.
+        model: a `GPT`, not an instance of a subclass.
+        tokenizer: the tokenizer of the model.
         folder: the output folder.
     """
     weights = {}
@@ -126,7 +128,7 @@ def write_hf(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     write_json(folder / "generation_config.json", sampling)
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        # No text is encoded as unk_token, but CTranslate2 needs one.
+        # No text is encoded as unk_token, but CTranslate2 needs such a token.
         **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), END_OF_TEXT),
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
@@ -160,7 +162,8 @@ def _hf_config(model: GPT, end: int) -> dict[str, Any]:
 def write_tokenizer_with_prefix(tokenizer: Tokenizer, path: Path) -> None:
     """Write a tokenizer.json that puts END_OF_TEXT before each text, as a special token.
 
-    This token precedes the stories in training, and `minigpt generate` also adds it to prompts.
+    In training, END_OF_TEXT precedes every story but the first. `minigpt generate` also puts it
+    before each prompt.
 
     Args:
         tokenizer: the tokenizer.
@@ -185,8 +188,8 @@ def write_onnx(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     context length. The output is `logits` (batch, length, V), float32.
 
     Args:
-        model: a plain `GPT`.
-        tokenizer: its tokenizer.
+        model: a `GPT`, not an instance of a subclass.
+        tokenizer: the tokenizer of the model.
         folder: the output folder.
 
     Raises:
@@ -223,12 +226,12 @@ def write_onnx(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
 def write_gguf(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     """Write model.gguf, a float32 GPT-2 with tokenizer for llama.cpp, and a Modelfile for Ollama.
 
-    llama.cpp approximates GELU with tanh and a float16 lookup table, so its logits differ slightly;
-    docs/sharing.md has the measurement.
+    llama.cpp approximates GELU with tanh and a float16 lookup table. So the logits of llama.cpp
+    differ slightly from those of Mini GPT; docs/sharing.md has the measurement.
 
     Args:
-        model: a plain `GPT`.
-        tokenizer: its tokenizer.
+        model: a `GPT`, not an instance of a subclass.
+        tokenizer: the tokenizer of the model.
         folder: the output folder.
 
     Raises:
@@ -255,7 +258,7 @@ def write_gguf(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def _modelfile(context: int) -> str:
-    """Return the Modelfile with which Ollama imports model.gguf, with Mini GPT's sampling."""
+    """Return the Modelfile with which Ollama imports model.gguf and samples as Mini GPT does."""
     parameters = {
         "num_ctx": context,
         "temperature": SamplingConfig().temperature,
@@ -270,10 +273,13 @@ def _modelfile(context: int) -> str:
 
 
 def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int, kind: Any) -> None:
-    """Add the vocabulary and the merges. The pre-tokenizer "gpt-2" splits text as ours does."""
+    """Add the vocabulary, the merges and the special tokens to a GGUF file.
+
+    The pre-tokenizer "gpt-2" of llama.cpp splits text as the tokenizer of Mini GPT does.
+    """
     bpe = json.loads(tokenizer.to_json())["model"]
     tokens = sorted(bpe["vocab"], key=bpe["vocab"].__getitem__)
-    tokens += [f"<unused{i}>" for i in range(len(tokens), vocab_size)]  # rows without a token
+    tokens += [f"<unused{i}>" for i in range(len(tokens), vocab_size)]  # embeddings without a token
     types = [kind.NORMAL] * len(tokens)
     types[tokenizer.vocab_size :] = [kind.UNUSED] * (vocab_size - tokenizer.vocab_size)
     types[tokenizer.end_of_text] = kind.CONTROL

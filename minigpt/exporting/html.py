@@ -1,7 +1,7 @@
 """Export to one HTML file that generates stories in a browser, without a server or a network.
 
-The script in story.html.j2 has a tokenizer and a decoder of its own. `make test-browser` compares
-its greedy stories with ours in Chromium.
+The script in story.html.j2 has a tokenizer and a decoder of its own. `make test-browser` runs the
+script in Chromium, and compares its greedy stories with those that the Python code generates.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ PROMPT = "Once upon a time, there was a dog"
 def write_html(
     model: GPT, tokenizer: Tokenizer, folder: Path, title: str, dtype: torch.dtype
 ) -> None:
-    """Write story.html, which contains the weights, the tokenizer and the program.
+    """Write story.html, which contains the weights, the tokenizer and a script to run the model.
 
     Args:
-        model: a plain `GPT`.
-        tokenizer: its tokenizer.
+        model: a `GPT`, not an instance of a subclass.
+        tokenizer: the tokenizer of the model.
         folder: the output folder.
         title: heading of the page.
         dtype: type of the weights in the file, float32 or bfloat16.

@@ -1,4 +1,4 @@
-"""Upload of exports to the Hugging Face Hub. No other module uploads anything."""
+"""Upload of exports to the Hugging Face Hub. No other module uploads anything to the Hub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def check_repository(push: str, dry_run: bool = False, argument: str = "push") -
     Args:
         push: name of the repository on the Hub, user/name.
         dry_run: whether nothing will be uploaded, so that no token is needed.
-        argument: name of the argument, for errors.
+        argument: name of the argument that an error message shows.
 
     Raises:
         UserError: the name is not valid, or there is no token.
@@ -39,10 +39,11 @@ def push_folder(
     """Upload all files of a folder in one commit; the repository is created if missing.
 
     Args:
-        folder: the folder of an export.
+        folder: the folder of an export or of a Space.
         push: name of the repository on the Hub, user/name.
-        private: whether the repository must be private; a new one is created as private.
-        kind: kind of the repository.
+        private: whether the repository must be private. If so, a new repository is created as a
+            private one.
+        kind: kind of the repository, a model or a Space.
 
     Returns:
         The URL of the repository.

@@ -2,8 +2,8 @@
 
 >>> write_space(Run.load("runs/my-run"), "my-space")  # then: python my-space/app.py
 
-The page is the one of `minigpt playground`: it tells stories and shows the inside of the model. It
-cannot train.
+The page is the same as in `minigpt playground`: it generates stories and shows the internals of the
+model. But the page of a Space cannot train a model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from minigpt.kernels.decode import is_plain
 from minigpt.runs.folder import Run, class_path
 
 APP, MODEL = "app.py", "model"
-# What the playground needs of this package, and of others; the Hub itself installs Gradio.
+# Parts of this package, and other packages, that the playground needs. The Hub installs Gradio.
 _PARTS = (
     "__init__.py", "analysis", "core", "generation", "kernels", "model.py", "playground", "runs",
     "tokenizer.py",
@@ -59,19 +59,20 @@ def write_space(run: Run, out: str | Path, name: str | None = None) -> list[Path
     """Write a Space with the model of a run, atomically.
 
     The folder contains the weights (bfloat16), the code of the playground, app.py, a README.md with
-    the settings of the Space, and requirements.txt with the versions that are installed here.
+    the settings of the Space, and requirements.txt with the package versions that are installed
+    here.
 
     Args:
         run: a run, or an export in the format safetensors.
-        out: the output folder, which is new, empty, or an earlier export; an export is replaced.
-        name: name of the Space, such as user/name; None means the name of the folder.
+        out: the output folder: a new or an empty folder, or an earlier export, which is replaced.
+        name: name of the Space, such as user/name; None means the name of the output folder.
 
     Returns:
         The paths of all files in `out`, sorted.
 
     Raises:
-        UserError: the run cannot be read, its class is not `GPT`, `out` contains other files, or
-            Gradio is not installed.
+        UserError: the run cannot be read, the class of its model is not `GPT`, `out` contains files
+            that are not from an export, or Gradio is not installed.
     """
     out = user_path(out, "out")
     check_output(out)
@@ -106,7 +107,7 @@ def write_space(run: Run, out: str | Path, name: str | None = None) -> list[Path
 
 
 def _version(package: str) -> str:
-    """Return the installed version, without a local part such as +cpu."""
+    """Return the installed version of a package, without a local part such as +cpu."""
     return metadata.version(package).partition("+")[0]
 
 

@@ -1,4 +1,4 @@
-"""Upload of the model of a finished run to Weights & Biases, for `logger.log_model`."""
+"""Upload of the model of a finished run to Weights & Biases (setting `logger.log_model`)."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ class WandbModel(ModelUpload):
     """Callback that uploads the best model of a run to W&B when training ends.
 
     The artifact `model-<id of the W&B run>` is an export in the format safetensors with bfloat16
-    weights and a model card. It has no checkpoint and no path of this machine, and every command of
-    Mini GPT can load it. If the export fails, a warning is logged, and the run still finishes.
+    weights and a model card. It has no checkpoint and no path of this machine. Commands such as
+    `minigpt generate` can load it. If the export fails, a warning is logged, and the run still
+    finishes.
 
     Args:
-        model: class of the model, or a function from its config to a model; None means `GPT`.
+        model: class of the model, or a function that takes a config and returns a model; None means
+            `GPT`.
     """
 
     def __init__(self, model: ModelFactory | None = None) -> None:
@@ -34,7 +36,7 @@ class WandbModel(ModelUpload):
 
     @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        """Export the best checkpoint and give it to W&B, which uploads it in the background."""
+        """Export the best checkpoint, and pass the export to W&B for upload in the background."""
         import wandb
 
         runs = [logger.experiment for logger in trainer.loggers if isinstance(logger, WandbLogger)]

@@ -1,10 +1,10 @@
-"""Incremental decoding: each step reads one token per sequence and returns the next logits.
+"""Incremental decoding: each step reads a token per sequence and predicts the next token.
 
-`Decoder` uses `GPT.forward` with a `KVCache`, or the faster `kernels/decode.c`. The latter needs a
-CPU, a C compiler and a model that is exactly a `GPT`. docs/generation.md has measurements.
+`Decoder` uses `GPT.forward` with a `KVCache`, or the faster kernels/decode.c. The latter needs a
+CPU, a C compiler and a model of the class `GPT` itself. docs/generation.md has measurements.
 
     >>> decoder = Decoder(model, [torch.tensor([0, 17, 4])])
-    >>> logits = decoder.read(torch.tensor([56]))  # (1, V), after the tokens 0, 17, 4, 56
+    >>> logits = decoder.read(torch.tensor([56]))  # (1, V), of the token after 0, 17, 4, 56
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Batch(Protocol):
         Args:
             ids: the new tokens (B,).
             positions: positions of the new tokens (B,).
-            end: the largest position plus one.
+            end: the largest of `positions`, plus one.
 
         Returns:
             Logits (B, V), float32.
@@ -55,24 +55,25 @@ class Batch(Protocol):
 
 
 class Decoder:
-    """A batch of sequences of any lengths that grow by one token per step.
+    """Batch of sequences of any lengths. Each step appends one token to every sequence.
 
-    When a sequence reaches the context length, a context shift takes place: the last half of the
-    context is read again from position 0, and decoding continues after it. A prompt that does not
-    fit into the context is truncated in the same way. Sequences shift independently, so batching
-    does not change the logits of a sequence except by rounding.
+    When a sequence reaches the context length, its context is shifted: the last half of the context
+    is read again from position 0, and decoding continues after it. A prompt that fills the context
+    or exceeds it is truncated to the same length. Sequences shift independently, so batching does
+    not change the logits of a sequence except by rounding.
 
     The model must be in evaluation mode and must not be trained while the decoder is in use. The
-    "c" backend caches the repacked weights of a frozen model. In-place writes through `.data` do
-    not change PyTorch's version counter, so they do not invalidate this cache. On a CPU, a float16
-    model is computed in float32. The "c" backend stores the weights, keys and values of a bfloat16
-    model in bfloat16, and computes in float32.
+    "c" backend caches a copy of the weights of a frozen model. In-place writes through `.data` do
+    not change PyTorch's version counter, so they do not invalidate this cache. On a CPU, the
+    computation for a float16 model is in float32. The "c" backend stores the weights, keys and
+    values of a bfloat16 model in bfloat16, and computes in float32.
 
     Args:
-        model: the model; a subclass is decoded with its own `forward`.
+        model: a `GPT`. A subclass is decoded with its own `forward`.
         prompts: ids (T,) of each sequence, T >= 0, on the device of the model.
-        backend: "torch" uses `model.forward`, "c" uses kernels/decode.c, and "auto" selects "c" if
-            it can decode this model on this machine.
+        backend: "torch" uses `model.forward`, "c" uses kernels/decode.c. "auto" selects "c" if it
+            can decode this model on this machine. For 4 or more sequences, "auto" selects "torch"
+            if PyTorch runs on several threads and decode.c on one.
 
     Raises:
         UserError: the backend is "c" and cannot decode this model on this machine.
@@ -83,9 +84,9 @@ class Decoder:
         self.context = model.config.context_length
         self.half = max(1, self.context // 2)
         self.prompts = prompts
-        self.new: deque[Tensor] = deque(maxlen=self.half)  # last ids (B,) after `prompts`
-        # Number of tokens of each sequence in the batch minus `n_read`, so that the host knows the
-        # lengths without a look at the device.
+        self.new: deque[Tensor] = deque(maxlen=self.half)  # ids (B,) of the last steps
+        # offsets[i] + n_read is the number of tokens of sequence i in the batch. So the host knows
+        # the lengths without waiting for the device.
         self.offsets, self.n_read = [0] * len(prompts), 0
         self.device = model.embedding.weight.device
         fitting = [ids if len(ids) < self.context else self._truncated(ids) for ids in prompts]
@@ -113,18 +114,20 @@ class Decoder:
         return logits
 
     def generate(self, ids: Tensor, sampler: Sampler, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Append one token to each sequence, and choose and append the next tokens with decode.c.
+        """Append `ids`, then generate one or more further tokens per sequence with decode.c.
 
-        The batch must be one of decode.c. The last token is chosen, but not appended.
+        The decoder must use the "c" backend. The last generated token of each sequence is not
+        appended: pass these tokens as `ids` to the next call.
 
         Args:
             ids: the new tokens (B,), on a CPU.
-            sampler: settings and state of the choice.
-            points: uniform random numbers (steps, B), for 1 to `capacity()` steps.
+            sampler: sampling settings, and the state of the sampling, which is updated.
+            points: uniform random numbers (steps, B) in [0, 1), one for each token to generate;
+                the number of steps is from 1 to `capacity()`.
 
         Returns:
-            The chosen tokens (n, B), and logits (n, B, V), float32; n is the number of steps until
-            all sequences have ended, at most `steps`.
+            The generated tokens (n, B), int64, and the logits (n, B, V) of the model, float32. The
+            number n of steps is less than that of `points` if all sequences end earlier.
         """
         assert isinstance(self.batch, decode.Batch)
         steps = self.batch.generate(ids, self.positions, self.longest + 1, sampler, points)
@@ -132,13 +135,13 @@ class Decoder:
         return steps
 
     def capacity(self) -> int:
-        """Return how many tokens fit before the next context shift, after a shift if it is due."""
+        """Shift the context if it is full, and return how many tokens fit before the next shift."""
         if self.longest == self.context:
             self._shift()
         return self.context - self.longest
 
     def _append(self, ids: Tensor) -> None:
-        """Record ids (T, B) that the batch has read."""
+        """Record that the batch has read `ids` (T, B)."""
         self.new.extend(ids)
         self.n_read += len(ids)
         self.longest += len(ids)
@@ -170,7 +173,7 @@ class CachedBatch:
         self.cache = KVCache(model.config.context_length)
 
     def fill(self, indices: list[int], sequences: list[Tensor]) -> None:
-        """Replace the sequences at `indices`, and compute their keys and values."""
+        """Replace the sequences at `indices`, and compute the keys and values of the new ones."""
         cache = KVCache(self.model.config.context_length)
         ids = pad_sequence(sequences, batch_first=True)  # padding at the end is never attended to
         if ids.shape[1] and type(self.model).forward is GPT.forward:
@@ -205,7 +208,7 @@ class UncachedBatch:
         self.model, self.sequences = model, [torch.empty(0)] * n_sequences
 
     def fill(self, indices: list[int], sequences: list[Tensor]) -> None:
-        """Replace the sequences at `indices`."""
+        """Replace the sequences at `indices` with `sequences`."""
         for index, sequence in zip(indices, sequences, strict=True):
             self.sequences[index] = sequence
 
@@ -231,7 +234,10 @@ def c_backend() -> Any | None:
 
 
 def takes_cache(model: GPT) -> bool:
-    """Return whether the methods of `model` accept a `KVCache`; those of a subclass may not."""
+    """Return whether `model.forward` and `model.hidden` both accept the argument `cache`.
+
+    A subclass of `GPT` may define them without it.
+    """
     return all(
         "cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         for parameters in (inspect.signature(f).parameters for f in (model.forward, model.hidden))
@@ -239,7 +245,7 @@ def takes_cache(model: GPT) -> bool:
 
 
 def _batch(model: GPT, n_sequences: int, backend: Backend) -> Batch:
-    """Return an empty batch for `backend`; "auto" selects the fastest backend for the model."""
+    """Return a batch of `n_sequences` empty sequences; `Decoder` describes `backend`."""
     name, weight = type(model).__qualname__, model.embedding.weight
     if backend != "torch":
         batch, reason = _c_batch(model, n_sequences, backend)
@@ -261,7 +267,7 @@ def _batch(model: GPT, n_sequences: int, backend: Backend) -> Batch:
 
 
 def _c_batch(model: GPT, n_sequences: int, backend: Backend) -> tuple[Batch | None, str]:
-    """Return a batch for decode.c, or None and the reason why there is none."""
+    """Return a batch for decode.c and "", or None and the reason not to use decode.c."""
     if (reason := decode.unsupported(model)) is not None:
         return None, reason
     threads = torch.get_num_threads()

@@ -30,9 +30,9 @@ from minigpt.model import GPT
 from minigpt.runs.folder import Run
 from minigpt.tokenizer import Tokenizer
 
-GROUP = 64  # sequences with one random generator; on a CPU, also the size of a batch
-LOOK_EVERY = 16  # steps on a GPU from one look at the tokens to the next
-CHUNK = 16  # steps per call of decode.c, after a first step on its own: few enough for a stream
+GROUP = 64  # sequences that share one random generator; on a CPU, also the size of a batch
+LOOK_EVERY = 16  # on a GPU, the host reads the new tokens once in this number of steps
+CHUNK = 16  # steps per call of decode.c, small so that text streams; the first call has one step
 MIN_TEMPERATURE = 1e-6  # below this, sampling is greedy, because the division would overflow
 
 
@@ -50,17 +50,18 @@ class SamplingConfig:
     top_k: int | None = None
     """Number of most likely tokens to choose among, at least 1; None means all tokens."""
     top_p: float | None = None
-    """Total probability, in (0, 1], of the most likely tokens to choose among; None means 1."""
+    """Minimum total probability, in (0, 1], of the most likely tokens to choose among; None means
+    all tokens."""
     max_tokens: int = 256
     """Maximum number of new tokens, at least 1."""
     seed: int | None = None
     """Seed of the random numbers, in [0, 2^63); None means a new seed each time."""
     min_p: float | None = None
-    """Minimum probability, in [0, 1], relative to the most likely token; None means 0."""
+    """Minimum probability of a token, as a fraction of the highest, in [0, 1]; None means 0."""
     repetition_penalty: float = 1.0
-    """Repetition penalty, in [0.01, 100]; above 1 lowers the probability of earlier tokens."""
+    """Repetition penalty, in [0.01, 100]; values above 1 make earlier tokens less likely."""
     backend: Backend = "auto"
-    """Decoder: `GPT.forward` (torch), decode.c (c), or the faster one for the model (auto)."""
+    """Decoding with `GPT.forward` (torch) or decode.c (c); auto selects one for the model."""
 
     def __post_init__(self) -> None:
         greedy = "must be finite and at least 0; 0 always chooses the most likely token"
@@ -75,7 +76,7 @@ class SamplingConfig:
         check(self, f"must be one of {', '.join(backends)}", backends.__contains__, "backend")
 
 
-# Returns random numbers (n, B) in [0, 1) for the next n steps of B sequences.
+# Function that takes n and returns random numbers (n, B) in [0, 1) for the next n steps.
 Draw = Callable[[int], Tensor]
 
 
@@ -99,21 +100,21 @@ def generate(
     generators: Sequence[torch.Generator] | None = None,
     vocab_size: int | None = None,
 ) -> Iterator[Step]:
-    """Generate continuations of a batch of prompts, with one new token per prompt and step.
+    """Generate continuations of a batch of prompts. Each step adds one token to each sequence.
 
     A sequence that has ended is padded with `end_of_text`. Iteration stops when all sequences have
-    ended, or after `max_tokens` steps. On a GPU, the host waits for the tokens only in every
-    LOOK_EVERY-th step, so that up to LOOK_EVERY - 1 steps of padding may follow. `Decoder`
+    ended, or after `max_tokens` steps. On a GPU, the host checks for the end only in every
+    LOOK_EVERY-th step, so up to LOOK_EVERY - 1 steps of padding may follow the end. `Decoder`
     describes the context shift of long sequences. The global random state is not used. The model is
     in evaluation mode until the iterator ends or is closed.
 
     Args:
-        model: the model, whose weights must not change during the iteration.
+        model: the model. Its weights must not change during the iteration.
         prompt_ids: token ids (B, T), or B sequences of different lengths, none of them empty.
         sampling: settings of the sampling.
         end_of_text: id that ends a sequence; -1 means that no id does.
-        generators: random generators on the CPU, so that the random numbers are the same for every
-            device, one for each GROUP of sequences; None means `seeded_generators`.
+        generators: one random generator for each group of GROUP sequences. They are on the CPU, so
+            that the random numbers are the same for every device. None means `seeded_generators`.
         vocab_size: vocabulary size of the tokenizer. If the model has more ids, the additional ids
             are never chosen. None means the vocabulary size of the model.
 
@@ -152,13 +153,13 @@ def _steps(
     decoder: Decoder, ids: Tensor, sampling: SamplingConfig, draw: Draw, end_of_text: int,
     n_tokens: int, seen: Tensor | None,
 ) -> Iterator[Step]:  # fmt: skip
-    """Yield the steps after `ids`, with tokens that PyTorch chooses."""
+    """Yield the steps after `ids` (B,), the last tokens of the prompts; PyTorch samples tokens."""
     every, points = look_interval(ids.device), torch.empty(0)
     ended = torch.zeros_like(ids, dtype=torch.bool)
     for step in range(sampling.max_tokens):
         looks = step % every == 0
         with torch.inference_mode():
-            if looks:  # numbers for the steps until the next look
+            if looks:  # random numbers for the steps until the next look
                 points = to_device(draw(min(every, sampling.max_tokens - step)), ids.device)
             logits = decoder.read(ids)[:, :n_tokens]
             if step == 0:
@@ -178,7 +179,10 @@ def _steps_in_c(
     decoder: Decoder, ids: Tensor, sampling: SamplingConfig, draw: Draw, end_of_text: int,
     n_tokens: int, seen: Tensor | None,
 ) -> Iterator[Step]:  # fmt: skip
-    """Yield the steps after `ids`, with tokens that decode.c chooses, several steps at a time."""
+    """Yield the steps after `ids` (B,), the last tokens of the prompts.
+
+    Each call of decode.c samples the tokens of up to CHUNK steps.
+    """
     greedy = sampling.temperature < MIN_TEMPERATURE
     sampler = Sampler(
         len(ids), n_tokens, end_of_text,
@@ -205,14 +209,14 @@ def _check_finite(logits: Tensor) -> None:
 
 
 def look_interval(device: torch.device) -> int:
-    """Return the number of steps from one look at the tokens to the next."""
+    """Return after how many steps the host reads the new tokens: 1 on a CPU, else LOOK_EVERY."""
     return 1 if device.type == "cpu" else LOOK_EVERY
 
 
 def _draw(generators: Sequence[torch.Generator], n_sequences: int, n_steps: int) -> Tensor:
     """Return the random numbers (n_steps, n_sequences) of the next steps, float32 in [0, 1).
 
-    The numbers of a sequence do not depend on how its steps are divided into calls.
+    The numbers of a sequence do not depend on how its steps are divided among several calls.
     """
     sizes = [min(GROUP, n_sequences - first) for first in range(0, n_sequences, GROUP)]
     groups = zip(sizes, generators, strict=True)
@@ -278,8 +282,8 @@ def _choose(
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Return logits (B, V) with a repetition penalty on the tokens in `seen` (B, V).
 
-    Keskar et al. (2019, arXiv 1909.05858, section 4.1) divide logits by the penalty. As in
-    transformers, negative logits are multiplied by the penalty instead, because division would
+    Keskar et al. (2019, arXiv 1909.05858, section 4.1) divide logits by the penalty. Here, as in
+    the library transformers, negative logits are multiplied by the penalty, because division would
     increase them.
     """
     lowered = torch.where(logits > 0, logits / penalty, logits * penalty)
@@ -307,7 +311,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Return logits (B, V) with -inf for tokens below p times the highest probability.
+    """Return logits (B, V) with -inf for probabilities below p times the highest of the row.
 
     The filter is by Nguyen et al. (2024, arXiv 2407.01082).
     """
@@ -323,7 +327,7 @@ def stream_story(
     """Stream a continuation of a prompt, generated by the model of a run.
 
     Args:
-        run: a run, or the path of its folder, of a checkpoint or of an export.
+        run: a `Run`, or the path of a run folder, a checkpoint or an exported model.
         prompt: beginning of the story.
         sampling: settings of the sampling; None means the defaults, with a new seed each time.
 
@@ -331,7 +335,8 @@ def stream_story(
         Pieces of the continuation, without the prompt, as soon as they are sampled.
 
     Raises:
-        UserError: `run` is not a run or cannot be read, or the prompt is not valid Unicode.
+        UserError: `run` is not a run or cannot be read, the prompt is not valid Unicode, or the
+            logits of the model are not finite.
     """
     run = Run.load(run)
     yield from stream_text(run.load_model(), run.tokenizer, prompt, sampling or SamplingConfig())
@@ -363,7 +368,7 @@ def stream_text(
             break
         pending.append(int(ids.item()))
         text = tokenizer.decode(pending)
-        complete = text.removesuffix("\N{REPLACEMENT CHARACTER}")  # for an incomplete character
+        complete = text.removesuffix("\N{REPLACEMENT CHARACTER}")  # an incomplete character
         if len(complete) > n_yielded:
             yield complete[n_yielded:]
         pending, n_yielded = ([], 0) if complete == text else (pending, len(complete))
@@ -372,9 +377,10 @@ def stream_text(
 
 
 def device_for(n: int) -> str:
-    """Return the device to generate `n` stories on: "cuda", if there is one, from two groups on.
+    """Return the device to generate `n` stories on.
 
-    A group or less stays on the CPU, because the start of CUDA takes seconds.
+    It is "cuda" if there is a GPU and `n` is above GROUP, else "cpu". Starting CUDA takes
+    seconds, which is not worthwhile for fewer stories.
     """
     return model_device() if n > GROUP else "cpu"
 
@@ -391,8 +397,8 @@ def iterate_stories(
 ) -> Iterator[str]:
     """Yield `n` continuations of `prompt`, without the prompt.
 
-    A story is yielded as soon as it and all stories before it have ended. The stories of a seed are
-    the same for every device, except for rounding.
+    A story is yielded as soon as it and all stories before it have ended. The same seed gives the
+    same stories on every device, except for rounding.
 
     Args:
         model: the model.
@@ -432,26 +438,26 @@ def iterate_stories(
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
-    """Return the ids (1, T) of END_OF_TEXT and the prompt.
+    """Return the ids (1, T) of END_OF_TEXT and, after it, the prompt.
 
-    In training, END_OF_TEXT precedes every story but the first.
+    In the training data, END_OF_TEXT precedes every story but the first.
     """
     return torch.tensor([[tokenizer.end_of_text, *tokenizer.encode(prompt)]])
 
 
 def _until(ids: list[int], end: int) -> list[int]:
-    """Return the ids before the first `end`."""
+    """Return the ids before the first `end`; all ids if there is no `end`."""
     return ids[: ids.index(end)] if end in ids else ids
 
 
 def seeded_generators(seed: int | None, n_sequences: int) -> list[torch.Generator]:
-    """Return random generators on the CPU, one for each GROUP of sequences.
+    """Return random generators on the CPU, one for each group of GROUP sequences.
 
-    The numbers of a sequence therefore do not depend on the size of the batch. If `seed` is None,
-    they are new each time.
+    So the random numbers of a sequence do not depend on the size of the batch. If `seed` is None,
+    each call returns generators with a new seed.
     """
     seed = torch.Generator().seed() if seed is None else seed
-    seeds = [seed]  # the other groups must not repeat the sequences of another seed
+    seeds = [seed]  # later groups use a hash: seed + 1 would repeat the stories of that seed
     for group in range(1, -(-n_sequences // GROUP)):
         (state,) = np.random.SeedSequence([seed, group]).generate_state(1, np.uint64)
         seeds.append(int(state >> np.uint64(1)))

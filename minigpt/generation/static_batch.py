@@ -1,4 +1,4 @@
-"""Decoding on a GPU: a cache of constant size, and each step recorded as one CUDA graph."""
+"""Decoding on a GPU with a cache of constant size, and one CUDA graph that each step replays."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from minigpt.model import GPT, KVCache
 
 
 class StaticCache(KVCache):
-    """Cache for one new token per sequence, whose shapes and memory are the same in every step.
+    """KV cache for steps of one token per sequence. Its shapes and memory never change.
 
-    A token attends to all `capacity` positions, with a mask on the later ones.
+    Attention is computed over all `capacity` positions. A mask excludes those after the new token.
 
     Args:
         layers: keys and values (2, B, nh, capacity, hs) of each layer, changed in place.
-        positions: positions (B,) of the new tokens, which the caller sets before each pass.
+        positions: positions (B,) of the new tokens. The caller sets them before each forward pass.
     """
 
     def __init__(self, layers: list[Tensor], positions: Tensor) -> None:
@@ -36,7 +36,17 @@ class StaticCache(KVCache):
         return self.positions
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values (B, nh, 1, hs), and return those of all positions."""
+        """Store the keys and values of the new tokens for one layer.
+
+        After `extend`, the layers call this method in order, first layer first.
+
+        Args:
+            k: keys (B, nh, 1, hs).
+            v: values (B, nh, 1, hs).
+
+        Returns:
+            Keys and values (B, nh, capacity, hs) of all positions of that layer.
+        """
         stored = self.layers[self.layer]
         self.layer += 1
         index = self.positions[:, None, :, None].expand_as(k)
@@ -44,10 +54,12 @@ class StaticCache(KVCache):
 
 
 class StaticBatch:
-    """Batch of the decoder for a `GPT`; the first step records the graph that later steps replay.
+    """Batch for a `GPT` on a GPU. The first step records a CUDA graph, and later steps replay it.
+
+    This class implements the protocol `generation.decoder.Batch`.
 
     Args:
-        model: a `GPT` in evaluation mode, whose weights keep their memory.
+        model: a `GPT` in evaluation mode. The memory addresses of its weights must not change.
         n_sequences: number of sequences, B.
     """
 
@@ -61,7 +73,7 @@ class StaticBatch:
         self._run = None
 
     def fill(self, indices: list[int], sequences: list[Tensor]) -> None:
-        """Replace the sequences at `indices`, and compute their keys and values."""
+        """Replace the sequences at `indices`, and compute the keys and values of the new ones."""
         ids = pad_sequence(sequences, batch_first=True)  # padding at the end is overwritten later
         if not ids.shape[1]:
             return

@@ -1,1 +1,1 @@
-"""Faster implementations of parts of the model: training on CPUs, and decoding in C."""
+"""Faster implementations of attention, loss and decoding, for CPUs and GPUs."""

@@ -1,4 +1,4 @@
-"""Choice of the training kernels, by device or by the setting `trainer.kernels`."""
+"""Choice of kernels by device and by the setting `trainer.kernels`; choice of batch sizes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ def kernels_for(device: str, choice: Choice = "auto") -> Kernels:
 
     Args:
         device: type of the model's device, such as "cpu" or "cuda".
-        choice: "cpu" for the kernels of this package, which run on CPUs; "torch" for PyTorch's own;
-            "auto" for "cpu" on a CPU and "torch" on other devices.
+        choice: "cpu" selects the kernels in cpu.py, which run only on CPUs. "torch" selects the
+            code of model.py on a CPU, and fused attention with a chunked loss on other devices.
+            "auto" is the same as "cpu" on a CPU, and the same as "torch" on other devices.
 
     Returns:
-        The kernels, for `GPT.use`.
+        The kernels, to be passed to `GPT.use`.
 
     Raises:
         UserError: `choice` is "cpu", but `device` is not.
@@ -42,16 +43,17 @@ _MAX_SEQUENCES = 1024  # more do not make a GPU faster
 
 
 def sequences_at_once(model: GPT, on_cpu: int) -> int:
-    """Return the number of sequences to generate or to score at a time.
+    """Return the number of sequences to generate or to score in one batch.
 
-    On a CUDA GPU, keys, values and logits may take a quarter of the memory.
+    On a CUDA GPU, the keys, values and logits of the batch should fit into a quarter of the memory.
 
     Args:
         model: the model, on its device.
-        on_cpu: number on other devices.
+        on_cpu: number on a CPU and other devices without CUDA.
 
     Returns:
-        `on_cpu`, or on a CUDA GPU a multiple of it up to 1,024.
+        On a CUDA GPU, a multiple of `on_cpu` that does not exceed 1,024, but at least `on_cpu`. On
+        other devices, `on_cpu`.
     """
     weight, c = model.embedding.weight, model.config
     if weight.device.type != "cuda":

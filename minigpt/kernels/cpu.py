@@ -1,7 +1,7 @@
 """Attention for training on CPUs, several times faster than PyTorch's own operators.
 
-The results equal those of model.py up to rounding. The backward pass is implemented by hand. If
-autocast is on, it computes in its dtype. Measurements: docs/performance.md.
+The results equal those of model.py up to rounding. The backward pass is implemented by hand. Under
+autocast, both passes compute in the dtype of autocast. Measurements: docs/performance.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def block_attention(qkv: Tensor, n_heads: int) -> Tensor:
     """Return causal self-attention, computed for one block of queries at a time.
 
     A block needs no keys after its last query. So with n blocks, only (n + 1) / (2 n) of the score
-    matrix is computed: five eighths at T = 256.
+    matrix is computed. At T = 256, there are four blocks, and this is 5/8.
 
     Args:
         qkv: queries, keys and values (B, T, 3 d), concatenated.
@@ -37,8 +37,9 @@ def block_attention(qkv: Tensor, n_heads: int) -> Tensor:
 class _BlockAttention(torch.autograd.Function):
     """Attention by batched matrix products, with batch and heads flattened to N = B · nh.
 
-    The b queries of a block attend to e keys. Forward: P = softmax(q kᵀ / √hs + mask) (N, b, e) and
-    y = P v. Backward, given dy: dP = dy vᵀ, dS = P ∘ (dP − rowsum(P ∘ dP)), dq = dS k / √hs,
+    The b queries of a block attend to e keys. The forward pass computes the attention weights
+    P = softmax(q kᵀ / √hs + mask), of shape (N, b, e), and the output y = P v. The backward pass
+    starts from dy and computes dP = dy vᵀ, dS = P ∘ (dP − rowsum(P ∘ dP)), dq = dS k / √hs,
     dk += dSᵀ q / √hs, dv += Pᵀ dy.
     """
 
@@ -84,12 +85,12 @@ class _BlockAttention(torch.autograd.Function):
 
 
 def _split_heads(qkv: Tensor, n_heads: int) -> Tensor:
-    """Return a view of (B, T, 3 d) as queries, keys and values, (3, B, nh, T, hs)."""
+    """Return queries, keys and values as one view (3, B, nh, T, hs) of `qkv` (B, T, 3 d)."""
     return qkv.unflatten(-1, (3, n_heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 def _dense(x: Tensor) -> Tensor:
-    """Return a contiguous copy of (B, nh, T, hs) as (N, T, hs)."""
+    """Return a contiguous copy of `x` (B, nh, T, hs) with the shape (B · nh, T, hs)."""
     return x.clone(memory_format=torch.contiguous_format).flatten(0, 1)
 
 

@@ -1,7 +1,7 @@
-"""Cross-entropy of a large vocabulary in chunks of tokens, for CPUs and GPUs.
+"""Cross-entropy for a large vocabulary, computed in chunks of tokens, for CPUs and GPUs.
 
-The logits (B · T, V) of a whole batch are never in memory, neither in float32 nor in a shorter
-dtype. If autocast is on, the matrix products and the softmax have its dtype.
+The logits (B · T, V) of a whole batch are never in memory at the same time. In training under
+autocast, the matrix products and the softmax are computed in the dtype of autocast.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minigpt.model import IGNORE_INDEX
 
-TINY = torch.finfo(torch.float32).tiny  # after an underflow, a loss is 87 nats, not infinity
+TINY = torch.finfo(torch.float32).tiny  # a probability that underflows gives 87 nats, not infinity
 CHUNK = 2048  # tokens per chunk on a CPU: few enough for their logits to stay in the caches
 _CHUNK_ON_GPU = 8192  # enough rows to keep all multiprocessors busy
 
@@ -54,7 +54,7 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Te
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy whose forward pass also computes the gradients.
+    """Mean cross-entropy. The `forward` of this function also computes the gradients.
 
     P is softmax(h Wᵀ), Y the one-hot targets and n the number of scored targets. The gradients are
     dh = (P − Y) W / n and dW = (P − Y)ᵀ h / n. In bfloat16, the loss is computed from rounded
@@ -102,12 +102,13 @@ def log_likelihood(logits: Tensor, p: Tensor, target: tuple[Tensor, Tensor]) -> 
 
     Args:
         logits: logits (n, V).
-        p: their softmax.
-        target: index of one element in each row.
+        p: softmax of the logits, (n, V).
+        target: index of one element in each row, as row numbers (n,) and column numbers (n,).
     """
     if p.dtype != torch.float16:
         return p[target].float().clamp_min(TINY).log()
-    # float16 has no probability below 6e-8, so subtract the log partition of the top token.
+    # float16 has no probability below 6e-8, so compute logit − log partition. The log partition
+    # follows from the logit and the probability of the most likely token.
     log_partition = logits.amax(-1).float() - p.amax(-1).float().log()
     return logits[target].float() - log_partition
 
@@ -115,6 +116,6 @@ def log_likelihood(logits: Tensor, p: Tensor, target: tuple[Tensor, Tensor]) -> 
 def may_have_padding(mask: Tensor) -> bool:
     """Return whether `mask` may contain False.
 
-    On a GPU, return True without reading the mask, because the host would have to wait for it.
+    On a GPU, return True without reading the mask, because the CPU would have to wait for the GPU.
     """
     return mask.device.type != "cpu" or not mask.all()

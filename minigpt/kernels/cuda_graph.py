@@ -17,24 +17,24 @@ from minigpt.kernels.microbatch import Loss
 from minigpt.model import GPT
 
 T = TypeVar("T")
-_recording = Lock()  # all recordings use the same stream, and visitors of the page have threads
-_WARM_UP = 3  # runs before the recording, in which libraries allocate their workspaces
+_recording = Lock()  # all recordings use the same stream, and the web page has several threads
+_WARM_UP = 3  # number of runs before the recording; libraries allocate workspaces in these runs
 
 
 def graphed_loss(model: GPT, loss: Loss, whole: Loss) -> Loss:
     """Return a function equivalent to `loss` that replays a graph of the forward and backward pass.
 
     The function computes the gradients of trainable weights together with the loss. The first call
-    records the graph for the shape of its batch; each other shape gets another graph.
+    for each shape of the batch and each dtype of autocast records a graph.
 
     Args:
-        model: the model in training, without dropout. Its weights must keep their memory, and its
-            Python code is only run during the recording.
+        model: the model in training, without dropout. Its weights must keep their memory addresses.
+            The Python code of the model runs only when a graph is recorded.
         loss: the loss of `model`. It must not wait for the device.
         whole: loss to use if gradients are disabled, as in validation.
 
     Returns:
-        The function, with the arguments and the result of `loss`.
+        A function with the same arguments and the same result as `loss`.
     """
     graphs: dict[tuple[Any, ...], _GraphedStep] = {}
 
@@ -53,7 +53,7 @@ def graphed_loss(model: GPT, loss: Loss, whole: Loss) -> Loss:
 
 
 class _GraphedStep:
-    """The loss of a batch and its gradients, in memory that every call overwrites."""
+    """Graph that computes the loss and the gradients; a call overwrites the previous results."""
 
     def __init__(
         self, loss: Loss, weights: Sequence[Tensor], ids: Tensor, targets: Tensor,
@@ -62,7 +62,7 @@ class _GraphedStep:
         self.ids, self.targets = ids.clone(), targets.clone()
 
         def step() -> tuple[Tensor, tuple[Tensor, ...]]:
-            # The cache of autocast would keep weights that a replay does not convert again.
+            # Without the cache of autocast: a replay would not convert cached weights again.
             autocast = torch.autocast(ids.device.type, dtype, dtype is not None, False)
             with torch.enable_grad(), autocast:
                 values = loss(self.ids, self.targets)
@@ -79,7 +79,7 @@ class _GraphedStep:
 
 
 def recorded(step: Callable[[], T], device: torch.device) -> Callable[[], T]:
-    """Return a function that replays `step`; on a CPU, which has no graphs, `step` itself.
+    """Return a function that replays a CUDA graph of `step`; without CUDA, return `step` itself.
 
     Args:
         step: function that computes on `device` without waiting for it. It runs several times
@@ -87,7 +87,7 @@ def recorded(step: Callable[[], T], device: torch.device) -> Callable[[], T]:
         device: the device.
 
     Returns:
-        The function. Its results are in memory that each call overwrites.
+        The function. On a GPU, each call overwrites the results of the previous call.
     """
     if device.type != "cuda":
         return step
@@ -110,7 +110,7 @@ def recorded(step: Callable[[], T], device: torch.device) -> Callable[[], T]:
 
 
 class _GraphedLoss(torch.autograd.Function):
-    """Loss whose forward pass also computes the gradients."""
+    """Loss of a batch. The `forward` of this function also computes the gradients."""
 
     @staticmethod
     def forward(
@@ -122,5 +122,5 @@ class _GraphedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
-        # New tensors, because the next replay overwrites these, but gradients may accumulate.
+        # Copies, because the next replay overwrites the originals, but gradients may accumulate.
         return None, None, None, *torch._foreach_mul(gradients, grads[0].flatten()[0])  # type: ignore[attr-defined]

@@ -1,14 +1,14 @@
-/* Forward passes of a GPT over the new tokens of a batch of sequences, with cached keys and values, and
-   the choice of the next tokens: what GPT.forward computes with a KVCache, and sampling.py from its
-   logits, for several steps in one call. When each step decodes one token, calling PyTorch's hundred
-   small operators costs more than the arithmetic.
+/* Decoding of a GPT: forward passes over the new tokens of a batch of sequences, with cached keys and
+   values, and sampling of the next tokens. The results are those of GPT.forward with a KVCache, and of
+   sampling.py. One call can run several steps. If a step decodes one token per sequence, calling the
+   hundred small operators of PyTorch takes longer than the arithmetic.
 
    decode.py compiles this file once, if there is a C compiler, and fills the structs. Weights, keys
    and values are float32 or bfloat16; all arithmetic is in float32. The vector extensions of GCC and
    Clang let one source serve AVX2, AVX-512 and NEON.
 
-   Letters in shapes: B sequences, N new tokens of all of them, L layers, d width, nh heads, hs head
-   size, V vocabulary. */
+   Letters in shapes: B sequences, N new tokens in all sequences together, L layers, d width, nh heads,
+   hs head size, V vocabulary. */
 
 #include <math.h>
 #include <pthread.h>
@@ -31,13 +31,13 @@ static int omp_get_num_threads(void) { return 1; }
 #define LANES 8
 #endif
 #define WIDE (2 * LANES) /* columns stored together: one load gives two vectors of bfloat16 */
-#define PANEL 32 /* tokens per block of keys and values; matrix columns are padded to a multiple */
+#define PANEL 32 /* tokens per block of keys and values; matrix columns are padded to multiples of it */
 #define ROWS 6   /* rows multiplied at once: their sums just fit the registers */
-#define SUMS 12  /* vectors of sums */
-#define MIN_SEQUENCES 4 /* minimum per thread, for threads to work on separate sequences */
+#define SUMS 12  /* maximum number of vectors of sums in `multiply` */
+#define MIN_SEQUENCES 4 /* from this many per thread, threads work on separate sequences */
 #define UNROLL _Pragma("GCC unroll 16")
 #define INLINE static inline __attribute__((always_inline))
-#define NOINLINE static __attribute__((noinline)) /* its loops are allocated registers separately */
+#define NOINLINE static __attribute__((noinline)) /* so that its loops get registers of their own */
 
 /* may_alias: vectors are loaded from memory that was written as floats or as pairs of bfloat16. */
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -51,7 +51,7 @@ typedef struct { norm norm1; matrix qkv, out; norm norm2; matrix up, down; } lay
 typedef struct {
     int32_t vocab_size, d_model, n_layers, n_heads, d_ff, kind;
     float eps;
-    const float *embedding, *positions; /* (V, d), scaled; (context, d) */
+    const float *embedding, *positions; /* (V, d), multiplied by the scale; (context, d) */
     norm final_norm;
     matrix lm_head;
     const layer *layers;
@@ -60,16 +60,16 @@ typedef struct {
     int32_t n_sequences, capacity, threads; /* B; capacity in tokens, a multiple of PANEL */
     const int32_t *starts;          /* (B + 1,) index of the first new token of each sequence, and N */
     const int64_t *ids, *positions; /* (N,) new tokens, and their positions in their sequences */
-    void *const *blocks; /* of PANEL tokens: (L, B) keys (nh, hs, PANEL) and values (nh, PANEL, hs) */
+    void *const *blocks; /* each: for (L, B), keys (nh, hs, PANEL), then values (nh, PANEL, hs) */
     float *x, *normed;   /* (N, d); normed (threads, N, d) if threads share sequences: see `run` */
     float *qkv, *attended, *up; /* (N, 3 d), (N, d), (N, d_ff) */
     float *scores, *outputs; /* (threads, nh, capacity), (threads, nh, hs padded to PANEL) */
-    float *logits;           /* (B, V), with one new token per sequence; or null for none */
-} batch; /* with a sampler, `ids`, `positions` and `logits` have one such array for each step */
+    float *logits;           /* (B, V), for one new token per sequence; null if not needed */
+} batch; /* with a sampler, `positions` and `logits` have one such array per step; `ids` is for the first */
 typedef struct {
     int32_t steps, vocab_size, n_tokens, end_of_text; /* ids from n_tokens on are never chosen */
-    int32_t top_k;                      /* 0 for no filter, as in top_p and min_p */
-    float temperature, top_p, min_p, penalty; /* temperature 0: the most likely token */
+    int32_t top_k;                      /* 0 means no filter; so do 0 in top_p and min_p */
+    float temperature, top_p, min_p, penalty; /* temperature 0: take the most likely token */
     const float *points; /* (steps, B) uniform random numbers in [0, 1) */
     int64_t *ids;        /* (steps, B) the chosen tokens */
     uint8_t *seen;       /* (B, n_tokens) whether a token gets the penalty; or null for no penalty */
@@ -83,8 +83,8 @@ const int32_t lanes = LANES;
 
 INLINE vec blend(ivec where, vec a, vec b) { return (vec)(((ivec)a & where) | ((ivec)b & ~where)); }
 
-/* Load two vectors that begin at element i: for float32 the first and the second half of the elements,
-   for bfloat16 the even and the odd elements. */
+/* Load 2 LANES elements, from element i on, into two vectors. For float32, a gets the first half of the
+   elements and b the second half; for bfloat16, a gets the even elements and b the odd ones. */
 INLINE void load(enum kind kind, const void *from, size_t i, vec *a, vec *b) {
     if (kind == FLOAT32) {
         *a = *(const vec *)((const float *)from + i);
@@ -96,7 +96,7 @@ INLINE void load(enum kind kind, const void *from, size_t i, vec *a, vec *b) {
     }
 }
 
-/* Store two vectors that `load` separated, in the original order of their elements. */
+/* Store two vectors in the order that their elements had before `load` separated them. */
 INLINE void store(enum kind kind, float *to, vec a, vec b) {
     if (kind == FLOAT32) {
         *(vec *)to = a;
@@ -117,8 +117,8 @@ INLINE void put(enum kind kind, void *to, size_t i, float value) {
     }
 }
 
-/* e^x for x <= 0, accurate to float32 rounding; 0 below -87. x = n ln 2 + r with |r| <= ln 2 / 2, so
-   e^x = 2^n e^r, with e^r by its Taylor series. */
+/* e^x for x <= 0, accurate to float32 rounding; 0 below -87. With x = n ln 2 + r and |r| <= ln 2 / 2,
+   e^x is 2^n e^r. The Taylor series gives e^r. */
 INLINE vec exponential(vec x) {
     vec n = x * 1.44269504f + 12582912.0f; /* adding 1.5 * 2^23 rounds to a whole number */
     ivec power = ((ivec)n + 127) << 23, tiny = x < -87.0f;
@@ -134,7 +134,7 @@ INLINE vec exponential(vec x) {
     return (vec)((ivec)(sum * (vec)power) & ~tiny);
 }
 
-/* x Φ(x), with 1 - erf to 1.5e-7 (Abramowitz and Stegun 1964, 7.1.26). */
+/* x Φ(x), with an error of at most 1.5e-7 in erf (Abramowitz and Stegun 1964, 7.1.26). */
 INLINE vec gelu(vec x) {
     vec z = (vec)((ivec)x & 0x7fffffff) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * z);
     vec sum = 1.061405429f * t - 1.453152027f;
@@ -145,9 +145,9 @@ INLINE vec gelu(vec x) {
 
 /* ------------------------------------------------------------------------------ products */
 
-/* Compute Σ_k x[r][k] w[k][c], k < in, for `rows` rows and `vecs` vectors of columns in registers.
-   The result is vector r vecs + c of `sums`. With few rows each sum is split into partial sums, so
-   that consecutive additions do not depend on each other. */
+/* Compute Σ_k x[r][k] w[k][c], k < in, in registers, for `rows` rows r and `vecs` vectors of columns.
+   sums[r * vecs + v] is the result for row r and the vector of columns v. If there are few rows, each
+   sum is split into partial sums, so that consecutive additions do not depend on each other. */
 INLINE void multiply(int rows, int vecs, enum kind kind, int in, const float *x, size_t x_stride,
                      const void *w, size_t w_stride, vec sums[SUMS]) {
     int partials = rows * vecs <= 2 ? 4 : rows * vecs <= 6 ? 2 : 1, k = 0;
@@ -174,7 +174,7 @@ INLINE void multiply(int rows, int vecs, enum kind kind, int in, const float *x,
         UNROLL for (int s = 0; s < rows * vecs; s++) sums[s] += sums[t * rows * vecs + s];
 }
 
-/* Compute WIDE columns of a product, beginning at `column`. The weights are packed for `load`. */
+/* Compute WIDE columns of a product, beginning at `column`. `load` reads the packed weights. */
 INLINE void columns_of(int rows, enum kind kind, const matrix *m, int column, const float *x, float *y,
                        enum epilogue epilogue) {
     vec sums[SUMS];
@@ -199,7 +199,7 @@ INLINE void product_of(enum kind kind, const matrix *m, int rows, const float *x
     int panels = (m->out + PANEL - 1) / PANEL, groups = (rows + ROWS - 1) / ROWS;
     int end = panels * (part + 1) / parts * PANEL;
     for (int column = panels * part / parts * PANEL; column < end; column += WIDE)
-        for (int g = 0; g < groups; g++) { /* equal groups, because few rows at once are slower */
+        for (int g = 0; g < groups; g++) { /* about equal, because few rows at once are slower */
             int r = (int64_t)rows * g / groups, next = (int64_t)rows * (g + 1) / groups;
             const float *from = x + (size_t)r * m->in;
             float *to = y + (size_t)r * m->out;
@@ -214,8 +214,8 @@ INLINE void product_of(enum kind kind, const matrix *m, int rows, const float *x
         }
 }
 
-/* Compute x (rows, in) W + bias for one of `parts` equal parts of the columns. Store the result in
-   y (rows, out), add it to y, or store its GELU. */
+/* Compute x (rows, in) W + bias for one of `parts` equal parts of the columns. Depending on `epilogue`,
+   store the result in y (rows, out), add the result to y, or store the GELU of the result in y. */
 NOINLINE void product(enum kind kind, const matrix *m, int rows, const float *x, float *y,
                       enum epilogue epilogue, int part, int parts) {
     if (kind == FLOAT32)
@@ -239,7 +239,7 @@ static void layer_norm(norm n, float eps, int d, int rows, const float *x, float
     }
 }
 
-/* Replace scores by exp(scale · (scores - maximum)) and return their sum, the divisor of softmax. */
+/* Replace scores by exp(scale · (scores - maximum)). Return their sum, the divisor of softmax. */
 INLINE float exponentials(float *scores, int length, float scale) {
     int end = (length + LANES - 1) / LANES * LANES;
     for (int t = length; t < end; t++) scores[t] = -INFINITY;
@@ -254,10 +254,11 @@ INLINE float exponentials(float *scores, int length, float scale) {
     return sum;
 }
 
-/* The heads of one layer that a thread computes, and its scratch memory. */
+/* The heads of one layer that a thread computes, and the scratch memory of the thread. */
 typedef struct { int first, end; float *scores, *outputs; } heads;
 
-/* Write the keys and values of new token n to its block. `offset` is the start of its sequence there. */
+/* Write the keys and values of new token n to the block that contains its position. In each block, the
+   keys and values of this layer and sequence begin at `offset`. */
 INLINE void append_kv(enum kind kind, const model *m, const batch *b, heads h, size_t offset, int n) {
     int d = m->d_model, hs = d / m->n_heads, position = b->positions[n] % PANEL; /* within the block */
     void *block = b->blocks[b->positions[n] / PANEL];
@@ -269,8 +270,9 @@ INLINE void append_kv(enum kind kind, const model *m, const batch *b, heads h, s
     }
 }
 
-/* Compute attention of new token n to the tokens of its sequence up to itself, into `attended`. The loop
-   is over blocks and, inside, over heads, which is the order of memory. Both products have one row. */
+/* Compute the attention of new token n to itself and to the earlier tokens of its sequence, and store
+   the output in `attended`. The outer loops are over blocks and the inner ones over heads, which is the
+   order in memory. The products with keys and with values each have one row. */
 INLINE void attend(enum kind kind, const model *m, const batch *b, heads h, size_t offset, int n) {
     int d = m->d_model, hs = d / m->n_heads, length = b->positions[n] + 1;
     int width = (hs + PANEL - 1) / PANEL * PANEL; /* width of a row of `outputs` */
@@ -314,15 +316,15 @@ INLINE void attend(enum kind kind, const model *m, const batch *b, heads h, size
     }
 }
 
-/* Append keys and values of the new tokens of sequence r and, with `need_output`, compute attention for
-   them. */
+/* Append keys and values of the new tokens of sequence r. With `need_output`, also compute the
+   attention of these tokens. */
 INLINE void attend_sequence_of(enum kind kind, const model *m, const batch *b, int l, int r, heads h,
                                int need_output) {
     int first = b->starts[r], end = b->starts[r + 1];
     size_t offset = ((size_t)l * b->n_sequences + r) * 2 * m->d_model * PANEL;
     for (int n = first; n < end; n++) append_kv(kind, m, b, h, offset, n);
     if (!need_output) return;
-    /* Many tokens are computed head by head, so that keys and values of a head stay in the L1 cache. */
+    /* Several tokens are computed head by head: keys and values of a head stay in the L1 cache. */
     int step = end - first == 1 ? h.end - h.first : 1;
     for (int head = h.first; head < h.end; head += step)
         for (int n = first; n < end; n++)
@@ -345,7 +347,8 @@ typedef struct {
 } barrier;
 
 /* Wait until all n threads have arrived: spin for about 20 μs, then sleep. In a process with more
-   threads than cores, such as a server, OpenMP's own barrier sleeps at once, and waking up takes longer. */
+   threads than cores, such as a server, OpenMP's own barrier would sleep at once, without spinning, and
+   waking up a thread takes longer than a short wait. */
 static void wait_for_all(barrier *b, int n) {
     if (n == 1) return;
     int round = atomic_load(&b->round);
@@ -374,7 +377,7 @@ static void run(const model *m, const batch *b, barrier *all) {
     int end = separate ? b->n_sequences * (thread + 1) / n_threads : b->n_sequences;
     int first = b->starts[begin], n = b->starts[end] - first; /* new tokens of these sequences */
     float *x = b->x + (size_t)first * d, *attended = b->attended + (size_t)first * d;
-    /* Each thread has its own copy even if threads share sequences, which saves a barrier. */
+    /* If threads share sequences, each computes its own copy of `normed`, which saves a barrier. */
     float *normed = b->normed + (size_t)(separate ? first : thread * n) * d;
     float *qkv = b->qkv + (size_t)first * 3 * d, *up = b->up + (size_t)first * m->d_ff;
     float *scores = b->scores + (size_t)thread * m->n_heads * b->capacity;
@@ -388,7 +391,7 @@ static void run(const model *m, const batch *b, barrier *all) {
     wait_for_all(all, parts);
     for (int l = 0; l < m->n_layers; l++) {
         const layer *w = &m->layers[l];
-        int need_output = b->logits || l + 1 < m->n_layers; /* otherwise only keys and values */
+        int need_output = b->logits || l + 1 < m->n_layers; /* if not, only keys and values */
         layer_norm(w->norm1, m->eps, d, n, x, normed);
         product(kind, &w->qkv, n, normed, qkv, SET, part, parts);
         wait_for_all(all, parts);
@@ -416,7 +419,7 @@ static void run(const model *m, const batch *b, barrier *all) {
 
 /* ------------------------------------------------------------------------------- sampling */
 
-/* Return the number or the total probability of the tokens of p with a probability above `floor`. */
+/* Return the number (with `as_number`) or the sum of those elements of p that are above `floor`. */
 INLINE float mass_above(float floor, int as_number, const float *p, int n) {
     vec sums[PANEL / LANES] = {{0}}, one = (vec){0} + 1.0f, total = {0};
     for (int i = 0; i < n; i += PANEL)
@@ -430,11 +433,12 @@ INLINE float mass_above(float floor, int as_number, const float *p, int n) {
     return sum;
 }
 
-/* Set p to 0 for all but the most likely tokens: a token stays if the number (or the total probability)
-   of the more likely tokens is below `limit`. Of equally likely tokens, those with smaller ids stay.
-   The largest p is 1. */
+/* Set p to 0 for all but the most likely tokens. With `as_number`, a token stays if the number of more
+   likely tokens is below `limit`; without it, if the sum of their p is below `limit`. Among equally
+   likely tokens, those with smaller ids count as more likely. The largest p must be 1. */
 INLINE void keep_top(float *p, int n, int as_number, float limit) {
-    /* The bits of floats above 0 have the same order as the floats: bisect for the smallest p to stay. */
+    /* Positive floats have the same order as their bits, read as integers. So bisect over the bits to
+       find the smallest p that stays. */
     int32_t low = -1, high = 0x3f800000; /* the bits of 1.0 */
     float floor;
     while (high - low > 1) {
@@ -450,8 +454,8 @@ INLINE void keep_top(float *p, int n, int as_number, float limit) {
         }
 }
 
-/* Return the first token at which the cumulative probability exceeds `point`, in [0, 1). p does not
-   need to sum to 1. */
+/* Return the first token at which the cumulative sum of p exceeds `point` times the sum of p. `point` is
+   in [0, 1). */
 static int64_t inverse_transform(const float *p, int n, float point) {
     float target = point * mass_above(0, 0, p, n), sum = 0, before = 0;
     int block = 0;
@@ -468,8 +472,8 @@ static int64_t inverse_transform(const float *p, int n, float point) {
     return token;
 }
 
-/* Choose a token from logits, with the steps and in the order of sampling.py. p has n_tokens + PANEL
-   elements of scratch. */
+/* Choose a token from logits, with the same operations in the same order as sampling.py. p is scratch
+   memory for n_tokens + PANEL elements. */
 static int64_t choose(const sampler *s, const float *logits, const uint8_t *seen, float point, float *p) {
     int n = s->n_tokens;
     memcpy(p, logits, n * sizeof(float));
@@ -490,7 +494,7 @@ static int64_t choose(const sampler *s, const float *logits, const uint8_t *seen
     return inverse_transform(p, n, point);
 }
 
-/* Choose the next tokens of sequences `begin` to `end` into `ids` (B,), from logits (B, V). */
+/* Choose the next tokens of the sequences from `begin` to `end` - 1, and store them in `ids` (B,). */
 void sample(const sampler *s, int begin, int end, const float *logits, const float *points,
             int64_t *ids) {
     float *scratch = s->scratch + (size_t)omp_get_thread_num() * (s->n_tokens + PANEL);
@@ -523,9 +527,9 @@ static void run_steps(const model *m, batch b, const sampler *s, barrier *all, i
     }
 }
 
-/* Run a forward pass over the new tokens; or with a sampler, which needs one new token per sequence,
-   as many steps as it says, or until all sequences have ended. Return the number of steps, or -1 without
-   computing anything if an id is not in the vocabulary. */
+/* Without a sampler, run one forward pass over the new tokens. With a sampler, there must be one new
+   token per sequence: run `steps` steps, or fewer if all sequences have ended earlier. Return the number
+   of steps. If an id is not in the vocabulary, compute nothing and return -1. */
 int read_tokens(const model *m, const batch *b, const sampler *s) {
     for (int i = 0; i < b->starts[b->n_sequences]; i++)
         if (b->ids[i] < 0 || b->ids[i] >= m->vocab_size) return -1;

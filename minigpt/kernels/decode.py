@@ -1,10 +1,11 @@
 """Python binding of decode.c, which is compiled at first use if there is a C compiler.
 
 decode.c is an optional backend of `generation.decoder` for models on a CPU. It supports models that
-compute exactly what model.py does. The compiler is the command in the environment variable CC, else
-`gcc`, `cc` or `clang`; an empty CC disables this backend. The compiled library is cached in the
-folder `minigpt` of XDG_CACHE_HOME, by default ~/.cache. Its name depends on the source, the
-compiler with its version and options, and the CPU.
+compute exactly what model.py does. The compiler is the command in the environment variable CC. If
+CC is not set, the compiler is the first of `gcc`, `cc` and `clang` that is installed. If CC is
+empty, this backend is disabled. The compiled library is cached in $XDG_CACHE_HOME/minigpt, or in
+~/.cache/minigpt if XDG_CACHE_HOME is not set. The name of the cached file depends on the source,
+the version and options of the compiler, and the CPU.
 """
 
 from __future__ import annotations
@@ -38,14 +39,15 @@ log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("decode.c")
 _FLAGS = [
     "-O3", "-shared", "-fPIC",
-    # Neither changes a result: decode.c reads neither errno nor floating-point exceptions.
+    # These change no result, because decode.c reads neither errno nor floating-point exceptions.
     "-fno-math-errno", "-fno-trapping-math",
     *([] if platform.machine() == "arm64" else ["-march=native"]),  # not needed on Apple silicon
 ]  # fmt: skip
 _MAX_THREADS = 8  # maximum for a batch too small to give each thread sequences of its own
-# A pass takes no further prompt after this many tokens, which need 17 MB for the medium model.
+# `fill` adds prompts to a pass until the pass has this many tokens. For the medium model, they need
+# 17 MB of scratch memory.
 _MAX_TOKENS = 2048
-_MIN_SEQUENCES = 4  # as in decode.c: minimum per thread, for threads to work on separate sequences
+_MIN_SEQUENCES = 4  # as in decode.c: from this many per thread, threads have separate sequences
 MISMATCH = "its logits differ from GPT.forward: was model.py changed, but not decode.c?"
 
 
@@ -85,7 +87,7 @@ def compiler() -> list[str] | None:
 
 
 def is_threaded() -> bool:
-    """Return whether `library()` was compiled with OpenMP, so that it runs on several threads."""
+    """Return whether `library()` was compiled with OpenMP and can run on several threads."""
     compiled = library()
     return compiled is not None and bool(c_int32.in_dll(compiled, "threaded").value)
 
@@ -188,7 +190,8 @@ class Weights:
 
     Args:
         model: a model in float32 on a CPU.
-        dtype: type of the copied matrices, and of keys and values: float32 or bfloat16.
+        dtype: dtype of the copied matrices and of the cached keys and values, either float32 or
+            bfloat16.
     """
 
     def __init__(self, model: GPT, dtype: torch.dtype) -> None:
@@ -221,12 +224,16 @@ class Weights:
         return _Norm(self._pointer(norm.weight), self._pointer(norm.bias))
 
     def _matrix(self, weight: Tensor, bias: Tensor | None) -> _Matrix:
-        """Pack a matrix in panels (in, 2 lanes), so that decode.c reads memory in order."""
+        """Copy a weight (out, in) and its bias (out,) in the order in which decode.c reads them.
+
+        The outputs are divided into groups of 2 · `lanes`, where `lanes` is the number of floats in
+        a vector of decode.c. Each group is stored as a matrix (in, 2 · `lanes`).
+        """
         out, width = weight.shape
         padded = torch.zeros(-(-out // PANEL) * PANEL, width, **_FLOATS)
         padded[:out] = weight
         panels = padded.view(-1, 2 * self._lanes, width).transpose(1, 2)
-        if self.dtype == torch.bfloat16:  # interleave i and i + lanes: one load gives both
+        if self.dtype == torch.bfloat16:  # interleave i and i + lanes, to load both at once
             panels = panels.unflatten(2, (2, self._lanes)).transpose(2, 3)
         padded_bias = torch.zeros(len(padded), **_FLOATS)
         if bias is not None:
@@ -253,7 +260,7 @@ class Batch:
         self.weights, self._n_sequences = weights, n_sequences
         useful = max(_MAX_THREADS, n_sequences // _MIN_SEQUENCES)
         self._threads = min(torch.get_num_threads(), useful)
-        self._blocks = list[Tensor]()  # PANEL tokens each, so that growing copies nothing
+        self._blocks = list[Tensor]()  # PANEL tokens each: more tokens need no copy
         self._single = torch.arange(n_sequences + 1, dtype=torch.int32, device="cpu")
         self._step = self._struct(self._single)
 
@@ -278,19 +285,22 @@ class Batch:
     def generate(
         self, ids: Tensor, positions: Tensor, end: int, sampler: Sampler, points: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Append one token to each sequence, and choose and append the next tokens.
+        """Generate tokens: each step appends one token to each sequence and samples the next one.
 
-        The last token is chosen, but not appended. Generation stops when all sequences have ended.
+        The first step appends `ids`. Each later step appends the tokens that the step before has
+        sampled. So the tokens of the last step are returned, but not appended. Generation stops
+        early when all sequences have ended.
 
         Args:
             ids: the new tokens (B,), on a CPU.
             positions: positions of the new tokens (B,), int64.
             end: the largest position plus one.
-            sampler: settings and state of the choice.
-            points: uniform random numbers in [0, 1), (steps, B) float32, on a CPU.
+            sampler: settings and state of the sampling.
+            points: uniform random numbers in [0, 1) for each step, (steps, B) float32, on a CPU.
 
         Returns:
-            The chosen tokens (n, B), int64, and the logits (n, B, V), float32, for n <= steps.
+            The sampled tokens (n, B), int64, and the logits (n, B, V), float32. n is the number of
+            steps until all sequences have ended, at most `steps`.
 
         Raises:
             IndexError: an id is not in the vocabulary.
@@ -304,18 +314,18 @@ class Batch:
         return chosen[:n], logits[:n]
 
     def _single_tokens(self, capacity: int) -> _Step:
-        """Return a batch with one new token per sequence."""
+        """Return a batch struct for one new token per sequence, up to a length of `capacity`."""
         if capacity > self._step[0].capacity:  # `fill` may have added blocks that the struct lacks
             self._reserve(capacity)
             self._step = self._struct(self._single)
         return self._step
 
     def fill(self, indices: list[int], sequences: list[Tensor]) -> None:
-        """Replace the sequences at `indices`, and compute their keys and values.
+        """Replace the sequences at `indices`, and compute keys and values of the new sequences.
 
         Args:
             indices: indices of the sequences to replace, in [0, B).
-            sequences: token ids (T,) of each new sequence, from position 0.
+            sequences: token ids (T,) of each new sequence; the first token has position 0.
         """
         self._reserve(max(map(len, sequences)))
         waiting = dict(sorted(zip(indices, sequences, strict=True)))
@@ -333,11 +343,11 @@ class Batch:
         c = self.weights.config
         size = c.n_layers * self._n_sequences * 2 * c.d_model * PANEL
         while len(self._blocks) * PANEL < capacity:
-            # + PANEL, because decode.c reads whole panels, even if hs is not a multiple of PANEL.
+            # + PANEL, because decode.c reads PANEL elements at once, perhaps beyond the last one.
             self._blocks.append(torch.empty(size + PANEL, dtype=self.weights.dtype, device="cpu"))
 
     def _struct(self, starts: Tensor) -> _Step:
-        """Return a batch without tokens and logits, and the objects it points to."""
+        """Return a batch struct without tokens and logits, and the objects to which it points."""
         c, threads, n = self.weights.config, self._threads, int(starts[-1])
         heads, n_blocks = threads * c.n_heads, len(self._blocks)
         copies = 1 if self._n_sequences >= _MIN_SEQUENCES * threads else threads
@@ -389,7 +399,7 @@ def unsupported(model: GPT) -> str | None:
 
 
 def is_plain(model: GPT) -> bool:
-    """Return whether `model` computes what model.py does: no subclass, hook or replaced part."""
+    """Return whether `model` is exactly a `GPT`: no subclass, no hooks, no replaced parts."""
     return (
         type(model) is GPT
         and type(model.config) is GPTConfig
@@ -428,8 +438,9 @@ _cache: WeakKeyDictionary[GPT, _Packed] = WeakKeyDictionary()  # no value may re
 def packed_weights(model: GPT) -> Weights | None:
     """Return the packed weights of a supported model; None if the self-check of decode.c fails.
 
-    The weights of a frozen model are packed once. If a parameter requires a gradient, they are
-    packed each time, because fused optimizers do not increment the version counters of PyTorch.
+    The packed weights of a frozen model are cached until a weight changes. If a parameter requires
+    a gradient, the weights are packed in each call: fused optimizers do not increment the version
+    counters of PyTorch, so a change could be missed.
 
     Args:
         model: a model for which `unsupported` returns None.

@@ -3,7 +3,8 @@
 The objective is (1 − w) CE + w τ² KL(q ‖ p), where CE is the cross-entropy of the targets, q is the
 mean of the teachers' probabilities, p are the student's probabilities, and both q and p have
 temperature τ (Hinton et al. 2015, arXiv:1503.02531). The objective and its gradient are computed in
-chunks of tokens, so that no logits (B · T, V) of a whole batch are in memory.
+chunks of tokens. So the logits (B · T, V) of a whole batch are never in memory at the same time,
+unless the class of a model overrides `forward`.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from minigpt.kernels.cross_entropy import (
 )
 from minigpt.model import GPT, IGNORE_INDEX
 
-# Hidden states (B · T, d) and the weight (V, d) that gives logits; or logits and None.
+# Hidden states (B · T, d) and the output projection (V, d); or logits (B · T, V) and None.
 Rows = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """Loss of a student, for token ids (B, T) and targets (B, T)."""
+    """Loss function of a student. It is called with token ids (B, T) and targets (B, T)."""
 
     student: GPT
     """The model in training."""
@@ -61,7 +62,11 @@ class Distillation:
 
 
 def _rows(model: GPT, ids: Tensor) -> Rows:
-    """Return the factors of the logits of `ids`, in the dtype of autocast if autocast is on."""
+    """Return hidden states and output projection for `ids`; their product is the logits.
+
+    If the class of the model overrides `forward`, return logits and None instead. Under autocast,
+    the tensors have the dtype of autocast.
+    """
     factored = type(model).forward is GPT.forward
     rows = (model.hidden(ids) if factored else model(ids)).flatten(0, 1)
     weight = model.embedding.weight if factored else None
@@ -72,11 +77,11 @@ def _rows(model: GPT, ids: Tensor) -> Rows:
 
 
 class _Distillation(torch.autograd.Function):
-    """Objective of a student, whose forward pass also computes the gradients.
+    """Objective of a student. The `forward` of this function also computes the gradients.
 
     P₁ is the softmax of the student's logits, P and Q are the distributions of student and teachers
-    at temperature τ, Y the one-hot targets and n the number of scored targets. The gradient of the
-    logits is ((1 − w) (P₁ − Y) + w τ (P − Q)) / n.
+    at temperature τ, Y the one-hot targets and n the number of scored targets. The gradient with
+    respect to the student's logits is ((1 − w) (P₁ − Y) + w τ (P − Q)) / n.
     """
 
     @staticmethod
@@ -86,7 +91,7 @@ class _Distillation(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ce, kl = torch.zeros((2,), device=rows.device)
         drows = torch.empty_like(rows)
-        # float32: the sum over all chunks
+        # float32, because it sums over all chunks
         dweight = None if weight is None else torch.zeros(weight.shape, device=rows.device)
         scored = targets != IGNORE_INDEX
         n = scored.sum()
@@ -135,14 +140,16 @@ class _Distillation(torch.autograd.Function):
 def _meansoftmax(
     teachers: list[Tensor], target: tuple[Tensor, Tensor], student: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the teachers' mean probabilities q (n, V), and Σ q (log q − student) (n,), float32.
+    """Return the teachers' mean probabilities q (n, V), and Σ q (log q − s) for each token, (n,).
+
+    The sums over the vocabulary are float32.
 
     Args:
         teachers: logits (n, V) of each teacher, which are overwritten.
-        target: index of one logit in each row.
-        student: logits (n, V) of the student.
+        target: index of one logit in each row, as row numbers (n,) and column numbers (n,).
+        student: logits s (n, V) of the student.
     """
-    if len(teachers) == 1:  # log q is logits − log partition: no logarithm of (n, V) numbers
+    if len(teachers) == 1:  # log q is logits − log partition, without a log of (n, V)
         (logits,) = teachers
         q = softmax(logits)
         log_partition = logits[target].float() - log_likelihood(logits, q, target)
@@ -153,12 +160,12 @@ def _meansoftmax(
 
 
 def _logits(rows: Tensor, weight: Tensor | None, temperature: float) -> Tensor:
-    """Return logits (n, V), divided by the temperature, that may be overwritten."""
+    """Return new logits (n, V), divided by the temperature. The caller may overwrite them."""
     logits = rows.clone() if weight is None else rows @ weight.t()
     return logits if temperature == 1 else logits.div_(temperature)
 
 
 def _log(probabilities: Tensor) -> Tensor:
-    """Return the logarithm of probabilities, finite also for 0."""
+    """Return the logarithm of probabilities. The result is finite even for a probability of 0."""
     least = 2**-24 if probabilities.dtype == torch.float16 else TINY
     return probabilities.clamp_min(least).log()

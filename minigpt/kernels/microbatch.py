@@ -1,10 +1,9 @@
 """Loss of a batch on a CPU, computed in micro-batches by one thread per core.
 
-If all threads share every operator, they synchronise a thousand times in a step, and the
+If all threads work together on each operator, they synchronise a thousand times in a step, and the
 activations of a whole batch exceed the caches. Here each thread runs the forward and the backward
-pass for its part of the batch on its own, in micro-batches. A thread holds the activations of one
-micro-batch and the gradients in memory, regardless of the batch size. Measurements:
-docs/performance.md.
+pass for its own part of the batch, in micro-batches. In memory, a thread has the activations of one
+micro-batch and the gradients, however large the batch is. Measurements: docs/performance.md.
 """
 
 from __future__ import annotations
@@ -27,9 +26,10 @@ class Loss(Protocol):
     """Loss function of a model, such as `GPT.loss` or `Distillation`."""
 
     def __call__(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Return means over the scored tokens, float32, for ids (B, T) and targets (B, T).
+        """Return the mean loss over the scored tokens, float32, for ids and targets (B, T).
 
-        The result is a scalar, or a vector (k,) of which only the first element has a gradient.
+        The result is a scalar, or a vector of k means (k,). Only the first element of a vector has
+        a gradient.
         """
         ...
 
@@ -39,7 +39,7 @@ def microbatched_loss(model: GPT, n_threads: int | None = None, loss: Loss | Non
 
     The function computes the gradients of trainable weights together with the loss. It adds the
     results of the threads in a fixed order, so that the sums are reproducible. For a batch with
-    fewer windows than threads, the function calls `loss`. For a model with dropout, `loss` itself
+    fewer sequences than threads, the function calls `loss`. If the model has dropout, `loss` itself
     is returned, because threads would draw random numbers in an undefined order.
 
     Args:
@@ -48,7 +48,7 @@ def microbatched_loss(model: GPT, n_threads: int | None = None, loss: Loss | Non
         loss: the loss of `model`; None means `model.loss`.
 
     Returns:
-        The function, with the arguments and the result of `loss`.
+        A function with the same arguments and the same result as `loss`.
     """
     whole = loss or model.loss
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
@@ -66,13 +66,13 @@ def microbatched_loss(model: GPT, n_threads: int | None = None, loss: Loss | Non
 
 
 class _MicroBatchedLoss(torch.autograd.Function):
-    """Mean loss of a batch: the average over micro-batches, weighted by their scored tokens."""
+    """Mean loss of a batch: the mean over micro-batches, weighted by numbers of scored tokens."""
 
     @staticmethod
     def forward(
         ctx: Any, loss: Loss, n_threads: int, ids: Tensor, targets: Tensor, *weights: Tensor
     ) -> Tensor:
-        size = max(1, TOKENS // ids.shape[1])  # windows per micro-batch
+        size = max(1, TOKENS // ids.shape[1])  # sequences per micro-batch
         n_scored = (targets != IGNORE_INDEX).sum()
         # Autocast and grad mode are per thread, so each thread sets them again.
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
@@ -104,7 +104,7 @@ class _MicroBatchedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         factor = grads[0].flatten()[0]
-        gradients, ctx.gradients = ctx.gradients, None  # frees them before the loss is freed
+        gradients, ctx.gradients = ctx.gradients, None  # can be freed before the loss
         return None, None, None, None, *(gradient.mul_(factor) for gradient in gradients)
 
 

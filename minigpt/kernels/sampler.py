@@ -1,4 +1,4 @@
-"""Settings and state of the choice of tokens in decode.c."""
+"""Settings and state of the sampling of tokens in decode.c."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ctypes import c_float, c_int32, c_void_p
 import torch
 from torch import Tensor
 
-PANEL = 32  # as in decode.c: scratch memory is padded by this number of tokens
+PANEL = 32  # as in decode.c: number of elements by which scratch memory is padded
 
 
 class SamplerStruct(ctypes.Structure):
@@ -22,12 +22,13 @@ class SamplerStruct(ctypes.Structure):
 
 
 class Sampler:
-    """Choice of the next tokens of a batch, with the results of `generation.sampling.sample`.
+    """Sampler of the next tokens of a batch in decode.c; equivalent to `sampling.sample`.
 
     Args:
         n_sequences: number of sequences, B.
         n_tokens: number of tokens to choose among; ids from `n_tokens` on are never chosen.
-        end_of_text: id that ends a sequence and then pads it; -1 means that no id does.
+        end_of_text: id that ends a sequence; an ended sequence gets this id in all further steps.
+            -1 means that no id ends a sequence.
         temperature: divisor of the logits; 0 always chooses the most likely token.
         top_k: number of most likely tokens to choose among; None means all.
         top_p: total probability of the most likely tokens to choose among; None means 1.

@@ -1,7 +1,8 @@
-"""Token that a visitor needs to train, as in Jupyter: in the printed URL first, then in a cookie.
+"""Access token that a visitor of the page needs to train models, as in Jupyter.
 
-Every request of the browser to this server carries the cookie. SameSite=Strict keeps it from pages
-of other sites.
+The token is in the URL that `minigpt playground` prints. When a browser opens this URL, the server
+sets a cookie with the token, and the browser adds the cookie to its later requests to this server.
+With SameSite=Strict, requests from pages of other sites are sent without the cookie.
 """
 
 from __future__ import annotations
@@ -17,18 +18,19 @@ PARAMETER = "token"
 
 
 class Access:
-    """Random token of one server, and the name of its cookie."""
+    """Random access token of one server, and the name of the cookie that contains the token."""
 
     def __init__(self) -> None:
         self.token = secrets.token_urlsafe(32)
-        self.cookie = f"minigpt-training-{secrets.token_hex(4)}"  # cookies do not depend on ports
+        # Random, because servers on different ports of one host share their cookies.
+        self.cookie = f"minigpt-training-{secrets.token_hex(4)}"
 
     def allows(self, token: str | None) -> bool:
-        """Return whether `token` is the token; the time does not depend on its characters."""
+        """Return whether `token` is the token of this server, compared in constant time."""
         return secrets.compare_digest((token or "").encode("utf-8", "replace"), self.token.encode())
 
     def url(self, address: str) -> str:
-        """Return the address of the page with the token."""
+        """Return the URL of the page with the token; `address` is the URL without it."""
         return f"{address.rstrip('/')}/?{urlencode({PARAMETER: self.token})}"
 
 
@@ -41,11 +43,10 @@ def may_train(
         host_is_loopback: whether the server listens on this machine only.
         is_public: whether the server is behind a proxy or on a Hugging Face Space.
         login: user name and password of the page; None means no login.
-        allow: whether training was allowed explicitly; None means only if nobody else can reach the
-            page.
+        allow: whether to allow training; None allows it only if nobody else can reach the page.
 
     Raises:
-        UserError: training on a host that others can reach was allowed without a login.
+        UserError: `allow` is True without a login, although others can reach the page.
     """
     is_private = host_is_loopback and not is_public
     if allow is None or is_private:
@@ -57,15 +58,16 @@ def may_train(
 
 
 def with_token(app: Any, access: Access) -> Any:
-    """Return an ASGI app that checks the token.
+    """Return an ASGI app that checks the access token and calls `app`.
 
-    A page request with the right token sets the cookie and is redirected to the URL without the
-    token, so that the token is neither in the history nor sent to other sites. Uploads without the
-    cookie get status 403. The handlers of the page check the cookie of all other requests.
+    If the URL of a GET request has the right token, the answer sets the cookie and redirects to the
+    URL without the token. So the token is neither in the browser's history nor sent to other sites.
+    Uploads without the cookie get status 403. All other requests are passed on to `app`; the event
+    handlers of the tab Train check the cookie.
 
     Args:
         app: the ASGI app of the page.
-        access: the token.
+        access: the token and the name of its cookie.
     """
 
     async def guard(scope: Any, receive: Any, send: Any) -> None:

@@ -1,4 +1,8 @@
-"""The slider for the age of the models, which all answers of the page follow."""
+"""The slider "Age", with which visitors see the models at earlier points of their training.
+
+The age is a position on the slider: it selects a snapshot from the training of each model, or, at
+the end of the slider, the model itself. All tabs with answers of models follow the slider.
+"""
 
 from __future__ import annotations
 
@@ -14,30 +18,30 @@ from gradio.events import Dependency
 from minigpt.playground.answers import Playground
 
 AGE = "number of the snapshot: further left, the model is at an earlier point of its training"
-PLAY_SECONDS = 1.5  # time of each age while the slider plays
-# Sets the first input to whether a tab is open. Only the browser knows this at the moment when the
-# age changes: a state on the server, stored when a tab is opened, would arrive later.
+PLAY_SECONDS = 1.5  # seconds at each position while the slider moves on its own
+# JavaScript that sets the first input to whether the tab with the id %s is open. Only the browser
+# knows this when the age changes: the server would learn too late that a tab was opened.
 IS_OPEN = "(_, ...inputs) => [document.getElementById('%s')?.offsetParent != null, ...inputs]"
 
 
 class Page(gr.Blocks):
-    """The page, with the inputs that all tabs share."""
+    """The Gradio page, with the inputs that all tabs share."""
 
     playground: Playground
     age: gr.Slider
-    age_column: gr.Column  # with the slider and the curve; hidden while no model has snapshots
-    is_open: gr.Checkbox  # hidden; the value is what `IS_OPEN` returns in the browser
+    age_column: gr.Column  # with the slider and the curves; hidden while no model has snapshots
+    is_open: gr.Checkbox  # hidden input; `IS_OPEN` supplies its value in the browser
 
 
 class Place(NamedTuple):
-    """The tab and the page of a component."""
+    """The tab and the page that contain a component."""
 
     tab: gr.Tab
     page: Page
 
 
 def age_slider(page: Page) -> None:
-    """Add the slider for the age of the models, hidden while no model has snapshots."""
+    """Add the age slider, its button Play and the loss curves; hide them without snapshots."""
     playground = page.playground
     n = playground.n_ages
     with gr.Column(visible=n > 0, elem_id="age") as page.age_column:
@@ -80,13 +84,17 @@ def resized(age: int, old: int, new: int) -> tuple[gr.Column, gr.Slider]:
 def on_age(
     function: Callable[..., Any], inputs: Sequence[Any], outputs: Any, place: Place
 ) -> Dependency:
-    """Call `function` when the age changes while the tab of `place` is open.
+    """Call `function` when the age changes, and tell it whether the tab of `place` is open.
 
     Args:
-        function: takes whether the tab is open, and then the values of `inputs`.
+        function: function to call with a bool that says whether the tab is open, and with the
+            values of `inputs`.
         inputs: components of the page.
-        outputs: components that the results replace.
-        place: the tab, whose `elem_id` is set, and its page.
+        outputs: components that show the results.
+        place: the tab and its page. The tab must have an `elem_id`.
+
+    Returns:
+        The Gradio event.
     """
     return place.page.age.change(
         function, [place.page.is_open, *inputs], outputs, js=IS_OPEN % place.tab.elem_id,
@@ -100,14 +108,18 @@ def show_answer(
     output: gr.HTML,
     inputs: Sequence[Any] | None = None,
 ) -> None:
-    """Show the result of `function` for `inputs` when one of `changing` changes.
+    """Show the result of `function` in `output`, and update it when an input or the age changes.
 
-    By default, `inputs` are `changing`. The first input is the name of a model, which is replaced
-    by that of its age. A change of the age updates only the open tab; another tab is updated when
-    it is opened.
+    A change of the age updates only the open tab. Another tab is updated when it is opened. If
+    several changes are waiting, only the newest is handled. The event is `change`, because Gradio's
+    `input` misses pasted text and backspace.
 
-    If several changes are waiting, only the newest is handled. The event is `change`, because
-    Gradio's `input` misses pasted text and backspace.
+    Args:
+        function: function that takes the values of `inputs` and returns HTML. The first value is
+            the name of a model; `function` gets the name of its snapshot at the age instead.
+        changing: components that update the result when they change.
+        output: component that shows the result.
+        inputs: components with the arguments of `function`; None means `changing`.
     """
     place = place_of(output)
     inputs = [*(inputs or changing), place.page.age]
@@ -123,13 +135,17 @@ def show_answer(
 
 
 def at_age(function: Callable[..., str], page: Page) -> Callable[..., str]:
-    """Return a function whose last input is the age of the model that the first input names."""
+    """Return `function` with the age as an additional last argument.
+
+    The first argument is the name of a model. `function` gets the name of the snapshot of this
+    model at that age instead.
+    """
 
     def answer(*values: Any) -> str:
         name, *rest, age = values
         return function(page.playground.aged(name, age), *rest)
 
-    answer.__name__ = function.__name__  # the name in the API
+    answer.__name__ = function.__name__  # name of the endpoint in Gradio's API
     return answer
 
 

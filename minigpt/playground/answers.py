@@ -32,43 +32,43 @@ MAX_PROMPT = 1000  # maximum length of a prompt in characters
 MAX_TOKENS = 400  # maximum number of tokens per story
 MAX_ATTENTION = 48  # maximum number of tokens in a readable heatmap
 UPDATE_SECONDS = 0.08  # minimum time between two updates of a growing story
-LOADED_AGES = 12  # snapshots that stay in memory
+LOADED_AGES = 12  # maximum number of snapshots in memory
 
 
 @dataclass(frozen=True)
 class Age:
-    """Snapshot of a model on the page."""
+    """Snapshot of a model during its training. Visitors select it with the age slider."""
 
-    name: str  # name of the model at this age
-    run: Run  # with the snapshot selected
-    tokenizer: Tokenizer  # of the run, which every snapshot shares
-    tokens: int  # number of training tokens so far
+    name: str  # name of the snapshot on the page
+    run: Run  # the run, with the snapshot as its selected checkpoint
+    tokenizer: Tokenizer  # tokenizer of the run; all snapshots of a run share this object
+    tokens: int  # number of training tokens up to the snapshot
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Model of one run on the page."""
+    """Loaded model of a run or of a snapshot, with the data that the page shows about it."""
 
     name: str
     net: GPT
     tokenizer: Tokenizer
     probe: EmbeddingProbe
-    map: str | None  # map of words, as HTML; None means that it is drawn when it is needed
+    map: str | None  # map of word embeddings, as HTML; None means that it is drawn when needed
     checkpoint: Path | None = None
-    ages: tuple[Age, ...] = ()  # snapshots of the run, sorted by age
-    curve: Curve | None = None  # loss of the run
+    ages: tuple[Age, ...] = ()  # snapshots of the run, sorted by step
+    curve: Curve | None = None  # loss curve of the run
 
     @cached_property
     def scores(self) -> HeadScores | None:
-        """Scores of all heads; None if they cannot be measured."""
+        """Previous-token and induction scores of all heads; None if they cannot be measured."""
         try:
             return head_scores(self.net)
-        except UserError:  # the context is too short, or the class takes no cache
+        except UserError:  # such as a context that is too short, or a class without cache
             return None
 
 
 class Models(dict[str, LoadedModel]):
-    """Loaded models by name; a model at an earlier age is loaded when it is needed."""
+    """Loaded models by name. Snapshots are not loaded until their names are looked up."""
 
     def __missing__(self, name: str) -> LoadedModel:
         for model in self.values():
@@ -81,11 +81,11 @@ class Models(dict[str, LoadedModel]):
 class Playground:
     """Loaded models and their answers to visitors.
 
-    Only `add` modifies the object, and it replaces the models as a whole, so many visitors can be
-    served at once.
+    Only `add` modifies the object: it replaces the dict `models` by a new one. So several threads
+    can answer visitors at the same time.
 
     Args:
-        models: the models, whose names must differ.
+        models: the models. Their names must differ.
     """
 
     def __init__(self, models: Sequence[LoadedModel]) -> None:
@@ -127,19 +127,21 @@ class Playground:
 
     @property
     def n_ages(self) -> int:
-        """Largest number of snapshots of a model."""
+        """Number of snapshots of the model that has the most; 0 if no model has snapshots."""
         return max((len(model.ages) for model in self.models.values()), default=0)
 
     def aged(self, name: str, age: int | None) -> str:
-        """Return the name of a model at an age.
+        """Return the name of the snapshot of a model that a position of the age slider selects.
 
         Args:
             name: name of the model.
-            age: position from 0 to `n_ages`; `n_ages` and None mean the selected checkpoint. For a
-                model with fewer snapshots, the position is scaled.
+            age: position of the slider, from 0 for the first snapshot to `n_ages`. `n_ages` and
+                None mean the model itself, not a snapshot. The position is scaled for a model with
+                fewer than `n_ages` snapshots.
 
         Returns:
-            A key of `models`; `name` itself for a model without snapshots.
+            A key of `models`: the name of the snapshot, or `name` for the model itself and for a
+            model without snapshots.
         """
         ages, n = self.models[name].ages, self.n_ages
         if age is None or not ages or age >= n:
@@ -149,9 +151,11 @@ class Playground:
     def age_html(self, names: Sequence[str] | None, age: int | None) -> str:
         """Return the loss curves of models with a marker at an age, as HTML.
 
+        Models without snapshots are left out.
+
         Args:
-            names: names of the models; None or none means all, at most MAX_RUNS.
-            age: position from 0 to `n_ages`.
+            names: names of the models, as in `chosen`.
+            age: position of the age slider, as in `aged`.
         """
         curves = {}
         for name in self.chosen(names):
@@ -166,7 +170,8 @@ class Playground:
         """Return the names of the models that a visitor chose, at most MAX_RUNS.
 
         Args:
-            names: the chosen names; None or none means the first models.
+            names: the chosen names; names of unknown models are left out. None or an empty list
+                means the first models.
         """
         return [name for name in names or self.models if name in self.models][:MAX_RUNS]
 
@@ -184,11 +189,11 @@ class Playground:
             prompt: beginning of the story, at most MAX_PROMPT characters.
             temperature: sampling temperature; 0 means that the most likely token is always chosen.
             top_k: number of most likely tokens to sample from; 0 means all.
-            top_p: total probability of the most likely tokens to sample from; 1 means all.
-            min_p: minimum probability, relative to the most likely token; 0 means all tokens.
+            top_p: minimum total probability of the most likely tokens to sample from; 1 means all.
+            min_p: minimum probability of a token, as a fraction of the highest; 0 means all tokens.
             max_tokens: maximum number of new tokens, from 1 to MAX_TOKENS.
-            names: names of the models; None or none means the first MAX_RUNS models.
-            age: age of the models, as for `aged`.
+            names: names of the models, as in `chosen`.
+            age: position of the age slider, as in `aged`.
             seed: seed of the sampling; None means a random seed.
 
         Yields:
@@ -249,7 +254,7 @@ class Playground:
             return html.note_html(str(error), "error")
 
     def map(self, name: str) -> str:
-        """Return the map of words of the model `name`, as HTML."""
+        """Return the two-dimensional map of word embeddings of the model `name`, as HTML."""
         model = self.models[name]
         return _word_map(model.probe) if model.map is None else model.map
 
@@ -258,7 +263,7 @@ class Playground:
 
         Args:
             name: name of the model.
-            text: text to attend to; at most its first MAX_ATTENTION tokens are shown.
+            text: text to read; at most its first MAX_ATTENTION tokens are shown.
             layer: number of the layer, from 1.
             head: number of the head, from 1.
 
@@ -290,10 +295,9 @@ class Playground:
 
 
 def _story(model: LoadedModel, prompt: str, sampling: SamplingConfig) -> Iterator[str]:
-    """Yield, as HTML, the story so far.
+    """Yield the story so far as HTML: first the prompt alone, then again after each new token.
 
-    The first item is the prompt. Then the story is yielded after each token and, at the end, with a
-    note on how it ended.
+    The last item has an additional note that says how the story ended.
     """
     length, context = len(model.tokenizer.encode(prompt)), model.net.config.context_length
     story = html.prompt_html(prompt)
@@ -308,7 +312,7 @@ def _story(model: LoadedModel, prompt: str, sampling: SamplingConfig) -> Iterato
         started = time.monotonic()
         try:
             token = next(tokens, None)
-        except UserError as error:  # logits that are not finite; other models continue
+        except UserError as error:  # such as logits that are not finite; the other models continue
             yield story + html.note_html(str(error), "error")
             return
         seconds += time.monotonic() - started  # excludes the time of the other models
@@ -352,7 +356,7 @@ def _load_age(age: Age) -> LoadedModel:
 
 @lru_cache(maxsize=LOADED_AGES)
 def _word_map(probe: EmbeddingProbe) -> str:
-    """Return the map of words as HTML, or a one-line error."""
+    """Return the two-dimensional map of word embeddings as HTML, or a one-line error."""
     try:
         words = embedding_map(probe)
         return f'<div class="map">{map_svg(words)}</div>{html.note_html(caption(words))}'

@@ -1,4 +1,4 @@
-"""Loss curves of runs as SVG, for the page."""
+"""Loss curves of runs as SVG, for the playground page."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Curve:
 
     @property
     def end(self) -> float | None:
-        """Largest number of tokens; None if there are no losses."""
+        """Number of training tokens at the end of the curve; None if there are no losses."""
         return max([*self.train[0], *self.valid[0]], default=None)
 
 
 def run_curve(folder: Path) -> Curve:
-    """Return the loss curve in metrics.csv; it is empty if there are no rows yet.
+    """Return the loss curve of a run from metrics.csv, without points if there are no rows yet.
 
     Args:
         folder: the run folder.
@@ -45,7 +45,7 @@ def run_curve(folder: Path) -> Curve:
 
 
 def metrics(folder: Path) -> list[Row]:
-    """Return the rows of metrics.csv; an unchanged file is read once.
+    """Return the rows of metrics.csv. The file is read again only if it has changed.
 
     Args:
         folder: the run folder.
@@ -68,12 +68,16 @@ def _metrics(folder: Path, *_: int) -> list[Row]:
 def curve_svg(curve: Curve, end: float | None = None, marker: float | None = None) -> str:
     """Return a loss curve as SVG: a line for training, dots for validation.
 
-    Both axes are logarithmic. Without two different numbers of tokens, the SVG is empty.
+    Both axes are logarithmic.
 
     Args:
-        curve: the losses; values that are not finite and positive are left out.
-        end: largest number of tokens on the axis; None means that of the curve.
-        marker: number of tokens at which to draw a vertical line; None draws none.
+        curve: the losses. Only points with a positive number of tokens and a positive, finite loss
+            are drawn.
+        end: number of tokens to which the axis extends at least; None means the end of the curve.
+        marker: number of tokens at which to draw a vertical line; None draws no line.
+
+    Returns:
+        The SVG; "" if there are no points, or if the axis would start and end at the same number.
     """
     train, valid = _positive(curve.train), _positive(curve.valid)
     both = train + valid
@@ -107,10 +111,11 @@ def curve_svg(curve: Curve, end: float | None = None, marker: float | None = Non
 
 
 def curves_html(curves: Mapping[str, tuple[Curve, float | None]]) -> str:
-    """Return the loss curves of several models with markers, under their names.
+    """Return HTML with the loss curve of each model, under the name of the model.
 
     Args:
-        curves: curve and position of the marker by name of the model.
+        curves: for each name, the curve, and the number of tokens at which to draw a vertical line;
+            None draws no line.
     """
     parts = []
     for name, (curve, marker) in curves.items():

@@ -1,8 +1,10 @@
 """Protection of the playground against pages of other sites in the visitor's browser.
 
-Any web page can send requests to a server on the visitor's own machine, and with DNS rebinding it
-can read the answers, because a name of its own then resolves to 127.0.0.1. The name is in the
-header Host, so requests with a foreign Host or Origin are refused.
+Any web page can send requests to a server on the visitor's own machine. With DNS rebinding, the
+page can also read the answers: its host name is made to resolve to 127.0.0.1, so the browser takes
+this server for a part of that site. The header Host of such a request has the name of the other
+site, and the header Origin names the site that sent the request. So requests with the name of
+another site in Host or Origin are refused.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ class Hosts:
 
     Args:
         host: host name or address that the server listens on.
-        root_path: URL or path of the page behind a reverse proxy; the host of a URL is allowed.
+        root_path: path or URL of the page behind a reverse proxy. The host of a URL is allowed too.
+            None means no proxy.
     """
 
     def __init__(self, host: str, root_path: str | None = None) -> None:
@@ -34,10 +37,10 @@ class Hosts:
         self._names = {name.lower() for name in self._names if name}
 
     def allow(self, netloc: str) -> bool:
-        """Return whether the host in "host:port" is loopback or a host of this server.
+        """Return whether the host in `netloc`, "host:port", is loopback or a host of this server.
 
-        If the server listens on all interfaces, every address is allowed: only names can be
-        rebound.
+        If the server listens on all interfaces, every IP address is allowed, because DNS rebinding
+        is only possible with names.
         """
         name = _name(netloc)
         try:
@@ -46,13 +49,17 @@ class Hosts:
             return False
 
     def refusal(self, headers: dict[str, str]) -> str | None:
-        """Return the reason to refuse a request with these headers; None to answer it."""
+        """Return the reason to refuse a request; None if the request is allowed.
+
+        Args:
+            headers: headers of the request, by name in lower case.
+        """
         if not self.allow(host := headers.get("host", "")):
             return f"the host {host!r} is not one of this server"
         origin = headers.get("origin")
         if origin is None or self.allow(urlsplit(origin).netloc):
             return None
-        # A proxy sets this header; a page of another site cannot without the server's consent.
+        # A proxy sets this header. A page of another site could set it only if CORS allowed it.
         if _name(urlsplit(origin).netloc) == _name(headers.get("x-forwarded-host", "")) != "":
             return None
         return f"the request comes from a page of another site, {origin!r}"
@@ -67,7 +74,7 @@ def _name(netloc: str) -> str:
 
 
 def guarded(app: App, hosts: Hosts) -> App:
-    """Return an ASGI app that answers 403 to requests that `hosts` refuses, else calls `app`."""
+    """Return an ASGI app that calls `app`, but answers 403 to requests that `hosts` refuses."""
 
     async def guard(scope: Scope, receive: Any, send: Any) -> None:
         if scope["type"] != "http":  # the page has no WebSockets

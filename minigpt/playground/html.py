@@ -1,7 +1,7 @@
 """HTML for the playground: coloured tokens, bar charts, and the attention of a head.
 
-All text is escaped with `html.escape`, because prompts and words come from visitors. Colours and
-the panel of alternatives are in static/.
+All text is escaped with `html.escape`, because prompts and words come from visitors. The files in
+static/ define the colours, and the panel that shows the most likely tokens at a position.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ def stream_tokens(
 ) -> Iterator[ShownToken]:
     """Yield the tokens after `prompt` as they are sampled.
 
-    If the story ended, the last token has no text. The concatenated texts of the tokens equal the
-    text from `stream_text`. Tokens that are parts of one character are joined. The joined token has
-    the product of their probabilities, and the rank and the alternatives of the first part.
+    If the model ends the story, the last token has no text. The concatenated texts of the tokens
+    equal the text from `stream_text`. Tokens that are parts of one character are joined. The joined
+    token has the product of the probabilities of its parts, and the rank and the alternatives of
+    the first part.
 
     Args:
         net: the model.
@@ -53,7 +54,7 @@ def stream_tokens(
     Yields:
         The next token.
     """
-    pending: list[int] = []  # ids whose last character is incomplete
+    pending: list[int] = []  # ids of tokens that end with an incomplete character
     partial: ShownToken | None = None  # the joined tokens of `pending`
     ids, end, size = encode_prompt(tokenizer, prompt), tokenizer.end_of_text, tokenizer.vocab_size
     for step in generate(net, ids, sampling, end, vocab_size=size):
@@ -86,9 +87,9 @@ def _textless(probabilities: Tensor, token_id: int, tokenizer: Tokenizer) -> Sho
 
 
 def token_name(tokenizer: Tokenizer, token_id: int) -> str:
-    """Return the name of a token in lists, such as "dad" for " dad" and "…ing" for "ing".
+    """Return the text to show for a token, such as "dad" for " dad" and "…ing" for "ing".
 
-    Line ends and spaces other than the first are shown as symbols.
+    One leading space is removed. Line breaks and other spaces are shown as symbols.
     """
     if token_id == tokenizer.end_of_text:
         return "(end of the story)"
@@ -105,7 +106,10 @@ def prompt_html(prompt: str) -> str:
 
 
 def token_html(token: ShownToken) -> str:
-    """Return the HTML of a token, coloured by its probability, with the details for the panel."""
+    """Return the HTML of a token, coloured by its probability.
+
+    The attribute data-details contains what the panel shows: probability, rank and alternatives.
+    """
     details = {"p": token.probability, "rank": token.rank, "alternatives": token.alternatives}
     text = html.escape(token.text) if token.text else "<i>the end</i>"
     return (
@@ -130,7 +134,7 @@ def note_html(text: str, kind: str = "note") -> str:
 
 
 def bars_html(cosines: Iterable[tuple[str, float]]) -> str:
-    """Return a bar chart of words and their cosine similarities."""
+    """Return an HTML bar chart of words and their cosine similarities."""
     rows = "".join(
         f'<tr><th scope="row">{html.escape(word.replace(chr(10), "↵") or "␣")}</th>'
         f'<td class="bar"><div style="width:{100 * max(0.0, cosine):.0f}%"></div></td>'
@@ -142,7 +146,7 @@ def bars_html(cosines: Iterable[tuple[str, float]]) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """Cell of a table: its text, its value from -1 to 1, which colours it, and its title."""
+    """Cell of a table: its text, a value from -1 to 1 that sets its colour, and its tooltip."""
 
     text: str
     value: float
@@ -184,8 +188,9 @@ def attention_html(names: Sequence[str], weights: Tensor) -> str:
         weights: attention weights (T, T); row i is a distribution over the tokens up to token i.
 
     Returns:
-        The text and, below it, the attention matrix. The script shades the text by the attention of
-        one token: at first the last token, then the token under the pointer.
+        The text and, below it, the attention matrix. A script on the page shades each token of the
+        text by the weight with which a selected token attends to it. The last token is selected at
+        first, and then the token under the pointer.
     """
     rows = [[round(w, 3) for w in row[: i + 1]] for i, row in enumerate(weights.tolist())]
     tokens = "".join(
@@ -201,7 +206,7 @@ def _heatmap(names: Sequence[str], rows: list[list[float]]) -> str:
     """Return an SVG with a row per attending token and a column per token that it attends to.
 
     The opacity of a cell is the square root of its weight, so that small weights are visible. The
-    title of a cell shows the weight.
+    tooltip of a cell shows the weight.
     """
     side = MARGIN + CELL * len(names)
     cells, labels = [], []

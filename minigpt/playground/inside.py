@@ -16,12 +16,12 @@ from minigpt.playground import html
 from minigpt.playground.answers import LoadedModel, Playground, checked_text
 
 MAX_COLUMNS = 24  # maximum number of tokens in a readable table
-N_TOP = 5  # number of tokens in the title of a cell
+N_TOP = 5  # number of tokens in the tooltip of a cell
 Answer = Callable[[LoadedModel, Tensor], str]
 
 
 def lens(playground: Playground, name: str, text: str) -> str:
-    """Return what each layer would predict after each token, as an HTML table.
+    """Return the logit lens as an HTML table: what each layer would predict after each token.
 
     Args:
         playground: the loaded models.
@@ -55,8 +55,8 @@ def attribution(playground: Playground, name: str, text: str, position: int) -> 
         playground: the loaded models.
         name: name of the model.
         text: text to read; at most its first MAX_COLUMNS tokens are read.
-        position: number of the token, from 1, after which the logit is split. Its target is the
-            next token of the text or, after the last token, the most likely token.
+        position: number of a token, from 1. The logit of the token after it, the target, is split.
+            After the last token, the target is the token that the model finds most likely.
 
     Returns:
         A line that names the target, and the table; or a one-line error.
@@ -84,7 +84,7 @@ def _attribution(model: LoadedModel, ids: Tensor, position: int) -> str:
 
 
 def activity(playground: Playground, name: str, text: str) -> str:
-    """Return the size of the activations of each layer at each token, as an HTML table.
+    """Return the root mean square of the activations of each layer at each token, as HTML.
 
     Args:
         playground: the loaded models.
@@ -92,7 +92,7 @@ def activity(playground: Playground, name: str, text: str) -> str:
         text: text to read; at most its first MAX_COLUMNS tokens are shown.
 
     Returns:
-        The table of root mean squares, or a one-line error.
+        The table, or a one-line error.
     """
     return _answer(playground, name, text, _activity)
 
@@ -128,7 +128,7 @@ def scores_html(scores: HeadScores | None) -> str:
 
 
 def _answer(playground: Playground, name: str, text: str, function: Answer) -> str:
-    """Return the result of `function` for the ids of a text, or a one-line error."""
+    """Return the result of `function` for a model and the ids of a text, or a one-line error."""
     model = playground.models[name]
     try:
         ids = encode_prompt(model.tokenizer, checked_text(text, "a sentence"))

@@ -84,7 +84,7 @@ def build_page(playground: Playground, training: Training | None = None) -> Page
 
     Args:
         playground: the loaded models.
-        training: the queue of trainings, and who may use it; None means no training.
+        training: the queue of trainings and its access token; None means no tab Train.
     """
     # Uploads that are not moved to a training are deleted after an hour, or when the server ends.
     with Page(
@@ -114,14 +114,14 @@ def build_page(playground: Playground, training: Training | None = None) -> Page
 
 
 def build_app(hosts: Hosts, training: Training | None = None) -> App:
-    """Return the web application of the page, which checks the host and the token of trainings.
+    """Return the web application of the page, with checks of the host and of the access token.
 
-    Both checks are outside of Gradio's own layers, which add Access-Control-Allow-Origin to every
-    answer and read uploads.
+    Both checks run before Gradio's own middleware, because that middleware reads uploads and adds
+    Access-Control-Allow-Origin to every answer.
 
     Args:
         hosts: the hosts of this server; requests with another Host or Origin are refused.
-        training: the queue of trainings, and who may use it; None means no training.
+        training: the queue of trainings and its access token; None means that there is no token.
     """
 
     class GuardedApp(App):
@@ -135,7 +135,7 @@ def build_app(hosts: Hosts, training: Training | None = None) -> App:
 
 
 def _refresh_models(page: Page) -> None:
-    """Add newly trained models to the lists of the open pages, and their ages to the slider."""
+    """Let open pages regularly add newly trained models to their menus and to the age slider."""
     choices = [
         block
         for block in page.blocks.values()
@@ -203,7 +203,7 @@ def _story_tab(playground: Playground, page: Page) -> None:
             yield (*texts, *[""] * (MAX_RUNS - len(texts)))
 
     def follow(is_open: bool, *inputs: Any) -> Iterator[Any]:
-        """Write the story of the last seed again at another age."""
+        """Write the stories again at the new age, with the last seed, if the tab is open."""
         yield from write(*inputs) if is_open else [(gr.skip(),) * MAX_RUNS]
 
     models.change(
@@ -256,7 +256,7 @@ def _attention_tab(playground: Playground, page: Page) -> None:
 
 
 def _attention_sliders(playground: Playground, name: str, layer: int, head: int) -> list[gr.Slider]:
-    """Return the sliders for the layers and the heads of a model; one with one value is hidden."""
+    """Return sliders for the layer and the head; a slider with only one value is hidden."""
     shape = playground.models[name].net.config
     sizes = (("Layer", layer, shape.n_layers), ("Head", head, shape.n_heads))
     # Gradio needs a maximum above the minimum.
@@ -301,7 +301,7 @@ def _slider(
     info: str | None = None,
     visible: bool = True,
 ) -> gr.Slider:
-    precision = 0 if isinstance(step, int) else None  # 0 rounds the input of a client
+    precision = 0 if isinstance(step, int) else None  # 0: Gradio rounds values from clients
     return gr.Slider(
         low, high, value, step=step, precision=precision, label=label, info=info, visible=visible
     )
@@ -313,7 +313,7 @@ def _tokens_part(template: str, value: str = "", elem_id: str | None = None) -> 
 
 
 def page_theme() -> themes.ThemeClass:
-    """Return a theme with system fonts; hint text has enough contrast in light and dark mode."""
+    """Return a theme with system fonts, and hints with enough contrast in light and dark mode."""
     hint = {"block_info_text_color": "*neutral_600", "block_info_text_color_dark": "*neutral_300"}
     mono = ("ui-monospace", "monospace")
     return themes.Default(font=("system-ui", "sans-serif"), font_mono=mono).set(**hint)

@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-MAX_TRAINED = 8  # newest finished trainings whose models a server loads when it starts
-WATCH_SECONDS = 0.5  # interval at which waiting trainings are started
+MAX_TRAINED = 8  # maximum number of finished trainings, newest first, to add to the page at a time
+WATCH_SECONDS = 0.5  # interval at which the server looks for waiting and finished trainings
 
 
 @dataclass(frozen=True)
 class Training:
-    """The queue of a server, and the token that a visitor needs to use it."""
+    """The queue of trainings of a server, and the access token that a visitor needs to use it."""
 
     queue: TrainingQueue
     access: Access
@@ -49,7 +49,7 @@ class Training:
             ended: event that ends the loop.
         """
         seen: set[str] = set()
-        problem = ""  # the last one, which is logged once
+        problem = ""  # the last problem; if it persists, it is not logged again
         while not ended.wait(WATCH_SECONDS):
             try:
                 self.queue.advance()
@@ -75,24 +75,24 @@ def serve(
 ) -> None:
     """Serve a page with the models of `runs` until Ctrl-C is pressed, and log the page's address.
 
-    The page can also train models, in the folder runs/ and as processes of their own, if the server
-    listens on this machine only. Trainings continue when the server ends.
+    If `allow_training` permits it, the page can also train models. Each training is a separate
+    process, which writes to runs/ and continues when the server ends.
 
     Args:
         runs: one to four runs.
         host: host name or address to listen on.
-        port: port to listen on; 0 means any free port, None the first free port from 7860.
+        port: port to listen on; 0 means any free port, None means the first free port from 7860.
         auth: login that visitors must enter, "user:password"; None means no login.
-        root_path: path such as "/stories", or URL, of the page behind a reverse proxy; None means
-            no proxy, or one that serves the page at its root.
-        allow_training: whether the page can train models. None means only if nobody else can reach
-            it: not with `root_path`, on a Hugging Face Space, or if other machines can reach
-            `host`. There, True also needs a login.
+        root_path: URL of the page behind a reverse proxy, or its path, such as "/stories". None
+            means that there is no proxy, or that the proxy serves the page at the path "/".
+        allow_training: whether the page can train models. None allows it only on a private page:
+            `host` is a loopback address, `root_path` is None, and the server is not a Hugging Face
+            Space. On any other page, True also needs a login.
 
     Raises:
         UserError: Gradio is missing, `auth` lacks the user or the password, `root_path` is neither
-            a path nor a URL, training needs a login, a run cannot be read, or the address cannot be
-            used.
+            a path nor a URL, `allow_training` is True without the login that it needs, a run cannot
+            be read, or the server cannot listen on the address.
     """
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the playground needs Gradio: run pip install gradio")
@@ -136,15 +136,15 @@ def start(
     root_path: str | None = None,
     training: Training | None = None,
 ) -> Blocks:
-    """Start the page in a separate thread and return it; its address is `local_url`.
+    """Start the page in a separate thread and return it; its attribute `local_url` is its URL.
 
     Args:
         playground: the loaded models.
         host: host name or address to listen on.
-        port: port to listen on; 0 means any free port, None the first free port from 7860.
+        port: port to listen on; 0 means any free port, None means the first free port from 7860.
         login: user name and password; None means no login.
         root_path: path or URL of the page behind a reverse proxy; None means no proxy.
-        training: the queue of trainings, and the token to use it; None means no training.
+        training: the queue of trainings and its access token; None means no tab Train.
 
     Returns:
         The running page.
@@ -193,9 +193,10 @@ def start(
 def store_uploads_privately() -> None:
     """Let Gradio store uploads in a new folder that only this user can read.
 
-    The folder is deleted when the process ends. Gradio's default, gradio in the folder of temporary
-    files, is shared by all users, and only the first of them can write there. If GRADIO_TEMP_DIR
-    names a folder, that folder is used, and is not deleted.
+    The new folder is deleted when the process ends. Without it, Gradio would use the folder
+    "gradio" in the folder for temporary files. All users share that folder, but only the user who
+    created it can write there. If GRADIO_TEMP_DIR names a folder, that folder is used instead and
+    is not deleted.
     """
     if not os.environ.get("GRADIO_TEMP_DIR"):
         folder = os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="minigpt-uploads-")

@@ -1,9 +1,10 @@
 """Training jobs of the playground: their folders, their queue and their processes.
 
-A job is a folder with the files that a visitor uploaded, job.json, which only the page writes, and
-status.json, which only the process of the training writes while it runs. The state of a job is read
-from these files, so the page finds a training again after a reload or a restart of the server, and
-a training continues if the page is closed. One job runs at a time.
+A job is a training that a visitor started. Its folder contains the uploaded files and two JSON
+files. Only the server writes job.json. While the process of the training runs, only that process
+writes status.json. The state of a job is read from these files, so the page finds a training again
+after a reload or a restart of the server. A training continues when the page is closed. One job
+runs at a time.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ SIZES = {"w64": "0.4M parameters", "small": "1M", "medium": "3.4M", "large": "7M
 MINUTES = (0.1, 24 * 60.0)  # shortest and longest training
 MAX_UPLOAD = 200_000_000  # bytes of text and files in one job
 MAX_FILES = 100
-MAX_WAITING = 4  # jobs that wait for others
-MAX_JOBS = 20  # jobs in the list; the oldest that cannot be continued are removed
+MAX_WAITING = 4  # maximum number of waiting jobs
+MAX_JOBS = 20  # older jobs are removed, unless they can be continued
 TEXT = "text.txt"  # name of the pasted text
-_START_SECONDS = 30.0  # time in which a new process must have locked its job
+_START_SECONDS = 30.0  # a new process must lock its job within this time
 _LOCK_SECONDS = 10.0  # time to wait for another server that changes the queue
 
 State = Literal["waiting", "running", "stopped", "failed", "finished"]
@@ -67,22 +68,22 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Name of the job, which begins with the time at which it was added."""
+        """Name of the job. The name begins with the time at which the job was added."""
         return self.folder.name
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Content of job.json: size, minutes, init_from, names of the uploads, requested state."""
+        """Content of job.json, such as size, minutes, init_from, names of the uploads and state."""
         return _read(self.folder / JOB)
 
     @property
     def status(self) -> dict[str, Any]:
-        """Content of status.json: phase, pid, tokens, run, command, error and its field."""
+        """Content of status.json, such as phase, pid, tokens, run, command, error and field."""
         return _read(self.folder / STATUS)
 
     @property
     def uploads(self) -> dict[Path, str]:
-        """Path of each uploaded file, and its name as uploaded."""
+        """Original names of the uploaded files, by the path at which each file is stored."""
         names = self.settings.get("names", [])
         return {self.folder / UPLOADS / _stored(i, name): name for i, name in enumerate(names)}
 
@@ -94,7 +95,7 @@ class Job:
 
     @property
     def state(self) -> State:
-        """State of the job. A killed process leaves the job stopped."""
+        """State of the job. If its process was killed, the state is "stopped"."""
         settings, status = self.settings, self.status
         if settings.get("state") == "waiting":
             return "waiting"
@@ -106,7 +107,7 @@ class Job:
 
     @property
     def error(self) -> str | None:
-        """Why the job failed, or that its process was killed; None if there is no error."""
+        """Error message if the job failed or its process ended unexpectedly; None otherwise."""
         if self.state == "failed":
             return self.status.get("error")
         killed = self.state == "stopped" and self.status.get("phase") not in _FINAL
@@ -118,7 +119,7 @@ class Job:
 
     @property
     def can_continue(self) -> bool:
-        """Whether the job is stopped, or has failed after its first checkpoint."""
+        """Whether the job is stopped, or has failed but has a checkpoint to continue from."""
         from minigpt.runs.folder import last_checkpoints  # imports torch, which is slow
 
         state, run = self.state, self.run
@@ -126,7 +127,7 @@ class Job:
         return state == "stopped" or (state == "failed" and saved)
 
     def report(self, **values: Any) -> None:
-        """Update status.json."""
+        """Replace `values` in status.json, and keep its other values."""
         write_json(self.folder / STATUS, {**self.status, **values})
 
     def delete_data(self) -> None:
@@ -144,12 +145,12 @@ class Job:
             raise _storage_error(self.folder, error, "job") from None
 
     def _request(self, **values: Any) -> None:
-        """Update job.json."""
+        """Replace `values` in job.json, and keep its other values."""
         write_json(self.folder / JOB, {**self.settings, **values})
 
 
 class TrainingQueue:
-    """The jobs in a folder, of which one runs at a time.
+    """Queue of the training jobs in a folder. One job runs at a time.
 
     Several servers may use the same folder.
 
@@ -190,14 +191,15 @@ class TrainingQueue:
             files: uploaded files, which are moved into the folder of the job.
             size: name of the model size, one of SIZES; ignored with `init_from`.
             minutes: length of the training in minutes.
-            init_from: path and name of a run to start from; None means random weights.
+            init_from: "path" of the checkpoint to start from, and "name" of its model on the page;
+                None means random weights.
 
         Returns:
             The job.
 
         Raises:
             UserError: an input is missing or out of range, too many jobs are waiting, or the folder
-                cannot be used. `argument` is the name of the field.
+                cannot be used. The `argument` of the error is the name of a field of the form.
         """
         _check(text, files, size, minutes)
         with self._lock("start"):
@@ -220,7 +222,7 @@ class TrainingQueue:
 
     @staticmethod
     def _write(job: Job, text: str | None, files: Sequence[Path], settings: dict[str, Any]) -> None:
-        """Write a new job: its uploads, then job.json."""
+        """Write the folder of a new job: job.json, the pasted text and the uploaded files."""
         pasted = bool(text and text.strip())
         names = [*([TEXT] if pasted else []), *(path.name for path in files)]
         (job.folder / UPLOADS).mkdir(parents=True)
@@ -232,7 +234,7 @@ class TrainingQueue:
             shutil.move(path, target)
 
     def stop(self, name: str) -> None:
-        """Stop a job; a running one writes a checkpoint first.
+        """Stop a waiting or running job; a running job writes a checkpoint first.
 
         Args:
             name: name of the job.
@@ -253,7 +255,7 @@ class TrainingQueue:
                     os.kill(pid, signal.SIGTERM)
 
     def resume(self, name: str) -> None:
-        """Put a stopped job at the end of the queue; it continues from its last checkpoint.
+        """Add a stopped or failed job to the queue again; it continues from its last checkpoint.
 
         Args:
             name: name of the job.
@@ -318,19 +320,22 @@ class TrainingQueue:
 
     @contextlib.contextmanager
     def _lock(self, field: str) -> Iterator[None]:
-        """Lock the queue, and report a folder that cannot be used as an error of `field`."""
+        """Lock the queue for a `with` block.
+
+        If another server keeps the lock, or the folder cannot be used, raise UserError for `field`.
+        """
         try:
             with FileLock(self.folder / ".lock", timeout=_LOCK_SECONDS):
                 yield
         except Timeout:
             message = "Another server is changing the list of trainings: try again."
             raise UserError(message, field) from None
-        except (OSError, NotImplementedError) as error:  # NotImplementedError: no locks here
+        except (OSError, NotImplementedError) as error:  # NotImplementedError: no file locks
             raise _storage_error(self.folder, error, field) from None
 
 
 def training_environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of a training: the variables that it needs, without any secret.
+    """Return the environment variables for the process of a training, without any secret.
 
     Args:
         variables: environment of the server.
@@ -344,7 +349,7 @@ def training_environment(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def _check(text: str | None, files: Sequence[Path], size: str, minutes: float | None) -> None:
-    """Check the fields of a new job."""
+    """Raise UserError if a field of a new job is missing or out of range."""
     if not (text and text.strip()) and not files:
         raise UserError("The text is empty: paste a text, or add files.", "text")
     try:
@@ -367,12 +372,12 @@ def _check(text: str | None, files: Sequence[Path], size: str, minutes: float | 
     if size not in SIZES:
         raise UserError(f"Choose a size: {', '.join(SIZES)}.", "size")
     low, high = MINUTES
-    if minutes is None or not low <= minutes <= high:  # also if it is not a number
+    if minutes is None or not low <= minutes <= high:  # NaN is rejected too
         raise UserError(f"Choose from {low:g} to {high:g} minutes.", "minutes")
 
 
 def _stored(index: int, name: str) -> str:
-    """Return the name under which an upload is stored: a number and the extensions of `name`."""
+    """Return the file name of a stored upload: its index and the extensions of `name`."""
     match = re.search(r"(\.[a-z0-9]{1,8}){1,2}$", name.lower())
     return f"{index:03d}{match[0] if match else ''}"
 
@@ -385,7 +390,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _storage_error(folder: Path, error: OSError | NotImplementedError, field: str) -> UserError:
-    """Return the error of `field` for a folder of jobs that cannot be locked, read or written."""
+    """Return a UserError for `field`: the folder of jobs cannot be used because of `error`."""
     code = getattr(error, "errno", None)
     if code in (errno.ENOSPC, errno.EDQUOT):
         return UserError("The disk is full: free some space, then try again.", field)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 FIELDS = ("text", "files", "size", "minutes", "start", "job")  # fields that can have an error
 N_VIEWS = 6  # number of components that `_views` updates
-POLL_SECONDS = 1.5  # interval at which the page shows a training again
+POLL_SECONDS = 1.5  # interval at which the page updates the list and the view
 START_FROM, RANDOM = "Start from", "random weights"
 
 INTRODUCTION = """Train a model on your own stories. The training is a process of its own: it
@@ -51,13 +51,13 @@ class _Form:
     files: gr.File
     add: gr.Button
     chosen: gr.Dropdown
-    known: gr.State  # choices of the list, which is sent again only if it changes
+    known: gr.State  # choices of the list on the page; the list is sent only if they change
     stop: gr.Button
     resume: gr.Button
     remove: gr.Button
     view: gr.HTML
     slots: list[gr.HTML]  # errors, in the order of FIELDS
-    shown: gr.State  # errors of the job on the page
+    shown: gr.State  # error of the selected job that the page shows, by field
 
     @property
     def views(self) -> list[Component]:
@@ -71,8 +71,8 @@ def training_tab(page: gr.Blocks, tab: gr.Tab, playground: Playground, training:
     Args:
         page: the page that contains the tab.
         tab: the tab.
-        playground: the models of the page, from which a training may start.
-        training: the queue, and the token that a visitor needs.
+        playground: the models of the page. A training may start from one of them.
+        training: the queue of trainings and its access token.
     """
     form, events = _form(playground), _Events(playground, training)
     how: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -84,13 +84,13 @@ def training_tab(page: gr.Blocks, tab: gr.Tab, playground: Playground, training:
     polled = [form.chosen, form.known, form.shown], [*form.views, *form.slots, form.shown]
     form.chosen.input(events.poll, *polled, **how)
     gr.Timer(POLL_SECONDS).tick(events.poll, *polled, **how)
-    for event in (page.load, tab.select):  # also the tab, which is built when it is opened
+    for event in (page.load, tab.select):  # the tab too, which is not built until it is opened
         opened = event(events.open_page, None, [form.refusal, form.column], **how)
         opened.then(events.poll, *polled, **how)
 
 
 def _form(playground: Playground) -> _Form:
-    """Add the components to the tab."""
+    """Add the components to the tab, and return them."""
     gr.Markdown(INTRODUCTION)
     refusal = gr.HTML(note_html(REFUSAL, "error"), elem_id="no-token")
     errors = {}
@@ -104,7 +104,7 @@ def _form(playground: Playground) -> _Form:
             size = gr.Dropdown(sizes, value="small", label="Size")
             start = gr.Dropdown([RANDOM, *playground.models], value=RANDOM, label=START_FROM)
             minutes = gr.Number(5, label="Minutes")
-        start.change(  # another start keeps the size of its model
+        start.change(  # a training from a model has the size of that model
             lambda name: gr.Dropdown(visible=name == RANDOM), start, size, show_progress="hidden",
             api_visibility="private",
         )  # fmt: skip
@@ -126,14 +126,14 @@ def _form(playground: Playground) -> _Form:
 
 
 class _Events:
-    """Answers to the events of the tab."""
+    """Event handlers of the tab Train. Except `allowed`, they return updates of its components."""
 
     def __init__(self, playground: Playground, training: Training) -> None:
         self.playground, self.training = playground, training
         self.uploads = Path(get_upload_folder()).resolve()
 
     def allowed(self, request: gr.Request) -> bool:
-        """Return whether the visitor may train."""
+        """Return whether the request has the cookie with the access token."""
         access = self.training.access
         return access.allows(request.cookies.get(access.cookie))
 
@@ -141,7 +141,7 @@ class _Events:
         self, text: str, files: list[str] | None, size: str, start: str, minutes: float,
         request: gr.Request,
     ) -> list[Any]:  # fmt: skip
-        """Add a job; also empty the field of the files if it was added."""
+        """Add a job; if this succeeds, empty the field of the files."""
 
         def add_job() -> Job:
             paths = [Path(name) for name in files or []]
@@ -168,7 +168,14 @@ class _Events:
     def poll(
         self, name: str | None, known: list[Any], shown: dict[str, str], request: gr.Request
     ) -> list[Any]:
-        """Return the list and the view, and the error of the job at its field."""
+        """Return updates of the list of jobs, the buttons, the view of a job and the errors.
+
+        Args:
+            name: name of the job that is selected on the page.
+            known: choices of the list that the page already has.
+            shown: error of the job that the page already shows, by field.
+            request: request of the visitor.
+        """
         if not self.allowed(request):
             return [gr.skip()] * (N_VIEWS + len(FIELDS) + 1)
         views = [gr.skip()] * N_VIEWS
@@ -184,18 +191,18 @@ class _Events:
         return [*views, *fields, problem]
 
     def open_page(self, request: gr.Request) -> list[Any]:
-        """Show the form, or why the visitor may not use it."""
+        """Show the form, or a refusal if the visitor may not train."""
         may = self.allowed(request)
         return [gr.HTML(visible=not may), gr.Column(visible=may)]
 
     def _act(
         self, action: Callable[[], Job | None], name: str | None, request: gr.Request
     ) -> list[Any]:
-        """Call `action` if the visitor may; return the error slots, the list and the view.
+        """Call `action` if the visitor may train; return updates of the errors, list and view.
 
         Args:
-            action: function that returns a new job, or None.
-            name: name of the job to show if there is no new one.
+            action: function to call without arguments. It returns the job that it added, or None.
+            name: name of the job to show if no job was added.
             request: request of the visitor.
         """
         views = [gr.skip()] * N_VIEWS
@@ -209,7 +216,7 @@ class _Events:
             return [*_errors(_field(error), error.message), *views]
 
     def _start_from(self, name: str) -> dict[str, str] | None:
-        """Return path and name of a model of the page; None for random weights."""
+        """Return the checkpoint path and the name of a model; None for random weights."""
         model = self.playground.models.get(name)
         if model is None or model.checkpoint is None:
             return None
@@ -217,12 +224,12 @@ class _Events:
 
 
 def _field(error: UserError) -> str:
-    """Return the field of an error."""
+    """Return the field of the form that an error is about; "start" for any other error."""
     return error.argument if error.argument in FIELDS else "start"
 
 
 def _errors(field: str | None = None, message: str = "") -> list[str]:
-    """Return the HTML of all error slots; only that of `field` is not empty."""
+    """Return the HTML of all error slots: `message` for `field`, "" for the other fields."""
     return [note_html(one_line(message), "error") if name == field else "" for name in FIELDS]
 
 
@@ -232,7 +239,7 @@ def _field_error(job: Job) -> dict[str, str]:
 
 
 def _selected(training: Training, name: str | None) -> Job | None:
-    """Return the job called `name`, or else the running or newest job; None if there is none."""
+    """Return the job `name`, else the running job, else the newest; None if there are no jobs."""
     jobs = training.queue.jobs()
     running = [job for job in jobs if job.state == "running"]
     chosen = [job for job in jobs if job.name == name]
@@ -248,14 +255,14 @@ def _views(
         training: the queue.
         name: name of the job to show.
         known: choices that the page already has.
-        current: name that is chosen on the page.
+        current: name of the job that is selected on the page.
     """
     jobs, job = training.queue.jobs(), _selected(training, name)
     choices = [[_label(each), each.name] for each in jobs]
     value = None if job is None else job.name
     listed = gr.skip()
     if choices != known or value != current:
-        # Without a value, what the visitor chooses meanwhile stays.
+        # An update without a value keeps what the visitor selects in the meantime.
         chosen: dict[str, Any] = {} if value == current else {"value": value}
         pairs = [(label, key) for label, key in choices]
         listed = gr.Dropdown(pairs, visible=bool(choices), **chosen)

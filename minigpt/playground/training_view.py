@@ -26,7 +26,7 @@ def job_html(job: Job, n_waiting: int = 0) -> str:
 
     Args:
         job: the training.
-        n_waiting: number of trainings that wait.
+        n_waiting: number of waiting trainings.
     """
     parts = [note_html(_state_line(job, n_waiting))]
     if job.error is not None:

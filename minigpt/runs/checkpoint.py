@@ -45,7 +45,9 @@ def read_model(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
 
 
 def with_weights(model: GPT, weights: dict[str, Tensor], path: Path) -> GPT:
-    """Load weights into a model, converted to the dtype of the model, and return the model.
+    """Load weights into a model and return the model.
+
+    The weights are converted to the dtype of the model.
 
     Args:
         model: the model.
@@ -85,7 +87,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def weights_fingerprint(model: GPT) -> str:
-    """Return a hash of all parameters as float32, which identifies the weights."""
+    """Return a hash of the names and float32 values of all parameters, to identify the weights."""
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(model.named_parameters()):
         digest.update(name.encode())
@@ -97,7 +99,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Return the content of a checkpoint or snapshot; only tensors and plain values are accepted.
 
     Args:
-        path: a Lightning checkpoint, or a snapshot of the weights.
+        path: a Lightning checkpoint, or a file from `write_snapshot`.
 
     Returns:
         A dict with at least `state_dict` and `hyper_parameters`; for a snapshot, also
@@ -179,8 +181,12 @@ def write_snapshot(
 def _with_sorted_header(content: bytes) -> bytes:
     """Return a safetensors file with a sorted header, so that equal weights give equal bytes.
 
-    The library writes the metadata in random order. A file consists of the length of the header in
-    eight bytes, the header in JSON, padded with spaces to a multiple of eight bytes, and the data.
+    The library safetensors writes the metadata in random order. A file consists of three parts:
+    eight bytes with the length of the header; the header in JSON, which spaces extend to a multiple
+    of eight bytes; and the data.
+
+    Args:
+        content: content of the file.
     """
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.dumps(
@@ -191,13 +197,14 @@ def _with_sorted_header(content: bytes) -> bytes:
 
 
 def snapshot_values(path: Path) -> tuple[int, float]:
-    """Return the number of training tokens of a snapshot, and its training loss.
+    """Return the number of tokens that a snapshot was trained on, and its training loss.
 
     Args:
         path: the file, written by `write_snapshot`.
 
     Returns:
-        The number of tokens, and the loss of the last batch in nats per token, NaN at step 0.
+        The number of tokens, and the loss of the last batch before the snapshot in nats per token.
+        At step 0, the loss is NaN.
 
     Raises:
         UserError: the file is damaged or not a snapshot.
@@ -211,7 +218,10 @@ def snapshot_values(path: Path) -> tuple[int, float]:
 
 
 def is_whole(path: Path) -> bool:
-    """Return whether a checkpoint is undamaged, by the CRC-32 checksums in its zip archive."""
+    """Return whether a checkpoint is undamaged, according to the checksums in its zip archive.
+
+    A checkpoint that `read_checkpoint` rejects because it contains code counts as undamaged.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:

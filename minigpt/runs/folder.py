@@ -46,7 +46,7 @@ from minigpt.runs.provenance import Parent, parent_of, teachers_of
 from minigpt.runs.records import read_summary
 from minigpt.tokenizer import Tokenizer
 
-RUN_FOLDER_VARIABLE = "MINIGPT_RUN_FOLDER"  # run folder, from rank 0 to processes that it starts
+RUN_FOLDER_VARIABLE = "MINIGPT_RUN_FOLDER"  # passes the folder to processes that rank 0 starts
 ModelFactory = Callable[[Any], GPT]  # subclass of GPT, or a function from config to model
 
 # Values for settings that are missing in the config.yaml of an older run: the defaults as of commit
@@ -69,9 +69,10 @@ class Run:
     """Run folder with a selected checkpoint; config, tokenizer and summary are read only once.
 
     Args:
-        folder: the run folder, or an export in the format safetensors.
-        checkpoint: the selected checkpoint, or the weights of the export.
-        model: class of the model, or a function from its config to a model; None means `GPT`.
+        folder: the run folder, or the folder of a model exported in the format safetensors.
+        checkpoint: file of the selected checkpoint, or of the weights in the export.
+        model: class of the model, or a function that creates the model from its config; None means
+            `GPT`.
     """
 
     folder: Path
@@ -87,15 +88,16 @@ class Run:
 
         Args:
             path: a run folder, a folder of runs (the newest run is selected), a checkpoint or
-                snapshot in a run folder, or an export. A `Run` is returned unchanged.
-            model: class of the model, or a function from its config to a model; None means `GPT`.
+                snapshot in a run folder, or an exported model. A `Run` is returned unchanged.
+            model: class of the model, or a function that creates the model from its config; None
+                means `GPT`.
 
         Returns:
             The run, with the selected checkpoint. `load_model` loads its model.
 
         Raises:
             UserError: there is no run or no checkpoint at `path`, or the run folder contains a
-                link to a path outside it.
+                link to a path outside the run folder.
         """
         if isinstance(path, Run):
             return path
@@ -146,9 +148,9 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """Content of summary.json, with the steps, tokens and seconds of the selected checkpoint.
 
-        If there is no summary.json, because the run is still training or was killed, the summary
-        contains only these three and the parent, if the run has a parent. A snapshot does not
-        record its seconds.
+        There is no summary.json if the run is still training or was killed. The summary then
+        contains only these three values, and the records of the parent run and the teachers, if
+        there are any. A snapshot does not record the seconds, so they may be missing.
 
         Raises:
             UserError: summary.json or the checkpoint is damaged.
@@ -163,7 +165,7 @@ class Run:
                 summary = {**summary, key: stored[key]}
         if steps == summary.get("steps"):
             return summary
-        summary.pop("cycles", None)  # only the final weights are a mean
+        summary.pop("cycles", None)  # only the final weights are a mean over cycles
         summary.pop("seconds", None)
         with contextlib.suppress(KeyError, TypeError, ValueError):
             summary["seconds"] = round(float(content["callbacks"]["Throughput"]["seconds"]), 1)
@@ -226,7 +228,9 @@ class Run:
         return model.to(device).eval().requires_grad_(False)
 
     def provenance(self, model: GPT) -> Parent:
-        """Return the record of this run in a run that starts from it or is taught by it.
+        """Return a record of this run, to be stored in other runs that depend on it.
+
+        Such a run starts with the weights of this run, or has this run as a teacher.
 
         Args:
             model: the model of this run.
@@ -257,7 +261,9 @@ class Run:
 
 
 def bundled_release(name: str = "w64") -> Path:
-    """Return the folder of a released model in this checkout; `w64` has snapshots of its training.
+    """Return the folder of a released model in this checkout.
+
+    The release `w64` also contains snapshots of the weights during its training.
 
     Args:
         name: name of the folder in releases/.
@@ -282,7 +288,7 @@ def config_class(factory: ModelFactory) -> type[GPTConfig]:
 
 
 def last_checkpoints(folder: Path) -> list[Path]:
-    """Return last.ckpt, last-1.ckpt, ... in a run folder, newest first."""
+    """Return the paths of last.ckpt, last-1.ckpt, ... in a run folder, newest first."""
     paths = (folder / CHECKPOINTS).glob(f"{LAST}*.ckpt")
     matches = ((re.fullmatch(rf"{LAST}(?:-(\d+))?", path.stem), path) for path in paths)
     ages = [(int(match[1] or 0), path) for match, path in matches if match]
@@ -309,7 +315,7 @@ def last_checkpoint(path: Path) -> Path:
         The path of the checkpoint file.
 
     Raises:
-        UserError: there is no checkpoint at `path`.
+        UserError: there is no checkpoint at `path`, or the file contains only weights.
     """
     if checkpoints := last_checkpoints(path):
         return first_undamaged(checkpoints)
@@ -327,15 +333,15 @@ def new_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool = F
     """Create the folder of a new run and return its path; all processes of the run share it.
 
     The process of rank 0 creates the folder. It passes the path to the other processes through the
-    store of torchrun, or in the environment of processes that Lightning starts. Processes that are
-    started in another way, such as by srun, need `name`.
+    store of torchrun, or in the environment of processes that Lightning starts. If the processes
+    were started in another way, such as by srun, `name` is required.
 
     Args:
         parent: folder of all runs, created if missing.
         name: name of the run; None means a name from model size and time.
         size: name of the model size.
-        exist_ok: whether a folder called `name` may already exist, as after a run that was killed
-            early.
+        exist_ok: whether a folder called `name` may already exist, for example because the run was
+            started before and killed early.
 
     Returns:
         The path of the folder, the same in all processes.
@@ -409,7 +415,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _current(values: Any, section: str) -> Any:
-    """Return a section without OLD_SETTINGS; missing settings have their OLD_DEFAULTS."""
+    """Return the settings of a section, adapted to the current version.
+
+    Settings in OLD_SETTINGS are removed. Missing settings get the values in OLD_DEFAULTS.
+
+    Args:
+        values: the settings by name. Anything but a mapping is returned unchanged.
+        section: name of the section, such as "model".
+    """
     if not isinstance(values, Mapping):
         return values
     removed = OLD_SETTINGS.get(section, ())

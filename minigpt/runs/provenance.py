@@ -1,4 +1,4 @@
-"""Provenance of weights: the commit of the code, the overrides, and the parent run."""
+"""Provenance of weights: commit of the code, overrides, parent run and teachers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 from minigpt.core.settings import UserError, build
 from minigpt.core.typed import is_quoted, split_items
 
-# Settings for one machine or one user, which exports leave out.
+# Settings that belong to one machine or one user. They are left out of exports.
 MACHINE = ("runs_dir", "resume", "logger", "callbacks")
 _FOLDERS = re.compile(r"""(?<=[=,\s"'(\[{])(?:~|[A-Za-z]:)?[/\\](?:[^,()\[\]{}"']*[/\\])?""")
 
@@ -33,7 +33,10 @@ def source_commit() -> str:
 
 
 def _checkout_commit(root: Path) -> str | None:
-    """Return the commit of the repository at `root`; None if `root` is not this project."""
+    """Return the commit of the repository at `root`.
+
+    Return None if `root` is not the root folder of this project, or if git fails.
+    """
     try:
         project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         if project["name"] != "minigpt":
@@ -61,10 +64,10 @@ def _installed_commit(package: Path) -> str:
 
 
 def portable_overrides(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides of a run, without those that concern only its machine or user.
+    """Return the overrides of a run, without what belongs to one machine or one user.
 
-    Overrides of `runs_dir`, `resume`, `logger`, `callbacks` and `data.cache_dir` are removed. A
-    path that is absolute or begins with ~/ is reduced to its last component.
+    Overrides of `runs_dir`, `resume`, `logger`, `callbacks` and `data.cache_dir` are removed. In
+    the remaining ones, a path that is absolute or begins with ~/ is reduced to its last component.
 
     Args:
         overrides: the overrides as typed, such as "model=large".
@@ -77,9 +80,9 @@ def portable_overrides(overrides: Sequence[str]) -> list[str]:
 
 
 def _portable(override: str) -> str:
-    """Return an override without the folders of absolute paths."""
+    """Return an override in which each absolute path is reduced to its last component."""
     key, equals, value = override.partition("=")
-    if value.startswith("{") or re.search(r"(?<!\\)\$\{", value):  # a dict, or a reference
+    if value.startswith("{") or re.search(r"(?<!\\)\$\{", value):  # a dict, or with a reference
         return _FOLDERS.sub("", override)
     if not (value.startswith("[") and value.endswith("]")):
         return f"{key}{equals}{_file_name(value)}"
@@ -87,7 +90,10 @@ def _portable(override: str) -> str:
 
 
 def _file_name(text: str) -> str:
-    """Return the last component of an absolute path, in quotes if it was typed in quotes."""
+    """Return the last component of an absolute path; return any other text unchanged.
+
+    Quotes around the text are kept.
+    """
     quote, path = (text[0], text[1:-1]) if is_quoted(text) else ("", text)
     absolute = re.match(r"(~[^/\\]*|[A-Za-z]:)?[/\\]", path)
     return quote + (re.split(r"[/\\]", path)[-1] if absolute else path) + quote
@@ -95,16 +101,18 @@ def _file_name(text: str) -> str:
 
 @dataclass(frozen=True)
 class Parent:
-    """Record of a run that another run was initialised from (`init_from`) or is taught by.
+    """Record of a parent run or of a teacher, stored in the run that was trained from it.
 
-    Tokens, seconds and sources include those of all earlier ancestors by `init_from`.
+    The parent run, which the setting `init_from` names, provides the initial weights. Tokens,
+    seconds and sources include those of all ancestors of the recorded run: its own parent run, the
+    parent of that parent, and so on.
 
     Raises:
         ValueError: the name or a source is not printable, or a number is negative.
     """
 
     name: str
-    """Name of the folder of the parent run."""
+    """Name of the folder of the recorded run."""
 
     weights: str
     """Fingerprint of the weights, from `weights_fingerprint`."""
@@ -116,10 +124,10 @@ class Parent:
     """Training time of the weights in seconds; None means unknown."""
 
     sources: list[str]
-    """Each `data.source` that the weights were trained on, oldest first."""
+    """Values of the setting `data.source` that the weights were trained on, oldest first."""
 
     teachers: list[Parent] = field(default_factory=list)
-    """All teachers of the run, of its ancestors and of these teachers, each once."""
+    """Teachers of the run and of its ancestors, and the teachers of these teachers, each once."""
 
     def __post_init__(self) -> None:
         if not all(text.isprintable() for text in (self.name, *self.sources)):
@@ -129,13 +137,14 @@ class Parent:
 
 
 def parent_of(record: Mapping[str, Any], path: Path) -> Parent | None:
-    """Return the parent of a run, from its summary or the hyper-parameters in its checkpoint.
+    """Return the record of a run's parent, from the summary or the checkpoint of the run.
 
     Keys that `Parent` does not have, such as the ancestors' commands in records of earlier
     versions, are ignored.
 
     Args:
-        record: summary or hyper-parameters, with the parent under the key `init_from`.
+        record: summary of a run, or hyper-parameters in its checkpoint. The parent is under the
+            key `init_from`.
         path: path of the file with the record, for error messages.
 
     Returns:
@@ -154,8 +163,8 @@ def teachers_of(record: Mapping[str, Any], path: Path) -> list[Parent]:
     These are the teachers of the run and of its ancestors, and the teachers of these teachers.
 
     Args:
-        record: summary or hyper-parameters, with the run's own teachers under the key `teachers`
-            and the parent under `init_from`.
+        record: summary of a run, or hyper-parameters in its checkpoint. The run's own teachers are
+            under the key `teachers`, and the parent is under `init_from`.
         path: path of the file with the record, for error messages.
 
     Raises:
@@ -167,7 +176,10 @@ def teachers_of(record: Mapping[str, Any], path: Path) -> list[Parent]:
 
 
 def own_teachers(record: Mapping[str, Any], path: Path) -> list[Parent]:
-    """Return the teachers of a run itself, with the arguments and errors of `teachers_of`."""
+    """Return only the teachers that a run itself learned from.
+
+    The arguments and the errors are those of `teachers_of`.
+    """
     entries = record.get("teachers") or []
     if not isinstance(entries, list):
         raise UserError(f"{path}: teachers must be a list: restore the file, or train again")
@@ -182,12 +194,12 @@ def _record(entry: Any, where: str) -> Parent:
 
 
 def _distinct(teachers: Iterable[Parent]) -> list[Parent]:
-    """Return the teachers without repetitions; the teachers in their records are left out."""
+    """Return each teacher once, with an empty list of its own teachers."""
     by_weights = {t.weights: replace(t, teachers=[]) for t in teachers}
     return list(by_weights.values())
 
 
 def total_tokens(teachers: Iterable[Parent]) -> int | None:
-    """Return the number of tokens that all teachers were trained on; None if one is unknown."""
+    """Return the total number of training tokens of the teachers; None if one is unknown."""
     counts = [teacher.tokens for teacher in teachers]
     return None if None in counts else sum(n for n in counts if n is not None)

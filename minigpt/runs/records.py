@@ -97,7 +97,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def series(rows: list[Row], name: str) -> tuple[list[float], list[float]]:
-    """Return a column of metrics.csv as a function of training tokens.
+    """Return the values in a column of metrics.csv, with the number of training tokens for each.
 
     Args:
         rows: rows of metrics.csv, from `read_metrics`.

@@ -1,7 +1,8 @@
 """Compare recipes by the validation losses of runs that have the same seeds.
 
-Runs with the same seed read the same batches, so the difference of their losses has less noise than
-the losses themselves.
+A recipe is all settings of a run, except the seed and those that depend on the machine. Runs with
+the same seed read the same batches, so the difference of their losses has less noise than the
+losses themselves.
 """
 
 from __future__ import annotations
@@ -30,27 +31,28 @@ _IGNORED = {*MACHINE, "name", "seed", "size", "overrides"}
 
 @dataclass(frozen=True)
 class Comparison:
-    """Validation loss of a recipe, compared with the first recipe by seed."""
+    """Validation losses of a recipe, and their differences from the first recipe, seed by seed."""
 
     change: str  # settings that differ from the first recipe; "" for the first recipe
     losses: dict[int, float]  # nats per token by seed
-    differences: tuple[float, ...]  # loss minus that of the first recipe, for each common seed
+    # Loss minus the loss of the first recipe, for each common seed; empty for the first recipe.
+    differences: tuple[float, ...]
     seconds: float | None  # mean training time of a run
 
     @property
     def difference(self) -> float | None:
-        """Mean difference to the first recipe, in nats per token; None without common seeds."""
+        """Mean of `differences`, in nats per token; None if there are none."""
         return fmean(self.differences) if self.differences else None
 
     @property
     def standard_error(self) -> float | None:
-        """Standard error of `difference`; None for fewer than two common seeds."""
+        """Standard error of `difference`; None if there are fewer than two differences."""
         n = len(self.differences)
         return stdev(self.differences) / math.sqrt(n) if n > 1 else None
 
     @property
     def shown(self) -> bool | None:
-        """Whether the difference is larger than two standard errors; None if that is unknown."""
+        """Whether |difference| exceeds two standard errors; None if there is no standard error."""
         if self.difference is None or self.standard_error is None:
             return None
         return abs(self.difference) > 2 * self.standard_error
@@ -59,13 +61,14 @@ class Comparison:
 def compare(runs: Sequence[RunResult]) -> list[Comparison]:
     """Group finished runs by recipe, and compare each recipe with that of the first run.
 
-    The recipe is all settings except the seed and those that depend on the machine.
+    Two runs have the same recipe if all settings are equal, except the seed and those that depend
+    on the machine.
 
     Args:
         runs: results of runs; those without a final validation loss are left out.
 
     Returns:
-        The recipes in the order of their first runs.
+        A comparison for each recipe. The recipes are in the order of their first runs.
 
     Raises:
         UserError: no run has a final validation loss, or two runs have the same recipe and seed.
@@ -112,7 +115,7 @@ def _losses(runs: list[RunResult]) -> dict[int, float]:
 
 
 def _recipe(path: Path) -> dict[str, Any]:
-    """Return the settings that define a recipe, with the names of folders instead of paths."""
+    """Return the settings that define a recipe, with absolute paths cut to their last component."""
     config = {name: value for name, value in Run(path, path).config.items() if name not in _IGNORED}
 
     def portable(value: Any) -> Any:
@@ -126,7 +129,7 @@ def _recipe(path: Path) -> dict[str, Any]:
 
 
 def cells(comparison: Comparison) -> list[str]:
-    """Return the cells of a recipe in the order of `COLUMNS`."""
+    """Return the table cells of a recipe, in the order of `COLUMNS`."""
     shown = {True: "yes", False: "no", None: "–"}
     return [
         comparison.change or "(first recipe)",

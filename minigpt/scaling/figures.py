@@ -31,12 +31,13 @@ Points = list[tuple[float, float]]
 def scaling_figure(groups: Sequence[RunGroup]) -> Figure:
     """Plot perplexity against the number of parameters.
 
-    The main group is the group with the most sizes. The figure shows the means of its sizes, its
-    fitted law, and error bars from the lowest to the highest perplexity of the runs. For a size
-    whose lowest mean is in another group, the figure shows this mean as well.
+    The figure shows the main group, which is the group with the most model sizes. For each of these
+    sizes, a point is the mean perplexity of the runs, and an error bar extends from the lowest to
+    the highest perplexity. A curve is the law fitted to the main group. If another group has a
+    lower mean at a size, or if only other groups have a size, the lowest mean is drawn as well.
 
     Args:
-        groups: groups of comparable runs; without groups, only the reference models are drawn.
+        groups: groups of comparable runs; if empty, only the reference models are drawn.
 
     Returns:
         The figure.
@@ -46,7 +47,7 @@ def scaling_figure(groups: Sequence[RunGroup]) -> Figure:
     series: dict[str, Points] = {REFERENCE_LABEL: [(r.parameters, r.perplexity) for r in REFERENCE]}
     forms = ["D--", f"{MARKERS[0]}-", f"{MARKERS[1]}-"]
     if groups:
-        main = max(groups, key=lambda group: len(group.sizes))  # the first of those with the most
+        main = max(groups, key=lambda group: len(group.sizes))  # at a tie, the first
         corpora = {group.corpus for group in groups}
         common = f"{main.corpus}, " if len(corpora) == 1 else ""  # left out of the label
         rows = [(s.parameters, s.perplexity, s.lowest, s.highest) for s in main.sizes]
@@ -76,7 +77,7 @@ def scaling_figure(groups: Sequence[RunGroup]) -> Figure:
 
 
 def _best_of_others(main: RunGroup, groups: Iterable[RunGroup]) -> Points:
-    """Return (size, lowest mean) for each size whose lowest mean is not in the group `main`."""
+    """Return (parameters, lowest mean perplexity) for each size at which `main` is not the best."""
     best = {size.parameters: size.perplexity for size in main.sizes}
     better: dict[float, float] = {}
     for size in (size for group in groups for size in group.sizes):
@@ -88,8 +89,8 @@ def _best_of_others(main: RunGroup, groups: Iterable[RunGroup]) -> Points:
 def tokens_figure(runs: Sequence[RunResult]) -> Figure:
     """Plot perplexity against tokens seen, at each validation of the finished runs.
 
-    Runs with the same size, data and recipe form a series. At most three series are drawn: first
-    those with the most common data and recipe, then those trained on the most tokens.
+    Runs with the same size, data and recipe form a series. At most three series are drawn. Series
+    with the most common data and recipe are preferred, then series trained on the most tokens.
     """
     return _curves_figure(runs, lambda _: 1, "tokens")
 
@@ -100,16 +101,16 @@ def compute_figure(runs: Sequence[RunResult]) -> Figure:
 
 
 def _curves_figure(runs: Iterable[RunResult], per_token: Callable[[Any], Any], unit: str) -> Figure:
-    """Plot perplexity at each validation against tokens × `per_token(run)`.
+    """Plot perplexity at each validation against tokens seen, multiplied by `per_token(run)`.
 
-    `per_token` also takes a reference model. Runs for which it returns None are left out.
+    `per_token` is also called with each reference model. A run is left out if the result is None.
     """
     reference: Points = [(per_token(r) * r.tokens, r.perplexity) for r in REFERENCE]
     scaled = [(run, per_token(run)) for run in runs if per_token(run) and run.point and run.curve]
     kinds = [(run.corpus, run.recipe) for run, _ in scaled]
     usual = max(kinds, key=kinds.count, default=("", ""))
     series: dict[str, list[Points]] = {}
-    # The most common kind comes first, then the most tokens, then the largest model.
+    # Ascending: the last runs have the most common data and recipe, and of these the most tokens.
     scaled.sort(key=lambda p: ((p[0].corpus, p[0].recipe) == usual, p[0].tokens, p[0].parameters))
     for run, scale in reversed(scaled):
         kind = zip((run.corpus, run.recipe), usual, strict=True)
@@ -142,7 +143,7 @@ def _curves_figure(runs: Iterable[RunResult], per_token: Callable[[Any], Any], u
 
 
 def _dense(curve: Points, between: int = 12) -> Points:
-    """Return points on the straight lines between the points of `curve` on logarithmic axes."""
+    """Interpolate `curve` linearly on logarithmic axes, and return `between` points per segment."""
     fine = np.linspace(0, len(curve) - 1, between * (len(curve) - 1) + 1)
     columns = [np.interp(fine, range(len(curve)), logs) for logs in np.log(curve).T]
     return list(map(tuple, np.exp(columns).T.tolist()))
@@ -159,10 +160,10 @@ def _axes(xlabel: str) -> tuple[Figure, Axes]:
 
 
 def _finish(axes: Axes, title: str, space: float) -> None:
-    """Fix the limits of both axes, and set ticks at round numbers.
+    """Set the title, fix the limits of both axes, and set ticks at round numbers.
 
-    `space` is the width of the empty space for labels on the right, as a fraction of the axis. An
-    axis that spans few decades has more ticks per decade.
+    The horizontal axis is extended on the right by the fraction `space` of its width, to make space
+    for labels. An axis that spans few decades has more ticks per decade.
     """
     axes.set_title(title, loc="left", fontsize=11)
     axes.margins(x=0.06, y=0.12)
@@ -180,7 +181,7 @@ def _count(value: float) -> str:
 
 
 def _power(a: float) -> str:
-    """Format A for a title: 8.42, 842, 1086, or 3.1e6."""
+    """Format A, the coefficient of the law, for a title, such as 8.42, 842, 1086 or 3.1e6."""
     if a < 1e3:
         return f"{a:.3g}"
     return f"{a:.0f}" if a < 1e4 else f"{a:.1e}".replace("e+0", "e").replace("e+", "e")

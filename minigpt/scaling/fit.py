@@ -71,7 +71,7 @@ class Fit:
     residual: float  # root mean square residual, nats per token
     seed_noise: float | None  # standard deviation between seeds; None if no size has two runs
     intervals: dict[str, Interval] | None  # of e, a and alpha; None if `seed_noise` is None
-    deviations: Array  # pooled deviations from the mean of each size, for the bootstrap
+    deviations: Array  # scaled deviations of runs from the mean of their size, see `fit_sizes`
     replicates: Array  # [replicates, 3]: e, a, alpha; empty if `seed_noise` is None
 
     def loss(self, n: float) -> float:
@@ -86,8 +86,8 @@ class Fit:
             runs: number of runs in the mean.
 
         Returns:
-            The interval in nats per token; None if no size has two runs, so that the seed noise is
-            unknown.
+            The interval in nats per token; None if the seed noise is unknown, because the fit has
+            no size with two runs.
         """
         if not len(self.replicates):
             return None
@@ -97,7 +97,7 @@ class Fit:
 
     @property
     def at_limit(self) -> str | None:
-        """Reason why E, A and α are unreliable, such as a reached bound; None if there is none."""
+        """Reason why E, A and α are unreliable, such as α at its bound; None if none is known."""
         if self.e < 1e-3:
             return "E is at its lower bound 0"
         if self.alpha > MAX_ALPHA - 1e-2:
@@ -112,10 +112,10 @@ def fit_sizes(sizes: Sequence[Size], replicates: int = REPLICATES, seed: int = 0
 
     The intervals come from a bootstrap over seeds. Resampling the runs within each size would not
     work: two runs give only three different means, and a single run gives one. Instead, the
-    deviation of each run from the mean of its size is put into one pool. In a size with k > 1 runs,
-    the deviations are multiplied by sqrt(k / (k − 1)). For a size with m runs, each replicate adds
-    the mean of m random deviations from the pool to the fitted law. This method assumes equal noise
-    at all sizes, and it does not test the form of the law.
+    deviations of runs from the mean of their size are pooled over all sizes with several runs. In a
+    size with k runs, they are first multiplied by sqrt(k / (k − 1)). For a size with m runs, each
+    replicate adds the mean of m random deviations from the pool to the fitted law. This method
+    assumes equal noise at all sizes, and it does not test the form of the law.
 
     Args:
         sizes: the losses of each size, in any order.
@@ -143,7 +143,7 @@ def fit_sizes(sizes: Sequence[Size], replicates: int = REPLICATES, seed: int = 0
         pool = np.concatenate([deviations * np.sqrt(k / (k - 1)) for deviations, k in several])
         random = np.random.default_rng(seed)
         noise = [random.choice(pool, (replicates, len(s.losses))).mean(1) for s in sizes]
-        # Around the law, not around the means: residuals of the law are not seed noise.
+        # Noise is added to the law, not to the means: residuals of the law are not seed noise.
         samples = np.array([_fit(n, law + shift, (alpha,)) for shift in np.array(noise).T])
         columns = zip(("e", "a", "alpha"), samples.T, strict=True)
         intervals = {name: _interval(column) for name, column in columns}
@@ -152,10 +152,10 @@ def fit_sizes(sizes: Sequence[Size], replicates: int = REPLICATES, seed: int = 0
 
 
 def _fit(n: Array, losses: Array, starts: Sequence[float] = STARTS) -> tuple[float, float, float]:
-    """Return (E, A, α); the search begins at the best of `starts`, which are values of α.
+    """Return (E, A, α) of the law, fitted by least squares.
 
-    The search uses B instead of A. B is the excess loss at the geometric mean of the sizes, and is
-    of order one.
+    The search begins at the best of `starts`, which are values of α. The search uses B instead of
+    A. B is the excess loss at the geometric mean of the sizes, and is of order one.
     """
     middle = np.exp(np.log(n).mean())
 
@@ -163,7 +163,7 @@ def _fit(n: Array, losses: Array, starts: Sequence[float] = STARTS) -> tuple[flo
         return e + b * (size / middle) ** -alpha
 
     def linear(alpha: float) -> tuple[float, Array]:
-        """Return the residual sum of squares, and (E, B, α) with the best E and B for this α."""
+        """Return the residual sum of squares and (E, B, α), with the best E and B for this α."""
         falling = (n / middle) ** -alpha
         (b, e), *_ = np.linalg.lstsq(np.stack([falling, np.ones_like(n)], 1), losses, rcond=None)
         start = np.array([max(e, 0.0), max(b, 0.0), alpha])
@@ -186,17 +186,17 @@ def _interval(values: Array) -> Interval:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The loss of a size, in nats per token, predicted by the law fitted to all smaller sizes."""
+    """Measured loss of a size, and the loss predicted by the law fitted to all smaller sizes."""
 
-    n: int
-    predicted: float
-    interval: Interval | None  # for the mean of the same number of runs
-    measured: float
-    above: bool | None  # whether the measured loss is above the interval, if there is one
+    n: int  # parameters
+    predicted: float  # nats per token
+    interval: Interval | None  # of the predicted mean loss of as many runs as were measured
+    measured: float  # mean loss of the runs
+    above: bool | None  # whether `measured` is above `interval`; None without an interval
 
 
 def predictions(sizes: Sequence[Size], replicates: int = REPLICATES) -> list[Prediction]:
-    """Predict the loss of each size from all smaller sizes, if there are at least four.
+    """Predict the loss of each size that has at least four smaller sizes, from these sizes.
 
     Args:
         sizes: the losses of each size, in any order.
@@ -245,7 +245,7 @@ class RunGroup:
 
 
 def by_size(runs: Iterable[RunResult]) -> list[RunResult]:
-    """Sort runs by parameters, tokens and seed; unknown sizes come last."""
+    """Sort runs by parameters, tokens and seed; runs with unknown parameters come last."""
     return sorted(runs, key=lambda r: (r.parameters or math.inf, r.tokens, r.seed, str(r.path)))
 
 

@@ -33,7 +33,7 @@ _COMPARED = (  # settings that should be equal in a group of runs, besides all o
     "model.dropout", "model.embedding_scale", "model.residual_init", "data.batch_size",
     "data.holdout", "data.random_offset", "data.noise", "data.vocab_size",
 )  # fmt: skip
-COPIED_ROWS = 200  # maximum number of earlier training rows in a copied metrics.csv
+COPIED_ROWS = 200  # maximum number of training rows before the last 5 % in a copied metrics.csv
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class RunResult:
 
     path: Path
     model: str  # option of the config group `model`, such as small
-    data: str  # data.source
+    data: str  # value of the setting data.source
     corpus: str  # `data`, with the names of text files, `max_stories` and a non-default vocabulary
     recipe: str  # such as "adamw, unscaled embeddings" or "muon, from <run>, averaged"
     seed: int
@@ -77,7 +77,7 @@ class RunResult:
     perplexity: float | None
     bits_per_byte: float | None
     curve: tuple[tuple[float, float], ...] = ()  # (tokens seen, validation loss)
-    settings: dict[str, Any] = field(default_factory=dict)  # those that should agree in a group
+    settings: dict[str, Any] = field(default_factory=dict)  # should be equal in a group
 
     @property
     def name(self) -> str:
@@ -104,7 +104,7 @@ class RunResult:
 
     @property
     def reference_perplexity(self) -> float | None:
-        """Perplexity of the reference model with the same number of parameters, or None."""
+        """Perplexity of the reference model with as many parameters; None if there is none."""
         return {model.parameters: model.perplexity for model in REFERENCE}.get(self.parameters or 0)
 
 
@@ -258,7 +258,7 @@ def _is_late(row: Row, rows: list[Row]) -> bool:
 
 
 def keep_run(path: Path, into: Path) -> Path:
-    """Copy the records of a run to `into`/<name>; the copy is small enough for a repository.
+    """Copy the records of a run to a folder in `into`; the copy is small enough for a repository.
 
     The copy contains summary.json, config.yaml and metrics.csv. In config.yaml, absolute paths are
     reduced to their last component. In metrics.csv, the rows of all validations, the rows of the

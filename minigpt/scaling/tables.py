@@ -132,7 +132,7 @@ def law_line(group: RunGroup) -> str:
 
 
 def markdown(runs: Sequence[RunResult], groups: Sequence[RunGroup]) -> str:
-    """Return scaling.md: tables of the runs, recipes, laws and sizes, and the figures."""
+    """Return the text of scaling.md: figures, and tables of the runs, recipes, laws and sizes."""
     laws = [_law_cells(group, attribute) for group in groups for attribute in group.fits]
     sizes = [_size_cells(group, size) for group in groups for size in group.sizes]
     parts = [
@@ -175,7 +175,7 @@ def markdown(runs: Sequence[RunResult], groups: Sequence[RunGroup]) -> str:
 
 
 def _run_table(runs: Sequence[RunResult]) -> str:
-    """Return the table of runs, with the tokens of teachers if a run has teachers."""
+    """Return the table of runs, with a column for the tokens that teachers saw if a run has any."""
     columns, rows = list(COLUMNS), [list(_run_cells(run, "{:,}".format)) for run in runs]
     if any(run.teacher_tokens != 0 for run in runs):
         place = columns.index("tokens") + 1
@@ -202,14 +202,15 @@ def _run_cells(run: RunResult, count: Callable[[float], str]) -> tuple[str, ...]
 
 
 def _recipe_rows(runs: Sequence[RunResult]) -> list[list[str]]:
-    """Return the rows of the comparison of recipes.
+    """Return the rows of the table that compares recipes.
 
-    Each size, data set and token count that has several recipes gets a row per recipe.
+    For each combination of size, data set and token count with several recipes, there is one row
+    per recipe.
     """
     cases: dict[tuple[int, str, str], dict[str, list[RunResult]]] = {}
     for run in by_size(runs):
         if run.point and run.loss is not None:
-            tokens = human_count(float(f"{run.tokens:.2g}"))  # a run ends at a whole step
+            tokens = human_count(float(f"{run.tokens:.2g}"))  # rounded, as a run ends at a step
             recipes = cases.setdefault((run.point[0], run.data, tokens), {})
             recipes.setdefault(run.recipe, []).append(run)
     rows = []

@@ -1,4 +1,4 @@
-"""The parts of a run that is about to start: records, losses and the Lightning Trainer."""
+"""Last steps before training: write and log the settings, build the losses and the Trainer."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ from minigpt.training.teacher import Teachers
 
 
 def _tokens_seen(number: int | None) -> str:
-    """Return the number of tokens that a model was trained on, for the log."""
+    """Return a number of training tokens as text for the log; None means an unknown number."""
     return "an unknown number of" if number is None else human_count(number)
 
 
 @dataclasses.dataclass(frozen=True)
 class Assembly:
-    """A run that is about to start: its folder, settings and parts, which are already checked."""
+    """A run that is about to start: its folder, data and model, and its checked settings."""
 
     folder: Path
     config: TrainConfig
@@ -145,8 +145,8 @@ class Assembly:
             precision=hardware.precision,  # type: ignore[arg-type]
             max_steps=n_steps + validates,  # Lightning would skip a validation after the last step
             accumulate_grad_batches=accumulate,
-            # In batches, because a run is one pass of the loader. Validation saves a checkpoint, so
-            # it must come after a whole step.
+            # Counted in batches of the whole run. It is a multiple of `accumulate`, because a
+            # validation saves a checkpoint, which must come after a whole step.
             val_check_interval=accumulate * math.ceil(n_steps / c.n_validations),
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
@@ -161,7 +161,7 @@ class Assembly:
             plugins=[checkpoints.files, _environment()],
         )
         for logger in loggers:  # opens the W&B run, which `_fit` closes
-            shape = dataclasses.asdict(config.model)  # `model` is the name of the size
+            shape = dataclasses.asdict(config.model)  # not `model`, the name of the size
             logger.log_hyperparams({**plain(config), "shape": shape, **facts})
         return trainer
 
@@ -182,7 +182,7 @@ class Assembly:
             throughput,
             TrainingProgress(module, keep.progress_bar, throughput),
             StorySamples(module, folder, self.data.tokenizer, keep, config.seed, first_step),
-            # At the last step, snapshots and checkpoints contain the mean.
+            # Before the next two, so that the last snapshot and checkpoint contain the mean.
             *([CycleMean(module)] if config.optimizer.cycles else []),
             *([Snapshots(module, folder, keep.snapshots)] if keep.snapshots else []),
             checkpoints,
@@ -239,7 +239,8 @@ def set_losses(
 ) -> None:  # fmt: skip
     """Set the loss functions of `module`.
 
-    They use `kernels`, and may be compiled, recorded as a CUDA graph or split into micro-batches.
+    The functions use `kernels`. Depending on the device and the settings, they may also be compiled
+    by torch.compile, replayed as CUDA graphs, or computed in micro-batches.
     """
     model, c = module.net.use(kernels), config.trainer
     if teachers is not None:
@@ -253,7 +254,7 @@ def set_losses(
         module.distillation = module.distillation and torch.compile(module.distillation)
     module.graphed_updates = _records_graphs(hardware, c)
     if module.graphed_updates and _is_repeatable(module, hardware):
-        whole = model.loss  # for validation, whose batches may have two shapes
+        whole = model.loss  # for validation, where the last batch may be smaller
         module.fast_loss = graphed_loss(model, module.fast_loss or whole, whole)
         if (distillation := module.distillation) is not None:
             module.distillation = graphed_loss(model, distillation, distillation)
@@ -272,8 +273,9 @@ def _records_graphs(hardware: Hardware, c: TrainerConfig) -> bool:
 def _is_repeatable(module: GPTModule, hardware: Hardware) -> bool:
     """Return whether a recording of the training loss can be replayed in each step.
 
-    A recording would repeat the random numbers of dropout and the loss scale of 16-mixed, and what
-    the Python code of a custom class did in the first step.
+    Only the weights and the batch differ between two replays. Dropout needs new random numbers in
+    each step, and 16-mixed may need another loss scale. A custom class may have Python code that
+    must run in each step.
     """
     plain = is_plain(module.net) and not module.net.config.dropout
     return plain and hardware.precision != "16-mixed"

@@ -45,13 +45,13 @@ class Throughput(Callback):
     The time includes work between steps (data, logging) but not validations. `mfu` is the model's
     FLOP/s as a fraction of the peak FLOP/s of all devices (Chowdhery et al. 2022, arXiv:2204.02311,
     appendix B). If `mfu` exceeds 1, the measured peak is too low, usually because the machine was
-    busy. The peak is then measured again, once in a run.
+    busy during the measurement. The peak is then measured again, at most once.
 
     Args:
         module: the model in training.
         every: number of steps over which the speed is averaged.
-        measure_peak: function that returns the total peak of all devices in FLOP/s; if its
-            argument is true, it measures again.
+        measure_peak: function that returns the total peak of all devices in FLOP/s. If its
+            argument is true, the function measures the peak even if a cached value exists.
 
     Attributes:
         seconds: training time so far in seconds, including earlier parts of a resumed run.
@@ -65,16 +65,16 @@ class Throughput(Callback):
         self.module, self.every, self._measure_peak = module, every, measure_peak
         self.peak_flops = measure_peak(False)
         self.seconds, self.speed, self._measured_again = 0.0, 0.0, False
-        self._steps, self._elapsed = 0, 0.0  # in the current window
-        self._mark: float | None = None  # end of the last step; None after a pause
+        self._steps, self._elapsed = 0, 0.0  # batches and seconds in the current window
+        self._mark: float | None = None  # end of the last batch; None if the clock is stopped
 
     def on_train_batch_start(self, *_: Any, **__: Any) -> None:
-        """Start the clock after a pause."""
+        """Start the clock if it is stopped: at the first step, or after a validation."""
         if self._mark is None:
             self._mark = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        """Update `seconds` and `speed`, and log the speed and the MFU if the step has a row."""
+        """Update `seconds` and `speed`; log speed and MFU if this step has a row in metrics.csv."""
         assert self._mark is not None
         now = time.perf_counter()
         self._elapsed += now - self._mark
@@ -115,10 +115,10 @@ class StorySamples(Callback):
         module: the model in training.
         folder: the run folder.
         tokenizer: tokenizer of the run.
-        config: prompts, temperature and length.
+        config: prompts, sampling temperature and maximum length of the stories.
         seed: sampling seed, the same at each validation.
-        start_step: step at which a resumed run starts. Later stories in the file are dropped,
-            because the run writes them again.
+        start_step: step at which a resumed run starts. Stories of later steps are removed from
+            the file, because the run writes them again.
     """
 
     def __init__(
@@ -131,13 +131,13 @@ class StorySamples(Callback):
 
     @rank_zero_only
     def on_fit_start(self, *_: Any, **__: Any) -> None:
-        """Drop the stories that a resumed run will write again."""
+        """Remove from samples.jsonl the stories that a resumed run will write again."""
         earlier = (s for s in read_samples(self.path.parent) if s["step"] <= self.start_step)
         write_text(self.path, "".join(map(_line, earlier)))
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        """Write a story for each prompt, and log the stories."""
+        """Append a story for each prompt to samples.jsonl, and send the stories to the loggers."""
         model, step, samples = self.module.net, trainer.global_step, []
         with self.path.open("a", encoding="utf-8") as file:
             for prompt in self.config.prompts:
@@ -200,7 +200,7 @@ class TrainingProgress(Callback):
         self.bar.update(self.task, completed=step, position=position, numbers=numbers)
 
     def on_validation_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        """Start counting the batches of the validation; log its size if it may take a minute."""
+        """Start to count validation batches; log their number if validation may take a minute."""
         self.bar.update(self.task, description="validating")
         total = sum(trainer.num_val_batches)
         self.bar.add_task("validating", True, total, visible=False, position="", numbers="")
@@ -238,7 +238,8 @@ class TrainingProgress(Callback):
 class ModelUpload(Callback):
     """Base class of callbacks that upload the model of a finished run to W&B.
 
-    `logger.log_model` needs one: `minigpt.exporting.wandb.WandbModel`, which the command line adds.
+    The setting `logger.log_model` needs such a callback. The command line adds one,
+    `minigpt.exporting.wandb.WandbModel`.
     """
 
 
@@ -249,7 +250,7 @@ class RunReport(Callback):
         module: the model in training.
         folder: the run folder.
         facts: entries of the summary that are known before the run starts, such as `device`.
-        throughput: the callback that measures the time.
+        throughput: the callback that measures training time and peak FLOP/s.
         checkpoints: the callback that tracks the lowest validation loss.
     """
 
@@ -278,7 +279,7 @@ class RunReport(Callback):
     def _write(self, trainer: L.Trainer, status: str) -> None:
         steps, seconds = trainer.global_step, self.throughput.seconds
         tokens, metrics = steps * self.module.tokens_per_step, dict(trainer.callback_metrics)
-        if self.module.train_loss is not None:  # newer than that of the latest row
+        if self.module.train_loss is not None:  # newer than the loss in the latest row
             metrics["train/loss"] = self.module.train_loss
         names = ("train/loss", "val/loss", "val/perplexity", "val/bits_per_byte")
         best = self.checkpoints.best_val_loss

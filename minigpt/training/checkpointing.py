@@ -1,11 +1,14 @@
 """Checkpointing: a killed run loses about ten minutes at most and resumes bit-exactly.
 
 Ten minutes is the default of `checkpoint_minutes`. A checkpoint is the state of training between
-two steps. Except at a validation, the state is collected at the end of a step and written at the
-start of the next step, because only then metrics.csv has the row of the earlier step. A resumed run
-therefore finds every row up to the step of its checkpoint. The state is also collected at the start
-of a validation: if the run is stopped during the validation, this state is written, and the resumed
-run repeats the validation.
+two steps. The state is collected at the end of a step, but written at the start of the next step,
+because Lightning writes the row of metrics.csv between these two moments. A resumed run therefore
+finds every row up to the step of its checkpoint.
+
+If a validation follows a step, the state is collected at the start of the validation. It is written
+only if a signal stops the run during the validation, or asks for a checkpoint. A run that is
+resumed from this state repeats the validation. After a complete validation, the state is collected
+and written at once.
 """
 
 from __future__ import annotations
@@ -40,12 +43,12 @@ from minigpt.training.module import GPTModule
 
 VALIDATES = "validates"  # entry of a checkpoint: the run was stopped during the validation
 
-_CHECKPOINT_DUE = 1  # not an exit code: the exit code for a signal is above 128
+_CHECKPOINT_DUE = 1  # differs from the exit codes for signals, which are above 128
 
 
 @contextlib.contextmanager
 def full_disk_in_one_line(folder: Path) -> Iterator[None]:
-    """Turn the OSError of a full disk into a one-line error, because a traceback would not help.
+    """Turn the OSError of a full or read-only disk into a one-line error without a traceback.
 
     Args:
         folder: the run folder; the error suggests resuming this run.
@@ -64,7 +67,7 @@ def full_disk_in_one_line(folder: Path) -> Iterator[None]:
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Lightning's checkpoint plugin: atomic writes with a checksum, and a rotation of last.ckpt.
+    """Lightning plugin that writes checkpoints atomically, with checksums, and rotates last.ckpt.
 
     A checkpoint that is saved while `hold` is set stays in memory until `write_held` is called.
 
@@ -74,7 +77,7 @@ class CheckpointFiles(TorchCheckpointIO):
 
     def __init__(self, keep: int) -> None:
         self.keep, self.hold = keep, False
-        self.is_provisional = False  # last.ckpt is from before a validation; do not keep it
+        self.is_provisional = False  # last.ckpt precedes a validation; the next replaces it
         self._pending: tuple[dict[str, Any], Path] | None = None
 
     def save_checkpoint(
@@ -120,16 +123,17 @@ class Checkpoints(Callback):
 
     last.ckpt is written after each validation, at intervals of minutes and of steps, and when a
     signal asks the run to stop: Ctrl-C, SIGTERM, SIGHUP or, under Slurm, SIGUSR1. The run completes
-    its step before it stops. It does not complete its first step or a validation, and a second
-    Ctrl-C stops the run immediately. At SIGHUP, a run without a terminal writes last.ckpt and
-    continues. After SIGUSR1, the job is put back into the queue. A run that fails keeps its latest
-    checkpoints.
+    its current step before it stops. During its first step or a validation, it stops immediately,
+    and a second Ctrl-C always stops it immediately. At SIGHUP, a run without a terminal writes
+    last.ckpt and continues. After SIGUSR1, the job is put back into the queue. If the run fails,
+    its latest checkpoints remain.
 
     Args:
-        module: the model in training; its weights are checked before they are written.
+        module: the model in training. Before its weights are written, they are checked for nan
+            and infinity.
         folder: the run folder.
         keep: intervals of last.ckpt and number of checkpoints to keep.
-        validates: whether the run was stopped during a validation, which is repeated.
+        validates: whether the run was stopped during a validation, which it must now repeat.
 
     Attributes:
         files: the plugin that writes the checkpoints; give it to the trainer.
@@ -148,15 +152,15 @@ class Checkpoints(Callback):
         self._signal, self._signal_time = 0, 0.0  # signal that this process received
         self._stop_code = 0  # exit code with which all processes stop
         self._is_saved = False  # last.ckpt holds the current state
-        # A signal stops the run at once before its first update, because compiling the model takes
-        # minutes, and in a validation, whose state was collected.
+        # Whether a signal stops the run at once. It does before the first update, because compiling
+        # the model takes minutes, and in a validation, because the state was collected before it.
         self._stops_at_once = True
         self._handlers: dict[int, Any] = {}  # previous handlers of the signals
 
     def on_train_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        """Handle signals, and repeat the validation in which the run was stopped.
+        """Install signal handlers, and repeat the validation in which the run was stopped, if any.
 
-        Lightning's signal handlers are replaced: they could stop the run in the middle of a step.
+        They replace Lightning's handlers, which could stop the run in the middle of a step.
         """
         if threading.current_thread() is threading.main_thread():
             signals: list[int] = [signal.SIGINT, signal.SIGTERM]
@@ -191,26 +195,26 @@ class Checkpoints(Callback):
             raise self._stop(128 + number)
 
     def _stop(self, code: int) -> SIGTERMException:
-        """Return the exception that ends the run with this exit code."""
+        """Return the exception that ends the run with `code`; after SIGUSR1, requeue the job."""
         if code == 128 + signal.SIGUSR1 and global_rank() == 0:
             _requeue()
         return SIGTERMException(code)
 
     def on_train_batch_start(self, *_: Any, **__: Any) -> None:
-        """Write the held checkpoint, and stop the run if a signal asked for this."""
+        """Write the checkpoint that is held in memory, and stop the run if a signal asked it to."""
         self.files.write_held()
         if self._stop_code and self._is_saved:
             raise self._stop(self._stop_code)
         self._is_saved = False
 
     def on_before_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Let the run complete this step and the later ones, because stopping would lose work."""
+        """From now on, let a signal stop the run only after the current step, to lose no work."""
         self._stops_at_once, watch.patient = False, True
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Collect a checkpoint if one is due or the run is about to stop."""
+        """Collect a checkpoint if one is due or the run must stop, unless a validation follows."""
         assert isinstance(trainer.val_check_batch, int)
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # in the middle of a step
@@ -230,7 +234,7 @@ class Checkpoints(Callback):
             self._save(trainer, LAST)
 
     def on_validation_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        """Collect a checkpoint, and stop the run if a signal asked for this."""
+        """Collect a checkpoint, and stop the run if a signal asked it to."""
         self._validates = self.files.hold = True
         self._save(trainer, LAST)
         if code := self._stop_code or (128 + self._signal if self._signal else 0):
@@ -255,7 +259,7 @@ class Checkpoints(Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Write the collected checkpoint if the run is stopped during a validation."""
         self._stops_at_once = False
-        if is_ignored(signal.SIGINT):  # by Lightning; a second Ctrl-C should be immediate
+        if is_ignored(signal.SIGINT):  # by Lightning; a second Ctrl-C should stop at once
             signal.signal(signal.SIGINT, self._on_signal)
         if self._validates and isinstance(exception, KeyboardInterrupt | SIGTERMException):
             self.files.write_held()
@@ -277,7 +281,7 @@ class Checkpoints(Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
-        """Record whether the state is that before a validation."""
+        """Mark the checkpoint if it was collected before the end of a validation."""
         if self._validates:
             checkpoint[VALIDATES] = True
 
@@ -291,7 +295,7 @@ class Checkpoints(Callback):
 
 
 def _requeue() -> None:
-    """Put this Slurm job back into the queue; Slurm does not do this after a warning signal."""
+    """Put this Slurm job back into the queue; Slurm itself only sends SIGUSR1 as a warning."""
     names = ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
     array = "_".join(os.environ[name] for name in names if name in os.environ)
     job = array or os.environ["SLURM_JOB_ID"]

@@ -45,19 +45,21 @@ class TrainerConfig:
     """Whether to compile the loss with torch.compile; compilation takes a minute and pays off on
     GPUs."""
     profile: bool = False
-    """Whether to profile ten updates near the start: profile/trace.json, for chrome://tracing, and
-    profile/operators.txt, a table of the operators and kernels that take most of the time."""
+    """Whether to profile ten updates near the start of the run. The profile consists of
+    profile/trace.json, which chrome://tracing shows, and profile/operators.txt, a table of the
+    operators and kernels that take the most time."""
     cuda_graph: bool = True
-    """Whether a CUDA GPU replays the forward and backward pass as a recorded graph; not used with
-    dropout, fsdp, 16-mixed or a custom model class."""
+    """Whether a CUDA GPU replays the forward and backward pass, and a part of Muon's update, as
+    recorded CUDA graphs. The passes are not recorded with dropout, fsdp, 16-mixed or a custom model
+    class."""
     kernels: Choice = "auto"
-    """Implementation of attention and loss: `cpu` selects the CPU kernels of this package, which
-    split each batch into micro-batches, with one thread per core; `torch` selects plain PyTorch;
-    `auto` chooses by device."""
+    """Implementation of attention and loss: `cpu` means this package's CPU kernels, with which each
+    thread computes its part of a batch in micro-batches; `torch` means PyTorch's own operators;
+    `auto` means `cpu` on a CPU and `torch` on other devices."""
     threads: int | None = None
-    """Number of CPU threads of each process, from 1 to 1024; None means the value of the
-    environment variable OMP_NUM_THREADS or, if that is not set, the process's share of the cores
-    that the CPU affinity and a container's CPU quota allow."""
+    """Number of CPU threads of each process, from 1 to 1024; None means the environment variable
+    OMP_NUM_THREADS. If that is not set, PyTorch chooses the number, but at most the process's share
+    of the cores that the CPU affinity and a container's CPU quota allow."""
     max_steps: int | None = None
     """Must equal the number of updates that budget.tokens allows; None disables the check."""
     max_epochs: int | None = None
@@ -84,9 +86,10 @@ class OptimizerConfig:
     """Optimizer: `muon` means Muon for the matrices of the blocks and AdamW for all other weights;
     `adamw` means AdamW for all weights."""
     lr: float | None = None
-    """Peak learning rate of AdamW; None means `default_lr` for the model's width."""
+    """Peak learning rate of AdamW; None means the default for the model's width (`default_lr`)."""
     matrix_lr: float | None = None
-    """Peak learning rate of Muon; None means `default_matrix_lr` for the model's width."""
+    """Peak learning rate of Muon; None means the default for the model's width
+    (`default_matrix_lr`)."""
     beta1: float = 0.9
     """Decay of AdamW's running mean of the gradients, from 0 to below 1."""
     beta2: float = 0.999
@@ -96,30 +99,33 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices and embeddings; biases and norms are not decayed."""
     final_weight_decay: float | None = None
-    """Weight decay in the last update; it changes linearly from `weight_decay` in the first update.
-    None means that it is constant."""
+    """Weight decay in the last update. The weight decay changes linearly from `weight_decay` in the
+    first update to this value; None keeps it constant."""
     normalize_rows: Literal["before", "after"] | None = None
-    """Whether Muon scales the rows of each matrix to equal norms: `before` scales the rows of the
-    momentum before it is orthogonalised, `after` scales the rows of the orthogonalised update and
-    keeps its total norm, and None scales no rows."""
+    """When Muon scales the rows of a matrix to equal norms: `before` scales the rows of the
+    momentum before orthogonalisation; `after` scales the rows of the orthogonalised update, but
+    keeps the total norm of the update; None scales no rows."""
     warmup_steps: int = 500
     """Number of updates in which the learning rate rises linearly from peak / warmup_steps to the
     peak."""
     warmup_tokens: int | None = None
-    """Number of training tokens in the warm-up, which replaces warmup_steps: it is rounded up to
-    whole updates, so that larger batches need fewer updates. None means warmup_steps."""
+    """Length of the warm-up in training tokens, rounded up to whole updates; with larger batches,
+    the warm-up has fewer updates. A value replaces `warmup_steps`; None means that `warmup_steps`
+    applies."""
     schedule: Literal["cosine", "linear"] | None = None
     """Shape of the decay after the warm-up; None means linear with Muon and cosine with AdamW."""
     final_lr: float = 0.0
-    """Final learning rate of each decay, as a fraction of the peak, from 0 to 1."""
+    """Learning rate at the end of the main decay and of each cycle, as a fraction of the peak, from
+    0 to 1."""
     cycles: int = 0
-    """Number of cycles at the end of the run, each of which raises the learning rate again and then
-    repeats the decay; the final weights are the mean of those at the end of the main decay and of
-    each cycle, and 0 disables cycles."""
+    """Number of cycles at the end of the run, or 0; each cycle raises the learning rate again and
+    then repeats the decay. With cycles, the final weights are the mean of the weights at the end of
+    the main decay and at the end of each cycle."""
     cycle_share: float = 0.1
     """Length of each cycle, as a fraction of all updates, between 0 and 1."""
     cycle_lr: float = 0.5
-    """Learning rate at the start of each cycle, as a fraction of the peak, from final_lr to 1."""
+    """Learning rate at the start of each cycle, as a fraction of the peak, above 0 and from
+    final_lr to 1."""
     grad_clip: float = 1.0
     """Maximum total norm of the gradients; gradients with a larger norm are scaled down, and 0
     disables clipping."""
@@ -172,16 +178,16 @@ class TeacherConfig:
     """Distillation: the teachers of the model in training, and the weight of their predictions."""
 
     runs: tuple[str, ...] = ()
-    """Run folders, checkpoints or exports of the teachers, whose probabilities are averaged; if
-    there are none, the model learns only from the text. The command line also accepts
-    teacher=releases/large."""
+    """Run folders, checkpoints or exports of the teachers; the probabilities of several teachers
+    are averaged. Without teachers, the model learns only from the text. On the command line,
+    teacher=releases/large is short for teacher.runs=releases/large."""
     weight: float = 0.5
-    """Weight of the divergence from the teachers in the training objective, from 0 to 1; the
-    cross-entropy has the rest."""
+    """Weight w of the divergence from the teachers in the training objective, from 0 to 1; the
+    cross-entropy has the weight 1 - w."""
     temperature: float = 1.0
     """Temperature of the teachers' and the student's probabilities in the divergence, above 0."""
     class_path: str | None = None
-    """Dotted path of the teachers' class, as typed; None means minigpt.model.GPT."""
+    """Dotted path of the teachers' model class; None means minigpt.model.GPT."""
 
     def __post_init__(self) -> None:
         check(self, "must be between 0 and 1", lambda w: 0 <= w <= 1, "weight")
@@ -202,15 +208,17 @@ class LoggerConfig:
     project: str | None = None
     """Name of the W&B project; None means the environment variable WANDB_PROJECT, else mini-gpt."""
     entity: str | None = None
-    """User or team that owns the W&B project; None means WANDB_ENTITY, else the account's own."""
+    """User or team that owns the W&B project; None means the environment variable WANDB_ENTITY,
+    else the default of the W&B account."""
     mode: Literal["online", "offline", "disabled"] | None = None
-    """Whether W&B uploads the run, stores it locally, or does nothing; None means WANDB_MODE, else
-    online with an API key and offline without."""
+    """What W&B does: `online` uploads the run, `offline` stores it locally, and `disabled` does
+    nothing. None means the environment variable WANDB_MODE, else `online` with an API key and
+    `offline` without a key."""
     group: str | None = None
-    """Group of the W&B run; None means WANDB_RUN_GROUP, else no group."""
+    """Group of the W&B run; None means the environment variable WANDB_RUN_GROUP, else no group."""
     log_model: bool = False
-    """Whether to upload the best model to W&B at the end, as an artifact with the bfloat16 export
-    in the format safetensors; needs the kind `wandb`."""
+    """Whether to upload the best model to W&B at the end of the run, as an export in the format
+    safetensors with bfloat16 weights; this needs logger=wandb."""
 
     def __post_init__(self) -> None:
         if self.log_model and self.kind != "wandb":
@@ -232,12 +240,14 @@ class CallbacksConfig:
     checkpoint_minutes: float = 10.0
     """Minutes after which last.ckpt is written again; each validation also writes last.ckpt."""
     checkpoint_steps: int | None = None
-    """Interval, in updates, at which last.ckpt is written besides `checkpoint_minutes`, or None."""
+    """Number of updates after which last.ckpt is also written, in addition to `checkpoint_minutes`;
+    None means that only the minutes count."""
     keep_checkpoints: int = 2
     """Number of latest checkpoints to keep, including last.ckpt but not best.ckpt."""
     snapshots: int | None = None
-    """Number of snapshots of the weights, written to snapshots/ at steps from 0 to the end that are
-    evenly spaced on a logarithmic scale; None disables them."""
+    """Number of snapshots of the weights to write to snapshots/; None disables snapshots. The first
+    one is at step 0, the last one at the end of the run, and their steps are evenly spaced on a
+    logarithmic scale."""
 
     def __post_init__(self) -> None:
         check(self, "must be positive", lambda x: x > 0, "checkpoint_minutes")
@@ -252,7 +262,7 @@ class BudgetConfig:
     """Length of a run."""
 
     tokens: int = 10_000_000
-    """Number of training tokens, counting repeated epochs, rounded down to whole updates."""
+    """Number of training tokens, rounded down to whole updates; repeated tokens count each time."""
 
     def __post_init__(self) -> None:
         check(self, "must be at least 1", lambda n: n >= 1, "tokens")
@@ -273,9 +283,9 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer, learning rates and schedule."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    """Models that teach this one."""
+    """Teachers of the model, for distillation."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    """Device, precision, validation and logging intervals."""
+    """Devices, precision and kernels, and the intervals of validation and logging."""
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     """Logger in addition to metrics.csv."""
     callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
@@ -283,8 +293,8 @@ class TrainConfig:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     """Length of the run."""
     name: str | None = None
-    """Name of the run folder; None means the model's size with the date and time or, under srun,
-    with the ids of the Slurm job and step."""
+    """Name of the run folder. None means a name from the model's size and the time; under srun, the
+    name contains the ids of the Slurm job and step instead of the time."""
     runs_dir: str = "runs"
     """Folder in which the run folder is created."""
     resume: str | None = None
@@ -295,8 +305,8 @@ class TrainConfig:
     seed: int = 1
     """Seed of the initial weights, the data order and dropout, from 0 to 2^32 - 1."""
     size: str | None = None
-    """Name of the model's size for reports and run names; None means small for the default shape,
-    else gpt."""
+    """Name of the model's size for reports and run names; None means `small` for the default shape
+    and `gpt` for any other shape."""
     model_class: str | None = None
     """Dotted path of the model's class, as recorded in the run; None means minigpt.model.GPT."""
     overrides: tuple[str, ...] = field(default=(), compare=False)
@@ -319,7 +329,7 @@ class TrainConfig:
                 raise UserError("must not be empty", name, fix={name: example})
         expand_paths(self, *examples)
         fsdp, name = self.trainer.strategy == "fsdp", "trainer.strategy"
-        if fsdp and self.callbacks.prompts:  # only rank 0 samples, without all weights
+        if fsdp and self.callbacks.prompts:  # only rank 0 samples, and it has only its shard
             message = "cannot sample stories during training"
             raise UserError(message, name, "fsdp", {"callbacks": "quiet"})
         if fsdp and self.teacher.runs:
@@ -357,7 +367,7 @@ class TrainConfig:
 
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
-    """Return all settings as plain values, to be read again in any working directory.
+    """Return all settings as plain values that can be read again in any working directory.
 
     The paths of text files, tokenizer, cache, teachers and `init_from` are made absolute.
     """
@@ -392,8 +402,8 @@ class Schedule:
 
         Raises:
             UserError: the budget is less than one update, the warm-up is not shorter than the run
-                without its cycles, a cycle is shorter than one update, there are more snapshots
-                than steps, or max_steps contradicts the budget.
+                without its cycles, a cycle is shorter than one update, there are more than
+                n_steps + 1 snapshots, or max_steps contradicts the budget.
         """
         trainer, budget = config.trainer, config.budget.tokens
         windows = config.data.windows_per_batch * trainer.accumulate_grad_batches * world_size
@@ -416,7 +426,7 @@ class Schedule:
 
 
 def _check_decays(optimizer: OptimizerConfig, n_steps: int, per_step: int, length: str) -> None:
-    """Raise UserError if warm-up and cycles do not fit into the run; `length` describes the run."""
+    """Raise UserError, which quotes `length`, if warm-up and cycles do not fit into the run."""
     cycles, name = optimizer.cycles, "optimizer.cycle_share"
     if cycles and optimizer.cycle_share * n_steps < 1:
         share = (10_000 // n_steps + 1) / 10_000  # just over one step

@@ -1,4 +1,4 @@
-"""Cycles of the learning rate at the end of a run, and the mean of the weights at their ends."""
+"""Mean of the weights at the ends of learning-rate decays, for runs with cycles."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from minigpt.training.module import GPTModule
 
 
 class CycleMean(Callback):
-    """Replace the weights after the last step by their mean over the ends of all decays.
+    """After the last step, set the weights to the mean of the weights at the ends of all decays.
 
-    The decays are the main one and one for each cycle, as in snapshot ensembles (Huang et al. 2017,
-    arXiv:1704.00109). Here the weights are averaged instead of the predictions (Izmailov et al.
-    2018, arXiv:1803.05407). The steps are fixed before the run, so no validation loss is involved.
-    Sums are computed in float32 on the CPU, in the order of the steps, and stored in checkpoints.
+    The learning rate has a main decay and one more decay in each cycle, as in snapshot ensembles
+    (Huang et al. 2017, arXiv:1704.00109). Here the weights are averaged instead of the predictions
+    (Izmailov et al. 2018, arXiv:1803.05407). The steps at which decays end are fixed before the
+    run, so they do not depend on the validation loss. The sums of the weights are computed in
+    float32 on the CPU, in the order of the steps, and stored in checkpoints.
 
     Args:
-        module: the model in training. Each process needs all weights, as with ddp.
+        module: the model in training. Each process must have all weights, so fsdp is excluded.
     """
 
     def __init__(self, module: GPTModule) -> None:
@@ -31,7 +32,7 @@ class CycleMean(Callback):
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        """Add the weights to the sums at the end of a decay; at the last one, set the mean."""
+        """At a decay's end, add the weights to the sums; after the last decay, set the mean."""
         # With accumulated batches, this hook is called several times after the same step.
         if trainer.global_step not in self.ends[self._n :]:
             return

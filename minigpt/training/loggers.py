@@ -40,12 +40,13 @@ class MetricsCsv(Logger):
 
     Args:
         path: the CSV file.
-        resume_step: step at which a resumed run starts. Later rows are dropped, because the run
-            writes them again. None means a new run; an existing file is replaced.
-        validates: whether the run repeats the validation of this step, so that its row is dropped.
+        resume_step: step at which a resumed run starts. Rows of later steps are removed, because
+            the run writes them again. None means a new run, which replaces an existing file.
+        validates: whether the run repeats the validation at `resume_step`. The row of this
+            validation is then removed.
     """
 
-    name, version = "csv", ""  # type: ignore[assignment]  # for Lightning; no version: one file
+    name, version = "csv", ""  # type: ignore[assignment]  # Lightning needs both
 
     def __init__(self, path: Path, resume_step: int | None = None, validates: bool = False) -> None:
         super().__init__()
@@ -55,7 +56,7 @@ class MetricsCsv(Logger):
         if resume_step is not None:
             reader = csv.DictReader(whole_lines(path))
             try:
-                last = resume_step, not validates  # a step's row of training, then of validation
+                last = resume_step, not validates  # last row to keep: step, has validation
                 rows = [r for r in reader if (int(r["step"]), bool(r["val/loss"])) <= last]
             except (KeyError, TypeError, ValueError):
                 raise broken_line(path, reader.line_num, "a row with a step") from None
@@ -86,7 +87,7 @@ class MetricsCsv(Logger):
     def sync(self) -> None:
         """Sync the file to disk; `Checkpoints` calls this before it writes a checkpoint.
 
-        This is not `save`, which Lightning calls after every row.
+        The method is not called `save`, because Lightning calls `save` after every row.
         """
         with self.path.open("r+b") as file:  # Windows does not sync a file opened for reading
             sync(file.fileno())
@@ -118,14 +119,14 @@ def check_logger(config: LoggerConfig) -> None:
 
 
 def extra_loggers(folder: Path, config: LoggerConfig) -> list[Logger]:
-    """Return the extra logger (besides metrics.csv) as a list, which is empty for kind csv.
+    """Return a list with the logger of W&B or TensorBoard; for the kind `csv`, the list is empty.
 
     Args:
         folder: the run folder.
         config: settings of the logger.
 
     Raises:
-        UserError: a new run could not log in to W&B.
+        UserError: the login of a new run to W&B fails, or W&B refuses a setting.
     """
     if config.kind == "tensorboard":
         from lightning.pytorch.loggers import TensorBoardLogger
@@ -144,8 +145,8 @@ def _wandb_logger(folder: Path, config: LoggerConfig) -> Logger:
     server does not answer after the login.
 
     Raises:
-        UserError: the login of a new run fails or times out, or one of W&B's environment variables
-            has a wrong value.
+        UserError: the login of a new run fails or times out, or W&B refuses the value of a setting
+            or of an environment variable.
     """
     import wandb
     from lightning.pytorch.loggers import WandbLogger
@@ -198,15 +199,16 @@ def _wandb_logger(folder: Path, config: LoggerConfig) -> Logger:
 
 
 def _wandb_error(error: Exception) -> UserError:
-    """Return the error for a wrong setting of W&B, most of which are environment variables."""
+    """Return the error for a setting that W&B refuses, usually an environment variable."""
     problem = f"W&B refuses a setting ({one_line(error)}): check the variables WANDB_*"
     return UserError(f"{problem}, or choose another logger", fix={"logger.kind": "csv"})
 
 
 def forget_wandb_run() -> None:
-    """Remove WANDB_NAME and WANDB_RUN_ID, which hold for one run, before a multirun; log a warning.
+    """Remove WANDB_NAME and WANDB_RUN_ID from the environment before a multirun, with a warning.
 
-    With one id, W&B would mix the metrics of all jobs into one run.
+    These variables are meant for a single run. If all jobs of a multirun had the same id, W&B would
+    mix their metrics into one run.
     """
     for name in ("WANDB_NAME", "WANDB_RUN_ID"):
         if value := os.environ.pop(name, None):
@@ -244,7 +246,7 @@ def log_samples(loggers: Sequence[Logger], samples: Sequence[Mapping[str, Any]])
 
 
 def log_final(loggers: Sequence[Logger], metrics: Mapping[str, float], step: int) -> None:
-    """Log the hyperparameters to TensorBoard, with the final metrics, for its tab of runs.
+    """Log hyperparameters and final metrics to TensorBoard, which shows them in its HParams tab.
 
     Args:
         loggers: all loggers of the run.
@@ -265,7 +267,7 @@ def finish_wandb(loggers: list[Logger], exit_code: int) -> None:
 
     Args:
         loggers: all loggers of the run.
-        exit_code: exit code for W&B: 0 if the run finished, 1 otherwise.
+        exit_code: exit code to report to W&B: 0 if the run finished, 1 otherwise.
     """
     from lightning.pytorch.loggers import WandbLogger
 

@@ -83,12 +83,13 @@ def train(
 
     Raises:
         UserError: the settings or the data are invalid or contradict each other, the loss
-            diverged, the disk is full, or another process trains this run.
+            diverged, the disk is full, the GPU has too little memory, or another process trains
+            this run.
     """
     with preserved_process():
         forget_stale_launcher()
         rank_zero: Any = rank_zero_only
-        rank_zero.rank = global_rank()  # Lightning reads other variables too
+        rank_zero.rank = global_rank()  # Lightning would also read other variables
         config = _with_classes(config, model, teacher)
         if stories is not None:
             data = spool_stories(config.data, stories, valid_stories)
@@ -160,9 +161,13 @@ def _check_upload(config: TrainConfig, callbacks: Sequence[Callback]) -> None:
 def _with_classes(
     config: TrainConfig, model: ModelFactory | None, teacher: ModelFactory | None
 ) -> TrainConfig:
-    """Return `config` with the classes of model and teachers.
+    """Return `config` for the classes of model and teachers.
 
-    `config.model` is converted to the config class of `model`.
+    `config.model` is converted to the config class of `model`. If `teacher` is not None, its path
+    becomes `config.teacher.class_path`.
+
+    Raises:
+        ModelClassError: the config is for a custom model class, but `model` is None.
     """
     if model is None and config.model_class is not None:
         raise ModelClassError("the config is for a model class other than GPT", config.model_class)
@@ -180,7 +185,8 @@ def _hardware(c: TrainerConfig) -> Hardware:
     """Return the device, the number of processes and the precision of the run.
 
     Raises:
-        UserError: the hardware is not available, or this process may not start other processes.
+        UserError: the settings need hardware or a compiler that is missing, or this process may not
+            start other processes.
     """
     try:
         hardware = Hardware.detect(c.accelerator, c.devices, c.num_nodes, c.precision)
@@ -199,7 +205,7 @@ def _hardware(c: TrainerConfig) -> Hardware:
 
 
 def _class_setting(config: TrainConfig) -> dict[str, str]:
-    """Return the setting that names a custom model class; {} for GPT."""
+    """Return the setting `class_path` for a custom model class; {} for GPT."""
     return {} if config.model_class is None else {"class_path": config.model_class}
 
 
@@ -207,7 +213,7 @@ def _fit(
     trainer: L.Trainer, module: GPTModule, data: DataModule, checkpoint: Path | None,
     config: TrainConfig,
 ) -> None:  # fmt: skip
-    """Train, then close the W&B run, if there is one, with exit code 0 or 1."""
+    """Train; at the end, close the W&B run, if there is one, and end the other processes."""
     status, folder = 1, Path(trainer.default_root_dir)
     own_launcher(trainer)
     try:
@@ -220,7 +226,7 @@ def _fit(
         problem += "reduce it, and raise trainer.accumulate_grad_batches"
         fix = fix if windows % 2 == 0 else None  # an odd batch has no half
         raise UserError(problem, "data.batch_size", windows, fix) from None
-    except SystemExit as leaving:  # from `Checkpoints`, or 1 from Lightning at KeyboardInterrupt
+    except SystemExit as leaving:  # by `Checkpoints`, or by Lightning at Ctrl-C, with code 1
         if (folder / CHECKPOINTS).is_dir():
             more = {f"model.{key}": value for key, value in _class_setting(config).items()}
             if (name := config.teacher.class_path) is not None:

@@ -44,8 +44,8 @@ class GPTModule(L.LightningModule):
         factory: `GPT`, a class derived from it, or a function from `config` to a GPT.
 
     Attributes:
-        train_loss: cross-entropy of the latest training batch in nats per token, on the device;
-            None before the first batch.
+        train_loss: cross-entropy of the latest training batch in nats per token, as a tensor on the
+            device; None before the first batch.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class GPTModule(L.LightningModule):
         self.n_steps, self.tokens_per_step = n_steps, tokens_per_step
         self.bytes_per_token = bytes_per_token
         self.train_loss: Tensor | None = None
-        self._loss_sum: Tensor | None = None  # since the last check; not finite if one is not
+        self._loss_sum: Tensor | None = None  # since the last check; nan or inf if any loss is
         # Without torchmetrics' own check for NaNs, which would wait for the device.
         self.val_nats = SumMetric(nan_strategy="disable")
         self.val_tokens = SumMetric(nan_strategy="disable")
@@ -104,8 +104,8 @@ class GPTModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the training loss in nats per token.
 
-        With teachers, this is the objective of `Distillation`. The logged `train/loss` is the
-        cross-entropy in any case. A step without a row in metrics.csv does not wait for the device.
+        With teachers, this is the objective of `Distillation`. The logged `train/loss` is always
+        the cross-entropy. A step without a row in metrics.csv does not wait for the device.
 
         Raises:
             UserError: the step has a row, and a loss since the previous row is not finite.
@@ -142,7 +142,7 @@ class GPTModule(L.LightningModule):
             self.trainer.should_stop = True
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add the loss of a batch to the mean, weighted by the number of scored tokens."""
+        """Add a batch to the mean validation loss, weighted by its number of targets to predict."""
         loss = self.loss(*batch)
         n_scored = (batch[1] != IGNORE_INDEX).sum()
         self.val_nats.update(torch.where(n_scored > 0, loss * n_scored, 0.0))
@@ -186,7 +186,7 @@ class GPTModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Set the weight decay of the next update, which may change during the run."""
+        """Set the weight decay for the next update, because it may change during the run."""
         set_weight_decay(optimizer, self.settings, self.global_step, self.n_steps)
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:

@@ -63,12 +63,12 @@ def lr_factor(
     step: int, n_steps: int, warmup_steps: int, final_lr: float, schedule: str | None = "cosine",
     cycle_ends: Sequence[int] = (), cycle_lr: float = 1.0,
 ) -> float:  # fmt: skip
-    """Return the learning rate of update `step` as a fraction of its peak.
+    """Return the learning rate of update `step` as a fraction of the peak learning rate.
 
     The fraction rises linearly to 1 at update `warmup_steps - 1`. It then falls along half a cosine
-    or a straight line. It would reach `final_lr` at update `n_steps`, but the last update is number
-    `n_steps - 1`, so no update has a learning rate of zero. Each cycle then starts at `cycle_lr`
-    and falls in the same way.
+    or a straight line. It would reach `final_lr` at update `n_steps`, but the main decay ends with
+    update `n_steps - 1`, so no update has a learning rate of zero. In each cycle, the fraction
+    starts at `cycle_lr` and falls in the same way.
 
     Args:
         step: number of the update, from 0.
@@ -95,7 +95,7 @@ def set_weight_decay(
     """Set the weight decay of matrices and embeddings for one update.
 
     It changes linearly from `config.weight_decay` in the first update to
-    `config.final_weight_decay` in the last one. If the latter is None, nothing is set.
+    `config.final_weight_decay` in the last one. If that setting is None, nothing is set.
 
     Args:
         optimizer: result of `make_optimizer`.
@@ -129,8 +129,8 @@ def make_optimizer(
         config: name and settings of the optimizer.
         d_model: width of the model, for the default learning rates.
         fused: whether AdamW runs as one kernel.
-        dtype: dtype of Muon's matrix products, for which bfloat16 is precise enough.
-        graphed: whether Muon replays CUDA graphs.
+        dtype: dtype of Muon's matrix products; bfloat16 is precise enough.
+        graphed: whether Muon records and replays CUDA graphs.
     """
     lrs = peak_lrs(config, d_model)
     matrices, embeddings, vectors = [], [], []  # vectors: biases and norms
@@ -150,11 +150,11 @@ class Muon(Optimizer):
     """Optimizer for matrices: SGD with Nesterov momentum and orthogonalised updates.
 
     The method is by Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/). Each update is
-    scaled by 0.2 · sqrt(max(rows, columns)). It then has the size of an AdamW update at the same
-    learning rate (Liu et al. 2025, arXiv:2502.16982, section 2.2). Unlike torch.optim.Muon, this
-    class orthogonalises several small matrices at a time, which is faster: on a CPU, each thread
-    updates whole matrices; on other devices, all matrices of one shape form a batch. It can also
-    compute in float32, for devices on which bfloat16 is not faster.
+    scaled by 0.2 · sqrt(max(rows, columns)). The scaled update has the size of an AdamW update at
+    the same learning rate (Liu et al. 2025, arXiv:2502.16982, section 2.2). Unlike
+    torch.optim.Muon, this class orthogonalises several small matrices at a time, which is faster:
+    on a CPU, each thread updates whole matrices; on other devices, all matrices of one shape form a
+    batch. This class can also compute in float32, for devices on which bfloat16 is not faster.
 
     Args:
         matrices: parameters with two dimensions.
@@ -162,13 +162,14 @@ class Muon(Optimizer):
         momentum: decay of the running mean of the gradients, from 0 to below 1.
         weight_decay: decoupled weight decay, multiplied by `lr` in each update.
         dtype: dtype of the matrix products.
-        normalize_rows: whether to scale the rows of each matrix to equal norms. "before" scales
-            those of the momentum before it is orthogonalised, as in MuonEq-R (Chang et al. 2026,
-            arXiv:2603.28254). "after" scales those of the orthogonalised update, as in Muon+
+        normalize_rows: when to scale the rows of each matrix to equal norms. "before" scales the
+            rows of the momentum before orthogonalisation, as in MuonEq-R (Chang et al. 2026,
+            arXiv:2603.28254). "after" scales the rows of the orthogonalised update, as in Muon+
             (arXiv:2602.21545), and keeps the norm of the whole update, as in NorMuon (Li et al.
             2025, arXiv:2510.05491). None means that rows are not scaled.
-        graphed: whether to record the orthogonalisation of the matrices of each shape, about twenty
-            kernels, as a CUDA graph. Learning rate and state are not in the graph. For one GPU.
+        graphed: whether to record CUDA graphs, one for each shape. A graph orthogonalises all
+            matrices of its shape with about twenty kernels. It contains neither the learning rate
+            nor the state. All matrices must be on the same device.
     """
 
     def __init__(
@@ -183,7 +184,7 @@ class Muon(Optimizer):
     ) -> None:
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype, self.normalize_rows, self.graphed = dtype, normalize_rows, graphed
-        # Momenta that the graph of a shape (k, m, n) reads, and the function that replays it.
+        # For each shape (k, m, n): the momenta that its graph reads, and a function to replay it.
         self._graphs: dict[torch.Size, tuple[Tensor, Callable[[], Tensor]]] = {}
 
     @torch.no_grad()
@@ -204,9 +205,9 @@ class Muon(Optimizer):
             largest_first = sorted(matrices, key=torch.numel, reverse=True)  # for equal loads
             list(run(update, ([matrix] for matrix in largest_first)))
 
-    @torch.no_grad()  # per thread
+    @torch.no_grad()  # in each thread, because grad mode is per thread
     def _update(self, group: dict[str, Any], matrices: list[Tensor]) -> None:
-        """Update matrices of one shape (m, n), with one kernel for all of them on a GPU."""
+        """Update matrices of one shape (m, n); on a GPU, each kernel processes all of them."""
         momenta = torch.stack(self._momenta(matrices, group["momentum"]))
         updates = self._replayed(momenta) if self.graphed else self._orthogonalised(momenta)
         size = 0.2 * math.sqrt(max(momenta.shape[1:]))
@@ -214,7 +215,7 @@ class Muon(Optimizer):
         torch._foreach_add_(matrices, updates.unbind(), alpha=-group["lr"] * size)  # type: ignore[attr-defined]
 
     def _replayed(self, momenta: Tensor) -> Tensor:
-        """Return the result of `_orthogonalised`, in memory that the next call overwrites."""
+        """Return the result of `_orthogonalised` from a CUDA graph; the next call overwrites it."""
         if momenta.shape not in self._graphs:
             own = momenta.clone()
             self._graphs[own.shape] = own, recorded(lambda: self._orthogonalised(own), own.device)
@@ -223,7 +224,7 @@ class Muon(Optimizer):
         return replay()
 
     def _orthogonalised(self, momenta: Tensor) -> Tensor:
-        """Return the updates (k, m, n) for the momenta (k, m, n) of k matrices."""
+        """Return the orthogonalised updates (k, m, n) for the momenta (k, m, n) of k matrices."""
         if self.normalize_rows == "before":
             momenta = F.normalize(momenta, dim=2)
         updates = newton_schulz(momenta.to(self.dtype)).to(momenta.dtype)
@@ -294,7 +295,7 @@ class CombinedOptimizer(Optimizer):
             part.state = self.state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Share the groups and the state again, because loading a state dict replaces them."""
+        """Share groups and state with the parts again, since loading a state dict replaces them."""
         super().__setstate__(state)
         self._share()
 

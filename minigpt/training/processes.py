@@ -22,10 +22,12 @@ _NOTICE_SECONDS = 10.0
 
 
 class ProcessLauncher(_SubprocessScriptLauncher):
-    """Lightning's launcher, except that the first process ends in order if another one fails.
+    """Lightning's launcher, but the first process is not killed when another process ends.
 
-    Lightning would kill the first process within five seconds after another process has ended, even
-    if a signal stops the run and the first process is writing its checkpoint or report.
+    Lightning would kill the first process within five seconds after another process has ended with
+    a nonzero exit code. This also happens when a signal stops the run, while the first process is
+    still writing its checkpoint or report. Here the first process has ten seconds to stop by
+    itself.
 
     Args:
         launcher: the launcher of the trainer.
@@ -37,7 +39,7 @@ class ProcessLauncher(_SubprocessScriptLauncher):
         self._trains = False
 
     def launch(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Start the other processes, and call `function`; stop them if it fails."""
+        """Start the other processes and call `function`; if it raises, stop the other processes."""
         self._trains = True
         try:
             return super().launch(function, *args, **kwargs)
@@ -54,7 +56,10 @@ class ProcessLauncher(_SubprocessScriptLauncher):
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        """Exit if another process fails while this process waits for it in native code."""
+        """Exit if another process has failed and this process then does not stop by itself.
+
+        It may be waiting for the other process in native code.
+        """
         codes: list[int] = []
         while self._trains and not codes:
             time.sleep(0.5)
@@ -66,7 +71,7 @@ class ProcessLauncher(_SubprocessScriptLauncher):
 
 
 def own_launcher(trainer: L.Trainer) -> None:
-    """Replace Lightning's launcher of the other processes, if there is one."""
+    """Replace Lightning's launcher, if it starts processes, by a `ProcessLauncher`."""
     if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
         trainer.strategy._launcher = ProcessLauncher(trainer.strategy.launcher)
 

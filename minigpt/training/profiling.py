@@ -20,9 +20,9 @@ _ROWS = 40
 
 
 class Profile(Callback):
-    """Profile `_STEPS` steps, and write trace.json and operators.txt when they are over.
+    """Profile ten steps near the start of a run, and then write trace.json and operators.txt.
 
-    A run of fewer than twice as many steps is profiled in its second half.
+    In a run of fewer than 20 steps, the steps of the second half are profiled.
 
     Args:
         module: the model in training.

@@ -35,7 +35,7 @@ CURVES = (  # column of metrics.csv, title, axis label, colour
     ("tokens_per_second", "Throughput", "tokens per second", OTHER),
     ("lr", "Learning rate", "learning rate", OTHER),
 )
-OPEN_STAGES = 5  # number of evenly spaced steps; the page shows their stories unfolded
+OPEN_STAGES = 5  # number of steps, evenly spaced, whose stories are shown unfolded
 
 
 def write_report(run_dir: Path) -> Path:
@@ -111,7 +111,7 @@ def _details(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _commands(run_dir: Path) -> list[tuple[str, str]]:
-    """Return (purpose, command) for each next step, to be typed in the working directory."""
+    """Return (purpose, shell command) for each next step that the page suggests."""
     run = run_dir.resolve()
     run = (run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run).as_posix()
     generation = "Generate stories from your own prompts"

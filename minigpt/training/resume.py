@@ -36,7 +36,7 @@ from minigpt.training.teacher import Teachers
 
 AUTO = "auto"  # resume=auto continues the run called config.name, if there is one
 _SECTIONS = ("model", "data", "optimizer", "trainer", "budget", "seed")  # in every config.yaml
-# Settings that may change between the parts of a run, such as its location.
+# Settings that may change when a run is resumed, such as the folder of the run.
 _MAY_CHANGE = (
     "name", "runs_dir", "resume", "data.cache_dir", "teacher.runs", "teacher.class_path",
     "model_class", "overrides",
@@ -58,15 +58,16 @@ class ResumeState:
     step: int = 0
     """Number of updates so far."""
     validates: bool = False
-    """Whether the run was stopped during the validation after this step, which is repeated."""
+    """Whether the run was stopped during the validation after `step` updates; the resumed run then
+    repeats this validation."""
     hyper_parameters: dict[str, Any] | None = None
     """Hyperparameters in the checkpoint; None for a new run."""
     parent_model: GPT | None = None
-    """Model of the parent run; None for random weights and for a resumed run."""
+    """Model of the parent run `init_from`; None for random weights and for a resumed run."""
     tokenizer: Tokenizer | None = None
     """Tokenizer to use; None means that a tokenizer is trained on the stories."""
     parent: Parent | None = None
-    """Provenance record of the parent run; None for a run without a parent."""
+    """Provenance record of the parent run `init_from`; None for a run without `init_from`."""
     teachers: Teachers | None = None
     """The loaded teachers; None for a run without teachers."""
 
@@ -85,8 +86,9 @@ class ResumeState:
 
         Raises:
             UserError: there is no checkpoint to resume, resume=auto found a run with other
-                settings, the weights of `init_from` do not fit the model, or the teachers do not
-                fit the model or have changed since the checkpoint.
+                settings, the weights of `init_from` or the teachers do not fit the model, two
+                settings give different tokenizers, or the teachers have changed since the
+                checkpoint.
         """
         if folder is None or (config.resume == AUTO and not last_checkpoints(folder)):
             return cls._new(config, folder, model, teacher)
@@ -182,8 +184,8 @@ class ResumeState:
     def with_vocabulary(self, tokenizer: Tokenizer) -> ResumeState:
         """Return the state with the model's vocabulary reduced to the size of `tokenizer`.
 
-        Only a new model is changed, and only if its `vocab_size` equals data.vocab_size, the
-        maximum size of the tokenizer.
+        Only a model with random weights is changed, and only if its `vocab_size` equals
+        data.vocab_size, the maximum size of the tokenizer.
         """
         model, size = self.config.model, tokenizer.vocab_size
         is_new = self.checkpoint is None and self.parent_model is None
@@ -237,7 +239,7 @@ class ResumeState:
     def clear(self, folder: Path) -> None:
         """Remove the temporary files of a killed process, and rename damaged checkpoints.
 
-        Only checkpoints that are newer than `checkpoint` are checked for damage.
+        Only checkpoints that are newer than the one from which the run resumes are checked.
         """
         for pattern in ("*.tmp", f"{CHECKPOINTS}/*.tmp", f"{SNAPSHOTS}/*.tmp"):
             for leftover in folder.glob(pattern):
@@ -278,11 +280,17 @@ def folder_to_resume(config: TrainConfig) -> Path | None:
 def _teacher_paths(
     config: TrainConfig, before: TrainConfig, folder: Path, teacher: ModelFactory | None
 ) -> tuple[str, ...]:
-    """Return the paths of the teachers of a resumed run: those in `config`, or else the old ones.
+    """Return the paths of the teachers: those in `config` or, if there are none, in `before`.
+
+    Args:
+        config: all settings as typed by the user.
+        before: settings in the config.yaml of the run to resume.
+        folder: folder of the run to resume.
+        teacher: class of the teachers, or function that creates them; None means `GPT`.
 
     Raises:
-        UserError: the run has no teachers.
-        ModelClassError: the class of the teachers is not given.
+        UserError: `config` names teachers, but the run was started without teachers.
+        ModelClassError: the teachers have a custom class, but `teacher` is None.
     """
     typed, recorded = config.teacher.runs, before.teacher.runs
     if typed and not recorded:
@@ -295,7 +303,7 @@ def _teacher_paths(
 
 
 def _typed_tokenizer(data: DataConfig) -> Tokenizer | None:
-    """Return the tokenizer at `data.tokenizer`; None if no tokenizer is typed.
+    """Return the tokenizer at the path `data.tokenizer`; None if this setting is None.
 
     Raises:
         UserError: the tokenizer is missing or damaged.
@@ -318,10 +326,11 @@ def _typed_tokenizer(data: DataConfig) -> Tokenizer | None:
 
 
 def _common(tokenizers: dict[str, tuple[str | None, Tokenizer | None]]) -> Tokenizer | None:
-    """Return the tokenizer that several settings name; None if no setting names one.
+    """Return the tokenizer to which all given settings refer; None if no setting is given.
 
     Args:
-        tokenizers: value of each setting, and the tokenizer that it names.
+        tokenizers: (value, tokenizer) by setting name. The tokenizer is the one to which the value
+            refers, or None if the setting is not given.
 
     Raises:
         UserError: the tokenizers differ.
@@ -339,7 +348,7 @@ def _with_vocabulary_of(tokenizer: Tokenizer, config: TrainConfig) -> TrainConfi
     """Return `config` with the vocabulary size of `tokenizer`.
 
     Raises:
-        UserError: the size differs from the data.vocab_size that was typed.
+        UserError: the user has set data.vocab_size to another size.
     """
     data, model, size = config.data, config.model, tokenizer.vocab_size
     typed = any(word.startswith("data.vocab_size=") for word in config.overrides)
@@ -357,7 +366,7 @@ def _check_shape(config: TrainConfig, trained: GPTConfig, run: Run) -> None:
     """Raise UserError if the model's shape differs from `trained`, the shape of the parent `run`.
 
     The context length may differ, because positions are computed, not learned. Dropout may differ,
-    because it has no weights, and `residual_init`, because the weights are given.
+    because it has no weights. `residual_init` may differ, because it affects only random weights.
     """
     free = "context_length", "dropout", "residual_init"
     fix = {
@@ -375,6 +384,8 @@ def _check_shape(config: TrainConfig, trained: GPTConfig, run: Run) -> None:
 def run_lock(folder: Path) -> AcquireReturnProxy:
     """Lock a run, so that only one process trains the run at a time.
 
+    If the process is killed, the lock is released.
+
     Args:
         folder: the run folder.
 
@@ -382,8 +393,7 @@ def run_lock(folder: Path) -> AcquireReturnProxy:
         The lock, as a context manager that releases the lock at its end.
 
     Raises:
-        UserError: another process trains the run, or the file system supports no locks. The lock
-            of a killed process is released.
+        UserError: another process trains the run, or the file system supports no locks.
     """
     try:
         return FileLock(folder / ".lock").acquire(timeout=0)
@@ -396,7 +406,10 @@ def run_lock(folder: Path) -> AcquireReturnProxy:
 
 
 def _check_settings(config: TrainConfig, before: TrainConfig, folder: Path) -> None:
-    """Raise UserError if `config` differs from `before`, the config of the run in `folder`."""
+    """Raise UserError if `config` differs from `before`, the config of the run in `folder`.
+
+    Settings that may change, such as data.cache_dir, are not compared.
+    """
     earlier = flat(settings_of(before))
     by_tokenizer = bool(config.data.tokenizer or config.teacher.runs)
     ignored = {*_MAY_CHANGE, *(["data.vocab_size"] if by_tokenizer else [])}
@@ -415,7 +428,7 @@ def _check_settings(config: TrainConfig, before: TrainConfig, folder: Path) -> N
 
 
 def budget_error(folder: Path, tokens: int, typed: Sequence[str] | None = None) -> UserError | None:
-    """Return the error for a finished run that is resumed with a larger budget; else None.
+    """Return the error for resuming a finished run with a larger budget; None in other cases.
 
     The error suggests a new run that starts with the weights of the finished run and trains on the
     remaining tokens, with the same settings.

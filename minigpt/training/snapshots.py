@@ -1,4 +1,4 @@
-"""Snapshots of the weights at steps on a logarithmic scale, which show how a model learns."""
+"""Snapshots of the weights during a run, at steps that are spaced on a logarithmic scale."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from minigpt.training.module import GPTModule
 def snapshot_steps(n: int, n_steps: int) -> list[int]:
     """Return `n` steps from 0 to `n_steps`, evenly spaced on the scale log(1 + step).
 
-    The first steps would coincide after rounding, so each is at least 1 after the previous one.
+    Rounding would make some of the first steps equal, so each step is at least 1 more than the
+    previous one.
 
     Args:
         n: number of snapshots, from 2 to n_steps + 1.
@@ -34,11 +35,10 @@ class Snapshots(Callback):
     """Write the weights to snapshots/step-XXXXXX.safetensors at the steps of `snapshot_steps`.
 
     The metadata of a file contains the step, the number of tokens so far, and the training loss of
-    the last batch before the step, in nats per token. A resumed run keeps the snapshots that exist
-    already.
+    the latest batch, in nats per token. A resumed run keeps the snapshots that exist already.
 
     Args:
-        module: the model in training. The first process needs all weights, as with ddp.
+        module: the model in training. The first process must have all weights, so fsdp is excluded.
         folder: the run folder.
         n: number of snapshots, from 2 to the number of updates plus 1.
     """
@@ -49,7 +49,7 @@ class Snapshots(Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        """Write the initial weights of a new run."""
+        """For a new run, remove old snapshots in the folder and write the initial weights."""
         self.folder.mkdir(exist_ok=True)
         if trainer.global_step == 0:
             for path in self.folder.glob("step-*"):  # of a run killed before its first checkpoint
@@ -65,7 +65,7 @@ class Snapshots(Callback):
 
     def _write(self, step: int, loss: float) -> None:
         path = self.folder / f"step-{step:06d}.safetensors"
-        if not path.is_file():  # also with accumulated batches, several of which follow a step
+        if not path.is_file():  # the hook may be called for several batches at one step
             tokens = step * self.module.tokens_per_step
             values = {"step": step, "tokens": tokens, "train_loss": loss}
             write_snapshot(path, self.module.net, self.module.hparams, values)

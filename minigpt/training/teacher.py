@@ -16,10 +16,10 @@ from minigpt.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Teachers:
-    """The loaded teachers of a run, with the same tokenizer."""
+    """The loaded teachers of a run; all of them have the same tokenizer."""
 
     models: Sequence[GPT]
-    """Frozen, in evaluation mode, on the CPU."""
+    """The models, frozen and in evaluation mode; they are loaded on the CPU."""
 
     tokenizer: Tokenizer
     """Tokenizer of all teachers."""
@@ -31,7 +31,7 @@ class Teachers:
     def load(
         cls, paths: Sequence[str], student: Path | None = None, model: ModelFactory | None = None
     ) -> Teachers:
-        """Load the teachers.
+        """Load the teachers, and check that they have the same tokenizer.
 
         Args:
             paths: run folders, checkpoints or exports, at least one.
@@ -55,14 +55,14 @@ class Teachers:
         return cls(models, runs[0].tokenizer, records)
 
     def recorded_in(self, hyper_parameters: Mapping[str, Any], checkpoint: Path) -> Teachers:
-        """Return these teachers with the records in a checkpoint of the student.
+        """Return these teachers with the provenance records from a checkpoint of the student.
 
         Args:
             hyper_parameters: hyper-parameters in the checkpoint.
             checkpoint: path of the checkpoint.
 
         Raises:
-            UserError: the student was taught by other weights.
+            UserError: the student was taught by teachers with other weights.
         """
         records = own_teachers(hyper_parameters, checkpoint)
         if [r.weights for r in records] != [r.weights for r in self.records]:
