@@ -137,7 +137,9 @@ def _load_models(runs: Sequence[Run]) -> list[StudiedModel]:
     pairs = zip(names, runs, strict=True)
     models = [StudiedModel(name, run.load_model(), run.tokenizer) for name, run in pairs]
     if len({(m.tokenizer.fingerprint, m.net.config.context_length) for m in models}) > 1:
-        problem = "the runs differ in tokenizer or context length, so no model can score all runs"
+        problem = (
+            "the runs differ in tokenizer or context length, so no model can score all stories"
+        )
         raise UserError(f"{problem}; study each run separately", "runs", names)
     return sorted(models, key=lambda model: model.net.n_parameters)
 

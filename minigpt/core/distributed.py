@@ -176,9 +176,9 @@ def allow_starting_processes() -> None:
 
 
 def _exit_with(parent: int) -> None:
-    """Wait until the parent process has ended, then exit.
+    """Exit as soon as the parent process has ended; to be run in a background thread.
 
-    Without this, the process could wait for its parent forever.
+    Otherwise the main thread could wait forever for a message from a parent that has ended.
 
     Args:
         parent: process id of the parent.

@@ -53,7 +53,10 @@ class Hardware:
 
     @property
     def fast_dtype(self) -> torch.dtype:
-        """Dtype for models that are not in training, chosen as for the precision "auto"."""
+        """Dtype for models that are not in training; the precision of the run does not affect it.
+
+        It is the dtype that `trainer.precision=auto` selects on this accelerator.
+        """
         precision, _ = _find_precision("auto", self.accelerator)
         return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(
             precision, torch.float32

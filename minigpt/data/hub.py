@@ -30,9 +30,10 @@ _STRINGS = ("string", "large_string", str)
 
 
 def fetch_dataset(folder: Path, config: DataConfig, split: str, n_bytes: int | None) -> Path:
-    """Return a .jsonl file with the first stories of a split, after streaming those that it lacks.
+    """Download the first stories of a split to a .jsonl file, and return its path.
 
-    If the file already has enough stories, the network is not used. The environment variable
+    Only stories that are not in the file yet are downloaded; if it already has enough stories, the
+    network is not used. The environment variable
     HF_ENDPOINT sets the Hub's address; the default is huggingface.co. Private datasets need
     `hf auth login` or HF_TOKEN. Only one process writes at a time.
 

@@ -269,10 +269,10 @@ def _take(pieces: Iterable[Piece], max_bytes: int) -> Iterator[Piece]:
 
 
 def _part(pieces: Iterable[Piece], length: int, holdout: float, split: Split) -> Iterator[Piece]:
-    """Yield the pieces of the part of a document that belongs to `split`.
+    """Yield the pieces of a document that belong to `split`.
 
-    The end of the document, about the fraction `holdout` of its `length` characters, is the part
-    for "valid". The start is the part for "train".
+    The last characters belong to "valid": about the fraction `holdout` of all `length` characters.
+    The characters before them belong to "train".
     """
     position = min(max(1, round(length * (1 - holdout))), length - 1)
     margin = int(min(holdout, 1 - holdout) * length / 2)

@@ -21,7 +21,7 @@ def spool_stories(
     """Write `stories` to `data.cache_dir` and return settings that read them from there.
 
     Memory use does not grow with the number of stories. Equal stories give equal files. A file that
-    already exists is kept, so its stories are not encoded again.
+    already exists is kept unchanged, so the preparation of the data does not tokenize it again.
 
     Args:
         data: data settings; the source and the files are replaced.

@@ -58,7 +58,9 @@ def averaged_runs(summary: Mapping[str, Any], path: Path) -> list[AveragedRun]:
         parent = parent_of(summary, path)
         return [] if parent is None else [AveragedRun(parent.name, parent.weights)]
     if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
-        raise UserError(f"{path}: averaged must be a list of objects: export the run again")
+        raise UserError(
+            f"{path}: the entry averaged must be a list of objects; export the run again"
+        )
     return [build(AveragedRun, dict(entry), f"{path}: averaged") for entry in entries]
 
 

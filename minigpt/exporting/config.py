@@ -36,8 +36,8 @@ class ExportConfig:
     that was trained only on TinyStories; for other models, the license is left unspecified."""
 
     average: tuple[str, ...] = ()
-    """Paths of runs to average the weights with: the run that this run was initialised from, or
-    other runs that were initialised from it."""
+    """Paths of runs whose weights are averaged with those of the exported run: its parent, which
+    is the run that it was initialised from, or other runs with the same parent."""
 
     def __post_init__(self) -> None:
         license = "must be a license identifier of the Hub, such as mit or cc-by-4.0"

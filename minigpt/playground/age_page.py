@@ -73,7 +73,8 @@ def resized(age: int, old: int, new: int) -> tuple[gr.Column, gr.Slider]:
     """Return the column and the slider after models were added.
 
     Args:
-        age: position of the slider; the last one remains the last one.
+        age: position of the slider. At the end it stays at the end; elsewhere it keeps its
+            distance from both ends, as fractions of the length.
         old: number of ages before.
         new: number of ages from now on.
     """

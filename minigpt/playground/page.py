@@ -313,7 +313,7 @@ def _tokens_part(template: str, value: str = "", elem_id: str | None = None) -> 
 
 
 def page_theme() -> themes.ThemeClass:
-    """Return a theme with system fonts, and hints with enough contrast in light and dark mode."""
+    """Return a theme that uses system fonts and gives hints enough contrast in both modes."""
     hint = {"block_info_text_color": "*neutral_600", "block_info_text_color_dark": "*neutral_300"}
     mono = ("ui-monospace", "monospace")
     return themes.Default(font=("system-ui", "sans-serif"), font_mono=mono).set(**hint)

@@ -126,7 +126,10 @@ def _form(playground: Playground) -> _Form:
 
 
 class _Events:
-    """Event handlers of the tab Train. Except `allowed`, they return updates of its components."""
+    """Event handlers of the tab Train.
+
+    All methods except `allowed` return updates of the components of the tab.
+    """
 
     def __init__(self, playground: Playground, training: Training) -> None:
         self.playground, self.training = playground, training

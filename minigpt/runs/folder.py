@@ -185,7 +185,7 @@ class Run:
 
     @property
     def output_dir(self) -> Path:
-        """Directory for evaluation output: the run folder, or the working directory for an export.
+        """Directory for evaluation output: the run folder; for an export, the current directory.
 
         No file is added to an export, because its model card describes exactly the files in it.
         """

@@ -124,8 +124,8 @@ class OptimizerConfig:
     cycle_share: float = 0.1
     """Length of each cycle, as a fraction of all updates, between 0 and 1."""
     cycle_lr: float = 0.5
-    """Learning rate at the start of each cycle, as a fraction of the peak, above 0 and from
-    final_lr to 1."""
+    """Learning rate at the start of each cycle, as a fraction of the peak: above 0, at least
+    `final_lr` and at most 1."""
     grad_clip: float = 1.0
     """Maximum total norm of the gradients; gradients with a larger norm are scaled down, and 0
     disables clipping."""
@@ -240,8 +240,8 @@ class CallbacksConfig:
     checkpoint_minutes: float = 10.0
     """Minutes after which last.ckpt is written again; each validation also writes last.ckpt."""
     checkpoint_steps: int | None = None
-    """Number of updates after which last.ckpt is also written, in addition to `checkpoint_minutes`;
-    None means that only the minutes count."""
+    """last.ckpt is also written after every `checkpoint_steps` updates, independently of
+    `checkpoint_minutes`; None disables these additional checkpoints."""
     keep_checkpoints: int = 2
     """Number of latest checkpoints to keep, including last.ckpt but not best.ckpt."""
     snapshots: int | None = None

@@ -378,7 +378,8 @@ def _check_shape(config: TrainConfig, trained: GPTConfig, run: Run) -> None:
     if fix and size not in (None, "gpt", config.size):
         fix = {"model": size}
     if fix:
-        raise UserError("this run's model has another shape", "init_from", config.init_from, fix)
+        problem = "the model of that run has another shape than the new model"
+        raise UserError(problem, "init_from", config.init_from, fix)
 
 
 def run_lock(folder: Path) -> AcquireReturnProxy:
