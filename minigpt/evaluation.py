@@ -152,7 +152,9 @@ class Loss:
         return perplexity(self.nats_per_token)
 
     def bits_per_byte(self, bytes_per_token: float) -> float:
-        """Return the loss in bits per UTF-8 byte. This unit is comparable between tokenizers.
+        """Return the loss in bits per UTF-8 byte.
+
+        In this unit, the losses of models with different tokenizers can be compared.
 
         Args:
             bytes_per_token: mean number of UTF-8 bytes per token of the split that was scored.
@@ -326,9 +328,9 @@ def own_data(run_config: dict[str, Any]) -> DataConfig | None:
         run_config: configuration of the run.
 
     Returns:
-        The settings; None if the stories are not available. For example, an export of a run on the
-        user's own files does not record their paths, and the stories of `tinystories_tuning` are no
-        longer bundled.
+        The settings. None for an export of a run on the user's own files, which does not record the
+        paths of the files, and for a run on the source `tinystories_tuning`, which is no longer
+        bundled.
     """
     data = run_config["data"]
     if data.get("source") == "text" and "train_files" not in data:
@@ -397,8 +399,8 @@ def evaluate(
             directory.
 
     Returns:
-        The evaluation. For the bundled sample, the loss is for V2 and `valid_v1` has the loss for
-        V1, unless `config.valid` selects only one of the two.
+        The evaluation. The bundled sample has validation stories from TinyStories V2 and V1. If
+        both were scored, the loss is for V2, and `valid_v1` has the loss for V1.
 
     Raises:
         UserError: there is no run, its checkpoint is damaged, the data cannot be read, a setting is
@@ -451,7 +453,10 @@ def evaluate(
 
 
 def _hardware(run: Run) -> Hardware:
-    """Return the best device, with the precision of training, or float32 if that is emulated."""
+    """Return the best device, with the precision in which the run was trained.
+
+    If this CPU can only emulate that precision, float32 is used instead.
+    """
     # A killed run has no summary.json, so the precision is resolved from the setting of the run.
     setting = run.config.get("trainer", {}).get("precision", "auto")
     precision = read_summary(run.folder).get("precision", setting)
@@ -494,9 +499,9 @@ def score_corpora(
         score: function to call with each corpus; it returns the score.
 
     Returns:
-        The data settings that apply; the stories of the bundled sample that were scored ("v1", "v2"
-        or "both"), or None for other stories; and the scores. For "both", the first score is for V2
-        and the second for V1.
+        Three values: the data settings that apply, the name of the stories, and the list of scores.
+        The name is "v1", "v2" or "both" for stories of the bundled sample, and None for other
+        stories. For "both", the first score is for V2 and the second for V1.
 
     Raises:
         UserError: the stories cannot be read, or `valid` is set but the data is not the bundled
@@ -517,9 +522,9 @@ def score_corpora(
 def evaluation_name(config: EvaluationConfig, evaluation: Evaluation) -> str:
     """Return the name of the file to write an evaluation to.
 
-    For the validation split of the run's own data, the name is evaluation.json. A part is added to
-    the name for each of these: the source of `config.data`, the tuning stories, V1 alone, and a
-    stride.
+    For the validation split of the run's own data, the name is evaluation.json. Up to four parts
+    are added to it: the source of `config.data`, "tuning" for data.valid=tuning, "v1" if only the
+    stories from TinyStories V1 are scored, and the stride.
 
     Args:
         config: settings of the evaluation.

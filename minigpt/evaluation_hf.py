@@ -86,8 +86,8 @@ def evaluate_hf(
         out: folder for the file with the loss; None means the working directory.
 
     Returns:
-        The loss. For the bundled sample, it is for V2, and `valid_v1` has the loss for V1, unless
-        `config.valid` selects only one of the two.
+        The loss. If the validation stories of both TinyStories V2 and V1 were scored, which is the
+        default for the bundled sample, it is the loss for V2, and `valid_v1` is the loss for V1.
 
     Raises:
         UserError: transformers is missing, the folder is not such a model, a setting does not
@@ -183,7 +183,7 @@ def _context(config: Any, folder: Path) -> int:
 
 
 def _encoded(corpus: Corpus, tokenizer: Any) -> tuple[np.ndarray, int, int]:
-    """Return the ids of the validation stories, the number of stories, and that of UTF-8 bytes."""
+    """Return the ids of the validation stories, and the numbers of stories and UTF-8 bytes."""
     pieces = [*corpus.pieces("valid")]
     rows = tokenizer(
         [text for text, _ in pieces], add_special_tokens=False, split_special_tokens=True

@@ -188,9 +188,9 @@ class Tokenizer:
     def encode_stories(self, stories: Iterable[str]) -> np.ndarray:
         """Return the ids of all stories in one array, with END_OF_TEXT after each story.
 
-        The ids are those of `encode_batch`, with one exception: if a text has no safe cut position
-        in 65,536 characters, `cut_texts` cuts it after them, and the ids around this cut may
-        differ.
+        The ids are those of `encode_batch`, with one exception. If 65,536 successive characters of
+        a story have no cut position, `cut_texts` cuts the story after them, and the ids around this
+        cut may differ.
 
         Args:
             stories: any Unicode texts, which are streamed.
@@ -349,7 +349,11 @@ def cut_texts(
 
 
 def _until_diverse(texts: Iterable[str]) -> Iterator[str]:
-    """Yield `texts` until the distinct pre-tokens counted so far have _DISTINCT_BYTES bytes."""
+    """Yield `texts` until their distinct pre-tokens have a total of _DISTINCT_BYTES bytes.
+
+    The pre-tokens are counted after each group of texts. If few of them are new, only the last
+    quarter of the next group is counted.
+    """
     words: set[str] = set()  # words already counted, such as most words of a new English text
     pre_tokens: set[str] = set()
     group: list[str] = []
@@ -412,7 +416,11 @@ def _untrained() -> tokenizers.Tokenizer:
 
 
 def _is_ours(library: tokenizers.Tokenizer) -> bool:
-    """Return whether `library` has the settings of `Tokenizer.train` and a valid vocabulary."""
+    """Return whether a tokenizer has the settings of `Tokenizer.train` and a valid vocabulary.
+
+    Args:
+        library: the tokenizer, in the class of the `tokenizers` library.
+    """
     expected, vocabulary = _untrained(), library.get_vocab()
     expected.add_special_tokens([END_OF_TEXT])
     return (

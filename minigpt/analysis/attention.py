@@ -55,8 +55,8 @@ class HeadScores:
 
     Attributes:
         previous_token: mean attention to the previous token.
-        induction: mean attention to the token that followed the current token when the current
-            token occurred earlier.
+        induction: mean attention to the token after the earlier occurrence of the current token.
+            The mean is over the positions whose token has occurred before.
     """
 
     previous_token: Tensor

@@ -82,7 +82,7 @@ def _by_rank(ids: Sequence[int], rank: Mapping[int, int]) -> list[str]:
 
 
 def _by_text(story: str, pieces: Sequence[str]) -> list[set[str]]:
-    """Return a set of classes for each token: position, names, speech and punctuation."""
+    """Return, for each token, the set of its classes: position, names, speech and punctuation."""
     names, seen = [], set()
     for match in NAME.finditer(story):
         names.append((match.span(), NAMES[match[0] in seen]))
@@ -111,7 +111,7 @@ def class_losses(net: GPT, texts: Sequence[ScoredText]) -> dict[str, float | Non
 
     Returns:
         Losses by name of the class, and one more loss, "all tokens". The loss of a class without
-            tokens is None.
+        tokens is None.
     """
     losses: dict[str, list[float]] = {name: [] for name in ("all tokens", *CLASSES)}
     device, size = net.embedding.weight.device, sequences_at_once(net, on_cpu=BATCH)

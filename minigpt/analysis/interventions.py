@@ -95,9 +95,10 @@ def patch_heads(model: GPT, clean: Tensor, corrupted: Tensor, metric: Metric) ->
 def _patched(
     model: GPT, clean: Tensor, corrupted: Tensor, metric: Metric, point: str, dim: int
 ) -> Tensor:
-    """Return the metric for each patch, (n_layers, size of dimension `dim`).
+    """Return the metric after each patch, (n_layers, size of dimension `dim`) float64.
 
-    Each patch replaces the activation `point` of one layer at one index of dimension `dim`.
+    For each patch, the model reads `corrupted`. In one layer and at one index of dimension `dim`,
+    the activation `point` is replaced by the activation for `clean`.
     """
     if clean.shape != corrupted.shape:
         problem = f"must have the shape of clean, {tuple(clean.shape)}: use texts of equal length"

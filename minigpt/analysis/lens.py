@@ -1,6 +1,6 @@
 """Logit lens and direct logit attribution: what each layer and each head says about the next token.
 
->>> logit_lens(model, ids).argmax(dim=-1)  # the most likely token after each block, (L + 1, T)
+>>> logit_lens(model, ids).argmax(dim=-1)  # most likely token at each depth, (n_layers + 1, T)
 >>> logit_attribution(model, ids, targets).heads  # (n_layers, n_heads, T)
 """
 

@@ -77,7 +77,10 @@ class OverTimeConfig:
 
 @dataclass(frozen=True)
 class Moment:
-    """Measures of one snapshot; a loss or fraction is None if there is nothing to count."""
+    """Measures of one snapshot.
+
+    A loss is None if no token is in the class, and a fraction is None if its denominator is zero.
+    """
 
     tokens: int  # training tokens so far
     losses: dict[str, float | None]  # nats per token, by class of token
@@ -93,7 +96,8 @@ def write_over_time(run: Run, out: Path, config: OverTimeConfig | None = None) -
     """Measure all snapshots of a run, and write the results to a folder.
 
     The files are over-time.md, over-time.json, over-time.png and the animation embeddings.html. The
-    animation is left out if fewer than two groups of its words have a word that is a single token.
+    animation shows groups of words that are single tokens. It is left out if fewer than two groups
+    have such a word.
 
     Args:
         run: a run with snapshots.

@@ -148,8 +148,8 @@ def study(
     """Compare runs by the coherence of their stories, by sample stories and by embeddings.
 
     Writes coherence.md, samples.md and embeddings.md, with figures and JSON files.
-    With --over-time, writes other files: over-time.md, a figure, a JSON file and
-    embeddings.html.
+    With --over-time, writes these files instead: over-time.md, a figure, a JSON file
+    and embeddings.html.
     """
     check_folder(out)
     if over_time:

@@ -142,7 +142,7 @@ def own_hydra(name: str, overrides: Sequence[str] = ()) -> Iterator[None]:
 
     Args:
         name: name of the root config.
-        overrides: settings as typed; some of them add defaults, see `defaults`.
+        overrides: settings as typed. `defaults` explains which of them add settings.
     """
     instances, store = Singleton._instances, ConfigStore.instance()
     before, repo = dict(instances), store.repo
@@ -167,7 +167,7 @@ def register_defaults(name: str, overrides: Sequence[str] = ()) -> None:
 
     Args:
         name: name of the root config.
-        overrides: settings as typed; some of them add defaults, see `defaults`.
+        overrides: settings as typed. `defaults` explains which of them add settings.
     """
     ConfigStore.instance().store(f"{name}_defaults", defaults(name, overrides))
 
@@ -256,7 +256,7 @@ def evaluation_config(values: dict[str, Any]) -> Any:
 
 
 def typed_class(setting: str, overrides: Sequence[str]) -> Any:
-    """Return the model class that `overrides` give as `setting`; None if they give none.
+    """Return the model class that a setting in `overrides` names; None if it is not set, or null.
 
     Args:
         setting: name of a setting that names a class, such as model.class_path.

@@ -58,7 +58,7 @@ def orderly_exit(verb: str) -> Iterator[None]:
 def is_interrupt(error: BaseException | None) -> bool:
     """Return whether an error is a KeyboardInterrupt, or was raised while one was being handled.
 
-    A KeyboardInterrupt may leave the functions of a library half done, so that the library fails.
+    A KeyboardInterrupt can stop a library halfway. The library may then raise another error.
     """
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
@@ -91,7 +91,7 @@ def result_on_stdout() -> None:
 
 
 def _flush_result() -> None:
-    """Write what is left of a result, so that a full disk is an error of the program."""
+    """Flush stdout if it is the result of the program, so that a full disk raises an error."""
     if any(output.is_result for output in outputs()):
         sys.stdout.flush()
 

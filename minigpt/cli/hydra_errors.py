@@ -98,10 +98,10 @@ FAILURES = {
 
 
 def explain_failure(error: Exception) -> str | None:
-    """Return a line with advice if a file access failed or `FAILURES` matches; None otherwise.
+    """Return one line of advice about a failed file access or an error listed in `FAILURES`.
 
-    PyTorch raises RuntimeError for most failures, so a lack of memory is recognised by the message
-    of the error.
+    The result is None for other errors. PyTorch raises RuntimeError for most failures, so a lack of
+    memory is recognised by the message of the error.
     """
     if isinstance(error, OSError) and error.filename is not None:
         return f"cannot read or write {error.filename}: {error.strerror}; give another path"

@@ -155,10 +155,10 @@ def budget_words(config: Any, tokens: float) -> dict[str, Any]:
 
 
 def _shape(start: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a model with the shape of the model that the training starts from.
+    """Return settings that give the new model the same shape as the model to start from.
 
     Args:
-        start: the run to start from; its folder is `start["path"]`.
+        start: the model to start from; the path of its checkpoint is `start["path"]`.
     """
     from minigpt.cli.compose import load_config
     from minigpt.runs.folder import Run

@@ -38,7 +38,12 @@ class Program:
 
     @classmethod
     def detect(cls, name: str) -> Program:
-        """Return the program of this process; `name` is the verb that this process runs."""
+        """Return the program that started this process.
+
+        Args:
+            name: the verb of `minigpt` that this process runs; "train" for train.py and "evaluate"
+                for evaluate.py.
+        """
         path = os.path.abspath(sys.argv[0])
         words = () if Path(path).name in ("train.py", "evaluate.py") else (name,)
         return cls(path, words, sys.argv[0])  # Hydra replaces sys.argv
@@ -102,7 +107,12 @@ def use_utf8() -> None:
 
 
 def names_class(word: str, name: str) -> bool:
-    """Return whether the word, typed for the verb `name`, sets the class of a model."""
+    """Return whether `word` sets a model class, as model.class_path=mypackage.MyGPT does.
+
+    Args:
+        word: an argument as typed on the command line.
+        name: the verb to which the argument belongs, train or evaluate.
+    """
     return word.startswith(tuple(f"{setting}=" for setting in CLASS_SETTINGS[name]))
 
 

@@ -41,7 +41,10 @@ _sweep: dict[str, str] = {}  # folder and launcher of the multirun of this proce
 
 
 class RecordSweep(Callback):
-    """Hydra callback that records facts for the command that continues an interrupted multirun."""
+    """Hydra callback that records the folder and the launcher of a multirun.
+
+    `run_app` uses them to log how to continue a multirun that was interrupted.
+    """
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Record the folder and the launcher of the multirun."""
@@ -101,9 +104,10 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
 
 
 def _leave_explained(error: Exception, name: str) -> None:
-    """Exit with a one-line explanation of the error of a library; return if there is none.
+    """Exit with a one-line explanation of the error of a library; return if no such line is known.
 
-    Errors that follow from a Ctrl-C are left to `orderly_exit`.
+    For an error that follows from a Ctrl-C, the function also returns, because `orderly_exit`
+    handles it.
 
     Args:
         error: the error.
@@ -129,9 +133,10 @@ def _sweep_again(program: Program, arguments: list[str], sweep_dir: str) -> str:
 
 
 def _first_setting(words: list[str]) -> int:
-    """Return the index of the first setting in `words`; the length if there is none.
+    """Return the index of the first setting in `words`; the length of `words` if there is none.
 
-    New settings are inserted there, because argparse accepts settings on one side of a flag only.
+    New settings are inserted there, next to the other settings, because argparse does not accept
+    settings both before and after a flag.
     """
     settings = (i for i, word in enumerate(words) if "=" in word and not word.startswith("-"))
     return next(settings, len(words))
@@ -168,12 +173,14 @@ def _prepare(name: str, program: Program, arguments: list[str]) -> None:
 
 @contextlib.contextmanager
 def _one_line_errors(name: str, program: Program) -> Iterator[None]:
-    """Exit with one line if a Hydra task raises a `UserError` or an error with an explanation.
+    """Exit with one line if a Hydra task raises a `UserError` or an error that can be explained.
 
-    In a multirun, a `UserError` is raised again instead, so that Hydra continues with the next job.
-    All ranks raise the same `UserError`. Any other exception may occur at one rank only, while the
-    other ranks wait. In a multirun, Hydra would hide such an exception, so a process with a rank
-    above 0 prints the traceback and exits.
+    `_leave_explained` explains errors of libraries. Errors without an explanation are raised again.
+
+    In a multirun, all errors are raised again, so that Hydra continues with the next job. There is
+    one exception: at an error that may have occurred at one rank only, a process with a rank above
+    0 prints the traceback and exits. Otherwise, Hydra would hide the error, and the other ranks
+    would wait. A `UserError` or an error of OmegaConf occurs at all ranks.
     """
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     try:

@@ -14,10 +14,12 @@ def main() -> None:
 
 
 def run(module: str) -> None:
-    """Run the function `main` of a module.
+    """Import a module and run its function `main`.
+
+    The import takes a second or more. A Ctrl-C during this time ends the process with one line.
 
     Args:
-        module: name of the module. Its imports take a second or more.
+        module: name of the module.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _exit)

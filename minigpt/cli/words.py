@@ -40,12 +40,12 @@ _SWEEP = re.compile(r"(choice|glob|interval|range|shuffle|sort|tag)\(.*\)", re.D
 def without_dashes(arguments: Sequence[str]) -> list[str]:
     """Return the arguments, with each --key=value replaced by key=value.
 
-    An agent of W&B types settings with dashes.
+    The agent of a W&B sweep writes settings with dashes.
 
     Raises:
-        UserError: another word has dashes but is not an option of Hydra, or the word after a
-            setting is neither a setting nor an option, such as the second word of a value with
-            spaces.
+        UserError: a word with two dashes is neither --key=value nor an option of Hydra; a setting
+            has a single dash; or a setting is followed by a word that is neither a setting nor an
+            option, such as the second word of a value with spaces.
     """
     words = [word.removeprefix("--") if _is_dashed(word) else word for word in arguments]
     for index, (word, following) in enumerate(pairwise([*words, ""])):
@@ -148,7 +148,8 @@ def _value(name: str, text: str, depth: int) -> str:
 def _text(name: str, text: str) -> str:
     r"""Return a text in Hydra's grammar, in quotes if Hydra would change it.
 
-    `${...}` refers to another setting. `\${` stands for the characters `${`.
+    Two forms are kept as typed: `${...}`, which refers to another setting, and `\${`, which stands
+    for the characters `${`.
     """
     if "${" in text:
         try:
@@ -176,7 +177,10 @@ def _other_word(word: str, sweep: bool) -> str:
 
 
 def _parsed(text: str) -> Any:
-    """Return the value that Hydra reads from `text` or its beginning; None if it cannot read it."""
+    """Return the value that Hydra reads from `text`; None if Hydra raises an error.
+
+    Hydra may read only the beginning of `text`, without an error.
+    """
     try:
         return _parser().parse_rule(text, "element")
     except HydraException:

@@ -90,7 +90,7 @@ _losses: list[str] = []  # lines about lost outputs, for train.log; only the fir
 
 
 def terminal_is_gone(reason: str) -> None:
-    """Log that the terminal is gone, unless this process has already recorded a lost output.
+    """Log that the terminal is gone, unless the loss of stdout or stderr is already recorded.
 
     Args:
         reason: the signal or the error that shows that the terminal is gone.
@@ -113,8 +113,9 @@ def outputs() -> list[_Output]:
 def show_log() -> None:
     """Print the package's log records of level INFO and higher, above any progress bar.
 
-    Only the process of rank 0 prints. Characters that the encoding of stdout or stderr lacks are
-    replaced with question marks. From now on, stdout and stderr discard what cannot be written.
+    Only the process of rank 0 prints log records. The function also replaces stdout and stderr. The
+    new streams write a question mark for each character that their encoding lacks. They discard
+    output that cannot be written, for example because the terminal is closed.
     """
     for number in range(3):  # otherwise a file of the run would get the number of a closed stream
         try:
@@ -161,7 +162,7 @@ def _replaced(stream: Any, number: int) -> Any:
 class _RunLog(logging.FileHandler):
     """Handler for the log file of a run.
 
-    If the terminal or another output is lost, one line about the first loss is added.
+    The first time that the terminal or another output is lost, one line about this is added.
     """
 
     has_loss = False

@@ -30,8 +30,8 @@ def _cgroups() -> Iterator[Path]:
     """Yield the folders of the cgroups that may limit this process; some may not exist.
 
     These are the folder of the process's own cgroup and its parent folders, up to the root folder
-    of the cgroups. In a container, /proc may give the path of the cgroup on the host. Of these
-    folders, the container may then have only the root folder.
+    of the cgroups. In a container, /proc may give the path of the cgroup on the host. The folder
+    with that path may be missing in the container, which then has only the root folder.
     """
     try:
         lines = Path(_PROCESS).read_text(encoding="utf-8").splitlines()

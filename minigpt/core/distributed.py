@@ -178,7 +178,8 @@ def allow_starting_processes() -> None:
 def _exit_with(parent: int) -> None:
     """Exit as soon as the parent process has ended; to be run in a background thread.
 
-    Otherwise the main thread could wait forever for a message from a parent that has ended.
+    Without this thread, the main thread could wait forever for a message from a parent that has
+    ended.
 
     Args:
         parent: process id of the parent.

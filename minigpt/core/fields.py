@@ -80,7 +80,7 @@ def setting_types(cls: type, prefix: str = "") -> dict[str, Any]:
 
 
 def documented(cls: C) -> C:
-    """Class decorator: add field docs to the `__doc__` of a dataclass and of each of its sections.
+    """Class decorator: add field docs to the `__doc__` of a dataclass and of those nested in it.
 
     The source is parsed only when `__doc__` is read, so that imports stay fast.
 

@@ -51,8 +51,8 @@ def provide_home() -> None:
     A container may run with a user id that has no name and no home folder. Matplotlib, W&B,
     fontconfig and the cache for the compiled decode.c would then fail or complain. Programs call
     this function before they import these libraries. The libraries find the temporary folder
-    through XDG_CACHE_HOME, XDG_CONFIG_HOME and XDG_DATA_HOME; those of these environment variables
-    that are already set are not changed. The folder is deleted when the process exits.
+    through the environment variables XDG_CACHE_HOME, XDG_CONFIG_HOME and XDG_DATA_HOME. A variable
+    that is already set is not changed. The folder is deleted when the process exits.
 
     Raises:
         UserError: there is no writable temporary folder. PyTorch needs one when it is imported.

@@ -66,7 +66,8 @@ class Hardware:
     def detect(cls, accelerator: str, devices: str, num_nodes: int, precision: str) -> Hardware:
         """Check the trainer settings on this machine, and replace "auto" with a value.
 
-        Under torchrun or srun, the launcher determines the number of devices and nodes.
+        Under torchrun or srun, the numbers of devices and nodes are those that the launcher
+        started. The arguments must agree with them, or be the defaults, "auto" devices and 1 node.
 
         Args:
             accelerator: "auto", "cpu", "gpu", "cuda" or "mps".
@@ -81,8 +82,8 @@ class Hardware:
 
         Raises:
             UserError: this machine lacks the accelerator or has fewer devices than requested,
-                several nodes are requested without torchrun or srun, or the launcher started
-                another number of processes or nodes than requested.
+                several nodes are requested without torchrun or srun, or the arguments contradict
+                the launcher.
         """
         present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         typed, accelerator = accelerator, "cuda" if accelerator == "gpu" else accelerator
@@ -210,8 +211,8 @@ def set_threads(threads: int | None, hardware: Hardware) -> None:
 
     Args:
         threads: number of threads of each process. None means the value of OMP_NUM_THREADS. If this
-            variable is not set, None means PyTorch's default number, but at most the process's
-            share of the usable cores.
+            variable is not set, None means PyTorch's default number, limited to the process's share
+            of the usable cores.
         hardware: the devices of the run; each has one process.
     """
     if threads is None:

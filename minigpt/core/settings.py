@@ -33,9 +33,9 @@ class UserError(ValueError):
         argument: dotted name of the wrong argument or field, such as "data.batch_size".
         value: value of `argument`. It is left out if `message` already contains the value.
         fix: values to set instead, by dotted name.
-        command: verb and settings of a command to suggest. The settings are a dict, such as
-            ("train", {"resume": "runs/a"}), or a list of settings as typed on the command line,
-            such as ("train", ["resume=runs/a"]).
+        command: command to suggest, as a pair (verb, settings). The settings are a dict, such as
+            {"resume": "runs/a"}, or a list of settings as typed on the command line, such as
+            ["resume=runs/a"].
 
     Attributes:
         exit_code: exit code of a program that stops with this error.
@@ -166,7 +166,11 @@ def spell_step(
 
 
 def speak(spell: Callable[..., str]) -> None:
-    """Make `next_step` return `spell(verb, **settings)`; called by the command line only."""
+    """Make `next_step` call `spell` instead of `python_call`, as the command line needs.
+
+    Args:
+        spell: function with the same arguments as `python_call`. It returns a shell command.
+    """
     global _spell
     _spell = spell
 

@@ -56,8 +56,8 @@ class SignalWatch:
 
     Attributes:
         number: number of the signal that stops the program; 0 if there was none.
-        patient: whether the program may take as long as it needs to end after a signal, because
-            exiting would lose work.
+        patient: whether the limit of four seconds is off, because exiting would lose work. A second
+            Ctrl-C still makes the process exit.
     """
 
     def __init__(self) -> None:
@@ -98,8 +98,8 @@ class SignalWatch:
     def answer(self, number: int) -> bool:
         """Record a signal, and return whether it should stop the process.
 
-        SIGHUP should not stop a process without a terminal, for example after the terminal was
-        closed.
+        The result is False only for a SIGHUP to a process that has no terminal, or whose terminal
+        was closed. Such a signal is not recorded.
 
         Args:
             number: number of the signal.

@@ -105,8 +105,8 @@ def shell_word(text: str) -> str:
 def _bytes(character: str) -> bytes:
     """Return the UTF-8 bytes of a character.
 
-    Python represents each byte of a file name that is not UTF-8 by a special character. For such a
-    character, return the byte itself.
+    If a byte in a file name is not valid UTF-8, Python represents it by a special character (PEP
+    383). For such a character, return that byte.
     """
     escaped = "\udc80" <= character <= "\udcff"
     return character.encode("utf-8", "surrogateescape" if escaped else "surrogatepass")

@@ -77,9 +77,9 @@ class DataConfig:
     training stories."""
 
     max_stories: int | None = None
-    """Maximum number of training stories for the model and the tokenizer. The first stories in file
-    order are used, without those that `holdout` or `valid=tuning` holds out. None means all
-    stories."""
+    """Maximum number of training stories for the model and the tokenizer. Stories that `holdout` or
+    `valid=tuning` holds out do not count. The first of the other stories, in file order, are used.
+    None means all of them."""
 
     batch_size: int | None = None
     """Number of windows per device and step; None means 32 for source `tinystories` and 8 for the

@@ -31,11 +31,11 @@ def fetch(folder: Path, repo: str, name: str, separator: str, n_bytes: int | Non
     """Download a file of a dataset, or a prefix of the file, and return the path of the copy.
 
     A complete file is stored as `name`, a prefix as <stem>.first-<n_bytes>.<version>.txt, where
-    <version> is a hash of the Hub's etag. If the complete file is stored, or a prefix that was
-    requested with at least `n_bytes`, the network is not used. If only a shorter prefix of the same
-    version is stored, the download continues after the last byte of that prefix. Only one process
-    downloads a file at a time; the other processes wait. The environment variable HF_ENDPOINT sets
-    the Hub's address; the default is huggingface.co.
+    <version> is a hash of the Hub's etag. The network is not used if `folder` already contains
+    the complete file, or a prefix for which at least `n_bytes` were requested. If only a shorter
+    prefix of the same version is stored, the download continues after the last byte of that prefix.
+    Only one process downloads a file at a time; the other processes wait. The environment variable
+    HF_ENDPOINT sets the Hub's address; the default is huggingface.co.
 
     Args:
         folder: folder for the file, created if missing.
@@ -95,9 +95,14 @@ class HubLines(tqdm):
 
 
 def _first_parts(folder: Path, name: str, version: str = "*") -> list[tuple[int, Path]]:
-    """Return (requested number of bytes, path) for each stored prefix of the file `name`.
+    """Return (number of bytes, path) for each stored prefix of the file `name`.
 
-    By default, the prefixes of all versions are returned.
+    The number of bytes is the one that was requested when the prefix was downloaded.
+
+    Args:
+        folder: folder of the prefixes.
+        name: path of the file in the dataset.
+        version: version of the prefixes, as in `fetch`; the default means all versions.
     """
     paths = folder.glob(f"{Path(name).stem}.first-*.{version}.txt")
     return [(int(path.name.split(".")[-3].removeprefix("first-")), path) for path in paths]

@@ -201,7 +201,7 @@ def _row_pieces(path: Path, file_format: Format, field: str | None) -> Iterator[
 
 
 def _objects(path: Path, values: Iterable[Row], field: str | None) -> Iterator[Row]:
-    """Yield the number and the story of each JSON value.
+    """Yield the story in each JSON value, with the number of the line or list item.
 
     If the value is an object, the story is one of its fields, else the story is the value itself.
     """

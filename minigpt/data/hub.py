@@ -32,10 +32,10 @@ _STRINGS = ("string", "large_string", str)
 def fetch_dataset(folder: Path, config: DataConfig, split: str, n_bytes: int | None) -> Path:
     """Download the first stories of a split to a .jsonl file, and return its path.
 
-    Only stories that are not in the file yet are downloaded; if it already has enough stories, the
-    network is not used. The environment variable
-    HF_ENDPOINT sets the Hub's address; the default is huggingface.co. Private datasets need
-    `hf auth login` or HF_TOKEN. Only one process writes at a time.
+    Only stories that are not in the file yet are downloaded. If the file already has enough
+    stories, the network is not used. The environment variable HF_ENDPOINT sets the Hub's address;
+    the default is huggingface.co. Private datasets need `hf auth login` or HF_TOKEN. Only one
+    process writes at a time.
 
     Args:
         folder: folder of the file, created if missing.

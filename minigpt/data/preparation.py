@@ -289,8 +289,8 @@ def _cached(path: Path, load: Callable[[Path], T], make: Callable[[Path], None])
     """Return the result of `load(path)`. If the folder is missing or damaged, call `make` first.
 
     `make` writes to a temporary folder. This folder is then renamed to `path` atomically. Only the
-    process that holds the lock writes. So an unfinished folder from before was left by a killed
-    process, and is deleted.
+    process that holds the lock writes. If it finds an unfinished temporary folder, that folder was
+    left by a killed process, and is deleted.
     """
     try:
         return load(path)

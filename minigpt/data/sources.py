@@ -60,8 +60,9 @@ class Corpus:
     validation."""
 
     holdout: float = DataConfig.holdout
-    """Fraction of the training stories to hold out if `valid_files` is empty. If there are too few
-    stories for that, it is the fraction of the length of each document."""
+    """Fraction of the training stories to hold out if `valid_files` is empty. If none or all of the
+    stories would be held out, each document is divided instead: this fraction of its length is held
+    out. A document is a text file with a single story."""
 
     separator: str = DataConfig.separator
     """Separator between two stories in a .txt or .md file."""
@@ -100,7 +101,7 @@ class Corpus:
 
         Only a story of more than two million characters has several pieces. A story that is in both
         splits is removed from one of them: from the training stories if there are validation files,
-        else from the held-out stories. With `tuning`, such stories are kept.
+        else from the held-out stories. If the field `tuning` is true, such stories are kept.
 
         Args:
             split: "train" or "valid".
@@ -185,9 +186,9 @@ class Corpus:
     def _division(self) -> tuple[int, dict[Path, int]]:
         """Number of training stories, and the length in characters of each document to divide.
 
-        A document is a text file with a single story. If there are enough stories to hold some out,
-        no document is divided, and the dict is empty. To count the stories, all training files are
-        read.
+        A document is a text file with a single story. If whole stories can be held out, no document
+        is divided, and the second value is an empty dict. To count the stories, all training files
+        are read.
         """
         total = sum(ends for _, ends in self._train_pieces())
         n_valid = round(total * self.holdout)
@@ -344,7 +345,7 @@ def open_corpus(config: DataConfig, valid_only: bool = False) -> Corpus:
     Args:
         config: data settings.
         valid_only: whether the caller reads only the validation split. If so, training stories are
-            downloaded only if the validation stories are taken from them. An example is
+            downloaded only if the validation stories are taken from them, for example with
             `config.valid="tuning"`.
 
     Returns:

@@ -61,7 +61,8 @@ class StoryWindows(TokenWindows):
 
     Args:
         tokens: ids [n_tokens] uint16, story₁ EOT ... storyₙ EOT, usually a memory map.
-        context_length: number of tokens per window, T; windows must not cross the end of an epoch.
+        context_length: number of tokens per window, T. The caller must request only windows that
+            lie, with their targets, within one epoch.
         seed: seed of the order, at least 0.
     """
 

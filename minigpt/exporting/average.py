@@ -65,20 +65,20 @@ def averaged_runs(summary: Mapping[str, Any], path: Path) -> list[AveragedRun]:
 
 
 def average(model: GPT, run: Run, others: Sequence[str]) -> dict[str, Any]:
-    """Replace the weights of `model` with their mean over this run and others.
+    """Replace the weights of `model` with their mean over `run` and `others`.
 
     Args:
         model: the model of `run`, changed in place.
-        run: a run that was initialised from another run.
-        others: paths of its parent, or of runs that were initialised from the same parent.
+        run: a run that was initialised from another run, its parent.
+        others: paths of other runs: the parent of `run`, or runs with the same parent as `run`.
 
     Returns:
-        The summary of the mean. `averaged` lists the other runs, and the tokens and seconds are
-        those of all runs since their parent.
+        The summary of the mean. `averaged` lists the other runs. The tokens and seconds are sums
+        over `run` and all runs with the same parent; those of the parent are not included.
 
     Raises:
-        UserError: `run` has no parent, or another run has no or another parent, another shape, or
-            weights that are already in the mean.
+        UserError: `run` has no parent; one of `others` is neither this parent nor a run with the
+            same parent; or its model has another shape, or weights that are already in the mean.
     """
     summary = {**run.summary, "averaged": []}
     parent = parent_of(summary, run.folder / SUMMARY)
@@ -110,7 +110,10 @@ def average(model: GPT, run: Run, others: Sequence[str]) -> dict[str, Any]:
 
 
 def _add_branch(summary: dict[str, Any], branch: Run) -> None:
-    """Add the training of `branch` since the common parent to the summary of the mean."""
+    """Add the tokens, seconds, commits and teachers of `branch` to the summary of the mean.
+
+    All of these are values of its own training, without that of the common parent.
+    """
     for key in ("tokens", "seconds"):
         total, more = summary.get(key), branch.summary.get(key)
         summary[key] = None if total is None or more is None else total + more

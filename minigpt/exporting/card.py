@@ -180,7 +180,8 @@ def _command(overrides: Any, name: Any, named: bool) -> str | None:
     Args:
         overrides: the overrides as typed; None if they are not recorded.
         name: name of the run.
-        named: whether the command must name the run, because the export command does.
+        named: whether to add the name if `overrides` do not set it. The export command of an
+            averaged model refers to its runs by name.
     """
     if overrides is None or not all(typed.isprintable() for typed in overrides):
         return None

@@ -36,8 +36,9 @@ class ExportConfig:
     that was trained only on TinyStories; for other models, the license is left unspecified."""
 
     average: tuple[str, ...] = ()
-    """Paths of runs whose weights are averaged with those of the exported run: its parent, which
-    is the run that it was initialised from, or other runs with the same parent."""
+    """Paths of runs to average with the exported run, weight by weight. Each of them must be the
+    parent of the exported run, or another run with this parent. The parent is the run that the
+    exported run was initialised from."""
 
     def __post_init__(self) -> None:
         license = "must be a license identifier of the Hub, such as mit or cc-by-4.0"

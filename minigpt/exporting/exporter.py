@@ -60,10 +60,10 @@ def export(
         The paths of all files in `out`, sorted.
 
     Raises:
-        UserError: the run cannot be read, `out` contains files that are not from an export, an
-            export in another format than safetensors would replace `run` itself, the format does
-            not support the model, the weights cannot be averaged, or a package that the format
-            needs is missing.
+        UserError: the run cannot be read, `out` contains files that are not from an export, `out`
+            is the folder of `run` but the format is not safetensors, the format does not support
+            the model, the weights cannot be averaged, or a package that the format needs is
+            missing.
     """
     out, config = user_path(out, "out"), config or ExportConfig()
     check_output(out)

@@ -19,8 +19,8 @@ _RESULTS = ("report.html", "evaluation*.json")  # of an evaluation; they may be 
 def check_output(out: Path) -> None:
     """Raise UserError unless a folder is new, empty, or an earlier export without other files.
 
-    The working directory and its parent directories are not allowed, because programs would keep
-    running in a directory that was removed.
+    The export replaces the folder. So the working directory and its parent directories are not
+    allowed: programs in the working directory would keep running in a directory that was removed.
 
     Args:
         out: the output folder.

@@ -57,10 +57,10 @@ class Batch(Protocol):
 class Decoder:
     """Batch of sequences of any lengths. Each step appends one token to every sequence.
 
-    When a sequence reaches the context length, its context is shifted: the last half of the context
-    is read again from position 0, and decoding continues after it. A prompt that fills the context
-    or exceeds it is truncated to the same length. Sequences shift independently, so batching does
-    not change the logits of a sequence except by rounding.
+    When a sequence fills the context, its context is shifted: the last context/2 - 1 tokens are
+    read again from position 0, and decoding continues after them. Of a prompt that fills or exceeds
+    the context, only the last context/2 - 1 tokens are read. Sequences shift independently, so
+    batching does not change the logits of a sequence except by rounding.
 
     The model must be in evaluation mode and must not be trained while the decoder is in use. The
     "c" backend caches a copy of the weights of a frozen model. In-place writes through `.data` do
@@ -267,7 +267,10 @@ def _batch(model: GPT, n_sequences: int, backend: Backend) -> Batch:
 
 
 def _c_batch(model: GPT, n_sequences: int, backend: Backend) -> tuple[Batch | None, str]:
-    """Return a batch for decode.c and "", or None and the reason not to use decode.c."""
+    """Return a batch for decode.c, or None if decode.c is not used.
+
+    The second value is the reason not to use decode.c; it is "" if there is a batch.
+    """
     if (reason := decode.unsupported(model)) is not None:
         return None, reason
     threads = torch.get_num_threads()

@@ -54,7 +54,7 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Te
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy. The `forward` of this function also computes the gradients.
+    """Mean cross-entropy as an autograd function; its `forward` also computes the gradients.
 
     P is softmax(h Wᵀ), Y the one-hot targets and n the number of scored targets. The gradients are
     dh = (P − Y) W / n and dW = (P − Y)ᵀ h / n. In bfloat16, the loss is computed from rounded

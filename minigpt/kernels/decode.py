@@ -287,7 +287,7 @@ class Batch:
     ) -> tuple[Tensor, Tensor]:
         """Generate tokens: each step appends one token to each sequence and samples the next one.
 
-        The first step appends `ids`. Each later step appends the tokens that the step before has
+        The first step appends `ids`. Each later step appends the tokens that the previous step
         sampled. So the tokens of the last step are returned, but not appended. Generation stops
         early when all sequences have ended.
 
@@ -314,7 +314,10 @@ class Batch:
         return chosen[:n], logits[:n]
 
     def _single_tokens(self, capacity: int) -> _Step:
-        """Return a batch struct for one new token per sequence, up to a length of `capacity`."""
+        """Return a batch struct for one new token per sequence.
+
+        Each sequence can have `capacity` tokens or more, including the new token.
+        """
         if capacity > self._step[0].capacity:  # `fill` may have added blocks that the struct lacks
             self._reserve(capacity)
             self._step = self._struct(self._single)
@@ -347,7 +350,10 @@ class Batch:
             self._blocks.append(torch.empty(size + PANEL, dtype=self.weights.dtype, device="cpu"))
 
     def _struct(self, starts: Tensor) -> _Step:
-        """Return a batch struct without tokens and logits, and the objects to which it points."""
+        """Return a batch struct, and a list of the objects to which the struct points.
+
+        The pointers to tokens and logits are null until `_read` sets them.
+        """
         c, threads, n = self.weights.config, self._threads, int(starts[-1])
         heads, n_blocks = threads * c.n_heads, len(self._blocks)
         copies = 1 if self._n_sequences >= _MIN_SEQUENCES * threads else threads
@@ -366,7 +372,7 @@ class Batch:
         self, struct: _Step, ids: Tensor, positions: Tensor, logits: Tensor | None,
         sampler: SamplerStruct | None = None,
     ) -> int:  # fmt: skip
-        """Call `read_tokens` of decode.c, and return the number of steps."""
+        """Call `read_tokens` of decode.c, and return the number of steps that it computed."""
         ids = ids.long().contiguous()
         batch, weights = struct[0], self.weights
         batch.ids, batch.positions = ids.data_ptr(), positions.data_ptr()
@@ -468,7 +474,11 @@ def _pack(model: GPT) -> Weights | None:
 
 @torch.inference_mode()
 def _passes_self_check(weights: Weights, model: GPT) -> bool:
-    """Return whether decode.c gives the logits of `model`; the check runs once for each dtype."""
+    """Return whether decode.c computes the same logits as `model`, up to rounding.
+
+    The first result for each dtype is stored, and later calls return it. If the logits of `model`
+    are not finite, the result is True and is not stored.
+    """
     if weights.dtype in _self_checks:
         return _self_checks[weights.dtype]
     n = min(5, model.config.context_length)

@@ -77,11 +77,12 @@ def _rows(model: GPT, ids: Tensor) -> Rows:
 
 
 class _Distillation(torch.autograd.Function):
-    """Objective of a student. The `forward` of this function also computes the gradients.
+    """Objective of a student as an autograd function; its `forward` also computes the gradients.
 
-    P₁ is the softmax of the student's logits, P and Q are the distributions of student and teachers
-    at temperature τ, Y the one-hot targets and n the number of scored targets. The gradient with
-    respect to the student's logits is ((1 − w) (P₁ − Y) + w τ (P − Q)) / n.
+    The gradient with respect to the student's logits is ((1 − w) (P₁ − Y) + w τ (P − Q)) / n. P₁ is
+    the softmax of the student's logits. P and Q are the distributions of the student and of the
+    teachers at temperature τ. Y are the one-hot targets, n is the number of scored targets, and w
+    is the weight of the divergence.
     """
 
     @staticmethod
@@ -142,11 +143,12 @@ def _meansoftmax(
 ) -> tuple[Tensor, Tensor]:
     """Return the teachers' mean probabilities q (n, V), and Σ q (log q − s) for each token, (n,).
 
-    The sums over the vocabulary are float32.
+    The sum is over the vocabulary; its result is float32.
 
     Args:
-        teachers: logits (n, V) of each teacher, which are overwritten.
-        target: index of one logit in each row, as row numbers (n,) and column numbers (n,).
+        teachers: logits (n, V) of each teacher. They may be overwritten.
+        target: index of any one logit in each row, as row numbers (n,) and column numbers (n,). The
+            log partition of a single teacher is computed from these logits.
         student: logits s (n, V) of the student.
     """
     if len(teachers) == 1:  # log q is logits − log partition, without a log of (n, V)

@@ -2,8 +2,9 @@
 
 If all threads work together on each operator, they synchronise a thousand times in a step, and the
 activations of a whole batch exceed the caches. Here each thread runs the forward and the backward
-pass for its own part of the batch, in micro-batches. In memory, a thread has the activations of one
-micro-batch and the gradients, however large the batch is. Measurements: docs/performance.md.
+pass for its own part of the batch, in micro-batches. A thread needs memory only for the activations
+of one micro-batch and for its own gradients of all weights, however large the batch is.
+Measurements: docs/performance.md.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class Loss(Protocol):
     def __call__(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss over the scored tokens, float32, for ids and targets (B, T).
 
-        The result is a scalar, or a vector of k means (k,). Only the first element of a vector has
-        a gradient.
+        The result is a scalar or a vector. The first element of a vector is the loss. The other
+        elements are further means over the scored tokens, and have no gradient.
         """
         ...
 

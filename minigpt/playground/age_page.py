@@ -41,7 +41,7 @@ class Place(NamedTuple):
 
 
 def age_slider(page: Page) -> None:
-    """Add the age slider, its button Play and the loss curves; hide them without snapshots."""
+    """Add the age slider, its button Play and the loss curves, hidden if no model has snapshots."""
     playground = page.playground
     n = playground.n_ages
     with gr.Column(visible=n > 0, elem_id="age") as page.age_column:
@@ -70,13 +70,13 @@ def age_slider(page: Page) -> None:
 
 
 def resized(age: int, old: int, new: int) -> tuple[gr.Column, gr.Slider]:
-    """Return the column and the slider after models were added.
+    """Return updates for the column around the age slider, and for the slider, for new models.
 
     Args:
-        age: position of the slider. At the end it stays at the end; elsewhere it keeps its
-            distance from both ends, as fractions of the length.
-        old: number of ages before.
-        new: number of ages from now on.
+        age: position of the slider. A slider at its end stays at its end. Elsewhere, the position
+            is scaled from the old length to the new one.
+        old: `Playground.n_ages` before the models were added.
+        new: `Playground.n_ages` now.
     """
     position = new if age >= old else round(age * new / old)
     return gr.Column(visible=new > 0), gr.Slider(0, max(new, 1), position)
@@ -85,14 +85,14 @@ def resized(age: int, old: int, new: int) -> tuple[gr.Column, gr.Slider]:
 def on_age(
     function: Callable[..., Any], inputs: Sequence[Any], outputs: Any, place: Place
 ) -> Dependency:
-    """Call `function` when the age changes, and tell it whether the tab of `place` is open.
+    """Add an event that calls `function` when the age changes.
 
     Args:
-        function: function to call with a bool that says whether the tab is open, and with the
-            values of `inputs`.
+        function: function to call. Its first argument is a bool: whether the tab `place.tab` is
+            open. The values of `inputs` follow.
         inputs: components of the page.
         outputs: components that show the results.
-        place: the tab and its page. The tab must have an `elem_id`.
+        place: the tab that contains `outputs`, and its page. The tab must have an `elem_id`.
 
     Returns:
         The Gradio event.
@@ -116,8 +116,9 @@ def show_answer(
     `input` misses pasted text and backspace.
 
     Args:
-        function: function that takes the values of `inputs` and returns HTML. The first value is
-            the name of a model; `function` gets the name of its snapshot at the age instead.
+        function: function that takes the values of `inputs` and returns HTML. The first of
+            `inputs` has the name of a model. `function` gets the name of the snapshot of this model
+            at the selected age instead.
         changing: components that update the result when they change.
         output: component that shows the result.
         inputs: components with the arguments of `function`; None means `changing`.
@@ -136,10 +137,11 @@ def show_answer(
 
 
 def at_age(function: Callable[..., str], page: Page) -> Callable[..., str]:
-    """Return `function` with the age as an additional last argument.
+    """Return a function that calls `function` for snapshots at an age, its last argument.
 
-    The first argument is the name of a model. `function` gets the name of the snapshot of this
-    model at that age instead.
+    The first argument of the returned function is the name of a model. `function` is called with
+    the name of this model's snapshot at the age instead, and without the age. All other arguments
+    are passed on.
     """
 
     def answer(*values: Any) -> str:

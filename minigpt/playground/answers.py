@@ -127,17 +127,17 @@ class Playground:
 
     @property
     def n_ages(self) -> int:
-        """Number of snapshots of the model that has the most; 0 if no model has snapshots."""
+        """Highest number of snapshots of any loaded model; 0 if no model has snapshots."""
         return max((len(model.ages) for model in self.models.values()), default=0)
 
     def aged(self, name: str, age: int | None) -> str:
-        """Return the name of the snapshot of a model that a position of the age slider selects.
+        """Return the name of the snapshot that the age slider selects for a model.
 
         Args:
             name: name of the model.
-            age: position of the slider, from 0 for the first snapshot to `n_ages`. `n_ages` and
-                None mean the model itself, not a snapshot. The position is scaled for a model with
-                fewer than `n_ages` snapshots.
+            age: position of the slider, from 0 for the first snapshot to `n_ages` for the model
+                itself. None also means the model itself. If the model has fewer than `n_ages`
+                snapshots, they are spread evenly over the positions below `n_ages`.
 
         Returns:
             A key of `models`: the name of the snapshot, or `name` for the model itself and for a
@@ -149,9 +149,9 @@ class Playground:
         return ages[max(int(age), 0) * len(ages) // n].name
 
     def age_html(self, names: Sequence[str] | None, age: int | None) -> str:
-        """Return the loss curves of models with a marker at an age, as HTML.
+        """Return the loss curves of models as HTML, with a line at the selected snapshot of each.
 
-        Models without snapshots are left out.
+        Models without snapshots or without a loss curve are left out.
 
         Args:
             names: names of the models, as in `chosen`.

@@ -73,11 +73,12 @@ def curve_svg(curve: Curve, end: float | None = None, marker: float | None = Non
     Args:
         curve: the losses. Only points with a positive number of tokens and a positive, finite loss
             are drawn.
-        end: number of tokens to which the axis extends at least; None means the end of the curve.
+        end: minimum number of tokens at the right end of the horizontal axis. The axis always
+            reaches the end of the curve; None means that it ends there.
         marker: number of tokens at which to draw a vertical line; None draws no line.
 
     Returns:
-        The SVG; "" if there are no points, or if the axis would start and end at the same number.
+        The SVG; "" if there are no points, or if the horizontal axis would have zero length.
     """
     train, valid = _positive(curve.train), _positive(curve.valid)
     both = train + valid

@@ -55,8 +55,9 @@ def attribution(playground: Playground, name: str, text: str, position: int) -> 
         playground: the loaded models.
         name: name of the model.
         text: text to read; at most its first MAX_COLUMNS tokens are read.
-        position: number of a token, from 1. The logit of the token after it, the target, is split.
-            After the last token, the target is the token that the model finds most likely.
+        position: number of a token, from 1. The target is the token after this one. After the last
+            token, the target is the token that the model finds most likely. The result shows the
+            parts of the target's logit.
 
     Returns:
         A line that names the target, and the table; or a one-line error.

@@ -135,7 +135,10 @@ def build_app(hosts: Hosts, training: Training | None = None) -> App:
 
 
 def _refresh_models(page: Page) -> None:
-    """Let open pages regularly add newly trained models to their menus and to the age slider."""
+    """Let open pages regularly add newly trained models to their menus, and resize the age slider.
+
+    The length of the slider is the number of snapshots of the model that has the most.
+    """
     choices = [
         block
         for block in page.blocks.values()

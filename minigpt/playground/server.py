@@ -87,7 +87,7 @@ def serve(
             means that there is no proxy, or that the proxy serves the page at the path "/".
         allow_training: whether the page can train models. None allows it only on a private page:
             `host` is a loopback address, `root_path` is None, and the server is not a Hugging Face
-            Space. On any other page, True also needs a login.
+            Space. On any other page, training needs both True and a login.
 
     Raises:
         UserError: Gradio is missing, `auth` lacks the user or the password, `root_path` is neither
@@ -136,7 +136,7 @@ def start(
     root_path: str | None = None,
     training: Training | None = None,
 ) -> Blocks:
-    """Start the page in a separate thread and return it; its attribute `local_url` is its URL.
+    """Start the page in a separate thread, and return the page.
 
     Args:
         playground: the loaded models.
@@ -147,7 +147,7 @@ def start(
         training: the queue of trainings and its access token; None means no tab Train.
 
     Returns:
-        The running page.
+        The running page. The attribute `local_url` contains its URL.
 
     Raises:
         UserError: the port is in use or not allowed, or the host does not exist.

@@ -73,7 +73,7 @@ class Job:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Content of job.json, such as size, minutes, init_from, names of the uploads and state."""
+        """Content of job.json, such as size, minutes, init_from, state and the upload names."""
         return _read(self.folder / JOB)
 
     @property
@@ -119,7 +119,7 @@ class Job:
 
     @property
     def can_continue(self) -> bool:
-        """Whether the job is stopped, or has failed but has a checkpoint to continue from."""
+        """Whether the job can continue: it has failed and has a checkpoint, or it is stopped."""
         from minigpt.runs.folder import last_checkpoints  # imports torch, which is slow
 
         state, run = self.state, self.run
@@ -145,7 +145,7 @@ class Job:
             raise _storage_error(self.folder, error, "job") from None
 
     def _request(self, **values: Any) -> None:
-        """Replace `values` in job.json, and keep its other values."""
+        """Write `values` to job.json, and keep the other values in the file."""
         write_json(self.folder / JOB, {**self.settings, **values})
 
 
@@ -191,8 +191,9 @@ class TrainingQueue:
             files: uploaded files, which are moved into the folder of the job.
             size: name of the model size, one of SIZES; ignored with `init_from`.
             minutes: length of the training in minutes.
-            init_from: "path" of the checkpoint to start from, and "name" of its model on the page;
-                None means random weights.
+            init_from: dict with the path of the checkpoint to start from, under the key "path", and
+                the name that the page shows for its model, under the key "name". None means random
+                weights.
 
         Returns:
             The job.

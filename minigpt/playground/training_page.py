@@ -176,7 +176,8 @@ class _Events:
         Args:
             name: name of the job that is selected on the page.
             known: choices of the list that the page already has.
-            shown: error of the job that the page already shows, by field.
+            shown: the error that the page already shows, as a dict from the field to the message;
+                {} if it shows none.
             request: request of the visitor.
         """
         if not self.allowed(request):
@@ -201,7 +202,9 @@ class _Events:
     def _act(
         self, action: Callable[[], Job | None], name: str | None, request: gr.Request
     ) -> list[Any]:
-        """Call `action` if the visitor may train; return updates of the errors, list and view.
+        """Call `action` if the visitor may train, and return updates of the components of the tab.
+
+        The updates are for the errors, the list of jobs, the buttons and the view of a job.
 
         Args:
             action: function to call without arguments. It returns the job that it added, or None.
@@ -219,7 +222,13 @@ class _Events:
             return [*_errors(_field(error), error.message), *views]
 
     def _start_from(self, name: str) -> dict[str, str] | None:
-        """Return the checkpoint path and the name of a model; None for random weights."""
+        """Return the `path` of the checkpoint and the `name` of the model to start from.
+
+        The result is None for random weights.
+
+        Args:
+            name: the choice in the menu: the name of a model, or RANDOM.
+        """
         model = self.playground.models.get(name)
         if model is None or model.checkpoint is None:
             return None
@@ -227,7 +236,7 @@ class _Events:
 
 
 def _field(error: UserError) -> str:
-    """Return the field of the form that an error is about; "start" for any other error."""
+    """Return the field to which an error belongs: its argument if that is a field, else "start"."""
     return error.argument if error.argument in FIELDS else "start"
 
 
@@ -252,13 +261,14 @@ def _selected(training: Training, name: str | None) -> Job | None:
 def _views(
     training: Training, name: str | None, known: list[Any], current: str | None
 ) -> list[Any]:
-    """Return updates for the menu of jobs, its choices, the buttons and the view of a job.
+    """Return updates for the components that show the jobs, in the order of `_Form.views`.
 
     Args:
         training: the queue.
-        name: name of the job to show.
-        known: choices that the page already has.
-        current: name of the job that is selected on the page.
+        name: name of the job to show. If there is no such job, the running job is shown, or else
+            the newest one.
+        known: choices of the list that the page already has.
+        current: name of the job that is now selected on the page.
     """
     jobs, job = training.queue.jobs(), _selected(training, name)
     choices = [[_label(each), each.name] for each in jobs]

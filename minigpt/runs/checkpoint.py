@@ -182,7 +182,7 @@ def _with_sorted_header(content: bytes) -> bytes:
     """Return a safetensors file with a sorted header, so that equal weights give equal bytes.
 
     The library safetensors writes the metadata in random order. A file consists of three parts:
-    eight bytes with the length of the header; the header in JSON, which spaces extend to a multiple
+    eight bytes with the length of the header; the header in JSON, padded with spaces to a multiple
     of eight bytes; and the data.
 
     Args:

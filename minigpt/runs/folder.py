@@ -228,9 +228,10 @@ class Run:
         return model.to(device).eval().requires_grad_(False)
 
     def provenance(self, model: GPT) -> Parent:
-        """Return a record of this run, to be stored in other runs that depend on it.
+        """Return a record of this run, to be stored in the folders of runs that depend on it.
 
-        Such a run starts with the weights of this run, or has this run as a teacher.
+        A run depends on this run if it starts with the weights of this run, or if this run is one
+        of its teachers.
 
         Args:
             model: the model of this run.

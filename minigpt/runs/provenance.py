@@ -103,9 +103,10 @@ def _file_name(text: str) -> str:
 class Parent:
     """Record of a parent run or of a teacher, stored in the run that was trained from it.
 
-    The parent run, which the setting `init_from` names, provides the initial weights. Tokens,
-    seconds and sources include those of all ancestors of the recorded run: its own parent run, the
-    parent of that parent, and so on.
+    The parent run, which the setting `init_from` names, provides the initial weights. The fields
+    describe the parent run or the teacher itself (the recorded run). Its tokens, seconds and
+    sources include those of its ancestors: its own parent run, the parent of that parent, and so
+    on.
 
     Raises:
         ValueError: the name or a source is not printable, or a number is negative.
@@ -176,9 +177,10 @@ def teachers_of(record: Mapping[str, Any], path: Path) -> list[Parent]:
 
 
 def own_teachers(record: Mapping[str, Any], path: Path) -> list[Parent]:
-    """Return only the teachers that a run itself learned from.
+    """Return the teachers of the run itself.
 
-    The arguments and the errors are those of `teachers_of`.
+    The list contains neither the teachers of its ancestors nor the teachers of its teachers. The
+    arguments and the errors are those of `teachers_of`.
     """
     entries = record.get("teachers") or []
     if not isinstance(entries, list):

@@ -33,8 +33,9 @@ def scaling_figure(groups: Sequence[RunGroup]) -> Figure:
 
     The figure shows the main group, which is the group with the most model sizes. For each of these
     sizes, a point is the mean perplexity of the runs, and an error bar extends from the lowest to
-    the highest perplexity. A curve is the law fitted to the main group. If another group has a
-    lower mean at a size, or if only other groups have a size, the lowest mean is drawn as well.
+    the highest perplexity. A curve is the law fitted to the main group. A second series shows the
+    best of the other groups: the lowest mean at each size where another group has a lower mean than
+    the main group, or where the main group has no runs.
 
     Args:
         groups: groups of comparable runs; if empty, only the reference models are drawn.
@@ -77,7 +78,11 @@ def scaling_figure(groups: Sequence[RunGroup]) -> Figure:
 
 
 def _best_of_others(main: RunGroup, groups: Iterable[RunGroup]) -> Points:
-    """Return (parameters, lowest mean perplexity) for each size at which `main` is not the best."""
+    """Return (parameters, lowest perplexity) for each size at which another group is the best.
+
+    A size at which `main` has no runs is included. The perplexity of a group is the geometric mean
+    over its runs.
+    """
     best = {size.parameters: size.perplexity for size in main.sizes}
     better: dict[float, float] = {}
     for size in (size for group in groups for size in group.sizes):
@@ -101,9 +106,10 @@ def compute_figure(runs: Sequence[RunResult]) -> Figure:
 
 
 def _curves_figure(runs: Iterable[RunResult], per_token: Callable[[Any], Any], unit: str) -> Figure:
-    """Plot perplexity at each validation against tokens seen, multiplied by `per_token(run)`.
+    """Plot perplexity at each validation against tokens or FLOPs, named by `unit`.
 
-    `per_token` is also called with each reference model. A run is left out if the result is None.
+    A point is at the number of tokens seen, multiplied by `per_token(run)`. `per_token` is also
+    called with each reference model. A run is left out if `per_token` returns None for it.
     """
     reference: Points = [(per_token(r) * r.tokens, r.perplexity) for r in REFERENCE]
     scaled = [(run, per_token(run)) for run in runs if per_token(run) and run.point and run.curve]

@@ -86,8 +86,8 @@ class Fit:
             runs: number of runs in the mean.
 
         Returns:
-            The interval in nats per token; None if the seed noise is unknown, because the fit has
-            no size with two runs.
+            The interval in nats per token; None if the seed noise is unknown, because no size in
+            the fit has several runs.
         """
         if not len(self.replicates):
             return None
@@ -196,7 +196,7 @@ class Prediction:
 
 
 def predictions(sizes: Sequence[Size], replicates: int = REPLICATES) -> list[Prediction]:
-    """Predict the loss of each size that has at least four smaller sizes, from these sizes.
+    """Predict the loss of each size from all smaller sizes, if these are at least four.
 
     Args:
         sizes: the losses of each size, in any order.

@@ -271,7 +271,7 @@ def _records_graphs(hardware: Hardware, c: TrainerConfig) -> bool:
 
 
 def _is_repeatable(module: GPTModule, hardware: Hardware) -> bool:
-    """Return whether a recording of the training loss can be replayed in each step.
+    """Return whether a CUDA graph of the training loss can be replayed in each step.
 
     Only the weights and the batch differ between two replays. Dropout needs new random numbers in
     each step, and 16-mixed may need another loss scale. A custom class may have Python code that

@@ -42,10 +42,11 @@ _LONG_VALIDATION = 60.0  # seconds
 class Throughput(Callback):
     """Log `tokens_per_second` and `mfu` (model FLOPs utilisation) in training rows of metrics.csv.
 
-    The time includes work between steps (data, logging) but not validations. `mfu` is the model's
-    FLOP/s as a fraction of the peak FLOP/s of all devices (Chowdhery et al. 2022, arXiv:2204.02311,
-    appendix B). If `mfu` exceeds 1, the measured peak is too low, usually because the machine was
-    busy during the measurement. The peak is then measured again, at most once.
+    Both are measured over the steps and the work between them (data, logging), without the
+    validations. `mfu` is the model's FLOP/s as a fraction of the peak FLOP/s of all devices
+    (Chowdhery et al. 2022, arXiv:2204.02311, appendix B). If `mfu` exceeds 1, the measured peak is
+    too low, usually because the machine was busy during the measurement. The peak is then measured
+    again, at most once.
 
     Args:
         module: the model in training.

@@ -107,14 +107,14 @@ class CheckpointFiles(TorchCheckpointIO):
             self.is_provisional = VALIDATES in checkpoint
 
     def write_held(self) -> None:
-        """Write the held checkpoint, if there is one."""
+        """Write the checkpoint that is held in memory, if there is one."""
         pending = self._pending
         self.drop_held()
         if pending is not None:
             self.save_checkpoint(*pending)
 
     def drop_held(self) -> None:
-        """Forget the held checkpoint, if there is one."""
+        """Discard the checkpoint that is held in memory, if there is one, and clear `hold`."""
         self._pending, self.hold = None, False
 
 
@@ -122,11 +122,11 @@ class Checkpoints(Callback):
     """Write best.ckpt at the lowest validation loss, and last.ckpt at regular intervals.
 
     last.ckpt is written after each validation, at intervals of minutes and of steps, and when a
-    signal asks the run to stop: Ctrl-C, SIGTERM, SIGHUP or, under Slurm, SIGUSR1. The run completes
-    its current step before it stops. During its first step or a validation, it stops immediately,
-    and a second Ctrl-C always stops it immediately. At SIGHUP, a run without a terminal writes
-    last.ckpt and continues. After SIGUSR1, the job is put back into the queue. If the run fails,
-    its latest checkpoints remain.
+    signal asks the run to stop. The signals are SIGINT (Ctrl-C), SIGTERM, SIGHUP and, under Slurm,
+    SIGUSR1. Without a terminal, SIGHUP does not stop the run: the run writes last.ckpt and
+    continues. The run completes its current step before it stops. During its first step or a
+    validation, it stops immediately, and a second Ctrl-C always stops it immediately. After
+    SIGUSR1, the job is put back into the queue. If the run fails, its latest checkpoints remain.
 
     Args:
         module: the model in training. Before its weights are written, they are checked for nan
@@ -160,7 +160,7 @@ class Checkpoints(Callback):
     def on_train_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         """Install signal handlers, and repeat the validation in which the run was stopped, if any.
 
-        They replace Lightning's handlers, which could stop the run in the middle of a step.
+        The new handlers replace Lightning's, which could stop the run in the middle of a step.
         """
         if threading.current_thread() is threading.main_thread():
             signals: list[int] = [signal.SIGINT, signal.SIGTERM]
@@ -201,7 +201,7 @@ class Checkpoints(Callback):
         return SIGTERMException(code)
 
     def on_train_batch_start(self, *_: Any, **__: Any) -> None:
-        """Write the checkpoint that is held in memory, and stop the run if a signal asked it to."""
+        """Write the held checkpoint, if there is one; then stop the run if a signal requests it."""
         self.files.write_held()
         if self._stop_code and self._is_saved:
             raise self._stop(self._stop_code)
@@ -234,7 +234,7 @@ class Checkpoints(Callback):
             self._save(trainer, LAST)
 
     def on_validation_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        """Collect a checkpoint, and stop the run if a signal asked it to."""
+        """Collect the state for a checkpoint; then stop the run if a signal requests it."""
         self._validates = self.files.hold = True
         self._save(trainer, LAST)
         if code := self._stop_code or (128 + self._signal if self._signal else 0):
@@ -242,7 +242,7 @@ class Checkpoints(Callback):
         self._stops_at_once = True
 
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
-        """Write the collected checkpoint if SIGHUP asks for one."""
+        """Write the checkpoint held in memory if SIGHUP asks for a checkpoint."""
         if self._is_due:
             self._is_due = False
             self.files.write_held()
@@ -257,7 +257,7 @@ class Checkpoints(Callback):
         self._save(trainer, LAST)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Write the collected checkpoint if the run is stopped during a validation."""
+        """Write the checkpoint held in memory if the run is stopped during a validation."""
         self._stops_at_once = False
         if is_ignored(signal.SIGINT):  # by Lightning; a second Ctrl-C should stop at once
             signal.signal(signal.SIGINT, self._on_signal)

@@ -53,13 +53,13 @@ class TrainerConfig:
     recorded CUDA graphs. The passes are not recorded with dropout, fsdp, 16-mixed or a custom model
     class."""
     kernels: Choice = "auto"
-    """Implementation of attention and loss: `cpu` means this package's CPU kernels, with which each
-    thread computes its part of a batch in micro-batches; `torch` means PyTorch's own operators;
-    `auto` means `cpu` on a CPU and `torch` on other devices."""
+    """Implementation of attention and loss: `cpu` means this package's CPU kernels, `torch` means
+    PyTorch's own operators, and `auto` means `cpu` on a CPU and `torch` on other devices. With
+    `cpu`, each thread computes its own part of a batch, except with dropout, compile or fsdp."""
     threads: int | None = None
     """Number of CPU threads of each process, from 1 to 1024; None means the environment variable
-    OMP_NUM_THREADS. If that is not set, PyTorch chooses the number, but at most the process's share
-    of the cores that the CPU affinity and a container's CPU quota allow."""
+    OMP_NUM_THREADS. If that is not set, None means PyTorch's default number, limited to the
+    process's share of the cores that the CPU affinity and a container's CPU quota allow."""
     max_steps: int | None = None
     """Must equal the number of updates that budget.tokens allows; None disables the check."""
     max_epochs: int | None = None
@@ -115,8 +115,8 @@ class OptimizerConfig:
     schedule: Literal["cosine", "linear"] | None = None
     """Shape of the decay after the warm-up; None means linear with Muon and cosine with AdamW."""
     final_lr: float = 0.0
-    """Learning rate at the end of the main decay and of each cycle, as a fraction of the peak, from
-    0 to 1."""
+    """Learning rate at the end of the decay, as a fraction of the peak learning rate, from 0 to 1.
+    With `cycles`, each cycle ends at this learning rate, too."""
     cycles: int = 0
     """Number of cycles at the end of the run, or 0; each cycle raises the learning rate again and
     then repeats the decay. With cycles, the final weights are the mean of the weights at the end of
@@ -124,8 +124,8 @@ class OptimizerConfig:
     cycle_share: float = 0.1
     """Length of each cycle, as a fraction of all updates, between 0 and 1."""
     cycle_lr: float = 0.5
-    """Learning rate at the start of each cycle, as a fraction of the peak: above 0, at least
-    `final_lr` and at most 1."""
+    """Learning rate at the start of each cycle, as a fraction of the peak learning rate: above 0,
+    at least `final_lr` and at most 1."""
     grad_clip: float = 1.0
     """Maximum total norm of the gradients; gradients with a larger norm are scaled down, and 0
     disables clipping."""
@@ -401,9 +401,9 @@ class Schedule:
             world_size: number of processes; each process has its own batches.
 
         Raises:
-            UserError: the budget is less than one update, the warm-up is not shorter than the run
-                without its cycles, a cycle is shorter than one update, there are more than
-                n_steps + 1 snapshots, or max_steps contradicts the budget.
+            UserError: the budget is less than one update, the warm-up is not shorter than the part
+                of the run before the learning-rate cycles, a cycle is shorter than one update,
+                there are more snapshots than updates plus one, or max_steps contradicts the budget.
         """
         trainer, budget = config.trainer, config.budget.tokens
         windows = config.data.windows_per_batch * trainer.accumulate_grad_batches * world_size
@@ -426,7 +426,10 @@ class Schedule:
 
 
 def _check_decays(optimizer: OptimizerConfig, n_steps: int, per_step: int, length: str) -> None:
-    """Raise UserError, which quotes `length`, if warm-up and cycles do not fit into the run."""
+    """Raise UserError if warm-up and cycles do not fit into the run.
+
+    The message contains `length`, the run length as text.
+    """
     cycles, name = optimizer.cycles, "optimizer.cycle_share"
     if cycles and optimizer.cycle_share * n_steps < 1:
         share = (10_000 // n_steps + 1) / 10_000  # just over one step

@@ -32,7 +32,10 @@ class CycleMean(Callback):
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        """At a decay's end, add the weights to the sums; after the last decay, set the mean."""
+        """Add the weights to the sums at the end of a decay.
+
+        At the end of the last decay, set the weights of the model to the mean.
+        """
         # With accumulated batches, this hook is called several times after the same step.
         if trainer.global_step not in self.ends[self._n :]:
             return

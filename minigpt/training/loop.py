@@ -161,10 +161,16 @@ def _check_upload(config: TrainConfig, callbacks: Sequence[Callback]) -> None:
 def _with_classes(
     config: TrainConfig, model: ModelFactory | None, teacher: ModelFactory | None
 ) -> TrainConfig:
-    """Return `config` for the classes of model and teachers.
+    """Return `config`, adapted to the classes of the model and of the teachers.
 
-    `config.model` is converted to the config class of `model`. If `teacher` is not None, its path
-    becomes `config.teacher.class_path`.
+    `config.model` is converted to the config class of `model`. If `teacher` is not None,
+    `config.teacher.class_path` is set to the dotted path of `teacher`.
+
+    Args:
+        config: all settings.
+        model: class of the model, or function that creates it; None means `GPT`.
+        teacher: class of the teachers, or function that creates them; None leaves the class path
+            unchanged.
 
     Raises:
         ModelClassError: the config is for a custom model class, but `model` is None.

@@ -65,10 +65,11 @@ def lr_factor(
 ) -> float:  # fmt: skip
     """Return the learning rate of update `step` as a fraction of the peak learning rate.
 
-    The fraction rises linearly to 1 at update `warmup_steps - 1`. It then falls along half a cosine
-    or a straight line. It would reach `final_lr` at update `n_steps`, but the main decay ends with
-    update `n_steps - 1`, so no update has a learning rate of zero. In each cycle, the fraction
-    starts at `cycle_lr` and falls in the same way.
+    The fraction rises linearly to 1 at update `warmup_steps - 1`. In the main decay, it then falls
+    along half a cosine or a straight line. It would reach `final_lr` at update `n_steps`, but the
+    last update of the main decay is `n_steps - 1`. So no update has a learning rate of zero, even
+    if `final_lr` is 0. The main decay may be followed by cycles. In each cycle, the fraction starts
+    at `cycle_lr` and falls in the same way.
 
     Args:
         step: number of the update, from 0.
@@ -122,10 +123,12 @@ def make_optimizer(
 ) -> Optimizer:
     """Return the optimizer for the weights of `model`.
 
-    Weight decay applies to matrices, including embeddings, but not to biases and norms.
+    Weight decay applies to matrices, including embeddings, but not to biases and norms. If `config`
+    selects Muon, AdamW trains the biases, the norms and the matrices whose name contains
+    "embedding", and Muon trains all other matrices.
 
     Args:
-        model: the model. With Muon, AdamW trains the matrices whose name contains "embedding".
+        model: the model.
         config: name and settings of the optimizer.
         d_model: width of the model, for the default learning rates.
         fused: whether AdamW runs as one kernel.
@@ -295,7 +298,10 @@ class CombinedOptimizer(Optimizer):
             part.state = self.state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Share groups and state with the parts again, since loading a state dict replaces them."""
+        """Set the groups and the state, and share them with the parts.
+
+        `load_state_dict` calls this method with new groups and a new state.
+        """
         super().__setstate__(state)
         self._share()
 

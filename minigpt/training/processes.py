@@ -1,4 +1,4 @@
-"""The processes that Lightning starts for the other devices of a run."""
+"""Start, watch and end the processes of a run on several devices, if Lightning starts them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _NOTICE_SECONDS = 10.0
 
 
 class ProcessLauncher(_SubprocessScriptLauncher):
-    """Lightning's launcher, but the first process is not killed when another process ends.
+    """Lightning's launcher, but with more time for the first process after another one has failed.
 
     Lightning would kill the first process within five seconds after another process has ended with
-    a nonzero exit code. This also happens when a signal stops the run, while the first process is
-    still writing its checkpoint or report. Here the first process has ten seconds to stop by
-    itself.
+    a nonzero exit code. The other processes also end like that when a signal stops the run. The
+    first process may then still be writing its checkpoint or report. Here it has ten seconds to
+    stop by itself; after that, it exits.
 
     Args:
         launcher: the launcher of the trainer.
@@ -56,9 +56,9 @@ class ProcessLauncher(_SubprocessScriptLauncher):
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        """Exit if another process has failed and this process then does not stop by itself.
+        """Exit if another process has failed and this process still trains ten seconds later.
 
-        It may be waiting for the other process in native code.
+        This process may be waiting in native code for the process that failed.
         """
         codes: list[int] = []
         while self._trains and not codes:
