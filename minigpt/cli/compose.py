@@ -34,7 +34,7 @@ from minigpt.cli.words import hydra_word, is_sweep
 from minigpt.core.fields import setting_types
 from minigpt.core.files import user_path
 from minigpt.core.settings import UserError, build, plain_defaults, unknown_name
-from minigpt.core.typed import quoted
+from minigpt.core.typed import is_quoted, quoted
 
 
 def config_source() -> str:
@@ -266,7 +266,8 @@ def typed_class(setting: str, overrides: Sequence[str]) -> Any:
     paths = [path for name, _, path in words if name == setting]
     if not paths or paths[-1] == "null":
         return None
-    return import_class(paths[-1], setting)
+    path = paths[-1][1:-1] if is_quoted(paths[-1]) else paths[-1]
+    return import_class(path, setting)
 
 
 def import_class(path: str, argument: str) -> Any:

@@ -73,8 +73,8 @@ class _Output(io.RawIOBase):
                 os.close(null)
         if self.error is None:
             self.error = error
-            subject = f"the file of {self.name}" if is_full else "the terminal"
-            _losses.append(f"{subject} is gone ({error.strerror}): continuing without it")
+            problem = f"{self.name} cannot be written" if is_full else "the terminal is gone"
+            _losses.append(f"{problem} ({error.strerror}): continuing without it")
 
     def writable(self) -> bool:
         return True

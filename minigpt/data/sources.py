@@ -43,8 +43,8 @@ _REPO = "roneneldan/TinyStories"
 _TRAIN, _VALID = "TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"
 _BYTES_PER_TOKEN = 3.84  # with a 3,000-token BPE, measured on the bundled sample
 _STORY_MARGIN = 1.02  # story bytes to read, as a multiple of tokens * _BYTES_PER_TOKEN
-_VALID_BYTES = 32 << 20  # bytes to read from a validation split on the Hub
 _FILE_MARGIN = 1.05  # the same for the file bytes to download; separators are 2 % of a file
+_VALID_BYTES = 32 << 20  # bytes to read from a validation split on the Hub
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def average(model: GPT, run: Run, others: Sequence[str]) -> dict[str, Any]:
             if origin is None or origin.weights != parent.weights:
                 problem = f"{path} must be {parent.name} or a run that was initialised from it"
                 raise UserError(problem, "average", path)
-            _add_branch(summary, other)
+            _add_branch(summary, run.folder / SUMMARY, other)
         if other_model.config != model.config:
             raise UserError(f"{path} has a model of another shape: leave it out", "average", path)
         for mean, weight in zip(model.parameters(), other_model.parameters(), strict=True):
@@ -109,17 +109,22 @@ def average(model: GPT, run: Run, others: Sequence[str]) -> dict[str, Any]:
     return summary
 
 
-def _add_branch(summary: dict[str, Any], branch: Run) -> None:
+def _add_branch(summary: dict[str, Any], path: Path, branch: Run) -> None:
     """Add the tokens, seconds, commits and teachers of `branch` to the summary of the mean.
 
     All of these are values of its own training, without that of the common parent.
+
+    Args:
+        summary: summary of the mean, changed in place.
+        path: path of the file that the summary was read from, for error messages.
+        branch: the run to add.
     """
     for key in ("tokens", "seconds"):
         total, more = summary.get(key), branch.summary.get(key)
         summary[key] = None if total is None or more is None else total + more
     commits = (record.get("commit") for record in (summary, branch.summary))
     summary["commit"] = ", ".join(dict.fromkeys(", ".join(filter(None, commits)).split(", ")))
-    teachers = {t.weights for t in own_teachers(summary, branch.folder / SUMMARY)}
+    teachers = {t.weights for t in own_teachers(summary, path)}
     of_branch = own_teachers(branch.summary, branch.folder / SUMMARY)
     if new := [dataclasses.asdict(t) for t in of_branch if t.weights not in teachers]:
         summary["teachers"] = [*(summary.get("teachers") or []), *new]

@@ -228,10 +228,15 @@ class _Events:
 
         Args:
             name: the choice in the menu: the name of a model, or RANDOM.
+
+        Raises:
+            UserError: the server has no such model.
         """
+        if name == RANDOM:
+            return None
         model = self.playground.models.get(name)
         if model is None or model.checkpoint is None:
-            return None
+            raise UserError(f"There is no model {name}. Reload the page.", "start")
         return {"path": str(model.checkpoint.absolute()), "name": name}
 
 

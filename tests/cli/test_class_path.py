@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from minigpt.cli.compose import import_class
+from minigpt.cli.compose import import_class, typed_class
 from minigpt.playground.answers import Playground
 from minigpt.runs.folder import Run
 from minigpt.runs.records import read_summary
@@ -154,6 +154,12 @@ def test_runs_of_the_class_are_averaged(here: Path, monkeypatch: pytest.MonkeyPa
         assert torch.allclose((a + b) / 2, c)
     measured = json.loads((here / "mean/evaluation.json").read_text(encoding="utf-8"))
     assert measured["nats_per_token"] < 3
+
+
+def test_quotes_around_a_class_path_are_not_part_of_it(here: Path, monkeypatch):
+    monkeypatch.chdir(here)
+    plain = typed_class("model.class_path", [f"model.class_path={CLASS}"])
+    assert typed_class("model.class_path", [f"model.class_path='{CLASS}'"]) is plain
 
 
 @pytest.mark.parametrize("verb", ["generate", "probe", "playground", "study", "export"])

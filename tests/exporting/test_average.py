@@ -26,14 +26,22 @@ def test_branch_adds_its_tokens_seconds_commits_and_teachers_once():
         "commit": "b",
         "teachers": [*map(teacher, ("one", "two"))],
     }
-    _add_branch(own, cast(Run, SimpleNamespace(summary=other, folder=Path("runs/other"))))
+    _add_branch(
+        own,
+        Path("summary.json"),
+        cast(Run, SimpleNamespace(summary=other, folder=Path("runs/other"))),
+    )
     assert (own["tokens"], own["seconds"], own["commit"]) == (12, 2.5, "a, b")
     assert [entry["name"] for entry in own["teachers"]] == ["one", "two"]
 
 
 def test_branch_with_unknown_tokens_makes_those_of_the_average_unknown():
     own: dict[str, Any] = {"tokens": 5, "seconds": 2.0}
-    _add_branch(own, cast(Run, SimpleNamespace(summary={"seconds": 1.0}, folder=Path("other"))))
+    _add_branch(
+        own,
+        Path("summary.json"),
+        cast(Run, SimpleNamespace(summary={"seconds": 1.0}, folder=Path("other"))),
+    )
     assert (own["tokens"], own["seconds"]) == (None, 3.0)
 
 

@@ -246,11 +246,25 @@ def test_tab_shows_a_folder_that_cannot_be_used_at_its_field(queue, monkeypatch)
     assert [bool(error) for error in shown[:-1]] == [field == "job" for field in fields]
     stopped = events.stop(job.name, request)
     assert [bool(error) for error in stopped[: len(fields)]] == [field == "job" for field in fields]
-    added = events.add(TEXT, None, "small", "", 1, request)
+    added = events.add(TEXT, None, "small", training_page.RANDOM, 1, request)
     assert [bool(error) for error in added[: len(fields)]] == [field == "start" for field in fields]
     assert len(added) == len(fields) + training_page.N_VIEWS + 1
     request.cookies.clear()
     assert "token" in events.stop(job.name, request)[fields.index("start")]
+
+
+def test_unknown_model_to_start_from_is_an_error_and_starts_nothing(queue):
+    from minigpt.playground import training_page
+    from minigpt.playground.access import Access
+    from minigpt.playground.answers import Playground
+    from minigpt.playground.server import Training
+
+    access, fields = Access(), training_page.FIELDS
+    events = training_page._Events(Playground([]), Training(queue, access))
+    request: Any = SimpleNamespace(cookies={access.cookie: access.token})
+    added = events.add(TEXT, None, "small", "removed", 1, request)
+    assert "removed" in added[fields.index("start")]
+    assert queue.jobs() == []
 
 
 @pytest.mark.parametrize("name", ["", "..", "../../runs/other", "none", None])
