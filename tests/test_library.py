@@ -113,6 +113,16 @@ def test_several_devices_from_python_are_refused(tiny: list[str], tmp_path: Path
     assert not (tmp_path / "runs").exists()
 
 
+def test_run_stays_finished_if_a_callback_fails_after_it(tiny: list[str], tmp_path: Path):
+    class FailAtTheEnd(Callback):
+        def on_train_end(self, trainer, pl_module) -> None:
+            raise RuntimeError("upload failed")
+
+    with pytest.raises(RuntimeError, match="upload failed"):
+        minigpt.train(composed([*tiny, "name=whole"]), callbacks=[FailAtTheEnd()])
+    assert read_summary(tmp_path / "runs/whole")["status"] == "finished"
+
+
 def test_callbacks_are_called_by_lightning(tiny: list[str]):
     steps: list[int] = []
 

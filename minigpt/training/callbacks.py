@@ -188,8 +188,8 @@ class TrainingProgress(Callback):
         step, total, size = trainer.global_step, self.module.n_steps, self.module.tokens_per_step
         if not self.bar.show:
             return
-        if self.module.has_row(step):
-            metrics = trainer.callback_metrics
+        metrics = trainer.callback_metrics
+        if self.module.has_row(step) and "train/loss" in metrics:  # none before the first update
             loss = float(metrics["train/loss"])
             self.loss = f"loss {loss:.3f} · ppl {perplexity(loss):.2f} · "
             if "val/perplexity" in metrics:
@@ -261,15 +261,19 @@ class RunReport(Callback):
     ) -> None:  # fmt: skip
         self.module, self.folder, self.facts = module, folder, facts
         self.throughput, self.checkpoints = throughput, checkpoints
+        self._is_finished = False
 
     def on_train_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         """Write summary.json and report.html for a run that finished."""
         self._write(trainer, "finished")
+        self._is_finished = True
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """Write summary.json and report.html for a run that was interrupted or failed."""
+        if self._is_finished:  # another callback has failed
+            return
         interrupted = isinstance(exception, KeyboardInterrupt | SIGTERMException)
         try:
             self._write(trainer, "interrupted" if interrupted else "failed")

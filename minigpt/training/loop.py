@@ -42,6 +42,7 @@ from minigpt.kernels.decode import is_plain
 from minigpt.model import GPT
 from minigpt.runs.folder import ModelFactory, Run, class_path, config_class, new_run_folder
 from minigpt.runs.names import CHECKPOINTS, REPORT
+from minigpt.runs.records import read_summary
 from minigpt.training.assembly import Assembly, set_losses
 from minigpt.training.callbacks import (
     ModelUpload,
@@ -117,8 +118,11 @@ def _train(
         kernels = kernels_for(hardware.accelerator, config.trainer.kernels)
         schedule = Schedule.from_config(config, hardware.world_size)
         if folder is not None and start.step >= schedule.n_steps and not start.validates:
-            log.info("%s is already complete (%d steps)", folder, start.step)
-            return folder
+            if read_summary(folder).get("status") == "finished":
+                log.info("%s is already complete (%d steps)", folder, start.step)
+                return folder
+            # The end of the run was interrupted: validate again, and write the missing report.
+            start = dataclasses.replace(start, validates=True)
         check_logger(config.logger)
         _check_upload(config, callbacks)
         _prepare_libraries(config.seed)

@@ -258,6 +258,16 @@ def test_gradient_accumulation_equals_a_larger_batch(tiny: list[str]):
         torch.testing.assert_close(weight, ends[1]["state_dict"][name], rtol=1e-3, atol=1e-5)
 
 
+def test_progress_bar_counts_updates_of_accumulated_batches(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr("minigpt.core.progress.SHORTEST", 0.0)
+    more = ["trainer.accumulate_grad_batches=2", "trainer.log_every_n_steps=4"]
+    summary = read_summary(trained_folder([*tiny, *more, "callbacks.progress_bar=true"]))
+    assert (summary["status"], summary["steps"]) == ("finished", 10)
+    assert "/10 · " in caplog.text
+
+
 def test_float16_on_cpu_falls_back_and_the_log_names_the_precision(tiny: list[str]):
     folder = trained_folder([*tiny, "trainer.precision=16-mixed"])
     log = (folder / "train.log").read_text(encoding="utf-8")
