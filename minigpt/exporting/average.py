@@ -7,61 +7,18 @@ measured in docs/LOG.md, 2026-11-25).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minigpt.core.settings import UserError, build
+from minigpt.core.settings import UserError
 from minigpt.model import GPT
 from minigpt.runs.checkpoint import weights_fingerprint
 from minigpt.runs.folder import Run
 from minigpt.runs.names import SUMMARY
-from minigpt.runs.provenance import own_teachers, parent_of, portable_overrides
-
-
-@dataclass(frozen=True)
-class AveragedRun:
-    """Record of a run whose weights were averaged with those of the exported run.
-
-    Raises:
-        ValueError: the name or an override is not printable.
-    """
-
-    name: str
-    """Name of the folder of the run."""
-
-    weights: str
-    """Fingerprint of its weights, from `weights_fingerprint`."""
-
-    overrides: list[str] | None = None
-    """Overrides that the run was trained with, without paths; None means unknown."""
-
-    def __post_init__(self) -> None:
-        if not all(text.isprintable() for text in (self.name, *(self.overrides or ()))):
-            raise ValueError("name and overrides must each be one line of printable text")
-
-
-def averaged_runs(summary: Mapping[str, Any], path: Path) -> list[AveragedRun]:
-    """Return the runs whose weights were averaged with those of an exported run.
-
-    Args:
-        summary: summary of the export.
-        path: path of the file with the summary, for error messages.
-
-    Raises:
-        UserError: an entry is not a valid record.
-    """
-    entries = summary.get("averaged") or []
-    if entries is True:  # exports of earlier versions, averaged with the parent
-        parent = parent_of(summary, path)
-        return [] if parent is None else [AveragedRun(parent.name, parent.weights)]
-    if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
-        raise UserError(
-            f"{path}: the entry averaged must be a list of objects; export the run again"
-        )
-    return [build(AveragedRun, dict(entry), f"{path}: averaged") for entry in entries]
+from minigpt.runs.provenance import AveragedRun, own_teachers, parent_of, portable_overrides
 
 
 def average(model: GPT, run: Run, others: Sequence[str]) -> dict[str, Any]:
@@ -78,35 +35,53 @@ def average(model: GPT, run: Run, others: Sequence[str]) -> dict[str, Any]:
 
     Raises:
         UserError: `run` has no parent; one of `others` is neither this parent nor a run with the
-            same parent; or its model has another shape, or weights that are already in the mean.
+            same parent; or a run is named twice, or is itself a mean (the parent may be one).
     """
-    summary = {**run.summary, "averaged": []}
-    parent = parent_of(summary, run.folder / SUMMARY)
+    summary, path = {**run.summary, "averaged": []}, run.folder / SUMMARY
+    parent = parent_of(summary, path)
     if parent is None:
         problem = "this run was not initialised from another run: leave this out"
         raise UserError(problem, "average")
-    included = {weights_fingerprint(model)}
-    for number, path in enumerate(others, start=2):
-        other = Run.load(path, run.model)
+    _refuse_mean(run)
+    folders, included = {run.folder.resolve()}, {_rounded_fingerprint(model)}
+    for number, name in enumerate(others, start=2):
+        other = Run.load(name, run.model)
         weights = weights_fingerprint(other_model := other.load_model())
-        if weights in included:
-            raise UserError(f"{path} is already in the mean: name each run once", "average", path)
-        included.add(weights)
+        folder, rounded = other.folder.resolve(), _rounded_fingerprint(other_model)
+        if folder in folders or rounded in included:
+            raise UserError(f"{name} is already in the mean: name each run once", "average", name)
+        folders.add(folder)
+        included.add(rounded)
         if weights != parent.weights:
             origin = parent_of(other.summary, other.folder / SUMMARY)
             if origin is None or origin.weights != parent.weights:
-                problem = f"{path} must be {parent.name} or a run that was initialised from it"
-                raise UserError(problem, "average", path)
-            _add_branch(summary, run.folder / SUMMARY, other)
-        if other_model.config != model.config:
-            raise UserError(f"{path} has a model of another shape: leave it out", "average", path)
+                problem = f"{name} must be {parent.name} or a run that was initialised from it"
+                raise UserError(problem, "average", name)
+            _refuse_mean(other)
+            _add_branch(summary, path, other)
         for mean, weight in zip(model.parameters(), other_model.parameters(), strict=True):
             mean.lerp_(weight, 1 / number)
-        overrides = other.config.get("overrides")
-        known = portable_overrides(overrides) if isinstance(overrides, list) else None
-        record = AveragedRun(other.folder.name, weights, known)
-        summary["averaged"].append(dataclasses.asdict(record))
+        summary["averaged"].append(dataclasses.asdict(_record(other, weights)))
     return summary
+
+
+def _refuse_mean(run: Run) -> None:
+    if run.summary.get("averaged"):
+        problem = f"{run.folder} is a mean: name all its runs in one command instead"
+        raise UserError(problem, "average", str(run.folder))
+
+
+def _rounded_fingerprint(model: GPT) -> str:
+    """Return the fingerprint of the weights in bfloat16, which that of an export equals."""
+    return weights_fingerprint(copy.deepcopy(model).bfloat16())
+
+
+def _record(run: Run, weights: str) -> AveragedRun:
+    overrides, typed = None, run.config.get("overrides")
+    if isinstance(typed, list) and all(isinstance(o, str) and o.isprintable() for o in typed):
+        overrides = portable_overrides(typed)
+    name = run.config.get("name") or run.folder.resolve().name
+    return AveragedRun(name, weights, overrides, [run.config["data"]["source"]])
 
 
 def _add_branch(summary: dict[str, Any], path: Path, branch: Run) -> None:
@@ -122,8 +97,9 @@ def _add_branch(summary: dict[str, Any], path: Path, branch: Run) -> None:
     for key in ("tokens", "seconds"):
         total, more = summary.get(key), branch.summary.get(key)
         summary[key] = None if total is None or more is None else total + more
-    commits = (record.get("commit") for record in (summary, branch.summary))
-    summary["commit"] = ", ".join(dict.fromkeys(", ".join(filter(None, commits)).split(", ")))
+    commits = [record.get("commit") for record in (summary, branch.summary)]
+    parts = [part for text in commits if isinstance(text, str) for part in text.split(", ")]
+    summary["commit"] = ", ".join(dict.fromkeys(parts)) or None
     teachers = {t.weights for t in own_teachers(summary, path)}
     of_branch = own_teachers(branch.summary, branch.folder / SUMMARY)
     if new := [dataclasses.asdict(t) for t in of_branch if t.weights not in teachers]:

@@ -19,10 +19,9 @@ import minigpt
 from minigpt.core.settings import one_line
 from minigpt.core.text import BAR, human_time
 from minigpt.core.typed import shell_command, shell_word, typed_settings
-from minigpt.exporting.average import AveragedRun
 from minigpt.exporting.config import ExportConfig
 from minigpt.model import GPT
-from minigpt.runs.provenance import Parent, total_tokens
+from minigpt.runs.provenance import AveragedRun, Parent, total_tokens
 
 Record = Mapping[str, Any]  # content of a JSON or YAML file of a run
 TINYSTORIES = "roneneldan/TinyStories"
@@ -35,7 +34,7 @@ CORPORA = {
 def model_card(
     name: str, export: ExportConfig, model: GPT, vocabulary: int, config: Record, summary: Record,
     evaluation: Record | None, parent: Parent | None, teachers: Sequence[Parent] = (),
-    averaged: Sequence[AveragedRun] = (),
+    averaged: Sequence[AveragedRun] = (), prompt: str = "Once upon a time",
 ) -> str:  # fmt: skip
     """Return the content of README.md, the model card of an export.
 
@@ -53,6 +52,7 @@ def model_card(
             weights.
         teachers: all teachers from which the weights have learned, as returned by `teachers_of`.
         averaged: the runs whose weights were averaged with those of the run.
+        prompt: the prompt of the examples, in the language of the stories.
 
     Returns:
         Markdown, with the YAML metadata for the Hub at the top.
@@ -61,13 +61,16 @@ def model_card(
     settings: dict[str, Any] = {"ckpt": local_path}
     if config["data"]["source"] == "text":  # an export does not contain the stories
         settings |= {"data": "text", "data.valid_files": ["stories.txt"]}
+    if config.get("model_class"):
+        settings["class_path"] = config["model_class"]
     name, license = _cell(name), export.license
     sources: list[str] = [*(parent.sources if parent else []), config["data"]["source"]]
+    sources += [source for run in averaged for source in run.sources]
     stories = [source for source in sources if source.startswith("tinystories")]
     if license is None and len(stories) == len(sources):
         license = "mit"
-    prompts = (config.get("callbacks") or {}).get("prompts") or ["Once upon a time"]
-    prompt = one_line(str(prompts[0]))  # in the language of the stories
+    prompt = one_line(prompt)
+    options = ["--class-path", str(config["model_class"])] if config.get("model_class") else []
     card = ModelCard.from_template(
         _metadata(name, export.format, bool(stories), evaluation, license),
         template_str=resources.files("minigpt.exporting").joinpath("card.md.j2").read_text("utf-8"),
@@ -89,9 +92,8 @@ def model_card(
         others=len(stories) < len(sources),
         license=license,
         command=_command(config.get("overrides"), config.get("name"), bool(averaged)),
-        branches=[_command(run.overrides, run.name, True) for run in averaged if run.overrides],
-        run=shell_word(f"runs/{config.get('name')}"),
-        average=" ".join(f"--average {shell_word(f'runs/{run.name}')}" for run in averaged),
+        commands=_commands(config, averaged, parent, [*_format_options(export), *options]),
+        class_option="".join(f" {shell_word(option)}" for option in options),
         version=minigpt.__version__,
         commit=_cell(summary.get("commit")),
     )
@@ -188,3 +190,30 @@ def _command(overrides: Any, name: Any, named: bool) -> str | None:
     if named and not any(typed.startswith("name=") for typed in overrides):
         overrides = [*overrides, *typed_settings({"name": name})]
     return shell_command("minigpt", "train", *overrides)
+
+
+def _commands(
+    config: Record, averaged: Sequence[AveragedRun], parent: Parent | None, options: list[str]
+) -> list[str]:
+    """Return the commands that train the runs of an export, as far as known, and average them.
+
+    Args:
+        config: settings of the exported run.
+        averaged: the runs whose weights were averaged with those of the run.
+        parent: the run that all of these runs were initialised from, or that is one of them.
+        options: options of the export command.
+    """
+    before = [run for run in averaged if parent and run.weights == parent.weights]
+    after = [run for run in averaged if run not in before]
+    own = _command(config.get("overrides"), config.get("name"), bool(averaged))
+    named = [[_command(run.overrides, run.name, True) for run in runs] for runs in (before, after)]
+    commands = [command for command in (*named[0], own, *named[1]) if command is not None]
+    if averaged:
+        runs = [word for run in averaged for word in ("--average", f"runs/{run.name}")]
+        words = f"runs/{config.get('name')}", "out", *options, *runs
+        commands.append(shell_command("minigpt", "export", *words))
+    return commands
+
+
+def _format_options(export: ExportConfig) -> list[str]:
+    return ["--format", export.format, *(["--dtype", export.dtype] if export.dtype else [])]

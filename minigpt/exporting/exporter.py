@@ -20,8 +20,8 @@ from rich.console import Console
 
 from minigpt.core.files import user_path, write_json, write_text
 from minigpt.core.settings import UserError
-from minigpt.evaluation import EvaluationConfig, evaluate
-from minigpt.exporting.average import average, averaged_runs
+from minigpt.evaluation import EvaluationConfig, evaluate, own_data
+from minigpt.exporting.average import average
 from minigpt.exporting.card import Record, model_card
 from minigpt.exporting.config import ExportConfig
 from minigpt.exporting.folder import MARKER, atomic_folder, check_output, read_object
@@ -32,7 +32,13 @@ from minigpt.model import GPT
 from minigpt.runs.checkpoint import weights_fingerprint
 from minigpt.runs.folder import Run, class_path
 from minigpt.runs.names import CONFIG, EVALUATION, SUMMARY
-from minigpt.runs.provenance import MACHINE, parent_of, portable_overrides, teachers_of
+from minigpt.runs.provenance import (
+    MACHINE,
+    averaged_runs,
+    parent_of,
+    portable_overrides,
+    teachers_of,
+)
 from minigpt.tokenizer import Tokenizer
 
 CARD = "README.md"
@@ -66,10 +72,10 @@ def export(
             missing.
     """
     out, config = user_path(out, "out"), config or ExportConfig()
-    check_output(out)
-    if out.resolve() == run.folder.resolve() and config.format != "safetensors":
-        problem = f"the {config.format} export would replace the run itself: choose a new folder"
-        raise UserError(problem, "out", str(out))
+    is_same = out.resolve() == run.folder.resolve()
+    in_place = is_same and config.format == "safetensors" and not config.average
+    sources = [run.folder, *(user_path(name, "average") for name in config.average)]
+    check_output(out, [] if in_place else sources)
     model, tokenizer, settings = run.load_model(), run.tokenizer, run.config
     if not is_plain(model) and config.format != "safetensors":
         problem = f"other programs cannot run {class_path(run.model or type(model))}"
@@ -85,11 +91,15 @@ def export(
         parameter.copy_(parameter.to(dtype))
     evaluation = _stored_evaluation(run.folder, weights_fingerprint(model))
     if evaluation is None and config.evaluate:
+        if own_data(settings) is None:
+            problem = f"the stories of {run.folder} are not available: leave this out"
+            raise UserError(problem, "evaluate")
         evaluation = _new_evaluation(model, run, summary, dtype, console)
     title, size = name or out.resolve().name, tokenizer.vocab_size
     averaged = averaged_runs(summary, run.folder / SUMMARY)
     records = portable, summary, evaluation, parent, teachers, averaged
-    card = model_card(title, config, model, size, *records)
+    prompts = (settings.get("callbacks") or {}).get("prompts") or ["Once upon a time"]
+    card = model_card(title, config, model, size, *records, str(prompts[0]))
     with atomic_folder(out) as folder:
         if config.format == "safetensors":
             summary = _portable_summary(summary, evaluation)

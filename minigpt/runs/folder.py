@@ -42,7 +42,7 @@ from minigpt.runs.names import (
     TOKENIZER,
     WEIGHTS,
 )
-from minigpt.runs.provenance import Parent, parent_of, teachers_of
+from minigpt.runs.provenance import Parent, averaged_runs, parent_of, teachers_of
 from minigpt.runs.records import read_summary
 from minigpt.tokenizer import Tokenizer
 
@@ -246,13 +246,15 @@ class Run:
             own, before = summary.get(name), getattr(parent, name) if parent else 0
             return None if own is None or before is None else before + own
 
+        of_branches = [source for run in averaged_runs(summary, path) for source in run.sources]
         try:
+            own = self.config["data"]["source"]
             entry = {
                 "name": self.folder.resolve().name,
                 "weights": weights_fingerprint(model),
                 "tokens": total("tokens"),
                 "seconds": total("seconds"),
-                "sources": [*(parent.sources if parent else []), self.config["data"]["source"]],
+                "sources": [*(parent.sources if parent else []), own, *of_branches],
                 "teachers": teachers_of(summary, path),
             }
         except (KeyError, TypeError):

@@ -10,6 +10,6 @@ SUMMARY = "summary.json"
 REPORT = "report.html"
 EVALUATION = "evaluation.json"
 CHECKPOINTS = "checkpoints"
-SNAPSHOTS = "snapshots"  # snapshots/step-000000.safetensors, ...: bfloat16 weights of early steps
+SNAPSHOTS = "snapshots"  # snapshots/step-000000.safetensors, ...: bfloat16 weights
 WEIGHTS = "model.safetensors"  # in an export, instead of a checkpoint
 BEST, LAST = "best", "last"  # checkpoints/best.ckpt, last.ckpt; older ones: last-1.ckpt, ...

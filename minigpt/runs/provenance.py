@@ -1,4 +1,4 @@
-"""Provenance of weights: commit of the code, overrides, parent run and teachers."""
+"""Provenance of weights: code, overrides, parent run, teachers and averaged runs."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _file_name(text: str) -> str:
     """
     quote, path = (text[0], text[1:-1]) if is_quoted(text) else ("", text)
     absolute = re.match(r"(~[^/\\]*|[A-Za-z]:)?[/\\]", path)
-    return quote + (re.split(r"[/\\]", path)[-1] if absolute else path) + quote
+    return quote + (re.split(r"[/\\]", path.rstrip("/\\"))[-1] if absolute else path) + quote
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,53 @@ class Parent:
             raise ValueError("name and sources must each be one line of printable text")
         if (self.tokens or 0) < 0 or (self.seconds or 0) < 0:
             raise ValueError("tokens and seconds must not be negative")
+
+
+@dataclass(frozen=True)
+class AveragedRun:
+    """Record of a run whose weights were averaged with those of the exported run.
+
+    Raises:
+        ValueError: the name or an override is not printable.
+    """
+
+    name: str
+    """Name of the folder of the run."""
+
+    weights: str
+    """Fingerprint of its weights, from `weights_fingerprint`."""
+
+    overrides: list[str] | None = None
+    """Overrides that the run was trained with, without paths; None means unknown."""
+
+    sources: list[str] = field(default_factory=list)
+    """The `data.source` that the run was trained on, without those of its parent."""
+
+    def __post_init__(self) -> None:
+        texts = self.name, *(self.overrides or ()), *self.sources
+        if not all(text.isprintable() for text in texts):
+            raise ValueError("name, overrides and sources must each be one line of printable text")
+
+
+def averaged_runs(summary: Mapping[str, Any], path: Path) -> list[AveragedRun]:
+    """Return the runs whose weights were averaged with those of an exported run.
+
+    Args:
+        summary: summary of the export.
+        path: path of the file with the summary, for error messages.
+
+    Raises:
+        UserError: an entry is not a valid record.
+    """
+    entries = summary.get("averaged") or []
+    if entries is True:  # exports of earlier versions, averaged with the parent
+        parent = parent_of(summary, path)
+        return [] if parent is None else [AveragedRun(parent.name, parent.weights)]
+    if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise UserError(
+            f"{path}: the entry averaged must be a list of objects; export the run again"
+        )
+    return [build(AveragedRun, dict(entry), f"{path}: averaged") for entry in entries]
 
 
 def parent_of(record: Mapping[str, Any], path: Path) -> Parent | None:

@@ -17,7 +17,15 @@ from typing import Any
 from minigpt.core.settings import UserError, flat
 from minigpt.core.text import human_time, md_table, value_cell
 from minigpt.runs.folder import Run
-from minigpt.runs.provenance import MACHINE
+from minigpt.runs.names import SUMMARY
+from minigpt.runs.provenance import (
+    MACHINE,
+    AveragedRun,
+    Parent,
+    averaged_runs,
+    own_teachers,
+    parent_of,
+)
 from minigpt.runs.records import read_summary
 from minigpt.scaling.results import RunResult
 
@@ -125,7 +133,19 @@ def _recipe(path: Path) -> dict[str, Any]:
 
     values = {name: portable(value) for name, value in flat(config).items()}
     values.pop("data.cache_dir", None)
+    summary, record = read_summary(path), path / SUMMARY
+    if (parent := parent_of(summary, record)) is not None:
+        values["init_from"] = _label(parent)
+    if teachers := own_teachers(summary, record):
+        values["teacher.runs"] = list(map(_label, teachers))
+    if averaged := averaged_runs(summary, record):
+        values["averaged"] = list(map(_label, averaged))
     return values
+
+
+def _label(run: Parent | AveragedRun) -> str:
+    """Return a name that tells runs of the same name apart by their weights."""
+    return f"{run.name} ({run.weights[:8]})"
 
 
 def cells(comparison: Comparison) -> list[str]:

@@ -25,7 +25,7 @@ from minigpt.core.text import human_count
 from minigpt.data.config import DataConfig
 from minigpt.runs.folder import Run
 from minigpt.runs.names import CONFIG, METRICS, SUMMARY
-from minigpt.runs.provenance import Parent, parent_of, teachers_of, total_tokens
+from minigpt.runs.provenance import Parent, parent_of, portable_overrides, teachers_of, total_tokens
 from minigpt.runs.records import Row, last_values, read_metrics, read_summary, series
 
 LATE = 0.05  # final fraction of a run over which the training loss is averaged
@@ -283,7 +283,10 @@ def keep_run(path: Path, into: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / METRICS, _thinned(read_metrics(path)))
     write_json(folder / SUMMARY, summary)
-    write_text(folder / CONFIG, yaml.safe_dump(_portable(config), sort_keys=False))
+    portable = _portable(config)
+    if isinstance(typed := config.get("overrides"), list):
+        portable["overrides"] = portable_overrides([o for o in typed if isinstance(o, str)])
+    write_text(folder / CONFIG, yaml.safe_dump(portable, sort_keys=False))
     return folder
 
 

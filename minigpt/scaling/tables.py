@@ -211,7 +211,7 @@ def _recipe_rows(runs: Sequence[RunResult]) -> list[list[str]]:
     for run in by_size(runs):
         if run.point and run.loss is not None:
             tokens = human_count(float(f"{run.tokens:.2g}"))  # rounded, as a run ends at a step
-            recipes = cases.setdefault((run.point[0], run.data, tokens), {})
+            recipes = cases.setdefault((run.point[0], run.corpus, tokens), {})
             recipes.setdefault(run.recipe, []).append(run)
     rows = []
     for (_, data, tokens), recipes in cases.items():

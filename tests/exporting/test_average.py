@@ -7,8 +7,9 @@ from typing import Any, cast
 import pytest
 
 from minigpt.core.settings import UserError
-from minigpt.exporting.average import AveragedRun, _add_branch, averaged_runs
+from minigpt.exporting.average import _add_branch
 from minigpt.runs.folder import Run
+from minigpt.runs.provenance import AveragedRun, averaged_runs
 from tests.conftest import naming
 
 PARENT = {"name": "large", "weights": "p", "tokens": 10, "seconds": 1.0, "sources": ["text"]}

@@ -1,8 +1,10 @@
+import dataclasses
 import math
 
 import pytest
 
 from minigpt.core.settings import UserError
+from minigpt.runs.provenance import Parent
 from minigpt.scaling.comparison import compare, markdown
 from tests.run_folder import SUMMARY, write_run
 from tests.scaling.conftest import results
@@ -51,6 +53,22 @@ def test_comparison_of_two_runs_with_one_recipe_and_seed_names_both(recipes):
     write_run(recipes / "f", seed=9)
     with pytest.raises(UserError, match=r"(?=.*/e\b)(?=.*/f\b)"):
         compare(results(recipes))
+
+
+def test_comparison_tells_parents_and_means_of_the_same_name_apart(tmp_path):
+    parents = [Parent("large", weights, 1000, 2.0, ["text"]) for weights in ("a" * 32, "b" * 32)]
+    averaged = [{"name": "large", "weights": "a" * 32}]
+    for name, parent, mean in (
+        ("a", parents[0], []),
+        ("b", parents[1], []),
+        ("c", parents[0], averaged),
+    ):
+        summary = SUMMARY | {"init_from": dataclasses.asdict(parent), "averaged": mean}
+        write_run(tmp_path / name, summary)
+    _, second, third = compare(results(tmp_path))
+    assert "init_from" in second.change
+    assert "averaged" in third.change
+    assert "init_from" not in third.change
 
 
 def test_compare_writes_the_table(recipes, tmp_path, capsys):

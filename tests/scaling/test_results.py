@@ -91,6 +91,7 @@ def test_copied_run_has_the_same_result_and_no_path(tmp_path):
     run = write_run(tmp_path / "runs" / "one")
     config = f"runs_dir: {tmp_path}\nseed: 1\n"
     config += f"data: {{source: text, train_files: [{tmp_path}/a.txt], cache_dir: {tmp_path}/c}}\n"
+    config += f"overrides: ['data.train_files=[{tmp_path}/a.txt]', 'runs_dir={tmp_path}']\n"
     (run / "config.yaml").write_text(config)
     rows = "".join(f"{i},{i * 100},{9 - i / 1000},,,,1,0.1\n" for i in range(41, 4041))
     (run / "metrics.csv").write_text((run / "metrics.csv").read_text() + rows)
