@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ MARKER = "export.json"  # marks a folder as an export, and lists its files
 _RESULTS = ("report.html", "evaluation*.json")  # of an evaluation; they may be replaced
 
 
-def check_output(out: Path) -> None:
+def check_output(out: Path, sources: Iterable[Path] = ()) -> None:
     """Raise UserError unless a folder is new, empty, or an earlier export without other files.
 
     The export replaces the folder. So the working directory and its parent directories are not
@@ -24,9 +24,14 @@ def check_output(out: Path) -> None:
 
     Args:
         out: the output folder.
+        sources: files and folders that the export reads; `out` must not contain them.
     """
     if not out.exists():
         return
+    for source in sources:
+        if source.resolve().is_relative_to(out.resolve()):
+            problem = f"the export would replace {source}, which it reads: choose a new folder"
+            raise UserError(problem, "out", str(out))
     if not out.is_dir():
         raise UserError("this is a file: choose a new folder", "out", str(out))
     present = {path.name for path in out.iterdir()}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minigpt.core.settings import UserError
+from minigpt.runs.names import EVALUATION
 
 
 def check_repository(push: str, dry_run: bool = False, argument: str = "push") -> None:
@@ -63,7 +64,11 @@ def push_folder(
             problem = f"the repository is public: make it private at {url}/settings"
             raise UserError(problem, "push", push)
         message = f"{kind.capitalize()} written by Mini GPT"
-        api.upload_folder(repo_id=push, repo_type=kind, folder_path=folder, commit_message=message)
+        stale = [f"*{EVALUATION}"]  # of weights that the repository contained before
+        api.upload_folder(
+            repo_id=push, repo_type=kind, folder_path=folder, commit_message=message,
+            delete_patterns=stale,
+        )  # fmt: skip
     except (httpx.HTTPError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         problem = f"nothing was published ({reason}); check network, token and name"

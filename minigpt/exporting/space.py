@@ -75,7 +75,7 @@ def write_space(run: Run, out: str | Path, name: str | None = None) -> list[Path
             that are not from an export, or Gradio is not installed.
     """
     out = user_path(out, "out")
-    check_output(out)
+    check_output(out, [run.folder])
     try:
         gradio = _version("gradio")
     except metadata.PackageNotFoundError:
@@ -96,7 +96,7 @@ def write_space(run: Run, out: str | Path, name: str | None = None) -> list[Path
     text = f"The playground of Mini GPT with one model. To run it here: `python {APP}`."
     versions = [f"{package}=={_version(package)}" for package in _PACKAGES]
     with atomic_folder(out) as folder:
-        export(run, folder / MODEL, ExportConfig("safetensors"), name or title)
+        export(run, folder / MODEL, ExportConfig("safetensors"), title)
         _copy_code(folder / "minigpt")
         write_text(folder / APP, _PROGRAM)
         write_text(folder / "requirements.txt", "\n".join([*versions, ""]))

@@ -71,6 +71,33 @@ def test_metadata_of_tinystories_names_the_data_and_the_license(run, tmp_path):
     assert data.tags == ["mini-gpt", "tinystories"]
 
 
+def test_card_names_the_texts_of_averaged_runs(run, tmp_path):
+    config = Run.load(run).config
+    change_config(run, data=config["data"] | {"source": "tinystories_sample"})
+    summary = read_summary(run)
+    own = {"name": "b", "weights": "x", "overrides": ["data=text"], "sources": ["text"]}
+    summary["averaged"] = [own]
+    (run / "summary.json").write_text(json.dumps(summary))
+    out = exported(run, tmp_path / "out", format="safetensors", dtype="float32")
+    assert ModelCard.load(out / "README.md").data.license is None
+    assert "own texts" in card_of(out)
+    assert Run.load(out).provenance(Run.load(out).load_model()).sources[-1] == "text"
+    command = "minigpt export runs/tiny out --format safetensors --dtype float32 --average runs/b"
+    assert f"\nminigpt train data=text name=b\n{command}\n" in card_of(out)
+
+
+def test_card_shows_the_first_prompt_of_the_run(run, tmp_path):
+    change_config(run, callbacks={"prompts": ["Es war einmal"]})
+    assert "Es war einmal" in card_of(exported(run, tmp_path / "out"))
+
+
+def test_evaluation_without_the_stories_is_an_error_of_evaluate(run, tmp_path):
+    out = exported(run, tmp_path / "ours", format="safetensors")
+    with pytest.raises(UserError) as error:
+        export(Run.load(out), tmp_path / "hf", ExportConfig(evaluate=True))
+    assert error.value.argument == "evaluate"
+
+
 def test_card_shows_v1_beside_v2(run, tmp_path):
     evaluate(Run.load(run), QUICK)
     evaluation = json.loads((run / "evaluation.json").read_text())

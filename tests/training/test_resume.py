@@ -252,7 +252,8 @@ def test_export_averages_a_run_with_its_parent(tiny: list[str], parent: Path, tm
     assert read_summary(out)["tokens"] == read_summary(child)["tokens"]
     card = (out / "README.md").read_text(encoding="utf-8")
     assert re.search(r"\| float32\b.* parent \|", card)
-    assert "minigpt export runs/child out --format safetensors --average runs/parent\n" in card
+    command = "minigpt export runs/child out --format safetensors --dtype float32"
+    assert f"{command} --average runs/parent\n" in card
 
 
 def test_export_averages_branches_and_counts_the_tokens_of_each_once(
@@ -272,7 +273,8 @@ def test_export_averages_branches_and_counts_the_tokens_of_each_once(
     assert [run["name"] for run in summary["averaged"]] == ["parent", "other", "third"]
     card = (out / "README.md").read_text(encoding="utf-8")
     averaged = "--average runs/parent --average runs/other --average runs/third\n"
-    assert f"minigpt export runs/child out --format safetensors {averaged}" in card
+    assert f"minigpt export runs/child out --format safetensors --dtype float32 {averaged}" in card
+    assert card.index(" name=parent") < card.index(" name=child") < card.index(" name=other")
     for name in names:
         assert re.search(rf"^minigpt train .*name={name}\b", card, re.MULTILINE)
     # An export of the mean in another format has the same record.
@@ -287,11 +289,50 @@ def test_average_of_unrelated_runs_is_refused(tiny: list[str], parent: Path, tmp
         with pytest.raises(UserError) as error:
             export(Run.load(first), tmp_path / "other", mean_with(second))
         assert error.value.argument == "average"
-    longer = [*tiny, f"init_from={parent}", "name=longer", "model.context_length=32"]
-    for other in (tmp_path / "nothing", trained_folder(longer)):
-        with pytest.raises(UserError, match=other.name):
-            export(Run.load(child), tmp_path / "other", mean_with(other))
+    with pytest.raises(UserError, match="nothing"):
+        export(Run.load(child), tmp_path / "other", mean_with(tmp_path / "nothing"))
     assert not (tmp_path / "other").exists()
+
+
+def test_average_takes_each_run_once_and_no_mean(tiny: list[str], parent: Path, tmp_path: Path):
+    child = trained_folder([*tiny, f"init_from={parent}", "name=child"])
+    longer = [*tiny, f"init_from={parent}", "name=other", "seed=2", "model.context_length=32"]
+    other = trained_folder(longer)  # the context and dropout may differ
+    mean, rounded = tmp_path / "mean", tmp_path / "rounded"
+    export(Run.load(child), mean, mean_with(other))
+    assert_is_mean(mean, child, other)
+    export(Run.load(child), rounded, ExportConfig("safetensors"))
+    for first, second in (
+        (child, child / "checkpoints/last.ckpt"),
+        (child, rounded),  # the same weights in bfloat16
+        (mean, parent),
+        (other, mean),
+    ):
+        with pytest.raises(UserError) as error:
+            export(Run.load(first), tmp_path / "new", mean_with(second))
+        assert error.value.argument == "average"
+    before = weights_fingerprint(Run.load(rounded).load_model())
+    for first, out in ((other, rounded), (rounded, rounded), (other, rounded.parent)):
+        with pytest.raises(UserError) as error:
+            export(Run.load(first), out, mean_with(rounded if first == other else other))
+        assert error.value.argument == "out"
+    assert weights_fingerprint(Run.load(rounded).load_model()) == before
+
+
+def test_run_that_ended_before_its_summary_gets_one_when_it_is_resumed(tiny: list[str]):
+    folder = trained_folder([*tiny, "name=killed"])
+    summary, rows = read_summary(folder), read_metrics(folder)
+    losses = {name: summary[name] for name in ("val/loss", "val/perplexity", "best_val_loss")}
+    for content in (None, {**summary, "status": "failed"}):
+        (folder / "summary.json").unlink()
+        if content is not None:
+            write_json(folder / "summary.json", content)
+        trained_folder([f"resume={folder}"])
+        again = read_summary(folder)
+        assert again["status"] == "finished"
+        assert {name: again[name] for name in losses} == losses
+        assert [row["step"] for row in read_metrics(folder)] == [row["step"] for row in rows]
+    assert (folder / "report.html").stat().st_mtime_ns > 0
 
 
 @pytest.mark.parametrize("error", [OSError(37, "No locks available"), NotImplementedError()])

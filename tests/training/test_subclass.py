@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,6 +162,10 @@ def test_export_of_a_subclass_is_refused_by_name_and_its_mean_is_right(
     child = minigpt.train(more, model=Flipped)
     mean = ExportConfig("safetensors", dtype="float32", average=(str(flipped.folder),))
     export(child, tmp_path / "mean", mean)
+    card, name = (tmp_path / "mean/README.md").read_text(encoding="utf-8"), "Flipped"
+    for command in (f"generate .* --class-path .*{name}", f"evaluate .*class_path=.*{name}"):
+        assert re.search(f"^minigpt {command}", card, re.MULTILINE)
+    assert re.search(f"^minigpt export .* --class-path .*{name} --average ", card, re.MULTILINE)
     run = minigpt.Run.load(tmp_path / "mean", Flipped)
     weights = [r.load_model().state_dict() for r in (flipped, child, run)]
     for name, weight in weights[2].items():
