@@ -203,7 +203,7 @@ class Corpus:
         if not lengths:
             lacking = "training" if n_valid else "validation"
             problem = f"leaves none of {total} stories for {lacking}"
-            remedy = "choose another fraction, or set data.valid_files"
+            remedy = "choose another fraction, or set data.valid_files (with data=hf, valid_split)"
             raise UserError(f"{problem}; {remedy}", "data.holdout", self.holdout)
         share = f"its last {100 * self.holdout:.3g} % are held out"
         more = r"data.separator='\n\n' would make each paragraph a story"
@@ -263,9 +263,10 @@ def _take(pieces: Iterable[Piece], max_bytes: int) -> Iterator[Piece]:
     """Yield the first stories, about `max_bytes` UTF-8 bytes in total; no story is cut."""
     total = 0
     for text, ends, begins in _begun(pieces):
-        total += len(text.encode())
-        if begins and total > max_bytes:
+        size = len(text.encode())
+        if begins and total and total + size > max_bytes:  # the first story is always yielded
             return
+        total += size
         yield text, ends
 
 

@@ -94,6 +94,7 @@ def test_validation_files_stand_alone_and_the_cap_keeps_whole_training_stories(t
     two = len("".join(STORIES[:2]).encode())
     assert list(Corpus((a,), (b,), max_train_bytes=two).stories("train")) == STORIES[:2]
     assert list(Corpus((a,), (b,), max_train_bytes=two - 1).stories("train")) == STORIES[:1]
+    assert list(Corpus((a,), (b,), max_train_bytes=1).stories("train")) == STORIES[:1]
     only_valid = Corpus((), (b,), max_train_bytes=1)
     assert list(only_valid.stories("valid")) == ["held out"]
     with pytest.raises(UserError, match=naming("data.train_files")):
