@@ -30,6 +30,7 @@ class Page(gr.Blocks):
     playground: Playground
     age: gr.Slider
     age_column: gr.Column  # with the slider and the curves; hidden while no model has snapshots
+    curves: gr.HTML  # loss curves of the models
     is_open: gr.Checkbox  # hidden input; `IS_OPEN` supplies its value in the browser
 
 
@@ -44,20 +45,20 @@ def age_slider(page: Page) -> None:
     """Add the age slider, its button Play and the loss curves, hidden if no model has snapshots."""
     playground = page.playground
     n = playground.n_ages
-    with gr.Column(visible=n > 0, elem_id="age") as page.age_column:
+    with gr.Column(visible=playground.has_ages, elem_id="age") as page.age_column:
         with gr.Row():
             page.age = gr.Slider(
                 0, max(n, 1), n, step=1, precision=0, label="Age", info=AGE, scale=5
             )
             play = gr.Button("Play", scale=1, min_width=80)
-        curve = gr.HTML(playground.age_html(None, n))
+        page.curves = gr.HTML(playground.age_html(None, n))
 
     def next_age(age: int) -> tuple[int, gr.Timer]:
-        age = min(age + 1, playground.n_ages)
-        return age, gr.Timer(active=age < playground.n_ages)
+        age = min(age + 1, n)
+        return age, gr.Timer(active=age < n)
 
     def start(age: int) -> tuple[int, gr.Timer]:
-        return (0 if age >= playground.n_ages else age), gr.Timer(active=True)
+        return (0 if age >= n else age), gr.Timer(active=True)
 
     def show(age: int) -> str:
         return playground.age_html(None, age)
@@ -66,25 +67,13 @@ def age_slider(page: Page) -> None:
     private: dict[str, Any] = {"api_visibility": "private"}
     play.click(start, [page.age], [page.age, timer], **private)
     timer.tick(next_age, [page.age], [page.age, timer], show_progress="hidden", **private)
-    page.age.change(show, [page.age], curve, show_progress="hidden", **private)
-
-
-def resized(age: int, old: int, new: int) -> tuple[gr.Column, gr.Slider]:
-    """Return updates for the column around the age slider, and for the slider, for new models.
-
-    Args:
-        age: position of the slider. A slider at its end stays at its end. Elsewhere, the position
-            is scaled from the old length to the new one.
-        old: `Playground.n_ages` before the models were added.
-        new: `Playground.n_ages` now.
-    """
-    position = new if age >= old else round(age * new / old)
-    return gr.Column(visible=new > 0), gr.Slider(0, max(new, 1), position)
+    page.age.change(show, [page.age], page.curves, show_progress="hidden", **private)
 
 
 def on_age(
-    function: Callable[..., Any], inputs: Sequence[Any], outputs: Any, place: Place
-) -> Dependency:
+    function: Callable[..., Any], inputs: Sequence[Any], outputs: Any, place: Place,
+    cancels: Sequence[Dependency] = (),
+) -> Dependency:  # fmt: skip
     """Add an event that calls `function` when the age changes.
 
     Args:
@@ -93,6 +82,7 @@ def on_age(
         inputs: components of the page.
         outputs: components that show the results.
         place: the tab that contains `outputs`, and its page. The tab must have an `elem_id`.
+        cancels: events that a change of the age stops.
 
     Returns:
         The Gradio event.
@@ -100,6 +90,7 @@ def on_age(
     return place.page.age.change(
         function, [place.page.is_open, *inputs], outputs, js=IS_OPEN % place.tab.elem_id,
         show_progress="hidden", trigger_mode="always_last", api_visibility="private",
+        cancels=list(cancels),
     )  # fmt: skip
 
 

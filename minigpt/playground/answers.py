@@ -86,17 +86,26 @@ class Playground:
 
     Args:
         models: the models. Their names must differ.
+        min_ages: minimum of `n_ages`.
+
+    Attributes:
+        n_ages: length of the age slider: the highest number of snapshots of `models`, or
+            `min_ages` if that is higher. It does not change when a model is added, so that a
+            position has the same meaning for all visitors.
     """
 
-    def __init__(self, models: Sequence[LoadedModel]) -> None:
+    def __init__(self, models: Sequence[LoadedModel], min_ages: int = 0) -> None:
         self.models = Models({model.name: model for model in models})
+        self.n_ages = max([min_ages, *(len(model.ages) for model in models)])
 
     @classmethod
-    def load(cls, runs: Sequence[Run]) -> Playground:
+    def load(cls, runs: Sequence[Run], min_ages: int = 0) -> Playground:
         """Load the models of `runs`; a checkpoint that several runs share is loaded once.
 
         Args:
             runs: the runs, at most MAX_RUNS.
+            min_ages: minimum of `n_ages`, such as the number of snapshots in a training that may
+                follow.
 
         Returns:
             A playground with these models.
@@ -108,9 +117,9 @@ class Playground:
             raise UserError(f"the page shows at most {MAX_RUNS} runs, not {len(runs)}")
         models: dict[Path, LoadedModel] = {}
         for run in runs:
-            if run.checkpoint not in models:
-                models[run.checkpoint] = _load(run, [model.name for model in models.values()])
-        return cls(list(models.values()))
+            if (path := run.checkpoint.resolve()) not in models:
+                models[path] = _load(run, [model.name for model in models.values()])
+        return cls(list(models.values()), min_ages)
 
     def add(self, run: Run) -> None:
         """Add the model of a run, unless it is already loaded.
@@ -121,14 +130,15 @@ class Playground:
         Raises:
             UserError: the run cannot be read.
         """
-        if all(model.checkpoint != run.checkpoint for model in self.models.values()):
+        paths = {m.checkpoint.resolve() for m in self.models.values() if m.checkpoint is not None}
+        if run.checkpoint.resolve() not in paths:
             model = _load(run, list(self.models))
             self.models = Models({**self.models, model.name: model})
 
     @property
-    def n_ages(self) -> int:
-        """Highest number of snapshots of any loaded model; 0 if no model has snapshots."""
-        return max((len(model.ages) for model in self.models.values()), default=0)
+    def has_ages(self) -> bool:
+        """Whether a model has snapshots."""
+        return any(model.ages for model in self.models.values())
 
     def aged(self, name: str, age: int | None) -> str:
         """Return the name of the snapshot that the age slider selects for a model.

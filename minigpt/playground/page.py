@@ -22,15 +22,7 @@ from gradio.routes import App, ORJSONResponse
 
 from minigpt.playground import inside
 from minigpt.playground.access import with_token
-from minigpt.playground.age_page import (
-    Page,
-    age_slider,
-    at_age,
-    on_age,
-    place_of,
-    resized,
-    show_answer,
-)
+from minigpt.playground.age_page import Page, age_slider, at_age, on_age, place_of, show_answer
 from minigpt.playground.answers import MAX_PROMPT, MAX_RUNS, MAX_TOKENS, Playground
 from minigpt.playground.hosts import Hosts, guarded
 from minigpt.playground.training_page import RANDOM, START_FROM, training_tab
@@ -145,19 +137,20 @@ def _refresh_models(page: Page) -> None:
         if isinstance(block, gr.Dropdown) and block.label in ("Model", "Models", START_FROM)
     ]
     playground = page.playground
-    known = gr.State((list(playground.models), playground.n_ages))
-    outputs = [known, page.age_column, page.age, *choices]
+    known = gr.State(list(playground.models))
+    outputs = [known, page.age_column, page.curves, *choices]
 
-    def refresh(known: tuple[list[str], int], age: int) -> list[Any]:
-        names, n_ages = list(playground.models), playground.n_ages
-        if names == known[0]:
+    def refresh(known: list[str], age: int) -> list[Any]:
+        names = list(playground.models)
+        if names == known:
             return [gr.skip()] * len(outputs)
         updates = []
         for choice in choices:
             is_start = choice.label == START_FROM
             listed = [RANDOM, *names] if is_start else names
             updates.append(gr.Dropdown(listed, visible=is_start or len(names) > 1))
-        return [(names, n_ages), *resized(age, known[1], n_ages), *updates]
+        column = gr.Column(visible=playground.has_ages)
+        return [names, column, playground.age_html(None, age), *updates]
 
     for event in (page.load, gr.Timer(REFRESH_SECONDS).tick):
         event(refresh, [known, page.age], outputs, show_progress="hidden", api_visibility="private")
@@ -218,8 +211,12 @@ def _story_tab(playground: Playground, page: Page) -> None:
         api_visibility="private",
     )  # fmt: skip
     story = new_seed.then(write, [*inputs, seed], stories, show_progress="minimal")
-    aged = on_age(follow, [*inputs, seed], stories, place_of(start))
-    stop.click(None, cancels=[story, aged], api_visibility="private")
+    aged = on_age(follow, [*inputs, seed], stories, place_of(start), cancels=[story])
+    # Only one stream of stories at a time: a new one ends the others.
+    gr.on(
+        [start.click, prompt.submit, stop.click], None, cancels=[story, aged],
+        api_visibility="private",
+    )  # fmt: skip
 
 
 def _words_tab(playground: Playground) -> None:

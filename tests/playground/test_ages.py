@@ -1,14 +1,15 @@
 """The age of the models on the page: the snapshots of a run, and its loss curve."""
 
 import math
+import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from minigpt.model import GPT, GPTConfig
 from minigpt.playground import answers, inside
-from minigpt.playground.age_page import resized
 from minigpt.playground.answers import Playground
 from minigpt.playground.curves import Curve, curve_svg, metrics, run_curve
 from minigpt.runs.checkpoint import write_checkpoint, write_snapshot
@@ -65,13 +66,17 @@ def test_model_with_fewer_snapshots_shares_the_slider(playground):
     ]
 
 
-@pytest.mark.parametrize(
-    ("age", "old", "new", "position"),
-    [(0, 0, 8, 8), (4, 4, 8, 8), (0, 4, 8, 0), (2, 4, 8, 4), (1, 4, 8, 2), (3, 8, 8, 3)],
-)
-def test_slider_keeps_its_point_when_models_are_added(age, old, new, position):
-    column, slider = resized(age, old, new)
-    assert (slider.maximum, slider.value, column.visible) == (new, position, True)
+def test_slider_keeps_its_length_when_models_are_added(playground):
+    (grown, young) = playground.models.values()
+    page = Playground([young], min_ages=N + 2)
+    assert (page.n_ages, page.has_ages) == (N + 2, False)
+    page.add(grown.ages[0].run)
+    assert (page.n_ages, page.has_ages) == (N + 2, True)
+    (name,) = [name for name in page.models if name != "young"]
+    assert page.aged(name, N + 2) == name
+    assert {page.aged(name, age) for age in range(N + 2)} == {
+        model_age.name for model_age in page.models[name].ages
+    }
 
 
 def test_answers_follow_the_age_with_the_same_seed(playground):
@@ -136,5 +141,6 @@ def test_added_model_is_listed_once(playground):
     run = first.ages[0].run
     page.add(run)
     page.add(run)
+    page.add(Run(run.folder, Path(os.path.relpath(run.checkpoint))))
     assert len(page.models) == 1
     assert page.chosen(["nobody", *page.models]) == list(page.models)
