@@ -8,7 +8,6 @@ With SameSite=Strict, requests from pages of other sites are sent without the co
 from __future__ import annotations
 
 import secrets
-from http.cookies import SimpleCookie
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
@@ -80,8 +79,9 @@ def with_token(app: Any, access: Access) -> Any:
             cookie = f"{access.cookie}={access.token}; Path=/; HttpOnly; SameSite=Strict"
             # A relative URL, because a proxy may have changed the path.
             return await _answer(send, 303, location=f"?{rest}", set_cookie=cookie)
-        headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        is_upload = headers.get(b"content-type", "").lower().startswith("multipart/")
+        headers = [(name.lower(), value.decode("latin-1")) for name, value in scope["headers"]]
+        types = [value.strip().lower() for name, value in headers if name == b"content-type"]
+        is_upload = any(value.startswith("multipart/") for value in types)
         is_login = scope["path"].rstrip("/").endswith("/login")
         if is_upload and not is_login and not access.allows(_cookie(headers, access)):
             return await _answer(send, 403)
@@ -90,9 +90,12 @@ def with_token(app: Any, access: Access) -> Any:
     return guard
 
 
-def _cookie(headers: dict[bytes, str], access: Access) -> str | None:
-    cookie = SimpleCookie(headers.get(b"cookie", "")).get(access.cookie)
-    return None if cookie is None else cookie.value
+def _cookie(headers: list[tuple[bytes, str]], access: Access) -> str | None:
+    # http.cookies would stop at a cookie of another program that is not valid.
+    from starlette.requests import cookie_parser
+
+    cookies = "; ".join(value for name, value in headers if name == b"cookie")
+    return cookie_parser(cookies).get(access.cookie)
 
 
 async def _answer(send: Any, status: int, **headers: str) -> None:

@@ -9,7 +9,10 @@ from minigpt.core.settings import UserError
 from minigpt.playground.access import Access, may_train, with_token
 
 
-def answer(access: Access, path: str = "/", method: str = "GET", query: str = "", **headers: str):
+def answer(
+    access: Access, path: str = "/", method: str = "GET", query: str = "",
+    more: list[tuple[bytes, bytes]] | None = None, **headers: str,
+):  # fmt: skip
     """Return the status and the headers of the answer; 200 if the request reaches the page."""
     sent: list[dict[str, Any]] = []
 
@@ -20,6 +23,7 @@ def answer(access: Access, path: str = "/", method: str = "GET", query: str = ""
         sent.append(message)
 
     pairs = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    pairs += more or []
     scope = {"type": "http", "method": method, "path": path, "query_string": query.encode()}
     asyncio.run(with_token(app, access)({**scope, "headers": pairs}, None, send))
     return sent[0]["status"], {k.decode(): v.decode() for k, v in sent[0]["headers"]}
@@ -46,6 +50,15 @@ def test_uploads_need_the_cookie():
         assert answer(access, **upload, cookie=cookie)[0] == 403
     assert answer(access, **upload, cookie=f"a=b; {access.cookie}={access.token}")[0] == 200
     assert answer(access, **{**upload, "path": "/login"})[0] == 200
+    for other in ('prefs={"theme":"dark"}', "user=John Doe", "a/b=c"):  # of other programs
+        cookie = f"{other}; {access.cookie}={access.token}"
+        assert answer(access, **upload, cookie=cookie)[0] == 200
+
+
+@pytest.mark.parametrize("types", [["multipart/x", "text/plain"], ["text/plain", "multipart/x"]])
+def test_second_content_type_does_not_hide_an_upload(types: list[str]):
+    access, headers = Access(), [(b"Content-Type", value.encode()) for value in types]
+    assert answer(access, path="/gradio_api/upload", method="POST", more=headers)[0] == 403
 
 
 def test_each_server_has_its_own_token():
