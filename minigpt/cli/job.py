@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,9 @@ from minigpt.cli.exits import orderly_exit
 from minigpt.cli.program import Program, describe
 from minigpt.core.settings import UserError, speak
 from minigpt.core.typed import typed_settings
-from minigpt.playground.training import CACHE, LOCK, SIZES, Job
+from minigpt.playground.training import CACHE, LOCK, SIZES, SNAPSHOTS, Job
 
 CALIBRATION_SECONDS = 4.0
-SNAPSHOTS = 8  # for the slider "Age" of the page
 _WARM_UP = 3  # updates that are not timed
 MAX_UNPACKED = 1_000_000_000  # bytes of the uploads after decompression
 _SMALL_TEXT = 2_000_000  # bytes; for less text, docs/your-own-text.md recommends other settings
@@ -68,6 +67,9 @@ def run_job(job: Job, program: Program) -> None:
         job.report(phase="stopped")
     except UserError as error:
         message = describe(error, program)
+        settings = {error.argument, *error.fix} - {None, "data.train_files"}
+        if settings or error.command is not None:
+            message += " (in a terminal: this page has no such setting)"
         for path, name in job.uploads.items():
             message = message.replace(str(path), name)
         job.report(phase="failed", error=message, field=_field(job, error))
@@ -94,8 +96,7 @@ def _train(job: Job, program: Program) -> None:
 
     tune_process()
     settings, cache = job.settings, job.folder / CACHE
-    check_unpacked(list(job.uploads))
-    words = job_words(job)
+    words = job_words(job, check_unpacked(list(job.uploads)))
     place: dict[str, Any] = {"data.cache_dir": str(cache), "logger": "csv"}
     place["data.train_files"] = list(map(str, job.uploads))
     budget = job.status.get("budget")
@@ -108,7 +109,7 @@ def _train(job: Job, program: Program) -> None:
         budget = budget_words(config, 60 * settings["minutes"] * rate)
     words |= budget
     names = {"data.train_files": list(job.uploads.values())}
-    run = Path(settings["runs_dir"]) / f"{settings['size']}-{job.name}"
+    run = Path(settings["runs_dir"]) / f"{words['model']}-{job.name}"
     command = program.command("train", **{**words, **names})
     tokens = budget["budget.tokens"]
     job.report(phase="training", run=str(run), command=command, budget=budget, tokens=tokens)
@@ -116,11 +117,12 @@ def _train(job: Job, program: Program) -> None:
     train(load_config("train", typed_settings({**words, **place})))
 
 
-def job_words(job: Job) -> dict[str, Any]:
+def job_words(job: Job, n_bytes: int) -> dict[str, Any]:
     """Return the settings of a training, without its token budget, text files and output folders.
 
     Args:
         job: the job.
+        n_bytes: size of its text.
 
     Returns:
         Settings of `minigpt train` by name.
@@ -129,7 +131,7 @@ def job_words(job: Job) -> dict[str, Any]:
     words: dict[str, Any] = {"model": settings["size"], "data": "text", "trainer.devices": "1"}
     if (start := settings["init_from"]) is not None:
         return {"experiment": "finetune", "init_from": start["path"], **words, **_shape(start)}
-    if sum(path.stat().st_size for path in job.uploads) < _SMALL_TEXT:
+    if n_bytes < _SMALL_TEXT:
         words |= {"data.vocab_size": 1000, "optimizer.weight_decay": 0.4}
     return words
 
@@ -171,10 +173,10 @@ def _shape(start: dict[str, Any]) -> dict[str, Any]:
     return {"model": size, **{f"model.{name}": value for name, value in different.items()}}
 
 
-def check_unpacked(paths: list[Path]) -> None:
-    """Check that files have at most MAX_UNPACKED bytes in total after decompression.
+def check_unpacked(paths: list[Path]) -> int:
+    """Return the size of files after decompression, at most MAX_UNPACKED bytes in total.
 
-    Nothing is stored, and reading stops at the limit.
+    Reading stops at the limit, and nothing is stored before a file is known to be below it.
 
     Args:
         paths: the files.
@@ -184,20 +186,31 @@ def check_unpacked(paths: list[Path]) -> None:
     """
     from minigpt.data.files import read_pieces
     from minigpt.data.formats import detect_format, unpack
+    from minigpt.tokenizer import utf8_length
 
     total = 0
     for path in paths:
         file_format = detect_format(path)
-        if file_format.kind == "parquet":  # compressed inside
-            sizes: Iterator[int] = (4 * len(text) for text, _ in read_pieces(path))
-        else:
-            sizes = (len(chunk) for chunk in unpack(path, file_format.packing))
-        for size in sizes:
-            total += size
-            if total > MAX_UNPACKED:
-                limit = f"at most {MAX_UNPACKED / 1e9:g} GB are allowed"
-                message = f"{path} and the files before it are larger when decompressed: {limit}"
-                raise UserError(message, "data.train_files")
+        is_parquet = file_format.kind == "parquet"  # whose columns are compressed
+        end = total
+        if file_format.packing or not is_parquet:
+            end = _sum(path, map(len, unpack(path, file_format.packing)), total)
+        if is_parquet:
+            end = _sum(path, (utf8_length(text) for text, _ in read_pieces(path)), total)
+        total = end
+    return total
+
+
+def _sum(path: Path, sizes: Iterable[int], start: int) -> int:
+    """Return `start` plus the sum of `sizes`; raise UserError for `path` above MAX_UNPACKED."""
+    total = start
+    for size in sizes:
+        total += size
+        if total > MAX_UNPACKED:
+            limit = f"at most {MAX_UNPACKED / 1e9:g} GB are allowed"
+            message = f"{path} and the files before it are larger when decompressed: {limit}"
+            raise UserError(message, "data.train_files")
+    return total
 
 
 def tokens_per_second(config: Any, folder: Path, seconds: float = CALIBRATION_SECONDS) -> float:

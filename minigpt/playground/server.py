@@ -22,7 +22,7 @@ from minigpt.core.settings import UserError
 from minigpt.playground.access import Access, may_train
 from minigpt.playground.answers import Playground
 from minigpt.playground.hosts import Hosts
-from minigpt.playground.training import JOBS, MAX_UPLOAD, TrainingQueue
+from minigpt.playground.training import JOBS, MAX_UPLOAD, SNAPSHOTS, TrainingQueue
 from minigpt.runs.folder import Run
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Training:
                         seen.add(job.name)
                         playground.add(Run.load(job.run))
                 problem = ""
-            except (OSError, UserError) as error:  # such as a full disk, or a run that was deleted
+            except Exception as error:  # such as a full disk: waiting jobs must not wait forever
                 if str(error) != problem:
                     problem = str(error)
                     log.warning("training from the page: %s", problem)
@@ -110,7 +110,7 @@ def serve(
             training = Training(TrainingQueue(Path(CACHE) / JOBS, Path("runs")), Access())
         except OSError as error:  # such as a read-only working directory
             log.warning("the page cannot train models: %s", error)
-    playground = Playground.load(runs)
+    playground = Playground.load(runs, SNAPSHOTS if training is not None else 0)
     page = start(playground, host, port, login, root_path, training)
     if not is_loopback and login is None:
         log.warning("anyone who can reach this machine can use the page: --auth sets a login")

@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ SIZES = {"w64": "0.4M parameters", "small": "1M", "medium": "3.4M", "large": "7M
 MINUTES = (0.1, 24 * 60.0)  # shortest and longest training
 MAX_UPLOAD = 200_000_000  # bytes of text and files in one job
 MAX_FILES = 100
+SNAPSHOTS = 8  # of a training, for the slider "Age" of the page
 MAX_WAITING = 4  # maximum number of waiting jobs
 MAX_JOBS = 20  # older jobs are removed, unless they can be continued
 TEXT = "text.txt"  # name of the pasted text
@@ -46,6 +48,7 @@ _LOCK_SECONDS = 10.0  # time to wait for another server that changes the queue
 
 State = Literal["waiting", "running", "stopped", "failed", "finished"]
 _FINAL = ("stopped", "failed", "finished")
+_PROBE = threading.Lock()
 # Variables that the process of a training inherits. All others, such as HF_TOKEN and WANDB_API_KEY,
 # are left out.
 _INHERITED = re.compile(
@@ -136,8 +139,8 @@ class Job:
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _is_locked(self) -> bool:
-        try:
-            with FileLock(self.folder / LOCK).acquire(timeout=0):
+        try:  # a probe holds the lock for a moment, which must not look like a running job
+            with _PROBE, FileLock(self.folder / LOCK).acquire(timeout=0):
                 return False
         except Timeout:
             return True
@@ -388,6 +391,8 @@ def _read(path: Path) -> dict[str, Any]:
         return read_json(path)
     except FileNotFoundError:
         return {}
+    except ValueError:
+        raise UserError(f"{path} is damaged: remove the folder {path.parent}", "job") from None
 
 
 def _storage_error(folder: Path, error: OSError | NotImplementedError, field: str) -> UserError:

@@ -147,7 +147,7 @@ class _Events:
         """Add a job; if this succeeds, empty the field of the files."""
 
         def add_job() -> Job:
-            paths = [Path(name) for name in files or []]
+            paths = [Path(name) for name in dict.fromkeys(files or [])]  # a file may be added twice
             if not all(path.resolve().is_relative_to(self.uploads) for path in paths):
                 raise UserError("Only uploaded files can be used.", "files")
             return self.training.queue.add(text, paths, size, minutes, self._start_from(start))

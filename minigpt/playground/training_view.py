@@ -9,7 +9,7 @@ from minigpt.core.settings import UserError, one_line
 from minigpt.core.text import human_count, human_time
 from minigpt.playground.curves import Curve, curve_svg, metrics
 from minigpt.playground.html import note_html, prompt_html
-from minigpt.playground.training import Job
+from minigpt.playground.training import TEXT, Job
 from minigpt.runs.records import last_values, read_samples, series
 
 N_SAMPLES = 2  # sample stories on the page
@@ -39,7 +39,8 @@ def job_html(job: Job, n_waiting: int = 0) -> str:
             parts.append(note_html(str(error), "error"))
     command = job.status.get("command")
     if command and job.state == "finished":
-        parts.append(note_html(f"The run is in {run}. The same run in a terminal:"))
+        first = f", with the pasted text in {TEXT}" if job.settings["pasted"] else ""
+        parts.append(note_html(f"The run is in {run}. The same run in a terminal{first}:"))
         parts.append(f'<pre class="command">{html.escape(command)}</pre>')
     return "".join(parts)
 

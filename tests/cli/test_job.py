@@ -120,16 +120,41 @@ def test_uploads_are_limited_after_decompression(tmp_path, monkeypatch):
     plain, packed = tmp_path / "a.txt", tmp_path / "b.txt.gz"
     plain.write_bytes(b"x" * 500)
     packed.write_bytes(gzip.compress(b"x" * 501))
-    check_unpacked([plain])
+    assert check_unpacked([plain]) == 500
     with pytest.raises(UserError, match=naming("b.txt.gz")) as error:
         check_unpacked([plain, packed])
     assert error.value.argument == "data.train_files"
 
 
+def test_compressed_parquet_is_limited_by_what_is_stored_and_by_its_text(tmp_path, monkeypatch):
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    plain, packed = tmp_path / "a.parquet", tmp_path / "b.parquet.gz"
+    parquet.write_table(pa.table({"text": ["x" * 100] * 30}), plain)
+    packed.write_bytes(gzip.compress(plain.read_bytes() + b"\0" * 100_000))
+    monkeypatch.setattr(job_module, "MAX_UNPACKED", 3000)
+    assert check_unpacked([plain]) == 3000  # one byte for each ASCII character
+    stored: list[object] = []
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda *a: stored.append(a))
+    with pytest.raises(UserError, match=naming("b.parquet.gz")):
+        check_unpacked([packed])
+    assert stored == []
+
+
+def test_error_of_a_setting_says_that_the_page_lacks_it(queue, tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("id,body\n1,a story\n2,another story\n")
+    job = queue.add(None, [path], "w64", 1)
+    run_started(job)
+    assert job.error is not None
+    assert "data.field=" in job.error
+    assert "terminal" in job.error
+
+
 def test_training_from_a_run_has_its_size_and_its_vocabulary(queue):
     release = ROOT / "releases/medium"
     job = queue.add("text", [], "w64", 1, {"path": str(release), "name": "medium"})
-    words = job_words(job)
+    words = job_words(job, 4)
     assert (words["model"], words["init_from"]) == ("medium", str(release))
     assert "data.vocab_size" not in words
 

@@ -6,6 +6,8 @@ import os
 import re
 import signal
 import subprocess
+import threading
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -253,6 +255,44 @@ def test_tab_shows_a_folder_that_cannot_be_used_at_its_field(queue, monkeypatch)
     assert "token" in events.stop(job.name, request)[fields.index("start")]
 
 
+def test_file_that_was_added_twice_is_used_once(queue, tmp_path, monkeypatch):
+    from minigpt.playground import training_page
+    from minigpt.playground.access import Access
+    from minigpt.playground.answers import Playground
+    from minigpt.playground.server import Training
+
+    path = tmp_path / "a.txt"
+    path.write_text(TEXT)
+    monkeypatch.setattr(training_page, "get_upload_folder", lambda: str(tmp_path))
+    access = Access()
+    events = training_page._Events(Playground([]), Training(queue, access))
+    request: Any = SimpleNamespace(cookies={access.cookie: access.token})
+    added = events.add("", [str(path)] * 2, "small", training_page.RANDOM, 1, request)
+    assert not any(added[: len(training_page.FIELDS)])
+    (job,) = queue.jobs()
+    assert list(job.uploads.values()) == ["a.txt"]
+
+
+def test_damaged_job_does_not_end_the_watch(queue, monkeypatch, caplog):
+    from minigpt.playground.access import Access
+    from minigpt.playground.answers import Playground
+    from minigpt.playground.server import Training
+
+    job = add(queue)
+    (job.folder / "job.json").write_text("{")
+    ended = threading.Event()
+    monkeypatch.setattr("minigpt.playground.server.WATCH_SECONDS", 0.01)
+    watch = threading.Thread(target=Training(queue, Access()).watch, args=(Playground([]), ended))
+    watch.start()
+    deadline = time.monotonic() + 10
+    while job.name not in caplog.text and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert watch.is_alive()
+    ended.set()
+    watch.join()
+    assert sum(job.name in record.getMessage() for record in caplog.records) == 1
+
+
 def test_unknown_model_to_start_from_is_an_error_and_starts_nothing(queue):
     from minigpt.playground import training_page
     from minigpt.playground.access import Access
@@ -291,6 +331,8 @@ def test_old_finished_jobs_leave_the_list(queue, monkeypatch):
 
 def test_old_failed_jobs_leave_the_list_and_stopped_ones_stay(queue, monkeypatch):
     monkeypatch.setattr(training, "MAX_JOBS", 2)
+    numbers = iter("1234")  # in the order of the jobs, also within a second
+    monkeypatch.setattr(training.secrets, "token_hex", lambda _: next(numbers))
     jobs = [add(queue) for _ in range(3)]
     for job, phase in zip(jobs, ("failed", "stopped", "failed"), strict=True):
         job.report(phase=phase)
