@@ -34,7 +34,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def add(files: Files, config: MkDocsConfig, uri: str, content: str | bytes) -> None:
-    """Add a generated file at `uri`, its path below docs/."""
+    """Add a generated file at `uri`, its path below docs/, instead of a file that is there."""
+    if (there := files.get_file_from_path(uri)) is not None:
+        files.remove(there)
     files.append(File.generated(config, uri, content=content))
 
 

@@ -51,6 +51,7 @@ from minigpt.runs.folder import Run
 TABLE, FIGURE, SETTLING = "over-time.md", "over-time.png", "embeddings.html"
 DATA = "over-time.json"
 TEMPERATURE = 0.8
+COUNTED_STORIES = 2000  # training stories in which the frequencies of tokens are counted
 _SENTENCE = re.compile(r"[^.!?]+[.!?]+[\"”']*|[^.!?]+$")
 _DOUBLED = re.compile(r"\b(\w+) \1\b", re.IGNORECASE)
 _ARTICLE = re.compile(r"\b(?:a [aeiou]|an [^aeiouh\W])", re.IGNORECASE)
@@ -143,7 +144,7 @@ def _measure(
     known, training = set(), list(islice(sample.stories("train"), NOVELTY_STORIES))
     for story in training:
         known.update(split_words(story))
-    counts = token_counts(training[:2000], tokenizer)
+    counts = token_counts(training[:COUNTED_STORIES], tokenizer)
     texts = scored_texts(sample.stories("valid"), tokenizer, config.n_scored, context, counts)
     openings = story_openings(sample.stories("valid"), tokenizer, config.n_written, context)
     moments, vectors, words = [], [], {}
@@ -232,9 +233,9 @@ Each column is a snapshot of the weights, by the number of training tokens so fa
 
 ## Loss by class of token
 
-In nats per token, on {config.n_scored} validation stories of the bundled sample. A token can be in
-several classes. Frequencies are those of the bundled training stories. A name is a capitalised word
-inside a sentence.
+In nats per token, on up to {config.n_scored} validation stories of the bundled sample. A token can
+be in several classes. Frequencies are those in the first {COUNTED_STORIES:,} bundled training
+stories. A name is a capitalised word inside a sentence.
 
 {md_table(["class", *heads], losses)}
 
