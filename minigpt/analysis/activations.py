@@ -121,6 +121,7 @@ def activation_names(model: GPT) -> list[str]:
 def _add_hook(view: GPT, name: str, record: Callable[[str, Tensor], Tensor]) -> None:
     """Add a hook to `view` that replaces the activation `name` by `record(name, activation)`."""
     path, is_input = ("final_norm", True) if name == "residual" else (name, False)
+    is_middle = name.endswith(".middle")
     if name.startswith("blocks."):
         _, block, point = name.split(".", 2)
         part, is_input = _POINTS[point]
@@ -132,7 +133,10 @@ def _add_hook(view: GPT, name: str, record: Callable[[str, Tensor], Tensor]) -> 
         raise UserError(problem, "model") from None
 
     def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return record(name, inputs[0]), *inputs[1:]
+        x = record(name, inputs[0])
+        if is_middle:  # the block adds the output of the feed-forward layer to this same tensor
+            inputs[0].copy_(x.clone())
+        return x, *inputs[1:]
 
     def after(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
         return record(name, output)

@@ -65,6 +65,19 @@ def test_edit_changes_later_activations_and_not_the_model(net):
     assert all(p.requires_grad for p in net.parameters())
 
 
+@pytest.mark.parametrize("point", ["input", "middle"])
+def test_edit_of_the_residual_stream_replaces_it_for_all_that_follows(net, point):
+    before, name = activations(net, IDS), f"blocks.1.{point}"
+    after = activations(net, IDS, {name: lambda x: x.flip(1)})
+    x, block = before[name].flip(1), net.blocks[1]
+    torch.testing.assert_close(after[name], x)
+    if point == "input":
+        x = x + block.attention(block.norm1(x))
+    x = x + block.feed_forward(block.norm2(x))
+    torch.testing.assert_close(after["blocks.2.input"], x)
+    torch.testing.assert_close(before[name], activations(net, IDS)[name])
+
+
 def test_activations_of_one_model_in_several_threads(net):
     texts = [IDS[:1, :length] for length in (1, 2, 3, 4)]
     expected = [activations(net, ids)["logits"] for ids in texts]
