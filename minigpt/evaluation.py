@@ -12,7 +12,7 @@ import itertools
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -328,12 +328,18 @@ def own_data(run_config: dict[str, Any]) -> DataConfig | None:
         run_config: configuration of the run.
 
     Returns:
-        The settings. None for an export of a run on the user's own files, which does not record the
-        paths of the files, and for a run on the source `tinystories_tuning`, which is no longer
-        bundled.
+        The settings. None for an export of a run on the user's own files or local dataset, which
+        does not record their paths, and for a run on the source `tinystories_tuning`, which is no
+        longer bundled.
+
+    Raises:
+        UserError: the configuration has no data settings.
     """
-    data = run_config["data"]
-    if data.get("source") == "text" and "train_files" not in data:
+    data = run_config.get("data")
+    if not isinstance(data, Mapping):
+        raise UserError("config.yaml has no valid data settings: restore the file")
+    needed = {"text": "train_files", "hf": "dataset"}.get(str(data.get("source")))
+    if needed is not None and not data.get(needed):
         return None
     if data.get("source") == "tinystories_tuning":  # part of the first edition of the sample
         return None
@@ -458,13 +464,13 @@ def _hardware(run: Run) -> Hardware:
     If this CPU can only emulate that precision, float32 is used instead.
     """
     # A killed run has no summary.json, so the precision is resolved from the setting of the run.
-    setting = run.config.get("trainer", {}).get("precision", "auto")
+    setting = (run.config.get("trainer") or {}).get("precision", "auto")
     precision = read_summary(run.folder).get("precision", setting)
-    hardware = Hardware.detect("auto", "1", 1, precision)
+    hardware = Hardware.single(precision)
     if not hardware.emulated:
         return hardware
     log.info("using 32-true instead of %s: this CPU has no native bfloat16", precision)
-    return Hardware.detect("auto", "1", 1, "32-true")
+    return Hardware.single("32-true")
 
 
 def _probe(
@@ -533,11 +539,16 @@ def evaluation_name(config: EvaluationConfig, evaluation: Evaluation) -> str:
     Returns:
         The name, such as "evaluation-stride128.json".
     """
+    return file_name("evaluation", config, evaluation.data["valid"] == "tuning", evaluation.valid)
+
+
+def file_name(start: str, config: EvaluationConfig, is_tuning: bool, valid: str | None) -> str:
+    """Return the name of a file of results: `start` and the parts that `evaluation_name` lists."""
     parts = [
-        "evaluation",
+        start,
         config.data.source if config.data else "",
-        "tuning" if evaluation.data["valid"] == "tuning" else "",
-        "v1" if evaluation.valid == "v1" else "",
+        "tuning" if is_tuning else "",
+        "v1" if valid == "v1" else "",
         f"stride{config.stride}" if config.stride else "",
     ]
     return "-".join(filter(None, parts)) + ".json"

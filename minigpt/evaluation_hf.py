@@ -24,7 +24,7 @@ from rich.console import Console
 from torch import Tensor
 
 from minigpt.core.files import user_path, write_json
-from minigpt.core.hardware import Hardware
+from minigpt.core.hardware import Hardware, gpu_memory_for
 from minigpt.core.progress import track
 from minigpt.core.settings import UserError
 from minigpt.data.config import DataConfig
@@ -35,6 +35,7 @@ from minigpt.evaluation import (
     Loss,
     Score,
     check_writable,
+    file_name,
     score_corpora,
     windows,
 )
@@ -95,7 +96,7 @@ def evaluate_hf(
     """
     folder, config = user_path(folder, "hf"), config or EvaluationConfig()
     out = user_path(out or ".", "out")
-    path = out / evaluation_hf_name(folder)
+    path = out / evaluation_hf_name(folder, config)
     _check_settings(config)
     check_writable(out, path.name)
     model, tokenizer = _load(folder)
@@ -104,8 +105,12 @@ def evaluate_hf(
     if not 1 <= stride <= context:
         problem = f"must be from 1 to {context}, the context length of this model"
         raise UserError(problem, "stride", stride, fix={"stride": max(1, context // 2)})
-    device = Hardware.detect("auto", "1", 1, "32-true").accelerator
-    model = model.to(device)
+    device = Hardware.single("32-true").accelerator
+    try:
+        model = model.to(device)
+    except torch.OutOfMemoryError:
+        problem = "the model is larger than the GPU's memory: set CUDA_VISIBLE_DEVICES= for the CPU"
+        raise UserError(problem, "hf", str(folder)) from None
 
     def score(corpus: Corpus) -> Score:
         ids, n_stories, n_bytes = _encoded(corpus, tokenizer)
@@ -130,9 +135,13 @@ def evaluate_hf(
     return evaluation
 
 
-def evaluation_hf_name(folder: Path) -> str:
-    """Return the name of the file for the results of the model in `folder`."""
-    return f"evaluation-hf-{folder.resolve().name}.json"
+def evaluation_hf_name(folder: Path, config: EvaluationConfig) -> str:
+    """Return the name of the file for the results of the model in `folder`.
+
+    The settings add the same parts to the name as in `evaluation_name`.
+    """
+    is_tuning = config.data is not None and config.data.valid == "tuning"
+    return file_name(f"evaluation-hf-{folder.resolve().name}", config, is_tuning, config.valid)
 
 
 def _check_settings(config: EvaluationConfig) -> None:
@@ -185,6 +194,8 @@ def _context(config: Any, folder: Path) -> int:
 def _encoded(corpus: Corpus, tokenizer: Any) -> tuple[np.ndarray, int, int]:
     """Return the ids of the validation stories, and the numbers of stories and UTF-8 bytes."""
     pieces = [*corpus.pieces("valid")]
+    if not pieces:
+        raise UserError("the valid split has no story; add more text", "data.source")
     rows = tokenizer(
         [text for text, _ in pieces], add_special_tokens=False, split_special_tokens=True
     )["input_ids"]
@@ -213,7 +224,8 @@ def _loss(
         cache = {"use_cache": False} if context == chunk else _cache(model)
         for start in range(0, context, chunk):
             part = slice(start, start + chunk)
-            nats += _sum(model(inputs[:, part], **cache).logits, targets[:, part])
+            with gpu_memory_for("batch_size", size):
+                nats += _sum(model(inputs[:, part], **cache).logits, targets[:, part])
         n_tokens += int((targets != IGNORE_INDEX).sum())
     return Loss(nats, n_tokens)
 

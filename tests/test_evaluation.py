@@ -211,6 +211,20 @@ def test_bfloat16_run_is_evaluated_in_bfloat16_where_that_is_native(
     assert ("32-true" in caplog.text) is not native
 
 
+def test_run_is_evaluated_in_a_process_of_torchrun(run, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0",
+                        "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    assert evaluation_module._hardware(Run.load(run)).devices == 1
+
+
+def test_config_without_data_settings_is_an_error_and_not_a_traceback():
+    for config in ({}, {"data": None}, {"data": "text"}):
+        with pytest.raises(UserError, match=naming("config.yaml", "data")):
+            evaluation_module.own_data(config)
+
+
 def test_prompts_do_not_share_random_numbers(run):
     net, tokenizer = Run.load(run).load_model(), Run.load(run).tokenizer
     with torch.no_grad():

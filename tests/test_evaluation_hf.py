@@ -9,9 +9,10 @@ import torch
 from minigpt import evaluation, evaluation_hf
 from minigpt.cli.compose import load_config
 from minigpt.core.settings import UserError
+from minigpt.data.config import DataConfig
 from minigpt.data.sources import Corpus
 from minigpt.evaluation import EvaluationConfig, StoriesConfig, evaluate_loss
-from minigpt.evaluation_hf import evaluate_hf
+from minigpt.evaluation_hf import evaluate_hf, evaluation_hf_name
 from minigpt.exporting.formats import write_hf
 from minigpt.model import GPT, GPTConfig
 from minigpt.tokenizer import Tokenizer
@@ -56,7 +57,8 @@ def test_loss_of_our_export_equals_that_of_our_model(place, tmp_path, monkeypatc
     expected = ours.bits_per_byte(n_bytes / len(ids))
     assert result.bits_per_byte == pytest.approx(expected, abs=1e-5)
     assert (result.context, result.vocabulary) == (16, tokenizer.vocab_size)
-    stored = json.loads((tmp_path / "evaluation-hf-hf.json").read_text(encoding="utf-8"))
+    name = f"evaluation-hf-hf-text{'-stride5' if stride else ''}.json"
+    stored = json.loads((tmp_path / name).read_text(encoding="utf-8"))
     assert stored["bits_per_byte"] == result.bits_per_byte
 
 
@@ -84,6 +86,24 @@ def test_settings_of_stories_and_folders_without_a_model_are_errors(place, tmp_p
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=naming("pip install transformers")):
         evaluate_hf(place / "hf", out=tmp_path)
+
+
+def test_each_kind_of_result_has_its_own_file(place):
+    tuning = EvaluationConfig(data=DataConfig(valid="tuning"))
+    kinds = EvaluationConfig(), settings(place), settings(place, "stride=5"), tuning
+    names = [
+        evaluation_hf_name(place / "hf", kind) for kind in (*kinds, EvaluationConfig(valid="v1"))
+    ]
+    assert names[0] == "evaluation-hf-hf.json"
+    assert len(set(names)) == len(names)
+
+
+def test_split_without_stories_is_an_error_of_the_data(place, tmp_path):
+    (tmp_path / "five.txt").write_text("\n<|endoftext|>\n".join("abcde"), encoding="utf-8")
+    data = [f"data.train_files=[{tmp_path / 'five.txt'}]", "data.valid=tuning"]
+    config = settings(place, *data)
+    with pytest.raises(UserError, match=naming("data.source")):
+        evaluate_hf(place / "hf", config, out=tmp_path)
 
 
 def test_tokenizer_without_an_end_and_damaged_weights_are_errors(place, tmp_path):

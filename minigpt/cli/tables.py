@@ -42,8 +42,11 @@ def show(evaluation: Evaluation, console: Console) -> None:
 def show_hf(evaluation: HFEvaluation, console: Console) -> None:
     """Print the loss of a Hugging Face model."""
     e = evaluation
-    heading = f"{e.model}, {e.parameters:,} parameters, {e.vocabulary:,} tokens, on the validation "
-    heading += f"split of {e.data['source']}: windows of {e.context} tokens, 32-true on {e.device}"
+    split = "tuning" if e.data["valid"] == "tuning" else "validation"
+    heading = f"{e.model}, {e.parameters:,} parameters, {e.vocabulary:,} tokens, on the {split} "
+    heading += f"split of {e.data['source']}: windows of {e.context} tokens"
+    heading += f" at a stride of {e.stride}" if e.stride else ""
+    heading += f", 32-true on {e.device}"
     note = "Compare models of different vocabularies by bits per byte, not by perplexity."
     console.print(Text(heading), _loss_table(e), Text(note), sep="\n")
 

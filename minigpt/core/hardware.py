@@ -85,10 +85,10 @@ class Hardware:
                 several nodes are requested without torchrun or srun, or the arguments contradict
                 the launcher.
         """
-        present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        present = _accelerators()
         typed, accelerator = accelerator, "cuda" if accelerator == "gpu" else accelerator
         if accelerator == "auto":
-            accelerator = next((name for name, there in present.items() if there), "cpu")
+            accelerator = _best_accelerator()
         if not present.get(accelerator, True):
             problem = "PyTorch finds no such device on this machine"
             raise UserError(problem, "accelerator", typed, fix={"accelerator": "auto"})
@@ -107,6 +107,27 @@ class Hardware:
             problem = "a Mac has one GPU, but its CPU can run several processes"
             raise UserError(problem, "devices", n_devices, {"accelerator": "cpu"})
         return cls(accelerator, n_devices, num_nodes, *_find_precision(precision, accelerator))
+
+    @classmethod
+    def single(cls, precision: str) -> Hardware:
+        """Return the best device of this machine, for work that uses one device.
+
+        Unlike in `detect`, it does not matter whether torchrun or srun started this process.
+
+        Args:
+            precision: Lightning's name of the precision, as in `detect`.
+        """
+        accelerator = _best_accelerator()
+        return cls(accelerator, 1, 1, *_find_precision(precision, accelerator))
+
+
+def _accelerators() -> dict[str, bool]:
+    """Return whether this machine has each kind of accelerator, the best kind first."""
+    return {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+
+
+def _best_accelerator() -> str:
+    return next((name for name, is_present in _accelerators().items() if is_present), "cpu")
 
 
 def _check_launched(launcher: Launcher, devices: str, num_nodes: int) -> None:

@@ -59,7 +59,9 @@ def model_card(
     """
     local_path = name.split("/")[1] if "/" in name else f"path/to/{name}"
     settings: dict[str, Any] = {"ckpt": local_path}
-    if config["data"]["source"] == "text":  # an export does not contain the stories
+    data = config["data"]
+    # An export contains neither the user's stories nor the folder of a local dataset.
+    if data["source"] == "text" or (data["source"] == "hf" and not data.get("dataset")):
         settings |= {"data": "text", "data.valid_files": ["stories.txt"]}
     if config.get("model_class"):
         settings["class_path"] = config["model_class"]

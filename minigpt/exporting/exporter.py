@@ -160,13 +160,14 @@ def _portable_config(settings: Record, path: Path) -> dict[str, Any]:
 def _portable_data(data: Record) -> dict[str, Any]:
     """Return the data settings without paths on this machine.
 
-    Of an absolute path to a dataset or a tokenizer, only the name remains.
+    Of the path of a tokenizer, the name remains. Nothing remains of that of a local dataset,
+    because its name could be that of another dataset on the Hub.
     """
-    paths = ("train_files", "valid_files", "cache_dir")
+    paths = ["train_files", "valid_files", "cache_dir"]
+    paths += ["dataset"] if Path(data.get("dataset") or "").is_absolute() else []
     values = {key: value for key, value in data.items() if key not in paths}
-    for key in ("dataset", "tokenizer"):
-        if Path(values.get(key) or "").is_absolute():
-            values[key] = Path(values[key]).name
+    if Path(values.get("tokenizer") or "").is_absolute():
+        values["tokenizer"] = Path(values["tokenizer"]).name
     return values
 
 

@@ -14,7 +14,7 @@ import yaml
 from minigpt.cli import app
 from minigpt.core.settings import UserError, build
 from minigpt.data.sources import bundled_sample
-from minigpt.evaluation import EvaluationConfig, evaluate
+from minigpt.evaluation import EvaluationConfig, evaluate, own_data
 from minigpt.exporting import ExportConfig, export, exporter, formats
 from minigpt.runs.checkpoint import weights_fingerprint
 from minigpt.runs.folder import Run
@@ -85,7 +85,7 @@ def test_export_of_own_texts_is_evaluated_on_other_texts(run, trained, tmp_path,
     assert (after.perplexity, after.weights) == (before.perplexity, before.weights)
 
 
-def test_source_and_names_of_dataset_and_tokenizer_stay_in_the_config(run, tmp_path):
+def test_source_and_name_of_the_tokenizer_stay_in_the_config(run, tmp_path):
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["data"] |= {"source": "tinystories_sample", "train_files": [], "valid_files": []}
     config["data"] |= {key: str(tmp_path / "a folder" / key) for key in ("dataset", "tokenizer")}
@@ -94,8 +94,21 @@ def test_source_and_names_of_dataset_and_tokenizer_stay_in_the_config(run, tmp_p
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert config["data"]["source"] == "tinystories_sample"
     assert "cache_dir" not in config["data"]
-    assert [config["data"][key] for key in ("dataset", "tokenizer")] == ["dataset", "tokenizer"]
+    assert config["data"]["tokenizer"] == "tokenizer"
     assert {"model", "optimizer", "trainer", "budget", "seed", "size"} <= config.keys()
+
+
+def test_export_of_a_local_dataset_is_not_evaluated_on_one_of_the_same_name(run, tmp_path):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for dataset, is_known in ((str(tmp_path / "wikitext"), False), ("owner/wikitext", True)):
+        config["data"] |= {"source": "hf", "dataset": dataset, "train_files": []}
+        config["data"] |= {"valid_files": []}
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        out = exported(run, tmp_path / "out", format="safetensors")
+        assert ("dataset" in Run.load(out).config["data"]) is is_known
+        assert (own_data(Run.load(out).config) is not None) is is_known
+        (command,) = re.findall("^minigpt evaluate .*", card_of(out), re.MULTILINE)
+        assert ("data=text" in command) is not is_known
 
 
 # ---------------------------------------------------------------------------- numbers
@@ -189,7 +202,7 @@ def test_lm_eval_document_holds_the_tokens_of_evaluation(run, tmp_path, monkeypa
 def test_model_is_not_replaced_by_its_export_to_another_format(run, tmp_path):
     out = exported(run, tmp_path / "out", format="safetensors")
     before = contents(out)
-    with pytest.raises(UserError, match=naming(str(out), "hf")):
+    with pytest.raises(UserError, match=naming(str(out))):
         exported(out, out)
     assert contents(out) == before
     exported(out, out, format="safetensors")  # its card anew
