@@ -109,7 +109,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Load a tokenizer from a file that `save` wrote.
+        """Load a tokenizer from a file that `save` wrote, or from an export in the format hf.
 
         Args:
             path: path of the file, such as tokenizer.json in a run folder.
@@ -121,10 +121,11 @@ class Tokenizer:
             UserError: the file cannot be read, or is not a byte-level BPE with END_OF_TEXT as id 0.
         """
         try:
-            text = read_text(Path(path))
-            if max(parse_json(text)["model"]["vocab"].values()) >= MAX_VOCAB_SIZE:
+            content = parse_json(read_text(Path(path)))
+            if max(content["model"]["vocab"].values()) >= MAX_VOCAB_SIZE:
                 raise ValueError("the library would allocate gigabytes for such an id")
-            library = tokenizers.Tokenizer.from_str(text)
+            # That of an export would add END_OF_TEXT before each text.
+            library = tokenizers.Tokenizer.from_str(json.dumps({**content, "post_processor": None}))
         except OSError as error:
             raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
         except Exception:  # the library raises plain Exception for invalid files

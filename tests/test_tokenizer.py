@@ -11,6 +11,8 @@ from tokenizers import pre_tokenizers, trainers
 from minigpt import tokenizer as tokenizer_module
 from minigpt.core.settings import UserError
 from minigpt.data.files import read_pieces
+from minigpt.exporting.formats import write_hf
+from minigpt.model import GPT, GPTConfig
 from minigpt.tokenizer import END_OF_TEXT, Tokenizer, cut_texts
 from tests.conftest import ROOT, naming
 
@@ -191,6 +193,14 @@ def test_a_saved_tokenizer_is_the_same_one(tokenizer, tmp_path):
     assert loaded.fingerprint == tokenizer.fingerprint
     assert loaded.encode(f"the dog{END_OF_TEXT}") == tokenizer.encode(f"the dog{END_OF_TEXT}")
     assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
+def test_tokenizer_of_an_hf_export_is_the_same_one(tokenizer, tmp_path):
+    net = GPT(GPTConfig(tokenizer.vocab_size, 8, d_model=4, n_layers=1, n_heads=1, d_ff=4))
+    write_hf(net, tokenizer, tmp_path)
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert loaded.encode("the dog") == tokenizer.encode("the dog")
 
 
 def test_files_that_are_not_our_tokenizer_are_refused_in_one_line(tokenizer, tmp_path):
