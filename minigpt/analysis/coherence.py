@@ -96,8 +96,12 @@ def story_openings(
                 openings.append(Opening(match[0], match[1], ids, story[match.end() :]))
             if len(openings) == n:
                 return openings
-    problem = f"only {len(openings)} first sentences have a protagonist and at most {context // 2}"
-    raise UserError(f"{problem} tokens (half the context); choose n <= {len(openings)}", "n", n)
+    limit = f"at most {context // 2} tokens (half the context)"
+    if not openings:
+        problem = f"no first sentence that names a protagonist has {limit}"
+        raise UserError(f"{problem}: choose a run with a longer context")
+    problem = f"only {len(openings)} first sentences have a protagonist and {limit}"
+    raise UserError(f"{problem}; choose a number of at most {len(openings)}", "n", n)
 
 
 def original_continuations(

@@ -108,7 +108,7 @@ def write_study(runs: Sequence[Run], out: Path, config: StudyConfig | None = Non
     config = config or StudyConfig()
     models = _load_models(runs)
     for run in runs:
-        if (source := run.config.get("data", {}).get("source")) not in TINYSTORIES:
+        if (source := (run.config.get("data") or {}).get("source")) not in TINYSTORIES:
             problem = "%s was trained on other stories (%s) than the English ones of this study"
             log.warning(problem, run.folder, source)
     out.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ def write_study(runs: Sequence[Run], out: Path, config: StudyConfig | None = Non
     plain = {n: dataclasses.asdict(a) | {"summary": a.summary} for n, a in answers.items()}
     write_json(out / "embeddings.json", plain)
     write_text(out / "samples.md", samples_markdown(models))
-    device = Hardware.detect("auto", "1", 1, "32-true").accelerator
+    device = Hardware.single("32-true").accelerator
     for model in models:
         model.net.to(device).use(kernels_for(device))
     rows = study_rows(models, config)
@@ -131,7 +131,10 @@ def write_study(runs: Sequence[Run], out: Path, config: StudyConfig | None = Non
 
 def _load_models(runs: Sequence[Run]) -> list[StudiedModel]:
     """Load the models on the CPU, and return them sorted by size, smallest first."""
-    names = [run.folder.resolve().name for run in runs]
+    folders = [run.folder.resolve() for run in runs]
+    names = [folder.name for folder in folders]
+    if len(set(folders)) < len(folders):
+        raise UserError("name each run once: a study compares different runs", "runs", names)
     if len(set(names)) < len(names):
         raise UserError("two runs have the same name; rename one of the folders", "runs", names)
     pairs = zip(names, runs, strict=True)
@@ -151,7 +154,7 @@ def _write_maps(probes: Mapping[str, EmbeddingProbe], out: Path) -> list[str]:
         try:
             layout = embedding_map(probe)
             write_map(layout, out / f"map-{name}.png")
-            text += [f"![Map of words of {name}](map-{name}.png)", f"{name}: {caption(layout)}"]
+            text += [f"![Map of words of {name}](<map-{name}.png>)", f"{name}: {caption(layout)}"]
         except FewWordsError as error:
             text.append(f"{name}: no map, {error}")
     return ["## Maps of words", *text]
@@ -278,7 +281,7 @@ def coherence_figure(rows: Sequence[Row]) -> Figure:
         for name, colour, marker in zip(shown, plots.COLOURS, plots.MARKERS, strict=False):
             own = [(row.temperature, value(row)) for row in rows if row.run == name]
             points = np.array(own, float).T  # None becomes NaN, which is not drawn
-            axes.plot(*points, f"{marker}-", color=colour, markersize=4, label=name)
+            axes.plot(*points, f"{marker}-", color=colour, markersize=4, label=plots.plain(name))
         (original,) = [value(row) for row in rows if row.run == ORIGINALS]
         if original is not None:
             axes.axhline(original, color=plots.REFERENCE_COLOUR, linestyle="--", label=ORIGINALS)

@@ -212,7 +212,11 @@ def refuse_links_out(folder: Path) -> None:
     """
     inside = folder.resolve()
     for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
-        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+        try:
+            is_outside = path.is_symlink() and not path.resolve().is_relative_to(inside)
+        except (OSError, RuntimeError):  # links that lead to each other
+            is_outside = True
+        if is_outside:
             problem = f"{path} is a link to a path outside the run folder"
             raise UserError(f"{problem}: replace the link with the file itself")
 
@@ -238,7 +242,10 @@ def sync(descriptor: int) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write `content` to `path` as JSON, atomically."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        text = json.dumps(content, indent=2)  # for the name of a file that is not in UTF-8
+    write_text(path, f"{text}\n")
 
 
 def write_text(path: Path, content: str) -> None:

@@ -44,6 +44,12 @@ SIDES = tuple(
 )
 
 
+def plain(text: str) -> str:
+    """Return a label that Matplotlib shows as it is: without formulas, and in the legend."""
+    text = text.replace("$", r"\$")
+    return f"\u200b{text}" if text.startswith("_") else text
+
+
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> Figure:
     """Return a figure with a grid of empty axes.
 

@@ -14,7 +14,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from minigpt.core.plots import COLOURS, MARKERS, REFERENCE_COLOUR, Labels, log_ticks, new_figure
+from minigpt.core.plots import (
+    COLOURS,
+    MARKERS,
+    REFERENCE_COLOUR,
+    Labels,
+    log_ticks,
+    new_figure,
+    plain,
+)
 from minigpt.core.text import human_count
 from minigpt.model import perplexity
 from minigpt.scaling.fit import RunGroup
@@ -66,12 +74,13 @@ def scaling_figure(groups: Sequence[RunGroup]) -> Figure:
             series[BEST_LABEL] = best
     drawn = list(zip(series.items(), forms, (REFERENCE_COLOUR, *COLOURS), strict=False))
     for (name, points), form, colour in drawn:
-        axes.plot(*np.transpose(points), form, color=colour, markersize=6, label=name)
+        axes.plot(*np.transpose(points), form, color=colour, markersize=6, label=plain(name))
     _finish(axes, title, space=0.3)
     dense = [point for points in series.values() for point in _dense(points)]
     labels = Labels(axes, [*law_curve.tolist(), *dense])
     for (name, points), _, colour in drawn:
-        labels.add(fill(f"{points[-1][1]:.2f}  {name}", LINE), points[-1], colour, fontsize=FONT)
+        text = fill(f"{points[-1][1]:.2f}  {plain(name)}", LINE)
+        labels.add(text, points[-1], colour, fontsize=FONT)
         for point in points[:-1]:
             labels.add(f"{point[1]:.2f}", point, fontsize=FONT)
     return figure

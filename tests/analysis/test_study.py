@@ -76,7 +76,7 @@ def test_samples_of_the_study_are_those_of_generate(tokenizer, tmp_path, monkeyp
         raise ReachedError
 
     hardware = SimpleNamespace(accelerator="meta")
-    monkeypatch.setattr(study.Hardware, "detect", lambda *_: hardware)
+    monkeypatch.setattr(study.Hardware, "single", lambda *_: hardware)
     monkeypatch.setattr(study, "study_rows", study_rows)
     run = untrained(tmp_path / "one", tokenizer)
     with pytest.raises(ReachedError):
@@ -93,7 +93,7 @@ def test_study_draws_a_map_of_each_run_whose_tokenizer_has_the_words(tmp_path):
     net = GPT(GPTConfig(tokenizer.vocab_size, 8, 16, n_layers=1, n_heads=2, d_ff=16))
     text = study._write_maps({"one": EmbeddingProbe(net, tokenizer)}, tmp_path)
     assert (tmp_path / "map-one.png").read_bytes().startswith(b"\x89PNG")
-    assert sum("](map-one.png)" in part for part in text) == 1
+    assert sum("](<map-one.png>)" in part for part in text) == 1
 
 
 def test_study_refuses_runs_that_cannot_be_compared(tokenizer, tmp_path):

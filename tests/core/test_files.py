@@ -183,6 +183,18 @@ def test_a_file_system_without_fsync_holds_atomic_files(number, tmp_path, monkey
     assert (tmp_path / "file").read_text() == "content"
 
 
+def test_links_that_lead_to_each_other_are_refused(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match=naming("loop", "link")):
+        refuse_links_out(tmp_path)
+
+
+def test_json_holds_the_name_of_a_file_that_is_not_in_utf_8(tmp_path):
+    content = {"file": os.fsdecode(b"caf\xe9.txt"), "text": "für"}
+    write_json(tmp_path / "a.json", content)
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == content
+
+
 def test_failed_write_moves_the_earlier_files_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path, older = tmp_path / "a", tmp_path / "a-1"
     path.write_bytes(b"new")

@@ -1,5 +1,6 @@
 import re
 
+from minigpt.core import plots
 from minigpt.core.plots import INK, Labels, new_figure, to_svg
 
 
@@ -21,6 +22,16 @@ def test_svgs_of_one_page_share_no_id():
         figure.axes[0].plot([1, 2], [3, 4], "o-")
         ids += re.findall(r'\bid="([^"]*)"', to_svg(figure))
     assert len(ids) == len(set(ids)) > 0
+
+
+def test_plain_label_is_shown_as_it_is(tmp_path):
+    figure = plots.new_figure(3, 2)
+    (axes,) = figure.axes
+    for name in ("_base", "x$_$y"):
+        axes.plot([0, 1], [0, 1], label=plots.plain(name))
+    legend = axes.legend()
+    assert len(legend.get_texts()) == 2
+    plots.write_png(figure, tmp_path / "figure.png")
 
 
 def test_labels_keep_off_each_other_and_stay_on_the_figure():
