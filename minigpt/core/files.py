@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from minigpt.core.settings import UserError
+from minigpt.core.settings import MISSING, DiskFullError, UserError
 
 # Errors when a disk is full or read-only, or a quota or a size limit is exceeded.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -219,6 +219,24 @@ def refuse_links_out(folder: Path) -> None:
         if is_outside:
             problem = f"{path} is a link to a path outside the run folder"
             raise UserError(f"{problem}: replace the link with the file itself")
+
+
+def write_error(problem: str, error: Exception, argument: str, value: Any = MISSING) -> UserError:
+    """Return the error for a file or a folder that cannot be written.
+
+    Args:
+        problem: what cannot be written, such as "cannot write this folder".
+        error: the error of the system.
+        argument: argument with the path.
+        value: value of the argument, as in `UserError`.
+
+    Returns:
+        A `DiskFullError` if the disk is full or read-only, and another `UserError` otherwise.
+    """
+    is_full = getattr(error, "errno", None) in DISK_FULL
+    problem = f"{problem} ({getattr(error, 'strerror', None) or error})"
+    remedy = "free some space, or choose another folder" if is_full else "choose another folder"
+    return (DiskFullError if is_full else UserError)(f"{problem}: {remedy}", argument, value)
 
 
 def sync(descriptor: int) -> None:

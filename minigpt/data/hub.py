@@ -18,7 +18,7 @@ from typing import Any
 from filelock import FileLock
 from huggingface_hub import HfApi, constants
 
-from minigpt.core.files import read_json, sync, write_json
+from minigpt.core.files import read_json, sync, write_error, write_json
 from minigpt.core.settings import UserError, one_line
 from minigpt.data.config import DataConfig
 from minigpt.data.files import choose_field, clean
@@ -65,12 +65,13 @@ def fetch_dataset(folder: Path, config: DataConfig, split: str, n_bytes: int | N
         with FileLock(f"{path}.lock"):
             state = {"size": 0, "bytes": 0, "whole": False, "revision": None, "stream": None}
             with contextlib.suppress(OSError, ValueError):
-                state = read_json(path.with_suffix(".json"))
+                earlier = read_json(path.with_suffix(".json"))
+                if path.stat().st_size >= earlier["size"]:  # else the file was deleted or cut
+                    state = earlier
             if not state["whole"] and (n_bytes is None or state["bytes"] <= n_bytes):
                 _append(path, state, _stories(config, dataset, split, state), n_bytes)
     except OSError as error:
-        problem = f"cannot write {folder} ({error.strerror or error})"
-        raise UserError(f"{problem}; choose another folder", "data.cache_dir") from None
+        raise write_error(f"cannot write {folder}", error, "data.cache_dir") from None
     return path
 
 

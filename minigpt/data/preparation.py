@@ -25,7 +25,7 @@ import numpy as np
 import tokenizers
 from filelock import FileLock, Timeout
 
-from minigpt.core.files import read_json, sync, write_json
+from minigpt.core.files import read_json, sync, write_error, write_json
 from minigpt.core.settings import UserError
 from minigpt.data.config import DataConfig
 from minigpt.data.progress import byte_progress
@@ -319,6 +319,5 @@ def _cached(path: Path, load: Callable[[Path], T], make: Callable[[Path], None])
             make(unfinished)
             unfinished.replace(path)
     except (OSError, NotImplementedError) as error:  # NotImplementedError: no file locks
-        problem = f"cannot write {path} ({getattr(error, 'strerror', None) or error})"
-        raise UserError(f"{problem}; choose another folder", "data.cache_dir") from None
+        raise write_error(f"cannot write {path}", error, "data.cache_dir") from None
     return load(path)

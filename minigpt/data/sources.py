@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from minigpt.core.files import user_path
+from minigpt.core.files import user_path, write_error
 from minigpt.core.settings import UserError
 from minigpt.data.config import DataConfig
 from minigpt.data.download import fetch
@@ -497,6 +497,6 @@ def download_tinystories(folder: Path, tokens: int | None, valid_only: bool = Fa
         problem = f"could not download TinyStories ({error}); {remedy}"
         raise UserError(problem, "data.source", "tinystories") from None
     except OSError as error:
-        problem = f"cannot write TinyStories to {folder} ({error.strerror or error})"
-        raise UserError(f"{problem}; choose another folder", "data.cache_dir") from None
+        problem = f"cannot write TinyStories to {folder}"
+        raise write_error(problem, error, "data.cache_dir") from None
     return Corpus((train,), (valid,), max_train_bytes=max_bytes)

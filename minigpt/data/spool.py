@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from minigpt.core.files import sync
+from minigpt.core.files import sync, write_error
 from minigpt.core.settings import UserError
 from minigpt.data.config import DataConfig
 
@@ -65,5 +65,5 @@ def _spool(stories: Iterable[str], folder: Path, argument: str) -> str:
                 unfinished.replace(path)
             return str(path)
     except OSError as error:
-        problem = f"cannot write {folder} ({error.strerror}); choose another folder"
-        raise UserError(problem, "data.cache_dir", str(folder.parent)) from None
+        problem = f"cannot write {folder}"
+        raise write_error(problem, error, "data.cache_dir", str(folder.parent)) from None

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minigpt.core.files import read_json
+from minigpt.core.files import read_json, write_error
 from minigpt.core.settings import UserError
 
 MARKER = "export.json"  # marks a folder as an export, and lists its files
@@ -74,8 +74,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         folder.rename(target)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        problem = f"cannot write this folder ({error.strerror or error}): choose another folder"
-        raise UserError(problem, "out", str(out)) from None
+        raise write_error("cannot write this folder", error, "out", str(out)) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if old.exists() and not target.exists():

@@ -105,6 +105,18 @@ def test_a_killed_download_continues_where_it_was(tmp_path, monkeypatch, killed_
     assert len(reads) <= 300 - killed_at + 25
 
 
+@pytest.mark.parametrize("rest", [None, b""])
+def test_deleted_or_cut_download_is_read_again(tmp_path, rest):
+    dataset(tmp_path / "data", "jsonl")
+    (path,) = open_corpus(config(tmp_path, download_tokens=500)).train_files
+    whole = path.read_bytes()
+    path.unlink()
+    if rest is not None:
+        path.write_bytes(rest)
+    open_corpus(config(tmp_path, download_tokens=500))
+    assert path.read_bytes() == whole
+
+
 def test_a_dataset_that_changed_on_disk_is_read_again(tmp_path):
     folder = dataset(tmp_path / "data", "jsonl")
     open_corpus(config(tmp_path))
