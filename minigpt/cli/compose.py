@@ -131,9 +131,19 @@ def composed_words(name: str, typed: Sequence[str], folder: Path | None = None) 
     folders = [Path(path) for path in (config_source(), folder) if path is not None]
     has_local = any((path / "local").is_dir() for path in folders)
     if name == "train" and has_local and (local := os.environ.get("MINIGPT_LOCAL")):
-        words.append(f"local={local}")
+        words.insert(first_setting(words), f"local={local}")
     hints, sweep = types_of_settings(name, typed), is_sweep(words)
     return [hydra_word(word, hints, sweep) for word in words]
+
+
+def first_setting(words: Sequence[str]) -> int:
+    """Return the index of the first setting in `words`; the length of `words` if there is none.
+
+    New settings are inserted there, next to the other settings, because argparse does not accept
+    settings both before and after a flag.
+    """
+    settings = (i for i, word in enumerate(words) if "=" in word and not word.startswith("-"))
+    return next(settings, len(words))
 
 
 @contextlib.contextmanager
@@ -238,6 +248,9 @@ def train_config(
     from minigpt.training.config import TrainConfig
 
     settings = {k: v for k, v in values["model"].items() if k != "class_path"}
+    if values["model"].get("class_path") is not None:  # that of the command line was removed
+        problem = "a config file must not name code to import: type this on the command line"
+        raise UserError(problem, "model.class_path", values["model"]["class_path"])
     shape = build(config_class(model), settings, "model")
     name = None if model is None else class_path(model)
     more = {"size": size, "overrides": list(overrides), "model": shape, "model_class": name}

@@ -45,7 +45,7 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
     facts = {
         "minigpt": f"{minigpt.__version__}, source {source_commit()}",
         "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "packages": ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES),
+        "packages": ", ".join(f"{name} {_version(name)}" for name in PACKAGES),
         "system": platform.platform(),
         "cpu": cpu_description(),
         "cores": f"{allowed_cores()} usable of {os.cpu_count()}, quota {quota or 'none'}, "
@@ -74,6 +74,13 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
         checks[f"{path} is not writable: set {setting} to another folder"] = not writable
     facts = {topic: fact.replace(private, "~") for topic, fact in facts.items()}
     return facts, [line.replace(private, "~") for line, applies in checks.items() if applies]
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _generation() -> str:

@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from minigpt.cli.compose import composed_words, config_source, register_defaults
+from minigpt.cli.compose import composed_words, config_source, first_setting, register_defaults
 from minigpt.cli.exits import is_interrupt, orderly_exit
 from minigpt.cli.hydra_errors import explain, explain_failure
 from minigpt.cli.program import Program, describe, leave, names_class, use_utf8
@@ -127,19 +127,9 @@ def _sweep_again(program: Program, arguments: list[str], sweep_dir: str) -> str:
     """Return the command that continues a multirun without training its finished jobs again."""
     words, key = list(arguments), "hydra.sweep.dir"
     if not any(word.startswith(f"{key}=") for word in words):
-        i = _first_setting(words)
+        i = first_setting(words)
         words[i:i] = typed_settings({key: sweep_dir})
     return program.command("train", *words)
-
-
-def _first_setting(words: list[str]) -> int:
-    """Return the index of the first setting in `words`; the length of `words` if there is none.
-
-    New settings are inserted there, next to the other settings, because argparse does not accept
-    settings both before and after a flag.
-    """
-    settings = (i for i, word in enumerate(words) if "=" in word and not word.startswith("-"))
-    return next(settings, len(words))
 
 
 def _prepare(name: str, program: Program, arguments: list[str]) -> None:
@@ -167,7 +157,7 @@ def _prepare(name: str, program: Program, arguments: list[str]) -> None:
     allow_starting_processes()
     register_defaults(name, arguments)
     words = composed_words(name, arguments)
-    first = _first_setting(words)
+    first = first_setting(words)
     sys.argv = [program.path, *words[:first], *more, *words[first:]]
 
 

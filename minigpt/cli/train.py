@@ -36,7 +36,10 @@ def _train(config: DictConfig, program: Program, classes: list[str]) -> None:
         where = {"runs_dir": job.sweep.dir, "name": name, "resume": resume}
         values, location = values | where, typed_settings(where)
     # Lightning starts the processes of other devices with this command, which runs one job only.
-    sys.argv = [program.path, *program.words, *overrides, *classes, *location]
+    folders = [s.path for s in job.runtime.config_sources if s.provider == "command-line"]
+    groups = [f"--config-dir={path.removeprefix('file://')}" for path in folders]
+    groups += [word for word in job.overrides.hydra if word.startswith("hydra.searchpath=")]
+    sys.argv = [program.path, *program.words, *groups, *overrides, *classes, *location]
     if values["resume"] not in (None, "auto") and excess:
         _refuse_settings(values, excess)
     from minigpt.core.process import tune_process

@@ -10,7 +10,7 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
-from minigpt.cli.compose import compose_values, defaults, load_config
+from minigpt.cli.compose import compose_values, composed_words, defaults, load_config
 from minigpt.core.settings import UserError, flat, plain
 from minigpt.evaluation import EvaluationConfig
 from minigpt.model import GPT, GPTConfig
@@ -225,4 +225,16 @@ def test_minigpt_local_adds_settings_of_the_machine(tmp_path, monkeypatch):
     )
     monkeypatch.setenv("MINIGPT_LOCAL", "mine")
     assert load_config("train", config_dir=tmp_path).trainer.precision == "32-true"
+    words = composed_words("train", ["model=small", "seed=2", "--cfg", "job"], tmp_path)
+    assert words == ["local=mine", "model=small", "seed=2", "--cfg", "job"]
     assert load_config("train").trainer.precision == "auto"
+
+
+def test_config_file_that_names_a_model_class_is_refused(tmp_path: Path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/power.yaml").write_text(
+        "# @package _global_\nmodel:\n  class_path: mymodel.PowerGPT\n"
+    )
+    with pytest.raises(UserError) as error:
+        load_config("train", ["experiment=power"], config_dir=tmp_path)
+    assert error.value.argument == "model.class_path"
