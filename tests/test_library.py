@@ -10,15 +10,17 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 
 import minigpt
 from minigpt.core.settings import UserError
 from minigpt.evaluation import EvaluationConfig, StoriesConfig
+from minigpt.runs.checkpoint import read_checkpoint
 from minigpt.runs.records import read_metrics, read_summary
 from tests.conftest import ROOT, composed, naming, write_stories
 
@@ -111,6 +113,74 @@ def test_several_devices_from_python_are_refused(tiny: list[str], tmp_path: Path
         minigpt.train(config)
     assert str(error.value).isprintable()
     assert not (tmp_path / "runs").exists()
+
+
+def test_rows_of_other_callbacks_have_the_number_of_tokens(tiny: list[str]):
+    class Mine(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            for logger in trainer.loggers:
+                logger.log_metrics({"mine": 1.0}, trainer.global_step)
+
+    monitor = LearningRateMonitor(logging_interval="step")
+    run = minigpt.train(composed(tiny), callbacks=[monitor, Mine()])
+    assert read_summary(run.folder)["status"] == "finished"
+    rows = [row for row in read_metrics(run.folder) if "mine" in row]
+    assert [(row["step"], row["tokens"]) for row in rows] == [(i, 64 * i) for i in range(1, 21)]
+    assert (run.folder / "report.html").is_file()
+
+
+def test_checkpoints_follow_the_callbacks_of_users(tiny: list[str], tmp_path: Path):
+    class Save(Callback):
+        counts: ClassVar[list[int]] = []
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            self.counts.append(trainer.global_step)
+
+        def on_validation_end(self, trainer, pl_module) -> None:
+            trainer.save_checkpoint(tmp_path / "mine.ckpt")
+            assert (tmp_path / "mine.ckpt").is_file()  # and is not held back
+
+        def state_dict(self) -> dict[str, int]:
+            return {"steps": len(self.counts)}
+
+    run = minigpt.train(composed([*tiny, "callbacks.checkpoint_steps=5"]), callbacks=[Save()])
+    content = read_checkpoint(run.folder / "checkpoints/last.ckpt")
+    (state,) = [s for name, s in content["callbacks"].items() if "Save" in name]
+    assert (content["global_step"], state) == (20, {"steps": 20})
+
+
+@pytest.mark.parametrize("value", [np.float64(1.5), Path("x")])
+def test_callback_whose_state_cannot_be_read_back_is_named(tiny: list[str], value: object):
+    class Stateful(Callback):
+        def state_dict(self) -> dict[str, object]:
+            return {"best": value}
+
+    with pytest.raises(UserError, match="Stateful") as error:
+        minigpt.train(composed(tiny), callbacks=[Stateful()])
+    assert error.value.argument == "callbacks"
+
+
+class Convolution(minigpt.GPT):
+    """A causal convolution over the embeddings; its kernel has three dimensions."""
+
+    def __init__(self, config: minigpt.GPTConfig) -> None:
+        super().__init__(config)
+        self.kernel = torch.nn.Conv1d(config.d_model, config.d_model, 3, padding=2)
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids) * self.scale + self.positions[: ids.shape[1]]
+        x = x + self.kernel(x.mT)[..., : ids.shape[1]].mT
+        for block in self.blocks:
+            x = block(x)
+        return self.final_norm(x)
+
+
+def test_class_with_a_convolution_trains_with_muon(tiny: list[str]):
+    run = minigpt.train(composed([*tiny, "optimizer=muon"]), model=Convolution)
+    kernel = run.load_model().kernel.weight
+    torch.manual_seed(0)
+    assert kernel.shape == (16, 16, 3)
+    assert read_summary(run.folder)["val/loss"] < 6
 
 
 def test_run_stays_finished_if_a_callback_fails_after_it(tiny: list[str], tmp_path: Path):

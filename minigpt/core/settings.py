@@ -121,15 +121,23 @@ def python_call(verb: str, /, *words: str, **settings: Any) -> str:
         verb: verb of the command line, such as train.
         *words: settings as typed on the command line, for train only.
         **settings: settings by name. For verbs other than train, the call contains only the value
-            of the first setting.
+            of the first setting, and the class that `class_path` names.
 
     Returns:
-        The call, such as "minigpt.evaluate('runs/a')".
+        The call, such as "minigpt.evaluate('runs/a')". It contains custom classes by their names,
+        because a call takes the classes themselves.
     """
     if verb == "train":
         typed = [*words, *typed_settings(settings)]
-        return f'minigpt.train(minigpt.load_config("train", {typed}))'
-    return f"minigpt.{verb}({str(next(iter(settings.values())))!r})"
+        classes = [word for word in typed if word.partition("=")[0].endswith(".class_path")]
+        typed = [word for word in typed if word not in classes]
+        names = ((word.partition(".")[0], word.rpartition(".")[2]) for word in classes)
+        more = "".join(f", {argument}={name}" for argument, name in names)
+        return f'minigpt.train(minigpt.load_config("train", {typed}){more})'
+    run = repr(str(next(iter(settings.values()))))
+    if path := settings.get("class_path"):
+        run = f"minigpt.Run.load({run}, {str(path).rpartition('.')[2]})"
+    return f"minigpt.{verb}({run})"
 
 
 _spell: Callable[..., str] = python_call

@@ -130,11 +130,12 @@ class Assembly:
             log.warning("the training stories yield a vocabulary of %s; %s", sizes, rows)
 
     def trainer(self, callbacks: Sequence[Callback]) -> L.Trainer:
-        """Return the Lightning Trainer with Mini GPT's callbacks and loggers, then `callbacks`."""
+        """Return the Lightning Trainer with Mini GPT's loggers and callbacks, and `callbacks`."""
         folder, config, hardware, c = self.folder, self.config, self.hardware, self.config.trainer
         validates, facts = self.start.validates, self._facts()
         checkpoints = Checkpoints(self.module, folder, config.callbacks, validates)
-        metrics = MetricsCsv(folder / METRICS, self.start.step or None, validates)
+        tokens = self.module.tokens_per_step
+        metrics = MetricsCsv(folder / METRICS, self.start.step or None, validates, tokens)
         loggers = [metrics, *extra_loggers(folder, config.logger)]
         accumulate, n_steps = c.accumulate_grad_batches, self.schedule.n_steps
         trainer = L.Trainer(
@@ -152,7 +153,8 @@ class Assembly:
             num_sanity_val_steps=0,
             log_every_n_steps=c.log_every_n_steps,
             logger=loggers,
-            callbacks=[*self._callbacks(checkpoints, facts), *callbacks],
+            # Checkpoints last, so that they contain what the others have just changed.
+            callbacks=[*self._callbacks(checkpoints, facts), *callbacks, checkpoints],
             default_root_dir=folder,
             enable_checkpointing=False,  # ours are among the callbacks
             enable_progress_bar=False,
@@ -182,10 +184,9 @@ class Assembly:
             throughput,
             TrainingProgress(module, keep.progress_bar, throughput),
             StorySamples(module, folder, self.data.tokenizer, keep, config.seed, first_step),
-            # Before the next two, so that the last snapshot and checkpoint contain the mean.
+            # Before snapshots and checkpoints, so that the last of each contains the mean.
             *([CycleMean(module)] if config.optimizer.cycles else []),
             *([Snapshots(module, folder, keep.snapshots)] if keep.snapshots else []),
-            checkpoints,
             RunReport(module, folder, facts, throughput, checkpoints),
             *([Profile(module, folder / PROFILE)] if c.profile else []),
         ]
@@ -195,7 +196,7 @@ class Assembly:
         model, hardware, commits = self.module.net, self.hardware, source_commit()
         with contextlib.suppress(UserError):  # a broken summary is replaced
             earlier = read_summary(self.folder).get("commit")
-            if isinstance(earlier, str):  # commits of earlier parts of the run
+            if isinstance(earlier, str) and self.start.checkpoint is not None:  # of earlier parts
                 commits = ", ".join(dict.fromkeys([*earlier.split(", "), commits]))
         parent, teachers = self.start.parent, self.start.teachers
         return {

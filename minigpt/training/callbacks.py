@@ -28,7 +28,7 @@ from minigpt.core.text import human_count, human_time
 from minigpt.generation.sampling import SamplingConfig, generate_stories
 from minigpt.model import perplexity
 from minigpt.runs.names import SAMPLES, SUMMARY
-from minigpt.runs.records import read_samples, read_summary
+from minigpt.runs.records import read_metrics, read_samples
 from minigpt.tokenizer import Tokenizer
 from minigpt.training.checkpointing import Checkpoints
 from minigpt.training.config import CallbacksConfig
@@ -266,13 +266,12 @@ class RunReport(Callback):
     def on_train_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         """Write summary.json and report.html for a run that finished."""
         self._write(trainer, "finished")
-        self._is_finished = True
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """Write summary.json and report.html for a run that was interrupted or failed."""
-        if self._is_finished:  # another callback has failed
+        if self._is_finished:  # what failed came after the training
             return
         interrupted = isinstance(exception, KeyboardInterrupt | SIGTERMException)
         try:
@@ -289,8 +288,11 @@ class RunReport(Callback):
         names = ("train/loss", "val/loss", "val/perplexity", "val/bits_per_byte")
         best = self.checkpoints.best_val_loss
         losses = {name: float(metrics[name]) for name in names if name in metrics}
-        with contextlib.suppress(UserError, KeyError):  # this process has made no step, perhaps
-            losses = {"train/loss": read_summary(self.folder)["train/loss"]} | losses
+        if "train/loss" not in losses:  # this process has made no step
+            with contextlib.suppress(UserError):
+                rows = [row for row in read_metrics(self.folder) if "train/loss" in row]
+                if rows:
+                    losses["train/loss"] = rows[-1]["train/loss"]
         summary = {
             **self.facts,
             "status": status,
@@ -305,6 +307,7 @@ class RunReport(Callback):
         if (cycles := self.module.settings.cycles) and steps >= self.module.n_steps:
             summary["cycles"] = cycles  # the weights are the mean over the ends of the decays
         write_json(self.folder / SUMMARY, summary)
+        self._is_finished = status == "finished"
         write_report(self.folder)
         final = {name: summary[name] for name in names if name != "val/loss" and name in summary}
         log_final(trainer.loggers, final, steps)

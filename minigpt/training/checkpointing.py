@@ -14,8 +14,10 @@ and written at once.
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
+import pickle
 import signal
 import subprocess
 import threading
@@ -33,9 +35,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from minigpt.core.console import log
 from minigpt.core.distributed import global_rank, in_slurm_job
 from minigpt.core.files import DISK_FULL
-from minigpt.core.settings import DiskFullError
+from minigpt.core.settings import DiskFullError, UserError
 from minigpt.core.signals import REPEAT_SECONDS, SIGHUP, is_ignored, watch
 from minigpt.runs.checkpoint import write_checkpoint
+from minigpt.runs.folder import last_checkpoints
 from minigpt.runs.names import BEST, CHECKPOINTS, LAST
 from minigpt.training.config import CallbacksConfig
 from minigpt.training.loggers import MetricsCsv
@@ -62,8 +65,10 @@ def full_disk_in_one_line(folder: Path) -> Iterator[None]:
         if error.errno not in DISK_FULL:
             raise
         message = f"cannot write {error.filename or folder} ({error.strerror})"
-        message += ": free some space there"
-        raise DiskFullError(message, command=("train", {"resume": str(folder)})) from None
+        message += ": free some space there, and start again"
+        can_resume = bool(last_checkpoints(folder))
+        command = ("train", {"resume": str(folder)}) if can_resume else None
+        raise DiskFullError(message, command=command) from None
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -96,10 +101,10 @@ class CheckpointFiles(TorchCheckpointIO):
         Raises:
             OSError: the file cannot be written; the previous checkpoint is unchanged.
         """
-        if self.hold:
-            self._pending = checkpoint, Path(path)
-            return
         path = Path(path)
+        if self.hold and (path.parent.name, path.stem) == (CHECKPOINTS, LAST):
+            self._pending = checkpoint, path
+            return
         path.parent.mkdir(exist_ok=True)
         is_kept = path.stem == LAST and not self.is_provisional
         write_checkpoint(path, checkpoint, self.keep if is_kept else 1)
@@ -154,7 +159,7 @@ class Checkpoints(Callback):
         self._is_saved = False  # last.ckpt holds the current state
         # Whether a signal stops the run at once. It does before the first update, because compiling
         # the model takes minutes, and in a validation, because the state was collected before it.
-        self._stops_at_once = True
+        self._stops_at_once, self._are_states_checked = True, False
         self._handlers: dict[int, Any] = {}  # previous handlers of the signals
 
     def on_train_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
@@ -281,9 +286,17 @@ class Checkpoints(Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
-        """Mark the checkpoint if it was collected before the end of a validation."""
+        """Mark the checkpoint if it was collected before the end of a validation.
+
+        Raises:
+            UserError: the state of a callback could not be read back.
+        """
         if self._validates:
             checkpoint[VALIDATES] = True
+        if not self._are_states_checked:
+            for name, state in checkpoint.get("callbacks", {}).items():
+                _check_readable(name, state)
+            self._are_states_checked = True
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state to store in a checkpoint."""
@@ -292,6 +305,18 @@ class Checkpoints(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the lowest validation loss from a checkpoint."""
         self.best_val_loss = state_dict["best_val_loss"]
+
+
+def _check_readable(name: str, state: Any) -> None:
+    """Raise UserError if checkpoints with this state of a callback would be refused as code."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    try:
+        torch.load(buffer, weights_only=True)
+    except pickle.UnpicklingError:
+        problem = f"the state_dict of {name} must contain only tensors and plain Python values"
+        raise UserError(problem, "callbacks") from None
 
 
 def _requeue() -> None:

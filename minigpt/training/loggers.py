@@ -44,13 +44,17 @@ class MetricsCsv(Logger):
             the run writes them again. None means a new run, which replaces an existing file.
         validates: whether the run repeats the validation at `resume_step`. The row of this
             validation is then removed.
+        tokens_per_step: number of tokens per update, for rows of other callbacks without `tokens`.
     """
 
     name, version = "csv", ""  # type: ignore[assignment]  # Lightning needs both
 
-    def __init__(self, path: Path, resume_step: int | None = None, validates: bool = False) -> None:
+    def __init__(
+        self, path: Path, resume_step: int | None = None, validates: bool = False,
+        tokens_per_step: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.path = path
+        self.path, self.tokens_per_step = path, tokens_per_step
         self.columns = list(COLUMNS)
         rows: list[dict[str, str]] = []
         if resume_step is not None:
@@ -73,8 +77,7 @@ class MetricsCsv(Logger):
         """
         row: dict[str, Any] = {k: f"{v:.8g}" for k, v in metrics.items() if k != "epoch"}
         row["step"] = int(step or 0)
-        if "tokens" in row:
-            row["tokens"] = int(metrics["tokens"])
+        row["tokens"] = int(metrics.get("tokens", row["step"] * self.tokens_per_step))
         if new := [key for key in row if key not in self.columns]:
             with self.path.open(newline="", encoding="utf-8") as file:
                 rows = list(csv.DictReader(file))

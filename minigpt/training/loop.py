@@ -52,6 +52,7 @@ from minigpt.training.config import Schedule, TrainConfig, TrainerConfig
 from minigpt.training.loggers import check_logger, finish_wandb
 from minigpt.training.module import GPTModule
 from minigpt.training.processes import end_processes, own_launcher
+from minigpt.training.report import write_report
 from minigpt.training.resume import AUTO, ResumeState, folder_to_resume, run_lock
 
 
@@ -120,6 +121,8 @@ def _train(
         if folder is not None and start.step >= schedule.n_steps and not start.validates:
             if read_summary(folder).get("status") == "finished":
                 log.info("%s is already complete (%d steps)", folder, start.step)
+                if not (folder / REPORT).is_file() and global_rank() == 0:
+                    write_report(folder)
                 return folder
             # The end of the run was interrupted: validate again, and write the missing report.
             start = dataclasses.replace(start, validates=True)

@@ -138,7 +138,8 @@ def make_optimizer(
     lrs = peak_lrs(config, d_model)
     matrices, embeddings, vectors = [], [], []  # vectors: biases and norms
     for name, parameter in model.named_parameters():
-        matrix = embeddings if "embedding" in name else matrices
+        # Muon is for matrices; AdamW trains the kernels of convolutions in custom classes.
+        matrix = matrices if parameter.dim() == 2 and "embedding" not in name else embeddings
         (vectors if parameter.dim() < 2 else matrix).append(parameter)
     decayed = embeddings if config.name == "muon" else matrices + embeddings
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": vectors}]

@@ -417,7 +417,10 @@ def _check_settings(config: TrainConfig, before: TrainConfig, folder: Path) -> N
     size, limit = config.model.vocab_size, config.data.vocab_size
     if size == limit and (by_tokenizer or earlier["model.vocab_size"] <= size):
         ignored.add("model.vocab_size")  # it follows the tokenizer
-    for name, value in flat(settings_of(config)).items():
+    values = flat(settings_of(config))
+    # The budget first, because data.download_tokens follows it.
+    for name in ("budget.tokens", *values):
+        value = values[name]
         unset = value is None and name.startswith("logger.")  # W&B's variables may have changed
         if name not in ignored and not unset and earlier[name] != value:
             if name == "budget.tokens" and (

@@ -3,7 +3,7 @@ from typing import Literal
 
 import pytest
 
-from minigpt.core.settings import UserError, build, unknown_name
+from minigpt.core.settings import UserError, build, python_call, unknown_name
 
 
 @dataclass(frozen=True)
@@ -63,3 +63,15 @@ def test_unknown_name_without_similar_ones_lists_all():
     message = unknown_name("zzz", ["beta", "alpha"])
     assert "zzz" in message
     assert 0 <= message.find("alpha") < message.find("beta")
+
+
+def test_suggested_calls_contain_custom_classes_by_name():
+    train = python_call("train", resume="runs/a", **{"model.class_path": "my.PowerGPT"})
+    assert (
+        train == "minigpt.train(minigpt.load_config(\"train\", ['resume=runs/a']), model=PowerGPT)"
+    )
+    taught = python_call("train", "seed=1", "teacher.class_path=my.Big")
+    assert taught.endswith("['seed=1']), teacher=Big)")
+    evaluate = python_call("evaluate", ckpt="runs/a", class_path="my.PowerGPT")
+    assert evaluate == "minigpt.evaluate(minigpt.Run.load('runs/a', PowerGPT))"
+    assert python_call("evaluate", ckpt="runs/a") == "minigpt.evaluate('runs/a')"
