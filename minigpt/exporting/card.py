@@ -112,14 +112,15 @@ def _metadata(
     elif evaluation is not None:
         texts = {{"v1": "V1", "v2": "V2"}.get(str(evaluation.get("valid"))): evaluation}
     source = _cell(evaluation["data"].get("source")) if evaluation is not None else ""
-    split = f"validation split of {source}"
+    name_of_split = _split(evaluation) if evaluation is not None else ""
+    split = f"{name_of_split} split of {source}"
     results = [
         EvalResult(
             task_type="text-generation",
             dataset_type=TINYSTORIES if source.startswith("tinystories") else source,
             dataset_name=f"{split}, {text}" if text else split,
             dataset_config=text,
-            dataset_split="validation",
+            dataset_split="validation" if name_of_split == "validation" else "train",
             metric_type=key,
             metric_name=key.replace("_", " "),
             metric_value=round(loss[key], digits),
@@ -138,6 +139,11 @@ def _metadata(
         model_name=name.split("/")[-1],
         eval_results=results or None,
     )
+
+
+def _split(evaluation: Record) -> str:
+    """Return the name of the split that was evaluated: "validation" or "tuning"."""
+    return "tuning" if evaluation["data"].get("valid") == "tuning" else "validation"
 
 
 def _cell(value: Any) -> str:

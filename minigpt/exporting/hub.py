@@ -64,7 +64,8 @@ def push_folder(
             problem = f"the repository is public: make it private at {url}/settings"
             raise UserError(problem, "push", push)
         message = f"{kind.capitalize()} written by Mini GPT"
-        stale = [f"*{EVALUATION}"]  # of weights that the repository contained before
+        # Results for weights that the repository contained before; in a Space, below model/.
+        stale = [EVALUATION, f"model/{EVALUATION}"]
         api.upload_folder(
             repo_id=push, repo_type=kind, folder_path=folder, commit_message=message,
             delete_patterns=stale,

@@ -17,8 +17,9 @@ from minigpt.runs.folder import Run
 from minigpt.runs.provenance import Parent, parent_of
 from minigpt.runs.records import read_metrics, read_summary
 from minigpt.scaling.results import keep_run, read_run
-from minigpt.training.resume import run_lock
-from tests.conftest import naming, trained_folder, write_stories
+from minigpt.training.config import BudgetConfig
+from minigpt.training.resume import _check_settings, run_lock
+from tests.conftest import composed, naming, trained_folder, write_stories
 from tests.training.test_loop import fail_at_step
 
 FEW = EvaluationConfig(stories=StoriesConfig(prompts=("Once",), n=1, max_tokens=5), words=("Tom",))
@@ -317,6 +318,29 @@ def test_average_takes_each_run_once_and_no_mean(tiny: list[str], parent: Path, 
             export(Run.load(first), out, mean_with(rounded if first == other else other))
         assert error.value.argument == "out"
     assert weights_fingerprint(Run.load(rounded).load_model()) == before
+
+
+def test_larger_budget_is_named_before_the_download_that_follows_it(tiny: list[str]):
+    folder = trained_folder([*tiny, "name=done"])
+    before = composed([*tiny, "name=done"])
+    data = dataclasses.replace(before.data, download_tokens=2560)
+    larger = dataclasses.replace(before, data=data, budget=BudgetConfig(tokens=2560))
+    with pytest.raises(UserError) as error:
+        _check_settings(larger, before, folder)
+    assert (error.value.argument, error.value.command is not None) == ("budget.tokens", True)
+
+
+def test_run_that_starts_over_has_only_the_commit_of_its_new_code(tiny: list[str], monkeypatch):
+    start_over = [*tiny, "name=again", "resume=auto"]
+    with monkeypatch.context() as patch:
+        patch.setattr("minigpt.training.assembly.source_commit", lambda: "old")
+        hook = "minigpt.training.module.GPTModule.on_train_batch_start"
+        patch.setattr(hook, fail_at_step(1))
+        with pytest.raises(RuntimeError, match="interrupted"):
+            trained_folder(start_over)
+    monkeypatch.setattr("minigpt.training.assembly.source_commit", lambda: "new")
+    folder = trained_folder(start_over)
+    assert read_summary(folder)["commit"] == "new"
 
 
 def test_run_that_ended_before_its_summary_gets_one_when_it_is_resumed(tiny: list[str]):
