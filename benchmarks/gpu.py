@@ -4,24 +4,31 @@
     python benchmarks/gpu.py --minutes 9 --out gpu-results  # the measurements and the trainings
     python benchmarks/gpu_table.py gpu-results/gpu.json     # a table and a figure
 
-The parts run in the order of their value. After each one, gpu.json in the output folder is replaced
-atomically. A part that does not fit into the time that is left is listed in `not_run`; a part that
-raises an exception has `error`. At the end of the time the program stops, whatever it is doing.
-`--device cpu` runs the same code with tiny numbers, which only shows that it works. The weights of
-the trainings are written next to gpu.json, in bfloat16. No network is needed.
+The parts run in the order of their value, in a process of their own. After each one, gpu.json in
+the output folder is replaced atomically. A part that does not fit into the time that is left is
+listed in `not_run`. A part that fails, crashes or takes three times as long as expected has
+`error`; after it, a new process runs the other parts, because a failed recording of a CUDA graph,
+for example, leaves a process unusable. At the end of the time the program stops.
+`--device cpu` runs the same code with tiny numbers and in one process, which only shows that it
+works. The weights of the trainings are written next to gpu.json, in bfloat16. No network is needed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
+import signal
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +70,11 @@ class Report:
         with self.lock:
             self.content[key] = value
             write_json(self.path, self.content)
+
+    def read(self) -> None:
+        """Replace the content by that of the file, which another process has written."""
+        with self.lock:
+            self.content = json.loads(self.path.read_text(encoding="utf-8"))
 
     def add(self, name: str, values: Values) -> None:
         """Add a result and write the file."""
@@ -110,6 +122,9 @@ def cpu_machine(scratch: Path) -> Machine:
 
 # ---------------------------------------------------------------------------- the plan
 
+_RESTART = 3  # exit code of a process whose part has failed
+_PATIENCE = 3.0  # a part is stopped after this multiple of its expected time
+
 
 def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
     """Return all parts, the most valuable first."""
@@ -122,59 +137,63 @@ def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
         Part("check generation", 10, lambda: checks.check_generation(m)),
         Part("check resume", 20, lambda: checks.check_resume(m)),
     ]
-    for batch in m.batches:
-        name = f"speed medium {batch}"
-        parts.append(Part(name, 110, lambda batch=batch: measures.speed(m, "medium", batch)))
+
+    def speeds(names: Sequence[str]) -> None:
+        for batch in m.batches:
+            for name in names:
+                seconds = 25 if "compiled" in name else 8
+                measure = partial(measures.speed, m, "medium", batch, name)
+                parts.append(Part(f"speed medium {batch}: {name}", seconds, measure))
 
     def training(name: str, seconds: float, *overrides: str, keep: bool = True) -> None:
         def run() -> Values:
-            return trainings.training(m, name, overrides, left(), out if keep else None)
+            limit = min(left(), _PATIENCE * seconds) if m.on_gpu else left()
+            return trainings.training(m, name, overrides, limit, out if keep else None)
 
         parts.append(Part(f"training {name}", seconds, run))
 
     budgets = {
-        "medium": 104e6, "large": 60e6, "student": 60e6, "small": 60e6, "precision": 10e6,
+        "medium": 104e6, "large": 60e6, "student": 60e6, "small": 60e6, "precision": 6e6,
         "shared": 20e6,
     }  # fmt: skip
     many, few = ["data.batch_size=128", "optimizer.warmup_tokens=1e6"], ["data.batch_size=8"]
     if not m.on_gpu:
-        budgets, many, few = (
-            dict.fromkeys(budgets, 640),
-            ["data.batch_size=4"],
-            ["data.batch_size=4"],
-        )
+        budgets, few = dict.fromkeys(budgets, 640), ["data.batch_size=4"]
+        many = few
     sizes = {name: [f"model={name}"] if m.on_gpu else [] for name in ("small", "medium", "large")}
     b = {name: f"budget.tokens={budget:.0f}" for name, budget in budgets.items()}
     medium = [*sizes["medium"], *many, b["medium"]]
+    speeds(measures.CANDIDATES)
     training("medium", 75, *medium)
     for windows in m.batches:
-        parts.append(
-            Part(
-                f"kernels medium {windows}", 10,
-                lambda n=windows: measures.kernels_of_a_step(m, "medium", n),
-            )
-        )  # fmt: skip
+        kernels = partial(measures.kernels_of_a_step, m, "medium", windows)
+        parts.append(Part(f"kernels medium {windows}", 10, kernels))
+    for precision in ("32-true", "bf16-mixed", "16-mixed") if m.on_gpu else ("32-true",):
+        words = [*sizes["large"], *many, b["precision"], f"trainer.precision={precision}"]
+        training(f"large-{precision}", 25, *words, "trainer.n_validations=1", keep=False)
+    for batch in m.sequences:
+        for name in measures.WRITERS:
+            seconds = 30 if "compiled" in name else 10
+            write = partial(measures.generation, m, "medium", batch, name)
+            parts.append(Part(f"generation {batch}: {name}", seconds, write))
     training("large", 60, *sizes["large"], *many, b["large"])
     teacher = f"teacher.runs=[{m.scratch / 'runs/large'}]"
     training("student", 45, *sizes["small"], *many, b["student"], teacher)
-    for precision in ("32-true", "bf16-mixed", "16-mixed") if m.on_gpu else ("32-true",):
-        words = [*sizes["large"], *few, b["precision"], f"trainer.precision={precision}"]
-        training(f"large-{precision}", 35, *words, keep=False)
-    parts.append(Part("generation", 30, lambda: measures.generation(m, "medium")))
     compiled = ["trainer.compile=true"] if m.on_gpu else []
     training("medium-compiled", 90, *medium, *compiled, keep=False)
     small = [*sizes["small"], *few, b["shared"]]
     for n in m.shared:
         parts.append(Part(f"sharing {n}", 60, lambda n=n: trainings.sharing(m, n, small, left())))
     training("small", 40, *sizes["small"], *many, b["small"])
-    for windows in m.batches:
-        parts.append(
-            Part(
-                f"compile variants medium {windows}", 120,
-                lambda n=windows: measures.compile_variants(m, "medium", n),
-            )
-        )  # fmt: skip
+    speeds(measures.MORE_CANDIDATES)
     return parts
+
+
+def part_names(device: str) -> list[str]:
+    """Return the names of all parts."""
+    with tempfile.TemporaryDirectory() as folder:
+        machine = (gpu_machine if device == "cuda" else cpu_machine)(Path(folder))
+        return [part.name for part in plan(machine, Path(folder), lambda: 0.0)]
 
 
 def run(minutes: float, device: str, out: Path, names: list[str] | None = None) -> dict[str, Any]:
@@ -186,39 +205,76 @@ def run(minutes: float, device: str, out: Path, names: list[str] | None = None) 
         out: folder of the results.
         names: names of the parts to run; None means all.
     """
-    end = time.monotonic() + 60 * minutes
+    end = time.time() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {cpu_description()}"
-    head = {"measured_on": name, "date": time.strftime("%Y-%m-%d"), "commit": source_commit()}
-    report = Report(out / "gpu.json", {**head, "minutes": minutes, "results": {}})
-    torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")
+    head = {"date": time.strftime("%Y-%m-%d"), "commit": source_commit(), "minutes": minutes}
+    report = Report(out / "gpu.json", {**head, "results": {}})
+    with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
+        if device == "cpu":
+            work(report, end, device, Path(folder), names)
+        else:
+            supervise(report, end, Path(folder), names)
+    return report.content
+
+
+def supervise(report: Report, end: float, scratch: Path, names: list[str] | None) -> None:
+    """Run `work` in a process, and start another one whenever a part fails, crashes or hangs."""
+    report.set("running", None)
+    command = [sys.executable, str(Path(__file__).resolve()), "--out", str(report.path.parent)]
+    command += ["--worker", str(end), str(scratch), *(["--only", *names] if names else [])]
+    code: int | None = _RESTART
+    while code:
+        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+        problem = None
+        while problem is None and process.poll() is None:
+            time.sleep(0.5)
+            report.read()
+            running = report.content["running"] or {"until": end}
+            if time.time() > min(end, running["until"]):
+                problem = "was stopped at the end of the time"
+        if problem is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its trainings, too
+        code = process.wait()
+        report.read()
+        if code and code != _RESTART:
+            running = report.content["running"]
+            error = problem or f"the process ended with code {code}"
+            report.add(running["name"] if running else "start", {"error": error})
+            if running is None:  # another process would end in the same way
+                return
+        if time.time() > end:
+            report.set("stopped", f"after {report.content['minutes']:g} minutes")
+            return
+
+
+def work(report: Report, end: float, device: str, scratch: Path, names: list[str] | None) -> int:
+    """Run the parts that have no result yet; return 0, or _RESTART after a part that failed."""
 
     def left() -> float:
-        return end - time.monotonic()
+        return end - time.time()
 
-    def stop() -> None:
-        report.set("stopped", f"after {minutes} minutes, within the part that follows the last")
-        os._exit(1)
-
-    timer = threading.Timer(60 * minutes, stop)
-    timer.daemon = True
-    timer.start()
-    with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
-        machine = (gpu_machine if device == "cuda" else cpu_machine)(Path(folder))
-        skipped = []
-        for part in plan(machine, out, left):
-            if names is not None and part.name not in names:
-                continue
-            if left() < (part.seconds if device == "cuda" else 0):
-                skipped.append(part.name)
-                report.set("not_run", skipped)
-                continue
-            start = time.monotonic()
-            values = outcome(part)
-            report.add(part.name, {**values, "took": round(time.monotonic() - start, 2)})
-            print(f"{part.name:24} {'FAILED' if failed(values) else 'done'}", flush=True)
-    timer.cancel()
-    return report.content
+    on_gpu = device == "cuda"
+    name = torch.cuda.get_device_name() if on_gpu else f"CPU, {cpu_description()}"
+    report.set("measured_on", name)
+    torch.set_float32_matmul_precision("high" if on_gpu else "highest")
+    machine = (gpu_machine if on_gpu else cpu_machine)(scratch)
+    for part in plan(machine, report.path.parent, left):
+        done = {*report.content["results"], *report.content.get("not_run", [])}
+        if part.name in done or (names is not None and part.name not in names):
+            continue
+        if left() < (part.seconds if on_gpu else 0):
+            report.set("not_run", [*report.content.get("not_run", []), part.name])
+            continue
+        start = time.time()
+        report.set("running", {"name": part.name, "until": start + _PATIENCE * part.seconds})
+        values = outcome(part)
+        report.add(part.name, {**values, "took": round(time.time() - start, 2)})
+        report.set("running", None)
+        print(f"{part.name:24} {'FAILED' if failed(values) else 'done'}", flush=True)
+        if on_gpu and "error" in values:
+            return _RESTART
+    return 0
 
 
 def outcome(part: Part) -> Values:
@@ -228,6 +284,11 @@ def outcome(part: Part) -> Values:
     except Exception as error:
         lines = traceback.format_exc().strip().splitlines()
         values = {"error": f"{type(error).__name__}: {error}"[:500], "traceback": lines[-8:]}
+        first: BaseException = error
+        while (earlier := first.__cause__ or first.__context__) is not None:
+            first = earlier
+        if first is not error:  # such as what has ended the recording of a graph
+            values["cause"] = traceback.format_exception(first)[-3:]
         return values | ({"ok": False} if part.name.startswith("check") else {})
 
 
@@ -242,10 +303,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="output folder")
     parser.add_argument("--only", nargs="*", help="names of parts, such as 'check syncs'")
+    parser.add_argument("--worker", nargs=2, metavar=("END", "SCRATCH"), help=argparse.SUPPRESS)
     typed = parser.parse_args(arguments)
+    out = typed.out.resolve()
+    if typed.worker:
+        report = Report(out / "gpu.json", {})
+        report.read()
+        end, scratch = typed.worker
+        raise SystemExit(work(report, float(end), "cuda", Path(scratch), typed.only))
     if typed.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("error: PyTorch finds no CUDA GPU: try --device cpu")
-    content = run(typed.minutes, typed.device, typed.out.resolve(), typed.only)
+    known = part_names(typed.device)
+    if unknown := [name for name in typed.only or () if name not in known]:
+        raise SystemExit(f"error: no part is called {unknown[0]!r}; the parts are: {known}")
+    content = run(typed.minutes, typed.device, out, typed.only)
     if bad := [name for name, values in content["results"].items() if failed(values)]:
         raise SystemExit(f"error: failed: {', '.join(bad)} (see {typed.out / 'gpu.json'})")
 

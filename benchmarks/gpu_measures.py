@@ -5,11 +5,10 @@ A function takes the numbers of the machine and returns plain values for the JSO
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -152,75 +151,58 @@ def our_step(
 # ---------------------------------------------------------------------------- speed
 
 
-def speed(m: Machine, size: str, batch: int) -> Values:
-    """Measure our step and those of the peers, in tokens per second."""
-    shape, tokens = m.sizes[size], m.tokens()
-    args = shape, tokens, batch, m.device
+# Steps by name, the most important first. The peers are those without "ours".
+CANDIDATES = (
+    "ours", "ours compiled", "nanoGPT compiled", "transformers compiled", "transformers eager",
+)  # fmt: skip
+MORE_CANDIDATES = (
+    "nanoGPT compiled, CUDA graphs", "transformers compiled, CUDA graphs", "ours without graph",
+    "ours float32", "ours compiled, optimizer too", "ours compiled, graphs of torch.compile",
+    "ours compiled, max-autotune",
+)  # fmt: skip
+
+
+def candidate(m: Machine, size: str, batch: int, name: str) -> Step:
+    """Return the step with a name in CANDIDATES or MORE_CANDIDATES."""
+    shape = m.sizes[size]
+    args, ours = (shape, m.tokens(), batch, m.device), partial(our_step, m, shape, batch)
     compile, with_graphs = m.compile(), m.compile("reduce-overhead")
-    candidates: dict[str, Callable[[], Step]] = {
-        "ours": lambda: our_step(m, shape, batch),
-        "ours compiled": lambda: our_step(m, shape, batch, compile=compile),
+    steps: dict[str, Callable[[], Step]] = {
+        "ours": ours,
+        "ours compiled": lambda: ours(compile=compile),
         "nanoGPT compiled": lambda: nanogpt_step(*args, compile),
-        "transformers eager": lambda: transformers_step(*args),
         "transformers compiled": lambda: transformers_step(*args, compile),
+        "transformers eager": lambda: transformers_step(*args),
         "nanoGPT compiled, CUDA graphs": lambda: nanogpt_step(*args, with_graphs),
         "transformers compiled, CUDA graphs": lambda: transformers_step(*args, with_graphs),
-        "ours without graph": lambda: our_step(m, shape, batch, graph=False),
-        "ours float32": lambda: our_step(m, shape, batch, "float32"),
-    }
-    values = rates_of(m, size, batch, candidates)
-    rates = values["tokens per second"]
-    best = max((r for name, r in rates.items() if name.startswith("ours")), default=None)
-    ratios = {}
-    for kind in ("eager", "compiled"):
-        peers = [r for name, r in rates.items() if not name.startswith("ours") and kind in name]
-        if best and peers:
-            ratios[kind] = best / max(peers)
-    flops = GPT(shape).flops_per_token()
-    model_flops = best and best * flops / 1e12
-    return {**values, "best against peers": ratios, "model TFLOP/s": model_flops}
-
-
-def compile_variants(m: Machine, size: str, batch: int) -> Values:
-    """Measure our step with other ways to compile it, in tokens per second."""
-    step, tuned = partial(our_step, m, m.sizes[size], batch), "max-autotune-no-cudagraphs"
-    candidates: dict[str, Callable[[], Step]] = {
-        "ours compiled, optimizer too": lambda: step(compile=m.compile(), optimizer_too=True),
-        "ours compiled, graphs of torch.compile": lambda: step(
-            graph=False, compile=m.compile("reduce-overhead"), optimizer_too=True
+        "ours without graph": lambda: ours(graph=False),
+        "ours float32": lambda: ours("float32"),
+        "ours compiled, optimizer too": lambda: ours(compile=compile, optimizer_too=True),
+        # Not the optimizer too: its gradients would be in the memory of these graphs.
+        "ours compiled, graphs of torch.compile": lambda: ours(graph=False, compile=with_graphs),
+        "ours compiled, max-autotune": lambda: ours(
+            compile=m.compile("max-autotune-no-cudagraphs")
         ),
-        "ours compiled, max-autotune": lambda: step(compile=m.compile(tuned)),
     }
-    return rates_of(m, size, batch, candidates)
+    return steps[name]()
 
 
-def rates_of(
-    m: Machine, size: str, batch: int, candidates: dict[str, Callable[[], Step]]
-) -> Values:
-    """Return speed and memory of each candidate; one that fails does not stop the others."""
-    n, rates, memory, failures = batch * m.sizes[size].context_length, {}, {}, {}
-    for name, make in candidates.items():
-        if m.on_gpu:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        with recorded_failure(failures, name):
-            rates[name] = n / m.seconds(make())
-        if m.on_gpu:
-            memory[name] = torch.cuda.max_memory_allocated() / 1e6
-        torch.compiler.reset()
-    return {
-        "size": size, "windows": batch, "tokens per second": rates, "memory MB": memory,
-        "failures": failures,
-    }  # fmt: skip
-
-
-@contextlib.contextmanager
-def recorded_failure(failures: dict[str, str], name: str) -> Iterator[None]:
-    """Add an exception to `failures`; a missing package or compiler concerns one candidate."""
+def speed(m: Machine, size: str, batch: int, name: str) -> Values:
+    """Measure the tokens per second and the memory of a step."""
+    if m.on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     try:
-        yield
-    except Exception as error:
-        failures[name] = f"{type(error).__name__}: {error}"[:300]
+        seconds = m.seconds(candidate(m, size, batch, name))
+    finally:
+        torch.compiler.reset()
+    memory = torch.cuda.max_memory_allocated() / 1e6 if m.on_gpu else None
+    n = batch * m.sizes[size].context_length
+    flops = GPT(m.sizes[size]).flops_per_token() if name.startswith("ours") else None
+    return {
+        "size": size, "windows": batch, "step": name, "tokens per second": n / seconds,
+        "memory MB": memory, "model TFLOP/s": flops and n / seconds * flops / 1e12,
+    }  # fmt: skip
 
 
 def kernels_of_a_step(m: Machine, size: str, batch: int) -> Values:
@@ -234,7 +216,11 @@ def kernels_of_a_step(m: Machine, size: str, batch: int) -> Values:
             step()
         m.synchronize()
     device = "CUDA" if m.on_gpu else "CPU"
-    events = [e for e in profile.key_averages() if e.device_type.name == device]
+    events = [
+        e for e in profile.key_averages()
+        if e.device_type.name == device
+        and not e.is_user_annotation  # a range, which contains kernels (pytorch#130730)
+    ]  # fmt: skip
     spent = {e.key: e.self_device_time_total if m.on_gpu else e.self_cpu_time_total for e in events}
     top = sorted(spent, key=lambda key: -spent[key])[:15]
     in_kernels = sum(spent.values()) / m.steps / 1e3
@@ -249,33 +235,30 @@ def kernels_of_a_step(m: Machine, size: str, batch: int) -> Values:
     }  # fmt: skip
 
 
-def generation(m: Machine, size: str) -> Values:
-    """Measure generated tokens per second, ours and transformers', by batch size."""
-    shape, rates, failures, ratios = m.sizes[size], {}, {}, {}
-    model = GPT(shape).to(m.device).eval().requires_grad_(False)
-    sampling = SamplingConfig(0.8, max_tokens=m.new_tokens, seed=1, backend="torch")
-    for batch in m.sequences:
-        prompt = torch.ones(batch, 4, dtype=torch.long, device=m.device)
-        candidates = {
-            "ours": lambda p=prompt: sum(1 for _ in generate(model, p, sampling, end_of_text=-1)),
-            "transformers eager": transformers_generation(m, shape, prompt),
-            "transformers compiled": transformers_generation(m, shape, prompt, static=True),
-        }
-        names = {kind: f"{kind}, batch {batch}" for kind in candidates}
-        for kind, write in candidates.items():
-            with recorded_failure(failures, names[kind]):
-                write()
-                m.synchronize()
-                start = time.perf_counter()
-                write()
-                m.synchronize()
-                seconds = time.perf_counter() - start
-                rates[names[kind]] = batch * m.new_tokens / seconds
-        ours = rates.get(names.pop("ours"))
-        ratios |= {name: ours / rates[name] for name in names.values() if ours and name in rates}
-    return {
-        "size": size, "tokens per second": rates, "ours against": ratios, "failures": failures
-    }  # fmt: skip
+WRITERS = "ours", "transformers eager", "transformers compiled"
+
+
+def generation(m: Machine, size: str, batch: int, name: str) -> Values:
+    """Measure the generated tokens per second of a program in WRITERS."""
+    shape = m.sizes[size]
+    prompt = torch.ones(batch, 4, dtype=torch.long, device=m.device)
+    if name == "ours":
+        model = GPT(shape).to(m.device).eval().requires_grad_(False)
+        sampling = SamplingConfig(0.8, max_tokens=m.new_tokens, seed=1, backend="torch")
+        write = lambda: sum(1 for _ in generate(model, prompt, sampling, end_of_text=-1))  # noqa: E731
+    else:
+        write = transformers_generation(m, shape, prompt, static=name.endswith("compiled"))
+    try:
+        write()
+        m.synchronize()
+        start = time.perf_counter()
+        write()
+        m.synchronize()
+        seconds = time.perf_counter() - start
+    finally:
+        torch.compiler.reset()
+    rate = batch * m.new_tokens / seconds
+    return {"size": size, "batch": batch, "writer": name, "tokens per second": rate}
 
 
 def transformers_generation(

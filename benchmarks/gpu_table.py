@@ -18,6 +18,7 @@ def table(content: dict[str, Any]) -> str:
     rows = [("measure", "value", "measured on"), ("---", "---", "---")]
     rows += [(name, value, device(content)) for name, value in measures(content)]
     rows += [(name, "not run", "") for name in content.get("not_run", [])]
+    rows += [("stopped", content["stopped"], "")] if "stopped" in content else []
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -33,6 +34,7 @@ def measures(content: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the name and the value of each measure."""
     results: dict[str, Any] = content["results"]
     rows = [row for part, values in results.items() for row in rows_of(part, values)]
+    rows += [(f"{name}, relative to the best peer", f"{r:.2f}×") for name, r in ratios(results)]
     alone = results.get("sharing 1", {}).get("tokens per second")
     for values in results.values():
         if alone and values.get("runs", 1) > 1:
@@ -52,14 +54,8 @@ def rows_of(part: str, values: dict[str, Any]) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     if part == "machine":
         rows += [(unit, f"{values[unit]:,.0f}") for unit in UNITS]
-    elif part.startswith(("speed", "compile variants", "generation")):
-        rates = values["tokens per second"]
-        rows += [(f"{part}: {name}, tokens/s", f"{rate:,.0f}") for name, rate in rates.items()]
-        ratios = values.get("best against peers", {})
-        rows += [(f"{part}: against {k} peers", f"{r:.2f}×") for k, r in ratios.items()]
-        ratios = values.get("ours against", {})
-        rows += [(f"{part}: against {name}", f"{r:.2f}×") for name, r in ratios.items()]
-        rows += [(f"{part}: {name}", text) for name, text in values["failures"].items()]
+    elif part.startswith(("speed", "generation")):
+        rows.append((f"{part}, tokens/s", f"{values['tokens per second']:,.0f}"))
     elif part.startswith("training"):
         seconds = values["seconds to perplexity"]
         goal = f"{part}: seconds from the shell to perplexity {values['perplexity to reach']:g}"
@@ -77,27 +73,53 @@ def rows_of(part: str, values: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def rates(results: dict[str, Any], kind: str) -> dict[str, dict[str, float]]:
+    """Return tokens per second by part, such as "speed medium 128", and by name.
+
+    Args:
+        results: results by part.
+        kind: "speed" or "generation".
+    """
+    values: dict[str, dict[str, float]] = {}
+    for part, result in results.items():
+        group, separator, name = part.partition(": ")
+        if part.startswith(kind) and separator and "tokens per second" in result:
+            values.setdefault(group, {})[name] = result["tokens per second"]
+    return values
+
+
+def ratios(results: dict[str, Any]) -> list[tuple[str, float]]:
+    """Return the speed of our best program relative to that of the best peer of each kind."""
+    pairs = []
+    for group, by_name in {**rates(results, "speed"), **rates(results, "generation")}.items():
+        ours = [rate for name, rate in by_name.items() if name.startswith("ours")]
+        for kind in ("eager", "compiled"):
+            peers = [r for n, r in by_name.items() if not n.startswith("ours") and kind in n]
+            if ours and peers:
+                pairs.append((f"{group}: ours, {kind} peers", max(ours) / max(peers)))
+    return pairs
+
+
 def against_bare_step(results: dict[str, Any]) -> float | None:
     """Return the speed of `train.py` relative to a step alone, for the larger batch."""
-    rates = next((v["tokens per second"] for n, v in results.items() if n.startswith("speed")), {})
+    steps = next(iter(rates(results, "speed").values()), {})
     run = results.get("training medium", {})
-    if "ours" not in rates or "tokens_per_second" not in run:
+    if "ours" not in steps or "tokens_per_second" not in run:
         return None
-    return run["tokens_per_second"] / rates["ours"]
+    return run["tokens_per_second"] / steps["ours"]
 
 
 def figure(content: dict[str, Any]) -> Any:
     """Return a figure with the training speed of each candidate, one panel per batch size."""
     from minigpt.core.plots import COLOURS, INK, REFERENCE_COLOUR, new_figure
 
-    parts = [v for name, v in content["results"].items() if "best against peers" in v]
-    result = new_figure(8, 3.2, columns=max(1, len(parts)))
-    for axes, values in zip(result.axes, parts, strict=False):
-        rates = values["tokens per second"]
-        names = list(rates)[::-1]
+    groups = rates(content["results"], "speed")
+    result = new_figure(8, 3.2, columns=max(1, len(groups)))
+    for axes, (group, by_name) in zip(result.axes, groups.items(), strict=False):
+        names = list(by_name)[::-1]
         ours = [COLOURS[0] if name.startswith("ours") else REFERENCE_COLOUR for name in names]
-        axes.barh(names, [rates[name] / 1e6 for name in names], color=ours)
-        axes.set(xlabel=f"million tokens per second, {values['windows']} windows")
+        axes.barh(names, [by_name[name] / 1e6 for name in names], color=ours)
+        axes.set(xlabel=f"million tokens per second, {group.rpartition(' ')[2]} windows")
         axes.tick_params(labelsize=7)
     title = f"Training the medium model on {device(content)}"
     result.suptitle(title[:120], x=0.01, ha="left", fontsize=10, color=INK)
