@@ -147,7 +147,8 @@ def evaluation_hf_name(folder: Path, config: EvaluationConfig) -> str:
 def _check_settings(config: EvaluationConfig) -> None:
     for name in _ONLY_OURS:
         if getattr(config, name) != getattr(EvaluationConfig(), name):
-            raise UserError("is only for a Mini GPT: leave it out, or evaluate a run", name)
+            problem = "does not apply to a Hugging Face model: leave it out, or evaluate a run"
+            raise UserError(problem, name)
 
 
 def _load(folder: Path) -> tuple[Any, Any]:

@@ -221,7 +221,7 @@ def publish(
     run: RunPath,
     name: Annotated[str, Argument(help="Name on the Hugging Face Hub, user/name.")],
     space: Annotated[bool, Option("--space", help="A web page with the model.")] = False,
-    out: Annotated[Path | None, PathOption(help="Folder to write; by default ./NAME.")] = None,
+    out: Annotated[Path | None, PathOption(help="Folder to write; by default NAME without the user.")] = None,
     private: Annotated[bool, Option("--private", help="Private repository.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Only write the folder.")] = False,
     class_path: ClassPath = None,
@@ -229,7 +229,7 @@ def publish(
     """Upload a model for transformers or, with --space, a web page to try the model.
 
     The page is the playground, as a Space on the Hugging Face Hub. To try it on
-    this machine first, add --dry-run, then type python NAME/app.py.
+    this machine first, add --dry-run --out page, then type python page/app.py.
     """
     from minigpt.exporting import export as write
     from minigpt.exporting.folder import check_output

@@ -174,9 +174,10 @@ def _shape(start: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_unpacked(paths: list[Path]) -> int:
-    """Return the size of files after decompression, at most MAX_UNPACKED bytes in total.
+    """Return the total size of files after decompression; it must not exceed MAX_UNPACKED bytes.
 
-    Reading stops at the limit, and nothing is stored before a file is known to be below it.
+    Reading stops when the limit is exceeded. A compressed Parquet file is decompressed to the disk
+    only after its decompressed size is known to be within the limit.
 
     Args:
         paths: the files.

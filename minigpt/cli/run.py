@@ -61,7 +61,7 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
     Args:
         name: name of the root config, train or evaluate.
         task: function to call with the composed config, the program, and the settings that name a
-            model class, as typed. The latter are not passed to Hydra.
+            model class, as typed. Settings that name a model class are not passed to Hydra.
     """
     use_utf8()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of exiting

@@ -58,7 +58,8 @@ def without_dashes(arguments: Sequence[str]) -> list[str]:
         if equals and not flag.startswith(("-", "~")) and _is_stray(following):
             rest = itertools.takewhile(_is_stray, words[index + 1 :])
             whole = shell_word(" ".join([word, *rest]))
-            raise UserError(f"{following} is not a setting, key=value: type {whole} for one value")
+            problem = f"{following} does not have the form key=value"
+            raise UserError(f"{problem}; if it belongs to the setting before it, type {whole}")
     return words
 
 

@@ -30,7 +30,7 @@ SIGHUP: int = getattr(signal, "SIGHUP", 0)  # Windows has none
 
 
 def is_ignored(number: int) -> bool:
-    """Return whether a signal is ignored, as SIGHUP is under nohup, or does not exist.
+    """Return whether a signal does not exist here, or is ignored, as SIGHUP is under nohup.
 
     Args:
         number: number of the signal; 0 for a signal that does not exist on this system.

@@ -152,7 +152,8 @@ def epoch_offset(context_length: int, seed: int, epoch: int) -> int:
 class BudgetSampler(Sampler[int]):
     """Sampler that yields the steps of a run; `batch` returns the windows of a step.
 
-    An epoch consists of adjacent windows in a random order. The windows are shuffled even if the
+    In each epoch, the tokens are cut into windows that follow each other without gaps. The windows
+    are read in a random order. They are shuffled even if the
     stories are shuffled too. If only the stories were shuffled, a batch would contain fewer
     stories, because neighbouring windows often share a story. With `random_offset`, the windows
     start at a random offset in each epoch after the first, so the context of a token and its

@@ -258,7 +258,7 @@ def write_gguf(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def _modelfile(context: int) -> str:
-    """Return the Modelfile with which Ollama imports model.gguf and samples as Mini GPT does."""
+    """Return the Modelfile that makes Ollama import model.gguf and sample as Mini GPT does."""
     parameters = {
         "num_ctx": context,
         "temperature": SamplingConfig().temperature,

@@ -22,7 +22,7 @@ class WandbModel(ModelUpload):
     """Callback that uploads the best model of a run to W&B when training ends.
 
     The artifact `model-<id of the W&B run>` is an export in the format safetensors with bfloat16
-    weights and a model card. It has no checkpoint and no path of this machine. Commands such as
+    weights and a model card. It contains no checkpoint and no absolute paths. Commands such as
     `minigpt generate` can load it. If the export fails, a warning is logged, and the run still
     finishes.
 

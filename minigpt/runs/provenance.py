@@ -132,7 +132,7 @@ class Parent:
 
     def __post_init__(self) -> None:
         if not all(text.isprintable() for text in (self.name, *self.sources)):
-            raise ValueError("name and sources must each be one line of printable text")
+            raise ValueError("the name and each source must be one line of printable text")
         if (self.tokens or 0) < 0 or (self.seconds or 0) < 0:
             raise ValueError("tokens and seconds must not be negative")
 
@@ -152,7 +152,7 @@ class AveragedRun:
     """Fingerprint of its weights, from `weights_fingerprint`."""
 
     overrides: list[str] | None = None
-    """Overrides that the run was trained with, without paths; None means unknown."""
+    """Overrides of the run, as `portable_overrides` returns them; None means unknown."""
 
     sources: list[str] = field(default_factory=list)
     """The `data.source` that the run was trained on, without those of its parent."""
@@ -160,7 +160,7 @@ class AveragedRun:
     def __post_init__(self) -> None:
         texts = self.name, *(self.overrides or ()), *self.sources
         if not all(text.isprintable() for text in texts):
-            raise ValueError("name, overrides and sources must each be one line of printable text")
+            raise ValueError("the name, each override and each source must be one printable line")
 
 
 def averaged_runs(summary: Mapping[str, Any], path: Path) -> list[AveragedRun]:

@@ -41,9 +41,9 @@ def scaling_figure(groups: Sequence[RunGroup]) -> Figure:
 
     The figure shows the main group, which is the group with the most model sizes. For each of these
     sizes, a point is the mean perplexity of the runs, and an error bar extends from the lowest to
-    the highest perplexity. A curve is the law fitted to the main group. A second series shows the
-    best of the other groups: the lowest mean at each size where another group has a lower mean than
-    the main group, or where the main group has no runs.
+    the highest perplexity. A curve is the law fitted to the main group. A second series has a
+    point at each size at which another group has a lower mean than the main group, or the main
+    group has no runs. The point is the lowest mean of all groups at that size.
 
     Args:
         groups: groups of comparable runs; if empty, only the reference models are drawn.

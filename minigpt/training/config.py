@@ -321,8 +321,8 @@ class TrainConfig:
         if (name := self.name) is not None:
             fits = name.isprintable() and 0 < len(name.encode()) <= MAX_NAME_BYTES
             if not fits or Path(name).name != name or name == "..":
-                message = "must be the name of a folder in runs_dir: printable, without /, at most"
-                raise UserError(f"{message} {MAX_NAME_BYTES} bytes", "name", name)
+                message = f"must be printable text without / and of at most {MAX_NAME_BYTES} bytes"
+                raise UserError(f"{message}, for the name of the run folder", "name", name)
         examples = {"runs_dir": "runs", "resume": "runs/<name>", "init_from": "releases/large"}
         for name, example in examples.items():
             if getattr(self, name) == "":
