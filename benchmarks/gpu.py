@@ -219,22 +219,27 @@ def run(minutes: float, device: str, out: Path, names: list[str] | None = None) 
 
 def supervise(report: Report, end: float, scratch: Path, names: list[str] | None) -> None:
     """Run `work` in a process, and start another one whenever a part fails, crashes or hangs."""
-    report.set("running", None)
+    report.set("measured_on", "a GPU that was not reached")
     command = [sys.executable, str(Path(__file__).resolve()), "--out", str(report.path.parent)]
     command += ["--worker", str(end), str(scratch), *(["--only", *names] if names else [])]
     code: int | None = _RESTART
     while code:
+        report.set("running", None)
         process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
         problem = None
-        while problem is None and process.poll() is None:
-            time.sleep(0.5)
-            report.read()
-            running = report.content["running"] or {"until": end}
-            if time.time() > min(end, running["until"]):
-                problem = "was stopped at the end of the time"
-        if problem is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its trainings, too
+        try:
+            while problem is None and process.poll() is None:
+                time.sleep(0.5)
+                report.read()
+                running = report.content["running"] or {"until": end}
+                if time.time() > end:
+                    problem = "was stopped at the end of the time"
+                elif time.time() > running["until"]:
+                    problem = f"was stopped after {_PATIENCE:g} times its expected time"
+        finally:  # also at Ctrl-C
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # its trainings, too
         code = process.wait()
         report.read()
         if code and code != _RESTART:

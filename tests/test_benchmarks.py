@@ -177,6 +177,7 @@ def put(**values):
     open(path + ".new", "w").write(json.dumps(content))
     os.replace(path + ".new", path)
 done = content["results"]
+time.sleep(1)  # imports
 if "hangs" not in done:
     put(running={"name": "hangs", "until": time.time() + 1})
     time.sleep(60)
