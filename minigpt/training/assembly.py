@@ -153,8 +153,7 @@ class Assembly:
             num_sanity_val_steps=0,
             log_every_n_steps=c.log_every_n_steps,
             logger=loggers,
-            # Checkpoints last, so that they contain what the others have just changed.
-            callbacks=[*self._callbacks(checkpoints, facts), *callbacks, checkpoints],
+            callbacks=[*self._callbacks(checkpoints, facts), *callbacks],
             default_root_dir=folder,
             enable_checkpointing=False,  # ours are among the callbacks
             enable_progress_bar=False,
@@ -187,6 +186,7 @@ class Assembly:
             # Before snapshots and checkpoints, so that the last of each contains the mean.
             *([CycleMean(module)] if config.optimizer.cycles else []),
             *([Snapshots(module, folder, keep.snapshots)] if keep.snapshots else []),
+            checkpoints,
             RunReport(module, folder, facts, throughput, checkpoints),
             *([Profile(module, folder / PROFILE)] if c.profile else []),
         ]

@@ -41,7 +41,7 @@ from minigpt.kernels.choice import kernels_for
 from minigpt.kernels.decode import is_plain
 from minigpt.model import GPT
 from minigpt.runs.folder import ModelFactory, Run, class_path, config_class, new_run_folder
-from minigpt.runs.names import CHECKPOINTS, REPORT
+from minigpt.runs.names import CHECKPOINTS, REPORT, SUMMARY
 from minigpt.runs.records import read_summary
 from minigpt.training.assembly import Assembly, set_losses
 from minigpt.training.callbacks import (
@@ -121,7 +121,7 @@ def _train(
         if folder is not None and start.step >= schedule.n_steps and not start.validates:
             if read_summary(folder).get("status") == "finished":
                 log.info("%s is already complete (%d steps)", folder, start.step)
-                if not (folder / REPORT).is_file() and global_rank() == 0:
+                if global_rank() == 0 and _lacks_report(folder):
                     write_report(folder)
                 return folder
             # The end of the run was interrupted: validate again, and write the missing report.
@@ -252,6 +252,12 @@ def _fit(
         finish_wandb(trainer.loggers, status)
         end_processes(trainer, finished=status == 0)
         watch.patient = False  # `Checkpoints` has set it
+
+
+def _lacks_report(folder: Path) -> bool:
+    """Return whether report.html is missing, or older than summary.json, with which it belongs."""
+    report = folder / REPORT
+    return not report.is_file() or report.stat().st_mtime < (folder / SUMMARY).stat().st_mtime
 
 
 def _prepare_libraries(seed: int) -> None:
