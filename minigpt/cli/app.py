@@ -221,7 +221,9 @@ def publish(
     run: RunPath,
     name: Annotated[str, Argument(help="Name on the Hugging Face Hub, user/name.")],
     space: Annotated[bool, Option("--space", help="A web page with the model.")] = False,
-    out: Annotated[Path | None, PathOption(help="Folder to write; by default NAME without the user.")] = None,
+    out: Annotated[
+        Path | None, PathOption(help="Folder to write; by default NAME without the user.")
+    ] = None,
     private: Annotated[bool, Option("--private", help="Private repository.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Only write the folder.")] = False,
     class_path: ClassPath = None,

@@ -93,7 +93,11 @@ def result_on_stdout() -> None:
 def _flush_result() -> None:
     """Flush stdout if it is the result of the program, so that a full disk raises an error."""
     if any(output.is_result for output in outputs()):
-        sys.stdout.flush()
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            if error.errno in DISK_FULL:  # not if a reader such as head has ended
+                raise
 
 
 def end_output() -> None:

@@ -273,7 +273,15 @@ def matmul_peak(hardware: Hardware, cache_dir: Path, again: bool = False) -> flo
     cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     name = torch.cuda.get_device_name() if accelerator == "cuda" else cpu
     tf32 = torch.get_float32_matmul_precision() if dtype == torch.float32 else ""
-    parts = (platform.node(), accelerator, name, str(dtype), tf32, str(torch.get_num_threads()))
+    parts = (
+        platform.node(),
+        "random",
+        accelerator,
+        name,
+        str(dtype),
+        tf32,
+        str(torch.get_num_threads()),
+    )
     key, path = " ".join(filter(None, parts)), cache_dir / PEAK_FILE
     try:
         peaks = {k: v for k, v in read_json(path).items() if isinstance(v, float)}

@@ -82,7 +82,7 @@ def model_card(
         **{"config": config, "summary": summary, "evaluation": evaluation, "parent": parent},
         **{"teachers": teachers, "teacher_tokens": total_tokens(teachers)},
         prompt=json.dumps(prompt, ensure_ascii=False),
-        shell_prompt=f'"{prompt}"' if re.fullmatch(r"[\w ,.]+", prompt) else shell_word(prompt),
+        shell_prompt=_shell_prompt(prompt),
         local_path=shell_word(local_path),
         evaluate=shell_command("minigpt", "evaluate", *typed_settings(settings)),
         model_path=_python_string(name if "/" in name else local_path),
@@ -144,6 +144,13 @@ def _metadata(
 def _split(evaluation: Record) -> str:
     """Return the name of the split that was evaluated: "validation" or "tuning"."""
     return "tuning" if evaluation["data"].get("valid") == "tuning" else "validation"
+
+
+def _shell_prompt(prompt: str) -> str:
+    """Return the prompt as an argument of `minigpt generate`."""
+    if prompt.startswith("-"):  # not an option
+        return shell_word(f"--prompt={prompt}")
+    return f'"{prompt}"' if re.fullmatch(r"[\w ,.]+", prompt) else shell_word(prompt)
 
 
 def _cell(value: Any) -> str:

@@ -17,7 +17,7 @@ from gradio.events import Dependency
 
 from minigpt.playground.answers import Playground
 
-AGE = "number of the snapshot: further left, the model is at an earlier point of its training"
+AGE = "further left, the model is at an earlier point of its training"
 PLAY_SECONDS = 1.5  # seconds at each position while the slider moves on its own
 # JavaScript that sets the first input to whether the tab with the id %s is open. Only the browser
 # knows this when the age changes: the server would learn too late that a tab was opened.

@@ -66,8 +66,9 @@ def _installed_commit(package: Path) -> str:
 def portable_overrides(overrides: Sequence[str]) -> list[str]:
     """Return the overrides of a run, without what belongs to one machine or one user.
 
-    Overrides of `runs_dir`, `resume`, `logger`, `callbacks` and `data.cache_dir` are removed. In
-    the remaining ones, a path that is absolute or begins with ~/ is reduced to its last component.
+    Overrides of `runs_dir`, `resume`, `logger`, `callbacks` and `data.cache_dir` are removed, and
+    that of `data.dataset` if it is an absolute path. In the remaining ones, a path that is absolute
+    or begins with ~/ is reduced to its last component.
 
     Args:
         overrides: the overrides as typed, such as "model=large".
@@ -76,7 +77,9 @@ def portable_overrides(overrides: Sequence[str]) -> list[str]:
         The remaining overrides, in the same order.
     """
     typed = [o for o in overrides if re.split(r"[./=@]", o.lstrip("+~"))[0] not in MACHINE]
-    return [_portable(o) for o in typed if not o.lstrip("+").startswith("data.cache_dir=")]
+    # The name of a local dataset could be that of another dataset on the Hub.
+    excluded = re.compile(r"\+*(data\.cache_dir=|data\.dataset=['\"]?(~|[A-Za-z]:)?[/\\])")
+    return [_portable(o) for o in typed if not excluded.match(o)]
 
 
 def _portable(override: str) -> str:
@@ -132,7 +135,7 @@ class Parent:
 
     def __post_init__(self) -> None:
         if not all(text.isprintable() for text in (self.name, *self.sources)):
-            raise ValueError("the name and each source must be one line of printable text")
+            raise ValueError("name and each of the sources must be one line of printable text")
         if (self.tokens or 0) < 0 or (self.seconds or 0) < 0:
             raise ValueError("tokens and seconds must not be negative")
 
@@ -160,7 +163,9 @@ class AveragedRun:
     def __post_init__(self) -> None:
         texts = self.name, *(self.overrides or ()), *self.sources
         if not all(text.isprintable() for text in texts):
-            raise ValueError("the name, each override and each source must be one printable line")
+            raise ValueError(
+                "name, each of the overrides and each of the sources must be one printable line"
+            )
 
 
 def averaged_runs(summary: Mapping[str, Any], path: Path) -> list[AveragedRun]:

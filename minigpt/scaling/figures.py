@@ -130,7 +130,7 @@ def _curves_figure(runs: Iterable[RunResult], per_token: Callable[[Any], Any], u
     for run, scale in reversed(scaled):
         kind = zip((run.corpus, run.recipe), usual, strict=True)
         unusual = [part for part, most in kind if part != most]
-        label = ", ".join([f"{run.model} ({human_count(run.parameters or 0)})", *unusual])
+        label = plain(", ".join([f"{run.model} ({human_count(run.parameters or 0)})", *unusual]))
         curve = [(scale * tokens, perplexity(loss)) for tokens, loss in run.curve]
         if label in series or len(series) < len(COLOURS):
             series.setdefault(label, []).append(curve)

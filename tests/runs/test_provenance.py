@@ -113,6 +113,8 @@ def test_portable_overrides_have_no_folders_of_the_machine():
         "data.separator=</s>",
         "name=x/y",
         "data.cache_dir=/tmp/me",
+        "data.dataset=/home/me/wikitext",
+        "data.dataset=owner/name",
         "runs_dir=/tmp/me",
         "logger=wandb",
         "+logger.wandb.entity=me",
@@ -127,6 +129,7 @@ def test_portable_overrides_have_no_folders_of_the_machine():
         "data.valid_files=[z.txt]",
         "data.separator=</s>",
         "name=x/y",
+        "data.dataset=owner/name",
     ]
 
 
