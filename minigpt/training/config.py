@@ -322,7 +322,7 @@ class TrainConfig:
             fits = name.isprintable() and 0 < len(name.encode()) <= MAX_NAME_BYTES
             if not fits or Path(name).name != name or name == "..":
                 message = f"must be printable text without / and of at most {MAX_NAME_BYTES} bytes"
-                raise UserError(f"{message}, for the name of the run folder", "name", name)
+                raise UserError(f"{message}, for the name of a folder in runs_dir", "name", name)
         examples = {"runs_dir": "runs", "resume": "runs/<name>", "init_from": "releases/large"}
         for name, example in examples.items():
             if getattr(self, name) == "":

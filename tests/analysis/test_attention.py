@@ -57,7 +57,7 @@ def test_forward_without_a_cache_is_an_error_that_names_it():
             return super().forward(ids)
 
     net = Uncached(GPTConfig(50, 12, d_model=16, n_layers=1, n_heads=2, d_ff=32)).eval()
-    with pytest.raises(UserError, match=naming("Uncached.forward", "cache")):
+    with pytest.raises(UserError, match=naming("Uncached", "forward", "cache")):
         attention_weights(net, torch.zeros(1, 3, dtype=torch.long))
 
 
