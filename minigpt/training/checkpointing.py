@@ -247,7 +247,13 @@ class Checkpoints(Callback):
         self._stops_at_once = True
 
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
-        """Write the checkpoint held in memory if SIGHUP asks for a checkpoint."""
+        """Write the checkpoint held in memory if SIGHUP asks for a checkpoint.
+
+        Stop the run if the exception of a signal was lost. Python discards an exception that a
+        signal handler raises while a `__del__` method runs.
+        """
+        if self._signal:
+            raise self._stop(128 + self._signal)
         if self._is_due:
             self._is_due = False
             self.files.write_held()

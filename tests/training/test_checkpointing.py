@@ -4,6 +4,7 @@ import signal
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,6 +105,35 @@ def test_run_stopped_in_its_last_validation_repeats_it(workspace: Path):
     assert training.steps == 0
     assert {"train/loss", "val/loss"} <= read_summary(workspace / "runs/last").keys()
     assert_same(workspace / "runs/last", workspace / "runs/whole")
+
+
+def test_signal_in_a_finalizer_stops_the_validation(workspace: Path):
+    command = [*overrides(workspace), "name=finalizer"]
+    before = partial(interrupted_finalizer, STEPS // 2)
+    training = Training(command, workspace / "finalizer.txt", before=before)
+    assert training.wait() == 128 + signal.SIGINT, training.output_text()
+    assert training.output_text().splitlines().count("finalizer") == 1
+    last = read_checkpoint(workspace / "runs/finalizer/checkpoints/last.ckpt")
+    assert last["global_step"] == STEPS // 2
+
+
+def interrupted_finalizer(step: int) -> None:
+    """Send SIGINT in the validation after a step while `__del__` runs, which loses exceptions."""
+    from minigpt.training.module import GPTModule
+
+    validate = GPTModule.validation_step
+
+    class Finalizer:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def interrupted(self: Any, *arguments: Any) -> None:
+        validate(self, *arguments)
+        if self.global_step == step:
+            print("finalizer", flush=True)
+            Finalizer()
+
+    GPTModule.validation_step = interrupted  # type: ignore[method-assign]
 
 
 def test_run_lock_refuses_a_second_process(workspace: Path):
