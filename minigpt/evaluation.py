@@ -71,7 +71,7 @@ class StoriesConfig:
 
     def __post_init__(self) -> None:
         if self.n < 1:
-            problem = "must be at least 1; without prompts, no stories are generated"
+            problem = "must be at least 1; an empty list of prompts gives no stories"
             raise UserError(problem, "n", self.n, fix={"prompts": []})
         for temperature in self.temperatures:
             SamplingConfig(temperature=temperature, max_tokens=self.max_tokens)
@@ -92,7 +92,8 @@ class EvaluationConfig:
 
     batch_size: int | None = None
     """Number of windows to score at a time, at least 1. None means 32 or, on a CUDA GPU, as many
-    windows as fit in a quarter of its memory, up to 1,024."""
+    windows as fit in a quarter of its memory, from 32 to 1,024. For a Hugging Face model, None
+    means 32, and the number is reduced if the logits of the windows would take more than 512 MB."""
 
     seed: int = 1
     """Seed for generating the stories, at least 0; every temperature uses the same seed."""
@@ -116,8 +117,8 @@ class EvaluationConfig:
 
     valid: Literal["v1", "v2", "both"] | None = None
     """Validation stories of the bundled sample to score: those from TinyStories V2, those from the
-    harder V1, or both. None means both for the sample. For other data, or if `data.valid` is set,
-    None means the stories that the data settings select for validation."""
+    harder V1, or both. None means both if the data is this sample and `data.valid` is None.
+    Otherwise, None means the stories that the data settings select for validation."""
 
     def __post_init__(self) -> None:
         if self.batch_size is not None and self.batch_size < 1:
@@ -301,7 +302,8 @@ def compare_temperatures(
     Args:
         temperatures: the temperatures.
         stories: the stories at each temperature, from `write_stories`.
-        trained_on: data settings of the run; None if they are unknown.
+        trained_on: data settings of the run, from `own_data`; None means that novelty cannot be
+            measured.
 
     Returns:
         The results for each temperature, and the number of training stories that were used, which
@@ -328,16 +330,16 @@ def own_data(run_config: dict[str, Any]) -> DataConfig | None:
         run_config: configuration of the run.
 
     Returns:
-        The settings. None for an export of a run on the user's own files or local dataset, which
-        does not record their paths, and for a run on the source `tinystories_tuning`, which is no
-        longer bundled.
+        The settings; None if the data cannot be found. This is the case for an export of a run on
+        the user's own files or on a local dataset, because an export does not record their paths.
+        It is also the case for the source `tinystories_tuning`, which is no longer bundled.
 
     Raises:
-        UserError: the configuration has no data settings.
+        UserError: the configuration has no valid data settings.
     """
     data = run_config.get("data")
     if not isinstance(data, Mapping):
-        raise UserError("config.yaml has no valid data settings: restore the file")
+        raise UserError("the run's config.yaml has no valid data settings: restore the file")
     needed = {"text": "train_files", "hf": "dataset"}.get(str(data.get("source")))
     if needed is not None and not data.get(needed):
         return None
@@ -394,8 +396,8 @@ def evaluate(
 
     `evaluation_name` gives the name of the file, such as evaluation.json. The best available device
     is used. The precision is that of training, so that the loss is comparable with the loss that
-    was logged in training. If this machine would only emulate that precision, float32 is used
-    instead.
+    was logged in training. There are two exceptions on a CPU: float32 replaces emulated bfloat16,
+    and the choice of `trainer.precision=auto` replaces 16-mixed.
 
     Args:
         run: a run, or the path of its folder, of a checkpoint or of an export.
@@ -461,7 +463,9 @@ def evaluate(
 def _hardware(run: Run) -> Hardware:
     """Return the best device, with the precision in which the run was trained.
 
-    If this CPU can only emulate that precision, float32 is used instead.
+    For a run without summary.json, this is the setting `trainer.precision`, with `auto` resolved
+    for this device. On a CPU, float32 replaces emulated bfloat16, and the choice of `auto` replaces
+    16-mixed.
     """
     # A killed run has no summary.json, so the precision is resolved from the setting of the run.
     setting = (run.config.get("trainer") or {}).get("precision", "auto")
@@ -476,7 +480,10 @@ def _hardware(run: Run) -> Hardware:
 def _probe(
     probe: EmbeddingProbe, config: EvaluationConfig
 ) -> tuple[dict[str, Tokens | str], dict[str, Tokens | str]]:
-    """Return the nearest tokens of each word and the answers to each analogy."""
+    """Return the nearest tokens of each word and the answers to each analogy.
+
+    If a word or an analogy has no result, the reason stands in its place.
+    """
     neighbours = {word: tokens_or_reason(probe.neighbours, word) for word in config.words}
     analogies = {
         f"{a} − {b} + {c}": tokens_or_reason(probe.analogy, a, b, c) for a, b, c in config.analogies
@@ -485,7 +492,10 @@ def _probe(
 
 
 def check_writable(folder: Path, name: str = "evaluation.json") -> None:
-    """Create `folder` if it is missing; raise UserError if the file `name` cannot be written."""
+    """Create `folder` if it is missing; raise UserError if no file can be created in it.
+
+    The error says that the file `name` cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -506,8 +516,9 @@ def score_corpora(
 
     Returns:
         Three values: the data settings that apply, the name of the stories, and the list of scores.
-        The name is "v1", "v2" or "both" for stories of the bundled sample, and None for other
-        stories. For "both", the first score is for V2 and the second for V1.
+        For validation splits of the bundled sample, the name is "v1", "v2" or "both". For other
+        stories, and for the stories that `data.valid` selects, it is None. For "both", the first
+        score is for V2 and the second for V1.
 
     Raises:
         UserError: the stories cannot be read, or `valid` is set but the data is not the bundled

@@ -1,4 +1,4 @@
-"""Loss of any causal language model in Hugging Face's format, on the stories of `evaluate`.
+"""Loss of a causal language model in Hugging Face's format, on the stories of `evaluate`.
 
 >>> evaluate_hf("models/gpt2").bits_per_byte  # comparable with evaluate("runs/my-run")
 
@@ -91,8 +91,9 @@ def evaluate_hf(
         default for the bundled sample, it is the loss for V2, and `valid_v1` is the loss for V1.
 
     Raises:
-        UserError: transformers is missing, the folder is not such a model, a setting does not
-            apply, the data cannot be read, or the output folder cannot be written.
+        UserError: transformers is missing, the folder is not such a model, a setting is out of
+            range or does not apply, the data cannot be read, the GPU does not have enough memory,
+            or the output folder cannot be written.
     """
     folder, config = user_path(folder, "hf"), config or EvaluationConfig()
     out = user_path(out or ".", "out")
@@ -109,7 +110,9 @@ def evaluate_hf(
     try:
         model = model.to(device)
     except torch.OutOfMemoryError:
-        problem = "the model is larger than the GPU's memory: set CUDA_VISIBLE_DEVICES= for the CPU"
+        problem = (
+            "the GPU is too small: to use the CPU, put CUDA_VISIBLE_DEVICES= before the command"
+        )
         raise UserError(problem, "hf", str(folder)) from None
 
     def score(corpus: Corpus) -> Score:
@@ -155,8 +158,8 @@ def _load(folder: Path) -> tuple[Any, Any]:
     """Return the model, in evaluation mode, and its tokenizer.
 
     Raises:
-        UserError: transformers is missing, the folder does not contain a causal language model that
-            it can load, or the tokenizer has no end-of-sequence token.
+        UserError: transformers is missing, transformers cannot load a causal language model from
+            the folder, or the tokenizer has no end-of-sequence token.
     """
     if not (folder / "config.json").is_file():
         example = "download a model with hf download NAME --local-dir FOLDER"
@@ -196,7 +199,7 @@ def _encoded(corpus: Corpus, tokenizer: Any) -> tuple[np.ndarray, int, int]:
     """Return the ids of the validation stories, and the numbers of stories and UTF-8 bytes."""
     pieces = [*corpus.pieces("valid")]
     if not pieces:
-        raise UserError("the valid split has no story; add more text", "data.source")
+        raise UserError("the valid split contains no story; add more text", "data.source")
     rows = tokenizer(
         [text for text, _ in pieces], add_special_tokens=False, split_special_tokens=True
     )["input_ids"]

@@ -73,7 +73,8 @@ class GPTConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} must be at least 0 and below 1")
         if self.embedding_scale is not None and self.embedding_scale <= 0:
-            raise ValueError(f"embedding_scale {self.embedding_scale} must be above 0, or None")
+            problem = f"embedding_scale {self.embedding_scale} must be above 0"
+            raise ValueError(f"{problem}; leave it out to use sqrt(d_model)")
 
 
 def sinusoids(length: int, d_model: int) -> Tensor:
@@ -268,8 +269,9 @@ class GPT(nn.Module):
       still apply.
     - `forward`: the loss is the cross-entropy of the logits that `forward` returns.
 
-    Training, validation and evaluation measure `loss`; generation samples from `forward`. If the
-    overriding method has no `cache` parameter, generation runs a full forward pass for each token.
+    Training without teachers, validation and evaluation measure `loss`; generation samples from
+    `forward`. If the overriding method has no `cache` parameter, generation runs a full forward
+    pass for each token.
 
     Args:
         config: shape of the model.

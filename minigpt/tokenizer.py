@@ -127,7 +127,7 @@ class Tokenizer:
             # That of an export would add END_OF_TEXT before each text.
             library = tokenizers.Tokenizer.from_str(json.dumps({**content, "post_processor": None}))
         except OSError as error:
-            raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
+            raise UserError(f"cannot read {path}: {error.strerror}; give another file") from None
         except Exception:  # the library raises plain Exception for invalid files
             problem = f"{path} is not a valid tokenizer.json; use the one in a run folder"
             raise UserError(problem) from None
@@ -352,8 +352,8 @@ def cut_texts(
 def _until_diverse(texts: Iterable[str]) -> Iterator[str]:
     """Yield `texts` until their distinct pre-tokens have a total of _DISTINCT_BYTES bytes.
 
-    The pre-tokens are counted after each group of texts. If few of them are new, only the last
-    quarter of the next group is counted.
+    The pre-tokens are counted after each group of texts. If few pre-tokens of a group are new, the
+    next group is four times as long, and only its last quarter is counted.
     """
     words: set[str] = set()  # words already counted, such as most words of a new English text
     pre_tokens: set[str] = set()

@@ -2,7 +2,7 @@
 
 >>> values = activations(model, encode_prompt(tokenizer, "Tom had a dog. He"))
 >>> values["blocks.2.input"].shape
-torch.Size([1, 8, 256])
+torch.Size([1, 7, 256])
 
 A model with L blocks has the following activations, in the order of their computation. i runs from
 0 to L - 1, and d_ff is the width of the hidden layer; model.py explains the other letters.
@@ -76,7 +76,7 @@ def activations(
     """
     if not takes_cache(model):
         name = type(model).__qualname__
-        raise UserError(f"forward and hidden of {name} must have a parameter named cache")
+        raise UserError(f"{name}.forward and {name}.hidden must have a parameter named cache")
     names, edits = activation_names(model), edits or {}
     replaceable = [name for name in names if not name.endswith(("weights", "logits"))]
     for name in edits:

@@ -39,7 +39,7 @@ def attention_weights(net: GPT, ids: Tensor) -> Tensor:
     """
     if not takes_cache(net):
         name = type(net).__qualname__
-        raise UserError(f"forward and hidden of {name} must have a parameter named cache")
+        raise UserError(f"{name}.forward and {name}.hidden must have a parameter named cache")
     cache = KVCache(ids.shape[1], keep_weights=True)
     net(ids, cache=cache)
     assert cache.weights is not None
@@ -92,7 +92,7 @@ def head_scores(net: GPT, seed: int = 0) -> HeadScores:
 
 
 def repeated_ids(net: GPT, seed: int = 0) -> Tensor:
-    """Return the ids on which `head_scores` measures: 0, n random different ids, these n ids again.
+    """Return the input of `head_scores`: id 0, n different random ids, and the same n ids again.
 
     Args:
         net: the model; n depends on its context length and its vocabulary, as in `head_scores`.
@@ -107,7 +107,7 @@ def repeated_ids(net: GPT, seed: int = 0) -> Tensor:
     shape = net.config
     n = min(MAX_REPEATED, (shape.context_length - 1) // 2, shape.vocab_size - 1)
     if n < 2:
-        raise UserError("needs a context of 5 tokens and a vocabulary of 3: choose another", "net")
+        raise UserError("must have context_length >= 5 and vocab_size >= 3", "net")
     generator = torch.Generator().manual_seed(seed)
     half = 1 + torch.randperm(shape.vocab_size - 1, generator=generator)[:n]
     ids = torch.cat([torch.zeros(1, dtype=torch.long), half, half])[None]

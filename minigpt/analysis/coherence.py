@@ -98,10 +98,10 @@ def story_openings(
                 return openings
     limit = f"at most {context // 2} tokens (half the context)"
     if not openings:
-        problem = f"no first sentence that names a protagonist has {limit}"
+        problem = f"no story names its protagonist in a first sentence of {limit}"
         raise UserError(f"{problem}: choose a run with a longer context")
-    problem = f"only {len(openings)} first sentences have a protagonist and {limit}"
-    raise UserError(f"{problem}; choose a number of at most {len(openings)}", "n", n)
+    problem = f"only {len(openings)} stories name their protagonist in a first sentence of {limit}"
+    raise UserError(f"{problem}; choose at most {len(openings)}", "n", n)
 
 
 def original_continuations(

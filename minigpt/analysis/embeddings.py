@@ -50,7 +50,7 @@ def parse_analogy(text: str) -> tuple[str, str, str]:
         if first == "+" != sign:
             return word, third, second
     words = " ".join(text.split())
-    raise UserError(f"'{words}' is not an analogy of three words such as 'princess - girl + boy'")
+    raise UserError(f"'{words}' is not an analogy: type three words as in 'princess - girl + boy'")
 
 
 def tokens_or_reason(query: Callable[..., Tokens], *words: str) -> Tokens | str:

@@ -36,7 +36,7 @@ def ablate_heads(model: GPT, ids: Tensor, heads: Iterable[tuple[int, int]]) -> T
     shape = model.config
     for block, head in heads:
         if not (0 <= block < shape.n_layers and 0 <= head < shape.n_heads):
-            limits = f"block is from 0 to {shape.n_layers - 1}, head from 0 to {shape.n_heads - 1}"
+            limits = f"block must be 0 to {shape.n_layers - 1}, and head 0 to {shape.n_heads - 1}"
             raise UserError(limits, "heads", (block, head))
         removed.setdefault(f"blocks.{block}.attention.heads", []).append(head)
     edits = {name: _zeroed(torch.tensor(indices)) for name, indices in removed.items()}
@@ -101,7 +101,7 @@ def _patched(
     the activation `point` is replaced by the activation for `clean`.
     """
     if clean.shape != corrupted.shape:
-        problem = f"must have the shape of clean, {tuple(clean.shape)}: use texts of equal length"
+        problem = f"must have the shape of clean, {tuple(clean.shape)}: use as many tokens"
         raise UserError(problem, "corrupted", tuple(corrupted.shape))
     source = activations(model, clean)
     results = []

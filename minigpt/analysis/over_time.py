@@ -109,8 +109,8 @@ def write_over_time(run: Run, out: Path, config: OverTimeConfig | None = None) -
         The paths of the files.
 
     Raises:
-        UserError: the run has no snapshots, or fewer than `config.n_written` validation stories
-            begin with a sentence that names the protagonist.
+        UserError: the run has no snapshots, or `story_openings` finds fewer than
+            `config.n_written` openings in the validation stories.
     """
     config = config or OverTimeConfig()
     moments, vectors, words = _measure(run, config)
@@ -137,7 +137,7 @@ def _measure(
     The words are those of CLUSTERS that are single tokens, by name of their cluster.
     """
     if not run.snapshots:
-        problem = f"{run.folder} has no snapshots; train with snapshots, or choose another run"
+        problem = f"{run.folder} has no snapshots; choose another run, or train one with snapshots"
         raise UserError(problem, fix={"callbacks.snapshots": 8})
     tokenizer, sample = run.tokenizer, bundled_sample()
     context = run.load_model().config.context_length
@@ -185,7 +185,7 @@ def _share(outcomes: Iterable[bool]) -> float | None:
 
 
 def sentences(text: str) -> list[str]:
-    """Return the sentences of a text, without white space around them."""
+    """Return the sentences of a text, without white space or quotation marks around them."""
     return [part for match in _SENTENCE.finditer(text) if (part := match[0].strip(" \n\t\"“”'"))]
 
 
@@ -208,7 +208,7 @@ def is_well_formed(sentence: str) -> bool:
 
 
 def over_time_markdown(name: str, moments: Sequence[Moment], config: OverTimeConfig) -> str:
-    """Return the content of over-time.md: a table of losses, a table of story measures, the figure.
+    """Return the content of over-time.md: a table of losses, a table of other measures, the figure.
 
     Args:
         name: name of the run.
@@ -316,7 +316,10 @@ def over_time_figure(moments: Sequence[Moment]) -> Figure:
 
 
 def _draw_heads(axes: Any, tokens: Sequence[float], moments: Sequence[Moment]) -> None:
-    """Plot the induction score of each head, with one colour and line style for each layer."""
+    """Plot the induction score of each head, with one colour and line style for each layer.
+
+    If a snapshot has no scores, no curves are plotted.
+    """
     axes.set_title("Induction score of each head", loc="left", fontsize=10)
     scores = [moment.induction for moment in moments if moment.induction is not None]
     if len(scores) < len(moments):

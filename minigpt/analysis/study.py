@@ -102,14 +102,14 @@ def write_study(runs: Sequence[Run], out: Path, config: StudyConfig | None = Non
 
     Raises:
         UserError: two runs have the same name; the runs differ in tokenizer or context length, so
-            that the largest model cannot score all stories; or fewer than `config.n` validation
-            stories begin with a sentence that names the protagonist.
+            that the largest model cannot score all stories; or `story_openings` finds fewer than
+            `config.n` openings in the validation stories.
     """
     config = config or StudyConfig()
     models = _load_models(runs)
     for run in runs:
         if (source := (run.config.get("data") or {}).get("source")) not in TINYSTORIES:
-            problem = "%s was trained on other stories (%s) than the English ones of this study"
+            problem = "%s was trained on data.source=%s, but this study is for TinyStories"
             log.warning(problem, run.folder, source)
     out.mkdir(parents=True, exist_ok=True)
     probes = {m.name: EmbeddingProbe(m.net, m.tokenizer) for m in models}
@@ -134,14 +134,14 @@ def _load_models(runs: Sequence[Run]) -> list[StudiedModel]:
     folders = [run.folder.resolve() for run in runs]
     names = [folder.name for folder in folders]
     if len(set(folders)) < len(folders):
-        raise UserError("name each run once: a study compares different runs", "runs", names)
+        raise UserError("a run is given twice: name each run once", "runs", names)
     if len(set(names)) < len(names):
         raise UserError("two runs have the same name; rename one of the folders", "runs", names)
     pairs = zip(names, runs, strict=True)
     models = [StudiedModel(name, run.load_model(), run.tokenizer) for name, run in pairs]
     if len({(m.tokenizer.fingerprint, m.net.config.context_length) for m in models}) > 1:
         problem = (
-            "the runs differ in tokenizer or context length, so no model can score all stories"
+            "the runs differ in tokenizer or context length, so one model cannot score all stories"
         )
         raise UserError(f"{problem}; study each run separately", "runs", names)
     return sorted(models, key=lambda model: model.net.n_parameters)

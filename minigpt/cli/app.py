@@ -65,7 +65,7 @@ def generate(
 
     A single story is printed token by token. Several stories are sampled in
     batches and printed with <|endoftext|> between them. To train on a file in this
-    format, type minigpt train data=text.
+    format, type minigpt train data=text data.train_files=FILE.
     """
     import torch
 
@@ -109,16 +109,19 @@ def generate(
 
 
 def _one_prompt(words: list[str], option: str | None) -> str:
-    """Return the prompt from the argument or from the option --prompt; else a default.
+    """Return the prompt: the argument, the value of --prompt, or a default if both are missing.
+
+    If the prompt is "-", the text of standard input is returned.
 
     Args:
         words: positional arguments after the run, of which at most one is allowed.
-        option: value of --prompt. For a prompt of "-", standard input is returned.
+        option: value of --prompt; None if the option is missing.
     """
     if len(words) > 1:
         raise UserError("the prompt must be one argument", fix={"prompt": " ".join(words)})
     if words and option is not None:
-        raise UserError(f"leave it out: {shell_word(words[0])} is the prompt", "prompt", option)
+        problem = f"{shell_word(words[0])} is also given as the prompt; leave out one of them"
+        raise UserError(problem, "prompt", option)
     prompt = option if option is not None else (words or ["Once upon a time"])[0]
     # These characters stand for bytes that are not UTF-8, see os.fsdecode.
     if any("\udc80" <= character <= "\udcff" for character in prompt):
@@ -131,7 +134,8 @@ def _standard_input() -> str:
     try:
         text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"standard input is not valid UTF-8 at byte {error.start}") from None
+        problem = f"standard input is not UTF-8 (at byte {error.start})"
+        raise UserError(f"{problem}; convert it with iconv -f WINDOWS-1252 -t UTF-8") from None
     return text.removesuffix("\n").removesuffix("\r")
 
 

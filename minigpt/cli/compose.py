@@ -84,11 +84,12 @@ def compose_values(
         config_dir: folder with additional config groups.
 
     Returns:
-        The values, and the chosen option of the config group `model`, such as large.
+        The values, and the chosen option of the config group `model`, such as large; None if the
+        root config has no such group.
 
     Raises:
-        UserError: a setting or an option of a config group is unknown, or `config_dir` is not a
-            folder.
+        UserError: a setting cannot be read, a setting or an option of a config group is unknown, or
+            `config_dir` is not a folder.
     """
     from minigpt.cli.hydra_errors import explain
 
@@ -316,6 +317,6 @@ def import_class(path: str, argument: str) -> Any:
     try:
         inspect.signature(model).bind(None)
     except TypeError as error:
-        message = f"the constructor may require no argument except the config ({error})"
+        message = f"its constructor must accept the config as its only argument ({error})"
         raise UserError(message, argument, path) from None
     return model

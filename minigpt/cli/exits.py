@@ -24,8 +24,8 @@ def orderly_exit(verb: str) -> Iterator[None]:
     """Print the log during the `with` block, and exit with one line at a signal or a file error.
 
     A program that stops at Ctrl-C, SIGTERM or SIGHUP has the exit code 128 plus the number of the
-    signal. After an error of a file, the exit code is 1 if the disk is full, and 2 otherwise. All
-    other exceptions are raised again.
+    signal. If a file cannot be read or written, the exit code is 1 if the disk is full, and 2
+    otherwise. All other exceptions are raised again, and so is an OSError without a file name.
 
     Args:
         verb: the verb that runs, such as train.
@@ -91,7 +91,7 @@ def result_on_stdout() -> None:
 
 
 def _flush_result() -> None:
-    """Flush stdout if it is the result of the program, so that a full disk raises an error."""
+    """Flush stdout if `result_on_stdout` was called; raise OSError if the disk is full."""
     if any(output.is_result for output in outputs()):
         try:
             sys.stdout.flush()
@@ -101,7 +101,10 @@ def _flush_result() -> None:
 
 
 def end_output() -> None:
-    """Flush stdout, and log a warning if a part of it is lost because the disk is full."""
+    """Flush stdout, and log a warning if a part of it is lost because the disk is full.
+
+    After `result_on_stdout`, there is no warning, because the failed write has stopped the program.
+    """
     for output in outputs():
         has_failed = output.is_result  # failed writes so far have been reported
         output.is_result = False

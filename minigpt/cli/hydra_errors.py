@@ -36,7 +36,7 @@ def explain(error: Exception, name: str) -> str:
     if unknown:
         setting = unknown.group(1).lstrip("+")
         if name == "evaluate" and setting.startswith("data."):
-            return f"{setting} applies to a corpus other than the run's own: add data=text"
+            return f"{setting} cannot change the run's own data; for other data, add data=text"
         return unknown_name(setting, setting_names(name))
     if missing := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{missing.group(1)} is not set: type {missing.group(1)}=<value>"
@@ -84,7 +84,7 @@ FAILURES = {
     "can't allocate memory|(out of|not enough) memory": "not enough memory: set a smaller "
     "data.batch_size, model.context_length or model",
     r"Unknown plugin class : 'hydra_plugins\.hydra_(?P<name>\w+)_launcher": "hydra/launcher needs "
-    r"another package: type pip install hydra-\g<name>-launcher",
+    r"another package: run pip install hydra-\g<name>-launcher",
     "^backend='inductor' raised": "torch.compile failed, perhaps for lack of a compiler or of "
     "Python's headers: set trainer.compile=false",
     "^Config group override must be a string": "a setting has no name: type settings as key=value",
@@ -92,7 +92,7 @@ FAILURES = {
     "to a Slurm cluster",
     "sbatch: (error|fatal): (?P<reason>.*)": r"sbatch failed (\g<reason>): check the settings "
     "hydra.launcher.*, or leave out hydra/launcher",
-    "Could not find any running Ray instance": "no Ray cluster is running: type ray start --head, "
+    "Could not find any running Ray instance": "no Ray cluster is running: run ray start --head, "
     "or set hydra.launcher.ray.init.address=local",
 }
 

@@ -1,8 +1,9 @@
 """Process that runs a job of the playground: python -m minigpt.cli.job FOLDER.
 
-A job is a training that a visitor of the page has started. FOLDER contains the chosen model size,
-the length in minutes and the uploaded files. From these, the process composes the settings of
-`minigpt train`. Words that a visitor typed are never used as settings.
+A job is a training that a visitor of the page has started. FOLDER contains the uploaded files, the
+length in minutes, and the chosen model size or the path of the model to start from. From these, the
+process composes the settings of `minigpt train`. Words that a visitor typed are never used as
+settings.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def run_job(job: Job, program: Program) -> None:
 
     Args:
         job: the job.
-        program: the program for which error messages and suggested commands are written.
+        program: the program that the commands in messages use.
     """
     from minigpt.cli.hydra_errors import explain_failure
 
@@ -69,7 +70,7 @@ def run_job(job: Job, program: Program) -> None:
         message = describe(error, program)
         settings = {error.argument, *error.fix} - {None, "data.train_files"}
         if settings or error.command is not None:
-            message += " (in a terminal: this page has no such setting)"
+            message += " (only in a terminal: this page has no such setting)"
         for path, name in job.uploads.items():
             message = message.replace(str(path), name)
         job.report(phase="failed", error=message, field=_field(job, error))
@@ -176,8 +177,9 @@ def _shape(start: dict[str, Any]) -> dict[str, Any]:
 def check_unpacked(paths: list[Path]) -> int:
     """Return the total size of files after decompression; it must not exceed MAX_UNPACKED bytes.
 
-    Reading stops when the limit is exceeded. A compressed Parquet file is decompressed to the disk
-    only after its decompressed size is known to be within the limit.
+    The size of a Parquet file is that of the texts of its stories. Reading stops when the limit is
+    exceeded. A compressed Parquet file is decompressed to the disk only after its decompressed size
+    is known to be within the limit.
 
     Args:
         paths: the files.
@@ -203,7 +205,11 @@ def check_unpacked(paths: list[Path]) -> int:
 
 
 def _sum(path: Path, sizes: Iterable[int], start: int) -> int:
-    """Return `start` plus the sum of `sizes`; raise UserError for `path` above MAX_UNPACKED."""
+    """Return `start` plus the sum of `sizes`.
+
+    Raises:
+        UserError: the result exceeds MAX_UNPACKED. The message names `path`.
+    """
     total = start
     for size in sizes:
         total += size

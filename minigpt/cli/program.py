@@ -38,7 +38,7 @@ class Program:
 
     @classmethod
     def detect(cls, name: str) -> Program:
-        """Return the program that started this process.
+        """Return the program that this process runs, as typed by the user.
 
         Args:
             name: the verb of `minigpt` that this process runs; "train" for train.py and "evaluate"
@@ -54,7 +54,7 @@ class Program:
         return sys.argv[1 + len(self.words) :]
 
     def command(self, verb: str, /, *words: str, **settings: Any) -> str:
-        """Return a shell command that runs `verb`, for bash and zsh.
+        """Return a command for bash and zsh that runs `verb`.
 
         The command uses the Python environment of this process. It must be typed in the working
         directory of this process.
@@ -75,11 +75,12 @@ class Program:
 
 
 def _program(name: str) -> list[str]:
-    """Return the first words of a command that starts `name` in this Python environment.
+    """Return the first words of a shell command that starts the program `name`.
 
-    If the shell finds this environment's program on the PATH, the result is the name alone. The
-    same holds if the environment has no such program, but the PATH has one. Otherwise, the result
-    is the path of the program, or `python -m minigpt` if there is no program `minigpt`.
+    The program is that of this Python environment. If the environment has none, it is the program
+    on the PATH. The result is the name alone if the shell finds the program by its name, and the
+    path of the program otherwise. If there is no such program at all, the result is the path of
+    this interpreter for "python", and `python -m minigpt` for "minigpt".
 
     Args:
         name: "python" or "minigpt".

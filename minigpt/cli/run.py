@@ -60,8 +60,9 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
 
     Args:
         name: name of the root config, train or evaluate.
-        task: function to call with the composed config, the program, and the settings that name a
-            model class, as typed. Settings that name a model class are not passed to Hydra.
+        task: function to call with three arguments: the composed config, the `Program` that this
+            process runs, and a list of the typed settings that name a model class. These settings
+            are not passed to Hydra.
     """
     use_utf8()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of exiting
@@ -92,7 +93,7 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
             if _sweep and watch.number and global_rank() == 0:
                 if _sweep["launcher"] == "submitit_slurm":
                     log.info(
-                        "jobs:      those in Slurm continue; squeue lists and scancel ends them"
+                        "jobs:      those in Slurm continue; squeue lists them, scancel ends them"
                     )
                 log.info("sweep:     %s", _sweep_again(program, arguments, _sweep["dir"]))
             raise
@@ -104,10 +105,10 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
 
 
 def _leave_explained(error: Exception, name: str) -> None:
-    """Exit with a one-line explanation of the error of a library; return if no such line is known.
+    """Exit with one line that explains an error of a library; return if no explanation is known.
 
     For an error that follows from a Ctrl-C, the function also returns, because `orderly_exit`
-    handles it.
+    handles it. After a signal, a process with a rank above 0 exits without a line.
 
     Args:
         error: the error.

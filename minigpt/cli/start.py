@@ -1,4 +1,7 @@
-"""Entry points of the programs; a Ctrl-C during the imports ends a program with one line."""
+"""Entry points of the programs.
+
+A Ctrl-C during the imports ends a program with one line of output.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ def main() -> None:
 def run(module: str) -> None:
     """Import a module and run its function `main`.
 
-    The import takes a second or more. A Ctrl-C during this time ends the process with one line.
+    The import takes a second or more. A Ctrl-C during this time ends the process with one line
+    of output.
 
     Args:
         module: name of the module.

@@ -1,8 +1,9 @@
-"""Read the words of a command line, and write settings in Hydra's grammar.
+r"""Read the words of a command line, and write settings in Hydra's grammar.
 
 A setting of type `str` is called a text setting. Its value is taken literally: `name=3.10` sets the
-name 3.10, and `name=It's (1)` sets the name It's (1). There are two exceptions: `null` means None,
-and `${...}` refers to another setting. Quotes around the whole value mark a text that would
+name 3.10, and `name=It's (1)` sets the name It's (1). There are four exceptions: `null` means None,
+`${...}` refers to another setting, `\${` stands for the characters `${`, and a leading `~` of
+`runs_dir` is replaced with the home folder. Quotes around the whole value mark a text that would
 otherwise have another meaning: `name='null'` sets the name null. The items of a list of texts are
 read in the same way. Hydra reads the values of all other settings.
 """
@@ -70,7 +71,7 @@ def _is_dashed(word: str) -> bool:
 
 
 def _is_stray(word: str) -> bool:
-    """Return whether the word is neither a setting nor an option."""
+    """Return whether the word is not empty, and no setting, deletion (~key) or option."""
     return word != "" and "=" not in word and not word.startswith(("-", "~"))
 
 
@@ -108,7 +109,10 @@ def hydra_word(word: str, hints: Mapping[str, Any], sweep: bool) -> str:
 
 
 def _text_depth(hint: Any) -> int | None:
-    """Return 0 for the type `str`, 1 for a list of `str`, and so on; None for other types."""
+    """Return 0 for `str`, 1 for a list or tuple of `str`, and so on; None for other types.
+
+    An optional type, such as `str | None`, counts as the type without None.
+    """
     arguments = [one for one in typing.get_args(hint) if one is not types.NoneType]
     if hint is str:
         return 0
@@ -140,7 +144,7 @@ def _value(name: str, text: str, depth: int) -> str:
     if is_list and depth > 1:
         return f"[{','.join(_value(name, item, depth - 1) for item in items)}]"
     if len(items) > 1 and not is_list:
-        problem = "commas separate items only in brackets, [a,b]; for a single item"
+        problem = "commas separate items only in brackets, as in [a,b]; if this is a single item"
         raise UserError(problem, name, text, {name: [text]})
     texts = [_text(name, item) for item in items]
     return f"[{','.join(texts)}]" if is_list else texts[0]
@@ -156,7 +160,7 @@ def _text(name: str, text: str) -> str:
         try:
             parse(text)
         except OmegaConfBaseException:
-            problem = r"${ begins a reference to another setting, and \${ stands for the characters"
+            problem = r"${...} refers to another setting; for the characters ${ themselves"
             raise UserError(problem, name, text, {name: text}) from None
     return text if is_quoted(text) or _parsed(text) == text else quoted(text)
 

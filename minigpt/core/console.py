@@ -1,8 +1,8 @@
 """Terminal output: one console for log lines and progress bars, so that they do not overlap.
 
-A program continues if its output can no longer be written: the terminal was closed, the reader of a
-pipe ended, or the disk with the output file is full. The program stops only if the lost output is
-its result.
+Output that can no longer be written is discarded, and the program continues. Examples are output to
+a closed terminal, to a pipe whose reader has ended, and to a full disk. If the output is the result
+of the program, an error is raised instead. A closed terminal also sends SIGHUP: see signals.py.
 """
 
 from __future__ import annotations
@@ -135,7 +135,9 @@ def show_log() -> None:
 def _replaced(stream: Any, number: int) -> Any:
     """Return a stream that writes through an `_Output`, to use instead of stdout or stderr.
 
-    A stream that already does this, or that was redirected within Python, is itself returned.
+    If `stream` already does this, or was redirected within Python, `stream` itself is returned. If
+    it was redirected to a file, it then writes a question mark for each character that its encoding
+    lacks.
 
     Args:
         stream: `sys.stdout` or `sys.stderr`; None if it was closed before the start.

@@ -45,7 +45,7 @@ def global_rank() -> int:
 
 
 def _number(name: str) -> int | None:
-    """Return the value of an environment variable; None if it is no whole number, or not set."""
+    """Return the value of an environment variable; None if it is not 1 to 9 digits."""
     text = os.environ.get(name, "")
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
 
@@ -91,7 +91,7 @@ class Launcher:
                 raise UserError(_wrong("srun", "SLURM_NTASKS, SLURM_PROCID, SLURM_NNODES"))
             return cls("srun", n // num_nodes, num_nodes, rank)
         if n > 1:
-            raise UserError(f"Slurm has {n} tasks for this job: start them with srun python ...")
+            raise UserError(f"this Slurm job has {n} tasks: put srun before the command")
         pairs = (("RANK", "WORLD_SIZE"),) if _number("MASTER_PORT") else ()
         for name, total in (*pairs, *_OTHERS):
             if _number(name) is not None and (size := _number(total) or 0) > 1:
@@ -101,7 +101,7 @@ class Launcher:
 
 
 def _numbers(launcher: str, names: tuple[str, ...]) -> list[int]:
-    """Return the values of the variables `names`; raise UserError if one is not a number."""
+    """Return the values of the variables `names`; raise UserError if one is unset or no number."""
     values = [(name, _number(name)) for name in names]
     if wrong := [name for name, value in values if value is None]:
         raise UserError(_wrong(launcher, ", ".join(wrong)))
@@ -125,8 +125,8 @@ def forget_launcher() -> list[str]:
     """Remove the variables of launchers from the environment of this process.
 
     Returns:
-        The names of the removed variables. Valid Slurm variables are removed but not returned,
-        because every shell in a Slurm job has them.
+        The names of the removed variables. A Slurm variable whose value is a whole number is
+        removed but not returned, because every shell in a Slurm job has such variables.
     """
     names = [name for name in _VARIABLES if name in os.environ]
     odd = [name for name in names if not (name.startswith("SLURM_") and _number(name) is not None)]
@@ -190,7 +190,7 @@ def _exit_with(parent: int) -> None:
 
 
 def in_slurm_job() -> bool:
-    """Return whether this process belongs to a Slurm job that can be requeued."""
+    """Return whether this process belongs to a Slurm job, but not to an interactive shell in it."""
     return bool(os.environ.get("SLURM_JOB_ID")) and not _in_interactive_shell()
 
 

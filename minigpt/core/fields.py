@@ -3,7 +3,7 @@
 Python itself discards these strings, so this module reads them from the source.
 
 >>> field_docs(TrainConfig)["seed"]
-'Seed of the initial weights, the data order and dropout, from 0 to 2^32 - 1.'
+'Seed of all random numbers in the run, such as initial weights and data order, from 0 to 2^32 - 1.'
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def provide_home() -> None:
         tempfile.gettempdir()
     except FileNotFoundError:
         problem = "there is no writable temporary folder, such as /tmp"
-        raise UserError(f"{problem}: set the environment variable TMPDIR to a folder") from None
+        raise UserError(f"{problem}: set the variable TMPDIR to a writable folder") from None
     try:
         if os.access(Path.home(), os.W_OK | os.X_OK):
             return
@@ -200,7 +200,7 @@ def check_archive(path: Path) -> None:
 
 
 def refuse_links_out(folder: Path) -> None:
-    """Check that no entry of a run folder or its subfolders is a link out of the run folder.
+    """Check that no entry of a run folder or its direct subfolders is a link out of the run folder.
 
     Without this check, resuming a run from an unknown source could overwrite the target of a link.
 

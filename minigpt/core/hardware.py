@@ -140,7 +140,10 @@ def _check_launched(launcher: Launcher, devices: str, num_nodes: int) -> None:
 
 
 def _find_precision(setting: str, accelerator: str) -> tuple[str, str]:
-    """Return the training precision and the reason for it; "auto" avoids emulated bfloat16."""
+    """Return the training precision and the reason for it; "auto" avoids emulated bfloat16.
+
+    On a CPU, "16-mixed" gives the same precision as "auto", because Lightning does not support it.
+    """
     requested = setting, "as requested"
     if accelerator == "mps":
         return ("32-true", "the safe choice on MPS") if setting == "auto" else requested
@@ -158,7 +161,7 @@ def _find_precision(setting: str, accelerator: str) -> tuple[str, str]:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Return whether the CPU has AVX512-BF16 or AMX; torch has no public function for this."""
+    """Return whether the CPU has AVX512-BF16 or AMX."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -200,7 +203,7 @@ def gpu_memory_for(argument: str, value: int) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
-        problem = "the GPU does not have enough memory for this number: reduce it"
+        problem = "the GPU does not have enough memory for this many sequences; reduce the number"
         fix = {argument: value // 2} if value > 1 else None
         raise UserError(problem, argument, value, fix) from None
 
@@ -304,9 +307,9 @@ def _measure(accelerator: str, dtype: torch.dtype) -> float:
 
 
 def _fastest(side: int, accelerator: str, dtype: torch.dtype, tries: int) -> float:
-    """Return the time of the fastest of `tries` matrix products, in seconds.
+    """Compute `tries` matrix products, and return the time of the fastest in seconds.
 
-    The first product is a warm-up and does not count.
+    The first of them is a warm-up and does not count.
     """
     # Random numbers: a GPU multiplies constants at a higher clock. A generator of its own does not
     # change the random numbers of the training.

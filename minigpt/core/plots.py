@@ -45,7 +45,10 @@ SIDES = tuple(
 
 
 def plain(text: str) -> str:
-    """Return a label that Matplotlib shows as it is: without formulas, and in the legend."""
+    """Return `text` in the form in which Matplotlib draws it unchanged.
+
+    Then no $ starts a formula, and a label that begins with _ is not left out of the legend.
+    """
     text = text.replace("$", r"\$")
     return f"\u200b{text}" if text.startswith("_") else text
 

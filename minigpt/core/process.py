@@ -47,8 +47,8 @@ def preserved_process() -> Iterator[None]:
 
     The state consists of the warning filters, the levels and handlers of loggers (root, Mini GPT
     and Lightning), the signal handlers, the float32 matmul precision, the number of threads, the
-    random states (Python, NumPy, PyTorch) and the environment variables. Signal handlers are
-    restored only in the main thread.
+    random states (Python, NumPy, and PyTorch on the CPU and CUDA GPUs) and the environment
+    variables. Signal handlers are restored only in the main thread.
     """
     main_thread = threading.current_thread() is threading.main_thread()
     signals = {n: signal.getsignal(n) for n in signal.valid_signals()} if main_thread else {}

@@ -44,7 +44,7 @@ class Progress(progress.Progress):
         self._next_line: dict[progress.TaskID, float] = {}
 
     def update(self, task_id: progress.TaskID, *args: Any, **kwargs: Any) -> None:
-        """Update a task as in rich, and log a line if one is due."""
+        """Update a task as in rich. If the update sets the progress, log a line when one is due."""
         super().update(task_id, *args, **kwargs)
         if "completed" in kwargs or "advance" in kwargs:
             self._write_line(task_id)

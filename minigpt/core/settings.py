@@ -31,7 +31,7 @@ class UserError(ValueError):
     Args:
         message: what is wrong and what is allowed.
         argument: dotted name of the wrong argument or field, such as "data.batch_size".
-        value: value of `argument`. It is left out if `message` already contains the value.
+        value: value of `argument`. Omit it if `message` already contains the value.
         fix: values to set instead, by dotted name.
         command: command to suggest, as a pair (verb, settings). The settings are a dict, such as
             {"resume": "runs/a"}, or a list of settings as typed on the command line, such as
@@ -94,7 +94,10 @@ class UserError(ValueError):
 
 
 class DiskFullError(UserError):
-    """Error raised if the disk with the run folder is full; the settings are not wrong."""
+    """Error raised if a file cannot be written because the disk is full or read-only.
+
+    The exit code is 1 instead of 2, because the settings are not wrong.
+    """
 
     exit_code = 1
 
@@ -119,13 +122,14 @@ def python_call(verb: str, /, *words: str, **settings: Any) -> str:
 
     Args:
         verb: verb of the command line, such as train.
-        *words: settings as typed on the command line, for train only.
-        **settings: settings by name. For verbs other than train, the call contains only the value
-            of the first setting, and the class that `class_path` names.
+        *words: settings as typed on the command line; used only for train.
+        **settings: settings by name. For train, the call contains all of them. For another verb, it
+            contains only the value of the first one and, if there is a setting `class_path`, the
+            class that this setting names.
 
     Returns:
-        The call, such as "minigpt.evaluate('runs/a')". It contains custom classes by their names,
-        because a call takes the classes themselves.
+        The call, such as "minigpt.evaluate('runs/a')". In the call, a custom class is written as a
+        name without its module, because the argument is the class itself and not its path.
     """
     if verb == "train":
         typed = [*words, *typed_settings(settings)]
@@ -174,7 +178,9 @@ def spell_step(
 
 
 def speak(spell: Callable[..., str]) -> None:
-    """Make `next_step` call `spell` instead of `python_call`, as the command line needs.
+    """Make `next_step` call `spell` instead of `python_call`.
+
+    Command-line programs call this function, so that next steps are shell commands.
 
     Args:
         spell: function with the same arguments as `python_call`. It returns a shell command.
@@ -298,7 +304,8 @@ def unknown_name(name: str, allowed: list[str], kind: str = "setting") -> str:
     Returns:
         One line. For a renamed setting, the line gives the new name. For any other name, it
         suggests up to three similar names. If no name is similar, it lists all allowed names, or
-        refers to --help if there are more than 20 of them.
+        refers to --help if there are more than 20 of them. For a name with a dot, allowed names
+        without a dot are ignored, unless no allowed name has a dot.
     """
     if name in RENAMED:
         return f"unknown {kind} '{name}': it is now called {RENAMED[name]}"

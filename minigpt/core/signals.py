@@ -2,7 +2,7 @@
 
 Python runs the handler of a signal only when the main thread executes Python code. Training a
 tokenizer or resolving a host name can block the main thread for minutes. The `SignalWatch` of this
-module, `watch`, therefore also receives the signals in another thread.
+module, `watch`, therefore also receives SIGINT and SIGTERM in another thread.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class SignalWatch:
     """Signal handling of a program: stop at SIGINT, SIGTERM and SIGHUP.
 
     The first signal raises KeyboardInterrupt. If the program does not end within four seconds after
-    SIGINT or SIGTERM, the process exits. At a second Ctrl-C, the process exits at once.
+    SIGINT or SIGTERM, the process exits. At a second Ctrl-C, the process exits at once. A SIGHUP
+    does not stop the program if it was ignored before, or if the terminal is closed and the program
+    outlives it.
 
     Attributes:
         number: number of the signal that stops the program; 0 if there was none.
@@ -71,6 +73,8 @@ class SignalWatch:
     @contextlib.contextmanager
     def running(self, outlives_terminal: bool) -> Iterator[None]:
         """Handle the signals of this process during the `with` block.
+
+        In any thread but the main thread, and within another such block, nothing is changed.
 
         Args:
             outlives_terminal: whether the program continues when its terminal is closed.
@@ -96,7 +100,7 @@ class SignalWatch:
             self._is_running = False
 
     def answer(self, number: int) -> bool:
-        """Record a signal, and return whether it should stop the process.
+        """Record a signal if it is the first one, and return whether it should stop the process.
 
         The result is False only for a SIGHUP to a process that has no terminal, or whose terminal
         was closed. Such a signal is not recorded.

@@ -31,8 +31,8 @@ def is_quoted(text: str) -> bool:
 def split_items(text: str) -> list[str]:
     r"""Return the items of a list, from the text between its brackets.
 
-    Items are separated by commas. A comma in quotes, in brackets, in `${...}` or after a backslash
-    belongs to an item.
+    Items are separated by commas. A comma belongs to an item if it is in brackets, in `${...}`,
+    after a backslash, or in quotes that surround the whole item.
 
     Args:
         text: the items, such as `a, "b, c"`.
@@ -88,8 +88,9 @@ def shell_word(text: str) -> str:
 
     Args:
         text: the text. If it contains characters that are not printable, or bytes of a file name
-            that are not UTF-8, the word has the form $'...', and these characters and bytes are
-            written as hexadecimal escapes, \x...
+            that are not UTF-8, the word has the form $'...'. In this form, these characters and
+            bytes are written as hexadecimal escapes, \x..., and so are backslashes, single quotes
+            and exclamation marks.
     """
     if text.isprintable():
         return f"'{text}'" if text.startswith("=") and "'" not in text else shlex.quote(text)

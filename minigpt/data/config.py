@@ -28,7 +28,7 @@ class DataConfig:
 
     source: Source = "tinystories_sample"
     """Source of the stories: `tinystories_sample` is bundled, `tinystories` is downloaded, `text`
-    is your own files, and `hf` is a dataset from the Hugging Face Hub."""
+    is your own files, and `hf` is a dataset from the Hugging Face Hub or from a local folder."""
 
     train_files: tuple[str, ...] = ()
     """Paths or globs of the training files, for source `text`."""
@@ -56,8 +56,9 @@ class DataConfig:
     None selects `text` if it exists, else `story`, else the only text column."""
 
     holdout: float = 0.05
-    """Fraction of the training stories to hold out for validation, above 0 and below 1. If the
-    training text is a single document, this fraction of its length is held out."""
+    """Fraction of the training stories to hold out for validation, above 0 and below 1. If no story
+    or every story would be held out, this fraction of the length of each document is held out; a
+    document is a text file with a single story."""
 
     separator: str = END_OF_TEXT
     """Separator between two stories in a .txt or .md file. A file without separators is one
@@ -77,9 +78,9 @@ class DataConfig:
     training stories."""
 
     max_stories: int | None = None
-    """Maximum number of training stories for the model and the tokenizer. Stories that `holdout` or
-    `valid=tuning` holds out do not count. The first of the other stories, in file order, are used.
-    None means all of them."""
+    """Maximum number of training stories for the model and the tokenizer. Only this number of
+    stories is used, from the start of the training split. Stories that `holdout` or `valid=tuning`
+    holds out do not count. None means all training stories."""
 
     batch_size: int | None = None
     """Number of windows per device and step; None means 32 for source `tinystories` and 8 for the
@@ -125,7 +126,7 @@ class DataConfig:
         if not self.separator:
             raise UserError("must not be empty", "separator", fix={"separator": END_OF_TEXT})
         limits = "download_tokens", "max_stories"
-        check(self, "must be at least 1 or None", lambda n: n >= 1, *limits)
+        check(self, "must be at least 1, or null (None in Python)", lambda n: n >= 1, *limits)
         check(self, "must be from 0 to below 1", lambda share: 0 <= share < 1, "noise")
         check_vocab_size(self.vocab_size)
         if self.tokenizer == "":

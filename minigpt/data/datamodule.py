@@ -28,7 +28,8 @@ class DataModule(L.LightningDataModule):
     Args:
         config: settings of the corpus and the batches.
         context_length: number of tokens per window, T.
-        n_steps: number of steps of the whole run; each step takes one batch per rank.
+        n_steps: number of steps of the whole run. A step takes one batch per rank, and an update
+            takes `trainer.accumulate_grad_batches` steps.
         seed: seed of the training order, at least 0.
         start_step: step of the first batch to load, above 0 if a run is resumed.
         tokenizer: tokenizer for the stories; None means that one is trained on the training split.
@@ -63,7 +64,9 @@ class DataModule(L.LightningDataModule):
             self._prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the files that `prepare_data` wrote. Lightning calls this on every rank.
+        """Open the prepared files; files that are missing are prepared first.
+
+        Lightning calls this on every rank.
 
         Args:
             stage: Lightning's stage, such as "fit"; ignored.

@@ -99,7 +99,7 @@ def choose_field(
     wanted = "'text' or 'story'" if field is None else repr(field)
     problem = f"has no field {wanted}; its fields: {', '.join(names) or 'none'}"
     if len(candidates) > 1:
-        problem = f"has several text columns: {', '.join(texts)}"
+        problem = f"has several text fields: {', '.join(texts)}"
     fix = {"data.field": next(iter(texts))} if texts else None
     raise UserError(f"{where} {problem}", "data.field", fix=fix)
 
@@ -119,7 +119,7 @@ def find_cut(text: str, first: int, last: int, near: int) -> int:
 
     Args:
         text: the text to cut.
-        first: smallest allowed position.
+        first: lower limit of the position, itself not allowed.
         last: largest allowed position.
         near: preferred position, from `first` to `last`.
 
@@ -190,7 +190,7 @@ def _row_pieces(path: Path, file_format: Format, field: str | None) -> Iterator[
             continue
         try:
             if not isinstance(value, str):
-                raise ValueError(f"expected a string, got {value!r:.100}")
+                raise ValueError(f"write the story as a string, not as {value!r:.100}")
             utf8_length(value)  # JSON can contain a lone surrogate, UTF-8 cannot
         except ValueError as error:
             raise UserError(f"{path}:{number}: {error}") from None
@@ -244,7 +244,7 @@ def _json_items(path: Path, chunks: Iterable[str]) -> Iterator[Row]:
                 if chunk and len(text) - begin <= _LONGEST:
                     break  # the rest of the item may follow
                 reason = getattr(error, "msg", None) or "nested too deeply"
-                raise UserError(f"{item}: {reason}; this is not valid JSON") from None
+                raise UserError(f"{item} is not valid JSON ({reason}); correct it") from None
             if chunk and end == len(text):
                 break  # the next digit of a number may follow
             at, number, marks = end, number + 1, ",]"
@@ -304,7 +304,7 @@ def _parquet_rows(path: Path, file_format: Format, field: str | None) -> Iterato
             raise
         except (OSError, ValueError, NotImplementedError) as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise UserError(f"{path} cannot be read: {error.strerror}") from None
+                raise UserError(f"cannot read {path}: {error.strerror}") from None
             reason, *_ = str(error).splitlines() or ["unreadable"]
             problem = f"{path} is damaged after row {number} ({reason}); copy it again"
             raise UserError(problem) from None

@@ -90,7 +90,8 @@ def detect_format(path: Path) -> Format:
         if suffix and suffix in endings.split():
             raise UserError(f"{path} is {what}; {remedy}")
     if not kind:
-        raise UserError(f"{path}: cannot read {suffix!r} files; convert the file to {READABLE}")
+        problem = f"{path}: the extension {suffix!r} is not supported"
+        raise UserError(f"{problem}; convert or rename the file to {READABLE}")
     if kind == "parquet":
         optional("pyarrow.parquet", "Parquet")
         return Format(kind, packing)
@@ -148,7 +149,7 @@ def unpack(path: Path, packing: str) -> Iterator[bytes]:
                 yield chunk
     except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from None
         problem = f"{path} is damaged or truncated after line {lines} ({error})"
         raise UserError(f"{problem}; copy or download it again") from None
 

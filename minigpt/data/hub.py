@@ -32,10 +32,10 @@ _STRINGS = ("string", "large_string", str)
 def fetch_dataset(folder: Path, config: DataConfig, split: str, n_bytes: int | None) -> Path:
     """Download the first stories of a split to a .jsonl file, and return its path.
 
-    Only stories that are not in the file yet are downloaded. If the file already has enough
-    stories, the network is not used. The environment variable HF_ENDPOINT sets the Hub's address;
-    the default is huggingface.co. Private datasets need `hf auth login` or HF_TOKEN. Only one
-    process writes at a time.
+    If the file already has enough stories, the network is not used. Otherwise, the download
+    continues at the last position that an earlier call saved. The environment variable HF_ENDPOINT
+    sets the Hub's address; the default is huggingface.co. Private datasets need `hf auth login` or
+    HF_TOKEN. Only one process writes at a time.
 
     Args:
         folder: folder of the file, created if missing.
@@ -107,8 +107,8 @@ def _stories(
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield (story, get_position) for each story after the position in `state`.
 
-    `get_position()` returns the position directly after the story. If `state` has no revision yet,
-    the newest revision of the dataset on the Hub is stored in it.
+    `get_position()` returns the position directly after the story. If the dataset is on the Hub and
+    `state` has no revision yet, the newest revision is stored in `state`.
     """
     datasets = optional("datasets", "reading from the Hugging Face Hub")
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
@@ -132,7 +132,7 @@ def _stories(
             if isinstance(story := row[name], str):
                 yield clean(story), stream.state_dict
             elif not isinstance(story, str | None):
-                raise UserError(f"column {name} does not hold text", "data.field", name)
+                raise UserError("does not contain text; choose another field", "data.field", name)
     except UserError:
         raise
     except Exception as error:  # from datasets, huggingface_hub, httpx, pyarrow and others

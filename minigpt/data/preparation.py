@@ -154,7 +154,7 @@ def prepare_split(
         with byte_progress(f"encoding the {split} split") as show:
             meta = _encode(corpus.pieces(split), tokenizer, folder / _TOKENS, show)
         if meta["stories"] == 0:
-            raise UserError(f"the {split} split has no story; add more text", "data.source")
+            raise UserError(f"the {split} split contains no story; add more text", "data.source")
         _write_meta(folder, meta | {"of": ingredients})
         counts = meta["stories"], meta["bytes"] / 1e6, meta["tokens"], time.perf_counter() - start
         log.info(f"encoded the {split} split: %d stories, %.1f MB, %d tokens, %.1f s", *counts)
@@ -278,7 +278,7 @@ def _digest(path: Path) -> str:
 
 
 def _prepared(cache_dir: str | Path, kind: str, ingredients: dict[str, Any]) -> Path:
-    """Return the cache folder for prepared files of type `kind`, computed from `ingredients`."""
+    """Return the cache folder for files of type `kind` that are prepared from `ingredients`."""
     versions = {"format": _FORMAT, "tokenizers": tokenizers.__version__}
     text = json.dumps({**versions, **ingredients}, sort_keys=True)
     fingerprint = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

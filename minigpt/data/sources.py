@@ -101,7 +101,8 @@ class Corpus:
 
         Only a story of more than two million characters has several pieces. A story that is in both
         splits is removed from one of them: from the training stories if there are validation files,
-        else from the held-out stories. If the field `tuning` is true, such stories are kept.
+        else from the held-out stories. Such stories are kept if the field `tuning` is true, or if
+        documents are divided (see `holdout`).
 
         Args:
             split: "train" or "valid".
@@ -203,7 +204,7 @@ class Corpus:
         if not lengths:
             lacking = "training" if n_valid else "validation"
             problem = f"leaves none of {total} stories for {lacking}"
-            remedy = "choose another fraction, or set data.valid_files (with data=hf, valid_split)"
+            remedy = "choose another fraction, or set data.valid_files (data=hf: data.valid_split)"
             raise UserError(f"{problem}; {remedy}", "data.holdout", self.holdout)
         share = f"its last {100 * self.holdout:.3g} % are held out"
         more = r"data.separator='\n\n' would make each paragraph a story"
@@ -305,9 +306,9 @@ def _digest(text: str) -> bytes:
 
 
 def _without(digests: set[bytes], pieces: Iterable[Piece], kind: str) -> Iterator[Piece]:
-    """Yield the pieces of all stories except those with a digest in `digests`.
+    """Yield the pieces of all stories except those whose first piece has a digest in `digests`.
 
-    The number of omitted stories is logged.
+    If stories are left out, their number is logged.
     """
     n_dropped, drop = 0, False
     for text, ends, begins in _begun(pieces):
@@ -493,7 +494,7 @@ def download_tinystories(folder: Path, tokens: int | None, valid_only: bool = Fa
             return Corpus((), (valid,))
         train = fetch(folder, _REPO, _TRAIN, END_OF_TEXT, file_bytes)
     except ConnectionError as error:
-        remedy = "try again, or use tinystories_sample (bundled) or text (your files)"
+        remedy = "try again, or use data=tinystories_sample (bundled) or data=text (your files)"
         problem = f"could not download TinyStories ({error}); {remedy}"
         raise UserError(problem, "data.source", "tinystories") from None
     except OSError as error:

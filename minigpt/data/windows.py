@@ -34,7 +34,10 @@ class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
         self.context_length = context_length
 
     def side_by_side(self) -> range:
-        """Return the starts of adjacent windows, which predict each token but the first once."""
+        """Return the starts of windows that cover the file without gaps or overlaps.
+
+        Together, these windows predict each token except the first exactly once.
+        """
         return range(0, max(0, len(self.tokens) - 1), self.context_length)
 
     def __getitem__(self, start: int) -> tuple[Tensor, Tensor]:
@@ -110,7 +113,7 @@ def _shifted(inputs: np.ndarray, targets: np.ndarray) -> tuple[Tensor, Tensor]:
 def story_starts(tokens: np.ndarray) -> np.ndarray:
     """Return the position of the first token of each story, [n_stories] int64.
 
-    The tokens are read in chunks, so memory use does not grow with the number of tokens.
+    The tokens are read in chunks, so memory use grows with the number of stories, not of tokens.
     """
     chunks = range(0, len(tokens), _CHUNK)
     ends = [np.flatnonzero(tokens[i : i + _CHUNK] == Tokenizer.end_of_text) + i for i in chunks]
@@ -153,11 +156,10 @@ class BudgetSampler(Sampler[int]):
     """Sampler that yields the steps of a run; `batch` returns the windows of a step.
 
     In each epoch, the tokens are cut into windows that follow each other without gaps. The windows
-    are read in a random order. They are shuffled even if the
-    stories are shuffled too. If only the stories were shuffled, a batch would contain fewer
-    stories, because neighbouring windows often share a story. With `random_offset`, the windows
-    start at a random offset in each epoch after the first, so the context of a token and its
-    position in the window change.
+    are read in a random order. They are shuffled even if the stories are shuffled too. If only the
+    stories were shuffled, a batch would contain fewer stories, because neighbouring windows often
+    share a story. With `random_offset`, the windows start at a random offset in each epoch after
+    the first, so the context of a token and its position in the window change.
 
     The windows of all epochs form one sequence. With B windows per batch and W ranks, batch s of
     rank r has the windows [(s·W + r)·B, (s·W + r + 1)·B) of this sequence. So each batch is full

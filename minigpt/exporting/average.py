@@ -31,11 +31,12 @@ def average(model: GPT, run: Run, others: Sequence[str]) -> dict[str, Any]:
 
     Returns:
         The summary of the mean. `averaged` lists the other runs. The tokens and seconds are sums
-        over `run` and all runs with the same parent; those of the parent are not included.
+        over `run` and `others`, but do not include those of the parent.
 
     Raises:
         UserError: `run` has no parent; one of `others` is neither this parent nor a run with the
-            same parent; or a run is named twice, or is itself a mean (the parent may be one).
+            same parent; two runs have the same folder or the same weights in bfloat16; or a run
+            other than the parent is itself a mean.
     """
     summary, path = {**run.summary, "averaged": []}, run.folder / SUMMARY
     parent = parent_of(summary, path)
@@ -67,12 +68,15 @@ def average(model: GPT, run: Run, others: Sequence[str]) -> dict[str, Any]:
 
 def _refuse_mean(run: Run) -> None:
     if run.summary.get("averaged"):
-        problem = f"{run.folder} is a mean: name all its runs in one command instead"
+        problem = f"{run.folder} is already a mean: average all of its runs in one command"
         raise UserError(problem, "average", str(run.folder))
 
 
 def _rounded_fingerprint(model: GPT) -> str:
-    """Return the fingerprint of the weights in bfloat16, which that of an export equals."""
+    """Return the fingerprint of the weights after rounding to bfloat16.
+
+    A run and its export in bfloat16 have the same rounded fingerprint.
+    """
     return weights_fingerprint(copy.deepcopy(model).bfloat16())
 
 
@@ -87,7 +91,7 @@ def _record(run: Run, weights: str) -> AveragedRun:
 def _add_branch(summary: dict[str, Any], path: Path, branch: Run) -> None:
     """Add the tokens, seconds, commits and teachers of `branch` to the summary of the mean.
 
-    All of these are values of its own training, without that of the common parent.
+    These values describe only the training of `branch` itself, not the training of its parent.
 
     Args:
         summary: summary of the mean, changed in place.

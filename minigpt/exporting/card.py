@@ -51,7 +51,7 @@ def model_card(
         parent: the run that this run was initialised from; None if this run started from random
             weights.
         teachers: all teachers from which the weights have learned, as returned by `teachers_of`.
-        averaged: the runs whose weights were averaged with those of the run.
+        averaged: the runs whose weights were averaged with those of the exported run.
         prompt: the prompt of the examples, in the language of the stories.
 
     Returns:
@@ -210,12 +210,16 @@ def _command(overrides: Any, name: Any, named: bool) -> str | None:
 def _commands(
     config: Record, averaged: Sequence[AveragedRun], parent: Parent | None, options: list[str]
 ) -> list[str]:
-    """Return the commands that train the runs of an export, as far as known, and average them.
+    """Return the commands that train the exported run and the runs averaged with it.
+
+    If there are averaged runs, the last command exports the mean of the weights. A training command
+    that was not recorded is left out.
 
     Args:
         config: settings of the exported run.
-        averaged: the runs whose weights were averaged with those of the run.
-        parent: the run that all of these runs were initialised from, or that is one of them.
+        averaged: the runs whose weights were averaged with those of the exported run.
+        parent: the run that the exported run was initialised from; None if there is none. Each run
+            in `averaged` is this run, or was also initialised from it.
         options: options of the export command.
     """
     before = [run for run in averaged if parent and run.weights == parent.weights]

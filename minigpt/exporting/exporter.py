@@ -66,10 +66,11 @@ def export(
         The paths of all files in `out`, sorted.
 
     Raises:
-        UserError: the run cannot be read, `out` contains files that are not from an export, `out`
-            is the folder of `run` but the format is not safetensors, the format does not support
-            the model, the weights cannot be averaged, or a package that the format needs is
-            missing.
+        UserError: the run cannot be read; `out` contains files that are not from an export, or a
+            run that the export reads; the format does not support the model; the weights cannot be
+            averaged; the data for an evaluation is not available; or a package that the format
+            needs is missing. An export can replace itself if the format is safetensors and no
+            weights are averaged.
     """
     out, config = user_path(out, "out"), config or ExportConfig()
     is_same = out.resolve() == run.folder.resolve()
@@ -133,7 +134,8 @@ def _write_run(
 def _portable_config(settings: Record, path: Path) -> dict[str, Any]:
     """Return the settings of a run without init_from and without those that depend on the machine.
 
-    Paths of teachers, and absolute paths, are reduced to their last component.
+    Of the paths of teachers, only the last components remain. `_portable_data` and
+    `portable_overrides` remove or shorten the paths in the data settings and in the overrides.
 
     Args:
         settings: content of config.yaml.
@@ -158,10 +160,10 @@ def _portable_config(settings: Record, path: Path) -> dict[str, Any]:
 
 
 def _portable_data(data: Record) -> dict[str, Any]:
-    """Return the data settings without paths on this machine.
+    """Return the data settings without the data files, the cache folder and absolute paths.
 
-    Of the path of a tokenizer, the name remains. Nothing remains of that of a local dataset,
-    because its name could be that of another dataset on the Hub.
+    An absolute path of a tokenizer is reduced to its last component. The path of a local dataset is
+    removed completely, because its name could be that of another dataset on the Hub.
     """
     paths = ["train_files", "valid_files", "cache_dir"]
     paths += ["dataset"] if Path(data.get("dataset") or "").is_absolute() else []
@@ -211,7 +213,7 @@ def _stored_evaluation(folder: Path, weights: str) -> dict[str, Any] | None:
 def _new_evaluation(
     model: GPT, run: Run, summary: dict[str, Any], dtype: torch.dtype, console: Console | None
 ) -> dict[str, Any]:
-    """Evaluate `model` with the weights to export, and return the content of evaluation.json."""
+    """Evaluate `model` as it will be exported, and return the content of evaluation.json."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_run(model, run.tokenizer, run.config, summary, dtype, folder)

@@ -1,4 +1,4 @@
-"""Check the output folder of an export, and replace the folder atomically."""
+"""Check the output folder of an export, and replace it only if the whole export succeeds."""
 
 from __future__ import annotations
 

@@ -162,8 +162,8 @@ def _hf_config(model: GPT, end: int) -> dict[str, Any]:
 def write_tokenizer_with_prefix(tokenizer: Tokenizer, path: Path) -> None:
     """Write a tokenizer.json that puts END_OF_TEXT before each text, as a special token.
 
-    In training, END_OF_TEXT precedes every story but the first. `minigpt generate` also puts it
-    before each prompt.
+    In training, END_OF_TEXT precedes every story but the first of an epoch. `minigpt generate` also
+    puts it before each prompt.
 
     Args:
         tokenizer: the tokenizer.

@@ -39,6 +39,9 @@ def push_folder(
 ) -> str:
     """Upload all files of a folder in one commit; the repository is created if missing.
 
+    If the folder has no evaluation.json, the commit deletes the one in the repository, because its
+    results are for earlier weights.
+
     Args:
         folder: the folder of an export or of a Space.
         push: name of the repository on the Hub, user/name.

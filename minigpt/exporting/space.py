@@ -56,7 +56,7 @@ except KeyboardInterrupt:
 
 
 def write_space(run: Run, out: str | Path, name: str | None = None) -> list[Path]:
-    """Write a Space with the model of a run, atomically.
+    """Write a Space with the model of a run; `out` is replaced only if all files were written.
 
     The folder contains the weights (bfloat16), the code of the playground, app.py, a README.md with
     the settings of the Space, and requirements.txt with the package versions that are installed
@@ -81,7 +81,9 @@ def write_space(run: Run, out: str | Path, name: str | None = None) -> list[Path
     except metadata.PackageNotFoundError:
         raise UserError("a Space needs gradio: run pip install gradio") from None
     if not is_plain(model := run.load_model()):
-        problem = f"a Space cannot run {class_path(run.model or type(model))}, which is not in it"
+        problem = (
+            f"a Space lacks the code of {class_path(run.model or type(model))}: use a plain GPT"
+        )
         raise UserError(problem, "run", str(run.folder))
     title = (name or out.resolve().name).rpartition("/")[2]
     settings = {

@@ -267,10 +267,7 @@ def _batch(model: GPT, n_sequences: int, backend: Backend) -> Batch:
 
 
 def _c_batch(model: GPT, n_sequences: int, backend: Backend) -> tuple[Batch | None, str]:
-    """Return a batch for decode.c, or None if decode.c is not used.
-
-    The second value is the reason not to use decode.c; it is "" if there is a batch.
-    """
+    """Return (batch, "") for decode.c, or (None, reason) if decode.c is not used."""
     if (reason := decode.unsupported(model)) is not None:
         return None, reason
     threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Attention for training on CPUs, several times faster than PyTorch's own operators.
+"""Causal self-attention for training and evaluation on CPUs, one block of queries at a time.
 
 The results equal those of model.py up to rounding. The backward pass is implemented by hand. Under
 autocast, both passes compute in the dtype of autocast. Measurements: docs/performance.md.

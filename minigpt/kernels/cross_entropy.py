@@ -1,7 +1,8 @@
 """Cross-entropy for a large vocabulary, computed in chunks of tokens, for CPUs and GPUs.
 
-The logits (B · T, V) of a whole batch are never in memory at the same time. In training under
-autocast, the matrix products and the softmax are computed in the dtype of autocast.
+Logits are computed for at most `chunk_size` tokens at a time, so the logits (B · T, V) of a larger
+batch are never all in memory. In training under autocast, the matrix products and the softmax are
+computed in the dtype of autocast.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 decode.c is an optional backend of `generation.decoder` for models on a CPU. It supports models that
 compute exactly what model.py does. The compiler is the command in the environment variable CC. If
-CC is not set, the compiler is the first of `gcc`, `cc` and `clang` that is installed. If CC is
-empty, this backend is disabled. The compiled library is cached in $XDG_CACHE_HOME/minigpt, or in
-~/.cache/minigpt if XDG_CACHE_HOME is not set. The name of the cached file depends on the source,
-the version and options of the compiler, and the CPU.
+CC is not set, the compiler is the first of `gcc`, `cc` and `clang` that is installed. This backend
+is disabled on Windows, and if CC is empty. The compiled library is cached in
+$XDG_CACHE_HOME/minigpt, or in ~/.cache/minigpt if XDG_CACHE_HOME is not set. The name of the cached
+file depends on the source, the compiler, its version and options, and the CPU.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ _MAX_THREADS = 8  # maximum for a batch too small to give each thread sequences 
 # 17 MB of scratch memory.
 _MAX_TOKENS = 2048
 _MIN_SEQUENCES = 4  # as in decode.c: from this many per thread, threads have separate sequences
-MISMATCH = "its logits differ from GPT.forward: was model.py changed, but not decode.c?"
+MISMATCH = "its logits differ from those of GPT.forward: was model.py changed, but not decode.c?"
 
 
 # ---------------------------------------------------------------------------- the library
 
 
 def library() -> ctypes.CDLL | None:
-    """Return the compiled decode.c; None if no compiler works, or if a self-check failed."""
+    """Return the compiled decode.c; None if it cannot be compiled, or if a self-check failed."""
     return None if False in _self_checks.values() else _compiled_library()
 
 
@@ -64,7 +64,7 @@ def _compiled_library() -> ctypes.CDLL | None:
     try:
         command = compiler()
         if command is None and "CC" not in os.environ and sys.platform != "win32":
-            log.warning("generation is slower without decode.c, which needs gcc or clang")
+            log.warning("decode.c is not compiled, so generation is slower: install gcc or clang")
         return _load(command) if command is not None and SOURCE.is_file() else None
     # Path.home() raises RuntimeError if there is no home folder.
     except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
@@ -134,7 +134,13 @@ def _compile(command: list[str]) -> Path:
 
 
 def run(command: list[str]) -> str:
-    """Return the output of a command; raise CalledProcessError if it fails."""
+    """Return the output of a command.
+
+    Raises:
+        CalledProcessError: the command fails.
+        TimeoutExpired: the command takes more than two minutes.
+        OSError: the command cannot be started.
+    """
     return subprocess.run(  # noqa: S603
         command, check=True, capture_output=True, text=True, errors="replace", timeout=120
     ).stdout
@@ -190,8 +196,8 @@ class Weights:
 
     Args:
         model: a model in float32 on a CPU.
-        dtype: dtype of the copied matrices and of the cached keys and values, either float32 or
-            bfloat16.
+        dtype: dtype of the matrices of the linear layers and of the output projection, and of the
+            cached keys and values, either float32 or bfloat16. All other tensors are float32.
     """
 
     def __init__(self, model: GPT, dtype: torch.dtype) -> None:
@@ -316,7 +322,7 @@ class Batch:
     def _single_tokens(self, capacity: int) -> _Step:
         """Return a batch struct for one new token per sequence.
 
-        Each sequence can have `capacity` tokens or more, including the new token.
+        Its caches have space for at least `capacity` tokens per sequence, including the new one.
         """
         if capacity > self._step[0].capacity:  # `fill` may have added blocks that the struct lacks
             self._reserve(capacity)
@@ -352,7 +358,7 @@ class Batch:
     def _struct(self, starts: Tensor) -> _Step:
         """Return a batch struct, and a list of the objects to which the struct points.
 
-        The pointers to tokens and logits are null until `_read` sets them.
+        The pointers to ids, positions and logits are null until `_read` sets them.
         """
         c, threads, n = self.weights.config, self._threads, int(starts[-1])
         heads, n_blocks = threads * c.n_heads, len(self._blocks)
@@ -446,7 +452,8 @@ def packed_weights(model: GPT) -> Weights | None:
 
     The packed weights of a frozen model are cached until a weight changes. If a parameter requires
     a gradient, the weights are packed in each call: fused optimizers do not increment the version
-    counters of PyTorch, so a change could be missed.
+    counters of PyTorch, so a change could be missed. Weights that were created in inference mode
+    have no version counter, so they are also packed in each call.
 
     Args:
         model: a model for which `unsupported` returns None.

@@ -147,8 +147,9 @@ def _meansoftmax(
 
     Args:
         teachers: logits (n, V) of each teacher. They may be overwritten.
-        target: index of any one logit in each row, as row numbers (n,) and column numbers (n,). The
-            log partition of a single teacher is computed from these logits.
+        target: row numbers (n,) and column numbers (n,) of one logit in each row. The log partition
+            of a single teacher is computed from this logit and its probability. So any logit with a
+            probability above 0 can be chosen.
         student: logits s (n, V) of the student.
     """
     if len(teachers) == 1:  # log q is logits − log partition, without a log of (n, V)

@@ -61,8 +61,9 @@ def with_token(app: Any, access: Access) -> Any:
 
     If the URL of a GET request has the right token, the answer sets the cookie and redirects to the
     URL without the token. So the token is neither in the browser's history nor sent to other sites.
-    Uploads without the cookie get status 403. All other requests are passed on to `app`; the event
-    handlers of the tab Train check the cookie.
+    A multipart request without the cookie gets status 403, because it is an upload; only the login
+    is exempt. All other requests are passed on to `app`; the event handlers of the tab Train check
+    the cookie.
 
     Args:
         app: the ASGI app of the page.
@@ -102,5 +103,5 @@ async def _answer(send: Any, status: int, **headers: str) -> None:
     pairs = [(k.replace("_", "-").encode(), v.encode("latin-1")) for k, v in headers.items()]
     pairs.append((b"cache-control", b"no-store"))
     await send({"type": "http.response.start", "status": status, "headers": pairs})
-    body = b"open the address with the token that minigpt playground printed\n"
+    body = b"403: open the whole address that minigpt playground printed, with ?token=...\n"
     await send({"type": "http.response.body", "body": body if status == 403 else b""})

@@ -42,7 +42,10 @@ class Place(NamedTuple):
 
 
 def age_slider(page: Page) -> None:
-    """Add the age slider, its button Play and the loss curves, hidden if no model has snapshots."""
+    """Add the age slider, its button Play and the loss curves to the page.
+
+    All three are hidden if no model has snapshots.
+    """
     playground = page.playground
     n = playground.n_ages
     with gr.Column(visible=playground.has_ages, elem_id="age") as page.age_column:
@@ -100,16 +103,16 @@ def show_answer(
     output: gr.HTML,
     inputs: Sequence[Any] | None = None,
 ) -> None:
-    """Show the result of `function` in `output`, and update it when an input or the age changes.
+    """Show the result of `function` in `output`; update it when `changing` or the age changes.
 
     A change of the age updates only the open tab. Another tab is updated when it is opened. If
     several changes are waiting, only the newest is handled. The event is `change`, because Gradio's
     `input` misses pasted text and backspace.
 
     Args:
-        function: function that takes the values of `inputs` and returns HTML. The first of
-            `inputs` has the name of a model. `function` gets the name of the snapshot of this model
-            at the selected age instead.
+        function: function that takes the values of `inputs` and returns HTML. The first of these
+            values is the name of a model. In its place, `function` gets the name of this model's
+            snapshot at the selected age.
         changing: components that update the result when they change.
         output: component that shows the result.
         inputs: components with the arguments of `function`; None means `changing`.
@@ -128,11 +131,11 @@ def show_answer(
 
 
 def at_age(function: Callable[..., str], page: Page) -> Callable[..., str]:
-    """Return a function that calls `function` for snapshots at an age, its last argument.
+    """Return a function that calls `function` for the snapshot of a model at a selected age.
 
-    The first argument of the returned function is the name of a model. `function` is called with
-    the name of this model's snapshot at the age instead, and without the age. All other arguments
-    are passed on.
+    The returned function takes the name of the model as its first argument, and the age as its last
+    one. It calls `function` with the name of the model's snapshot at this age, followed by all
+    arguments between the name and the age.
     """
 
     def answer(*values: Any) -> str:

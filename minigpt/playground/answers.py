@@ -86,7 +86,7 @@ class Playground:
 
     Args:
         models: the models. Their names must differ.
-        min_ages: minimum of `n_ages`.
+        min_ages: minimum length of the age slider, `n_ages`.
 
     Attributes:
         n_ages: length of the age slider: the highest number of snapshots of `models`, or
@@ -104,8 +104,8 @@ class Playground:
 
         Args:
             runs: the runs, at most MAX_RUNS.
-            min_ages: minimum of `n_ages`, such as the number of snapshots in a training that may
-                follow.
+            min_ages: minimum length of the age slider, `n_ages`, such as the number of snapshots of
+                a model that may be added later.
 
         Returns:
             A playground with these models.
@@ -137,7 +137,7 @@ class Playground:
 
     @property
     def has_ages(self) -> bool:
-        """Whether a model has snapshots."""
+        """Whether at least one of the models has snapshots."""
         return any(model.ages for model in self.models.values())
 
     def aged(self, name: str, age: int | None) -> str:

@@ -114,6 +114,8 @@ def curve_svg(curve: Curve, end: float | None = None, marker: float | None = Non
 def curves_html(curves: Mapping[str, tuple[Curve, float | None]]) -> str:
     """Return HTML with the loss curve of each model, under the name of the model.
 
+    A model is left out if `curve_svg` returns "" for its curve.
+
     Args:
         curves: for each name, the curve, and the number of tokens at which to draw a vertical line;
             None draws no line.

@@ -25,8 +25,8 @@ class Hosts:
 
     Args:
         host: host name or address that the server listens on.
-        root_path: path or URL of the page behind a reverse proxy. The host of a URL is allowed too.
-            None means no proxy.
+        root_path: path or URL of the page behind a reverse proxy. If it is a URL, its host is
+            allowed, too. None means no proxy.
     """
 
     def __init__(self, host: str, root_path: str | None = None) -> None:
@@ -55,7 +55,7 @@ class Hosts:
             headers: headers of the request, by name in lower case.
         """
         if not self.allow(host := headers.get("host", "")):
-            return f"the host {host!r} is not one of this server"
+            return f"{host!r} is not a host name of this server"
         origin = headers.get("origin")
         if origin is None or self.allow(urlsplit(origin).netloc):
             return None

@@ -1,7 +1,8 @@
 """HTML for the playground: coloured tokens, bar charts, and the attention of a head.
 
-All text is escaped with `html.escape`, because prompts and words come from visitors. The files in
-static/ define the colours, and the panel that shows the most likely tokens at a position.
+All text is escaped with `html.escape`, because prompts and words come from visitors. The colours
+are in static/playground.css. A script, static/playground.js, shows a panel with the most likely
+tokens at a position.
 """
 
 from __future__ import annotations
@@ -189,8 +190,8 @@ def attention_html(names: Sequence[str], weights: Tensor) -> str:
 
     Returns:
         The text and, below it, the attention matrix. A script on the page shades each token of the
-        text by the weight with which a selected token attends to it. The last token is selected at
-        first, and then the token under the pointer.
+        text by the weight with which a selected token attends to it. At first, the last token is
+        selected; later, the token that the pointer or the keyboard focus reached last.
     """
     rows = [[round(w, 3) for w in row[: i + 1]] for i, row in enumerate(weights.tolist())]
     tokens = "".join(

@@ -55,9 +55,9 @@ def attribution(playground: Playground, name: str, text: str, position: int) -> 
         playground: the loaded models.
         name: name of the model.
         text: text to read; at most its first MAX_COLUMNS tokens are read.
-        position: number of a token, from 1. The target is the token after this one. After the last
-            token, the target is the token that the model finds most likely. The result shows the
-            parts of the target's logit.
+        position: number of a token, from 1. The target is the token after this one. For the
+            last token, the target is the token that the model finds most likely next. The result
+            shows the parts of the target's logit, relative to the mean logit of the vocabulary.
 
     Returns:
         A line that names the target, and the table; or a one-line error.
@@ -80,7 +80,8 @@ def _attribution(model: LoadedModel, ids: Tensor, position: int) -> str:
     rest = parts.embedding[i] + parts.positions[i] + parts.norm_bias[i]
     before, after = (_columns(model, ids)[i], html.token_name(model.tokenizer, int(targets[i])))
     line = f"After “{before.strip() or before}”, the logit of “{after}” is {parts.total[i]:+.2f} "
-    line += f"above the mean of the vocabulary; embeddings and final norm add {rest:+.2f}."
+    line += "relative to the mean logit of the vocabulary; "
+    line += f"embeddings, positions and final norm add {rest:+.2f}."
     return html.note_html(line) + table
 
 
@@ -112,10 +113,11 @@ def scores_html(scores: HeadScores | None) -> str:
     """Return the previous-token score and the induction score of every head, as HTML tables.
 
     Args:
-        scores: the scores; None if they cannot be measured.
+        scores: the scores. None means that they cannot be measured; a note then replaces the
+            tables.
     """
     if scores is None:
-        return html.note_html("They cannot be measured for this model.")
+        return html.note_html("The scores cannot be measured for this model.")
     tables = []
     for title, values in (
         ("Previous-token score", scores.previous_token),

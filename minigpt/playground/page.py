@@ -40,9 +40,9 @@ TOP_K = "sample from the k most likely tokens; 0: from all tokens"
 TOP_P = "sample from the most likely tokens up to this total probability; 1: from all tokens"
 MIN_P = "exclude tokens below this fraction of the highest probability; 0: exclude none"
 INTRODUCTION = """# Mini GPT playground
-This is a small language model, such as one trained on children's stories. It writes one **token**
-(a word or a part of a word) at a time: it gives each token in its vocabulary a probability, and one
-is sampled.
+The models on this page are small language models, such as ones trained on children's stories. A
+model writes one **token** (a word or a part of a word) at a time: it gives each token in its
+vocabulary a probability, and one of them is sampled.
 """
 LEGEND = (
     '<div class="scale">unlikely <i></i> likely</div><div class="caption">The colour of a token '
@@ -56,8 +56,8 @@ MAP = """This map shows the embeddings of words in two dimensions. Words that ar
 close to each other. The model learned this from its training text alone."""
 ATTENTION = """To predict the next token, each **head** in each layer attends to the tokens so far.
 Point at a token, or tap it, and the tokens that it attends to turn blue. In the matrix, each row is
-a token that attends, and each column is a token that it attends to. A head that finds nothing
-relevant often attends to (start)."""
+a token that attends, and each column is a token that it attends to. (start) is the token before the
+text; a head that finds nothing relevant often attends to it."""
 REFRESH_SECONDS = 3.0  # interval at which a page looks for newly trained models
 
 SCORES = """**Scores of all heads**, measured on a random sequence that is repeated: the
@@ -67,8 +67,8 @@ LENS = """**Logit lens**: what the model would predict next if it ended after a 
 cell to see the most likely tokens."""
 ATTRIBUTION = """**Attribution**: how much each head, the biases and the feed-forward layers add to
 the logit of the next token after the chosen position. Blue raises it, orange lowers it."""
-ACTIVITY = """**Activations**: the root mean square of the residual stream before each block, and of
-what its attention and its feed-forward layer add."""
+ACTIVITY = """**Activations**: the root mean square of the residual stream before each block (input)
+and after the last (residual), and of what each attention and feed-forward layer adds to it."""
 
 
 def build_page(playground: Playground, training: Training | None = None) -> Page:
@@ -127,9 +127,10 @@ def build_app(hosts: Hosts, training: Training | None = None) -> App:
 
 
 def _refresh_models(page: Page) -> None:
-    """Let open pages regularly add newly trained models to their menus, and resize the age slider.
+    """Let open pages regularly add newly trained models to their menus and loss curves.
 
-    The length of the slider is the number of snapshots of the model that has the most.
+    The age slider and the loss curves appear when the first model with snapshots is added. The
+    length of the slider does not change.
     """
     choices = [
         block
@@ -313,7 +314,7 @@ def _tokens_part(template: str, value: str = "", elem_id: str | None = None) -> 
 
 
 def page_theme() -> themes.ThemeClass:
-    """Return a theme that uses system fonts and gives hints enough contrast in both modes."""
+    """Return a theme with system fonts and with readable hints in light and in dark mode."""
     hint = {"block_info_text_color": "*neutral_600", "block_info_text_color_dark": "*neutral_300"}
     mono = ("ui-monospace", "monospace")
     return themes.Default(font=("system-ui", "sans-serif"), font_mono=mono).set(**hint)

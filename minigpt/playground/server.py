@@ -36,13 +36,15 @@ WATCH_SECONDS = 0.5  # interval at which the server looks for waiting and finish
 
 @dataclass(frozen=True)
 class Training:
-    """The queue of trainings of a server, and the access token that a visitor needs to use it."""
+    """The training queue of a server, and the access token that visitors need to use the queue."""
 
     queue: TrainingQueue
     access: Access
 
     def watch(self, playground: Playground, ended: threading.Event) -> None:
         """Start waiting jobs and add the models of finished jobs to the page, until `ended` is set.
+
+        Of the finished jobs, only the newest MAX_TRAINED are added at a time.
 
         Args:
             playground: the models of the page.
@@ -62,7 +64,7 @@ class Training:
             except Exception as error:  # such as a full disk: waiting jobs must not wait forever
                 if str(error) != problem:
                     problem = str(error)
-                    log.warning("training from the page: %s", problem)
+                    log.warning("a training of the page cannot be started or loaded: %s", problem)
 
 
 def serve(

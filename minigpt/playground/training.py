@@ -192,7 +192,7 @@ class TrainingQueue:
         Args:
             text: pasted text.
             files: uploaded files, which are moved into the folder of the job.
-            size: name of the model size, one of SIZES; ignored with `init_from`.
+            size: name of the model size, one of SIZES; it has no effect with `init_from`.
             minutes: length of the training in minutes.
             init_from: dict with the path of the checkpoint to start from, under the key "path", and
                 the name that the page shows for its model, under the key "name". None means random
@@ -238,7 +238,9 @@ class TrainingQueue:
             shutil.move(path, target)
 
     def stop(self, name: str) -> None:
-        """Stop a waiting or running job; a running job writes a checkpoint first.
+        """Stop a waiting or running job.
+
+        A running job that has made an update writes a checkpoint before it stops.
 
         Args:
             name: name of the job.
@@ -259,7 +261,9 @@ class TrainingQueue:
                     os.kill(pid, signal.SIGTERM)
 
     def resume(self, name: str) -> None:
-        """Add a stopped or failed job to the queue again; it continues from its last checkpoint.
+        """Add a stopped or failed job to the queue again.
+
+        The job continues from its last checkpoint. A stopped job without a checkpoint starts again.
 
         Args:
             name: name of the job.
@@ -353,7 +357,7 @@ def training_environment(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def _check(text: str | None, files: Sequence[Path], size: str, minutes: float | None) -> None:
-    """Raise UserError if a field of a new job is missing or out of range."""
+    """Raise UserError if a field of a new job is missing or not allowed."""
     if not (text and text.strip()) and not files:
         raise UserError("The text is empty: paste a text, or add files.", "text")
     try:

@@ -32,11 +32,11 @@ START_FROM, RANDOM = "Start from", "random weights"
 INTRODUCTION = """Train a model on your own stories. The training is a process of its own: it
 continues if you close this page, and you find it here again."""
 REFUSAL = (
-    "Training needs an access key: open the whole address that minigpt playground printed in its "
-    "terminal, with ?token=."
+    "Training needs an access token: open the complete address that minigpt playground printed in "
+    "the terminal, including ?token=."
 )
 FILES = (
-    "or files: .txt, .md, .csv, .tsv, .json, .jsonl or .parquet, also compressed; "
+    "or files: .txt, .md, .csv, .tsv, .json, .jsonl, .ndjson or .parquet, also compressed; "
     f"at most {MAX_UPLOAD / 1e6:.0f} MB"
 )
 
@@ -128,7 +128,7 @@ def _form(playground: Playground) -> _Form:
 class _Events:
     """Event handlers of the tab Train.
 
-    All methods except `allowed` return updates of the components of the tab.
+    All public methods except `allowed` return updates of the components of the tab.
     """
 
     def __init__(self, playground: Playground, training: Training) -> None:
@@ -144,7 +144,7 @@ class _Events:
         self, text: str, files: list[str] | None, size: str, start: str, minutes: float,
         request: gr.Request,
     ) -> list[Any]:  # fmt: skip
-        """Add a job; if this succeeds, empty the field of the files."""
+        """Add a job; if this succeeds, remove the files from the upload field."""
 
         def add_job() -> Job:
             paths = [Path(name) for name in dict.fromkeys(files or [])]  # a file may be added twice
@@ -175,7 +175,7 @@ class _Events:
 
         Args:
             name: name of the job that is selected on the page.
-            known: choices of the list that the page already has.
+            known: choices that the list of jobs on the page already has.
             shown: the error that the page already shows, as a dict from the field to the message;
                 {} if it shows none.
             request: request of the visitor.
@@ -272,7 +272,7 @@ def _views(
         training: the queue.
         name: name of the job to show. If there is no such job, the running job is shown, or else
             the newest one.
-        known: choices of the list that the page already has.
+        known: choices that the list of jobs on the page already has.
         current: name of the job that is now selected on the page.
     """
     jobs, job = training.queue.jobs(), _selected(training, name)

@@ -22,7 +22,9 @@ PHASES = {
 
 
 def job_html(job: Job, n_waiting: int = 0) -> str:
-    """Return the state, the loss curve and the sample stories of a training, as HTML.
+    """Return the state, the error, the loss curve and the sample stories of a training, as HTML.
+
+    For a finished training, the result also has a command that repeats it.
 
     Args:
         job: the training.
@@ -39,8 +41,8 @@ def job_html(job: Job, n_waiting: int = 0) -> str:
             parts.append(note_html(str(error), "error"))
     command = job.status.get("command")
     if command and job.state == "finished":
-        first = f", with the pasted text in {TEXT}" if job.settings["pasted"] else ""
-        parts.append(note_html(f"The run is in {run}. The same run in a terminal{first}:"))
+        first = f"save the pasted text as {TEXT}, then " if job.settings["pasted"] else ""
+        parts.append(note_html(f"The run is in {run}. To repeat it in a terminal, {first}type:"))
         parts.append(f'<pre class="command">{html.escape(command)}</pre>')
     return "".join(parts)
 

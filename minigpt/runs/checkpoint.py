@@ -64,7 +64,8 @@ def with_weights(model: GPT, weights: dict[str, Tensor], path: Path) -> GPT:
         model.load_state_dict(weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the weights in {path} do not fit this model: {reason}") from None
+        problem = f"the weights in {path} do not fit this model ({reason})"
+        raise UserError(f"{problem}: give another checkpoint, or restore the model class") from None
     return model
 
 
@@ -102,11 +103,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         path: a Lightning checkpoint, or a file from `write_snapshot`.
 
     Returns:
-        A dict with at least `state_dict` and `hyper_parameters`; for a snapshot, also
-        `global_step`.
+        A dict with at least `state_dict` and `hyper_parameters`. For a snapshot, the only other key
+        is `global_step`.
 
     Raises:
-        UserError: the file is not a checkpoint of Mini GPT, is damaged, or contains code.
+        UserError: the file does not exist, is not a checkpoint of Mini GPT, is damaged, or contains
+            code.
     """
     try:
         content = _load(path)

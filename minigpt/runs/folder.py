@@ -148,7 +148,7 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """Content of summary.json, with the steps, tokens and seconds of the selected checkpoint.
 
-        There is no summary.json if the run is still training or was killed. The summary then
+        A run that is still training or was killed may have no summary.json. The summary then
         contains only these three values, and the records of the parent run and the teachers, if
         there are any. A snapshot does not record the seconds, so they may be missing.
 
@@ -312,7 +312,7 @@ def last_checkpoint(path: Path) -> Path:
 
     Args:
         path: a checkpoint file, or a run folder. For a folder, the newest undamaged checkpoint is
-            returned.
+            returned; if all are damaged, the newest one.
 
     Returns:
         The path of the checkpoint file.
@@ -394,7 +394,8 @@ def _make_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool) 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the settings in the config.yaml of a run folder as plain values.
 
-    Settings that are missing in an older run get the values in OLD_DEFAULTS.
+    Settings that are missing in an older run get the values in OLD_DEFAULTS. Settings in
+    OLD_SETTINGS are removed.
 
     Args:
         folder: the run folder.

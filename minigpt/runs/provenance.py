@@ -33,7 +33,7 @@ def source_commit() -> str:
 
 
 def _checkout_commit(root: Path) -> str | None:
-    """Return the commit of the repository at `root`.
+    """Return the commit of the repository at `root`, with the suffix -dirty if files were changed.
 
     Return None if `root` is not the root folder of this project, or if git fails.
     """
@@ -66,9 +66,9 @@ def _installed_commit(package: Path) -> str:
 def portable_overrides(overrides: Sequence[str]) -> list[str]:
     """Return the overrides of a run, without what belongs to one machine or one user.
 
-    Overrides of `runs_dir`, `resume`, `logger`, `callbacks` and `data.cache_dir` are removed, and
-    that of `data.dataset` if it is an absolute path. In the remaining ones, a path that is absolute
-    or begins with ~/ is reduced to its last component.
+    Overrides of `runs_dir`, `resume`, `logger`, `callbacks` and `data.cache_dir` are removed. An
+    override of `data.dataset` is removed if its value is an absolute path or begins with ~/. In all
+    other overrides, paths that are absolute or begin with ~/ are reduced to their last component.
 
     Args:
         overrides: the overrides as typed, such as "model=large".
@@ -83,7 +83,7 @@ def portable_overrides(overrides: Sequence[str]) -> list[str]:
 
 
 def _portable(override: str) -> str:
-    """Return an override in which each absolute path is reduced to its last component."""
+    """Return an override; of each path that is absolute or begins with ~, only the name is kept."""
     key, equals, value = override.partition("=")
     if value.startswith("{") or re.search(r"(?<!\\)\$\{", value):  # a dict, or with a reference
         return _FOLDERS.sub("", override)
@@ -93,7 +93,7 @@ def _portable(override: str) -> str:
 
 
 def _file_name(text: str) -> str:
-    """Return the last component of an absolute path; return any other text unchanged.
+    """Return the last component of a path that is absolute or begins with ~, else the text itself.
 
     Quotes around the text are kept.
     """
@@ -106,10 +106,10 @@ def _file_name(text: str) -> str:
 class Parent:
     """Record of a parent run or of a teacher, stored in the run that was trained from it.
 
-    The parent run, which the setting `init_from` names, provides the initial weights. The fields
-    describe the parent run or the teacher itself (the recorded run). Its tokens, seconds and
-    sources include those of its ancestors: its own parent run, the parent of that parent, and so
-    on.
+    The parent run, which the setting `init_from` names, provides the initial weights. The recorded
+    run is the parent run or the teacher. `name` and `weights` are those of the recorded run alone.
+    All other fields also include its ancestors: its own parent run, the parent of that parent, and
+    so on.
 
     Raises:
         ValueError: the name or a source is not printable, or a number is negative.
@@ -135,7 +135,7 @@ class Parent:
 
     def __post_init__(self) -> None:
         if not all(text.isprintable() for text in (self.name, *self.sources)):
-            raise ValueError("name and each of the sources must be one line of printable text")
+            raise ValueError("name and sources must each be one line of printable text")
         if (self.tokens or 0) < 0 or (self.seconds or 0) < 0:
             raise ValueError("tokens and seconds must not be negative")
 
@@ -145,7 +145,7 @@ class AveragedRun:
     """Record of a run whose weights were averaged with those of the exported run.
 
     Raises:
-        ValueError: the name or an override is not printable.
+        ValueError: the name, an override or a source is not printable.
     """
 
     name: str
@@ -158,14 +158,13 @@ class AveragedRun:
     """Overrides of the run, as `portable_overrides` returns them; None means unknown."""
 
     sources: list[str] = field(default_factory=list)
-    """The `data.source` that the run was trained on, without those of its parent."""
+    """Value of the setting `data.source` of the run itself, as a list with one item. The sources of
+    the parent run are not included. An empty list means unknown."""
 
     def __post_init__(self) -> None:
         texts = self.name, *(self.overrides or ()), *self.sources
         if not all(text.isprintable() for text in texts):
-            raise ValueError(
-                "name, each of the overrides and each of the sources must be one printable line"
-            )
+            raise ValueError("name, overrides and sources must each be one line of printable text")
 
 
 def averaged_runs(summary: Mapping[str, Any], path: Path) -> list[AveragedRun]:
@@ -183,9 +182,7 @@ def averaged_runs(summary: Mapping[str, Any], path: Path) -> list[AveragedRun]:
         parent = parent_of(summary, path)
         return [] if parent is None else [AveragedRun(parent.name, parent.weights)]
     if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
-        raise UserError(
-            f"{path}: the entry averaged must be a list of objects; export the run again"
-        )
+        raise UserError(f"{path}: 'averaged' must be a list of objects: export the run again")
     return [build(AveragedRun, dict(entry), f"{path}: averaged") for entry in entries]
 
 
@@ -236,19 +233,19 @@ def own_teachers(record: Mapping[str, Any], path: Path) -> list[Parent]:
     """
     entries = record.get("teachers") or []
     if not isinstance(entries, list):
-        raise UserError(f"{path}: teachers must be a list: restore the file, or train again")
+        raise UserError(f"{path}: 'teachers' must be a list: restore the file, or train again")
     return [_record(entry, f"{path}: teachers") for entry in entries]
 
 
 def _record(entry: Any, where: str) -> Parent:
     if not isinstance(entry, Mapping):
-        raise UserError(f"{where} must be an object: restore the file, or train again")
+        raise UserError(f"{where}: a record must be an object: restore the file, or train again")
     names = {field.name for field in fields(Parent)}
     return build(Parent, {name: entry[name] for name in entry if name in names}, where)
 
 
 def _distinct(teachers: Iterable[Parent]) -> list[Parent]:
-    """Return each teacher once, with an empty list of its own teachers."""
+    """Return one record for each teacher, without the records of its own teachers."""
     by_weights = {t.weights: replace(t, teachers=[]) for t in teachers}
     return list(by_weights.values())
 

@@ -1,8 +1,8 @@
 """Compare recipes by the validation losses of runs that have the same seeds.
 
-A recipe is all settings of a run, except the seed and those that depend on the machine. Runs with
-the same seed read the same batches, so the difference of their losses has less noise than the
-losses themselves.
+A recipe is all settings of a run, except the seed, the name and those that depend on the machine or
+the user. Runs with the same seed, data settings and context length read the same windows in the
+same order. The difference of their losses then has less noise than the losses themselves.
 """
 
 from __future__ import annotations
@@ -69,17 +69,18 @@ class Comparison:
 def compare(runs: Sequence[RunResult]) -> list[Comparison]:
     """Group finished runs by recipe, and compare each recipe with that of the first run.
 
-    Two runs have the same recipe if all settings are equal, except the seed and those that depend
-    on the machine.
+    Two runs have the same recipe if all settings are equal, except the seed, the name and those
+    that depend on the machine or the user.
 
     Args:
-        runs: results of runs; those without a final validation loss are left out.
+        runs: results of runs; those that are unfinished or have no final validation loss are left
+            out.
 
     Returns:
         A comparison for each recipe. The recipes are in the order of their first runs.
 
     Raises:
-        UserError: no run has a final validation loss, or two runs have the same recipe and seed.
+        UserError: all runs are left out, or two runs have the same recipe and seed.
     """
     recipes: list[tuple[dict[str, Any], list[RunResult]]] = []
     for run in runs:

@@ -40,10 +40,11 @@ def scaling_figure(groups: Sequence[RunGroup]) -> Figure:
     """Plot perplexity against the number of parameters.
 
     The figure shows the main group, which is the group with the most model sizes. For each of these
-    sizes, a point is the mean perplexity of the runs, and an error bar extends from the lowest to
-    the highest perplexity. A curve is the law fitted to the main group. A second series has a
-    point at each size at which another group has a lower mean than the main group, or the main
-    group has no runs. The point is the lowest mean of all groups at that size.
+    sizes, a point is the geometric mean of the perplexities of the runs, and an error bar extends
+    from the lowest to the highest perplexity. If a law was fitted to the main group, it is drawn as
+    a curve. A second series shows the sizes at which another group is the best: it has a lower mean
+    than the main group, or the main group has no runs. A point of this series is the lowest mean of
+    all groups.
 
     Args:
         groups: groups of comparable runs; if empty, only the reference models are drawn.
@@ -87,10 +88,10 @@ def scaling_figure(groups: Sequence[RunGroup]) -> Figure:
 
 
 def _best_of_others(main: RunGroup, groups: Iterable[RunGroup]) -> Points:
-    """Return (parameters, lowest perplexity) for each size at which another group is the best.
+    """Return the points (parameters, perplexity) at which a group other than `main` is the best.
 
-    A size at which `main` has no runs is included. The perplexity of a group is the geometric mean
-    over its runs.
+    The best group of a size has the lowest perplexity, which is the geometric mean over its runs of
+    this size. A size at which `main` has no runs is included.
     """
     best = {size.parameters: size.perplexity for size in main.sizes}
     better: dict[float, float] = {}
@@ -110,15 +111,23 @@ def tokens_figure(runs: Sequence[RunResult]) -> Figure:
 
 
 def compute_figure(runs: Sequence[RunResult]) -> Figure:
-    """Plot perplexity against training FLOPs, for the same series as `tokens_figure`."""
+    """Plot perplexity against training FLOPs, otherwise as `tokens_figure` does.
+
+    Runs with an unknown number of FLOPs are left out.
+    """
     return _curves_figure(runs, lambda run: run.flops_per_token, "FLOPs")
 
 
 def _curves_figure(runs: Iterable[RunResult], per_token: Callable[[Any], Any], unit: str) -> Figure:
-    """Plot perplexity at each validation against tokens or FLOPs, named by `unit`.
+    """Plot perplexity at each validation against training tokens or FLOPs.
 
-    A point is at the number of tokens seen, multiplied by `per_token(run)`. `per_token` is also
-    called with each reference model. A run is left out if `per_token` returns None for it.
+    `tokens_figure` describes which runs form a series, and which series are drawn.
+
+    Args:
+        runs: results of runs; those that are unfinished or have no validation are left out.
+        per_token: function that returns the factor from tokens to `unit`, for a run or a reference
+            model. If it returns None for a run, the run is left out.
+        unit: name of the unit in labels, "tokens" or "FLOPs".
     """
     reference: Points = [(per_token(r) * r.tokens, r.perplexity) for r in REFERENCE]
     scaled = [(run, per_token(run)) for run in runs if per_token(run) and run.point and run.curve]
@@ -175,7 +184,7 @@ def _axes(xlabel: str) -> tuple[Figure, Axes]:
 
 
 def _finish(axes: Axes, title: str, space: float) -> None:
-    """Set the title, fix the limits of both axes, and set ticks at round numbers.
+    """Set the title, the margins of both axes, and ticks at round numbers.
 
     The horizontal axis is extended on the right by the fraction `space` of its width, to make space
     for labels. An axis that spans few decades has more ticks per decade.

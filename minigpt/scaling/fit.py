@@ -108,7 +108,9 @@ class Fit:
 
 
 def fit_sizes(sizes: Sequence[Size], replicates: int = REPLICATES, seed: int = 0) -> Fit:
-    """Fit the law to the mean loss of each size by least squares; E, A >= 0 and 0 <= α <= 5.
+    """Fit the law to the mean losses by least squares, with E >= 0, A >= 0 and 0 <= α <= 5.
+
+    Each size contributes one value: the mean loss of its runs.
 
     The intervals come from a bootstrap over seeds. Resampling the runs within each size would not
     work: two runs give only three different means, and a single run gives one. Instead, the
@@ -163,7 +165,10 @@ def _fit(n: Array, losses: Array, starts: Sequence[float] = STARTS) -> tuple[flo
         return e + b * (size / middle) ** -alpha
 
     def linear(alpha: float) -> tuple[float, Array]:
-        """Return the residual sum of squares and (E, B, α), with the best E and B for this α."""
+        """Return the residual sum of squares and (E, B, α) for this α.
+
+        E and B are the best values without bounds; a negative value is then replaced by 0.
+        """
         falling = (n / middle) ** -alpha
         (b, e), *_ = np.linalg.lstsq(np.stack([falling, np.ones_like(n)], 1), losses, rcond=None)
         start = np.array([max(e, 0.0), max(b, 0.0), alpha])
@@ -196,7 +201,7 @@ class Prediction:
 
 
 def predictions(sizes: Sequence[Size], replicates: int = REPLICATES) -> list[Prediction]:
-    """Predict the loss of each size from all smaller sizes, if these are at least four.
+    """Predict the loss of each size that has at least four smaller sizes, from these sizes.
 
     Args:
         sizes: the losses of each size, in any order.

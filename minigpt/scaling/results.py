@@ -38,7 +38,10 @@ COPIED_ROWS = 200  # maximum number of training rows before the last 5 % in a co
 
 @dataclass(frozen=True)
 class ReferenceModel:
-    """Reference model, trained on the full TinyStories corpus with a vocabulary of 3,000 tokens."""
+    """Reference model, trained on 104M tokens of the full TinyStories corpus.
+
+    Its vocabulary has 3,000 tokens.
+    """
 
     parameters: int
     perplexity: float  # validation
@@ -99,12 +102,12 @@ class RunResult:
 
     @property
     def epochs(self) -> float | None:
-        """Number of passes over the training split."""
+        """Number of passes over the training split; None if the size of the split is unknown."""
         return self.tokens_of_data / self.train_tokens if self.train_tokens else None
 
     @property
     def reference_perplexity(self) -> float | None:
-        """Perplexity of the reference model with as many parameters; None if there is none."""
+        """Perplexity of the reference model with this parameter count; None if there is none."""
         return {model.parameters: model.perplexity for model in REFERENCE}.get(self.parameters or 0)
 
 
@@ -147,7 +150,8 @@ def read_run(path: Path) -> RunResult:
         path: the run folder.
 
     Raises:
-        UserError: a file of the run is missing or cannot be read; the message names the file.
+        UserError: config.yaml is missing, a file of the run is damaged, or a link in the run folder
+            points outside the folder. The message names the file.
     """
     refuse_links_out(path)
     summary, config, rows = read_summary(path), Run(path, path).config, read_metrics(path)
@@ -159,7 +163,7 @@ def read_run(path: Path) -> RunResult:
         if value is None or (isinstance(value, float) and not math.isfinite(value)):
             return None
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"{path / SUMMARY}: {name} is {value!r}; it must be a number")
+            raise UserError(f"{path / SUMMARY}: {name} must be a number, not {value!r}: correct it")
         return value
 
     parent, teachers = parent_of(summary, path / SUMMARY), teachers_of(summary, path / SUMMARY)
@@ -241,10 +245,11 @@ def _settings(
 
 
 def late_training_loss(rows: list[Row]) -> float | None:
-    """Return the mean training loss of the steps logged in the last 5 % of the run.
+    """Return the mean training loss of the steps logged in the last 5 % of the tokens so far.
 
-    With the default `final_lr` of 0, the learning rate of these steps is near zero, so the weights
-    hardly change. The result is None if no such step was logged or if a loss is not finite.
+    In a finished run with the default schedule, the learning rate of these steps is close to zero,
+    so the weights hardly change. The result is None if no such step was logged or if a loss is not
+    finite.
     """
     late = [row["train/loss"] for row in rows if "train/loss" in row and _is_late(row, rows)]
     return fmean(late) if late and all(map(math.isfinite, late)) else None

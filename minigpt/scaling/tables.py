@@ -1,4 +1,4 @@
-"""Write the scaling study: scaling.md, scaling.json, three figures, and a terminal table.
+"""Output of the scaling study: scaling.md, scaling.json, three figures, and a terminal table.
 
 >>> runs = [read_run(folder) for folder in find_runs([Path("runs")])]
 >>> groups = write_scaling(runs, Path("runs"))
@@ -175,7 +175,10 @@ def markdown(runs: Sequence[RunResult], groups: Sequence[RunGroup]) -> str:
 
 
 def _run_table(runs: Sequence[RunResult]) -> str:
-    """Return the table of runs, with a column for the tokens that teachers saw if a run has any."""
+    """Return the table of runs in Markdown.
+
+    If a run has teachers, the table has a column for the number of tokens that they saw.
+    """
     columns, rows = list(COLUMNS), [list(_run_cells(run, "{:,}".format)) for run in runs]
     if any(run.teacher_tokens != 0 for run in runs):
         place = columns.index("tokens") + 1

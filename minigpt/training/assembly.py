@@ -267,7 +267,7 @@ def set_losses(
 
 
 def _records_graphs(hardware: Hardware, c: TrainerConfig) -> bool:
-    """Return whether parts of a step are replayed as CUDA graphs."""
+    """Return whether CUDA graphs are used: for Muon and, if `_is_repeatable`, for the loss."""
     return c.cuda_graph and hardware.accelerator == "cuda" and c.strategy != "fsdp"
 
 

@@ -89,7 +89,7 @@ class Throughput(Callback):
                 self._measured_again, self._mark = True, None  # the clock excludes the measurement
                 with contextlib.suppress(torch.OutOfMemoryError):  # a GPU full of activations
                     self.peak_flops = self._measure_peak(True)
-                message = "mfu was above 1: measured the peak again, it is %.3g FLOP/s"
+                message = "mfu was above 1, so the peak was measured again: %.3g FLOP/s"
                 log.info(message, self.peak_flops)
             values = {"tokens_per_second": self.speed, "mfu": flops / self.peak_flops}
             self.module.log_dict(values)

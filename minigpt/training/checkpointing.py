@@ -54,7 +54,7 @@ def full_disk_in_one_line(folder: Path) -> Iterator[None]:
     """Turn the OSError of a full or read-only disk into a one-line error without a traceback.
 
     Args:
-        folder: the run folder; the error suggests resuming this run.
+        folder: the run folder. If it has a checkpoint, the error suggests resuming the run.
 
     Raises:
         DiskFullError: the disk is full or read-only.
@@ -74,7 +74,7 @@ def full_disk_in_one_line(folder: Path) -> Iterator[None]:
 class CheckpointFiles(TorchCheckpointIO):
     """Lightning plugin that writes checkpoints atomically, with checksums, and rotates last.ckpt.
 
-    A checkpoint that is saved while `hold` is set stays in memory until `write_held` is called.
+    A last.ckpt that is saved while `hold` is set stays in memory until `write_held` is called.
 
     Args:
         keep: number of latest checkpoints to keep, including last.ckpt.
@@ -88,7 +88,7 @@ class CheckpointFiles(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Write the checkpoint, or hold it in memory if `hold` is set.
+        """Write the checkpoint; if it is last.ckpt and `hold` is set, hold it in memory instead.
 
         A held checkpoint contains the tensors of the model itself, not copies. Call `write_held`
         before these tensors change.
@@ -213,7 +213,10 @@ class Checkpoints(Callback):
         self._is_saved = False
 
     def on_before_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """From now on, let a signal stop the run only after the current step, to lose no work."""
+        """Let a signal stop the run only after a step, from now until the next validation begins.
+
+        A second Ctrl-C still stops it immediately.
+        """
         self._stops_at_once, watch.patient = False, True
 
     def on_train_batch_end(
@@ -247,7 +250,7 @@ class Checkpoints(Callback):
         self._stops_at_once = True
 
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
-        """Write the checkpoint held in memory if SIGHUP asks for a checkpoint.
+        """If SIGHUP asks for a checkpoint, write the one collected before this validation.
 
         Stop the run if the exception of a signal was lost. Python discards an exception that a
         signal handler raises while a `__del__` method runs.
@@ -294,8 +297,11 @@ class Checkpoints(Callback):
     ) -> None:
         """Mark the checkpoint if it was collected before the end of a validation.
 
+        The first call also checks that the states of all callbacks can be loaded again.
+
         Raises:
-            UserError: the state of a callback could not be read back.
+            UserError: the state of a callback contains an object that is neither a tensor nor a
+                plain Python value.
         """
         if self._validates:
             checkpoint[VALIDATES] = True
@@ -314,7 +320,14 @@ class Checkpoints(Callback):
 
 
 def _check_readable(name: str, state: Any) -> None:
-    """Raise UserError if checkpoints with this state of a callback would be refused as code."""
+    """Raise UserError if the state of a callback contains anything but tensors and plain values.
+
+    `read_checkpoint` would refuse a checkpoint with such a state.
+
+    Args:
+        name: name of the callback, for the error message.
+        state: the state, from `state_dict` of the callback.
+    """
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)

@@ -45,17 +45,18 @@ class TrainerConfig:
     """Whether to compile the loss with torch.compile; compilation takes a minute and pays off on
     GPUs."""
     profile: bool = False
-    """Whether to profile ten updates near the start of the run. The profile consists of
+    """Whether to profile up to ten updates near the start of the run. The profile consists of
     profile/trace.json, which chrome://tracing shows, and profile/operators.txt, a table of the
     operators and kernels that take the most time."""
     cuda_graph: bool = True
     """Whether a CUDA GPU replays the forward and backward pass, and a part of Muon's update, as
-    recorded CUDA graphs. The passes are not recorded with dropout, fsdp, 16-mixed or a custom model
-    class."""
+    recorded CUDA graphs. With fsdp, nothing is recorded. With dropout, 16-mixed or a custom model
+    class, the passes are not recorded."""
     kernels: Choice = "auto"
     """Implementation of attention and loss: `cpu` means this package's CPU kernels, `torch` means
     PyTorch's own operators, and `auto` means `cpu` on a CPU and `torch` on other devices. With
-    `cpu`, each thread computes its own part of a batch, except with dropout, compile or fsdp."""
+    `cpu`, each thread computes its own part of a batch, except with dropout, compile or fsdp, or if
+    a batch has fewer windows than there are threads."""
     threads: int | None = None
     """Number of CPU threads of each process, from 1 to 1024; None means the environment variable
     OMP_NUM_THREADS. If that is not set, None means PyTorch's default number, limited to the
@@ -73,7 +74,7 @@ class TrainerConfig:
             raise UserError("must be auto or a number of devices", "devices", self.devices)
         if self.accelerator not in ("auto", "cpu", "gpu", "cuda", "mps"):
             raise UserError("must be auto, cpu, gpu, cuda or mps", "accelerator", self.accelerator)
-        check(self, "leave it out: budget.tokens sets it", lambda n: n >= 1, "max_steps")
+        check(self, "leave it out; budget.tokens sets the length", lambda n: n >= 1, "max_steps")
         length = "leave it out; budget.tokens sets the length of a run and counts repeated epochs"
         check(self, length, lambda _: False, "max_epochs")
 
@@ -145,13 +146,13 @@ class OptimizerConfig:
         check(self, "must not be negative", lambda n: n >= 0, "warmup_tokens")
         check(self, "must be a fraction from 0 to 1", lambda x: 0 <= x <= 1, "final_lr")
         check(self, "must not be negative", lambda n: n >= 0, "cycles")
-        check(self, "must be between 0 and 1", lambda x: 0 < x < 1, "cycle_share")
+        check(self, "must be above 0 and below 1", lambda x: 0 < x < 1, "cycle_share")
         lowest = self.final_lr if self.cycles else 0.0
-        message = "must be positive and from final_lr to 1"
+        message = "must be above 0, at least final_lr, and at most 1"
         check(self, message, lambda x: x > 0 and lowest <= x <= 1, "cycle_lr")
         if self.cycles * self.cycle_share >= 1:
             fix = {"cycle_share": float(f"{0.5 / self.cycles:.1g}")}  # about half of the run
-            message = f"with cycle_share={self.cycle_share}, the cycles take the whole run"
+            message = f"with cycle_share={self.cycle_share}, the cycles would take the whole run"
             raise UserError(message, "cycles", self.cycles, fix)
 
     def n_warmup_steps(self, tokens_per_step: int) -> int:
@@ -190,10 +191,10 @@ class TeacherConfig:
     """Dotted path of the teachers' model class; None means minigpt.model.GPT."""
 
     def __post_init__(self) -> None:
-        check(self, "must be between 0 and 1", lambda w: 0 <= w <= 1, "weight")
+        check(self, "must be from 0 to 1", lambda w: 0 <= w <= 1, "weight")
         check(self, "must be positive", lambda t: t > 0, "temperature")
         if "" in self.runs:
-            problem = "must not be empty; leave it out, or name a run"
+            problem = "must not contain an empty path; leave it out, or name a run"
             raise UserError(problem, "runs", fix={"runs": ["releases/large"]})
         expand_paths(self, "runs")
 
@@ -212,8 +213,8 @@ class LoggerConfig:
     else the default of the W&B account."""
     mode: Literal["online", "offline", "disabled"] | None = None
     """What W&B does: `online` uploads the run, `offline` stores it locally, and `disabled` does
-    nothing. None means the environment variable WANDB_MODE, else `online` with an API key and
-    `offline` without a key."""
+    nothing. Without an API key, `online` acts like `offline`. None means the environment variable
+    WANDB_MODE, else `online`."""
     group: str | None = None
     """Group of the W&B run; None means the environment variable WANDB_RUN_GROUP, else no group."""
     log_model: bool = False
@@ -246,8 +247,8 @@ class CallbacksConfig:
     """Number of latest checkpoints to keep, including last.ckpt but not best.ckpt."""
     snapshots: int | None = None
     """Number of snapshots of the weights to write to snapshots/; None disables snapshots. The first
-    one is at step 0, the last one at the end of the run, and their steps are evenly spaced on a
-    logarithmic scale."""
+    one is at step 0, the last one at the end of the run. Their steps are evenly spaced on the scale
+    log(1 + step), except that they are at least 1 apart."""
 
     def __post_init__(self) -> None:
         check(self, "must be positive", lambda x: x > 0, "checkpoint_minutes")
@@ -303,7 +304,8 @@ class TrainConfig:
     init_from: str | None = None
     """Run that provides the initial weights and the tokenizer; None means random weights."""
     seed: int = 1
-    """Seed of the initial weights, the data order and dropout, from 0 to 2^32 - 1."""
+    """Seed of all random numbers in the run, such as initial weights and data order, from 0 to
+    2^32 - 1."""
     size: str | None = None
     """Name of the model's size for reports and run names; None means `small` for the default shape
     and `gpt` for any other shape."""
@@ -317,12 +319,12 @@ class TrainConfig:
             size = "small" if self.model == GPTConfig() else "gpt"
             object.__setattr__(self, "size", size)
         limit = 2**32 - 1
-        check(self, f"must be between 0 and {limit}", lambda n: 0 <= n <= limit, "seed")
+        check(self, f"must be from 0 to {limit}", lambda n: 0 <= n <= limit, "seed")
         if (name := self.name) is not None:
             fits = name.isprintable() and 0 < len(name.encode()) <= MAX_NAME_BYTES
             if not fits or Path(name).name != name or name == "..":
-                message = f"must be printable text without / and of at most {MAX_NAME_BYTES} bytes"
-                raise UserError(f"{message}, for the name of a folder in runs_dir", "name", name)
+                message = f"must be 1 to {MAX_NAME_BYTES} bytes of printable text without /"
+                raise UserError(f"{message}, because it names a folder in runs_dir", "name", name)
         examples = {"runs_dir": "runs", "resume": "runs/<name>", "init_from": "releases/large"}
         for name, example in examples.items():
             if getattr(self, name) == "":
@@ -416,7 +418,7 @@ class Schedule:
         _check_decays(config.optimizer, n_steps, per_step, length)
         if (snapshots := config.callbacks.snapshots or 0) > n_steps + 1:
             name = "callbacks.snapshots"
-            message = f"is more than one at step 0 and one after each step: the run has {length}"
+            message = f"is too many; a run of {length} allows {n_steps + 1:,}"
             raise UserError(message, name, snapshots, {name: n_steps + 1})
         if (max_steps := trainer.max_steps) not in (None, n_steps):
             message = f"contradicts budget.tokens={budget}, which is {length}"
@@ -434,12 +436,12 @@ def _check_decays(optimizer: OptimizerConfig, n_steps: int, per_step: int, lengt
     if cycles and optimizer.cycle_share * n_steps < 1:
         share = (10_000 // n_steps + 1) / 10_000  # just over one step
         fix = {name: share} if cycles * share < 1 else {"optimizer.cycles": 0}
-        message = f"a cycle would be shorter than one step: the run has {length}"
+        message = f"a cycle would be shorter than one step; the run has {length}"
         raise UserError(message, name, optimizer.cycle_share, fix)
     end = optimizer.decay_ends(n_steps)[0]
     if optimizer.n_warmup_steps(per_step) >= end:
-        name, message = "optimizer.warmup_steps", f"must be less than the run length: {length}"
-        message += f", {n_steps - end:,} of them in cycles" if cycles else ""
+        name, message = "optimizer.warmup_steps", f"must be less than the run length, {length}"
+        message += f", without the {n_steps - end:,} steps in cycles" if cycles else ""
         if (tokens := optimizer.warmup_tokens) is not None:
             name = "optimizer.warmup_tokens"
             raise UserError(message, name, tokens, {name: end // 10 * per_step})

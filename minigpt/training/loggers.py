@@ -44,7 +44,8 @@ class MetricsCsv(Logger):
             the run writes them again. None means a new run, which replaces an existing file.
         validates: whether the run repeats the validation at `resume_step`. The row of this
             validation is then removed.
-        tokens_per_step: number of tokens per update, for rows of other callbacks without `tokens`.
+        tokens_per_step: number of tokens per update. The column `tokens` is computed from it if
+            other callbacks log metrics without `tokens`.
     """
 
     name, version = "csv", ""  # type: ignore[assignment]  # Lightning needs both
@@ -118,7 +119,7 @@ def check_logger(config: LoggerConfig) -> None:
     """
     kind = config.kind
     if kind != "csv" and find_spec(kind) is None:  # a kind is also the name of its package
-        raise UserError(f"is not installed: type pip install {kind}", "logger", kind)
+        raise UserError(f"needs the package {kind}: run pip install {kind}", "logger", kind)
 
 
 def extra_loggers(folder: Path, config: LoggerConfig) -> list[Logger]:
@@ -143,9 +144,9 @@ def extra_loggers(folder: Path, config: LoggerConfig) -> list[Logger]:
 def _wandb_logger(folder: Path, config: LoggerConfig) -> Logger:
     """Return a W&B logger, and store its id in the run folder so that a resumed run keeps the id.
 
-    A new run takes its name and its id from WANDB_NAME and WANDB_RUN_ID, if they are set. The
-    logger works offline if there is no API key, if the login of a resumed run fails, or if the
-    server does not answer after the login.
+    A new run takes its name and its id from WANDB_NAME and WANDB_RUN_ID, if they are set. Even in
+    the mode `online`, the logger works offline if there is no API key, if the login of a resumed
+    run fails, or if the server does not answer after the login.
 
     Raises:
         UserError: the login of a new run fails or times out, or W&B refuses the value of a setting
@@ -167,7 +168,7 @@ def _wandb_logger(folder: Path, config: LoggerConfig) -> Logger:
     except AuthenticationError as error:  # also raised if the server does not answer
         problem = one_line(error)
         if is_new:
-            message = f"W&B login failed ({problem}); set WANDB_MODE=offline or another logger"
+            message = f"W&B login failed ({problem}); set WANDB_MODE=offline, or change the logger"
             raise UserError(message, "logger.kind", "wandb", {"logger.kind": "csv"}) from None
         log.warning("W&B        login failed: %s", problem)
         mode = "offline"
@@ -215,7 +216,7 @@ def forget_wandb_run() -> None:
     """
     for name in ("WANDB_NAME", "WANDB_RUN_ID"):
         if value := os.environ.pop(name, None):
-            log.warning("%s=%s ignored: it holds for one run, and this is a multirun", name, value)
+            log.warning("%s=%s ignored: it is for one run, and this is a multirun", name, value)
 
 
 def _wandb_id(folder: Path) -> str:

@@ -105,7 +105,10 @@ def _train(
     config: TrainConfig, model: ModelFactory | None, teacher: ModelFactory | None,
     callbacks: Sequence[Callback],
 ) -> Path:  # fmt: skip
-    """Check everything, create the run folder and train; return the folder."""
+    """Check the settings and the data, start or continue the run, and return its folder.
+
+    If the run in `config.resume` is already complete, nothing is trained.
+    """
     if config.name is None and (step := step_name()) is not None:  # under srun
         config = dataclasses.replace(config, name=f"{config.size}-{step}")
     lock = run_lock if global_rank() == 0 else contextlib.nullcontext  # held until the run ends
@@ -160,7 +163,7 @@ def _check_upload(config: TrainConfig, callbacks: Sequence[Callback]) -> None:
     """Raise UserError if the model must be uploaded and no callback does so."""
     if config.logger.log_model and not any(isinstance(c, ModelUpload) for c in callbacks):
         problem = (
-            "needs a callback that uploads: add minigpt.exporting.wandb.WandbModel() to callbacks"
+            "needs minigpt.exporting.wandb.WandbModel() in callbacks; add it, or do not upload"
         )
         raise UserError(problem, "logger.log_model", True, {"logger.log_model": False})
 
@@ -235,8 +238,8 @@ def _fit(
     except torch.OutOfMemoryError:
         windows, accumulate = config.data.windows_per_batch, config.trainer.accumulate_grad_batches
         fix = {"data.batch_size": windows // 2, "trainer.accumulate_grad_batches": 2 * accumulate}
-        problem = "the GPU does not have enough memory for this number of windows at a time: "
-        problem += "reduce it, and raise trainer.accumulate_grad_batches"
+        problem = "the GPU does not have enough memory for this many windows at a time; "
+        problem += "reduce the number, and raise trainer.accumulate_grad_batches"
         fix = fix if windows % 2 == 0 else None  # an odd batch has no half
         raise UserError(problem, "data.batch_size", windows, fix) from None
     except SystemExit as leaving:  # by `Checkpoints`, or by Lightning at Ctrl-C, with code 1
@@ -255,7 +258,7 @@ def _fit(
 
 
 def _lacks_report(folder: Path) -> bool:
-    """Return whether report.html is missing, or older than summary.json, with which it belongs."""
+    """Return whether report.html is missing, or older than the summary.json that it shows."""
     report = folder / REPORT
     return not report.is_file() or report.stat().st_mtime < (folder / SUMMARY).stat().st_mtime
 

@@ -131,7 +131,8 @@ class GPTModule(L.LightningModule):
     def has_row(self, step: int) -> bool:
         """Return whether update `step`, counted from 1, has a training row in metrics.csv.
 
-        Most updates have none, because a `log` call takes 0.5 ms.
+        The last update has a row, and so has each update whose number is a multiple of
+        `log_every_n_steps`. Other updates have none, because a `log` call takes 0.5 ms.
         """
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return step % every == 0 or step >= self.n_steps
@@ -196,7 +197,7 @@ class GPTModule(L.LightningModule):
             self.log("grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def check_weights(self) -> None:
-        """Raise UserError if a loss or a weight is not finite."""
+        """Raise UserError if a weight, or a training loss since the last check, is not finite."""
         self._check_loss()
         if not all(bool(weight.isfinite().all()) for weight in self.net.parameters()):
             self._diverged("weights became nan or infinite")

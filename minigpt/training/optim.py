@@ -124,8 +124,8 @@ def make_optimizer(
     """Return the optimizer for the weights of `model`.
 
     Weight decay applies to matrices, including embeddings, but not to biases and norms. If `config`
-    selects Muon, AdamW trains the biases, the norms and the matrices whose name contains
-    "embedding", and Muon trains all other matrices.
+    selects Muon, Muon trains all matrices except those whose name contains "embedding". AdamW
+    trains these, the biases, the norms, and tensors with more than two dimensions.
 
     Args:
         model: the model.

@@ -25,9 +25,9 @@ class ProcessLauncher(_SubprocessScriptLauncher):
     """Lightning's launcher, but with more time for the first process after another one has failed.
 
     Lightning would kill the first process within five seconds after another process has ended with
-    a nonzero exit code. The other processes also end like that when a signal stops the run. The
-    first process may then still be writing its checkpoint or report. Here it has ten seconds to
-    stop by itself; after that, it exits.
+    a nonzero exit code. When a signal stops the run, the other processes also end with a nonzero
+    exit code. The first process may then still be writing its checkpoint or report. With this
+    launcher, it has ten seconds to stop by itself; after that, it exits.
 
     Args:
         launcher: the launcher of the trainer.
@@ -56,7 +56,7 @@ class ProcessLauncher(_SubprocessScriptLauncher):
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        """Exit if another process has failed and this process still trains ten seconds later.
+        """Exit if a process that this one started has failed and this one still trains 10 s later.
 
         This process may be waiting in native code for the process that failed.
         """
@@ -81,7 +81,8 @@ def end_processes(trainer: L.Trainer, finished: bool) -> None:
 
     Args:
         trainer: the trainer of the run.
-        finished: whether the training is complete.
+        finished: whether the training is complete. If not, the other processes may wait forever,
+            so they are killed after two seconds.
     """
     if global_rank() > 0 or Launcher.detect() is not None:
         return

@@ -3,8 +3,9 @@
     >>> write_report(Path("runs/small-20260101-120000"))
     PosixPath('runs/small-20260101-120000/report.html')
 
-The charts are SVG elements inside the page. Chart text has the text colour of the page. Curves,
-except the raw training loss, have a contrast of at least 3 on a light and on a dark background.
+The charts are SVG elements inside the page. Chart text has the page's colour for secondary text.
+Curves, except the raw training loss, have a contrast of at least 3 on a light and on a dark
+background.
 """
 
 from __future__ import annotations

@@ -52,7 +52,8 @@ class ResumeState:
     """
 
     config: TrainConfig
-    """All settings; for a resumed run, the settings in its config.yaml."""
+    """All settings. A resumed run has those of its config.yaml, except for the paths
+    `data.cache_dir` and `teacher.runs`, which may be typed again."""
     checkpoint: Path | None = None
     """Checkpoint to resume from; None for a new run."""
     step: int = 0
@@ -85,10 +86,11 @@ class ResumeState:
             teacher: class of the teachers, or function that creates them; None means `GPT`.
 
         Raises:
-            UserError: there is no checkpoint to resume, resume=auto found a run with other
-                settings, the weights of `init_from` or the teachers do not fit the model, two
-                settings give different tokenizers, or the teachers have changed since the
-                checkpoint.
+            UserError: a run, checkpoint or tokenizer is missing or damaged; resume=auto found a run
+                with other settings; the weights of `init_from` or the teachers do not fit the
+                model; two settings give different tokenizers; data.vocab_size is not the size of
+                the tokenizer; or the teachers have changed since the checkpoint.
+            ModelClassError: a run was trained with another class than `model` or `teacher`.
         """
         if folder is None or (config.resume == AUTO and not last_checkpoints(folder)):
             return cls._new(config, folder, model, teacher)
@@ -169,7 +171,8 @@ class ResumeState:
             schedule: number of updates, and number of tokens in each update.
 
         Raises:
-            UserError: model.vocab_size is less than the size of the tokenizer.
+            UserError: the data cannot be prepared, or model.vocab_size is less than the size of the
+                tokenizer.
         """
         config, accumulate = self.config, self.config.trainer.accumulate_grad_batches
         n_batches, start_batch = schedule.n_steps * accumulate, self.step * accumulate
@@ -234,7 +237,7 @@ class ResumeState:
                 changed.append(key)
         if changed:
             message = f"{self.checkpoint} cannot be resumed: {', '.join(changed)} changed"
-            raise UserError(f"{message}; use its stories, devices and settings, or a new run")
+            raise UserError(f"{message}; use its stories, devices and settings, or start a new run")
 
     def clear(self, folder: Path) -> None:
         """Remove the temporary files of a killed process, and rename damaged checkpoints.
@@ -452,6 +455,6 @@ def budget_error(folder: Path, tokens: int, typed: Sequence[str] | None = None) 
     settings = {"init_from": str(folder), "budget.tokens": tokens - trained}
     if values["model"].get("vocab_size") != values["data"].get("vocab_size"):
         settings["model.vocab_size"] = values["model"].get("vocab_size")
-    message = f"{folder} is finished, after {trained:,} tokens; to train on from its weights"
+    message = f"{folder} is finished, after {trained:,} tokens; to continue from its weights"
     command = ("train", [*typed_settings(settings), *rest])
     return UserError(message, "budget.tokens", tokens, command=command)

@@ -67,7 +67,7 @@ class Teachers:
         records = own_teachers(hyper_parameters, checkpoint)
         if [r.weights for r in records] != [r.weights for r in self.records]:
             names = ", ".join(record.name for record in records)
-            message = f"{checkpoint} had other teachers: restore the runs {names}"
+            message = f"{checkpoint} was trained with other teachers: restore the runs {names}"
             raise UserError(message, "teacher.runs", [record.name for record in self.records])
         return replace(self, records=records)
 
@@ -75,7 +75,7 @@ class Teachers:
         """Raise UserError if a student of this shape cannot learn from the teachers."""
         for model, record in zip(self.models, self.records, strict=True):
             if (size := model.config.vocab_size) != student.vocab_size:
-                message = f"the teacher {record.name} predicts {size} tokens"
+                message = f"the teacher {record.name} has a vocabulary of {size} tokens"
                 fix = {"model.vocab_size": size}
                 raise UserError(message, "model.vocab_size", student.vocab_size, fix)
             if (length := model.config.context_length) < student.context_length:
