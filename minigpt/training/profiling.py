@@ -15,6 +15,7 @@ from minigpt.core.files import write_text
 from minigpt.training.module import GPTModule
 
 PROFILE = "profile"  # folder in the run folder
+_TABLE = "operators.txt"
 _FIRST, _STEPS = 10, 10  # the first steps load libraries, compile and record
 _ROWS = 40
 
@@ -22,7 +23,8 @@ _ROWS = 40
 class Profile(Callback):
     """Profile ten steps near the start of a run, and then write trace.json and operators.txt.
 
-    In a run of fewer than 20 steps, the steps of the second half are profiled.
+    A resumed run that has no profile yet counts its steps from there. If fewer than 20 steps
+    remain, the second half of them is profiled.
 
     Args:
         module: the model in training.
@@ -30,10 +32,17 @@ class Profile(Callback):
     """
 
     def __init__(self, module: GPTModule, folder: Path) -> None:
-        self.folder = folder
-        self.first = min(_FIRST, module.n_steps // 2)
-        self.last = min(self.first + _STEPS, module.n_steps)
+        self.module, self.folder = module, folder
+        self.first = self.last = -1  # of the steps to profile; -1: none
         self._profile: profile | None = None
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Choose the steps to profile, unless the run already has a profile."""
+        if (self.folder / _TABLE).is_file():
+            return
+        start, end = trainer.global_step, self.module.n_steps
+        self.first = start + min(_FIRST, (end - start) // 2)
+        self.last = min(self.first + _STEPS, end)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         """Start the profiler before the first step to profile."""
@@ -55,6 +64,6 @@ class Profile(Callback):
         self.folder.mkdir(exist_ok=True)
         column = "self_device_time_total" if on_gpu else "self_cpu_time_total"
         table = result.key_averages().table(sort_by=column, row_limit=_ROWS)
-        write_text(self.folder / "operators.txt", table)
         result.export_chrome_trace(str(self.folder / "trace.json"))
+        write_text(self.folder / _TABLE, table)
         log.info("profile: %s", self.folder)

@@ -1,6 +1,11 @@
+import contextlib
 import json
+from pathlib import Path
+
+import pytest
 
 from tests.conftest import trained_folder
+from tests.training.test_loop import fail_at_step
 
 
 def test_profile_writes_a_trace_and_a_table_of_ten_steps(tiny: list[str]):
@@ -12,6 +17,22 @@ def test_profile_writes_a_trace_and_a_table_of_ten_steps(tiny: list[str]):
     table = (folder / "profile/operators.txt").read_text(encoding="utf-8")
     assert "aten::" in table
     assert "Self CPU" in table
+
+
+def test_profile_of_a_resumed_run_is_of_the_remaining_steps(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "runs/broken"
+    command = [*tiny, f"name={folder.name}", "resume=auto", "trainer.profile=true"]
+    for step, has_profile in ((13, False), (None, True)):
+        with monkeypatch.context() as patch, contextlib.suppress(RuntimeError):
+            hook = "minigpt.training.module.GPTModule.on_train_batch_start"
+            patch.setattr(hook, fail_at_step(step or 99))
+            trained_folder([*command, "callbacks.checkpoint_steps=12"])
+        assert (folder / "profile/operators.txt").is_file() is has_profile
+    trace = json.loads((folder / "profile/trace.json").read_text(encoding="utf-8"))
+    name = "Optimizer.step#CombinedOptimizer.step"
+    assert sum(event.get("name") == name for event in trace["traceEvents"]) == 4
 
 
 def test_run_without_profile_has_no_such_folder(tiny: list[str]):
