@@ -69,7 +69,8 @@ def model_card(
     sources: list[str] = [*(parent.sources if parent else []), config["data"]["source"]]
     sources += [source for run in averaged for source in run.sources]
     stories = [source for source in sources if source.startswith("tinystories")]
-    if license is None and len(stories) == len(sources):
+    taught_by = [source for teacher in teachers for source in teacher.sources]
+    if license is None and all(s.startswith("tinystories") for s in [*sources, *taught_by]):
         license = "mit"
     prompt = one_line(prompt)
     options = ["--class-path", str(config["model_class"])] if config.get("model_class") else []
@@ -160,7 +161,7 @@ def _cell(value: Any) -> str:
 
 def _python_string(text: str) -> str:
     """Return `text` as a Python string literal on one line."""
-    return json.dumps(text, ensure_ascii=not text.isprintable())
+    return json.dumps(text, ensure_ascii=False) if text.isprintable() else ascii(text)
 
 
 def _count(number: Any) -> str:

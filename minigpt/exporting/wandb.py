@@ -11,7 +11,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import WandbLogger
 
 from minigpt.core.console import log
-from minigpt.core.settings import UserError
+from minigpt.core.settings import one_line
 from minigpt.exporting.config import ExportConfig
 from minigpt.exporting.exporter import export
 from minigpt.runs.folder import ModelFactory, Run
@@ -45,8 +45,8 @@ class WandbModel(ModelUpload):
             out = Path(name) / folder.name
             try:
                 export(Run.load(folder, self.model), out, ExportConfig("safetensors"))
-            except (OSError, UserError) as error:
-                log.warning("W&B        the model was not uploaded: %s", error)
+            except Exception as error:
+                log.warning("W&B        the model was not uploaded: %s", one_line(error))
                 return
             for run in runs:
                 artifact = wandb.Artifact(f"model-{run.id}", type="model")

@@ -1,3 +1,4 @@
+import ast
 import json
 import math
 import re
@@ -9,7 +10,7 @@ from huggingface_hub import ModelCard
 from minigpt.core.settings import UserError
 from minigpt.evaluation import evaluate
 from minigpt.exporting import ExportConfig, export
-from minigpt.exporting.card import _command
+from minigpt.exporting.card import _command, _python_string
 from minigpt.runs.folder import Run
 from minigpt.runs.records import read_summary
 from minigpt.training.config import TrainConfig
@@ -69,6 +70,25 @@ def test_metadata_of_tinystories_names_the_data_and_the_license(run, tmp_path):
     assert (data.license, data.datasets) == ("mit", ["roneneldan/TinyStories"])
     assert data.language == ["en"]
     assert data.tags == ["mini-gpt", "tinystories"]
+
+
+def test_license_depends_on_the_texts_of_the_teachers(run, tmp_path):
+    config = Run.load(run).config
+    change_config(run, data=config["data"] | {"source": "tinystories_sample"})
+    summary = read_summary(run)
+    teacher = {"name": "b", "weights": "x", "tokens": 1, "seconds": 1.0}
+    for source, license in (("tinystories_sample", "mit"), ("text", None)):
+        summary["teachers"] = [{**teacher, "sources": [source]}]
+        (run / "summary.json").write_text(json.dumps(summary))
+        out = exported(run, tmp_path / source)
+        assert ModelCard.load(out / "README.md").data.license == license
+
+
+def test_python_string_of_a_path_is_a_literal_of_one_line():
+    for text in ("runs/a", "runs/é\U0001f600", "a\nb\U0001f600", 'quoted "a"'):
+        literal = _python_string(text)
+        assert ast.literal_eval(literal) == text
+        assert literal.isprintable()
 
 
 def test_card_names_the_texts_of_averaged_runs(run, tmp_path):
