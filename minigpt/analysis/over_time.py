@@ -65,13 +65,13 @@ class OverTimeConfig:
 
     n_scored: int = 100
     """Number of validation stories on which the loss of each class of tokens is measured."""
-    n_written: int = 200
+    n: int = 200
     """Number of stories that each snapshot writes."""
     seed: int = 1
     """Sampling seed, the same for each snapshot."""
 
     def __post_init__(self) -> None:
-        counts = ("n_scored", "n_written")
+        counts = ("n_scored", "n")
         check(self, "must be at least 1", lambda n: n >= 1, *counts)
         check(self, "must not be negative", lambda seed: seed >= 0, "seed")
 
@@ -80,7 +80,8 @@ class OverTimeConfig:
 class Moment:
     """Measures of one snapshot.
 
-    A loss is None if no token is in the class, and a fraction is None if its denominator is zero.
+    The loss of a class of tokens is None if no token belongs to the class. A fraction is None if
+    its denominator is zero.
     """
 
     tokens: int  # training tokens so far
@@ -110,7 +111,7 @@ def write_over_time(run: Run, out: Path, config: OverTimeConfig | None = None) -
 
     Raises:
         UserError: the run has no snapshots, or `story_openings` finds fewer than
-            `config.n_written` openings in the validation stories.
+            `config.n` openings in the validation stories.
     """
     config = config or OverTimeConfig()
     moments, vectors, words = _measure(run, config)
@@ -146,7 +147,7 @@ def _measure(
         known.update(split_words(story))
     counts = token_counts(training[:COUNTED_STORIES], tokenizer)
     texts = scored_texts(sample.stories("valid"), tokenizer, config.n_scored, context, counts)
-    openings = story_openings(sample.stories("valid"), tokenizer, config.n_written, context)
+    openings = story_openings(sample.stories("valid"), tokenizer, config.n, context)
     moments, vectors, words = [], [], {}
     for path in run.snapshots:
         net = replace(run, checkpoint=path).load_model(model_device())
@@ -241,7 +242,7 @@ stories. A name is a capitalised word inside a sentence.
 
 ## Stories
 
-Of {config.n_written} continuations of validation stories at temperature {TEMPERATURE:g} with seed
+Of {config.n} continuations of validation stories at temperature {TEMPERATURE:g} with seed
 {config.seed}. These measures are heuristics.
 
 {md_table(["measure", *heads], rows)}

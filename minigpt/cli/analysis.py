@@ -157,7 +157,7 @@ def study(
 
         if len(runs) > 1:
             raise UserError(f"--over-time measures one run, not {len(runs)}: name one run")
-        settings = OverTimeConfig(n_written=n, seed=seed)
+        settings = OverTimeConfig(n=n, seed=seed)
         files = write_over_time(load_runs(runs, class_path)[0], out, settings)
         print(f"Wrote {out}: {', '.join(path.name for path in files)}")
         return

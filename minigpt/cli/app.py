@@ -98,7 +98,7 @@ def generate(
         log.warning("only the end of the %d-token prompt fits the context of %d", length, context)
     c_works = c_backend() is not None  # logs its warning before the story is printed
     if dtype == "bfloat16" and not c_works and not cpu_has_bfloat16():
-        log.warning("decode.c and native bfloat16 are not available: --dtype float32 is faster")
+        log.warning("without decode.c and native bfloat16, --dtype float32 is faster")
     result_on_stdout()
     if n == 1:
         for piece in chain([prompt], stream_text(model, tokenizer, prompt, config), ["\n"]):
@@ -249,7 +249,8 @@ def publish(
     files = write_space(source, folder, name) if space else write(source, folder, name=name)
     print(f"Wrote {folder}: {len(files)} files")
     if dry_run:
-        print(f"Nothing was uploaded.{f' To try it: python {folder}/app.py' if space else ''}")
+        page = shell_command("python", path_argument(str(folder / "app.py")))
+        print(f"Nothing was uploaded.{f' To try it: {page}' if space else ''}")
     else:
         print(f"Uploaded to {push_folder(folder, name, private, 'space' if space else 'model')}")
 
@@ -335,18 +336,19 @@ def main() -> None:
                 raise KeyboardInterrupt
             sys.exit(code)
         except UserError as error:
-            problem, code = describe(error, program, _options(verb)), error.exit_code
+            problem, code = describe(error, program, *_parameters(verb)), error.exit_code
         except UsageError as error:
             path = error.ctx.command_path if error.ctx else "minigpt"
             problem = f"{one_line(error.format_message()).rstrip('.')} (usage: {path} --help)"
         leave(problem, code)
 
 
-def _options(verb: str) -> frozenset[str]:
-    """Return the names of a verb's options, such as top_k for --top-k."""
+def _parameters(verb: str) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the names of a verb's options, such as top_k for --top-k, and of its arguments."""
     command = getattr(typer.main.get_command(app), "commands", {}).get(verb)
     parameters = command.params if command is not None else ()
-    return frozenset(p.name for p in parameters if p.param_type_name == "option")
+    options = frozenset(p.name for p in parameters if p.param_type_name == "option")
+    return options, frozenset(p.name for p in parameters) - options
 
 
 if __name__ == "__main__":

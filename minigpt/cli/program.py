@@ -117,19 +117,28 @@ def names_class(word: str, name: str) -> bool:
     return word.startswith(tuple(f"{setting}=" for setting in CLASS_SETTINGS[name]))
 
 
-def describe(error: UserError, program: Program, options: frozenset[str] = frozenset()) -> str:
+def describe(
+    error: UserError,
+    program: Program,
+    options: frozenset[str] = frozenset(),
+    positional: frozenset[str] = frozenset(),
+) -> str:
     """Return one line for `error`: what is wrong, what is allowed, what to type instead.
 
     Args:
         error: an error that names arguments of the library.
         program: the program that runs. The names of its settings replace those of the arguments.
         options: names of the arguments that the user types as options, such as top_k for --top-k.
+        positional: names of the arguments of which the user types only the value.
     """
 
     def typed(name: str, value: Any) -> str:
         if name in options:
             option = f"--{name.replace('_', '-')}"
             return option if value is MISSING else shell_command(option, str(value))
+        if name in positional and value is not MISSING:
+            values = value if isinstance(value, list | tuple) else [value]
+            return shell_command(*map(str, values))
         name = OPTION_OF.get(name, name)
         return name if value is MISSING else typed_settings({name: value})[0]
 

@@ -64,8 +64,7 @@ def push_folder(
         sdk: dict[str, Any] = {"space_sdk": "gradio"} if kind == "space" else {}
         url = api.create_repo(push, repo_type=kind, exist_ok=True, private=private, **sdk)
         if private and not api.repo_info(push, repo_type=kind).private:
-            problem = f"the repository is public: make it private at {url}/settings"
-            raise UserError(problem, "push", push)
+            raise UserError(f"{push} is public: make it private at {url}/settings")
         message = f"{kind.capitalize()} written by Mini GPT"
         # Results for weights that the repository contained before; in a Space, below model/.
         stale = [EVALUATION, f"model/{EVALUATION}"]
@@ -75,6 +74,6 @@ def push_folder(
         )  # fmt: skip
     except (httpx.HTTPError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        problem = f"nothing was published ({reason}); check network, token and name"
-        raise UserError(problem, "push", push) from None
+        problem = f"nothing was published to {push} ({reason})"
+        raise UserError(f"{problem}; check network, token and name") from None
     return str(url)

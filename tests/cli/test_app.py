@@ -1,6 +1,7 @@
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 
@@ -90,6 +91,12 @@ def test_user_error_is_one_line_on_stderr_and_exit_code_2(tmp_path, monkeypatch,
     assert err.startswith("error: ")
     assert str(tmp_path) in err
     assert err.count("\n") == 1
+
+
+def test_positional_argument_in_an_error_is_shown_as_typed(tmp_path, monkeypatch, capsys):
+    missing = str(tmp_path / "no folder")
+    assert run_main(monkeypatch, "scaling", missing) == 2
+    assert capsys.readouterr().err.startswith(f"error: {shlex.quote(missing)}: ")
 
 
 def test_unknown_verb_exits_with_code_2(monkeypatch, capsys):
