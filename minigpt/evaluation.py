@@ -396,8 +396,8 @@ def evaluate(
 
     `evaluation_name` gives the name of the file, such as evaluation.json. The best available device
     is used. The precision is that of training, so that the loss is comparable with the loss that
-    was logged in training. There are two exceptions on a CPU: float32 replaces emulated bfloat16,
-    and the choice of `trainer.precision=auto` replaces 16-mixed.
+    was logged in training. On a CPU there are two exceptions: float32 is used instead of emulated
+    bfloat16, and the precision that `trainer.precision=auto` would select instead of 16-mixed.
 
     Args:
         run: a run, or the path of its folder, of a checkpoint or of an export.
@@ -464,14 +464,16 @@ def _hardware(run: Run) -> Hardware:
     """Return the best device, with the precision in which the run was trained.
 
     For a run without summary.json, this is the setting `trainer.precision`, with `auto` resolved
-    for this device. On a CPU, float32 replaces emulated bfloat16, and the choice of `auto` replaces
-    16-mixed.
+    for this device. On a CPU, float32 is used instead of emulated bfloat16, and the precision that
+    `auto` selects instead of 16-mixed.
     """
     # A killed run has no summary.json, so the precision is resolved from the setting of the run.
     setting = (run.config.get("trainer") or {}).get("precision", "auto")
     precision = read_summary(run.folder).get("precision", setting)
     hardware = Hardware.single(precision)
     if not hardware.emulated:
+        if hardware.precision != precision != "auto":
+            log.info("using %s: %s", hardware.precision, hardware.why)
         return hardware
     log.info("using 32-true instead of %s: this CPU has no native bfloat16", precision)
     return Hardware.single("32-true")
