@@ -122,8 +122,9 @@ class Tokenizer:
         """
         try:
             content = parse_json(read_text(Path(path)))
-            if max(content["model"]["vocab"].values()) >= MAX_VOCAB_SIZE:
-                raise ValueError("the library would allocate gigabytes for such an id")
+            if (largest := max(content["model"]["vocab"].values())) >= MAX_VOCAB_SIZE:
+                # The library would allocate gigabytes for it.
+                raise ValueError(f"the token id {largest} is too large")
             # That of an export would add END_OF_TEXT before each text.
             library = tokenizers.Tokenizer.from_str(json.dumps({**content, "post_processor": None}))
         except OSError as error:

@@ -122,7 +122,7 @@ class Hardware:
 
 
 def _accelerators() -> dict[str, bool]:
-    """Return whether this machine has each kind of accelerator, the best kind first."""
+    """Return the kinds of accelerators, the best first, and whether this machine has each."""
     return {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
 
 

@@ -53,8 +53,8 @@ class SignalWatch:
 
     The first signal raises KeyboardInterrupt. If the program does not end within four seconds after
     SIGINT or SIGTERM, the process exits. At a second Ctrl-C, the process exits at once. A SIGHUP
-    does not stop the program if it was ignored before, or if the terminal is closed and the program
-    outlives it.
+    does not stop the program if the signal was ignored at the start, as under nohup, or if the
+    program is one that continues when its terminal is closed.
 
     Attributes:
         number: number of the signal that stops the program; 0 if there was none.

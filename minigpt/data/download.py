@@ -32,8 +32,9 @@ def fetch(folder: Path, repo: str, name: str, separator: str, n_bytes: int | Non
 
     A complete file is stored as `name`, a prefix as <stem>.first-<n_bytes>.<version>.txt, where
     <version> is a hash of the Hub's etag. The network is not used if `folder` already contains
-    the complete file, or a prefix for which at least `n_bytes` were requested. If only a shorter
-    prefix of the same version is stored, the download continues after the last byte of that prefix.
+    the complete file, or a prefix that an earlier call fetched with at least the same `n_bytes`.
+    If only a shorter prefix of the same version is stored, the download continues after the last
+    byte of that prefix.
     Only one process downloads a file at a time; the other processes wait. The environment variable
     HF_ENDPOINT sets the Hub's address; the default is huggingface.co.
 

@@ -132,7 +132,7 @@ def _write_run(
 
 
 def _portable_config(settings: Record, path: Path) -> dict[str, Any]:
-    """Return the settings of a run without init_from and without those that depend on the machine.
+    """Return the settings of a run, except init_from and those that depend on the machine.
 
     Of the paths of teachers, only the last components remain. `_portable_data` and
     `portable_overrides` remove or shorten the paths in the data settings and in the overrides.

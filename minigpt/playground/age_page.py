@@ -85,7 +85,7 @@ def on_age(
         inputs: components of the page.
         outputs: components that show the results.
         place: the tab that contains `outputs`, and its page. The tab must have an `elem_id`.
-        cancels: events that a change of the age stops.
+        cancels: events that are cancelled when the age changes.
 
     Returns:
         The Gradio event.

@@ -127,7 +127,7 @@ def build_app(hosts: Hosts, training: Training | None = None) -> App:
 
 
 def _refresh_models(page: Page) -> None:
-    """Let open pages regularly add newly trained models to their menus and loss curves.
+    """Make each open page regularly add newly trained models to its menus and loss curves.
 
     The age slider and the loss curves appear when the first model with snapshots is added. The
     length of the slider does not change.

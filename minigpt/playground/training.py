@@ -275,7 +275,10 @@ class TrainingQueue:
         with self._lock("job"):
             job = self.job(name)
             if not job.can_continue:
-                raise UserError("Only a stopped training can be continued.", "job")
+                problem = (
+                    "Only a stopped training, or a failed one with a checkpoint, can continue."
+                )
+                raise UserError(problem, "job")
             self._check_capacity(self.jobs())
             job._request(state="waiting", queued=time.time())
 

@@ -388,7 +388,9 @@ def _make_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool) 
             resume = {"command": ("train", {"resume": str(folder)})}
         message = f"{folder} already exists; choose another name, or resume this run"
         raise UserError(message, "name", name, **resume)
-    raise UserError(f"the folders {base}-<n> in {parent} all exist: choose a name", "name")
+    raise UserError(
+        f"{parent} has too many folders named {base}-<number>: choose another name", "name"
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -42,9 +42,9 @@ def scaling_figure(groups: Sequence[RunGroup]) -> Figure:
     The figure shows the main group, which is the group with the most model sizes. For each of these
     sizes, a point is the geometric mean of the perplexities of the runs, and an error bar extends
     from the lowest to the highest perplexity. If a law was fitted to the main group, it is drawn as
-    a curve. A second series shows the sizes at which another group is the best: it has a lower mean
-    than the main group, or the main group has no runs. A point of this series is the lowest mean of
-    all groups.
+    a curve. A second series shows the sizes at which the main group is not the best: another group
+    has a lower mean at that size, or the main group has no runs of that size. A point of this
+    series is the lowest mean of all groups.
 
     Args:
         groups: groups of comparable runs; if empty, only the reference models are drawn.

@@ -116,8 +116,9 @@ def fit_sizes(sizes: Sequence[Size], replicates: int = REPLICATES, seed: int = 0
     work: two runs give only three different means, and a single run gives one. Instead, the
     deviations of runs from the mean of their size are pooled over all sizes with several runs. In a
     size with k runs, they are first multiplied by sqrt(k / (k − 1)). For a size with m runs, each
-    replicate adds the mean of m random deviations from the pool to the fitted law. This method
-    assumes equal noise at all sizes, and it does not test the form of the law.
+    replicate draws m deviations at random from this pool and adds their mean to the loss of the
+    fitted law. This method assumes equal noise at all sizes, and it does not test the form of the
+    law.
 
     Args:
         sizes: the losses of each size, in any order.

@@ -130,7 +130,7 @@ class Assembly:
             log.warning("the training stories yield a vocabulary of %s; %s", sizes, rows)
 
     def trainer(self, callbacks: Sequence[Callback]) -> L.Trainer:
-        """Return the Lightning Trainer with Mini GPT's loggers and callbacks, and `callbacks`."""
+        """Return the Lightning Trainer, with the loggers, our callbacks and then `callbacks`."""
         folder, config, hardware, c = self.folder, self.config, self.hardware, self.config.trainer
         validates, facts = self.start.validates, self._facts()
         checkpoints = Checkpoints(self.module, folder, config.callbacks, validates)

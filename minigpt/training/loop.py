@@ -97,7 +97,7 @@ def train(
             data = spool_stories(config.data, stories, valid_stories)
             config = dataclasses.replace(config, data=data)
         elif valid_stories is not None:
-            raise UserError("must be given together with stories", "valid_stories")
+            raise UserError("needs the argument stories too", "valid_stories")
         return Run.load(_train(config, model, teacher, callbacks), model)
 
 

@@ -299,7 +299,7 @@ class CombinedOptimizer(Optimizer):
             part.state = self.state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Set the groups and the state, and share them with the parts.
+        """Set the parameter groups and the state, also in the optimizers that are combined.
 
         `load_state_dict` calls this method with new groups and a new state.
         """

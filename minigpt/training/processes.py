@@ -56,9 +56,9 @@ class ProcessLauncher(_SubprocessScriptLauncher):
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        """Exit if a process that this one started has failed and this one still trains 10 s later.
+        """Exit if a child process has failed and this process is still training 10 s later.
 
-        This process may be waiting in native code for the process that failed.
+        This process may be waiting in native code for the child process that failed.
         """
         codes: list[int] = []
         while self._trains and not codes:

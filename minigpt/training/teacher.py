@@ -55,7 +55,7 @@ class Teachers:
         return cls(models, runs[0].tokenizer, records)
 
     def recorded_in(self, hyper_parameters: Mapping[str, Any], checkpoint: Path) -> Teachers:
-        """Return these teachers with the provenance records from a checkpoint of the student.
+        """Return these teachers, but with the provenance records of a checkpoint of the student.
 
         Args:
             hyper_parameters: hyper-parameters in the checkpoint.
