@@ -71,7 +71,7 @@ class StoriesConfig:
 
     def __post_init__(self) -> None:
         if self.n < 1:
-            problem = "must be at least 1; an empty list of prompts gives no stories"
+            problem = "must be at least 1; to write no stories, give no prompts"
             raise UserError(problem, "n", self.n, fix={"prompts": []})
         for temperature in self.temperatures:
             SamplingConfig(temperature=temperature, max_tokens=self.max_tokens)
@@ -180,10 +180,10 @@ def evaluate_loss(
         model: the model; its context length is the window length, T.
         tokens: ids [n_tokens] uint16, usually a memory map.
         batch_size: number of windows to score at a time; None means 32, or more on a CUDA GPU.
-        stride: number of tokens from the start of one window to the next, from 1 to T. A window
-            scores only the tokens after the end of the previous window. So each token after the
-            first window has at least T - stride tokens of context. None means T, as in the
-            validation of a training run.
+        stride: number of tokens from the start of one window to the next, from 1 to T; None means
+            T, as in the validation of a training run. A window scores only the tokens after the end
+            of the previous window. So each token after the first window has at least T - stride
+            tokens of context.
         precision: precision in Lightning's notation; only `*-mixed` uses autocast.
         console: console for the progress; None means that no progress is shown.
 
@@ -396,8 +396,8 @@ def evaluate(
 
     `evaluation_name` gives the name of the file, such as evaluation.json. The best available device
     is used. The precision is that of training, so that the loss is comparable with the loss that
-    was logged in training. On a CPU there are two exceptions: float32 is used instead of emulated
-    bfloat16, and the precision that `trainer.precision=auto` would select instead of 16-mixed.
+    was logged in training. On a CPU there are two exceptions: float32 replaces emulated
+    bfloat16, and the precision that `trainer.precision=auto` selects replaces 16-mixed.
 
     Args:
         run: a run, or the path of its folder, of a checkpoint or of an export.
@@ -463,9 +463,9 @@ def evaluate(
 def _hardware(run: Run) -> Hardware:
     """Return the best device, with the precision in which the run was trained.
 
-    For a run without summary.json, this is the setting `trainer.precision`, with `auto` resolved
-    for this device. On a CPU, float32 is used instead of emulated bfloat16, and the precision that
-    `auto` selects instead of 16-mixed.
+    The precision is read from summary.json. If it is not recorded there, the setting
+    `trainer.precision` of the run is used, and `auto` means the best precision for this device. On
+    a CPU, 16-mixed is treated as `auto`. If the CPU would emulate bfloat16, float32 is used.
     """
     # A killed run has no summary.json, so the precision is resolved from the setting of the run.
     setting = (run.config.get("trainer") or {}).get("precision", "auto")
@@ -517,10 +517,10 @@ def score_corpora(
         score: function to call with each corpus; it returns the score.
 
     Returns:
-        Three values: the data settings that apply, the name of the stories, and the list of scores.
-        For validation splits of the bundled sample, the name is "v1", "v2" or "both". For other
-        stories, and for the stories that `data.valid` selects, it is None. For "both", the first
-        score is for V2 and the second for V1.
+        Three values: the data settings of the scored stories, the name of the stories, and the list
+        of scores. The name is "v1", "v2" or "both" for validation splits of the bundled sample. It
+        is None for all other stories, and for stories that `data.valid` selects. If the name is
+        "both", the first score is for V2 and the second for V1.
 
     Raises:
         UserError: the stories cannot be read, or `valid` is set but the data is not the bundled
@@ -528,7 +528,7 @@ def score_corpora(
     """
     sample = data.source == "tinystories_sample"
     if valid is not None and not sample:
-        problem = f"is only for the bundled sample, not for {data.source}: leave it out"
+        problem = f"is only for the bundled sample, not for data.source={data.source}: leave it out"
         raise UserError(problem, "valid", valid)
     if valid is None and not (sample and data.valid is None):
         return data, None, [score(open_corpus(data, valid_only=True))]
@@ -541,9 +541,9 @@ def score_corpora(
 def evaluation_name(config: EvaluationConfig, evaluation: Evaluation) -> str:
     """Return the name of the file to write an evaluation to.
 
-    For the validation split of the run's own data, the name is evaluation.json. Up to four parts
-    are added to it: the source of `config.data`, "tuning" for data.valid=tuning, "v1" if only the
-    stories from TinyStories V1 are scored, and the stride.
+    The name consists of "evaluation" and a part for each of the following that applies: the source
+    of `config.data`, if this is set; "tuning" for data.valid=tuning; "v1" if only the stories
+    from TinyStories V1 are scored; and `config.stride`, if this is set.
 
     Args:
         config: settings of the evaluation.
@@ -556,7 +556,7 @@ def evaluation_name(config: EvaluationConfig, evaluation: Evaluation) -> str:
 
 
 def file_name(start: str, config: EvaluationConfig, is_tuning: bool, valid: str | None) -> str:
-    """Return the name of a file of results: `start` and the parts that `evaluation_name` lists."""
+    """Return the name of a file of results: `start`, then the parts listed in `evaluation_name`."""
     parts = [
         start,
         config.data.source if config.data else "",

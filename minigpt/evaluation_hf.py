@@ -87,13 +87,14 @@ def evaluate_hf(
         out: folder for the file with the loss; None means the working directory.
 
     Returns:
-        The loss. If the validation stories of both TinyStories V2 and V1 were scored, which is the
-        default for the bundled sample, it is the loss for V2, and `valid_v1` is the loss for V1.
+        The loss. If the validation stories of both TinyStories V2 and V1 were scored, the result is
+        the loss for V2, and its field `valid_v1` is the loss for V1. For the bundled sample, both
+        are scored by default.
 
     Raises:
-        UserError: transformers is missing, the folder is not such a model, a setting is out of
-            range or does not apply, the data cannot be read, the GPU does not have enough memory,
-            or the output folder cannot be written.
+        UserError: transformers is missing, `folder` does not contain a causal language model, a
+            setting is out of range or does not apply, the data cannot be read, the GPU does not
+            have enough memory, or the output folder cannot be written.
     """
     folder, config = user_path(folder, "hf"), config or EvaluationConfig()
     out = user_path(out or ".", "out")
@@ -111,7 +112,7 @@ def evaluate_hf(
         model = model.to(device)
     except torch.OutOfMemoryError:
         problem = (
-            "the GPU is too small: to use the CPU, put CUDA_VISIBLE_DEVICES= before the command"
+            "not enough GPU memory: to use the CPU, put CUDA_VISIBLE_DEVICES= before the command"
         )
         raise UserError(problem, "hf", str(folder)) from None
 
@@ -168,7 +169,8 @@ def _load(folder: Path) -> tuple[Any, Any]:
     try:
         transformers = importlib.import_module("transformers")
     except ImportError:
-        raise UserError("this needs transformers: run pip install transformers", "hf") from None
+        problem = "this needs the package transformers: run pip install transformers"
+        raise UserError(problem, "hf") from None
     transformers.logging.disable_progress_bar()
     offline = {"local_files_only": True, "trust_remote_code": False}
     try:
@@ -186,7 +188,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
 
 
 def _context(config: Any, folder: Path) -> int:
-    """Return the context length that the config of a model states."""
+    """Return the context length in the config of a model."""
     text = config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "n_ctx"):
         if isinstance(length := getattr(text, name, None), int):
@@ -217,7 +219,7 @@ def _loss(
     model: Any, ids: np.ndarray, context: int, stride: int, batch_size: int,
     console: Console | None,
 ) -> Loss:  # fmt: skip
-    """Return the loss of a model; each token except the first is scored once."""
+    """Return the loss of a model on `ids`; each id except the first of all is scored once."""
     chunk, vocabulary = min(context, _CHUNK), model.config.get_text_config().vocab_size
     size = max(1, min(batch_size, _MAX_LOGITS // (chunk * vocabulary)))
     n_windows = 1 + max(0, math.ceil((len(ids) - 1 - context) / stride))

@@ -115,7 +115,7 @@ class Kernels:
 
 
 class KVCache:
-    """Keys and values of past tokens, so that decoding a token does not recompute earlier ones.
+    """Keys and values of past tokens, so that decoding does not compute them again for each token.
 
     `GPT.forward(ids, cache)` appends the keys and values of `ids` to the cache, in place. The
     sequences of a batch may differ in length.
@@ -143,8 +143,9 @@ class KVCache:
     def extend(self, x: Tensor) -> Tensor:
         """Prepare a forward pass over new tokens, and return their positions.
 
-        This also sets `mask`: 0 where a token attends, and -inf elsewhere. The shape of the mask is
-        (B, 1, T, S), or (1, 1, T, S) if all sequences have the same length.
+        This also sets `mask`, which is 0 at the positions that a token may attend to, and -inf at
+        all others. The shape of the mask is (B, 1, T, S), or (1, 1, T, S) if all sequences have the
+        same length.
 
         Args:
             x: embeddings (B, T, d) of the new tokens; only the shape and the device are used.
@@ -226,7 +227,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + sublayer(LayerNorm(x)), with attention, then feed-forward."""
+    """Pre-norm transformer block: attention, then feed-forward, each as x + f(LayerNorm(x))."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -269,9 +270,9 @@ class GPT(nn.Module):
       still apply.
     - `forward`: the loss is the cross-entropy of the logits that `forward` returns.
 
-    Training without teachers, validation and evaluation measure `loss`; generation samples from
-    `forward`. If the overriding method has no `cache` parameter, generation runs a full forward
-    pass for each token.
+    Validation and evaluation call the method `loss`; training does too, if there are no teachers.
+    Generation calls `forward`. If the overriding method has no `cache` parameter, generation runs a
+    full forward pass for each token.
 
     Args:
         config: shape of the model.

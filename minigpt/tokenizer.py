@@ -77,8 +77,8 @@ class Tokenizer:
         """Train a tokenizer on `stories`, which are streamed and not held in memory.
 
         The same stories give the same tokenizer. Training stops reading when the distinct
-        pre-tokens reach about 3 MB; 100 MB of English stories stay below that. Runs of more than
-        1,024 letters or punctuation marks may be split.
+        pre-tokens reach about 3 MB; those of 100 MB of English stories stay below 3 MB. A sequence
+        of more than 1,024 letters or punctuation marks may be split.
 
         Args:
             stories: texts to learn from.
@@ -191,8 +191,8 @@ class Tokenizer:
         """Return the ids of all stories in one array, with END_OF_TEXT after each story.
 
         The ids are those of `encode_batch`, with one exception. If 65,536 successive characters of
-        a story have no cut position, `cut_texts` cuts the story after them, and the ids around this
-        cut may differ.
+        a story contain no pre-token boundary before white space or punctuation, `cut_texts` cuts
+        the story after these characters. The ids around such a cut may differ.
 
         Args:
             stories: any Unicode texts, which are streamed.
@@ -268,11 +268,13 @@ class Tokenizer:
 class _WordIds(dict[str, bytes]):
     """Cache of the ids of words, as the bytes of uint16 numbers.
 
-    The key "word" stands for a word after a space; the cached ids include that space. The key
-    " word" stands for a word at the start of a piece, without a space before it. The look-up of a
-    word that is not in the cache returns no bytes and records the word; `add_missing` then encodes
-    all recorded words. An empty key, or a key that begins with white space other than a space,
-    raises KeyError.
+    Most words follow a space, and their ids include this space: the key "word" has the ids of
+    " word". The first word of a piece follows no space. A space is added to its key as a mark, so
+    the key " word" has the ids of "word".
+
+    If a word is not in the cache, the look-up records the word and returns no bytes; `add_missing`
+    encodes all recorded words. An empty key, or a key that begins with white space other than a
+    space, raises KeyError.
     """
 
     def __init__(self, library: tokenizers.Tokenizer) -> None:
@@ -301,7 +303,7 @@ class _WordIds(dict[str, bytes]):
         self._missing.clear()
 
     def drop_long(self) -> None:
-        """Remove words of more than 32 characters from the cache; these are rarely repeated."""
+        """Remove long words (over 32 characters) from the cache; such words are rarely repeated."""
         for word in self._long:
             self.pop(word, None)
         self._long.clear()
@@ -314,16 +316,18 @@ def _stored(ids: list[int]) -> bytes:
 def cut_texts(
     texts: Iterable[tuple[str, bool]], longest_run: int = _LONGEST_RUN
 ) -> Iterator[tuple[str, bool]]:
-    """Yield texts in pieces; the concatenated ids of the pieces are the ids of the texts.
+    """Yield texts in pieces, so that encoding the pieces usually gives the ids of the whole texts.
 
-    A cut position is a pre-token boundary before white space or punctuation. A piece ends at the
-    first cut position after 2,048 characters. If the next `longest_run` characters have no cut
-    position, the piece ends after these characters, and the ids around this cut may change.
+    A cut position is a pre-token boundary before white space or punctuation; a cut there does not
+    change the ids. A piece ends at the first cut position after 2,048 characters. If the next
+    `longest_run` characters have no cut position, the piece ends after these characters. Only in
+    this case, the ids around the cut may change.
 
     Args:
         texts: pairs (part, is_last): a part of a text, and whether the text ends with it. The
             boundaries between parts do not affect the result.
-        longest_run: maximum length in characters of a run without a cut position.
+        longest_run: number of characters, after the first 2,048 of a piece, that are searched for a
+            cut position.
 
     Yields:
         A piece of at most 2,048 + `longest_run` characters, and whether it is the last piece of its

@@ -1,4 +1,4 @@
-"""Record the activations of a forward pass with hooks, and optionally replace some of them.
+"""Record activations of a forward pass with hooks, and optionally replace some activations.
 
 >>> values = activations(model, encode_prompt(tokenizer, "Tom had a dog. He"))
 >>> values["blocks.2.input"].shape
@@ -119,7 +119,7 @@ def activation_names(model: GPT) -> list[str]:
 
 
 def _add_hook(view: GPT, name: str, record: Callable[[str, Tensor], Tensor]) -> None:
-    """Add a hook to `view` that replaces the activation `name` by `record(name, activation)`."""
+    """Add to `view` a hook that replaces the activation `name` by `record(name, activation)`."""
     path, is_input = ("final_norm", True) if name == "residual" else (name, False)
     is_middle = name.endswith(".middle")
     if name.startswith("blocks."):

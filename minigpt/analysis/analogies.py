@@ -49,7 +49,7 @@ ANALOGIES = {  # first − second + third = fourth; all are single tokens in the
 
 @dataclass(frozen=True)
 class Analogy:
-    """An analogy question and its answer."""
+    """An analogy question, and its answer or the reason why there is none."""
 
     kind: str
     question: str  # princess − girl + boy
@@ -61,7 +61,10 @@ class Analogy:
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers to the analogies, and the neighbours of each word or the reason why it has none."""
+    """Neighbours of the words, and answers to the analogies.
+
+    `neighbours` maps each word to its nearest tokens, or to the reason why it has none.
+    """
 
     neighbours: dict[str, Tokens | str]
     analogies: list[Analogy]
@@ -86,7 +89,7 @@ class Answers:
 
 
 def ask(probe: EmbeddingProbe) -> Answers:
-    """Return the neighbours of six words, `WORDS`, and the answers to twenty `ANALOGIES`.
+    """Return the neighbours of the six `WORDS`, and the answers to the twenty `ANALOGIES`.
 
     Args:
         probe: the embeddings to query.

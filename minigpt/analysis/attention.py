@@ -55,8 +55,8 @@ class HeadScores:
 
     Attributes:
         previous_token: mean attention to the previous token.
-        induction: mean attention to the token after the earlier occurrence of the current token.
-            The mean is over the positions whose token has occurred before.
+        induction: mean attention from a repeated token to the token after its first occurrence. The
+            mean is over all positions with a repeated token.
     """
 
     previous_token: Tensor

@@ -49,10 +49,10 @@ def token_counts(stories: Iterable[str], tokenizer: Tokenizer) -> Counter[int]:
 def scored_texts(
     stories: Iterable[str], tokenizer: Tokenizer, n: int, context: int, counts: Mapping[int, int]
 ) -> list[ScoredText]:
-    """Return the first `n` stories, cut at the context length, with the classes of their tokens.
+    """Return up to `n` stories, cut at the context length, with the classes of their tokens.
 
-    If a character of a story is split across several tokens, the story is left out, because these
-    tokens cannot be located in the text.
+    These are the first `n` stories in which each character belongs to a single token. A token with
+    only a part of a character could not be located in the text.
 
     Args:
         stories: the stories.
@@ -82,7 +82,7 @@ def _by_rank(ids: Sequence[int], rank: Mapping[int, int]) -> list[str]:
 
 
 def _by_text(story: str, pieces: Sequence[str]) -> list[set[str]]:
-    """Return, for each token, the set of its classes: position, names, speech and punctuation."""
+    """Return the classes of each token, except its frequency class, as one set per token."""
     names, seen = [], set()
     for match in NAME.finditer(story):
         names.append((match.span(), NAMES[match[0] in seen]))

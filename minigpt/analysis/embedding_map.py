@@ -67,7 +67,8 @@ def embedding_map(
     words = {name: probe.single(members) for name, members in clusters.items()}
     singles = [word for members in words.values() for word in members]
     if len(singles) < 3:
-        problem = f"the map needs 3 English words that are single tokens, but has {len(singles)}"
+        problem = "the map needs at least 3 English words that are single tokens of this model, "
+        problem += f"but finds only {len(singles)}"
         fix = "train on more English stories, or with a larger"
         raise FewWordsError(f"{problem}; {fix} data.vocab_size")
     unit = probe.vectors(singles)  # (n, d)

@@ -50,7 +50,7 @@ def _residual_streams(model: GPT, values: dict[str, Tensor]) -> Tensor:
 
 def _plain(model: GPT) -> GPT:
     if not is_plain(model):
-        problem = f"{type(model).__qualname__} changes what GPT computes: choose a plain GPT"
+        problem = f"{type(model).__qualname__} changes what GPT computes: choose an unmodified GPT"
         raise UserError(problem, "model")
     return model
 
@@ -59,8 +59,8 @@ def _plain(model: GPT) -> GPT:
 class LogitAttribution:
     """Contribution of each part of a model to the logit of a target token, for each position.
 
-    The sum of all contributions is the logit of the target minus the reference. `logit_attribution`
-    explains the reference.
+    The sum of all contributions is the logit of the target minus a reference logit, such as the
+    mean logit of the vocabulary (see `logit_attribution`).
 
     Attributes:
         heads: contributions (n_layers, n_heads, T) of the attention heads, without the bias of
@@ -81,7 +81,7 @@ class LogitAttribution:
 
     @property
     def total(self) -> Tensor:
-        """Sum of all contributions, (T,): the logit of the target minus the reference."""
+        """Sum of all contributions, (T,): the logit of the target minus the reference logit."""
         layers = self.heads.sum(dim=1) + self.attention_bias + self.feed_forward
         return layers.sum(dim=0) + self.embedding + self.positions + self.norm_bias
 
@@ -92,7 +92,7 @@ def logit_attribution(
 ) -> LogitAttribution:
     """Split the logits of target tokens into contributions of heads, layers and embeddings.
 
-    The residual stream is a sum of the outputs of all parts. The final LayerNorm is affine if its
+    The residual stream is a sum of the outputs of these parts. The final LayerNorm is affine if its
     standard deviation is held constant. So a logit is a sum of one contribution for each part
     (direct logit attribution; Elhage et al. 2021, "A Mathematical Framework for Transformer
     Circuits"). A constant that is added to all logits changes no probability, so a reference, such
@@ -102,8 +102,8 @@ def logit_attribution(
         model: a `GPT`, not an instance of a subclass.
         ids: token ids (1, T), int64.
         targets: ids (T,) of the target tokens, one for each position.
-        reference: ids (T,) of tokens, one for each position; the reference is the logit of this
-            token. None means that the reference is the mean logit of the vocabulary.
+        reference: ids (T,) of the tokens whose logits are the references, one for each position.
+            None means that the reference is the mean logit of the vocabulary.
 
     Returns:
         The contributions.

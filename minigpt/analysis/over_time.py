@@ -78,7 +78,7 @@ class OverTimeConfig:
 
 @dataclass(frozen=True)
 class Moment:
-    """Measures of one snapshot.
+    """Measured values of one snapshot.
 
     The loss of a class of tokens is None if no token belongs to the class. A fraction is None if
     its denominator is zero.
@@ -98,8 +98,8 @@ def write_over_time(run: Run, out: Path, config: OverTimeConfig | None = None) -
     """Measure all snapshots of a run, and write the results to a folder.
 
     The files are over-time.md, over-time.json, over-time.png and the animation embeddings.html. The
-    animation shows groups of words that are single tokens. It is left out if fewer than two groups
-    have such a word.
+    animation shows several groups of words. Words of more than one token are left out. If fewer
+    than two groups have words left, embeddings.html is not written.
 
     Args:
         run: a run with snapshots.
@@ -135,7 +135,8 @@ def _measure(
 ) -> tuple[list[Moment], list[Tensor], dict[str, list[str]]]:
     """Return the measures of each snapshot, the word embeddings of each snapshot, and the words.
 
-    The words are those of CLUSTERS that are single tokens, by name of their cluster.
+    The words are a dict: for the name of each cluster in CLUSTERS, the words of this cluster
+    that are single tokens.
     """
     if not run.snapshots:
         problem = f"{run.folder} has no snapshots; choose another run, or train one with snapshots"

@@ -134,14 +134,15 @@ def _load_models(runs: Sequence[Run]) -> list[StudiedModel]:
     folders = [run.folder.resolve() for run in runs]
     names = [folder.name for folder in folders]
     if len(set(folders)) < len(folders):
-        raise UserError("a run is given twice: name each run once", "runs", names)
+        raise UserError("a run is given twice: give each run once", "runs", names)
     if len(set(names)) < len(names):
         raise UserError("two runs have the same name; rename one of the folders", "runs", names)
     pairs = zip(names, runs, strict=True)
     models = [StudiedModel(name, run.load_model(), run.tokenizer) for name, run in pairs]
     if len({(m.tokenizer.fingerprint, m.net.config.context_length) for m in models}) > 1:
         problem = (
-            "the runs differ in tokenizer or context length, so one model cannot score all stories"
+            "the runs differ in tokenizer or context length, so no single model can score the "
+            "stories of all of them"
         )
         raise UserError(f"{problem}; study each run separately", "runs", names)
     return sorted(models, key=lambda model: model.net.n_parameters)

@@ -156,7 +156,7 @@ def study(
         from minigpt.analysis.over_time import OverTimeConfig, write_over_time
 
         if len(runs) > 1:
-            raise UserError(f"--over-time measures one run, not {len(runs)}: name one run")
+            raise UserError(f"--over-time measures one run, not {len(runs)}: give only one")
         settings = OverTimeConfig(n=n, seed=seed)
         files = write_over_time(load_runs(runs, class_path)[0], out, settings)
         print(f"Wrote {out}: {', '.join(path.name for path in files)}")

@@ -1,8 +1,8 @@
 """The `minigpt` command, with one verb (subcommand) per task.
 
-Each verb is a function below or in `minigpt.cli.analysis`. The function imports the modules that it
-needs only when it is called, so that `minigpt --help` does not wait for torch. The verbs `train`
-and `evaluate` call the Hydra apps in `minigpt.cli.train` and `minigpt.cli.evaluate`.
+Each verb is a function below or in `minigpt.cli.analysis`. The slow imports are inside these
+functions, so that `minigpt --help` does not wait for torch. The verbs `train` and `evaluate` call
+the Hydra apps in `minigpt.cli.train` and `minigpt.cli.evaluate`.
 """
 
 from __future__ import annotations
@@ -92,13 +92,16 @@ def generate(
     model, tokenizer = source.load_model(device_for(n)), source.tokenizer
     model = model.to(getattr(torch, dtype))
     if prompt.endswith(" ") and prompt.strip():  # a rare token in stories
-        log.warning("the prompt ends with a space, which belongs to the next word: remove it")
+        problem = "remove the space at the end of the prompt: each word is predicted with the space"
+        log.warning(f"{problem} before it")
     length = len(tokenizer.encode(prompt))  # raises before anything is printed
     if length >= (context := model.config.context_length):
-        log.warning("only the end of the %d-token prompt fits the context of %d", length, context)
+        problem = "the prompt has %d tokens, the context %d: only the end of the prompt is read"
+        log.warning(problem, length, context)
     c_works = c_backend() is not None  # logs its warning before the story is printed
     if dtype == "bfloat16" and not c_works and not cpu_has_bfloat16():
-        log.warning("without decode.c and native bfloat16, --dtype float32 is faster")
+        reason = "decode.c is not used, and this CPU has no native bfloat16"
+        log.warning(f"--dtype float32 is faster here: {reason}")
     result_on_stdout()
     if n == 1:
         for piece in chain([prompt], stream_text(model, tokenizer, prompt, config), ["\n"]):
@@ -109,9 +112,10 @@ def generate(
 
 
 def _one_prompt(words: list[str], option: str | None) -> str:
-    """Return the prompt: the argument, the value of --prompt, or a default if both are missing.
+    """Return the prompt that was typed, or a default if none was typed.
 
-    If the prompt is "-", the text of standard input is returned.
+    The prompt is typed as a positional argument or as the value of --prompt. If it is "-", the text
+    of standard input is returned.
 
     Args:
         words: positional arguments after the run, of which at most one is allowed.
@@ -135,7 +139,8 @@ def _standard_input() -> str:
         text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         problem = f"standard input is not UTF-8 (at byte {error.start})"
-        raise UserError(f"{problem}; convert it with iconv -f WINDOWS-1252 -t UTF-8") from None
+        remedy = "if it is WINDOWS-1252, pipe it through iconv -f WINDOWS-1252 -t UTF-8"
+        raise UserError(f"{problem}; {remedy}") from None
     return text.removesuffix("\n").removesuffix("\r")
 
 
@@ -232,10 +237,11 @@ def publish(
     dry_run: Annotated[bool, Option("--dry-run", help="Only write the folder.")] = False,
     class_path: ClassPath = None,
 ) -> None:
-    """Upload a model for transformers or, with --space, a web page to try the model.
+    """Upload a model in the format of transformers; with --space, upload a web page instead.
 
-    The page is the playground, as a Space on the Hugging Face Hub. To try it on
-    this machine first, add --dry-run --out page, then type python page/app.py.
+    The page is the playground with this model, as a Space on the Hugging Face Hub.
+    To try the page on this machine first, add --dry-run --out page, then type
+    python page/app.py.
     """
     from minigpt.exporting import export as write
     from minigpt.exporting.folder import check_output

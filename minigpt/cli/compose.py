@@ -140,8 +140,8 @@ def composed_words(name: str, typed: Sequence[str], folder: Path | None = None) 
 def first_setting(words: Sequence[str]) -> int:
     """Return the index of the first setting in `words`; the length of `words` if there is none.
 
-    New settings are inserted there, next to the other settings, because argparse does not accept
-    settings both before and after a flag.
+    New settings are inserted at this index, next to the other settings, because argparse does not
+    accept settings both before and after a flag.
     """
     settings = (i for i, word in enumerate(words) if "=" in word and not word.startswith("-"))
     return next(settings, len(words))
@@ -153,7 +153,7 @@ def own_hydra(name: str, overrides: Sequence[str] = ()) -> Iterator[None]:
 
     Args:
         name: name of the root config.
-        overrides: settings as typed. `defaults` explains which of them add settings.
+        overrides: settings as typed. Some of them add further settings: see `defaults`.
     """
     instances, store = Singleton._instances, ConfigStore.instance()
     before, repo = dict(instances), store.repo
@@ -178,7 +178,7 @@ def register_defaults(name: str, overrides: Sequence[str] = ()) -> None:
 
     Args:
         name: name of the root config.
-        overrides: settings as typed. `defaults` explains which of them add settings.
+        overrides: settings as typed. Some of them add further settings: see `defaults`.
     """
     ConfigStore.instance().store(f"{name}_defaults", defaults(name, overrides))
 
@@ -250,7 +250,7 @@ def train_config(
 
     settings = {k: v for k, v in values["model"].items() if k != "class_path"}
     if values["model"].get("class_path") is not None:  # that of the command line was removed
-        problem = "a config file must not name code to import: type this on the command line"
+        problem = "a config file must not name code to import: set this on the command line"
         raise UserError(problem, "model.class_path", values["model"]["class_path"])
     shape = build(config_class(model), settings, "model")
     name = None if model is None else class_path(model)
@@ -270,7 +270,9 @@ def evaluation_config(values: dict[str, Any]) -> Any:
 
 
 def typed_class(setting: str, overrides: Sequence[str]) -> Any:
-    """Return the model class that a setting in `overrides` names; None if it is not set, or null.
+    """Return the model class that `overrides` set for `setting`.
+
+    The result is None if `setting` is null or not in `overrides`.
 
     Args:
         setting: name of a setting that names a class, such as model.class_path.

@@ -1,4 +1,4 @@
-"""Collect facts for a bug report, and advice for this machine."""
+"""Collect facts for a bug report, and give advice for this machine."""
 
 from __future__ import annotations
 

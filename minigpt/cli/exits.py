@@ -24,8 +24,8 @@ def orderly_exit(verb: str) -> Iterator[None]:
     """Print the log during the `with` block, and exit with one line at a signal or a file error.
 
     A program that stops at Ctrl-C, SIGTERM or SIGHUP has the exit code 128 plus the number of the
-    signal. If a file cannot be read or written, the exit code is 1 if the disk is full, and 2
-    otherwise. All other exceptions are raised again, and so is an OSError without a file name.
+    signal. After an OSError with a file name, the exit code is 1 if the disk is full or read-only,
+    else 2. All other exceptions are raised again.
 
     Args:
         verb: the verb that runs, such as train.
@@ -85,7 +85,10 @@ def _leave_processes(error: BaseException | None) -> None:
 
 
 def result_on_stdout() -> None:
-    """Let a failed write to stdout stop the program, because stdout is the only result."""
+    """Make a failed write to stdout stop the program.
+
+    Verbs call this function if the text on stdout is their only result.
+    """
     for output in outputs():
         output.is_result = output.name == "<stdout>"
 
@@ -101,9 +104,10 @@ def _flush_result() -> None:
 
 
 def end_output() -> None:
-    """Flush stdout, and log a warning if a part of it is lost because the disk is full.
+    """Flush stdout, and log a warning if a part of the output is lost because the disk is full.
 
-    After `result_on_stdout`, there is no warning, because the failed write has stopped the program.
+    If `result_on_stdout` was called, no warning is needed: a failed write has already stopped the
+    program with an error.
     """
     for output in outputs():
         has_failed = output.is_result  # failed writes so far have been reported

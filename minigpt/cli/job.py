@@ -1,9 +1,9 @@
 """Process that runs a job of the playground: python -m minigpt.cli.job FOLDER.
 
 A job is a training that a visitor of the page has started. FOLDER contains the uploaded files, the
-length in minutes, and the chosen model size or the path of the model to start from. From these, the
-process composes the settings of `minigpt train`. Words that a visitor typed are never used as
-settings.
+training time in minutes, and either the chosen model size or the path of the model to start from.
+From these, the process composes the settings of `minigpt train`. Words that a visitor typed are
+never used as settings.
 """
 
 from __future__ import annotations
@@ -119,11 +119,11 @@ def _train(job: Job, program: Program) -> None:
 
 
 def job_words(job: Job, n_bytes: int) -> dict[str, Any]:
-    """Return the settings of a training, without its token budget, text files and output folders.
+    """Return the settings of a job's run, except token budget, text files and output folders.
 
     Args:
         job: the job.
-        n_bytes: size of its text.
+        n_bytes: size of the job's text in bytes.
 
     Returns:
         Settings of `minigpt train` by name.
@@ -177,7 +177,7 @@ def _shape(start: dict[str, Any]) -> dict[str, Any]:
 def check_unpacked(paths: list[Path]) -> int:
     """Return the total size of files after decompression; it must not exceed MAX_UNPACKED bytes.
 
-    The size of a Parquet file is that of the texts of its stories. Reading stops when the limit is
+    For a Parquet file, only the texts of the stories are counted. Reading stops when the limit is
     exceeded. A compressed Parquet file is decompressed to the disk only after its decompressed size
     is known to be within the limit.
 
@@ -215,7 +215,7 @@ def _sum(path: Path, sizes: Iterable[int], start: int) -> int:
         total += size
         if total > MAX_UNPACKED:
             limit = f"at most {MAX_UNPACKED / 1e9:g} GB are allowed"
-            message = f"{path} and the files before it are larger when decompressed: {limit}"
+            message = f"{path} and the files before it are too large when decompressed: {limit}"
             raise UserError(message, "data.train_files")
     return total
 

@@ -1,4 +1,4 @@
-"""Detect how the program was started, suggest commands in that form, and format errors."""
+"""Detect how the user started the program, suggest commands of the same form, and format errors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Program:
 
     @property
     def arguments(self) -> list[str]:
-        """The arguments after the program and its verb."""
+        """The command-line arguments after the program and its verb (subcommand), if it has one."""
         return sys.argv[1 + len(self.words) :]
 
     def command(self, verb: str, /, *words: str, **settings: Any) -> str:
@@ -77,10 +77,12 @@ class Program:
 def _program(name: str) -> list[str]:
     """Return the first words of a shell command that starts the program `name`.
 
-    The program is that of this Python environment. If the environment has none, it is the program
-    on the PATH. The result is the name alone if the shell finds the program by its name, and the
-    path of the program otherwise. If there is no such program at all, the result is the path of
-    this interpreter for "python", and `python -m minigpt` for "minigpt".
+    The result depends on where the program is:
+
+    - in this Python environment, and the shell finds it by its name: `name`;
+    - in this Python environment, but the shell finds another program or none: the program's path;
+    - not in this Python environment, but on the PATH: `name`;
+    - in neither: the path of this interpreter for "python", `python -m minigpt` for "minigpt".
 
     Args:
         name: "python" or "minigpt".

@@ -1,4 +1,4 @@
-"""Run a Hydra app: train or evaluate, as a script or as a verb of `minigpt`."""
+"""Run a Hydra app, train or evaluate, as a script or as a verb (subcommand) of `minigpt`."""
 
 from __future__ import annotations
 
@@ -107,8 +107,8 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
 def _leave_explained(error: Exception, name: str) -> None:
     """Exit with one line that explains an error of a library; return if no explanation is known.
 
-    For an error that follows from a Ctrl-C, the function also returns, because `orderly_exit`
-    handles it. After a signal, a process with a rank above 0 exits without a line.
+    The function also returns if the error follows from a Ctrl-C, because `orderly_exit` handles
+    this case. After a signal, a process with a rank above 0 exits without a line.
 
     Args:
         error: the error.
@@ -168,10 +168,11 @@ def _one_line_errors(name: str, program: Program) -> Iterator[None]:
 
     `_leave_explained` explains errors of libraries. Errors without an explanation are raised again.
 
-    In a multirun, all errors are raised again, so that Hydra continues with the next job. There is
-    one exception: at an error that may have occurred at one rank only, a process with a rank above
-    0 prints the traceback and exits. Otherwise, Hydra would hide the error, and the other ranks
-    would wait. A `UserError` or an error of OmegaConf occurs at all ranks.
+    In a multirun, a `UserError` or an error of OmegaConf is raised again, so that Hydra continues
+    with the next job. Such an error occurs at all ranks. Any other error may have occurred at one
+    rank only. Rank 0 also raises it again, but a process with a higher rank prints the traceback
+    and exits. If this process raised the error again, Hydra would hide the error, and the other
+    ranks would wait for this process.
     """
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     try:

@@ -61,11 +61,12 @@ def _train(config: DictConfig, program: Program, classes: list[str]) -> None:
 
 
 def _refuse_settings(values: dict[str, Any], typed: list[str]) -> NoReturn:
-    """Raise a UserError about typed settings that may not be combined with resume=<run>.
+    """Raise a UserError about settings that may not be combined with resume=<run>.
 
     Args:
         values: all settings as plain values.
-        typed: the settings that the error is about, as typed; at least one.
+        typed: the settings that may not be combined with resume=<run>, as typed on the command
+            line; at least one.
     """
     if any(word.startswith("budget.tokens=") for word in typed):
         from minigpt.training.config import BudgetConfig, TrainConfig

@@ -71,7 +71,7 @@ def _is_dashed(word: str) -> bool:
 
 
 def _is_stray(word: str) -> bool:
-    """Return whether the word is not empty, and no setting, deletion (~key) or option."""
+    """Return whether the word is not empty and is neither setting, deletion (~key) nor option."""
     return word != "" and "=" not in word and not word.startswith(("-", "~"))
 
 
@@ -81,16 +81,17 @@ def is_sweep(words: Sequence[str]) -> bool:
 
 
 def hydra_word(word: str, hints: Mapping[str, Any], sweep: bool) -> str:
-    """Return a typed setting in Hydra's grammar.
+    """Convert a word of the command line to Hydra's grammar.
 
     Args:
-        word: the word as typed. Options and deletions, such as ~key, are returned unchanged.
+        word: the word as typed. Only a setting is converted. An option, or a deletion such as ~key,
+            is returned unchanged.
         hints: type of each setting by dotted name.
-        sweep: whether commas separate the values of a sweep.
+        sweep: whether the command line asks for a sweep, in which commas separate several values.
 
     Raises:
-        UserError: commas separate several values, but neither a list nor a sweep is typed; a list
-            has an empty item; or a reference `${...}` is wrong.
+        UserError: commas separate several values, but the values are not in brackets and `sweep` is
+            false; a list has an empty item; or a reference `${...}` is wrong.
     """
     key, equals, text = word.partition("=")
     if not equals or word.startswith(("-", "~")):
@@ -125,7 +126,7 @@ def _text_depth(hint: Any) -> int | None:
 
 
 def _value(name: str, text: str, depth: int) -> str:
-    """Return the value of a text setting in Hydra's grammar.
+    """Convert the typed value of a text setting to Hydra's grammar, and return it.
 
     Args:
         name: name of the setting, for errors.
@@ -144,7 +145,7 @@ def _value(name: str, text: str, depth: int) -> str:
     if is_list and depth > 1:
         return f"[{','.join(_value(name, item, depth - 1) for item in items)}]"
     if len(items) > 1 and not is_list:
-        problem = "commas separate items only in brackets, as in [a,b]; if this is a single item"
+        problem = "a list of several items needs brackets, as in [a,b]; for one item with commas"
         raise UserError(problem, name, text, {name: [text]})
     texts = [_text(name, item) for item in items]
     return f"[{','.join(texts)}]" if is_list else texts[0]
@@ -168,8 +169,8 @@ def _text(name: str, text: str) -> str:
 def _other_word(word: str, sweep: bool) -> str:
     """Convert `word`, a setting whose type is not text, to Hydra's grammar.
 
-    A value that Hydra cannot read becomes a quoted text. The setting then rejects this text, with
-    an error that names the setting and its type.
+    A value that Hydra cannot read is quoted, which makes it a text. The setting does not accept a
+    text, so a later error names the setting and its type.
     """
     key, _, text = word.partition("=")
     try:
@@ -177,7 +178,8 @@ def _other_word(word: str, sweep: bool) -> str:
     except HydraException:
         return f"{key}={quoted(text)}"
     if override.is_sweep_override() and not sweep:
-        raise UserError(f"{word} has several values: type one, or add -m for one run per value")
+        remedy = "type one of them, or add -m for one run per value"
+        raise UserError(f"{word} has several values: {remedy}")
     return word
 
 

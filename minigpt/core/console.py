@@ -135,9 +135,9 @@ def show_log() -> None:
 def _replaced(stream: Any, number: int) -> Any:
     """Return a stream that writes through an `_Output`, to use instead of stdout or stderr.
 
-    If `stream` already does this, or was redirected within Python, `stream` itself is returned. If
-    it was redirected to a file, it then writes a question mark for each character that its encoding
-    lacks.
+    `stream` itself is returned if it already writes through an `_Output`, or if Python code has
+    redirected it. If Python code has redirected it to a file, the returned stream writes a question
+    mark for each character that its encoding lacks.
 
     Args:
         stream: `sys.stdout` or `sys.stderr`; None if it was closed before the start.

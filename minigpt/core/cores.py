@@ -27,11 +27,11 @@ def cpu_quota() -> float | None:
 
 
 def _cgroups() -> Iterator[Path]:
-    """Yield the folders of the cgroups that may limit this process; some may not exist.
+    """Yield the folders of the cgroups that may limit this process.
 
     These are the folder of the process's own cgroup and its parent folders, up to the root folder
-    of the cgroups. In a container, /proc may give the path of the cgroup on the host. The folder
-    with that path may be missing in the container, which then has only the root folder.
+    of the cgroups. Some of these folders may not exist. For example, /proc in a container may give
+    the path that the cgroup has on the host, but the container has only the root folder.
     """
     try:
         lines = Path(_PROCESS).read_text(encoding="utf-8").splitlines()
@@ -69,7 +69,10 @@ def allowed_cores() -> int:
 
 
 def usable_cores() -> int:
-    """Return the number of cores for threads: the smaller of affinity and quota, at least 1."""
+    """Return the number of cores on which this process may run threads, at least 1.
+
+    It is the number of cores in the CPU affinity or in the CPU quota, whichever is smaller.
+    """
     cores = allowed_cores()
     return max(1, int(min(cores, cpu_quota() or cores)))
 
@@ -77,9 +80,9 @@ def usable_cores() -> int:
 def limit_threads() -> None:
     """Set OMP_NUM_THREADS to `usable_cores()` if a CPU quota allows fewer cores than the affinity.
 
-    PyTorch reads the variable when it is imported. By default, PyTorch starts one thread for each
-    core in the affinity. If the quota is smaller, the kernel then stops all threads for a part of
-    the time. If OMP_NUM_THREADS is already set, it is not changed.
+    PyTorch reads the variable at import. If it is not set, PyTorch starts one thread for each core
+    in the CPU affinity. With more threads than the quota allows, the operating system stops all of
+    them for a part of the time. If OMP_NUM_THREADS is already set, it is not changed.
     """
     if not os.environ.get(THREADS) and (cores := usable_cores()) < allowed_cores():
         os.environ[THREADS] = str(cores)

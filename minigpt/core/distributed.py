@@ -85,7 +85,7 @@ class Launcher:
             n, rank, *_ = _numbers("srun", _SRUN)
             num_nodes = _number("SLURM_NNODES") or 1
             if n > 1 and not _number("SLURM_NTASKS_PER_NODE"):  # Lightning requires it
-                fix = f"submit with --ntasks-per-node={n // num_nodes}, not --ntasks"
+                fix = f"submit the job with --ntasks-per-node={n // num_nodes}, not --ntasks"
                 raise UserError(f"Lightning needs the number of tasks per node: {fix}")
             if not (rank < n and n % num_nodes == 0):
                 raise UserError(_wrong("srun", "SLURM_NTASKS, SLURM_PROCID, SLURM_NNODES"))
@@ -109,7 +109,7 @@ def _numbers(launcher: str, names: tuple[str, ...]) -> list[int]:
 
 
 def _wrong(launcher: str, names: str) -> str:
-    """Return the error message for missing or wrong variables of a launcher."""
+    """Return the error message for missing or wrong environment variables of a launcher."""
     sign = "TORCHELASTIC_RUN_ID" if launcher == "torchrun" else "SLURM_STEP_ID"
     problem = f"{sign} is set, but variables of {launcher} are missing or contradictory: {names}"
     return f"{problem}; start the run with {launcher}, or type unset {sign}"
@@ -126,7 +126,8 @@ def forget_launcher() -> list[str]:
 
     Returns:
         The names of the removed variables. A Slurm variable whose value is a whole number is
-        removed but not returned, because every shell in a Slurm job has such variables.
+        also removed, but its name is not returned, because every shell in a Slurm job has such
+        variables.
     """
     names = [name for name in _VARIABLES if name in os.environ]
     odd = [name for name in names if not (name.startswith("SLURM_") and _number(name) is not None)]

@@ -22,7 +22,7 @@ C = TypeVar("C", bound=type)
 
 @functools.cache
 def field_docs(cls: type) -> dict[str, str]:
-    """Return the field docs of `cls` and its base classes.
+    """Return the field docs, the strings under the fields, of `cls` and its base classes.
 
     Args:
         cls: a dataclass.
@@ -45,7 +45,9 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def setting_docs(cls: type, prefix: str = "") -> dict[str, str]:
-    """Return the field doc of each setting in `cls` and its sections; "" for a missing field doc.
+    """Return the field doc of each setting in `cls` and its sections.
+
+    A field doc is the string literal under a field. If it is missing, it is returned as "".
 
     Args:
         cls: a dataclass. A field that is itself a dataclass is a section.
@@ -80,9 +82,11 @@ def setting_types(cls: type, prefix: str = "") -> dict[str, Any]:
 
 
 def documented(cls: C) -> C:
-    """Class decorator: add field docs to the `__doc__` of a dataclass and of those nested in it.
+    """Class decorator: append the field docs of a dataclass to its `__doc__`.
 
-    The source is parsed only when `__doc__` is read, so that imports stay fast.
+    The field docs are the strings under the fields. Each dataclass that is the type of a field is
+    extended in the same way. The source is parsed only when `__doc__` is read, so that imports stay
+    fast.
 
     Args:
         cls: the dataclass.
@@ -108,7 +112,7 @@ def _sections(cls: type) -> dict[str, Any]:
 
 
 class _Docstring:
-    """Descriptor for `__doc__` that appends the field docs of the class."""
+    """Descriptor for `__doc__` that appends the field docs to the docstring of the class."""
 
     def __init__(self, text: str | None) -> None:
         self.text = inspect.cleandoc(text or "")

@@ -41,7 +41,7 @@ def user_path(path: str | Path, argument: str | None = None) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        problem = "this user has no home folder; put ./ before a file name that begins with ~"
+        problem = "this user has no home folder; if a file name begins with ~, put ./ before it"
         raise UserError(problem, argument, str(path)) from None
 
 
@@ -225,10 +225,10 @@ def write_error(problem: str, error: Exception, argument: str, value: Any = MISS
     """Return the error for a file or a folder that cannot be written.
 
     Args:
-        problem: what cannot be written, such as "cannot write this folder".
-        error: the error of the system.
-        argument: argument with the path.
-        value: value of the argument, as in `UserError`.
+        problem: start of the message, such as "cannot write this folder".
+        error: the exception that was raised.
+        argument: name of the argument that contains the path.
+        value: value of this argument. Omit it if `problem` already contains the value.
 
     Returns:
         A `DiskFullError` if the disk is full or read-only, and another `UserError` otherwise.

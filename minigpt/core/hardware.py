@@ -66,8 +66,9 @@ class Hardware:
     def detect(cls, accelerator: str, devices: str, num_nodes: int, precision: str) -> Hardware:
         """Check the trainer settings on this machine, and replace "auto" with a value.
 
-        Under torchrun or srun, the numbers of devices and nodes are those that the launcher
-        started. The arguments must agree with them, or be the defaults, "auto" devices and 1 node.
+        Under torchrun or srun, the launcher determines the number of nodes, and the number of
+        devices on each node. `devices` must be this number or the default, "auto". `num_nodes` must
+        be the launcher's number of nodes or the default, 1.
 
         Args:
             accelerator: "auto", "cpu", "gpu", "cuda" or "mps".
@@ -132,7 +133,8 @@ def _best_accelerator() -> str:
 
 def _check_launched(launcher: Launcher, devices: str, num_nodes: int) -> None:
     """Raise UserError if the settings contradict the processes that the launcher started."""
-    start = f"{launcher.name} runs {launcher.num_nodes} node(s) × {launcher.devices} process(es)"
+    started = f"{launcher.devices} process(es) on each of {launcher.num_nodes} node(s)"
+    start = f"{launcher.name} started {started}"
     if devices not in ("auto", str(launcher.devices)):
         raise UserError(f"{start}: leave this setting out", "devices", int(devices))
     if num_nodes not in (1, launcher.num_nodes):  # 1 is the default
@@ -142,7 +144,7 @@ def _check_launched(launcher: Launcher, devices: str, num_nodes: int) -> None:
 def _find_precision(setting: str, accelerator: str) -> tuple[str, str]:
     """Return the training precision and the reason for it; "auto" avoids emulated bfloat16.
 
-    On a CPU, "16-mixed" gives the same precision as "auto", because Lightning does not support it.
+    Lightning does not support "16-mixed" on a CPU. There, "16-mixed" has the effect of "auto".
     """
     requested = setting, "as requested"
     if accelerator == "mps":
@@ -197,26 +199,27 @@ def gpu_memory_for(argument: str, value: int) -> Iterator[None]:
     """Raise UserError for `argument` if the GPU runs out of memory in the `with` block.
 
     Args:
-        argument: name of the argument for the number of sequences that are computed at a time.
+        argument: name of the argument that sets how many sequences are computed at a time.
         value: value of this argument; the error suggests half of it.
     """
     try:
         yield
     except torch.OutOfMemoryError:
-        problem = "the GPU does not have enough memory for this many sequences; reduce the number"
+        problem = "the GPU does not have enough memory for this number of sequences (to use the "
+        problem += "CPU, put CUDA_VISIBLE_DEVICES= before the command)"
         fix = {argument: value // 2} if value > 1 else None
         raise UserError(problem, argument, value, fix) from None
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a CPU tensor to a device and return it; the host does not wait for a copy to CUDA."""
+    """Return a copy of a CPU tensor on `device`; the host does not wait for copies to CUDA."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 def has_cpp_compiler() -> bool:
-    """Return whether torch.compile finds a C++ compiler for the CPU."""
+    """Return whether torch.compile finds a C++ compiler, which it needs on a CPU."""
     from torch._inductor.cpp_builder import get_cpp_compiler  # slow to import
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -307,9 +310,9 @@ def _measure(accelerator: str, dtype: torch.dtype) -> float:
 
 
 def _fastest(side: int, accelerator: str, dtype: torch.dtype, tries: int) -> float:
-    """Compute `tries` matrix products, and return the time of the fastest in seconds.
+    """Compute `tries` matrix products, and return the seconds that the fastest product took.
 
-    The first of them is a warm-up and does not count.
+    The first product is a warm-up and does not count.
     """
     # Random numbers: a GPU multiplies constants at a higher clock. A generator of its own does not
     # change the random numbers of the training.

@@ -45,9 +45,9 @@ SIDES = tuple(
 
 
 def plain(text: str) -> str:
-    """Return `text` in the form in which Matplotlib draws it unchanged.
+    """Return `text`, escaped so that Matplotlib draws it literally.
 
-    Then no $ starts a formula, and a label that begins with _ is not left out of the legend.
+    A $ does not start a formula, and a label that begins with _ is not left out of the legend.
     """
     text = text.replace("$", r"\$")
     return f"\u200b{text}" if text.startswith("_") else text

@@ -37,7 +37,7 @@ def tune_process() -> None:
 
 
 def is_tuned() -> bool:
-    """Return whether `tune_process` was called or has no effect on this machine."""
+    """Return whether `tune_process` has been called, or would have no effect on this machine."""
     return _tuned or platform.libc_ver()[0] != "glibc"
 
 

@@ -28,7 +28,7 @@ class Progress(progress.Progress):
 
     Args:
         columns: columns of the bar. Log lines omit `BarColumn` and show the time left in words.
-        show: whether to show progress; only the process of rank 0 shows it.
+        show: whether to show progress. A process with a rank above 0 never shows it.
         options: keyword arguments of `rich.progress.Progress`.
     """
 
@@ -44,13 +44,16 @@ class Progress(progress.Progress):
         self._next_line: dict[progress.TaskID, float] = {}
 
     def update(self, task_id: progress.TaskID, *args: Any, **kwargs: Any) -> None:
-        """Update a task as in rich. If the update sets the progress, log a line when one is due."""
+        """Update a task as rich does.
+
+        If the update sets the progress and a log line is due, the line is written.
+        """
         super().update(task_id, *args, **kwargs)
         if "completed" in kwargs or "advance" in kwargs:
             self._write_line(task_id)
 
     def advance(self, task_id: progress.TaskID, advance: float = 1) -> None:
-        """Advance a task as in rich, and log a line if one is due."""
+        """Advance a task as rich does, and write a log line if it is due."""
         self.update(task_id, advance=advance)
 
     def _write_line(self, task_id: progress.TaskID) -> None:

@@ -64,7 +64,7 @@ class UserError(ValueError):
         return self.subject(repr) + "; ".join(parts)
 
     def subject(self, spell: Callable[[Any], str]) -> str:
-        """Return the start of the message: the name and the value of the argument.
+        """Return the start of the error message: the name and the value of the argument.
 
         Args:
             spell: function that formats the value.
@@ -123,13 +123,13 @@ def python_call(verb: str, /, *words: str, **settings: Any) -> str:
     Args:
         verb: verb of the command line, such as train.
         *words: settings as typed on the command line; used only for train.
-        **settings: settings by name. For train, the call contains all of them. For another verb, it
-            contains only the value of the first one and, if there is a setting `class_path`, the
-            class that this setting names.
+        **settings: settings by name. For train, the call contains all of them. For any other verb,
+            the call contains only the value of the first setting. If there is a setting
+            `class_path`, the call also contains the class that this setting names.
 
     Returns:
-        The call, such as "minigpt.evaluate('runs/a')". In the call, a custom class is written as a
-        name without its module, because the argument is the class itself and not its path.
+        The call, such as "minigpt.evaluate('runs/a')". A custom class is written without its
+        module, because the call takes the class itself and not its dotted path.
     """
     if verb == "train":
         typed = [*words, *typed_settings(settings)]
@@ -242,9 +242,9 @@ def check(config: Any, message: str, allows: Callable[[Any], bool], *names: str)
 def plain_defaults(cls: type) -> dict[str, Any]:
     """Return the defaults of a dataclass as plain values.
 
-    Sections, which are fields with a dataclass as their type, become dicts. Tuples become lists.
-    Other fields without a default are left out. `__post_init__` is not called for `cls`, so a
-    default of None remains None even if `__post_init__` would replace it.
+    A section, which is a field with a dataclass as its type, becomes a dict. Tuples become lists. A
+    field without a default is left out, unless it is a section. `__post_init__` is not called for
+    `cls`, so a default of None remains None even if `__post_init__` would replace it.
     """
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
@@ -304,8 +304,8 @@ def unknown_name(name: str, allowed: list[str], kind: str = "setting") -> str:
     Returns:
         One line. For a renamed setting, the line gives the new name. For any other name, it
         suggests up to three similar names. If no name is similar, it lists all allowed names, or
-        refers to --help if there are more than 20 of them. For a name with a dot, allowed names
-        without a dot are ignored, unless no allowed name has a dot.
+        refers to --help if there are more than 20 of them. For a name with a dot, only the allowed
+        names with a dot are used, if there are any.
     """
     if name in RENAMED:
         return f"unknown {kind} '{name}': it is now called {RENAMED[name]}"
@@ -314,7 +314,7 @@ def unknown_name(name: str, allowed: list[str], kind: str = "setting") -> str:
     if near := difflib.get_close_matches(name, allowed, n=3, cutoff=0.6):
         return f"unknown {kind} '{name}': did you mean {' or '.join(near)}?"
     if len(allowed) > 20:
-        return f"unknown {kind} '{name}': --help lists the common ones, --cfg job lists all"
+        return f"unknown {kind} '{name}': --help lists common {kind}s, --cfg job lists all"
     return f"unknown {kind} '{name}': choose from {', '.join(sorted(allowed))}"
 
 

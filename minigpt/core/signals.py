@@ -1,4 +1,4 @@
-"""Handling of signals that stop a program, even while its main thread runs native code.
+"""Stop a program at a signal, even while the main thread of the program runs native code.
 
 Python runs the handler of a signal only when the main thread executes Python code. Training a
 tokenizer or resolving a host name can block the main thread for minutes. The `SignalWatch` of this
@@ -74,7 +74,8 @@ class SignalWatch:
     def running(self, outlives_terminal: bool) -> Iterator[None]:
         """Handle the signals of this process during the `with` block.
 
-        In any thread but the main thread, and within another such block, nothing is changed.
+        Nothing is changed outside the main thread, or if an outer `with` block already handles the
+        signals.
 
         Args:
             outlives_terminal: whether the program continues when its terminal is closed.

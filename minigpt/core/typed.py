@@ -53,7 +53,8 @@ def split_items(text: str) -> list[str]:
 def quoted(text: str) -> str:
     r"""Return a text in double quotes, with the escapes that Hydra's grammar needs.
 
-    Only backslashes before a double quote or at the end of the text are doubled. An interpolation,
+    A double quote in the text gets a backslash before it. The backslashes of the text are doubled
+    only before a double quote and at the end of the text. An interpolation,
     `${...}`, is not escaped and remains an interpolation.
     """
     text = re.sub(r'(\\*)"', r"\1\1\\" + '"', text)
@@ -122,5 +123,5 @@ def path_argument(path: str) -> str:
 
 
 def shell_command(*words: str) -> str:
-    """Return a command that bash and zsh split into these words."""
+    """Return a command line that bash and zsh split into `words`."""
     return " ".join(map(shell_word, words))

@@ -62,7 +62,7 @@ class DataConfig:
 
     separator: str = END_OF_TEXT
     """Separator between two stories in a .txt or .md file. A file without separators is one
-    document."""
+    story."""
 
     download_tokens: int | None = 104_000_000
     """Amount of training text to download for sources `tinystories` and `hf`, in tokens of about
@@ -115,23 +115,24 @@ class DataConfig:
             raise UserError("this source needs files", "source", "text", fix=fix)
         if self.source != "text" and files:
             name = "train_files" if self.train_files else "valid_files"
-            raise UserError(f"source {self.source} takes no files", name, fix={"source": "text"})
+            problem = f"the source {self.source} takes no files"
+            raise UserError(problem, name, fix={"source": "text"})
         if (self.source == "hf") != (self.dataset is not None):
             fix = {"source": "hf", "dataset": self.dataset or "roneneldan/TinyStories"}
-            raise UserError("must be set for source hf, and only for it", "dataset", fix=fix)
+            raise UserError("must be set for the source hf, and only for it", "dataset", fix=fix)
         if self.field is not None and self.source not in ("text", "hf"):
-            problem = f"source {self.source} has no fields: leave this out"
+            problem = f"the source {self.source} has no fields: leave this setting out"
             raise UserError(problem, "field", self.field)
         check(self, "must be above 0 and below 1", lambda share: 0 < share < 1, "holdout")
         if not self.separator:
             raise UserError("must not be empty", "separator", fix={"separator": END_OF_TEXT})
         limits = "download_tokens", "max_stories"
         check(self, "must be at least 1, or null (None in Python)", lambda n: n >= 1, *limits)
-        check(self, "must be from 0 to below 1", lambda share: 0 <= share < 1, "noise")
+        check(self, "must be at least 0 and below 1", lambda share: 0 <= share < 1, "noise")
         check_vocab_size(self.vocab_size)
         if self.tokenizer == "":
             fix = {"tokenizer": "releases/large"}
-            raise UserError("must not be empty; leave it out, or name a run", "tokenizer", fix=fix)
+            raise UserError("must not be empty; leave it out, or give a run", "tokenizer", fix=fix)
         if self.batch_size is None:
             object.__setattr__(self, "batch_size", 32 if self.source == "tinystories" else 8)
         check(self, "must be at least 1", lambda n: n >= 1, "batch_size")
@@ -149,10 +150,10 @@ def with_cache_here(data: DataConfig, typed: str = CACHE) -> DataConfig:
     Args:
         data: data settings of a run. The run may have been trained on another machine.
         typed: cache folder, as typed on the command line. If it is the default, `.cache`, and the
-            run's own cache folder exists on this machine, the run's folder is kept.
+            folder `data.cache_dir` exists on this machine, `data.cache_dir` is kept.
 
     Returns:
-        `data` itself if the run's folder is kept, else a copy with `typed` as `cache_dir`.
+        `data` itself if its `cache_dir` is kept, else a copy with `typed` as `cache_dir`.
     """
     own = typed == CACHE and Path(data.cache_dir).is_dir()
     return data if own else dataclasses.replace(data, cache_dir=typed)

@@ -16,10 +16,11 @@ from minigpt.data.windows import StoryWindows, TrainingBatches, with_noise
 class DeviceBatches(Dataset[tuple[Tensor, Tensor]]):
     """The same batches as in `TrainingBatches`, bit for bit, but gathered on a device.
 
-    The device holds all tokens of the training split, 2 bytes each, and the order of the windows
-    and stories of at most two epochs. The order of an epoch is copied when the epoch starts. With
-    noise, the random tokens of each step are drawn on the host and copied. The host waits for only
-    one copy: that of the training split, at the start.
+    The device holds all tokens of the training split, 2 bytes each. For at most two epochs, it also
+    holds the order of the windows and, if the stories are shuffled, of the stories. The order of an
+    epoch is copied when the epoch starts. If the setting `data.noise` replaces input tokens by
+    random ones, the random tokens of each step are drawn on the host and copied. The host waits
+    only for the copy of the training split, at the start.
 
     Args:
         batches: the batches to gather.

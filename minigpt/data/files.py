@@ -20,6 +20,7 @@ from typing import Any
 
 from minigpt.core.files import parse_json
 from minigpt.core.settings import UserError
+from minigpt.core.typed import shell_word
 from minigpt.data.formats import CHUNK, Format, detect_format, optional, unpack
 from minigpt.tokenizer import END_OF_TEXT, utf8_length
 
@@ -68,7 +69,7 @@ def read_pieces(
         pieces = _row_pieces(path, file_format, field)
     first = next(pieces, None)
     if first is None:
-        raise UserError(f"{path} contains no story; leave it out")
+        raise UserError(f"{path} contains no story; leave the file out")
     yield first
     yield from pieces
 
@@ -119,8 +120,8 @@ def find_cut(text: str, first: int, last: int, near: int) -> int:
 
     Args:
         text: the text to cut.
-        first: lower limit of the position, itself not allowed.
-        last: largest allowed position.
+        first: lower limit of the position, excluded.
+        last: upper limit of the position, included.
         near: preferred position, from `first` to `last`.
 
     Returns:
@@ -135,7 +136,10 @@ def find_cut(text: str, first: int, last: int, near: int) -> int:
 
 
 def _split_long(text: str) -> list[str]:
-    """Split `text` into pieces of at most `_PIECE` characters; the last has up to twice as many."""
+    """Split `text` into pieces.
+
+    The last piece has at most 2 · `_PIECE` characters, and every other piece at most `_PIECE`.
+    """
     start, pieces = 0, []
     while len(text) - start > 2 * _PIECE:
         end = start + _PIECE
@@ -180,9 +184,9 @@ def _row_pieces(path: Path, file_format: Format, field: str | None) -> Iterator[
     else:
         chunks = _decode(path, file_format)
         if kind == "json":
-            rows = _objects(path, _json_items(path, chunks), field)
+            rows = _objects(f"{path}, item", _json_items(path, chunks), field)
         elif kind == "jsonl":
-            rows = _objects(path, _json_lines(path, chunks), field)
+            rows = _objects(f"{path}, line", _json_lines(path, chunks), field)
         else:
             rows = _table_rows(path, chunks, kind, field)
     for number, value in rows:
@@ -193,22 +197,24 @@ def _row_pieces(path: Path, file_format: Format, field: str | None) -> Iterator[
                 raise ValueError(f"write the story as a string, not as {value!r:.100}")
             utf8_length(value)  # JSON can contain a lone surrogate, UTF-8 cannot
         except ValueError as error:
-            raise UserError(f"{path}:{number}: {error}") from None
+            unit = {"json": "item", "parquet": "row"}.get(kind, "line")
+            raise UserError(f"{path}, {unit} {number}: {error}") from None
         if story := clean(value):
             *parts, last = _split_long(story)
             yield from ((part, False) for part in parts)
             yield last, True
 
 
-def _objects(path: Path, values: Iterable[Row], field: str | None) -> Iterator[Row]:
+def _objects(where: str, values: Iterable[Row], field: str | None) -> Iterator[Row]:
     """Yield the story in each JSON value, with the number of the line or list item.
 
     If the value is an object, the story is one of its fields, else the story is the value itself.
+    Error messages begin with `where` and the number.
     """
     for number, value in values:
         if isinstance(value, dict):
             texts = [name for name, entry in value.items() if isinstance(entry, str)]
-            name = choose_field(f"{path}:{number}", value, texts, field)
+            name = choose_field(f"{where} {number}", value, texts, field)
             if name not in ("text", "story"):
                 field = name  # it was the only text column: later objects must have it too
             value = value[name]
@@ -222,7 +228,9 @@ def _json_lines(path: Path, chunks: Iterable[str]) -> Iterator[Row]:
                 yield number, parse_json(line)
             except ValueError as error:
                 example = '{"text": "Once upon a time ..."}'
-                raise UserError(f"{path}:{number}: {error}; write JSON such as {example}") from None
+                reason = str(error).replace(": line 1 column", " at column")
+                problem = f"{path}, line {number}: {reason}"
+                raise UserError(f"{problem}; write JSON such as {example}") from None
 
 
 def _json_items(path: Path, chunks: Iterable[str]) -> Iterator[Row]:
@@ -231,10 +239,11 @@ def _json_items(path: Path, chunks: Iterable[str]) -> Iterator[Row]:
     for chunk in itertools.chain(chunks, [""]):
         text, at = text[at:] + chunk, 0
         while (start := _skip_space(text, at)) < len(text):
-            item, begin = f"{path}: item {number + 1}", _skip_space(text, start + 1)
+            item, begin = f"{path}, item {number + 1}", _skip_space(text, start + 1)
             if text[start] not in (marks or " "):
-                problem = f"expected {' or '.join(marks) or 'nothing more'}, got {text[start]!r}"
-                raise UserError(f"{item}: {problem}; write a list, or rename the file to .jsonl")
+                expected = " or ".join(map(repr, marks)) or "nothing more"
+                problem = f"{item}: expected {expected}, got {text[start]!r}"
+                raise UserError(f"{problem}; write a JSON list, or rename the file to .jsonl")
             if text[start] == "]" or (number == 0 and text[begin : begin + 1] == "]"):
                 at, marks = (start if text[start] == "]" else begin) + 1, ""
                 continue
@@ -274,7 +283,7 @@ def _table_rows(path: Path, chunks: Iterable[str], kind: str, field: str | None)
                 raise csv.Error(f"{len(row)} columns, but the first row has {len(names)}")
             yield rows.line_num, row[column]
     except csv.Error as error:
-        problem = f"{path}:{rows.line_num}: {error}"
+        problem = f"{path}, line {rows.line_num}: {error}"
         remedy = (
             f"put double quotes around fields that contain {delimiter!r}, a quote or a line break"
         )
@@ -340,6 +349,11 @@ def _decode(path: Path, file_format: Format) -> Iterator[str]:
             at = offset + len(chunk) - len(error.object) + error.start
             line += error.object.count(b"\n", 0, error.start)
             remedy = f"convert it with iconv -f {'UTF-16' if utf16 else 'WINDOWS-1252'} -t UTF-8"
+            if file_format.packing:
+                remedy = f"decompress it, then {remedy}"
+            else:
+                new = shell_word(f"{path}.utf8{path.suffix}")
+                remedy = f"{remedy} {shell_word(str(path))} > {new}"
             if error.reason == "unexpected end of data":
                 remedy = f"copy it again if it is truncated, or {remedy}"
             byte = f"byte 0x{error.object[error.start]:02x} at offset {at}, line {line}"

@@ -26,7 +26,7 @@ _KINDS = {
 }  # fmt: skip
 READABLE = f"{', '.join(_KINDS)}, each also with .gz, .xz, .bz2 or .zst"
 
-_UNPACK, _TEXT = "unpack it and name the files in it", "save its text as .txt"
+_UNPACK, _TEXT = "unpack it and give the unpacked files", "save its text as .txt"
 _DATA = "write its stories as .txt or .jsonl"
 # Formats that cannot be read, or that cannot be read unless the file is renamed. Each entry has a
 # description, the extensions, the first bytes, and what the user can do. The extension takes
@@ -49,12 +49,12 @@ _FOREIGN: tuple[tuple[str, str, tuple[bytes, ...], str], ...] = (
     ("a tar archive", ".tar .tgz .tbz .tbz2 .txz .tzst", (), _UNPACK),
     ("a 7z archive", ".7z", (b"7z\xbc\xaf\x27\x1c",), _UNPACK),
     ("a RAR archive", ".rar", (b"Rar!\x1a\x07",), _UNPACK),
-    ("a Parquet file", "", (b"PAR1\x15",), "rename it to end in .parquet"),
-    ("compressed with gzip", "", (b"\x1f\x8b",), "decompress it, or rename it to end in .gz"),
-    ("compressed with xz", "", (b"\xfd7zXZ\0",), "decompress it, or rename it to end in .xz"),
-    ("compressed with bzip2", "", (b"BZh91AY&SY",), "decompress it, or rename it to end in .bz2"),
+    ("a Parquet file", "", (b"PAR1\x15",), "rename the file to end in .parquet"),
+    ("compressed with gzip", "", (b"\x1f\x8b",), "decompress the file, or add .gz to its name"),
+    ("compressed with xz", "", (b"\xfd7zXZ\0",), "decompress the file, or add .xz to its name"),
+    ("compressed with bzip2", "", (b"BZh91AY&SY",), "decompress the file, or add .bz2 to its name"),
     ("compressed with zstd", "", (b"\x28\xb5\x2f\xfd",),
-     "decompress it, or rename it to end in .zst"),
+     "decompress the file, or add .zst to its name"),
 )  # fmt: skip
 
 
@@ -144,7 +144,7 @@ def unpack(path: Path, packing: str) -> Iterator[bytes]:
                 most -= len(chunk)
                 if most < 0 and packing:
                     large = f"decompresses to more than {_UNPACKED_TIMES} times its size"
-                    raise UserError(f"{path} {large}; decompress it if you trust the file")
+                    raise UserError(f"{path} {large}; if you trust the file, decompress it first")
                 lines += chunk.count(b"\n")
                 yield chunk
     except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:

@@ -1,7 +1,8 @@
-"""Stream the stories that a run needs from a Hugging Face dataset to a file.
+"""Stream stories from a Hugging Face dataset to a file, as many as a run needs.
 
-A later call appends to the file. It continues at the last position in the dataset that the previous
-call saved, and reads the same revision of the dataset. Of each row, only the story is stored.
+If a later run needs more stories, they are appended to the file. The download then continues at the
+last saved position in the dataset, and reads the same revision of the dataset. Of each row, only
+the story is stored.
 """
 
 from __future__ import annotations

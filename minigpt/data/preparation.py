@@ -56,7 +56,7 @@ class TokenFile:
 
     @classmethod
     def load(cls, folder: Path) -> TokenFile:
-        """Check the files of a prepared split against its meta.json, and return its token file.
+        """Return the token file of a prepared split, after a check of the file against meta.json.
 
         Args:
             folder: folder of the prepared split.
@@ -168,13 +168,16 @@ def _encode(
     path: Path,
     show: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Write the ids of `pieces` to `path`; return the counts and the checksum for meta.json.
+    """Write the ids of `pieces` to `path`, and return values for meta.json.
 
     Args:
         pieces: pairs (piece, is_last): a piece of a story, and whether the story ends with it.
         tokenizer: tokenizer for the pieces.
         path: file to write.
         show: function to call with the number of UTF-8 bytes of each encoded block.
+
+    Returns:
+        The numbers of tokens, UTF-8 bytes and stories, and the checksum of the file.
     """
 
     def encode(block: list[tuple[str, bool]]) -> tuple[np.ndarray, int, int]:
@@ -264,7 +267,10 @@ def _checksum(meta: dict[str, Any]) -> str:
 
 
 def _check(path: Path, blake2b: str) -> None:
-    """Raise ValueError unless the file has this checksum. The check takes 0.3 s per 100M tokens."""
+    """Raise ValueError unless `blake2b` is the checksum of the file.
+
+    The check takes 0.3 s per 100M tokens.
+    """
     if _digest(path) != blake2b:
         raise ValueError(f"checksum mismatch in {path}")
 
@@ -286,11 +292,11 @@ def _prepared(cache_dir: str | Path, kind: str, ingredients: dict[str, Any]) -> 
 
 
 def _cached(path: Path, load: Callable[[Path], T], make: Callable[[Path], None]) -> T:
-    """Return the result of `load(path)`. If the folder is missing or damaged, call `make` first.
+    """Return the result of `load(path)`, after a call of `make` if `path` is missing or damaged.
 
-    `make` writes to a temporary folder. This folder is then renamed to `path` atomically. Only the
-    process that holds the lock writes. If it finds an unfinished temporary folder, that folder was
-    left by a killed process, and is deleted.
+    `make` writes to a temporary folder, which is then renamed to `path` atomically. A lock ensures
+    that only one process writes. Before `make` is called, a temporary folder that a killed process
+    has left is deleted.
     """
     try:
         return load(path)

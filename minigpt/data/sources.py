@@ -92,7 +92,7 @@ class Corpus:
             A story, or a piece of a long story; it is not empty.
 
         Raises:
-            UserError: the split cannot be read, as in `pieces`.
+            UserError: the split cannot be read. `pieces` lists the reasons.
         """
         return (text for text, _ in self.pieces(split) if text)
 
@@ -101,8 +101,8 @@ class Corpus:
 
         Only a story of more than two million characters has several pieces. A story that is in both
         splits is removed from one of them: from the training stories if there are validation files,
-        else from the held-out stories. Such stories are kept if the field `tuning` is true, or if
-        documents are divided (see `holdout`).
+        else from the held-out stories. No story is removed if the field `tuning` is true, or if
+        each document is divided between the splits (see the field `holdout`).
 
         Args:
             split: "train" or "valid".
@@ -204,7 +204,8 @@ class Corpus:
         if not lengths:
             lacking = "training" if n_valid else "validation"
             problem = f"leaves none of {total} stories for {lacking}"
-            remedy = "choose another fraction, or set data.valid_files (data=hf: data.valid_split)"
+            remedy = "choose another fraction, or set data.valid_files "
+            remedy += "(with data=hf: data.valid_split)"
             raise UserError(f"{problem}; {remedy}", "data.holdout", self.holdout)
         share = f"its last {100 * self.holdout:.3g} % are held out"
         more = r"data.separator='\n\n' would make each paragraph a story"
@@ -253,7 +254,7 @@ def _every_seventh(pieces: Iterable[Piece], held_out: bool) -> Iterator[Piece]:
 
 
 def _begun(pieces: Iterable[Piece]) -> Iterator[tuple[str, bool, bool]]:
-    """Yield (text, is_last, is_first) for each piece of a story."""
+    """Yield (text, is_last, is_first): each piece, and whether it ends and begins its story."""
     begins = True
     for text, ends in pieces:
         yield text, ends, begins
@@ -294,9 +295,10 @@ def _part(pieces: Iterable[Piece], length: int, holdout: float, split: Split) ->
 
 
 def _digests(pieces: Iterable[Piece]) -> Iterator[bytes]:
-    """Yield one digest per story, computed from its first piece.
+    """Yield one digest per story, computed from the first piece of the story.
 
-    Two long stories are assumed to differ in their first pieces.
+    Only a long story has several pieces. Two different long stories are assumed to have different
+    first pieces.
     """
     return (_digest(text) for text, _, begins in _begun(pieces) if begins)
 
@@ -354,7 +356,7 @@ def open_corpus(config: DataConfig, valid_only: bool = False) -> Corpus:
         The corpus. All of its files are on this machine.
 
     Raises:
-        UserError: the files do not exist, or cannot be downloaded.
+        UserError: the files of the corpus do not exist, or cannot be downloaded.
     """
     tuning = config.valid == "tuning"
     corpus = _open_source(config, valid_only and not tuning)
@@ -419,7 +421,7 @@ def local_files(
         holdout: fraction of the training stories to hold out, above 0 and below 1.
         separator: separator between two stories in a .txt or .md file.
         field: column or key that holds the stories in files other than .txt and .md; None selects
-            one as described in `Corpus`.
+            a column or key as described in `Corpus`.
 
     Returns:
         The corpus. The files that match one pattern are sorted by path.
@@ -435,20 +437,20 @@ def local_files(
 
 
 def _expand(patterns: Sequence[str], field: str) -> dict[tuple[int, int], Path]:
-    """Return the files that match the patterns, by (device, inode), so that no file occurs twice.
+    """Return the files that match the patterns, as a dict with keys (device, inode).
 
-    The files are in the order of the patterns; the files that match one pattern are sorted. `field`
-    is the setting that error messages name.
+    A file that matches several patterns occurs once. The files are in the order of the patterns;
+    the files that match one pattern are sorted. `field` is the setting that error messages name.
     """
     argument, paths = f"data.{field}", {}
     for pattern in patterns:
         if "\0" in pattern or len(pattern) > _LONGEST_PATH:
-            limits = f"a path contains no NUL and has at most {_LONGEST_PATH} characters"
+            limits = f"it must have no NUL character and at most {_LONGEST_PATH} characters"
             raise UserError(f"{pattern[:50]!r} is not a path: {limits}", argument)
         path = user_path(pattern, argument)
         if path.is_dir():
             files = {argument: [f"{path}/*.txt"]}
-            raise UserError(f"{path} is a folder; name the files in it", argument, fix=files)
+            raise UserError(f"{path} is a folder; give the files in it", argument, fix=files)
         # Brackets in the name of an existing folder or file are not part of a glob pattern.
         real = next(p for p in (path, *path.parents) if p.exists())
         matches = glob.glob(

@@ -176,8 +176,9 @@ class BudgetSampler(Sampler[int]):
         rank: rank of this process, from 0.
         world_size: number of ranks, W.
         random_offset: whether windows start at a random offset in each epoch after the first.
-        stories: whether the stories are shuffled. If so, `batch` counts positions from the start of
-            the first epoch, as `StoryWindows` does; if not, from the start of each epoch.
+        stories: whether the stories are shuffled. With shuffled stories, `batch` returns positions
+            that are counted from the start of the first epoch, as in `StoryWindows`. With stories
+            in their original order, `batch` returns positions in the token file.
 
     Raises:
         UserError: there are fewer windows than one step needs.
@@ -279,8 +280,8 @@ class TrainingBatches(Dataset[tuple[Tensor, Tensor]]):
     Args:
         windows: windows of the training split.
         order: sampler that selects the windows of each step.
-        noise: fraction of the input tokens to replace, from 0 to below 1. END_OF_TEXT is never
-            replaced.
+        noise: fraction of the input tokens to replace in the first 80 % of the run, from 0 to below
+            1. END_OF_TEXT is never replaced.
         vocab_size: number of tokens of the tokenizer. The random tokens are uniformly distributed
             over the vocabulary without END_OF_TEXT.
     """
@@ -297,7 +298,7 @@ class TrainingBatches(Dataset[tuple[Tensor, Tensor]]):
         return ids, targets
 
     def random_tokens(self, step: int) -> np.ndarray:
-        """Return the tokens that replace inputs of a step, [B, T] int64; 0 keeps the input.
+        """Return the random token for each input of a step, [B, T] int64; 0 keeps the input.
 
         Args:
             step: step of the run, from 0.
@@ -320,9 +321,9 @@ def with_noise(ids: Tensor, random_tokens: Tensor) -> Tensor:
 
 
 def noise_factor(progress: np.ndarray) -> np.ndarray:
-    """Return the noise after the fraction `progress` of a run, relative to the initial noise.
+    """Return the noise as a fraction of the initial noise.
 
-    `progress` is from 0 to below 1.
+    `progress` is the part of the run that is complete, from 0 to below 1.
     """
     return np.minimum(1, (1 - progress) / (1 - _CONSTANT_NOISE))
 

@@ -30,8 +30,8 @@ def average(model: GPT, run: Run, others: Sequence[str]) -> dict[str, Any]:
         others: paths of other runs: the parent of `run`, or runs with the same parent as `run`.
 
     Returns:
-        The summary of the mean. `averaged` lists the other runs. The tokens and seconds are sums
-        over `run` and `others`, but do not include those of the parent.
+        The summary of the mean. The entry `averaged` lists the other runs. The entries `tokens` and
+        `seconds` are sums over `run` and `others`, but without the parent.
 
     Raises:
         UserError: `run` has no parent; one of `others` is neither this parent nor a run with the
@@ -41,7 +41,7 @@ def average(model: GPT, run: Run, others: Sequence[str]) -> dict[str, Any]:
     summary, path = {**run.summary, "averaged": []}, run.folder / SUMMARY
     parent = parent_of(summary, path)
     if parent is None:
-        problem = "this run was not initialised from another run: leave this out"
+        problem = "this run was not initialised from another run: leave this option out"
         raise UserError(problem, "average")
     _refuse_mean(run)
     folders, included = {run.folder.resolve()}, {_rounded_fingerprint(model)}
@@ -50,7 +50,7 @@ def average(model: GPT, run: Run, others: Sequence[str]) -> dict[str, Any]:
         weights = weights_fingerprint(other_model := other.load_model())
         folder, rounded = other.folder.resolve(), _rounded_fingerprint(other_model)
         if folder in folders or rounded in included:
-            raise UserError(f"{name} is already in the mean: name each run once", "average", name)
+            raise UserError(f"{name} is already in the mean: give each run once", "average", name)
         folders.add(folder)
         included.add(rounded)
         if weights != parent.weights:
@@ -89,13 +89,13 @@ def _record(run: Run, weights: str) -> AveragedRun:
 
 
 def _add_branch(summary: dict[str, Any], path: Path, branch: Run) -> None:
-    """Add the tokens, seconds, commits and teachers of `branch` to the summary of the mean.
+    """Add the tokens, seconds, commit and teachers of `branch` to the averaged model's summary.
 
     These values describe only the training of `branch` itself, not the training of its parent.
 
     Args:
-        summary: summary of the mean, changed in place.
-        path: path of the file that the summary was read from, for error messages.
+        summary: summary of the averaged model, changed in place.
+        path: path of the file that `summary` was read from, for error messages.
         branch: the run to add.
     """
     for key in ("tokens", "seconds"):

@@ -44,13 +44,14 @@ def model_card(
         export: settings of the export.
         model: the model.
         vocabulary: number of tokens in the vocabulary of the tokenizer.
-        config: settings of the run, without paths.
-        summary: content of summary.json; {} if there is none.
-        evaluation: content of evaluation.json for exactly these weights; None if they were not
-            evaluated.
-        parent: the run that this run was initialised from; None if this run started from random
-            weights.
-        teachers: all teachers from which the weights have learned, as returned by `teachers_of`.
+        config: settings of the exported run, without paths.
+        summary: content of summary.json of the exported run; {} if there is none.
+        evaluation: content of evaluation.json for exactly the exported weights; None if they were
+            not evaluated.
+        parent: the run that the exported run was initialised from; None if the initial weights
+            were random.
+        teachers: all teachers from which the exported weights have learned, as returned by
+            `teachers_of`.
         averaged: the runs whose weights were averaged with those of the exported run.
         prompt: the prompt of the examples, in the language of the stories.
 
@@ -193,13 +194,13 @@ def _devices(summary: Record) -> str:
 
 
 def _command(overrides: Any, name: Any, named: bool) -> str | None:
-    """Return the command that started a run; None if it is not recorded or not printable.
+    """Return the command that started a run; None if the command is not recorded or not printable.
 
     Args:
         overrides: the overrides as typed; None if they are not recorded.
         name: name of the run.
-        named: whether to add the name if `overrides` do not set it. The export command of an
-            averaged model refers to its runs by name.
+        named: whether to add the name if `overrides` do not set it. The command that exports an
+            averaged model refers to the averaged runs by name, so these runs need a name.
     """
     if overrides is None or not all(typed.isprintable() for typed in overrides):
         return None
@@ -220,7 +221,7 @@ def _commands(
         config: settings of the exported run.
         averaged: the runs whose weights were averaged with those of the exported run.
         parent: the run that the exported run was initialised from; None if there is none. Each run
-            in `averaged` is this run, or was also initialised from it.
+            in `averaged` is the parent itself, or was also initialised from the parent.
         options: options of the export command.
     """
     before = [run for run in averaged if parent and run.weights == parent.weights]

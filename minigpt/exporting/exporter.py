@@ -58,6 +58,8 @@ def export(
     Args:
         run: a run, or an export in the format safetensors.
         out: the output folder: a new or an empty folder, or an earlier export, which is replaced.
+            It must not contain a run that the export reads. One exception: an export can replace
+            itself if the new format is safetensors and no weights are averaged.
         config: settings of the export; None means the defaults, with the format hf (transformers).
         name: title of the model card, such as user/name; None means the name of the output folder.
         console: console for the progress of an evaluation; None means that no progress is shown.
@@ -66,11 +68,9 @@ def export(
         The paths of all files in `out`, sorted.
 
     Raises:
-        UserError: the run cannot be read; `out` contains files that are not from an export, or a
-            run that the export reads; the format does not support the model; the weights cannot be
-            averaged; the data for an evaluation is not available; or a package that the format
-            needs is missing. An export can replace itself if the format is safetensors and no
-            weights are averaged.
+        UserError: the run cannot be read, `out` is not a permitted folder, the format does not
+            support the model, the weights cannot be averaged, the data for an evaluation is not
+            available, or a package that the format needs is missing.
     """
     out, config = user_path(out, "out"), config or ExportConfig()
     is_same = out.resolve() == run.folder.resolve()
@@ -93,7 +93,8 @@ def export(
     evaluation = _stored_evaluation(run.folder, weights_fingerprint(model))
     if evaluation is None and config.evaluate:
         if own_data(settings) is None:
-            problem = f"the stories of {run.folder} are not available: leave this out"
+            problem = f"the stories that {run.folder} was trained on are not available"
+            problem += ": leave this option out"
             raise UserError(problem, "evaluate")
         evaluation = _new_evaluation(model, run, summary, dtype, console)
     title, size = name or out.resolve().name, tokenizer.vocab_size
@@ -122,7 +123,7 @@ def _write_run(
     model: GPT, tokenizer: Tokenizer, settings: Record, summary: Record, dtype: torch.dtype,
     folder: Path,
 ) -> None:  # fmt: skip
-    """Write the files that `Run.load` reads, in the format safetensors."""
+    """Write an export that `Run.load` can read: weights, tokenizer, settings and summary."""
     write_safetensors(model, tokenizer, folder, dtype)
     write_text(folder / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     write_json(folder / SUMMARY, summary)
@@ -162,8 +163,9 @@ def _portable_config(settings: Record, path: Path) -> dict[str, Any]:
 def _portable_data(data: Record) -> dict[str, Any]:
     """Return the data settings without the data files, the cache folder and absolute paths.
 
-    An absolute path of a tokenizer is reduced to its last component. The path of a local dataset is
-    removed completely, because its name could be that of another dataset on the Hub.
+    If the tokenizer is an absolute path, only the last component of the path is kept. If the
+    dataset is an absolute path, nothing is kept, because the last component could be the name of
+    another dataset on the Hub.
     """
     paths = ["train_files", "valid_files", "cache_dir"]
     paths += ["dataset"] if Path(data.get("dataset") or "").is_absolute() else []
@@ -176,8 +178,8 @@ def _portable_data(data: Record) -> dict[str, Any]:
 def _portable_summary(summary: Record, evaluation: Record | None) -> dict[str, Any]:
     """Return the summary with the results of `evaluation` instead of those from training.
 
-    The results from training may be for other weights. If `evaluation` is None, the summary has no
-    results.
+    The results from training may be for weights other than the exported ones. If `evaluation` is
+    None, the returned summary has no results.
     """
     portable = {k: value for k, value in summary.items() if "loss" not in k and "/" not in k}
     if evaluation is not None:
@@ -190,7 +192,9 @@ def _portable_summary(summary: Record, evaluation: Record | None) -> dict[str, A
 
 
 def _stored_evaluation(folder: Path, weights: str) -> dict[str, Any] | None:
-    """Return the content of evaluation.json; None if the file is unreadable or for other weights.
+    """Return the content of evaluation.json if it belongs to the exported weights, else None.
+
+    An unreadable file also gives None.
 
     Args:
         folder: folder of evaluation.json.

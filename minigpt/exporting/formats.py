@@ -56,7 +56,7 @@ def as_gpt2(model: GPT) -> dict[str, Tensor]:
         model: a `GPT`, not an instance of a subclass.
 
     Returns:
-        Tensors by parameter name, with the names and shapes of Mini GPT.
+        Tensors by parameter name. Names and shapes are still those of Mini GPT.
     """
     weights = {**model.state_dict(), "positions.weight": model.positions}
     weights["embedding.weight"] = weights["embedding.weight"] * model.scale
@@ -82,7 +82,7 @@ def renamed(name: str, column: int) -> str:
 
 
 def write_safetensors(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype) -> None:
-    """Write model.safetensors, with Mini GPT's parameter names, and tokenizer.json.
+    """Write tokenizer.json, and model.safetensors with the parameter names of `GPT`.
 
     Args:
         model: the model.
@@ -162,8 +162,8 @@ def _hf_config(model: GPT, end: int) -> dict[str, Any]:
 def write_tokenizer_with_prefix(tokenizer: Tokenizer, path: Path) -> None:
     """Write a tokenizer.json that puts END_OF_TEXT before each text, as a special token.
 
-    In training, END_OF_TEXT precedes every story but the first of an epoch. `minigpt generate` also
-    puts it before each prompt.
+    In training, END_OF_TEXT precedes every story except the first of an epoch. `minigpt generate`
+    also puts it before each prompt.
 
     Args:
         tokenizer: the tokenizer.
@@ -298,4 +298,5 @@ def _import_optional(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise UserError(f"this format needs {package}: run pip install {package}") from None
+        problem = f"this format needs the package {package}: run pip install {package}"
+        raise UserError(problem) from None

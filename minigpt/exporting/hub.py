@@ -15,7 +15,7 @@ def check_repository(push: str, dry_run: bool = False, argument: str = "push") -
     Args:
         push: name of the repository on the Hub, user/name.
         dry_run: whether nothing will be uploaded, so that no token is needed.
-        argument: name of the argument that an error message shows.
+        argument: name of the argument, for error messages.
 
     Raises:
         UserError: the name is not valid, or there is no token.
@@ -64,7 +64,7 @@ def push_folder(
         sdk: dict[str, Any] = {"space_sdk": "gradio"} if kind == "space" else {}
         url = api.create_repo(push, repo_type=kind, exist_ok=True, private=private, **sdk)
         if private and not api.repo_info(push, repo_type=kind).private:
-            raise UserError(f"{push} is public: make it private at {url}/settings")
+            raise UserError(f"{push} exists and is public: make it private at {url}/settings")
         message = f"{kind.capitalize()} written by Mini GPT"
         # Results for weights that the repository contained before; in a Space, below model/.
         stale = [EVALUATION, f"model/{EVALUATION}"]
@@ -75,5 +75,5 @@ def push_folder(
     except (httpx.HTTPError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         problem = f"nothing was published to {push} ({reason})"
-        raise UserError(f"{problem}; check network, token and name") from None
+        raise UserError(f"{problem}; check the network, the token and the name") from None
     return str(url)

@@ -1,9 +1,9 @@
-"""A Space: a folder with the playground and a model, which the Hugging Face Hub runs as a web page.
+"""Export of a model as a Space: a folder from which the Hugging Face Hub runs the playground.
 
 >>> write_space(Run.load("runs/my-run"), "my-space")  # then: python my-space/app.py
 
-The page is the same as in `minigpt playground`: it generates stories and shows the internals of the
-model. But the page of a Space cannot train a model.
+Like the page of `minigpt playground`, the page of a Space generates stories and shows the internals
+of the model. It cannot train models.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ def write_space(run: Run, out: str | Path, name: str | None = None) -> list[Path
     try:
         gradio = _version("gradio")
     except metadata.PackageNotFoundError:
-        raise UserError("a Space needs gradio: run pip install gradio") from None
+        raise UserError("a Space needs the package gradio: run pip install gradio") from None
     if not is_plain(model := run.load_model()):
         problem = (
-            f"a Space lacks the code of {class_path(run.model or type(model))}: use a plain GPT"
+            f"a Space lacks the code of {class_path(run.model or type(model))}: choose a run of GPT"
         )
         raise UserError(problem, "run", str(run.folder))
     title = (name or out.resolve().name).rpartition("/")[2]

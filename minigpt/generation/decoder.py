@@ -71,9 +71,10 @@ class Decoder:
     Args:
         model: a `GPT`. A subclass is decoded with its own `forward`.
         prompts: ids (T,) of each sequence, T >= 0, on the device of the model.
-        backend: "torch" uses `model.forward`, "c" uses kernels/decode.c. "auto" selects "c" if it
-            can decode this model on this machine. For 4 or more sequences, "auto" selects "torch"
-            if PyTorch runs on several threads and decode.c on one.
+        backend: "torch" uses `model.forward`, "c" uses kernels/decode.c. "auto" selects "c" if
+            decode.c can decode this model on this machine, with one exception: for 4 or more
+            sequences, "auto" selects "torch" if PyTorch runs on several threads and decode.c on
+            only one.
 
     Raises:
         UserError: the backend is "c" and cannot decode this model on this machine.
@@ -135,13 +136,13 @@ class Decoder:
         return steps
 
     def capacity(self) -> int:
-        """Shift the context if it is full, and return how many tokens fit before the next shift."""
+        """Shift each context that is full, and return how many tokens fit before the next shift."""
         if self.longest == self.context:
             self._shift()
         return self.context - self.longest
 
     def _append(self, ids: Tensor) -> None:
-        """Record that the batch has read `ids` (T, B)."""
+        """Record that the batch has read `ids` (T, B), which are T tokens of each sequence."""
         self.new.extend(ids)
         self.n_read += len(ids)
         self.longest += len(ids)
@@ -236,7 +237,7 @@ def c_backend() -> Any | None:
 def takes_cache(model: GPT) -> bool:
     """Return whether `model.forward` and `model.hidden` both accept the argument `cache`.
 
-    A subclass of `GPT` may define them without it.
+    A subclass of `GPT` may define these methods without this argument.
     """
     return all(
         "cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -16,7 +16,8 @@ from minigpt.model import GPT, KVCache
 class StaticCache(KVCache):
     """KV cache for steps of one token per sequence. Its shapes and memory never change.
 
-    Attention is computed over all `capacity` positions. A mask excludes those after the new token.
+    Attention is computed over all `capacity` positions, but a mask excludes the positions after the
+    new token.
 
     Args:
         layers: keys and values (2, B, nh, capacity, hs) of each layer, changed in place.

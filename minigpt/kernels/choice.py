@@ -49,7 +49,7 @@ def sequences_at_once(model: GPT, on_cpu: int) -> int:
 
     Args:
         model: the model, on its device.
-        on_cpu: number on a CPU and other devices without CUDA.
+        on_cpu: the number of sequences on a CPU, and on other devices without CUDA.
 
     Returns:
         On a CUDA GPU, a multiple of `on_cpu` that does not exceed 1,024, but at least `on_cpu`. On

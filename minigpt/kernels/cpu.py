@@ -22,7 +22,7 @@ def block_attention(qkv: Tensor, n_heads: int) -> Tensor:
     """Return causal self-attention, computed for one block of queries at a time.
 
     A block needs no keys after its last query. So with n blocks, only (n + 1) / (2 n) of the score
-    matrix is computed. At T = 256, there are four blocks, and this is 5/8.
+    matrix is computed. At T = 256, there are four blocks, so the fraction is 5/8.
 
     Args:
         qkv: queries, keys and values (B, T, 3 d), concatenated.

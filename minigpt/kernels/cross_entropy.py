@@ -55,10 +55,11 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Te
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy as an autograd function; its `forward` also computes the gradients.
+    """Autograd function for the mean cross-entropy; `forward` also computes the gradients.
 
-    P is softmax(h Wᵀ), Y the one-hot targets and n the number of scored targets. The gradients are
-    dh = (P − Y) W / n and dW = (P − Y)ᵀ h / n. In bfloat16, the loss is computed from rounded
+    Let h be the hidden states, W the output projection, P = softmax(h Wᵀ), Y the one-hot targets
+    and n the number of scored targets. The gradients are dh = (P − Y) W / n and
+    dW = (P − Y)ᵀ h / n. In bfloat16, the loss is computed from rounded
     probabilities. The relative error of a probability is at most 0.2 %, and the error of the mean
     loss of a batch is about 2e-5 nats.
     """
@@ -117,6 +118,7 @@ def log_likelihood(logits: Tensor, p: Tensor, target: tuple[Tensor, Tensor]) -> 
 def may_have_padding(mask: Tensor) -> bool:
     """Return whether `mask` may contain False.
 
-    On a GPU, return True without reading the mask, because the CPU would have to wait for the GPU.
+    On a GPU, the result is always True. The mask is not read there, because reading it would make
+    the CPU wait for the GPU.
     """
     return mask.device.type != "cpu" or not mask.all()

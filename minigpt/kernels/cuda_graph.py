@@ -110,7 +110,7 @@ def recorded(step: Callable[[], T], device: torch.device) -> Callable[[], T]:
 
 
 class _GraphedLoss(torch.autograd.Function):
-    """Loss of a batch as an autograd function; its `forward` also computes the gradients."""
+    """Autograd function that returns the loss of a batch; `forward` also computes the gradients."""
 
     @staticmethod
     def forward(

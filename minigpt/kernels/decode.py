@@ -3,7 +3,7 @@
 decode.c is an optional backend of `generation.decoder` for models on a CPU. It supports models that
 compute exactly what model.py does. The compiler is the command in the environment variable CC. If
 CC is not set, the compiler is the first of `gcc`, `cc` and `clang` that is installed. This backend
-is disabled on Windows, and if CC is empty. The compiled library is cached in
+is disabled on Windows, and if CC is set to an empty string. The compiled library is cached in
 $XDG_CACHE_HOME/minigpt, or in ~/.cache/minigpt if XDG_CACHE_HOME is not set. The name of the cached
 file depends on the source, the compiler, its version and options, and the CPU.
 """
@@ -196,8 +196,8 @@ class Weights:
 
     Args:
         model: a model in float32 on a CPU.
-        dtype: dtype of the matrices of the linear layers and of the output projection, and of the
-            cached keys and values, either float32 or bfloat16. All other tensors are float32.
+        dtype: float32 or bfloat16. The output projection, the matrices of the linear layers, and
+            the cached keys and values have this dtype. All other tensors are float32.
     """
 
     def __init__(self, model: GPT, dtype: torch.dtype) -> None:
@@ -291,11 +291,11 @@ class Batch:
     def generate(
         self, ids: Tensor, positions: Tensor, end: int, sampler: Sampler, points: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Generate tokens: each step appends one token to each sequence and samples the next one.
+        """Generate tokens: each step appends a token to each sequence and samples the next token.
 
         The first step appends `ids`. Each later step appends the tokens that the previous step
-        sampled. So the tokens of the last step are returned, but not appended. Generation stops
-        early when all sequences have ended.
+        sampled. The tokens that the last step samples are returned, but not appended. Generation
+        stops early when all sequences have ended.
 
         Args:
             ids: the new tokens (B,), on a CPU.
@@ -306,7 +306,7 @@ class Batch:
 
         Returns:
             The sampled tokens (n, B), int64, and the logits (n, B, V), float32. n is the number of
-            steps until all sequences have ended, at most `steps`.
+            steps until all sequences have ended, at most `len(points)`.
 
         Raises:
             IndexError: an id is not in the vocabulary.
@@ -322,7 +322,8 @@ class Batch:
     def _single_tokens(self, capacity: int) -> _Step:
         """Return a batch struct for one new token per sequence.
 
-        Its caches have space for at least `capacity` tokens per sequence, including the new one.
+        The caches of the struct have space for at least `capacity` tokens per sequence, including
+        the new token.
         """
         if capacity > self._step[0].capacity:  # `fill` may have added blocks that the struct lacks
             self._reserve(capacity)
@@ -437,7 +438,7 @@ def _parts_of(config: GPTConfig) -> list[tuple[Any, ...]]:
 
 
 class _Packed(NamedTuple):
-    """Packed weights, and the state of the model that they were packed from."""
+    """Packed weights of a model, and its parameters at the time of packing."""
 
     parameters: list[Tensor]  # kept alive, so that their addresses cannot be reused
     state: list[tuple[int, int]]  # address and version counter of each parameter

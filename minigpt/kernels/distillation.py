@@ -43,15 +43,17 @@ class Distillation:
     """Weight w of the divergence, from 0 to 1; the cross-entropy has the weight 1 − w."""
 
     temperature: float = 1.0
-    """Temperature τ of both distributions in the divergence, above 0."""
+    """Temperature τ of the teachers' and of the student's probabilities when the divergence between
+    them is computed; above 0."""
 
     dtype: torch.dtype = torch.float32
     """Dtype of the teachers' matrix products."""
 
     def __call__(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Return objective, cross-entropy and divergence, (3,) float32.
+        """Return objective, cross-entropy and divergence in one tensor, (3,) float32.
 
-        All three are means over the scored tokens, in nats. Only the objective has a gradient.
+        All three are means over the targets except IGNORE_INDEX, in nats. Only the objective has a
+        gradient.
         """
         mixed = self.dtype != torch.float32
         with torch.no_grad(), torch.autocast(ids.device.type, self.dtype, mixed):
@@ -77,7 +79,7 @@ def _rows(model: GPT, ids: Tensor) -> Rows:
 
 
 class _Distillation(torch.autograd.Function):
-    """Objective of a student as an autograd function; its `forward` also computes the gradients.
+    """Autograd function for the objective of a student; `forward` also computes the gradients.
 
     The gradient with respect to the student's logits is ((1 − w) (P₁ − Y) + w τ (P − Q)) / n. P₁ is
     the softmax of the student's logits. P and Q are the distributions of the student and of the
@@ -147,9 +149,9 @@ def _meansoftmax(
 
     Args:
         teachers: logits (n, V) of each teacher. They may be overwritten.
-        target: row numbers (n,) and column numbers (n,) of one logit in each row. The log partition
-            of a single teacher is computed from this logit and its probability. So any logit with a
-            probability above 0 can be chosen.
+        target: row numbers (n,) and column numbers (n,) of one logit in each row. If there is only
+            one teacher, the log partition of each row is computed from this logit and its
+            probability, which must be above 0. With several teachers, `target` is not used.
         student: logits s (n, V) of the student.
     """
     if len(teachers) == 1:  # log q is logits − log partition, without a log of (n, V)

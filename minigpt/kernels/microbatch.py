@@ -38,11 +38,12 @@ class Loss(Protocol):
 def microbatched_loss(model: GPT, n_threads: int | None = None, loss: Loss | None = None) -> Loss:
     """Return a function equivalent to `loss` that computes in micro-batches on threads.
 
-    If gradients are enabled, the function computes those of the trainable weights together with the
-    loss. It adds the results of the threads in a fixed order, so that the sums are reproducible.
-    For a batch with fewer sequences than threads, the function calls `loss`. If the model has
-    dropout, `loss` itself is returned, because threads would draw random numbers in an undefined
-    order.
+    If gradients are enabled, the returned function computes the loss together with the gradients of
+    the trainable weights. It adds the results of the threads in a fixed order, so that the sums are
+    reproducible. For a batch with fewer sequences than threads, it only calls `loss`.
+
+    If the model has dropout, `loss` itself is returned, because threads would draw random numbers
+    in an undefined order.
 
     Args:
         model: the model in training, on a CPU.

@@ -22,7 +22,7 @@ class SamplerStruct(ctypes.Structure):
 
 
 class Sampler:
-    """Sampler of the next tokens of a batch in decode.c; equivalent to `sampling.sample`.
+    """Sampler in decode.c that chooses the next tokens of a batch, as `sampling.sample` does.
 
     Args:
         n_sequences: number of sequences, B.
@@ -55,7 +55,7 @@ class Sampler:
         )  # fmt: skip
 
     def prepare(self, points: Tensor, ids: Tensor, vocab_size: int) -> SamplerStruct:
-        """Return the struct for the next steps.
+        """Return the struct `sampler` of decode.c for the next steps.
 
         Args:
             points: uniform random numbers in [0, 1), (steps, B) float32.

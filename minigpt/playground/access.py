@@ -1,4 +1,4 @@
-"""Access token that a visitor of the page needs to train models, as in Jupyter.
+"""Access token, similar to Jupyter's: a visitor of the page needs it to train models.
 
 The token is in the URL that `minigpt playground` prints. When a browser opens this URL, the server
 sets a cookie with the token, and the browser adds the cookie to its later requests to this server.
@@ -25,7 +25,7 @@ class Access:
         self.cookie = f"minigpt-training-{secrets.token_hex(4)}"
 
     def allows(self, token: str | None) -> bool:
-        """Return whether `token` is the token of this server, compared in constant time."""
+        """Return whether `token` is the token of this server, with a constant-time comparison."""
         return secrets.compare_digest((token or "").encode("utf-8", "replace"), self.token.encode())
 
     def url(self, address: str) -> str:
@@ -42,10 +42,11 @@ def may_train(
         host_is_loopback: whether the server listens on this machine only.
         is_public: whether the server is behind a proxy or on a Hugging Face Space.
         login: user name and password of the page; None means no login.
-        allow: whether to allow training; None allows it only if nobody else can reach the page.
+        allow: whether to allow training; None allows it only if other machines cannot reach the
+            page.
 
     Raises:
-        UserError: `allow` is True without a login, although others can reach the page.
+        UserError: `allow` is True and other machines can reach the page, but the page has no login.
     """
     is_private = host_is_loopback and not is_public
     if allow is None or is_private:
@@ -59,11 +60,11 @@ def may_train(
 def with_token(app: Any, access: Access) -> Any:
     """Return an ASGI app that checks the access token and calls `app`.
 
-    If the URL of a GET request has the right token, the answer sets the cookie and redirects to the
-    URL without the token. So the token is neither in the browser's history nor sent to other sites.
-    A multipart request without the cookie gets status 403, because it is an upload; only the login
-    is exempt. All other requests are passed on to `app`; the event handlers of the tab Train check
-    the cookie.
+    If the URL of a GET request has the right token, the answer sets a cookie with the token and
+    redirects to the URL without the token. So the token is neither in the browser's history nor
+    sent to other sites. A multipart request is an upload, unless it is the login. An upload without
+    the cookie gets status 403. All other requests are passed on to `app`; the event handlers of the
+    tab Train check the cookie.
 
     Args:
         app: the ASGI app of the page.

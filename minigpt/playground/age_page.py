@@ -106,12 +106,12 @@ def show_answer(
     """Show the result of `function` in `output`; update it when `changing` or the age changes.
 
     A change of the age updates only the open tab. Another tab is updated when it is opened. If
-    several changes are waiting, only the newest is handled. The event is `change`, because Gradio's
-    `input` misses pasted text and backspace.
+    several changes are waiting, only the newest is handled. The result is updated by Gradio's event
+    `change`, because the event `input` misses pasted text and backspace.
 
     Args:
-        function: function that takes the values of `inputs` and returns HTML. The first of these
-            values is the name of a model. In its place, `function` gets the name of this model's
+        function: function that takes the values of `inputs` and returns HTML. The first value is
+            the name of a model. Instead of this name, `function` gets the name of the model's
             snapshot at the selected age.
         changing: components that update the result when they change.
         output: component that shows the result.

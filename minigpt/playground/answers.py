@@ -68,7 +68,7 @@ class LoadedModel:
 
 
 class Models(dict[str, LoadedModel]):
-    """Loaded models by name. Snapshots are not loaded until their names are looked up."""
+    """Loaded models by name. A look-up of the name of a snapshot loads the snapshot."""
 
     def __missing__(self, name: str) -> LoadedModel:
         for model in self.values():
@@ -86,7 +86,7 @@ class Playground:
 
     Args:
         models: the models. Their names must differ.
-        min_ages: minimum length of the age slider, `n_ages`.
+        min_ages: lower limit for `n_ages`, the length of the age slider.
 
     Attributes:
         n_ages: length of the age slider: the highest number of snapshots of `models`, or
@@ -104,8 +104,8 @@ class Playground:
 
         Args:
             runs: the runs, at most MAX_RUNS.
-            min_ages: minimum length of the age slider, `n_ages`, such as the number of snapshots of
-                a model that may be added later.
+            min_ages: lower limit for `n_ages`, the length of the age slider. If a model may be
+                added later, pass its number of snapshots.
 
         Returns:
             A playground with these models.
@@ -159,7 +159,7 @@ class Playground:
         return ages[max(int(age), 0) * len(ages) // n].name
 
     def age_html(self, names: Sequence[str] | None, age: int | None) -> str:
-        """Return the loss curves of models as HTML, with a line at the selected snapshot of each.
+        """Return the loss curves of models as HTML, each with a line at the selected snapshot.
 
         Models without snapshots or without a loss curve are left out.
 
@@ -285,7 +285,7 @@ class Playground:
         try:
             for part, i, n in (("layers", layer, shape.n_layers), ("heads", head, shape.n_heads)):
                 if not 1 <= i <= n:
-                    raise UserError(f"{name} has {n} {part}: choose a number from 1 to {n}")
+                    raise UserError(f"{name} has {n} {part}: choose a number from 1 to {n}.")
             text_ids = encode_prompt(model.tokenizer, checked_text(text, "a sentence"))
             ids = text_ids[:, : min(MAX_ATTENTION, shape.context_length)]
             weights = attention_weights(model.net, ids.to(model.net.embedding.weight.device))
@@ -305,9 +305,9 @@ class Playground:
 
 
 def _story(model: LoadedModel, prompt: str, sampling: SamplingConfig) -> Iterator[str]:
-    """Yield the story so far as HTML: first the prompt alone, then again after each new token.
+    """Yield the story as HTML: first only the prompt, then the story so far after each new token.
 
-    The last item has an additional note that says how the story ended.
+    The last HTML also contains a note on how the story ended, or an error message.
     """
     length, context = len(model.tokenizer.encode(prompt)), model.net.config.context_length
     story = html.prompt_html(prompt)

@@ -73,12 +73,12 @@ def curve_svg(curve: Curve, end: float | None = None, marker: float | None = Non
     Args:
         curve: the losses. Only points with a positive number of tokens and a positive, finite loss
             are drawn.
-        end: minimum number of tokens at the right end of the horizontal axis. The axis always
-            reaches the end of the curve; None means that it ends there.
+        end: the horizontal axis extends at least to this number of tokens, and always to the last
+            point. None means that the axis ends at the last point.
         marker: number of tokens at which to draw a vertical line; None draws no line.
 
     Returns:
-        The SVG; "" if there are no points, or if the horizontal axis would have zero length.
+        The SVG; "" if no point can be drawn, or if the horizontal axis would have zero length.
     """
     train, valid = _positive(curve.train), _positive(curve.valid)
     both = train + valid
@@ -117,8 +117,8 @@ def curves_html(curves: Mapping[str, tuple[Curve, float | None]]) -> str:
     A model is left out if `curve_svg` returns "" for its curve.
 
     Args:
-        curves: for each name, the curve, and the number of tokens at which to draw a vertical line;
-            None draws no line.
+        curves: pair (curve, marker) by name of the model. `marker` is the number of tokens at which
+            to draw a vertical line; None draws no line.
     """
     parts = []
     for name, (curve, marker) in curves.items():

@@ -1,10 +1,10 @@
 """Protection of the playground against pages of other sites in the visitor's browser.
 
-Any web page can send requests to a server on the visitor's own machine. With DNS rebinding, the
-page can also read the answers: its host name is made to resolve to 127.0.0.1, so the browser takes
-this server for a part of that site. The header Host of such a request has the name of the other
-site, and the header Origin names the site that sent the request. So requests with the name of
-another site in Host or Origin are refused.
+Any web page can send requests to a server on the visitor's own machine. With DNS rebinding, a page
+can also read the answers: the host name of the page's site is made to resolve to 127.0.0.1, so the
+browser takes the playground for a part of that site. Two headers can reveal these requests. Origin
+names the site of the page that sent the request. With DNS rebinding, Host names that site, too. So
+requests with the name of another site in Host or Origin are refused.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Hosts:
 
 
 def _name(netloc: str) -> str:
-    """Return the host in "host:port" in lower case; "" if there is none."""
+    """Return the host name of `netloc`, "host:port", in lower case; "" if it has no host name."""
     try:
         return urlsplit(f"//{netloc}").hostname or ""
     except ValueError:

@@ -25,7 +25,7 @@ MARGIN = 80  # space for the token labels of the heatmap
 
 @dataclass(frozen=True)
 class ShownToken:
-    """Generated token with its alternatives; tokens that form one character are joined into one.
+    """Generated token with its alternatives; tokens that are parts of one character are joined.
 
     Probabilities are those of the model, before temperature, top-k, top-p and min-p.
     """
@@ -190,8 +190,8 @@ def attention_html(names: Sequence[str], weights: Tensor) -> str:
 
     Returns:
         The text and, below it, the attention matrix. A script on the page shades each token of the
-        text by the weight with which a selected token attends to it. At first, the last token is
-        selected; later, the token that the pointer or the keyboard focus reached last.
+        text by the weight with which the selected token attends to it. At first, the selected token
+        is the last token of the text. The pointer or the keyboard focus selects another token.
     """
     rows = [[round(w, 3) for w in row[: i + 1]] for i, row in enumerate(weights.tolist())]
     tokens = "".join(
@@ -204,10 +204,10 @@ def attention_html(names: Sequence[str], weights: Tensor) -> str:
 
 
 def _heatmap(names: Sequence[str], rows: list[list[float]]) -> str:
-    """Return an SVG with a row per attending token and a column per token that it attends to.
+    """Return an SVG of an attention matrix: a row per query token, a column per key token.
 
-    The opacity of a cell is the square root of its weight, so that small weights are visible. The
-    tooltip of a cell shows the weight.
+    The opacity of a cell is the square root of its attention weight, so that small weights are
+    visible. The tooltip of a cell shows the weight.
     """
     side = MARGIN + CELL * len(names)
     cells, labels = [], []

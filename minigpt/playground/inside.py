@@ -150,7 +150,7 @@ def _layers(model: LoadedModel, first: str = "") -> list[str]:
 
 
 def _signed(columns: Sequence[str], rows: Sequence[str], values: Sequence[Sequence[float]]) -> str:
-    """Return a table of numbers, coloured relative to the largest absolute value."""
+    """Return an HTML table of numbers, each coloured by its ratio to the largest absolute value."""
     top = max((abs(value) for row in values for value in row), default=0.0) or 1.0
     cells = [[html.Cell(f"{value:.2f}", value / top) for value in row] for row in values]
     return html.grid_html(columns, rows, cells)

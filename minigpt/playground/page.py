@@ -113,7 +113,8 @@ def build_app(hosts: Hosts, training: Training | None = None) -> App:
 
     Args:
         hosts: the hosts of this server; requests with another Host or Origin are refused.
-        training: the queue of trainings and its access token; None means that there is no token.
+        training: the queue of trainings and its access token. None means that visitors cannot
+            train, so no access token is checked.
     """
 
     class GuardedApp(App):
@@ -200,7 +201,7 @@ def _story_tab(playground: Playground, page: Page) -> None:
             yield (*texts, *[""] * (MAX_RUNS - len(texts)))
 
     def follow(is_open: bool, *inputs: Any) -> Iterator[Any]:
-        """Write the stories again at the new age, with the last seed, if the tab is open."""
+        """Write the stories again at the new age, with the same seed, if the tab is open."""
         yield from write(*inputs) if is_open else [(gr.skip(),) * MAX_RUNS]
 
     models.change(

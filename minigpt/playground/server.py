@@ -42,9 +42,10 @@ class Training:
     access: Access
 
     def watch(self, playground: Playground, ended: threading.Event) -> None:
-        """Start waiting jobs and add the models of finished jobs to the page, until `ended` is set.
+        """Start queued jobs, and add the models of finished jobs to the page, until `ended` is set.
 
-        Of the finished jobs, only the newest MAX_TRAINED are added at a time.
+        The jobs are checked every WATCH_SECONDS. Each check considers only the newest MAX_TRAINED
+        finished jobs.
 
         Args:
             playground: the models of the page.
@@ -64,7 +65,7 @@ class Training:
             except Exception as error:  # such as a full disk: waiting jobs must not wait forever
                 if str(error) != problem:
                     problem = str(error)
-                    log.warning("a training of the page cannot be started or loaded: %s", problem)
+                    log.warning("cannot start or load a training from the page: %s", problem)
 
 
 def serve(
@@ -195,10 +196,9 @@ def start(
 def store_uploads_privately() -> None:
     """Let Gradio store uploads in a new folder that only this user can read.
 
-    The new folder is deleted when the process ends. Without it, Gradio would use the folder
-    "gradio" in the folder for temporary files. All users share that folder, but only the user who
-    created it can write there. If GRADIO_TEMP_DIR names a folder, that folder is used instead and
-    is not deleted.
+    The new folder is deleted when the process ends. Without it, Gradio would use a folder
+    that all users of the machine share, but in which only the user who created it can write. If
+    GRADIO_TEMP_DIR already names a folder, Gradio uses that folder, which is not deleted.
     """
     if not os.environ.get("GRADIO_TEMP_DIR"):
         folder = os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="minigpt-uploads-")

@@ -194,16 +194,17 @@ class TrainingQueue:
             files: uploaded files, which are moved into the folder of the job.
             size: name of the model size, one of SIZES; it has no effect with `init_from`.
             minutes: length of the training in minutes.
-            init_from: dict with the path of the checkpoint to start from, under the key "path", and
-                the name that the page shows for its model, under the key "name". None means random
-                weights.
+            init_from: dict with two keys: "path" for the path of the checkpoint to start from, and
+                "name" for the name that the page shows for the model in this checkpoint. None means
+                random weights.
 
         Returns:
             The job.
 
         Raises:
             UserError: an input is missing or out of range, too many jobs are waiting, or the folder
-                cannot be used. The `argument` of the error is the name of a field of the form.
+                of the queue cannot be used. The `argument` of the error is the name of a field of
+                the form.
         """
         _check(text, files, size, minutes)
         with self._lock("start"):
@@ -246,7 +247,7 @@ class TrainingQueue:
             name: name of the job.
 
         Raises:
-            UserError: there is no such job, or the folder cannot be used.
+            UserError: there is no such job, or the folder of the queue cannot be used.
         """
         with self._lock("job"):
             job = self.job(name)
@@ -270,7 +271,7 @@ class TrainingQueue:
 
         Raises:
             UserError: there is no such job, it cannot be continued, too many jobs are waiting, or
-                the folder cannot be used.
+                the folder of the queue cannot be used.
         """
         with self._lock("job"):
             job = self.job(name)
@@ -289,7 +290,8 @@ class TrainingQueue:
             name: name of the job.
 
         Raises:
-            UserError: there is no such job, it is running, or the folder cannot be used.
+            UserError: there is no such job, the job is running, or the folder of the queue cannot
+                be used.
         """
         with self._lock("job"):
             job = self.job(name)
@@ -301,7 +303,7 @@ class TrainingQueue:
         """Start the process of the next waiting job, if no job is running.
 
         Raises:
-            UserError: the folder cannot be used.
+            UserError: the folder of the queue cannot be used.
         """
         self._processes = [process for process in self._processes if process.poll() is None]
         with self._lock("start"):
@@ -333,7 +335,8 @@ class TrainingQueue:
     def _lock(self, field: str) -> Iterator[None]:
         """Lock the queue for a `with` block.
 
-        If another server keeps the lock, or the folder cannot be used, raise UserError for `field`.
+        If another server keeps the lock, or the folder of the queue cannot be used, raise UserError
+        for `field`.
         """
         try:
             with FileLock(self.folder / ".lock", timeout=_LOCK_SECONDS):
@@ -399,7 +402,7 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except ValueError:
-        raise UserError(f"{path} is damaged: remove the folder {path.parent}", "job") from None
+        raise UserError(f"{path} is damaged: remove the folder {path.parent}.", "job") from None
 
 
 def _storage_error(folder: Path, error: OSError | NotImplementedError, field: str) -> UserError:

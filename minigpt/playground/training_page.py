@@ -43,7 +43,7 @@ FILES = (
 
 @dataclass(frozen=True)
 class _Form:
-    """Components of the tab."""
+    """Gradio components of the tab Train."""
 
     refusal: gr.HTML
     column: gr.Column  # everything but the refusal
@@ -241,7 +241,7 @@ class _Events:
 
 
 def _field(error: UserError) -> str:
-    """Return the field to which an error belongs: its argument if that is a field, else "start"."""
+    """Return the field at which to show an error: `error.argument` if in FIELDS, else "start"."""
     return error.argument if error.argument in FIELDS else "start"
 
 

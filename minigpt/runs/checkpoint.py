@@ -160,7 +160,7 @@ def write_checkpoint(path: Path, content: dict[str, Any], keep: int = 1) -> None
 def write_snapshot(
     path: Path, model: GPT, hyper_parameters: Mapping[str, Any], values: Mapping[str, Any]
 ) -> None:
-    """Write the weights of a model, rounded to bfloat16, as a safetensors file, atomically.
+    """Atomically write a safetensors file with the weights of a model, rounded to bfloat16.
 
     Args:
         path: the file.
@@ -181,14 +181,14 @@ def write_snapshot(
 
 
 def _with_sorted_header(content: bytes) -> bytes:
-    """Return a safetensors file with a sorted header, so that equal weights give equal bytes.
+    """Return `content` with a sorted header, so that equal weights give equal bytes.
 
-    The library safetensors writes the metadata in random order. A file consists of three parts:
-    eight bytes with the length of the header; the header in JSON, padded with spaces to a multiple
-    of eight bytes; and the data.
+    The library safetensors writes the metadata in random order. A safetensors file consists of
+    three parts: eight bytes with the length of the header; the header in JSON, padded with spaces
+    to a multiple of eight bytes; and the data.
 
     Args:
-        content: content of the file.
+        content: content of a safetensors file.
     """
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.dumps(
@@ -205,8 +205,8 @@ def snapshot_values(path: Path) -> tuple[int, float]:
         path: the file, written by `write_snapshot`.
 
     Returns:
-        The number of tokens, and the loss of the last batch before the snapshot in nats per token.
-        At step 0, the loss is NaN.
+        The number of tokens, and the loss of the last batch before the snapshot. The loss is in
+        nats per token; for the snapshot of step 0, it is NaN.
 
     Raises:
         UserError: the file is damaged or not a snapshot.
@@ -222,7 +222,7 @@ def snapshot_values(path: Path) -> tuple[int, float]:
 def is_whole(path: Path) -> bool:
     """Return whether a checkpoint is undamaged, according to the checksums in its zip archive.
 
-    A checkpoint that `read_checkpoint` rejects because it contains code counts as undamaged.
+    An undamaged checkpoint may contain code; `read_checkpoint` then rejects it.
     """
     try:
         with zipfile.ZipFile(path) as archive:

@@ -149,8 +149,9 @@ class Run:
         """Content of summary.json, with the steps, tokens and seconds of the selected checkpoint.
 
         A run that is still training or was killed may have no summary.json. The summary then
-        contains only these three values, and the records of the parent run and the teachers, if
-        there are any. A snapshot does not record the seconds, so they may be missing.
+        contains only the three values above and, if there are any, the records of the parent run
+        and of the teachers. If the selected checkpoint is a snapshot, the seconds may be missing,
+        because a snapshot does not record them.
 
         Raises:
             UserError: summary.json or the checkpoint is damaged.
@@ -230,8 +231,7 @@ class Run:
     def provenance(self, model: GPT) -> Parent:
         """Return a record of this run, to be stored in the folders of runs that depend on it.
 
-        A run depends on this run if it starts with the weights of this run, or if this run is one
-        of its teachers.
+        A dependent run starts with the weights of this run, or has this run as a teacher.
 
         Args:
             model: the model of this run.
@@ -272,7 +272,8 @@ def bundled_release(name: str = "w64") -> Path:
         name: name of the folder in releases/.
 
     Raises:
-        UserError: there is no such release, as in an installation without a checkout.
+        UserError: there is no such release, for example because the package was installed without
+            the repository.
     """
     path = Path(__file__).parents[2] / "releases" / name
     if not (path / WEIGHTS).is_file():
@@ -327,7 +328,7 @@ def last_checkpoint(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"{path} does not exist: give a run folder with a checkpoint")
     if path.suffix == ".safetensors":
-        problem = "contains the weights without the state of the training"
+        problem = "contains only weights, which are not enough to resume a run"
         raise UserError(f"{path} {problem}: give a run folder or a .ckpt file")
     return path
 

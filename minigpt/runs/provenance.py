@@ -83,7 +83,7 @@ def portable_overrides(overrides: Sequence[str]) -> list[str]:
 
 
 def _portable(override: str) -> str:
-    """Return an override; of each path that is absolute or begins with ~, only the name is kept."""
+    """Return an override in which absolute paths and ~ paths are cut to their last component."""
     key, equals, value = override.partition("=")
     if value.startswith("{") or re.search(r"(?<!\\)\$\{", value):  # a dict, or with a reference
         return _FOLDERS.sub("", override)
@@ -93,9 +93,9 @@ def _portable(override: str) -> str:
 
 
 def _file_name(text: str) -> str:
-    """Return the last component of a path that is absolute or begins with ~, else the text itself.
+    """Return the last component of `text` if it is an absolute path or begins with ~, else `text`.
 
-    Quotes around the text are kept.
+    Quotes around `text` are kept.
     """
     quote, path = (text[0], text[1:-1]) if is_quoted(text) else ("", text)
     absolute = re.match(r"(~[^/\\]*|[A-Za-z]:)?[/\\]", path)
@@ -104,19 +104,19 @@ def _file_name(text: str) -> str:
 
 @dataclass(frozen=True)
 class Parent:
-    """Record of a parent run or of a teacher, stored in the run that was trained from it.
+    """Record that a run stores about its parent run or about one of its teachers.
 
-    The parent run, which the setting `init_from` names, provides the initial weights. The recorded
-    run is the parent run or the teacher. `name` and `weights` are those of the recorded run alone.
-    All other fields also include its ancestors: its own parent run, the parent of that parent, and
-    so on.
+    The parent run, which the setting `init_from` names, provides the initial weights. Here, the
+    parent run or teacher is called the recorded run. `name` and `weights` are those of the recorded
+    run alone. All other fields also include its ancestors: its own parent run, the parent of that
+    parent, and so on.
 
     Raises:
         ValueError: the name or a source is not printable, or a number is negative.
     """
 
     name: str
-    """Name of the folder of the recorded run."""
+    """Name of the run folder of the parent run or teacher."""
 
     weights: str
     """Fingerprint of the weights, from `weights_fingerprint`."""
@@ -128,7 +128,7 @@ class Parent:
     """Training time of the weights in seconds; None means unknown."""
 
     sources: list[str]
-    """Values of the setting `data.source` that the weights were trained on, oldest first."""
+    """Value of the setting `data.source` in each run that trained the weights, oldest first."""
 
     teachers: list[Parent] = field(default_factory=list)
     """Teachers of the run and of its ancestors, and the teachers of these teachers, each once."""
@@ -152,7 +152,7 @@ class AveragedRun:
     """Name of the folder of the run."""
 
     weights: str
-    """Fingerprint of its weights, from `weights_fingerprint`."""
+    """Fingerprint of the weights of the run, from `weights_fingerprint`."""
 
     overrides: list[str] | None = None
     """Overrides of the run, as `portable_overrides` returns them; None means unknown."""
@@ -182,7 +182,7 @@ def averaged_runs(summary: Mapping[str, Any], path: Path) -> list[AveragedRun]:
         parent = parent_of(summary, path)
         return [] if parent is None else [AveragedRun(parent.name, parent.weights)]
     if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
-        raise UserError(f"{path}: 'averaged' must be a list of objects: export the run again")
+        raise UserError(f"{path}: 'averaged' must be a list of JSON objects: export the run again")
     return [build(AveragedRun, dict(entry), f"{path}: averaged") for entry in entries]
 
 
@@ -226,10 +226,10 @@ def teachers_of(record: Mapping[str, Any], path: Path) -> list[Parent]:
 
 
 def own_teachers(record: Mapping[str, Any], path: Path) -> list[Parent]:
-    """Return the teachers of the run itself.
+    """Return the teachers that a run was trained with.
 
-    The list contains neither the teachers of its ancestors nor the teachers of its teachers. The
-    arguments and the errors are those of `teachers_of`.
+    The teachers of the run's ancestors are left out, and so are the teachers of its own teachers.
+    The arguments and the errors are those of `teachers_of`.
     """
     entries = record.get("teachers") or []
     if not isinstance(entries, list):
@@ -239,7 +239,7 @@ def own_teachers(record: Mapping[str, Any], path: Path) -> list[Parent]:
 
 def _record(entry: Any, where: str) -> Parent:
     if not isinstance(entry, Mapping):
-        raise UserError(f"{where}: a record must be an object: restore the file, or train again")
+        raise UserError(f"{where}: a record is not a JSON object: restore the file, or train again")
     names = {field.name for field in fields(Parent)}
     return build(Parent, {name: entry[name] for name in entry if name in names}, where)
 
@@ -251,6 +251,6 @@ def _distinct(teachers: Iterable[Parent]) -> list[Parent]:
 
 
 def total_tokens(teachers: Iterable[Parent]) -> int | None:
-    """Return the total number of training tokens of the teachers; None if one is unknown."""
+    """Return the total number of training tokens of the teachers; None if it is unknown."""
     counts = [teacher.tokens for teacher in teachers]
     return None if None in counts else sum(n for n in counts if n is not None)

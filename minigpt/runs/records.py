@@ -42,7 +42,7 @@ def read_metrics(folder: Path) -> list[Row]:
         except (TypeError, ValueError):  # TypeError: more cells than columns
             raise broken_line(path, table.line_num, "a row of numbers") from None
         if "step" not in row or "tokens" not in row:
-            raise broken_line(path, table.line_num, "a row with step and tokens")
+            raise broken_line(path, table.line_num, "a row with values for step and tokens")
         rows.append(row)
     return rows
 
@@ -68,7 +68,7 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
         except ValueError:
             sample = None
         if not isinstance(sample, dict) or not keys <= sample.keys():
-            raise broken_line(path, number, f"an object with {', '.join(sorted(keys))}")
+            raise broken_line(path, number, f"a JSON object with {', '.join(sorted(keys))}")
         samples.append(sample)
     return samples
 

@@ -39,7 +39,7 @@ _IGNORED = {*MACHINE, "name", "seed", "size", "overrides"}
 
 @dataclass(frozen=True)
 class Comparison:
-    """Validation losses of a recipe, and their differences from the first recipe, seed by seed."""
+    """Validation losses of a recipe, and their differences from those of the first recipe."""
 
     change: str  # settings that differ from the first recipe; "" for the first recipe
     losses: dict[int, float]  # nats per token by seed
@@ -67,13 +67,13 @@ class Comparison:
 
 
 def compare(runs: Sequence[RunResult]) -> list[Comparison]:
-    """Group finished runs by recipe, and compare each recipe with that of the first run.
+    """Group finished runs by recipe, and compare each recipe with the recipe of the first run.
 
     Two runs have the same recipe if all settings are equal, except the seed, the name and those
     that depend on the machine or the user.
 
     Args:
-        runs: results of runs; those that are unfinished or have no final validation loss are left
+        runs: results of runs. Runs that are unfinished or have no final validation loss are left
             out.
 
     Returns:
@@ -124,7 +124,10 @@ def _losses(runs: list[RunResult]) -> dict[int, float]:
 
 
 def _recipe(path: Path) -> dict[str, Any]:
-    """Return the settings that define a recipe, with absolute paths cut to their last component."""
+    """Return the settings that define the recipe of the run at `path`.
+
+    Absolute paths are reduced to their last component.
+    """
     config = {name: value for name, value in Run(path, path).config.items() if name not in _IGNORED}
 
     def portable(value: Any) -> Any:
@@ -145,7 +148,7 @@ def _recipe(path: Path) -> dict[str, Any]:
 
 
 def _label(run: Parent | AveragedRun) -> str:
-    """Return a name that tells runs of the same name apart by their weights."""
+    """Return a run's name and the start of its weight fingerprint, such as "small (1a2b3c4d)"."""
     return f"{run.name} ({run.weights[:8]})"
 
 
@@ -164,5 +167,5 @@ def cells(comparison: Comparison) -> list[str]:
 
 
 def markdown(comparisons: Sequence[Comparison]) -> str:
-    """Return a Markdown table of the recipes, with a note."""
+    """Return a Markdown table of the recipes, and a note that explains its columns."""
     return f"{md_table(COLUMNS, map(cells, comparisons))}\n\n{NOTE}\n"

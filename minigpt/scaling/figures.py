@@ -39,12 +39,12 @@ Points = list[tuple[float, float]]
 def scaling_figure(groups: Sequence[RunGroup]) -> Figure:
     """Plot perplexity against the number of parameters.
 
-    The figure shows the main group, which is the group with the most model sizes. For each of these
-    sizes, a point is the geometric mean of the perplexities of the runs, and an error bar extends
-    from the lowest to the highest perplexity. If a law was fitted to the main group, it is drawn as
-    a curve. A second series shows the sizes at which the main group is not the best: another group
-    has a lower mean at that size, or the main group has no runs of that size. A point of this
-    series is the lowest mean of all groups.
+    The figure shows the main group, which is the group with the most model sizes. For each size of
+    the main group, a point is the geometric mean of the perplexities of its runs, and an error bar
+    extends from the lowest to the highest perplexity. If a law was fitted to the main group, the
+    law is drawn as a curve. A second series shows each size at which the main group has no runs, or
+    has a higher mean than another group. A point of this series is the lowest mean of all groups at
+    that size.
 
     Args:
         groups: groups of comparable runs; if empty, only the reference models are drawn.
@@ -90,8 +90,9 @@ def scaling_figure(groups: Sequence[RunGroup]) -> Figure:
 def _best_of_others(main: RunGroup, groups: Iterable[RunGroup]) -> Points:
     """Return the points (parameters, perplexity) at which a group other than `main` is the best.
 
-    The best group of a size has the lowest perplexity, which is the geometric mean over its runs of
-    this size. A size at which `main` has no runs is included.
+    At each size, the group with the lowest perplexity is the best. The perplexity of a group at a
+    size is the geometric mean over the group's runs of this size. Sizes at which `main` has no runs
+    are included.
     """
     best = {size.parameters: size.perplexity for size in main.sizes}
     better: dict[float, float] = {}
@@ -111,7 +112,7 @@ def tokens_figure(runs: Sequence[RunResult]) -> Figure:
 
 
 def compute_figure(runs: Sequence[RunResult]) -> Figure:
-    """Plot perplexity against training FLOPs, otherwise as `tokens_figure` does.
+    """Plot perplexity like `tokens_figure`, but against training FLOPs.
 
     Runs with an unknown number of FLOPs are left out.
     """
@@ -124,9 +125,9 @@ def _curves_figure(runs: Iterable[RunResult], per_token: Callable[[Any], Any], u
     `tokens_figure` describes which runs form a series, and which series are drawn.
 
     Args:
-        runs: results of runs; those that are unfinished or have no validation are left out.
-        per_token: function that returns the factor from tokens to `unit`, for a run or a reference
-            model. If it returns None for a run, the run is left out.
+        runs: results of runs; unfinished runs and runs without a validation are left out.
+        per_token: function that takes a run or a reference model, and returns the factor from
+            tokens to `unit`. If the factor of a run is None, the run is left out.
         unit: name of the unit in labels, "tokens" or "FLOPs".
     """
     reference: Points = [(per_token(r) * r.tokens, r.perplexity) for r in REFERENCE]

@@ -97,7 +97,7 @@ class Fit:
 
     @property
     def at_limit(self) -> str | None:
-        """Reason why E, A and α are unreliable, such as α at its bound; None if none is known."""
+        """Reason not to trust E, A and α, such as α at its bound; None if no reason is known."""
         if self.e < 1e-3:
             return "E is at its lower bound 0"
         if self.alpha > MAX_ALPHA - 1e-2:
@@ -108,17 +108,17 @@ class Fit:
 
 
 def fit_sizes(sizes: Sequence[Size], replicates: int = REPLICATES, seed: int = 0) -> Fit:
-    """Fit the law to the mean losses by least squares, with E >= 0, A >= 0 and 0 <= α <= 5.
+    """Fit L = E + A / N^α by least squares, with E >= 0, A >= 0 and 0 <= α <= 5.
 
-    Each size contributes one value: the mean loss of its runs.
+    N is the number of parameters. Each size contributes one value of L: the mean loss of its runs.
 
-    The intervals come from a bootstrap over seeds. Resampling the runs within each size would not
-    work: two runs give only three different means, and a single run gives one. Instead, the
-    deviations of runs from the mean of their size are pooled over all sizes with several runs. In a
-    size with k runs, they are first multiplied by sqrt(k / (k − 1)). For a size with m runs, each
-    replicate draws m deviations at random from this pool and adds their mean to the loss of the
-    fitted law. This method assumes equal noise at all sizes, and it does not test the form of the
-    law.
+    The intervals of E, A and α come from a bootstrap over seeds. Resampling the runs within each
+    size would not work: two runs give only three different means, and a single run gives one.
+    Instead, the method pools deviations: the loss of each run minus the mean loss of its size, for
+    all sizes with several runs. The deviations of a size with k runs are first multiplied by
+    sqrt(k / (k − 1)). In each replicate, a size with m runs gets the loss of the fitted law plus
+    the mean of m deviations, drawn at random from the pool. This method assumes equal noise at all
+    sizes, and it does not test the form of the law.
 
     Args:
         sizes: the losses of each size, in any order.
@@ -133,7 +133,7 @@ def fit_sizes(sizes: Sequence[Size], replicates: int = REPLICATES, seed: int = 0
     """
     sizes = tuple(sorted(sizes, key=lambda size: size.n))
     if (distinct := len({size.n for size in sizes})) < MIN_SIZES:
-        raise ValueError(f"{distinct} distinct sizes are too few: the fit needs {MIN_SIZES}")
+        raise ValueError(f"{distinct} distinct sizes are too few: at least {MIN_SIZES} are needed")
     n, means = np.array([s.n for s in sizes], float), np.array([s.mean for s in sizes])
     e, a, alpha = _fit(n, means)
     law = e + a * n**-alpha
@@ -166,9 +166,10 @@ def _fit(n: Array, losses: Array, starts: Sequence[float] = STARTS) -> tuple[flo
         return e + b * (size / middle) ** -alpha
 
     def linear(alpha: float) -> tuple[float, Array]:
-        """Return the residual sum of squares and (E, B, α) for this α.
+        """Return the residual sum of squares for `alpha`, and the array [E, B, `alpha`].
 
-        E and B are the best values without bounds; a negative value is then replaced by 0.
+        E and B are fitted by linear least squares without bounds. If E or B is negative, it is
+        replaced by 0, and the residuals are computed with 0.
         """
         falling = (n / middle) ** -alpha
         (b, e), *_ = np.linalg.lstsq(np.stack([falling, np.ones_like(n)], 1), losses, rcond=None)
@@ -192,7 +193,7 @@ def _interval(values: Array) -> Interval:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Measured loss of a size, and the loss predicted by the law fitted to all smaller sizes."""
+    """Loss of a model size: measured, and predicted by the law fitted to all smaller sizes."""
 
     n: int  # parameters
     predicted: float  # nats per token
@@ -202,7 +203,7 @@ class Prediction:
 
 
 def predictions(sizes: Sequence[Size], replicates: int = REPLICATES) -> list[Prediction]:
-    """Predict the loss of each size that has at least four smaller sizes, from these sizes.
+    """Predict the loss of each size from all smaller sizes, if there are at least four of them.
 
     Args:
         sizes: the losses of each size, in any order.
@@ -256,14 +257,14 @@ def by_size(runs: Iterable[RunResult]) -> list[RunResult]:
 
 
 def run_groups(runs: Iterable[RunResult], replicates: int = REPLICATES) -> list[RunGroup]:
-    """Group the finished runs by `RunResult.group`; fit a law to each group with enough sizes.
+    """Group finished runs by `RunResult.group`; fit a law to each group with at least four sizes.
 
     Args:
         runs: results of runs, finished or not, in any order.
         replicates: number of bootstrap fits for each law.
 
     Returns:
-        The groups, in the order of their smallest runs.
+        The groups, sorted by the size of the smallest model in each group.
     """
     finished = [run for run in by_size(runs) if run.point and run.loss is not None]
     return [_run_group(runs, replicates) for _, runs in _by(finished, "group")]

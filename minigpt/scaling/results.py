@@ -89,13 +89,13 @@ class RunResult:
 
     @property
     def group(self) -> str:
-        """Label of the group of comparable runs: data, tokens seen, recipe."""
+        """Label of the group of comparable runs that this run is in: data, tokens seen, recipe."""
         parts = self.corpus, f"{human_count(self.tokens)} tokens", self.recipe
         return ", ".join(filter(None, parts))
 
     @property
     def point(self) -> tuple[int, float] | None:
-        """Parameters and perplexity; None if the run is unfinished or a number is missing."""
+        """Parameter count and perplexity; None if the run is unfinished or a number is missing."""
         if self.status != "finished" or self.parameters is None or self.perplexity is None:
             return None
         return self.parameters, self.perplexity
@@ -107,7 +107,7 @@ class RunResult:
 
     @property
     def reference_perplexity(self) -> float | None:
-        """Perplexity of the reference model with this parameter count; None if there is none."""
+        """Perplexity of the reference model of this size; None if there is no such model."""
         return {model.parameters: model.perplexity for model in REFERENCE}.get(self.parameters or 0)
 
 
@@ -266,8 +266,8 @@ def keep_run(path: Path, into: Path) -> Path:
     """Copy the records of a run to a folder in `into`; the copy is small enough for a repository.
 
     The copy contains summary.json, config.yaml and metrics.csv. In config.yaml, absolute paths are
-    reduced to their last component. In metrics.csv, the rows of all validations, the rows of the
-    last 5 % of training, and at most 200 earlier rows are kept.
+    reduced to their last component. The copy of metrics.csv keeps the rows of all validations, the
+    rows of the last 5 % of training, and at most 200 earlier rows.
 
     Args:
         path: the run folder.
@@ -277,7 +277,7 @@ def keep_run(path: Path, into: Path) -> Path:
         The folder of the copy.
 
     Raises:
-        UserError: `into` contains another run with this name, or a file of the run cannot be read.
+        UserError: `into` contains another run of the same name, or a file of the run is unreadable.
     """
     config, summary = Run(path, path).config, read_summary(path)
     folder = into / path.resolve().name

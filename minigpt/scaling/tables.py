@@ -84,7 +84,7 @@ def write_scaling(
 
 
 def as_json(runs: Sequence[RunResult], groups: Sequence[RunGroup]) -> dict[str, Any]:
-    """Return the numbers of the tables and figures as plain values."""
+    """Return the numbers that the tables and figures show, as plain values."""
     law = ("e", "a", "alpha", "residual", "seed_noise", "at_limit", "intervals")
     return {
         "runs": [
@@ -122,7 +122,7 @@ def rich_table(runs: Iterable[RunResult]) -> Table:
 
 
 def law_line(group: RunGroup) -> str:
-    """Return the law of a group on one line, or the number of sizes if there is no law."""
+    """Return a line with the scaling law of a group, or with the reason why no law was fitted."""
     if (law := group.fits.get("parameters")) is None:
         return f"{group.label}: no fit, has {len(group.sizes)} of the {MIN_SIZES} sizes needed"
     return f"{group.label}: L = {law.e:.3f} + {law.a:.4g} / N^{law.alpha:.3f}"

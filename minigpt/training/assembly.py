@@ -126,11 +126,11 @@ class Assembly:
         size, limit = data.tokenizer.vocab_size, config.data.vocab_size
         if parent is None and self.start.tokenizer is None and size < limit:
             sizes = f"{size:,} tokens, fewer than data.vocab_size={limit:,}"
-            rows = f"the model's vocabulary has {config.model.vocab_size:,}"
+            rows = f"the rest of the model's {config.model.vocab_size:,} embeddings is unused"
             log.warning("the training stories yield a vocabulary of %s; %s", sizes, rows)
 
     def trainer(self, callbacks: Sequence[Callback]) -> L.Trainer:
-        """Return the Lightning Trainer, with the loggers, our callbacks and then `callbacks`."""
+        """Return the Lightning Trainer, with the loggers, our own callbacks and `callbacks`."""
         folder, config, hardware, c = self.folder, self.config, self.hardware, self.config.trainer
         validates, facts = self.start.validates, self._facts()
         checkpoints = Checkpoints(self.module, folder, config.callbacks, validates)
@@ -267,7 +267,10 @@ def set_losses(
 
 
 def _records_graphs(hardware: Hardware, c: TrainerConfig) -> bool:
-    """Return whether CUDA graphs are used: for Muon and, if `_is_repeatable`, for the loss."""
+    """Return whether the run may use CUDA graphs, for Muon and for the loss.
+
+    The loss uses them only if `_is_repeatable` returns True, too.
+    """
     return c.cuda_graph and hardware.accelerator == "cuda" and c.strategy != "fsdp"
 
 
@@ -275,8 +278,8 @@ def _is_repeatable(module: GPTModule, hardware: Hardware) -> bool:
     """Return whether a CUDA graph of the training loss can be replayed in each step.
 
     Only the weights and the batch differ between two replays. Dropout needs new random numbers in
-    each step, and 16-mixed may need another loss scale. A custom class may have Python code that
-    must run in each step.
+    each step, and 16-mixed may need another loss scale. A custom model class may have Python code
+    that must run in each step.
     """
     plain = is_plain(module.net) and not module.net.config.dropout
     return plain and hardware.precision != "16-mixed"

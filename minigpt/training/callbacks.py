@@ -178,7 +178,7 @@ class TrainingProgress(Callback):
         self.bar = Progress(*columns, show=show, refresh_per_second=4)
 
     def on_train_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        """Start the bar at the current step."""
+        """Start the progress bar at the current step."""
         total, step = self.module.n_steps, trainer.global_step
         self.task = self.bar.add_task("training", True, total, step, position="", numbers="")
         self.bar.start()
@@ -230,7 +230,7 @@ class TrainingProgress(Callback):
         log.info("%s tokens: validation perplexity %.3f, %.4f bits per byte", tokens, *values)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Remove the bar."""
+        """Remove the progress bar."""
         self.bar.stop()
 
     on_exception = on_train_end

@@ -6,9 +6,9 @@ because Lightning writes the row of metrics.csv between these two moments. A res
 finds every row up to the step of its checkpoint.
 
 If a validation follows a step, the state is collected at the start of the validation. It is written
-only if a signal stops the run during the validation, or asks for a checkpoint. A run that is
-resumed from this state repeats the validation. After a complete validation, the state is collected
-and written at once.
+only if a signal during the validation stops the run or asks for a checkpoint. A run that is resumed
+from this state repeats the validation. After a complete validation, the state is collected and
+written immediately.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def full_disk_in_one_line(folder: Path) -> Iterator[None]:
 class CheckpointFiles(TorchCheckpointIO):
     """Lightning plugin that writes checkpoints atomically, with checksums, and rotates last.ckpt.
 
-    A last.ckpt that is saved while `hold` is set stays in memory until `write_held` is called.
+    The previous last.ckpt is renamed to last-1.ckpt, and so on. A last.ckpt that is saved while
+    `hold` is set stays in memory until `write_held` is called.
 
     Args:
         keep: number of latest checkpoints to keep, including last.ckpt.
@@ -128,17 +129,20 @@ class Checkpoints(Callback):
 
     last.ckpt is written after each validation, at intervals of minutes and of steps, and when a
     signal asks the run to stop. The signals are SIGINT (Ctrl-C), SIGTERM, SIGHUP and, under Slurm,
-    SIGUSR1. Without a terminal, SIGHUP does not stop the run: the run writes last.ckpt and
-    continues. The run completes its current step before it stops. During its first step or a
-    validation, it stops immediately, and a second Ctrl-C always stops it immediately. After
-    SIGUSR1, the job is put back into the queue. If the run fails, its latest checkpoints remain.
+    SIGUSR1. SIGHUP does not stop a run without a terminal: the run writes last.ckpt and continues.
+    After SIGUSR1, the Slurm job is put back into the queue.
+
+    When a signal asks the run to stop, the run first completes its current step. There are two
+    exceptions: during the first step and during a validation, the run stops immediately. A second
+    Ctrl-C stops the run immediately at any time. If the run fails, its latest checkpoints remain.
 
     Args:
         module: the model in training. Before its weights are written, they are checked for nan
             and infinity.
         folder: the run folder.
         keep: intervals of last.ckpt and number of checkpoints to keep.
-        validates: whether the run was stopped during a validation, which it must now repeat.
+        validates: whether the run was stopped during a validation. If so, the resumed run starts by
+            repeating this validation.
 
     Attributes:
         files: the plugin that writes the checkpoints; give it to the trainer.
@@ -200,29 +204,35 @@ class Checkpoints(Callback):
             raise self._stop(128 + number)
 
     def _stop(self, code: int) -> SIGTERMException:
-        """Return the exception that ends the run with `code`; after SIGUSR1, requeue the job."""
+        """Return the exception that ends the run with the exit code `code`.
+
+        If `code` is that of SIGUSR1, this method also requeues the Slurm job.
+        """
         if code == 128 + signal.SIGUSR1 and global_rank() == 0:
             _requeue()
         return SIGTERMException(code)
 
     def on_train_batch_start(self, *_: Any, **__: Any) -> None:
-        """Write the held checkpoint, if there is one; then stop the run if a signal requests it."""
+        """Write any checkpoint held in memory; then stop the run if a signal asked it to."""
         self.files.write_held()
         if self._stop_code and self._is_saved:
             raise self._stop(self._stop_code)
         self._is_saved = False
 
     def on_before_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Let a signal stop the run only after a step, from now until the next validation begins.
+        """Until the next validation begins, let a signal stop the run only after a step.
 
-        A second Ctrl-C still stops it immediately.
+        A second Ctrl-C still stops the run immediately.
         """
         self._stops_at_once, watch.patient = False, True
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Collect a checkpoint if one is due or the run must stop, unless a validation follows."""
+        """Collect a checkpoint if one is due or a signal asks the run to stop.
+
+        If a validation follows, `on_validation_start` collects the checkpoint instead.
+        """
         assert isinstance(trainer.val_check_batch, int)
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # in the middle of a step
@@ -242,7 +252,7 @@ class Checkpoints(Callback):
             self._save(trainer, LAST)
 
     def on_validation_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        """Collect the state for a checkpoint; then stop the run if a signal requests it."""
+        """Collect the state for a checkpoint; then stop the run if a signal asked it to."""
         self._validates = self.files.hold = True
         self._save(trainer, LAST)
         if code := self._stop_code or (128 + self._signal if self._signal else 0):
@@ -250,10 +260,11 @@ class Checkpoints(Callback):
         self._stops_at_once = True
 
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
-        """If SIGHUP asks for a checkpoint, write the one collected before this validation.
+        """After SIGHUP, write the checkpoint that was collected before this validation.
 
-        Stop the run if the exception of a signal was lost. Python discards an exception that a
-        signal handler raises while a `__del__` method runs.
+        If a signal should have stopped the run, but the exception from its handler was lost, stop
+        the run now. Python discards an exception that a signal handler raises while a `__del__`
+        method runs.
         """
         if self._signal:
             raise self._stop(128 + self._signal)
@@ -271,7 +282,7 @@ class Checkpoints(Callback):
         self._save(trainer, LAST)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Write the checkpoint held in memory if the run is stopped during a validation."""
+        """If the run is stopped during a validation, write the checkpoint held in memory."""
         self._stops_at_once = False
         if is_ignored(signal.SIGINT):  # by Lightning; a second Ctrl-C should stop at once
             signal.signal(signal.SIGINT, self._on_signal)
@@ -295,9 +306,10 @@ class Checkpoints(Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
-        """Mark the checkpoint if it was collected before the end of a validation.
+        """Mark the checkpoint if the validation at its step is not complete.
 
-        The first call also checks that the states of all callbacks can be loaded again.
+        A run that resumes from a marked checkpoint repeats the validation. The first call of this
+        method also checks that the states of all callbacks can be loaded again.
 
         Raises:
             UserError: the state of a callback contains an object that is neither a tensor nor a

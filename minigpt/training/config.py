@@ -1,4 +1,4 @@
-"""Settings of a training run: a validated dataclass for each section, and the schedule."""
+"""Validated dataclasses for the settings of a training run, and the class `Schedule`."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ class TrainerConfig:
     accelerator: str = "auto"
     """Kind of device: auto, cpu, gpu, cuda or mps; auto uses a GPU if there is one."""
     devices: str = "auto"
-    """Number of devices on each node; auto means every GPU, or one process on a CPU."""
+    """Number of devices on each node; auto means all CUDA GPUs, or 1 device if the accelerator is
+    not CUDA."""
     num_nodes: int = 1
     """Number of machines that train together."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """How several devices share the work: ddp copies the model to each device, fsdp splits the
     weights over the devices; auto means ddp."""
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
-    """Numeric precision, with Lightning's names; auto chooses by device."""
+    """Numeric precision, with Lightning's names; auto chooses the precision for the device."""
     accumulate_grad_batches: int = 1
     """Number of batches whose gradients are averaged for one update."""
     n_validations: int = 5
@@ -55,14 +56,16 @@ class TrainerConfig:
     kernels: Choice = "auto"
     """Implementation of attention and loss: `cpu` means this package's CPU kernels, `torch` means
     PyTorch's own operators, and `auto` means `cpu` on a CPU and `torch` on other devices. With
-    `cpu`, each thread computes its own part of a batch, except with dropout, compile or fsdp, or if
-    a batch has fewer windows than there are threads."""
+    `cpu`, each thread computes its own part of a batch. With dropout, compile or fsdp, and for a
+    batch with fewer windows than threads, the threads compute the whole batch together."""
     threads: int | None = None
-    """Number of CPU threads of each process, from 1 to 1024; None means the environment variable
-    OMP_NUM_THREADS. If that is not set, None means PyTorch's default number, limited to the
-    process's share of the cores that the CPU affinity and a container's CPU quota allow."""
+    """Number of CPU threads of each process, from 1 to 1024; None means the value of the
+    environment variable OMP_NUM_THREADS. If this variable is not set, None means PyTorch's default
+    number, but at most the process's share of the usable cores. The CPU affinity and a container's
+    CPU quota limit the number of usable cores."""
     max_steps: int | None = None
-    """Must equal the number of updates that budget.tokens allows; None disables the check."""
+    """Expected number of updates. It is an error if budget.tokens allows a different number. None
+    disables this check."""
     max_epochs: int | None = None
     """Must be None, because budget.tokens sets the length of a run."""
 
@@ -74,8 +77,8 @@ class TrainerConfig:
             raise UserError("must be auto or a number of devices", "devices", self.devices)
         if self.accelerator not in ("auto", "cpu", "gpu", "cuda", "mps"):
             raise UserError("must be auto, cpu, gpu, cuda or mps", "accelerator", self.accelerator)
-        check(self, "leave it out; budget.tokens sets the length", lambda n: n >= 1, "max_steps")
-        length = "leave it out; budget.tokens sets the length of a run and counts repeated epochs"
+        check(self, "leave it out; budget.tokens sets it", lambda n: n >= 1, "max_steps")
+        length = "leave it out; budget.tokens sets the length of a run, over all epochs"
         check(self, length, lambda _: False, "max_epochs")
 
 
@@ -103,12 +106,12 @@ class OptimizerConfig:
     """Weight decay in the last update. The weight decay changes linearly from `weight_decay` in the
     first update to this value; None keeps it constant."""
     normalize_rows: Literal["before", "after"] | None = None
-    """When Muon scales the rows of a matrix to equal norms: `before` scales the rows of the
-    momentum before orthogonalisation; `after` scales the rows of the orthogonalised update, but
+    """Point at which Muon scales the rows of a matrix to equal norms. `before` scales the rows of
+    the momentum before orthogonalisation; `after` scales the rows of the orthogonalised update, but
     keeps the total norm of the update; None scales no rows."""
     warmup_steps: int = 500
-    """Number of updates in which the learning rate rises linearly from peak / warmup_steps to the
-    peak."""
+    """Number of updates in which the learning rate rises linearly, from 1 / warmup_steps of the
+    peak learning rate to the peak learning rate."""
     warmup_tokens: int | None = None
     """Length of the warm-up in training tokens, rounded up to whole updates; with larger batches,
     the warm-up has fewer updates. A value replaces `warmup_steps`; None means that `warmup_steps`
@@ -140,7 +143,8 @@ class OptimizerConfig:
         if self.name == "adamw" and self.normalize_rows is not None:
             raise UserError("leave it out; only muon has it", "normalize_rows", self.normalize_rows)
         check(self, "must be positive", lambda lr: lr > 0, "lr", "matrix_lr")
-        check(self, "must be from 0 to below 1", lambda x: 0 <= x < 1, "beta1", "beta2", "momentum")
+        decays = "beta1", "beta2", "momentum"
+        check(self, "must be at least 0 and below 1", lambda x: 0 <= x < 1, *decays)
         names = ("weight_decay", "final_weight_decay", "warmup_steps", "grad_clip")
         check(self, "must not be negative", lambda x: x >= 0, *names)
         check(self, "must not be negative", lambda n: n >= 0, "warmup_tokens")
@@ -165,10 +169,12 @@ class OptimizerConfig:
         return self.warmup_steps if tokens is None else -(-tokens // tokens_per_step)
 
     def decay_ends(self, n_steps: int) -> list[int]:
-        """Return the numbers of updates after which the main decay and each cycle end.
+        """Return the number of updates at the end of the main decay and at the end of each cycle.
+
+        The main decay is the decay before the first cycle. The last element is `n_steps`.
 
         Args:
-            n_steps: number of updates in the run, which is the last element of the result.
+            n_steps: number of updates in the run.
         """
         length = int(self.cycle_share * n_steps)
         return [n_steps - i * length for i in range(self.cycles, -1, -1)]
@@ -186,7 +192,8 @@ class TeacherConfig:
     """Weight w of the divergence from the teachers in the training objective, from 0 to 1; the
     cross-entropy has the weight 1 - w."""
     temperature: float = 1.0
-    """Temperature of the teachers' and the student's probabilities in the divergence, above 0."""
+    """Temperature of the teachers' and of the student's probabilities when the divergence between
+    them is computed; above 0."""
     class_path: str | None = None
     """Dotted path of the teachers' model class; None means minigpt.model.GPT."""
 
@@ -194,7 +201,7 @@ class TeacherConfig:
         check(self, "must be from 0 to 1", lambda w: 0 <= w <= 1, "weight")
         check(self, "must be positive", lambda t: t > 0, "temperature")
         if "" in self.runs:
-            problem = "must not contain an empty path; leave it out, or name a run"
+            problem = "must not contain an empty path; leave it out, or give a run"
             raise UserError(problem, "runs", fix={"runs": ["releases/large"]})
         expand_paths(self, "runs")
 
@@ -207,16 +214,18 @@ class LoggerConfig:
     """Logger of the metrics: `csv` writes only metrics.csv; `wandb` and `tensorboard` log in
     addition to metrics.csv."""
     project: str | None = None
-    """Name of the W&B project; None means the environment variable WANDB_PROJECT, else mini-gpt."""
+    """Name of the W&B project; None means the value of the environment variable WANDB_PROJECT, or
+    mini-gpt if the variable is not set."""
     entity: str | None = None
-    """User or team that owns the W&B project; None means the environment variable WANDB_ENTITY,
-    else the default of the W&B account."""
+    """User or team that owns the W&B project; None means the value of the environment
+    variable WANDB_ENTITY, or the default of the W&B account if the variable is not set."""
     mode: Literal["online", "offline", "disabled"] | None = None
     """What W&B does: `online` uploads the run, `offline` stores it locally, and `disabled` does
-    nothing. Without an API key, `online` acts like `offline`. None means the environment variable
-    WANDB_MODE, else `online`."""
+    nothing. Without an API key, `online` acts like `offline`. None means the value of the
+    environment variable WANDB_MODE, or `online` if the variable is not set."""
     group: str | None = None
-    """Group of the W&B run; None means the environment variable WANDB_RUN_GROUP, else no group."""
+    """Group of the W&B run; None means the value of the environment variable WANDB_RUN_GROUP, or no
+    group if the variable is not set."""
     log_model: bool = False
     """Whether to upload the best model to W&B at the end of the run, as an export in the format
     safetensors with bfloat16 weights; this needs logger=wandb."""
@@ -428,9 +437,9 @@ class Schedule:
 
 
 def _check_decays(optimizer: OptimizerConfig, n_steps: int, per_step: int, length: str) -> None:
-    """Raise UserError if warm-up and cycles do not fit into the run.
+    """Raise UserError if the warm-up and the learning-rate cycles do not fit into the run.
 
-    The message contains `length`, the run length as text.
+    The error message contains `length`, the run length as text.
     """
     cycles, name = optimizer.cycles, "optimizer.cycle_share"
     if cycles and optimizer.cycle_share * n_steps < 1:

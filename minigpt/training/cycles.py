@@ -32,9 +32,10 @@ class CycleMean(Callback):
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        """Add the weights to the sums at the end of a decay.
+        """At the end of a learning-rate decay, add the weights to the sums over all decays so far.
 
-        At the end of the last decay, set the weights of the model to the mean.
+        At the end of the last decay, set the weights of the model to the mean: the sums divided by
+        the number of decays.
         """
         # With accumulated batches, this hook is called several times after the same step.
         if trainer.global_step not in self.ends[self._n :]:
@@ -53,5 +54,5 @@ class CycleMean(Callback):
         return {"n": self._n, "sums": self._sums}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the sums from a checkpoint."""
+        """Restore the sums of the weights from a checkpoint."""
         self._n, self._sums = state_dict["n"], state_dict["sums"]

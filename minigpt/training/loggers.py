@@ -42,10 +42,10 @@ class MetricsCsv(Logger):
         path: the CSV file.
         resume_step: step at which a resumed run starts. Rows of later steps are removed, because
             the run writes them again. None means a new run, which replaces an existing file.
-        validates: whether the run repeats the validation at `resume_step`. The row of this
-            validation is then removed.
-        tokens_per_step: number of tokens per update. The column `tokens` is computed from it if
-            other callbacks log metrics without `tokens`.
+        validates: whether the run repeats the validation at `resume_step`. If it does, the old row
+            of this validation is removed.
+        tokens_per_step: number of tokens per update. For metrics without `tokens`, the column
+            `tokens` is computed from this number and the step.
     """
 
     name, version = "csv", ""  # type: ignore[assignment]  # Lightning needs both
@@ -70,7 +70,7 @@ class MetricsCsv(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append a row.
+        """Append a row to the CSV file.
 
         Args:
             metrics: values by name.

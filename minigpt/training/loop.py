@@ -1,7 +1,7 @@
 """Train a model with a `TrainConfig`, and record the run in a folder.
 
 The config, the budget and the data are checked, in this order, before the run folder is created.
-After that, the folder records the run, whether the run finishes or fails.
+Once it exists, the folder records the run, whether the run finishes or fails.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def _train(
 
 
 def _check_upload(config: TrainConfig, callbacks: Sequence[Callback]) -> None:
-    """Raise UserError if the model must be uploaded and no callback does so."""
+    """Raise UserError if `logger.log_model` is set and no callback can upload the model."""
     if config.logger.log_model and not any(isinstance(c, ModelUpload) for c in callbacks):
         problem = (
             "needs minigpt.exporting.wandb.WandbModel() in callbacks; add it, or do not upload"
@@ -186,7 +186,8 @@ def _with_classes(
         ModelClassError: the config is for a custom model class, but `model` is None.
     """
     if model is None and config.model_class is not None:
-        raise ModelClassError("the config is for a model class other than GPT", config.model_class)
+        problem = f"the config is for the model class {config.model_class}, which must be given"
+        raise ModelClassError(problem, config.model_class)
     if teacher is not None:
         taught = dataclasses.replace(config.teacher, class_path=class_path(teacher))
         config = dataclasses.replace(config, teacher=taught)
@@ -201,8 +202,8 @@ def _hardware(c: TrainerConfig) -> Hardware:
     """Return the device, the number of processes and the precision of the run.
 
     Raises:
-        UserError: the settings need hardware or a compiler that is missing, or this process may not
-            start other processes.
+        UserError: the settings need hardware or a compiler that is missing, or several processes,
+            which this process is not allowed to start.
     """
     try:
         hardware = Hardware.detect(c.accelerator, c.devices, c.num_nodes, c.precision)
@@ -221,7 +222,7 @@ def _hardware(c: TrainerConfig) -> Hardware:
 
 
 def _class_setting(config: TrainConfig) -> dict[str, str]:
-    """Return the setting `class_path` for a custom model class; {} for GPT."""
+    """Return the path of a custom model class as {"class_path": path}; {} for `GPT`."""
     return {} if config.model_class is None else {"class_path": config.model_class}
 
 
@@ -229,7 +230,7 @@ def _fit(
     trainer: L.Trainer, module: GPTModule, data: DataModule, checkpoint: Path | None,
     config: TrainConfig,
 ) -> None:  # fmt: skip
-    """Train; at the end, close the W&B run, if there is one, and end the other processes."""
+    """Train; at the end, close any W&B run, and end the processes that Lightning started."""
     status, folder = 1, Path(trainer.default_root_dir)
     own_launcher(trainer)
     try:
@@ -238,8 +239,8 @@ def _fit(
     except torch.OutOfMemoryError:
         windows, accumulate = config.data.windows_per_batch, config.trainer.accumulate_grad_batches
         fix = {"data.batch_size": windows // 2, "trainer.accumulate_grad_batches": 2 * accumulate}
-        problem = "the GPU does not have enough memory for this many windows at a time; "
-        problem += "reduce the number, and raise trainer.accumulate_grad_batches"
+        problem = "the GPU does not have enough memory for this many windows at a time; choose a "
+        problem += "smaller model, or fewer windows and a larger trainer.accumulate_grad_batches"
         fix = fix if windows % 2 == 0 else None  # an odd batch has no half
         raise UserError(problem, "data.batch_size", windows, fix) from None
     except SystemExit as leaving:  # by `Checkpoints`, or by Lightning at Ctrl-C, with code 1

@@ -143,7 +143,7 @@ class GPTModule(L.LightningModule):
             self.trainer.should_stop = True
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the mean validation loss, weighted by its number of targets to predict."""
+        """Add a batch to the validation loss, the mean over the scored targets of all batches."""
         loss = self.loss(*batch)
         n_scored = (batch[1] != IGNORE_INDEX).sum()
         self.val_nats.update(torch.where(n_scored > 0, loss * n_scored, 0.0))

@@ -65,7 +65,7 @@ def lr_factor(
 ) -> float:  # fmt: skip
     """Return the learning rate of update `step` as a fraction of the peak learning rate.
 
-    The fraction rises linearly to 1 at update `warmup_steps - 1`. In the main decay, it then falls
+    The fraction rises linearly to 1 at update `warmup_steps - 1`. Then, in the main decay, it falls
     along half a cosine or a straight line. It would reach `final_lr` at update `n_steps`, but the
     last update of the main decay is `n_steps - 1`. So no update has a learning rate of zero, even
     if `final_lr` is 0. The main decay may be followed by cycles. In each cycle, the fraction starts
@@ -77,7 +77,8 @@ def lr_factor(
         warmup_steps: number of updates in the warm-up.
         final_lr: fraction of the peak at the end of each decay, from 0 to 1.
         schedule: "cosine" or "linear".
-        cycle_ends: number of updates at the end of each cycle, all above `n_steps`.
+        cycle_ends: for each cycle, the number of updates from the start of the run to the end of
+            the cycle; each number is above `n_steps`.
         cycle_lr: fraction of the peak at the start of each cycle, from `final_lr` to 1.
     """
     if step < warmup_steps:
@@ -95,8 +96,9 @@ def set_weight_decay(
 ) -> None:
     """Set the weight decay of matrices and embeddings for one update.
 
-    It changes linearly from `config.weight_decay` in the first update to
-    `config.final_weight_decay` in the last one. If that setting is None, nothing is set.
+    The weight decay changes linearly from `config.weight_decay` in the first update to
+    `config.final_weight_decay` in the last one. If `config.final_weight_decay` is None, nothing is
+    set.
 
     Args:
         optimizer: result of `make_optimizer`.
@@ -124,8 +126,9 @@ def make_optimizer(
     """Return the optimizer for the weights of `model`.
 
     Weight decay applies to matrices, including embeddings, but not to biases and norms. If `config`
-    selects Muon, Muon trains all matrices except those whose name contains "embedding". AdamW
-    trains these, the biases, the norms, and tensors with more than two dimensions.
+    selects AdamW, AdamW trains all weights. If `config` selects Muon, Muon trains the matrices
+    whose name does not contain "embedding", and AdamW trains all other weights: embeddings, biases,
+    norms, and tensors with more than two dimensions.
 
     Args:
         model: the model.
@@ -254,7 +257,7 @@ class Muon(Optimizer):
 
 
 def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Return approximately U Vᵀ for each matrix with the singular value decomposition U S Vᵀ.
+    """Return approximately U Vᵀ for each matrix, whose singular value decomposition is U S Vᵀ.
 
     This is the Newton-Schulz iteration X ← a X + (b A + c A²) X with A = X Xᵀ and the coefficients
     of Jordan et al. 2024. After five steps, all singular values except very small ones are between

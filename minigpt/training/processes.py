@@ -1,4 +1,4 @@
-"""Start, watch and end the processes of a run on several devices, if Lightning starts them."""
+"""Processes that Lightning starts for a run on several devices: start, watch and end them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ _NOTICE_SECONDS = 10.0
 
 
 class ProcessLauncher(_SubprocessScriptLauncher):
-    """Lightning's launcher, but with more time for the first process after another one has failed.
+    """Lightning's launcher, with more time for the first process to stop when another one fails.
 
     Lightning would kill the first process within five seconds after another process has ended with
     a nonzero exit code. When a signal stops the run, the other processes also end with a nonzero
     exit code. The first process may then still be writing its checkpoint or report. With this
-    launcher, it has ten seconds to stop by itself; after that, it exits.
+    launcher, the first process has ten seconds to end its training. If it is still training after
+    these ten seconds, the launcher makes it exit.
 
     Args:
         launcher: the launcher of the trainer.
@@ -81,8 +82,8 @@ def end_processes(trainer: L.Trainer, finished: bool) -> None:
 
     Args:
         trainer: the trainer of the run.
-        finished: whether the training is complete. If not, the other processes may wait forever,
-            so they are killed after two seconds.
+        finished: whether the training is complete. If it is not, the started processes may wait
+            forever, so they are killed after two seconds.
     """
     if global_rank() > 0 or Launcher.detect() is not None:
         return

@@ -23,8 +23,8 @@ _ROWS = 40
 class Profile(Callback):
     """Profile ten steps near the start of a run, and then write trace.json and operators.txt.
 
-    A resumed run that has no profile yet counts its steps from there. If fewer than 20 steps
-    remain, the second half of them is profiled.
+    If a resumed run has no profile yet, its steps are counted from the step at which it resumes. If
+    fewer than 20 steps remain, the second half of the remaining steps is profiled.
 
     Args:
         module: the model in training.
@@ -45,7 +45,7 @@ class Profile(Callback):
         self.last = min(self.first + _STEPS, end)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        """Start the profiler before the first step to profile."""
+        """Start the profiler before the first of the steps to profile."""
         if trainer.global_step == self.first and self._profile is None and trainer.is_global_zero:
             on_gpu = trainer.strategy.root_device.type == "cuda"
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
@@ -53,7 +53,7 @@ class Profile(Callback):
             self._profile.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        """Write the files after the last step to profile."""
+        """Write trace.json and operators.txt after the last of the profiled steps."""
         if self._profile is None or trainer.global_step < self.last:
             return
         result, self._profile = self._profile, None

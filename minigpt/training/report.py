@@ -46,7 +46,7 @@ def write_report(run_dir: Path) -> Path:
         run_dir: the run folder.
 
     Returns:
-        The path of the page, which is replaced atomically.
+        The path of the page. An existing page is replaced atomically.
 
     Raises:
         UserError: a file of the run cannot be read; the message names the file.

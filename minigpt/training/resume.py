@@ -47,20 +47,20 @@ _MAY_CHANGE = (
 class ResumeState:
     """The config of a run and the state from which the run starts.
 
-    A run without a checkpoint starts at step 0. With `init_from`, it starts with the weights and
-    the tokenizer of another run; otherwise it starts with random weights.
+    A resumed run continues from its checkpoint. A new run starts at step 0. Its weights and its
+    tokenizer are those of the run `init_from`; without `init_from`, its weights are random.
     """
 
     config: TrainConfig
-    """All settings. A resumed run has those of its config.yaml, except for the paths
-    `data.cache_dir` and `teacher.runs`, which may be typed again."""
+    """All settings of the run. A resumed run has the settings in its config.yaml; only the paths
+    `data.cache_dir` and `teacher.runs` may be typed again."""
     checkpoint: Path | None = None
     """Checkpoint to resume from; None for a new run."""
     step: int = 0
     """Number of updates so far."""
     validates: bool = False
-    """Whether the run was stopped during the validation after `step` updates; the resumed run then
-    repeats this validation."""
+    """Whether the run was stopped during the validation after `step` updates. If so, the resumed
+    run repeats this validation."""
     hyper_parameters: dict[str, Any] | None = None
     """Hyperparameters in the checkpoint; None for a new run."""
     parent_model: GPT | None = None
@@ -81,7 +81,8 @@ class ResumeState:
 
         Args:
             config: all settings as typed by the user.
-            folder: folder of the run to resume, which keeps its own settings; None for a new run.
+            folder: folder of the run to resume; None for a new run. A run that continues from a
+                checkpoint keeps the settings in its own config.yaml.
             model: class of the model, or function that creates it; None means `GPT`.
             teacher: class of the teachers, or function that creates them; None means `GPT`.
 
@@ -137,7 +138,8 @@ class ResumeState:
         if missing := [name for name in _SECTIONS if name not in values]:
             raise UserError(f"{folder / CONFIG} lacks {', '.join(missing)}: restore the file")
         if (name := values.get("model_class")) is not None and model is None:
-            raise ModelClassError(f"{folder} was trained with the class {name}", name)
+            problem = f"{folder} was trained with the class {name}, which must be given"
+            raise ModelClassError(problem, name)
         before = TrainConfig.from_dict(values, config_class(model or GPT))
         if config.resume == AUTO:
             _check_settings(config, before, folder)
@@ -165,7 +167,9 @@ class ResumeState:
         )
 
     def prepared_data(self, schedule: Schedule) -> DataModule:
-        """Return the data of the run. One process prepares the data; any others wait for it.
+        """Return the data of the run.
+
+        One process prepares the data while any other processes of the run wait.
 
         Args:
             schedule: number of updates, and number of tokens in each update.
@@ -180,7 +184,8 @@ class ResumeState:
         data = DataModule(config.data, length, n_batches, config.seed, start_batch, self.tokenizer)
         data.setup("fit")  # also prepares the data; `prepare_data` would read it again
         if (size := data.tokenizer.vocab_size) > vocab_size:
-            message = f"is below the tokenizer's {size}: leave it out, it follows data.vocab_size"
+            message = f"is less than the tokenizer's {size} tokens: leave it out, so that "
+            message += "data.vocab_size sets it"
             raise UserError(message, "model.vocab_size", vocab_size)
         return data
 
@@ -237,12 +242,13 @@ class ResumeState:
                 changed.append(key)
         if changed:
             message = f"{self.checkpoint} cannot be resumed: {', '.join(changed)} changed"
-            raise UserError(f"{message}; use its stories, devices and settings, or start a new run")
+            remedy = "use the same stories, devices and settings as before, or start a new run"
+            raise UserError(f"{message}; {remedy}")
 
     def clear(self, folder: Path) -> None:
         """Remove the temporary files of a killed process, and rename damaged checkpoints.
 
-        Only checkpoints that are newer than the one from which the run resumes are checked.
+        The run resumes from `checkpoint`. Only newer checkpoints are checked for damage.
         """
         for pattern in ("*.tmp", f"{CHECKPOINTS}/*.tmp", f"{SNAPSHOTS}/*.tmp"):
             for leftover in folder.glob(pattern):
@@ -259,11 +265,11 @@ def folder_to_resume(config: TrainConfig) -> Path | None:
     """Return the folder of the run to resume; None if a new run starts.
 
     Args:
-        config: all settings, with `resume`.
+        config: all settings, including `resume`.
 
     Raises:
-        UserError: there is no such run, `name` is missing for resume=auto, or a link in the run
-            folder points outside the folder.
+        UserError: no run exists at `resume`, `name` is missing for resume=auto, or a link in the
+            run folder points outside the folder.
     """
     if config.resume is None:
         return None
@@ -297,10 +303,10 @@ def _teacher_paths(
     """
     typed, recorded = config.teacher.runs, before.teacher.runs
     if typed and not recorded:
-        message = f"the run in {folder} has no teachers: leave this out"
+        message = f"the run in {folder} has no teachers: leave this setting out"
         raise UserError(message, "teacher.runs", list(typed))
     if (name := before.teacher.class_path) is not None and teacher is None:
-        message = f"the teachers of {folder} have the class {name}"
+        message = f"the teachers of {folder} have the class {name}, which must be given"
         raise ModelClassError(message, name, "teacher")
     return typed or recorded
 
@@ -342,7 +348,8 @@ def _common(tokenizers: dict[str, tuple[str | None, Tokenizer | None]]) -> Token
     for key, value, tokenizer in named[:-1]:
         other, other_value, last = named[-1]
         if tokenizer.fingerprint != last.fingerprint:
-            problem = f"its tokenizer differs from that of {other}={other_value}: leave one out"
+            problem = f"its tokenizer differs from that of {other}={other_value}"
+            problem += ": leave out one of them"
             raise UserError(problem, key, value)
     return named[-1][2] if named else None
 
@@ -381,7 +388,7 @@ def _check_shape(config: TrainConfig, trained: GPTConfig, run: Run) -> None:
     if fix and size not in (None, "gpt", config.size):
         fix = {"model": size}
     if fix:
-        problem = "the model of that run has another shape than the new model"
+        problem = "the model of that run differs in shape from the new model"
         raise UserError(problem, "init_from", config.init_from, fix)
 
 
@@ -394,7 +401,7 @@ def run_lock(folder: Path) -> AcquireReturnProxy:
         folder: the run folder.
 
     Returns:
-        The lock, as a context manager that releases the lock at its end.
+        The lock, as a context manager that releases the lock when the `with` block ends.
 
     Raises:
         UserError: another process trains the run, or the file system supports no locks.
@@ -437,13 +444,13 @@ def _check_settings(config: TrainConfig, before: TrainConfig, folder: Path) -> N
 def budget_error(folder: Path, tokens: int, typed: Sequence[str] | None = None) -> UserError | None:
     """Return the error for resuming a finished run with a larger budget; None in other cases.
 
-    The error suggests a new run that starts with the weights of the finished run and trains on the
-    remaining tokens, with the same settings.
+    The error suggests a new run with the same settings. The new run starts with the weights of the
+    finished run and trains on the additional tokens.
 
     Args:
         folder: the run folder.
-        tokens: the larger budget.
-        typed: settings as typed; None means those that the finished run recorded.
+        tokens: budget of the resumed run, in tokens.
+        typed: settings as typed; None means the settings that the finished run recorded.
     """
     values, summary = read_config(folder), read_summary(folder)
     trained = summary.get("tokens")

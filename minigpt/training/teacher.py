@@ -55,7 +55,7 @@ class Teachers:
         return cls(models, runs[0].tokenizer, records)
 
     def recorded_in(self, hyper_parameters: Mapping[str, Any], checkpoint: Path) -> Teachers:
-        """Return these teachers, but with the provenance records of a checkpoint of the student.
+        """Return these teachers with the provenance records that the student's checkpoint contains.
 
         Args:
             hyper_parameters: hyper-parameters in the checkpoint.
@@ -72,7 +72,7 @@ class Teachers:
         return replace(self, records=records)
 
     def check_shape(self, student: GPTConfig) -> None:
-        """Raise UserError if a student of this shape cannot learn from the teachers."""
+        """Raise UserError if a student with the config `student` cannot learn from the teachers."""
         for model, record in zip(self.models, self.records, strict=True):
             if (size := model.config.vocab_size) != student.vocab_size:
                 message = f"the teacher {record.name} has a vocabulary of {size} tokens"
