@@ -190,9 +190,9 @@ class Tokenizer:
     def encode_stories(self, stories: Iterable[str]) -> np.ndarray:
         """Return the ids of all stories in one array, with END_OF_TEXT after each story.
 
-        The ids are those of `encode_batch`, with one exception. If 65,536 successive characters of
-        a story contain no pre-token boundary before white space or punctuation, `cut_texts` cuts
-        the story after these characters. The ids around such a cut may differ.
+        The ids are those of `encode_batch`, with one exception. Long stories are encoded in pieces
+        (`cut_texts`). A piece ends where white space or punctuation follows. If 65,536 characters
+        have no such place, the piece ends after them, and the ids around this cut may differ.
 
         Args:
             stories: any Unicode texts, which are streamed.

@@ -71,7 +71,7 @@ def _is_dashed(word: str) -> bool:
 
 
 def _is_stray(word: str) -> bool:
-    """Return whether the word is not empty and is neither setting, deletion (~key) nor option."""
+    """Return whether the word is not empty and is not a setting, a deletion (~key) or an option."""
     return word != "" and "=" not in word and not word.startswith(("-", "~"))
 
 

@@ -202,8 +202,8 @@ def _hardware(c: TrainerConfig) -> Hardware:
     """Return the device, the number of processes and the precision of the run.
 
     Raises:
-        UserError: the settings need hardware or a compiler that is missing, or several processes,
-            which this process is not allowed to start.
+        UserError: the settings need hardware or a compiler that is missing, or they need several
+            processes and this process is not allowed to start others.
     """
     try:
         hardware = Hardware.detect(c.accelerator, c.devices, c.num_nodes, c.precision)
