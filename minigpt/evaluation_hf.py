@@ -219,7 +219,7 @@ def _loss(
     model: Any, ids: np.ndarray, context: int, stride: int, batch_size: int,
     console: Console | None,
 ) -> Loss:  # fmt: skip
-    """Return the loss of a model on `ids`; each id except the first of all is scored once."""
+    """Return the loss of a model on `ids`. Each id is scored once, except the very first one."""
     chunk, vocabulary = min(context, _CHUNK), model.config.get_text_config().vocab_size
     size = max(1, min(batch_size, _MAX_LOGITS // (chunk * vocabulary)))
     n_windows = 1 + max(0, math.ceil((len(ids) - 1 - context) / stride))

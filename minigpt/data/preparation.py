@@ -292,7 +292,7 @@ def _prepared(cache_dir: str | Path, kind: str, ingredients: dict[str, Any]) -> 
 
 
 def _cached(path: Path, load: Callable[[Path], T], make: Callable[[Path], None]) -> T:
-    """Return the result of `load(path)`, after a call of `make` if `path` is missing or damaged.
+    """Return the result of `load(path)`; if `path` is missing or damaged, call `make` before.
 
     `make` writes to a temporary folder, which is then renamed to `path` atomically. A lock ensures
     that only one process writes. Before `make` is called, a temporary folder that a killed process

@@ -201,7 +201,10 @@ def _story_tab(playground: Playground, page: Page) -> None:
             yield (*texts, *[""] * (MAX_RUNS - len(texts)))
 
     def follow(is_open: bool, *inputs: Any) -> Iterator[Any]:
-        """Write the stories again at the new age, with the same seed, if the tab is open."""
+        """If the tab is open, write the stories again, with the same seed.
+
+        The slider "Age" has selected the models of another point in their training.
+        """
         yield from write(*inputs) if is_open else [(gr.skip(),) * MAX_RUNS]
 
     models.change(
