@@ -138,6 +138,50 @@ def test_checkpoint_of_a_callback_is_written_at_once(tiny: list[str], tmp_path: 
     assert read_checkpoint(run.folder / "checkpoints/last.ckpt")["global_step"] == 20
 
 
+def test_checkpoints_hold_the_state_of_callbacks_after_their_hooks(tiny: list[str]):
+    states: list[tuple[int, dict[str, int]]] = []
+
+    class Count(Callback):
+        def __init__(self) -> None:
+            self.counts = {"steps": 0, "validations": 0}
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            self.counts["steps"] += 1
+
+        def on_validation_end(self, trainer, pl_module) -> None:
+            self.counts["validations"] += 1
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            path = Path(trainer.default_root_dir, "checkpoints/last.ckpt")
+            if path.is_file():
+                content = read_checkpoint(path)
+                (state,) = [s for name, s in content["callbacks"].items() if "Count" in name]
+                states.append((content["global_step"], state))
+
+        def state_dict(self) -> dict[str, int]:
+            return self.counts.copy()
+
+    config = composed([*tiny, "callbacks.checkpoint_steps=4", "trainer.n_validations=2"])
+    minigpt.train(config, callbacks=[Count()])
+    assert {step for step, _ in states} == {4, 8, 10, 12, 16}
+    for step, state in states:
+        assert state == {"steps": step, "validations": step // 10}
+
+
+def test_checkpoint_due_before_a_validation_is_written_in_it(tiny: list[str]):
+    steps: list[int] = []
+
+    class Look(Callback):
+        def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            if batch_idx == 1:
+                path = Path(trainer.default_root_dir, "checkpoints/last.ckpt")
+                steps.append(read_checkpoint(path)["global_step"])
+
+    config = composed([*tiny, "callbacks.checkpoint_steps=5", "trainer.n_validations=2"])
+    minigpt.train(config, callbacks=[Look()])
+    assert steps == [10, 20]
+
+
 @pytest.mark.parametrize("value", [np.float64(1.5), Path("x")])
 def test_callback_whose_state_cannot_be_read_back_is_named(tiny: list[str], value: object):
     class Stateful(Callback):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, NoReturn
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from minigpt.cli.compose import plain_values, train_config, typed_class
 from minigpt.cli.program import CLASS_SETTINGS, Program
 from minigpt.cli.run import run_app
-from minigpt.core.settings import UserError, build
+from minigpt.core.settings import build
 from minigpt.core.typed import typed_settings
 
 
@@ -25,9 +25,6 @@ def _train(config: DictConfig, program: Program, classes: list[str]) -> None:
     job = HydraConfig.get()
     overrides: Any = OmegaConf.to_container(job.overrides.task)  # as typed, with interpolations
     overrides = [word for word in overrides if not word.startswith("local=")]  # MINIGPT_LOCAL
-    # Settings that may be typed beside resume=<run>: the teachers may have been moved, for example.
-    kept = ("resume=", "data.cache_dir=", "teacher.runs=")
-    excess = [word for word in overrides if not word.startswith(kept)]
     values, size = plain_values(config), job.runtime.choices.get("model")
     location: list[str] = []
     if job.mode == RunMode.MULTIRUN:
@@ -40,8 +37,13 @@ def _train(config: DictConfig, program: Program, classes: list[str]) -> None:
     groups = [f"--config-dir={path.removeprefix('file://')}" for path in folders]
     groups += [word for word in job.overrides.hydra if word.startswith("hydra.searchpath=")]
     sys.argv = [program.path, *program.words, *groups, *overrides, *classes, *location]
-    if values["resume"] not in (None, "auto") and excess:
-        _refuse_settings(values, excess)
+    if values["resume"] not in (None, "auto"):
+        from minigpt.training.config import BudgetConfig, TrainConfig
+        from minigpt.training.resume import refuse_settings
+
+        budget = build(BudgetConfig, values["budget"], "budget")
+        typed = TrainConfig(resume=str(values["resume"]), budget=budget, overrides=tuple(overrides))
+        refuse_settings(typed)
     from minigpt.core.process import tune_process
     from minigpt.training.loggers import forget_wandb_run
     from minigpt.training.loop import train  # imports Lightning, which is slow: after the checks
@@ -58,23 +60,3 @@ def _train(config: DictConfig, program: Program, classes: list[str]) -> None:
 
         callbacks = [WandbModel(model)]
     train(settings, model, callbacks, teacher=teacher)
-
-
-def _refuse_settings(values: dict[str, Any], typed: list[str]) -> NoReturn:
-    """Raise a UserError about settings that may not be combined with resume=<run>.
-
-    Args:
-        values: all settings as plain values.
-        typed: the settings that may not be combined with resume=<run>, as typed on the command
-            line; at least one.
-    """
-    if any(word.startswith("budget.tokens=") for word in typed):
-        from minigpt.training.config import BudgetConfig, TrainConfig
-        from minigpt.training.resume import budget_error, folder_to_resume
-
-        budget = build(BudgetConfig, values["budget"], "budget")
-        folder = folder_to_resume(TrainConfig(resume=str(values["resume"])))
-        assert folder is not None
-        if error := budget_error(folder, budget.tokens):
-            raise error
-    raise UserError(f"a resumed run keeps its own settings: leave out {typed[0]}", "resume")

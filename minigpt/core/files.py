@@ -25,7 +25,7 @@ from minigpt.core.settings import MISSING, DiskFullError, UserError
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 _MEGABYTE = 1 << 20
-_MAX_YAML_BYTES = 1 << 16  # 50 times a config.yaml; the time to parse a long number is quadratic
+MAX_YAML_BYTES = 1 << 16  # 50 times a config.yaml; the time to parse a long number is quadratic
 
 
 def user_path(path: str | Path, argument: str | None = None) -> Path:
@@ -78,13 +78,17 @@ def expand_paths(config: Any, *names: str) -> None:
 
     Args:
         config: the dataclass instance, which is changed in place.
-        *names: names of the fields; the value of each is a path, a tuple of paths or None.
+        *names: names of the fields; the value of each is a path, a tuple of paths or None. A list
+            is replaced with a tuple.
 
     Raises:
         UserError: a path names a user without a home folder.
     """
     for name in names:
         value = getattr(config, name)
+        if isinstance(value, list):
+            value = tuple(value)
+            object.__setattr__(config, name, value)
         paths = value if isinstance(value, tuple) else (value,)
         if any(path is not None and path.startswith("~") for path in paths):
             paths = tuple(path and str(user_path(path, name)) for path in paths)
@@ -170,7 +174,7 @@ def read_yaml(path: Path) -> Any:
         ValueError: the file is not YAML of plain values, has aliases, or is larger than 64 kB.
         OSError: the file cannot be read.
     """
-    text = read_text(path, _MAX_YAML_BYTES)
+    text = read_text(path, MAX_YAML_BYTES)
     try:
         return yaml.load(text, _PlainLoader)  # noqa: S506 (a safe loader)
     except Exception as error:  # PyYAML raises many types of errors, even RecursionError

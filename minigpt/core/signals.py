@@ -26,7 +26,8 @@ _ANSWER_SECONDS = 4.0
 # A SIGINT within this time after the first one is part of the same Ctrl-C: the terminal sends a
 # Ctrl-C to all processes, and a launcher, such as torchrun, forwards it to them again.
 REPEAT_SECONDS = 0.25
-SIGHUP: int = getattr(signal, "SIGHUP", 0)  # Windows has none
+SIGHUP: int = getattr(signal, "SIGHUP", 0)  # 0 on Windows, which has neither of the two
+SIGUSR1: int = getattr(signal, "SIGUSR1", 0)
 
 
 def is_ignored(number: int) -> bool:

@@ -90,12 +90,20 @@ class DataModule(L.LightningDataModule):
         """UTF-8 bytes per token of the validation split, used to compute bits per byte."""
         return self.valid.bytes_per_token
 
+    def check_batches(self, world_size: int) -> None:
+        """Raise UserError if the training split is smaller than a batch of `world_size` devices."""
+        self._sampler(0, world_size)
+
+    def _sampler(self, rank: int, world_size: int) -> BudgetSampler:
+        config, stories = self.config, self.config.shuffle == "stories"
+        numbers = self.train.n_tokens, self.context_length, config.windows_per_batch
+        order = self.n_steps, self.seed, self.start_step, rank, world_size, config.random_offset
+        return BudgetSampler(*numbers, *order, stories)
+
     def train_dataloader(self) -> DataLoader:
         """Return a loader of this rank's batches, from `start_step` to the end of the run."""
         tokens, length, config = self.train.array(), self.context_length, self.config
-        stories = config.shuffle == "stories"
-        order = self.n_steps, self.seed, self.start_step, *self._rank(), config.random_offset
-        sampler = BudgetSampler(len(tokens), length, config.windows_per_batch, *order, stories)
+        stories, sampler = config.shuffle == "stories", self._sampler(*self._rank())
         shuffled = StoryWindows(tokens, length, self.seed) if stories else None
         windows = shuffled or TokenWindows(tokens, length)
         batches = TrainingBatches(windows, sampler, config.noise, self.tokenizer.vocab_size)

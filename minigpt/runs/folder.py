@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import time
@@ -46,6 +47,7 @@ from minigpt.runs.provenance import Parent, averaged_runs, parent_of, teachers_o
 from minigpt.runs.records import read_summary
 from minigpt.tokenizer import Tokenizer
 
+_folders = itertools.count()  # number of each new run of this process
 RUN_FOLDER_VARIABLE = "MINIGPT_RUN_FOLDER"  # passes the folder to processes that rank 0 starts
 ModelFactory = Callable[[Any], GPT]  # subclass of GPT, or a function from config to model
 
@@ -224,7 +226,7 @@ class Run:
         model = with_weights(factory(shape), weights, self.checkpoint)
         trained = trained or class_path(GPT)
         name = class_path(factory)
-        if name.rpartition(".")[2] != trained.rpartition(".")[2]:
+        if not same_class(name, trained):
             raise ModelClassError(f"{self.folder} was trained with {trained}, not {name}", trained)
         return model.to(device).eval().requires_grad_(False)
 
@@ -284,6 +286,31 @@ def bundled_release(name: str = "w64") -> Path:
 def class_path(factory: ModelFactory) -> str:
     """Return the dotted path of a model class or function, such as minigpt.model.GPT."""
     return f"{factory.__module__}.{getattr(factory, '__qualname__', repr(factory))}"
+
+
+def load_one(path: str, argument: str, model: ModelFactory | None = None) -> Run:
+    """Return the run that a setting names; its newest run would change when runs are added.
+
+    Args:
+        path: a path as for `Run.load`, but not a folder that contains several runs.
+        argument: name of the setting, for the error.
+        model: class of the model, or function that creates it; None means `GPT`.
+
+    Raises:
+        UserError: as `Run.load`, or `path` is a folder of runs.
+        ModelClassError: as `Run.load`.
+    """
+    run = Run.load(path, model)
+    folder = user_path(path)
+    if folder.is_dir() and folder.resolve() != run.folder.resolve():
+        problem = "this is a folder of runs: name one of them"
+        raise UserError(problem, argument, path, {argument: str(run.folder)})
+    return run
+
+
+def same_class(path: str, other: str) -> bool:
+    """Return whether two dotted paths name the same class; its module may have been renamed."""
+    return path.rpartition(".")[2] == other.rpartition(".")[2]
 
 
 def config_class(factory: ModelFactory) -> type[GPTConfig]:
@@ -354,14 +381,15 @@ def new_run_folder(parent: Path, name: str | None, size: str, exist_ok: bool = F
         UserError: the folder exists or cannot be created, or `name` is missing.
     """
     store = next(rendezvous("env://"))[0] if "TORCHELASTIC_RUN_ID" in os.environ else None
+    key = f"{RUN_FOLDER_VARIABLE} {next(_folders)}"  # a process may train several runs
     if global_rank() == 0:
         folder = _make_run_folder(parent, name, size, exist_ok)
         os.environ[RUN_FOLDER_VARIABLE] = str(folder)
         if store is not None:
-            store.set(RUN_FOLDER_VARIABLE, str(folder))
+            store.set(key, str(folder))
         return folder
     if store is not None:
-        return Path(store.get(RUN_FOLDER_VARIABLE).decode())  # blocks until rank 0 has set it
+        return Path(store.get(key).decode())  # blocks until rank 0 has set it
     if RUN_FOLDER_VARIABLE in os.environ:
         return Path(os.environ[RUN_FOLDER_VARIABLE])
     if name is None:

@@ -10,6 +10,7 @@ SUMMARY = "summary.json"
 REPORT = "report.html"
 EVALUATION = "evaluation.json"
 CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"  # folder of event files
 SNAPSHOTS = "snapshots"  # snapshots/step-000000.safetensors, ...: bfloat16 weights
 WEIGHTS = "model.safetensors"  # in an export, instead of a checkpoint
 BEST, LAST = "best", "last"  # checkpoints/best.ckpt, last.ckpt; older ones: last-1.ckpt, ...

@@ -25,7 +25,7 @@ from minigpt.core.console import log
 from minigpt.core.distributed import (
     Launcher,
 )
-from minigpt.core.files import write_text
+from minigpt.core.files import MAX_YAML_BYTES, write_text
 from minigpt.core.hardware import (
     Hardware,
     matmul_peak,
@@ -48,7 +48,7 @@ from minigpt.training.callbacks import (
     Throughput,
     TrainingProgress,
 )
-from minigpt.training.checkpointing import Checkpoints
+from minigpt.training.checkpointing import CallbackStates, Checkpoints
 from minigpt.training.config import Schedule, TrainConfig, TrainerConfig, settings_of
 from minigpt.training.cycles import CycleMean
 from minigpt.training.loggers import MetricsCsv, extra_loggers
@@ -62,6 +62,21 @@ from minigpt.training.teacher import Teachers
 def _tokens_seen(number: int | None) -> str:
     """Return a number of training tokens as text for the log; None means an unknown number."""
     return "an unknown number of" if number is None else human_count(number)
+
+
+def config_text(config: TrainConfig, name: str) -> str:
+    """Return the content of config.yaml for a run in a folder called `name`.
+
+    Raises:
+        UserError: the text is longer than `read_yaml` accepts.
+    """
+    values = settings_of(dataclasses.replace(config, name=name))
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    if (size := len(text.encode())) > MAX_YAML_BYTES:
+        problem = f"config.yaml would have {size:,} bytes, more than {MAX_YAML_BYTES:,}: "
+        problem += "write many data files as a pattern, such as 'data.train_files=[stories/*.txt]'"
+        raise UserError(problem)
+    return text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +93,7 @@ class Assembly:
 
     def write_inputs(self) -> None:
         """Write config.yaml and tokenizer.json; evaluation needs both files and a checkpoint."""
-        values = settings_of(dataclasses.replace(self.config, name=self.folder.name))
-        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-        write_text(self.folder / CONFIG, text)
+        write_text(self.folder / CONFIG, config_text(self.config, self.folder.name))
         self.data.tokenizer.save(self.folder / TOKENIZER)
 
     def describe(self, kernels: Kernels) -> None:
@@ -153,7 +166,11 @@ class Assembly:
             num_sanity_val_steps=0,
             log_every_n_steps=c.log_every_n_steps,
             logger=loggers,
-            callbacks=[*self._callbacks(checkpoints, facts), *callbacks],
+            callbacks=[
+                *self._callbacks(checkpoints, facts),
+                *callbacks,
+                *([CallbackStates(checkpoints)] if callbacks else []),
+            ],
             default_root_dir=folder,
             enable_checkpointing=False,  # ours are among the callbacks
             enable_progress_bar=False,
@@ -187,7 +204,7 @@ class Assembly:
             *([CycleMean(module)] if config.optimizer.cycles else []),
             *([Snapshots(module, folder, keep.snapshots)] if keep.snapshots else []),
             checkpoints,
-            RunReport(module, folder, facts, throughput, checkpoints),
+            RunReport(module, folder, facts, throughput, checkpoints, self.start.step),
             *([Profile(module, folder / PROFILE)] if c.profile else []),
         ]
 

@@ -253,13 +253,14 @@ class RunReport(Callback):
         facts: entries of the summary that are known before the run starts, such as `device`.
         throughput: the callback that measures training time and peak FLOP/s.
         checkpoints: the callback that tracks the lowest validation loss.
+        first_step: number of updates in the checkpoint from which the run is resumed, or 0.
     """
 
     def __init__(
         self, module: GPTModule, folder: Path, facts: dict[str, Any], throughput: Throughput,
-        checkpoints: Checkpoints,
+        checkpoints: Checkpoints, first_step: int,
     ) -> None:  # fmt: skip
-        self.module, self.folder, self.facts = module, folder, facts
+        self.module, self.folder, self.facts, self.first_step = module, folder, facts, first_step
         self.throughput, self.checkpoints = throughput, checkpoints
         self._is_finished = False
 
@@ -272,6 +273,8 @@ class RunReport(Callback):
     ) -> None:
         """Write summary.json and report.html for a run that was interrupted or failed."""
         if self._is_finished:  # what failed came after the training
+            return
+        if trainer.global_step < self.first_step:  # the state was not restored yet
             return
         interrupted = isinstance(exception, KeyboardInterrupt | SIGTERMException)
         try:

@@ -36,7 +36,7 @@ from minigpt.core.console import log
 from minigpt.core.distributed import global_rank, in_slurm_job
 from minigpt.core.files import DISK_FULL
 from minigpt.core.settings import DiskFullError, UserError
-from minigpt.core.signals import REPEAT_SECONDS, SIGHUP, is_ignored, watch
+from minigpt.core.signals import REPEAT_SECONDS, SIGHUP, SIGUSR1, is_ignored, watch
 from minigpt.runs.checkpoint import write_checkpoint
 from minigpt.runs.folder import last_checkpoints
 from minigpt.runs.names import BEST, CHECKPOINTS, LAST
@@ -157,7 +157,7 @@ class Checkpoints(Callback):
         self.best_val_loss = math.inf
         self._validates = self.files.is_provisional = validates
         self._last_write = time.monotonic()
-        self._is_due = False  # SIGHUP asks for a checkpoint
+        self._is_due = False  # the next step or validation batch writes a checkpoint
         self._signal, self._signal_time = 0, 0.0  # signal that this process received
         self._stop_code = 0  # exit code with which all processes stop
         self._is_saved = False  # last.ckpt holds the current state
@@ -176,7 +176,7 @@ class Checkpoints(Callback):
             if not is_ignored(SIGHUP):
                 signals.append(SIGHUP)
             if in_slurm_job():
-                signals.append(signal.SIGUSR1)
+                signals.append(SIGUSR1)
             self._handlers = {number: signal.signal(number, self._on_signal) for number in signals}
         if self._validates:
             trainer.validating = True  # what Lightning does after a step
@@ -208,7 +208,7 @@ class Checkpoints(Callback):
 
         If `code` is that of SIGUSR1, this method also requeues the Slurm job.
         """
-        if code == 128 + signal.SIGUSR1 and global_rank() == 0:
+        if SIGUSR1 and code == 128 + SIGUSR1 and global_rank() == 0:
             _requeue()
         return SIGTERMException(code)
 
@@ -241,12 +241,12 @@ class Checkpoints(Callback):
         due = time.monotonic() - self._last_write > 60 * self.keep.checkpoint_minutes
         steps = self.keep.checkpoint_steps
         due |= self._is_due or (steps is not None and trainer.global_step % steps == 0)
-        self._is_due = False
         urgency = 128 + self._signal if self._signal else _CHECKPOINT_DUE * due
         if trainer.world_size > 1:  # all processes stop and save together, or none does
             own = torch.tensor(urgency, device=trainer.strategy.root_device)
             urgency = int(trainer.strategy.reduce(own, reduce_op="max"))
         self._stop_code = urgency if urgency != _CHECKPOINT_DUE else 0
+        self._is_due = bool(urgency) and validates_next  # the validation writes it
         if urgency and not validates_next:
             self.files.hold = True
             self._save(trainer, LAST)
@@ -260,7 +260,7 @@ class Checkpoints(Callback):
         self._stops_at_once = True
 
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
-        """After SIGHUP, write the checkpoint that was collected before this validation.
+        """If a checkpoint is due, write the one that was collected before this validation.
 
         If a signal should have stopped the run, but the exception from its handler was lost, stop
         the run now. Python discards an exception that a signal handler raises while a `__del__`
@@ -329,6 +329,30 @@ class Checkpoints(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the lowest validation loss from a checkpoint."""
         self.best_val_loss = state_dict["best_val_loss"]
+
+
+class CallbackStates(Callback):
+    """Save checkpoints again after the hooks of users' callbacks, which may change their state.
+
+    Lightning calls callbacks in their order. `Checkpoints` comes before the users' callbacks, so
+    that a checkpoint exists even if a hook of such a callback fails. This callback comes last.
+
+    Args:
+        checkpoints: the callback that saves the checkpoints.
+    """
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.checkpoints = checkpoints
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Collect the checkpoint of this step again, if there is one."""
+        if self.checkpoints.files.hold:
+            self.checkpoints._save(trainer, LAST)
+
+    def on_validation_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Replace the last.ckpt that was written after this validation."""
+        self.checkpoints.files.is_provisional = True
+        self.checkpoints._save(trainer, LAST)
 
 
 def _check_readable(name: str, state: Any) -> None:

@@ -19,6 +19,7 @@ from minigpt.core.distributed import global_rank
 from minigpt.core.files import sync, write_text
 from minigpt.core.settings import UserError, one_line
 from minigpt.core.typed import shell_command
+from minigpt.runs.names import TENSORBOARD
 from minigpt.runs.records import broken_line, whole_lines
 from minigpt.training.config import LoggerConfig
 
@@ -137,7 +138,7 @@ def extra_loggers(folder: Path, config: LoggerConfig) -> list[Logger]:
 
         # `log_final` writes the hyperparameters, with the final metrics.
         options: Any = {"version": "", "default_hp_metric": False}
-        return [TensorBoardLogger(folder, name="tensorboard", **options)]
+        return [TensorBoardLogger(folder, name=TENSORBOARD, **options)]
     return [_wandb_logger(folder, config)] if config.kind == "wandb" else []
 
 

@@ -37,18 +37,25 @@ from minigpt.core.settings import ModelClassError, UserError, build, next_step
 from minigpt.core.signals import watch
 from minigpt.data.datamodule import DataModule
 from minigpt.data.spool import spool_stories
-from minigpt.kernels.choice import kernels_for
+from minigpt.kernels.choice import Choice, kernels_for
 from minigpt.kernels.decode import is_plain
-from minigpt.model import GPT
-from minigpt.runs.folder import ModelFactory, Run, class_path, config_class, new_run_folder
+from minigpt.model import GPT, Kernels
+from minigpt.runs.folder import (
+    ModelFactory,
+    Run,
+    class_path,
+    config_class,
+    new_run_folder,
+    same_class,
+)
 from minigpt.runs.names import CHECKPOINTS, REPORT, SUMMARY
 from minigpt.runs.records import read_summary
-from minigpt.training.assembly import Assembly, set_losses
+from minigpt.training.assembly import Assembly, config_text, set_losses
 from minigpt.training.callbacks import (
     ModelUpload,
 )
 from minigpt.training.checkpointing import full_disk_in_one_line
-from minigpt.training.config import Schedule, TrainConfig, TrainerConfig
+from minigpt.training.config import MAX_NAME_BYTES, Schedule, TrainConfig, TrainerConfig
 from minigpt.training.loggers import check_logger, finish_wandb
 from minigpt.training.module import GPTModule
 from minigpt.training.processes import end_processes, own_launcher
@@ -93,6 +100,8 @@ def train(
         rank_zero: Any = rank_zero_only
         rank_zero.rank = global_rank()  # Lightning would also read other variables
         config = _with_classes(config, model, teacher)
+        if stories is not None and config.resume not in (None, AUTO):
+            raise UserError("a resumed run keeps its own stories: leave this out", "stories")
         if stories is not None:
             data = spool_stories(config.data, stories, valid_stories)
             config = dataclasses.replace(config, data=data)
@@ -119,7 +128,7 @@ def _train(
         config = start.config
         hardware = _hardware(config.trainer)
         set_threads(config.trainer.threads, hardware)
-        kernels = kernels_for(hardware.accelerator, config.trainer.kernels)
+        kernels = _kernels(hardware, config.trainer.kernels)
         schedule = Schedule.from_config(config, hardware.world_size)
         if folder is not None and start.step >= schedule.n_steps and not start.validates:
             if read_summary(folder).get("status") == "finished":
@@ -136,11 +145,18 @@ def _train(
         start = start.with_vocabulary(data.tokenizer)
         config = start.config
         module = start.module(schedule, data, model)
+        given = class_path(GPT) if is_plain(module.net) else class_path(model or GPT)
+        if start.checkpoint is not None:
+            trained = config.model_class or class_path(GPT)
+            if not same_class(given, trained):
+                problem = f"{folder} was trained with {trained}, not {given}"
+                raise ModelClassError(problem, trained)
         if not is_plain(module.net):
-            config = dataclasses.replace(config, model_class=class_path(model or GPT))
+            config = dataclasses.replace(config, model_class=given)
         if folder is None:
             parent = Path(config.runs_dir)
             assert config.size is not None
+            config_text(config, config.name or MAX_NAME_BYTES * "x")  # before the folder exists
             folder = new_run_folder(parent, config.name, config.size, config.resume == AUTO)
             stack.enter_context(lock(folder))
         stack.enter_context(full_disk_in_one_line(folder))
@@ -219,6 +235,14 @@ def _hardware(c: TrainerConfig) -> Hardware:
         message = "only the command line, torchrun or srun can train on several devices"
         raise UserError(message, "trainer.devices", hardware.devices, {"trainer.devices": "1"})
     return hardware
+
+
+def _kernels(hardware: Hardware, choice: Choice) -> Kernels:
+    """Return the kernels; raise UserError if `choice` does not fit the device."""
+    try:
+        return kernels_for(hardware.accelerator, choice)
+    except UserError as error:
+        raise error.within("trainer") from None
 
 
 def _class_setting(config: TrainConfig) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,25 @@ from minigpt.runs.folder import (
     config_class,
     last_checkpoint,
     last_checkpoints,
+    load_one,
     read_config,
 )
-from minigpt.runs.names import CHECKPOINTS, CONFIG, SNAPSHOTS, TOKENIZER
+from minigpt.runs.names import (
+    CHECKPOINTS,
+    CONFIG,
+    REPORT,
+    SNAPSHOTS,
+    SUMMARY,
+    TENSORBOARD,
+    TOKENIZER,
+)
 from minigpt.runs.provenance import Parent, parent_of
 from minigpt.runs.records import read_summary
 from minigpt.tokenizer import Tokenizer
 from minigpt.training.checkpointing import VALIDATES
 from minigpt.training.config import Schedule, TrainConfig, settings_of
 from minigpt.training.module import GPTModule
+from minigpt.training.profiling import PROFILE
 from minigpt.training.teacher import Teachers
 
 AUTO = "auto"  # resume=auto continues the run called config.name, if there is one
@@ -41,6 +52,10 @@ _MAY_CHANGE = (
     "name", "runs_dir", "resume", "data.cache_dir", "teacher.runs", "teacher.class_path",
     "model_class", "overrides",
 )  # fmt: skip
+
+# Settings that may be typed together with resume=<run>; the teachers may have been moved.
+_KEPT = ("resume=", "data.cache_dir=", "teacher=", "teacher.runs=")
+_KEPT += ("model.class_path=", "teacher.class_path=")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +126,7 @@ class ResumeState:
             teachers = Teachers.load(config.teacher.runs, folder, teacher)
             tokenizers["teacher.runs"] = config.teacher.runs[0], teachers.tokenizer
         if config.init_from is not None:
-            run = Run.load(config.init_from, model)
+            run = load_one(config.init_from, "init_from", model)
             tokenizers["init_from"] = config.init_from, run.tokenizer
             parent_model = run.load_model()
         tokenizer = _common(tokenizers)
@@ -132,6 +147,8 @@ class ResumeState:
         teacher: ModelFactory | None,
     ) -> ResumeState:  # fmt: skip
         assert config.resume is not None
+        if config.resume != AUTO:
+            refuse_settings(config)
         checkpoint = last_checkpoint(folder if config.resume == AUTO else Path(config.resume))
         run = Run(folder, checkpoint)
         values = run.config
@@ -175,8 +192,8 @@ class ResumeState:
             schedule: number of updates, and number of tokens in each update.
 
         Raises:
-            UserError: the data cannot be prepared, or model.vocab_size is less than the size of the
-                tokenizer.
+            UserError: the data cannot be prepared, model.vocab_size is less than the size of the
+                tokenizer, or the training split is smaller than a batch of all devices.
         """
         config, accumulate = self.config, self.config.trainer.accumulate_grad_batches
         n_batches, start_batch = schedule.n_steps * accumulate, self.step * accumulate
@@ -187,6 +204,8 @@ class ResumeState:
             message = f"is less than the tokenizer's {size} tokens: leave it out, so that "
             message += "data.vocab_size sets it"
             raise UserError(message, "model.vocab_size", vocab_size)
+        per_device = length * config.data.windows_per_batch * accumulate
+        data.check_batches(world_size=schedule.tokens_per_step // per_device)
         return data
 
     def with_vocabulary(self, tokenizer: Tokenizer) -> ResumeState:
@@ -248,8 +267,14 @@ class ResumeState:
     def clear(self, folder: Path) -> None:
         """Remove the temporary files of a killed process, and rename damaged checkpoints.
 
-        The run resumes from `checkpoint`. Only newer checkpoints are checked for damage.
+        The run resumes from `checkpoint`. Only newer checkpoints are checked for damage. If there
+        is no checkpoint, the run starts over, and the results of the earlier attempt are removed.
         """
+        if self.checkpoint is None:
+            for name in (SUMMARY, REPORT):
+                (folder / name).unlink(missing_ok=True)
+            for name in (SNAPSHOTS, PROFILE, TENSORBOARD):
+                shutil.rmtree(folder / name, ignore_errors=True)
         for pattern in ("*.tmp", f"{CHECKPOINTS}/*.tmp", f"{SNAPSHOTS}/*.tmp"):
             for leftover in folder.glob(pattern):
                 leftover.unlink()
@@ -366,7 +391,8 @@ def _with_vocabulary_of(tokenizer: Tokenizer, config: TrainConfig) -> TrainConfi
         source = data.tokenizer or config.teacher.runs[0]
         message = f"the tokenizer of {source} has {size} tokens: leave this setting out"
         raise UserError(message, "data.vocab_size", data.vocab_size)
-    if model.vocab_size == data.vocab_size:
+    is_typed = any(word.startswith("model.vocab_size=") for word in config.overrides)
+    if model.vocab_size == data.vocab_size and not is_typed:
         model = dataclasses.replace(model, vocab_size=size)
     data = dataclasses.replace(data, vocab_size=size)
     return dataclasses.replace(config, data=data, model=model)
@@ -441,6 +467,19 @@ def _check_settings(config: TrainConfig, before: TrainConfig, folder: Path) -> N
             raise UserError(message, name, value, {name: earlier[name]})
 
 
+def refuse_settings(config: TrainConfig) -> None:
+    """Raise UserError if settings were typed that cannot be combined with resume=<run>."""
+    typed = [word for word in config.overrides if not word.startswith(_KEPT)]
+    if not typed:
+        return
+    if any(word.startswith("budget.tokens=") for word in typed):
+        folder = folder_to_resume(config)
+        assert folder is not None
+        if error := budget_error(folder, config.budget.tokens):
+            raise error
+    raise UserError(f"a resumed run keeps its own settings: leave out {typed[0]}", "resume")
+
+
 def budget_error(folder: Path, tokens: int, typed: Sequence[str] | None = None) -> UserError | None:
     """Return the error for resuming a finished run with a larger budget; None in other cases.
 
@@ -463,5 +502,8 @@ def budget_error(folder: Path, tokens: int, typed: Sequence[str] | None = None) 
     if values["model"].get("vocab_size") != values["data"].get("vocab_size"):
         settings["model.vocab_size"] = values["model"].get("vocab_size")
     message = f"{folder} is finished, after {trained:,} tokens; to continue from its weights"
+    if not words:  # the settings were not typed, so a command cannot repeat them
+        fix = settings | {"name": f"{folder.name}-continued"}
+        return UserError(f"{message}, start a new run", "budget.tokens", tokens, fix)
     command = ("train", [*typed_settings(settings), *rest])
     return UserError(message, "budget.tokens", tokens, command=command)

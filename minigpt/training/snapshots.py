@@ -49,11 +49,9 @@ class Snapshots(Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        """For a new run, remove old snapshots in the folder and write the initial weights."""
+        """For a new run, write the initial weights."""
         self.folder.mkdir(exist_ok=True)
         if trainer.global_step == 0:
-            for path in self.folder.glob("step-*"):  # of a run killed before its first checkpoint
-                path.unlink()
             self._write(0, math.nan)
 
     @rank_zero_only

@@ -9,7 +9,7 @@ from typing import Any
 
 from minigpt.core.settings import ModelClassError, UserError
 from minigpt.model import GPT, GPTConfig
-from minigpt.runs.folder import ModelFactory, Run
+from minigpt.runs.folder import ModelFactory, Run, load_one
 from minigpt.runs.provenance import Parent, own_teachers
 from minigpt.tokenizer import Tokenizer
 
@@ -86,7 +86,7 @@ class Teachers:
 
 def _run(path: str, student: Path | None, model: ModelFactory | None) -> Run:
     try:
-        run = Run.load(path, model)
+        run = load_one(path, "teacher.runs", model)
     except UserError as error:
         if error.argument is not None:
             raise

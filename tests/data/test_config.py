@@ -47,3 +47,9 @@ def test_home_folders_are_expanded_in_each_path(monkeypatch):
     assert config.valid_files == ("/home/tim/c [d]/*.txt",)
     assert config.cache_dir == "/home/tim"
     assert DataConfig("hf", dataset="~/data").dataset == "/home/tim/data"
+
+
+def test_list_of_files_becomes_a_tuple(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/tim")
+    config = DataConfig("text", train_files=["~/a.txt", "b.txt"])
+    assert config.train_files == ("/home/tim/a.txt", "b.txt")

@@ -14,6 +14,7 @@ from minigpt.runs.checkpoint import is_whole, read_checkpoint
 from minigpt.runs.folder import last_checkpoints
 from minigpt.runs.names import METRICS
 from minigpt.runs.records import read_metrics, read_summary
+from minigpt.training.checkpointing import Checkpoints
 from tests.conftest import composed, naming, tiny_overrides, trained_folder
 from tests.killing import assert_same, kill_and_resume, rows
 from tests.processes import CHECKPOINT, STEP, VALIDATION, Training
@@ -105,6 +106,12 @@ def test_run_stopped_in_its_last_validation_repeats_it(workspace: Path):
     assert training.steps == 0
     assert {"train/loss", "val/loss"} <= read_summary(workspace / "runs/last").keys()
     assert_same(workspace / "runs/last", workspace / "runs/whole")
+
+
+def test_interruption_without_sigusr1_is_no_other_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("minigpt.training.checkpointing.SIGUSR1", 0)  # as on Windows
+    monkeypatch.delattr(signal, "SIGUSR1")
+    assert Checkpoints._stop(None, 128 + signal.SIGINT).code == 130
 
 
 def test_signal_in_a_finalizer_stops_the_validation(workspace: Path):

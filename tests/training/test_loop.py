@@ -26,6 +26,7 @@ from minigpt.runs.folder import Run
 from minigpt.runs.records import read_metrics, read_samples, read_summary
 from minigpt.training import assembly
 from minigpt.training.config import CallbacksConfig, OptimizerConfig, TrainConfig, TrainerConfig
+from minigpt.training.loop import _kernels
 from tests.conftest import ROOT, composed, naming, trained_folder, write_stories
 
 FEW = EvaluationConfig(stories=StoriesConfig(prompts=("Once",), n=1, max_tokens=5), words=("Tom",))
@@ -168,6 +169,14 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_run(
     assert group[0]["weight_decay"] == pytest.approx(0.3 if recipe else 0.1)
     steps = [[row["step"] for row in read_metrics(run)] for run in (whole, broken)]
     assert steps[0] == steps[1]
+
+
+def test_kernels_for_another_device_are_refused_by_the_name_of_the_setting():
+    with pytest.raises(UserError) as error:
+        _kernels(Hardware("cuda", 1, 1, "32-true", "as requested"), "cpu")
+    assert (error.value.argument, error.value.fix) == (
+        "trainer.kernels", {"trainer.kernels": "auto"},
+    )  # fmt: skip
 
 
 def fail_at_step(step: int):

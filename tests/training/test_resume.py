@@ -7,18 +7,29 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from lightning.pytorch.callbacks import Callback
 
+from minigpt import train
 from minigpt.core.files import write_json
 from minigpt.core.settings import UserError
+from minigpt.data.config import DataConfig
 from minigpt.evaluation import EvaluationConfig, StoriesConfig, evaluate
 from minigpt.exporting import ExportConfig, export
+from minigpt.model import GPTConfig
 from minigpt.runs.checkpoint import read_checkpoint, weights_fingerprint
 from minigpt.runs.folder import Run
 from minigpt.runs.provenance import Parent, parent_of
 from minigpt.runs.records import read_metrics, read_summary
 from minigpt.scaling.results import keep_run, read_run
-from minigpt.training.config import BudgetConfig
-from minigpt.training.resume import _check_settings, run_lock
+from minigpt.training.assembly import config_text
+from minigpt.training.config import BudgetConfig, TrainConfig
+from minigpt.training.resume import (
+    _check_settings,
+    _with_vocabulary_of,
+    budget_error,
+    run_lock,
+)
 from tests.conftest import composed, naming, trained_folder, write_stories
 from tests.training.test_loop import fail_at_step
 
@@ -367,3 +378,86 @@ def test_a_folder_without_locks_is_an_error(tmp_path, monkeypatch, error):
     monkeypatch.setattr("minigpt.training.resume.FileLock.acquire", fail)
     with pytest.raises(UserError, match=naming("runs_dir", "lock")):
         run_lock(tmp_path)
+
+
+def test_resume_refuses_other_settings_and_stories(parent: Path):
+    with pytest.raises(UserError, match=re.escape("seed=3")) as error:
+        train(composed([f"resume={parent}", "seed=3"]))
+    assert error.value.argument == "resume"
+    with pytest.raises(UserError) as error:
+        train(composed([f"resume={parent}", "budget.tokens=9e6"]))
+    assert error.value.argument == "budget.tokens"
+    with pytest.raises(UserError) as error:
+        train(composed([f"resume={parent}"]), stories=["A story."])
+    assert error.value.argument == "stories"
+    assert train(composed([f"resume={parent}"])).folder == parent
+
+
+def test_larger_budget_of_a_run_without_typed_settings_suggests_no_command(parent: Path):
+    settings = yaml.safe_load((parent / "config.yaml").read_text(encoding="utf-8"))
+    (parent / "config.yaml").write_text(yaml.safe_dump(settings | {"overrides": []}))
+    error = budget_error(parent, 10_000)
+    assert error is not None
+    assert error.command is None
+    assert error.fix["init_from"] == str(parent)
+    assert error.fix["budget.tokens"] == 10_000 - 1280
+
+
+def test_folder_of_runs_is_no_parent_and_no_teacher(tiny: list[str], parent: Path):
+    for name in ("init_from", "teacher.runs"):
+        with pytest.raises(UserError) as error:
+            trained_folder([*tiny, f"{name}={parent.parent}", "name=child"])
+        assert (error.value.argument, error.value.fix) == (name, {name: str(parent)})
+    assert not (parent.parent / "child").exists()
+
+
+def test_typed_vocabulary_of_the_model_is_kept(parent: Path):
+    tokenizer, data = Run.load(parent).tokenizer, DataConfig(vocab_size=400)
+    shape = GPTConfig(400, 16, d_model=16, n_layers=1, n_heads=2, d_ff=32)
+    config = TrainConfig(model=shape, data=dataclasses.replace(data, tokenizer=str(parent)))
+    typed = dataclasses.replace(config, overrides=("model.vocab_size=400",))
+    sizes = [
+        _with_vocabulary_of(
+            tokenizer, dataclasses.replace(c, data=dataclasses.replace(c.data, vocab_size=3000),
+            model=dataclasses.replace(shape, vocab_size=3000)),
+        ).model.vocab_size
+        for c in (config, typed)
+    ]  # fmt: skip
+    assert sizes == [tokenizer.vocab_size, 3000]
+
+
+def test_too_few_windows_are_refused_before_the_folder_exists(tiny: list[str], tmp_path: Path):
+    with pytest.raises(UserError) as error:
+        trained_folder(
+            [*tiny, "data.max_stories=1", "data.batch_size=64", "budget.tokens=20480", "name=few"]
+        )
+    assert error.value.argument == "data.batch_size"
+    assert not (tmp_path / "runs/few").exists()
+
+
+def test_config_too_long_to_be_read_again_is_refused():
+    files = tuple(f"{'x' * 60}{n}.txt" for n in range(1000))
+    config = TrainConfig(data=DataConfig(source="text", train_files=files))
+    with pytest.raises(UserError, match=naming("config.yaml", "data.train_files")):
+        config_text(config, "run")
+
+
+def test_resumed_run_that_cannot_start_keeps_its_summary(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    command = [*tiny, "name=broken", "resume=auto", "callbacks.checkpoint_steps=5"]
+    with monkeypatch.context() as patch:
+        patch.setattr("minigpt.training.module.GPTModule.on_train_batch_start", fail_at_step(13))
+        with pytest.raises(RuntimeError, match="interrupted"):
+            trained_folder(command)
+    folder = Path(composed(command).runs_dir, "broken")
+    before = read_summary(folder)
+
+    class Broken(Callback):
+        def on_fit_start(self, trainer, pl_module) -> None:
+            raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        trained_folder(command, callbacks=[Broken()])
+    assert read_summary(folder) == before
+    assert before["steps"] == 13

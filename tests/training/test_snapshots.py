@@ -122,7 +122,12 @@ def test_new_run_removes_the_snapshots_of_one_that_was_killed_early(
     (stale.parent / "step-000000.safetensors").write_bytes(b"")
     (stale.parent / "step-000001.safetensors.17.tmp").write_bytes(b"")
     stale.write_bytes(b"")
+    (stale.parents[1] / "summary.json").write_text('{"steps": 7}')
+    profile = stale.parents[1] / "profile/operators.txt"
+    profile.parent.mkdir()
+    profile.write_text("")
     folder = trained_folder([*tiny, "name=early", "resume=auto", "callbacks.snapshots=2"])
+    assert not profile.exists()
     names = [f"step-{step:06d}.safetensors" for step in (0, 20)]
     assert sorted(os.listdir(folder / "snapshots")) == names
     assert metadata(folder / "snapshots" / names[0])["step"] == "0"

@@ -54,6 +54,20 @@ def flipped(tiny: list[str]) -> minigpt.Run:
     return minigpt.train(composed([*tiny, "name=flipped"]), model=Flipped)
 
 
+def test_resume_with_another_class_is_refused(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    command = [*tiny, "callbacks.checkpoint_steps=5"]
+    for name, trained, other in (("plain", None, Flipped), ("flipped", Flipped, Scaled)):
+        with monkeypatch.context() as patch:
+            hook = "minigpt.training.module.GPTModule.on_train_batch_start"
+            patch.setattr(hook, fail_at_step(13))
+            with pytest.raises(RuntimeError, match="interrupted"):
+                minigpt.train(composed([*command, f"name={name}"]), model=trained)
+        with pytest.raises(ModelClassError):
+            minigpt.train(composed([f"resume={tmp_path / 'runs' / name}"]), model=other)
+
+
 def test_loss_of_a_subclass_is_the_cross_entropy_of_its_forward():
     torch.manual_seed(0)
     net = Flipped(GPTConfig(61, 16, d_model=16, n_layers=1, n_heads=2, d_ff=16))
