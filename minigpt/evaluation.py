@@ -73,8 +73,12 @@ class StoriesConfig:
         if self.n < 1:
             problem = "must be at least 1; to write no stories, give no prompts"
             raise UserError(problem, "n", self.n, fix={"prompts": []})
+        SamplingConfig(max_tokens=self.max_tokens)
         for temperature in self.temperatures:
-            SamplingConfig(temperature=temperature, max_tokens=self.max_tokens)
+            try:
+                SamplingConfig(temperature=temperature)
+            except UserError as error:
+                raise UserError(error.message, "temperatures", list(self.temperatures)) from None
 
 
 @documented
@@ -425,10 +429,13 @@ def evaluate(
         problem = f"the stories that {run.folder} was trained on are not available"
         raise UserError(problem, fix=files)
     hardware, cache_dir = _hardware(run), settings.cache_dir
+    may_change = config.data is None and settings.source != "tinystories_sample"
     model = model.to(hardware.accelerator).use(kernels_for(hardware.accelerator))
 
     def score(corpus: Corpus) -> Score:
         split = prepare_split(corpus, "valid", tokenizer, cache_dir)
+        if may_change:
+            _warn_if_changed(split.n_tokens, run)
         batching = config.batch_size, config.stride
         loss = evaluate_loss(model, split.array(), *batching, hardware.precision, console)
         bits_per_byte = loss.bits_per_byte(split.bytes_per_token)
@@ -458,6 +465,22 @@ def evaluate(
     )
     write_json(out / evaluation_name(config, evaluation), dataclasses.asdict(evaluation))
     return evaluation
+
+
+def _warn_if_changed(n_tokens: int, run: Run) -> None:
+    """Log a warning if the run's own validation split has another size than in training.
+
+    Args:
+        n_tokens: number of tokens in the validation split now.
+        run: the run, which may not have recorded the number.
+    """
+    recorded = read_summary(run.folder).get("valid_tokens")
+    if recorded not in (None, n_tokens):
+        log.warning(
+            "the data of %s has changed: its validation split has %s tokens, but had %s in "
+            "training; it may contain stories that the model was trained on",
+            run.folder, f"{n_tokens:,}", f"{recorded:,}",
+        )  # fmt: skip
 
 
 def _hardware(run: Run) -> Hardware:

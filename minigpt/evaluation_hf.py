@@ -12,6 +12,7 @@ import dataclasses
 import importlib
 import inspect
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,10 +143,14 @@ def evaluate_hf(
 def evaluation_hf_name(folder: Path, config: EvaluationConfig) -> str:
     """Return the name of the file for the results of the model in `folder`.
 
-    The settings add the same parts to the name as in `evaluation_name`.
+    For a checkpoint of the Hugging Face trainer, such as out/checkpoint-500, the name contains the
+    names of both folders. The settings add the same parts to the name as in `evaluation_name`.
     """
     is_tuning = config.data is not None and config.data.valid == "tuning"
-    return file_name(f"evaluation-hf-{folder.resolve().name}", config, is_tuning, config.valid)
+    folder = folder.resolve()
+    is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.name) is not None
+    name = f"{folder.parent.name}-{folder.name}" if is_checkpoint else folder.name
+    return file_name(f"evaluation-hf-{name}", config, is_tuning, config.valid)
 
 
 def _check_settings(config: EvaluationConfig) -> None:

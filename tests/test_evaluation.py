@@ -126,7 +126,7 @@ def test_a_stride_that_skips_tokens_is_refused(stride):
     [
         ({"analogies": [["a", "b"]]}, ["analogies", "a", "b"]),
         ({"stories": {"n": 0}}, ["stories", "n", "0"]),
-        ({"stories": {"temperatures": [-1]}}, ["temperature", "-1.0"]),
+        ({"stories": {"temperatures": [-1]}}, ["stories.temperatures", "-1.0"]),
         ({"stride": "wide"}, ["stride", "wide"]),
         ({"seed": -1}, ["seed", "-1"]),
         ({"strid": 1}, ["strid", "stride"]),
@@ -413,3 +413,13 @@ def test_command_without_a_run_prints_what_to_type(tmp_path):
     (line,) = process.err.strip().splitlines()
     assert line.startswith("error: ")
     assert "evaluate.py ckpt=runs/" in line
+
+
+def test_changed_validation_stories_are_warned_about(run, caplog):
+    few = EvaluationConfig(stories=StoriesConfig(prompts=()), words=(), analogies=())
+    evaluate(run, few)
+    assert not any(record.levelno == logging.WARNING for record in caplog.records)
+    (run / "summary.json").write_text(json.dumps({"valid_tokens": 7_654_321}))
+    evaluate(run, few)
+    (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "7,654,321" in record.getMessage()

@@ -20,7 +20,7 @@ from minigpt.cli.arguments import (
     check_folder,
     load_runs,
 )
-from minigpt.core.settings import UserError
+from minigpt.core.settings import UserError, flat, plain_defaults
 
 
 def probe(
@@ -123,8 +123,10 @@ def compare(
     from minigpt.scaling.comparison import COLUMNS, NOTE, cells, markdown
     from minigpt.scaling.comparison import compare as compare_recipes
     from minigpt.scaling.results import find_runs, read_run
+    from minigpt.training.config import TrainConfig
 
-    comparisons = compare_recipes([read_run(folder) for folder in find_runs(folders)])
+    runs = [read_run(folder) for folder in find_runs(folders)]
+    comparisons = compare_recipes(runs, flat(plain_defaults(TrainConfig)))
     table = Table(*COLUMNS, box=None, pad_edge=False, header_style="bold")
     for comparison in comparisons:
         table.add_row(*(Text(cell, overflow="fold") for cell in cells(comparison)))

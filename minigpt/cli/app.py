@@ -19,7 +19,7 @@ from typer import Argument, Option
 from minigpt.cli.analysis import compare, probe, scaling, study
 from minigpt.cli.arguments import ClassPath, PathArgument, PathOption, RunPath, load_runs
 from minigpt.cli.exits import orderly_exit, result_on_stdout
-from minigpt.cli.program import Program, describe, leave, use_utf8
+from minigpt.cli.program import Program, describe, leave, program_words, use_utf8
 from minigpt.core.console import log
 from minigpt.core.cores import limit_threads
 from minigpt.core.distributed import forget_launcher
@@ -255,7 +255,7 @@ def publish(
     files = write_space(source, folder, name) if space else write(source, folder, name=name)
     print(f"Wrote {folder}: {len(files)} files")
     if dry_run:
-        page = shell_command("python", path_argument(str(folder / "app.py")))
+        page = shell_command(*program_words("python"), path_argument(str(folder / "app.py")))
         print(f"Nothing was uploaded.{f' To try it: {page}' if space else ''}")
     else:
         print(f"Uploaded to {push_folder(folder, name, private, 'space' if space else 'model')}")
@@ -298,7 +298,8 @@ def sweep(
     from minigpt.cli.sweep import write_sweep
 
     path = write_sweep(name, out or Path(f"{name}.yaml"))
-    print(f"Wrote {path}. Next: {shell_command('wandb', 'sweep', path_argument(str(path)))}")
+    command = shell_command(*program_words("wandb"), "sweep", path_argument(str(path)))
+    print(f"Wrote {path}. Next: {command}")
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 from importlib import metadata
 from pathlib import Path
@@ -72,8 +73,13 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
         existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         writable = os.access(existing, os.W_OK)
         checks[f"{path} is not writable: set {setting} to another folder"] = not writable
-    facts = {topic: fact.replace(private, "~") for topic, fact in facts.items()}
-    return facts, [line.replace(private, "~") for line, applies in checks.items() if applies]
+    facts = {topic: _without_home(fact, private) for topic, fact in facts.items()}
+    return facts, [_without_home(line, private) for line, applies in checks.items() if applies]
+
+
+def _without_home(text: str, home: str) -> str:
+    """Return `text` with ~ in place of the home folder at the beginning of each path."""
+    return text if home == "/" else re.sub(rf"{re.escape(home)}(?![^/\s])", "~", text)
 
 
 def _version(package: str) -> str:

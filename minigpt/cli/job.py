@@ -68,7 +68,7 @@ def run_job(job: Job, program: Program) -> None:
         job.report(phase="stopped")
     except UserError as error:
         message = describe(error, program)
-        settings = {error.argument, *error.fix} - {None, "data.train_files"}
+        settings = {error.argument, *error.fix} - {None, "data.train_files", "init_from"}
         if settings or error.command is not None:
             message += " (only in a terminal: this page has no such setting)"
         for path, name in job.uploads.items():
@@ -83,7 +83,10 @@ def run_job(job: Job, program: Program) -> None:
 
 
 def _field(job: Job, error: UserError) -> str:
-    """Return the form field at which the page shows an error: "text", "files" or "start"."""
+    """Return the form field at which the page shows an error: "text", "files" or "start".
+
+    An error without an argument is one of the data.
+    """
     of_data = (error.argument or "data").startswith("data")
     if not of_data:
         return "start"
@@ -97,7 +100,11 @@ def _train(job: Job, program: Program) -> None:
 
     tune_process()
     settings, cache = job.settings, job.folder / CACHE
-    words = job_words(job, check_unpacked(list(job.uploads)))
+    words = job.status.get("words")  # a job that continues does not need the model it started from
+    n_bytes = check_unpacked(list(job.uploads))
+    if words is None:
+        words = job_words(job, n_bytes)
+        job.report(words=words)
     place: dict[str, Any] = {"data.cache_dir": str(cache), "logger": "csv"}
     place["data.train_files"] = list(map(str, job.uploads))
     budget = job.status.get("budget")
@@ -166,7 +173,10 @@ def _shape(start: dict[str, Any]) -> dict[str, Any]:
     from minigpt.cli.compose import load_config
     from minigpt.runs.folder import Run
 
-    run = Run.load(start["path"])
+    try:
+        run = Run.load(start["path"])
+    except UserError as error:
+        raise UserError(error.message, "init_from") from None
     size = run.config.get("size") if run.config.get("size") in SIZES else "small"
     shape = dataclasses.asdict(load_config("train", [f"model={size}"]).model)
     trained = dataclasses.asdict(run.load_model().config)

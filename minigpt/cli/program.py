@@ -67,14 +67,14 @@ class Program:
         """
         if verb not in ("train", "evaluate"):
             paths = [path_argument(str(path)) for path in settings.values()]
-            return shell_command(*_program("minigpt"), verb, *paths)
+            return shell_command(*program_words("minigpt"), verb, *paths)
         if self.words:
-            return shell_command(*_program("minigpt"), verb, *words, *typed_settings(settings))
+            return shell_command(*program_words("minigpt"), verb, *words, *typed_settings(settings))
         script = str(Path(self.script).with_name(f"{verb}.py"))
-        return shell_command(*_program("python"), script, *words, *typed_settings(settings))
+        return shell_command(*program_words("python"), script, *words, *typed_settings(settings))
 
 
-def _program(name: str) -> list[str]:
+def program_words(name: str) -> list[str]:
     """Return the first words of a shell command that starts the program `name`.
 
     The result depends on where the program is:
@@ -82,18 +82,21 @@ def _program(name: str) -> list[str]:
     - in this Python environment, and the shell finds it by its name: `name`;
     - in this Python environment, but the shell finds another program or none: the program's path;
     - not in this Python environment, but on the PATH: `name`;
-    - in neither: the path of this interpreter for "python", `python -m minigpt` for "minigpt".
+    - in neither: `python -m` and `name`.
+
+    For "python", the last two results would be another interpreter, or none. Instead, the result is
+    the path of this interpreter.
 
     Args:
-        name: "python" or "minigpt".
+        name: name of the program, such as "python", "minigpt" or "wandb".
     """
     path, on_path = Path(sys.executable).with_name(name), shutil.which(name)
     if on_path is not None:
         same = Path(on_path).parent.resolve() == path.parent.resolve()  # also through links
-        if same or not path.exists():
+        if same or (name != "python" and not path.exists()):
             return [name]
     if not path.exists():
-        return [sys.executable] if name == "python" else [*_program("python"), "-m", "minigpt"]
+        return [sys.executable] if name == "python" else [*program_words("python"), "-m", name]
     here = Path.cwd()
     return [str(path.relative_to(here) if path.is_relative_to(here) else path)]
 

@@ -80,6 +80,8 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
     _sweep.clear()
 
     def job(config: DictConfig) -> None:
+        speak(program.command)  # again, because a launcher may have started another process
+        allow_starting_processes()
         with _one_line_errors(name, program):
             task(config, program, classes)
 
@@ -126,10 +128,10 @@ def _leave_explained(error: Exception, name: str) -> None:
 
 def _sweep_again(program: Program, arguments: list[str], sweep_dir: str) -> str:
     """Return the command that continues a multirun without training its finished jobs again."""
-    words, key = list(arguments), "hydra.sweep.dir"
-    if not any(word.startswith(f"{key}=") for word in words):
-        i = first_setting(words)
-        words[i:i] = typed_settings({key: sweep_dir})
+    key = "hydra.sweep.dir"  # as typed, it may contain an interpolation, such as the time
+    words = [word for word in arguments if not word.startswith(f"{key}=")]
+    i = first_setting(words)
+    words[i:i] = typed_settings({key: sweep_dir})
     return program.command("train", *words)
 
 

@@ -27,7 +27,9 @@ def write_sweep(name: str, path: Path) -> Path:
         UserError: no sweep has that name, or the file already exists.
     """
     checkout = Path(minigpt.__file__).parent.parent / "sweeps"
-    folder = checkout if checkout.is_dir() else resources.files("minigpt") / "sweeps"
+    folder = (
+        checkout if (checkout / "scaling.yaml").is_file() else resources.files("minigpt") / "sweeps"
+    )
     sweeps = {f.name.removesuffix(".yaml"): f for f in folder.iterdir() if f.name.endswith(".yaml")}
     if name not in sweeps:
         raise UserError(unknown_name(name, sorted(sweeps), "sweep"))

@@ -27,17 +27,18 @@ def _train(config: DictConfig, program: Program, classes: list[str]) -> None:
     overrides = [word for word in overrides if not word.startswith("local=")]  # MINIGPT_LOCAL
     values, size = plain_values(config), job.runtime.choices.get("model")
     location: list[str] = []
-    if job.mode == RunMode.MULTIRUN:
+    resumes_run = values["resume"] not in (None, "auto")
+    if job.mode == RunMode.MULTIRUN and not resumes_run:
         # Each job has its own folder, and uses the same folder if a scheduler restarts the job.
-        name, resume = values["name"] or f"{size}-{job.job.num}", values["resume"] or "auto"
-        where = {"runs_dir": job.sweep.dir, "name": name, "resume": resume}
+        name = values["name"] or f"{size}-{job.job.num}"
+        where = {"runs_dir": job.sweep.dir, "name": name, "resume": "auto"}
         values, location = values | where, typed_settings(where)
     # Lightning starts the processes of other devices with this command, which runs one job only.
     folders = [s.path for s in job.runtime.config_sources if s.provider == "command-line"]
     groups = [f"--config-dir={path.removeprefix('file://')}" for path in folders]
     groups += [word for word in job.overrides.hydra if word.startswith("hydra.searchpath=")]
     sys.argv = [program.path, *program.words, *groups, *overrides, *classes, *location]
-    if values["resume"] not in (None, "auto"):
+    if resumes_run:
         from minigpt.training.config import BudgetConfig, TrainConfig
         from minigpt.training.resume import refuse_settings
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import enum
 import math
 import types
 import typing
@@ -18,7 +19,15 @@ from typing import Any, Literal, TypeVar
 from minigpt.core.typed import shell_word, typed_settings
 
 T = TypeVar("T")
-MISSING = dataclasses.MISSING
+
+
+class _Missing(enum.Enum):
+    """Type of MISSING; unlike `dataclasses.MISSING`, a pickled member is the same object again."""
+
+    MISSING = enum.auto()
+
+
+MISSING = _Missing.MISSING
 RENAMED = {"model.attention": "trainer.kernels"}  # old and new names of settings
 
 
@@ -116,6 +125,10 @@ class ModelClassError(UserError):
         super().__init__(message, argument)
         self.class_name = class_name
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what `pickle` needs: launchers of sweeps send errors between processes."""
+        return type(self), (self.message, self.class_name, self.argument)
+
 
 def python_call(verb: str, /, *words: str, **settings: Any) -> str:
     """Return the Python call for a command-line verb with settings, to suggest in a message.
@@ -211,7 +224,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         if f"{prefix}{key}" not in names:
             raise UserError(unknown_name(f"{prefix}{key}", names))
     for field in fields:
-        required = field.default is MISSING and field.default_factory is MISSING
+        required = field.default is field.default_factory is dataclasses.MISSING
         if required and field.name not in values:
             raise UserError("is required and has no default: set it", f"{prefix}{field.name}")
     converted = {k: _convert(v, hints[k], f"{prefix}{k}") for k, v in values.items()}
@@ -249,10 +262,11 @@ def plain_defaults(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
-        default = field.default if field.default_factory is MISSING else field.default_factory()
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
         if dataclasses.is_dataclass(hint := hints[field.name]):
             values[field.name] = plain_defaults(hint)  # type: ignore[arg-type]
-        elif default is not MISSING:
+        elif default is not dataclasses.MISSING:
             values[field.name] = plain(default)
     return values
 

@@ -71,6 +71,9 @@ class Corpus:
     """Approximate maximum number of UTF-8 bytes of stories to read from the training files; no
     story is cut. None means all stories."""
 
+    max_valid_bytes: int | None = None
+    """The same limit for the validation files."""
+
     field: str | None = None
     """Column or key that holds the stories; None selects `text` if it exists, else `story`, else
     the only text column."""
@@ -122,7 +125,7 @@ class Corpus:
             return _every_seventh(stories, split == "valid")
         if self.valid_files:
             if split == "valid":
-                return self._read(self.valid_files)
+                return self._valid_pieces()
             return _without(self._valid_digests, self._train_pieces(), "training")
         n_train, lengths = self._division
         if lengths:
@@ -160,6 +163,7 @@ class Corpus:
             "field": self.field,
             "holdout": None if self.valid_files else self.holdout,
             "max_bytes": None if given else self.max_train_bytes,
+            **({"max_valid_bytes": self.max_valid_bytes} if self.max_valid_bytes else {}),
         }
 
     @cached_property
@@ -175,6 +179,10 @@ class Corpus:
     def _read(self, files: tuple[Path, ...]) -> Iterator[Piece]:
         for path in files:
             yield from read_pieces(path, self.separator, self.field)
+
+    def _valid_pieces(self) -> Iterator[Piece]:
+        pieces = self._read(self.valid_files)
+        return pieces if self.max_valid_bytes is None else _take(pieces, self.max_valid_bytes)
 
     def _train_pieces(self) -> Iterator[Piece]:
         if not self.train_files:
@@ -223,7 +231,7 @@ class Corpus:
 
     @cached_property
     def _valid_digests(self) -> set[bytes]:
-        return set(_digests(self._read(self.valid_files)))
+        return set(_digests(self._valid_pieces()))
 
     @cached_property
     def _repeated_digests(self) -> set[bytes]:
@@ -381,12 +389,14 @@ def _hub_dataset(config: DataConfig, folder: Path, valid_only: bool) -> Corpus:
     tokens = config.download_tokens
     max_bytes = None if tokens is None else math.ceil(tokens * _BYTES_PER_TOKEN * _STORY_MARGIN)
 
-    train, valid = (), ()
+    train, valid, limit = (), (), None
     if config.valid_split is not None:
+        limit = _VALID_BYTES
         valid = (fetch_dataset(folder, config, config.valid_split, _VALID_BYTES),)
     if not (valid and valid_only):
         train = (fetch_dataset(folder, config, config.split, max_bytes),)
-    return Corpus(train, valid, config.holdout, max_train_bytes=max_bytes)
+    # The cache may contain more of a split, if it was read as another split.
+    return Corpus(train, valid, config.holdout, max_train_bytes=max_bytes, max_valid_bytes=limit)
 
 
 def bundled_sample(release: Literal["v1", "v2"] = "v2") -> Corpus:

@@ -100,6 +100,7 @@ def model_card(
         class_option="".join(f" {shell_word(option)}" for option in options),
         version=minigpt.__version__,
         commit=_cell(summary.get("commit")),
+        is_partial=summary.get("status", "finished") != "finished",
     )
     return f"{card}\n"
 

@@ -9,6 +9,7 @@ of the model. It cannot train models.
 from __future__ import annotations
 
 import shutil
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -39,6 +40,7 @@ import sys
 from pathlib import Path
 
 from minigpt.core.console import show_log
+from minigpt.core.settings import UserError
 from minigpt.playground.server import serve
 from minigpt.runs.folder import Run
 
@@ -52,6 +54,8 @@ try:
     )
 except KeyboardInterrupt:
     sys.exit(130)
+except UserError as error:
+    sys.exit(f"error: {error}")
 '''
 
 
@@ -90,6 +94,7 @@ def write_space(run: Run, out: str | Path, name: str | None = None) -> list[Path
         "title": title,
         "sdk": "gradio",
         "sdk_version": gradio,
+        "python_version": ".".join(map(str, sys.version_info[:2])),
         "app_file": APP,
         "short_description": "A small language model that tells stories",
         "pinned": False,

@@ -265,7 +265,10 @@ class Playground:
 
     def map(self, name: str) -> str:
         """Return the two-dimensional map of word embeddings of the model `name`, as HTML."""
-        model = self.models[name]
+        try:
+            model = self.models[name]
+        except UserError as error:  # its files were deleted
+            return html.note_html(str(error), "error")
         return _word_map(model.probe) if model.map is None else model.map
 
     def attention(self, name: str, text: str, layer: int, head: int) -> str:
@@ -280,9 +283,9 @@ class Playground:
         Returns:
             The text and the attention matrix, or a one-line error.
         """
-        model = self.models[name]
-        shape = model.net.config
         try:
+            model = self.models[name]
+            shape = model.net.config
             for part, i, n in (("layers", layer, shape.n_layers), ("heads", head, shape.n_heads)):
                 if not 1 <= i <= n:
                     raise UserError(f"{name} has {n} {part}: choose a number from 1 to {n}.")

@@ -10,6 +10,7 @@ requests with the name of another site in Host or Origin are refused.
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -24,7 +25,8 @@ class Hosts:
     """Host names and addresses under which the server may be called.
 
     Args:
-        host: host name or address that the server listens on.
+        host: host name or address that the server listens on. In a Space of the Hugging Face Hub,
+            the host names of the Space are allowed, too.
         root_path: path or URL of the page behind a reverse proxy. If it is a URL, its host is
             allowed, too. None means no proxy.
     """
@@ -33,6 +35,7 @@ class Hosts:
         self._any_address = host in _ANY
         machine = socket.gethostname()
         own = [machine, f"{machine}.local"] if self._any_address else [host]
+        own += os.environ.get("SPACE_HOST", "").split(",")  # set in a Space: me-tales.hf.space
         self._names = {"localhost", *own, _name(urlsplit(root_path or "").netloc)}
         self._names = {name.lower() for name in self._names if name}
 

@@ -132,8 +132,8 @@ def scores_html(scores: HeadScores | None) -> str:
 
 def _answer(playground: Playground, name: str, text: str, function: Answer) -> str:
     """Return the result of `function` for a model and the ids of a text, or a one-line error."""
-    model = playground.models[name]
     try:
+        model = playground.models[name]
         ids = encode_prompt(model.tokenizer, checked_text(text, "a sentence"))
         ids = ids[:, : min(MAX_COLUMNS, model.net.config.context_length)]
         return function(model, ids.to(model.net.embedding.weight.device))

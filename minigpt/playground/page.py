@@ -20,7 +20,8 @@ import gradio as gr
 from gradio import themes
 from gradio.routes import App, ORJSONResponse
 
-from minigpt.playground import inside
+from minigpt.core.settings import UserError
+from minigpt.playground import html, inside
 from minigpt.playground.access import with_token
 from minigpt.playground.age_page import Page, age_slider, at_age, on_age, place_of, show_answer
 from minigpt.playground.answers import MAX_PROMPT, MAX_RUNS, MAX_TOKENS, Playground
@@ -254,7 +255,10 @@ def _attention_tab(playground: Playground, page: Page) -> None:
     changed.then(attention, [*inputs, page.age], matrix, api_visibility="private")
 
     def scores(name: str) -> str:
-        return inside.scores_html(playground.models[name].scores)
+        try:
+            return inside.scores_html(playground.models[name].scores)
+        except UserError as error:  # the files of the model were deleted
+            return html.note_html(str(error), "error")
 
     gr.Markdown(SCORES)
     show_answer(scores, [name], gr.HTML(scores(name.value), elem_id="scores"))

@@ -229,7 +229,9 @@ class TrainingQueue:
     def _write(job: Job, text: str | None, files: Sequence[Path], settings: dict[str, Any]) -> None:
         """Write the folder of a new job: job.json, the pasted text and the uploaded files."""
         pasted = bool(text and text.strip())
-        names = [*([TEXT] if pasted else []), *(path.name for path in files)]
+        names: list[str] = []
+        for name in [*([TEXT] if pasted else []), *(path.name for path in files)]:
+            names.append(f"{len(names) + 1}-{name}" if name in names else name)  # no two are equal
         (job.folder / UPLOADS).mkdir(parents=True)
         write_json(job.folder / JOB, {**settings, "names": names, "pasted": pasted})
         targets = list(job.uploads)

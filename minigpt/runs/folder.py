@@ -153,7 +153,8 @@ class Run:
         A run that is still training or was killed may have no summary.json. The summary then
         contains only the three values above and, if there are any, the records of the parent run
         and of the teachers. If the selected checkpoint is a snapshot, the seconds may be missing,
-        because a snapshot does not record them.
+        because a snapshot does not record them. For a snapshot before the end, the status is
+        "training".
 
         Raises:
             UserError: summary.json or the checkpoint is damaged.
@@ -173,6 +174,8 @@ class Run:
         with contextlib.suppress(KeyError, TypeError, ValueError):
             summary["seconds"] = round(float(content["callbacks"]["Throughput"]["seconds"]), 1)
         per_step = stored.get("tokens_per_step")
+        if self.checkpoint.parent.name == SNAPSHOTS:
+            summary["status"] = "training"
         return {**summary, "steps": steps, "tokens": per_step and steps * per_step}
 
     @property

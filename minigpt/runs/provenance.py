@@ -251,6 +251,9 @@ def _distinct(teachers: Iterable[Parent]) -> list[Parent]:
 
 
 def total_tokens(teachers: Iterable[Parent]) -> int | None:
-    """Return the total number of training tokens of the teachers; None if it is unknown."""
+    """Return the sum of the teachers' training tokens; None if one of them is unknown.
+
+    The tokens of an ancestor that two teachers share are counted for both.
+    """
     counts = [teacher.tokens for teacher in teachers]
     return None if None in counts else sum(n for n in counts if n is not None)

@@ -8,7 +8,7 @@ same order. The difference of their losses then has less noise than the losses t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -32,8 +32,16 @@ from minigpt.scaling.results import RunResult
 COLUMNS = ("change", "seeds", "nats/token", "difference", "standard error", "shown", "time")
 NOTE = (
     "Difference: mean over the seeds that a recipe shares with the first one, in nats per token. "
+    "It is empty if the validation stories or the tokenizer differ. "
     "Shown: whether it is larger than two standard errors. Time: mean training time of a run."
 )
+# Settings that select the validation stories.
+_VALIDATION = (
+    "data.source", "data.dataset", "data.subset", "data.split", "data.valid_split", "data.valid",
+    "data.valid_files", "data.holdout", "data.field", "data.separator",
+)  # fmt: skip
+# Settings that change the tokenizer, unless both runs use the tokenizer of the same run.
+_TOKENIZER = ("data.vocab_size", "data.tokenizer", "data.max_stories", "data.train_files")
 _IGNORED = {*MACHINE, "name", "seed", "size", "overrides"}
 
 
@@ -66,7 +74,9 @@ class Comparison:
         return abs(self.difference) > 2 * self.standard_error
 
 
-def compare(runs: Sequence[RunResult]) -> list[Comparison]:
+def compare(
+    runs: Sequence[RunResult], defaults: Mapping[str, Any] | None = None
+) -> list[Comparison]:
     """Group finished runs by recipe, and compare each recipe with the recipe of the first run.
 
     Two runs have the same recipe if all settings are equal, except the seed, the name and those
@@ -75,6 +85,8 @@ def compare(runs: Sequence[RunResult]) -> list[Comparison]:
     Args:
         runs: results of runs. Runs that are unfinished or have no final validation loss are left
             out.
+        defaults: current defaults by dotted name, for settings that the config.yaml of a run lacks,
+            because it was written by an earlier version.
 
     Returns:
         A comparison for each recipe. The recipes are in the order of their first runs.
@@ -86,7 +98,8 @@ def compare(runs: Sequence[RunResult]) -> list[Comparison]:
     for run in runs:
         if run.point is None or run.loss is None:
             continue
-        settings = _recipe(run.path)
+        settings = {**_without_ignored(defaults or {}), **_recipe(run.path)}
+        settings = {name: value for name, value in settings.items() if value is not None}
         members = next((members for other, members in recipes if other == settings), None)
         if members is None:
             recipes.append((settings, [run]))
@@ -108,7 +121,8 @@ def _comparison(
     names = [name for name in base | settings if settings.get(name) != base.get(name)]
     losses = _losses(members)
     common = [seed for seed in losses if seed in first]
-    differences = tuple(losses[seed] - first[seed] for seed in common) if names else ()
+    is_comparable = names and not _changes_loss(settings, base, names)
+    differences = tuple(losses[seed] - first[seed] for seed in common) if is_comparable else ()
     times = [read_summary(run.path).get("seconds") for run in members]
     seconds = [value for value in times if isinstance(value, int | float)]
     return Comparison(
@@ -117,6 +131,18 @@ def _comparison(
         differences,
         fmean(seconds) if seconds else None,
     )
+
+
+def _changes_loss(settings: dict[str, Any], base: dict[str, Any], names: list[str]) -> bool:
+    """Return whether different settings make losses per token incomparable.
+
+    They do so if other stories are used for validation, or if the tokenizer may be another one.
+    """
+    if {*_VALIDATION} & {*names}:
+        return True
+    tokenizer = settings.get("data.tokenizer")
+    is_shared = tokenizer is not None and tokenizer == base.get("data.tokenizer")
+    return bool({*_TOKENIZER} & {*names}) and not is_shared
 
 
 def _losses(runs: list[RunResult]) -> dict[int, float]:
@@ -128,15 +154,14 @@ def _recipe(path: Path) -> dict[str, Any]:
 
     Absolute paths are reduced to their last component.
     """
-    config = {name: value for name, value in Run(path, path).config.items() if name not in _IGNORED}
+    config = Run(path, path).config
 
     def portable(value: Any) -> Any:
         if isinstance(value, list):
             return [portable(item) for item in value]
         return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
-    values = {name: portable(value) for name, value in flat(config).items()}
-    values.pop("data.cache_dir", None)
+    values = {name: portable(value) for name, value in _without_ignored(flat(config)).items()}
     summary, record = read_summary(path), path / SUMMARY
     if (parent := parent_of(summary, record)) is not None:
         values["init_from"] = _label(parent)
@@ -145,6 +170,15 @@ def _recipe(path: Path) -> dict[str, Any]:
     if averaged := averaged_runs(summary, record):
         values["averaged"] = list(map(_label, averaged))
     return values
+
+
+def _without_ignored(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings, by dotted name, that belong to a recipe."""
+    return {
+        name: value
+        for name, value in values.items()
+        if name.partition(".")[0] not in _IGNORED and name != "data.cache_dir"
+    }
 
 
 def _label(run: Parent | AveragedRun) -> str:

@@ -23,6 +23,7 @@ from minigpt.core.files import refuse_links_out, write_json, write_text
 from minigpt.core.settings import UserError, flat
 from minigpt.core.text import human_count
 from minigpt.data.config import DataConfig
+from minigpt.model import GPTConfig
 from minigpt.runs.folder import Run
 from minigpt.runs.names import CONFIG, METRICS, SUMMARY
 from minigpt.runs.provenance import Parent, parent_of, portable_overrides, teachers_of, total_tokens
@@ -31,7 +32,7 @@ from minigpt.runs.records import Row, last_values, read_metrics, read_summary, s
 LATE = 0.05  # final fraction of a run over which the training loss is averaged
 _COMPARED = (  # settings that should be equal in a group of runs, besides all optimizer settings
     "model.dropout", "model.embedding_scale", "model.residual_init", "data.batch_size",
-    "data.holdout", "data.random_offset", "data.noise", "data.vocab_size",
+    "data.holdout", "data.random_offset", "data.noise", "data.vocab_size", "data.shuffle",
 )  # fmt: skip
 COPIED_ROWS = 200  # maximum number of training rows before the last 5 % in a copied metrics.csv
 
@@ -71,7 +72,7 @@ class RunResult:
     non_embedding_parameters: int | None
     tokens: int  # seen in training, including those of the parent run
     teacher_tokens: int | None  # seen by all teachers; 0 without teachers, None if unknown
-    tokens_of_data: int  # the part of `tokens` that is known to be from `data`
+    own_tokens: int  # the part of `tokens` that the run itself has seen, without its parent
     train_tokens: int | None  # size of the training split
     flops_per_token: int | None  # training FLOPs
     train_loss: float | None  # mean over the last 5 % of the run, with dropout
@@ -102,8 +103,11 @@ class RunResult:
 
     @property
     def epochs(self) -> float | None:
-        """Number of passes over the training split; None if the size of the split is unknown."""
-        return self.tokens_of_data / self.train_tokens if self.train_tokens else None
+        """Number of passes of the run itself, without its parent, over its training split.
+
+        The number is None if the size of the split is unknown.
+        """
+        return self.own_tokens / self.train_tokens if self.train_tokens else None
 
     @property
     def reference_perplexity(self) -> float | None:
@@ -185,7 +189,7 @@ def read_run(path: Path) -> RunResult:
         non_embedding_parameters=number("non_embedding_parameters"),
         tokens=before + own,
         teacher_tokens=total_tokens(teachers),
-        tokens_of_data=own + (before if parent and set(parent.sources) == {data} else 0),
+        own_tokens=own,
         train_tokens=number("train_tokens"),
         flops_per_token=number("flops_per_token"),
         train_loss=late_training_loss(rows),
@@ -194,7 +198,7 @@ def read_run(path: Path) -> RunResult:
         perplexity=number("val/perplexity"),
         bits_per_byte=number("val/bits_per_byte"),
         curve=tuple((before + seen, loss) for seen, loss in losses if math.isfinite(loss)),
-        settings=_settings(config, parent, teachers),
+        settings=_settings(config, parent, teachers) | {"train_tokens": number("train_tokens")},
     )
 
 
@@ -207,7 +211,13 @@ def _corpus(data: dict[str, Any]) -> str:
     size = data.get("vocab_size") or DataConfig.vocab_size
     vocabulary = "" if size == DataConfig.vocab_size else f", vocabulary {size}"
     stories = f", {limit:,} stories" if (limit := data.get("max_stories")) else ""
-    return f"{data['source']}{names}{more}{stories}{vocabulary}"
+    split = data.get("split")
+    parts = [data.get("subset"), split if split != DataConfig.split else None]
+    parts += [f"validated on {data[key]}" for key in ("valid_split", "valid") if data.get(key)]
+    files = [Path(name).name for name in data.get("valid_files") or ()]
+    parts += [f"validated on {', '.join(files)}"] if files else []
+    details = "".join(f", {part}" for part in parts if part)
+    return f"{data['source']}{names}{more}{details}{stories}{vocabulary}"
 
 
 def _recipe(
@@ -219,8 +229,10 @@ def _recipe(
     start = parent.name if parent else "another run" if config.get("init_from") else None
     taught = bool((config.get("teacher") or {}).get("runs"))
     names = " and ".join(teacher.name for teacher in teachers) or ("another run" if taught else "")
+    context = (config.get("model") or {}).get("context_length", GPTConfig.context_length)
     parts = (
         (config.get("optimizer") or {}).get("name"),
+        context != GPTConfig.context_length and f"context {context}",
         scale == 1 and "unscaled embeddings",
         cycles and f"mean over {cycles} cycles",
         start and f"from {start}",

@@ -210,10 +210,14 @@ def _recipe_rows(runs: Sequence[RunResult]) -> list[list[str]]:
     For each combination of size, data set and token count with several recipes, there is one row
     per recipe.
     """
-    cases: dict[tuple[int, str, str], dict[str, list[RunResult]]] = {}
+    cases: dict[tuple[int, str, int], dict[str, list[RunResult]]] = {}
+    budgets: list[int] = []  # token counts, the largest of those that differ by less than 1 %
+    for run in sorted(runs, key=lambda run: run.tokens, reverse=True):
+        if not budgets or run.tokens < 0.99 * budgets[-1]:
+            budgets.append(run.tokens)
     for run in by_size(runs):
         if run.point and run.loss is not None:
-            tokens = human_count(float(f"{run.tokens:.2g}"))  # rounded, as a run ends at a step
+            tokens = next(n for n in reversed(budgets) if run.tokens <= n)
             recipes = cases.setdefault((run.point[0], run.corpus, tokens), {})
             recipes.setdefault(run.recipe, []).append(run)
     rows = []
@@ -225,7 +229,7 @@ def _recipe_rows(runs: Sequence[RunResult]) -> list[list[str]]:
             numbers = (value_cell(value, ".2f") for value in (size.perplexity, *limits))
             bits = value_cell(fmean(bits) if bits else None, ".3f")
             reference = value_cell(members[0].reference_perplexity, ".2f")
-            names = size.model, data, recipe, tokens, str(size.runs)
+            names = size.model, data, recipe, human_count(tokens), str(size.runs)
             rows.append([*names, *numbers, bits, reference])
     return rows
 

@@ -223,6 +223,7 @@ class Assembly:
             "flops_per_token": model.flops_per_token(),
             "train_stories": self.data.train.n_stories,
             "train_tokens": self.data.train.n_tokens,  # in the training split
+            "valid_tokens": self.data.valid.n_tokens,
             "seed": self.config.seed,
             "device": hardware.accelerator,
             "devices": hardware.devices,  # on each node

@@ -129,6 +129,12 @@ class ResumeState:
             run = load_one(config.init_from, "init_from", model)
             tokenizers["init_from"] = config.init_from, run.tokenizer
             parent_model = run.load_model()
+        named = {"init_from": config.init_from} if config.init_from else {}
+        for name, path in [
+            *named.items(),
+            *(("teacher.runs", path) for path in config.teacher.runs),
+        ]:
+            _check_division(config.data, Run.load(path).config.get("data"), name, path)
         tokenizer = _common(tokenizers)
         if tokenizer is not None and (config.data.tokenizer or teachers):
             config = _with_vocabulary_of(tokenizer, config)
@@ -398,6 +404,30 @@ def _with_vocabulary_of(tokenizer: Tokenizer, config: TrainConfig) -> TrainConfi
     return dataclasses.replace(config, data=data, model=model)
 
 
+def _check_division(data: DataConfig, before: Any, name: str, path: str) -> None:
+    """Raise UserError if validation stories of the new run were training stories of another run.
+
+    The last stories that are read of a Hub dataset are held out, so the division depends on the
+    number of stories.
+
+    Args:
+        data: settings of the new run.
+        before: data settings of the other run, from its config.yaml.
+        name: setting that names the other run.
+        path: value of this setting.
+    """
+    if data.source != "hf" or data.valid_split is not None or not isinstance(before, dict):
+        return
+    same = all(
+        before.get(key) == getattr(data, key) for key in ("source", "dataset", "subset", "split")
+    )
+    tokens = before.get("download_tokens")
+    if same and before.get("valid_split") is None and tokens != data.download_tokens:
+        problem = "that run held out other stories of this dataset, so it has read the new run's"
+        fix = {"data.download_tokens": tokens}
+        raise UserError(f"{problem} validation stories", name, path, fix)
+
+
 def _check_shape(config: TrainConfig, trained: GPTConfig, run: Run) -> None:
     """Raise UserError if the model's shape differs from `trained`, the shape of the parent `run`.
 
@@ -499,6 +529,9 @@ def budget_error(folder: Path, tokens: int, typed: Sequence[str] | None = None) 
     replaced = ("name", "resume", "init_from", "budget.tokens", "model.vocab_size")
     rest = [word for word in words if word.partition("=")[0].lstrip("+") not in replaced]
     settings = {"init_from": str(folder), "budget.tokens": tokens - trained}
+    if values["data"].get("source") == "hf" and not any("data.download_tokens=" in w for w in rest):
+        # With another number of stories, others would be held out.
+        settings["data.download_tokens"] = values["data"].get("download_tokens")
     if values["model"].get("vocab_size") != values["data"].get("vocab_size"):
         settings["model.vocab_size"] = values["model"].get("vocab_size")
     message = f"{folder} is finished, after {trained:,} tokens; to continue from its weights"

@@ -94,3 +94,11 @@ def test_doctor_reports_the_launcher_that_forbids_a_choice(monkeypatch, capsys):
     monkeypatch.setenv("SLURM_NTASKS", "2")
     facts, _ = doctor_json(monkeypatch, capsys)
     assert "srun" in facts["precision"]
+
+
+@pytest.mark.parametrize(
+    ("home", "shown"),
+    [("/home/ann", "~/x ~ /home/anna/y"), ("/", "/home/ann/x /home/ann /home/anna/y")],
+)
+def test_doctor_shortens_only_paths_in_the_home_folder(home: str, shown: str):
+    assert doctor._without_home("/home/ann/x /home/ann /home/anna/y", home) == shown

@@ -1,9 +1,10 @@
+import pickle
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
 
-from minigpt.core.settings import UserError, build, python_call, unknown_name
+from minigpt.core.settings import ModelClassError, UserError, build, python_call, unknown_name
 
 
 @dataclass(frozen=True)
@@ -75,3 +76,18 @@ def test_suggested_calls_contain_custom_classes_by_name():
     evaluate = python_call("evaluate", ckpt="runs/a", class_path="my.PowerGPT")
     assert evaluate == "minigpt.evaluate(minigpt.Run.load('runs/a', PowerGPT))"
     assert python_call("evaluate", ckpt="runs/a") == "minigpt.evaluate('runs/a')"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError("is wrong", "steps"),
+        UserError("is wrong", "steps", 3, {"steps": 2}, ("train", {"resume": "a"})),
+        ModelClassError("is missing", "mine.MyGPT", "teacher"),
+    ],
+)
+def test_error_of_another_process_has_the_same_text(error):
+    """Launchers of sweeps pickle the errors of their jobs."""
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy)) == (type(error), str(error))
+    assert vars(copy) == vars(error)

@@ -55,3 +55,11 @@ def test_requests_with_a_foreign_host_or_origin_get_403(address, root_path, head
 
     start, *_ = asyncio.run(call())
     assert start["status"] == (200 if answered else 403)
+
+
+def test_host_names_of_a_space_are_allowed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SPACE_HOST", "me-tales.hf.space,tales.example.org")
+    hosts = Hosts("0.0.0.0")
+    assert hosts.allow("me-tales.hf.space")
+    assert hosts.allow("tales.example.org")
+    assert not hosts.allow("other.hf.space")

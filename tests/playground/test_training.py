@@ -137,6 +137,16 @@ def test_uploads_are_moved_and_lose_their_names(queue, tmp_path):
     assert not any(path.exists() for path in job.uploads)
 
 
+def test_uploads_of_one_name_get_different_names(queue, tmp_path):
+    files = [tmp_path / folder / "text.txt" for folder in ("a", "b")]
+    for path in files:
+        path.parent.mkdir()
+        path.write_text(str(path))
+    assert list(add(queue, files=files).uploads.values()) == [
+        "text.txt", "2-text.txt", "3-text.txt",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("fields", "name"),
     [

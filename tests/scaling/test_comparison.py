@@ -78,3 +78,33 @@ def test_compare_writes_the_table(recipes, tmp_path, capsys):
     verb([recipes / "a1", recipes / "a2", recipes / "b1", recipes / "b2"], out)
     assert "optimizer.weight_decay=0.4" in out.read_text()
     assert "-0.1100" in capsys.readouterr().out
+
+
+def test_setting_that_an_earlier_version_lacks_has_its_default(tmp_path):
+    for seed, more in ((1, ""), (2, "trainer: {threads: null, profile: false}\n")):
+        folder = write_run(tmp_path / str(seed), seed=seed)
+        with (folder / "config.yaml").open("a") as file:
+            file.write(more)
+    (comparison,) = compare(results(tmp_path), {"trainer.profile": False, "seed": 1})
+    assert sorted(comparison.losses) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "is_comparable"),
+    [
+        ("  valid: tuning\n", "", False),
+        ("  vocab_size: 1000\n", "  vocab_size: 2000\n", False),
+        ("  max_stories: 10\n", "  max_stories: 20\n", False),
+        ("  max_stories: 10\n  tokenizer: a\n", "  max_stories: 20\n  tokenizer: a\n", True),
+        ("  batch_size: 8\n", "  batch_size: 16\n", True),
+    ],
+)
+def test_losses_of_other_stories_or_tokens_have_no_difference(
+    tmp_path, first: str, second: str, is_comparable: bool
+):
+    for name, more in (("a", first), ("b", second)):
+        folder = write_run(tmp_path / name)
+        with (folder / "config.yaml").open("a") as file:
+            file.write(more)  # in the section data, which is the last
+    _, other = compare(results(tmp_path))
+    assert (other.difference is not None) is is_comparable

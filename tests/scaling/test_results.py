@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import re
 
 import pytest
 
@@ -144,3 +145,17 @@ def test_damaged_file_of_a_run_is_named(tmp_path, name, content):
     with pytest.raises(UserError, match=name.replace(".", r"\.")) as error:
         read_run(run)
     assert "\n" not in str(error.value)
+
+
+def test_group_names_what_a_run_was_validated_on(tmp_path):
+    lines = ["valid: tuning", "subset: en", "split: test", "valid_files: [/x/v.txt]"]
+    for name, line in zip("abcd", lines, strict=True):
+        run = write_run(tmp_path / name)
+        (run / "config.yaml").write_text((run / "config.yaml").read_text() + f"  {line}\n")
+    run = write_run(tmp_path / "e")
+    more = "model: {context_length: 128}\n"
+    (run / "config.yaml").write_text((run / "config.yaml").read_text() + more)
+    groups = [run.group for run in results(tmp_path)]
+    assert len(set(groups)) == 5
+    for group, word in zip(groups, ("tuning", "en", "test", "v.txt", "128"), strict=True):
+        assert word in re.findall(r"[\w.]+", group)

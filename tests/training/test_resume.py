@@ -25,6 +25,7 @@ from minigpt.scaling.results import keep_run, read_run
 from minigpt.training.assembly import config_text
 from minigpt.training.config import BudgetConfig, TrainConfig
 from minigpt.training.resume import (
+    _check_division,
     _check_settings,
     _with_vocabulary_of,
     budget_error,
@@ -461,3 +462,14 @@ def test_resumed_run_that_cannot_start_keeps_its_summary(
         trained_folder(command, callbacks=[Broken()])
     assert read_summary(folder) == before
     assert before["steps"] == 13
+
+
+def test_run_on_other_stories_of_the_same_dataset_is_no_parent():
+    data = DataConfig("hf", dataset="a/b", download_tokens=100)
+    before = dataclasses.asdict(data)
+    _check_division(data, before, "init_from", "runs/a")
+    for change in ({"dataset": "a/c"}, {"valid_split": "test"}, {"source": "text"}):
+        _check_division(data, {**before, "download_tokens": 200, **change}, "init_from", "runs/a")
+    with pytest.raises(UserError) as error:
+        _check_division(data, {**before, "download_tokens": 200}, "init_from", "runs/a")
+    assert error.value.fix == {"data.download_tokens": 200}
