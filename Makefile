@@ -129,6 +129,6 @@ bench: .venv/installed-dev  # measure speed and memory, on an idle machine
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@ .venv/installed
 
-clean:  # remove .venv, caches and build output, but keep runs/ and the page's trainings
+clean:  # remove .venv, caches and build output, but keep runs/ and the page's training runs
 	find .cache -mindepth 1 -maxdepth 1 ! -name playground -exec rm -rf {} + 2>/dev/null || true
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist site *.egg-info

@@ -1,9 +1,9 @@
 """Process that runs a job of the playground: python -m minigpt.cli.job FOLDER.
 
-A job is a training that a visitor of the page has started. FOLDER contains the uploaded files, the
-training time in minutes, and either the chosen model size or the path of the model to start from.
-From these, the process composes the settings of `minigpt train`. Words that a visitor typed are
-never used as settings.
+A job is a training run that a visitor of the page has started. FOLDER contains the uploaded files,
+the training time in minutes, and either the chosen model size or the path of the model to start
+from. From these, the process composes the settings of `minigpt train`. Words that a visitor typed
+are never used as settings.
 """
 
 from __future__ import annotations
@@ -145,13 +145,13 @@ def job_words(job: Job, n_bytes: int) -> dict[str, Any]:
 
 
 def budget_words(config: Any, tokens: float) -> dict[str, Any]:
-    """Return the settings that adapt a training to a length of about `tokens` tokens.
+    """Return the settings that adapt a training run to a length of about `tokens` tokens.
 
     The training has at least one update. Its warm-up is at most a tenth of its updates. It writes
     snapshots. If it has at least 25 updates, it also writes at least 25 rows of metrics.
 
     Args:
-        config: settings of a longer training, a `TrainConfig`.
+        config: settings of a longer training run, a `TrainConfig`.
         tokens: number of training tokens.
     """
     per_step = config.data.windows_per_batch * config.model.context_length

@@ -72,7 +72,8 @@ class Corpus:
     story is cut. None means all stories."""
 
     max_valid_bytes: int | None = None
-    """The same limit for the validation files."""
+    """Approximate maximum number of UTF-8 bytes of stories to read from the validation files; no
+    story is cut. None means all stories."""
 
     field: str | None = None
     """Column or key that holds the stories; None selects `text` if it exists, else `story`, else

@@ -3,8 +3,8 @@
 Any web page can send requests to a server on the visitor's own machine. With DNS rebinding, a page
 can also read the answers: the host name of the page's site is made to resolve to 127.0.0.1, so the
 browser takes the playground for a part of that site. Two headers can reveal these requests. Origin
-names the site of the page that sent the request. With DNS rebinding, Host names that site, too. So
-requests with the name of another site in Host or Origin are refused.
+contains the site of the page that sent the request. With DNS rebinding, the header Host contains
+this site, too. So requests with the name of another site in Host or Origin are refused.
 """
 
 from __future__ import annotations

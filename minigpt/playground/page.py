@@ -77,9 +77,9 @@ def build_page(playground: Playground, training: Training | None = None) -> Page
 
     Args:
         playground: the loaded models.
-        training: the queue of trainings and its access token; None means no tab Train.
+        training: the queue of training runs and its access token; None means no tab Train.
     """
-    # Uploads that are not moved to a training are deleted after an hour, or when the server ends.
+    # Uploads that no training run uses are deleted after an hour, or when the server ends.
     with Page(
         title="Mini GPT playground", analytics_enabled=False, delete_cache=(600, 3600)
     ) as page:
@@ -114,7 +114,7 @@ def build_app(hosts: Hosts, training: Training | None = None) -> App:
 
     Args:
         hosts: the hosts of this server; requests with another Host or Origin are refused.
-        training: the queue of trainings and its access token. None means that visitors cannot
+        training: the queue of training runs and its access token. None means that visitors cannot
             train, so no access token is checked.
     """
 

@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-MAX_TRAINED = 8  # maximum number of finished trainings, newest first, to add to the page at a time
-WATCH_SECONDS = 0.5  # interval at which the server looks for waiting and finished trainings
+MAX_TRAINED = (
+    8  # maximum number of finished training runs, newest first, to add to the page at a time
+)
+WATCH_SECONDS = 0.5  # interval at which the server looks for waiting and finished training runs
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ class Training:
             except Exception as error:  # such as a full disk: waiting jobs must not wait forever
                 if str(error) != problem:
                     problem = str(error)
-                    log.warning("cannot start or load a training from the page: %s", problem)
+                    log.warning(
+                        "the page cannot start training runs or load earlier ones: %s", problem
+                    )
 
 
 def serve(
@@ -78,7 +82,7 @@ def serve(
 ) -> None:
     """Serve a page with the models of `runs` until Ctrl-C is pressed, and log the page's address.
 
-    If `allow_training` permits it, the page can also train models. Each training is a separate
+    If `allow_training` permits it, the page can also train models. Each training run is a separate
     process, which writes to runs/ and continues when the server ends.
 
     Args:
@@ -147,7 +151,7 @@ def start(
         port: port to listen on; 0 means any free port, None means the first free port from 7860.
         login: user name and password; None means no login.
         root_path: path or URL of the page behind a reverse proxy; None means no proxy.
-        training: the queue of trainings and its access token; None means no tab Train.
+        training: the queue of training runs and its access token; None means no tab Train.
 
     Returns:
         The running page. The attribute `local_url` contains its URL.
@@ -176,7 +180,9 @@ def start(
             theme=page_theme(),
             css=static_text("playground.css"),
             footer_links=[],
-            max_file_size="1kb" if training is None else MAX_UPLOAD,  # only trainings have uploads
+            max_file_size="1kb"
+            if training is None
+            else MAX_UPLOAD,  # only training runs have uploads
             run_history=False,  # browsers must not store the inputs
             enable_monitoring=False,
             share=False,

@@ -1,10 +1,10 @@
 """Training jobs of the playground: their folders, their queue and their processes.
 
-A job is a training that a visitor started. Its folder contains the uploaded files and two JSON
+A job is a training run that a visitor started. Its folder contains the uploaded files and two JSON
 files. Only the server writes job.json. While the process of the training runs, only that process
-writes status.json. The state of a job is read from these files, so the page finds a training again
-after a reload or a restart of the server. A training continues when the page is closed. One job
-runs at a time.
+writes status.json. The state of a job is read from these files, so the page finds a training run
+again after a reload or a restart of the server. A training run continues when the page is closed.
+One job runs at a time.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SIZES = {"w64": "0.4M parameters", "small": "1M", "medium": "3.4M", "large": "7M
 MINUTES = (0.1, 24 * 60.0)  # shortest and longest training
 MAX_UPLOAD = 200_000_000  # bytes of text and files in one job
 MAX_FILES = 100
-SNAPSHOTS = 8  # of a training, for the slider "Age" of the page
+SNAPSHOTS = 8  # of a training run, for the slider "Age" of the page
 MAX_WAITING = 4  # maximum number of waiting jobs
 MAX_JOBS = 20  # older jobs are removed, unless they can be continued
 TEXT = "text.txt"  # name of the pasted text
@@ -49,8 +49,8 @@ _LOCK_SECONDS = 10.0  # time to wait for another server that changes the queue
 State = Literal["waiting", "running", "stopped", "failed", "finished"]
 _FINAL = ("stopped", "failed", "finished")
 _PROBE = threading.Lock()
-# Variables that the process of a training inherits. All others, such as HF_TOKEN and WANDB_API_KEY,
-# are left out.
+# Variables that the process of a training run inherits. All others, such as HF_TOKEN and
+# WANDB_API_KEY, are left out.
 _INHERITED = re.compile(
     r"PATH|HOME|USER|LOGNAME|LANG|LC_\w+|TZ|TMPDIR|TEMP|TMP|SYSTEMROOT|VIRTUAL_ENV|PYTHON\w+"
     r"|LD_LIBRARY_PATH|XDG_CACHE_HOME|CC|CUDA_\w+|NVIDIA_\w+|OMP_\w+|MKL_\w+|KMP_\w+|GOMP_\w+",
@@ -61,7 +61,7 @@ _SECRET = re.compile("token|key|secret|passw|credential", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Job:
-    """A training that was started from the page.
+    """A training run that was started from the page.
 
     Args:
         folder: folder of the job.
@@ -181,7 +181,7 @@ class TrainingQueue:
         for job in self.jobs():
             if job.name == name:
                 return job
-        raise UserError("This training no longer exists: choose another one.", "job")
+        raise UserError("This training run no longer exists: choose another one.", "job")
 
     def add(
         self, text: str | None, files: Sequence[Path], size: str, minutes: float | None,
@@ -279,7 +279,7 @@ class TrainingQueue:
             job = self.job(name)
             if not job.can_continue:
                 problem = (
-                    "Only a stopped training, or a failed one with a checkpoint, can continue."
+                    "Only a stopped training run, or a failed one with a checkpoint, can continue."
                 )
                 raise UserError(problem, "job")
             self._check_capacity(self.jobs())
@@ -298,7 +298,7 @@ class TrainingQueue:
         with self._lock("job"):
             job = self.job(name)
             if job.state == "running":
-                raise UserError("This training is running: stop it first.", "job")
+                raise UserError("This training run is running: stop it first.", "job")
             shutil.rmtree(job.folder)
 
     def advance(self) -> None:
@@ -330,7 +330,9 @@ class TrainingQueue:
 
     def _check_capacity(self, jobs: Sequence[Job]) -> None:
         if sum(job.state == "waiting" for job in jobs) >= MAX_WAITING:
-            message = f"{MAX_WAITING} trainings are waiting already: wait, or remove one of them."
+            message = (
+                f"{MAX_WAITING} training runs are waiting already: wait, or remove one of them."
+            )
             raise UserError(message, "start")
 
     @contextlib.contextmanager
@@ -344,14 +346,14 @@ class TrainingQueue:
             with FileLock(self.folder / ".lock", timeout=_LOCK_SECONDS):
                 yield
         except Timeout:
-            message = "Another server is changing the list of trainings: try again."
+            message = "Another server is changing the list of training runs: try again."
             raise UserError(message, field) from None
         except (OSError, NotImplementedError) as error:  # NotImplementedError: no file locks
             raise _storage_error(self.folder, error, field) from None
 
 
 def training_environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment variables for the process of a training, without any secret.
+    """Return the environment variables for the process of a training run, without any secret.
 
     Args:
         variables: environment of the server.
@@ -413,5 +415,5 @@ def _storage_error(folder: Path, error: OSError | NotImplementedError, field: st
     if code in (errno.ENOSPC, errno.EDQUOT):
         return UserError("The disk is full: free some space, then try again.", field)
     reason = getattr(error, "strerror", None) or error
-    problem = f"The folder of the trainings, {folder}, cannot be used ({reason})"
+    problem = f"The folder of the training runs, {folder}, cannot be used ({reason})"
     return UserError(f"{problem}: check its owner, its permissions and its file system.", field)

@@ -66,13 +66,13 @@ class _Form:
 
 
 def training_tab(page: gr.Blocks, tab: gr.Tab, playground: Playground, training: Training) -> None:
-    """Add the fields of a new training, the list of trainings, and a view of one of them.
+    """Add the fields of a new training, the list of training runs, and a view of one of them.
 
     Args:
         page: the page that contains the tab.
         tab: the tab.
-        playground: the models of the page. A training may start from one of them.
-        training: the queue of trainings and its access token.
+        playground: the models of the page. A training run may start from one of them.
+        training: the queue of training runs and its access token.
     """
     form, events = _form(playground), _Events(playground, training)
     how: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -104,7 +104,7 @@ def _form(playground: Playground) -> _Form:
             size = gr.Dropdown(sizes, value="small", label="Size")
             start = gr.Dropdown([RANDOM, *playground.models], value=RANDOM, label=START_FROM)
             minutes = gr.Number(5, label="Minutes")
-        start.change(  # a training from a model has the size of that model
+        start.change(  # a training run from a model has the size of that model
             lambda name: gr.Dropdown(visible=name == RANDOM), start, size, show_progress="hidden",
             api_visibility="private",
         )  # fmt: skip

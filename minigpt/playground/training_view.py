@@ -1,4 +1,4 @@
-"""HTML that shows a training on the page: its state, its loss curve and its sample stories."""
+"""HTML that shows a training run on the page: its state, its loss curve and its sample stories."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ PHASES = {
 
 
 def job_html(job: Job, n_waiting: int = 0) -> str:
-    """Return the state, the error, the loss curve and the sample stories of a training, as HTML.
+    """Return state, error, loss curve and sample stories of a training run, as HTML.
 
-    For a finished training, the result also has a command that repeats it.
+    For a finished training run, the result also has a command that repeats it.
 
     Args:
         job: the training.
-        n_waiting: number of waiting trainings.
+        n_waiting: number of waiting training runs.
     """
     parts = [note_html(_state_line(job, n_waiting))]
     if job.error is not None:
@@ -50,7 +50,7 @@ def job_html(job: Job, n_waiting: int = 0) -> str:
 def _state_line(job: Job, n_waiting: int) -> str:
     state = job.state
     if state == "waiting":
-        return f"waiting for another training to end; {n_waiting} in the queue"
+        return f"waiting for another training run to end; {n_waiting} in the queue"
     if state != "running":
         return state
     if job.settings["state"] == "stopping":

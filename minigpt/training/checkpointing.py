@@ -220,9 +220,9 @@ class Checkpoints(Callback):
         self._is_saved = False
 
     def on_before_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Until the next validation begins, let a signal stop the run only after a step.
+        """From now on, let a signal stop the run only at the end of a step.
 
-        A second Ctrl-C still stops the run immediately.
+        This ends when the next validation begins. A second Ctrl-C still stops the run immediately.
         """
         self._stops_at_once, watch.patient = False, True
 

@@ -13,7 +13,7 @@ from minigpt.training.module import GPTModule
 
 
 class CycleMean(Callback):
-    """After the last step, set the weights to the mean of the weights at the ends of all decays.
+    """After the last step, set the weights to the mean over the ends of all learning-rate decays.
 
     The learning rate has a main decay and one more decay in each cycle, as in snapshot ensembles
     (Huang et al. 2017, arXiv:1704.00109). Here the weights are averaged instead of the predictions

@@ -67,8 +67,8 @@ class ResumeState:
     """
 
     config: TrainConfig
-    """All settings of the run. A resumed run has the settings in its config.yaml; only the paths
-    `data.cache_dir` and `teacher.runs` may be typed again."""
+    """All settings of the run. A resumed run uses the settings in its config.yaml. Only the paths
+    `data.cache_dir` and `teacher.runs` can be changed when it is resumed."""
     checkpoint: Path | None = None
     """Checkpoint to resume from; None for a new run."""
     step: int = 0
