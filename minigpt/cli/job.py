@@ -175,11 +175,11 @@ def _shape(start: dict[str, Any]) -> dict[str, Any]:
 
     try:
         run = Run.load(start["path"])
+        trained = dataclasses.asdict(run.load_model().config)
     except UserError as error:
         raise UserError(error.message, "init_from") from None
     size = run.config.get("size") if run.config.get("size") in SIZES else "small"
     shape = dataclasses.asdict(load_config("train", [f"model={size}"]).model)
-    trained = dataclasses.asdict(run.load_model().config)
     different = {name: value for name, value in trained.items() if shape[name] != value}
     return {"model": size, **{f"model.{name}": value for name, value in different.items()}}
 

@@ -120,9 +120,6 @@ class DataConfig:
         if (self.source == "hf") != (self.dataset is not None):
             fix = {"source": "hf", "dataset": self.dataset or "roneneldan/TinyStories"}
             raise UserError("must be set for the source hf, and only for it", "dataset", fix=fix)
-        if self.source == "hf" and self.valid_split == self.split:
-            problem = "must be another split than data.split; leave it out to hold stories out"
-            raise UserError(problem, "valid_split", self.valid_split)
         if self.field is not None and self.source not in ("text", "hf"):
             problem = f"the source {self.source} has no fields: leave this setting out"
             raise UserError(problem, "field", self.field)

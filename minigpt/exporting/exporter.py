@@ -82,6 +82,8 @@ def export(
         problem = f"other programs cannot run {class_path(run.model or type(model))}"
         raise UserError(problem, "format", config.format, {"format": "safetensors"})
     summary = average(model, run, config.average) if config.average else run.summary
+    if not run.is_export:  # a killed run has no summary.json
+        summary = {"status": "unfinished", **summary}
     parent = parent_of(summary, run.folder / SUMMARY)
     teachers = teachers_of(summary, run.folder / SUMMARY)
     if parent is not None:  # without entries that only earlier versions wrote

@@ -303,11 +303,15 @@ def load_one(path: str, argument: str, model: ModelFactory | None = None) -> Run
         UserError: as `Run.load`, or `path` is a folder of runs.
         ModelClassError: as `Run.load`.
     """
-    run = Run.load(path, model)
+    try:
+        run = Run.load(path, model)
+    except UserError as error:
+        if error.argument is not None:
+            raise
+        raise UserError(error.message, argument, path, error.fix, error.command) from None
     folder = user_path(path)
     if folder.is_dir() and folder.resolve() != run.folder.resolve():
-        problem = "this is a folder of runs: name one of them"
-        raise UserError(problem, argument, path, {argument: str(run.folder)})
+        raise UserError(f"this is a folder of runs: name one, as {run.folder}", argument, path)
     return run
 
 

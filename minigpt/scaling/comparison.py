@@ -41,7 +41,10 @@ _VALIDATION = (
     "data.valid_files", "data.holdout", "data.field", "data.separator",
 )  # fmt: skip
 # Settings that change the tokenizer, unless both runs use the tokenizer of the same run.
-_TOKENIZER = ("data.vocab_size", "data.tokenizer", "data.max_stories", "data.train_files")
+_TOKENIZER = (
+    "data.vocab_size", "data.tokenizer", "data.max_stories", "data.train_files",
+    "data.download_tokens",
+)  # fmt: skip
 _IGNORED = {*MACHINE, "name", "seed", "size", "overrides"}
 
 
@@ -110,18 +113,25 @@ def compare(
         members.append(run)
     if not recipes:
         raise UserError("no run has a final validation loss: give runs that are finished")
-    first = _losses(recipes[0][1])
-    return [_comparison(settings, recipes[0][0], members, first) for settings, members in recipes]
+    base, members = recipes[0]
+    first, validated = _losses(members), _validation_tokens(members)
+    return [_comparison(settings, base, runs, first, validated) for settings, runs in recipes]
 
 
 def _comparison(
     settings: dict[str, Any], base: dict[str, Any], members: list[RunResult],
-    first: dict[int, float],
+    first: dict[int, float], validated: set[int],
 ) -> Comparison:  # fmt: skip
+    """Compare the runs `members` of a recipe with the losses `first` of the first recipe.
+
+    `validated` contains the numbers of validation tokens in the first recipe. Other numbers mean
+    other stories or another tokenizer.
+    """
+    sizes = validated | _validation_tokens(members)
     names = [name for name in base | settings if settings.get(name) != base.get(name)]
     losses = _losses(members)
     common = [seed for seed in losses if seed in first]
-    is_comparable = names and not _changes_loss(settings, base, names)
+    is_comparable = names and not _changes_loss(settings, base, names) and len(sizes) < 2
     differences = tuple(losses[seed] - first[seed] for seed in common) if is_comparable else ()
     times = [read_summary(run.path).get("seconds") for run in members]
     seconds = [value for value in times if isinstance(value, int | float)]
@@ -140,9 +150,17 @@ def _changes_loss(settings: dict[str, Any], base: dict[str, Any], names: list[st
     """
     if {*_VALIDATION} & {*names}:
         return True
+    is_held_out = not (settings.get("data.valid_files") or settings.get("data.valid_split"))
+    if is_held_out and {"data.train_files", "data.download_tokens"} & {*names}:
+        return True  # the validation stories are a part of the training files
     tokenizer = settings.get("data.tokenizer")
     is_shared = tokenizer is not None and tokenizer == base.get("data.tokenizer")
     return bool({*_TOKENIZER} & {*names}) and not is_shared
+
+
+def _validation_tokens(runs: list[RunResult]) -> set[int]:
+    """Return the numbers of tokens in the validation splits, as far as the runs recorded them."""
+    return {n for run in runs if isinstance(n := read_summary(run.path).get("valid_tokens"), int)}
 
 
 def _losses(runs: list[RunResult]) -> dict[int, float]:

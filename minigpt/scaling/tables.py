@@ -212,14 +212,15 @@ def _recipe_rows(runs: Sequence[RunResult]) -> list[list[str]]:
     """
     cases: dict[tuple[int, str, int], dict[str, list[RunResult]]] = {}
     budgets: list[int] = []  # token counts, the largest of those that differ by less than 1 %
-    for run in sorted(runs, key=lambda run: run.tokens, reverse=True):
+    finished = [run for run in by_size(runs) if run.point and run.loss is not None]
+    for run in sorted(finished, key=lambda run: run.tokens, reverse=True):
         if not budgets or run.tokens < 0.99 * budgets[-1]:
             budgets.append(run.tokens)
-    for run in by_size(runs):
-        if run.point and run.loss is not None:
-            tokens = next(n for n in reversed(budgets) if run.tokens <= n)
-            recipes = cases.setdefault((run.point[0], run.corpus, tokens), {})
-            recipes.setdefault(run.recipe, []).append(run)
+    for run in finished:
+        assert run.point is not None
+        tokens = next(n for n in reversed(budgets) if run.tokens <= n)
+        recipes = cases.setdefault((run.point[0], run.corpus, tokens), {})
+        recipes.setdefault(run.recipe, []).append(run)
     rows = []
     for (_, data, tokens), recipes in cases.items():
         for recipe, members in sorted(recipes.items()) if len(recipes) > 1 else ():

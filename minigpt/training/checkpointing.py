@@ -147,6 +147,7 @@ class Checkpoints(Callback):
     Attributes:
         files: the plugin that writes the checkpoints; give it to the trainer.
         best_val_loss: lowest validation loss so far, in nats per token.
+        is_best: whether the latest validation had the lowest loss so far.
     """
 
     def __init__(
@@ -154,7 +155,7 @@ class Checkpoints(Callback):
     ) -> None:
         self.module, self.folder, self.keep = module, folder / CHECKPOINTS, keep
         self.files = CheckpointFiles(keep.keep_checkpoints)
-        self.best_val_loss = math.inf
+        self.best_val_loss, self.is_best = math.inf, False
         self._validates = self.files.is_provisional = validates
         self._last_write = time.monotonic()
         self._is_due = False  # the next step or validation batch writes a checkpoint
@@ -276,7 +277,9 @@ class Checkpoints(Callback):
         """Write last.ckpt, and also best.ckpt if the validation loss is the lowest so far."""
         self._stops_at_once = self._validates = False
         self.files.drop_held()
-        if (loss := float(trainer.callback_metrics["val/loss"])) < self.best_val_loss:
+        loss = float(trainer.callback_metrics["val/loss"])
+        self.is_best = loss < self.best_val_loss
+        if self.is_best:
             self.best_val_loss = loss
             self._save(trainer, BEST)
         self._save(trainer, LAST)
@@ -350,7 +353,9 @@ class CallbackStates(Callback):
             self.checkpoints._save(trainer, LAST)
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        """Replace the last.ckpt that was written after this validation."""
+        """Replace the checkpoints that were written after this validation."""
+        if self.checkpoints.is_best:
+            self.checkpoints._save(trainer, BEST)
         self.checkpoints.files.is_provisional = True
         self.checkpoints._save(trainer, LAST)
 

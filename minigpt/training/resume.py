@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,6 +118,9 @@ class ResumeState:
         cls, config: TrainConfig, folder: Path | None, model: ModelFactory | None,
         teacher: ModelFactory | None,
     ) -> ResumeState:  # fmt: skip
+        if config.data.source == "hf" and config.data.valid_split == config.data.split:
+            problem = "must be another split than data.split; leave it out to hold stories out"
+            raise UserError(problem, "data.valid_split", config.data.valid_split)
         teachers = parent = parent_model = run = None
         tokenizer = _typed_tokenizer(config.data)
         tokenizers = {"data.tokenizer": (config.data.tokenizer, tokenizer)}
@@ -397,7 +401,7 @@ def _with_vocabulary_of(tokenizer: Tokenizer, config: TrainConfig) -> TrainConfi
         source = data.tokenizer or config.teacher.runs[0]
         message = f"the tokenizer of {source} has {size} tokens: leave this setting out"
         raise UserError(message, "data.vocab_size", data.vocab_size)
-    is_typed = any(word.startswith("model.vocab_size=") for word in config.overrides)
+    is_typed = any(w.lstrip("+").startswith("model.vocab_size=") for w in config.overrides)
     if model.vocab_size == data.vocab_size and not is_typed:
         model = dataclasses.replace(model, vocab_size=size)
     data = dataclasses.replace(data, vocab_size=size)
@@ -407,8 +411,8 @@ def _with_vocabulary_of(tokenizer: Tokenizer, config: TrainConfig) -> TrainConfi
 def _check_division(data: DataConfig, before: Any, name: str, path: str) -> None:
     """Raise UserError if validation stories of the new run were training stories of another run.
 
-    The last stories that are read of a Hub dataset are held out, so the division depends on the
-    number of stories.
+    The last stories that are read of a Hub dataset are held out. So the other run has read some of
+    the new run's validation stories if its training split is longer.
 
     Args:
         data: settings of the new run.
@@ -421,11 +425,17 @@ def _check_division(data: DataConfig, before: Any, name: str, path: str) -> None
     same = all(
         before.get(key) == getattr(data, key) for key in ("source", "dataset", "subset", "split")
     )
-    tokens = before.get("download_tokens")
-    if same and before.get("valid_split") is None and tokens != data.download_tokens:
-        problem = "that run held out other stories of this dataset, so it has read the new run's"
-        fix = {"data.download_tokens": tokens}
-        raise UserError(f"{problem} validation stories", name, path, fix)
+    if not same or before.get("valid_split") is not None:
+        return
+    earlier = before.get("download_tokens"), before.get("holdout", DataConfig.holdout)
+    lengths = [
+        (1 - holdout) * (math.inf if tokens is None else tokens)
+        for tokens, holdout in (earlier, (data.download_tokens, data.holdout))
+    ]
+    if lengths[1] < lengths[0] or (lengths[1] == math.inf and data.holdout > earlier[1]):
+        problem = "that run was trained on some of the stories that the new run holds out"
+        fix = {"data.download_tokens": earlier[0], "data.holdout": earlier[1]}
+        raise UserError(problem, name, path, fix)
 
 
 def _check_shape(config: TrainConfig, trained: GPTConfig, run: Run) -> None:
@@ -499,15 +509,28 @@ def _check_settings(config: TrainConfig, before: TrainConfig, folder: Path) -> N
 
 def refuse_settings(config: TrainConfig) -> None:
     """Raise UserError if settings were typed that cannot be combined with resume=<run>."""
-    typed = [word for word in config.overrides if not word.startswith(_KEPT)]
+    typed = [word for word in config.overrides if not word.lstrip("+").startswith(_KEPT)]
     if not typed:
         return
-    if any(word.startswith("budget.tokens=") for word in typed):
-        folder = folder_to_resume(config)
-        assert folder is not None
-        if error := budget_error(folder, config.budget.tokens):
-            raise error
+    folder = folder_to_resume(config)
+    assert folder is not None
+    own = read_config(folder).get("overrides") or ()
+    if not (typed := [word for word in typed if word not in own]):
+        return
+    larger = any(word.lstrip("+").startswith("budget.tokens=") for word in typed)
+    if larger and (error := budget_error(folder, config.budget.tokens)):
+        raise error
     raise UserError(f"a resumed run keeps its own settings: leave out {typed[0]}", "resume")
+
+
+def _is_default(values: dict[str, Any]) -> bool:
+    """Return whether the settings in a config.yaml that affect the weights are all defaults."""
+    defaults = settings_of(TrainConfig())
+    cache = {"cache_dir": None}
+    return all(
+        {**values[name], **cache} == {**defaults[name], **cache}
+        for name in ("model", "data", "optimizer", "trainer")
+    )
 
 
 def budget_error(folder: Path, tokens: int, typed: Sequence[str] | None = None) -> UserError | None:
@@ -535,7 +558,7 @@ def budget_error(folder: Path, tokens: int, typed: Sequence[str] | None = None) 
     if values["model"].get("vocab_size") != values["data"].get("vocab_size"):
         settings["model.vocab_size"] = values["model"].get("vocab_size")
     message = f"{folder} is finished, after {trained:,} tokens; to continue from its weights"
-    if not words:  # the settings were not typed, so a command cannot repeat them
+    if not words and not _is_default(values):  # no command can repeat settings that were not typed
         fix = settings | {"name": f"{folder.name}-continued"}
         return UserError(f"{message}, start a new run", "budget.tokens", tokens, fix)
     command = ("train", [*typed_settings(settings), *rest])

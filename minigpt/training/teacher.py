@@ -85,12 +85,7 @@ class Teachers:
 
 
 def _run(path: str, student: Path | None, model: ModelFactory | None) -> Run:
-    try:
-        run = load_one(path, "teacher.runs", model)
-    except UserError as error:
-        if error.argument is not None:
-            raise
-        raise UserError(error.message, "teacher.runs", path, error.fix, error.command) from None
+    run = load_one(path, "teacher.runs", model)
     if student is not None and run.folder.resolve() == student.resolve():
         raise UserError("a run cannot be its own teacher: choose another", "teacher.runs", path)
     return run

@@ -53,8 +53,3 @@ def test_list_of_files_becomes_a_tuple(monkeypatch):
     monkeypatch.setenv("HOME", "/home/tim")
     config = DataConfig("text", train_files=["~/a.txt", "b.txt"])
     assert config.train_files == ("/home/tim/a.txt", "b.txt")
-
-
-def test_split_of_a_dataset_is_not_used_twice():
-    with pytest.raises(UserError, match=naming("valid_split", "test")):
-        DataConfig("hf", dataset="a/b", split="test", valid_split="test")
