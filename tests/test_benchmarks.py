@@ -191,6 +191,7 @@ put(running=None, results={**done, "last": {"ok": True}})
 """
 
 
+@pytest.mark.long
 def test_gpu_benchmark_survives_parts_that_hang_crash_or_fail(tmp_path, monkeypatch):
     from benchmarks import gpu
 

@@ -60,6 +60,7 @@ def test_refusal_of_sbatch_is_a_one_line_error():
     assert "hydra.launcher" in explanation
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("launcher", "package", "missing", "no_cluster"),
     [

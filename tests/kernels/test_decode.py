@@ -479,6 +479,7 @@ def test_subclass_falls_back_to_pytorch_with_one_warning(cls, lines, caplog):
     assert all("Flipped" in message for message in messages)
 
 
+@pytest.mark.long
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_library_that_fails_its_self_check_is_not_used(dtype, tmp_path, monkeypatch, caplog):

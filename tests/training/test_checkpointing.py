@@ -93,6 +93,7 @@ def test_run_outlives_its_terminal(workspace: Path):
     assert log.count("terminal is gone") == 1
 
 
+@pytest.mark.long
 def test_run_stopped_in_its_last_validation_repeats_it(workspace: Path):
     command = [*overrides(workspace), "name=last", "resume=auto"]
     before = partial(slow_validation, STEPS)
@@ -166,6 +167,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     disk.close()
 
 
+@pytest.mark.long
 def test_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(workspace: Path, disk: Disk):
     runs = disk.folder / "runs"
     command = [*overrides(workspace), f"runs_dir={runs}", "name=full", "resume=auto"]
@@ -188,6 +190,7 @@ def test_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(workspace: P
     assert_same(runs / "full", workspace / "runs/whole")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("damage", ["cut short", "one bit"])
 def test_damaged_last_checkpoint_is_reported_and_the_previous_one_used(
     damage: str, tiny: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

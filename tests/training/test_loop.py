@@ -187,6 +187,7 @@ def fail_at_step(step: int):
     return on_train_batch_start
 
 
+@pytest.mark.long
 def test_ctrl_c_writes_a_checkpoint_and_the_report(tiny: list[str], tmp_path: Path):
     process = subprocess.Popen(
         [sys.executable, "train.py", *tiny, "budget.tokens=64e6", "name=stopped"],
@@ -370,6 +371,7 @@ def stopped_at(step: int, monkeypatch: pytest.MonkeyPatch, overrides: list[str])
     return Path(composed(overrides).runs_dir) / "stopped"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("step", [6, 9])  # 9: the step after which validation comes
 def test_run_resumed_after_ctrl_c_equals_an_uninterrupted_one(
@@ -466,6 +468,7 @@ def test_run_is_evaluated_from_another_working_directory(
     assert evaluate(Run.load(folder), FEW).perplexity > 1
 
 
+@pytest.mark.long
 def test_run_moved_to_another_machine_is_evaluated_and_resumed_there(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

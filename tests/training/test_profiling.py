@@ -19,6 +19,7 @@ def test_profile_writes_a_trace_and_a_table_of_ten_steps(tiny: list[str]):
     assert "Self CPU" in table
 
 
+@pytest.mark.long
 def test_profile_of_a_resumed_run_is_of_the_remaining_steps(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -269,6 +269,7 @@ def test_export_averages_a_run_with_its_parent(tiny: list[str], parent: Path, tm
     assert f"{command} --average runs/parent\n" in card
 
 
+@pytest.mark.long
 def test_export_averages_branches_and_counts_the_tokens_of_each_once(
     tiny: list[str], parent: Path, tmp_path: Path
 ):

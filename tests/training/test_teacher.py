@@ -102,6 +102,7 @@ def test_resume_with_another_teacher_is_refused(tiny: list[str], teacher: Path):
         assert error.value.argument == "teacher.runs"
 
 
+@pytest.mark.long
 def test_summary_card_and_scaling_table_name_teachers_and_their_tokens(
     tiny: list[str], teacher: Path, tmp_path: Path
 ):

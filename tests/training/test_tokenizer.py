@@ -31,6 +31,7 @@ def without_size(tiny: list[str]) -> list[str]:
     return [word for word in tiny if not word.startswith("data.vocab_size=")]
 
 
+@pytest.mark.long
 def test_tokenizers_of_runs_checkpoints_exports_and_files_are_used(tiny, parent, tmp_path):
     exported = tmp_path / "exported"
     export(Run.load(parent), exported, ExportConfig(format="safetensors"))
