@@ -156,6 +156,7 @@ def markdown(runs: Sequence[RunResult], groups: Sequence[RunGroup]) -> str:
         (
             "Sizes", SIZE_COLUMNS, sizes, 2,
             "Losses are in nats per token. Spread: highest − lowest validation loss of the runs. "
+            "Epochs: passes over the training split, without those of a parent run. "
             "Gap: validation − training loss, the latter over the last 5 % of the run. Rise: "
             "final − lowest validation loss. Predicted loss: from the law of all smaller sizes.",
         ),
