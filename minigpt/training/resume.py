@@ -133,12 +133,10 @@ class ResumeState:
             run = load_one(config.init_from, "init_from", model)
             tokenizers["init_from"] = config.init_from, run.tokenizer
             parent_model = run.load_model()
-        named = {"init_from": config.init_from} if config.init_from else {}
-        for name, path in [
-            *named.items(),
-            *(("teacher.runs", path) for path in config.teacher.runs),
-        ]:
-            _check_division(config.data, Run.load(path).config.get("data"), name, path)
+        if config.data.source == "hf":
+            named = [("init_from", config.init_from)] if config.init_from else []
+            for name, path in [*named, *(("teacher.runs", p) for p in config.teacher.runs)]:
+                _check_division(config.data, Run.load(path).config.get("data"), name, path)
         tokenizer = _common(tokenizers)
         if tokenizer is not None and (config.data.tokenizer or teachers):
             config = _with_vocabulary_of(tokenizer, config)
@@ -420,7 +418,7 @@ def _check_division(data: DataConfig, before: Any, name: str, path: str) -> None
         name: setting that names the other run.
         path: value of this setting.
     """
-    if data.source != "hf" or data.valid_split is not None or not isinstance(before, dict):
+    if data.valid_split is not None or not isinstance(before, dict):
         return
     same = all(
         before.get(key) == getattr(data, key) for key in ("source", "dataset", "subset", "split")
