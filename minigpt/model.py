@@ -393,11 +393,6 @@ class GPT(nn.Module):
         """Number of parameters; the tied embedding matrix counts once."""
         return sum(p.numel() for p in self.parameters())
 
-    @property
-    def n_embedding_parameters(self) -> int:
-        """Number of parameters of the token embedding, which is also the output projection."""
-        return self.embedding.weight.numel()
-
     def flops_per_token(self) -> int:
         """Return the FLOPs per token of a forward and backward pass, 6 N + 12 L T d.
 

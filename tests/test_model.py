@@ -46,7 +46,7 @@ def test_numbers_of_parameters_of_the_three_sizes(size):
     config, expected = SIZES[size]
     model = GPT(config)
     assert model.n_parameters == expected
-    assert model.n_embedding_parameters == 3000 * config.d_model
+    assert model.embedding.weight.numel() == 3000 * config.d_model
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -1,7 +1,10 @@
 """Files about the project agree with each other: versions, Python versions and hooks."""
 
+import ast
+import io
 import re
 import subprocess
+import tokenize
 import tomllib
 
 import pytest
@@ -61,3 +64,28 @@ def test_top_level_has_only_known_files():
     )
     assert {path.split("/")[0] for path in paths} == {*folders.split(), *files.split()}
     assert sum((ROOT / path).stat().st_size for path in paths) < 45e6
+
+
+def code_lines(source: str) -> int:
+    """Return the number of lines without blank lines, comments and docstrings."""
+    skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in skipped | {tokenize.ENDMARKER}:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            lines.difference_update(range(node.lineno, (node.end_lineno or 0) + 1))
+    return len(lines)
+
+
+def test_a_module_can_be_read_in_one_sitting():
+    """CONTRIBUTING.md states the limits; model.py is the page that everybody reads."""
+    package = ROOT / "minigpt"
+    sizes = {
+        path.relative_to(package).as_posix(): code_lines(path.read_text(encoding="utf-8"))
+        for path in package.rglob("*.py")
+    }
+    assert {name: size for name, size in sizes.items() if size > 300} == {}
+    assert sizes["model.py"] <= 170
+    assert len([path for path in package.iterdir() if path.name != "__pycache__"]) <= 18

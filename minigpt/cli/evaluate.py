@@ -27,7 +27,8 @@ def _evaluate(config: DictConfig, program: Program, classes: list[str]) -> None:
     from minigpt.cli.tables import show
     from minigpt.core.console import console  # for progress; results go to stdout
     from minigpt.core.files import user_path
-    from minigpt.evaluation import evaluate, evaluation_name
+    from minigpt.evaluation.evaluator import evaluate
+    from minigpt.evaluation.results import evaluation_name
     from minigpt.runs.folder import Run
     from minigpt.runs.names import REPORT
 
@@ -52,7 +53,7 @@ def _evaluate_hf(config: DictConfig) -> None:
     from minigpt.cli.tables import show_hf
     from minigpt.core.console import console
     from minigpt.core.files import user_path
-    from minigpt.evaluation_hf import evaluate_hf, evaluation_hf_name
+    from minigpt.evaluation.hugging_face import evaluate_hf, evaluation_hf_name
 
     values = plain_values(OmegaConf.merge(config, {"ckpt": None}))
     folder = user_path(str(values["hf"]), "hf")

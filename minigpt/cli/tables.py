@@ -12,8 +12,8 @@ from rich.text import Text
 from minigpt.analysis.analogies import Answers, token_cell
 from minigpt.analysis.embeddings import Tokens
 from minigpt.core.text import percent
-from minigpt.evaluation import Evaluation
-from minigpt.evaluation_hf import HFEvaluation
+from minigpt.evaluation.hugging_face import HFEvaluation
+from minigpt.evaluation.results import Evaluation
 
 # ---------------------------------------------------------------------------- evaluation
 

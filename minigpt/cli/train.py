@@ -40,7 +40,7 @@ def _train(config: DictConfig, program: Program, classes: list[str]) -> None:
     sys.argv = [program.path, *program.words, *groups, *overrides, *classes, *location]
     if resumes_run:
         from minigpt.training.config import BudgetConfig, TrainConfig
-        from minigpt.training.resume import refuse_settings
+        from minigpt.training.resume_settings import refuse_settings
 
         budget = build(BudgetConfig, values["budget"], "budget")
         typed = TrainConfig(resume=str(values["resume"]), budget=budget, overrides=tuple(overrides))

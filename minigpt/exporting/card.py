@@ -66,14 +66,11 @@ def model_card(
         settings |= {"data": "text", "data.valid_files": ["stories.txt"]}
     if config.get("model_class"):
         settings["class_path"] = config["model_class"]
-    name, license = _cell(name), export.license
+    name, prompt = _cell(name), one_line(prompt)
     sources: list[str] = [*(parent.sources if parent else []), config["data"]["source"]]
     sources += [source for run in averaged for source in run.sources]
     stories = [source for source in sources if source.startswith("tinystories")]
-    taught_by = [source for teacher in teachers for source in teacher.sources]
-    if license is None and all(s.startswith("tinystories") for s in [*sources, *taught_by]):
-        license = "mit"
-    prompt = one_line(prompt)
+    license = export.license or _license([*sources, *(s for t in teachers for s in t.sources)])
     options = ["--class-path", str(config["model_class"])] if config.get("model_class") else []
     card = ModelCard.from_template(
         _metadata(name, export.format, bool(stories), evaluation, license),
@@ -103,6 +100,11 @@ def model_card(
         is_partial=summary.get("status", "finished") != "finished",
     )
     return f"{card}\n"
+
+
+def _license(sources: list[str]) -> str | None:
+    """Return the license of a model whose training stories, and its teachers', are `sources`."""
+    return "mit" if all(source.startswith("tinystories") for source in sources) else None
 
 
 def _metadata(

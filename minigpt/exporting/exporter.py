@@ -20,7 +20,8 @@ from rich.console import Console
 
 from minigpt.core.files import user_path, write_json, write_text
 from minigpt.core.settings import UserError
-from minigpt.evaluation import EvaluationConfig, evaluate, own_data
+from minigpt.evaluation import EvaluationConfig, evaluate
+from minigpt.evaluation.corpora import own_data
 from minigpt.exporting.average import average
 from minigpt.exporting.card import Record, model_card
 from minigpt.exporting.config import ExportConfig
@@ -73,10 +74,7 @@ def export(
             available, or a package that the format needs is missing.
     """
     out, config = user_path(out, "out"), config or ExportConfig()
-    is_same = out.resolve() == run.folder.resolve()
-    in_place = is_same and config.format == "safetensors" and not config.average
-    sources = [run.folder, *(user_path(name, "average") for name in config.average)]
-    check_output(out, [] if in_place else sources)
+    _check_out(out, run, config)
     model, tokenizer, settings = run.load_model(), run.tokenizer, run.config
     if not is_plain(model) and config.format != "safetensors":
         problem = f"other programs cannot run {class_path(run.model or type(model))}"
@@ -94,10 +92,6 @@ def export(
         parameter.copy_(parameter.to(dtype))
     evaluation = _stored_evaluation(run.folder, weights_fingerprint(model))
     if evaluation is None and config.evaluate:
-        if own_data(settings) is None:
-            problem = f"the stories that {run.folder} was trained on are not available"
-            problem += ": leave this option out"
-            raise UserError(problem, "evaluate")
         evaluation = _new_evaluation(model, run, summary, dtype, console)
     title, size = name or out.resolve().name, tokenizer.vocab_size
     averaged = averaged_runs(summary, run.folder / SUMMARY)
@@ -119,6 +113,14 @@ def export(
         marker = {"format": config.format, "dtype": config.weights, "files": files}
         write_json(folder / MARKER, marker)
     return sorted(out.iterdir())
+
+
+def _check_out(out: Path, run: Run, config: ExportConfig) -> None:
+    """Raise UserError unless the export may be written to `out`; see `export`."""
+    is_same = out.resolve() == run.folder.resolve()
+    in_place = is_same and config.format == "safetensors" and not config.average
+    sources = [run.folder, *(user_path(name, "average") for name in config.average)]
+    check_output(out, [] if in_place else sources)
 
 
 def _write_run(
@@ -219,7 +221,14 @@ def _stored_evaluation(folder: Path, weights: str) -> dict[str, Any] | None:
 def _new_evaluation(
     model: GPT, run: Run, summary: dict[str, Any], dtype: torch.dtype, console: Console | None
 ) -> dict[str, Any]:
-    """Evaluate `model` as it will be exported, and return the content of evaluation.json."""
+    """Evaluate `model` as it will be exported, and return the content of evaluation.json.
+
+    Raises:
+        UserError: the stories that the run was trained on are not available.
+    """
+    if own_data(run.config) is None:
+        problem = f"the stories that {run.folder} was trained on are not available"
+        raise UserError(f"{problem}: leave this option out", "evaluate")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_run(model, run.tokenizer, run.config, summary, dtype, folder)

@@ -219,7 +219,7 @@ class Assembly:
         return {
             "model": self.config.size,
             "parameters": model.n_parameters,
-            "non_embedding_parameters": model.n_parameters - model.n_embedding_parameters,
+            "non_embedding_parameters": model.n_parameters - model.embedding.weight.numel(),
             "flops_per_token": model.flops_per_token(),
             "train_stories": self.data.train.n_stories,
             "train_tokens": self.data.train.n_tokens,  # in the training split

@@ -60,7 +60,8 @@ from minigpt.training.loggers import check_logger, finish_wandb
 from minigpt.training.module import GPTModule
 from minigpt.training.processes import end_processes, own_launcher
 from minigpt.training.report import write_report
-from minigpt.training.resume import AUTO, ResumeState, folder_to_resume, run_lock
+from minigpt.training.resume import ResumeState
+from minigpt.training.resume_settings import AUTO, folder_to_resume, run_lock
 
 
 def train(

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import AcquireReturnProxy, FileLock, Timeout
-
 from minigpt.core.console import log
-from minigpt.core.files import refuse_links_out
-from minigpt.core.settings import ModelClassError, UserError, flat
-from minigpt.core.typed import typed_settings
-from minigpt.data.config import DataConfig, with_cache_here
+from minigpt.core.settings import ModelClassError, UserError
+from minigpt.data.config import with_cache_here
 from minigpt.data.datamodule import DataModule
-from minigpt.model import GPT, GPTConfig
+from minigpt.model import GPT
 from minigpt.runs.checkpoint import is_whole, read_checkpoint
 from minigpt.runs.folder import (
     ModelFactory,
@@ -26,7 +20,6 @@ from minigpt.runs.folder import (
     last_checkpoint,
     last_checkpoints,
     load_one,
-    read_config,
 )
 from minigpt.runs.names import (
     CHECKPOINTS,
@@ -35,28 +28,24 @@ from minigpt.runs.names import (
     SNAPSHOTS,
     SUMMARY,
     TENSORBOARD,
-    TOKENIZER,
 )
 from minigpt.runs.provenance import Parent, parent_of
-from minigpt.runs.records import read_summary
 from minigpt.tokenizer import Tokenizer
 from minigpt.training.checkpointing import VALIDATES
-from minigpt.training.config import Schedule, TrainConfig, settings_of
+from minigpt.training.config import Schedule, TrainConfig
+from minigpt.training.inheritance import (
+    check_division,
+    check_shape,
+    common_tokenizer,
+    typed_tokenizer,
+    with_vocabulary_of,
+)
 from minigpt.training.module import GPTModule
 from minigpt.training.profiling import PROFILE
+from minigpt.training.resume_settings import AUTO, check_settings, refuse_settings
 from minigpt.training.teacher import Teachers
 
-AUTO = "auto"  # resume=auto continues the run called config.name, if there is one
 _SECTIONS = ("model", "data", "optimizer", "trainer", "budget", "seed")  # in every config.yaml
-# Settings that may change when a run is resumed, such as the folder of the run.
-_MAY_CHANGE = (
-    "name", "runs_dir", "resume", "data.cache_dir", "teacher.runs", "teacher.class_path",
-    "model_class", "overrides",
-)  # fmt: skip
-
-# Settings that may be typed together with resume=<run>; the teachers may have been moved.
-_KEPT = ("resume=", "data.cache_dir=", "teacher=", "teacher.runs=")
-_KEPT += ("model.class_path=", "teacher.class_path=")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +111,7 @@ class ResumeState:
             problem = "must be another split than data.split; leave it out to hold stories out"
             raise UserError(problem, "data.valid_split", config.data.valid_split)
         teachers = parent = parent_model = run = None
-        tokenizer = _typed_tokenizer(config.data)
+        tokenizer = typed_tokenizer(config.data)
         tokenizers = {"data.tokenizer": (config.data.tokenizer, tokenizer)}
         if config.teacher.runs:
             if folder is None and config.name is not None:
@@ -136,12 +125,12 @@ class ResumeState:
         if config.data.source == "hf":
             named = [("init_from", config.init_from)] if config.init_from else []
             for name, path in [*named, *(("teacher.runs", p) for p in config.teacher.runs)]:
-                _check_division(config.data, Run.load(path).config.get("data"), name, path)
-        tokenizer = _common(tokenizers)
+                check_division(config.data, Run.load(path).config.get("data"), name, path)
+        tokenizer = common_tokenizer(tokenizers)
         if tokenizer is not None and (config.data.tokenizer or teachers):
-            config = _with_vocabulary_of(tokenizer, config)
+            config = with_vocabulary_of(tokenizer, config)
         if run is not None and parent_model is not None:
-            _check_shape(config, parent_model.config, run)
+            check_shape(config, parent_model.config, run)
             parent = run.provenance(parent_model)
         if teachers is not None:
             teachers.check_shape(config.model)
@@ -167,7 +156,7 @@ class ResumeState:
             raise ModelClassError(problem, name)
         before = TrainConfig.from_dict(values, config_class(model or GPT))
         if config.resume == AUTO:
-            _check_settings(config, before, folder)
+            check_settings(config, before, folder)
         data = with_cache_here(before.data, config.data.cache_dir)
         content = read_checkpoint(checkpoint)
         stored, step = content["hyper_parameters"], content["global_step"]
@@ -294,31 +283,6 @@ class ResumeState:
                 path.replace(path.with_name(f"{path.name}.damaged"))
 
 
-def folder_to_resume(config: TrainConfig) -> Path | None:
-    """Return the folder of the run to resume; None if a new run starts.
-
-    Args:
-        config: all settings, including `resume`.
-
-    Raises:
-        UserError: no run exists at `resume`, `name` is missing for resume=auto, or a link in the
-            run folder points outside the folder.
-    """
-    if config.resume is None:
-        return None
-    folder = Path(config.resume)
-    if config.resume == AUTO:
-        if config.name is None:
-            raise UserError("needs the name of the run", "resume", AUTO, {"name": "my-run"})
-        folder = Path(config.runs_dir) / config.name
-        if not folder.is_dir():
-            return None
-    elif not last_checkpoints(folder):
-        folder = last_checkpoint(folder).parent.parent
-    refuse_links_out(folder)
-    return folder
-
-
 def _teacher_paths(
     config: TrainConfig, before: TrainConfig, folder: Path, teacher: ModelFactory | None
 ) -> tuple[str, ...]:
@@ -342,222 +306,3 @@ def _teacher_paths(
         message = f"the teachers of {folder} have the class {name}, which must be given"
         raise ModelClassError(message, name, "teacher")
     return typed or recorded
-
-
-def _typed_tokenizer(data: DataConfig) -> Tokenizer | None:
-    """Return the tokenizer at the path `data.tokenizer`; None if this setting is None.
-
-    Raises:
-        UserError: the tokenizer is missing or damaged.
-    """
-    name = "data.tokenizer"
-    if data.tokenizer is None:
-        return None
-    path = Path(data.tokenizer).expanduser()
-    if path.suffix in (".ckpt", ".safetensors"):
-        inside = path.parent.name in (CHECKPOINTS, SNAPSHOTS)
-        path = path.parent.parent if inside else path.parent
-    file = path if path.suffix == ".json" else path / TOKENIZER
-    if not file.is_file():
-        message = f"there is no {file}; give a run folder, a checkpoint, an export or a {TOKENIZER}"
-        raise UserError(message, name, data.tokenizer)
-    try:
-        return Tokenizer.load(file)
-    except UserError as error:
-        raise UserError(error.message, name, data.tokenizer) from None
-
-
-def _common(tokenizers: dict[str, tuple[str | None, Tokenizer | None]]) -> Tokenizer | None:
-    """Return the tokenizer to which all given settings refer; None if no setting is given.
-
-    Args:
-        tokenizers: (value, tokenizer) by setting name. The tokenizer is the one to which the value
-            refers, or None if the setting is not given.
-
-    Raises:
-        UserError: the tokenizers differ.
-    """
-    named = [(key, value, tok) for key, (value, tok) in tokenizers.items() if tok is not None]
-    for key, value, tokenizer in named[:-1]:
-        other, other_value, last = named[-1]
-        if tokenizer.fingerprint != last.fingerprint:
-            problem = f"its tokenizer differs from that of {other}={other_value}"
-            problem += ": leave out one of them"
-            raise UserError(problem, key, value)
-    return named[-1][2] if named else None
-
-
-def _with_vocabulary_of(tokenizer: Tokenizer, config: TrainConfig) -> TrainConfig:
-    """Return `config` with the vocabulary size of `tokenizer`.
-
-    Raises:
-        UserError: the user has set data.vocab_size to another size.
-    """
-    data, model, size = config.data, config.model, tokenizer.vocab_size
-    typed = any(word.startswith("data.vocab_size=") for word in config.overrides)
-    if data.vocab_size not in (size, None if typed else DataConfig.vocab_size):
-        source = data.tokenizer or config.teacher.runs[0]
-        message = f"the tokenizer of {source} has {size} tokens: leave this setting out"
-        raise UserError(message, "data.vocab_size", data.vocab_size)
-    is_typed = any(w.lstrip("+").startswith("model.vocab_size=") for w in config.overrides)
-    if model.vocab_size == data.vocab_size and not is_typed:
-        model = dataclasses.replace(model, vocab_size=size)
-    data = dataclasses.replace(data, vocab_size=size)
-    return dataclasses.replace(config, data=data, model=model)
-
-
-def _check_division(data: DataConfig, before: Any, name: str, path: str) -> None:
-    """Raise UserError if validation stories of the new run were training stories of another run.
-
-    The last stories that are read of a Hub dataset are held out. So the other run has read some of
-    the new run's validation stories if its training split is longer.
-
-    Args:
-        data: settings of the new run.
-        before: data settings of the other run, from its config.yaml.
-        name: setting that names the other run.
-        path: value of this setting.
-    """
-    if data.valid_split is not None or not isinstance(before, dict):
-        return
-    same = all(
-        before.get(key) == getattr(data, key) for key in ("source", "dataset", "subset", "split")
-    )
-    if not same or before.get("valid_split") is not None:
-        return
-    earlier = before.get("download_tokens"), before.get("holdout", DataConfig.holdout)
-    lengths = [
-        (1 - holdout) * (math.inf if tokens is None else tokens)
-        for tokens, holdout in (earlier, (data.download_tokens, data.holdout))
-    ]
-    if lengths[1] < lengths[0] or (lengths[1] == math.inf and data.holdout > earlier[1]):
-        problem = "that run was trained on some of the stories that the new run holds out"
-        fix = {"data.download_tokens": earlier[0], "data.holdout": earlier[1]}
-        raise UserError(problem, name, path, fix)
-
-
-def _check_shape(config: TrainConfig, trained: GPTConfig, run: Run) -> None:
-    """Raise UserError if the model's shape differs from `trained`, the shape of the parent `run`.
-
-    The context length may differ, because positions are computed, not learned. Dropout may differ,
-    because it has no weights. `residual_init` may differ, because it affects only random weights.
-    """
-    free = "context_length", "dropout", "residual_init"
-    fix = {
-        f"model.{name}": value
-        for name, value in dataclasses.asdict(trained).items()
-        if name not in free and getattr(config.model, name, None) != value
-    }
-    size = run.config.get("size")
-    if fix and size not in (None, "gpt", config.size):
-        fix = {"model": size}
-    if fix:
-        problem = "the model of that run differs in shape from the new model"
-        raise UserError(problem, "init_from", config.init_from, fix)
-
-
-def run_lock(folder: Path) -> AcquireReturnProxy:
-    """Lock a run, so that only one process trains the run at a time.
-
-    If the process is killed, the lock is released.
-
-    Args:
-        folder: the run folder.
-
-    Returns:
-        The lock, as a context manager that releases the lock when the `with` block ends.
-
-    Raises:
-        UserError: another process trains the run, or the file system supports no locks.
-    """
-    try:
-        return FileLock(folder / ".lock").acquire(timeout=0)
-    except Timeout:
-        message = f"{folder} is being trained by another process: wait, or choose another name"
-        raise UserError(message, "name", folder.name) from None
-    except (OSError, NotImplementedError) as error:  # a file system without locks
-        problem = f"cannot lock {folder} ({error}): choose a folder on another file system"
-        raise UserError(problem, "runs_dir", str(folder.parent)) from None
-
-
-def _check_settings(config: TrainConfig, before: TrainConfig, folder: Path) -> None:
-    """Raise UserError if `config` differs from `before`, the config of the run in `folder`.
-
-    Settings that may change, such as data.cache_dir, are not compared.
-    """
-    earlier = flat(settings_of(before))
-    by_tokenizer = bool(config.data.tokenizer or config.teacher.runs)
-    ignored = {*_MAY_CHANGE, *(["data.vocab_size"] if by_tokenizer else [])}
-    size, limit = config.model.vocab_size, config.data.vocab_size
-    if size == limit and (by_tokenizer or earlier["model.vocab_size"] <= size):
-        ignored.add("model.vocab_size")  # it follows the tokenizer
-    values = flat(settings_of(config))
-    # The budget first, because data.download_tokens follows it.
-    for name in ("budget.tokens", *values):
-        value = values[name]
-        unset = value is None and name.startswith("logger.")  # W&B's variables may have changed
-        if name not in ignored and not unset and earlier[name] != value:
-            if name == "budget.tokens" and (
-                error := budget_error(folder, config.budget.tokens, config.overrides)
-            ):
-                raise error
-            message = f"the run in {folder} used another value; use that value or another name"
-            raise UserError(message, name, value, {name: earlier[name]})
-
-
-def refuse_settings(config: TrainConfig) -> None:
-    """Raise UserError if settings were typed that cannot be combined with resume=<run>."""
-    typed = [word for word in config.overrides if not word.lstrip("+").startswith(_KEPT)]
-    if not typed:
-        return
-    folder = folder_to_resume(config)
-    assert folder is not None
-    own = read_config(folder).get("overrides") or ()
-    if not (typed := [word for word in typed if word not in own]):
-        return
-    larger = any(word.lstrip("+").startswith("budget.tokens=") for word in typed)
-    if larger and (error := budget_error(folder, config.budget.tokens)):
-        raise error
-    raise UserError(f"a resumed run keeps its own settings: leave out {typed[0]}", "resume")
-
-
-def _is_default(values: dict[str, Any]) -> bool:
-    """Return whether the settings in a config.yaml that affect the weights are all defaults."""
-    defaults = settings_of(TrainConfig())
-    cache = {"cache_dir": None}
-    return all(
-        {**values[name], **cache} == {**defaults[name], **cache}
-        for name in ("model", "data", "optimizer", "trainer")
-    )
-
-
-def budget_error(folder: Path, tokens: int, typed: Sequence[str] | None = None) -> UserError | None:
-    """Return the error for resuming a finished run with a larger budget; None in other cases.
-
-    The error suggests a new run with the same settings. The new run starts with the weights of the
-    finished run and trains on the additional tokens.
-
-    Args:
-        folder: the run folder.
-        tokens: budget of the resumed run, in tokens.
-        typed: settings as typed; None means the settings that the finished run recorded.
-    """
-    values, summary = read_config(folder), read_summary(folder)
-    trained = summary.get("tokens")
-    if summary.get("status") != "finished" or not isinstance(trained, int) or tokens <= trained:
-        return None
-    words: Sequence[str] = (values.get("overrides") or ()) if typed is None else typed
-    replaced = ("name", "resume", "init_from", "budget.tokens", "model.vocab_size")
-    rest = [word for word in words if word.partition("=")[0].lstrip("+") not in replaced]
-    settings = {"init_from": str(folder), "budget.tokens": tokens - trained}
-    if values["data"].get("source") == "hf" and not any("data.download_tokens=" in w for w in rest):
-        # With another number of stories, others would be held out.
-        settings["data.download_tokens"] = values["data"].get("download_tokens")
-    if values["model"].get("vocab_size") != values["data"].get("vocab_size"):
-        settings["model.vocab_size"] = values["model"].get("vocab_size")
-    message = f"{folder} is finished, after {trained:,} tokens; to continue from its weights"
-    if not words and not _is_default(values):  # no command can repeat settings that were not typed
-        fix = settings | {"name": f"{folder.name}-continued"}
-        return UserError(f"{message}, start a new run", "budget.tokens", tokens, fix)
-    command = ("train", [*typed_settings(settings), *rest])
-    return UserError(message, "budget.tokens", tokens, command=command)

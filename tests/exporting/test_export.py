@@ -14,7 +14,8 @@ import yaml
 from minigpt.cli import app
 from minigpt.core.settings import UserError, build
 from minigpt.data.sources import bundled_sample
-from minigpt.evaluation import EvaluationConfig, evaluate, own_data
+from minigpt.evaluation import EvaluationConfig, evaluate
+from minigpt.evaluation.corpora import own_data
 from minigpt.exporting import ExportConfig, export, exporter, formats
 from minigpt.runs.checkpoint import weights_fingerprint
 from minigpt.runs.folder import Run

@@ -6,13 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from minigpt import evaluation, evaluation_hf
 from minigpt.cli.compose import load_config
 from minigpt.core.settings import UserError
 from minigpt.data.config import DataConfig
 from minigpt.data.sources import Corpus
-from minigpt.evaluation import EvaluationConfig, StoriesConfig, evaluate_loss
-from minigpt.evaluation_hf import evaluate_hf, evaluation_hf_name
+from minigpt.evaluation import (
+    EvaluationConfig,
+    StoriesConfig,
+    corpora,
+    evaluate_loss,
+    hugging_face,
+)
+from minigpt.evaluation.hugging_face import evaluate_hf, evaluation_hf_name
 from minigpt.exporting.formats import write_hf
 from minigpt.model import GPT, GPTConfig
 from minigpt.tokenizer import Tokenizer
@@ -42,7 +47,7 @@ def settings(place: Path, *more: str) -> EvaluationConfig:
 @pytest.mark.parametrize("stride", [None, 5])
 @pytest.mark.parametrize("chunk", [1024, 7])
 def test_loss_of_our_export_equals_that_of_our_model(place, tmp_path, monkeypatch, stride, chunk):
-    monkeypatch.setattr(evaluation_hf, "_CHUNK", chunk)  # 7: a window takes three passes
+    monkeypatch.setattr(hugging_face, "_CHUNK", chunk)  # 7: a window takes three passes
     tokenizer = Tokenizer.load(place / "ours.json")
     net = GPT(GPTConfig(tokenizer.vocab_size, 16, d_model=16, n_layers=2, n_heads=2, d_ff=16))
     net.load_state_dict(torch.load(place / "ours.pt"))
@@ -66,7 +71,7 @@ def test_both_texts_of_the_sample_are_scored(place, tmp_path, monkeypatch):
     texts = {name: tmp_path / f"{name}.txt" for name in ("v1", "v2")}
     for seed, path in enumerate(texts.values()):
         write_stories(path, 10 + seed, seed)
-    monkeypatch.setattr(evaluation, "bundled_sample", lambda name: Corpus((), (texts[name],)))
+    monkeypatch.setattr(corpora, "bundled_sample", lambda name: Corpus((), (texts[name],)))
     result = evaluate_hf(place / "hf", out=tmp_path)
     assert (result.valid, result.n_stories) == ("both", 11)
     assert result.valid_v1 is not None

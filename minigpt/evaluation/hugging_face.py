@@ -30,16 +30,10 @@ from minigpt.core.progress import track
 from minigpt.core.settings import UserError
 from minigpt.data.config import DataConfig
 from minigpt.data.sources import Corpus
-from minigpt.evaluation import (
-    WINDOWS,
-    EvaluationConfig,
-    Loss,
-    Score,
-    check_writable,
-    file_name,
-    score_corpora,
-    windows,
-)
+from minigpt.evaluation.config import EvaluationConfig
+from minigpt.evaluation.corpora import Scores, score_corpora
+from minigpt.evaluation.loss import WINDOWS, Loss, Score, checked_stride, windows
+from minigpt.evaluation.results import check_writable, file_name
 from minigpt.model import IGNORE_INDEX
 from minigpt.tokenizer import utf8_length
 
@@ -49,22 +43,15 @@ _ONLY_OURS = ("seed", "stories", "words", "analogies")  # settings that need a M
 
 
 @dataclass(frozen=True)
-class HFEvaluation(Score):
-    """Loss of a Hugging Face model.
+class HFEvaluation(Scores):
+    """Loss of a Hugging Face model."""
 
-    If the validation stories of both TinyStories V2 and V1 were scored, the fields inherited from
-    `Score` are for V2, and `valid_v1` is the score for V1.
-    """
-
-    valid: str | None  # stories of the bundled sample: v1, v2 or both; None if others were scored
-    valid_v1: Score | None  # loss on V1, if both were scored
     model: str  # path of the model
     parameters: int
     vocabulary: int  # number of tokens of the tokenizer
     context: int  # number of tokens per window
     stride: int | None
     device: str
-    data: dict[str, Any]  # data settings
 
 
 def evaluate_hf(
@@ -104,37 +91,24 @@ def evaluate_hf(
     check_writable(out, path.name)
     model, tokenizer = _load(folder)
     context = _context(model.config, folder)
-    stride = context if config.stride is None else config.stride
-    if not 1 <= stride <= context:
-        problem = f"must be from 1 to {context}, the context length of this model"
-        raise UserError(problem, "stride", stride, fix={"stride": max(1, context // 2)})
+    stride = checked_stride(config.stride, context)
     device = Hardware.single("32-true").accelerator
-    try:
-        model = model.to(device)
-    except torch.OutOfMemoryError:
-        problem = (
-            "not enough GPU memory: to use the CPU, put CUDA_VISIBLE_DEVICES= before the command"
-        )
-        raise UserError(problem, "hf", str(folder)) from None
+    model = _moved(model, device, folder)
 
     def score(corpus: Corpus) -> Score:
         ids, n_stories, n_bytes = _encoded(corpus, tokenizer)
         loss = _loss(model, ids, context, stride, config.batch_size or WINDOWS, console)
-        numbers = n_stories, loss.n_tokens, loss.nats_per_token, loss.perplexity
-        return Score(*numbers, loss.bits_per_byte(n_bytes / len(ids)))
+        return loss.score(n_stories, n_bytes / len(ids))
 
-    settings, valid, scores = score_corpora(config.data or DataConfig(), config.valid, score)
+    scores = score_corpora(config.data or DataConfig(), config.valid, score)
     evaluation = HFEvaluation(
-        **dataclasses.asdict(scores[0]),
-        valid=valid,
-        valid_v1=scores[1] if len(scores) > 1 else None,
+        **vars(scores),
         model=str(folder),
         parameters=model.num_parameters(),
         vocabulary=len(tokenizer),
         context=context,
         stride=config.stride,
         device=device,
-        data=dataclasses.asdict(settings),
     )
     write_json(path, dataclasses.asdict(evaluation))
     return evaluation
@@ -190,6 +164,15 @@ def _load(folder: Path) -> tuple[Any, Any]:
         problem = "its tokenizer has no end-of-sequence token, which separates the stories"
         raise UserError(f"{problem}: choose another model", "hf", str(folder))
     return model.eval(), tokenizer
+
+
+def _moved(model: Any, device: str, folder: Path) -> Any:
+    """Return the model on the device; raise UserError if the GPU has too little memory."""
+    try:
+        return model.to(device)
+    except torch.OutOfMemoryError:
+        remedy = "to use the CPU, put CUDA_VISIBLE_DEVICES= before the command"
+        raise UserError(f"not enough GPU memory: {remedy}", "hf", str(folder)) from None
 
 
 def _context(config: Any, folder: Path) -> int:

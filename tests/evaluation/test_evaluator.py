@@ -9,116 +9,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import yaml
 from rich.console import Console
 
-from minigpt import evaluation as evaluation_module
 from minigpt.cli.tables import show
 from minigpt.core import hardware
 from minigpt.core.settings import UserError, build
 from minigpt.data import sources
 from minigpt.data.config import DataConfig
 from minigpt.data.sources import Corpus
-from minigpt.data.windows import TokenWindows
-from minigpt.evaluation import (
-    EvaluationConfig,
-    Loss,
-    Score,
-    StoriesConfig,
-    evaluate,
-    evaluate_loss,
-    windows,
-    write_stories,
-)
-from minigpt.model import GPT, GPTConfig
+from minigpt.evaluation import EvaluationConfig, StoriesConfig, corpora, evaluate, evaluate_loss
+from minigpt.evaluation.corpora import own_data
+from minigpt.evaluation.evaluator import _hardware
+from minigpt.evaluation.loss import Score
+from minigpt.evaluation.stories import write_stories
 from minigpt.runs.folder import Run
 from minigpt.tokenizer import Tokenizer
 from tests import commands
 from tests.conftest import naming
+from tests.evaluation.conftest import TINY, make_net, out_of_memory
 
 STORIES = [f"The {a} saw a {b}. [{a}]" for a in ("dog", "cat") for b in ("fox", "hen", "pig")] * 5
-TINY = GPTConfig(vocab_size=290, context_length=16, d_model=16, n_layers=2, n_heads=2, d_ff=16)
 
 
-def make_net() -> GPT:
-    torch.manual_seed(0)
-    net = GPT(TINY)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter += 0.2 * torch.randn_like(parameter)
-    return net
-
-
-def random_tokens(n: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 290, n, dtype=np.uint16)
-
-
-@pytest.mark.parametrize("n", [2, 16, 17, 18, 33, 100])
-@pytest.mark.parametrize("stride", [None, 1, 5, 8, 16])
-def test_every_token_but_the_first_is_scored_once_with_enough_context(n, stride):
-    net, tokens = make_net().eval(), random_tokens(n)
-    step = stride or 16
-    expected = 0.0
-    with torch.no_grad():
-        for target in range(1, n):
-            first_window = target <= 16
-            start = 0 if first_window else math.ceil((target - 16) / step) * step
-            assert first_window or target - start > 16 - step
-            ids = torch.from_numpy(tokens[start:target].astype(np.int64))[None]
-            expected -= F.log_softmax(net(ids)[0, -1].double(), -1)[int(tokens[target])].item()
-    loss = evaluate_loss(net, tokens, batch_size=3, stride=stride)
-    assert loss.n_tokens == n - 1
-    assert loss.nats == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("n", [2, 16, 17, 18, 100])
-def test_adjacent_windows_are_those_of_training(n):
-    tokens = random_tokens(n)
-    training = TokenWindows(tokens, context_length=16)
-    starts = training.side_by_side()
-    scored = windows(tokens, range(len(starts)), 16, 16)
-    assert all(map(torch.equal, scored, training.__getitems__(starts)))
-
-
-def test_loss_does_not_depend_on_batch_size_and_leaves_the_model_training():
-    net, tokens = make_net().train(), random_tokens(333)
-    one, many = (evaluate_loss(net, tokens, batch_size) for batch_size in (1, 32))
-    assert one.nats == pytest.approx(many.nats, rel=1e-6)
-    assert net.training
-
-
-def out_of_memory(*_, **__):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-
-
-def test_out_of_memory_names_batch_size_or_the_number_of_stories(monkeypatch):
-    net, tokenizer = make_net(), Tokenizer.train(STORIES, 290)
-    monkeypatch.setattr(GPT, "loss", out_of_memory)
-    with pytest.raises(UserError, match=naming("batch_size=32", "batch_size=16")):
-        evaluate_loss(net, random_tokens(200))
+def test_out_of_memory_names_the_number_of_stories(monkeypatch):
+    tokenizer = Tokenizer.train(STORIES, 290)
     monkeypatch.setattr("minigpt.generation.sampling.Decoder", out_of_memory)
     with pytest.raises(UserError, match=naming("stories.n=4", "stories.n=2")):
-        write_stories(net, tokenizer, StoriesConfig(), seed=1)
-
-
-def test_autocast_is_close_to_float32_but_not_equal():
-    net, tokens = make_net(), random_tokens(200)
-    exact, mixed = (evaluate_loss(net, tokens, precision=p) for p in ("32-true", "bf16-mixed"))
-    assert mixed.nats != exact.nats
-    assert mixed.nats == pytest.approx(exact.nats, rel=0.02)
-
-
-def test_perplexity_and_bits_per_byte_follow_from_the_mean():
-    loss = Loss(nats=math.log(8) * 10, n_tokens=10)
-    assert loss.perplexity == pytest.approx(8)
-    assert loss.bits_per_byte(bytes_per_token=4.0) == pytest.approx(3 / 4)
-
-
-@pytest.mark.parametrize("stride", [0, 17])
-def test_a_stride_that_skips_tokens_is_refused(stride):
-    with pytest.raises(UserError, match=naming("stride", str(stride), "16")):
-        evaluate_loss(make_net(), random_tokens(50), stride=stride)
+        write_stories(make_net(), tokenizer, StoriesConfig(), seed=1)
 
 
 @pytest.mark.parametrize(
@@ -216,13 +134,13 @@ def test_run_is_evaluated_in_a_process_of_torchrun(run, monkeypatch):
     for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0",
                         "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    assert evaluation_module._hardware(Run.load(run)).devices == 1
+    assert _hardware(Run.load(run)).devices == 1
 
 
 def test_config_without_data_settings_is_an_error_and_not_a_traceback():
     for config in ({}, {"data": None}, {"data": "text"}):
         with pytest.raises(UserError, match=naming("config.yaml", "data")):
-            evaluation_module.own_data(config)
+            own_data(config)
 
 
 def test_prompts_do_not_share_random_numbers(run):
@@ -264,7 +182,7 @@ def sample_run(run, tmp_path, monkeypatch) -> Path:
     def sample(release: str = "v2") -> Corpus:
         return Corpus((train,), (texts[release],))
 
-    monkeypatch.setattr(evaluation_module, "bundled_sample", sample)
+    monkeypatch.setattr(corpora, "bundled_sample", sample)
     monkeypatch.setattr(sources, "bundled_sample", sample)
     change_data(run, {"source": "tinystories_sample", "cache_dir": str(tmp_path / "cache")})
     return run
@@ -323,7 +241,9 @@ def test_valid_scores_one_text_of_the_sample(valid, stories, name, sample_run):
 
 
 def test_valid_on_another_corpus_is_refused_in_one_line(run, monkeypatch):
-    monkeypatch.setattr("minigpt.evaluation.evaluate_loss", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(
+        "minigpt.evaluation.evaluator.evaluate_loss", lambda *_: pytest.fail("measured")
+    )
     with pytest.raises(UserError, match=naming("valid", "v1", "text")) as error:
         evaluate(run, EvaluationConfig(valid="v1"))
     assert "\n" not in str(error.value)
