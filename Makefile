@@ -106,7 +106,7 @@ golden: .venv/installed-dev  # compare logits, curves, stories and settings with
 chaos: .venv/installed-dev  # kill a run fifty times and fuzz its files (ten minutes)
 	$(EXTRA) tests/extra/test_fuzz.py tests/extra/test_chaos.py
 
-bench: .venv/installed-dev  # measure speed and memory, on an idle machine
+bench: .venv/installed-browser  # measure speed and memory, on an idle machine
 	$(BIN)/python benchmarks/training.py --sweep --out docs/results/benchmarks
 	$(BIN)/python benchmarks/runs.py --out docs/results/benchmarks
 	$(BIN)/python benchmarks/preparation.py --rounds 3 --out docs/results/benchmarks

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from statistics import fmean
 
 from minigpt.core.settings import UserError
 from minigpt.core.text import human_count
@@ -68,7 +69,7 @@ def _metrics(folder: Path, *_: int) -> list[Row]:
 def curve_svg(curve: Curve, end: float | None = None, marker: float | None = None) -> str:
     """Return a loss curve as SVG: a line for training, dots for validation.
 
-    Both axes are logarithmic.
+    Both axes are logarithmic. Training losses that fall on the same pixel column are averaged.
 
     Args:
         curve: the losses. Only points with a positive number of tokens and a positive, finite loss
@@ -98,7 +99,10 @@ def curve_svg(curve: Curve, end: float | None = None, marker: float | None = Non
         share = math.log(top / value) / math.log(top / bottom) if top > bottom else 0.5
         return 8 + (HEIGHT - BOTTOM - 16) * share
 
-    line = " ".join(f"{x(t):.1f},{y(loss):.1f}" for t, loss in train)
+    columns: dict[int, list[float]] = {}  # a long run has many points per pixel
+    for t, loss in train:
+        columns.setdefault(round(x(t)), []).append(y(loss))
+    line = " ".join(f"{column},{fmean(heights):.1f}" for column, heights in columns.items())
     dots = "".join(f'<circle cx="{x(t):.1f}" cy="{y(loss):.1f}" r="3.5"/>' for t, loss in valid)
     age = "" if marker is None else f'<path class="age" d="M{x(marker):.1f} 4V{HEIGHT - BOTTOM}"/>'
     labels = _text(LEFT, HEIGHT - 6, human_count(low))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 FIELDS = ("text", "files", "size", "minutes", "start", "job")  # fields that can have an error
 N_VIEWS = 6  # number of components that `_views` updates
 POLL_SECONDS = 1.5  # interval at which the page updates the list and the view
+VIEW_SHARE = 0.02  # maximum share of one core that the view of a long run takes from the training
 START_FROM, RANDOM = "Start from", "random weights"
 
 INTRODUCTION = """Train a model on your own stories. The training is a process of its own: it
@@ -134,6 +135,7 @@ class _Events:
     def __init__(self, playground: Playground, training: Training) -> None:
         self.playground, self.training = playground, training
         self.uploads = Path(get_upload_folder()).resolve()
+        self.views: dict[str, tuple[Any, float, str]] = {}  # state, when to renew, HTML, by job
 
     def allowed(self, request: gr.Request) -> bool:
         """Return whether the request has the cookie with the access token."""
@@ -186,7 +188,7 @@ class _Events:
         try:
             job = _selected(self.training, name)
             problem = {} if job is None or job.error is None else _field_error(job)
-            views = _views(self.training, name, known, name)
+            views = self._views(name, known, name)
         except UserError as error:
             problem = {_field(error): error.message}
         fields = [gr.skip()] * len(FIELDS)
@@ -217,9 +219,51 @@ class _Events:
         try:
             job = action()
             name = name if job is None else job.name
-            return [*_errors(), *_views(self.training, name, [], None)]
+            return [*_errors(), *self._views(name, [], None)]
         except UserError as error:
             return [*_errors(_field(error), error.message), *views]
+
+    def _views(self, name: str | None, known: list[Any], current: str | None) -> list[Any]:
+        """Return updates for the components that show the jobs, in the order of `_Form.views`.
+
+        Args:
+            name: name of the job to show. If there is no such job, the running job is shown, or
+                else the newest one.
+            known: choices that the list of jobs on the page already has.
+            current: name of the job that is now selected on the page.
+        """
+        jobs, job = self.training.queue.jobs(), _selected(self.training, name)
+        choices = [[_label(each), each.name] for each in jobs]
+        value = None if job is None else job.name
+        listed = gr.skip()
+        if choices != known or value != current:
+            # An update without a value keeps what the visitor selects in the meantime.
+            chosen: dict[str, Any] = {} if value == current else {"value": value}
+            pairs = [(label, key) for label, key in choices]
+            listed = gr.Dropdown(pairs, visible=bool(choices), **chosen)
+        state = None if job is None else job.state
+        buttons = [
+            gr.Button(visible=state in ("waiting", "running")),
+            gr.Button(visible=job is not None and job.can_continue),
+            gr.Button(visible=state not in (None, "running")),
+        ]
+        waiting = [each.name for each in jobs if each.state == "waiting"]
+        return [listed, choices, *buttons, "" if job is None else self._html(job, len(waiting))]
+
+    def _html(self, job: Job, n_waiting: int) -> str:
+        """Return the HTML of a job.
+
+        Until the state of the job changes, the HTML is renewed at intervals that grow with the time
+        that this takes: for all pages together, at most VIEW_SHARE of one core.
+        """
+        state = job.state, job.settings.get("state"), job.status.get("phase"), job.error, n_waiting
+        known, renew, view = self.views.get(job.name, (None, 0.0, ""))
+        if state != known or time.monotonic() >= renew:
+            began = time.perf_counter()
+            view = job_html(job, n_waiting)
+            seconds = time.perf_counter() - began
+            self.views[job.name] = state, time.monotonic() + seconds / VIEW_SHARE, view
+        return view
 
     def _start_from(self, name: str) -> dict[str, str] | None:
         """Return the `path` of the checkpoint and the `name` of the model to start from.
@@ -261,37 +305,6 @@ def _selected(training: Training, name: str | None) -> Job | None:
     running = [job for job in jobs if job.state == "running"]
     chosen = [job for job in jobs if job.name == name]
     return next(iter([*chosen, *running, *jobs]), None)
-
-
-def _views(
-    training: Training, name: str | None, known: list[Any], current: str | None
-) -> list[Any]:
-    """Return updates for the components that show the jobs, in the order of `_Form.views`.
-
-    Args:
-        training: the queue.
-        name: name of the job to show. If there is no such job, the running job is shown, or else
-            the newest one.
-        known: choices that the list of jobs on the page already has.
-        current: name of the job that is now selected on the page.
-    """
-    jobs, job = training.queue.jobs(), _selected(training, name)
-    choices = [[_label(each), each.name] for each in jobs]
-    value = None if job is None else job.name
-    listed = gr.skip()
-    if choices != known or value != current:
-        # An update without a value keeps what the visitor selects in the meantime.
-        chosen: dict[str, Any] = {} if value == current else {"value": value}
-        pairs = [(label, key) for label, key in choices]
-        listed = gr.Dropdown(pairs, visible=bool(choices), **chosen)
-    state = None if job is None else job.state
-    buttons = [
-        gr.Button(visible=state in ("waiting", "running")),
-        gr.Button(visible=job is not None and job.can_continue),
-        gr.Button(visible=state not in (None, "running")),
-    ]
-    waiting = [each.name for each in jobs if each.state == "waiting"]
-    return [listed, choices, *buttons, "" if job is None else job_html(job, len(waiting))]
 
 
 def _label(job: Job) -> str:

@@ -11,7 +11,7 @@ import torch
 from minigpt.model import GPT, GPTConfig
 from minigpt.playground import answers, inside
 from minigpt.playground.answers import Playground
-from minigpt.playground.curves import Curve, curve_svg, metrics, run_curve
+from minigpt.playground.curves import LEFT, WIDTH, Curve, curve_svg, metrics, run_curve
 from minigpt.runs.checkpoint import write_checkpoint, write_snapshot
 from minigpt.runs.folder import Run
 from minigpt.tokenizer import Tokenizer
@@ -133,6 +133,15 @@ def test_curve_leaves_out_values_that_have_no_logarithm():
     assert len(points.split()) == 2
     assert "<circle" not in svg
     assert curve_svg(Curve(([5], [1.0]), ([], []))) == ""
+
+
+def test_curve_of_a_long_run_has_at_most_one_point_per_pixel():
+    tokens = list(range(1000, 1_001_000, 100))
+    svg = curve_svg(Curve((tokens, [10 - 4 * math.log10(t / 1000) / 3 for t in tokens]), ([], [])))
+    (points,) = re.findall('points="([^"]*)"', svg)
+    columns = [int(point.split(",")[0]) for point in points.split()]
+    assert columns == sorted(set(columns))
+    assert (columns[0], columns[-1]) == (LEFT, WIDTH - 8)
 
 
 def test_added_model_is_listed_once(playground):

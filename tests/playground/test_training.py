@@ -283,6 +283,26 @@ def test_file_that_was_added_twice_is_used_once(queue, tmp_path, monkeypatch):
     assert list(job.uploads.values()) == ["a.txt"]
 
 
+def test_view_of_a_running_job_is_renewed_only_as_often_as_its_cost_allows(queue, monkeypatch):
+    from minigpt.playground import training_page
+    from minigpt.playground.access import Access
+    from minigpt.playground.answers import Playground
+    from minigpt.playground.server import Training
+
+    made: list[str] = []
+    monkeypatch.setattr(training_page, "job_html", lambda *_: f"{len(made)}{made.append('')}")
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(time, "perf_counter", lambda: float(len(made)))  # a view takes 1 s
+    events = training_page._Events(Playground([]), Training(queue, Access()))
+    job = add(queue)
+    views = [events._html(job, 0), events._html(job, 0)]
+    clock.now = 1 / training_page.VIEW_SHARE
+    views.append(events._html(job, 0))
+    views.append(events._html(job, 1))  # another state is shown at once
+    assert [view[0] for view in views] == ["0", "0", "1", "2"]
+
+
 def test_damaged_job_does_not_end_the_watch(queue, monkeypatch, caplog):
     from minigpt.playground.access import Access
     from minigpt.playground.answers import Playground
