@@ -59,7 +59,7 @@ ATTENTION = """To predict the next token, each **head** in each layer attends to
 Point at a token, or tap it, and the tokens that it attends to turn blue. In the matrix, each row is
 a token that attends, and each column is a token that it attends to. (start) is the token before the
 text; a head that finds nothing relevant often attends to it."""
-REFRESH_SECONDS = 3.0  # interval at which a page looks for newly trained models
+REFRESH_SECONDS = 6.0  # interval at which a page looks for newly trained models
 
 SCORES = """**Scores of all heads**, measured on a random sequence that is repeated: the
 previous-token score is the mean attention to the token before; the induction score is the mean

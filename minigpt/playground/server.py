@@ -33,7 +33,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_TRAINED = (
     8  # maximum number of finished training runs, newest first, to add to the page at a time
 )
-WATCH_SECONDS = 0.5  # interval at which the server looks for waiting and finished training runs
+WATCH_SECONDS = 2.0  # interval at which the server looks for waiting and finished training runs
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 FIELDS = ("text", "files", "size", "minutes", "start", "job")  # fields that can have an error
 N_VIEWS = 6  # number of components that `_views` updates
-POLL_SECONDS = 1.5  # interval at which the page updates the list and the view
+POLL_SECONDS = 3.0  # interval of the updates; each one takes the browser 0.2 s of one core
 VIEW_SHARE = 0.02  # maximum share of one core that the view of a long run takes from the training
 START_FROM, RANDOM = "Start from", "random weights"
 
@@ -52,7 +52,7 @@ class _Form:
     files: gr.File
     add: gr.Button
     chosen: gr.Dropdown
-    known: gr.State  # choices of the list on the page; the list is sent only if they change
+    known: gr.State  # what the page shows of the jobs; only what has changed is sent again
     stop: gr.Button
     resume: gr.Button
     remove: gr.Button
@@ -121,7 +121,7 @@ def _form(playground: Playground) -> _Form:
         errors["job"] = gr.HTML(elem_id="error-job")
         view = gr.HTML(elem_id="training")
     return _Form(
-        refusal, column, [text, files, size, start, minutes], files, add, chosen, gr.State([]),
+        refusal, column, [text, files, size, start, minutes], files, add, chosen, gr.State({}),
         stop, resume, remove, view, [errors[name] for name in FIELDS], gr.State({}),
     )  # fmt: skip
 
@@ -171,13 +171,13 @@ class _Events:
         return self._act(lambda: self.training.queue.remove(name), name, request)
 
     def poll(
-        self, name: str | None, known: list[Any], shown: dict[str, str], request: gr.Request
+        self, name: str | None, known: dict[str, Any], shown: dict[str, str], request: gr.Request
     ) -> list[Any]:
         """Return updates of the list of jobs, the buttons, the view of a job and the errors.
 
         Args:
             name: name of the job that is selected on the page.
-            known: choices that the list of jobs on the page already has.
+            known: what the page already shows, as returned in `_views`; {} for nothing.
             shown: the error that the page already shows, as a dict from the field to the message;
                 {} if it shows none.
             request: request of the visitor.
@@ -219,36 +219,41 @@ class _Events:
         try:
             job = action()
             name = name if job is None else job.name
-            return [*_errors(), *self._views(name, [], None)]
+            return [*_errors(), *self._views(name, {}, None)]
         except UserError as error:
             return [*_errors(_field(error), error.message), *views]
 
-    def _views(self, name: str | None, known: list[Any], current: str | None) -> list[Any]:
+    def _views(self, name: str | None, known: dict[str, Any], current: str | None) -> list[Any]:
         """Return updates for the components that show the jobs, in the order of `_Form.views`.
 
         Args:
             name: name of the job to show. If there is no such job, the running job is shown, or
                 else the newest one.
-            known: choices that the list of jobs on the page already has.
+            known: what the page already shows: the second element of an earlier result; {} for
+                nothing.
             current: name of the job that is now selected on the page.
         """
         jobs, job = self.training.queue.jobs(), _selected(self.training, name)
         choices = [[_label(each), each.name] for each in jobs]
         value = None if job is None else job.name
         listed = gr.skip()
-        if choices != known or value != current:
+        if choices != known.get("choices") or value != current:
             # An update without a value keeps what the visitor selects in the meantime.
             chosen: dict[str, Any] = {} if value == current else {"value": value}
             pairs = [(label, key) for label, key in choices]
             listed = gr.Dropdown(pairs, visible=bool(choices), **chosen)
         state = None if job is None else job.state
         buttons = [
-            gr.Button(visible=state in ("waiting", "running")),
-            gr.Button(visible=job is not None and job.can_continue),
-            gr.Button(visible=state not in (None, "running")),
+            state in ("waiting", "running"),
+            job is not None and job.can_continue,
+            state not in (None, "running"),
         ]
-        waiting = [each.name for each in jobs if each.state == "waiting"]
-        return [listed, choices, *buttons, "" if job is None else self._html(job, len(waiting))]
+        n_waiting = sum(each.state == "waiting" for each in jobs)
+        view = "" if job is None else self._html(job, n_waiting)
+        shows = {"choices": choices, "buttons": buttons, "view": hash(view)}
+        same = {key: known.get(key) == value for key, value in shows.items()}
+        updates = [gr.skip() if same["buttons"] else gr.Button(visible=b) for b in buttons]
+        return [listed, shows, *updates, gr.skip() if same["view"] else view]
 
     def _html(self, job: Job, n_waiting: int) -> str:
         """Return the HTML of a job.

@@ -254,7 +254,7 @@ def test_tab_shows_a_folder_that_cannot_be_used_at_its_field(queue, monkeypatch)
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(FileLock, "acquire", fail)
-    shown = events.poll(job.name, [], {}, request)[training_page.N_VIEWS :]
+    shown = events.poll(job.name, {}, {}, request)[training_page.N_VIEWS :]
     assert [bool(error) for error in shown[:-1]] == [field == "job" for field in fields]
     stopped = events.stop(job.name, request)
     assert [bool(error) for error in stopped[: len(fields)]] == [field == "job" for field in fields]
@@ -301,6 +301,26 @@ def test_view_of_a_running_job_is_renewed_only_as_often_as_its_cost_allows(queue
     views.append(events._html(job, 0))
     views.append(events._html(job, 1))  # another state is shown at once
     assert [view[0] for view in views] == ["0", "0", "1", "2"]
+
+
+def test_poll_sends_only_what_has_changed(queue):
+    import gradio as gr
+
+    from minigpt.playground import training_page
+    from minigpt.playground.access import Access
+    from minigpt.playground.answers import Playground
+    from minigpt.playground.server import Training
+
+    events = training_page._Events(Playground([]), Training(queue, Access()))
+    job = add(queue)
+    first = events._views(None, {}, None)
+    again = events._views(job.name, first[1], job.name)
+    skipped = gr.skip()
+    assert [update == skipped for update in first] == [False] * training_page.N_VIEWS
+    assert [update == skipped for update in again] == [True, False, True, True, True, True]
+    queue.stop(job.name)
+    stopped = events._views(job.name, again[1], job.name)
+    assert [update == skipped for update in stopped] == [True, *[False] * 5]
 
 
 def test_damaged_job_does_not_end_the_watch(queue, monkeypatch, caplog):
