@@ -332,7 +332,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure how fast text is generated.")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=240, help="new tokens per sequence")
-    parser.add_argument("--out", type=Path, help="output folder")
+    parser.add_argument("--out", type=lambda name: Path(name).expanduser(), help="output folder")
     arguments = parser.parse_args()
     if not 1 <= arguments.tokens <= 256 - PROMPT:
         parser.error(f"--tokens must be between 1 and {256 - PROMPT}: GPT-2 has no context shift")

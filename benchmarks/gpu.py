@@ -306,7 +306,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Check and measure one GPU.")
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="output folder")
+    parser.add_argument(
+        "--out",
+        type=lambda name: Path(name).expanduser(),
+        default=Path("gpu-results"),
+        help="output folder",
+    )
     parser.add_argument("--only", nargs="*", help="names of parts, such as 'check syncs'")
     parser.add_argument("--worker", nargs=2, metavar=("END", "SCRATCH"), help=argparse.SUPPRESS)
     typed = parser.parse_args(arguments)

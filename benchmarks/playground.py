@@ -153,7 +153,7 @@ def measure_training(run: Path, folder: Path, n_rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=lambda name: Path(name).expanduser(), required=True)
     parser.add_argument("--rounds", type=int, default=6)
     arguments = parser.parse_args()
     tune_process()

@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", default=CASES, help="text:megabytes[:one]")
     parser.add_argument("--rounds", type=int, default=0, help="rounds of encoding to compare")
     parser.add_argument("--vocab-size", type=int, default=DataConfig.vocab_size)
-    parser.add_argument("--out", type=Path, help="output folder")
+    parser.add_argument("--out", type=lambda name: Path(name).expanduser(), help="output folder")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # story file and cache folder
     arguments = parser.parse_args()
     size, rounds = arguments.vocab_size, arguments.rounds

@@ -162,7 +162,7 @@ def main() -> None:
         description="Measure start-up, overhead and loss of whole runs."
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="output folder")
+    parser.add_argument("--out", type=lambda name: Path(name).expanduser(), help="output folder")
     arguments = parser.parse_args()
     out = arguments.out and arguments.out.resolve()
     os.chdir(ROOT)  # the data cache is there

@@ -344,7 +344,7 @@ def main() -> None:
         "--profile", action="store_true", help="only profile the operators of a step"
     )
     parser.add_argument("--teacher", action="store_true", help="only measure the cost of a teacher")
-    parser.add_argument("--out", type=Path, help="output folder")
+    parser.add_argument("--out", type=lambda name: Path(name).expanduser(), help="output folder")
     arguments = parser.parse_args()
     if arguments.worker:
         kind, d_model, batch, context, precision = arguments.worker

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 
+from minigpt.data.formats import _OPENERS, KINDS
 from tests.conftest import ROOT
 
 PAGES = sorted(path for path in ROOT.glob("docs/*.md") if path.name != "LOG.md")
@@ -78,7 +79,12 @@ def test_formats_are_listed_once_each():
     table = page.split("## Formats")[1].split("\n##")[0]
     endings = re.findall(r"`(\.\w+)`", "".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)))
     assert sorted(endings) == sorted(set(endings))
-    assert {".txt", ".md", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"} == set(endings)
+    assert set(endings) == set(KINDS)
+    packings = re.search(r"may be compressed with .*?\n", page)
+    assert packings is not None
+    assert set(re.findall(r"`(\.\w+)`", page[packings.start() :].split(" to the name")[0])) == set(
+        _OPENERS
+    )
 
 
 def test_every_test_that_the_reliability_page_names_exists():

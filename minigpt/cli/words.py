@@ -3,9 +3,9 @@ r"""Read the words of a command line, and write settings in Hydra's grammar.
 A setting of type `str` is called a text setting. Its value is taken literally: `name=3.10` sets the
 name 3.10, and `name=It's (1)` sets the name It's (1). There are four exceptions: `null` means None,
 `${...}` refers to another setting, `\${` stands for the characters `${`, and a leading `~` of
-`runs_dir` is replaced with the home folder. Quotes around the whole value mark a text that would
-otherwise have another meaning: `name='null'` sets the name null. The items of a list of texts are
-read in the same way. Hydra reads the values of all other settings.
+`runs_dir` and `hydra.sweep.dir` is replaced with the home folder. Quotes around the whole value
+mark a text that would otherwise have another meaning: `name='null'` sets the name null. The items
+of a list of texts are read in the same way. Hydra reads the values of all other settings.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ HYDRA_FLAGS = {
     "--multirun", "--shell-completion", "--config-path", "--config-name", "--config-dir",
     "--experimental-rerun", "--info",
 }  # fmt: skip
+_FOLDERS = ("runs_dir", "hydra.sweep.dir", "hydra.run.dir")
 _SWEEP = re.compile(r"(choice|glob|interval|range|shuffle|sort|tag)\(.*\)", re.DOTALL)
 
 
@@ -97,11 +98,12 @@ def hydra_word(word: str, hints: Mapping[str, Any], sweep: bool) -> str:
     if not equals or word.startswith(("-", "~")):
         return word
     name = key.lstrip("+")
+    if name in _FOLDERS and text.startswith("~"):  # Hydra would not expand it
+        text = str(user_path(text, name))
+        word = f"{key}={text}"
     depth = _text_depth(hints.get(name))
     if depth is None:
         return _other_word(word, sweep)
-    if name == "runs_dir" and text.startswith("~"):  # Hydra would not expand it
-        text = str(user_path(text, name))
     if not sweep:
         return f"{key}={_value(name, text, depth)}"
     if _SWEEP.fullmatch(text):

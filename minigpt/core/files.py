@@ -32,12 +32,15 @@ def user_path(path: str | Path, argument: str | None = None) -> Path:
     """Return a path with a leading `~` or `~user` replaced by the home folder.
 
     Args:
-        path: the path as typed by the user.
+        path: the path as typed by the user. A text that begins with ./~ is the path of a file whose
+            name begins with ~; it becomes absolute, so that no other function expands it.
         argument: name of the argument, for the error message.
 
     Raises:
         UserError: the path names a user without a home folder.
     """
+    if str(path).startswith("./~"):
+        return Path.cwd() / path
     try:
         return Path(path).expanduser()
     except RuntimeError:

@@ -42,9 +42,9 @@ def read_pieces(
     """Yield the stories of one file; a story of more than two million characters comes in pieces.
 
     White space at both ends of a story is removed, and empty stories are skipped. Line ends become
-    line feeds. Byte order marks are removed, except in Parquet files. Concatenating the pieces of a
-    story gives the story. Long stories are cut at pre-token boundaries where possible. Memory use
-    does not grow with the number of stories.
+    line feeds, and byte order marks are removed. Concatenating the pieces of a story gives the
+    story. Long stories are cut at pre-token boundaries where possible. Memory use does not grow
+    with the number of stories.
 
     Args:
         path: path of the file, which may be compressed. A .txt or .md file contains stories with a
@@ -106,7 +106,8 @@ def choose_field(
 
 
 def clean(text: str) -> str:
-    """Return `text` without white space at its ends, and with line feeds as line ends."""
+    """Return `text` without white space at its ends and byte order marks, and with line feeds."""
+    text = text.replace(_BYTE_ORDER_MARK, "")
     return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
@@ -269,21 +270,29 @@ def _skip_space(text: str, at: int) -> int:
 
 
 def _table_rows(path: Path, chunks: Iterable[str], kind: str, field: str | None) -> Iterator[Row]:
-    """Yield the line number and the story of each row of a .csv or .tsv file."""
+    """Yield the line number and the story of each row of a .csv or .tsv file; skip blank rows."""
     csv.field_size_limit(_LONGEST)
     lines = (f"{line}\n" for line in _lines(path, chunks))
-    header = next(lines, "")
+    n_blank = 0  # lines before the header
+    for header in lines:
+        if header.strip():
+            break
+        n_blank += 1
+    else:
+        return
     delimiter = "\t" if kind == "tsv" else max(",;\t", key=header.count)
     rows = csv.reader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
     try:
         names = [name.strip() for name in next(rows)]
         column = names.index(choose_field(str(path), names, names, field))
-        for row in filter(None, rows):
+        for row in rows:
+            if not any(map(str.strip, row)):
+                continue
             if len(row) != len(names):
                 raise csv.Error(f"{len(row)} columns, but the first row has {len(names)}")
-            yield rows.line_num, row[column]
+            yield n_blank + rows.line_num, row[column]
     except csv.Error as error:
-        problem = f"{path}, line {rows.line_num}: {error}"
+        problem = f"{path}, line {n_blank + rows.line_num}: {error}"
         remedy = (
             f"put double quotes around fields that contain {delimiter!r}, a quote or a line break"
         )
@@ -338,26 +347,64 @@ def _decode(path: Path, file_format: Format) -> Iterator[str]:
     decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
     offset, line = 0, 1
     for chunk in itertools.chain(unpack(path, file_format.packing), [b""]):
-        utf16 = offset == 0 and chunk[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        if not utf16 and (at := chunk.find(b"\0")) >= 0:
-            where = f"a NUL byte at offset {offset + at}"
+        wide = _wide_encoding(chunk) if offset == 0 else None
+        if not wide and (at := chunk.find(b"\0")) >= 0:
+            line += chunk.count(b"\n", 0, at)
+            where = f"a NUL byte at offset {offset + at}, line {line}"
             raise UserError(f"{path} is binary, not text ({where}); leave it out")
+        if wide:
+            raise _not_utf8(path, file_format, f"line 1 is {wide}", wide)
         try:
             text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
             # error.object may begin with bytes of the previous chunk, but ends where `chunk` ends.
             at = offset + len(chunk) - len(error.object) + error.start
             line += error.object.count(b"\n", 0, error.start)
-            remedy = f"convert it with iconv -f {'UTF-16' if utf16 else 'WINDOWS-1252'} -t UTF-8"
-            if file_format.packing:
-                remedy = f"decompress it, then {remedy}"
-            else:
-                new = shell_word(f"{path}.utf8{path.suffix}")
-                remedy = f"{remedy} {shell_word(str(path))} > {new}"
-            if error.reason == "unexpected end of data":
-                remedy = f"copy it again if it is truncated, or {remedy}"
-            byte = f"byte 0x{error.object[error.start]:02x} at offset {at}, line {line}"
-            raise UserError(f"{path} is not UTF-8 ({byte}); {remedy}") from None
+            where = f"byte 0x{error.object[error.start]:02x} at offset {at}, line {line}"
+            cut = error.reason == "unexpected end of data"
+            raise _not_utf8(path, file_format, where, None, cut) from None
         offset += len(chunk)
         line += chunk.count(b"\n")
         yield text.replace(_BYTE_ORDER_MARK, "")
+
+
+def _not_utf8(
+    path: Path, file_format: Format, where: str, encoding: str | None, is_cut: bool = False
+) -> UserError:
+    """Return the error for a file that is not UTF-8, with the command that converts the file.
+
+    Args:
+        path: path of the file.
+        file_format: format and compression of the file.
+        where: the first byte that is not UTF-8.
+        encoding: encoding of the file; None if it is not known.
+        is_cut: whether the file ends within a character.
+    """
+    remedy = f"convert it with iconv -f {encoding} -t UTF-8"
+    if encoding is None:
+        remedy = "convert it from its encoding, such as WINDOWS-1252: "
+        remedy += "iconv -f WINDOWS-1252 -t UTF-8"
+    if file_format.packing:
+        remedy = f"decompress it, then {remedy}"
+    else:
+        remedy += f" {shell_word(str(path))} > {shell_word(f'{path}.utf8{path.suffix}')}"
+    if is_cut:
+        remedy = f"copy it again if it is truncated, or {remedy}"
+    return UserError(f"{path} is not UTF-8 ({where}); {remedy}")
+
+
+def _wide_encoding(start: bytes) -> str | None:
+    """Return the name of the encoding if a text starts in UTF-32 or UTF-16, else None.
+
+    A text in UTF-16 without a byte order mark is recognised by its Latin letters: nearly every
+    second byte is 0.
+    """
+    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    low, high = start[:400:2], start[1:400:2]
+    for name, zeros, letters in (("UTF-16LE", high, low), ("UTF-16BE", low, high)):
+        if zeros.count(0) > 0.9 * len(zeros) > 0 and letters.count(0) == 0:
+            return name
+    return None

@@ -20,11 +20,11 @@ CHUNK = 1 << 20  # bytes read at a time
 # a hundredth, and a file that is made to fill a disk to a thousandth.
 _UNPACKED, _UNPACKED_TIMES = 64 << 20, 200
 
-_KINDS = {
+KINDS = {
     ".txt": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json",
     ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
 }  # fmt: skip
-READABLE = f"{', '.join(_KINDS)}, each also with .gz, .xz, .bz2 or .zst"
+READABLE = f"{', '.join(KINDS)}, each also with .gz, .xz, .bz2 or .zst"
 
 _UNPACK, _TEXT = "unpack it and give the unpacked files", "save its text as .txt"
 _DATA = "write its stories as .txt or .jsonl"
@@ -47,6 +47,8 @@ _FOREIGN: tuple[tuple[str, str, tuple[bytes, ...], str], ...] = (
      (b"\x89PNG", b"\xff\xd8\xff", b"GIF87a", b"GIF89a"), "leave it out"),
     ("a zip archive", ".zip", (b"PK\x03\x04", b"PK\x05\x06"), _UNPACK),
     ("a tar archive", ".tar .tgz .tbz .tbz2 .txz .tzst", (), _UNPACK),
+    ("a file compressed by compress", ".z", (b"\x1f\x9d",), _UNPACK),
+    ("an HDF5 file", ".h5 .hdf5", (b"\x89HDF",), _DATA),
     ("a 7z archive", ".7z", (b"7z\xbc\xaf\x27\x1c",), _UNPACK),
     ("a RAR archive", ".rar", (b"Rar!\x1a\x07",), _UNPACK),
     ("a Parquet file", "", (b"PAR1\x15",), "rename the file to end in .parquet"),
@@ -56,6 +58,12 @@ _FOREIGN: tuple[tuple[str, str, tuple[bytes, ...], str], ...] = (
     ("compressed with zstd", "", (b"\x28\xb5\x2f\xfd",),
      "decompress the file, or add .zst to its name"),
 )  # fmt: skip
+
+
+_PACKED = {
+    ".gz": "compressed with gzip", ".xz": "compressed with xz", ".bz2": "compressed with bzip2",
+    ".zst": "compressed with zstd",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,8 +77,7 @@ class Format:
 def detect_format(path: Path) -> Format:
     """Return the format and the compression that the name of a file indicates.
 
-    A file in an unsupported format is rejected by its extension or by its first bytes. The first
-    bytes of .parquet files are not checked.
+    A file in an unsupported format is rejected by its extension or by its first bytes.
 
     Args:
         path: path of the file.
@@ -85,7 +92,7 @@ def detect_format(path: Path) -> Format:
     name = path.name.lower()
     packing = next((ending for ending in _OPENERS if name.endswith(ending)), "")
     suffix = PurePath(name.removesuffix(packing)).suffix
-    kind = _KINDS.get(suffix, "text" if packing else "")
+    kind = KINDS.get(suffix, "text" if packing else "")
     for what, endings, _, remedy in _FOREIGN:
         if suffix and suffix in endings.split():
             raise UserError(f"{path} is {what}; {remedy}")
@@ -94,12 +101,24 @@ def detect_format(path: Path) -> Format:
         raise UserError(f"{problem}; convert or rename the file to {READABLE}")
     if kind == "parquet":
         optional("pyarrow.parquet", "Parquet")
-        return Format(kind, packing)
-    head = next(unpack(path, packing), b"")
+    content = "a Parquet file" if kind == "parquet" else None
+    heads = [(unpack(path, ""), _PACKED.get(packing, content))]
+    heads += [(unpack(path, packing), content)] if packing else []
+    for chunks, expected in heads:
+        if (found := _foreign(next(chunks, b""))) and found[0] != expected:
+            raise UserError(f"the content of {path} is {found[0]}; {found[1]}")
+    return Format(kind, packing)
+
+
+def _foreign(head: bytes) -> tuple[str, str] | None:
+    """Return the format that the first bytes of a file belong to, and what the user can do.
+
+    The result is None if they do not belong to a format in `_FOREIGN`.
+    """
     for what, _, beginnings, remedy in _FOREIGN:
         if head.startswith(beginnings) or (what == "a tar archive" and head[257:262] == b"ustar"):
-            raise UserError(f"the content of {path} is {what}; {remedy}")
-    return Format(kind, packing)
+            return what, remedy
+    return None
 
 
 def optional(module: str, use: str) -> Any:

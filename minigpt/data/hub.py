@@ -8,10 +8,12 @@ the story is stored.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import itertools
 import json
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -115,9 +117,12 @@ def _stories(
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     datasets.disable_progress_bars()
     telemetry_off, constants.HF_HUB_DISABLE_TELEMETRY = constants.HF_HUB_DISABLE_TELEMETRY, True
+    at_exit = contextlib.ExitStack()
     try:
         if state["revision"] is None and not Path(dataset).is_dir():  # fails at once if offline
             state["revision"] = HfApi().dataset_info(dataset).sha
+        if Path(dataset).is_dir() and glob.has_magic(dataset):  # `datasets` would read a pattern
+            dataset = _linked(Path(dataset), at_exit.enter_context(tempfile.TemporaryDirectory()))
         stream = datasets.load_dataset(
             dataset, config.subset, split=split, streaming=True, revision=state["revision"]
         )
@@ -143,4 +148,20 @@ def _stories(
         problem = f"could not read the split {split!r} ({reason}); {remedy}; or use your own files"
         raise UserError(problem, "data.dataset", config.dataset, fix=files) from None
     finally:
+        at_exit.close()
         constants.HF_HUB_DISABLE_TELEMETRY = telemetry_off
+
+
+def _linked(dataset: Path, folder: str) -> str:
+    """Link all files of a local dataset in `folder`, and return `folder`.
+
+    A link to the whole dataset would not do, because `datasets` resolves it.
+    """
+    for path in dataset.rglob("*"):
+        link = Path(folder) / path.relative_to(dataset)
+        if path.is_dir():
+            link.mkdir(parents=True, exist_ok=True)
+        else:
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path.absolute())
+    return folder

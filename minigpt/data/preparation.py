@@ -28,8 +28,8 @@ from filelock import FileLock, Timeout
 from minigpt.core.files import read_json, sync, write_error, write_json
 from minigpt.core.settings import UserError
 from minigpt.data.config import DataConfig
+from minigpt.data.corpus import Corpus, Split
 from minigpt.data.progress import byte_progress
-from minigpt.data.sources import Corpus, Split
 from minigpt.tokenizer import Tokenizer, cut_texts, utf8_length
 
 log = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ class TokenFile:
     n_tokens: int  # including the END_OF_TEXT after each story
     n_bytes: int  # UTF-8 bytes of the stories, without END_OF_TEXT
     n_stories: int
+    notes: tuple[str, ...] = ()  # sentences about the division of the stories into splits
 
     @classmethod
     def load(cls, folder: Path) -> TokenFile:
@@ -70,7 +71,8 @@ class TokenFile:
             KeyError: a value is missing from meta.json.
         """
         meta = _read_meta(folder)
-        tokens = cls(folder / _TOKENS, meta["tokens"], meta["bytes"], meta["stories"])
+        counts = meta["tokens"], meta["bytes"], meta["stories"]
+        tokens = cls(folder / _TOKENS, *counts, tuple(meta.get("notes", ())))
         if tokens.path.stat().st_size != 2 * tokens.n_tokens:
             raise ValueError(f"{tokens.path} does not contain {tokens.n_tokens} tokens")
         _check(tokens.path, meta["blake2b"])
@@ -154,8 +156,9 @@ def prepare_split(
         with byte_progress(f"encoding the {split} split") as show:
             meta = _encode(corpus.pieces(split), tokenizer, folder / _TOKENS, show)
         if meta["stories"] == 0:
-            raise UserError(f"the {split} split contains no story; add more text", "data.source")
-        _write_meta(folder, meta | {"of": ingredients})
+            remedy = "add more text" + (", or set data.valid_files" if split == "valid" else "")
+            raise UserError(f"the {split} split contains no story; {remedy}", "data.source")
+        _write_meta(folder, meta | {"notes": corpus.notes, "of": ingredients})
         counts = meta["stories"], meta["bytes"] / 1e6, meta["tokens"], time.perf_counter() - start
         log.info(f"encoded the {split} split: %d stories, %.1f MB, %d tokens, %.1f s", *counts)
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from minigpt.core.settings import UserError, build
 from minigpt.data.config import DataConfig, with_cache_here
-from minigpt.data.sources import Corpus, bundled_sample, open_corpus
+from minigpt.data.corpus import Corpus
+from minigpt.data.sources import bundled_sample, open_corpus
 from minigpt.evaluation.loss import Score
 
 

@@ -17,8 +17,8 @@ from minigpt.core.files import user_path, write_json
 from minigpt.core.hardware import Hardware
 from minigpt.core.settings import UserError
 from minigpt.data.config import DataConfig
+from minigpt.data.corpus import Corpus
 from minigpt.data.preparation import prepare_split
-from minigpt.data.sources import Corpus
 from minigpt.evaluation.config import EvaluationConfig
 from minigpt.evaluation.corpora import Scores, own_data, score_corpora
 from minigpt.evaluation.loss import Score, evaluate_loss

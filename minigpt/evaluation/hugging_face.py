@@ -29,7 +29,7 @@ from minigpt.core.hardware import Hardware, gpu_memory_for
 from minigpt.core.progress import track
 from minigpt.core.settings import UserError
 from minigpt.data.config import DataConfig
-from minigpt.data.sources import Corpus
+from minigpt.data.corpus import Corpus
 from minigpt.evaluation.config import EvaluationConfig
 from minigpt.evaluation.corpora import Scores, score_corpora
 from minigpt.evaluation.loss import WINDOWS, Loss, Score, checked_stride, windows

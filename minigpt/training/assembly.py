@@ -136,11 +136,14 @@ class Assembly:
             lines["teachers"] = f"{names}, trained on {seen} tokens: {settings}"
         for key, text in lines.items():
             log.info("%-10s %s", key, text)
+        for note in dict.fromkeys([*data.train.notes, *valid.notes]):
+            log.info("%-10s %s", "stories", note)
         size, limit = data.tokenizer.vocab_size, config.data.vocab_size
         if parent is None and self.start.tokenizer is None and size < limit:
-            sizes = f"{size:,} tokens, fewer than data.vocab_size={limit:,}"
-            rows = f"the rest of the model's {config.model.vocab_size:,} embeddings is unused"
-            log.warning("the training stories yield a vocabulary of %s; %s", sizes, rows)
+            sizes, rows = f"{size:,} tokens, fewer than data.vocab_size={limit:,}", ""
+            if (n_rows := config.model.vocab_size) > size:
+                rows = f"; the rest of the model's {n_rows:,} embeddings is unused"
+            log.warning("the training stories yield a vocabulary of %s%s", sizes, rows)
 
     def trainer(self, callbacks: Sequence[Callback]) -> L.Trainer:
         """Return the Lightning Trainer, with the loggers, our own callbacks and `callbacks`."""

@@ -73,11 +73,23 @@ def with_vocabulary_of(tokenizer: Tokenizer, config: TrainConfig) -> TrainConfig
         source = data.tokenizer or config.teacher.runs[0]
         message = f"the tokenizer of {source} has {size} tokens: leave this setting out"
         raise UserError(message, "data.vocab_size", data.vocab_size)
-    is_typed = any(w.lstrip("+").startswith("model.vocab_size=") for w in config.overrides)
-    if model.vocab_size == data.vocab_size and not is_typed:
+    if model.vocab_size == data.vocab_size and not _types_rows(config):
         model = dataclasses.replace(model, vocab_size=size)
     data = dataclasses.replace(data, vocab_size=size)
     return dataclasses.replace(config, data=data, model=model)
+
+
+def with_rows_of(trained: GPTConfig, config: TrainConfig) -> TrainConfig:
+    """Return `config` with the `vocab_size` of the model `trained`, unless the user has set one."""
+    if config.model.vocab_size != DataConfig.vocab_size or _types_rows(config):
+        return config
+    model = dataclasses.replace(config.model, vocab_size=trained.vocab_size)
+    return dataclasses.replace(config, model=model)
+
+
+def _types_rows(config: TrainConfig) -> bool:
+    """Return whether the user has typed model.vocab_size."""
+    return any(w.lstrip("+").startswith("model.vocab_size=") for w in config.overrides)
 
 
 def check_division(data: DataConfig, before: Any, name: str, path: str) -> None:

@@ -38,6 +38,7 @@ from minigpt.training.inheritance import (
     check_shape,
     common_tokenizer,
     typed_tokenizer,
+    with_rows_of,
     with_vocabulary_of,
 )
 from minigpt.training.module import GPTModule
@@ -130,6 +131,7 @@ class ResumeState:
         if tokenizer is not None and (config.data.tokenizer or teachers):
             config = with_vocabulary_of(tokenizer, config)
         if run is not None and parent_model is not None:
+            config = with_rows_of(parent_model.config, config)
             check_shape(config, parent_model.config, run)
             parent = run.provenance(parent_model)
         if teachers is not None:

@@ -34,6 +34,12 @@ def test_the_folder_of_a_sweep_has_no_tilde(home):
     hints = {"runs_dir": str, "init_from": str | None}
     words = [hydra_word(f"{key}=~/r (1)", hints, sweep=True) for key in hints]
     assert words == [f'runs_dir="{home}/r (1)"', 'init_from="~/r (1)"']
+    assert hydra_word("hydra.sweep.dir=~/r", {}, sweep=True) == f"hydra.sweep.dir={home}/r"
+
+
+def test_a_name_that_begins_with_a_tilde_is_not_the_home_folder(home):
+    path = user_path("./~notes.txt")
+    assert (path, user_path(path)) == (Path.cwd() / "~notes.txt",) * 2
 
 
 def test_a_user_who_does_not_exist_is_named():

@@ -7,8 +7,9 @@ import pytest
 from minigpt.core.settings import UserError
 from minigpt.data import sources
 from minigpt.data.config import DataConfig
+from minigpt.data.corpus import Corpus
 from minigpt.data.datamodule import DataModule
-from minigpt.data.sources import Corpus, open_corpus
+from minigpt.data.sources import open_corpus
 from minigpt.tokenizer import END_OF_TEXT
 from tests.conftest import naming
 

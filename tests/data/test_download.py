@@ -15,7 +15,8 @@ from huggingface_hub.utils import close_session
 
 from minigpt.core.settings import UserError
 from minigpt.data import download
-from minigpt.data.sources import Corpus, download_tinystories
+from minigpt.data.corpus import Corpus
+from minigpt.data.sources import download_tinystories
 from minigpt.tokenizer import END_OF_TEXT
 from tests.conftest import naming
 

@@ -174,6 +174,19 @@ def test_empty_lines_that_hold_spaces_separate_too(tmp_path, monkeypatch, chunk)
     assert read_stories(path, "\n\n") == ["One\nline.", "Two.", "Three."]
 
 
+def test_blank_rows_of_a_table_are_no_rows(tmp_path):
+    content = "\n \nid,text\n\n1,One.\n , \n \n2,Two.\n"
+    assert read_stories(write(tmp_path / "a.csv", content)) == ["One.", "Two."]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_byte_order_marks_in_values_are_removed(tmp_path, name):
+    story = "\ufeffOne \ufeffstory."
+    content = parquet("text", [story]) if name == "a.parquet" else json.dumps(story).encode()
+    (tmp_path / name).write_bytes(content)
+    assert read_stories(tmp_path / name) == ["One story."]
+
+
 @pytest.mark.parametrize("name", ["a.csv", "a.json", "a.parquet"])
 def test_line_ends_of_other_systems_inside_a_value_are_ours(tmp_path, name):
     story = "One\r\ntwo\rthree"
@@ -270,6 +283,12 @@ FOREIGN = {
     "a.pkl": (b"\x80\x04\x95", "pickle"),
     "pickle.txt": (b"\x80\x04\x95", "pickle"),
     "parquet.txt": (parquet(), "Parquet"),
+    "zip.parquet": (archive("zip"), "zip archive"),
+    "gzip.parquet": (gzip.compress(parquet()), "gzip"),
+    "zip.gz": (archive("zip"), "zip archive"),
+    "zip.txt.xz": (lzma.compress(archive("zip")), "zip archive"),
+    "a.txt.Z": (b"\x1f\x9d\x90", "compress"),
+    "lines.txt": (b"a\nb\0", naming("NUL", "line 2")),
     "twice.txt.gz": (gzip.compress(gzip.compress(TEXT.encode())), "gzip"),
     "gzip.txt": (gzip.compress(TEXT.encode()), "gzip"),
     "xz.jsonl": (lzma.compress(TEXT.encode()), "xz"),
@@ -287,7 +306,8 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, name, package):
 
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    (tmp_path / name).write_bytes(FORMATS["a.parquet"])
+    content = {"a.parquet": FORMATS["a.parquet"], "a.txt.zst": zst(TEXT.encode())}
+    (tmp_path / name).write_bytes(content[name])
     with pytest.raises(UserError, match=f"pip install {package}"):
         read_stories(tmp_path / name)
 
@@ -298,7 +318,11 @@ BROKEN = {
     "empty.jsonl": (b"", r"\bstor(y|ies)\b"),
     "latin.txt": (TEXT.encode() + b"caf\xe9", naming("0xe9", str(len(TEXT.encode()) + 3), "iconv")),
     "bom.txt": (b"\xef\xbb\xbfcaf\xe9!", r"0xe9\D+6\b"),
-    "wide.txt": (TEXT.encode("utf-16"), "iconv -f UTF-16"),
+    "wide.txt": (TEXT.encode("utf-16"), "iconv -f UTF-16 "),
+    "wide_le.txt": (TEXT.encode("utf-16-le"), naming("line 1", "iconv -f UTF-16LE ")),
+    "wide_be.txt": (TEXT.encode("utf-16-be"), naming("line 1", "iconv -f UTF-16BE ")),
+    "wider.txt": (TEXT.encode("utf-32"), naming("line 1", "iconv -f UTF-32 ")),
+    "gbk.txt": ("从前有一只狗。".encode("gbk"), naming("line 1", "such as WINDOWS-1252")),
     "cut.txt": ("é".encode()[:1], r"0xc3\D+0\b"),
     "short.xz": (PACKED[:-20], "damaged"),
     "short.gz": (gzip.compress(TEXT.encode())[:-9], "damaged"),
@@ -307,7 +331,9 @@ BROKEN = {
     "bad.jsonl": (b'{"text": "a"}\n\n{"text": ', naming("bad.jsonl, line 3", "JSON")),
     "empty.txt": (b"", r"\bstor(y|ies)\b"),
     "empty.json": (b"", naming("empty.json", "item 0")),
-    "empty.csv": (b"", "empty.csv"),
+    "empty.csv": (b"", r"empty.csv.*\bstor(y|ies)\b"),
+    "blank.csv": (b"\n  \n", r"blank.csv.*\bstor(y|ies)\b"),
+    "later.csv": (b"\n\nid,text\n1,a\n2\n", naming("later.csv, line 5", "1", "2")),
     "none.json": (b"[]", r"\bstor(y|ies)\b"),
     "empty.parquet": (b"", "damaged"),
     "short.bz2": (bz2.compress(TEXT.encode())[:-9], "damaged"),

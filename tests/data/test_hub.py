@@ -61,6 +61,12 @@ def test_a_dataset_folder_is_read_by_its_field_and_splits(tmp_path, kind):
     assert alone.train_files == ()
 
 
+def test_a_dataset_folder_may_have_brackets_in_its_name(tmp_path):
+    dataset(tmp_path / "data [v2] ü", "jsonl")
+    brackets = config(tmp_path, dataset=str(tmp_path / "data [v2] ü"), valid_split="validation")
+    assert list(open_corpus(brackets).stories("train")) == READ
+
+
 def test_only_what_the_budget_needs_is_streamed_and_a_request_has_the_same_stories(
     tmp_path, monkeypatch
 ):

@@ -37,6 +37,7 @@ class Listed:
     train: Sequence[str] = tuple(STORIES)
     valid: Sequence[str] = ("The end is near, said Tom.", "The end.")
     reads: list[str] = dataclasses.field(default_factory=list)
+    notes: Sequence[str] = ()
 
     def stories(self, split: str) -> Iterator[str]:
         return (story for story, _ in self.pieces(split))
@@ -170,6 +171,7 @@ stories = [f"Story {n}: the dog and the girl." for n in range(50)]
 tokenizer = Tokenizer.train(stories, 280)
 
 class Slow:
+    notes = ()
     def fingerprint(self, split):
         return {"stories": stories}
     def pieces(self, split):

@@ -17,7 +17,7 @@ from minigpt.core import hardware
 from minigpt.core.settings import UserError, build
 from minigpt.data import sources
 from minigpt.data.config import DataConfig
-from minigpt.data.sources import Corpus
+from minigpt.data.corpus import Corpus
 from minigpt.evaluation import EvaluationConfig, StoriesConfig, corpora, evaluate, evaluate_loss
 from minigpt.evaluation.corpora import own_data
 from minigpt.evaluation.evaluator import _hardware

@@ -9,7 +9,7 @@ import torch
 from minigpt.cli.compose import load_config
 from minigpt.core.settings import UserError
 from minigpt.data.config import DataConfig
-from minigpt.data.sources import Corpus
+from minigpt.data.corpus import Corpus
 from minigpt.evaluation import (
     EvaluationConfig,
     StoriesConfig,

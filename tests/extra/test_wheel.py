@@ -15,6 +15,8 @@ import yaml
 
 from tests.conftest import ROOT, write_stories
 
+SAMPLE = "train.txt.xz", "valid.txt.xz", "valid_v1.txt.xz", "README.md", "LICENSE"
+
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -90,7 +92,8 @@ def test_wheel_and_sdist_hold_all_but_the_settings_of_a_machine(dist: Path):
         sources = [name.partition("/")[2] for name in archive.getnames()]
     for path in (
         "minigpt/conf/train.yaml", "minigpt/conf/hydra/launcher/ray.yaml", "minigpt/py.typed",
-        "minigpt/kernels/decode.c", "minigpt/data/tinystories/train.txt.xz",
+        "minigpt/kernels/decode.c",
+        *(f"minigpt/data/tinystories/{name}" for name in SAMPLE),
         "minigpt/exporting/card.md.j2", "minigpt/exporting/story.html.j2",
         "minigpt/training/report.html.j2",
         "minigpt/playground/static/playground.css", "minigpt/sweeps/scaling.yaml",

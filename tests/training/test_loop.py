@@ -17,7 +17,7 @@ import torch
 from minigpt.core.hardware import Hardware, cpu_has_bfloat16
 from minigpt.core.settings import UserError
 from minigpt.data import sources
-from minigpt.data.sources import Corpus
+from minigpt.data.corpus import Corpus
 from minigpt.evaluation import EvaluationConfig, StoriesConfig, evaluate
 from minigpt.kernels.choice import kernels_for
 from minigpt.model import GPT, GPTConfig
