@@ -21,8 +21,8 @@ from minigpt.runs.records import last_values, read_metrics, read_summary
 from minigpt.scaling.results import keep_run, read_run
 from minigpt.scaling.tables import markdown
 from tests.conftest import composed, trained_folder, write_stories
+from tests.training.test_inheritance import weights
 from tests.training.test_loop import fail_at_step
-from tests.training.test_resume import weights
 
 
 @pytest.fixture
