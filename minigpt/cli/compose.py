@@ -16,6 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -244,14 +245,18 @@ def train_config(
         size: chosen option of the config group `model`, such as large.
         overrides: settings as typed, to be recorded in config.yaml.
         model: class of the model; None for a plain GPT.
+
+    Raises:
+        UserError: a config file names a class, or a value is invalid.
     """
     from minigpt.runs.folder import class_path, config_class
     from minigpt.training.config import TrainConfig
 
     settings = {k: v for k, v in values["model"].items() if k != "class_path"}
-    if values["model"].get("class_path") is not None:  # that of the command line was removed
-        problem = "a config file must not name code to import: set this on the command line"
-        raise UserError(problem, "model.class_path", values["model"]["class_path"])
+    for group in ("model", "teacher"):  # the settings of the command line were removed
+        if (path := values[group].get("class_path")) is not None:
+            problem = "a config file must not name code to import: set this on the command line"
+            raise UserError(problem, f"{group}.class_path", path)
     shape = build(config_class(model), settings, "model")
     name = None if model is None else class_path(model)
     more = {"size": size, "overrides": list(overrides), "model": shape, "model_class": name}
@@ -297,10 +302,10 @@ def import_class(path: str, argument: str) -> Any:
         argument: name of the setting, for error messages.
 
     Raises:
-        UserError: the import fails, the class is not derived from GPT, or its constructor requires
-            an argument besides the config.
+        UserError: the import fails, the class is not derived from GPT, its constructor requires an
+            argument besides the config, or its `config_class` is not derived from GPTConfig.
     """
-    from minigpt.model import GPT
+    from minigpt.model import GPT, GPTConfig
 
     module, _, name = path.strip("'\"").rpartition(".")
     here = os.getcwd()
@@ -321,4 +326,8 @@ def import_class(path: str, argument: str) -> Any:
     except TypeError as error:
         message = f"its constructor must accept the config as its only argument ({error})"
         raise UserError(message, argument, path) from None
+    config = model.config_class
+    if not (isinstance(config, type) and issubclass(config, GPTConfig) and is_dataclass(config)):
+        message = "its config_class must be a dataclass derived from minigpt.GPTConfig"
+        raise UserError(message, argument, path)
     return model

@@ -62,12 +62,15 @@ class Program:
         Args:
             verb: verb of `minigpt`.
             *words: settings as typed, for train or evaluate.
-            **settings: settings by name, for train or evaluate. For other verbs, the values are
-                paths, which become positional arguments.
+            **settings: settings by name, for train or evaluate. For other verbs, `class_path`
+                becomes the option --class-path; the other values are paths, which become positional
+                arguments.
         """
         if verb not in ("train", "evaluate"):
+            own = settings.pop("class_path", None)
             paths = [path_argument(str(path)) for path in settings.values()]
-            return shell_command(*program_words("minigpt"), verb, *paths)
+            options = [] if own is None else ["--class-path", str(own)]
+            return shell_command(*program_words("minigpt"), verb, *paths, *options)
         if self.words:
             return shell_command(*program_words("minigpt"), verb, *words, *typed_settings(settings))
         script = str(Path(self.script).with_name(f"{verb}.py"))

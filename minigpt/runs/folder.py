@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ class Run:
                 link to a path outside the run folder.
         """
         if isinstance(path, Run):
-            return path
+            return path if model is None else replace(path, model=model)
         path = user_path(path)
         if path.is_dir():
             best, weights = path / CHECKPOINTS / f"{BEST}.ckpt", path / WEIGHTS

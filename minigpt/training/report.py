@@ -20,8 +20,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from minigpt.core.files import write_text
 from minigpt.core.plots import COLOURS, INK, log_ticks, new_figure, to_svg
+from minigpt.core.settings import next_step
 from minigpt.core.text import human_count, human_time
-from minigpt.core.typed import path_argument, shell_command, typed_settings
+from minigpt.runs.folder import read_config
 from minigpt.runs.names import CONFIG, REPORT
 from minigpt.runs.records import Row, last_values, read_metrics, read_samples, read_summary, series
 
@@ -112,14 +113,16 @@ def _details(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _commands(run_dir: Path) -> list[tuple[str, str]]:
-    """Return (purpose, shell command) for each next step that the page suggests."""
+    """Return (purpose, call or command) for each next step that the page suggests."""
     run = run_dir.resolve()
     run = (run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run).as_posix()
     generation = "Generate stories from your own prompts"
     evaluation = "Evaluate: perplexity of the whole validation split, stories at four temperatures"
+    model_class = read_config(run_dir).get("model_class") if (run_dir / CONFIG).is_file() else None
+    own = {} if model_class is None else {"class_path": str(model_class)}
     return [
-        (evaluation, shell_command("minigpt", "evaluate", *typed_settings({"ckpt": run}))),
-        (generation, shell_command("minigpt", "generate", path_argument(run))),
+        (evaluation, next_step("evaluate", ckpt=run, **own)),
+        (generation, next_step("generate", run=run, **own)),
     ]
 
 

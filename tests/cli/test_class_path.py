@@ -40,6 +40,10 @@ class Two(GPT):
 
 class NoGPT:
     pass
+
+
+class NoConfig(GPT):
+    config_class = dict
 """
 CLASS, OPTION = "flipped_gpt.MyGPT", "--class-path"
 QUICK = ["stories.n=1", "stories.max_tokens=3"]
@@ -187,7 +191,16 @@ def test_export_for_other_programs_is_refused_by_name(format: str, here: Path):
 
 
 @pytest.mark.parametrize(
-    "path", ["no.Such", "flipped_gpt.Missing", "flipped_gpt.NoGPT", "flipped_gpt.Two", "GPT", ""]
+    "path",
+    [
+        "no.Such",
+        "flipped_gpt.Missing",
+        "flipped_gpt.NoGPT",
+        "flipped_gpt.Two",
+        "flipped_gpt.NoConfig",
+        "GPT",
+        "",
+    ],
 )
 def test_a_wrong_class_path_is_one_line(path: str, here: Path):
     typed = settings(here, "none", own=False)

@@ -230,11 +230,12 @@ def test_minigpt_local_adds_settings_of_the_machine(tmp_path, monkeypatch):
     assert load_config("train").trainer.precision == "auto"
 
 
-def test_config_file_that_names_a_model_class_is_refused(tmp_path: Path):
+@pytest.mark.parametrize("group", ["model", "teacher"])
+def test_config_file_that_names_a_class_is_refused(tmp_path: Path, group: str):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment/power.yaml").write_text(
-        "# @package _global_\nmodel:\n  class_path: mymodel.PowerGPT\n"
+        f"# @package _global_\n{group}:\n  class_path: mymodel.PowerGPT\n"
     )
     with pytest.raises(UserError) as error:
         load_config("train", ["experiment=power"], config_dir=tmp_path)
-    assert error.value.argument == "model.class_path"
+    assert error.value.argument == f"{group}.class_path"

@@ -19,7 +19,7 @@ def test_space_has_page_model_settings_and_versions(run, tmp_path):
     files = write_space(Run.load(run), out, "me/my-space")
     names = {path.relative_to(out).as_posix() for path in files}
     assert {"app.py", "README.md", "requirements.txt", "model/model.safetensors"} <= names
-    assert {"minigpt/playground/static/playground.css", "minigpt/kernels/decode.c"} <= names
+    assert {"minigpt/playground/static/playground.css", "minigpt/kernels/decode.py"} <= names
     assert not any("tinystories/" in name or "__pycache__" in name for name in names)
     front = yaml.safe_load((out / "README.md").read_text(encoding="utf-8").split("---\n")[1])
     assert (front["title"], front["sdk"], front["app_file"]) == ("my-space", "gradio", "app.py")

@@ -76,10 +76,13 @@ FEW = (
 )  # fmt: skip
 
 
+def environment() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+
 def minigpt(bin: Path, place: Path, *words: str) -> str:
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
-        [bin / "minigpt", *words], cwd=place, env=environment, capture_output=True, text=True
+        [bin / "minigpt", *words], cwd=place, env=environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
@@ -110,8 +113,9 @@ def test_the_library_is_the_installed_one(bin: Path, place: Path):
         "print(minigpt.load_config('train', ['model=w64']).model.d_model)"
     )
     done = subprocess.run(
-        [bin / "python", "-c", code], cwd=place, capture_output=True, text=True, check=True
-    )
+        [bin / "python", "-c", code], cwd=place, env=environment(), capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
     file, width = done.stdout.split()
     assert Path(file).is_relative_to(bin.parent)
     assert width == "64"

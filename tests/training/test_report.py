@@ -1,9 +1,12 @@
+import html
 import json
 import re
 from html.parser import HTMLParser
 
 import pytest
 
+from minigpt.cli.program import Program
+from minigpt.core import settings
 from minigpt.training.report import OTHER, TRAIN, VAL, smooth, write_report
 from tests.run_folder import HEADER, SUMMARY, write_run
 
@@ -47,9 +50,21 @@ def test_report_shows_numbers_charts_stories_config_and_commands(tmp_path, monke
     assert "small model on cpu in bf16-mixed" in " ".join(page.split())
     assert re.search(r"<summary>\w+ 20 .*\b164k\b.*\b244\.69\b", page)
     assert "name: first\nseed: 1\n" in page
-    assert "minigpt evaluate ckpt=runs/first<" in page
-    assert "minigpt generate runs/first<" in page
+    assert "minigpt.evaluate('runs/first')<" in html.unescape(page)
+    assert "minigpt.generate('runs/first')<" in html.unescape(page)
     assert not list((tmp_path / "runs/first").glob("*.tmp"))
+
+
+def test_commands_of_the_report_name_the_program_and_the_class(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = write_run(tmp_path / "runs" / "first")
+    with (folder / "config.yaml").open("a") as file:
+        file.write("model_class: mine.MyGPT\n")
+    program = Program(str(tmp_path / "train.py"), (), "train.py")
+    monkeypatch.setattr(settings, "_spell", program.command)
+    page = report(folder)
+    assert "evaluate.py ckpt=runs/first class_path=mine.MyGPT<" in page
+    assert "generate runs/first --class-path mine.MyGPT<" in page
 
 
 def test_page_is_well_formed_and_refers_to_nothing_outside(tmp_path):
