@@ -107,7 +107,7 @@ def test_split_without_stories_is_an_error_of_the_data(place, tmp_path):
     (tmp_path / "five.txt").write_text("\n<|endoftext|>\n".join("abcde"), encoding="utf-8")
     data = [f"data.train_files=[{tmp_path / 'five.txt'}]", "data.valid=tuning"]
     config = settings(place, *data)
-    with pytest.raises(UserError, match=naming("data.source")):
+    with pytest.raises(UserError, match=naming("data.valid")):
         evaluate_hf(place / "hf", config, out=tmp_path)
 
 
