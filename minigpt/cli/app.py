@@ -314,8 +314,8 @@ def doctor(as_json: Annotated[bool, Option("--json", help="Print JSON.")] = Fals
     if as_json:
         print(json.dumps({"facts": facts, "advice": advice}, indent=2, ensure_ascii=False))
         return
-    print("\n".join(f"{topic + ':':12}{fact}" for topic, fact in facts.items()))
-    print("\n".join(f"could be better: {line}" for line in advice))
+    lines = [f"{topic + ':':12}{fact}" for topic, fact in facts.items()]
+    print("\n".join([*lines, *(f"could be better: {line}" for line in advice)]))
 
 
 def main() -> None:

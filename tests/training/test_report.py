@@ -41,6 +41,7 @@ def report(run) -> str:
 
 def test_report_shows_numbers_charts_stories_config_and_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(settings, "_spell", settings.python_call)  # other tests run programs
     page = report(write_run(tmp_path / "runs" / "first"))
     for text in ("66.69", "1.578", "1.05M", "328k", "3 min 20 s", "21k", "4.200"):
         assert text in page
