@@ -45,6 +45,13 @@ def test_pre_commit_runs_the_commands_of_make_lint():
     assert {entry.removeprefix(".venv/bin/") for entry in entries} == programs
 
 
+def test_every_package_is_in_the_wheel():
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    folders = {path.parent.relative_to(ROOT) for path in ROOT.glob("minigpt/**/__init__.py")}
+    names = {".".join(folder.parts) for folder in folders}
+    assert {*tool["setuptools"]["packages"]} == {*names, "minigpt.conf", "minigpt.sweeps"}
+
+
 def test_publishing_is_disabled_for_the_name_of_another_project():
     assert "Private :: Do Not Upload" in PROJECT["classifiers"]
     publish = read_yaml(".github/workflows/release.yml")["jobs"]["publish"]
