@@ -206,7 +206,7 @@ class Corpus:
         share = f"so its last {100 * self.holdout:.3g} % are held out"
         if self.separator != "\n\n":
             share += r"; data.separator='\n\n' would make each paragraph a story"
-        self.notes.extend(f"{path} is a single document, {share}" for path in lengths)
+        self.notes.extend(f"{path.name} is a single document, {share}" for path in lengths)
         return total, lengths
 
     def _holdout_error(self, total: int, lacking: str) -> UserError:
