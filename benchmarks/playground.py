@@ -116,7 +116,8 @@ def measure_training(run: Path, folder: Path, n_rounds: int) -> dict[str, Any]:
     The training is started as the page starts it. Segments in which Chromium shows the tab Train,
     and segments in which it shows an empty page, take turns, so that both meet the same noise.
     """
-    from playwright.sync_api import sync_playwright  # make test-browser installs it, and Chromium
+    # The extra browser, which make test-browser installs with Chromium, is not part of dev.
+    from playwright.sync_api import sync_playwright  # pyright: ignore[reportMissingImports]
 
     training = Training(TrainingQueue(folder / "jobs", folder / "runs"), Access())
     models, ended = Playground.load([Run.load(run)]), threading.Event()
