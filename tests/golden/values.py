@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minigpt.cli.compose import compose_values, load_config
+from minigpt.core.settings import plain
 from minigpt.evaluation import EvaluationConfig, StoriesConfig, evaluate
 from minigpt.generation.decoder import Decoder, c_backend
 from minigpt.generation.sampling import SamplingConfig, stream_text
@@ -182,9 +183,15 @@ def evaluated(folder: Path) -> dict[str, Any]:
 
 
 def settings() -> dict[str, Any]:
-    """What `--cfg job --resolve` prints, for no experiment and for each."""
+    """What `--cfg job --resolve` prints, without and with each experiment, with nulls resolved."""
     names = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
-    return {
-        name: compose_values("train", [f"experiment={name}"] if name else [])[0]
-        for name in ("", *names)
-    }
+    return {name: _resolved([f"experiment={name}"] if name else []) for name in ("", *names)}
+
+
+def _resolved(words: list[str]) -> dict[str, Any]:
+    """Composed settings in which the dataclasses have replaced None by what it stands for."""
+    config, values = plain(load_config("train", words)), compose_values("train", words)[0]
+    for section, own in values.items():
+        for name, value in own.items() if isinstance(own, dict) else ():
+            own[name] = config[section].get(name) if value is None else value
+    return values
