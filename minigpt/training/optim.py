@@ -160,8 +160,9 @@ class Muon(Optimizer):
     scaled by 0.2 · sqrt(max(rows, columns)). The scaled update has the size of an AdamW update at
     the same learning rate (Liu et al. 2025, arXiv:2502.16982, section 2.2). Unlike
     torch.optim.Muon, this class orthogonalises several small matrices at a time, which is faster:
-    on a CPU, each thread updates whole matrices; on other devices, all matrices of one shape form a
-    batch. This class can also compute in float32, for devices on which bfloat16 is not faster.
+    all matrices of one shape form a batch, except in float32 on a CPU, where each thread updates
+    whole matrices. This class can also compute in float32, for devices on which bfloat16 is not
+    faster.
 
     Args:
         matrices: parameters with two dimensions.
@@ -200,17 +201,17 @@ class Muon(Optimizer):
         for group in self.param_groups:
             matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
             update = partial(self._update, group)
-            if self.graphed or any(matrix.device.type != "cpu" for matrix in matrices):
-                by_shape: dict[torch.Size, list[Tensor]] = {}
-                for matrix in matrices:
-                    by_shape.setdefault(matrix.shape, []).append(matrix)
-                for batch in by_shape.values():
-                    update(batch)
+            if self.dtype == torch.float32 and all(m.device.type == "cpu" for m in matrices):
+                n_threads = torch.get_num_threads()
+                run = map if n_threads == 1 else thread_pool(n_threads).map
+                largest_first = sorted(matrices, key=torch.numel, reverse=True)  # for equal loads
+                list(run(update, ([matrix] for matrix in largest_first)))
                 continue
-            n_threads = torch.get_num_threads()
-            run = map if n_threads == 1 else thread_pool(n_threads).map
-            largest_first = sorted(matrices, key=torch.numel, reverse=True)  # for equal loads
-            list(run(update, ([matrix] for matrix in largest_first)))
+            by_shape: dict[torch.Size, list[Tensor]] = {}
+            for matrix in matrices:
+                by_shape.setdefault(matrix.shape, []).append(matrix)
+            for batch in by_shape.values():
+                update(batch)
 
     @torch.no_grad()  # in each thread, because grad mode is per thread
     def _update(self, group: dict[str, Any], matrices: list[Tensor]) -> None:
