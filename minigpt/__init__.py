@@ -77,9 +77,10 @@ def __getattr__(name: str) -> Any:
             value: Any = version("minigpt")
         except PackageNotFoundError:  # in a checkout that is not installed
             value = "0.1.0"
+    elif name in ("train", "evaluate"):  # Lightning fails to import if RANK is not a number
+        with importlib.import_module("minigpt.core.distributed").stale_launcher_hidden():
+            value = getattr(importlib.import_module(_MODULE_OF[name]), name)
     elif name in _MODULE_OF:
-        if name in ("train", "evaluate"):  # Lightning fails to import if RANK is not a number
-            importlib.import_module("minigpt.core.distributed").forget_stale_launcher()
         value = getattr(importlib.import_module(_MODULE_OF[name]), name)
         if name == "GPTConfig":  # model.py imports nothing from the package
             value = importlib.import_module("minigpt.core.fields").documented(value)

@@ -58,6 +58,14 @@ def test_unknown_attribute_lists_the_public_names():
     assert str(error.value).isprintable()
 
 
+def test_reading_a_function_keeps_stale_launcher_variables():
+    code = (
+        "import os; os.environ.update(RANK='a', SLURM_NTASKS='2'); before = dict(os.environ)\n"
+        "import minigpt; minigpt.train, minigpt.evaluate; print(dict(os.environ) == before)"
+    )
+    assert python(code) == "True"
+
+
 def state_of_the_process() -> dict:
     names = ("", "minigpt", "lightning.pytorch", "lightning.fabric")
     loggers = [logging.getLogger(name) for name in names]

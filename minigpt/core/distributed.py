@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from minigpt.core.settings import UserError
@@ -145,10 +146,32 @@ def forget_stale_launcher() -> None:
     `Launcher.detect` returns a launcher or raises an error.
     """
     with contextlib.suppress(UserError):
-        child = _STARTED in os.environ and _number("LOCAL_RANK") is not None
-        if Launcher.detect() is None and not child and (names := forget_launcher()):
+        if not _is_launched() and (names := forget_launcher()):
             ignored = ", ".join(names)
             log.warning("%s ignored: neither torchrun nor srun started this process", ignored)
+
+
+@contextlib.contextmanager
+def stale_launcher_hidden() -> Iterator[None]:
+    """Remove stale variables of launchers, also contradictory ones, and restore them at the end."""
+    before = dict(os.environ)
+    try:
+        launched = _is_launched()
+    except UserError:  # `train` raises it
+        launched = False
+    if not launched:
+        forget_launcher()
+    try:
+        yield
+    finally:
+        for name in before.keys() - os.environ.keys():
+            os.environ[name] = before[name]
+
+
+def _is_launched() -> bool:
+    """Return whether torchrun, srun or Lightning started this process."""
+    child = _STARTED in os.environ and _number("LOCAL_RANK") is not None
+    return Launcher.detect() is not None or child
 
 
 _may_start_processes = False
