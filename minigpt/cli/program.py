@@ -70,11 +70,18 @@ class Program:
             own = settings.pop("class_path", None)
             paths = [path_argument(str(path)) for path in settings.values()]
             options = [] if own is None else ["--class-path", str(own)]
-            return shell_command(*program_words("minigpt"), verb, *paths, *options)
+            return shell_command(*self._minigpt, verb, *paths, *options)
         if self.words:
-            return shell_command(*program_words("minigpt"), verb, *words, *typed_settings(settings))
+            return shell_command(*self._minigpt, verb, *words, *typed_settings(settings))
         script = str(Path(self.script).with_name(f"{verb}.py"))
         return shell_command(*program_words("python"), script, *words, *typed_settings(settings))
+
+    @property
+    def _minigpt(self) -> list[str]:
+        """The words of a shell command that start `minigpt`."""
+        if Path(self.path).name == "__main__.py":
+            return [*program_words("python"), "-m", "minigpt"]
+        return program_words("minigpt")
 
 
 def program_words(name: str) -> list[str]:
