@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.core.config_store import ConfigStore
@@ -37,6 +37,10 @@ from minigpt.core.files import user_path
 from minigpt.core.settings import UserError, build, plain_defaults, unknown_name
 from minigpt.core.typed import is_quoted, quoted
 
+if TYPE_CHECKING:
+    from minigpt.evaluation import EvaluationConfig
+    from minigpt.training.config import TrainConfig
+
 
 def config_source() -> str:
     """Return the location of conf/ for Hydra: its path in a checkout, else pkg://minigpt.conf."""
@@ -45,9 +49,22 @@ def config_source() -> str:
     return str(root / "conf") if beside else "pkg://minigpt.conf"
 
 
+@overload
+def load_config(
+    name: Literal["train"] = "train", overrides: Sequence[str] = (),
+    config_dir: str | Path | None = None,
+) -> TrainConfig: ...  # fmt: skip
+
+
+@overload
+def load_config(
+    name: Literal["evaluate"], overrides: Sequence[str] = (), config_dir: str | Path | None = None
+) -> EvaluationConfig: ...
+
+
 def load_config(
     name: str = "train", overrides: Sequence[str] = (), config_dir: str | Path | None = None
-) -> Any:
+) -> TrainConfig | EvaluationConfig:
     """Return the settings that the command line would compose from `overrides`.
 
     The function works in any working directory. It can be called inside another Hydra application,
@@ -67,7 +84,7 @@ def load_config(
             allowed, or `config_dir` is not a folder.
     """
     if name not in CLASS_SETTINGS:
-        raise UserError(unknown_name(name, list(CLASS_SETTINGS), "config"))
+        raise UserError(unknown_name(name, list(CLASS_SETTINGS), "config"), "name", name)
     values, size = compose_values(name, overrides, config_dir)
     if name == "train":
         return train_config(values, size, overrides, typed_class("model.class_path", overrides))
@@ -108,7 +125,7 @@ def compose_values(
                 del config["hydra"]
             return plain_values(config), size
         except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(explain(error, name)) from None
+            raise explain(error, name) from None
 
 
 def plain_values(config: Any) -> Any:
@@ -237,7 +254,7 @@ def types_of_settings(name: str, overrides: Sequence[str] = ()) -> dict[str, Any
 
 def train_config(
     values: dict[str, Any], size: str | None, overrides: Sequence[str], model: Any = None
-) -> Any:
+) -> TrainConfig:
     """Build a `TrainConfig` from composed `values`.
 
     Args:
@@ -263,7 +280,7 @@ def train_config(
     return build(TrainConfig, {**values, **more}, "")
 
 
-def evaluation_config(values: dict[str, Any]) -> Any:
+def evaluation_config(values: dict[str, Any]) -> EvaluationConfig:
     """Build an `EvaluationConfig` from composed `values`."""
     from minigpt.evaluation import EvaluationConfig
 

@@ -8,13 +8,13 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.errors import MissingConfigException, OverrideParseException
 
-from minigpt.core.settings import flat, unknown_name
+from minigpt.core.settings import UserError, flat, unknown_name
 
 REFERENCE = r"${...} refers to another setting: type \${ for the characters themselves"
 
 
-def explain(error: Exception, name: str) -> str:
-    """Return one line for a Hydra or OmegaConf error: what is wrong and what to type instead.
+def explain(error: Exception, name: str) -> UserError:
+    """Return a UserError for a Hydra or OmegaConf error: what is wrong and what to type instead.
 
     Args:
         error: the error from composing or reading the root config.
@@ -26,26 +26,32 @@ def explain(error: Exception, name: str) -> str:
     if isinstance(error, OverrideParseException):
         key, equals, _ = str(error.override).partition("=")
         if key and equals:
-            return unknown_name(key, setting_names(name))
-        return f"cannot read '{error.override}': type settings as key=value, lists as 'key=[a,b]'"
+            return _unknown_setting(key, name)
+        problem = f"cannot read '{error.override}'"
+        return UserError(f"{problem}: type settings as key=value, lists as 'key=[a,b]'")
     unknown = (
         re.search(r"Could not override '([^']+)'", text)
         or re.search(r"Key '([^']+)' is not in struct", text)
         or re.search(r"No match in the defaults list.*\n?.*'([^']+)'", text)
     )
     if unknown:
-        setting = unknown.group(1).lstrip("+")
-        if name == "evaluate" and setting.startswith("data."):
-            return f"{setting} cannot change the run's own data; for other data, add data=text"
-        return unknown_name(setting, setting_names(name))
+        return _unknown_setting(unknown.group(1).lstrip("+"), name)
     if missing := re.search(r"Missing mandatory value: (\S+)", text):
-        return f"{missing.group(1)} is not set: type {missing.group(1)}=<value>"
+        setting = missing.group(1)
+        return UserError(f"is not set: type {setting}=<value>", setting)
     reason = " ".join(" ".join(text.split("\n")[:2]).split())  # later lines list Hydra's own types
-    return f"{reason}; {REFERENCE}" if "nterpolation" in reason else reason
+    return UserError(f"{reason}; {REFERENCE}" if "nterpolation" in reason else reason)
 
 
-def _unknown_option(file: str, name: str) -> str:
-    """Return the error message for an unknown option of a config group.
+def _unknown_setting(setting: str, name: str) -> UserError:
+    """Return the error for a setting that the root config `name` does not have."""
+    if name == "evaluate" and setting.startswith("data."):
+        return UserError("cannot change the run's own data; for other data, add data=text", setting)
+    return UserError(unknown_name(setting, setting_names(name)), setting)
+
+
+def _unknown_option(file: str, name: str) -> UserError:
+    """Return the error for an unknown option of a config group.
 
     Args:
         file: group and option, such as model/tiny. The option may contain slashes.
@@ -57,7 +63,7 @@ def _unknown_option(file: str, name: str) -> str:
         group, _, above = group.rpartition("/")
         option = f"{above}/{option}"
     options = [f"{group}={one}" for one in groups.get(group, [])]
-    return unknown_name(f"{group}={option}", options, "option")
+    return UserError(unknown_name(f"{group}={option}", options, "option"), group, option)
 
 
 def setting_names(name: str) -> list[str]:

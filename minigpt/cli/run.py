@@ -102,11 +102,11 @@ def run_app(name: str, task: Callable[[DictConfig, Program, list[str]], None]) -
         except UserError as error:
             leave(describe(error, program), error.exit_code)
         except Exception as error:
-            _leave_explained(error, name)
+            _leave_explained(error, name, program)
             raise
 
 
-def _leave_explained(error: Exception, name: str) -> None:
+def _leave_explained(error: Exception, name: str, program: Program) -> None:
     """Exit with one line that explains an error of a library; return if no explanation is known.
 
     The function also returns if the error follows from a Ctrl-C, because `orderly_exit` handles
@@ -115,13 +115,14 @@ def _leave_explained(error: Exception, name: str) -> None:
     Args:
         error: the error.
         name: name of the root config.
+        program: the program that runs.
     """
     if is_interrupt(error):
         return
     if watch.number and global_rank():  # the first process has ended, and stops this one
         sys.exit(128 + watch.number)
     if isinstance(error, HydraException | OmegaConfBaseException):
-        leave(one_line(explain(error, name)))
+        leave(describe(explain(error, name), program))
     if reason := explain_failure(error):
         leave(one_line(reason))
 
@@ -185,7 +186,7 @@ def _one_line_errors(name: str, program: Program) -> Iterator[None]:
         leave(describe(error, program), error.exit_code)
     except Exception as error:
         if not multirun:  # Hydra would print all settings
-            _leave_explained(error, name)
+            _leave_explained(error, name, program)
         elif global_rank() > 0 and not isinstance(error, OmegaConfBaseException):
             traceback.print_exc()
             sys.exit(1)

@@ -45,7 +45,7 @@ def settings_help(name: str, words: Sequence[str]) -> str:
     for word in (word.partition("=")[0] for word in words):
         chosen = [key for key in values if word in ("all", key) or key.startswith(f"{word}.")]
         if not chosen:
-            raise UserError(unknown_name(word, [*values]))
+            raise UserError(unknown_name(word, [*values]), word)
         for key in chosen:
             text = docs.get(key, _OWN.get(key.removeprefix("model."), ""))
             lines = textwrap.wrap(re.sub(r"\bNone\b", "null", text), 86)

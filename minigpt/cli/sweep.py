@@ -32,7 +32,7 @@ def write_sweep(name: str, path: Path) -> Path:
     )
     sweeps = {f.name.removesuffix(".yaml"): f for f in folder.iterdir() if f.name.endswith(".yaml")}
     if name not in sweeps:
-        raise UserError(unknown_name(name, sorted(sweeps), "sweep"))
+        raise UserError(unknown_name(name, sorted(sweeps), "sweep"), "name", name)
     if path.exists():
         raise UserError(f"{path} already exists: remove it or choose another file", "out")
     sweep: dict[str, Any] = yaml.safe_load(sweeps[name].read_text(encoding="utf-8"))

@@ -206,7 +206,8 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """Check the names and types of plain values, and build a dataclass instance from the values.
 
     Args:
-        cls: the dataclass; its `__post_init__` may raise ValueError for values out of range.
+        cls: the dataclass; its `__post_init__` may raise ValueError for values out of range, with a
+            message that starts with the name and the value of the field.
         values: values of fields by name; fields without a value keep their defaults.
         where: dotted name of the section, for errors, such as "model"; "" at the top level.
 
@@ -222,7 +223,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     names = [f"{prefix}{field.name}" for field in fields]
     for key in values:
         if f"{prefix}{key}" not in names:
-            raise UserError(unknown_name(f"{prefix}{key}", names))
+            raise UserError(unknown_name(f"{prefix}{key}", names), f"{prefix}{key}")
     for field in fields:
         required = field.default is field.default_factory is dataclasses.MISSING
         if required and field.name not in values:
@@ -232,8 +233,12 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         return cls(**converted)
     except UserError as error:
         raise error.within(where) from None
-    except ValueError as error:
-        raise UserError(f"{where}: {error}" if where else str(error)) from None
+    except ValueError as error:  # of a class that knows no UserError, such as GPTConfig
+        message = str(error)
+        if (name := message.partition(" ")[0]) in converted:
+            message = message.removeprefix(f"{name} {converted[name]} ")
+            raise UserError(message, f"{prefix}{name}", converted[name]) from None
+        raise UserError(f"{where}: {message}" if where else message) from None
 
 
 def check(config: Any, message: str, allows: Callable[[Any], bool], *names: str) -> None:
@@ -310,6 +315,8 @@ def one_line(error: Exception | str) -> str:
 def unknown_name(name: str, allowed: list[str], kind: str = "setting") -> str:
     """Return the error message for an unknown name, with the names to use instead.
 
+    The message does not contain `name`, because an error also has it as its argument or value.
+
     Args:
         name: the unknown name.
         allowed: names that exist.
@@ -322,14 +329,14 @@ def unknown_name(name: str, allowed: list[str], kind: str = "setting") -> str:
         names with a dot are used, if there are any.
     """
     if name in RENAMED:
-        return f"unknown {kind} '{name}': it is now called {RENAMED[name]}"
+        return f"unknown {kind}: it is now called {RENAMED[name]}"
     if "." in name:
         allowed = [other for other in allowed if "." in other] or allowed
     if near := difflib.get_close_matches(name, allowed, n=3, cutoff=0.6):
-        return f"unknown {kind} '{name}': did you mean {' or '.join(near)}?"
+        return f"unknown {kind}: did you mean {' or '.join(near)}?"
     if len(allowed) > 20:
-        return f"unknown {kind} '{name}': --help lists common {kind}s, --cfg job lists all"
-    return f"unknown {kind} '{name}': choose from {', '.join(sorted(allowed))}"
+        return f"unknown {kind}: --help lists common {kind}s, --cfg job lists all"
+    return f"unknown {kind}: choose from {', '.join(sorted(allowed))}"
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:

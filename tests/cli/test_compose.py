@@ -11,7 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from minigpt.cli.compose import compose_values, composed_words, defaults, load_config
-from minigpt.core.settings import UserError, flat, plain
+from minigpt.core.settings import MISSING, UserError, flat, plain
 from minigpt.evaluation import EvaluationConfig
 from minigpt.model import GPT, GPTConfig
 from minigpt.runs.records import read_metrics
@@ -178,7 +178,7 @@ def test_load_config_records_overrides_and_size():
     ("name", "overrides", "names"),
     [
         ("trian", [], ["trian", "train"]),
-        ("train", ["model=tiny"], ["model=tiny"]),
+        ("train", ["model=tiny"], ["model='tiny'"]),
         ("train", ["modle=small"], ["modle", "model"]),
         ("train", ["model.d_modle=3"], ["model.d_modle", "model.d_model"]),
         ("train", ["optimizer.lr=fast"], ["optimizer.lr", "fast"]),
@@ -191,6 +191,23 @@ def test_load_config_names_unknown_settings_in_one_line(name, overrides, names):
     with pytest.raises(UserError, match=naming(*names)) as error:
         load_config(name, overrides)
     assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "argument", "value"),
+    [
+        ("trian", [], "name", "trian"),
+        ("train", ["modle=small"], "modle", MISSING),
+        ("train", ["optimizer.lrr=1"], "optimizer.lrr", MISSING),
+        ("train", ["model=tiny"], "model", "tiny"),
+        ("train", ["model.d_model=33", "model.n_heads=3"], "model.d_model", 33),
+        ("train", ["model.dropout=1"], "model.dropout", 1.0),
+    ],
+)
+def test_load_config_errors_carry_argument_and_value(name, overrides, argument, value):
+    with pytest.raises(UserError) as error:
+        load_config(name, overrides)
+    assert (error.value.argument, error.value.value) == (argument, value)
 
 
 def test_load_config_with_config_dir(tmp_path: Path):

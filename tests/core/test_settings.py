@@ -62,7 +62,6 @@ def test_build_error_names_the_field_on_one_line(values, names):
 
 def test_unknown_name_without_similar_ones_lists_all():
     message = unknown_name("zzz", ["beta", "alpha"])
-    assert "zzz" in message
     assert 0 <= message.find("alpha") < message.find("beta")
 
 
