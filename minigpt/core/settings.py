@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import enum
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -325,8 +326,8 @@ def unknown_name(name: str, allowed: list[str], kind: str = "setting") -> str:
     Returns:
         One line. For a renamed setting, the line gives the new name. For any other name, it
         suggests up to three similar names. If no name is similar, it lists all allowed names, or
-        refers to --help if there are more than 20 of them. For a name with a dot, only the allowed
-        names with a dot are used, if there are any.
+        only their sections if there are more than 20 of them. For a name with a dot, only the
+        allowed names with a dot are used, if there are any.
     """
     if name in RENAMED:
         return f"unknown {kind}: it is now called {RENAMED[name]}"
@@ -335,7 +336,7 @@ def unknown_name(name: str, allowed: list[str], kind: str = "setting") -> str:
     if near := difflib.get_close_matches(name, allowed, n=3, cutoff=0.6):
         return f"unknown {kind}: did you mean {' or '.join(near)}?"
     if len(allowed) > 20:
-        return f"unknown {kind}: --help lists common {kind}s, --cfg job lists all"
+        allowed = list({re.sub(r"\..*", ".*", other) for other in allowed})
     return f"unknown {kind}: choose from {', '.join(sorted(allowed))}"
 
 

@@ -87,7 +87,7 @@ def guarded(app: App, hosts: Hosts) -> App:
         )
         if (reason := hosts.refusal({name.lower(): value for name, value in pairs})) is None:
             return await app(scope, receive, send)
-        advice = "start minigpt playground with --host or --root-path and the address of the page"
+        advice = "start the playground with the address of the page as its host or root path"
         body = f"403: {reason}; {advice}\n".encode()
         start = [(b"content-type", b"text/plain; charset=utf-8")]
         await send({"type": "http.response.start", "status": 403, "headers": start})

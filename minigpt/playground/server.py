@@ -120,7 +120,7 @@ def serve(
     playground = Playground.load(runs, SNAPSHOTS if training is not None else 0)
     page = start(playground, host, port, login, root_path, training)
     if not is_loopback and login is None:
-        log.warning("anyone who can reach this machine can use the page: --auth sets a login")
+        log.warning("anyone who can reach this machine can use the page: auth sets a login")
     url = str(page.local_url)
     url = url if training is None else training.access.url(url)
     log.info("open %s in a browser (Ctrl-C stops the page)", url)
