@@ -148,9 +148,10 @@ def _expand(patterns: Sequence[str], field: str) -> dict[tuple[int, int], Path]:
             raise UserError(f"{path} is a folder; give the files in it", argument, fix=files)
         # Brackets in the name of an existing folder or file are not part of a glob pattern.
         real = next(p for p in (path, *path.parents) if p.exists())
-        matches = glob.glob(
-            str(Path(glob.escape(str(real))) / path.relative_to(real)), recursive=True
-        )
+        known, rest = Path(glob.escape(str(real))), str(path.relative_to(real))
+        matches = glob.glob(str(known / rest), recursive=True)
+        if not matches:  # in other names, they are one only if a file matches that pattern
+            matches = glob.glob(str(known / rest.replace("[", "[[]")), recursive=True)
         files = [match for match in map(Path, sorted(matches)) if match.is_file()]
         if not files:
             raise UserError(f"no file matches {path} (working directory {Path.cwd()})", argument)

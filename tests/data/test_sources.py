@@ -52,6 +52,7 @@ def test_folders_with_brackets_spaces_and_other_letters_are_found(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     assert local_files([str(tmp_path / folder / "*.txt")], []).train_files == (b, a)
     assert local_files([str(b), str(tmp_path / folder / "[a].txt")], []).train_files == (b, a)
+    assert local_files([str(tmp_path / f"*{folder[1:]}" / "a.txt")], []).train_files == (a,)
     relative = local_files([f"./{folder}/[[]b*.txt"], [])
     assert [path.resolve() for path in relative.train_files] == [b]
 
