@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from minigpt.core.settings import UserError
 from minigpt.data.config import DataConfig
 from minigpt.data.files import Piece, find_cut, read_pieces
@@ -190,7 +192,7 @@ class Corpus:
         is divided, and the second value is an empty dict. To count the stories, all training files
         are read.
         """
-        total = sum(ends for _, ends in self._train_pieces())
+        total = len(self._train_digests)
         n_valid = round(total * self.holdout)
         if 0 < n_valid < total:
             self.notes.append(f"the last {n_valid:,} of {total:,} stories are held out")
@@ -232,17 +234,22 @@ class Corpus:
         return set(_digests(self._valid_pieces()))
 
     @cached_property
+    def _train_digests(self) -> np.ndarray:
+        """Digests of all stories in the training files, so that one pass also counts them."""
+        return _digest_array(self._train_pieces())
+
+    @cached_property
     def _repeated_digests(self) -> set[bytes]:
         """Digests of the held-out stories that are also in the training split."""
         n_train, _ = self._division
-        held_out = set(_digests(_slice(self._train_pieces(), n_train)))
-        return held_out.intersection(_digests(_slice(self._train_pieces(), 0, n_train)))
+        return _common(self._train_digests[n_train:], self._train_digests[:n_train])
 
     @cached_property
     def _repeated_tuning_digests(self) -> set[bytes]:
         """Digests of the stories that `tuning` holds out and that are also training stories."""
-        held_out = set(_digests(_every_seventh(self._tuned_pieces(), held_out=True)))
-        return held_out.intersection(_digests(_every_seventh(self._tuned_pieces(), held_out=False)))
+        digests = _digest_array(self._tuned_pieces())
+        held_out = np.arange(len(digests)) % _TUNING == _TUNING - 1
+        return _common(digests[held_out], digests[~held_out])
 
     def _without(self, digests: set[bytes], pieces: Iterable[Piece], kind: str) -> Iterator[Piece]:
         """Yield the pieces of all stories except those whose first piece has one of the digests.
@@ -337,6 +344,17 @@ def _digests(pieces: Iterable[Piece]) -> Iterator[bytes]:
     first pieces.
     """
     return (_digest(text) for text, _, begins in _begun(pieces) if begins)
+
+
+def _digest_array(pieces: Iterable[Piece]) -> np.ndarray:
+    """Return the digest of each story as an array [n_stories]: 8 bytes for each."""
+    return np.fromiter(_digests(pieces), dtype="V8")
+
+
+def _common(some: np.ndarray, others: np.ndarray) -> set[bytes]:
+    """Return the digests that are in both arrays."""
+    both = some.view(np.uint64)[np.isin(some.view(np.uint64), others.view(np.uint64))]
+    return {digest.tobytes() for digest in both}
 
 
 def _digest(text: str) -> bytes:

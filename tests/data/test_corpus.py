@@ -135,6 +135,18 @@ def test_one_row_cannot_be_divided_and_no_fraction_is_asked_for(tmp_path):
     assert error.value.fix == {}
 
 
+@pytest.mark.parametrize(("tuning", "n_reads"), [(False, 3), (True, 4)])
+def test_training_files_are_read_few_times(tmp_path, monkeypatch, tuning, n_reads):
+    """Once to count the stories, and once for each split; tuning also finds repeated stories."""
+    read, paths = corpus.read_pieces, []
+    monkeypatch.setattr(corpus, "read_pieces", lambda *of: paths.append(of) or read(*of))
+    path = write(tmp_path / "a.txt", END_OF_TEXT.join(f"Story {i % 80}." for i in range(100)))
+    both = dataclasses.replace(local_files([str(path)], []), tuning=tuning)
+    train, valid = (list(both.stories(split)) for split in ("train", "valid"))
+    assert len(train) + len(valid) < 100  # the held-out part has lost those that training has
+    assert len(paths) == n_reads
+
+
 @pytest.mark.parametrize("given", [False, True])
 def test_a_tuning_story_that_training_has_too_leaves_the_held_out_part(tmp_path, given):
     stories = [f"story {n % 20}" for n in range(40)]
