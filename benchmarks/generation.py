@@ -33,6 +33,7 @@ import transformers
 from torch import Tensor
 from training import write_json
 
+from minigpt.core.files import user_path
 from minigpt.core.hardware import cpu_has_bfloat16
 from minigpt.exporting.formats import HF, renamed, write_gguf, write_hf
 from minigpt.exporting.formats import as_gpt2 as weights_of_gpt2
@@ -332,7 +333,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure how fast text is generated.")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=240, help="new tokens per sequence")
-    parser.add_argument("--out", type=lambda name: Path(name).expanduser(), help="output folder")
+    parser.add_argument("--out", type=user_path, help="output folder")
     arguments = parser.parse_args()
     if not 1 <= arguments.tokens <= 256 - PROMPT:
         parser.error(f"--tokens must be between 1 and {256 - PROMPT}: GPT-2 has no context shift")

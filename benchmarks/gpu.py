@@ -42,7 +42,7 @@ from benchmarks import gpu_checks as checks  # noqa: E402
 from benchmarks import gpu_measures as measures  # noqa: E402
 from benchmarks import gpu_trainings as trainings  # noqa: E402
 from benchmarks.gpu_measures import Machine, Values  # noqa: E402
-from minigpt.core.files import write_json  # noqa: E402
+from minigpt.core.files import user_path, write_json  # noqa: E402
 from minigpt.core.hardware import cpu_description  # noqa: E402
 from minigpt.model import GPTConfig  # noqa: E402
 from minigpt.runs.provenance import source_commit  # noqa: E402
@@ -306,12 +306,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Check and measure one GPU.")
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument(
-        "--out",
-        type=lambda name: Path(name).expanduser(),
-        default=Path("gpu-results"),
-        help="output folder",
-    )
+    parser.add_argument("--out", type=user_path, default=Path("gpu-results"), help="output folder")
     parser.add_argument("--only", nargs="*", help="names of parts, such as 'check syncs'")
     parser.add_argument("--worker", nargs=2, metavar=("END", "SCRATCH"), help=argparse.SUPPRESS)
     typed = parser.parse_args(arguments)

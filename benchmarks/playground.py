@@ -29,6 +29,7 @@ import yaml
 from training import write_json
 
 from minigpt.cli.compose import load_config
+from minigpt.core.files import user_path
 from minigpt.core.process import tune_process
 from minigpt.data.sources import bundled_sample
 from minigpt.model import GPT
@@ -154,7 +155,7 @@ def measure_training(run: Path, folder: Path, n_rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=lambda name: Path(name).expanduser(), required=True)
+    parser.add_argument("--out", type=user_path, required=True)
     parser.add_argument("--rounds", type=int, default=6)
     arguments = parser.parse_args()
     tune_process()

@@ -28,6 +28,7 @@ from typing import Any
 from scripts import stories
 from training import write_json
 
+from minigpt.core.files import user_path
 from minigpt.data.config import DataConfig
 from minigpt.data.preparation import prepare_split, prepare_tokenizer
 from minigpt.data.sources import Corpus, bundled_sample
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", default=CASES, help="text:megabytes[:one]")
     parser.add_argument("--rounds", type=int, default=0, help="rounds of encoding to compare")
     parser.add_argument("--vocab-size", type=int, default=DataConfig.vocab_size)
-    parser.add_argument("--out", type=lambda name: Path(name).expanduser(), help="output folder")
+    parser.add_argument("--out", type=user_path, help="output folder")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # story file and cache folder
     arguments = parser.parse_args()
     size, rounds = arguments.vocab_size, arguments.rounds

@@ -28,6 +28,8 @@ from typing import Any
 
 from training import ROOT, Candidate, precisions, shape_of, write_json
 
+from minigpt.core.files import user_path
+
 STEPS, LAST = 200, 20  # steps of a run; number of last steps to average
 
 
@@ -162,7 +164,7 @@ def main() -> None:
         description="Measure start-up, overhead and loss of whole runs."
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=lambda name: Path(name).expanduser(), help="output folder")
+    parser.add_argument("--out", type=user_path, help="output folder")
     arguments = parser.parse_args()
     out = arguments.out and arguments.out.resolve()
     os.chdir(ROOT)  # the data cache is there

@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minigpt.core.files import user_path
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -344,7 +346,7 @@ def main() -> None:
         "--profile", action="store_true", help="only profile the operators of a step"
     )
     parser.add_argument("--teacher", action="store_true", help="only measure the cost of a teacher")
-    parser.add_argument("--out", type=lambda name: Path(name).expanduser(), help="output folder")
+    parser.add_argument("--out", type=user_path, help="output folder")
     arguments = parser.parse_args()
     if arguments.worker:
         kind, d_model, batch, context, precision = arguments.worker
