@@ -61,6 +61,24 @@ def common_tokenizer(
     return named[-1][2] if named else None
 
 
+def with_dependent_settings(config: TrainConfig) -> TrainConfig:
+    """Return `config` with the settings whose defaults follow other settings.
+
+    model.vocab_size follows data.vocab_size, except with `init_from`, and data.download_tokens
+    follows budget.tokens. In conf/, interpolations do the same. In a config from Python, a value
+    that equals the default of its dataclass counts as not set.
+    """
+    data, model = config.data, config.model
+    default_rows = config.init_from is None and model.vocab_size == GPTConfig.vocab_size
+    if default_rows and not _types(config, "model.vocab_size"):
+        model = dataclasses.replace(model, vocab_size=data.vocab_size)
+    default_text = data.download_tokens == DataConfig.download_tokens
+    downloads = data.source in ("tinystories", "hf")
+    if downloads and default_text and not _types(config, "data.download_tokens"):
+        data = dataclasses.replace(data, download_tokens=config.budget.tokens)
+    return dataclasses.replace(config, data=data, model=model)
+
+
 def with_vocabulary_of(tokenizer: Tokenizer, config: TrainConfig) -> TrainConfig:
     """Return `config` with the vocabulary size of `tokenizer`.
 
@@ -68,12 +86,12 @@ def with_vocabulary_of(tokenizer: Tokenizer, config: TrainConfig) -> TrainConfig
         UserError: the user has set data.vocab_size to another size.
     """
     data, model, size = config.data, config.model, tokenizer.vocab_size
-    typed = any(word.startswith("data.vocab_size=") for word in config.overrides)
-    if data.vocab_size not in (size, None if typed else DataConfig.vocab_size):
+    default = None if _types(config, "data.vocab_size") else DataConfig.vocab_size
+    if data.vocab_size not in (size, default):
         source = data.tokenizer or config.teacher.runs[0]
         message = f"the tokenizer of {source} has {size} tokens: leave this setting out"
         raise UserError(message, "data.vocab_size", data.vocab_size)
-    if model.vocab_size == data.vocab_size and not _types_rows(config):
+    if model.vocab_size == data.vocab_size and not _types(config, "model.vocab_size"):
         model = dataclasses.replace(model, vocab_size=size)
     data = dataclasses.replace(data, vocab_size=size)
     return dataclasses.replace(config, data=data, model=model)
@@ -81,15 +99,15 @@ def with_vocabulary_of(tokenizer: Tokenizer, config: TrainConfig) -> TrainConfig
 
 def with_rows_of(trained: GPTConfig, config: TrainConfig) -> TrainConfig:
     """Return `config` with the `vocab_size` of the model `trained`, unless the user has set one."""
-    if config.model.vocab_size != DataConfig.vocab_size or _types_rows(config):
+    if config.model.vocab_size != DataConfig.vocab_size or _types(config, "model.vocab_size"):
         return config
     model = dataclasses.replace(config.model, vocab_size=trained.vocab_size)
     return dataclasses.replace(config, model=model)
 
 
-def _types_rows(config: TrainConfig) -> bool:
-    """Return whether the user has typed model.vocab_size."""
-    return any(w.lstrip("+").startswith("model.vocab_size=") for w in config.overrides)
+def _types(config: TrainConfig, name: str) -> bool:
+    """Return whether the user has typed the setting `name` on the command line."""
+    return any(word.lstrip("+").startswith(f"{name}=") for word in config.overrides)
 
 
 def check_division(data: DataConfig, before: Any, name: str, path: str) -> None:

@@ -38,6 +38,7 @@ from minigpt.training.inheritance import (
     check_shape,
     common_tokenizer,
     typed_tokenizer,
+    with_dependent_settings,
     with_rows_of,
     with_vocabulary_of,
 )
@@ -99,6 +100,7 @@ class ResumeState:
                 the tokenizer; or the teachers have changed since the checkpoint.
             ModelClassError: a run was trained with another class than `model` or `teacher`.
         """
+        config = with_dependent_settings(config)
         if folder is None or (config.resume == AUTO and not last_checkpoints(folder)):
             return cls._new(config, folder, model, teacher)
         return cls._resumed(config, folder, model, teacher)

@@ -19,8 +19,12 @@ from minigpt.runs.folder import Run
 from minigpt.runs.provenance import Parent, parent_of
 from minigpt.runs.records import read_metrics, read_summary
 from minigpt.scaling.results import keep_run, read_run
-from minigpt.training.config import TrainConfig
-from minigpt.training.inheritance import check_division, with_vocabulary_of
+from minigpt.training.config import BudgetConfig, TrainConfig
+from minigpt.training.inheritance import (
+    check_division,
+    with_dependent_settings,
+    with_vocabulary_of,
+)
 from tests.conftest import trained_folder, write_stories
 from tests.training.test_loop import fail_at_step
 
@@ -340,6 +344,18 @@ def test_typed_vocabulary_of_the_model_is_kept(parent: Path):
         for c in (config, typed)
     ]  # fmt: skip
     assert sizes == [tokenizer.vocab_size, 3000]
+
+
+def test_download_follows_the_budget_unless_it_is_set():
+    data, budget = DataConfig("hf", dataset="a/b"), BudgetConfig(5_000_000)
+    config = TrainConfig(data=data, budget=budget)
+    set_to_all = dataclasses.replace(data, download_tokens=None)
+    typed = ("data.download_tokens=104e6",)
+    tokens = [
+        with_dependent_settings(dataclasses.replace(config, **values)).data.download_tokens
+        for values in ({}, {"data": set_to_all}, {"overrides": typed}, {"data": DataConfig()})
+    ]
+    assert tokens == [5_000_000, None, 104_000_000, 104_000_000]
 
 
 def test_too_few_windows_are_refused_before_the_folder_exists(tiny: list[str], tmp_path: Path):

@@ -1,5 +1,6 @@
 """The tokenizer of a run: that of another run by `data.tokenizer`, and what a model follows."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ import pytest
 
 from minigpt.core.settings import UserError
 from minigpt.exporting import ExportConfig, export
+from minigpt.model import GPTConfig
 from minigpt.runs.checkpoint import weights_fingerprint
 from minigpt.runs.folder import Run
 from minigpt.runs.records import read_summary
@@ -118,3 +120,13 @@ def test_a_model_has_as_many_rows_as_the_stories_give_tokens(tiny, caplog):
 def test_a_model_with_more_rows_than_tokens_keeps_them(tiny):
     run = Run.load(trained([*tiny, "model.vocab_size=320", "name=more"]))
     assert (run.tokenizer.vocab_size, run.load_model().config.vocab_size) == (300, 320)
+
+
+def test_a_config_from_python_needs_the_vocabulary_size_only_once(tiny):
+    config = composed([*tiny, "name=python"])
+    rows = dataclasses.replace(config.model, vocab_size=GPTConfig.vocab_size)  # not set
+    config = dataclasses.replace(config, model=rows)
+    run = train(config)
+    assert run.config["model"]["vocab_size"] == run.tokenizer.vocab_size == 300
+    again = train(dataclasses.replace(config, resume="auto"))
+    assert again.folder == run.folder
