@@ -201,7 +201,8 @@ class Muon(Optimizer):
         for group in self.param_groups:
             matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
             update = partial(self._update, group)
-            if self.dtype == torch.float32 and all(m.device.type == "cpu" for m in matrices):
+            on_cpu = all(matrix.device.type == "cpu" for matrix in matrices)
+            if on_cpu and self.dtype == torch.float32 and not self.graphed:
                 n_threads = torch.get_num_threads()
                 run = map if n_threads == 1 else thread_pool(n_threads).map
                 largest_first = sorted(matrices, key=torch.numel, reverse=True)  # for equal loads
