@@ -27,6 +27,7 @@ from minigpt.model import GPT, IGNORE_INDEX
 
 # Hidden states (B · T, d) and the output projection (V, d); or logits (B · T, V) and None.
 Rows = tuple[Tensor, Tensor | None]
+Cell = tuple[Tensor, Tensor]  # row numbers (n,) and column numbers (n,) of one logit in each row
 
 
 @dataclass(frozen=True)
@@ -107,15 +108,15 @@ class _Distillation(torch.autograd.Function):
             p = softmax(logits)
             log_p = log_likelihood(logits, p, target)
             ce -= torch.where(mask, log_p, 0.0).sum()
-            tempered = p
+            tempered, cell = p, target
             if temperature != 1:
                 logits = logits / temperature
-                tempered = softmax(logits)
-                log_p = log_likelihood(logits, tempered, target)
-            log_partition = logits[target].float() - log_p
-            q, entropy_term = _meansoftmax(
-                [_logits(r[part], w, temperature) for r, w in teachers], target, logits
-            )
+                tempered, cell = softmax(logits), _likeliest(logits)
+                log_p = log_likelihood(logits, tempered, cell)
+            log_partition = logits[cell].float() - log_p
+            teachers_logits = [_logits(r[part], w, temperature) for r, w in teachers]
+            given = target if temperature == 1 else None
+            q, entropy_term = _meansoftmax(teachers_logits, given, logits)
             kl += torch.where(mask, entropy_term + log_partition, 0.0).sum()
             if temperature == 1:
                 p.sub_(q, alpha=share)
@@ -141,7 +142,7 @@ class _Distillation(torch.autograd.Function):
 
 
 def _meansoftmax(
-    teachers: list[Tensor], target: tuple[Tensor, Tensor], student: Tensor
+    teachers: list[Tensor], target: Cell | None, student: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the teachers' mean probabilities q (n, V), and Σ q (log q − s) for each token, (n,).
 
@@ -149,19 +150,26 @@ def _meansoftmax(
 
     Args:
         teachers: logits (n, V) of each teacher. They may be overwritten.
-        target: row numbers (n,) and column numbers (n,) of one logit in each row. If there is only
-            one teacher, the log partition of each row is computed from this logit and its
-            probability, which must be above 0. With several teachers, `target` is not used.
+        target: one logit in each row. If there is only one teacher, the log partition of each row
+            is computed from this logit and its probability, which must be above 0. None selects the
+            largest logit of each row, whose probability cannot underflow. With several teachers,
+            `target` is not used.
         student: logits s (n, V) of the student.
     """
     if len(teachers) == 1:  # log q is logits − log partition, without a log of (n, V)
         (logits,) = teachers
-        q = softmax(logits)
-        log_partition = logits[target].float() - log_likelihood(logits, q, target)
+        q, cell = softmax(logits), target or _likeliest(logits)
+        log_partition = logits[cell].float() - log_likelihood(logits, q, cell)
         cross = torch.linalg.vecdot(q, logits.sub_(student)).float()
         return q, cross - log_partition
     q = torch.stack([softmax(logits) for logits in teachers]).mean(0)
-    return q, torch.linalg.vecdot(q, _log(q) - student).float()
+    difference = _log(q) - student  # the student may have another dtype than the teachers
+    return q, torch.linalg.vecdot(q.to(difference.dtype), difference).float()
+
+
+def _likeliest(logits: Tensor) -> Cell:
+    """Return row and column numbers (n,) of the largest logit in each row."""
+    return torch.arange(len(logits), device=logits.device), logits.argmax(1)
 
 
 def _logits(rows: Tensor, weight: Tensor | None, temperature: float) -> Tensor:

@@ -69,6 +69,28 @@ def test_distillation_equals_its_formula(cls, temperature, n_teachers, weight):
         torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("n_teachers", [1, 3])
+def test_teachers_in_bfloat16_teach_a_student_in_float32(n_teachers):
+    student, *teachers = models(1 + n_teachers)
+    ids, targets = batch()
+    expected = formula(student, teachers, ids, targets, 0.5, 1.0)
+    actual = Distillation(student, teachers, dtype=torch.bfloat16)(ids, targets)
+    torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.02)
+    pairs = zip(gradients(student, actual[0]), gradients(student, expected[0]), strict=True)
+    for gradient, wanted in pairs:
+        torch.testing.assert_close(gradient, wanted, rtol=0.1, atol=0.02)
+
+
+@pytest.mark.parametrize("n_teachers", [1, 3])
+def test_divergence_is_right_where_the_probability_of_the_target_underflows(n_teachers):
+    student, *teachers = models(1 + n_teachers)
+    ids, targets = batch()
+    expected = formula(student, teachers, ids, targets, 1.0, 0.02)
+    actual = Distillation(student, teachers, 1.0, 0.02)(ids, targets)
+    assert expected[2] > 1
+    torch.testing.assert_close(actual[2], expected[2], rtol=1e-3, atol=1e-3)
+
+
 def test_distillation_from_itself_has_no_divergence_and_no_gradient():
     student, *_ = models(1)
     objective, ce, kl = Distillation(student, [student], weight=1.0)(*batch()).unbind()
