@@ -127,11 +127,13 @@ def _comparison(
     `validated` contains the numbers of validation tokens in the first recipe. Other numbers mean
     other stories or another tokenizer.
     """
-    sizes = validated | _validation_tokens(members)
+    own = _validation_tokens(members)
+    sizes, same_tokens = validated | own, bool(own) and own == validated
     names = [name for name in base | settings if settings.get(name) != base.get(name)]
     losses = _losses(members)
     common = [seed for seed in losses if seed in first]
-    is_comparable = names and not _changes_loss(settings, base, names) and len(sizes) < 2
+    changes_loss = _changes_loss(settings, base, names, same_tokens)
+    is_comparable = names and not changes_loss and len(sizes) < 2
     differences = tuple(losses[seed] - first[seed] for seed in common) if is_comparable else ()
     times = [read_summary(run.path).get("seconds") for run in members]
     seconds = [value for value in times if isinstance(value, int | float)]
@@ -143,10 +145,19 @@ def _comparison(
     )
 
 
-def _changes_loss(settings: dict[str, Any], base: dict[str, Any], names: list[str]) -> bool:
+def _changes_loss(
+    settings: dict[str, Any], base: dict[str, Any], names: list[str], same_tokens: bool
+) -> bool:
     """Return whether different settings make losses per token incomparable.
 
     They do so if other stories are used for validation, or if the tokenizer may be another one.
+
+    Args:
+        settings: settings of a recipe.
+        base: settings of the first recipe.
+        names: names of the settings that differ.
+        same_tokens: whether the validation splits are known to have the same number of tokens,
+            which another tokenizer would change.
     """
     if {*_VALIDATION} & {*names}:
         return True
@@ -155,7 +166,7 @@ def _changes_loss(settings: dict[str, Any], base: dict[str, Any], names: list[st
         return True  # the validation stories are a part of the training files
     tokenizer = settings.get("data.tokenizer")
     is_shared = tokenizer is not None and tokenizer == base.get("data.tokenizer")
-    return bool({*_TOKENIZER} & {*names}) and not is_shared
+    return bool({*_TOKENIZER} & {*names}) and not (is_shared or same_tokens)
 
 
 def _validation_tokens(runs: list[RunResult]) -> set[int]:
