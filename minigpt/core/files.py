@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from minigpt.core.settings import MISSING, DiskFullError, UserError
+from minigpt.core.settings import MISSING, DiskFullError, UserError, make_tuples
 
 # Errors when a disk is full or read-only, or a quota or a size limit is exceeded.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -81,17 +81,16 @@ def expand_paths(config: Any, *names: str) -> None:
 
     Args:
         config: the dataclass instance, which is changed in place.
-        *names: names of the fields; the value of each is a path, a tuple of paths or None. A list
-            is replaced with a tuple.
+        *names: names of the fields; the value of each is a path, a tuple of paths or None. For a
+            field whose default is a tuple, see `make_tuples`.
 
     Raises:
         UserError: a path names a user without a home folder.
     """
     for name in names:
+        if isinstance(getattr(type(config), name), tuple):
+            make_tuples(config, name)
         value = getattr(config, name)
-        if isinstance(value, list):
-            value = tuple(value)
-            object.__setattr__(config, name, value)
         paths = value if isinstance(value, tuple) else (value,)
         if any(path is not None and path.startswith("~") for path in paths):
             paths = tuple(path and str(user_path(path, name)) for path in paths)

@@ -258,6 +258,19 @@ def check(config: Any, message: str, allows: Callable[[Any], bool], *names: str)
             raise UserError(message, name, value)
 
 
+def make_tuples(config: Any, *names: str) -> None:
+    """Replace a list or a single value in fields of a frozen dataclass with a tuple.
+
+    Args:
+        config: the dataclass instance, which is changed in place.
+        *names: names of the fields.
+    """
+    for name in names:
+        value = getattr(config, name)
+        items = value if isinstance(value, list | tuple) else [value]
+        object.__setattr__(config, name, tuple(items))
+
+
 def plain_defaults(cls: type) -> dict[str, Any]:
     """Return the defaults of a dataclass as plain values.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from minigpt.core.fields import documented
-from minigpt.core.settings import UserError
+from minigpt.core.settings import UserError, make_tuples
 from minigpt.data.config import DataConfig
 from minigpt.generation.sampling import SamplingConfig
 
@@ -33,6 +33,7 @@ class StoriesConfig:
     """Maximum number of new tokens per story, at least 1."""
 
     def __post_init__(self) -> None:
+        make_tuples(self, "prompts", "temperatures")
         if self.n < 1:
             problem = "must be at least 1; to write no stories, give no prompts"
             raise UserError(problem, "n", self.n, fix={"prompts": []})
@@ -88,6 +89,7 @@ class EvaluationConfig:
     Otherwise, None means the stories that the data settings select for validation."""
 
     def __post_init__(self) -> None:
+        make_tuples(self, "words", "analogies")
         if self.batch_size is not None and self.batch_size < 1:
             raise UserError("must be at least 1", "batch_size", self.batch_size)
         if self.seed < 0:

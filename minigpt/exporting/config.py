@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from minigpt.core.fields import documented
-from minigpt.core.settings import UserError, check
+from minigpt.core.settings import UserError, check, make_tuples
 
 BFLOAT16 = ("safetensors", "html")  # formats that can store bfloat16 weights, and do by default
 
@@ -41,6 +41,7 @@ class ExportConfig:
     exported run was initialised from."""
 
     def __post_init__(self) -> None:
+        make_tuples(self, "average")
         license = "must be a license identifier of the Hub, such as mit or cc-by-4.0"
         check(self, license, lambda text: bool(re.fullmatch(r"[\w.-]+", text)), "license")
         if self.dtype == "bfloat16" and self.format not in BFLOAT16:
