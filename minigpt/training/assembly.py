@@ -299,8 +299,8 @@ def _is_repeatable(module: GPTModule, hardware: Hardware) -> bool:
     """Return whether a CUDA graph of the training loss can be replayed in each step.
 
     Only the weights and the batch differ between two replays. Dropout needs new random numbers in
-    each step, and 16-mixed may need another loss scale. A custom model class may have Python code
-    that must run in each step.
+    each step, and 16-mixed may need another loss scale. A custom class of the model or of a teacher
+    may have Python code that must run in each step.
     """
-    plain = is_plain(module.net) and not module.net.config.dropout
-    return plain and hardware.precision != "16-mixed"
+    plain = all(is_plain(model) for model in (module.net, *module.teachers))
+    return plain and not module.net.config.dropout and hardware.precision != "16-mixed"

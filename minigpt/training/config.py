@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 from minigpt.core.fields import documented
 from minigpt.core.files import expand_paths
-from minigpt.core.settings import UserError, build, check, plain
+from minigpt.core.settings import UserError, build, check, make_tuples, plain
 from minigpt.data.config import DataConfig
 from minigpt.generation.sampling import SamplingConfig
 from minigpt.kernels.choice import Choice
@@ -198,12 +199,16 @@ class TeacherConfig:
     """Dotted path of the teachers' model class; None means minigpt.model.GPT."""
 
     def __post_init__(self) -> None:
+        expand_paths(self, "runs")
         check(self, "must be from 0 to 1", lambda w: 0 <= w <= 1, "weight")
-        check(self, "must be positive", lambda t: t > 0, "temperature")
+        check(self, "must be positive and finite", lambda t: 0 < t < math.inf, "temperature")
         if "" in self.runs:
             problem = "must not contain an empty path; leave it out, or give a run"
             raise UserError(problem, "runs", fix={"runs": ["releases/large"]})
-        expand_paths(self, "runs")
+        for name in () if self.runs else ("weight", "temperature"):
+            if (value := getattr(self, name)) != getattr(TeacherConfig, name):
+                problem = "has no effect without teachers; leave it out, or name some"
+                raise UserError(problem, name, value)
 
 
 @dataclass(frozen=True)
@@ -260,6 +265,7 @@ class CallbacksConfig:
     log(1 + step), except that they are at least 1 apart."""
 
     def __post_init__(self) -> None:
+        make_tuples(self, "prompts")
         check(self, "must be positive", lambda x: x > 0, "checkpoint_minutes")
         counts = ("checkpoint_steps", "keep_checkpoints")
         check(self, "must be at least 1", lambda n: n >= 1, *counts)

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from minigpt.core.console import log
 from minigpt.core.settings import UserError
 from minigpt.data.config import DataConfig
 from minigpt.model import GPTConfig
@@ -138,6 +139,21 @@ def check_division(data: DataConfig, before: Any, name: str, path: str) -> None:
         problem = "that run was trained on some of the stories that the new run holds out"
         fix = {"data.download_tokens": earlier[0], "data.holdout": earlier[1]}
         raise UserError(problem, name, path, fix)
+
+
+def warn_of_seen_stories(data: DataConfig, before: Any, path: str) -> None:
+    """Log a warning if the run at `path` may have been trained on the tuning stories of a new run.
+
+    Args:
+        data: settings of the new run.
+        before: data settings of the other run, from its config.yaml.
+        path: path of the other run.
+    """
+    if data.valid == "tuning" and not (
+        isinstance(before, dict) and before.get("valid") == "tuning"
+    ):
+        problem = "the tuning stories may be training stories of %s: losses on them are too low"
+        log.warning(problem, path)
 
 
 def check_shape(config: TrainConfig, trained: GPTConfig, run: Run) -> None:

@@ -46,6 +46,7 @@ from minigpt.runs.folder import (
     class_path,
     config_class,
     new_run_folder,
+    read_config,
     same_class,
 )
 from minigpt.runs.names import CHECKPOINTS, REPORT, SUMMARY
@@ -200,12 +201,15 @@ def _with_classes(
             unchanged.
 
     Raises:
+        UserError: `teacher` is given for a new run without teachers.
         ModelClassError: the config is for a custom model class, but `model` is None.
     """
     if model is None and config.model_class is not None:
         problem = f"the config is for the model class {config.model_class}, which must be given"
         raise ModelClassError(problem, config.model_class)
     if teacher is not None:
+        if config.resume is None and not config.teacher.runs:
+            raise UserError("there are no teachers; leave this out, or name some", "teacher")
         taught = dataclasses.replace(config.teacher, class_path=class_path(teacher))
         config = dataclasses.replace(config, teacher=taught)
     shape = config_class(model or GPT)
@@ -273,6 +277,9 @@ def _fit(
             more = {f"model.{key}": value for key, value in _class_setting(config).items()}
             if (name := config.teacher.class_path) is not None:
                 more["teacher.class_path"] = name
+            recorded = read_config(folder).get("teacher", {}).get("runs", [])
+            if (runs := [str(Path(run).absolute()) for run in config.teacher.runs]) != recorded:
+                more["teacher"] = runs  # they have moved
             log.info("continue:  %s", next_step("train", resume=str(folder), **more))
         if leaving.code in (1, 128 + signal.SIGINT):
             raise KeyboardInterrupt from None

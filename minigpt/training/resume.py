@@ -38,6 +38,7 @@ from minigpt.training.inheritance import (
     check_shape,
     common_tokenizer,
     typed_tokenizer,
+    warn_of_seen_stories,
     with_dependent_settings,
     with_rows_of,
     with_vocabulary_of,
@@ -125,10 +126,12 @@ class ResumeState:
             run = load_one(config.init_from, "init_from", model)
             tokenizers["init_from"] = config.init_from, run.tokenizer
             parent_model = run.load_model()
-        if config.data.source == "hf":
-            named = [("init_from", config.init_from)] if config.init_from else []
-            for name, path in [*named, *(("teacher.runs", p) for p in config.teacher.runs)]:
-                check_division(config.data, Run.load(path).config.get("data"), name, path)
+        named = [("init_from", config.init_from)] if config.init_from else []
+        for name, path in [*named, *(("teacher.runs", p) for p in config.teacher.runs)]:
+            before = Run.load(path).config.get("data")
+            if config.data.source == "hf":
+                check_division(config.data, before, name, path)
+            warn_of_seen_stories(config.data, before, path)
         tokenizer = common_tokenizer(tokenizers)
         if tokenizer is not None and (config.data.tokenizer or teachers):
             config = with_vocabulary_of(tokenizer, config)
@@ -299,13 +302,17 @@ def _teacher_paths(
         teacher: class of the teachers, or function that creates them; None means `GPT`.
 
     Raises:
-        UserError: `config` names teachers, but the run was started without teachers.
+        UserError: `config` names teachers, but the run was started without teachers; or it names
+            none for resume=auto, but the run has some.
         ModelClassError: the teachers have a custom class, but `teacher` is None.
     """
     typed, recorded = config.teacher.runs, before.teacher.runs
     if typed and not recorded:
         message = f"the run in {folder} has no teachers: leave this setting out"
         raise UserError(message, "teacher.runs", list(typed))
+    if recorded and not typed and config.resume == AUTO:
+        message = f"the run in {folder} has teachers: name them, or choose another name"
+        raise UserError(message, "teacher.runs", [], {"teacher.runs": list(recorded)})
     if (name := before.teacher.class_path) is not None and teacher is None:
         message = f"the teachers of {folder} have the class {name}, which must be given"
         raise ModelClassError(message, name, "teacher")

@@ -36,13 +36,17 @@ class Teachers:
         Args:
             paths: run folders, checkpoints or exports, at least one.
             student: folder of the run in training; None if it is not known yet.
-            model: class of the teachers, or function that creates them; None means `GPT`.
+            model: class of the teachers that were trained with a custom class, or of all teachers
+                if there are none; or function that creates them. None means `GPT`.
 
         Raises:
-            UserError: a path is not a run or is the student itself, or the tokenizers differ.
+            UserError: a path is not a run or is the student itself, two teachers have the same
+                weights, or the tokenizers differ.
             ModelClassError: a teacher was trained with another class than `model`.
         """
-        runs = [_run(path, student, model) for path in paths]
+        runs = [_run(path, student) for path in paths]
+        custom = [run for run in runs if run.config.get("model_class") is not None] or runs
+        runs = [replace(run, model=model) if run in custom else run for run in runs]
         for path, run in zip(paths[1:], runs[1:], strict=True):
             if run.tokenizer.fingerprint != runs[0].tokenizer.fingerprint:
                 message = f"{paths[0]} and {path} have different tokenizers: choose one of them"
@@ -52,6 +56,12 @@ class Teachers:
         except ModelClassError as error:
             raise ModelClassError(error.message, error.class_name, "teacher") from None
         records = [run.provenance(model) for run, model in zip(runs, models, strict=True)]
+        weights = [record.weights for record in records]
+        for i, path in enumerate(paths):
+            if weights[i] in weights[:i]:
+                first = paths[weights.index(weights[i])]
+                problem = f"{first} and {path} have the same weights: give each teacher once"
+                raise UserError(problem, "teacher.runs", list(paths))
         return cls(models, runs[0].tokenizer, records)
 
     def recorded_in(self, hyper_parameters: Mapping[str, Any], checkpoint: Path) -> Teachers:
@@ -84,8 +94,8 @@ class Teachers:
                 raise UserError(message, "model.context_length", student.context_length, fix)
 
 
-def _run(path: str, student: Path | None, model: ModelFactory | None) -> Run:
-    run = load_one(path, "teacher.runs", model)
+def _run(path: str, student: Path | None) -> Run:
+    run = load_one(path, "teacher.runs")
     if student is not None and run.folder.resolve() == student.resolve():
         raise UserError("a run cannot be its own teacher: choose another", "teacher.runs", path)
     return run

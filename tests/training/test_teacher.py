@@ -11,6 +11,8 @@ import torch
 from minigpt.cli.compose import compose_values
 from minigpt.core.settings import ModelClassError, UserError
 from minigpt.core.text import human_count
+from minigpt.data.config import DataConfig
+from minigpt.evaluation import StoriesConfig
 from minigpt.exporting import ExportConfig, export
 from minigpt.kernels.distillation import Distillation
 from minigpt.model import GPT
@@ -20,7 +22,9 @@ from minigpt.runs.provenance import teachers_of
 from minigpt.runs.records import last_values, read_metrics, read_summary
 from minigpt.scaling.results import keep_run, read_run
 from minigpt.scaling.tables import markdown
-from tests.conftest import composed, trained_folder, write_stories
+from minigpt.training.config import TeacherConfig
+from minigpt.training.loop import train
+from tests.conftest import composed, naming, trained_folder, write_stories
 from tests.training.test_inheritance import weights
 from tests.training.test_loop import fail_at_step
 
@@ -156,6 +160,9 @@ def test_teacher_of_another_class_is_loaded_only_with_its_class(tiny: list[str])
     with pytest.raises(ModelClassError, match="Wide") as error:
         trained_folder([f"resume={student}"])
     assert error.value.argument == "teacher"
+    both = [*tiny, f"teacher=[{teacher},{student}]", "name=both"]
+    taught = trained_folder(both, teacher=Wide)  # the class is that of the first teacher alone
+    assert len(read_summary(taught)["teachers"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -176,6 +183,51 @@ def test_teacher_that_cannot_teach_is_refused(
         trained_folder([*tiny, f"teacher={teacher}", "name=student", typed])
     assert error.value.argument == argument
     assert not (teacher.parent / "student").exists()
+
+
+def test_a_teacher_is_given_once_and_its_settings_need_one(tiny: list[str], teacher: Path):
+    copy = shutil.copytree(teacher, teacher.with_name("copy"))
+    with pytest.raises(UserError, match=naming(str(teacher), str(copy))) as error:
+        trained_folder([*tiny, f"teacher=[{teacher},{copy}]", "name=student"])
+    assert error.value.argument == "teacher.runs"
+    for name, value in (("weight", 0.7), ("temperature", 2.0)):
+        with pytest.raises(UserError) as error:
+            composed([f"teacher.{name}={value}"])
+        assert (error.value.argument, error.value.value) == (f"teacher.{name}", value)
+    with pytest.raises(UserError) as error:
+        train(composed([*tiny, "name=student"]), teacher=Wide)
+    assert error.value.argument == "teacher"
+    with pytest.raises(UserError) as error:
+        TeacherConfig(runs=(str(teacher),), temperature=math.inf)
+    assert error.value.argument == "temperature"
+    assert not (teacher.parent / "student").exists()
+
+
+def test_resume_auto_names_the_teachers_again(tiny: list[str], teacher: Path):
+    command = [*tiny, "name=student", "resume=auto"]
+    trained_folder([*command, f"teacher={teacher}"])
+    with pytest.raises(UserError) as error:
+        trained_folder(command)
+    assert error.value.fix == {"teacher.runs": [str(teacher)]}
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_teacher_that_has_read_the_tuning_stories_is_named_in_a_warning(
+    tiny: list[str], caplog, held_out: bool
+):
+    tuning = "data.valid=tuning"
+    teacher = trained_folder([*tiny, "name=teacher", *([tuning] if held_out else [])])
+    caplog.clear()
+    trained_folder([*tiny, "name=student", tuning, f"teacher={teacher}"])
+    warned = [r for r in caplog.records if r.levelname == "WARNING" and str(teacher) in r.message]
+    assert len(warned) == (not held_out)
+
+
+def test_one_path_in_python_is_a_list_of_one():
+    assert TeacherConfig(runs="a").runs == ("a",)  # type: ignore[arg-type]
+    assert DataConfig("text", train_files="a.txt").train_files == ("a.txt",)  # type: ignore[arg-type]
+    stories = StoriesConfig(prompts="Tom", temperatures=[0.5])  # type: ignore[arg-type]
+    assert (stories.prompts, stories.temperatures) == (("Tom",), (0.5,))
 
 
 def test_teacher_may_be_typed_as_one_word_or_as_a_list():
