@@ -17,6 +17,10 @@ from minigpt.core.signals import watch
 
 # Verbs that stop when their terminal is closed. All other verbs write files, so they continue.
 INTERACTIVE = ("generate", "playground", "doctor")
+_NO_GPU_MEMORY = (
+    "the GPU does not have enough memory: end other programs that use it, or put "
+    "CUDA_VISIBLE_DEVICES= before the command to use the CPU"
+)
 
 
 @contextlib.contextmanager
@@ -25,7 +29,7 @@ def orderly_exit(verb: str) -> Iterator[None]:
 
     A program that stops at Ctrl-C, SIGTERM or SIGHUP has the exit code 128 plus the number of the
     signal. After an OSError with a file name, the exit code is 1 if the disk is full or read-only,
-    else 2. All other exceptions are raised again.
+    else 2. If a GPU has too little memory, it is 1. All other exceptions are raised again.
 
     Args:
         verb: the verb that runs, such as train.
@@ -46,6 +50,8 @@ def orderly_exit(verb: str) -> Iterator[None]:
                 if watch.number:
                     watch.exit()
                 sys.exit(128 + number)
+            if type(error).__name__ == "OutOfMemoryError":  # of PyTorch, which may be missing here
+                leave(_NO_GPU_MEMORY, 1)
             if not isinstance(error, OSError) or error.filename is None:
                 raise
             problem = f"cannot read or write {error.filename}: {error.strerror}; give another path"

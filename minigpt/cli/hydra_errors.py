@@ -87,12 +87,8 @@ FAILURES = {
     # pattern of the error: explanation and advice
     "Connection (closed|reset) by peer": "another process of this run has failed: if its error is "
     "not above, try trainer.devices=1",
-    "can't allocate memory|(out of|not enough) memory": "not enough memory: set a smaller "
-    "data.batch_size, model.context_length or model",
     r"Unknown plugin class : 'hydra_plugins\.hydra_(?P<name>\w+)_launcher": "hydra/launcher needs "
     r"another package: run pip install hydra-\g<name>-launcher",
-    "^backend='inductor' raised": "torch.compile failed, perhaps for lack of a compiler or of "
-    "Python's headers: set trainer.compile=false",
     "^Config group override must be a string": "a setting has no name: type settings as key=value",
     'Could not detect "srun"': "srun is not installed: run this on a machine that submits jobs "
     "to a Slurm cluster",
@@ -103,14 +99,30 @@ FAILURES = {
 }
 
 
-def explain_failure(error: Exception) -> str | None:
-    """Return one line of advice about a failed file access or an error listed in `FAILURES`.
+_LESS_MEMORY = {
+    "train": "set a smaller data.batch_size, model.context_length or model",
+    "evaluate": "set a smaller batch_size, or put CUDA_VISIBLE_DEVICES= before the command to use "
+    "the CPU",
+}
 
-    The result is None for other errors. PyTorch raises RuntimeError for most failures, so a lack of
-    memory is recognised by the message of the error.
+
+def explain_failure(error: Exception, name: str = "train") -> str | None:
+    """Return one line of advice about an error of the system or a library, or None.
+
+    PyTorch raises RuntimeError for most failures, so a lack of memory is recognised by the message
+    of the error.
+
+    Args:
+        error: the error.
+        name: name of the root config, train or evaluate.
     """
     if isinstance(error, OSError) and error.filename is not None:
         return f"cannot read or write {error.filename}: {error.strerror}; give another path"
+    if re.search("can't allocate memory|(out of|not enough) memory", str(error)):
+        return f"not enough memory: {_LESS_MEMORY[name]}"
+    if any(base.__name__ == "BackendCompilerFailed" for base in type(error).__mro__):
+        problem = "torch.compile failed, perhaps for lack of a compiler or of Python's headers"
+        return f"{problem}: set trainer.compile=false"
     for pattern, advice in FAILURES.items():
         if match := re.search(pattern, str(error)):
             return match.expand(advice)

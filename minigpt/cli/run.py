@@ -123,7 +123,7 @@ def _leave_explained(error: Exception, name: str, program: Program) -> None:
         sys.exit(128 + watch.number)
     if isinstance(error, HydraException | OmegaConfBaseException):
         leave(describe(explain(error, name), program))
-    if reason := explain_failure(error):
+    if reason := explain_failure(error, name):
         leave(one_line(reason))
 
 

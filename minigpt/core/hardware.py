@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -218,6 +219,11 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def has_c_compiler() -> bool:
+    """Return whether torch.compile finds a C compiler, which Triton needs on a CUDA GPU."""
+    return bool(os.environ.get("CC")) or any(map(shutil.which, ("gcc", "clang")))
+
+
 def has_cpp_compiler() -> bool:
     """Return whether torch.compile finds a C++ compiler, which it needs on a CPU."""
     from torch._inductor.cpp_builder import get_cpp_compiler  # slow to import
@@ -302,11 +308,14 @@ def matmul_peak(hardware: Hardware, cache_dir: Path, again: bool = False) -> flo
 
 
 def _measure(accelerator: str, dtype: torch.dtype) -> float:
-    # Start with small matrices, because a large product of an emulated dtype may be very slow.
-    side = 256
-    while side < _SIDE[accelerator] and _fastest(side, accelerator, dtype, 2) < _ENOUGH:
-        side *= 2
-    return 2 * side**3 / _fastest(side, accelerator, dtype, _TRIES + 1)
+    # Start with small matrices, because a large product of an emulated dtype may be very slow, and
+    # other programs may have left little of a GPU's memory.
+    side, peak = 256, 2 * 256**3 / _fastest(256, accelerator, dtype, _TRIES + 1)
+    with contextlib.suppress(torch.OutOfMemoryError):
+        while side < _SIDE[accelerator] and 2 * side**3 / peak < _ENOUGH:
+            side *= 2
+            peak = max(peak, 2 * side**3 / _fastest(side, accelerator, dtype, _TRIES + 1))
+    return peak
 
 
 def _fastest(side: int, accelerator: str, dtype: torch.dtype, tries: int) -> float:

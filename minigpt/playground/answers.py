@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+import torch
+
 from minigpt.analysis.attention import HeadScores, attention_weights, head_scores
 from minigpt.analysis.embedding_map import FewWordsError, caption, embedding_map, map_svg
 from minigpt.analysis.embeddings import EmbeddingProbe, parse_analogy
 from minigpt.core.hardware import model_device
-from minigpt.core.settings import UserError
+from minigpt.core.settings import UserError, one_line
 from minigpt.core.text import human_count
 from minigpt.generation.sampling import SamplingConfig, encode_prompt
 from minigpt.model import GPT
@@ -325,8 +327,9 @@ def _story(model: LoadedModel, prompt: str, sampling: SamplingConfig) -> Iterato
         started = time.monotonic()
         try:
             token = next(tokens, None)
-        except UserError as error:  # such as logits that are not finite; the other models continue
-            yield story + html.note_html(str(error), "error")
+        except (UserError, torch.OutOfMemoryError) as error:  # the other models continue
+            problem = one_line(error).partition(". ")[0]  # PyTorch adds numbers of its allocator
+            yield story + html.note_html(problem, "error")
             return
         seconds += time.monotonic() - started  # excludes the time of the other models
         if token is None:

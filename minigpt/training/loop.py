@@ -29,6 +29,7 @@ from minigpt.core.distributed import (
 )
 from minigpt.core.hardware import (
     Hardware,
+    has_c_compiler,
     has_cpp_compiler,
     set_threads,
 )
@@ -233,9 +234,15 @@ def _hardware(c: TrainerConfig) -> Hardware:
     if hardware.accelerator == "mps" and c.strategy != "auto":
         message = "needs several devices, and a Mac has one GPU; CPU processes can train instead"
         raise UserError(message, "trainer.strategy", c.strategy, {"trainer.accelerator": "cpu"})
-    if c.compile and hardware.accelerator == "cpu" and not has_cpp_compiler():
-        message = "torch.compile needs a C++ compiler, such as g++"
-        raise UserError(message, "trainer.compile", True, {"trainer.compile": False})
+    compilers = {
+        "cpu": ("C++ compiler, such as g++", has_cpp_compiler),
+        "cuda": ("C compiler, such as gcc", has_c_compiler),
+    }
+    if c.compile and hardware.accelerator in compilers:
+        compiler, is_found = compilers[hardware.accelerator]
+        if not is_found():
+            message = f"torch.compile needs a {compiler}"
+            raise UserError(message, "trainer.compile", True, {"trainer.compile": False})
     if hardware.world_size > 1 and not may_start_processes():
         message = "only the command line, torchrun or srun can train on several devices"
         raise UserError(message, "trainer.devices", hardware.devices, {"trainer.devices": "1"})
@@ -265,13 +272,11 @@ def _fit(
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         status = 0
-    except torch.OutOfMemoryError:
-        windows, accumulate = config.data.windows_per_batch, config.trainer.accumulate_grad_batches
-        fix = {"data.batch_size": windows // 2, "trainer.accumulate_grad_batches": 2 * accumulate}
-        problem = "the GPU does not have enough memory for this many windows at a time; choose a "
-        problem += "smaller model, or fewer windows and a larger trainer.accumulate_grad_batches"
-        fix = fix if windows % 2 == 0 else None  # an odd batch has no half
-        raise UserError(problem, "data.batch_size", windows, fix) from None
+    except (torch.OutOfMemoryError, UserError) as error:
+        causes = error, error.__context__  # a sample story raises UserError
+        if not any(isinstance(cause, torch.OutOfMemoryError) for cause in causes):
+            raise
+        raise _too_many_windows(config) from None
     except SystemExit as leaving:  # by `Checkpoints`, or by Lightning at Ctrl-C, with code 1
         if (folder / CHECKPOINTS).is_dir():
             more = {f"model.{key}": value for key, value in _class_setting(config).items()}
@@ -288,6 +293,16 @@ def _fit(
         finish_wandb(trainer.loggers, status)
         end_processes(trainer, finished=status == 0)
         watch.patient = False  # `Checkpoints` has set it
+
+
+def _too_many_windows(config: TrainConfig) -> UserError:
+    """Return the error for a GPU without enough memory for a batch."""
+    windows, accumulate = config.data.windows_per_batch, config.trainer.accumulate_grad_batches
+    fix = {"data.batch_size": windows // 2, "trainer.accumulate_grad_batches": 2 * accumulate}
+    problem = "the GPU does not have enough memory for this many windows at a time; choose a "
+    problem += "smaller model, or fewer windows and a larger trainer.accumulate_grad_batches"
+    halves = fix if windows % 2 == 0 else None  # an odd batch has no half
+    return UserError(problem, "data.batch_size", windows, halves)
 
 
 def _lacks_report(folder: Path) -> bool:

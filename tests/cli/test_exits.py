@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from minigpt.cli.exits import orderly_exit
 from minigpt.core.process import preserved_process
@@ -19,3 +20,11 @@ def test_error_that_follows_from_ctrl_c_is_one_line(capsys):
     assert capsys.readouterr().err == "stopped by SIGINT\n"
     with preserved_process(), pytest.raises(AttributeError), orderly_exit("evaluate"):
         raise AttributeError("a bug")
+
+
+def test_full_gpu_memory_is_one_line_that_names_the_cpu(capsys):
+    with preserved_process(), pytest.raises(SystemExit) as leaving, orderly_exit("study"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nAnd more")
+    assert leaving.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "CUDA_VISIBLE_DEVICES=" in line

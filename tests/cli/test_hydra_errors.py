@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch._inductor.exc import InductorError
 
 from minigpt.cli.hydra_errors import explain_failure
 from tests.conftest import ROOT
@@ -50,6 +51,17 @@ def test_out_of_memory_is_a_one_line_error_on_every_system(message: str):
     explanation = explain_failure(RuntimeError(message)) or ""
     assert "data.batch_size" in explanation
     assert explanation.isprintable()
+
+
+def test_out_of_memory_of_an_evaluation_names_its_own_batch():
+    explanation = explain_failure(RuntimeError("CUDA out of memory."), "evaluate") or ""
+    assert "batch_size" in explanation
+    assert "data.batch_size" not in explanation
+
+
+def test_failure_of_the_compiler_names_the_setting():
+    error = InductorError(FileNotFoundError("gcc"), None)
+    assert "trainer.compile=false" in (explain_failure(error) or "")
 
 
 def test_refusal_of_sbatch_is_a_one_line_error():

@@ -196,3 +196,15 @@ def test_processes_of_an_unknown_launcher_are_refused(monkeypatch, variables):
 def test_several_nodes_need_a_launcher():
     with pytest.raises(UserError, match="(?=.*num_nodes=2)(?=.*torchrun)(?=.*srun)"):
         Hardware.detect("cpu", "2", 2, "auto")
+
+
+def test_peak_is_measured_with_the_matrices_that_a_full_gpu_has_memory_for(monkeypatch, tmp_path):
+    def fastest(side: int, *_: object) -> float:
+        if side > 1024:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return side**3 / 1e12
+
+    monkeypatch.setattr(hardware, "_fastest", fastest)
+    device = Hardware("cuda", 1, 1, "bf16-mixed", "")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert hardware.matmul_peak(device, tmp_path) == pytest.approx(2e12)

@@ -10,11 +10,12 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from minigpt.core.hardware import Hardware, cpu_has_bfloat16
+from minigpt.core.hardware import Hardware, cpu_has_bfloat16, gpu_memory_for
 from minigpt.core.settings import UserError
 from minigpt.data import sources
 from minigpt.data.corpus import Corpus
@@ -541,6 +542,17 @@ def test_out_of_memory_names_batch_size_and_accumulation(
         trained_folder([*tiny, f"data.batch_size={windows}", "name=large"])
     assert "\n" not in str(error.value)
     assert read_summary(Path(composed(tiny).runs_dir) / "large")["status"] == "failed"
+
+
+def test_out_of_memory_in_a_sample_story_names_the_batch(tiny: list[str], monkeypatch):
+    def generate(*_: Any, **__: Any) -> None:
+        with gpu_memory_for("n", 1):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr("minigpt.training.callbacks.generate_stories", generate)
+    with pytest.raises(UserError) as error:
+        trained_folder([*tiny, "callbacks.prompts=[Tom]", "name=full"])
+    assert error.value.argument == "data.batch_size"
 
 
 def test_warmup_in_tokens_takes_fewer_updates_with_larger_batches(tiny: list[str]):
