@@ -5,10 +5,12 @@
     python benchmarks/gpu_table.py gpu-results/gpu.json     # a table and a figure
 
 The parts run in the order of their value, in a process of their own. After each one, gpu.json in
-the output folder is replaced atomically. A part that does not fit into the time that is left is
-listed in `not_run`. A part that fails, crashes or takes three times as long as expected has
-`error`; after it, a new process runs the other parts, because a failed recording of a CUDA graph,
-for example, leaves a process unusable. At the end of the time the program stops.
+the output folder is replaced atomically. A part that does not fit into the time that is left, or
+needs another part that has not succeeded, is listed in `not_run`. A part that fails, crashes or
+takes three times as long as expected has `error`; after it, a new process runs the other parts,
+because a failed recording of a CUDA graph, for example, leaves a process unusable. At the end of
+the time the program stops.
+
 `--device cpu` runs the same code with tiny numbers and in one process, which only shows that it
 works. The weights of the trainings are written next to gpu.json, in bfloat16. No network is needed.
 """
@@ -50,11 +52,15 @@ from minigpt.runs.provenance import source_commit  # noqa: E402
 
 @dataclass(frozen=True)
 class Part:
-    """One check or measurement, and the seconds that it takes at most on a fast GPU."""
+    """One check or measurement, and the seconds that it takes at most on a fast GPU.
+
+    `needs` is the name of an earlier part, whose files this part reads.
+    """
 
     name: str
     seconds: float
     function: Callable[[], Values]
+    needs: str | None = None
 
 
 @dataclass
@@ -145,12 +151,14 @@ def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
                 measure = partial(measures.speed, m, "medium", batch, name)
                 parts.append(Part(f"speed medium {batch}: {name}", seconds, measure))
 
-    def training(name: str, seconds: float, *overrides: str, keep: bool = True) -> None:
+    def training(
+        name: str, seconds: float, *overrides: str, keep: bool = True, needs: str | None = None
+    ) -> None:
         def run() -> Values:
             limit = min(left(), _PATIENCE * seconds) if m.on_gpu else left()
             return trainings.training(m, name, overrides, limit, out if keep else None)
 
-        parts.append(Part(f"training {name}", seconds, run))
+        parts.append(Part(f"training {name}", seconds, run, needs))
 
     budgets = {
         "medium": 104e6, "large": 60e6, "student": 60e6, "small": 60e6, "precision": 6e6,
@@ -178,7 +186,7 @@ def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
             parts.append(Part(f"generation {batch}: {name}", seconds, write))
     training("large", 60, *sizes["large"], *many, b["large"])
     teacher = f"teacher.runs=[{m.scratch / 'runs/large'}]"
-    training("student", 45, *sizes["small"], *many, b["student"], teacher)
+    training("student", 45, *sizes["small"], *many, b["student"], teacher, needs="training large")
     compiled = ["trainer.compile=true"] if m.on_gpu else []
     training("medium-compiled", 90, *medium, *compiled, keep=False)
     small = [*sizes["small"], *few, b["shared"]]
@@ -265,11 +273,11 @@ def work(report: Report, end: float, device: str, scratch: Path, names: list[str
     torch.set_float32_matmul_precision("high" if on_gpu else "highest")
     machine = (gpu_machine if on_gpu else cpu_machine)(scratch)
     for part in plan(machine, report.path.parent, left):
-        done = {*report.content["results"], *report.content.get("not_run", [])}
-        if part.name in done or (names is not None and part.name not in names):
+        results, not_run = report.content["results"], report.content.get("not_run", [])
+        if part.name in (*results, *not_run) or (names is not None and part.name not in names):
             continue
-        if left() < (part.seconds if on_gpu else 0):
-            report.set("not_run", [*report.content.get("not_run", []), part.name])
+        if left() < (part.seconds if on_gpu else 0) or not is_ready(part, results, names):
+            report.set("not_run", [*not_run, part.name])
             continue
         start = time.time()
         report.set("running", {"name": part.name, "until": start + _PATIENCE * part.seconds})
@@ -280,6 +288,14 @@ def work(report: Report, end: float, device: str, scratch: Path, names: list[str
         if on_gpu and "error" in values:
             return _RESTART
     return 0
+
+
+def is_ready(part: Part, results: dict[str, Values], names: list[str] | None) -> bool:
+    """Return whether the part that `part` needs, if any, has run in this call without error."""
+    if part.needs is None:
+        return True
+    in_this_call = names is None or part.needs in names  # the files of earlier calls are deleted
+    return in_this_call and "error" not in results.get(part.needs, {"error": "no result"})
 
 
 def outcome(part: Part) -> Values:

@@ -160,6 +160,28 @@ def test_gpu_benchmark_lists_what_does_not_fit_into_the_time(tmp_path, monkeypat
     assert content["results"] == {}
 
 
+def test_gpu_benchmark_trains_no_student_without_its_teacher(tmp_path):
+    from benchmarks import gpu
+
+    content = gpu.run(1, "cpu", tmp_path, ["training student"])
+    assert content["not_run"] == ["training student"]
+    assert content["results"] == {}
+
+
+@pytest.mark.parametrize("teacher_fails", [True, False])
+def test_gpu_benchmark_runs_a_part_if_what_it_needs_has_succeeded(
+    teacher_fails, tmp_path, monkeypatch
+):
+    from benchmarks import gpu
+
+    teacher = gpu.Part("teacher", 0, lambda: {"value": 1 / (0 if teacher_fails else 1)})
+    student = gpu.Part("student", 0, lambda: {}, needs="teacher")
+    monkeypatch.setattr(gpu, "plan", lambda *_: [teacher, student])
+    content = gpu.run(1, "cpu", tmp_path)
+    assert content.get("not_run", []) == (["student"] if teacher_fails else [])
+    assert ("student" in content["results"]) is not teacher_fails
+
+
 def test_gpu_benchmark_refuses_unknown_parts(tmp_path):
     from benchmarks import gpu
 
