@@ -4,6 +4,9 @@
     python benchmarks/gpu.py --minutes 9 --out gpu-results  # the measurements and the trainings
     python benchmarks/gpu_table.py gpu-results/gpu.json     # a table and a figure
 
+A gpu.json in the output folder is never replaced by a whole run; `--only NAME ...` runs the parts
+with these names and keeps the other results in it.
+
 The parts run in the order of their value, in a process of their own. After each one, gpu.json in
 the output folder is replaced atomically. A part that does not fit into the time that is left, or
 needs another part that has not succeeded, is listed in `not_run`. A part that fails, crashes or
@@ -215,8 +218,7 @@ def run(minutes: float, device: str, out: Path, names: list[str] | None = None) 
     """
     end = time.time() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
-    head = {"date": time.strftime("%Y-%m-%d"), "commit": source_commit(), "minutes": minutes}
-    report = Report(out / "gpu.json", {**head, "results": {}})
+    report = opened(out / "gpu.json", minutes, device, names)
     with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
         if device == "cpu":
             work(report, end, device, Path(folder), names)
@@ -225,9 +227,40 @@ def run(minutes: float, device: str, out: Path, names: list[str] | None = None) 
     return report.content
 
 
+def opened(path: Path, minutes: float, device: str, names: list[str] | None) -> Report:
+    """Return the report of a call that runs the parts `names`; None means all.
+
+    If the file exists, the results of its other parts are kept, with their date and commit.
+
+    Raises:
+        SystemExit: the file exists, but all parts are to run or its results are of another device.
+    """
+    head = {"date": time.strftime("%Y-%m-%d"), "commit": source_commit(), "minutes": minutes}
+    if not path.exists():
+        return Report(path, {**head, "results": {}})
+    if names is None:
+        problem = f"error: {path} exists: choose another folder with --out, or repeat some of its "
+        raise SystemExit(problem + "parts with --only")
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    source = {key: earlier[key] for key in ("date", "commit")}
+    repeated = {*names, "start"}  # "start" is the error of a process that ran no part
+    results = {k: {**source, **v} for k, v in earlier["results"].items() if k not in repeated}
+    if results and earlier["measured_on"] != (name := device_name(device)):
+        problem = f"error: {path} was measured on {earlier['measured_on']}, but this is {name}: "
+        raise SystemExit(problem + "choose another folder with --out")
+    not_run = [name for name in earlier.get("not_run", []) if name not in repeated]
+    return Report(path, {**earlier, **head, "results": results, "not_run": not_run})
+
+
+def device_name(device: str) -> str:
+    """Return the name of the device that is measured."""
+    return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {cpu_description()}"
+
+
 def supervise(report: Report, end: float, scratch: Path, names: list[str] | None) -> None:
     """Run `work` in a process, and start another one whenever a part fails, crashes or hangs."""
-    report.set("measured_on", "a GPU that was not reached")
+    if not report.content["results"]:
+        report.set("measured_on", "a GPU that was not reached")
     command = [sys.executable, str(Path(__file__).resolve()), "--out", str(report.path.parent)]
     command += ["--worker", str(end), str(scratch), *(["--only", *names] if names else [])]
     code: int | None = _RESTART
@@ -268,8 +301,7 @@ def work(report: Report, end: float, device: str, scratch: Path, names: list[str
         return end - time.time()
 
     on_gpu = device == "cuda"
-    name = torch.cuda.get_device_name() if on_gpu else f"CPU, {cpu_description()}"
-    report.set("measured_on", name)
+    report.set("measured_on", device_name(device))
     torch.set_float32_matmul_precision("high" if on_gpu else "highest")
     machine = (gpu_machine if on_gpu else cpu_machine)(scratch)
     for part in plan(machine, report.path.parent, left):
@@ -323,7 +355,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=user_path, default=Path("gpu-results"), help="output folder")
-    parser.add_argument("--only", nargs="*", help="names of parts, such as 'check syncs'")
+    parser.add_argument(
+        "--only", nargs="*", metavar="NAME",
+        help="names of parts, such as 'check syncs'; other results in --out are kept",
+    )  # fmt: skip
     parser.add_argument("--worker", nargs=2, metavar=("END", "SCRATCH"), help=argparse.SUPPRESS)
     typed = parser.parse_args(arguments)
     out = typed.out.resolve()
@@ -337,8 +372,9 @@ def main(arguments: list[str] | None = None) -> None:
     known = part_names(typed.device)
     if unknown := [name for name in typed.only or () if name not in known]:
         raise SystemExit(f"error: no part is called {unknown[0]!r}; the parts are: {known}")
-    content = run(typed.minutes, typed.device, out, typed.only)
-    if bad := [name for name, values in content["results"].items() if failed(values)]:
+    results = run(typed.minutes, typed.device, out, typed.only)["results"]
+    ran = [name for name in results if typed.only is None or name in (*typed.only, "start")]
+    if bad := [name for name in ran if failed(results[name])]:
         raise SystemExit(f"error: failed: {', '.join(bad)} (see {typed.out / 'gpu.json'})")
 
 

@@ -190,6 +190,68 @@ def test_gpu_benchmark_refuses_unknown_parts(tmp_path):
     assert not (tmp_path / "gpu.json").exists()
 
 
+@pytest.fixture
+def earlier_results(tmp_path):
+    """Return the path of a gpu.json of a CPU, with a failed part and one that was not run."""
+    from benchmarks import gpu
+
+    content = {
+        "date": "2026-01-01", "commit": "abc", "minutes": 9, "running": None,
+        "measured_on": gpu.device_name("cpu"), "not_run": ["check syncs", "training small"],
+        "results": {
+            "check batches": {"ok": False, "error": "x"}, "check resume": {"ok": False},
+            "machine": {"copy GB/s": 1.0}, "start": {"error": "x"},
+        },
+    }  # fmt: skip
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def test_gpu_benchmark_with_only_keeps_the_other_results(earlier_results):
+    from benchmarks import gpu
+
+    out = str(earlier_results.parent)
+    gpu.main(["--device", "cpu", "--out", out, "--only", "check batches"])
+    content = json.loads(earlier_results.read_text(encoding="utf-8"))
+    source = {"date": "2026-01-01", "commit": "abc"}
+    results = content["results"]
+    assert results["check batches"]["ok"]
+    assert results["check resume"] == {"ok": False, **source}
+    assert results["machine"] == {"copy GB/s": 1.0, **source}
+    assert set(results) == {"machine", "check resume", "check batches"}
+    assert content["not_run"] == ["check syncs", "training small"]
+    assert content["date"] != "2026-01-01"
+
+
+def test_gpu_benchmark_with_only_takes_no_teacher_of_an_earlier_call(earlier_results):
+    from benchmarks import gpu
+
+    content = json.loads(earlier_results.read_text(encoding="utf-8"))
+    content["results"]["training large"] = {"tokens": 1}
+    earlier_results.write_text(json.dumps(content), encoding="utf-8")
+    content = gpu.run(1, "cpu", earlier_results.parent, ["training student"])
+    assert "training student" in content["not_run"]
+    assert "training large" in content["results"]
+
+
+@pytest.mark.parametrize(
+    ("device", "arguments", "named"),
+    [("cpu", [], "--out"), ("GPU X", ["--only", "check batches"], "GPU X")],
+)
+def test_gpu_benchmark_refuses_to_mix_or_replace_results(
+    device, arguments, named, earlier_results, monkeypatch
+):
+    from benchmarks import gpu
+
+    before = earlier_results.read_bytes()
+    monkeypatch.setattr(gpu, "device_name", lambda _: device)
+    with pytest.raises(SystemExit, match=named) as error:
+        gpu.main(["--device", "cpu", "--out", str(earlier_results.parent), *arguments])
+    assert "\n" not in str(error.value)
+    assert earlier_results.read_bytes() == before
+
+
 WORKER = """
 import json, os, sys, time
 path = sys.argv[sys.argv.index("--out") + 1] + "/gpu.json"
@@ -224,5 +286,24 @@ def test_gpu_benchmark_survives_parts_that_hang_crash_or_fail(tmp_path, monkeypa
     assert list(results) == ["hangs", "crashes", "fails", "last"]
     assert [gpu.failed(values) for values in results.values()] == [True, True, True, False]
     assert "stopped" not in content
-    content = gpu.run(0.02, "cuda", tmp_path)
+    content = gpu.run(0.02, "cuda", tmp_path / "short")
     assert "stopped" in content
+
+
+@pytest.mark.long
+def test_gpu_benchmark_with_only_keeps_results_beside_a_worker(
+    earlier_results, tmp_path, monkeypatch
+):
+    from benchmarks import gpu
+
+    device, content = gpu.device_name("cpu"), json.loads(earlier_results.read_text("utf-8"))
+    names = {"hangs", "crashes", "fails"}  # the worker then runs only "last"
+    content["results"] = {name: {"ok": name in names} for name in (*names, "last")}
+    earlier_results.write_text(json.dumps(content), encoding="utf-8")
+    (tmp_path / "worker.py").write_text(WORKER)
+    monkeypatch.setattr(gpu, "__file__", str(tmp_path / "worker.py"))
+    monkeypatch.setattr(gpu, "device_name", lambda _: device)
+    content = gpu.run(1, "cuda", tmp_path, ["last"])
+    assert set(content["results"]) == {*names, "last"}
+    assert all(values["ok"] for values in content["results"].values())
+    assert content["measured_on"] == device
