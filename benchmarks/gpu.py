@@ -356,7 +356,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=user_path, default=Path("gpu-results"), help="output folder")
     parser.add_argument(
-        "--only", nargs="*", metavar="NAME",
+        "--only", nargs="+", metavar="NAME",
         help="names of parts, such as 'check syncs'; other results in --out are kept",
     )  # fmt: skip
     parser.add_argument("--worker", nargs=2, metavar=("END", "SCRATCH"), help=argparse.SUPPRESS)

@@ -252,6 +252,14 @@ def test_gpu_benchmark_refuses_to_mix_or_replace_results(
     assert earlier_results.read_bytes() == before
 
 
+def test_gpu_benchmark_with_only_needs_a_name(tmp_path):
+    from benchmarks import gpu
+
+    with pytest.raises(SystemExit) as error:
+        gpu.main(["--device", "cpu", "--out", str(tmp_path), "--only"])
+    assert error.value.code == 2
+
+
 WORKER = """
 import json, os, sys, time
 path = sys.argv[sys.argv.index("--out") + 1] + "/gpu.json"
