@@ -10,9 +10,9 @@ with these names and keeps the other results in it.
 The parts run in the order of their value, in a process of their own. After each one, gpu.json in
 the output folder is replaced atomically. A part that does not fit into the time that is left, or
 needs another part that has not succeeded, is listed in `not_run`. A part that fails, crashes or
-takes three times as long as expected has `error`; after it, a new process runs the other parts,
-because a failed recording of a CUDA graph, for example, leaves a process unusable. At the end of
-the time the program stops.
+takes three times as long as expected has `error`. If CUDA may be unusable after it, as after a
+failed recording of a CUDA graph, a new process runs the other parts. At the end of the time the
+program stops.
 
 `--device cpu` runs the same code with tiny numbers and in one process, which only shows that it
 works. The weights of the trainings are written next to gpu.json, in bfloat16. No network is needed.
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -131,7 +132,14 @@ def cpu_machine(scratch: Path) -> Machine:
 
 # ---------------------------------------------------------------------------- the plan
 
-_RESTART = 3  # exit code of a process whose part has failed
+_RESTART = 3  # exit code of a process whose CUDA may be unusable after an error
+# Errors of Python, of torch.compile, of settings and of the processes that train; CUDA is usable
+# after them, unless their text is about an error of CUDA.
+_HARMLESS = {
+    "ImportError", "ModuleNotFoundError", "InductorError", "BackendCompilerFailed", "UserError",
+    "SubprocessError", "TimeoutExpired",
+}  # fmt: skip
+_CUDA_ERRORS = "CUDA error", "Triton Error [CUDA]"
 _PATIENCE = 3.0  # a part is stopped after this multiple of its expected time
 
 
@@ -258,7 +266,7 @@ def device_name(device: str) -> str:
 
 
 def supervise(report: Report, end: float, scratch: Path, names: list[str] | None) -> None:
-    """Run `work` in a process, and start another one whenever a part fails, crashes or hangs."""
+    """Run `work` in a process, and start another one whenever it hangs, crashes or asks for it."""
     if not report.content["results"]:
         report.set("measured_on", "a GPU that was not reached")
     command = [sys.executable, str(Path(__file__).resolve()), "--out", str(report.path.parent)]
@@ -295,7 +303,7 @@ def supervise(report: Report, end: float, scratch: Path, names: list[str] | None
 
 
 def work(report: Report, end: float, device: str, scratch: Path, names: list[str] | None) -> int:
-    """Run the parts that have no result yet; return 0, or _RESTART after a part that failed."""
+    """Run the parts that have no result yet; return 0, or _RESTART if CUDA may be unusable."""
 
     def left() -> float:
         return end - time.time()
@@ -317,8 +325,10 @@ def work(report: Report, end: float, device: str, scratch: Path, names: list[str
         report.add(part.name, {**values, "took": round(time.time() - start, 2)})
         report.set("running", None)
         print(f"{part.name:24} {'FAILED' if failed(values) else 'done'}", flush=True)
-        if on_gpu and "error" in values:
-            return _RESTART
+        if "error" in values:
+            if on_gpu and needs_restart(values):
+                return _RESTART
+            gc.collect()  # the error may still hold the tensors of the part
     return 0
 
 
@@ -328,6 +338,13 @@ def is_ready(part: Part, results: dict[str, Values], names: list[str] | None) ->
         return True
     in_this_call = names is None or part.needs in names  # the files of earlier calls are deleted
     return in_this_call and "error" not in results.get(part.needs, {"error": "no result"})
+
+
+def needs_restart(values: Values) -> bool:
+    """Return whether CUDA may be unusable after a part that ended with an error."""
+    text = str(values)
+    harmless = values["error"].partition(":")[0] in _HARMLESS
+    return not harmless or any(error in text for error in _CUDA_ERRORS)
 
 
 def outcome(part: Part) -> Values:

@@ -38,7 +38,8 @@ def shell(command: Sequence[str], timeout: float, **environment: str) -> None:
         stderr=subprocess.STDOUT, check=False, env={**os.environ, **environment},
     )  # fmt: skip
     if result.returncode:
-        raise RuntimeError(f"{' '.join(command[1:4])} failed: {result.stdout[-800:]}")
+        problem = f"{' '.join(command[1:4])} failed: {result.stdout[-800:]}"
+        raise subprocess.SubprocessError(problem)
 
 
 def training(

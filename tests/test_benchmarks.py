@@ -6,6 +6,7 @@ import json
 import runpy
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -136,6 +137,38 @@ def test_gpu_benchmark_reports_the_error_of_a_part_and_runs_the_others():
     values = gpu.outcome(gpu.Part("check x", 0, lambda: 1 / 0))  # type: ignore[arg-type]
     assert values["ok"] is False
     assert "ZeroDivisionError" in values["error"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "restarts"),
+    [
+        ("ImportError", "transformers", False),
+        ("InductorError", "RuntimeError: Failed to find C compiler", False),
+        ("BackendCompilerFailed", "backend='inductor' raised", False),
+        ("UserError", "the GPU does not have enough memory", False),
+        ("TimeoutExpired", "train.py", False),
+        ("InductorError", "AcceleratorError: CUDA error: misaligned address", True),
+        ("AcceleratorError", "CUDA error: an illegal memory access was encountered", True),
+        ("RuntimeError", "recording has ended", True),
+    ],
+)
+def test_gpu_benchmark_restarts_only_if_cuda_may_be_unusable(
+    name, message, restarts, tmp_path, monkeypatch
+):
+    from benchmarks import gpu
+
+    def fail():
+        raise type(name, (Exception,), {})(message)
+
+    parts = [gpu.Part("fails", 0, fail), gpu.Part("last", 0, lambda: {})]
+    monkeypatch.setattr(gpu, "plan", lambda *_: parts)
+    monkeypatch.setattr(gpu, "device_name", lambda _: "GPU")
+    monkeypatch.setattr(gpu.torch, "set_float32_matmul_precision", lambda _: None)
+    report = gpu.Report(tmp_path / "gpu.json", {"results": {}})
+    code = gpu.work(report, time.time() + 60, "cuda", tmp_path, None)
+    assert (code != 0) is restarts
+    assert ("last" in report.content["results"]) is not restarts
+    assert name in report.content["results"]["fails"]["error"]
 
 
 def test_gpu_benchmark_names_the_first_error_of_a_chain():
