@@ -105,6 +105,8 @@ def test_gpu_benchmark_runs_every_part_on_a_cpu(gpu_results):
     for name in ("medium", "medium-compiled", "student"):
         values = results[f"training {name}"]
         assert values["val/perplexity"] > 1
+        assert values["median tokens per second"] > 0
+        assert values["windows"] == 4
         assert 0 < values["seconds to perplexity"] < values["seconds from the shell"]
     assert results["sharing 2"]["tokens per second"] > 0
     for batch in (1, 3):
@@ -129,6 +131,27 @@ def test_gpu_table_and_figure_name_the_device(gpu_results, capsys):
     ):  # fmt: skip
         assert any(measure in row and "| CPU" in row and "GB/s" in row for row in rows), measure
     assert (gpu_results / "gpu.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("windows", "expected"), [(128, {"0.960", "0.800"}), (16, set())])
+def test_gpu_table_compares_a_training_with_the_step_of_its_batch(windows, expected):
+    from benchmarks import gpu_table
+
+    failed = 128 if windows == 16 else 16
+    results = {
+        "speed medium 16: ours": {"tokens per second": 10.0},
+        "speed medium 128: ours": {"tokens per second": 100.0},
+        f"speed medium {failed}: ours": {"error": "x"},
+        "training medium": {
+            "windows": 128, "tokens_per_second": 80.0, "median tokens per second": 96.0,
+            "seconds from the shell": 1.0, "seconds to perplexity": None,
+            "perplexity to reach": 5.87, "val/perplexity": 6.0,
+        },
+    }  # fmt: skip
+    rows = gpu_table.measures({"measured_on": "GPU", "results": results})
+    assert {value for name, value in rows if "bare step" in name} == expected
+    values = {value for name, value in rows if name.startswith("training medium: tokens/s")}
+    assert values == {"80", "96"}
 
 
 def test_gpu_benchmark_reports_the_error_of_a_part_and_runs_the_others():
