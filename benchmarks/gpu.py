@@ -172,13 +172,14 @@ def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
         parts.append(Part(f"training {name}", seconds, run, needs))
 
     budgets = {
-        "medium": 104e6, "large": 60e6, "student": 60e6, "small": 60e6, "precision": 6e6,
+        "medium": 104e6, "large": 60e6, "student": 60e6, "small": 60e6, "precision": 10e6,
         "shared": 20e6,
     }  # fmt: skip
     many, few = ["data.batch_size=128", "optimizer.warmup_tokens=1e6"], ["data.batch_size=8"]
+    as_on_cpus = ["data.batch_size=16"]
     if not m.on_gpu:
         budgets, few = dict.fromkeys(budgets, 640), ["data.batch_size=4"]
-        many = few
+        many = as_on_cpus = few
     sizes = {name: [f"model={name}"] if m.on_gpu else [] for name in ("small", "medium", "large")}
     b = {name: f"budget.tokens={budget:.0f}" for name, budget in budgets.items()}
     medium = [*sizes["medium"], *many, b["medium"]]
@@ -187,9 +188,9 @@ def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
     for windows in m.batches:
         kernels = partial(measures.kernels_of_a_step, m, "medium", windows)
         parts.append(Part(f"kernels medium {windows}", 10, kernels))
-    for precision in ("32-true", "bf16-mixed", "16-mixed") if m.on_gpu else ("32-true",):
-        words = [*sizes["large"], *many, b["precision"], f"trainer.precision={precision}"]
-        training(f"large-{precision}", 25, *words, "trainer.n_validations=1", keep=False)
+    for precision in ("32-true", "bf16-mixed", *(["16-mixed"] if m.on_gpu else [])):
+        words = [*sizes["large"], *as_on_cpus, b["precision"], f"trainer.precision={precision}"]
+        training(f"large-{precision}", 30, *words, "trainer.n_validations=1", keep=False)
     for batch in m.sequences:
         for name in measures.WRITERS:
             seconds = 30 if "compiled" in name else 10

@@ -42,6 +42,7 @@ def measures(content: dict[str, Any]) -> list[tuple[str, str]]:
             ratio = values["tokens per second"] / alone
             rows.append((f"{values['runs']} runs at once, relative to one", f"{ratio:.2f}×"))
     rows += [(name, f"{ratio:.3f}") for name, ratio in against_bare_step(results)]
+    rows += against_float32(results)
     return rows
 
 
@@ -116,6 +117,24 @@ def against_bare_step(results: dict[str, Any]) -> list[tuple[str, float]]:
         (f"train.py, {name}, relative to the bare step", speed / steps["ours"])
         for name, speed in speeds.items()
     ]
+
+
+def against_float32(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return speed and validation loss of large in each precision, relative to 32-true."""
+    prefix, rows = "training large-", []
+    runs = {
+        name: values for name, values in results.items()
+        if name.startswith(prefix) and {MEDIAN, "val/loss"} <= values.keys()
+    }  # fmt: skip
+    if (exact := runs.pop(f"{prefix}32-true", None)) is None:
+        return []
+    for name, run in runs.items():
+        difference = run["val/loss"] - exact["val/loss"]
+        rows += [
+            (f"{name}: speed relative to 32-true", f"{run[MEDIAN] / exact[MEDIAN]:.2f}×"),
+            (f"{name}: validation loss minus that of 32-true, nats", f"{difference:+.4f}"),
+        ]
+    return rows
 
 
 def figure(content: dict[str, Any]) -> Any:

@@ -58,7 +58,7 @@ def training(
     seconds = time.perf_counter() - start
     summary = read_summary(folder)
     names = (
-        "steps", "tokens", "seconds", "tokens_per_second", "precision", "train/loss",
+        "steps", "tokens", "seconds", "tokens_per_second", "precision", "train/loss", "val/loss",
         "val/perplexity",
     )  # fmt: skip
     run, metrics = Run.load(folder), read_metrics(folder)

@@ -128,6 +128,7 @@ def test_gpu_table_and_figure_name_the_device(gpu_results, capsys):
         "training medium: tokens/s", "perplexity", "speed medium 4: ours, compiled peers",
         "generation 3: ours, eager peers", "2 runs at once", "bare step",
         "speed medium 2: ours compiled, max-autotune", "sharing 2", "launches per step",
+        "training large-bf16-mixed: speed relative to 32-true",
     ):  # fmt: skip
         assert any(measure in row and "| CPU" in row and "GB/s" in row for row in rows), measure
     assert (gpu_results / "gpu.png").stat().st_size > 1000
@@ -152,6 +153,48 @@ def test_gpu_table_compares_a_training_with_the_step_of_its_batch(windows, expec
     assert {value for name, value in rows if "bare step" in name} == expected
     values = {value for name, value in rows if name.startswith("training medium: tokens/s")}
     assert values == {"80", "96"}
+
+
+def test_gpu_table_compares_precisions_with_float32():
+    from benchmarks import gpu_table
+
+    common = {
+        "tokens_per_second": 1.0, "seconds from the shell": 1.0, "seconds to perplexity": None,
+        "perplexity to reach": 5.87, "val/perplexity": 6.0,
+    }  # fmt: skip
+    results = {
+        f"training large-{precision}": {"median tokens per second": speed, "val/loss": loss}
+        | common
+        for precision, speed, loss in [
+            ("16-mixed", 30.0, 1.79), ("32-true", 20.0, 1.8), ("bf16-mixed", 50.0, 1.8125)
+        ]
+    }  # fmt: skip
+    rows = dict(gpu_table.measures({"measured_on": "GPU", "results": results}))
+    relative = {name: value for name, value in rows.items() if "32-true" in name.partition(": ")[2]}
+    assert list(relative.values()) == ["1.50×", "-0.0100", "2.50×", "+0.0125"]
+    assert all("16-mixed" in name for name in relative)
+    results["training large-32-true"] = {"error": "x"}
+    rows = dict(gpu_table.measures({"measured_on": "GPU", "results": results}))
+    assert not any("relative" in name for name in rows)
+
+
+def test_gpu_benchmark_compares_precisions_with_equal_batches_and_tokens(tmp_path, monkeypatch):
+    from benchmarks import gpu, gpu_trainings
+
+    words = {}
+
+    def training(m, name, overrides, limit, out):
+        words[name] = {word for word in overrides if not word.startswith("trainer.precision=")}
+        return {}
+
+    monkeypatch.setattr(gpu_trainings, "training", training)
+    for part in gpu.plan(gpu.gpu_machine(tmp_path), tmp_path, lambda: 60.0):
+        if part.name.startswith("training large-"):
+            part.function()
+    assert set(words) == {"large-32-true", "large-bf16-mixed", "large-16-mixed"}
+    expected = {"model=large", "data.batch_size=16", "budget.tokens=10000000"}
+    assert all(expected <= overrides for overrides in words.values())
+    assert len(set(map(frozenset, words.values()))) == 1
 
 
 def test_gpu_benchmark_reports_the_error_of_a_part_and_runs_the_others():
