@@ -150,7 +150,7 @@ def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
         Part("data", 15, lambda: trainings.data_is_ready(m)),
         Part("check batches", 5, lambda: checks.check_batches(m)),
         Part("check gradients", 25, lambda: checks.check_gradients(m)),
-        Part("check syncs", 20, lambda: checks.check_syncs(m)),
+        Part("check syncs", 25, lambda: checks.check_syncs(m)),
         Part("check generation", 10, lambda: checks.check_generation(m)),
         Part("check resume", 20, lambda: checks.check_resume(m)),
     ]

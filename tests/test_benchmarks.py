@@ -96,7 +96,8 @@ def test_gpu_benchmark_runs_every_part_on_a_cpu(gpu_results):
     assert len(checks) == 5
     assert all(values["ok"] for values in checks.values())
     assert results["check syncs"]["syncs"] == 0
-    assert results["check syncs"]["steps"] > 20
+    assert results["check syncs"]["syncs by precision"] == {"bf16-mixed": 0, "32-true": 0}
+    assert results["check syncs"]["steps"] > 40
     assert not any("error" in values for values in results.values())
     for windows in (4, 2):
         for name in (*gpu_measures.CANDIDATES, *gpu_measures.MORE_CANDIDATES):
@@ -195,6 +196,21 @@ def test_gpu_benchmark_compares_precisions_with_equal_batches_and_tokens(tmp_pat
     expected = {"model=large", "data.batch_size=16", "budget.tokens=10000000"}
     assert all(expected <= overrides for overrides in words.values())
     assert len(set(map(frozenset, words.values()))) == 1
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_gpu_check_of_syncs_needs_none_in_each_precision(precision, tmp_path, monkeypatch):
+    from benchmarks import gpu, gpu_checks
+
+    def run_in_process(m, name, overrides, callbacks):
+        if f"trainer.precision={precision}" in overrides:
+            callbacks[0].counter.names.append("item")
+
+    monkeypatch.setattr(gpu_checks, "run_in_process", run_in_process)
+    values = gpu_checks.check_syncs(gpu.cpu_machine(tmp_path))
+    assert values["ok"] is False
+    assert values["syncs by precision"] == {"bf16-mixed": 0, "32-true": 0} | {precision: 1}
+    assert values["names"] == ["item"]
 
 
 def test_gpu_benchmark_reports_the_error_of_a_part_and_runs_the_others():
