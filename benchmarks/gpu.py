@@ -292,14 +292,14 @@ def supervise(report: Report, end: float, scratch: Path, names: list[str] | None
                     os.killpg(process.pid, signal.SIGKILL)  # its trainings, too
         code = process.wait()
         report.read()
-        if code and code != _RESTART:
-            running = report.content["running"]
+        running, crashed = report.content["running"], code not in (0, _RESTART)
+        if crashed:
             error = problem or f"the process ended with code {code}"
             report.add(running["name"] if running else "start", {"error": error})
-            if running is None:  # another process would end in the same way
-                return
         if time.time() > end:
             report.set("stopped", f"after {report.content['minutes']:g} minutes")
+            return
+        if crashed and running is None:  # another process would end in the same way
             return
 
 
