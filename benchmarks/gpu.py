@@ -4,11 +4,16 @@
     python benchmarks/gpu.py --minutes 9 --out gpu-results  # the measurements and the trainings
     python benchmarks/gpu_table.py gpu-results/gpu.json     # a table and a figure
 
+A gpu.json in the output folder is never replaced by a whole run; `--only NAME ...` runs the parts
+with these names and keeps the other results in it.
+
 The parts run in the order of their value, in a process of their own. After each one, gpu.json in
-the output folder is replaced atomically. A part that does not fit into the time that is left is
-listed in `not_run`. A part that fails, crashes or takes three times as long as expected has
-`error`; after it, a new process runs the other parts, because a failed recording of a CUDA graph,
-for example, leaves a process unusable. At the end of the time the program stops.
+the output folder is replaced atomically. A part that does not fit into the time that is left, or
+needs another part that has not succeeded, is listed in `not_run`. A part that fails, crashes or
+takes three times as long as expected has `error`. If CUDA may be unusable after it, as after a
+failed recording of a CUDA graph, a new process runs the other parts. At the end of the time the
+program stops.
+
 `--device cpu` runs the same code with tiny numbers and in one process, which only shows that it
 works. The weights of the trainings are written next to gpu.json, in bfloat16. No network is needed.
 """
@@ -17,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -50,11 +56,15 @@ from minigpt.runs.provenance import source_commit  # noqa: E402
 
 @dataclass(frozen=True)
 class Part:
-    """One check or measurement, and the seconds that it takes at most on a fast GPU."""
+    """One check or measurement, and the seconds that it takes at most on a fast GPU.
+
+    `needs` is the name of an earlier part, whose files this part reads.
+    """
 
     name: str
     seconds: float
     function: Callable[[], Values]
+    needs: str | None = None
 
 
 @dataclass
@@ -122,7 +132,14 @@ def cpu_machine(scratch: Path) -> Machine:
 
 # ---------------------------------------------------------------------------- the plan
 
-_RESTART = 3  # exit code of a process whose part has failed
+_RESTART = 3  # exit code of a process whose CUDA may be unusable after an error
+# Errors of Python, of torch.compile, of settings and of the processes that train; CUDA is usable
+# after them, unless their text is about an error of CUDA.
+_HARMLESS = {
+    "ImportError", "ModuleNotFoundError", "InductorError", "BackendCompilerFailed", "UserError",
+    "SubprocessError", "TimeoutExpired",
+}  # fmt: skip
+_CUDA_ERRORS = "CUDA error", "Triton Error [CUDA]"
 _PATIENCE = 3.0  # a part is stopped after this multiple of its expected time
 
 
@@ -133,7 +150,7 @@ def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
         Part("data", 15, lambda: trainings.data_is_ready(m)),
         Part("check batches", 5, lambda: checks.check_batches(m)),
         Part("check gradients", 25, lambda: checks.check_gradients(m)),
-        Part("check syncs", 20, lambda: checks.check_syncs(m)),
+        Part("check syncs", 25, lambda: checks.check_syncs(m)),
         Part("check generation", 10, lambda: checks.check_generation(m)),
         Part("check resume", 20, lambda: checks.check_resume(m)),
     ]
@@ -145,21 +162,24 @@ def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
                 measure = partial(measures.speed, m, "medium", batch, name)
                 parts.append(Part(f"speed medium {batch}: {name}", seconds, measure))
 
-    def training(name: str, seconds: float, *overrides: str, keep: bool = True) -> None:
+    def training(
+        name: str, seconds: float, *overrides: str, keep: bool = True, needs: str | None = None
+    ) -> None:
         def run() -> Values:
             limit = min(left(), _PATIENCE * seconds) if m.on_gpu else left()
             return trainings.training(m, name, overrides, limit, out if keep else None)
 
-        parts.append(Part(f"training {name}", seconds, run))
+        parts.append(Part(f"training {name}", seconds, run, needs))
 
     budgets = {
-        "medium": 104e6, "large": 60e6, "student": 60e6, "small": 60e6, "precision": 6e6,
+        "medium": 104e6, "large": 60e6, "student": 60e6, "small": 60e6, "precision": 10e6,
         "shared": 20e6,
     }  # fmt: skip
     many, few = ["data.batch_size=128", "optimizer.warmup_tokens=1e6"], ["data.batch_size=8"]
+    as_on_cpus = ["data.batch_size=16"]
     if not m.on_gpu:
         budgets, few = dict.fromkeys(budgets, 640), ["data.batch_size=4"]
-        many = few
+        many = as_on_cpus = few
     sizes = {name: [f"model={name}"] if m.on_gpu else [] for name in ("small", "medium", "large")}
     b = {name: f"budget.tokens={budget:.0f}" for name, budget in budgets.items()}
     medium = [*sizes["medium"], *many, b["medium"]]
@@ -168,9 +188,9 @@ def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
     for windows in m.batches:
         kernels = partial(measures.kernels_of_a_step, m, "medium", windows)
         parts.append(Part(f"kernels medium {windows}", 10, kernels))
-    for precision in ("32-true", "bf16-mixed", "16-mixed") if m.on_gpu else ("32-true",):
-        words = [*sizes["large"], *many, b["precision"], f"trainer.precision={precision}"]
-        training(f"large-{precision}", 25, *words, "trainer.n_validations=1", keep=False)
+    for precision in ("32-true", "bf16-mixed", *(["16-mixed"] if m.on_gpu else [])):
+        words = [*sizes["large"], *as_on_cpus, b["precision"], f"trainer.precision={precision}"]
+        training(f"large-{precision}", 30, *words, "trainer.n_validations=1", keep=False)
     for batch in m.sequences:
         for name in measures.WRITERS:
             seconds = 30 if "compiled" in name else 10
@@ -178,7 +198,7 @@ def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
             parts.append(Part(f"generation {batch}: {name}", seconds, write))
     training("large", 60, *sizes["large"], *many, b["large"])
     teacher = f"teacher.runs=[{m.scratch / 'runs/large'}]"
-    training("student", 45, *sizes["small"], *many, b["student"], teacher)
+    training("student", 45, *sizes["small"], *many, b["student"], teacher, needs="training large")
     compiled = ["trainer.compile=true"] if m.on_gpu else []
     training("medium-compiled", 90, *medium, *compiled, keep=False)
     small = [*sizes["small"], *few, b["shared"]]
@@ -207,8 +227,7 @@ def run(minutes: float, device: str, out: Path, names: list[str] | None = None) 
     """
     end = time.time() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
-    head = {"date": time.strftime("%Y-%m-%d"), "commit": source_commit(), "minutes": minutes}
-    report = Report(out / "gpu.json", {**head, "results": {}})
+    report = opened(out / "gpu.json", minutes, device, names)
     with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
         if device == "cpu":
             work(report, end, device, Path(folder), names)
@@ -217,9 +236,40 @@ def run(minutes: float, device: str, out: Path, names: list[str] | None = None) 
     return report.content
 
 
+def opened(path: Path, minutes: float, device: str, names: list[str] | None) -> Report:
+    """Return the report of a call that runs the parts `names`; None means all.
+
+    If the file exists, the results of its other parts are kept, with their date and commit.
+
+    Raises:
+        SystemExit: the file exists, but all parts are to run or its results are of another device.
+    """
+    head = {"date": time.strftime("%Y-%m-%d"), "commit": source_commit(), "minutes": minutes}
+    if not path.exists():
+        return Report(path, {**head, "results": {}})
+    if names is None:
+        problem = f"error: {path} exists: choose another folder with --out, or repeat some of its "
+        raise SystemExit(problem + "parts with --only")
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    source = {key: earlier[key] for key in ("date", "commit")}
+    repeated = {*names, "start"}  # "start" is the error of a process that ran no part
+    results = {k: {**source, **v} for k, v in earlier["results"].items() if k not in repeated}
+    if results and earlier["measured_on"] != (name := device_name(device)):
+        problem = f"error: {path} was measured on {earlier['measured_on']}, but this is {name}: "
+        raise SystemExit(problem + "choose another folder with --out")
+    not_run = [name for name in earlier.get("not_run", []) if name not in repeated]
+    return Report(path, {**earlier, **head, "results": results, "not_run": not_run})
+
+
+def device_name(device: str) -> str:
+    """Return the name of the device that is measured."""
+    return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {cpu_description()}"
+
+
 def supervise(report: Report, end: float, scratch: Path, names: list[str] | None) -> None:
-    """Run `work` in a process, and start another one whenever a part fails, crashes or hangs."""
-    report.set("measured_on", "a GPU that was not reached")
+    """Run `work` in a process, and start another one whenever it hangs, crashes or asks for it."""
+    if not report.content["results"]:
+        report.set("measured_on", "a GPU that was not reached")
     command = [sys.executable, str(Path(__file__).resolve()), "--out", str(report.path.parent)]
     command += ["--worker", str(end), str(scratch), *(["--only", *names] if names else [])]
     code: int | None = _RESTART
@@ -242,34 +292,33 @@ def supervise(report: Report, end: float, scratch: Path, names: list[str] | None
                     os.killpg(process.pid, signal.SIGKILL)  # its trainings, too
         code = process.wait()
         report.read()
-        if code and code != _RESTART:
-            running = report.content["running"]
+        running, crashed = report.content["running"], code not in (0, _RESTART)
+        if crashed:
             error = problem or f"the process ended with code {code}"
             report.add(running["name"] if running else "start", {"error": error})
-            if running is None:  # another process would end in the same way
-                return
         if time.time() > end:
             report.set("stopped", f"after {report.content['minutes']:g} minutes")
+            return
+        if crashed and running is None:  # another process would end in the same way
             return
 
 
 def work(report: Report, end: float, device: str, scratch: Path, names: list[str] | None) -> int:
-    """Run the parts that have no result yet; return 0, or _RESTART after a part that failed."""
+    """Run the parts that have no result yet; return 0, or _RESTART if CUDA may be unusable."""
 
     def left() -> float:
         return end - time.time()
 
     on_gpu = device == "cuda"
-    name = torch.cuda.get_device_name() if on_gpu else f"CPU, {cpu_description()}"
-    report.set("measured_on", name)
+    report.set("measured_on", device_name(device))
     torch.set_float32_matmul_precision("high" if on_gpu else "highest")
     machine = (gpu_machine if on_gpu else cpu_machine)(scratch)
     for part in plan(machine, report.path.parent, left):
-        done = {*report.content["results"], *report.content.get("not_run", [])}
-        if part.name in done or (names is not None and part.name not in names):
+        results, not_run = report.content["results"], report.content.get("not_run", [])
+        if part.name in (*results, *not_run) or (names is not None and part.name not in names):
             continue
-        if left() < (part.seconds if on_gpu else 0):
-            report.set("not_run", [*report.content.get("not_run", []), part.name])
+        if left() < (part.seconds if on_gpu else 0) or not is_ready(part, results, names):
+            report.set("not_run", [*not_run, part.name])
             continue
         start = time.time()
         report.set("running", {"name": part.name, "until": start + _PATIENCE * part.seconds})
@@ -277,9 +326,26 @@ def work(report: Report, end: float, device: str, scratch: Path, names: list[str
         report.add(part.name, {**values, "took": round(time.time() - start, 2)})
         report.set("running", None)
         print(f"{part.name:24} {'FAILED' if failed(values) else 'done'}", flush=True)
-        if on_gpu and "error" in values:
-            return _RESTART
+        if "error" in values:
+            if on_gpu and needs_restart(values):
+                return _RESTART
+            gc.collect()  # the error may still hold the tensors of the part
     return 0
+
+
+def is_ready(part: Part, results: dict[str, Values], names: list[str] | None) -> bool:
+    """Return whether the part that `part` needs, if any, has run in this call without error."""
+    if part.needs is None:
+        return True
+    in_this_call = names is None or part.needs in names  # the files of earlier calls are deleted
+    return in_this_call and "error" not in results.get(part.needs, {"error": "no result"})
+
+
+def needs_restart(values: Values) -> bool:
+    """Return whether CUDA may be unusable after a part that ended with an error."""
+    text = str(values)
+    harmless = values["error"].partition(":")[0] in _HARMLESS
+    return not harmless or any(error in text for error in _CUDA_ERRORS)
 
 
 def outcome(part: Part) -> Values:
@@ -307,7 +373,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=user_path, default=Path("gpu-results"), help="output folder")
-    parser.add_argument("--only", nargs="*", help="names of parts, such as 'check syncs'")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME",
+        help="names of parts, such as 'check syncs'; other results in --out are kept",
+    )  # fmt: skip
     parser.add_argument("--worker", nargs=2, metavar=("END", "SCRATCH"), help=argparse.SUPPRESS)
     typed = parser.parse_args(arguments)
     out = typed.out.resolve()
@@ -321,8 +390,9 @@ def main(arguments: list[str] | None = None) -> None:
     known = part_names(typed.device)
     if unknown := [name for name in typed.only or () if name not in known]:
         raise SystemExit(f"error: no part is called {unknown[0]!r}; the parts are: {known}")
-    content = run(typed.minutes, typed.device, out, typed.only)
-    if bad := [name for name, values in content["results"].items() if failed(values)]:
+    results = run(typed.minutes, typed.device, out, typed.only)["results"]
+    ran = [name for name in results if typed.only is None or name in (*typed.only, "start")]
+    if bad := [name for name in ran if failed(results[name])]:
         raise SystemExit(f"error: failed: {', '.join(bad)} (see {typed.out / 'gpu.json'})")
 
 

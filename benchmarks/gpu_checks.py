@@ -147,16 +147,28 @@ class _Syncs(Callback):
 
 
 def check_syncs(m: Machine) -> Values:
-    """Count the waits for the device in a short training with noise."""
-    syncs = _Syncs(m.on_gpu)
+    """Count the waits for the device in short trainings with noise, in bfloat16 and float32."""
     kernels = [] if m.on_gpu else ["trainer.kernels=torch"]
     length = next(iter(m.sizes.values())).context_length
     budget = [f"budget.tokens={40 * 4 * length}", "data.batch_size=4", "data.noise=0.1"]
     budget.append("optimizer.warmup_steps=2")
     rows = ["trainer.log_every_n_steps=10", "trainer.n_validations=2"]
-    with syncs.names() as names:
-        run_in_process(m, "syncs", [*kernels, *budget, *rows], [syncs])
-    return {"ok": not names, "syncs": len(names), "steps": syncs.steps, "names": names[:5]}
+    names: dict[str, list[str]] = {}
+    steps = 0
+    for precision in ("bf16-mixed", "32-true"):
+        syncs, words = (
+            _Syncs(m.on_gpu),
+            [f"trainer.precision={precision}", *kernels, *budget, *rows],
+        )
+        with syncs.names() as names[precision]:
+            run_in_process(m, f"syncs-{precision}", words, [syncs])
+        steps += syncs.steps
+    counts = {precision: len(found) for precision, found in names.items()}
+    every = [name for found in names.values() for name in found]
+    return {
+        "ok": not every, "syncs": len(every), "syncs by precision": counts, "steps": steps,
+        "names": every[:5],
+    }  # fmt: skip
 
 
 def check_resume(m: Machine) -> Values:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 UNITS = ("copy GB/s", "bfloat16 TFLOP/s")
+MEDIAN = "median tokens per second"
 
 
 def table(content: dict[str, Any]) -> str:
@@ -40,8 +41,8 @@ def measures(content: dict[str, Any]) -> list[tuple[str, str]]:
         if alone and values.get("runs", 1) > 1:
             ratio = values["tokens per second"] / alone
             rows.append((f"{values['runs']} runs at once, relative to one", f"{ratio:.2f}×"))
-    if (ratio := against_bare_step(results)) is not None:
-        rows.append(("train.py, medium, relative to the bare step", f"{ratio:.3f}"))
+    rows += [(name, f"{ratio:.3f}") for name, ratio in against_bare_step(results)]
+    rows += against_float32(results)
     return rows
 
 
@@ -65,6 +66,8 @@ def rows_of(part: str, values: dict[str, Any]) -> list[tuple[str, str]]:
             (f"{part}: tokens/s", f"{values['tokens_per_second']:,.0f}"),
             (f"{part}: validation perplexity", f"{values['val/perplexity']:.3f}"),
         ]
+        if MEDIAN in values:  # not in files of older versions
+            rows.append((f"{part}: tokens/s, median", f"{values[MEDIAN]:,.0f}"))
     elif part.startswith("kernels"):
         names = ("kernels per step", "launches per step", "ms per step", "ms in kernels per step")
         rows += [(f"{part}: {name}", f"{values[name]:,.2f}") for name in names]
@@ -100,13 +103,38 @@ def ratios(results: dict[str, Any]) -> list[tuple[str, float]]:
     return pairs
 
 
-def against_bare_step(results: dict[str, Any]) -> float | None:
-    """Return the speed of `train.py` relative to a step alone, for the larger batch."""
-    steps = next(iter(rates(results, "speed").values()), {})
+def against_bare_step(results: dict[str, Any]) -> list[tuple[str, float]]:
+    """Return the speed of `train.py` relative to a step alone with the same batch, if known.
+
+    The first ratio is of medians; the second is of the whole run, with start-up and checkpoints.
+    """
     run = results.get("training medium", {})
-    if "ours" not in steps or "tokens_per_second" not in run:
-        return None
-    return run["tokens_per_second"] / steps["ours"]
+    steps = rates(results, "speed").get(f"speed medium {run.get('windows')}", {})
+    if "ours" not in steps:
+        return []
+    speeds = {"medium": run[MEDIAN], "medium, whole run": run["tokens_per_second"]}
+    return [
+        (f"train.py, {name}, relative to the bare step", speed / steps["ours"])
+        for name, speed in speeds.items()
+    ]
+
+
+def against_float32(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return speed and validation loss of large in each precision, relative to 32-true."""
+    prefix, rows = "training large-", []
+    runs = {
+        name: values for name, values in results.items()
+        if name.startswith(prefix) and {MEDIAN, "val/loss"} <= values.keys()
+    }  # fmt: skip
+    if (exact := runs.pop(f"{prefix}32-true", None)) is None:
+        return []
+    for name, run in runs.items():
+        difference = run["val/loss"] - exact["val/loss"]
+        rows += [
+            (f"{name}: speed relative to 32-true", f"{run[MEDIAN] / exact[MEDIAN]:.2f}×"),
+            (f"{name}: validation loss minus that of 32-true, nats", f"{difference:+.4f}"),
+        ]
+    return rows
 
 
 def figure(content: dict[str, Any]) -> Any:

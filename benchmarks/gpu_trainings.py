@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from minigpt.cli.compose import load_config
 from minigpt.core.hardware import Hardware
 from minigpt.data.datamodule import DataModule
 from minigpt.runs.folder import Run
-from minigpt.runs.records import read_metrics, read_summary
+from minigpt.runs.records import read_metrics, read_summary, series
 from minigpt.training.loop import train
 
 
@@ -38,7 +39,8 @@ def shell(command: Sequence[str], timeout: float, **environment: str) -> None:
         stderr=subprocess.STDOUT, check=False, env={**os.environ, **environment},
     )  # fmt: skip
     if result.returncode:
-        raise RuntimeError(f"{' '.join(command[1:4])} failed: {result.stdout[-800:]}")
+        problem = f"{' '.join(command[1:4])} failed: {result.stdout[-800:]}"
+        raise subprocess.SubprocessError(problem)
 
 
 def training(
@@ -56,12 +58,13 @@ def training(
     seconds = time.perf_counter() - start
     summary = read_summary(folder)
     names = (
-        "steps", "tokens", "seconds", "tokens_per_second", "precision", "train/loss",
+        "steps", "tokens", "seconds", "tokens_per_second", "precision", "train/loss", "val/loss",
         "val/perplexity",
     )  # fmt: skip
+    run, metrics = Run.load(folder), read_metrics(folder)
     if out is not None:
-        _keep_weights(Run.load(folder), out / f"{name}.safetensors")
-    rows = [row for row in read_metrics(folder) if "val/perplexity" in row]
+        _keep_weights(run, out / f"{name}.safetensors")
+    rows = [row for row in metrics if "val/perplexity" in row]
     validations = [
         {"tokens": row["tokens"], "perplexity": row["val/perplexity"], "seconds": time - epoch}
         for row, time in zip(rows, _validation_times(folder), strict=True)
@@ -70,6 +73,9 @@ def training(
     return {
         "name": name, "overrides": list(overrides), "seconds from the shell": seconds,
         **{key: summary[key] for key in names if key in summary},
+        "windows": run.config["data"]["batch_size"],
+        # Of the rows of metrics.csv, as for a step alone; the mean includes start-up and files.
+        "median tokens per second": statistics.median(series(metrics, "tokens_per_second")[1]),
         "validations": validations,  # seconds: from the shell until the result was logged
         "perplexity to reach": m.perplexity,
         "seconds to perplexity": target[0] if target else None,
