@@ -1,13 +1,8 @@
-"""The public API of `import minigpt`, and the effects of training on its process."""
+"""The public API of `import minigpt`."""
 
-import logging
-import os
-import random
-import signal
 import subprocess
 import sys
 import threading
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,43 +59,6 @@ def test_reading_a_function_keeps_stale_launcher_variables():
         "import minigpt; minigpt.train, minigpt.evaluate; print(dict(os.environ) == before)"
     )
     assert python(code) == "True"
-
-
-def state_of_the_process() -> dict:
-    names = ("", "minigpt", "lightning.pytorch", "lightning.fabric")
-    loggers = [logging.getLogger(name) for name in names]
-    return {
-        "warnings": list(warnings.filters),
-        "logging": [(logger.level, list(logger.handlers)) for logger in loggers],
-        "signals": [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
-        "matmul": torch.get_float32_matmul_precision(),
-        "threads": torch.get_num_threads(),
-        "random": random.getstate(),
-        "numpy": np.random.get_state()[1].tolist(),
-        "torch": torch.get_rng_state().tolist(),
-        "environment": dict(os.environ),
-    }
-
-
-class Fail(Callback):
-    """Raises at the end of the fifth batch."""
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if trainer.global_step == 5:
-            raise RuntimeError("power failure")
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_training_leaves_the_process_as_it_was(tiny: list[str], fails: bool):
-    config = composed(tiny)
-    before = state_of_the_process()
-    if fails:
-        with pytest.raises(RuntimeError, match="power failure"):
-            minigpt.train(config, callbacks=[Fail()])
-    else:
-        minigpt.train(config)
-    after = state_of_the_process()
-    assert {key: after[key] for key in before if after[key] != before[key]} == {}
 
 
 def test_training_works_in_a_thread(tiny: list[str]):
@@ -222,16 +180,6 @@ def test_class_with_a_convolution_trains_with_muon(tiny: list[str]):
     torch.manual_seed(0)
     assert kernel.shape == (16, 16, 3)
     assert read_summary(run.folder)["val/loss"] < 6
-
-
-def test_run_stays_finished_if_a_callback_fails_after_it(tiny: list[str], tmp_path: Path):
-    class FailAtTheEnd(Callback):
-        def on_train_end(self, trainer, pl_module) -> None:
-            raise RuntimeError("upload failed")
-
-    with pytest.raises(RuntimeError, match="upload failed"):
-        minigpt.train(composed([*tiny, "name=whole"]), callbacks=[FailAtTheEnd()])
-    assert read_summary(tmp_path / "runs/whole")["status"] == "finished"
 
 
 def test_callbacks_are_called_by_lightning(tiny: list[str]):

@@ -1,5 +1,4 @@
 import io
-import json
 import re
 import shlex
 import subprocess
@@ -11,7 +10,6 @@ import torch
 from minigpt.cli import app
 from minigpt.scaling import results
 from tests.conftest import trained_folder
-from tests.run_folder import write_run
 
 
 def run_main(monkeypatch, *words: str) -> int:
@@ -40,48 +38,6 @@ def test_help_does_not_import_torch_or_matplotlib():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert process.stdout.endswith("set()\n")
-
-
-def test_scaling_prints_the_table_and_writes_into_the_first_folder(tmp_path, monkeypatch, capsys):
-    write_run(tmp_path / "first")
-    assert run_main(monkeypatch, "scaling", str(tmp_path)) == 0
-    output = capsys.readouterr().out
-    assert "first" in output
-    assert "66.69" in output
-    assert "17.75" in output
-    assert {"scaling.md", "scaling.png", "scaling.json"} <= {p.name for p in tmp_path.iterdir()}
-
-
-def test_scaling_out_names_the_output_folder(tmp_path, monkeypatch):
-    run = write_run(tmp_path / "first")
-    (run / "best.ckpt").touch()  # not read: it stands for its run
-    both = str(run / "best.ckpt"), str(run)
-    assert run_main(monkeypatch, "scaling", *both, "--out", str(tmp_path / "out")) == 0
-    assert (tmp_path / "out" / "scaling.png").is_file()
-    assert not (run / "scaling.png").exists()
-
-
-def test_scaling_is_reproduced_from_kept_records(tmp_path, monkeypatch):
-    write_run(tmp_path / "runs" / "first")
-    write_run(tmp_path / "runs" / "killed", summary=None)
-    copies, out = tmp_path / "kept", tmp_path / "out"
-    words = ("scaling", str(tmp_path / "runs"), "--out", str(out), "--keep", str(copies))
-    assert run_main(monkeypatch, *words) == 0
-    assert [folder.name for folder in copies.iterdir()] == ["first"]
-    assert run_main(monkeypatch, "scaling", str(copies), "--out", str(tmp_path / "again")) == 0
-    first, again = (
-        json.loads((folder / "scaling.json").read_text(encoding="utf-8"))["runs"]
-        for folder in (out, tmp_path / "again")
-    )
-    assert [run for run in first if run["status"] == "finished"] == again
-
-
-def test_study_names_a_missing_run(tmp_path, monkeypatch, capsys):
-    assert run_main(monkeypatch, "study", str(tmp_path / "nowhere")) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert str(tmp_path / "nowhere") in err
 
 
 def test_user_error_is_one_line_on_stderr_and_exit_code_2(tmp_path, monkeypatch, capsys):

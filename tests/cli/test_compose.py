@@ -14,11 +14,8 @@ from minigpt.cli.compose import compose_values, composed_words, defaults, load_c
 from minigpt.core.settings import MISSING, UserError, flat, plain
 from minigpt.evaluation import EvaluationConfig
 from minigpt.model import GPT, GPTConfig
-from minigpt.runs.records import read_metrics
 from minigpt.training.config import TrainConfig
-from minigpt.training.loop import train
-from tests.commands import run
-from tests.conftest import ROOT, composed, naming, tiny_overrides
+from tests.conftest import ROOT, composed, naming
 
 OPTIONS = sorted(
     path.relative_to(ROOT / "conf").with_suffix("")
@@ -229,21 +226,6 @@ def test_load_config_restores_another_hydra_application(tmp_path: Path):
         assert hydra.compose("theirs").a == 1
     assert not GlobalHydra.instance().is_initialized()
     assert HydraConfig.initialized() == initialized
-
-
-def test_library_and_command_line_have_the_same_losses(tmp_path: Path):
-    overrides = [*tiny_overrides(tmp_path), "name=typed"]
-    assert run("train.py", overrides, ROOT).code == 0
-    config = dataclasses.replace(load_config("train", overrides), name="notebook")
-    folders = tmp_path / "runs/typed", train(config).folder
-    losses = [[row["train/loss"] for row in read_metrics(f) if "lr" in row] for f in folders]
-    assert len(losses[0]) == 20
-    assert losses[0] == losses[1]
-
-
-def test_settings_survive_a_round_trip_through_plain_values():
-    config = load_config("train", ["model=w64", "optimizer=adamw"])
-    assert TrainConfig.from_dict(plain(config)) == config
 
 
 def test_minigpt_local_adds_settings_of_the_machine(tmp_path, monkeypatch):

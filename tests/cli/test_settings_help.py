@@ -1,11 +1,8 @@
 """`train.py --help optimizer.lr`: what single settings mean."""
 
-import sys
-
 import pytest
 
 from minigpt.cli.settings_help import settings_help
-from minigpt.cli.train import main
 from minigpt.core.settings import UserError
 from tests.conftest import naming
 
@@ -41,12 +38,3 @@ def test_help_of_all_settings_has_each_of_them():
 def test_help_of_an_unknown_setting_names_the_nearest():
     with pytest.raises(UserError, match=naming("optimizer.lrr", "optimizer.lr")):
         settings_help("train", ["optimizer.lrr"])
-
-
-def test_help_of_a_group_is_printed_in_place_of_the_general_one(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--help", "logger"])
-    with pytest.raises(SystemExit) as exit:
-        main()
-    assert not exit.value.code
-    assert "logger.kind=csv" in (out := capsys.readouterr().out)
-    assert "Groups" not in out

@@ -6,15 +6,13 @@ from statistics import fmean
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from minigpt.data.config import DataConfig
 from minigpt.data.datamodule import DataModule
 from minigpt.data.sources import bundled_sample
 from minigpt.kernels.cpu import BLOCK, CPU, block_attention
-from minigpt.kernels.cross_entropy import CHUNK, chunked_cross_entropy
-from minigpt.model import GPT, IGNORE_INDEX, GPTConfig
+from minigpt.model import GPT, GPTConfig
 from minigpt.training.config import OptimizerConfig
 from minigpt.training.optim import lr_factor, make_optimizer
 
@@ -25,13 +23,6 @@ def attention(qkv: torch.Tensor, n_heads: int) -> torch.Tensor:
     hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
     scores = (q @ k.transpose(-2, -1) / q.shape[3] ** 0.5).masked_fill(hidden, -torch.inf)
     return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
-
-
-def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
-    logits = F.linear(hidden, weight).float()
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
 
 
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -54,34 +45,6 @@ def test_block_attention_and_its_gradient_are_those_of_attention(dtype, close, l
     assert result.shape == expected.shape
     assert apart(result, expected) < close
     assert apart(fast.grad, plain.grad) < close
-
-
-@pytest.mark.parametrize(("autocast", "close"), [(False, 1e-5), (True, 1e-2)])
-@pytest.mark.parametrize("ignored", [0, 7])
-def test_chunked_cross_entropy_and_its_gradients_are_those_of_cross_entropy(
-    autocast, close, ignored
-):
-    torch.manual_seed(0)
-    hidden = torch.randn(3, CHUNK // 2, 16, requires_grad=True)  # one chunk and a half
-    weight = torch.randn(50, 16, requires_grad=True)
-    targets = torch.randint(0, 50, hidden.shape[:2])
-    targets[0, :ignored] = IGNORE_INDEX
-    results = []
-    for function in (linear_cross_entropy, chunked_cross_entropy):
-        hidden.grad = weight.grad = None
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = function(hidden, weight, targets)
-        (3 * loss).backward()
-        results.append((loss.detach(), hidden.grad, weight.grad))
-    (loss, *grads), (fast_loss, *fast_grads) = results
-    assert fast_loss.dtype == torch.float32
-    assert float(fast_loss) == pytest.approx(float(loss), rel=1e-3 if autocast else 1e-6)
-    for fast, plain in zip(fast_grads, grads, strict=True):
-        assert apart(fast, plain) < close
-    with torch.no_grad():
-        evaluated = chunked_cross_entropy(hidden, weight, targets)
-        expected = linear_cross_entropy(hidden, weight, targets)
-    assert float(evaluated) == pytest.approx(float(expected))
 
 
 @pytest.mark.long

@@ -1,15 +1,12 @@
-"""The queue of trainings, with processes that only lock their jobs."""
+"""The queue of trainings."""
 
 import errno
-import json
 import os
-import re
 import signal
 import subprocess
 import threading
 import time
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,50 +15,9 @@ from filelock import FileLock
 
 from minigpt.core.settings import UserError
 from minigpt.playground import training
-from minigpt.playground.training import LOCK, Job, TrainingQueue, training_environment
-from minigpt.playground.training_view import job_html
+from minigpt.playground.training import TrainingQueue, training_environment
 from tests.conftest import naming
-from tests.run_folder import write_run
-
-TEXT = "Tom had a ball."
-
-
-class Processes:
-    """Stands for subprocess.Popen: the process locks its job until it is told to end."""
-
-    def __init__(self) -> None:
-        self.jobs: list[Job] = []
-        self.environments: list[dict[str, str]] = []
-        self.locks: dict[str, Any] = {}
-
-    def start(self, command: list[str], env: dict[str, str], **_: Any) -> Any:
-        job = Job(Path(command[-1]))
-        self.jobs.append(job)
-        self.environments.append(env)
-        self.locks[job.name] = FileLock(job.folder / LOCK).acquire()
-        job.report(phase="training", pid=4242)
-        return SimpleNamespace(poll=lambda: None)
-
-    def end(self, job: Job, **status: Any) -> None:
-        job.report(**status)
-        self.locks.pop(job.name).lock.release()
-
-
-@pytest.fixture
-def processes(monkeypatch) -> Processes:
-    processes = Processes()
-    monkeypatch.setattr(subprocess, "Popen", processes.start)
-    return processes
-
-
-@pytest.fixture
-def queue(tmp_path) -> TrainingQueue:
-    return TrainingQueue(tmp_path / "jobs", tmp_path / "runs")
-
-
-def add(queue: TrainingQueue, text: str | None = TEXT, **fields: Any) -> Job:
-    usual: dict[str, Any] = {"files": [], "size": "small", "minutes": 1}
-    return queue.add(text, **{**usual, **fields})
+from tests.playground.conftest import TEXT, add
 
 
 def test_jobs_run_one_at_a_time_in_their_order(queue, processes):
@@ -238,91 +194,6 @@ def test_upload_that_is_gone_is_an_error_of_the_files(queue, tmp_path):
     assert caught.value.argument == "files"
 
 
-def test_tab_shows_a_folder_that_cannot_be_used_at_its_field(queue, monkeypatch):
-    from minigpt.playground import training_page
-    from minigpt.playground.access import Access
-    from minigpt.playground.answers import Playground
-    from minigpt.playground.server import Training
-
-    access, fields = Access(), training_page.FIELDS
-    events = training_page._Events(Playground([]), Training(queue, access))
-    request: Any = SimpleNamespace(cookies={access.cookie: access.token})
-    job = add(queue)
-    job._request(state="started")
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(FileLock, "acquire", fail)
-    shown = events.poll(job.name, {}, {}, request)[training_page.N_VIEWS :]
-    assert [bool(error) for error in shown[:-1]] == [field == "job" for field in fields]
-    stopped = events.stop(job.name, request)
-    assert [bool(error) for error in stopped[: len(fields)]] == [field == "job" for field in fields]
-    added = events.add(TEXT, None, "small", training_page.RANDOM, 1, request)
-    assert [bool(error) for error in added[: len(fields)]] == [field == "start" for field in fields]
-    assert len(added) == len(fields) + training_page.N_VIEWS + 1
-    request.cookies.clear()
-    assert "token" in events.stop(job.name, request)[fields.index("start")]
-
-
-def test_file_that_was_added_twice_is_used_once(queue, tmp_path, monkeypatch):
-    from minigpt.playground import training_page
-    from minigpt.playground.access import Access
-    from minigpt.playground.answers import Playground
-    from minigpt.playground.server import Training
-
-    path = tmp_path / "a.txt"
-    path.write_text(TEXT)
-    monkeypatch.setattr(training_page, "get_upload_folder", lambda: str(tmp_path))
-    access = Access()
-    events = training_page._Events(Playground([]), Training(queue, access))
-    request: Any = SimpleNamespace(cookies={access.cookie: access.token})
-    added = events.add("", [str(path)] * 2, "small", training_page.RANDOM, 1, request)
-    assert not any(added[: len(training_page.FIELDS)])
-    (job,) = queue.jobs()
-    assert list(job.uploads.values()) == ["a.txt"]
-
-
-def test_view_of_a_running_job_is_renewed_only_as_often_as_its_cost_allows(queue, monkeypatch):
-    from minigpt.playground import training_page
-    from minigpt.playground.access import Access
-    from minigpt.playground.answers import Playground
-    from minigpt.playground.server import Training
-
-    made: list[str] = []
-    monkeypatch.setattr(training_page, "job_html", lambda *_: f"{len(made)}{made.append('')}")
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
-    monkeypatch.setattr(time, "perf_counter", lambda: float(len(made)))  # a view takes 1 s
-    events = training_page._Events(Playground([]), Training(queue, Access()))
-    job = add(queue)
-    views = [events._html(job, 0), events._html(job, 0)]
-    clock.now = 1 / training_page.VIEW_SHARE
-    views.append(events._html(job, 0))
-    views.append(events._html(job, 1))  # another state is shown at once
-    assert [view[0] for view in views] == ["0", "0", "1", "2"]
-
-
-def test_poll_sends_only_what_has_changed(queue):
-    import gradio as gr
-
-    from minigpt.playground import training_page
-    from minigpt.playground.access import Access
-    from minigpt.playground.answers import Playground
-    from minigpt.playground.server import Training
-
-    events = training_page._Events(Playground([]), Training(queue, Access()))
-    job = add(queue)
-    first = events._views(None, {}, None)
-    again = events._views(job.name, first[1], job.name)
-    skipped = gr.skip()
-    assert [update == skipped for update in first] == [False] * training_page.N_VIEWS
-    assert [update == skipped for update in again] == [True, False, True, True, True, True]
-    queue.stop(job.name)
-    stopped = events._views(job.name, again[1], job.name)
-    assert [update == skipped for update in stopped] == [False] * training_page.N_VIEWS
-
-
 def test_damaged_job_does_not_end_the_watch(queue, monkeypatch, caplog):
     from minigpt.playground.access import Access
     from minigpt.playground.answers import Playground
@@ -341,20 +212,6 @@ def test_damaged_job_does_not_end_the_watch(queue, monkeypatch, caplog):
     ended.set()
     watch.join()
     assert sum(job.name in record.getMessage() for record in caplog.records) == 1
-
-
-def test_unknown_model_to_start_from_is_an_error_and_starts_nothing(queue):
-    from minigpt.playground import training_page
-    from minigpt.playground.access import Access
-    from minigpt.playground.answers import Playground
-    from minigpt.playground.server import Training
-
-    access, fields = Access(), training_page.FIELDS
-    events = training_page._Events(Playground([]), Training(queue, access))
-    request: Any = SimpleNamespace(cookies={access.cookie: access.token})
-    added = events.add(TEXT, None, "small", "removed", 1, request)
-    assert "removed" in added[fields.index("start")]
-    assert queue.jobs() == []
 
 
 @pytest.mark.parametrize("name", ["", "..", "../../runs/other", "none", None])
@@ -400,32 +257,3 @@ def test_environment_of_a_training_has_no_secrets():
     environment = training_environment({**secrets, **needed})
     assert environment.items() >= needed.items()
     assert not secrets.keys() & environment.keys()
-
-
-def test_view_shows_progress_samples_and_at_the_end_the_command(queue, processes):
-    job = add(queue)
-    assert "1 in the queue" in job_html(job, 1)
-    queue.advance()
-    run = write_run(queue.runs_dir / "mine")
-    story = {"step": 40, "tokens": 327680, "prompt": "<b>", "temperature": 0.8, "text": "<i>"}
-    with (run / "samples.jsonl").open("a") as file:
-        file.write(json.dumps(story) + "\n")
-    job.report(run=str(run), tokens=655_360, command="minigpt train 'name=<x>'")
-    view = job_html(job)
-    assert re.search(naming("328k", "655k", "4.000", "66.69", "16 s"), view)
-    assert "&lt;b&gt;</span>&lt;i&gt;" in view
-    assert "<polyline" in view
-    assert "name=" not in view
-    processes.end(job, phase="finished")
-    assert "minigpt train &#x27;name=&lt;x&gt;&#x27;" in job_html(job)
-
-
-def test_view_shows_the_error_of_a_job_and_of_its_files(queue, processes):
-    job = add(queue)
-    queue.advance()
-    run = write_run(queue.runs_dir / "mine")
-    (run / "samples.jsonl").write_text("broken\n")
-    processes.end(job, phase="failed", error="<the text is short>", run=str(run))
-    view = job_html(job)
-    assert "&lt;the text is short&gt;" in view
-    assert re.search(naming("samples.jsonl", "line", "1"), view)

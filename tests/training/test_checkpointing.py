@@ -13,9 +13,9 @@ from minigpt.core.settings import UserError
 from minigpt.runs.checkpoint import is_whole, read_checkpoint
 from minigpt.runs.folder import last_checkpoints
 from minigpt.runs.names import METRICS
-from minigpt.runs.records import read_metrics, read_summary
+from minigpt.runs.records import read_summary
 from minigpt.training.checkpointing import Checkpoints
-from tests.conftest import composed, naming, tiny_overrides, trained_folder
+from tests.conftest import composed, tiny_overrides, trained_folder
 from tests.killing import assert_same, kill_and_resume, rows
 from tests.processes import CHECKPOINT, STEP, VALIDATION, Training
 from tests.surroundings import Disk, Terminal, slow_validation
@@ -234,38 +234,6 @@ def test_checkpoint_is_not_written_with_nan_weights_after_an_update(
     assert all(
         w.isfinite().all() for content in checkpoints for w in content["state_dict"].values()
     )
-
-
-@pytest.mark.parametrize("steps", [0, 7])
-def test_resume_auto_continues_the_run_of_that_name_or_starts_it(
-    steps: int, tiny: list[str], monkeypatch: pytest.MonkeyPatch
-):
-    """With step 0 the run is killed before its first checkpoint."""
-    command = [*tiny, "name=mine", "resume=auto", "callbacks.checkpoint_steps=2"]
-
-    def fail(self, batch, batch_idx) -> None:
-        if self.global_step == steps:
-            raise RuntimeError("interrupted")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("minigpt.training.module.GPTModule.on_train_batch_start", fail)
-        with pytest.raises(RuntimeError, match="interrupted"):
-            trained_folder(command)
-    steps_run: list[int] = []
-    monkeypatch.setattr(
-        "minigpt.training.module.GPTModule.on_train_batch_start",
-        lambda self, *_: steps_run.append(self.global_step),
-    )
-    folder = trained_folder(command)
-    assert folder.name == "mine"
-    assert steps_run == list(range(max(0, steps - 1), 20))
-    assert [row["step"] for row in read_metrics(folder) if "lr" in row] == list(range(1, 21))
-    assert trained_folder(command) == folder  # the run is complete
-
-
-def test_resume_auto_needs_a_name(tiny: list[str]):
-    with pytest.raises(UserError, match=naming("resume", "name")):
-        trained_folder([*tiny, "resume=auto"])
 
 
 def online(server: WandbServer) -> dict[str, str]:

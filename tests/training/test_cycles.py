@@ -8,16 +8,15 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.testing import assert_close
 
-from minigpt.core.settings import UserError
 from minigpt.evaluation import evaluate
 from minigpt.exporting import ExportConfig, export
 from minigpt.runs.checkpoint import read_checkpoint, read_safetensors
 from minigpt.runs.folder import Run
 from minigpt.runs.records import read_metrics, read_summary, series
 from minigpt.scaling.results import read_run
-from minigpt.training.config import OptimizerConfig, Schedule, TrainConfig
+from minigpt.training.config import OptimizerConfig
 from minigpt.training.optim import lr_factor
-from tests.conftest import composed, naming, tiny_overrides, trained_folder
+from tests.conftest import tiny_overrides, trained_folder
 from tests.training.test_loop import FEW, fail_at_step
 from tests.training.test_snapshots import metadata
 
@@ -136,48 +135,3 @@ def test_run_with_cycles_and_snapshots_resumes_bit_exactly(
         assert metadata(path) == metadata(expected)
         assert_close(read_safetensors(path), read_safetensors(expected), rtol=0, atol=0)
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
-
-
-@pytest.mark.parametrize(
-    ("settings", "n_steps", "named"),
-    [
-        ({"cycle_share": 0.01, "cycles": 2}, 20, ("optimizer.cycle_share", 0.0501)),
-        ({"cycle_share": 0.01, "cycles": 40}, 20, ("optimizer.cycles", 0)),
-        ({"cycle_share": 0.1, "cycles": 9}, 20, ("optimizer.warmup_steps", 0)),
-        ({"cycle_share": 0.3, "cycles": 2, "warmup_steps": 50}, 100, ("optimizer.warmup_steps", 4)),
-    ],
-)
-def test_cycles_that_do_not_fit_the_budget_name_settings_that_do(
-    settings: dict, n_steps: int, named: tuple[str, float]
-):
-    config = composed([f"budget.tokens={n_steps * 32 * 256}", "data.batch_size=32"])
-    values = {"warmup_steps": 2} | settings
-
-    def schedule(optimizer: dict) -> Schedule:
-        parts = {"optimizer": OptimizerConfig(**optimizer), "data": config.data}
-        return Schedule.from_config(TrainConfig(budget=config.budget, **parts), 1)
-
-    with pytest.raises(UserError) as error:
-        schedule(values)
-    assert error.value.fix == dict([named])
-    fixed = {name.removeprefix("optimizer."): value for name, value in error.value.fix.items()}
-    assert schedule(values | fixed).n_steps == n_steps
-
-
-@pytest.mark.parametrize(("cycles", "share"), [(2, 0.5), (3, 0.34), (5000, 0.5)])
-def test_cycles_that_take_the_whole_run_are_refused_with_a_share_that_fits(
-    cycles: int, share: float
-):
-    with pytest.raises(UserError, match=naming("cycles", "cycle_share")) as error:
-        OptimizerConfig(cycles=cycles, cycle_share=share)
-    fixed = OptimizerConfig(cycles=cycles, **error.value.fix)
-    assert 0 < fixed.decay_ends(10**6)[0] < 10**6
-
-
-def test_fsdp_refuses_cycles_and_snapshots():
-    fsdp = ["trainer.strategy=fsdp", "callbacks=quiet", "optimizer=adamw"]
-    for typed, name in (("optimizer.cycles=1", "optimizer.cycles"),
-                        ("callbacks.snapshots=3", "callbacks.snapshots")):  # fmt: skip
-        with pytest.raises(UserError, match=naming("trainer.strategy", name)) as error:
-            composed([*fsdp, typed])
-        assert list(error.value.fix) == [name]

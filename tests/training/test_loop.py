@@ -9,24 +9,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
-from minigpt.core.hardware import Hardware, cpu_has_bfloat16, gpu_memory_for
+from minigpt.core.hardware import Hardware
 from minigpt.core.settings import UserError
 from minigpt.data import sources
 from minigpt.data.corpus import Corpus
 from minigpt.evaluation import EvaluationConfig, StoriesConfig, evaluate
-from minigpt.kernels.choice import kernels_for
-from minigpt.model import GPT, GPTConfig
 from minigpt.runs.checkpoint import read_checkpoint
 from minigpt.runs.folder import Run
 from minigpt.runs.records import read_metrics, read_samples, read_summary
 from minigpt.training import assembly
-from minigpt.training.config import CallbacksConfig, OptimizerConfig, TrainConfig, TrainerConfig
 from minigpt.training.loop import _kernels
 from tests.conftest import ROOT, composed, naming, trained_folder, write_stories
 
@@ -62,38 +57,6 @@ def test_run_folder_holds_config_metrics_samples_summary_and_report(
         == read_checkpoint(folder / "checkpoints/last.ckpt")["hyper_parameters"]["train_tokens"]
     )
     assert "<svg" in (folder / "report.html").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize(("peak", "again"), [(1.0, 1e30), (1e30, None)])
-def test_a_peak_that_a_run_beats_is_measured_again_once(
-    tiny: list[str], monkeypatch: pytest.MonkeyPatch, peak: float, again: float | None
-):
-    peaks, calls = iter([peak, again]), list[bool]()
-
-    def measure(hardware: Hardware, cache_dir: Path, measure_again: bool) -> float | None:
-        calls.append(measure_again)
-        return next(peaks)
-
-    monkeypatch.setattr("minigpt.training.assembly.matmul_peak", measure)
-    folder = trained_folder(tiny)
-    assert calls == ([False] if again is None else [False, True])
-    assert read_summary(folder)["peak_flops"] == 1e30
-    assert max(row.get("mfu", 0.0) for row in read_metrics(folder)) < 1
-    assert f"{peak:.3g} FLOP/s" in (folder / "train.log").read_text(encoding="utf-8")
-
-
-def test_a_long_validation_is_announced_with_its_windows(
-    tiny: list[str], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("minigpt.training.callbacks._LONG_VALIDATION", 0.0)
-    folder = trained_folder([*tiny, "model.context_length=1", "budget.tokens=40"])
-    log = (folder / "train.log").read_text(encoding="utf-8").splitlines()
-    pattern = r" validation +([\d,]+) windows in ([\d,]+) batches"
-    ((n_windows, n_batches),) = re.findall(pattern, "\n".join(log))
-    assert int(n_windows.replace(",", "")) > 500
-    announced = [line for line in log if "validating" in line]
-    assert len(announced) == 2
-    assert all(f" {n_windows} " in line and f" {n_batches} " in line for line in announced)
 
 
 def test_compile_without_a_compiler_is_an_error_before_the_run(
@@ -269,23 +232,6 @@ def test_gradient_accumulation_equals_a_larger_batch(tiny: list[str]):
         torch.testing.assert_close(weight, ends[1]["state_dict"][name], rtol=1e-3, atol=1e-5)
 
 
-def test_progress_bar_counts_updates_of_accumulated_batches(
-    tiny: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
-    monkeypatch.setattr("minigpt.core.progress.SHORTEST", 0.0)
-    more = ["trainer.accumulate_grad_batches=2", "trainer.log_every_n_steps=4"]
-    summary = read_summary(trained_folder([*tiny, *more, "callbacks.progress_bar=true"]))
-    assert (summary["status"], summary["steps"]) == ("finished", 10)
-    assert "/10 · " in caplog.text
-
-
-def test_float16_on_cpu_falls_back_and_the_log_names_the_precision(tiny: list[str]):
-    folder = trained_folder([*tiny, "trainer.precision=16-mixed"])
-    log = (folder / "train.log").read_text(encoding="utf-8")
-    fallback = "bf16-mixed" if cpu_has_bfloat16() else "32-true"
-    assert re.search(rf"\b{fallback}\b.*\b16-mixed\b", log)
-
-
 def test_upload_of_the_model_needs_a_callback(tiny: list[str]):
     with pytest.raises(UserError, match=naming("logger.log_model", "WandbModel")):
         trained_folder([*tiny, "logger=wandb", "logger.log_model=true"])
@@ -441,23 +387,6 @@ def test_checkpoint_is_never_written_with_nan_weights(
     assert not list(Path(composed(tiny).runs_dir).glob("nan/checkpoints/*"))
 
 
-def test_compile_replaces_the_loss_that_training_calls(
-    tiny: list[str], monkeypatch: pytest.MonkeyPatch
-):
-    calls = []
-
-    def compile(function):  # stands in for torch.compile, which takes half a minute
-        def compiled(*arguments):
-            calls.append(len(arguments))
-            return function(*arguments)
-
-        return compiled
-
-    monkeypatch.setattr(torch, "compile", compile)
-    trained_folder([*tiny, "trainer.compile=true", "trainer.n_validations=1"])
-    assert len(calls) >= 20
-
-
 def test_run_is_evaluated_from_another_working_directory(
     tiny: list[str], tmp_path: Path, monkeypatch
 ):
@@ -487,43 +416,6 @@ def test_run_moved_to_another_machine_is_evaluated_and_resumed_there(
     assert not (tmp_path / "cache").exists()
 
 
-def test_loss_of_training_by_device_precision_and_settings(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda loss: ("compiled", loss))
-
-    def loss_on(device: str, dropout: float = 0.0, precision="bf16-mixed", **settings) -> object:
-        shape = GPTConfig(61, 16, d_model=16, n_layers=1, n_heads=1, dropout=dropout)
-        module = SimpleNamespace(net=GPT(shape), fast_loss=None, distillation=None)
-        adamw, quiet = OptimizerConfig("adamw"), CallbacksConfig(prompts=())  # for fsdp
-        trainer = TrainerConfig(**settings)
-        config = TrainConfig(model=shape, optimizer=adamw, trainer=trainer, callbacks=quiet)
-        hardware = SimpleNamespace(accelerator=device, precision=precision)
-        kernels = kernels_for(device, config.trainer.kernels)
-        assembly.set_losses(module, kernels, hardware, config, None)  # type: ignore[arg-type]
-        graphs = device == "cuda" and config.trainer.cuda_graph
-        assert module.graphed_updates == graphs
-        return module.fast_loss
-
-    micro_batches = loss_on("cpu")
-    assert callable(micro_batches)
-    assert micro_batches.__qualname__.startswith("microbatched_loss")
-    assert loss_on("cpu", strategy="fsdp") is None  # the net's own
-    assert loss_on("cpu", kernels="torch") is None
-    for compiled in (
-        loss_on("cpu", compile=True),
-        loss_on("cuda", compile=True, precision="16-mixed"),
-        loss_on("cuda", compile=True, cuda_graph=False),
-    ):
-        assert isinstance(compiled, tuple)
-        assert compiled[0] == "compiled"
-        assert compiled[1].__qualname__ == "GPT.loss"
-    for graphed in (loss_on("cuda"), loss_on("cuda", compile=True)):
-        assert callable(graphed)
-        assert graphed.__qualname__.startswith("graphed_loss")
-    assert loss_on("cuda", dropout=0.1) is None
-    assert loss_on("cuda", precision="16-mixed") is None
-    assert loss_on("mps") is None
-
-
 @pytest.mark.parametrize(
     ("windows", "names"),
     [
@@ -542,32 +434,6 @@ def test_out_of_memory_names_batch_size_and_accumulation(
         trained_folder([*tiny, f"data.batch_size={windows}", "name=large"])
     assert "\n" not in str(error.value)
     assert read_summary(Path(composed(tiny).runs_dir) / "large")["status"] == "failed"
-
-
-def test_out_of_memory_in_a_sample_story_names_the_batch(tiny: list[str], monkeypatch):
-    def generate(*_: Any, **__: Any) -> None:
-        with gpu_memory_for("n", 1):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-
-    monkeypatch.setattr("minigpt.training.callbacks.generate_stories", generate)
-    with pytest.raises(UserError) as error:
-        trained_folder([*tiny, "callbacks.prompts=[Tom]", "name=full"])
-    assert error.value.argument == "data.batch_size"
-
-
-def test_warmup_in_tokens_takes_fewer_updates_with_larger_batches(tiny: list[str]):
-    def lrs(**settings) -> list[float]:
-        words = [f"{name}={value}" for name, value in settings.items()]
-        folder = trained_folder([*tiny, "optimizer.warmup_tokens=300", *words])
-        rows = [row for row in read_metrics(folder) if "lr" in row]
-        return [row["lr"] / rows[4]["lr"] for row in rows[:5]]
-
-    # Batches of 64 and of 128 tokens: the warm-up takes 5 and 3 updates.
-    assert lrs(name="a") == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    rising = lrs(**{"name": "b", "data.batch_size": 8})
-    assert rising[0] < rising[1] < rising[2]
-    assert rising[2] == pytest.approx(rising[3])  # the decay starts
-    assert rising[3] > rising[4]
 
 
 def test_metrics_are_synced_to_disk_with_checkpoints_alone(

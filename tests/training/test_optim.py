@@ -18,7 +18,6 @@ from minigpt.training.optim import (
     peak_lrs,
     set_weight_decay,
 )
-from tests.conftest import naming
 
 TINY = GPTConfig(vocab_size=50, context_length=16, d_model=16, n_layers=1, n_heads=2, d_ff=32)
 
@@ -217,22 +216,3 @@ def test_closure_is_called_once_with_gradients_enabled():
 
     assert optimizer.step(closure) == 7.0  # type: ignore[arg-type]
     assert calls == [True]
-
-
-@pytest.mark.parametrize(
-    ("settings", "names"),
-    [
-        ({"lr": 0.0}, ["lr", "0.0"]),
-        ({"matrix_lr": -1.0}, ["matrix_lr", "-1.0"]),
-        ({"name": "adamw", "matrix_lr": 1e-3}, ["matrix_lr", "adamw"]),
-        ({"beta2": 1.0}, ["beta2", "1.0"]),
-        ({"momentum": 1.5}, ["momentum", "1.5"]),
-        ({"weight_decay": -0.1}, ["weight_decay", "-0.1"]),
-        ({"final_weight_decay": -0.1}, ["final_weight_decay", "-0.1"]),
-        ({"name": "adamw", "normalize_rows": "after"}, ["normalize_rows", "after"]),
-        ({"final_lr": 2.0}, ["final_lr", "2.0"]),
-    ],
-)
-def test_optimizer_settings_out_of_range_are_named(settings, names):
-    with pytest.raises(ValueError, match=naming(*names)):
-        OptimizerConfig(**settings)

@@ -1,53 +1,16 @@
+"""The verbs that study runs: probe, scaling and study."""
+
+import json
 import re
 
-import pytest
 import torch
-from rich.console import Console
 
-from minigpt.analysis.analogies import Analogy, Answers
 from minigpt.analysis.embedding_map import MAP
-from minigpt.analysis.embeddings import EmbeddingProbe
-from minigpt.cli.tables import score_line, score_table, word_table
 from minigpt.model import GPT, GPTConfig
 from minigpt.runs.folder import Run
-from minigpt.tokenizer import Tokenizer
 from tests.cli.test_app import run_main
 from tests.conftest import trained_folder
-
-WORDS = ("king", "queen", "man", "woman", "apple")
-
-
-@pytest.fixture(scope="module")
-def probe() -> EmbeddingProbe:
-    tokenizer = Tokenizer.train([f"the {a} {b}\n" for a in WORDS for b in WORDS] * 3, 330)
-    king, man, woman, queen = (
-        tokenizer.encode(f" {w}")[0] for w in ("king", "man", "woman", "queen")
-    )
-    matrix = torch.eye(tokenizer.vocab_size, 400)
-    matrix[queen] = matrix[king] - matrix[man] + matrix[woman]
-    return EmbeddingProbe(matrix, tokenizer)
-
-
-def test_probe_tables_show_words_ranks_and_reasons(probe):
-    answers = Answers(
-        {},
-        [
-            Analogy("royal", "king − man + woman", "queen", 1, [("queen", 0.9), ("man", 0.1)]),
-            Analogy("royal", "man − king + apple", "queen", 7, [("[b]the\n", 0.2)]),
-            Analogy("size", "tall − a + b", "c", None, [], "'tall' is 2 tokens to this tokenizer"),
-        ],
-    )
-    console = Console(record=True, width=100)
-    console.print(score_table(answers), score_line(answers), sep="\n")
-    console.print(word_table("Nearest to [b]king", [("queen", 0.58), ("\n", 0.1)]))
-    text = console.export_text()
-    assert re.search(r"'tall'.*\b2\b", text)
-    assert re.search(r"\b1\b\D+\b2\b\D+\b1\b", score_line(answers))
-    assert score_line(answers) in text
-    assert "Nearest to [b]king" in text
-    assert " [b]the\\n " in text
-    assert "0.58" in text
-    assert "\\n" in text
+from tests.run_folder import write_run
 
 
 def test_probe_prints_tables_and_explains_split_words(tiny, monkeypatch, capsys):
@@ -90,3 +53,45 @@ def test_probe_writes_the_map_into_the_run_or_elsewhere(tmp_path, probe, monkeyp
     assert (tmp_path / MAP).is_file()
     assert not released.exists()
     assert MAP in capsys.readouterr().out
+
+
+def test_scaling_prints_the_table_and_writes_into_the_first_folder(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "first")
+    assert run_main(monkeypatch, "scaling", str(tmp_path)) == 0
+    output = capsys.readouterr().out
+    assert "first" in output
+    assert "66.69" in output
+    assert "17.75" in output
+    assert {"scaling.md", "scaling.png", "scaling.json"} <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_scaling_out_names_the_output_folder(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "first")
+    (run / "best.ckpt").touch()  # not read: it stands for its run
+    both = str(run / "best.ckpt"), str(run)
+    assert run_main(monkeypatch, "scaling", *both, "--out", str(tmp_path / "out")) == 0
+    assert (tmp_path / "out" / "scaling.png").is_file()
+    assert not (run / "scaling.png").exists()
+
+
+def test_scaling_is_reproduced_from_kept_records(tmp_path, monkeypatch):
+    write_run(tmp_path / "runs" / "first")
+    write_run(tmp_path / "runs" / "killed", summary=None)
+    copies, out = tmp_path / "kept", tmp_path / "out"
+    words = ("scaling", str(tmp_path / "runs"), "--out", str(out), "--keep", str(copies))
+    assert run_main(monkeypatch, *words) == 0
+    assert [folder.name for folder in copies.iterdir()] == ["first"]
+    assert run_main(monkeypatch, "scaling", str(copies), "--out", str(tmp_path / "again")) == 0
+    first, again = (
+        json.loads((folder / "scaling.json").read_text(encoding="utf-8"))["runs"]
+        for folder in (out, tmp_path / "again")
+    )
+    assert [run for run in first if run["status"] == "finished"] == again
+
+
+def test_study_names_a_missing_run(tmp_path, monkeypatch, capsys):
+    assert run_main(monkeypatch, "study", str(tmp_path / "nowhere")) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert str(tmp_path / "nowhere") in err
