@@ -429,3 +429,12 @@ def test_view_shows_the_error_of_a_job_and_of_its_files(queue, processes):
     view = job_html(job)
     assert "&lt;the text is short&gt;" in view
     assert re.search(naming("samples.jsonl", "line", "1"), view)
+
+
+def test_error_of_a_stopped_job_is_shown_at_its_field(queue):
+    from minigpt.playground.training_page import _field_error
+
+    job = add(queue)
+    job._request(state="started")
+    job.report(phase="stopped", error=training.FULL, field="start")
+    assert _field_error(job) == {"start": training.FULL}
