@@ -41,7 +41,7 @@ MAX_UPLOAD = 200_000_000  # bytes of text and files in one job
 MAX_FILES = 100
 SNAPSHOTS = 8  # of a training run, for the slider "Age" of the page
 MAX_WAITING = 4  # maximum number of waiting jobs
-MAX_JOBS = 20  # older jobs are removed, unless they can be continued
+MAX_JOBS = 20  # older jobs are removed; if so many can be continued, no other can be added
 TEXT = "text.txt"  # name of the pasted text
 FULL = "The disk is full: free some space, then continue."  # error of a stopped job
 _START_SECONDS = 30.0  # a new process must lock its job within this time
@@ -207,14 +207,17 @@ class TrainingQueue:
             The job.
 
         Raises:
-            UserError: an input is missing or out of range, too many jobs are waiting, or the folder
-                of the queue cannot be used. The `argument` of the error is the name of a field of
-                the form.
+            UserError: an input is missing or out of range, too many jobs are waiting or can be
+                continued, or the folder of the queue cannot be used. The `argument` of the error is
+                the name of a field of the form.
         """
         _check(text, files, size, minutes)
         with self._lock("start"):
             jobs = self.jobs()
             self._check_capacity(jobs)
+            if sum(job.can_continue for job in jobs) >= MAX_JOBS:  # they keep their uploads
+                message = f"{MAX_JOBS} training runs can still continue: remove one of them."
+                raise UserError(message, "start")
             name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
             new = Job(self.folder / f".{name}")
             try:

@@ -438,3 +438,19 @@ def test_error_of_a_stopped_job_is_shown_at_its_field(queue):
     job._request(state="started")
     job.report(phase="stopped", error=training.FULL, field="start")
     assert _field_error(job) == {"start": training.FULL}
+
+
+def test_start_is_refused_while_too_many_stopped_jobs_keep_their_uploads(queue, monkeypatch):
+    monkeypatch.setattr(training, "MAX_JOBS", 2)
+    jobs = [add(queue), add(queue)]
+    for job in jobs:
+        queue.stop(job.name)
+    with pytest.raises(UserError, match=naming("2", "remove")) as error:
+        add(queue)
+    assert error.value.argument == "start"
+    assert "\n" not in str(error.value)
+    assert {job.name for job in queue.jobs()} == {job.name for job in jobs}
+    queue.resume(jobs[0].name)  # those can still continue
+    queue.stop(jobs[0].name)
+    queue.remove(jobs[1].name)
+    assert add(queue).state == "waiting"
