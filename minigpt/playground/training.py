@@ -238,10 +238,14 @@ class TrainingQueue:
         """Write the folder of a new job: job.json, the pasted text and the uploaded files."""
         pasted = bool(text and text.strip())
         names: list[str] = []
+        renamed: dict[str, str] = {}
         for name in [*([TEXT] if pasted else []), *(path.name for path in files)]:
             names.append(f"{len(names) + 1}-{name}" if name in names else name)  # no two are equal
+            if names[-1] != name:
+                renamed[names[-1]] = name
         (job.folder / UPLOADS).mkdir(parents=True)
-        write_json(job.folder / JOB, {**settings, "names": names, "pasted": pasted})
+        settings = {**settings, "names": names, "renamed": renamed, "pasted": pasted}
+        write_json(job.folder / JOB, settings)
         targets = list(job.uploads)
         if pasted:
             write_text(targets.pop(0), text or "")
