@@ -476,3 +476,34 @@ def test_view_names_the_files_that_the_command_needs(queue, tmp_path):
     plain._request(state="started")
     plain.report(phase="finished", command="minigpt train")
     assert "a.txt" not in job_html(plain)
+
+
+def test_finished_model_is_added_again_after_an_error_that_passes(queue, monkeypatch):
+    from minigpt.playground.access import Access
+    from minigpt.playground.server import Training
+    from minigpt.runs.folder import Run
+
+    jobs = [add(queue) for _ in range(3)]
+    errors: dict[str, list[Exception]] = {
+        jobs[0].name: [MemoryError("memory")], jobs[1].name: [UserError("damaged")] * 9,
+        jobs[2].name: [],
+    }  # fmt: skip
+    for job in jobs:
+        job._request(state="started")
+        job.report(phase="finished", run=str(queue.runs_dir / job.name))
+    added: list[str] = []
+
+    def add_model(name: str) -> None:
+        if errors[name]:
+            raise errors[name].pop()
+        added.append(name)
+
+    monkeypatch.setattr(Run, "load", lambda path: path.name)
+    page: Any = SimpleNamespace(add=add_model)
+    watched, seen = Training(queue, Access()), set()
+    with pytest.raises((MemoryError, UserError)):
+        watched._add_models(page, seen)
+    assert added == [jobs[2].name]  # an error does not keep the other models out
+    watched._add_models(page, seen)
+    assert added == [jobs[2].name, jobs[0].name]
+    assert len(errors[jobs[1].name]) == 8  # a damaged run is read once
