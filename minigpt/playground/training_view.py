@@ -85,7 +85,7 @@ def _run_html(run: Path, tokens: int | None) -> str:
             facts.append(f"validation perplexity {values['val/perplexity']:.2f}")
         if rate := values.get("tokens_per_second"):
             left = max((tokens or 0) - values["tokens"], 0) / rate
-            facts += [f"{rate:,.0f} tokens/s", f"{human_time(left)} left"]
+            facts += [f"{rate:,.0f} tokens/s", f"{human_time(left)} of training left"]
         parts.append(note_html(", ".join(facts)))
         curve = Curve(series(rows, "train/loss"), series(rows, "val/loss"))
         parts.append(curve_svg(curve, tokens))
