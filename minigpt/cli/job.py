@@ -22,17 +22,24 @@ from typing import Any
 
 from filelock import FileLock
 
-from minigpt.cli.exits import orderly_exit
+from minigpt.cli.exits import is_interrupt, orderly_exit
 from minigpt.cli.program import Program, describe
-from minigpt.core.settings import UserError, speak
+from minigpt.core.files import DISK_FULL
+from minigpt.core.settings import DiskFullError, UserError, speak
 from minigpt.core.typed import typed_settings
-from minigpt.playground.training import CACHE, LOCK, SIZES, SNAPSHOTS, Job
+from minigpt.playground.training import CACHE, FULL, LOCK, SIZES, SNAPSHOTS, Job
 
 CALIBRATION_SECONDS = 4.0
 _WARM_UP = 3  # updates that are not timed
 MAX_UNPACKED = 1_000_000_000  # bytes of the uploads after decompression
 _SMALL_TEXT = 2_000_000  # bytes; for less text, docs/your-own-text.md recommends other settings
 _LONG_BUDGET = 100_000_000  # tokens; more than a calibration can use
+# Arguments of errors that are about the text of the visitor. An error without an argument is, too.
+# data.batch_size is wrong if the text is too short for one batch.
+_OF_DATA = {
+    None, "data", "data.train_files", "data.source", "data.field", "data.separator", "data.holdout",
+    "data.batch_size",
+}  # fmt: skip
 _LOCK_SECONDS = 10.0  # to wait for the page, which takes the lock briefly to see if a job runs
 
 
@@ -59,36 +66,49 @@ def run_job(job: Job, program: Program) -> None:
         job: the job.
         program: the program that the commands in messages use.
     """
-    from minigpt.cli.hydra_errors import explain_failure
-
     try:
         _train(job, program)
-        job.report(phase="finished")
+        outcome: dict[str, Any] = {"phase": "finished"}
     except (KeyboardInterrupt, SystemExit):
-        job.report(phase="stopped")
-    except UserError as error:
-        message = describe(error, program)
-        settings = {error.argument, *error.fix} - {None, "data.train_files", "init_from"}
-        if settings or error.command is not None:
-            message += " (only in a terminal: this page has no such setting)"
-        for path, name in job.uploads.items():
-            message = message.replace(str(path), name)
-        job.report(phase="failed", error=message, field=_field(job, error))
+        outcome = {"phase": "stopped"}
     except Exception as error:
-        traceback.print_exc()
-        reason = explain_failure(error) or f"{type(error).__name__}: see {job.folder}/job.log"
-        job.report(phase="failed", error=reason, field="start")
-    if job.state == "finished" or not job.can_continue:
+        outcome = _failure(job, error, program)
+    # Decided before the report: after it, a visitor may continue the job, which needs the files.
+    phase = outcome["phase"]
+    is_over = phase == "finished" or (phase == "failed" and not job.has_checkpoint)
+    job.report(**outcome)
+    if is_over:
         job.delete_data()
 
 
-def _field(job: Job, error: UserError) -> str:
-    """Return the form field at which the page shows an error: "text", "files" or "start".
+def _failure(job: Job, error: Exception, program: Program) -> dict[str, Any]:
+    """Return the outcome of a job that an error has ended, for status.json.
 
-    An error without an argument is one of the data.
+    After an interrupt or on a full disk, the job is not failed but stopped, so it can continue.
     """
-    of_data = (error.argument or "data").startswith("data")
-    if not of_data:
+    from minigpt.cli.hydra_errors import explain_failure
+
+    if isinstance(error, DiskFullError) or getattr(error, "errno", None) in DISK_FULL:
+        print(error, file=sys.stderr)  # job.log names the file
+        return {"phase": "stopped", "error": FULL, "field": "start"}
+    if is_interrupt(error):
+        return {"phase": "stopped"}
+    if not isinstance(error, UserError):
+        traceback.print_exception(error)
+        reason = explain_failure(error) or f"{type(error).__name__}: see {job.folder}/job.log"
+        return {"phase": "failed", "error": reason, "field": "start"}
+    message = describe(error, program)
+    settings = {error.argument, *error.fix} - {None, "data.train_files", "init_from"}
+    if settings or error.command is not None:
+        message += " (only in a terminal: this page has no such setting)"
+    for path, name in job.uploads.items():
+        message = message.replace(str(path), name)
+    return {"phase": "failed", "error": message, "field": _field(job, error)}
+
+
+def _field(job: Job, error: UserError) -> str:
+    """Return the form field at which the page shows an error: "text", "files" or "start"."""
+    if error.argument not in _OF_DATA:
         return "start"
     return "text" if job.settings["pasted"] and len(job.uploads) == 1 else "files"
 

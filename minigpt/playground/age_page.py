@@ -7,8 +7,8 @@ the end of the slider, the model itself. All tabs with answers of models follow 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported
 
@@ -22,6 +22,8 @@ PLAY_SECONDS = 1.5  # seconds at each position while the slider moves on its own
 # JavaScript that sets the first input to whether the tab with the id %s is open. Only the browser
 # knows this when the age changes: the server would learn too late that a tab was opened.
 IS_OPEN = "(_, ...inputs) => [document.getElementById('%s')?.offsetParent != null, ...inputs]"
+
+T = TypeVar("T")
 
 
 class Page(gr.Blocks):
@@ -39,6 +41,54 @@ class Place(NamedTuple):
 
     tab: gr.Tab
     page: Page
+
+
+class Stream:
+    """Results that a tab shows to one visitor as they grow, such as stories.
+
+    A change of the age ends the results that grow. Gradio's `cancels` cannot do this: an event that
+    cancels itself may also cancel its successor.
+    """
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._age: int | None = None
+        self._is_shown = self._is_due = False
+
+    def change_age(self, age: int, is_open: bool) -> None:
+        """End the results that grow, because the age has changed.
+
+        Args:
+            age: position of the age slider.
+            is_open: whether the tab is open. If not, new results are due only if some are shown.
+        """
+        self._number, self._age = self._number + 1, age
+        self._is_due = is_open or self._is_shown
+
+    def is_due(self, age: int) -> bool:
+        """Return whether the results of `age` must replace the results on the page.
+
+        Args:
+            age: position of the age slider. The result is False if it has changed since.
+        """
+        return self._is_due and age == self._age
+
+    def show(self, results: Iterable[T], nothing: T) -> Iterator[T]:
+        """Yield `results` until the age changes or other results begin.
+
+        Args:
+            results: the results so far, each time that they have grown.
+            nothing: update of the page that changes nothing. It is the last value if the results
+                were ended, because Gradio sends the last value twice.
+        """
+        self._is_shown, self._is_due = True, False
+        self._number += 1
+        number = self._number
+        for result in results:
+            if number != self._number:
+                yield nothing
+                return
+            yield result
 
 
 def age_slider(page: Page) -> None:
@@ -73,28 +123,49 @@ def age_slider(page: Page) -> None:
     page.age.change(show, [page.age], page.curves, show_progress="hidden", **private)
 
 
-def on_age(
-    function: Callable[..., Any], inputs: Sequence[Any], outputs: Any, place: Place,
-    cancels: Sequence[Dependency] = (),
-) -> Dependency:  # fmt: skip
-    """Add an event that calls `function` when the age changes.
+def show_stream(
+    function: Callable[..., Iterator[Any]], inputs: Sequence[Any], outputs: Sequence[Any],
+    stream: gr.State, place: Place,
+) -> list[Dependency]:  # fmt: skip
+    """Show the growing results of `function`, again for each age while the tab is open.
+
+    If the age changes while another tab is open and results are shown, they are updated when the
+    tab is opened.
 
     Args:
-        function: function to call. Its first argument is a bool: whether the tab `place.tab` is
-            open. The values of `inputs` follow.
+        function: generator that takes the values of `inputs` and of `stream` as arguments, and
+            passes its results through `Stream.show`.
         inputs: components of the page.
         outputs: components that show the results.
+        stream: state with a `Stream`.
         place: the tab that contains `outputs`, and its page. The tab must have an `elem_id`.
-        cancels: events that are cancelled when the age changes.
 
     Returns:
-        The Gradio event.
+        The Gradio events that call `function`.
     """
-    return place.page.age.change(
-        function, [place.page.is_open, *inputs], outputs, js=IS_OPEN % place.tab.elem_id,
-        show_progress="hidden", trigger_mode="always_last", api_visibility="private",
-        cancels=list(cancels),
-    )  # fmt: skip
+    page, js = place.page, IS_OPEN % place.tab.elem_id
+
+    def change_age(is_open: bool, age: int, results: Stream) -> None:
+        results.change_age(age, is_open)
+
+    def show_due(age: int, *values: Any) -> Iterator[Any]:
+        is_due = values[-1].is_due(age)
+        yield from function(*values) if is_due else [(gr.skip(),) * len(outputs)]
+
+    def follow_age(is_open: bool, *values: Any) -> Iterator[Any]:
+        yield from show_due(*values) if is_open else [(gr.skip(),) * len(outputs)]
+
+    how: dict[str, Any] = {
+        "show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private",
+    }  # fmt: skip
+    # Gradio calls `follow_age` again only after the results that grow have ended. So another event,
+    # which does not wait for `follow_age`, ends them.
+    changed = page.age.change(
+        change_age, [page.is_open, page.age, stream], js=js, queue=False, **how
+    )
+    inputs = [page.age, *inputs, stream]
+    aged = changed.then(follow_age, [page.is_open, *inputs], outputs, js=js, **how)
+    return [aged, place.tab.select(show_due, inputs, outputs, **how)]
 
 
 def show_answer(
@@ -127,7 +198,10 @@ def show_answer(
     changes = [component.change for component in changing]
     how: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last"}
     gr.on([*changes, place.tab.select], answer, inputs, output, **how)
-    on_age(follow, inputs, output, place)
+    place.page.age.change(
+        follow, [place.page.is_open, *inputs], output, js=IS_OPEN % place.tab.elem_id,
+        api_visibility="private", **how,
+    )  # fmt: skip
 
 
 def at_age(function: Callable[..., str], page: Page) -> Callable[..., str]:

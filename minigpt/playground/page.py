@@ -23,7 +23,15 @@ from gradio.routes import App, ORJSONResponse
 from minigpt.core.settings import UserError
 from minigpt.playground import html, inside
 from minigpt.playground.access import with_token
-from minigpt.playground.age_page import Page, age_slider, at_age, on_age, place_of, show_answer
+from minigpt.playground.age_page import (
+    Page,
+    Stream,
+    age_slider,
+    at_age,
+    place_of,
+    show_answer,
+    show_stream,
+)
 from minigpt.playground.answers import MAX_PROMPT, MAX_RUNS, MAX_TOKENS, Playground
 from minigpt.playground.hosts import Hosts, guarded
 from minigpt.playground.training_page import RANDOM, START_FROM, training_tab
@@ -190,37 +198,37 @@ def _story_tab(playground: Playground, page: Page) -> None:
                 columns.append(column)
                 titles.append(gr.Markdown(f"**{names[i]}**" if i < len(names) else ""))
                 stories.append(_tokens_part('<div class="story" dir="auto">${value}</div>'))
-    seed = gr.State(0)
+    seed, stream = gr.State(0), gr.State(Stream())
 
     def choose(chosen: list[str]) -> list[Any]:
-        shown = [f"**{name}**" for name in playground.chosen(chosen)]
-        shown += [""] * (MAX_RUNS - len(shown))
-        return [*(gr.Column(visible=bool(title)) for title in shown), *shown]
+        n = len(playground.chosen(chosen))
+        return [gr.Column(visible=i < n) for i in range(MAX_RUNS)]
 
-    def write(*inputs: Any) -> Iterator[Any]:
-        for texts in playground.write(*inputs):
-            yield (*texts, *[""] * (MAX_RUNS - len(texts)))
+    def entitle(chosen: list[str], age: int) -> list[str]:
+        shown = [f"**{playground.aged(name, age)}**" for name in playground.chosen(chosen)]
+        return shown + [""] * (MAX_RUNS - len(shown))
 
-    def follow(is_open: bool, *inputs: Any) -> Iterator[Any]:
-        """If the tab is open, write the stories again, with the same seed.
+    def write(*values: Any) -> Iterator[Any]:
+        *inputs, results = values
+        columns = ((*t, *[""] * (MAX_RUNS - len(t))) for t in playground.write(*inputs))
+        yield from results.show(columns, (gr.skip(),) * MAX_RUNS)
 
-        The slider "Age" has selected the models of another point in their training.
-        """
-        yield from write(*inputs) if is_open else [(gr.skip(),) * MAX_RUNS]
-
-    models.change(
-        choose, models, [*columns, *titles], show_progress="hidden", api_visibility="private"
-    )
-    inputs = [prompt, temperature, top_k, top_p, min_p, length, models, page.age]
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    models.change(choose, models, columns, **quiet)
+    gr.on(
+        [models.change, page.age.change], entitle, [models, page.age], titles,
+        trigger_mode="always_last", **quiet,
+    )  # fmt: skip
+    inputs = [prompt, temperature, top_k, top_p, min_p, length, models, page.age, seed]
     new_seed = gr.on(
         [start.click, prompt.submit], lambda: random.getrandbits(31), None, seed, queue=False,
         api_visibility="private",
     )  # fmt: skip
-    story = new_seed.then(write, [*inputs, seed], stories, show_progress="minimal")
-    aged = on_age(follow, [*inputs, seed], stories, place_of(start), cancels=[story])
+    story = new_seed.then(write, [*inputs, stream], stories, show_progress="minimal")
+    aged = show_stream(write, inputs, stories, stream, place_of(start))
     # Only one stream of stories at a time: a new one ends the others.
     gr.on(
-        [start.click, prompt.submit, stop.click], None, cancels=[story, aged],
+        [start.click, prompt.submit, stop.click], None, cancels=[story, *aged],
         api_visibility="private",
     )  # fmt: skip
 

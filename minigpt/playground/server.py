@@ -58,11 +58,7 @@ class Training:
         while not ended.wait(WATCH_SECONDS):
             try:
                 self.queue.advance()
-                finished = [job for job in self.queue.jobs() if job.state == "finished"]
-                for job in finished[:MAX_TRAINED]:
-                    if job.name not in seen and job.run is not None:
-                        seen.add(job.name)
-                        playground.add(Run.load(job.run))
+                self._add_models(playground, seen)
                 problem = ""
             except Exception as error:  # such as a full disk: waiting jobs must not wait forever
                 if str(error) != problem:
@@ -70,6 +66,29 @@ class Training:
                     log.warning(
                         "the page cannot start training runs or load earlier ones: %s", problem
                     )
+
+    def _add_models(self, playground: Playground, seen: set[str]) -> None:
+        """Add the models of the newest finished jobs to the page, and their names to `seen`.
+
+        Jobs in `seen` are left out. If models cannot be added, the last error is raised at the end.
+        A job whose run has a mistake is not tried again. After another error, such as a lack of
+        memory, the job is not in `seen`, so it can be tried again.
+        """
+        failure = None
+        finished = [job for job in self.queue.jobs() if job.state == "finished"]
+        for job in finished[:MAX_TRAINED]:
+            if job.name in seen or job.run is None:
+                continue
+            seen.add(job.name)
+            try:
+                playground.add(Run.load(job.run))
+            except UserError as error:
+                failure = error
+            except Exception as error:
+                seen.discard(job.name)
+                failure = error
+        if failure is not None:
+            raise failure
 
 
 def serve(

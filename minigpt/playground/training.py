@@ -41,8 +41,9 @@ MAX_UPLOAD = 200_000_000  # bytes of text and files in one job
 MAX_FILES = 100
 SNAPSHOTS = 8  # of a training run, for the slider "Age" of the page
 MAX_WAITING = 4  # maximum number of waiting jobs
-MAX_JOBS = 20  # older jobs are removed, unless they can be continued
+MAX_JOBS = 20  # older jobs are removed; if so many can be continued, no other can be added
 TEXT = "text.txt"  # name of the pasted text
+FULL = "The disk is full: free some space, then continue."  # error of a stopped job
 _START_SECONDS = 30.0  # a new process must lock its job within this time
 _LOCK_SECONDS = 10.0  # time to wait for another server that changes the queue
 
@@ -110,24 +111,28 @@ class Job:
 
     @property
     def error(self) -> str | None:
-        """Error message if the job failed or its process ended unexpectedly; None otherwise."""
-        if self.state == "failed":
-            return self.status.get("error")
-        killed = self.state == "stopped" and self.status.get("phase") not in _FINAL
-        if not killed or self.settings.get("state") == "stopping":
+        """Error message if the job failed or did not end as its visitor wanted; None otherwise."""
+        state, status = self.state, self.status
+        if state in _FINAL and status.get("phase") in _FINAL:
+            return status.get("error")
+        if state != "stopped" or self.settings.get("state") == "stopping":
             return None
         if shutil.disk_usage(self.folder).free < 1 << 20:
-            return "The disk is full: free some space, then continue."
+            return FULL
         return f"The process ended unexpectedly: see {self.folder / LOG}, or continue."
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether the run has a checkpoint from which the job can continue."""
+        from minigpt.runs.folder import last_checkpoints  # imports torch, which is slow
+
+        return self.run is not None and bool(last_checkpoints(self.run))
 
     @property
     def can_continue(self) -> bool:
         """Whether the job can continue: it has failed and has a checkpoint, or it is stopped."""
-        from minigpt.runs.folder import last_checkpoints  # imports torch, which is slow
-
-        state, run = self.state, self.run
-        saved = run is not None and bool(last_checkpoints(run))
-        return state == "stopped" or (state == "failed" and saved)
+        state = self.state
+        return state == "stopped" or (state == "failed" and self.has_checkpoint)
 
     def report(self, **values: Any) -> None:
         """Replace `values` in status.json, and keep its other values."""
@@ -202,14 +207,17 @@ class TrainingQueue:
             The job.
 
         Raises:
-            UserError: an input is missing or out of range, too many jobs are waiting, or the folder
-                of the queue cannot be used. The `argument` of the error is the name of a field of
-                the form.
+            UserError: an input is missing or out of range, too many jobs are waiting or can be
+                continued, or the folder of the queue cannot be used. The `argument` of the error is
+                the name of a field of the form.
         """
         _check(text, files, size, minutes)
         with self._lock("start"):
             jobs = self.jobs()
             self._check_capacity(jobs)
+            if sum(job.can_continue for job in jobs) >= MAX_JOBS:  # they keep their uploads
+                message = f"{MAX_JOBS} training runs can still continue: remove one of them."
+                raise UserError(message, "start")
             name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
             new = Job(self.folder / f".{name}")
             try:
@@ -230,10 +238,14 @@ class TrainingQueue:
         """Write the folder of a new job: job.json, the pasted text and the uploaded files."""
         pasted = bool(text and text.strip())
         names: list[str] = []
+        renamed: dict[str, str] = {}
         for name in [*([TEXT] if pasted else []), *(path.name for path in files)]:
             names.append(f"{len(names) + 1}-{name}" if name in names else name)  # no two are equal
+            if names[-1] != name:
+                renamed[names[-1]] = name
         (job.folder / UPLOADS).mkdir(parents=True)
-        write_json(job.folder / JOB, {**settings, "names": names, "pasted": pasted})
+        settings = {**settings, "names": names, "renamed": renamed, "pasted": pasted}
+        write_json(job.folder / JOB, settings)
         targets = list(job.uploads)
         if pasted:
             write_text(targets.pop(0), text or "")
@@ -255,7 +267,7 @@ class TrainingQueue:
             job = self.job(name)
             state = job.state
             if state == "waiting":
-                job.report(phase="stopped")
+                job.report(phase="stopped", error=None)
             if state in ("waiting", "running"):
                 job._request(state="stopping")
             pid = job.status.get("pid")
@@ -318,7 +330,7 @@ class TrainingQueue:
                 self._start(min(waiting, key=lambda job: job.settings["queued"]))
 
     def _start(self, job: Job) -> None:
-        job.report(phase="starting", pid=None, error=None)
+        job.report(phase="starting", pid=None, error=None, field=None)
         job._request(state="started", started=time.time())
         command = [sys.executable, "-m", PROGRAM, str(job.folder)]
         with (job.folder / LOG).open("ab") as output:

@@ -300,8 +300,8 @@ def _errors(field: str | None = None, message: str = "") -> list[str]:
 
 
 def _field_error(job: Job) -> dict[str, str]:
-    field = job.status.get("field") if job.state == "failed" else "job"
-    return {field or "start": job.error or ""}
+    field = job.status.get("field") or "job"  # "job": its process was killed
+    return {field: job.error or ""}
 
 
 def _selected(training: Training, name: str | None) -> Job | None:

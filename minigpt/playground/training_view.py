@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from pathlib import Path
+from typing import Any
 
 from minigpt.core.settings import UserError, one_line
 from minigpt.core.text import human_count, human_time
@@ -41,10 +42,24 @@ def job_html(job: Job, n_waiting: int = 0) -> str:
             parts.append(note_html(str(error), "error"))
     command = job.status.get("command")
     if command and job.state == "finished":
-        first = f"save the pasted text as {TEXT}, then " if job.settings["pasted"] else ""
+        first = _files_to_save(job.settings)
         parts.append(note_html(f"The run is in {run}. To repeat it in a terminal, {first}type:"))
         parts.append(f'<pre class="command">{html.escape(command)}</pre>')
     return "".join(parts)
+
+
+def _files_to_save(settings: dict[str, Any]) -> str:
+    """Return the part of a sentence that says which files the command of a job needs.
+
+    It names the pasted text, and each upload whose name an earlier file has. The result is "" if
+    there are none.
+    """
+    names, is_pasted = settings["names"], settings["pasted"]
+    steps = [f"the pasted text as {TEXT}"] if is_pasted else []
+    for new, name in settings.get("renamed", {}).items():
+        number = names.index(new) + (0 if is_pasted else 1)
+        steps.append(f"uploaded file {number} ({name}) as {new}")
+    return f"save {' and '.join(steps)}, then " if steps else ""
 
 
 def _state_line(job: Job, n_waiting: int) -> str:
@@ -70,7 +85,7 @@ def _run_html(run: Path, tokens: int | None) -> str:
             facts.append(f"validation perplexity {values['val/perplexity']:.2f}")
         if rate := values.get("tokens_per_second"):
             left = max((tokens or 0) - values["tokens"], 0) / rate
-            facts += [f"{rate:,.0f} tokens/s", f"{human_time(left)} left"]
+            facts += [f"{rate:,.0f} tokens/s", f"{human_time(left)} of training left"]
         parts.append(note_html(", ".join(facts)))
         curve = Curve(series(rows, "train/loss"), series(rows, "val/loss"))
         parts.append(curve_svg(curve, tokens))

@@ -1,5 +1,6 @@
 """The process of a training from the page, run in this process."""
 
+import errno
 import gzip
 import shlex
 import signal
@@ -12,11 +13,12 @@ from minigpt.cli import job as job_module
 from minigpt.cli.compose import load_config
 from minigpt.cli.job import budget_words, check_unpacked, job_words, run_job, tokens_per_second
 from minigpt.cli.program import Program
-from minigpt.core.settings import UserError
+from minigpt.core.settings import DiskFullError, UserError
 from minigpt.data.sources import bundled_sample
 from minigpt.playground import training
 from minigpt.playground.training import SIZES, Job, TrainingQueue
 from minigpt.runs.folder import Run
+from minigpt.runs.names import CHECKPOINTS
 from minigpt.training import assembly, loop
 from tests.conftest import ROOT, composed, naming, tiny_overrides
 
@@ -167,3 +169,99 @@ def test_speed_is_measured_without_leaving_a_run(tmp_path):
     assert words["budget.tokens"] == 64 * 30
     assert words["optimizer.warmup_steps"] == 2
     assert budget_words(config, 0)["callbacks.snapshots"] == 2
+
+
+def interrupted() -> RuntimeError:
+    """An error that a library raises because a KeyboardInterrupt has stopped it halfway."""
+    try:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise RuntimeError("halfway") from None
+    except RuntimeError as error:
+        return error
+
+
+def ended_by(queue: TrainingQueue, monkeypatch, error: BaseException | None) -> Job:
+    """A job whose training ended with `error`; None means that it finished."""
+
+    def train(*_: object) -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(job_module, "_train", train)
+    job = queue.add("text", [], "w64", 1)
+    run_started(job)
+    return job
+
+
+@pytest.mark.parametrize(
+    "error",
+    [DiskFullError("cannot write last.ckpt"), OSError(errno.ENOSPC, "No space left", "train.bin")],
+    ids=["known", "other"],
+)
+def test_full_disk_stops_a_job_and_keeps_its_uploads(queue, monkeypatch, error):
+    job = ended_by(queue, monkeypatch, error)
+    assert (job.state, job.can_continue, job.status["field"]) == ("stopped", True, "start")
+    assert job.error is not None
+    assert "full" in job.error
+    assert all(path.exists() for path in job.uploads)
+    queue.resume(job.name)
+    assert job.error is None
+    queue.stop(job.name)
+    assert (job.state, job.error) == ("stopped", None)
+
+
+def test_error_that_follows_an_interrupt_stops_a_job(queue, monkeypatch):
+    job = ended_by(queue, monkeypatch, interrupted())
+    assert (job.state, job.error, job.can_continue) == ("stopped", None, True)
+    assert all(path.exists() for path in job.uploads)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), DiskFullError("full"), interrupted()])
+def test_job_that_continues_at_once_keeps_its_uploads(queue, monkeypatch, error):
+    report = Job.report
+
+    def report_and_continue(job: Job, **values: Any) -> None:
+        report(job, **values)
+        job._request(state="waiting")  # as if a visitor pressed Continue now
+        report(job, phase="finished")
+
+    monkeypatch.setattr(Job, "report", report_and_continue)
+    job = ended_by(queue, monkeypatch, error)
+    assert job.state == "waiting"
+    assert all(path.exists() for path in job.uploads)
+
+
+@pytest.mark.parametrize("error", [UserError("wrong"), RuntimeError("wrong"), None])
+@pytest.mark.parametrize("saved", [True, False])
+def test_uploads_are_kept_after_a_failure_only_with_a_checkpoint(
+    queue, monkeypatch, tmp_path, error, saved
+):
+    folder = tmp_path / "runs/saved" / CHECKPOINTS
+    folder.mkdir(parents=True)
+    if saved:
+        (folder / "last.ckpt").touch()
+    monkeypatch.setattr(Job, "run", folder.parent)
+    job = ended_by(queue, monkeypatch, error)
+    assert job.state == ("finished" if error is None else "failed")
+    kept = saved and error is not None
+    assert [path.exists() for path in job.uploads] == [kept]
+
+
+@pytest.mark.parametrize(
+    ("argument", "field"),
+    [
+        (None, "text"),
+        ("data", "text"),
+        ("data.holdout", "text"),
+        ("data.batch_size", "text"),
+        ("data.cache_dir", "start"),
+        ("data.vocab_size", "start"),
+        ("database", "start"),
+        ("runs_dir", "start"),
+    ],
+)
+def test_only_errors_of_the_data_appear_at_the_text(queue, monkeypatch, argument, field):
+    job = ended_by(queue, monkeypatch, UserError("wrong", argument))
+    assert (job.state, job.status["field"]) == ("failed", field)

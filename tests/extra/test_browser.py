@@ -172,6 +172,59 @@ def test_age_slider_shows_younger_models_in_the_open_tab(visitor: Visitor):
         )
 
 
+# Records the ends of stories and the restarts: "note" if a story is complete, "fewer" if the number
+# of tokens falls.
+WATCH_ENDS = """() => {
+    let n = 0;
+    window.ends = [];
+    new MutationObserver(() => {
+        const now = document.querySelectorAll(".story .token").length;
+        if (now < n) window.ends.push("fewer");
+        if (document.querySelector(".story .note") && window.ends.at(-1) !== "note")
+            window.ends.push("note");
+        n = now;
+    }).observe(document.body, {childList: true, subtree: true, characterData: true});
+}"""
+
+
+def test_age_that_changes_again_ends_the_story_before_it_is_complete(visitor: Visitor):
+    page = visitor.page
+    for name, value in (("Temperature", "2"), ("Maximum length (tokens)", "400")):
+        page.get_by_label(f"number input for {name}").fill(value)
+    age = page.get_by_label("number input for Age")
+    page.evaluate(WATCH_ENDS)
+    for value in ("0", "1"):
+        age.fill(value)
+        age.press("Enter")
+    expect(page.locator(".story .note")).to_be_visible()
+    page.wait_for_timeout(5 * SECONDS)  # a second story would be complete
+    assert page.evaluate("window.ends").count("note") == 1
+
+
+def test_story_and_its_title_have_the_age_that_was_chosen_in_another_tab(visitor: Visitor):
+    page = visitor.page
+    for name, value in (("Temperature", "0"), ("Maximum length (tokens)", "20")):
+        page.get_by_label(f"number input for {name}").fill(value)
+    page.get_by_role("button", name="Write").click()
+    tokens = page.locator(".story .token")
+    expect(page.locator(".story .note")).to_be_visible()
+    old = tokens.all_inner_texts()
+    page.get_by_role("tab", name="Words").click()
+    age = page.get_by_label("number input for Age")
+    age.fill("0")
+    age.press("Enter")
+    expect(page.locator("#age figcaption")).to_contain_text("after 0 tokens")
+    page.get_by_role("tab", name="Story").click()
+    expect(page.locator("#tab-story").get_by_text("after 0 tokens")).to_be_visible()
+    page.wait_for_function(
+        """old => {
+            const tokens = [...document.querySelectorAll(".story .token")];
+            return tokens.length && tokens.some((token, i) => token.innerText !== old[i]);
+        }""",
+        arg=old,
+    )
+
+
 def test_stop_button_ends_the_story(visitor: Visitor):
     page = visitor.page
     length = page.get_by_label("number input for Maximum length (tokens)")

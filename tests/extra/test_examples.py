@@ -63,7 +63,7 @@ def test_look_inside_shows_words_attention_and_loss(tmp_path: Path):
     notebook = run_notebook(NOTEBOOKS[1], tmp_path, values)
     assert "princess - girl + boy: " in printed(notebook)
     assert printed(notebook).count("nats per word") == 2
-    assert figures(notebook) == 4
+    assert figures(notebook) == 5
 
 
 def test_architectures_are_compared_over_seeds(trained: tuple[Path, list[str]], tmp_path: Path):

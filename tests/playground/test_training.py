@@ -257,3 +257,59 @@ def test_environment_of_a_training_has_no_secrets():
     environment = training_environment({**secrets, **needed})
     assert environment.items() >= needed.items()
     assert not secrets.keys() & environment.keys()
+
+
+def test_error_of_a_stopped_job_is_shown_at_its_field(queue):
+    from minigpt.playground.training_page import _field_error
+
+    job = add(queue)
+    job._request(state="started")
+    job.report(phase="stopped", error=training.FULL, field="start")
+    assert _field_error(job) == {"start": training.FULL}
+
+
+def test_start_is_refused_while_too_many_stopped_jobs_keep_their_uploads(queue, monkeypatch):
+    monkeypatch.setattr(training, "MAX_JOBS", 2)
+    jobs = [add(queue), add(queue)]
+    for job in jobs:
+        queue.stop(job.name)
+    with pytest.raises(UserError, match=naming("2", "remove")) as error:
+        add(queue)
+    assert error.value.argument == "start"
+    assert "\n" not in str(error.value)
+    assert {job.name for job in queue.jobs()} == {job.name for job in jobs}
+    queue.resume(jobs[0].name)  # those can still continue
+    queue.stop(jobs[0].name)
+    queue.remove(jobs[1].name)
+    assert add(queue).state == "waiting"
+
+
+def test_finished_model_is_added_again_after_an_error_that_passes(queue, monkeypatch):
+    from minigpt.playground.access import Access
+    from minigpt.playground.server import Training
+    from minigpt.runs.folder import Run
+
+    jobs = [add(queue) for _ in range(3)]
+    errors: dict[str, list[Exception]] = {
+        jobs[0].name: [MemoryError("memory")], jobs[1].name: [UserError("damaged")] * 9,
+        jobs[2].name: [],
+    }  # fmt: skip
+    for job in jobs:
+        job._request(state="started")
+        job.report(phase="finished", run=str(queue.runs_dir / job.name))
+    added: list[str] = []
+
+    def add_model(name: str) -> None:
+        if errors[name]:
+            raise errors[name].pop()
+        added.append(name)
+
+    monkeypatch.setattr(Run, "load", lambda path: path.name)
+    page: Any = SimpleNamespace(add=add_model)
+    watched, seen = Training(queue, Access()), set()
+    with pytest.raises((MemoryError, UserError)):
+        watched._add_models(page, seen)
+    assert added == [jobs[2].name]  # an error does not keep the other models out
+    watched._add_models(page, seen)
+    assert added == [jobs[2].name, jobs[0].name]
+    assert len(errors[jobs[1].name]) == 8  # a damaged run is read once

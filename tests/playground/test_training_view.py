@@ -5,7 +5,7 @@ import re
 
 from minigpt.playground.training_view import job_html
 from tests.conftest import naming
-from tests.playground.conftest import add
+from tests.playground.conftest import TEXT, add
 from tests.run_folder import write_run
 
 
@@ -36,3 +36,25 @@ def test_view_shows_the_error_of_a_job_and_of_its_files(queue, processes):
     view = job_html(job)
     assert "&lt;the text is short&gt;" in view
     assert re.search(naming("samples.jsonl", "line", "1"), view)
+
+
+def test_view_names_the_files_that_the_command_needs(queue, tmp_path):
+    files = [tmp_path / folder / "text.txt" for folder in ("a", "b")]
+    for path in files:
+        path.parent.mkdir()
+        path.write_text(TEXT)
+    for text in (TEXT, None):
+        for path in files:
+            path.write_text(TEXT)
+        job = add(queue, text, files=files)
+        job._request(state="started")
+        job.report(phase="finished", command="minigpt train")
+        view = job_html(job).partition("<pre")[0]
+        assert ("2-text.txt" in view, "3-text.txt" in view) == (True, text is not None)
+        numbers = re.findall(r"(\d) \(text\.txt\)", view)
+        assert numbers == (["1", "2"] if text is not None else ["2"])
+    (tmp_path / "a.txt").write_text(TEXT)
+    plain = add(queue, None, files=[tmp_path / "a.txt"])
+    plain._request(state="started")
+    plain.report(phase="finished", command="minigpt train")
+    assert "a.txt" not in job_html(plain)

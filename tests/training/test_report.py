@@ -1,15 +1,18 @@
 import html
 import json
 import re
+import shlex
 from html.parser import HTMLParser
 
 import pytest
 
 from minigpt.cli.program import Program
 from minigpt.core import settings
+from minigpt.runs.names import SNAPSHOTS
 from minigpt.training.report import OTHER, TRAIN, VAL, smooth, write_report
 from tests.run_folder import HEADER, SUMMARY, write_run
 
+VERBS = ("study", "playground")  # for a run with snapshots
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 
@@ -66,6 +69,35 @@ def test_commands_of_the_report_name_the_program_and_the_class(tmp_path, monkeyp
     page = report(folder)
     assert "evaluate.py ckpt=runs/first class_path=mine.MyGPT<" in page
     assert "generate runs/first --class-path mine.MyGPT<" in page
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_report_of_a_run_with_snapshots_counts_them_and_gives_the_commands(
+    tmp_path, monkeypatch, own
+):
+    monkeypatch.chdir(tmp_path)
+    folder = write_run(tmp_path / "runs" / "first")
+    if own:
+        with (folder / "config.yaml").open("a") as file:
+            file.write("model_class: mine.MyGPT\n")
+    assert "--over-time" not in report(folder)
+    (folder / SNAPSHOTS).mkdir()
+    for step in range(13):
+        (folder / SNAPSHOTS / f"step-{step:06d}.safetensors").touch()
+    program = Program(str(tmp_path / "train.py"), (), "train.py")
+    for spell in (settings.python_call, program.command):
+        monkeypatch.setattr(settings, "_spell", spell)
+        page = html.unescape(report(folder))
+        assert re.search(r"\b13 snapshots\b", page)
+        commands = re.findall(r"<pre>(.*minigpt (?:study|playground) .*)</pre>", page)
+        words = [shlex.split(command) for command in commands]
+        ends = [words[words.index(verb) :] for words, verb in zip(words, VERBS, strict=True)]
+        path = ["--class-path", "mine.MyGPT"] if own else []
+        expected = [
+            ["study", "runs/first", *path, "--over-time"],
+            ["playground", "runs/first", *path],
+        ]
+        assert ends == expected
 
 
 def test_page_is_well_formed_and_refers_to_nothing_outside(tmp_path):
