@@ -279,7 +279,8 @@ def _fit(
         raise _too_many_windows(config) from None
     except SystemExit as leaving:  # by `Checkpoints`, or by Lightning at Ctrl-C, with code 1
         if (folder / CHECKPOINTS).is_dir():
-            more = {f"model.{key}": value for key, value in _class_setting(config).items()}
+            classes = _class_setting(config).items()
+            more: dict[str, Any] = {f"model.{key}": value for key, value in classes}
             if (name := config.teacher.class_path) is not None:
                 more["teacher.class_path"] = name
             recorded = read_config(folder).get("teacher", {}).get("runs", [])

@@ -2,6 +2,7 @@
 
 import re
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -44,9 +45,19 @@ def test_compile_replaces_the_loss_that_training_calls(
 def test_loss_of_training_by_device_precision_and_settings(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda loss: ("compiled", loss))
 
-    def loss_on(device: str, dropout: float = 0.0, precision="bf16-mixed", **settings) -> object:
+    class Mine(GPT):
+        def forward(self, ids: torch.Tensor, cache: object = None) -> torch.Tensor:
+            return super().forward(ids)
+
+    def loss_on(
+        device: str, dropout: float = 0.0, precision: str = "bf16-mixed",
+        teacher: type[GPT] | None = None, **settings: Any,
+    ) -> object:  # fmt: skip
         shape = GPTConfig(61, 16, d_model=16, n_layers=1, n_heads=1, dropout=dropout)
-        module = SimpleNamespace(net=GPT(shape), fast_loss=None, distillation=None)
+        teachers = [] if teacher is None else [teacher(shape)]
+        module = SimpleNamespace(
+            net=GPT(shape), fast_loss=None, distillation=None, teachers=teachers
+        )
         adamw, quiet = OptimizerConfig("adamw"), CallbacksConfig(prompts=())  # for fsdp
         trainer = TrainerConfig(**settings)
         config = TrainConfig(model=shape, optimizer=adamw, trainer=trainer, callbacks=quiet)
@@ -75,6 +86,8 @@ def test_loss_of_training_by_device_precision_and_settings(monkeypatch):
         assert graphed.__qualname__.startswith("graphed_loss")
     assert loss_on("cuda", dropout=0.1) is None
     assert loss_on("cuda", precision="16-mixed") is None
+    assert callable(loss_on("cuda", teacher=GPT))
+    assert loss_on("cuda", teacher=Mine) is None  # a graph would not run its code again
     assert loss_on("mps") is None
 
 
