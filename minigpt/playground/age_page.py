@@ -62,6 +62,8 @@ class Stream:
             age: position of the age slider.
             is_open: whether the tab is open. If not, new results are due only if some are shown.
         """
+        if age == self._age:  # the browser may report a change twice
+            return
         self._number, self._age = self._number + 1, age
         self._is_due = is_open or self._is_shown
 
