@@ -50,7 +50,7 @@ def orderly_exit(verb: str) -> Iterator[None]:
                 if watch.number:
                     watch.exit()
                 sys.exit(128 + number)
-            if type(error).__name__ == "OutOfMemoryError":  # of PyTorch, which may be missing here
+            if type(error).__name__ == "OutOfMemoryError":  # of PyTorch, slow to import
                 leave(_NO_GPU_MEMORY, 1)
             if not isinstance(error, OSError) or error.filename is None:
                 raise

@@ -127,7 +127,9 @@ class ResumeState:
             tokenizers["init_from"] = config.init_from, run.tokenizer
             parent_model = run.load_model()
         named = [("init_from", config.init_from)] if config.init_from else []
-        for name, path in [*named, *(("teacher.runs", p) for p in config.teacher.runs)]:
+        named += [("teacher.runs", path) for path in config.teacher.runs]
+        may_overlap = config.data.source == "hf" or config.data.valid == "tuning"
+        for name, path in named if may_overlap else ():
             before = Run.load(path).config.get("data")
             if config.data.source == "hf":
                 check_division(config.data, before, name, path)

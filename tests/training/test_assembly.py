@@ -30,7 +30,7 @@ def test_compile_replaces_the_loss_that_training_calls(
 ):
     calls = []
 
-    def compile(function):  # stands in for torch.compile, which takes half a minute
+    def compile(function):  # replaces torch.compile, which takes half a minute
         def compiled(*arguments):
             calls.append(len(arguments))
             return function(*arguments)
