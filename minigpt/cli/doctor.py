@@ -61,7 +61,7 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
     checks = {  # advice, and whether it applies here
         "generation is slower without decode.c: install gcc": generation.startswith("PyTorch"),
         "decode.c uses a single thread: install gcc": "one thread" in generation,
-        "training in float32 is slow: a CPU with AVX512-BF16 or AMX takes about half the time, "
+        "training in float32 is slow: a CPU with fast AVX512-BF16 or AMX takes half the time, "
         "and a GPU less": precision.startswith("32-true on cpu"),
         f"{threads} threads share {limit} cores: set OMP_NUM_THREADS={limit}": threads > limit,
         "PyTorch does not see the GPU: install a build of torch for the CUDA version that "

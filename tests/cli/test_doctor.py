@@ -67,6 +67,7 @@ def test_doctor_names_the_precision_and_its_reason(native, precision, monkeypatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(hardware, "cpu_has_bfloat16", lambda: native)
+    monkeypatch.setattr(hardware, "cpu_bfloat16_is_faster", lambda: native)
     facts, advice = doctor_json(monkeypatch, capsys)
     assert facts["precision"].startswith(f"{precision} on cpu")
     assert "bfloat16" in facts["precision"]

@@ -18,9 +18,13 @@ from minigpt.training.config import TrainConfig, TrainerConfig
 from minigpt.training.loop import train
 
 
-@pytest.mark.parametrize(("native", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
-def test_a_cpu_trains_in_bfloat16_only_where_it_is_native(monkeypatch, native, precision):
+@pytest.mark.parametrize(
+    ("native", "faster", "precision"),
+    [(True, True, "bf16-mixed"), (True, False, "32-true"), (False, False, "32-true")],
+)
+def test_a_cpu_trains_in_bfloat16_only_where_that_is_fast(monkeypatch, native, faster, precision):
     monkeypatch.setattr(hardware, "cpu_has_bfloat16", lambda: native)
+    monkeypatch.setattr(hardware, "cpu_bfloat16_is_faster", lambda: faster)
     result = Hardware.detect("cpu", "auto", 1, "auto")
     assert (result.precision, result.devices) == (precision, 1)
     assert "bfloat16" in result.why
@@ -29,10 +33,26 @@ def test_a_cpu_trains_in_bfloat16_only_where_it_is_native(monkeypatch, native, p
 @pytest.mark.parametrize(("native", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
 def test_float16_precision_on_a_cpu_is_replaced_with_a_reason(monkeypatch, native, precision):
     monkeypatch.setattr(hardware, "cpu_has_bfloat16", lambda: native)
+    monkeypatch.setattr(hardware, "cpu_bfloat16_is_faster", lambda: native)
     result = Hardware.detect("cpu", "auto", 1, "16-mixed")
     assert result.precision == precision
     assert "16-mixed" in result.why
     assert not result.emulated
+
+
+def test_speed_of_bfloat16_is_measured_with_one_thread_and_the_threads_are_restored(monkeypatch):
+    seconds = {torch.bfloat16: 1.0, torch.float32: 2.0}
+    threads = torch.get_num_threads()
+
+    def fastest(side: int, accelerator: str, dtype: torch.dtype, tries: int) -> float:
+        assert torch.get_num_threads() == 1
+        return seconds[dtype]
+
+    monkeypatch.setattr(hardware, "_fastest", fastest)
+    assert hardware.cpu_bfloat16_is_faster.__wrapped__()
+    seconds[torch.float32] = 0.5
+    assert not hardware.cpu_bfloat16_is_faster.__wrapped__()
+    assert torch.get_num_threads() == threads
 
 
 def test_requested_bfloat16_is_used_with_a_reason_if_emulated(monkeypatch):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from minigpt.core.hardware import cpu_has_bfloat16
+from minigpt.core.hardware import Hardware
 from minigpt.core.settings import UserError
 from minigpt.data.config import DataConfig
 from minigpt.kernels.choice import kernels_for
@@ -21,7 +21,7 @@ from tests.conftest import naming, trained_folder
 def test_float16_on_cpu_falls_back_and_the_log_names_the_precision(tiny: list[str]):
     folder = trained_folder([*tiny, "trainer.precision=16-mixed"])
     log = (folder / "train.log").read_text(encoding="utf-8")
-    fallback = "bf16-mixed" if cpu_has_bfloat16() else "32-true"
+    fallback = Hardware.single("auto").precision
     assert re.search(rf"\b{fallback}\b.*\b16-mixed\b", log)
 
 
