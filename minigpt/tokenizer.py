@@ -38,6 +38,8 @@ MAX_VOCAB_SIZE = 65_536  # ids are stored in 16 bits
 # too. `str.split` takes half the time of this pattern, and gives the same words if each space is
 # before a word, as in nearly every story.
 _WORD_BOUNDARY = re.compile(r" (?=\S)")
+# A word, line feeds and a word without a space between them, as at the start of a paragraph.
+_LINE_BREAK = re.compile(r"( ?\S+)(\n+)(\S+)")
 _MAX_CACHED_WORDS = 100_000  # with the limit below, at most about 20 MB
 _MAX_CACHED_LENGTH = 32  # characters; longer words are rarely repeated
 
@@ -270,7 +272,9 @@ class _WordIds(dict[str, bytes]):
 
     Most words follow a space, and their ids include this space: the key "word" has the ids of
     " word". The first word of a piece follows no space. A space is added to its key as a mark, so
-    the key " word" has the ids of "word".
+    the key " word" has the ids of "word". Two words with line feeds between them are looked up one
+    by one, because most such pairs are rare. If there are several line feeds, the last one is a
+    pre-token of its own.
 
     If a word is not in the cache, the look-up records the word and returns no bytes; `add_missing`
     encodes all recorded words. An empty key, or a key that begins with white space other than a
@@ -285,6 +289,9 @@ class _WordIds(dict[str, bytes]):
         self._long: list[str] = []
 
     def __missing__(self, word: str) -> bytes:
+        if pair := _LINE_BREAK.fullmatch(word):
+            before, line_feeds, after = pair.groups()
+            return self[before] + self[" " + line_feeds[1:]] + self[" \n"] + self[" " + after]
         if word.startswith(" "):
             self._missing[word] = word[1:]
         elif word and not word[0].isspace():

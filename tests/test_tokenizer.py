@@ -157,6 +157,14 @@ def test_words_are_forgotten_before_they_fill_the_memory(tokenizer, monkeypatch)
         assert max(len(word or "") for word in tokenizer._ids_of_word) <= 32
 
 
+def test_words_at_both_sides_of_a_line_end_are_remembered_one_by_one(tokenizer):
+    story = "\n\n".join(f"One {n}" for n in range(50)) + "\n\n\nTwo 7\n Three"
+    assert tokenizer.encode_stories([story]).tolist() == [*tokenizer.encode(story), 0]
+    words = tokenizer._ids_of_word
+    assert {"49", "7", " Two"} <= words.keys()
+    assert not any("\n" in word.strip() for word in words)
+
+
 @pytest.mark.parametrize("use", [Tokenizer.encode, Tokenizer.encode_stories, Tokenizer.train])
 def test_half_a_surrogate_pair_is_refused_in_one_line(tokenizer, use):
     text = "not \ud83d fine"

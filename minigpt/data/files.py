@@ -236,9 +236,13 @@ def _json_lines(path: Path, chunks: Iterable[str]) -> Iterator[Row]:
 
 def _json_items(path: Path, chunks: Iterable[str]) -> Iterator[Row]:
     """Yield the number (from 1) and the value of each item of a JSON list, read in chunks."""
-    decode, text, at, number, marks = json.JSONDecoder().raw_decode, "", 0, 0, "["
+    decode, number, marks = json.JSONDecoder().raw_decode, 0, "["
+    parts, enough = [], 0  # the text to parse, and the length from which a long item is tried again
     for chunk in itertools.chain(chunks, [""]):
-        text, at = text[at:] + chunk, 0
+        parts.append(chunk)
+        if chunk and sum(map(len, parts)) < enough:
+            continue
+        text, at, enough = "".join(parts), 0, 0
         while (start := _skip_space(text, at)) < len(text):
             item, begin = f"{path}, item {number + 1}", _skip_space(text, start + 1)
             if text[start] not in (marks or " "):
@@ -252,6 +256,7 @@ def _json_items(path: Path, chunks: Iterable[str]) -> Iterator[Row]:
                 value, end = decode(text, begin)
             except (ValueError, RecursionError) as error:
                 if chunk and len(text) - begin <= _LONGEST:
+                    enough = min(2 * (len(text) - at), _LONGEST)
                     break  # the rest of the item may follow
                 reason = getattr(error, "msg", None) or "nested too deeply"
                 raise UserError(f"{item} is not valid JSON ({reason}); correct it") from None
@@ -259,6 +264,7 @@ def _json_items(path: Path, chunks: Iterable[str]) -> Iterator[Row]:
                 break  # the next digit of a number may follow
             at, number, marks = end, number + 1, ",]"
             yield number, value
+        parts = [text[at:]]
     if marks:
         raise UserError(f"{path} is truncated after item {number}; copy it again")
 
@@ -329,13 +335,18 @@ def _parquet_rows(path: Path, file_format: Format, field: str | None) -> Iterato
 
 
 def _lines(path: Path, chunks: Iterable[str]) -> Iterator[str]:
-    rest = ""
+    parts = [""]  # the line that is read; its parts are joined once, because it may be long
     for chunk in chunks:
-        *lines, rest = (rest + chunk).split("\n")
-        yield from lines
-        if len(rest) > _LONGEST:
+        first, *lines = chunk.split("\n")
+        parts.append(first)
+        if lines:
+            yield "".join(parts)
+            *lines, rest = lines
+            yield from lines
+            parts = [rest]
+        elif sum(map(len, parts)) > _LONGEST:
             raise UserError(f"{path}: a line is longer than 64 MiB; write one story per line")
-    yield rest
+    yield "".join(parts)
 
 
 def _decode(path: Path, file_format: Format) -> Iterator[str]:

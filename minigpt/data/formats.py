@@ -14,7 +14,7 @@ from typing import Any
 
 from minigpt.core.settings import UserError
 
-CHUNK = 1 << 20  # bytes read at a time
+CHUNK = 1 << 17  # bytes read at a time; reading 1 MiB at a time takes twice as long
 # A compressed file may decompress to `_UNPACKED` bytes or to `_UNPACKED_TIMES` times its size,
 # whichever is more. English text compresses to a fifth of its size, a story that repeats itself to
 # a hundredth, and a file that is made to fill a disk to a thousandth.

@@ -191,6 +191,23 @@ def test_a_long_text_is_cut_at_blank_lines_else_line_ends_else_spaces_else_anywh
     assert find_cut("oneandonly", 0, 10, 6) == 6
 
 
+def test_a_long_item_of_a_list_is_tried_again_only_when_twice_as_much_was_read(
+    tmp_path, monkeypatch
+):
+    tries = []
+
+    class Decoder(json.JSONDecoder):
+        def raw_decode(self, s: str, idx: int = 0):
+            tries.append(len(s))
+            return super().raw_decode(s, idx)
+
+    monkeypatch.setattr(json, "JSONDecoder", Decoder)
+    monkeypatch.setattr(formats, "CHUNK", 10)
+    stories = ["x" * 5000, "short"]
+    assert read_stories(write(tmp_path / "a.json", json.dumps(stories))) == stories
+    assert len(tries) < 15
+
+
 def test_a_line_that_would_fill_memory_is_given_up_on(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "CHUNK", 100)
     monkeypatch.setattr(files, "_LONGEST", 1000)
