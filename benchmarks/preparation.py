@@ -51,15 +51,18 @@ def main() -> None:
         text, cache_dir = arguments.child
         print(json.dumps(prepare(text, cache_dir, size, rounds)))
         return
+    rows: list[dict[str, Any]] = []
     table = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
-        "rows": [measure(case, size, rounds) for case in arguments.cases],
+        "rows": rows,
     }
-    print(json.dumps(table, indent=2))
-    if arguments.out:
-        write_json(arguments.out / "preparation.json", table)
+    for case in arguments.cases:
+        rows.append(measure(case, size, rounds))
+        print(json.dumps(rows[-1], indent=2), flush=True)
+        if arguments.out:
+            write_json(arguments.out / "preparation.json", table)
 
 
 def measure(case: str, vocab_size: int, rounds: int) -> dict[str, Any]:
