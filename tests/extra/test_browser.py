@@ -172,52 +172,6 @@ def test_age_slider_shows_younger_models_in_the_open_tab(visitor: Visitor):
         )
 
 
-# Records the ends of stories and the restarts: "note" if a story is complete, "fewer" if the number
-# of tokens falls.
-WATCH_ENDS = """() => {
-    let n = 0;
-    window.ends = [];
-    new MutationObserver(() => {
-        const now = document.querySelectorAll(".story .token").length;
-        if (now < n) window.ends.push("fewer");
-        if (document.querySelector(".story .note") && window.ends.at(-1) !== "note")
-            window.ends.push("note");
-        n = now;
-    }).observe(document.body, {childList: true, subtree: true, characterData: true});
-}"""
-
-
-# The command minigpt, whose stories take two seconds for each update of the page.
-SLOW = """
-import time
-from minigpt.cli.app import main
-from minigpt.playground.answers import Playground
-fast = Playground.write
-def slow(*args):
-    for stories in fast(*args):
-        time.sleep(2)
-        yield stories
-Playground.write = slow
-main()
-"""
-
-
-def test_age_that_changes_again_ends_the_story_before_it_is_complete(
-    tiny_run: Path, tmp_path: Path
-):
-    command = ["-c", SLOW, "playground", str(tiny_run), "--port", "0"]
-    with page_of(command, tmp_path) as served, visit(served, width=1280) as visitor:
-        page = visitor.page
-        age = page.get_by_label("number input for Age")
-        page.evaluate(WATCH_ENDS)
-        for value in ("0", "1"):
-            age.fill(value)
-            age.press("Enter")
-        expect(page.locator(".story .note")).to_be_visible()
-        page.wait_for_timeout(8 * SECONDS)  # a second story would be complete
-        assert page.evaluate("window.ends").count("note") == 1
-
-
 def test_story_and_its_title_have_the_age_that_was_chosen_in_another_tab(visitor: Visitor):
     page = visitor.page
     for name, value in (("Temperature", "0"), ("Maximum length (tokens)", "20")):
