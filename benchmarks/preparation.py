@@ -60,9 +60,9 @@ def main() -> None:
     }
     for case in arguments.cases:
         rows.append(measure(case, size, rounds))
-        print(json.dumps(rows[-1], indent=2), flush=True)
         if arguments.out:
             write_json(arguments.out / "preparation.json", table)
+    print(json.dumps(table, indent=2))
 
 
 def measure(case: str, vocab_size: int, rounds: int) -> dict[str, Any]:

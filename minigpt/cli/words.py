@@ -95,6 +95,8 @@ def hydra_word(word: str, hints: Mapping[str, Any], sweep: bool) -> str:
             false; a list has an empty item; or a reference `${...}` is wrong.
     """
     key, equals, text = word.partition("=")
+    if key == "--config-dir" and text.startswith("~"):
+        return f"{key}={user_path(text, 'config-dir')}"
     if not equals or word.startswith(("-", "~")):
         return word
     name = key.lstrip("+")

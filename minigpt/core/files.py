@@ -92,7 +92,7 @@ def expand_paths(config: Any, *names: str) -> None:
             make_tuples(config, name)
         value = getattr(config, name)
         paths = value if isinstance(value, tuple) else (value,)
-        if any(path is not None and path.startswith("~") for path in paths):
+        if any(path is not None and path.startswith(("~", "./~")) for path in paths):
             paths = tuple(path and str(user_path(path, name)) for path in paths)
             object.__setattr__(config, name, paths if isinstance(value, tuple) else paths[0])
 

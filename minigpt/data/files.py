@@ -154,8 +154,14 @@ def _text_pieces(chunks: Iterable[str], separator: str) -> Iterator[Piece]:
     if "\n\n" in separator:
         chunks = _empty_blank_lines(chunks)
     rest, begun = "", False  # `begun`: whether a piece of the story in `rest` was already yielded
+    new: list[str] = []
     for chunk in itertools.chain(chunks, [None]):
-        *stories, rest = [rest, ""] if chunk is None else (rest + chunk).split(separator)
+        if chunk is not None:
+            new.append(chunk)
+            if 2 * sum(map(len, new)) < len(rest):  # a document would be copied for each chunk
+                continue
+        *stories, rest = "".join([rest, *new]).split(separator) + [""] * (chunk is None)
+        new.clear()
         for story in stories:
             *parts, last = _split_long(story.rstrip() if begun else story.strip())
             yield from ((part, False) for part in parts)
@@ -226,7 +232,9 @@ def _json_lines(path: Path, chunks: Iterable[str]) -> Iterator[Row]:
     for number, line in enumerate(_lines(path, chunks), start=1):
         if line.strip():
             try:
-                yield number, parse_json(line)
+                value = parse_json(line)
+                line = ""  # it may be long
+                yield number, value
             except ValueError as error:
                 example = '{"text": "Once upon a time ..."}'
                 reason = str(error).replace(": line 1 column", " at column")
@@ -258,7 +266,8 @@ def _json_items(path: Path, chunks: Iterable[str]) -> Iterator[Row]:
                 if chunk and len(text) - begin <= _LONGEST:
                     enough = min(2 * (len(text) - at), _LONGEST)
                     break  # the rest of the item may follow
-                reason = getattr(error, "msg", None) or "nested too deeply"
+                deep = isinstance(error, RecursionError)
+                reason = "nested too deeply" if deep else getattr(error, "msg", str(error))
                 raise UserError(f"{item} is not valid JSON ({reason}); correct it") from None
             if chunk and end == len(text):
                 break  # the next digit of a number may follow
@@ -278,7 +287,7 @@ def _skip_space(text: str, at: int) -> int:
 def _table_rows(path: Path, chunks: Iterable[str], kind: str, field: str | None) -> Iterator[Row]:
     """Yield the line number and the story of each row of a .csv or .tsv file; skip blank rows."""
     csv.field_size_limit(_LONGEST)
-    lines = (f"{line}\n" for line in _lines(path, chunks))
+    lines = map("{}\n".format, _lines(path, chunks))  # holds no line, which may be long
     n_blank = 0  # lines before the header
     for header in lines:
         if header.strip():
@@ -291,14 +300,15 @@ def _table_rows(path: Path, chunks: Iterable[str], kind: str, field: str | None)
     try:
         names = [name.strip() for name in next(rows)]
         column = names.index(choose_field(str(path), names, names, field))
+        begin = rows.line_num + 1
         for row in rows:
-            if not any(map(str.strip, row)):
-                continue
-            if len(row) != len(names):
-                raise csv.Error(f"{len(row)} columns, but the first row has {len(names)}")
-            yield n_blank + rows.line_num, row[column]
+            if any(map(str.strip, row)):
+                if len(row) != len(names):
+                    raise csv.Error(f"{len(row)} columns, but the first row has {len(names)}")
+                yield n_blank + begin, row[column]
+            begin = rows.line_num + 1
     except csv.Error as error:
-        problem = f"{path}, line {n_blank + rows.line_num}: {error}"
+        problem = f"{path}, line {n_blank + begin}: {error}"
         remedy = (
             f"put double quotes around fields that contain {delimiter!r}, a quote or a line break"
         )
@@ -335,17 +345,20 @@ def _parquet_rows(path: Path, file_format: Format, field: str | None) -> Iterato
 
 
 def _lines(path: Path, chunks: Iterable[str]) -> Iterator[str]:
-    parts = [""]  # the line that is read; its parts are joined once, because it may be long
+    number, parts = 1, [""]  # the line that is read; it is joined once, because it may be long
     for chunk in chunks:
         first, *lines = chunk.split("\n")
         parts.append(first)
         if lines:
-            yield "".join(parts)
+            number += len(lines)
+            parts = ["".join(parts)]
+            yield parts.pop()
             *lines, rest = lines
             yield from lines
             parts = [rest]
         elif sum(map(len, parts)) > _LONGEST:
-            raise UserError(f"{path}: a line is longer than 64 MiB; write one story per line")
+            problem = f"{path}, line {number} is longer than 64 MiB"
+            raise UserError(f"{problem}; write one story per line, or the story as .txt")
     yield "".join(parts)
 
 
@@ -376,7 +389,8 @@ def _decode(path: Path, file_format: Format) -> Iterator[str]:
             raise _not_utf8(path, file_format, where, None, cut) from None
         offset += len(chunk)
         line += chunk.count(b"\n")
-        yield text.replace(_BYTE_ORDER_MARK, "")
+        if text := text.replace(_BYTE_ORDER_MARK, ""):
+            yield text
 
 
 def _not_utf8(

@@ -54,7 +54,8 @@ _FOREIGN: tuple[tuple[str, str, tuple[bytes, ...], str], ...] = (
     ("a Parquet file", "", (b"PAR1\x15",), "rename the file to end in .parquet"),
     ("compressed with gzip", "", (b"\x1f\x8b",), "decompress the file, or add .gz to its name"),
     ("compressed with xz", "", (b"\xfd7zXZ\0",), "decompress the file, or add .xz to its name"),
-    ("compressed with bzip2", "", (b"BZh91AY&SY",), "decompress the file, or add .bz2 to its name"),
+    ("compressed with bzip2", "", tuple(b"BZh%d1AY&SY" % n for n in range(1, 10)),
+     "decompress the file, or add .bz2 to its name"),
     ("compressed with zstd", "", (b"\x28\xb5\x2f\xfd",),
      "decompress the file, or add .zst to its name"),
 )  # fmt: skip
@@ -98,7 +99,7 @@ def detect_format(path: Path) -> Format:
             raise UserError(f"{path} is {what}; {remedy}")
     if not kind:
         problem = f"{path}: the extension {suffix!r} is not supported"
-        raise UserError(f"{problem}; convert or rename the file to {READABLE}")
+        raise UserError(f"{problem}; if the file is text, rename it to one of {READABLE}")
     if kind == "parquet":
         optional("pyarrow.parquet", "Parquet")
     content = "a Parquet file" if kind == "parquet" else None
@@ -142,7 +143,7 @@ def optional(module: str, use: str) -> Any:
 
 
 def unpack(path: Path, packing: str) -> Iterator[bytes]:
-    """Yield the decompressed bytes of a file in chunks of at most 1 MiB.
+    """Yield the decompressed bytes of a file in chunks of at most 128 KiB.
 
     Args:
         path: path of the file.

@@ -91,7 +91,7 @@ def _append(path: Path, state: dict[str, Any], stories: Iterable[Any], n_bytes: 
             if story is None:
                 state["whole"] = True
             else:
-                file.write(json.dumps({"text": story}).encode() + b"\n")
+                file.write(json.dumps({"text": story}, ensure_ascii=False).encode() + b"\n")
                 show(size := len(story.encode()))
                 state["bytes"] += size
             enough = state["whole"] or (n_bytes is not None and state["bytes"] > n_bytes)

@@ -13,6 +13,7 @@ from pathlib import Path
 from minigpt.core.files import sync, write_error
 from minigpt.core.settings import UserError
 from minigpt.data.config import DataConfig
+from minigpt.tokenizer import utf8_length
 
 
 def spool_stories(
@@ -32,7 +33,8 @@ def spool_stories(
         `data` with source `text` and the files that were written.
 
     Raises:
-        UserError: an item is not a string, there are no stories, or the cache cannot be written.
+        UserError: an item is not a string, or contains a lone surrogate; there are no stories; or
+            the cache cannot be written.
     """
     folder = Path(data.cache_dir) / "stories"
     train = (_spool(stories, folder, "stories"),)
@@ -51,7 +53,8 @@ def _spool(stories: Iterable[str], folder: Path, argument: str) -> str:
                     if not isinstance(story, str):
                         problem = f"must contain strings, not {type(story).__name__}"
                         raise UserError(problem, argument)
-                    line = json.dumps({"text": story}).encode() + b"\n"
+                    utf8_length(story)  # refuses lone surrogates
+                    line = json.dumps({"text": story}, ensure_ascii=False).encode() + b"\n"
                     digest.update(line)
                     file.write(line)
                     n_stories += 1

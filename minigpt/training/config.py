@@ -394,7 +394,7 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
         "cache_dir": str(Path(config.data.cache_dir).absolute()),
     }
     if (tokenizer := config.data.tokenizer) is not None:
-        paths["tokenizer"] = str(Path(tokenizer).expanduser().absolute())
+        paths["tokenizer"] = str(Path(tokenizer).absolute())
     init_from = str(Path(config.init_from).absolute()) if config.init_from else None
     data = dataclasses.replace(config.data, **paths)
     runs = tuple(str(Path(name).absolute()) for name in config.teacher.runs)

@@ -26,7 +26,7 @@ def typed_tokenizer(data: DataConfig) -> Tokenizer | None:
     name = "data.tokenizer"
     if data.tokenizer is None:
         return None
-    path = Path(data.tokenizer).expanduser()
+    path = Path(data.tokenizer)
     if path.suffix in (".ckpt", ".safetensors"):
         inside = path.parent.name in (CHECKPOINTS, SNAPSHOTS)
         path = path.parent.parent if inside else path.parent

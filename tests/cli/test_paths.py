@@ -8,10 +8,12 @@ import pytest
 from minigpt.cli.words import hydra_word
 from minigpt.core.files import user_path
 from minigpt.core.settings import UserError
+from minigpt.data.config import DataConfig
 from minigpt.evaluation import EvaluationConfig, evaluate
 from minigpt.exporting import export
 from minigpt.runs.folder import Run
 from minigpt.training.config import TrainConfig
+from minigpt.training.inheritance import typed_tokenizer
 from tests.commands import run_here
 from tests.conftest import naming, tiny_overrides, trained_folder, write_stories
 
@@ -40,6 +42,19 @@ def test_the_folder_of_a_sweep_has_no_tilde(home):
 def test_a_name_that_begins_with_a_tilde_is_not_the_home_folder(home):
     path = user_path("./~notes.txt")
     assert (path, user_path(path)) == (Path.cwd() / "~notes.txt",) * 2
+
+
+def test_settings_with_a_name_that_begins_with_a_tilde_name_that_file(home):
+    config = TrainConfig(runs_dir="./~r", resume="./~r/a", data=DataConfig(tokenizer="./~root"))
+    here = str(Path.cwd())
+    assert (config.runs_dir, config.resume) == (f"{here}/~r", f"{here}/~r/a")
+    assert config.data.tokenizer == f"{here}/~root"
+    with pytest.raises(UserError, match=naming("data.tokenizer", f"{here}/~root")):
+        typed_tokenizer(config.data)
+
+
+def test_the_folder_of_more_config_groups_has_no_tilde(home):
+    assert hydra_word("--config-dir=~/conf", {}, sweep=False) == f"--config-dir={home}/conf"
 
 
 def test_a_user_who_does_not_exist_is_named():

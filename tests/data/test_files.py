@@ -56,6 +56,7 @@ FORMATS = {
     "a.ndjson": "\n".join(json.dumps(story, ensure_ascii=False) for story in STORIES).encode(),
     "a.json": json.dumps(OBJECTS, indent=2).encode(),
     "b.json": json.dumps(STORIES).encode(),
+    "c.json": json.dumps(STORIES, ensure_ascii=False).encode(),
     "a.csv": b"\xef\xbb\xbf" + table(","),
     "b.csv": table(";"),
     "a.tsv": table("\t"),
