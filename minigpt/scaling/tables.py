@@ -196,7 +196,7 @@ def _run_cells(run: RunResult, count: Callable[[float], str]) -> tuple[str, ...]
         run.name if run.status == "finished" else f"{run.name} ({run.status})",
         run.model,
         *("–" if n is None else count(n) for n in (run.parameters, run.non_embedding_parameters)),
-        human_count(run.tokens),
+        "–" if run.tokens is None else human_count(run.tokens),
         str(run.seed),
         value_cell(run.loss, ".3f"),
         value_cell(run.perplexity, ".2f"),
@@ -209,16 +209,17 @@ def _recipe_rows(runs: Sequence[RunResult]) -> list[list[str]]:
     """Return the rows of the table that compares recipes.
 
     For each combination of size, data set and token count with several recipes, there is one row
-    per recipe.
+    per recipe. Runs with an unknown number of tokens are left out.
     """
     cases: dict[tuple[int, str, int], dict[str, list[RunResult]]] = {}
     budgets: list[int] = []  # token counts, the largest of those that differ by less than 1 %
     finished = [run for run in by_size(runs) if run.point and run.loss is not None]
-    for run in sorted(finished, key=lambda run: run.tokens, reverse=True):
-        if not budgets or run.tokens < 0.99 * budgets[-1]:
-            budgets.append(run.tokens)
+    for tokens in sorted((run.tokens for run in finished if run.tokens is not None), reverse=True):
+        if not budgets or tokens < 0.99 * budgets[-1]:
+            budgets.append(tokens)
     for run in finished:
-        assert run.point is not None
+        if run.point is None or run.tokens is None:
+            continue
         tokens = next(n for n in reversed(budgets) if run.tokens <= n)
         recipes = cases.setdefault((run.point[0], run.corpus, tokens), {})
         recipes.setdefault(run.recipe, []).append(run)

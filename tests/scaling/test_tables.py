@@ -1,9 +1,11 @@
+import dataclasses
 import json
 import math
 import re
 
 import pytest
 
+from minigpt.runs.provenance import Parent
 from minigpt.scaling.fit import by_size, run_groups, run_warnings
 from minigpt.scaling.results import read_run
 from minigpt.scaling.tables import law_line, markdown, write_scaling
@@ -37,6 +39,18 @@ def test_runs_table_is_sorted_by_size_and_has_the_reference(sweep):
 def test_runs_table_has_dashes_for_missing_numbers_of_a_killed_run(tmp_path):
     run = read_run(write_run(tmp_path / "run", summary=None))
     assert "| run (unfinished) | unknown | – | – | 328k | 1 |" in markdown([run], [])
+
+
+def test_run_whose_parent_saw_unknown_tokens_has_a_dash_and_null_and_no_recipe_row(tmp_path):
+    parent = dataclasses.asdict(Parent("first", "a1b2", None, 2.0, ["text"]))
+    write_run(tmp_path / "a", sized("small", 20.0))
+    write_run(tmp_path / "b", sized("small", 9.0, init_from=parent))
+    write_scaling(results(tmp_path), tmp_path / "out")
+    text = (tmp_path / "out/scaling.md").read_text(encoding="utf-8")
+    assert [(row[0], row[4]) for row in rows(text, "Scaling")] == [("a", "328k"), ("b", "–")]
+    assert "## Recipes" not in text
+    known, unknown = json.loads((tmp_path / "out/scaling.json").read_text("utf-8"))["runs"]
+    assert (known["tokens"], unknown["tokens"], unknown["own_tokens"]) == (327_680, None, 327_680)
 
 
 def test_recipes_table_compares_runs_of_one_size_data_and_token_count(tmp_path):
