@@ -108,6 +108,7 @@ chaos: .venv/installed-dev  # kill a run fifty times and fuzz its files (ten min
 
 bench: .venv/installed-browser  # measure speed and memory, on an idle machine
 	$(BIN)/python benchmarks/training.py --sweep --out docs/results/benchmarks
+	$(BIN)/python benchmarks/training.py --teacher --out docs/results/benchmarks
 	$(BIN)/python benchmarks/runs.py --out docs/results/benchmarks
 	$(BIN)/python benchmarks/preparation.py --rounds 3 --out docs/results/benchmarks
 	$(BIN)/python benchmarks/generation.py --rounds 5 --out docs/results/benchmarks
