@@ -24,7 +24,11 @@ quickstart: .venv/installed  # install, train the small model for minutes, evalu
 	@echo "         $(BIN)/python train.py model=medium           # or model=large"
 	@echo "         $(BIN)/python train.py --help"
 
-life: .venv/installed  # train the three sizes with snapshots, for the slider "Age": hours
+life: .venv/installed  # train the three sizes with snapshots, for the slider "Age": at least 2 to 5 hours
+	@echo "20M tokens for each size. At the speeds in docs/performance.md, two cores need at least"
+	@echo "  small   14 to  35 min    (with bfloat16 to without)"
+	@echo "  medium  31 to  92 min"
+	@echo "  large   58 to 170 min"
 	@echo "Each run logs the time that it has left. A run that is stopped continues with make life."
 	for size in small medium large; do \
 	  $(BIN)/python train.py model=$$size budget.tokens=20e6 callbacks.snapshots=8 \
@@ -108,6 +112,7 @@ chaos: .venv/installed-dev  # kill a run fifty times and fuzz its files (ten min
 
 bench: .venv/installed-browser  # measure speed and memory, on an idle machine
 	$(BIN)/python benchmarks/training.py --sweep --out docs/results/benchmarks
+	$(BIN)/python benchmarks/training.py --teacher --out docs/results/benchmarks
 	$(BIN)/python benchmarks/runs.py --out docs/results/benchmarks
 	$(BIN)/python benchmarks/preparation.py --rounds 3 --out docs/results/benchmarks
 	$(BIN)/python benchmarks/generation.py --rounds 5 --out docs/results/benchmarks

@@ -7,8 +7,8 @@
 
 Each candidate is a separate process that runs one step on request. The candidates can therefore
 take turns, and each uses its usual memory allocator. Times are medians. On a CPU without native
-bfloat16, only float32 is measured. `--out` is the folder for training.json and, with --sweep,
-training-sweep.png.
+bfloat16, only float32 is measured. `--out` is the folder for training.json or, with --teacher,
+teacher.json; with --sweep, also for training-sweep.png.
 """
 
 from __future__ import annotations

@@ -36,6 +36,26 @@ def test_worker_measures_steps_without_the_resource_module(monkeypatch, capsys):
     assert answer["memory_mb"] is None
 
 
+def test_cost_of_a_teacher_is_written_to_a_file_of_its_own(monkeypatch, tmp_path):
+    class Steps(SimpleNamespace):
+        def __init__(self, kind: str, *shape: object) -> None:
+            super().__init__(median={"muon": 2.0, "taught": 2.5}[kind])
+
+    names = training.main.__globals__
+    monkeypatch.setitem(names, "Candidate", Steps)
+    monkeypatch.setitem(names, "measure", lambda candidates, rounds: None)
+    out = tmp_path / "results"
+    monkeypatch.setattr(sys, "argv", ["training.py", "--teacher", "--sweep", "--out", str(out)])
+    training.main()
+    (path,) = out.iterdir()
+    table = json.loads(path.read_text(encoding="utf-8"))
+    assert path.name == "teacher.json"
+    assert table.keys() >= {"date", "machine"}
+    ratios = {name: value for name, value in table.items() if name not in ("date", "machine")}
+    sizes = ("small", "medium", "large")
+    assert ratios == {f"step with a teacher, {size}": 1.25 for size in sizes}
+
+
 def test_generation_leaves_out_missing_and_failing_engines(monkeypatch, capsys, tmp_path):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     generation = importlib.import_module("generation")

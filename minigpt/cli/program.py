@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from minigpt.core.settings import MISSING, ModelClassError, UserError, one_line, spell_step
-from minigpt.core.typed import path_argument, shell_command, shell_word, typed_settings
+from minigpt.core.typed import shell_command, shell_word, typed_settings, verb_words
 
 # Settings that a config group determines, and the group that the user types instead.
 OPTION_OF = {"data.source": "data", "optimizer.name": "optimizer", "logger.kind": "logger"}
@@ -62,15 +62,11 @@ class Program:
         Args:
             verb: verb of `minigpt`.
             *words: settings as typed, for train or evaluate.
-            **settings: settings by name, for train or evaluate. For other verbs, `class_path`
-                becomes the option --class-path; the other values are paths, which become positional
-                arguments.
+            **settings: settings by name; for verbs other than train and evaluate, as in
+                `verb_words`.
         """
         if verb not in ("train", "evaluate"):
-            own = settings.pop("class_path", None)
-            paths = [path_argument(str(path)) for path in settings.values()]
-            options = [] if own is None else ["--class-path", str(own)]
-            return shell_command(*self._minigpt, verb, *paths, *options)
+            return shell_command(*self._minigpt, *verb_words(verb, settings))
         if self.words:
             return shell_command(*self._minigpt, verb, *words, *typed_settings(settings))
         script = str(Path(self.script).with_name(f"{verb}.py"))

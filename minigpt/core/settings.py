@@ -17,7 +17,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
-from minigpt.core.typed import shell_word, typed_settings
+from minigpt.core.typed import shell_command, shell_word, typed_settings, verb_words
 
 T = TypeVar("T")
 
@@ -143,8 +143,11 @@ def python_call(verb: str, /, *words: str, **settings: Any) -> str:
 
     Returns:
         The call, such as "minigpt.evaluate('runs/a')". A custom class is written without its
-        module, because the call takes the class itself and not its dotted path.
+        module, because the call takes the class itself and not its dotted path. For a verb that
+        the library has no function for, the result is the shell command.
     """
+    if verb in ("playground", "study"):
+        return shell_command("minigpt", *verb_words(verb, settings))
     if verb == "train":
         typed = [*words, *typed_settings(settings)]
         classes = [word for word in typed if word.partition("=")[0].endswith(".class_path")]

@@ -122,6 +122,19 @@ def path_argument(path: str) -> str:
     return f"./{path}" if path.startswith("-") else path
 
 
+def verb_words(verb: str, settings: Mapping[str, Any]) -> list[str]:
+    """Return the words after `minigpt` for a verb other than train and evaluate.
+
+    Args:
+        verb: verb of the command line, such as study.
+        settings: settings by name. `class_path` becomes the option --class-path; the other values
+            are paths, which become positional arguments.
+    """
+    paths = [path_argument(str(path)) for name, path in settings.items() if name != "class_path"]
+    own = settings.get("class_path")
+    return [verb, *paths, *([] if own is None else ["--class-path", str(own)])]
+
+
 def shell_command(*words: str) -> str:
     """Return a command line that bash and zsh split into `words`."""
     return " ".join(map(shell_word, words))

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from minigpt.analysis.embeddings import Tokens
 from minigpt.core.settings import UserError
+from minigpt.data.config import DataConfig
 from minigpt.evaluation.config import EvaluationConfig
 from minigpt.evaluation.corpora import Scores
 from minigpt.evaluation.stories import Temperature
+
+_FILES = ("train_files", "valid_files")  # settings that are lists of paths
 
 
 @dataclass(frozen=True)
@@ -47,8 +54,9 @@ def evaluation_name(config: EvaluationConfig, evaluation: Evaluation) -> str:
     """Return the name of the file to write an evaluation to.
 
     The name consists of "evaluation" and a part for each of the following that applies: the source
-    of `config.data`, if this is set; "tuning" for data.valid=tuning; "v1" if only the stories
-    from TinyStories V1 are scored; and `config.stride`, if this is set.
+    of `config.data`, if this is set, with a hash of these settings if they name files or a
+    dataset, so that each text has its own file; "tuning" for data.valid=tuning; "v1" if only the
+    stories from TinyStories V1 are scored; and `config.stride`, if this is set.
 
     Args:
         config: settings of the evaluation.
@@ -65,8 +73,16 @@ def file_name(start: str, config: EvaluationConfig, is_tuning: bool, valid: str 
     parts = [
         start,
         config.data.source if config.data else "",
+        _hash(config.data) if config.data and config.data.source in ("text", "hf") else "",
         "tuning" if is_tuning else "",
         "v1" if valid == "v1" else "",
         f"stride{config.stride}" if config.stride else "",
     ]
     return "-".join(filter(None, parts)) + ".json"
+
+
+def _hash(data: DataConfig) -> str:
+    """Return eight hexadecimal digits for data settings; paths count as absolute paths."""
+    paths = {name: list(map(os.path.abspath, getattr(data, name))) for name in _FILES}
+    settings = {**dataclasses.asdict(data), **paths, "cache_dir": None}
+    return hashlib.blake2b(json.dumps(settings).encode(), digest_size=4).hexdigest()

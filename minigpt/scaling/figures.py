@@ -136,7 +136,9 @@ def _curves_figure(runs: Iterable[RunResult], per_token: Callable[[Any], Any], u
     usual = max(kinds, key=kinds.count, default=("", ""))
     series: dict[str, list[Points]] = {}
     # Ascending: the last runs have the most common data and recipe, and of these the most tokens.
-    scaled.sort(key=lambda p: ((p[0].corpus, p[0].recipe) == usual, p[0].tokens, p[0].parameters))
+    scaled.sort(
+        key=lambda p: ((p[0].corpus, p[0].recipe) == usual, p[0].tokens or 0, p[0].parameters)
+    )
     for run, scale in reversed(scaled):
         kind = zip((run.corpus, run.recipe), usual, strict=True)
         unusual = [part for part, most in kind if part != most]

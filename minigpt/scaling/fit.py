@@ -252,8 +252,10 @@ class RunGroup:
 
 
 def by_size(runs: Iterable[RunResult]) -> list[RunResult]:
-    """Sort runs by parameters, tokens and seed; runs with unknown parameters come last."""
-    return sorted(runs, key=lambda r: (r.parameters or math.inf, r.tokens, r.seed, str(r.path)))
+    """Sort runs by parameters, tokens and seed; an unknown number comes last."""
+    return sorted(
+        runs, key=lambda r: (r.parameters or math.inf, r.tokens or math.inf, r.seed, str(r.path))
+    )
 
 
 def run_groups(runs: Iterable[RunResult], replicates: int = REPLICATES) -> list[RunGroup]:

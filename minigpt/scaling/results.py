@@ -70,9 +70,9 @@ class RunResult:
     status: str  # finished, interrupted or failed; unfinished if running or killed
     parameters: int | None
     non_embedding_parameters: int | None
-    tokens: int  # seen in training, including those of the parent run
+    tokens: int | None  # seen in training, including those of the parent run
     teacher_tokens: int | None  # seen by all teachers; 0 without teachers, None if unknown
-    own_tokens: int  # the part of `tokens` that the run itself has seen, without its parent
+    own_tokens: int | None  # the part of `tokens` that the run itself has seen, without its parent
     train_tokens: int | None  # size of the training split
     flops_per_token: int | None  # training FLOPs
     train_loss: float | None  # mean over the last 5 % of the run, with dropout
@@ -80,7 +80,8 @@ class RunResult:
     best_loss: float | None  # lowest validation loss during the run
     perplexity: float | None
     bits_per_byte: float | None
-    curve: tuple[tuple[float, float], ...] = ()  # (tokens seen, validation loss)
+    # (tokens seen, validation loss); empty if the tokens of the parent run are unknown
+    curve: tuple[tuple[float, float], ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)  # should be equal in a group
 
     @property
@@ -90,9 +91,14 @@ class RunResult:
 
     @property
     def group(self) -> str:
-        """Label of the group of comparable runs that this run is in: data, tokens seen, recipe."""
-        parts = self.corpus, f"{human_count(self.tokens)} tokens", self.recipe
-        return ", ".join(filter(None, parts))
+        """Label of the group of comparable runs that this run is in: data, tokens seen, recipe.
+
+        If the tokens of the parent run are unknown, the label has those of the run itself.
+        """
+        unknown = dict.fromkeys([None, self.own_tokens])  # of the parent run, or of both
+        counts = unknown if self.tokens is None else [self.tokens]
+        tokens = " + ".join("unknown" if n is None else human_count(n) for n in counts)
+        return ", ".join(filter(None, (self.corpus, f"{tokens} tokens", self.recipe)))
 
     @property
     def point(self) -> tuple[int, float] | None:
@@ -105,9 +111,11 @@ class RunResult:
     def epochs(self) -> float | None:
         """Number of passes of the run itself, without its parent, over its training split.
 
-        The number is None if the size of the split is unknown.
+        The number is None if the size of the split or the number of tokens is unknown.
         """
-        return self.own_tokens / self.train_tokens if self.train_tokens else None
+        if self.own_tokens is None or not self.train_tokens:
+            return None
+        return self.own_tokens / self.train_tokens
 
     @property
     def reference_perplexity(self) -> float | None:
@@ -171,8 +179,10 @@ def read_run(path: Path) -> RunResult:
         return value
 
     parent, teachers = parent_of(summary, path / SUMMARY), teachers_of(summary, path / SUMMARY)
-    before = (parent.tokens or 0) if parent else 0
-    own, losses = int(number("tokens") or 0), zip(*series(rows, "val/loss"), strict=True)
+    before = parent.tokens if parent else 0
+    own = None if (tokens := number("tokens")) is None else int(tokens)
+    points = zip(*series(rows, "val/loss"), strict=True)
+    losses = [(seen, loss) for seen, loss in points if math.isfinite(loss)]
     try:
         data, corpus, seed = config["data"]["source"], _corpus(config["data"]), config["seed"]
     except (KeyError, TypeError):
@@ -187,7 +197,7 @@ def read_run(path: Path) -> RunResult:
         status=numbers.get("status", "unfinished"),
         parameters=number("parameters"),
         non_embedding_parameters=number("non_embedding_parameters"),
-        tokens=before + own,
+        tokens=None if before is None or own is None else before + own,
         teacher_tokens=total_tokens(teachers),
         own_tokens=own,
         train_tokens=number("train_tokens"),
@@ -197,7 +207,7 @@ def read_run(path: Path) -> RunResult:
         best_loss=number("best_val_loss"),
         perplexity=number("val/perplexity"),
         bits_per_byte=number("val/bits_per_byte"),
-        curve=tuple((before + seen, loss) for seen, loss in losses if math.isfinite(loss)),
+        curve=() if before is None else tuple((before + seen, loss) for seen, loss in losses),
         settings=_settings(config, parent, teachers) | {"train_tokens": number("train_tokens")},
     )
 

@@ -39,6 +39,7 @@ COLUMNS = {  # heading in scaling.md: shorter heading for a terminal of 80 colum
     "parameters": "params",
     "non-embedding parameters": "non-emb.",
     "tokens": "tokens",
+    "teachers' tokens": "teachers",
     "seed": "seed",
     "nats/token": "nats",
     "perplexity": "ppl",
@@ -110,13 +111,14 @@ def as_json(runs: Sequence[RunResult], groups: Sequence[RunGroup]) -> dict[str, 
 
 
 def rich_table(runs: Iterable[RunResult]) -> Table:
-    """Return the table of runs for the terminal."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in COLUMNS.values():
+    """Return the table of runs for the terminal, with the columns of the table in scaling.md."""
+    table, runs = Table(box=None, pad_edge=False, header_style="bold"), by_size(runs)
+    columns, rows = _run_rows(runs, human_count)
+    for name in (COLUMNS[column] for column in columns):
         left = name in ("run", "model")
         table.add_column(name, justify="left" if left else "right", no_wrap=name != "run")
-    for run in by_size(runs):
-        row = [Text(cell, overflow="fold") for cell in _run_cells(run, human_count)]  # no markup
+    for run, cells in zip(runs, rows, strict=True):
+        row = [Text(cell, overflow="fold") for cell in cells]  # no markup
         table.add_row(*row, style="" if run.point else "yellow")
     return table
 
@@ -137,7 +139,7 @@ def markdown(runs: Sequence[RunResult], groups: Sequence[RunGroup]) -> str:
     sizes = [_size_cells(group, size) for group in groups for size in group.sizes]
     parts = [
         "# Scaling",
-        _run_table(runs),
+        md_table(*_run_rows(runs, "{:,}".format), left=2),
         f"Validation loss is measured at the end of each run. {REFERENCE_NOTE}",
         "\n".join(f"- {warning}" for warning in run_warnings(runs)),
         "![Perplexity against parameters](scaling.png)",
@@ -175,28 +177,28 @@ def markdown(runs: Sequence[RunResult], groups: Sequence[RunGroup]) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _run_table(runs: Sequence[RunResult]) -> str:
-    """Return the table of runs in Markdown.
+def _run_rows(
+    runs: Sequence[RunResult], count: Callable[[float], str]
+) -> tuple[list[str], list[list[str]]]:
+    """Return the columns of the table of runs, as keys of `COLUMNS`, and the cells of each run.
 
-    If a run has teachers, the table has a column for the number of tokens that they saw.
+    The number of tokens that the teachers saw is left out if no run has teachers. `count` formats
+    parameter counts.
     """
-    columns, rows = list(COLUMNS), [list(_run_cells(run, "{:,}".format)) for run in runs]
-    if any(run.teacher_tokens != 0 for run in runs):
-        place = columns.index("tokens") + 1
-        columns.insert(place, "teachers' tokens")
-        for row, run in zip(rows, runs, strict=True):
-            unknown = run.teacher_tokens is None
-            row.insert(place, "–" if unknown else human_count(run.teacher_tokens or 0))
-    return md_table(columns, rows, left=2)
+    taught = any(run.teacher_tokens != 0 for run in runs)
+    columns = [name for name in COLUMNS if taught or name != "teachers' tokens"]
+    rows = [dict(zip(COLUMNS, _run_cells(run, count), strict=True)) for run in runs]
+    return columns, [[row[name] for name in columns] for row in rows]
 
 
 def _run_cells(run: RunResult, count: Callable[[float], str]) -> tuple[str, ...]:
     """Return the cells of a run in the order of `COLUMNS`; `count` formats parameter counts."""
+    sizes, tokens = (run.parameters, run.non_embedding_parameters), (run.tokens, run.teacher_tokens)
     return (
         run.name if run.status == "finished" else f"{run.name} ({run.status})",
         run.model,
-        *("–" if n is None else count(n) for n in (run.parameters, run.non_embedding_parameters)),
-        human_count(run.tokens),
+        *("–" if n is None else count(n) for n in sizes),
+        *("–" if n is None else human_count(n) for n in tokens),
         str(run.seed),
         value_cell(run.loss, ".3f"),
         value_cell(run.perplexity, ".2f"),
@@ -209,16 +211,17 @@ def _recipe_rows(runs: Sequence[RunResult]) -> list[list[str]]:
     """Return the rows of the table that compares recipes.
 
     For each combination of size, data set and token count with several recipes, there is one row
-    per recipe.
+    per recipe. Runs with an unknown number of tokens are left out.
     """
     cases: dict[tuple[int, str, int], dict[str, list[RunResult]]] = {}
     budgets: list[int] = []  # token counts, the largest of those that differ by less than 1 %
     finished = [run for run in by_size(runs) if run.point and run.loss is not None]
-    for run in sorted(finished, key=lambda run: run.tokens, reverse=True):
-        if not budgets or run.tokens < 0.99 * budgets[-1]:
-            budgets.append(run.tokens)
+    for tokens in sorted((run.tokens for run in finished if run.tokens is not None), reverse=True):
+        if not budgets or tokens < 0.99 * budgets[-1]:
+            budgets.append(tokens)
     for run in finished:
-        assert run.point is not None
+        if run.point is None or run.tokens is None:
+            continue
         tokens = next(n for n in reversed(budgets) if run.tokens <= n)
         recipes = cases.setdefault((run.point[0], run.corpus, tokens), {})
         recipes.setdefault(run.recipe, []).append(run)

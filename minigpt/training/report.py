@@ -20,9 +20,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from minigpt.core.files import write_text
 from minigpt.core.plots import COLOURS, INK, log_ticks, new_figure, to_svg
-from minigpt.core.settings import next_step, python_call
+from minigpt.core.settings import next_step
 from minigpt.core.text import human_count, human_time
-from minigpt.core.typed import path_argument, shell_command
 from minigpt.runs.folder import read_config
 from minigpt.runs.names import CONFIG, REPORT, SNAPSHOTS
 from minigpt.runs.records import Row, last_values, read_metrics, read_samples, read_summary, series
@@ -129,24 +128,9 @@ def _commands(run_dir: Path) -> list[tuple[str, str]]:
         study = f"Measure what the model learned when, on its {n} snapshots: tables, a figure and "
         study += "an animation of the embeddings"
         page = f"See the {n} snapshots in the playground, with a slider for the age of the model"
-        over_time = f"{_shell_step('study', run, own)} --over-time"
-        commands += [(study, over_time), (page, _shell_step("playground", run, own))]
+        over_time = f"{next_step('study', run=run, **own)} --over-time"
+        commands += [(study, over_time), (page, next_step("playground", run=run, **own))]
     return commands
-
-
-def _shell_step(verb: str, run: str, own: dict[str, str]) -> str:
-    """Return the shell command for a verb that the library has no function for.
-
-    Args:
-        verb: verb of the command line.
-        run: path of the run folder.
-        own: {"class_path": path} of the model's own class, or {}.
-    """
-    command = next_step(verb, run=run, **own)
-    if command != python_call(verb, run=run, **own):
-        return command
-    options = [word for path in own.values() for word in ("--class-path", path)]
-    return shell_command("minigpt", verb, path_argument(run), *options)
 
 
 # ------------------------------------------------------------------------------------- stories

@@ -45,7 +45,12 @@ from minigpt.training.inheritance import (
 )
 from minigpt.training.module import GPTModule
 from minigpt.training.profiling import PROFILE
-from minigpt.training.resume_settings import AUTO, check_settings, refuse_settings
+from minigpt.training.resume_settings import (
+    AUTO,
+    check_settings,
+    refuse_settings,
+    warn_of_ignored_settings,
+)
 from minigpt.training.teacher import Teachers
 
 _SECTIONS = ("model", "data", "optimizer", "trainer", "budget", "seed")  # in every config.yaml
@@ -164,8 +169,8 @@ class ResumeState:
             problem = f"{folder} was trained with the class {name}, which must be given"
             raise ModelClassError(problem, name)
         before = TrainConfig.from_dict(values, config_class(model or GPT))
-        if config.resume == AUTO:
-            check_settings(config, before, folder)
+        check = check_settings if config.resume == AUTO else warn_of_ignored_settings
+        check(config, before, folder)
         data = with_cache_here(before.data, config.data.cache_dir)
         content = read_checkpoint(checkpoint)
         stored, step = content["hyper_parameters"], content["global_step"]

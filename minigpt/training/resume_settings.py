@@ -8,6 +8,7 @@ from typing import Any
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
+from minigpt.core.console import log
 from minigpt.core.files import refuse_links_out
 from minigpt.core.settings import UserError, flat
 from minigpt.core.typed import typed_settings
@@ -115,6 +116,26 @@ def refuse_settings(config: TrainConfig) -> None:
     if larger and (error := budget_error(folder, config.budget.tokens)):
         raise error
     raise UserError(f"a resumed run keeps its own settings: leave out {typed[0]}", "resume")
+
+
+def warn_of_ignored_settings(config: TrainConfig, before: TrainConfig, folder: Path) -> None:
+    """Log a warning if `config` has settings that the run in `folder` does not take over.
+
+    Args:
+        config: settings to resume the run with. Those that are defaults count as not set.
+        before: settings of the run, which it keeps.
+        folder: the run folder.
+    """
+    values, own, defaults = (flat(settings_of(c)) for c in (config, before, TrainConfig()))
+    ignored = {
+        name: value
+        for name, value in values.items()
+        if name not in {*_MAY_CHANGE, "size"}
+        and value not in (own.get(name, value), defaults.get(name, value))
+    }
+    if ignored:
+        words = ", ".join(typed_settings(ignored))
+        log.warning("the run in %s keeps its own settings and ignores %s", folder, words)
 
 
 def budget_error(folder: Path, tokens: int, typed: Sequence[str] | None = None) -> UserError | None:

@@ -1,5 +1,6 @@
 """`minigpt evaluate`: what it prints, writes and refuses."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,10 @@ def test_command_prints_the_evaluation_and_leaves_no_other_files(run, tmp_path):
     process = commands.run("evaluate.py", overrides, tmp_path)
     assert process.code == 0, process.err
     assert "perplexity" in process.out
-    record = written(run, "evaluation-text-stride4.json")
+    (path,) = run.glob("evaluation*.json")
+    assert re.fullmatch(r"evaluation-text-[0-9a-f]{8}-stride4\.json", path.name)
+    assert f"runs/tiny/{path.name}\n" in process.out
+    record = written(run, path.name)
     assert record["stride"] == 4
     assert record["data"]["valid_files"] == [x]
     assert {path.name for path in tmp_path.iterdir()} == before | {"x.txt"}

@@ -1,5 +1,6 @@
 """The Makefile: `make help` lists every target with what it does."""
 
+import json
 import re
 import subprocess
 
@@ -26,3 +27,19 @@ def test_make_help_describes_every_target():
 
 def test_make_without_a_target_prints_the_help():
     assert make_help() == make_help("help")
+
+
+def test_make_life_names_the_minutes_of_each_size_at_the_recorded_speeds():
+    life = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\nlife:")[2]
+    life = life.partition("\n\n")[0]
+    budget = re.search(r"budget\.tokens=(\S+)", life)
+    assert budget is not None
+    records = [
+        json.loads((ROOT / "docs/results/benchmarks" / name).read_text(encoding="utf-8"))
+        for name in ("training.json", "avx2/training.json")
+    ]
+    printed = re.findall(r"(small|medium|large) +(\d+) to +(\d+) min", life)
+    assert [size for size, *_ in printed] == ["small", "medium", "large"]
+    for size, *minutes in printed:
+        speeds = [record[f"tokens per second, ours {size}"] for record in records]
+        assert list(map(int, minutes)) == [round(float(budget[1]) / v / 60) for v in speeds]

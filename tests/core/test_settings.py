@@ -75,6 +75,8 @@ def test_suggested_calls_contain_custom_classes_by_name():
     evaluate = python_call("evaluate", ckpt="runs/a", class_path="my.PowerGPT")
     assert evaluate == "minigpt.evaluate(minigpt.Run.load('runs/a', PowerGPT))"
     assert python_call("evaluate", ckpt="runs/a") == "minigpt.evaluate('runs/a')"
+    study = python_call("study", run="runs/a", class_path="my.PowerGPT")
+    assert study == "minigpt study runs/a --class-path my.PowerGPT"
 
 
 @pytest.mark.parametrize(

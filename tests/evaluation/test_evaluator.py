@@ -1,18 +1,20 @@
 import json
 import logging
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 
 from minigpt.core import hardware
 from minigpt.core.settings import UserError, build
+from minigpt.data.config import DataConfig
 from minigpt.evaluation import EvaluationConfig, StoriesConfig, evaluate, evaluate_loss
 from minigpt.evaluation.evaluator import _hardware
+from minigpt.evaluation.results import evaluation_name
 from minigpt.runs.folder import Run
 from tests.conftest import naming
-from tests.evaluation.conftest import SHORT, STORIES, written
+from tests.evaluation.conftest import SHORT, STORIES, write_text_corpus, written
 
 
 @pytest.mark.parametrize(
@@ -52,6 +54,22 @@ def test_evaluation_of_a_run_folder_writes_evaluation_json(run):
     assert written(run) == json.loads(json.dumps(asdict(evaluation)))
     again = evaluate(Run.load(run), SHORT)
     assert again == evaluation  # the same seed, the same stories
+
+
+def test_evaluations_of_two_texts_are_written_to_two_files(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    configs = []
+    for name, stories in (("a", STORIES[:3]), ("b", STORIES[3:5])):
+        (tmp_path / name).mkdir()
+        path = write_text_corpus(tmp_path / name / "valid.txt", stories)
+        data = DataConfig("text", valid_files=(path,), cache_dir=str(tmp_path / "cache"))
+        configs.append(replace(SHORT, data=data))
+    results = [evaluate(run, config) for config in configs]
+    names = [evaluation_name(*pair) for pair in zip(configs, results, strict=True)]
+    assert [written(run, name)["n_stories"] for name in names] == [3, 2]
+    assert {path.name for path in run.glob("evaluation*.json")} == {*names}
+    same = DataConfig("text", valid_files=("a/valid.txt",), cache_dir="elsewhere")
+    assert evaluation_name(replace(SHORT, data=same), results[0]) == names[0]
 
 
 @pytest.mark.parametrize(("native", "precision"), [(True, "bf16-mixed"), (False, "32-true")])

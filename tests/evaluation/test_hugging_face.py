@@ -56,14 +56,15 @@ def test_loss_of_our_export_equals_that_of_our_model(place, tmp_path, monkeypatc
     ours = evaluate_loss(net, ids, stride=stride)
     n_bytes = sum(len(story.encode()) for story in stories)
     typed = [] if stride is None else [f"stride={stride}"]
-    result = evaluate_hf(place / "hf", settings(place, *typed), out=tmp_path)
+    config = settings(place, *typed)
+    result = evaluate_hf(place / "hf", config, out=tmp_path)
     assert (result.n_stories, result.n_tokens) == (30, ours.n_tokens)
     assert result.nats_per_token == pytest.approx(ours.nats_per_token, abs=1e-5)
     expected = ours.bits_per_byte(n_bytes / len(ids))
     assert result.bits_per_byte == pytest.approx(expected, abs=1e-5)
     assert (result.context, result.vocabulary) == (16, tokenizer.vocab_size)
-    name = f"evaluation-hf-hf-text{'-stride5' if stride else ''}.json"
-    stored = json.loads((tmp_path / name).read_text(encoding="utf-8"))
+    path = tmp_path / evaluation_hf_name(place / "hf", config)
+    stored = json.loads(path.read_text(encoding="utf-8"))
     assert stored["bits_per_byte"] == result.bits_per_byte
 
 
@@ -95,7 +96,8 @@ def test_settings_of_stories_and_folders_without_a_model_are_errors(place, tmp_p
 
 def test_each_kind_of_result_has_its_own_file(place):
     tuning = EvaluationConfig(data=DataConfig(valid="tuning"))
-    kinds = EvaluationConfig(), settings(place), settings(place, "stride=5"), tuning
+    other = settings(place, "data.valid_files=[other.txt]")
+    kinds = EvaluationConfig(), settings(place), settings(place, "stride=5"), tuning, other
     names = [
         evaluation_hf_name(place / "hf", kind) for kind in (*kinds, EvaluationConfig(valid="v1"))
     ]

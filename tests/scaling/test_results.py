@@ -85,6 +85,18 @@ def test_recipe_names_the_parent_and_averaged_weights(tmp_path):
     assert [run.recipe for run in results(tmp_path)] == ["from large", "from large, averaged"]
 
 
+def test_tokens_are_unknown_if_those_of_the_parent_or_of_an_averaged_run_are(tmp_path):
+    parent = {"init_from": dataclasses.asdict(Parent("large", "a1b2", None, 2.0, ["text"]))}
+    write_run(tmp_path / "a", SUMMARY | parent)
+    averaged = write_run(tmp_path / "b", SUMMARY | parent | {"tokens": None, "averaged": True})
+    (averaged / "metrics.csv").unlink()
+    child, mean = results(tmp_path)
+    assert (child.tokens, child.own_tokens, child.curve) == (None, 327_680, ())
+    assert (mean.tokens, mean.own_tokens, mean.epochs) == (None, None, None)
+    assert child.group == "text, unknown + 328k tokens, from large"
+    assert mean.group == "text, unknown tokens, from large, averaged"
+
+
 # ---------------------------------------------------------------------------- copies of runs
 
 

@@ -1,12 +1,14 @@
+import dataclasses
 import json
 import math
 import re
 
 import pytest
 
+from minigpt.runs.provenance import Parent
 from minigpt.scaling.fit import by_size, run_groups, run_warnings
 from minigpt.scaling.results import read_run
-from minigpt.scaling.tables import law_line, markdown, write_scaling
+from minigpt.scaling.tables import law_line, markdown, rich_table, write_scaling
 from tests.conftest import naming
 from tests.run_folder import write_run
 from tests.scaling.conftest import WIDTHS, results, sized
@@ -37,6 +39,33 @@ def test_runs_table_is_sorted_by_size_and_has_the_reference(sweep):
 def test_runs_table_has_dashes_for_missing_numbers_of_a_killed_run(tmp_path):
     run = read_run(write_run(tmp_path / "run", summary=None))
     assert "| run (unfinished) | unknown | – | – | 328k | 1 |" in markdown([run], [])
+
+
+def test_run_whose_parent_saw_unknown_tokens_has_a_dash_and_null_and_no_recipe_row(tmp_path):
+    parent = dataclasses.asdict(Parent("first", "a1b2", None, 2.0, ["text"]))
+    write_run(tmp_path / "a", sized("small", 20.0))
+    write_run(tmp_path / "b", sized("small", 9.0, init_from=parent))
+    write_scaling(results(tmp_path), tmp_path / "out")
+    text = (tmp_path / "out/scaling.md").read_text(encoding="utf-8")
+    assert [(row[0], row[4]) for row in rows(text, "Scaling")] == [("a", "328k"), ("b", "–")]
+    assert "## Recipes" not in text
+    known, unknown = json.loads((tmp_path / "out/scaling.json").read_text("utf-8"))["runs"]
+    assert (known["tokens"], unknown["tokens"], unknown["own_tokens"]) == (327_680, None, 327_680)
+
+
+def test_runs_tables_have_the_tokens_of_teachers_if_a_run_has_any(tmp_path):
+    def columns() -> dict[str, list[str]]:
+        table = rich_table(results(tmp_path))
+        return {str(column.header): [*map(str, column.cells)] for column in table.columns}
+
+    write_run(tmp_path / "a", sized("small", 20.0))
+    assert "teachers" not in columns()
+    for name, tokens in (("b", 28_000_000), ("c", None)):
+        teacher = dataclasses.asdict(Parent("large", "a1b2", tokens, 2.0, ["text"]))
+        write_run(tmp_path / name, sized("small", 9.0, teachers=[teacher]))
+    assert columns()["teachers"] == ["0", "28M", "–"]
+    text = markdown(by_size(results(tmp_path)), [])
+    assert [row[5] for row in rows(text, "Scaling")] == ["0", "28M", "–"]
 
 
 def test_recipes_table_compares_runs_of_one_size_data_and_token_count(tmp_path):

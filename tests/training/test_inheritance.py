@@ -45,6 +45,23 @@ def weights(folder: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
     return read_checkpoint(folder / "checkpoints" / name)["state_dict"]
 
 
+def whole_and_broken(command: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """Train a whole run, and one that is killed in step 13; return their folders."""
+    whole = trained_folder([*command, "name=whole"])
+    with monkeypatch.context() as patch:
+        patch.setattr("minigpt.training.module.GPTModule.on_train_batch_start", fail_at_step(13))
+        with pytest.raises(RuntimeError, match="interrupted"):
+            trained_folder([*command, "name=broken"])
+    return whole, whole.with_name("broken")
+
+
+def check_same_end(run: Path, other: Path) -> None:
+    """Check that two runs ended with the same weights and the same record of their parent."""
+    ends = weights(run), weights(other)
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert read_summary(run)["init_from"] == read_summary(other)["init_from"]
+
+
 def test_init_from_starts_with_the_weights_of_the_parent(
     tiny: list[str], parent: Path, tmp_path: Path
 ):
@@ -82,16 +99,10 @@ def test_run_with_init_from_resumes_after_its_parent_was_deleted(
     tiny: list[str], parent: Path, monkeypatch: pytest.MonkeyPatch
 ):
     command = [*tiny, f"init_from={parent}", "callbacks.checkpoint_steps=5"]
-    whole = trained_folder([*command, "name=whole"])
-    with monkeypatch.context() as patch:
-        patch.setattr("minigpt.training.module.GPTModule.on_train_batch_start", fail_at_step(13))
-        with pytest.raises(RuntimeError, match="interrupted"):
-            trained_folder([*command, "name=broken", "resume=auto"])
+    whole, broken = whole_and_broken(command, monkeypatch)
     shutil.rmtree(parent)
-    broken = trained_folder([*command, "name=broken", "resume=auto"])
-    ends = weights(whole), weights(broken)
-    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
-    assert read_summary(broken)["init_from"] == read_summary(whole)["init_from"]
+    assert trained_folder([*command, "name=broken", "resume=auto"]) == broken
+    check_same_end(broken, whole)
 
 
 def test_export_records_the_parent_and_can_be_a_parent(
@@ -128,21 +139,14 @@ def test_run_of_an_earlier_version_with_a_parent_is_resumed(
     tiny: list[str], parent: Path, monkeypatch: pytest.MonkeyPatch
 ):
     command = [*tiny, f"init_from={parent}", "callbacks.checkpoint_steps=5"]
-    whole = trained_folder([*command, "name=whole"])
-    with monkeypatch.context() as patch:
-        patch.setattr("minigpt.training.module.GPTModule.on_train_batch_start", fail_at_step(13))
-        with pytest.raises(RuntimeError, match="interrupted"):
-            trained_folder([*command, "name=broken"])
-    broken = parent.parent / "broken"
+    whole, broken = whole_and_broken(command, monkeypatch)
     older = {"path": "runs/parent", "commits": ["c"], "commands": [["python", "train.py"]]}
     for path in broken.glob("checkpoints/*.ckpt"):
         content = torch.load(path, weights_only=True)
         content["hyper_parameters"]["init_from"] |= older
         torch.save(content, path)
     trained_folder([f"resume={broken}"])
-    ends = weights(whole), weights(broken)
-    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
-    assert read_summary(broken)["init_from"] == read_summary(whole)["init_from"]
+    check_same_end(broken, whole)
 
 
 def test_model_card_names_the_data_of_run_and_parent(tiny: list[str], parent: Path, tmp_path: Path):

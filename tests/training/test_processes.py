@@ -30,7 +30,7 @@ def run(command: list[str]) -> str:
 
 def check_equal(run: Path, alone: Path) -> None:
     """Check that losses, norms and learning rates of `run` equal those of `alone`."""
-    columns = ("train/loss", "val/loss", "grad_norm", "lr")
+    columns = ("train/loss", "train/divergence", "val/loss", "grad_norm", "lr")
     rows = [
         [{name: row[name] for name in ("step", "tokens", *columns) if name in row} for row in rows]
         for rows in (read_metrics(run), read_metrics(alone))
@@ -70,3 +70,13 @@ def test_the_processes_of_torchrun_share_a_folder_a_log_and_a_wandb_run(two: lis
     log = (folder / "train.log").read_text(encoding="utf-8")
     assert [log.count(text) for text in ("cpu ×2", "report.html")] == [1, 1]
     check_equal(folder, trained_folder([*two, "data.batch_size=8"]))
+
+
+@pytest.mark.long
+def test_student_on_two_devices_equals_one_device_with_twice_the_batch(two: list[str]):
+    teacher = trained_folder([*two, "model.d_model=24", "name=teacher"])
+    taught = [*two, f"teacher={teacher}", "teacher.temperature=2"]
+    run([sys.executable, "train.py", *taught, "trainer.devices=2", "name=student"])
+    student = teacher.with_name("student")
+    assert "train/divergence" in read_metrics(student)[0]
+    check_equal(student, trained_folder([*taught, "data.batch_size=8"]))

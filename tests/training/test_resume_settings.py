@@ -1,6 +1,7 @@
 """Which run is resumed, its lock, and what may be typed with `resume`."""
 
 import dataclasses
+import logging
 import re
 from pathlib import Path
 
@@ -47,6 +48,16 @@ def test_resume_refuses_other_settings_and_stories(parent: Path):
         train(composed([f"resume={parent}"]), stories=["A story."])
     assert error.value.argument == "stories"
     assert train(composed([f"resume={parent}"])).folder == parent
+
+
+def test_settings_that_a_resumed_run_ignores_are_warned_about(parent: Path, caplog):
+    config = composed([f"resume={parent}"])
+    data = dataclasses.replace(config.data, batch_size=64)
+    train(config)
+    assert not any(record.levelno == logging.WARNING for record in caplog.records)
+    train(dataclasses.replace(config, seed=3, data=data))
+    (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert re.search(naming(str(parent), "seed=3", "data.batch_size=64"), record.getMessage())
 
 
 def test_larger_budget_of_a_run_without_typed_settings_suggests_no_command(parent: Path):
