@@ -120,7 +120,7 @@ def evaluation_hf_name(folder: Path, config: EvaluationConfig) -> str:
     For a checkpoint of the Hugging Face trainer, such as out/checkpoint-500, the name contains the
     names of both folders. The settings add the same parts to the name as in `evaluation_name`.
     """
-    is_tuning = config.data is not None and config.data.valid == "tuning"
+    is_tuning = config.valid is None and config.data is not None and config.data.valid == "tuning"
     folder = folder.resolve()
     is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.name) is not None
     name = f"{folder.parent.name}-{folder.name}" if is_checkpoint else folder.name

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -98,6 +99,7 @@ def test_each_kind_of_result_has_its_own_file(place):
     tuning = EvaluationConfig(data=DataConfig(valid="tuning"))
     other = settings(place, "data.valid_files=[other.txt]")
     kinds = EvaluationConfig(), settings(place), settings(place, "stride=5"), tuning, other
+    kinds += (dataclasses.replace(tuning, valid="v2"),)
     names = [
         evaluation_hf_name(place / "hf", kind) for kind in (*kinds, EvaluationConfig(valid="v1"))
     ]
