@@ -123,6 +123,8 @@ def token_html(token: ShownToken) -> str:
 def note_html(text: str, kind: str = "note") -> str:
     """Return the HTML of one line of text: a note, or an error that the visitor can fix.
 
+    The line has a direction of its own, so that it does not decide that of the story around it.
+
     Args:
         text: the line.
         kind: "note" or "error".
@@ -131,7 +133,7 @@ def note_html(text: str, kind: str = "note") -> str:
         HTML, in which the line is escaped.
     """
     role = ' role="alert"' if kind == "error" else ""
-    return f'<div class="{kind}"{role}>{html.escape(text)}</div>'
+    return f'<div class="{kind}" dir="auto"{role}>{html.escape(text)}</div>'
 
 
 def bars_html(cosines: Iterable[tuple[str, float]]) -> str:

@@ -87,6 +87,10 @@ def test_token_name_is_readable(tokenizer):
     assert re.fullmatch(r"\(.*\bend\b.*\)", token_name(tokenizer, 0))
 
 
+def test_note_in_a_story_has_its_own_direction():
+    assert 'dir="auto"' in note_html("Only its end is read.")
+
+
 def test_text_of_visitors_is_escaped():
     parts = [
         prompt_html(NASTY),
