@@ -297,6 +297,7 @@ def _table_rows(path: Path, chunks: Iterable[str], kind: str, field: str | None)
         return
     delimiter = "\t" if kind == "tsv" else max(",;\t", key=header.count)
     rows = csv.reader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
+    begin = 1  # first line of the row
     try:
         names = [name.strip() for name in next(rows)]
         column = names.index(choose_field(str(path), names, names, field))
