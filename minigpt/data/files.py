@@ -153,8 +153,8 @@ def _split_long(text: str) -> list[str]:
 def _text_pieces(chunks: Iterable[str], separator: str) -> Iterator[Piece]:
     if "\n\n" in separator:
         chunks = _empty_blank_lines(chunks)
-    rest, begun = "", False  # `begun`: whether a piece of the story in `rest` was already yielded
-    new: list[str] = []
+    # `begun`: whether a piece of the story in `rest` was already yielded; `new` follows `rest`
+    rest, begun, new = "", False, [""]
     for chunk in itertools.chain(chunks, [None]):
         if chunk is not None:
             new.append(chunk)
@@ -266,8 +266,7 @@ def _json_items(path: Path, chunks: Iterable[str]) -> Iterator[Row]:
                 if chunk and len(text) - begin <= _LONGEST:
                     enough = min(2 * (len(text) - at), _LONGEST)
                     break  # the rest of the item may follow
-                deep = isinstance(error, RecursionError)
-                reason = "nested too deeply" if deep else getattr(error, "msg", str(error))
+                reason = getattr(error, "msg", str(error))
                 raise UserError(f"{item} is not valid JSON ({reason}); correct it") from None
             if chunk and end == len(text):
                 break  # the next digit of a number may follow
@@ -348,18 +347,15 @@ def _parquet_rows(path: Path, file_format: Format, field: str | None) -> Iterato
 def _lines(path: Path, chunks: Iterable[str]) -> Iterator[str]:
     number, parts = 1, [""]  # the line that is read; it is joined once, because it may be long
     for chunk in chunks:
-        first, *lines = chunk.split("\n")
-        parts.append(first)
+        *lines, rest = chunk.split("\n")
         if lines:
             number += len(lines)
-            parts = ["".join(parts)]
+            parts = ["".join([*parts, lines[0]])]
             yield parts.pop()
-            *lines, rest = lines
-            yield from lines
-            parts = [rest]
-        elif sum(map(len, parts)) > _LONGEST:
-            problem = f"{path}, line {number} is longer than 64 MiB"
-            raise UserError(f"{problem}; write one story per line, or the story as .txt")
+            yield from lines[1:]
+        parts.append(rest)
+        if sum(map(len, parts)) > _LONGEST:
+            raise UserError(f"{path}, line {number} is longer than 64 MiB; write a story per line")
     yield "".join(parts)
 
 
