@@ -26,7 +26,7 @@ from minigpt.kernels.choice import kernels_for
 from minigpt.kernels.cuda_graph import graphed_loss
 from minigpt.model import GPT, GPTConfig
 from minigpt.training.config import OptimizerConfig
-from minigpt.training.optim import CombinedOptimizer, Muon, make_optimizer
+from minigpt.training.optim import CombinedOptimizer, Muon, make_optimizer, peak_lrs
 
 ROOT = Path(__file__).parent.parent
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -125,7 +125,8 @@ def our_step(
     loss, dtype = training_loss(model, graph, compile), DTYPES[precision]
     settings = OptimizerConfig()
     products = dtype or torch.float32
-    optimizer = make_optimizer(model, settings, shape.d_model, dtype=products, graphed=graph)
+    lrs = peak_lrs(settings, shape.d_model)
+    optimizer = make_optimizer(model, settings, lrs, dtype=products, graphed=graph)
     if compile and optimizer_too:
         assert isinstance(optimizer, CombinedOptimizer)
         muon = optimizer.parts[1]

@@ -129,7 +129,7 @@ def _losses(fast: bool) -> list[float]:
     from minigpt.kernels.microbatch import microbatched_loss
     from minigpt.model import GPT
     from minigpt.training.config import OptimizerConfig
-    from minigpt.training.optim import lr_factor, make_optimizer
+    from minigpt.training.optim import lr_factor, make_optimizer, peak_lrs
 
     data = DataModule(DataConfig(batch_size=8), 256, n_steps=STEPS, seed=1)
     data.setup("fit")
@@ -139,7 +139,7 @@ def _losses(fast: bool) -> list[float]:
     config = OptimizerConfig(warmup_steps=20)
     half = fast and precisions()[-1] == "bf16"
     dtype = torch.bfloat16 if half else torch.float32
-    optimizer = make_optimizer(net, config, 128, dtype=dtype)
+    optimizer = make_optimizer(net, config, peak_lrs(config, 128), dtype=dtype)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: lr_factor(step, STEPS, config.warmup_steps, 0.0, "linear")
     )

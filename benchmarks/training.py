@@ -75,7 +75,7 @@ def _ours(
     from minigpt.kernels.microbatch import microbatched_loss
     from minigpt.model import GPT
     from minigpt.training.config import OptimizerConfig
-    from minigpt.training.optim import make_optimizer
+    from minigpt.training.optim import make_optimizer, peak_lrs
 
     tune_process()
     net = GPT(shape_of(d_model, context)).use(CPU)
@@ -84,7 +84,8 @@ def _ours(
     if taught:
         teacher = GPT(shape_of(d_model, context)).use(CPU).eval().requires_grad_(False)
         loss = microbatched_loss(net, loss=Distillation(net, [teacher], dtype=dtype))
-    optimizer = make_optimizer(net, OptimizerConfig(name), d_model, dtype=dtype)
+    config = OptimizerConfig(name)
+    optimizer = make_optimizer(net, config, peak_lrs(config, d_model), dtype=dtype)
     tokens = torch.randint(0, VOCABULARY, (batch, context + 1))
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     return _step(net, optimizer, lambda: loss(inputs, targets).flatten()[0], precision)

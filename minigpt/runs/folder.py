@@ -61,6 +61,7 @@ OLD_DEFAULTS: dict[str, dict[str, Any]] = {
         "cycles": 0,
         "final_weight_decay": None,
         "normalize_rows": None,
+        "follow_batch": False,
     },
 }
 OLD_SETTINGS = {"model": ("attention",)}

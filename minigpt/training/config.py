@@ -17,6 +17,7 @@ from minigpt.generation.sampling import SamplingConfig
 from minigpt.kernels.choice import Choice
 from minigpt.model import GPTConfig
 
+LARGE_BATCH = 8192  # tokens of an update, up to which the default recipe was tuned
 MAX_NAME_BYTES = 200  # file systems allow 255; some file names are the run name plus a suffix
 
 
@@ -112,11 +113,16 @@ class OptimizerConfig:
     keeps the total norm of the update; None scales no rows."""
     warmup_steps: int = 500
     """Number of updates in which the learning rate rises linearly, from 1 / warmup_steps of the
-    peak learning rate to the peak learning rate."""
+    peak learning rate to the peak learning rate. With `follow_batch`, larger batches have fewer."""
     warmup_tokens: int | None = None
     """Length of the warm-up in training tokens, rounded up to whole updates; with larger batches,
     the warm-up has fewer updates. A value replaces `warmup_steps`; None means that `warmup_steps`
     applies."""
+    follow_batch: bool = True
+    """Whether the warm-up and the default learning rates follow the batch if an update has more
+    than 8,192 tokens (32 windows of 256): `warmup_steps` updates of 8,192 tokens then give the
+    length of the warm-up, and the default learning rates are multiplied by the square root of the
+    ratio."""
     schedule: Literal["cosine", "linear"] | None = None
     """Shape of the decay after the warm-up; None means linear with Muon and cosine with AdamW."""
     final_lr: float = 0.0
@@ -167,6 +173,8 @@ class OptimizerConfig:
             tokens_per_step: number of training tokens in one update, over all devices.
         """
         tokens = self.warmup_tokens
+        if tokens is None and self.follow_batch and tokens_per_step > LARGE_BATCH:
+            tokens = self.warmup_steps * LARGE_BATCH
         return self.warmup_steps if tokens is None else -(-tokens // tokens_per_step)
 
     def decay_ends(self, n_steps: int) -> list[int]:

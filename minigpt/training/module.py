@@ -69,7 +69,7 @@ class GPTModule(L.LightningModule):
         self.teachers: list[GPT] = []  # in a list, so that they are not part of this module
         self.graphed_updates = False  # whether Muon replays CUDA graphs
         self.settings = optimizer
-        self.peak_lrs = peak_lrs(optimizer, config.d_model)
+        self.peak_lrs = peak_lrs(optimizer, config.d_model, tokens_per_step)
         self.n_steps, self.tokens_per_step = n_steps, tokens_per_step
         self.bytes_per_token = bytes_per_token
         self.train_loss: Tensor | None = None
@@ -174,8 +174,7 @@ class GPTModule(L.LightningModule):
         # A fused step would unscale float16 gradients itself, which is too late for clipping.
         fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
         dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
-        width, graphed = self.net.config.d_model, self.graphed_updates
-        optimizer = make_optimizer(self.net, c, width, fused, dtype, graphed)
+        optimizer = make_optimizer(self.net, c, self.peak_lrs, fused, dtype, self.graphed_updates)
 
         end, *ends = c.decay_ends(self.n_steps)
         warmup = c.n_warmup_steps(self.tokens_per_step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -16,7 +16,7 @@ from torch.optim import AdamW, Optimizer
 
 from minigpt.kernels.cuda_graph import recorded
 from minigpt.kernels.microbatch import thread_pool
-from minigpt.training.config import OptimizerConfig
+from minigpt.training.config import LARGE_BATCH, OptimizerConfig
 
 
 def default_lr(d_model: int, name: str = "muon") -> float:
@@ -46,16 +46,21 @@ def default_matrix_lr(d_model: int) -> float:
     return 8e-3 * (128 / d_model) ** 0.5
 
 
-def peak_lrs(config: OptimizerConfig, d_model: int) -> dict[str, float]:
+def peak_lrs(config: OptimizerConfig, d_model: int, tokens_per_step: int = 0) -> dict[str, float]:
     """Return the peak learning rates by setting name, with defaults for those that are None.
 
     Args:
         config: settings of the optimizer.
         d_model: width of the model.
+        tokens_per_step: number of training tokens in one update. If `config.follow_batch` is true
+            and the number is above `LARGE_BATCH`, the defaults are multiplied by the square root
+            of their ratio, as measured in docs/LOG.md.
     """
-    lrs = {"lr": config.lr or default_lr(d_model, config.name)}
+    ratio = max(1.0, tokens_per_step / LARGE_BATCH) if config.follow_batch else 1.0
+    factor = ratio**0.5
+    lrs = {"lr": config.lr or factor * default_lr(d_model, config.name)}
     if config.name == "muon":
-        lrs["matrix_lr"] = config.matrix_lr or default_matrix_lr(d_model)
+        lrs["matrix_lr"] = config.matrix_lr or factor * default_matrix_lr(d_model)
     return lrs
 
 
@@ -118,7 +123,7 @@ def set_weight_decay(
 def make_optimizer(
     model: nn.Module,
     config: OptimizerConfig,
-    d_model: int,
+    lrs: Mapping[str, float],
     fused: bool = True,
     dtype: torch.dtype = torch.float32,
     graphed: bool = False,
@@ -133,12 +138,11 @@ def make_optimizer(
     Args:
         model: the model.
         config: name and settings of the optimizer.
-        d_model: width of the model, for the default learning rates.
+        lrs: peak learning rates by setting name, such as the result of `peak_lrs`.
         fused: whether AdamW runs as one kernel.
         dtype: dtype of Muon's matrix products; bfloat16 is precise enough.
         graphed: whether Muon records and replays CUDA graphs.
     """
-    lrs = peak_lrs(config, d_model)
     matrices, embeddings, vectors = [], [], []  # vectors: biases and norms
     for name, parameter in model.named_parameters():
         # Muon is for matrices; AdamW trains the kernels of convolutions in custom classes.

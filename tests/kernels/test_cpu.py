@@ -14,7 +14,7 @@ from minigpt.data.sources import bundled_sample
 from minigpt.kernels.cpu import BLOCK, CPU, block_attention
 from minigpt.model import GPT, GPTConfig
 from minigpt.training.config import OptimizerConfig
-from minigpt.training.optim import lr_factor, make_optimizer
+from minigpt.training.optim import lr_factor, make_optimizer, peak_lrs
 
 
 def attention(qkv: torch.Tensor, n_heads: int) -> torch.Tensor:
@@ -70,7 +70,8 @@ def test_training_loss_with_cpu_kernels_equals_that_of_pytorch(tmp_path):
 def _final_loss(model, data, dtype):
     """Of the last 20 steps, with the schedule of train.py: at a constant rate even the order of
     additions decides where 200 steps end."""
-    optimizer = make_optimizer(model, OptimizerConfig(), 32, dtype=dtype)
+    config = OptimizerConfig()
+    optimizer = make_optimizer(model, config, peak_lrs(config, 32), dtype=dtype)
     schedule = LambdaLR(optimizer, lambda step: lr_factor(step, data.n_steps, 20, 0.0, "linear"))
     losses = []
     for ids, targets in data.train_dataloader():

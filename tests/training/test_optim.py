@@ -6,7 +6,7 @@ import torch
 from torch.optim import AdamW
 
 from minigpt.model import GPT, GPTConfig
-from minigpt.training.config import OptimizerConfig
+from minigpt.training.config import LARGE_BATCH, OptimizerConfig
 from minigpt.training.optim import (
     CombinedOptimizer,
     Muon,
@@ -25,7 +25,8 @@ TINY = GPTConfig(vocab_size=50, context_length=16, d_model=16, n_layers=1, n_hea
 def net_and_optimizer(**settings) -> tuple[GPT, torch.optim.Optimizer]:
     torch.manual_seed(0)
     net = GPT(TINY)
-    return net, make_optimizer(net, OptimizerConfig(**settings), TINY.d_model, fused=True)
+    config = OptimizerConfig(**settings)
+    return net, make_optimizer(net, config, peak_lrs(config, TINY.d_model))
 
 
 def train(net: GPT, optimizer: torch.optim.Optimizer, seeds: range) -> None:
@@ -68,6 +69,21 @@ def test_default_learning_rates_fall_with_width():
         "matrix_lr": default_matrix_lr(256),
     }
     assert peak_lrs(OptimizerConfig(name="adamw"), 256) == {"lr": default_lr(256, "adamw")}
+
+
+def test_defaults_follow_a_batch_that_is_larger_than_the_tuned_ones():
+    config = OptimizerConfig(warmup_steps=500)
+    usual = peak_lrs(config, 128)
+    for tokens in (2048, LARGE_BATCH):
+        assert (peak_lrs(config, 128, tokens), config.n_warmup_steps(tokens)) == (usual, 500)
+    large = peak_lrs(config, 128, 4 * LARGE_BATCH)
+    assert large == {name: pytest.approx(2 * lr) for name, lr in usual.items()}
+    assert config.n_warmup_steps(4 * LARGE_BATCH) == 125
+    typed = OptimizerConfig(lr=1e-3, matrix_lr=2e-3)
+    assert peak_lrs(typed, 128, 4 * LARGE_BATCH) == {"lr": 1e-3, "matrix_lr": 2e-3}
+    fixed = OptimizerConfig(follow_batch=False)
+    assert peak_lrs(fixed, 128, 4 * LARGE_BATCH) == usual
+    assert fixed.n_warmup_steps(4 * LARGE_BATCH) == 500
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
