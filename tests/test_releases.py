@@ -34,6 +34,8 @@ def test_experiment_reproduces_the_settings_of_a_release(folder: Path):
     again = composed([f"{experiment}_continued" if parent else experiment])
     for group in ("model", "optimizer", "budget", "trainer"):
         expected = getattr(again, group)
+        if group == "optimizer":  # older than the setting, which does not affect batches of 16
+            expected = dataclasses.replace(expected, follow_batch=False)
         assert build(type(expected), config[group], group) == expected
     assert config["seed"] == again.seed
     data = dataclasses.asdict(again.data)
