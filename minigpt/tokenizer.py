@@ -289,7 +289,7 @@ class _WordIds(dict[str, bytes]):
         self._long: list[str] = []
 
     def __missing__(self, word: str) -> bytes:
-        if pair := _LINE_BREAK.fullmatch(word):
+        if "\n" in word and (pair := _LINE_BREAK.fullmatch(word)):
             before, line_feeds, after = pair.groups()
             return self[before] + self[" " + line_feeds[1:]] + self[" \n"] + self[" " + after]
         if word.startswith(" "):
