@@ -72,7 +72,7 @@ class Tokenizer:
         self._library = library
         # END_OF_TEXT in a story is encoded as letters, not as id 0. The JSON does not store this.
         self._library.encode_special_tokens = True
-        self._ids_of_word = _WordIds(self._library)
+        self._caches: list[_WordIds] = []  # those that no thread is using
 
     @classmethod
     def train(cls, stories: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -211,7 +211,7 @@ class Tokenizer:
         """Return the ids of pieces of stories, with END_OF_TEXT at the end of each story.
 
         The ids of words are cached. All words that are not in the cache are encoded together, on
-        all cores.
+        all cores. Several threads may call this method at the same time; each uses its own cache.
 
         Args:
             pieces: output of `cut_texts`, without lone surrogates.
@@ -219,7 +219,11 @@ class Tokenizer:
         Returns:
             Ids [n_tokens] uint16.
         """
-        cache, end = self._ids_of_word, _stored([self.end_of_text])
+        try:
+            cache = self._caches.pop()
+        except IndexError:  # every cache is in use
+            cache = _WordIds(self._library)
+        end = _stored([self.end_of_text])
         if len(cache) >= _MAX_CACHED_WORDS:
             cache.clear()
         parts: list[bytes] = []
@@ -242,6 +246,7 @@ class Tokenizer:
         for index, words in incomplete:
             parts[index] = b"".join(map(cache.__getitem__, words))
         cache.drop_long()
+        self._caches.append(cache)
         return np.frombuffer(b"".join(parts), dtype="<u2")
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -272,9 +277,9 @@ class _WordIds(dict[str, bytes]):
 
     Most words follow a space, and their ids include this space: the key "word" has the ids of
     " word". The first word of a piece follows no space. A space is added to its key as a mark, so
-    the key " word" has the ids of "word". Two words with line feeds between them are looked up one
-    by one, because most such pairs are rare. If there are several line feeds, the last one is a
-    pre-token of its own.
+    the key " word" has the ids of "word". Two short words with line feeds between them are looked
+    up one by one, because most such pairs are rare. If there are several line feeds, the last one
+    is a pre-token of its own.
 
     If a word is not in the cache, the look-up records the word and returns no bytes; `add_missing`
     encodes all recorded words. An empty key, or a key that begins with white space other than a
@@ -289,7 +294,8 @@ class _WordIds(dict[str, bytes]):
         self._long: list[str] = []
 
     def __missing__(self, word: str) -> bytes:
-        if "\n" in word and (pair := _LINE_BREAK.fullmatch(word)):
+        short = len(word) <= 2 * _MAX_CACHED_LENGTH
+        if short and "\n" in word and (pair := _LINE_BREAK.fullmatch(word)):
             before, line_feeds, after = pair.groups()
             return self[before] + self[" " + line_feeds[1:]] + self[" \n"] + self[" " + after]
         if word.startswith(" "):

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
@@ -153,16 +154,24 @@ def test_words_are_forgotten_before_they_fill_the_memory(tokenizer, monkeypatch)
     for start in range(0, 200, 20):
         story = " ".join(str(n) for n in range(start, start + 20)) + " " + "long" * 20
         assert tokenizer.encode_stories([story]).tolist() == [*tokenizer.encode(story), 0]
-        assert len(tokenizer._ids_of_word) <= 10 + 22
-        assert max(len(word or "") for word in tokenizer._ids_of_word) <= 32
+        words = tokenizer._caches[-1]  # the one that was used last
+        assert len(words) <= 10 + 22
+        assert max(len(word or "") for word in words) <= 32
 
 
 def test_words_at_both_sides_of_a_line_end_are_remembered_one_by_one(tokenizer):
     story = "\n\n".join(f"One {n}" for n in range(50)) + "\n\n\nTwo 7\n Three"
     assert tokenizer.encode_stories([story]).tolist() == [*tokenizer.encode(story), 0]
-    words = tokenizer._ids_of_word
+    words = tokenizer._caches[-1]
     assert {"49", "7", " Two"} <= words.keys()
     assert not any("\n" in word.strip() for word in words)
+
+
+def test_threads_that_encode_at_the_same_time_get_the_same_ids(tokenizer):
+    texts = [" ".join(f"{name}{n % 97}" for n in range(5000)) for name in ("one", "two", "six")] * 4
+    with ThreadPoolExecutor(len(texts)) as pool:
+        encoded = pool.map(lambda text: tokenizer.encode_stories([text]).tolist(), texts)
+    assert list(encoded) == [[*tokenizer.encode(text), 0] for text in texts]
 
 
 @pytest.mark.parametrize("use", [Tokenizer.encode, Tokenizer.encode_stories, Tokenizer.train])

@@ -14,9 +14,9 @@ import json
 import logging
 import shutil
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,7 +41,10 @@ _FORMAT = 1  # part of each fingerprint; increase it if prepared files change
 # Bytes of stories to train a tokenizer on. They are enough for the largest vocabulary, and training
 # takes 10 s on two cores.
 _TOKENIZER_BYTES = 100_000_000
-_BLOCK_CHARACTERS = 1 << 18  # characters encoded at a time, which bounds memory for any corpus
+_BLOCK_CHARACTERS = 1 << 17  # characters encoded at a time, which bounds memory for any corpus
+# Blocks encoded at the same time. While one thread converts ids, which needs the interpreter, the
+# library encodes the block of the other on all cores.
+_BLOCKS_AT_ONCE = 2
 _TOKENS, _META, _TOKENIZER = "tokens.bin", "meta.json", "tokenizer.json"
 
 
@@ -189,7 +192,7 @@ def _encode(
 
     counts, checksum = Counter(tokens=0, bytes=0, stories=0), hashlib.blake2b()
     blocks = _blocks(cut_texts(pieces), lambda piece: len(piece[0]))
-    with path.open("wb") as file, ThreadPoolExecutor(1) as pool:
+    with path.open("wb") as file, ThreadPoolExecutor(_BLOCKS_AT_ONCE) as pool:
         for ids, n_bytes, n_stories in _map_ahead(pool, encode, blocks):
             file.write(ids.data)
             checksum.update(ids.data)
@@ -201,15 +204,14 @@ def _encode(
 
 
 def _map_ahead(pool: Executor, function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
-    """Yield `function(item)` for each item, computed in `pool` while the next item is read."""
-    previous = None
+    """Yield `function(item)` for each item in order, computed in `pool` while items are read."""
+    futures: deque[Future[T]] = deque()
     for item in items:
-        future = pool.submit(function, item)
-        if previous is not None:
-            yield previous.result()
-        previous = future
-    if previous is not None:
-        yield previous.result()
+        futures.append(pool.submit(function, item))
+        if len(futures) > _BLOCKS_AT_ONCE:
+            yield futures.popleft().result()
+    while futures:
+        yield futures.popleft().result()
 
 
 def _blocks(items: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]:
