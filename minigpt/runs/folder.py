@@ -63,6 +63,7 @@ OLD_DEFAULTS: dict[str, dict[str, Any]] = {
         "normalize_rows": None,
         "follow_batch": False,
     },
+    "trainer": {"cuda_graph": False},
 }
 OLD_SETTINGS = {"model": ("attention",)}
 
