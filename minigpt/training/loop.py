@@ -76,8 +76,8 @@ def train(
 ) -> Run:
     """Train a model, or continue the run in `config.resume`, and return the run.
 
-    At the end, the state of the process is restored: warnings, logging, signal handlers, matmul
-    precision, threads, random states and environment variables.
+    At the end, the state of the process is restored, such as warnings, logging, signal handlers,
+    matmul precision, threads, random states and environment variables.
 
     Args:
         config: all settings, such as the result of `load_config`.
@@ -98,9 +98,10 @@ def train(
             diverged, the disk is full, the GPU has too little memory, or another process trains
             this run.
     """
-    with preserved_process():
+    with preserved_process(), contextlib.ExitStack() as stack:
         forget_stale_launcher()
         rank_zero: Any = rank_zero_only
+        stack.callback(setattr, rank_zero, "rank", rank_zero.rank)
         rank_zero.rank = global_rank()  # Lightning would also read other variables
         config = _with_classes(config, model, teacher)
         if stories is not None and config.resume not in (None, AUTO):
