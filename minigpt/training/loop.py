@@ -27,19 +27,13 @@ from minigpt.core.distributed import (
     may_start_processes,
     step_name,
 )
-from minigpt.core.hardware import (
-    Hardware,
-    has_c_compiler,
-    has_cpp_compiler,
-    set_threads,
-)
+from minigpt.core.hardware import Hardware, has_c_compiler, has_cpp_compiler, set_threads
 from minigpt.core.process import preserved_process
 from minigpt.core.settings import ModelClassError, UserError, build, next_step
 from minigpt.core.signals import watch
 from minigpt.data.datamodule import DataModule
 from minigpt.data.spool import spool_stories
-from minigpt.kernels.choice import Choice, kernels_for
-from minigpt.kernels.decode import is_plain
+from minigpt.kernels.choice import Choice, is_plain, kernels_for
 from minigpt.model import GPT, Kernels
 from minigpt.runs.folder import (
     ModelFactory,
@@ -53,9 +47,7 @@ from minigpt.runs.folder import (
 from minigpt.runs.names import CHECKPOINTS, REPORT, SUMMARY
 from minigpt.runs.records import read_summary
 from minigpt.training.assembly import Assembly, config_text, set_losses
-from minigpt.training.callbacks import (
-    ModelUpload,
-)
+from minigpt.training.callbacks import ModelUpload
 from minigpt.training.checkpointing import full_disk_in_one_line
 from minigpt.training.config import MAX_NAME_BYTES, Schedule, TrainConfig, TrainerConfig
 from minigpt.training.loggers import check_logger, finish_wandb
