@@ -9,7 +9,7 @@ from typing import Any
 
 from minigpt.core.settings import ModelClassError, UserError
 from minigpt.model import GPT, GPTConfig
-from minigpt.runs.folder import ModelFactory, Run, load_one
+from minigpt.runs.folder import ModelFactory, Run, load_one, with_factory
 from minigpt.runs.provenance import Parent, own_teachers
 from minigpt.tokenizer import Tokenizer
 
@@ -44,9 +44,7 @@ class Teachers:
                 weights, or the tokenizers differ.
             ModelClassError: a teacher was trained with another class than `model`.
         """
-        runs = [_run(path, student) for path in paths]
-        custom = [run for run in runs if run.config.get("model_class") is not None] or runs
-        runs = [replace(run, model=model) if run in custom else run for run in runs]
+        runs = with_factory([_run(path, student) for path in paths], model)
         for path, run in zip(paths[1:], runs[1:], strict=True):
             if run.tokenizer.fingerprint != runs[0].tokenizer.fingerprint:
                 message = f"{paths[0]} and {path} have different tokenizers: choose one of them"
