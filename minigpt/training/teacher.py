@@ -27,6 +27,9 @@ class Teachers:
     records: Sequence[Parent]
     """Provenance record of each teacher."""
 
+    runs: Sequence[Run]
+    """The runs of the teachers."""
+
     @classmethod
     def load(
         cls, paths: Sequence[str], student: Path | None = None, model: ModelFactory | None = None
@@ -60,7 +63,7 @@ class Teachers:
                 first = paths[weights.index(weights[i])]
                 problem = f"{first} and {path} have the same weights: give each teacher once"
                 raise UserError(problem, "teacher.runs", list(paths))
-        return cls(models, runs[0].tokenizer, records)
+        return cls(models, runs[0].tokenizer, records, runs)
 
     def recorded_in(self, hyper_parameters: Mapping[str, Any], checkpoint: Path) -> Teachers:
         """Return these teachers with the provenance records that the student's checkpoint contains.
