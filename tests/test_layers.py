@@ -19,22 +19,30 @@ def lint(folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("module", "line"),
+    ("module", "line", "n_broken"),
     [
-        (None, ""),
-        ("core/text.py", "import minigpt.runs.folder"),
-        ("training/optim.py", "import minigpt.analysis.embeddings"),
-        ("runs/folder.py", "import omegaconf"),
+        (None, "", 0),
+        ("core/text.py", "import minigpt.runs.folder", 1),
+        ("training/optim.py", "import minigpt.analysis.embeddings", 1),
+        ("runs/folder.py", "import omegaconf", 1),
+        ("novel/novel.py", "", 1),  # a package without a layer
+        ("novel/novel.py", "import hydra", 2),
     ],
 )
-def test_layers_contract_finds_a_breach(module: str | None, line: str, tmp_path: Path):
+def test_layers_contract_finds_a_breach(
+    module: str | None, line: str, n_broken: int, tmp_path: Path
+):
     shutil.copytree(ROOT / "minigpt", tmp_path / "minigpt")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     if module is not None:
         path = tmp_path / "minigpt" / module
-        path.write_text(path.read_text(encoding="utf-8") + f"\n\n{line}\n", encoding="utf-8")
+        path.parent.mkdir(exist_ok=True)
+        path.with_name("__init__.py").touch()
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"\n\n{line}\n")
     process = lint(tmp_path)
-    assert process.returncode == (0 if module is None else 1), process.stdout
+    assert process.returncode == min(n_broken, 1), process.stdout
+    assert process.stdout.count("BROKEN") == n_broken
     if module is not None:
         assert Path(module).stem in process.stdout
 

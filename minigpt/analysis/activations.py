@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minigpt.analysis.attention import check_takes_cache
 from minigpt.core.settings import UserError
-from minigpt.generation.decoder import takes_cache
 from minigpt.model import GPT, KVCache
 
 Edit = Callable[[Tensor], Tensor]
@@ -74,9 +74,7 @@ def activations(
             class of the model lacks a module or does not accept `cache`.
         ValueError: `ids` is longer than the context.
     """
-    if not takes_cache(model):
-        name = type(model).__qualname__
-        raise UserError(f"{name}.forward and {name}.hidden must have a parameter named cache")
+    check_takes_cache(model)
     names, edits = activation_names(model), edits or {}
     replaceable = [name for name in names if not name.endswith(("weights", "logits"))]
     for name in edits:

@@ -18,6 +18,13 @@ from minigpt.model import GPT, KVCache
 MAX_REPEATED = 50  # maximum length of the random sequence that `head_scores` repeats
 
 
+def check_takes_cache(model: GPT) -> None:
+    """Raise UserError if `forward` or `hidden` of `model` does not accept the argument `cache`."""
+    if not takes_cache(model):
+        name = type(model).__qualname__
+        raise UserError(f"{name}.forward and {name}.hidden must have a parameter named cache")
+
+
 @torch.inference_mode()
 def attention_weights(net: GPT, ids: Tensor) -> Tensor:
     """Return the attention weights of every layer and head over one sequence of tokens.
@@ -37,9 +44,7 @@ def attention_weights(net: GPT, ids: Tensor) -> Tensor:
         ValueError: `ids` is longer than the context.
         UserError: `net.forward` or `net.hidden` does not accept the argument `cache`.
     """
-    if not takes_cache(net):
-        name = type(net).__qualname__
-        raise UserError(f"{name}.forward and {name}.hidden must have a parameter named cache")
+    check_takes_cache(net)
     cache = KVCache(ids.shape[1], keep_weights=True)
     net(ids, cache=cache)
     assert cache.weights is not None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minigpt.analysis.activations import activations
 from minigpt.core.settings import UserError
-from minigpt.kernels.decode import is_plain
+from minigpt.kernels.choice import is_plain
 from minigpt.model import GPT
 
 

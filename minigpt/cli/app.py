@@ -71,12 +71,7 @@ def generate(
 
     from minigpt.core.hardware import cpu_has_bfloat16
     from minigpt.generation.decoder import c_backend
-    from minigpt.generation.sampling import (
-        SamplingConfig,
-        device_for,
-        iterate_stories,
-        stream_text,
-    )
+    from minigpt.generation.sampling import SamplingConfig, device_for, iterate_stories, stream_text
     from minigpt.tokenizer import END_OF_TEXT
 
     config = SamplingConfig(temperature, top_k, top_p, max_tokens, seed, min_p, repetition_penalty)

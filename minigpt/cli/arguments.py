@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -29,16 +28,14 @@ def load_runs(paths: list[Path], class_path: str | None) -> list[Run]:
         class_path: dotted path of a custom model class. The class is used for the runs that were
             trained with a custom class. If there are no such runs, it is used for all runs.
     """
-    from minigpt.runs.folder import Run
+    from minigpt.runs.folder import Run, with_factory
 
     runs = [Run.load(path) for path in paths]
     if class_path is None:
         return runs
     from minigpt.cli.compose import import_class
 
-    model = import_class(class_path, "class_path")
-    custom = [run for run in runs if run.config.get("model_class") is not None] or runs
-    return [replace(run, model=model) if run in custom else run for run in runs]
+    return with_factory(runs, import_class(class_path, "class_path"))
 
 
 def check_folder(path: Path | None, option: str = "--out") -> None:

@@ -52,13 +52,24 @@ def orderly_exit(verb: str) -> Iterator[None]:
                 sys.exit(128 + number)
             if type(error).__name__ == "OutOfMemoryError":  # of PyTorch, slow to import
                 leave(_NO_GPU_MEMORY, 1)
-            if not isinstance(error, OSError) or error.filename is None:
+            if (problem := explain_file_error(error)) is None:
                 raise
-            problem = f"cannot read or write {error.filename}: {error.strerror}; give another path"
-            leave(problem, 1 if error.errno in DISK_FULL else 2)
+            leave(problem, exit_code(error))
         finally:
             end_output()
             _leave_processes(sys.exc_info()[1])
+
+
+def explain_file_error(error: BaseException) -> str | None:
+    """Return one line about an OSError that has the name of a file; None for other errors."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return None
+    return f"cannot read or write {error.filename}: {error.strerror}; give another path"
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the exit code after an error of a library: 1 if the disk is full, else 2."""
+    return 1 if isinstance(error, OSError) and error.errno in DISK_FULL else 2
 
 
 def is_interrupt(error: BaseException | None) -> bool:

@@ -8,6 +8,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.errors import MissingConfigException, OverrideParseException
 
+from minigpt.cli.exits import explain_file_error
 from minigpt.core.settings import UserError, flat, unknown_name
 
 REFERENCE = r"${...} refers to another setting: type \${ for the characters themselves"
@@ -116,8 +117,8 @@ def explain_failure(error: Exception, name: str = "train") -> str | None:
         error: the error.
         name: name of the root config, train or evaluate.
     """
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"cannot read or write {error.filename}: {error.strerror}; give another path"
+    if problem := explain_file_error(error):
+        return problem
     if re.search("can't allocate memory|(out of|not enough) memory", str(error)):
         return f"not enough memory: {_LESS_MEMORY[name]}"
     if any(base.__name__ == "BackendCompilerFailed" for base in type(error).__mro__):

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from minigpt.cli.compose import composed_words, config_source, first_setting, register_defaults
-from minigpt.cli.exits import is_interrupt, orderly_exit
+from minigpt.cli.exits import exit_code, is_interrupt, orderly_exit
 from minigpt.cli.hydra_errors import explain, explain_failure
 from minigpt.cli.program import Program, describe, leave, names_class, use_utf8
 from minigpt.cli.words import without_dashes
@@ -124,7 +124,7 @@ def _leave_explained(error: Exception, name: str, program: Program) -> None:
     if isinstance(error, HydraException | OmegaConfBaseException):
         leave(describe(explain(error, name), program))
     if reason := explain_failure(error, name):
-        leave(one_line(reason))
+        leave(one_line(reason), exit_code(error))
 
 
 def _sweep_again(program: Program, arguments: list[str], sweep_dir: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import ctypes
 import logging
 import os
@@ -47,8 +48,13 @@ def preserved_process() -> Iterator[None]:
 
     The state consists of the warning filters, the levels and handlers of loggers (root, Mini GPT
     and Lightning), the signal handlers, the float32 matmul precision, the number of threads, the
-    random states (Python, NumPy, and PyTorch on the CPU and CUDA GPUs) and the environment
-    variables. Signal handlers are restored only in the main thread.
+    random states (Python, NumPy, and PyTorch on the CPU, CUDA GPUs and MPS), the size limit of the
+    fields of CSV files and the environment variables. Signal handlers are restored only in the main
+    thread.
+
+    This function does not initialise CUDA. If CUDA was not initialised at the beginning, the GPUs
+    had no random state yet. At the end, they get the seed of the random numbers on the CPU, which
+    `torch.manual_seed` also sets for GPUs.
     """
     main_thread = threading.current_thread() is threading.main_thread()
     signals = {n: signal.getsignal(n) for n in signal.valid_signals()} if main_thread else {}
@@ -56,14 +62,25 @@ def preserved_process() -> Iterator[None]:
     levels = [(log, log.level, list(log.handlers)) for log in map(logging.getLogger, names)]
     environment = dict(os.environ)
     matmul, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
-    states = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    field_size = csv.field_size_limit()
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = torch.initial_seed()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try:
-        with torch.random.fork_rng(devices), warnings.catch_warnings():
+        with warnings.catch_warnings():
             yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        else:  # until CUDA is initialised, PyTorch only remembers the seed
+            torch.cuda.manual_seed_all(seed)
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
+        csv.field_size_limit(field_size)
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(matmul)
         os.environ.clear()

@@ -85,11 +85,6 @@ class DataModule(L.LightningDataModule):
         train = prepare_split(corpus, "train", tokenizer, cache_dir)
         return tokenizer, train, prepare_split(corpus, "valid", tokenizer, cache_dir)
 
-    @property
-    def bytes_per_token(self) -> float:
-        """UTF-8 bytes per token of the validation split, used to compute bits per byte."""
-        return self.valid.bytes_per_token
-
     def check_batches(self, world_size: int) -> None:
         """Raise UserError if the training split is smaller than a batch of `world_size` devices."""
         self._sampler(0, world_size)

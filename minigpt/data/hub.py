@@ -114,11 +114,9 @@ def _stories(
     `state` has no revision yet, the newest revision is stored in `state`.
     """
     datasets = optional("datasets", "reading from the Hugging Face Hub")
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    datasets.disable_progress_bars()
-    telemetry_off, constants.HF_HUB_DISABLE_TELEMETRY = constants.HF_HUB_DISABLE_TELEMETRY, True
     at_exit = contextlib.ExitStack()
     try:
+        _silence(datasets, at_exit)
         if state["revision"] is None and not Path(dataset).is_dir():  # fails at once if offline
             state["revision"] = HfApi().dataset_info(dataset).sha
         if Path(dataset).is_dir() and glob.has_magic(dataset):  # `datasets` would read a pattern
@@ -149,7 +147,17 @@ def _stories(
         raise UserError(problem, "data.dataset", config.dataset, fix=files) from None
     finally:
         at_exit.close()
-        constants.HF_HUB_DISABLE_TELEMETRY = telemetry_off
+
+
+def _silence(datasets: Any, at_exit: contextlib.ExitStack) -> None:
+    """Turn off telemetry, download counts and progress bars until `at_exit` is closed."""
+    telemetry, counts = "HF_HUB_DISABLE_TELEMETRY", "HF_UPDATE_DOWNLOAD_COUNTS"
+    for module, name, value in ((constants, telemetry, True), (datasets.config, counts, False)):
+        at_exit.callback(setattr, module, name, getattr(module, name))
+        setattr(module, name, value)
+    if not datasets.are_progress_bars_disabled():
+        at_exit.callback(datasets.enable_progress_bars)
+        datasets.disable_progress_bars()
 
 
 def _linked(dataset: Path, folder: str) -> str:

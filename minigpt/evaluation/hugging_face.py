@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from minigpt.data.config import DataConfig
 from minigpt.data.corpus import Corpus
 from minigpt.evaluation.config import EvaluationConfig
 from minigpt.evaluation.corpora import Scores, score_corpora
-from minigpt.evaluation.loss import WINDOWS, Loss, Score, checked_stride, windows
+from minigpt.evaluation.loss import WINDOWS, Loss, Score, checked_stride, window_batches, windows
 from minigpt.evaluation.results import check_writable, file_name
 from minigpt.model import IGNORE_INDEX
 from minigpt.tokenizer import utf8_length
@@ -210,8 +209,7 @@ def _loss(
     """Return the loss of a model on `ids`. Each id is scored once, except the very first one."""
     chunk, vocabulary = min(context, _CHUNK), model.config.get_text_config().vocab_size
     size = max(1, min(batch_size, _MAX_LOGITS // (chunk * vocabulary)))
-    n_windows = 1 + max(0, math.ceil((len(ids) - 1 - context) / stride))
-    batches = [range(n_windows)[i : i + size] for i in range(0, n_windows, size)]
+    batches = window_batches(len(ids), context, stride, size)
     nats, n_tokens = 0.0, 0
     for batch in track(batches, "validation split", console):
         inputs, targets = (part.to(model.device) for part in windows(ids, batch, context, stride))

@@ -100,8 +100,7 @@ def evaluate_loss(
     context, device = model.config.context_length, model.embedding.weight.device
     stride = checked_stride(stride, context)
     batch_size = batch_size or sequences_at_once(model, on_cpu=WINDOWS)
-    n_windows = 1 + max(0, math.ceil((len(tokens) - 1 - context) / stride))
-    batches = [range(n_windows)[i : i + batch_size] for i in range(0, n_windows, batch_size)]
+    batches = window_batches(len(tokens), context, stride, batch_size)
     half = torch.float16 if precision == "16-mixed" else torch.bfloat16
     mixed = torch.autocast(device.type, half, enabled=precision.endswith("-mixed"))
     losses: list[Tensor] = []  # on the device, so that a batch does not wait for the one before
@@ -129,6 +128,12 @@ def checked_stride(stride: int | None, context: int) -> int:
         problem = f"must be from 1 to {context}, the context length of this model"
         raise UserError(problem, "stride", stride, fix={"stride": max(1, context // 2)})
     return stride
+
+
+def window_batches(n_tokens: int, context: int, stride: int, batch_size: int) -> list[range]:
+    """Return the indices of all windows of `n_tokens` tokens, `batch_size` at a time."""
+    n_windows = 1 + max(0, math.ceil((n_tokens - 1 - context) / stride))
+    return [range(n_windows)[i : i + batch_size] for i in range(0, n_windows, batch_size)]
 
 
 def windows(

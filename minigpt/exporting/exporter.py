@@ -28,7 +28,7 @@ from minigpt.exporting.config import ExportConfig
 from minigpt.exporting.folder import MARKER, atomic_folder, check_output, read_object
 from minigpt.exporting.formats import write_gguf, write_hf, write_onnx, write_safetensors
 from minigpt.exporting.html import write_html
-from minigpt.kernels.decode import is_plain
+from minigpt.kernels.choice import is_plain
 from minigpt.model import GPT
 from minigpt.runs.checkpoint import weights_fingerprint
 from minigpt.runs.folder import Run, class_path

@@ -7,7 +7,7 @@ html.py has the writer of the format html.
 
 from __future__ import annotations
 
-import importlib
+import contextlib
 import json
 import logging
 import re
@@ -22,7 +22,7 @@ from tokenizers import processors
 from torch import Tensor
 
 from minigpt.core.files import write_json, write_text
-from minigpt.core.settings import UserError
+from minigpt.data.formats import optional
 from minigpt.generation.sampling import SamplingConfig
 from minigpt.model import GPT
 from minigpt.runs.names import TOKENIZER, WEIGHTS
@@ -195,15 +195,17 @@ def write_onnx(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     Raises:
         UserError: onnx or onnxscript is not installed.
     """
-    _import_optional("onnx")
-    _import_optional("onnxscript")
+    for module in ("onnx", "onnxscript"):
+        optional(module, "ONNX")
     from torch.export import Dim
 
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is missing
     context = model.config.context_length
     axes = {0: Dim("batch", min=1), 1: Dim("length", min=1, max=context)}
-    with warnings.catch_warnings():
+    logger = logging.getLogger("torch.onnx")
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.filterwarnings("ignore", ".*LeafSpec.*deprecated.*")  # from torch 2.13 itself
+        stack.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.ERROR)  # it warns that torchvision is missing
         program = torch.onnx.export(
             model,
             (torch.zeros(2, min(3, context), dtype=torch.int64),),
@@ -237,7 +239,7 @@ def write_gguf(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     Raises:
         UserError: gguf is not installed.
     """
-    gguf = _import_optional("gguf")
+    gguf = optional("gguf", "GGUF")
     c = model.config
     writer = gguf.GGUFWriter(folder / "model.gguf", "gpt2")
     writer.add_block_count(c.n_layers)
@@ -291,12 +293,3 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int, kind: Any
     writer.add_bos_token_id(tokenizer.end_of_text)
     writer.add_eos_token_id(tokenizer.end_of_text)
     writer.add_add_bos_token(True)
-
-
-def _import_optional(package: str) -> Any:
-    """Import and return a package; raise UserError if it is not installed."""
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        problem = f"this format needs the package {package}: run pip install {package}"
-        raise UserError(problem) from None

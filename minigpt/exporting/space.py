@@ -21,7 +21,7 @@ from minigpt.core.settings import UserError
 from minigpt.exporting.config import ExportConfig
 from minigpt.exporting.exporter import export
 from minigpt.exporting.folder import MARKER, atomic_folder, check_output
-from minigpt.kernels.decode import is_plain
+from minigpt.kernels.choice import is_plain
 from minigpt.runs.folder import Run, class_path
 
 APP, MODEL = "app.py", "model"

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from minigpt.generation.sampling import (
-    SamplingConfig,
-    device_for,
-    generate_stories,
-    stream_story,
-)
+from minigpt.generation.sampling import SamplingConfig, device_for, generate_stories, stream_story
 from minigpt.runs.folder import Run
 
 __all__ = ["SamplingConfig", "generate", "stream_story"]

@@ -25,6 +25,7 @@ from minigpt.core.hardware import to_device
 from minigpt.core.settings import UserError
 from minigpt.generation.static_batch import StaticBatch
 from minigpt.kernels import decode
+from minigpt.kernels.choice import is_plain
 from minigpt.kernels.sampler import Sampler
 from minigpt.model import GPT, KVCache
 
@@ -259,7 +260,7 @@ def _batch(model: GPT, n_sequences: int, backend: Backend) -> Batch:
             _warn_once(f"PyTorch decodes {name} more slowly than decode.c, which supports only GPT")
     if weight.dtype == torch.float16 and weight.device.type == "cpu":
         model = copy.deepcopy(model).float()
-    if weight.device.type == "cuda" and decode.is_plain(model):
+    if weight.device.type == "cuda" and is_plain(model):
         return StaticBatch(model, n_sequences)
     if takes_cache(model):
         return CachedBatch(model, n_sequences)

@@ -1,8 +1,9 @@
-"""Choice of kernels by device and by the setting `trainer.kernels`; choice of batch sizes."""
+"""Choice of kernels by device, by the setting `trainer.kernels` and by model; batch sizes."""
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor
 from minigpt.core.settings import UserError
 from minigpt.kernels.cpu import CPU
 from minigpt.kernels.cross_entropy import chunked_cross_entropy
-from minigpt.model import GPT, Kernels
+from minigpt.model import GPT, Block, CausalSelfAttention, FeedForward, GPTConfig, Kernels
 
 Choice = Literal["auto", "torch", "cpu"]
 
@@ -37,6 +38,36 @@ def kernels_for(device: str, choice: Choice = "auto") -> Kernels:
     if device != "cpu":
         return Kernels("torch", fused_attention, chunked_cross_entropy)
     return Kernels() if choice == "torch" else CPU
+
+
+_FORWARDS = {cls: cls.forward for cls in (GPT, Block, CausalSelfAttention, FeedForward)}
+_HIDDEN = GPT.hidden
+
+
+def is_plain(model: GPT) -> bool:
+    """Return whether `model` is exactly a `GPT`: no subclass, no hooks, no replaced parts."""
+    return (
+        type(model) is GPT
+        and type(model.config) is GPTConfig
+        and all(cls.forward is forward for cls, forward in _FORWARDS.items())
+        and GPT.hidden is _HIDDEN
+        and not any(
+            m._forward_hooks or m._forward_pre_hooks or {"forward", "hidden"} & vars(m).keys()
+            for m in model.modules()
+        )
+        and _parts(model) == _parts_of(model.config)
+    )
+
+
+def _parts(model: GPT) -> list[tuple[Any, ...]]:
+    modules = [(name, type(m), getattr(m, "eps", None)) for name, m in model.named_modules()]
+    return [*modules, *((name, weight.shape) for name, weight in model.named_parameters())]
+
+
+@functools.cache
+def _parts_of(config: GPTConfig) -> list[tuple[Any, ...]]:
+    with torch.device("meta"):
+        return _parts(GPT(config))
 
 
 _MAX_SEQUENCES = 1024  # more do not make a GPU faster

@@ -31,8 +31,9 @@ import torch
 from torch import Tensor, nn
 
 from minigpt.core.hardware import cpu_name
+from minigpt.kernels.choice import is_plain
 from minigpt.kernels.sampler import PANEL, Sampler, SamplerStruct
-from minigpt.model import GPT, Block, CausalSelfAttention, FeedForward, GPTConfig
+from minigpt.model import GPT, Block
 
 log = logging.getLogger(__name__)
 
@@ -392,8 +393,6 @@ class Batch:
 
 # ---------------------------------------------------------------------------- supported models
 
-_FORWARDS = {cls: cls.forward for cls in (GPT, Block, CausalSelfAttention, FeedForward)}
-_HIDDEN = GPT.hidden
 _self_checks: dict[torch.dtype, bool] = {}  # result of the self-check for each dtype
 
 
@@ -409,32 +408,6 @@ def unsupported(model: GPT) -> str | None:
     if not is_plain(model):
         return f"it supports only GPT: this {type(model).__qualname__} has other parts or methods"
     return None
-
-
-def is_plain(model: GPT) -> bool:
-    """Return whether `model` is exactly a `GPT`: no subclass, no hooks, no replaced parts."""
-    return (
-        type(model) is GPT
-        and type(model.config) is GPTConfig
-        and all(cls.forward is forward for cls, forward in _FORWARDS.items())
-        and GPT.hidden is _HIDDEN
-        and not any(
-            m._forward_hooks or m._forward_pre_hooks or {"forward", "hidden"} & vars(m).keys()
-            for m in model.modules()
-        )
-        and _parts(model) == _parts_of(model.config)
-    )
-
-
-def _parts(model: GPT) -> list[tuple[Any, ...]]:
-    modules = [(name, type(m), getattr(m, "eps", None)) for name, m in model.named_modules()]
-    return [*modules, *((name, weight.shape) for name, weight in model.named_parameters())]
-
-
-@functools.cache
-def _parts_of(config: GPTConfig) -> list[tuple[Any, ...]]:
-    with torch.device("meta"):
-        return _parts(GPT(config))
 
 
 class _Packed(NamedTuple):

@@ -11,7 +11,7 @@ import itertools
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -63,6 +63,7 @@ OLD_DEFAULTS: dict[str, dict[str, Any]] = {
         "normalize_rows": None,
         "follow_batch": False,
     },
+    "trainer": {"cuda_graph": False},
 }
 OLD_SETTINGS = {"model": ("attention",)}
 
@@ -314,6 +315,15 @@ def load_one(path: str, argument: str, model: ModelFactory | None = None) -> Run
     if folder.is_dir() and folder.resolve() != run.folder.resolve():
         raise UserError(f"this is a folder of runs: name one, as {run.folder}", argument, path)
     return run
+
+
+def with_factory(runs: Sequence[Run], model: ModelFactory | None) -> list[Run]:
+    """Return the runs with `model` as the factory of their models.
+
+    Only runs that were trained with a custom class get it or, if there are none, all runs.
+    """
+    custom = [run for run in runs if run.config.get("model_class") is not None] or runs
+    return [replace(run, model=model) if run in custom else run for run in runs]
 
 
 def same_class(path: str, other: str) -> bool:

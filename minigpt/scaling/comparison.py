@@ -27,7 +27,7 @@ from minigpt.runs.provenance import (
     parent_of,
 )
 from minigpt.runs.records import read_summary
-from minigpt.scaling.results import RunResult
+from minigpt.scaling.results import RunResult, portable
 
 COLUMNS = ("change", "seeds", "nats/token", "difference", "standard error", "shown", "time")
 NOTE = (
@@ -183,14 +183,7 @@ def _recipe(path: Path) -> dict[str, Any]:
 
     Absolute paths are reduced to their last component.
     """
-    config = Run(path, path).config
-
-    def portable(value: Any) -> Any:
-        if isinstance(value, list):
-            return [portable(item) for item in value]
-        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-
-    values = {name: portable(value) for name, value in _without_ignored(flat(config)).items()}
+    values = portable(_without_ignored(flat(Run(path, path).config)))
     summary, record = read_summary(path), path / SUMMARY
     if (parent := parent_of(summary, record)) is not None:
         values["init_from"] = _label(parent)

@@ -310,19 +310,19 @@ def keep_run(path: Path, into: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / METRICS, _thinned(read_metrics(path)))
     write_json(folder / SUMMARY, summary)
-    portable = _portable(config)
+    settings = portable(config)
     if isinstance(typed := config.get("overrides"), list):
-        portable["overrides"] = portable_overrides([o for o in typed if isinstance(o, str)])
-    write_text(folder / CONFIG, yaml.safe_dump(portable, sort_keys=False))
+        settings["overrides"] = portable_overrides([o for o in typed if isinstance(o, str)])
+    write_text(folder / CONFIG, yaml.safe_dump(settings, sort_keys=False))
     return folder
 
 
-def _portable(value: Any) -> Any:
+def portable(value: Any) -> Any:
     """Return `value` with every absolute path reduced to its last component."""
     if isinstance(value, dict):
-        return {key: _portable(item) for key, item in value.items()}
+        return {key: portable(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_portable(item) for item in value]
+        return [portable(item) for item in value]
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 

@@ -22,32 +22,22 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from minigpt.core.console import log
-from minigpt.core.distributed import (
-    Launcher,
-)
+from minigpt.core.distributed import Launcher
 from minigpt.core.files import MAX_YAML_BYTES, write_text
-from minigpt.core.hardware import (
-    Hardware,
-    matmul_peak,
-)
+from minigpt.core.hardware import Hardware, matmul_peak
 from minigpt.core.process import is_tuned
 from minigpt.core.settings import UserError, plain
 from minigpt.core.text import human_count
 from minigpt.data.datamodule import DataModule
+from minigpt.kernels.choice import is_plain
 from minigpt.kernels.cuda_graph import graphed_loss
-from minigpt.kernels.decode import is_plain
 from minigpt.kernels.distillation import Distillation
 from minigpt.kernels.microbatch import microbatched_loss
 from minigpt.model import Kernels
 from minigpt.runs.names import CONFIG, METRICS, TOKENIZER
 from minigpt.runs.provenance import source_commit, total_tokens
 from minigpt.runs.records import read_summary
-from minigpt.training.callbacks import (
-    RunReport,
-    StorySamples,
-    Throughput,
-    TrainingProgress,
-)
+from minigpt.training.callbacks import RunReport, StorySamples, Throughput, TrainingProgress
 from minigpt.training.checkpointing import CallbackStates, Checkpoints
 from minigpt.training.config import Schedule, TrainConfig, TrainerConfig, settings_of
 from minigpt.training.cycles import CycleMean

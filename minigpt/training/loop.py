@@ -27,19 +27,13 @@ from minigpt.core.distributed import (
     may_start_processes,
     step_name,
 )
-from minigpt.core.hardware import (
-    Hardware,
-    has_c_compiler,
-    has_cpp_compiler,
-    set_threads,
-)
+from minigpt.core.hardware import Hardware, has_c_compiler, has_cpp_compiler, set_threads
 from minigpt.core.process import preserved_process
 from minigpt.core.settings import ModelClassError, UserError, build, next_step
 from minigpt.core.signals import watch
 from minigpt.data.datamodule import DataModule
 from minigpt.data.spool import spool_stories
-from minigpt.kernels.choice import Choice, kernels_for
-from minigpt.kernels.decode import is_plain
+from minigpt.kernels.choice import Choice, is_plain, kernels_for
 from minigpt.model import GPT, Kernels
 from minigpt.runs.folder import (
     ModelFactory,
@@ -53,9 +47,7 @@ from minigpt.runs.folder import (
 from minigpt.runs.names import CHECKPOINTS, REPORT, SUMMARY
 from minigpt.runs.records import read_summary
 from minigpt.training.assembly import Assembly, config_text, set_losses
-from minigpt.training.callbacks import (
-    ModelUpload,
-)
+from minigpt.training.callbacks import ModelUpload
 from minigpt.training.checkpointing import full_disk_in_one_line
 from minigpt.training.config import MAX_NAME_BYTES, Schedule, TrainConfig, TrainerConfig
 from minigpt.training.loggers import check_logger, finish_wandb
@@ -76,8 +68,8 @@ def train(
 ) -> Run:
     """Train a model, or continue the run in `config.resume`, and return the run.
 
-    At the end, the state of the process is restored: warnings, logging, signal handlers, matmul
-    precision, threads, random states and environment variables.
+    At the end, the state of the process is restored, such as warnings, logging, signal handlers,
+    matmul precision, threads, random states and environment variables.
 
     Args:
         config: all settings, such as the result of `load_config`.
@@ -98,9 +90,10 @@ def train(
             diverged, the disk is full, the GPU has too little memory, or another process trains
             this run.
     """
-    with preserved_process():
+    with preserved_process(), contextlib.ExitStack() as stack:
         forget_stale_launcher()
         rank_zero: Any = rank_zero_only
+        stack.callback(setattr, rank_zero, "rank", rank_zero.rank)
         rank_zero.rank = global_rank()  # Lightning would also read other variables
         config = _with_classes(config, model, teacher)
         if stories is not None and config.resume not in (None, AUTO):

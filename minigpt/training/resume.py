@@ -21,14 +21,7 @@ from minigpt.runs.folder import (
     last_checkpoints,
     load_one,
 )
-from minigpt.runs.names import (
-    CHECKPOINTS,
-    CONFIG,
-    REPORT,
-    SNAPSHOTS,
-    SUMMARY,
-    TENSORBOARD,
-)
+from minigpt.runs.names import CHECKPOINTS, CONFIG, REPORT, SNAPSHOTS, SUMMARY, TENSORBOARD
 from minigpt.runs.provenance import Parent, parent_of
 from minigpt.tokenizer import Tokenizer
 from minigpt.training.checkpointing import VALIDATES
@@ -120,6 +113,7 @@ class ResumeState:
             problem = "must be another split than data.split; leave it out to hold stories out"
             raise UserError(problem, "data.valid_split", config.data.valid_split)
         teachers = parent = parent_model = run = None
+        sources: list[tuple[str, str, Run]] = []  # setting, its value, and the run
         tokenizer = typed_tokenizer(config.data)
         tokenizers = {"data.tokenizer": (config.data.tokenizer, tokenizer)}
         if config.teacher.runs:
@@ -127,15 +121,15 @@ class ResumeState:
                 folder = Path(config.runs_dir) / config.name
             teachers = Teachers.load(config.teacher.runs, folder, teacher)
             tokenizers["teacher.runs"] = config.teacher.runs[0], teachers.tokenizer
+            pairs = zip(config.teacher.runs, teachers.runs, strict=True)
+            sources += [("teacher.runs", path, source) for path, source in pairs]
         if config.init_from is not None:
             run = load_one(config.init_from, "init_from", model)
             tokenizers["init_from"] = config.init_from, run.tokenizer
+            sources.append(("init_from", config.init_from, run))
             parent_model = run.load_model()
-        named = [("init_from", config.init_from)] if config.init_from else []
-        named += [("teacher.runs", path) for path in config.teacher.runs]
-        may_overlap = config.data.source == "hf" or config.data.valid == "tuning"
-        for name, path in named if may_overlap else ():
-            before = Run.load(path).config.get("data")
+        for name, path, source in sources:
+            before = source.config.get("data")
             if config.data.source == "hf":
                 check_division(config.data, before, name, path)
             warn_of_seen_stories(config.data, before, path)

@@ -9,7 +9,7 @@ from typing import Any
 
 from minigpt.core.settings import ModelClassError, UserError
 from minigpt.model import GPT, GPTConfig
-from minigpt.runs.folder import ModelFactory, Run, load_one
+from minigpt.runs.folder import ModelFactory, Run, load_one, with_factory
 from minigpt.runs.provenance import Parent, own_teachers
 from minigpt.tokenizer import Tokenizer
 
@@ -26,6 +26,9 @@ class Teachers:
 
     records: Sequence[Parent]
     """Provenance record of each teacher."""
+
+    runs: Sequence[Run]
+    """The runs of the teachers."""
 
     @classmethod
     def load(
@@ -44,9 +47,7 @@ class Teachers:
                 weights, or the tokenizers differ.
             ModelClassError: a teacher was trained with another class than `model`.
         """
-        runs = [_run(path, student) for path in paths]
-        custom = [run for run in runs if run.config.get("model_class") is not None] or runs
-        runs = [replace(run, model=model) if run in custom else run for run in runs]
+        runs = with_factory([_run(path, student) for path in paths], model)
         for path, run in zip(paths[1:], runs[1:], strict=True):
             if run.tokenizer.fingerprint != runs[0].tokenizer.fingerprint:
                 message = f"{paths[0]} and {path} have different tokenizers: choose one of them"
@@ -62,7 +63,7 @@ class Teachers:
                 first = paths[weights.index(weights[i])]
                 problem = f"{first} and {path} have the same weights: give each teacher once"
                 raise UserError(problem, "teacher.runs", list(paths))
-        return cls(models, runs[0].tokenizer, records)
+        return cls(models, runs[0].tokenizer, records, runs)
 
     def recorded_in(self, hyper_parameters: Mapping[str, Any], checkpoint: Path) -> Teachers:
         """Return these teachers with the provenance records that the student's checkpoint contains.

@@ -5,7 +5,7 @@ import torch
 
 from minigpt.analysis.activations import activation_names, activations
 from minigpt.core.settings import UserError
-from minigpt.kernels.decode import is_plain
+from minigpt.kernels.choice import is_plain
 from minigpt.model import GPT, GPTConfig
 from tests.conftest import naming
 

@@ -1,3 +1,5 @@
+import dataclasses
+import inspect
 import io
 import re
 import shlex
@@ -7,7 +9,11 @@ import sys
 import pytest
 import torch
 
+from minigpt.analysis.over_time import OverTimeConfig
+from minigpt.analysis.study import StudyConfig
 from minigpt.cli import app
+from minigpt.exporting import ExportConfig
+from minigpt.generation.sampling import SamplingConfig
 from minigpt.scaling import results
 from tests.conftest import trained_folder
 
@@ -38,6 +44,25 @@ def test_help_does_not_import_torch_or_matplotlib():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert process.stdout.endswith("set()\n")
+
+
+@pytest.mark.parametrize(
+    ("verb", "config", "n_shared"),
+    [
+        ("generate", SamplingConfig, 7),
+        ("study", StudyConfig, 2),
+        ("study", OverTimeConfig, 2),
+        ("export", ExportConfig, 5),
+    ],
+)
+def test_options_have_the_defaults_of_the_dataclass(verb: str, config: type, n_shared: int):
+    (command,) = [c for c in app.app.registered_commands if c.callback.__name__ == verb]
+    parameters = inspect.signature(command.callback).parameters
+    fields = {field.name: field.default for field in dataclasses.fields(config)}
+    options = {name: parameters[name].default for name in fields if name in parameters}
+    assert len(options) == n_shared
+    expected = {name: None if fields[name] == () else fields[name] for name in options}
+    assert options == expected
 
 
 def test_user_error_is_one_line_on_stderr_and_exit_code_2(tmp_path, monkeypatch, capsys):

@@ -1,11 +1,14 @@
 """Help of train.py and evaluate.py, which does not import torch."""
 
+import errno
 import os
 import subprocess
 import sys
 
 import pytest
 
+from minigpt.cli.program import Program
+from minigpt.cli.run import _leave_explained
 from minigpt.cli.train import main
 from tests.conftest import ROOT
 
@@ -43,3 +46,15 @@ def test_help_of_a_group_is_printed_in_place_of_the_general_one(monkeypatch, cap
     assert not exit.value.code
     assert "logger.kind=csv" in (out := capsys.readouterr().out)
     assert "Groups" not in out
+
+
+@pytest.mark.parametrize("full", [errno.ENOSPC, errno.EROFS])
+@pytest.mark.parametrize("program", ["train", "evaluate"])
+def test_full_disk_exits_with_code_1_and_another_file_error_with_2(program, full, capsys):
+    for number, code in ((full, 1), (errno.EACCES, 2)):
+        error = OSError(number, os.strerror(number), "runs/a/metrics.csv")
+        with pytest.raises(SystemExit) as leaving:
+            _leave_explained(error, program, Program.detect(program))
+        assert leaving.value.code == code
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "runs/a/metrics.csv" in line

@@ -1,5 +1,6 @@
 """The state of the process before and after a training."""
 
+import csv
 import logging
 import os
 import random
@@ -9,9 +10,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback
 
 import minigpt
+from minigpt.core.process import preserved_process
 from tests.conftest import composed
 
 
@@ -28,6 +31,8 @@ def state_of_the_process() -> dict:
         "numpy": np.random.get_state()[1].tolist(),
         "torch": torch.get_rng_state().tolist(),
         "environment": dict(os.environ),
+        "csv": csv.field_size_limit(),
+        "rank": getattr(rank_zero_only, "rank"),  # noqa: B009 (set by Lightning on the function)
     }
 
 
@@ -40,8 +45,9 @@ class Fail(Callback):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_training_leaves_the_process_as_it_was(tiny: list[str], fails: bool):
+def test_training_leaves_the_process_as_it_was(tiny: list[str], fails: bool, monkeypatch):
     config = composed(tiny)
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
     before = state_of_the_process()
     if fails:
         with pytest.raises(RuntimeError, match="power failure"):
@@ -50,3 +56,34 @@ def test_training_leaves_the_process_as_it_was(tiny: list[str], fails: bool):
         minigpt.train(config)
     after = state_of_the_process()
     assert {key: after[key] for key in before if after[key] != before[key]} == {}
+
+
+def test_size_limit_of_csv_fields_is_restored():
+    before = csv.field_size_limit()
+    with preserved_process():
+        csv.field_size_limit(7)
+    assert csv.field_size_limit() == before
+
+
+def test_cuda_that_is_not_initialised_gets_the_earlier_seed(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    with preserved_process():
+        torch.manual_seed(7)
+        with preserved_process():
+            torch.manual_seed(8)
+        assert seeds == [7, 8, 7]
+
+
+def test_the_random_states_of_gpus_are_restored(monkeypatch):
+    states = {"cuda": "before", "mps": "before"}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: states["cuda"])
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda new: states.update(cuda=new))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: states["mps"])
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda new: states.update(mps=new))
+    with preserved_process():
+        states.update(cuda="training", mps="training")
+    assert states == {"cuda": "before", "mps": "before"}

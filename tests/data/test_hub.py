@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import pytest
+from huggingface_hub import constants
 
 from minigpt.core.settings import UserError
 from minigpt.data import hub
@@ -59,6 +60,22 @@ def test_a_dataset_folder_is_read_by_its_field_and_splits(tmp_path, kind):
     assert list(held_out.stories("valid")) == READ[285:]
     alone = open_corpus(config(tmp_path, valid_split="validation"), valid_only=True)
     assert alone.train_files == ()
+
+
+def test_reading_a_dataset_leaves_the_settings_of_the_libraries(tmp_path):
+    def settings() -> list[bool]:
+        return [
+            datasets.are_progress_bars_disabled(),
+            datasets.config.HF_UPDATE_DOWNLOAD_COUNTS,
+            constants.HF_HUB_DISABLE_TELEMETRY,
+        ]
+
+    dataset(tmp_path / "data", "jsonl")
+    before = settings()
+    open_corpus(config(tmp_path))
+    with pytest.raises(UserError):
+        open_corpus(config(tmp_path, field="nope"))
+    assert settings() == before
 
 
 def test_a_dataset_folder_may_have_brackets_in_its_name(tmp_path):

@@ -283,7 +283,6 @@ def test_validation_loader_reads_its_whole_split_in_order_and_no_other(config):
     text = data.tokenizer.decode(known.tolist())
     assert text.count("for valid") == 60
     assert "for train" not in text
-    assert data.bytes_per_token == data.valid.bytes_per_token
 
 
 def test_training_loader_has_full_batches_for_the_whole_run(config):

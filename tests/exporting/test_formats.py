@@ -1,5 +1,7 @@
+import logging
 import sys
 from itertools import islice
+from types import ModuleType
 
 import pytest
 import torch
@@ -76,3 +78,20 @@ def test_missing_package_is_named(format, module, run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=naming(f"pip install {module}")):
         exported(run, tmp_path / "out", format=format)
     assert not (tmp_path / "out").exists()
+
+
+def test_onnx_export_restores_the_level_of_the_logger(run, tmp_path, monkeypatch):
+    for module in ("onnx", "onnxscript"):
+        monkeypatch.setitem(sys.modules, module, ModuleType(module))
+    logger, levels = logging.getLogger("torch.onnx"), []
+
+    def failed(*_, **__) -> None:
+        levels.append(logger.level)
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(torch.onnx, "export", failed)
+    before = logger.level
+    with pytest.raises(RuntimeError, match="a bug"):
+        exported(run, tmp_path / "out", format="onnx")
+    assert levels == [logging.ERROR]
+    assert logger.level == before

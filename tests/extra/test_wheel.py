@@ -66,7 +66,8 @@ def place(bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty folder but for stories, with a run that was trained in it."""
     place = tmp_path_factory.mktemp("empty")
     write_stories(place / "train.txt", 400, 1)
-    minigpt(bin, place, "train", "model=large", *FEW, "name=first")
+    long = [word.replace("=16", "=64").replace("=2560", "=5120") for word in FEW]  # for the study
+    minigpt(bin, place, "train", "model=large", *long, "name=first", "callbacks.snapshots=2")
     return place
 
 
@@ -98,8 +99,9 @@ def test_wheel_and_sdist_hold_all_but_the_settings_of_a_machine(dist: Path):
         "minigpt/kernels/decode.c",
         *(f"minigpt/data/tinystories/{name}" for name in SAMPLE),
         "minigpt/exporting/card.md.j2", "minigpt/exporting/story.html.j2",
-        "minigpt/training/report.html.j2",
-        "minigpt/playground/static/playground.css", "minigpt/sweeps/scaling.yaml",
+        "minigpt/training/report.html.j2", "minigpt/analysis/settling.html.j2",
+        "minigpt/playground/static/playground.css", "minigpt/playground/static/playground.js",
+        "minigpt/sweeps/scaling.yaml",
     ):  # fmt: skip
         assert path in names
         moved = path.removeprefix("minigpt/")
@@ -130,6 +132,25 @@ def test_an_installed_run_is_evaluated_resumed_told_from_and_exported(bin: Path,
     minigpt(bin, place, "export", "runs/first", "out", "--format", "safetensors")
     assert (place / "out/model.safetensors").is_file()
     assert "minigpt evaluate" in (place / "runs/first/report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("words", "file"),
+    [
+        (("probe", "runs/first", "--out", "out-probe"), None),
+        (("scaling", "runs/first", "--out", "out-scaling"), "out-scaling/scaling.md"),
+        (("compare", "runs/first", "--out", "recipes.md"), "recipes.md"),
+        (("study", "runs/first", "--n", "2", "--out", "out-study"), "out-study/coherence.md"),
+        (("study", "runs/first", "--n", "2", "--over-time", "--out", "life"), "life/over-time.md"),
+        (("publish", "runs/first", "me/first", "--dry-run", "--out", "hub"), "hub/README.md"),
+        (("publish", "runs/first", "me/web", "--space", "--dry-run", "--out", "web"), "web/app.py"),
+        (("doctor",), None),
+    ],
+    ids=lambda value: "-".join(value[:1]) if isinstance(value, tuple) else "",
+)  # fmt: skip
+def test_installed_verb_writes_its_files(words, file, bin: Path, place: Path):
+    assert minigpt(bin, place, *words)
+    assert file is None or (place / file).is_file()
 
 
 def test_installed_multirun_and_two_processes(bin: Path, place: Path):

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from minigpt.core.settings import UserError
-from minigpt.kernels.choice import fused_attention, kernels_for, sequences_at_once
+from minigpt.kernels.choice import fused_attention, is_plain, kernels_for, sequences_at_once
 from minigpt.kernels.cpu import CPU, block_attention
-from minigpt.model import GPTConfig, Kernels
+from minigpt.model import GPT, GPTConfig, Kernels
 from tests.conftest import naming
 from tests.kernels.test_cpu import attention
 
@@ -21,6 +21,21 @@ def test_kernels_of_each_device_and_name():
         assert kernels_for(device).attention is fused_attention
         assert kernels_for(device).name == "torch"
     assert (CPU.name, CPU.attention) == ("cpu", block_attention)
+
+
+def test_only_an_unchanged_gpt_is_plain():
+    shape = GPTConfig(vocab_size=20, context_length=8, d_model=8, n_layers=1, n_heads=1, d_ff=8)
+
+    class Other(GPT):
+        pass
+
+    assert is_plain(GPT(shape))
+    assert not is_plain(Other(shape))
+    hooked, replaced = GPT(shape), GPT(shape)
+    hooked.blocks[0].register_forward_hook(lambda *_: None)
+    replaced.blocks[0].norm1 = torch.nn.LayerNorm(8, eps=1e-3)
+    assert not is_plain(hooked)
+    assert not is_plain(replaced)
 
 
 def test_kernels_for_cpus_are_refused_elsewhere():

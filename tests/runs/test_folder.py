@@ -73,6 +73,16 @@ def test_invalid_config_yaml_is_refused_by_name(text, run):
     assert "\n" not in str(error.value)
 
 
+def test_settings_that_an_older_run_lacks_get_the_values_of_that_time(run):
+    old = {"optimizer": {"name": "muon"}, "trainer": {"precision": "32-true"}}
+    (run / "config.yaml").write_text(yaml.safe_dump(old))
+    config = Run.load(run).config
+    assert config["trainer"] == {"precision": "32-true", "cuda_graph": False}
+    assert config["optimizer"]["follow_batch"] is False
+    (run / "config.yaml").write_text(yaml.safe_dump({"trainer": {"cuda_graph": True}}))
+    assert Run.load(run).config["trainer"]["cuda_graph"] is True
+
+
 def test_path_without_a_run_is_refused_with_what_to_give(tmp_path):
     with pytest.raises(UserError, match=r"(?=.*absent)(?=.*runs/<name>)(?=.*\.ckpt)"):
         Run.load(tmp_path / "absent")
