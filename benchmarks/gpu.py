@@ -32,9 +32,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,27 +42,18 @@ if str(ROOT) not in sys.path:
 
 import torch  # noqa: E402
 
-from benchmarks import gpu_checks as checks  # noqa: E402
-from benchmarks import gpu_measures as measures  # noqa: E402
-from benchmarks import gpu_trainings as trainings  # noqa: E402
-from benchmarks.gpu_measures import Machine, Values  # noqa: E402
+from benchmarks.gpu_measures import Values  # noqa: E402
+from benchmarks.gpu_plan import (  # noqa: E402
+    PATIENCE,
+    Part,
+    cpu_machine,
+    gpu_machine,
+    part_names,
+    plan,
+)
 from minigpt.core.files import user_path, write_json  # noqa: E402
 from minigpt.core.hardware import cpu_description  # noqa: E402
-from minigpt.model import GPTConfig  # noqa: E402
 from minigpt.runs.provenance import source_commit  # noqa: E402
-
-
-@dataclass(frozen=True)
-class Part:
-    """One check or measurement, and the seconds that it takes at most on a fast GPU.
-
-    `needs` is the name of an earlier part, whose files this part reads.
-    """
-
-    name: str
-    seconds: float
-    function: Callable[[], Values]
-    needs: str | None = None
 
 
 @dataclass
@@ -91,46 +80,7 @@ class Report:
         self.set("results", {**self.content["results"], name: values})
 
 
-# ---------------------------------------------------------------------------- machines
-
-
-def gpu_machine(scratch: Path) -> Machine:
-    """Return the sizes of the models of the README, for one CUDA GPU."""
-    widths = {"small": 128, "medium": 256, "large": 384}
-    sizes = {name: GPTConfig(3000, 256, d, 5, d // 32, 2 * d, 0.0) for name, d in widths.items()}
-    return Machine(
-        torch.device("cuda"), scratch, sizes, batches=(128, 16), rounds=5, steps=20,
-        precisions=("float32", "bfloat16", "float16"),
-        overrides=("trainer.accelerator=cuda", "trainer.devices=1"),
-        side=8192, sequences=(1, 256, 1024), new_tokens=200, shared=(1, 8, 4, 2), perplexity=5.87,
-    )  # fmt: skip
-
-
-def cpu_machine(scratch: Path) -> Machine:
-    """Return tiny sizes, with which the script takes seconds on a CPU."""
-    shape = GPTConfig(280, 16, d_model=16, n_layers=1, n_heads=2, d_ff=32)
-    names = ("Tom", "Lily", "Max", "Anna")
-    scratch.mkdir(parents=True, exist_ok=True)
-    for split, ends in (("train", ("happy", "sad", "tired", "kind")), ("valid", ("good",))):
-        stories = [
-            f"One day, {a} met {b}. {a} was {c}." for a in names for b in names for c in ends
-        ]
-        text = "\n<|endoftext|>\n".join(stories)
-        (scratch / f"{split}.txt").write_text(text, encoding="utf-8")
-    overrides = (
-        "trainer.accelerator=cpu", "data=text", f"data.train_files=[{scratch / 'train.txt'}]",
-        f"data.valid_files=[{scratch / 'valid.txt'}]", f"data.cache_dir={scratch / 'cache'}",
-        "data.vocab_size=280", "model.context_length=16", "model.d_model=16", "model.n_layers=1",
-        "model.n_heads=2", "model.d_ff=32", "optimizer.warmup_steps=2", "callbacks=quiet",
-    )  # fmt: skip
-    return Machine(
-        torch.device("cpu"), scratch, {"medium": shape}, batches=(4, 2), rounds=1, steps=2,
-        precisions=("float32", "bfloat16"), overrides=overrides, side=64, sequences=(1, 3),
-        new_tokens=6, shared=(1, 2), perplexity=1e9,
-    )  # fmt: skip
-
-
-# ---------------------------------------------------------------------------- the plan
+# ---------------------------------------------------------------------------- the parts
 
 _RESTART = 3  # exit code of a process whose CUDA may be unusable after an error
 # Errors of Python, of torch.compile, of settings and of the processes that train; CUDA is usable
@@ -140,80 +90,6 @@ _HARMLESS = {
     "SubprocessError", "TimeoutExpired",
 }  # fmt: skip
 _CUDA_ERRORS = "CUDA error", "Triton Error [CUDA]"
-_PATIENCE = 3.0  # a part is stopped after this multiple of its expected time
-
-
-def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
-    """Return all parts, the most valuable first."""
-    parts = [
-        Part("machine", 5, lambda: measures.describe(m)),
-        Part("data", 15, lambda: trainings.data_is_ready(m)),
-        Part("check batches", 5, lambda: checks.check_batches(m)),
-        Part("check gradients", 25, lambda: checks.check_gradients(m)),
-        Part("check syncs", 25, lambda: checks.check_syncs(m)),
-        Part("check generation", 10, lambda: checks.check_generation(m)),
-        Part("check resume", 20, lambda: checks.check_resume(m)),
-    ]
-
-    def speeds(names: Sequence[str]) -> None:
-        for batch in m.batches:
-            for name in names:
-                seconds = 25 if "compiled" in name else 8
-                measure = partial(measures.speed, m, "medium", batch, name)
-                parts.append(Part(f"speed medium {batch}: {name}", seconds, measure))
-
-    def training(
-        name: str, seconds: float, *overrides: str, keep: bool = True, needs: str | None = None
-    ) -> None:
-        def run() -> Values:
-            limit = min(left(), _PATIENCE * seconds) if m.on_gpu else left()
-            return trainings.training(m, name, overrides, limit, out if keep else None)
-
-        parts.append(Part(f"training {name}", seconds, run, needs))
-
-    budgets = {
-        "medium": 104e6, "large": 60e6, "student": 60e6, "small": 60e6, "precision": 10e6,
-        "shared": 20e6,
-    }  # fmt: skip
-    many, few = ["data.batch_size=128", "optimizer.warmup_tokens=1e6"], ["data.batch_size=8"]
-    as_on_cpus = ["data.batch_size=16"]
-    if not m.on_gpu:
-        budgets, few = dict.fromkeys(budgets, 640), ["data.batch_size=4"]
-        many = as_on_cpus = few
-    sizes = {name: [f"model={name}"] if m.on_gpu else [] for name in ("small", "medium", "large")}
-    b = {name: f"budget.tokens={budget:.0f}" for name, budget in budgets.items()}
-    medium = [*sizes["medium"], *many, b["medium"]]
-    speeds(measures.CANDIDATES)
-    training("medium", 75, *medium)
-    for windows in m.batches:
-        kernels = partial(measures.kernels_of_a_step, m, "medium", windows)
-        parts.append(Part(f"kernels medium {windows}", 10, kernels))
-    for precision in ("32-true", "bf16-mixed", *(["16-mixed"] if m.on_gpu else [])):
-        words = [*sizes["large"], *as_on_cpus, b["precision"], f"trainer.precision={precision}"]
-        training(f"large-{precision}", 30, *words, "trainer.n_validations=1", keep=False)
-    for batch in m.sequences:
-        for name in measures.WRITERS:
-            seconds = 30 if "compiled" in name else 10
-            write = partial(measures.generation, m, "medium", batch, name)
-            parts.append(Part(f"generation {batch}: {name}", seconds, write))
-    training("large", 60, *sizes["large"], *many, b["large"])
-    teacher = f"teacher.runs=[{m.scratch / 'runs/large'}]"
-    training("student", 45, *sizes["small"], *many, b["student"], teacher, needs="training large")
-    compiled = ["trainer.compile=true"] if m.on_gpu else []
-    training("medium-compiled", 90, *medium, *compiled, keep=False)
-    small = [*sizes["small"], *few, b["shared"]]
-    for n in m.shared:
-        parts.append(Part(f"sharing {n}", 60, lambda n=n: trainings.sharing(m, n, small, left())))
-    training("small", 40, *sizes["small"], *many, b["small"])
-    speeds(measures.MORE_CANDIDATES)
-    return parts
-
-
-def part_names(device: str) -> list[str]:
-    """Return the names of all parts."""
-    with tempfile.TemporaryDirectory() as folder:
-        machine = (gpu_machine if device == "cuda" else cpu_machine)(Path(folder))
-        return [part.name for part in plan(machine, Path(folder), lambda: 0.0)]
 
 
 def run(minutes: float, device: str, out: Path, names: list[str] | None = None) -> dict[str, Any]:
@@ -285,7 +161,7 @@ def supervise(report: Report, end: float, scratch: Path, names: list[str] | None
                 if time.time() > end:
                     problem = "was stopped at the end of the time"
                 elif time.time() > running["until"]:
-                    problem = f"was stopped after {_PATIENCE:g} times its expected time"
+                    problem = f"was stopped after {PATIENCE:g} times its expected time"
         finally:  # also at Ctrl-C
             if process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
@@ -321,7 +197,7 @@ def work(report: Report, end: float, device: str, scratch: Path, names: list[str
             report.set("not_run", [*not_run, part.name])
             continue
         start = time.time()
-        report.set("running", {"name": part.name, "until": start + _PATIENCE * part.seconds})
+        report.set("running", {"name": part.name, "until": start + PATIENCE * part.seconds})
         values = outcome(part)
         report.add(part.name, {**values, "took": round(time.time() - start, 2)})
         report.set("running", None)
