@@ -154,12 +154,12 @@ def our_step(
 
 # Steps by name, the most important first. The peers are those without "ours".
 CANDIDATES = (
-    "ours", "ours compiled", "nanoGPT compiled", "transformers compiled", "transformers eager",
+    "ours", "ours compiled", "nanoGPT compiled", "nanoGPT compiled, CUDA graphs",
+    "transformers compiled", "transformers compiled, CUDA graphs", "transformers eager",
 )  # fmt: skip
 MORE_CANDIDATES = (
-    "nanoGPT compiled, CUDA graphs", "transformers compiled, CUDA graphs", "ours without graph",
-    "ours float32", "ours compiled, optimizer too", "ours compiled, graphs of torch.compile",
-    "ours compiled, max-autotune",
+    "ours without graph", "ours float32", "ours compiled, optimizer too",
+    "ours compiled, graphs of torch.compile", "ours compiled, max-autotune",
 )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def measures(content: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the name and the value of each measure."""
     results: dict[str, Any] = content["results"]
     rows = [row for part, values in results.items() for row in rows_of(part, values)]
-    rows += [(f"{name}, relative to the best peer", f"{r:.2f}×") for name, r in ratios(results)]
+    rows += [(name, f"{ratio:.2f}×") for name, ratio in ratios(results)]
     alone = results.get("sharing 1", {}).get("tokens per second")
     for values in results.values():
         if alone and values.get("runs", 1) > 1:
@@ -95,11 +95,13 @@ def ratios(results: dict[str, Any]) -> list[tuple[str, float]]:
     """Return the speed of our best program relative to that of the best peer of each kind."""
     pairs = []
     for group, by_name in {**rates(results, "speed"), **rates(results, "generation")}.items():
-        ours = [rate for name, rate in by_name.items() if name.startswith("ours")]
+        ours = [name for name in by_name if name.startswith("ours")]
         for kind in ("eager", "compiled"):
-            peers = [r for n, r in by_name.items() if not n.startswith("ours") and kind in n]
+            peers = [name for name in by_name if not name.startswith("ours") and kind in name]
             if ours and peers:
-                pairs.append((f"{group}: ours, {kind} peers", max(ours) / max(peers)))
+                best, peer = (max(names, key=by_name.__getitem__) for names in (ours, peers))
+                name = f"{group}: {best}, relative to the best {kind} peer, {peer}"
+                pairs.append((name, by_name[best] / by_name[peer]))
     return pairs
 
 
