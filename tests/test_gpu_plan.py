@@ -1,0 +1,62 @@
+"""The order of the parts of benchmarks/gpu.py, their time, and how their results are compared."""
+
+from itertools import accumulate
+
+import pytest
+
+from benchmarks import gpu_measures, gpu_plan, gpu_table
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Return the parts of a run on a GPU by name, in their order."""
+    folder = tmp_path_factory.mktemp("plan")
+    plan = gpu_plan.plan(gpu_plan.gpu_machine(folder), folder, lambda: 540.0)
+    return {part.name: part for part in plan}
+
+
+def test_gpu_plan_fits_the_documented_nine_minutes(parts):
+    text = (ROOT / "docs/gpu.md").read_text(encoding="utf-8")
+    assert "benchmarks/gpu.py --minutes 9 " in text
+    seconds = accumulate(part.seconds for part in parts.values())
+    ends = dict(zip(parts, seconds, strict=True))
+    assert max(ends["sharing 1"], ends["sharing 8"]) <= 9 * 60
+
+
+def test_gpu_plan_has_the_order_of_the_values(parts):
+    order = [
+        "machine", "check batches", "check resume", "speed medium 128", "speed medium 16",
+        "training medium", "training large", "training student", "training small",
+        "training large-32-true", "training large-16-mixed", "generation 1", "generation 256",
+        "sharing 1", "sharing 8", "generation 1024", "training medium-compiled", "sharing 4",
+        "sharing 2", "speed medium 128: ours without graph", "kernels medium 128",
+    ]  # fmt: skip
+    names = list(parts)
+    firsts = [
+        next(i for i, name in enumerate(names) if name == start or name.startswith(f"{start}:"))
+        for start in order
+    ]
+    assert firsts == sorted(firsts)
+    assert names[-2:] == ["kernels medium 128", "kernels medium 16"]  # a profiler stays attached
+
+
+def test_gpu_plan_measures_each_peer_at_its_best_before_the_trainings(parts):
+    names = list(parts)
+    peers = [name for name in gpu_measures.CANDIDATES if not name.startswith("ours")]
+    assert sum("CUDA graphs" in name for name in peers) == 2
+    last = max(names.index(f"speed medium {n}: {peer}") for n in (128, 16) for peer in peers)
+    assert last < names.index("training medium")
+
+
+def test_gpu_table_ratios_name_the_best_program_and_the_best_peer():
+    speeds = {
+        "ours": 5.0, "ours compiled": 6.0, "nanoGPT compiled": 2.0,
+        "nanoGPT compiled, CUDA graphs": 3.0, "transformers eager": 1.0,
+    }  # fmt: skip
+    results = {f"speed medium 16: {n}": {"tokens per second": v} for n, v in speeds.items()}
+    eager, compiled = gpu_table.ratios(results)
+    assert (eager[1], compiled[1]) == (6.0, 2.0)
+    assert eager[0].startswith("speed medium 16: ours compiled, ")
+    assert eager[0].endswith(", transformers eager")
+    assert compiled[0].endswith(", nanoGPT compiled, CUDA graphs")
