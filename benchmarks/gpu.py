@@ -143,14 +143,19 @@ def device_name(device: str) -> str:
 
 
 def supervise(report: Report, end: float, scratch: Path, names: list[str] | None) -> None:
-    """Run `work` in a process, and start another one whenever it hangs, crashes or asks for it."""
+    """Run `work` in a process, and start another one whenever it hangs, crashes or asks for it.
+
+    If a process crashes without a new result, no other one is started.
+    """
     if not report.content["results"]:
         report.set("measured_on", "a GPU that was not reached")
     command = [sys.executable, str(Path(__file__).resolve()), "--out", str(report.path.parent)]
     command += ["--worker", str(end), str(scratch), *(["--only", *names] if names else [])]
     code: int | None = _RESTART
     while code:
+        before = _n_done(report)
         report.set("running", None)
+        report.set("finished", False)
         process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
         problem = None
         try:
@@ -168,15 +173,23 @@ def supervise(report: Report, end: float, scratch: Path, names: list[str] | None
                     os.killpg(process.pid, signal.SIGKILL)  # its trainings, too
         code = process.wait()
         report.read()
+        if report.content["finished"]:  # a crash at the exit loses no result
+            return
         running, crashed = report.content["running"], code not in (0, _RESTART)
-        if crashed:
-            error = problem or f"the process ended with code {code}"
-            report.add(running["name"] if running else "start", {"error": error})
+        if crashed and running:
+            report.add(running["name"], {"error": problem or f"the process ended with code {code}"})
+        stuck = crashed and _n_done(report) == before  # another process would end in the same way
+        if stuck:
+            report.add("start", {"error": problem or f"the process ended with code {code}"})
         if time.time() > end:
             report.set("stopped", f"after {report.content['minutes']:g} minutes")
+        if stuck or time.time() > end:
             return
-        if crashed and running is None:  # another process would end in the same way
-            return
+
+
+def _n_done(report: Report) -> int:
+    """Return how many parts have a result or are listed in `not_run`."""
+    return len(report.content["results"]) + len(report.content.get("not_run", []))
 
 
 def work(report: Report, end: float, device: str, scratch: Path, names: list[str] | None) -> int:
@@ -199,13 +212,14 @@ def work(report: Report, end: float, device: str, scratch: Path, names: list[str
         start = time.time()
         report.set("running", {"name": part.name, "until": start + PATIENCE * part.seconds})
         values = outcome(part)
+        report.content["running"] = None
         report.add(part.name, {**values, "took": round(time.time() - start, 2)})
-        report.set("running", None)
         print(f"{part.name:24} {'FAILED' if failed(values) else 'done'}", flush=True)
         if "error" in values:
             if on_gpu and needs_restart(values):
                 return _RESTART
             gc.collect()  # the error may still hold the tensors of the part
+    report.set("finished", True)
     return 0
 
 

@@ -4,7 +4,7 @@ from itertools import accumulate
 
 import pytest
 
-from benchmarks import gpu_measures, gpu_plan, gpu_table
+from benchmarks import gpu, gpu_measures, gpu_plan, gpu_table
 from tests.conftest import ROOT
 
 
@@ -60,3 +60,32 @@ def test_gpu_table_ratios_name_the_best_program_and_the_best_peer():
     assert eager[0].startswith("speed medium 16: ours compiled, ")
     assert eager[0].endswith(", transformers eager")
     assert compiled[0].endswith(", nanoGPT compiled, CUDA graphs")
+
+
+WORKER = """
+import json, os, sys
+path = sys.argv[sys.argv.index("--out") + 1] + "/gpu.json"
+content = json.load(open(path))
+results = content["results"]
+content["starts"] = content.get("starts", 0) + 1
+if {adds}:
+    results["second" if "first" in results else "first"] = {{"value": 1}}
+content["finished"] = "second" in results
+open(path + ".new", "w").write(json.dumps(content))
+os.replace(path + ".new", path)
+os.abort()
+"""
+
+
+@pytest.mark.parametrize(
+    ("adds", "names", "starts"), [(True, ["first", "second"], 2), (False, ["start"], 1)]
+)
+def test_gpu_benchmark_goes_on_after_a_crash_between_parts(
+    adds, names, starts, tmp_path, monkeypatch
+):
+    (tmp_path / "worker.py").write_text(WORKER.format(adds=adds), encoding="utf-8")
+    monkeypatch.setattr(gpu, "__file__", str(tmp_path / "worker.py"))
+    content = gpu.run(2, "cuda", tmp_path)
+    assert list(content["results"]) == names
+    assert content["starts"] == starts
+    assert any(map(gpu.failed, content["results"].values())) is not adds
