@@ -207,7 +207,13 @@ def speed(m: Machine, size: str, batch: int, name: str) -> Values:
 
 
 def kernels_of_a_step(m: Machine, size: str, batch: int) -> Values:
-    """Profile our step: its kernels, which take most of the time, and the time without a kernel."""
+    """Profile our step: its kernels, which take most of the time, and the time without a kernel.
+
+    A profiler may slow down everything that is measured after it in the same process.
+
+    Raises:
+        RuntimeError: no kernel of a GPU was recorded.
+    """
     step = our_step(m, m.sizes[size], batch)
     whole = 1e3 * m.seconds(step)
     kinds = [torch.profiler.ProfilerActivity.CPU]
@@ -222,6 +228,8 @@ def kernels_of_a_step(m: Machine, size: str, batch: int) -> Values:
         if e.device_type.name == device
         and not e.is_user_annotation  # a range, which contains kernels (pytorch#130730)
     ]  # fmt: skip
+    if m.on_gpu and not events:
+        raise RuntimeError("the profiler has recorded no kernel: CUPTI may be missing or in use")
     spent = {e.key: e.self_device_time_total if m.on_gpu else e.self_cpu_time_total for e in events}
     top = sorted(spent, key=lambda key: -spent[key])[:15]
     in_kernels = sum(spent.values()) / m.steps / 1e3

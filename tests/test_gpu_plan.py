@@ -3,6 +3,7 @@
 from itertools import accumulate
 
 import pytest
+import torch
 
 from benchmarks import gpu, gpu_measures, gpu_plan, gpu_table
 from tests.conftest import ROOT
@@ -89,3 +90,17 @@ def test_gpu_benchmark_goes_on_after_a_crash_between_parts(
     assert list(content["results"]) == names
     assert content["starts"] == starts
     assert any(map(gpu.failed, content["results"].values())) is not adds
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA.*")  # there is no GPU to profile
+def test_gpu_profile_without_kernels_is_an_error(tmp_path, monkeypatch):
+    class Machine(gpu_measures.Machine):
+        on_gpu = True  # type: ignore[assignment]
+
+        def synchronize(self) -> None:
+            pass
+
+    machine = Machine(**vars(gpu_plan.cpu_machine(tmp_path)))
+    monkeypatch.setattr(gpu_measures, "our_step", lambda *_: lambda: torch.ones(2) + 1)
+    with pytest.raises(RuntimeError, match="CUPTI"):
+        gpu_measures.kernels_of_a_step(machine, "medium", 2)
