@@ -244,11 +244,12 @@ def kernels_of_a_step(m: Machine, size: str, batch: int) -> Values:
     }  # fmt: skip
 
 
+_WARM_UPS = 2  # the second call of a compiled function may record or compile once more
 WRITERS = "ours", "transformers eager", "transformers compiled"
 
 
 def generation(m: Machine, size: str, batch: int, name: str) -> Values:
-    """Measure the generated tokens per second of a program in WRITERS."""
+    """Measure the generated tokens per second of a program in WRITERS, the median of three runs."""
     shape = m.sizes[size]
     prompt = torch.ones(batch, 4, dtype=torch.long, device=m.device)
     if name == "ours":
@@ -257,15 +258,17 @@ def generation(m: Machine, size: str, batch: int, name: str) -> Values:
         write = lambda: sum(1 for _ in generate(model, prompt, sampling, end_of_text=-1))  # noqa: E731
     else:
         write = transformers_generation(m, shape, prompt, static=name.endswith("compiled"))
+    times = []
     try:
-        write()
-        m.synchronize()
-        start = time.perf_counter()
-        write()
-        m.synchronize()
-        seconds = time.perf_counter() - start
+        for _ in range(_WARM_UPS + 3):
+            m.synchronize()
+            start = time.perf_counter()
+            write()
+            m.synchronize()
+            times.append(time.perf_counter() - start)
     finally:
         torch.compiler.reset()
+    seconds = statistics.median(times[_WARM_UPS:])
     rate = batch * m.new_tokens / seconds
     return {"size": size, "batch": batch, "writer": name, "tokens per second": rate}
 

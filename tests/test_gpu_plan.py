@@ -104,3 +104,18 @@ def test_gpu_profile_without_kernels_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_measures, "our_step", lambda *_: lambda: torch.ones(2) + 1)
     with pytest.raises(RuntimeError, match="CUPTI"):
         gpu_measures.kernels_of_a_step(machine, "medium", 2)
+
+
+def test_gpu_generation_is_the_median_of_three_runs_after_two(tmp_path, monkeypatch):
+    machine = gpu_plan.cpu_machine(tmp_path)
+    clock, durations = [0.0], iter([100.0, 50.0, 1.0, 7.0, 2.0])  # the first two are warm-ups
+
+    def generate(*_, **__):
+        clock[0] += next(durations)
+        return iter(())
+
+    monkeypatch.setattr(gpu_measures, "generate", generate)
+    monkeypatch.setattr(gpu_measures.time, "perf_counter", lambda: clock[0])
+    values = gpu_measures.generation(machine, "medium", 3, "ours")
+    assert values["tokens per second"] == pytest.approx(3 * machine.new_tokens / 2.0)
+    assert next(durations, None) is None
