@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,20 +16,33 @@ from benchmarks import gpu_trainings as trainings
 from benchmarks.gpu_measures import Machine, Values
 from minigpt.model import GPTConfig
 
-PATIENCE = 3.0  # a part is stopped after this multiple of its expected time
+PATIENCE = 3.0  # a part is stopped after this multiple of its expected time, but not before ...
+LEAST = 60.0  # ... this many seconds, because a cold start of CUDA may take long
 
 
 @dataclass(frozen=True)
 class Part:
     """One check or measurement, and the seconds that it is expected to take on an H100.
 
-    `needs` is the name of an earlier part, whose files this part reads.
+    `needs` is the name of an earlier part, whose files this part reads. `repeats` is the name of an
+    earlier part, which this part repeats if it had an error.
     """
 
     name: str
     seconds: float
     function: Callable[[], Values]
     needs: str | None = None
+    repeats: str | None = None
+
+    @property
+    def limit(self) -> float:
+        """Number of seconds after which the part is stopped."""
+        return limit(self.seconds)
+
+
+def limit(seconds: float) -> float:
+    """Return the seconds after which a part with expected time `seconds` is stopped."""
+    return max(LEAST, PATIENCE * seconds)
 
 
 # ---------------------------------------------------------------------------- machines
@@ -76,8 +89,9 @@ def cpu_machine(scratch: Path) -> Machine:
 
 def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
     """Return all parts, the most valuable first."""
+    machine = Part("machine", 20, lambda: measures.describe(m))
     parts = [
-        Part("machine", 20, lambda: measures.describe(m)),
+        machine,
         Part("data", 12, lambda: trainings.data_is_ready(m)),
         Part("check batches", 3, lambda: checks.check_batches(m)),
         Part("check gradients", 12, lambda: checks.check_gradients(m)),
@@ -97,8 +111,8 @@ def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
         name: str, seconds: float, *overrides: str, keep: bool = True, needs: str | None = None
     ) -> None:
         def run() -> Values:
-            limit = min(left(), PATIENCE * seconds) if m.on_gpu else left()
-            return trainings.training(m, name, overrides, limit, out if keep else None)
+            timeout = min(left(), limit(seconds)) if m.on_gpu else left()
+            return trainings.training(m, name, overrides, timeout, out if keep else None)
 
         parts.append(Part(f"training {name}", seconds, run, needs))
 
@@ -132,6 +146,7 @@ def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
     teacher = f"teacher.runs=[{m.scratch / 'runs/large'}]"
 
     speeds(measures.CANDIDATES)
+    parts.append(replace(machine, name="machine again", seconds=5, repeats=machine.name))
     training("medium", 48, *medium)
     training("large", 36, *sizes["large"], *many, b["large"])
     training("student", 32, *sizes["small"], *many, b["student"], teacher, needs="training large")

@@ -25,9 +25,13 @@ def table(content: dict[str, Any]) -> str:
 
 def device(content: dict[str, Any]) -> str:
     """Return the name of the device, with its measured copy bandwidth and bfloat16 product."""
-    speeds = content["results"].get("machine", {})
-    names = [(measure, *measure.split()) for measure in UNITS if measure in speeds]
-    figures = [f"{name} {speeds[measure]:,.0f} {unit}" for measure, name, unit in names]
+    results: dict[str, Any] = content["results"]
+    speeds = {**results.get("machine", {}), **results.get("machine again", {})}
+    names = [(measure, *measure.split()) for measure in UNITS]
+    figures = [
+        f"{name} {speeds[measure]:,.0f} {unit}" if measure in speeds else f"{name} not measured"
+        for measure, name, unit in names
+    ]
     return ", ".join([content["measured_on"], *figures])
 
 
@@ -53,7 +57,7 @@ def rows_of(part: str, values: dict[str, Any]) -> list[tuple[str, str]]:
     if "ok" in values:
         return [(part, "holds" if values["ok"] else "does not hold")]
     rows: list[tuple[str, str]] = []
-    if part == "machine":
+    if part in ("machine", "machine again"):
         rows += [(unit, f"{values[unit]:,.0f}") for unit in UNITS]
     elif part.startswith(("speed", "generation")):
         rows.append((f"{part}, tokens/s", f"{values['tokens per second']:,.0f}"))

@@ -119,3 +119,29 @@ def test_gpu_generation_is_the_median_of_three_runs_after_two(tmp_path, monkeypa
     values = gpu_measures.generation(machine, "medium", 3, "ours")
     assert values["tokens per second"] == pytest.approx(3 * machine.new_tokens / 2.0)
     assert next(durations, None) is None
+
+
+def test_gpu_plan_gives_each_part_a_minute(parts):
+    limits = {name: part.limit for name, part in parts.items()}
+    assert limits["machine"] == limits["check batches"] == 60
+    assert limits["training medium"] == 3 * parts["training medium"].seconds
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_gpu_benchmark_repeats_the_machine_only_after_an_error(fails, tmp_path, monkeypatch):
+    values = {"copy GB/s": 3000.0, "bfloat16 TFLOP/s": 800.0}
+    answers = iter([{"error": "was stopped"} if fails else values, values])
+    describe = lambda _: next(answers)  # noqa: E731
+    monkeypatch.setattr(gpu_measures, "describe", describe)
+    names = [name for name in gpu.part_names("cpu") if name.startswith("machine")]
+    content = gpu.run(1, "cpu", tmp_path, names)
+    assert ("machine again" in content["results"]) is fails
+    assert "not_run" not in content
+    assert "800 TFLOP/s" in gpu_table.device(content)
+
+
+def test_gpu_table_says_that_the_machine_was_not_measured():
+    content = {"measured_on": "GPU X", "results": {"machine": {"error": "was stopped"}}}
+    names = gpu_table.device(content).split(", ")
+    assert [name.split()[0] for name in names] == ["GPU", "copy", "bfloat16"]
+    assert not any(character.isdigit() for character in names[1])
