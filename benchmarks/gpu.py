@@ -89,6 +89,7 @@ _HARMLESS = {
     "SubprocessError", "TimeoutExpired",
 }  # fmt: skip
 _CUDA_ERRORS = "CUDA error", "Triton Error [CUDA]"
+_GRACE = 10.0  # seconds after the end in which the supervisor may stop its process
 
 
 def run(minutes: float, device: str, out: Path, names: list[str] | None = None) -> dict[str, Any]:
@@ -149,7 +150,8 @@ def supervise(report: Report, end: float, scratch: Path, names: list[str] | None
     if not report.content["results"]:
         report.set("measured_on", "a GPU that was not reached")
     command = [sys.executable, str(Path(__file__).resolve()), "--out", str(report.path.parent)]
-    command += ["--worker", str(end), str(scratch), *(["--only", *names] if names else [])]
+    command += ["--worker", str(os.getpid()), str(end), str(scratch)]
+    command += ["--only", *names] if names else []
     code: int | None = _RESTART
     while code:
         before = _n_done(report)
@@ -184,6 +186,21 @@ def supervise(report: Report, end: float, scratch: Path, names: list[str] | None
             report.set("stopped", f"after {report.content['minutes']:g} minutes")
         if stuck or time.time() > end:
             return
+
+
+def end_with(parent: int, end: float, interval: float = 1.0) -> None:
+    """End this process and those that it has started when the supervisor ends, or at `end`.
+
+    To be run in a background thread of a process that leads a process group.
+
+    Args:
+        parent: process id of the supervisor.
+        end: time in seconds since the epoch. The supervisor normally stops this process earlier.
+        interval: seconds between two looks.
+    """
+    while os.getppid() == parent and time.time() < end:
+        time.sleep(interval)
+    os.killpg(os.getpid(), signal.SIGKILL)
 
 
 def _n_done(report: Report) -> int:
@@ -268,14 +285,15 @@ def main(arguments: list[str] | None = None) -> None:
         "--only", nargs="+", metavar="NAME",
         help="names of parts, such as 'check syncs'; other results in --out are kept",
     )  # fmt: skip
-    parser.add_argument("--worker", nargs=2, metavar=("END", "SCRATCH"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     typed = parser.parse_args(arguments)
     out = typed.out.resolve()
     if typed.worker:
         report = Report(out / "gpu.json", {})
         report.read()
-        end, scratch = typed.worker
-        raise SystemExit(work(report, float(end), "cuda", Path(scratch), typed.only))
+        parent, end, scratch = int(typed.worker[0]), float(typed.worker[1]), Path(typed.worker[2])
+        threading.Thread(target=end_with, args=(parent, end + _GRACE), daemon=True).start()
+        raise SystemExit(work(report, end, "cuda", scratch, typed.only))
     if typed.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("error: PyTorch finds no CUDA GPU: try --device cpu")
     known = part_names(typed.device)

@@ -1,6 +1,11 @@
 """The order of the parts of benchmarks/gpu.py, their time, and how their results are compared."""
 
+import os
+import subprocess
+import sys
+import time
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,3 +150,51 @@ def test_gpu_table_says_that_the_machine_was_not_measured():
     names = gpu_table.device(content).split(", ")
     assert [name.split()[0] for name in names] == ["GPU", "copy", "bfloat16"]
     assert not any(character.isdigit() for character in names[1])
+
+
+# A supervisor, whose worker has a training; both do nothing.
+SUPERVISOR = """
+import os, subprocess, sys, time
+worker = subprocess.Popen([sys.executable, "-c", sys.argv[1], str(os.getpid())],
+                          start_new_session=True, env=dict(os.environ))
+time.sleep(600)
+"""
+IDLE_WORKER = """
+import os, subprocess, sys, threading, time
+from benchmarks.gpu import end_with
+training = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+end = time.time() + {seconds}
+threading.Thread(target=end_with, args=(int(sys.argv[1]), end, 0.1), daemon=True).start()
+print(os.getpid(), training.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("killed", [True, False], ids=["supervisor killed", "time over"])
+def test_gpu_worker_and_its_training_end_with_the_supervisor_or_the_time(killed):
+    worker = IDLE_WORKER.format(seconds=600 if killed else 0)
+    command = [sys.executable, "-c", SUPERVISOR, worker]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as supervisor:
+        try:
+            assert supervisor.stdout is not None
+            processes = [int(word) for word in supervisor.stdout.readline().split()]
+            assert len(processes) == 2
+            if killed:
+                supervisor.kill()
+            patience = time.monotonic() + 60
+            while any(map(is_running, processes)) and time.monotonic() < patience:
+                time.sleep(0.1)
+            assert not any(map(is_running, processes))
+        finally:
+            supervisor.kill()
+
+
+def is_running(process: int) -> bool:
+    """Return whether a process exists and is no zombie."""
+    try:
+        os.kill(process, 0)
+        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8")
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
