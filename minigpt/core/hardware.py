@@ -18,6 +18,7 @@ import torch
 from minigpt.core.cores import THREADS, usable_cores
 from minigpt.core.distributed import Launcher
 from minigpt.core.files import read_json, write_json
+from minigpt.core.gpu_memory import is_out_of_memory
 from minigpt.core.settings import UserError
 
 
@@ -226,7 +227,9 @@ def gpu_memory_for(argument: str, value: int) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         problem = "the GPU does not have enough memory for this number of sequences (to use the "
         problem += "CPU, put CUDA_VISIBLE_DEVICES= before the command)"
         fix = {argument: value // 2} if value > 1 else None
