@@ -218,12 +218,14 @@ def model_device() -> str:
 
 
 @contextlib.contextmanager
-def gpu_memory_for(argument: str, value: int) -> Iterator[None]:
+def gpu_memory_for(argument: str, value: int, at_once: int | None = None) -> Iterator[None]:
     """Raise UserError for `argument` if the GPU runs out of memory in the `with` block.
 
     Args:
         argument: name of the argument that sets how many sequences are computed at a time.
-        value: value of this argument; the error suggests half of it.
+        value: value of this argument.
+        at_once: number of sequences that are computed at a time, of which the error suggests half;
+            None means `value`.
     """
     try:
         yield
@@ -232,7 +234,8 @@ def gpu_memory_for(argument: str, value: int) -> Iterator[None]:
             raise
         problem = "the GPU does not have enough memory for this number of sequences (to use the "
         problem += "CPU, put CUDA_VISIBLE_DEVICES= before the command)"
-        fix = {argument: value // 2} if value > 1 else None
+        number = min(value, at_once or value)
+        fix = {argument: number // 2} if number > 1 else None
         raise UserError(problem, argument, value, fix) from None
 
 

@@ -247,6 +247,16 @@ def test_out_of_memory_is_recognised_in_a_chain_of_errors(fail, full):
         fail()
 
 
+@pytest.mark.parametrize(
+    ("value", "at_once", "fix"),
+    [(4000, 1024, 512), (300, 1024, 150), (300, None, 150), (1, 1024, None)],
+)
+def test_out_of_memory_suggests_half_of_what_is_computed_at_once(value, at_once, fix):
+    with pytest.raises(UserError) as error, gpu_memory_for("n", value, at_once):
+        cuda_without_memory()
+    assert error.value.fix == ({"n": fix} if fix else {})
+
+
 def test_several_nodes_need_a_launcher():
     with pytest.raises(UserError, match="(?=.*num_nodes=2)(?=.*torchrun)(?=.*srun)"):
         Hardware.detect("cpu", "2", 2, "auto")
