@@ -10,8 +10,11 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors import safe_open
 
 from minigpt.cli.compose import load_config
+from minigpt.model import GPT, GPTConfig
 from minigpt.training.loop import train
 from tests.conftest import ROOT
 
@@ -134,8 +137,15 @@ def test_gpu_benchmark_runs_every_part_on_a_cpu(gpu_results):
         for name in gpu_measures.WRITERS:
             assert results[f"generation {batch}: {name}"]["tokens per second"] > 0
     assert "not_run" not in content
-    weights = {path.name for path in gpu_results.glob("*.safetensors")}
-    assert weights == {f"{name}.safetensors" for name in ("small", "medium", "large", "student")}
+    weights = {path.stem: path for path in gpu_results.glob("*.safetensors")}
+    assert set(weights) == {"small", "medium", "large", "student"}
+    for path in weights.values():
+        with safe_open(path, "pt") as file:
+            hyper_parameters = json.loads(file.metadata()["hyper_parameters"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        expected = GPT(GPTConfig(**hyper_parameters["model"])).n_parameters
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+        assert sum(tensor.numel() for tensor in tensors.values()) == expected
 
 
 @COMPILES

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_measures, gpu_plan, gpu_table
+from benchmarks import gpu, gpu_measures, gpu_plan, gpu_table, gpu_trainings
+from minigpt.model import GPT
 from tests.conftest import ROOT
 
 
@@ -53,6 +54,24 @@ def test_gpu_plan_measures_each_peer_at_its_best_before_the_trainings(parts):
     assert sum("CUDA graphs" in name for name in peers) == 2
     last = max(names.index(f"speed medium {n}: {peer}") for n in (128, 16) for peer in peers)
     assert last < names.index("training medium")
+
+
+def test_gpu_results_are_at_most_eight_files_of_16_mb(tmp_path, monkeypatch):
+    kept = []
+
+    def training(m, name, overrides, timeout, out):
+        kept.extend([name] if out is not None else [])
+        return {}
+
+    monkeypatch.setattr(gpu_trainings, "training", training)
+    machine = gpu_plan.gpu_machine(tmp_path)
+    for part in gpu_plan.plan(machine, tmp_path, lambda: 540.0):
+        if part.name.startswith("training"):
+            part.function()
+    assert set(kept) == {"medium", "large", "student", "small"}
+    assert len(kept) + len(["gpu.json", "gpu.png"]) <= 8
+    sizes = [2 * GPT(shape).n_parameters for shape in machine.sizes.values()]
+    assert max(sizes) + 100_000 <= 16e6  # with a header
 
 
 def test_gpu_table_ratios_name_the_best_program_and_the_best_peer():
