@@ -151,15 +151,19 @@ def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
     training("large", 36, *sizes["large"], *many, b["large"])
     training("student", 32, *sizes["small"], *many, b["student"], teacher, needs="training large")
     training("small", 19, *sizes["small"], *many, b["small"])
+    precisions = [*sizes["large"], *as_on_cpus, b["precision"], "trainer.n_validations=1"]
     for precision in ("32-true", "bf16-mixed", *(["16-mixed"] if m.on_gpu else [])):
         seconds = 30 if precision == "16-mixed" else 20  # without a CUDA graph of the loss
-        words = [*sizes["large"], *as_on_cpus, b["precision"], f"trainer.precision={precision}"]
-        training(f"large-{precision}", seconds, *words, "trainer.n_validations=1", keep=False)
+        words = *precisions, f"trainer.precision={precision}"
+        training(f"large-{precision}", seconds, *words, keep=False)
     generation(m.sequences[:2])
     sharing(m.shared[:2])
     generation(m.sequences[2:])
     training("medium-compiled", 75, *medium, *compiled, keep=False)
     sharing(m.shared[2:])
+    if m.on_gpu:
+        words = *precisions, "trainer.precision=32-true", "seed=2"
+        training("large-32-true-2", 20, *words, keep=False)
     speeds(measures.MORE_CANDIDATES)
     for windows in m.batches:
         kernels = partial(measures.kernels_of_a_step, m, "medium", windows)

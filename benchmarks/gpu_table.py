@@ -12,12 +12,18 @@ from typing import Any
 
 UNITS = ("copy GB/s", "bfloat16 TFLOP/s")
 MEDIAN = "median tokens per second"
+SECOND_SEED = "training large-32-true-2"
+SEEDS = (
+    "validation loss of small at 10 million tokens, largest difference of two seeds, nats",
+    "0.015", "CPUs, 2026-11-25 (docs/LOG.md)",
+)  # fmt: skip
 
 
 def table(content: dict[str, Any]) -> str:
     """Return a Markdown table of the measures, each with the device that it was measured on."""
     rows = [("measure", "value", "measured on"), ("---", "---", "---")]
     rows += [(name, value, device(content)) for name, value in measures(content)]
+    rows += [SEEDS] if needs_spread(content["results"]) else []
     rows += [(name, "not run", "") for name in content.get("not_run", [])]
     rows += [("stopped", content["stopped"], "")] if "stopped" in content else []
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -141,6 +147,11 @@ def against_float32(results: dict[str, Any]) -> list[tuple[str, str]]:
             (f"{name}: validation loss minus that of 32-true, nats", f"{difference:+.4f}"),
         ]
     return rows
+
+
+def needs_spread(results: dict[str, Any]) -> bool:
+    """Return whether precisions are compared without the difference of two seeds on this device."""
+    return bool(against_float32(results)) and "val/loss" not in results.get(SECOND_SEED, {})
 
 
 def figure(content: dict[str, Any]) -> Any:

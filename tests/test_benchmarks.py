@@ -215,14 +215,16 @@ def test_gpu_benchmark_compares_precisions_with_equal_batches_and_tokens(tmp_pat
     words = {}
 
     def training(m, name, overrides, limit, out):
-        words[name] = {word for word in overrides if not word.startswith("trainer.precision=")}
+        differing = ("trainer.precision=", "seed=")
+        words[name] = {word for word in overrides if not word.startswith(differing)}
         return {}
 
     monkeypatch.setattr(gpu_trainings, "training", training)
     for part in gpu.plan(gpu.gpu_machine(tmp_path), tmp_path, lambda: 60.0):
         if part.name.startswith("training large-"):
             part.function()
-    assert set(words) == {"large-32-true", "large-bf16-mixed", "large-16-mixed"}
+    names = ("32-true", "bf16-mixed", "16-mixed", "32-true-2")
+    assert set(words) == {f"large-{name}" for name in names}
     expected = {"model=large", "data.batch_size=16", "budget.tokens=10000000"}
     assert all(expected <= overrides for overrides in words.values())
     assert len(set(map(frozenset, words.values()))) == 1

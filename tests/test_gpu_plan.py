@@ -217,3 +217,24 @@ def is_running(process: int) -> bool:
     except (ProcessLookupError, FileNotFoundError):
         return False
     return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.parametrize("second_seed", [True, False])
+def test_gpu_table_has_the_difference_of_two_seeds(second_seed):
+    common = {
+        "tokens_per_second": 1.0, "seconds from the shell": 1.0, "seconds to perplexity": None,
+        "perplexity to reach": 5.87, "val/perplexity": 6.0, "median tokens per second": 2.0,
+    }  # fmt: skip
+    losses = {"32-true": 1.8, "bf16-mixed": 1.8125} | ({"32-true-2": 1.81} if second_seed else {})
+    results = {
+        f"training large-{name}": {"val/loss": loss, **common} for name, loss in losses.items()
+    }
+    rows = gpu_table.table({"measured_on": "GPU X", "results": results}).splitlines()
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    here = [
+        cell for cell in cells if cell[0].startswith("training large-32-true-2: validation loss")
+    ]
+    elsewhere = [cell for cell in cells if "LOG.md" in cell[2]]
+    assert [cell[1] for cell in here] == (["+0.0100"] if second_seed else [])
+    assert len(elsewhere) == (not second_seed)
+    assert not any("GPU X" in cell[2] for cell in elsewhere)
