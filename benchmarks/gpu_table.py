@@ -68,11 +68,10 @@ def rows_of(part: str, values: dict[str, Any]) -> list[tuple[str, str]]:
     elif part.startswith(("speed", "generation")):
         rows.append((f"{part}, tokens/s", f"{values['tokens per second']:,.0f}"))
     elif part.startswith("training"):
-        seconds = values["seconds to perplexity"]
         goal = f"{part}: seconds from the shell to perplexity {values['perplexity to reach']:g}"
         rows += [
             (f"{part}: seconds from the shell", f"{values['seconds from the shell']:.1f}"),
-            (goal, "not reached" if seconds is None else f"{seconds:.1f}"),
+            (goal, crossing(values)),
             (f"{part}: tokens/s", f"{values['tokens_per_second']:,.0f}"),
             (f"{part}: validation perplexity", f"{values['val/perplexity']:.3f}"),
         ]
@@ -84,6 +83,17 @@ def rows_of(part: str, values: dict[str, Any]) -> list[tuple[str, str]]:
     elif part.startswith("sharing"):
         rows.append((f"{part}: tokens/s in all", f"{values['tokens per second']:,.0f}"))
     return rows
+
+
+def crossing(values: dict[str, Any]) -> str:
+    """Return the seconds to the perplexity, with those of the last validation above it."""
+    seconds = values["seconds to perplexity"]
+    if seconds is None:
+        return "not reached"
+    earlier = [v["seconds"] for v in values.get("validations", []) if v["seconds"] < seconds]
+    if not earlier:
+        return f"at most {seconds:.1f}"
+    return f"at most {seconds:.1f}, more than {earlier[-1]:.1f}"
 
 
 def rates(results: dict[str, Any], kind: str) -> dict[str, dict[str, float]]:

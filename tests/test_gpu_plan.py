@@ -238,3 +238,17 @@ def test_gpu_table_has_the_difference_of_two_seeds(second_seed):
     assert [cell[1] for cell in here] == (["+0.0100"] if second_seed else [])
     assert len(elsewhere) == (not second_seed)
     assert not any("GPU X" in cell[2] for cell in elsewhere)
+
+
+@pytest.mark.parametrize(
+    ("perplexities", "numbers"),
+    [([7.0, 6.0, 5.8, 5.7], ["30.0", "20.0"]), ([5.8, 5.7], ["10.0"]), ([7.0, 6.0], [])],
+)
+def test_gpu_table_has_the_validations_around_the_crossing(perplexities, numbers):
+    validations = [
+        {"perplexity": value, "seconds": 10.0 * (i + 1)} for i, value in enumerate(perplexities)
+    ]
+    reached = [v["seconds"] for v in validations if v["perplexity"] <= 5.87]
+    values = {"seconds to perplexity": reached[0] if reached else None, "validations": validations}
+    words = gpu_table.crossing(values).replace(",", "").split()
+    assert [word for word in words if word[0].isdigit()] == numbers
