@@ -183,8 +183,8 @@ import os, subprocess, sys, threading, time
 from benchmarks.gpu import end_with
 training = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 end = time.time() + {seconds}
-threading.Thread(target=end_with, args=(int(sys.argv[1]), end, 0.1), daemon=True).start()
 print(os.getpid(), training.pid, flush=True)
+threading.Thread(target=end_with, args=(int(sys.argv[1]), end, 0.1), daemon=True).start()
 time.sleep(600)
 """
 
