@@ -10,9 +10,9 @@ with these names and keeps the other results in it.
 The parts run in the order of their value, in a process of their own. After each one, gpu.json in
 the output folder is replaced atomically. A part that does not fit into the time that is left, or
 needs another part that has not succeeded, is listed in `not_run`. A part that fails, crashes or
-takes three times as long as expected has `error`. If CUDA may be unusable after it, as after a
-failed recording of a CUDA graph, a new process runs the other parts. At the end of the time the
-program stops.
+takes three times as long as expected, and more than a minute, has `error`. If CUDA may be unusable
+after it, as after a failed recording of a CUDA graph, a new process runs the other parts. At the
+end of the time the program stops.
 
 `--device cpu` runs the same code with tiny numbers and in one process, which only shows that it
 works. The weights of the trainings are written next to gpu.json, in bfloat16. No network is needed.
@@ -32,9 +32,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,27 +42,17 @@ if str(ROOT) not in sys.path:
 
 import torch  # noqa: E402
 
-from benchmarks import gpu_checks as checks  # noqa: E402
-from benchmarks import gpu_measures as measures  # noqa: E402
-from benchmarks import gpu_trainings as trainings  # noqa: E402
-from benchmarks.gpu_measures import Machine, Values  # noqa: E402
+from benchmarks.gpu_measures import Values  # noqa: E402
+from benchmarks.gpu_plan import (  # noqa: E402
+    Part,
+    cpu_machine,
+    gpu_machine,
+    part_names,
+    plan,
+)
 from minigpt.core.files import user_path, write_json  # noqa: E402
 from minigpt.core.hardware import cpu_description  # noqa: E402
-from minigpt.model import GPTConfig  # noqa: E402
 from minigpt.runs.provenance import source_commit  # noqa: E402
-
-
-@dataclass(frozen=True)
-class Part:
-    """One check or measurement, and the seconds that it takes at most on a fast GPU.
-
-    `needs` is the name of an earlier part, whose files this part reads.
-    """
-
-    name: str
-    seconds: float
-    function: Callable[[], Values]
-    needs: str | None = None
 
 
 @dataclass
@@ -91,46 +79,7 @@ class Report:
         self.set("results", {**self.content["results"], name: values})
 
 
-# ---------------------------------------------------------------------------- machines
-
-
-def gpu_machine(scratch: Path) -> Machine:
-    """Return the sizes of the models of the README, for one CUDA GPU."""
-    widths = {"small": 128, "medium": 256, "large": 384}
-    sizes = {name: GPTConfig(3000, 256, d, 5, d // 32, 2 * d, 0.0) for name, d in widths.items()}
-    return Machine(
-        torch.device("cuda"), scratch, sizes, batches=(128, 16), rounds=5, steps=20,
-        precisions=("float32", "bfloat16", "float16"),
-        overrides=("trainer.accelerator=cuda", "trainer.devices=1"),
-        side=8192, sequences=(1, 256, 1024), new_tokens=200, shared=(1, 8, 4, 2), perplexity=5.87,
-    )  # fmt: skip
-
-
-def cpu_machine(scratch: Path) -> Machine:
-    """Return tiny sizes, with which the script takes seconds on a CPU."""
-    shape = GPTConfig(280, 16, d_model=16, n_layers=1, n_heads=2, d_ff=32)
-    names = ("Tom", "Lily", "Max", "Anna")
-    scratch.mkdir(parents=True, exist_ok=True)
-    for split, ends in (("train", ("happy", "sad", "tired", "kind")), ("valid", ("good",))):
-        stories = [
-            f"One day, {a} met {b}. {a} was {c}." for a in names for b in names for c in ends
-        ]
-        text = "\n<|endoftext|>\n".join(stories)
-        (scratch / f"{split}.txt").write_text(text, encoding="utf-8")
-    overrides = (
-        "trainer.accelerator=cpu", "data=text", f"data.train_files=[{scratch / 'train.txt'}]",
-        f"data.valid_files=[{scratch / 'valid.txt'}]", f"data.cache_dir={scratch / 'cache'}",
-        "data.vocab_size=280", "model.context_length=16", "model.d_model=16", "model.n_layers=1",
-        "model.n_heads=2", "model.d_ff=32", "optimizer.warmup_steps=2", "callbacks=quiet",
-    )  # fmt: skip
-    return Machine(
-        torch.device("cpu"), scratch, {"medium": shape}, batches=(4, 2), rounds=1, steps=2,
-        precisions=("float32", "bfloat16"), overrides=overrides, side=64, sequences=(1, 3),
-        new_tokens=6, shared=(1, 2), perplexity=1e9,
-    )  # fmt: skip
-
-
-# ---------------------------------------------------------------------------- the plan
+# ---------------------------------------------------------------------------- the parts
 
 _RESTART = 3  # exit code of a process whose CUDA may be unusable after an error
 # Errors of Python, of torch.compile, of settings and of the processes that train; CUDA is usable
@@ -140,80 +89,7 @@ _HARMLESS = {
     "SubprocessError", "TimeoutExpired",
 }  # fmt: skip
 _CUDA_ERRORS = "CUDA error", "Triton Error [CUDA]"
-_PATIENCE = 3.0  # a part is stopped after this multiple of its expected time
-
-
-def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
-    """Return all parts, the most valuable first."""
-    parts = [
-        Part("machine", 5, lambda: measures.describe(m)),
-        Part("data", 15, lambda: trainings.data_is_ready(m)),
-        Part("check batches", 5, lambda: checks.check_batches(m)),
-        Part("check gradients", 25, lambda: checks.check_gradients(m)),
-        Part("check syncs", 25, lambda: checks.check_syncs(m)),
-        Part("check generation", 10, lambda: checks.check_generation(m)),
-        Part("check resume", 20, lambda: checks.check_resume(m)),
-    ]
-
-    def speeds(names: Sequence[str]) -> None:
-        for batch in m.batches:
-            for name in names:
-                seconds = 25 if "compiled" in name else 8
-                measure = partial(measures.speed, m, "medium", batch, name)
-                parts.append(Part(f"speed medium {batch}: {name}", seconds, measure))
-
-    def training(
-        name: str, seconds: float, *overrides: str, keep: bool = True, needs: str | None = None
-    ) -> None:
-        def run() -> Values:
-            limit = min(left(), _PATIENCE * seconds) if m.on_gpu else left()
-            return trainings.training(m, name, overrides, limit, out if keep else None)
-
-        parts.append(Part(f"training {name}", seconds, run, needs))
-
-    budgets = {
-        "medium": 104e6, "large": 60e6, "student": 60e6, "small": 60e6, "precision": 10e6,
-        "shared": 20e6,
-    }  # fmt: skip
-    many, few = ["data.batch_size=128", "optimizer.warmup_tokens=1e6"], ["data.batch_size=8"]
-    as_on_cpus = ["data.batch_size=16"]
-    if not m.on_gpu:
-        budgets, few = dict.fromkeys(budgets, 640), ["data.batch_size=4"]
-        many = as_on_cpus = few
-    sizes = {name: [f"model={name}"] if m.on_gpu else [] for name in ("small", "medium", "large")}
-    b = {name: f"budget.tokens={budget:.0f}" for name, budget in budgets.items()}
-    medium = [*sizes["medium"], *many, b["medium"]]
-    speeds(measures.CANDIDATES)
-    training("medium", 75, *medium)
-    for windows in m.batches:
-        kernels = partial(measures.kernels_of_a_step, m, "medium", windows)
-        parts.append(Part(f"kernels medium {windows}", 10, kernels))
-    for precision in ("32-true", "bf16-mixed", *(["16-mixed"] if m.on_gpu else [])):
-        words = [*sizes["large"], *as_on_cpus, b["precision"], f"trainer.precision={precision}"]
-        training(f"large-{precision}", 30, *words, "trainer.n_validations=1", keep=False)
-    for batch in m.sequences:
-        for name in measures.WRITERS:
-            seconds = 30 if "compiled" in name else 10
-            write = partial(measures.generation, m, "medium", batch, name)
-            parts.append(Part(f"generation {batch}: {name}", seconds, write))
-    training("large", 60, *sizes["large"], *many, b["large"])
-    teacher = f"teacher.runs=[{m.scratch / 'runs/large'}]"
-    training("student", 45, *sizes["small"], *many, b["student"], teacher, needs="training large")
-    compiled = ["trainer.compile=true"] if m.on_gpu else []
-    training("medium-compiled", 90, *medium, *compiled, keep=False)
-    small = [*sizes["small"], *few, b["shared"]]
-    for n in m.shared:
-        parts.append(Part(f"sharing {n}", 60, lambda n=n: trainings.sharing(m, n, small, left())))
-    training("small", 40, *sizes["small"], *many, b["small"])
-    speeds(measures.MORE_CANDIDATES)
-    return parts
-
-
-def part_names(device: str) -> list[str]:
-    """Return the names of all parts."""
-    with tempfile.TemporaryDirectory() as folder:
-        machine = (gpu_machine if device == "cuda" else cpu_machine)(Path(folder))
-        return [part.name for part in plan(machine, Path(folder), lambda: 0.0)]
+_GRACE = 10.0  # seconds after the end in which the supervisor may stop its process
 
 
 def run(minutes: float, device: str, out: Path, names: list[str] | None = None) -> dict[str, Any]:
@@ -267,14 +143,20 @@ def device_name(device: str) -> str:
 
 
 def supervise(report: Report, end: float, scratch: Path, names: list[str] | None) -> None:
-    """Run `work` in a process, and start another one whenever it hangs, crashes or asks for it."""
+    """Run `work` in a process, and start another one whenever it hangs, crashes or asks for it.
+
+    If a process crashes without a new result, no other one is started.
+    """
     if not report.content["results"]:
         report.set("measured_on", "a GPU that was not reached")
     command = [sys.executable, str(Path(__file__).resolve()), "--out", str(report.path.parent)]
-    command += ["--worker", str(end), str(scratch), *(["--only", *names] if names else [])]
+    command += ["--worker", str(os.getpid()), str(end), str(scratch)]
+    command += ["--only", *names] if names else []
     code: int | None = _RESTART
     while code:
+        before = _n_done(report)
         report.set("running", None)
+        report.set("finished", False)
         process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
         problem = None
         try:
@@ -285,22 +167,45 @@ def supervise(report: Report, end: float, scratch: Path, names: list[str] | None
                 if time.time() > end:
                     problem = "was stopped at the end of the time"
                 elif time.time() > running["until"]:
-                    problem = f"was stopped after {_PATIENCE:g} times its expected time"
+                    problem = "was stopped because it took too long"
         finally:  # also at Ctrl-C
             if process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)  # its trainings, too
         code = process.wait()
         report.read()
+        if report.content["finished"]:  # a crash at the exit loses no result
+            return
         running, crashed = report.content["running"], code not in (0, _RESTART)
-        if crashed:
-            error = problem or f"the process ended with code {code}"
-            report.add(running["name"] if running else "start", {"error": error})
+        if crashed and running:
+            report.add(running["name"], {"error": problem or f"the process ended with code {code}"})
+        stuck = crashed and _n_done(report) == before  # another process would end in the same way
+        if stuck:
+            report.add("start", {"error": problem or f"the process ended with code {code}"})
         if time.time() > end:
             report.set("stopped", f"after {report.content['minutes']:g} minutes")
+        if stuck or time.time() > end:
             return
-        if crashed and running is None:  # another process would end in the same way
-            return
+
+
+def end_with(parent: int, end: float, interval: float = 1.0) -> None:
+    """End this process and those that it has started when the supervisor ends, or at `end`.
+
+    To be run in a background thread of a process that leads a process group.
+
+    Args:
+        parent: process id of the supervisor.
+        end: time in seconds since the epoch. The supervisor normally stops this process earlier.
+        interval: seconds between two looks.
+    """
+    while os.getppid() == parent and time.time() < end:
+        time.sleep(interval)
+    os.killpg(os.getpid(), signal.SIGKILL)
+
+
+def _n_done(report: Report) -> int:
+    """Return how many parts have a result or are listed in `not_run`."""
+    return len(report.content["results"]) + len(report.content.get("not_run", []))
 
 
 def work(report: Report, end: float, device: str, scratch: Path, names: list[str] | None) -> int:
@@ -317,19 +222,22 @@ def work(report: Report, end: float, device: str, scratch: Path, names: list[str
         results, not_run = report.content["results"], report.content.get("not_run", [])
         if part.name in (*results, *not_run) or (names is not None and part.name not in names):
             continue
+        if part.repeats and "error" not in results.get(part.repeats, {}):
+            continue
         if left() < (part.seconds if on_gpu else 0) or not is_ready(part, results, names):
             report.set("not_run", [*not_run, part.name])
             continue
         start = time.time()
-        report.set("running", {"name": part.name, "until": start + _PATIENCE * part.seconds})
+        report.set("running", {"name": part.name, "until": start + part.limit})
         values = outcome(part)
+        report.content["running"] = None
         report.add(part.name, {**values, "took": round(time.time() - start, 2)})
-        report.set("running", None)
         print(f"{part.name:24} {'FAILED' if failed(values) else 'done'}", flush=True)
         if "error" in values:
             if on_gpu and needs_restart(values):
                 return _RESTART
             gc.collect()  # the error may still hold the tensors of the part
+    report.set("finished", True)
     return 0
 
 
@@ -377,14 +285,15 @@ def main(arguments: list[str] | None = None) -> None:
         "--only", nargs="+", metavar="NAME",
         help="names of parts, such as 'check syncs'; other results in --out are kept",
     )  # fmt: skip
-    parser.add_argument("--worker", nargs=2, metavar=("END", "SCRATCH"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     typed = parser.parse_args(arguments)
     out = typed.out.resolve()
     if typed.worker:
         report = Report(out / "gpu.json", {})
         report.read()
-        end, scratch = typed.worker
-        raise SystemExit(work(report, float(end), "cuda", Path(scratch), typed.only))
+        parent, end, scratch = int(typed.worker[0]), float(typed.worker[1]), Path(typed.worker[2])
+        threading.Thread(target=end_with, args=(parent, end + _GRACE), daemon=True).start()
+        raise SystemExit(work(report, end, "cuda", scratch, typed.only))
     if typed.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("error: PyTorch finds no CUDA GPU: try --device cpu")
     known = part_names(typed.device)

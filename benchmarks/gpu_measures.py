@@ -154,12 +154,12 @@ def our_step(
 
 # Steps by name, the most important first. The peers are those without "ours".
 CANDIDATES = (
-    "ours", "ours compiled", "nanoGPT compiled", "transformers compiled", "transformers eager",
+    "ours", "ours compiled", "nanoGPT compiled", "nanoGPT compiled, CUDA graphs",
+    "transformers compiled", "transformers compiled, CUDA graphs", "transformers eager",
 )  # fmt: skip
 MORE_CANDIDATES = (
-    "nanoGPT compiled, CUDA graphs", "transformers compiled, CUDA graphs", "ours without graph",
-    "ours float32", "ours compiled, optimizer too", "ours compiled, graphs of torch.compile",
-    "ours compiled, max-autotune",
+    "ours without graph", "ours float32", "ours compiled, optimizer too",
+    "ours compiled, graphs of torch.compile", "ours compiled, max-autotune",
 )  # fmt: skip
 
 
@@ -207,7 +207,13 @@ def speed(m: Machine, size: str, batch: int, name: str) -> Values:
 
 
 def kernels_of_a_step(m: Machine, size: str, batch: int) -> Values:
-    """Profile our step: its kernels, which take most of the time, and the time without a kernel."""
+    """Profile our step: its kernels, which take most of the time, and the time without a kernel.
+
+    A profiler may slow down everything that is measured after it in the same process.
+
+    Raises:
+        RuntimeError: no kernel of a GPU was recorded.
+    """
     step = our_step(m, m.sizes[size], batch)
     whole = 1e3 * m.seconds(step)
     kinds = [torch.profiler.ProfilerActivity.CPU]
@@ -222,6 +228,8 @@ def kernels_of_a_step(m: Machine, size: str, batch: int) -> Values:
         if e.device_type.name == device
         and not e.is_user_annotation  # a range, which contains kernels (pytorch#130730)
     ]  # fmt: skip
+    if m.on_gpu and not events:
+        raise RuntimeError("the profiler has recorded no kernel: CUPTI may be missing or in use")
     spent = {e.key: e.self_device_time_total if m.on_gpu else e.self_cpu_time_total for e in events}
     top = sorted(spent, key=lambda key: -spent[key])[:15]
     in_kernels = sum(spent.values()) / m.steps / 1e3
@@ -236,11 +244,12 @@ def kernels_of_a_step(m: Machine, size: str, batch: int) -> Values:
     }  # fmt: skip
 
 
+_WARM_UPS = 2  # the second call of a compiled function may record or compile once more
 WRITERS = "ours", "transformers eager", "transformers compiled"
 
 
 def generation(m: Machine, size: str, batch: int, name: str) -> Values:
-    """Measure the generated tokens per second of a program in WRITERS."""
+    """Measure the generated tokens per second of a program in WRITERS, the median of three runs."""
     shape = m.sizes[size]
     prompt = torch.ones(batch, 4, dtype=torch.long, device=m.device)
     if name == "ours":
@@ -249,15 +258,17 @@ def generation(m: Machine, size: str, batch: int, name: str) -> Values:
         write = lambda: sum(1 for _ in generate(model, prompt, sampling, end_of_text=-1))  # noqa: E731
     else:
         write = transformers_generation(m, shape, prompt, static=name.endswith("compiled"))
+    times = []
     try:
-        write()
-        m.synchronize()
-        start = time.perf_counter()
-        write()
-        m.synchronize()
-        seconds = time.perf_counter() - start
+        for _ in range(_WARM_UPS + 3):
+            m.synchronize()
+            start = time.perf_counter()
+            write()
+            m.synchronize()
+            times.append(time.perf_counter() - start)
     finally:
         torch.compiler.reset()
+    seconds = statistics.median(times[_WARM_UPS:])
     rate = batch * m.new_tokens / seconds
     return {"size": size, "batch": batch, "writer": name, "tokens per second": rate}
 

@@ -12,12 +12,18 @@ from typing import Any
 
 UNITS = ("copy GB/s", "bfloat16 TFLOP/s")
 MEDIAN = "median tokens per second"
+SECOND_SEED = "training large-32-true-2"
+SEEDS = (
+    "validation loss of small at 10 million tokens, largest difference of two seeds, nats",
+    "0.015", "CPUs, 2026-11-25 (docs/LOG.md)",
+)  # fmt: skip
 
 
 def table(content: dict[str, Any]) -> str:
     """Return a Markdown table of the measures, each with the device that it was measured on."""
     rows = [("measure", "value", "measured on"), ("---", "---", "---")]
     rows += [(name, value, device(content)) for name, value in measures(content)]
+    rows += [SEEDS] if needs_spread(content["results"]) else []
     rows += [(name, "not run", "") for name in content.get("not_run", [])]
     rows += [("stopped", content["stopped"], "")] if "stopped" in content else []
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -25,9 +31,13 @@ def table(content: dict[str, Any]) -> str:
 
 def device(content: dict[str, Any]) -> str:
     """Return the name of the device, with its measured copy bandwidth and bfloat16 product."""
-    speeds = content["results"].get("machine", {})
-    names = [(measure, *measure.split()) for measure in UNITS if measure in speeds]
-    figures = [f"{name} {speeds[measure]:,.0f} {unit}" for measure, name, unit in names]
+    results: dict[str, Any] = content["results"]
+    speeds = {**results.get("machine", {}), **results.get("machine again", {})}
+    names = [(measure, *measure.split()) for measure in UNITS]
+    figures = [
+        f"{name} {speeds[measure]:,.0f} {unit}" if measure in speeds else f"{name} not measured"
+        for measure, name, unit in names
+    ]
     return ", ".join([content["measured_on"], *figures])
 
 
@@ -35,7 +45,7 @@ def measures(content: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the name and the value of each measure."""
     results: dict[str, Any] = content["results"]
     rows = [row for part, values in results.items() for row in rows_of(part, values)]
-    rows += [(f"{name}, relative to the best peer", f"{r:.2f}×") for name, r in ratios(results)]
+    rows += [(name, f"{ratio:.2f}×") for name, ratio in ratios(results)]
     alone = results.get("sharing 1", {}).get("tokens per second")
     for values in results.values():
         if alone and values.get("runs", 1) > 1:
@@ -53,16 +63,15 @@ def rows_of(part: str, values: dict[str, Any]) -> list[tuple[str, str]]:
     if "ok" in values:
         return [(part, "holds" if values["ok"] else "does not hold")]
     rows: list[tuple[str, str]] = []
-    if part == "machine":
+    if part in ("machine", "machine again"):
         rows += [(unit, f"{values[unit]:,.0f}") for unit in UNITS]
     elif part.startswith(("speed", "generation")):
         rows.append((f"{part}, tokens/s", f"{values['tokens per second']:,.0f}"))
     elif part.startswith("training"):
-        seconds = values["seconds to perplexity"]
         goal = f"{part}: seconds from the shell to perplexity {values['perplexity to reach']:g}"
         rows += [
             (f"{part}: seconds from the shell", f"{values['seconds from the shell']:.1f}"),
-            (goal, "not reached" if seconds is None else f"{seconds:.1f}"),
+            (goal, crossing(values)),
             (f"{part}: tokens/s", f"{values['tokens_per_second']:,.0f}"),
             (f"{part}: validation perplexity", f"{values['val/perplexity']:.3f}"),
         ]
@@ -74,6 +83,17 @@ def rows_of(part: str, values: dict[str, Any]) -> list[tuple[str, str]]:
     elif part.startswith("sharing"):
         rows.append((f"{part}: tokens/s in all", f"{values['tokens per second']:,.0f}"))
     return rows
+
+
+def crossing(values: dict[str, Any]) -> str:
+    """Return the seconds to the perplexity, with those of the last validation above it."""
+    seconds = values["seconds to perplexity"]
+    if seconds is None:
+        return "not reached"
+    earlier = [v["seconds"] for v in values.get("validations", []) if v["seconds"] < seconds]
+    if not earlier:
+        return f"at most {seconds:.1f}"
+    return f"at most {seconds:.1f}, more than {earlier[-1]:.1f}"
 
 
 def rates(results: dict[str, Any], kind: str) -> dict[str, dict[str, float]]:
@@ -95,11 +115,13 @@ def ratios(results: dict[str, Any]) -> list[tuple[str, float]]:
     """Return the speed of our best program relative to that of the best peer of each kind."""
     pairs = []
     for group, by_name in {**rates(results, "speed"), **rates(results, "generation")}.items():
-        ours = [rate for name, rate in by_name.items() if name.startswith("ours")]
+        ours = [name for name in by_name if name.startswith("ours")]
         for kind in ("eager", "compiled"):
-            peers = [r for n, r in by_name.items() if not n.startswith("ours") and kind in n]
+            peers = [name for name in by_name if not name.startswith("ours") and kind in name]
             if ours and peers:
-                pairs.append((f"{group}: ours, {kind} peers", max(ours) / max(peers)))
+                best, peer = (max(names, key=by_name.__getitem__) for names in (ours, peers))
+                name = f"{group}: {best}, relative to the best {kind} peer, {peer}"
+                pairs.append((name, by_name[best] / by_name[peer]))
     return pairs
 
 
@@ -135,6 +157,11 @@ def against_float32(results: dict[str, Any]) -> list[tuple[str, str]]:
             (f"{name}: validation loss minus that of 32-true, nats", f"{difference:+.4f}"),
         ]
     return rows
+
+
+def needs_spread(results: dict[str, Any]) -> bool:
+    """Return whether precisions are compared without the difference of two seeds on this device."""
+    return bool(against_float32(results)) and "val/loss" not in results.get(SECOND_SEED, {})
 
 
 def figure(content: dict[str, Any]) -> Any:

@@ -21,7 +21,9 @@ _METHODS = {Tensor.tolist: "tolist", Tensor.numpy: "numpy", Tensor.cpu: "cpu"}
 class SyncCounter(TorchDispatchMode):
     """Context in which `names` collects the name of each such operation, while `active` is set.
 
-    The context applies to the current thread. It takes every tensor for one on a GPU.
+    The context applies to the current thread. It takes every CPU tensor for one on a GPU, so a
+    move to a `torch.device` may be one to the GPU; a move to "cpu" is one to the host. Between two
+    devices, a copy to the host or from memory of the host that is not pinned is counted.
     """
 
     def __init__(self) -> None:
@@ -41,13 +43,26 @@ class SyncCounter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        name = func.name().split("::")[1].split(".")[0]
+        name, kwargs = func.name().split("::")[1].split(".")[0], kwargs or {}
         masks = name in ("index", "index_put", "index_put_") and any(
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
         )
-        if self.active and (name in _OPERATORS or masks):
+        if self.active and (name in _OPERATORS or masks or _waits_for_copy(name, args, kwargs)):
             self.names.append(f"{name} with a mask" if masks else name)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _waits_for_copy(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether an operator copies between a GPU and memory of the host that is not pinned."""
+    if name == "_to_copy":
+        source, target = args[0], torch.device(kwargs.get("device") or args[0].device)
+    elif name == "copy_":
+        source, target = args[1], args[0].device
+    else:
+        return False
+    if source.device.type == target.type:
+        return False
+    return target.type == "cpu" or (source.device.type == "cpu" and not source.is_pinned())
 
 
 class _Methods(TorchFunctionMode):
@@ -58,6 +73,11 @@ class _Methods(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if self.counter.active and func in _METHODS:
-            self.counter.names.append(_METHODS[func])
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if self.counter.active:
+            if func in _METHODS:
+                self.counter.names.append(_METHODS[func])
+            targets = (*args[1:2], kwargs.get("device")) if func is Tensor.to else ()
+            if any(isinstance(target, str) and target.startswith("cpu") for target in targets):
+                self.counter.names.append("to cpu")
+        return func(*args, **kwargs)

@@ -13,6 +13,7 @@ from minigpt.cli.program import leave
 from minigpt.core.console import log, outputs, show_log
 from minigpt.core.distributed import global_rank
 from minigpt.core.files import DISK_FULL
+from minigpt.core.gpu_memory import is_out_of_memory
 from minigpt.core.signals import watch
 
 # Verbs that stop when their terminal is closed. All other verbs write files, so they continue.
@@ -50,7 +51,7 @@ def orderly_exit(verb: str) -> Iterator[None]:
                 if watch.number:
                     watch.exit()
                 sys.exit(128 + number)
-            if type(error).__name__ == "OutOfMemoryError":  # of PyTorch, slow to import
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
                 leave(_NO_GPU_MEMORY, 1)
             if (problem := explain_file_error(error)) is None:
                 raise

@@ -18,6 +18,7 @@ import torch
 from minigpt.core.cores import THREADS, usable_cores
 from minigpt.core.distributed import Launcher
 from minigpt.core.files import read_json, write_json
+from minigpt.core.gpu_memory import is_out_of_memory
 from minigpt.core.settings import UserError
 
 
@@ -217,19 +218,24 @@ def model_device() -> str:
 
 
 @contextlib.contextmanager
-def gpu_memory_for(argument: str, value: int) -> Iterator[None]:
+def gpu_memory_for(argument: str, value: int, at_once: int | None = None) -> Iterator[None]:
     """Raise UserError for `argument` if the GPU runs out of memory in the `with` block.
 
     Args:
         argument: name of the argument that sets how many sequences are computed at a time.
-        value: value of this argument; the error suggests half of it.
+        value: value of this argument.
+        at_once: number of sequences that are computed at a time, of which the error suggests half;
+            None means `value`.
     """
     try:
         yield
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         problem = "the GPU does not have enough memory for this number of sequences (to use the "
         problem += "CPU, put CUDA_VISIBLE_DEVICES= before the command)"
-        fix = {argument: value // 2} if value > 1 else None
+        number = min(value, at_once or value)
+        fix = {argument: number // 2} if number > 1 else None
         raise UserError(problem, argument, value, fix) from None
 
 

@@ -17,6 +17,8 @@ from minigpt.data.sources import open_corpus
 from minigpt.data.windows import BudgetSampler, StoryWindows, TokenWindows, TrainingBatches
 from minigpt.tokenizer import Tokenizer
 
+# Tokens in a validation batch on a GPU, at least: 128 windows of 256, which keep the GPU busy.
+_VALIDATION_TOKENS = 32_768
 _SHARE_OF_MEMORY = 0.25  # largest part of a GPU's memory that the training tokens may take
 
 
@@ -95,6 +97,20 @@ class DataModule(L.LightningDataModule):
         order = self.n_steps, self.seed, self.start_step, rank, world_size, config.random_offset
         return BudgetSampler(*numbers, *order, stories)
 
+    def validation_windows(self, accelerator: str) -> int:
+        """Return the number of windows per device and validation batch.
+
+        On a CUDA GPU, a validation batch is larger than a small training batch: it needs no memory
+        for the backward pass, and small batches would not keep the GPU busy.
+
+        Args:
+            accelerator: kind of device, such as "cpu" or "cuda".
+        """
+        windows = self.config.windows_per_batch
+        if accelerator != "cuda":
+            return windows
+        return max(windows, _VALIDATION_TOKENS // self.context_length)
+
     def train_dataloader(self) -> DataLoader:
         """Return a loader of this rank's batches, from `start_step` to the end of the run."""
         tokens, length, config = self.train.array(), self.context_length, self.config
@@ -102,8 +118,8 @@ class DataModule(L.LightningDataModule):
         shuffled = StoryWindows(tokens, length, self.seed) if stories else None
         windows = shuffled or TokenWindows(tokens, length)
         batches = TrainingBatches(windows, sampler, config.noise, self.tokenizer.vocab_size)
-        device = self.trainer.strategy.root_device if self.trainer is not None else None
-        if device is None or device.type != "cuda":
+        device = self._device()
+        if device.type != "cuda":
             return _loader(batches, sampler=sampler, batch_size=None)
         memory = torch.cuda.get_device_properties(device).total_memory
         if tokens.nbytes > _SHARE_OF_MEMORY * memory:
@@ -125,7 +141,13 @@ class DataModule(L.LightningDataModule):
         starts, length = windows.side_by_side(), self.context_length
         per_rank = -(-len(starts) // world_size)
         share = range(rank * length, per_rank * world_size * length, world_size * length)
-        return _loader(windows, sampler=share, batch_size=self.config.windows_per_batch)
+        batch_size = self.validation_windows(self._device().type)
+        return _loader(windows, sampler=share, batch_size=batch_size)
+
+    def _device(self) -> torch.device:
+        """Return the device that trains; a CPU if there is no trainer."""
+        trainer = self.trainer
+        return trainer.strategy.root_device if trainer is not None else torch.device("cpu")
 
     def _rank(self) -> tuple[int, int]:
         trainer = self.trainer

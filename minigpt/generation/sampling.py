@@ -432,7 +432,7 @@ def iterate_stories(
         stories: deque[list[int]] = deque([] for _ in prompts)  # ids of stories not yet yielded
         steps = (ids for ids, _ in generate(model, prompts, sampling, end, own, size))
         while stories:
-            with gpu_memory_for("n", n):
+            with gpu_memory_for("n", n, batch):
                 block = list(islice(steps, every))
             if not block:
                 break

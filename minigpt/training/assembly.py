@@ -91,7 +91,8 @@ class Assembly:
         config, data, schedule, hardware = self.config, self.data, self.schedule, self.hardware
         valid, parent = data.valid, self.start.parent
         n_windows = -(-(valid.n_tokens - 1) // config.model.context_length)
-        n_batches = -(-n_windows // (config.data.windows_per_batch * hardware.world_size))
+        per_batch = data.validation_windows(hardware.accelerator) * hardware.world_size
+        n_batches = -(-n_windows // per_batch)
         epochs = schedule.n_steps * schedule.tokens_per_step / data.train.n_tokens
         lrs = ", ".join(f"peak {name} {lr:.2e}" for name, lr in self.module.peak_lrs.items())
         lines = {

@@ -205,12 +205,13 @@ class TrainingProgress(Callback):
         self.bar.update(self.task, description="validating")
         total = sum(trainer.num_val_batches)
         self.bar.add_task("validating", True, total, visible=False, position="", numbers="")
-        batches = self.module.tokens_per_step / trainer.accumulate_grad_batches
+        loader: Any = trainer.val_dataloaders
+        context = self.module.net.config.context_length
+        tokens = total * loader.batch_size * context * trainer.world_size
         # A validation batch takes less time than a training batch, which has a backward pass.
-        seconds = total * batches / self.throughput.speed if self.throughput.speed else 0.0
+        seconds = tokens / self.throughput.speed if self.throughput.speed else 0.0
         if seconds > _LONG_VALIDATION and trainer.is_global_zero:
             message = "validating on %s windows in %s batches, which takes at most about %s"
-            loader: Any = trainer.val_dataloaders
             log.info(message, f"{len(loader.sampler):,}", f"{total:,}", human_time(seconds))
 
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:

@@ -19,7 +19,7 @@ class CycleMean(Callback):
     (Huang et al. 2017, arXiv:1704.00109). Here the weights are averaged instead of the predictions
     (Izmailov et al. 2018, arXiv:1803.05407). The steps at which decays end are fixed before the
     run, so they do not depend on the validation loss. The sums of the weights are computed in
-    float32 on the CPU, in the order of the steps, and stored in checkpoints.
+    float32 on the device, in the order of the steps, and stored in checkpoints.
 
     Args:
         module: the model in training. Each process must have all weights, so fsdp is excluded.
@@ -42,8 +42,10 @@ class CycleMean(Callback):
             return
         self._n += 1
         for name, weight in self.module.net.named_parameters():
-            weights = weight.to("cpu", torch.float32, copy=True)
-            self._sums[name] = self._sums[name] + weights if name in self._sums else weights
+            weights = weight.to(torch.float32, copy=True)  # on its device, without waiting for it
+            if name in self._sums:  # from a checkpoint, it may be on another device
+                weights += self._sums[name].to(weights.device)
+            self._sums[name] = weights
         if self._n == len(self.ends):
             for name, weight in self.module.net.named_parameters():
                 weight.copy_(self._sums[name] / self._n)

@@ -27,6 +27,7 @@ from minigpt.core.distributed import (
     may_start_processes,
     step_name,
 )
+from minigpt.core.gpu_memory import is_out_of_memory
 from minigpt.core.hardware import Hardware, has_c_compiler, has_cpp_compiler, set_threads
 from minigpt.core.process import preserved_process
 from minigpt.core.settings import ModelClassError, UserError, build, next_step
@@ -265,9 +266,8 @@ def _fit(
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         status = 0
-    except (torch.OutOfMemoryError, UserError) as error:
-        causes = error, error.__context__  # a sample story raises UserError
-        if not any(isinstance(cause, torch.OutOfMemoryError) for cause in causes):
+    except (RuntimeError, UserError) as error:  # a sample story raises UserError
+        if not is_out_of_memory(error):
             raise
         raise _too_many_windows(config) from None
     except SystemExit as leaving:  # by `Checkpoints`, or by Lightning at Ctrl-C, with code 1

@@ -139,7 +139,8 @@ def make_optimizer(
         model: the model.
         config: name and settings of the optimizer.
         lrs: peak learning rates by setting name, such as the result of `peak_lrs`.
-        fused: whether AdamW runs as one kernel.
+        fused: whether AdamW runs as one kernel. If not, a GPU updates all weights with a few
+            kernels, and a CPU one weight at a time.
         dtype: dtype of Muon's matrix products; bfloat16 is precise enough.
         graphed: whether Muon records and replays CUDA graphs.
     """
@@ -150,7 +151,9 @@ def make_optimizer(
         (vectors if parameter.dim() < 2 else matrix).append(parameter)
     decayed = embeddings if config.name == "muon" else matrices + embeddings
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": vectors}]
-    adamw = AdamW(groups, lrs["lr"], (config.beta1, config.beta2), weight_decay=0.0, fused=fused)
+    # None, because with False PyTorch would not select its `foreach` kernels on a GPU.
+    how, betas = fused or None, (config.beta1, config.beta2)
+    adamw = AdamW(groups, lrs["lr"], betas, weight_decay=0.0, fused=how)
     if config.name == "adamw":
         return adamw
     rates = lrs["matrix_lr"], config.momentum, config.weight_decay

@@ -22,9 +22,17 @@ def test_error_that_follows_from_ctrl_c_is_one_line(capsys):
         raise AttributeError("a bug")
 
 
-def test_full_gpu_memory_is_one_line_that_names_the_cpu(capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nAnd more"),
+        RuntimeError("CUDA error: out of memory\nAnd more"),
+    ],
+    ids=["of PyTorch", "of CUDA"],
+)
+def test_full_gpu_memory_is_one_line_that_names_the_cpu(error, capsys):
     with preserved_process(), pytest.raises(SystemExit) as leaving, orderly_exit("study"):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nAnd more")
+        raise error
     assert leaving.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "CUDA_VISIBLE_DEVICES=" in line

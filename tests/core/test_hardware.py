@@ -12,7 +12,8 @@ from minigpt.core.distributed import (
     in_slurm_job,
     step_name,
 )
-from minigpt.core.hardware import Hardware
+from minigpt.core.gpu_memory import is_out_of_memory
+from minigpt.core.hardware import Hardware, gpu_memory_for
 from minigpt.core.settings import UserError
 from minigpt.training.config import TrainConfig, TrainerConfig
 from minigpt.training.loop import train
@@ -211,6 +212,49 @@ def test_processes_of_an_unknown_launcher_are_refused(monkeypatch, variables):
         Hardware.detect("cpu", "auto", 1, "auto")
     forget_stale_launcher()
     assert variables.items() <= os.environ.items()  # so that train raises
+
+
+def recording_without_memory(suppressed: bool) -> None:
+    try:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    except torch.OutOfMemoryError as cause:
+        raise RuntimeError("CUDA error: operation failed") from None if suppressed else cause
+
+
+def cuda_without_memory() -> None:
+    raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+
+
+def another_error() -> None:
+    raise RuntimeError("CUDA error: misaligned address")
+
+
+@pytest.mark.parametrize(
+    ("fail", "full"),
+    [
+        (lambda: recording_without_memory(True), True),
+        (lambda: recording_without_memory(False), True),
+        (cuda_without_memory, True),
+        (another_error, False),
+    ],
+    ids=["context", "cause", "text", "another error"],
+)
+def test_out_of_memory_is_recognised_in_a_chain_of_errors(fail, full):
+    with pytest.raises(RuntimeError) as error:
+        fail()
+    assert is_out_of_memory(error.value) is full
+    with pytest.raises(UserError if full else RuntimeError), gpu_memory_for("n", 4):
+        fail()
+
+
+@pytest.mark.parametrize(
+    ("value", "at_once", "fix"),
+    [(4000, 1024, 512), (300, 1024, 150), (300, None, 150), (1, 1024, None)],
+)
+def test_out_of_memory_suggests_half_of_what_is_computed_at_once(value, at_once, fix):
+    with pytest.raises(UserError) as error, gpu_memory_for("n", value, at_once):
+        cuda_without_memory()
+    assert error.value.fix == ({"n": fix} if fix else {})
 
 
 def test_several_nodes_need_a_launcher():

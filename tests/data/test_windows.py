@@ -361,6 +361,23 @@ class FakeTrainer:
         self.global_rank, self.world_size = rank, world_size
 
 
+@pytest.mark.parametrize(
+    ("device", "batch", "length", "windows"),
+    [
+        ("cpu", 4, 8, 4), ("cuda", 4, 256, 128), ("cuda", 160, 256, 160), ("cuda", 4, 1024, 32),
+        ("cuda", 4, 100_000, 4),
+    ],
+)  # fmt: skip
+def test_validation_batches_are_larger_on_a_gpu(config, device, batch, length, windows):
+    data = data_module(dataclasses.replace(config, batch_size=batch))
+    data.context_length = length
+    trainer = FakeTrainer(0, 1)
+    trainer.strategy = SimpleNamespace(root_device=torch.device(device))
+    data.trainer = trainer  # type: ignore[assignment]
+    assert data.val_dataloader().batch_size == windows
+    assert data.validation_windows(device) == windows
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_share_the_validation_windows_without_repeats(config, world_size):
     data = data_module(config)

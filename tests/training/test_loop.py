@@ -427,7 +427,11 @@ def test_out_of_memory_names_batch_size_and_accumulation(
     tiny: list[str], monkeypatch: pytest.MonkeyPatch, windows: int, names: tuple[str, ...]
 ):
     def allocate(self, batch, batch_idx) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        finally:
+            if windows == 3:  # as at the end of the recording of a CUDA graph
+                raise RuntimeError("CUDA error: operation failed due to a previous error")
 
     monkeypatch.setattr("minigpt.training.module.GPTModule.training_step", allocate)
     with pytest.raises(UserError, match=naming(*names)) as error:

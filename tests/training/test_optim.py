@@ -38,6 +38,17 @@ def train(net: GPT, optimizer: torch.optim.Optimizer, seeds: range) -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_adamw_that_is_not_fused_leaves_foreach_to_pytorch(name, fused):
+    config = OptimizerConfig(name=name)
+    optimizer = make_optimizer(GPT(TINY), config, peak_lrs(config, TINY.d_model), fused)
+    groups = [group for group in optimizer.param_groups if "fused" in group]
+    assert len(groups) == 2
+    expected = True if fused else None
+    assert all(group["fused"] is expected and group["foreach"] is None for group in groups)
+
+
 def test_cosine_schedule_warms_up_linearly_and_decays_to_zero():
     curve = [lr_factor(step, 110, 10, 0.0) for step in range(110)]
     assert curve[:10] == pytest.approx([0.1 * i for i in range(1, 11)])

@@ -106,6 +106,64 @@ def test_steps_with_teachers_and_a_graph_do_not_wait_for_the_device(counted, tmp
 
 
 @pytest.mark.parametrize(
+    ("name", "wait"),
+    [
+        ("_local_scalar_dense", lambda x: x.sum().item()),
+        ("_local_scalar_dense", lambda x: bool(x.sum() > 0)),
+        ("nonzero", lambda x: x.nonzero()),
+        ("masked_select", lambda x: x.masked_select(x > 0)),
+        ("index with a mask", lambda x: x[x > 0]),
+        ("index_put_ with a mask", lambda x: x.clone().__setitem__(x > 0, torch.ones(2))),
+        ("_unique2", lambda x: x.unique()),
+        ("tolist", lambda x: x.tolist()),
+        ("numpy", lambda x: x.numpy()),
+        ("cpu", lambda x: x.cpu()),
+        ("to cpu", lambda x: x.to("cpu")),
+        ("to cpu", lambda x: x.to(device="cpu", dtype=torch.float64)),
+        # "meta" stands for a device with a memory of its own.
+        ("_to_copy", lambda x: x.to("meta")),
+        ("copy_", lambda x: torch.empty(2, device="meta").copy_(x)),
+    ],
+)
+def test_each_operation_that_waits_is_counted(name, wait):
+    with SyncCounter() as counter:
+        wait(torch.ones(2))
+    assert name in counter.names
+
+
+def test_operations_on_the_device_are_not_counted():
+    with SyncCounter() as counter:
+        x = torch.ones(2).to(torch.device("cpu")).to(torch.float64)
+        torch.where(x > 0, x, 0 * x)[torch.tensor([1])].copy_(x[:1]).to(x)
+    assert counter.names == []
+
+
+class ErrorsOnAGpu(StepsWithoutRow):
+    """Make PyTorch raise an error if a step without a row waits for the GPU."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        super().on_train_batch_start(trainer, *args, **kwargs)
+        warm = trainer.global_step >= 5  # before, graphs are recorded and libraries loaded
+        torch.cuda.set_sync_debug_mode("error" if self.counter.active and warm else "default")
+
+    def on_validation_start(self, *_: Any, **__: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+    on_train_end = on_exception = on_validation_start  # type: ignore[assignment]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_steps_on_a_gpu_do_not_wait_for_it(precision, tmp_path):
+    steps = ErrorsOnAGpu()
+    gpu = ["trainer.accelerator=cuda", "trainer.devices=1", f"trainer.precision={precision}"]
+    rows = ["trainer.log_every_n_steps=5", "optimizer.cycles=1"]
+    trained_folder([*tiny_overrides(tmp_path), *gpu, *rows], callbacks=[steps])
+    assert steps.n_batches >= 10
+
+
+@pytest.mark.parametrize(
     "wait", [lambda loss: loss.item(), lambda loss: loss.cpu(), lambda loss: loss[loss > 0]]
 )
 def test_a_step_that_waits_for_the_device_is_counted(counted, monkeypatch, wait):

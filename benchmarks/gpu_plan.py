@@ -1,0 +1,178 @@
+"""The plan of benchmarks/gpu.py: all its parts in their order, and the sizes of two machines."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks import gpu_checks as checks
+from benchmarks import gpu_measures as measures
+from benchmarks import gpu_trainings as trainings
+from benchmarks.gpu_measures import Machine, Values
+from minigpt.model import GPTConfig
+
+PATIENCE = 3.0  # a part is stopped after this multiple of its expected time, but not before ...
+LEAST = 60.0  # ... this many seconds, because a cold start of CUDA may take long
+
+
+@dataclass(frozen=True)
+class Part:
+    """One check or measurement, and the seconds that it is expected to take on an H100.
+
+    `needs` is the name of an earlier part, whose files this part reads. `repeats` is the name of an
+    earlier part, which this part repeats if it had an error.
+    """
+
+    name: str
+    seconds: float
+    function: Callable[[], Values]
+    needs: str | None = None
+    repeats: str | None = None
+
+    @property
+    def limit(self) -> float:
+        """Number of seconds after which the part is stopped."""
+        return limit(self.seconds)
+
+
+def limit(seconds: float) -> float:
+    """Return the seconds after which a part with expected time `seconds` is stopped."""
+    return max(LEAST, PATIENCE * seconds)
+
+
+# ---------------------------------------------------------------------------- machines
+
+
+def gpu_machine(scratch: Path) -> Machine:
+    """Return the sizes of the models of the README, for one CUDA GPU."""
+    widths = {"small": 128, "medium": 256, "large": 384}
+    sizes = {name: GPTConfig(3000, 256, d, 5, d // 32, 2 * d, 0.0) for name, d in widths.items()}
+    return Machine(
+        torch.device("cuda"), scratch, sizes, batches=(128, 16), rounds=5, steps=20,
+        precisions=("float32", "bfloat16", "float16"),
+        overrides=("trainer.accelerator=cuda", "trainer.devices=1"),
+        side=8192, sequences=(1, 256, 1024), new_tokens=128, shared=(1, 8, 4, 2), perplexity=5.87,
+    )  # fmt: skip
+
+
+def cpu_machine(scratch: Path) -> Machine:
+    """Return tiny sizes, with which the script takes seconds on a CPU."""
+    shape = GPTConfig(280, 16, d_model=16, n_layers=1, n_heads=2, d_ff=32)
+    names = ("Tom", "Lily", "Max", "Anna")
+    scratch.mkdir(parents=True, exist_ok=True)
+    for split, ends in (("train", ("happy", "sad", "tired", "kind")), ("valid", ("good",))):
+        stories = [
+            f"One day, {a} met {b}. {a} was {c}." for a in names for b in names for c in ends
+        ]
+        text = "\n<|endoftext|>\n".join(stories)
+        (scratch / f"{split}.txt").write_text(text, encoding="utf-8")
+    overrides = (
+        "trainer.accelerator=cpu", "data=text", f"data.train_files=[{scratch / 'train.txt'}]",
+        f"data.valid_files=[{scratch / 'valid.txt'}]", f"data.cache_dir={scratch / 'cache'}",
+        "data.vocab_size=280", "model.context_length=16", "model.d_model=16", "model.n_layers=1",
+        "model.n_heads=2", "model.d_ff=32", "optimizer.warmup_steps=2", "callbacks=quiet",
+    )  # fmt: skip
+    return Machine(
+        torch.device("cpu"), scratch, {"medium": shape}, batches=(4, 2), rounds=1, steps=2,
+        precisions=("float32", "bfloat16"), overrides=overrides, side=64, sequences=(1, 3),
+        new_tokens=6, shared=(1, 2), perplexity=1e9,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- the plan
+
+
+def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
+    """Return all parts, the most valuable first."""
+    machine = Part("machine", 20, lambda: measures.describe(m))
+    parts = [
+        machine,
+        Part("data", 12, lambda: trainings.data_is_ready(m)),
+        Part("check batches", 3, lambda: checks.check_batches(m)),
+        Part("check gradients", 12, lambda: checks.check_gradients(m)),
+        Part("check syncs", 12, lambda: checks.check_syncs(m)),
+        Part("check generation", 4, lambda: checks.check_generation(m)),
+        Part("check resume", 12, lambda: checks.check_resume(m)),
+    ]
+
+    def speeds(names: Sequence[str]) -> None:
+        for batch in m.batches:
+            for name in names:
+                seconds = 12 if "compiled" in name else 5
+                measure = partial(measures.speed, m, "medium", batch, name)
+                parts.append(Part(f"speed medium {batch}: {name}", seconds, measure))
+
+    def training(
+        name: str, seconds: float, *overrides: str, keep: bool = True, needs: str | None = None
+    ) -> None:
+        def run() -> Values:
+            timeout = min(left(), limit(seconds)) if m.on_gpu else left()
+            return trainings.training(m, name, overrides, timeout, out if keep else None)
+
+        parts.append(Part(f"training {name}", seconds, run, needs))
+
+    def generation(batches: Sequence[int]) -> None:
+        for batch in batches:
+            for name in measures.WRITERS:
+                seconds = {"ours": 4, "transformers eager": 7}.get(name, 20)
+                write = partial(measures.generation, m, "medium", batch, name)
+                parts.append(Part(f"generation {batch}: {name}", seconds, write))
+
+    def sharing(numbers: Sequence[int]) -> None:
+        for n in numbers:
+            seconds = 14 + 2 * n
+            share = partial(trainings.sharing, m, n, few)
+            parts.append(Part(f"sharing {n}", seconds, lambda share=share: share(left())))
+
+    budgets = {
+        "medium": 104e6, "large": 44e6, "student": 44e6, "small": 44e6, "precision": 10e6,
+        "shared": 8e6,
+    }  # fmt: skip
+    many, few = ["data.batch_size=128", "optimizer.warmup_tokens=1e6"], ["data.batch_size=8"]
+    as_on_cpus = ["data.batch_size=16"]
+    if not m.on_gpu:
+        budgets, few = dict.fromkeys(budgets, 640), ["data.batch_size=4"]
+        many = as_on_cpus = few
+    sizes = {name: [f"model={name}"] if m.on_gpu else [] for name in ("small", "medium", "large")}
+    b = {name: f"budget.tokens={budget:.0f}" for name, budget in budgets.items()}
+    medium = [*sizes["medium"], *many, b["medium"]]
+    few = [*sizes["small"], *few, b["shared"]]
+    compiled = ["trainer.compile=true"] if m.on_gpu else []
+    teacher = f"teacher.runs=[{m.scratch / 'runs/large'}]"
+
+    speeds(measures.CANDIDATES)
+    parts.append(replace(machine, name="machine again", seconds=5, repeats=machine.name))
+    training("medium", 48, *medium)
+    training("large", 36, *sizes["large"], *many, b["large"])
+    training("student", 32, *sizes["small"], *many, b["student"], teacher, needs="training large")
+    training("small", 19, *sizes["small"], *many, b["small"])
+    precisions = [*sizes["large"], *as_on_cpus, b["precision"], "trainer.n_validations=1"]
+    for precision in ("32-true", "bf16-mixed", *(["16-mixed"] if m.on_gpu else [])):
+        seconds = 30 if precision == "16-mixed" else 20  # without a CUDA graph of the loss
+        words = *precisions, f"trainer.precision={precision}"
+        training(f"large-{precision}", seconds, *words, keep=False)
+    generation(m.sequences[:2])
+    sharing(m.shared[:2])
+    generation(m.sequences[2:])
+    training("medium-compiled", 75, *medium, *compiled, keep=False)
+    sharing(m.shared[2:])
+    if m.on_gpu:
+        words = *precisions, "trainer.precision=32-true", "seed=2"
+        training("large-32-true-2", 20, *words, keep=False)
+    speeds(measures.MORE_CANDIDATES)
+    for windows in m.batches:
+        kernels = partial(measures.kernels_of_a_step, m, "medium", windows)
+        parts.append(Part(f"kernels medium {windows}", 10, kernels))
+    return parts
+
+
+def part_names(device: str) -> list[str]:
+    """Return the names of all parts."""
+    with tempfile.TemporaryDirectory() as folder:
+        machine = (gpu_machine if device == "cuda" else cpu_machine)(Path(folder))
+        return [part.name for part in plan(machine, Path(folder), lambda: 0.0)]
