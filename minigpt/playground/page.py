@@ -34,6 +34,7 @@ from minigpt.playground.age_page import (
 )
 from minigpt.playground.answers import MAX_PROMPT, MAX_RUNS, MAX_TOKENS, Playground
 from minigpt.playground.hosts import Hosts, guarded
+from minigpt.playground.limits import refuse_downloads
 from minigpt.playground.training_page import RANDOM, START_FROM, training_tab
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def build_page(playground: Playground, training: Training | None = None) -> Page
         playground: the loaded models.
         training: the queue of training runs and its access token; None means no tab Train.
     """
+    refuse_downloads()
     # Uploads that no training run uses are deleted after an hour, or when the server ends.
     with Page(
         title="Mini GPT playground", analytics_enabled=False, delete_cache=(600, 3600)
