@@ -34,6 +34,7 @@ _WARM_UP = 3  # updates that are not timed
 MAX_UNPACKED = 1_000_000_000  # bytes of the uploads after decompression
 _SMALL_TEXT = 2_000_000  # bytes; for less text, docs/your-own-text.md recommends other settings
 _LONG_BUDGET = 100_000_000  # tokens; more than a calibration can use
+_MIN_CONTEXT = 32  # tokens; with a shorter context, a text is too short to train on
 # Arguments of errors that are about the text of the visitor. An error without an argument is, too.
 # data.batch_size is wrong if the text is too short for one batch.
 _OF_DATA = {
@@ -130,10 +131,8 @@ def _train(job: Job, program: Program) -> None:
     budget = job.status.get("budget")
     if budget is None:
         job.report(phase="calibrating")
-        config = load_config(
-            "train", typed_settings({**words, **place, "budget.tokens": _LONG_BUDGET})
-        )
-        rate = tokens_per_second(config, job.folder / "calibration")
+        words, config, rate = _calibrate(words, place, job.folder / "calibration")
+        job.report(words=words)
         budget = budget_words(config, 60 * settings["minutes"] * rate)
     words |= budget
     names = {"data.train_files": list(job.uploads.values())}
@@ -143,6 +142,42 @@ def _train(job: Job, program: Program) -> None:
     job.report(phase="training", run=str(run), command=command, budget=budget, tokens=tokens)
     place |= {"runs_dir": str(run.parent), "name": run.name, "resume": "auto"}
     train(load_config("train", typed_settings({**words, **place})))
+
+
+def _calibrate(
+    words: dict[str, Any], place: dict[str, Any], folder: Path
+) -> tuple[dict[str, Any], Any, float]:
+    """Measure the training speed, with settings that fit the text if it is too short for `words`.
+
+    These are a smaller batch, a shorter context or a larger share of held-out stories.
+
+    Args:
+        words: settings of the run.
+        place: more settings, such as the text files.
+        folder: folder for the measurement, deleted at the end.
+
+    Returns:
+        `words` with settings that fit a short text, the `TrainConfig` of a longer training run, and
+        the speed in tokens per second.
+
+    Raises:
+        UserError: the settings or the data are invalid, such as a text without a single window.
+    """
+    from minigpt.cli.compose import load_config
+
+    while True:
+        long = {**words, **place, "budget.tokens": _LONG_BUDGET}
+        config = load_config("train", typed_settings(long))
+        try:
+            return words, config, tokens_per_second(config, folder)
+        except UserError as error:
+            fix, length = dict(error.fix), config.model.context_length // 2
+            if error.argument == "data.batch_size" and not fix and length >= _MIN_CONTEXT:
+                fix = {"model.context_length": length}
+            is_new = not fix.items() <= words.items()
+            if error.argument not in ("data.batch_size", "data.holdout") or not is_new:
+                raise
+            words = {**words, **fix}
 
 
 def job_words(job: Job, n_bytes: int) -> dict[str, Any]:

@@ -70,6 +70,33 @@ def test_text_becomes_a_run_that_its_command_repeats(queue, monkeypatch):
     assert same.data.train_files == ("text.txt",)
 
 
+@pytest.mark.parametrize(
+    ("text", "context", "batch", "holdout"),
+    [
+        (stories(9).replace("<|endoftext|>", "")[:4500], 256, 3, 0.05),
+        (stories(9).replace("<|endoftext|>", "")[:2000], 128, 2, 0.05),
+        (stories(7)[:4500], 256, 3, 0.14),
+    ],
+    ids=["batch", "context", "stories"],
+)
+def test_short_text_is_trained_from_a_release_with_settings_that_fit_it(
+    queue, monkeypatch, text, context, batch, holdout
+):
+    measure = tokens_per_second
+    monkeypatch.setattr(job_module, "tokens_per_second", lambda *a: min(200, measure(*a, 0)))
+    start = {"path": str(ROOT / "releases/w64"), "name": "w64"}
+    job = queue.add(text, [], "small", 0.1, start)
+    run_started(job)
+    assert (job.state, job.error) == ("finished", None)
+    words = shlex.split(job.status["command"])
+    repeated = load_config("train", words[words.index("train") + 1 :])
+    assert job.run is not None
+    run = Run.load(job.run)
+    assert run.load_model().config.context_length == repeated.model.context_length == context
+    assert (repeated.data.batch_size, repeated.data.holdout) == (batch, holdout)
+    assert run.summary["tokens"] == repeated.budget.tokens >= batch * context
+
+
 def test_stopped_job_continues_with_the_same_settings(queue, monkeypatch):
     configs: list[Any] = []
 
