@@ -35,7 +35,7 @@ from minigpt.playground.age_page import (
 from minigpt.playground.answers import MAX_PROMPT, MAX_RUNS, MAX_TOKENS, Playground
 from minigpt.playground.hosts import Hosts, guarded
 from minigpt.playground.limits import refuse_downloads
-from minigpt.playground.training_page import RANDOM, START_FROM, training_tab
+from minigpt.playground.training_page import START_FROM, start_choices, training_tab
 
 if TYPE_CHECKING:
     from minigpt.playground.server import Training
@@ -160,7 +160,7 @@ def _refresh_models(page: Page) -> None:
         updates = []
         for choice in choices:
             is_start = choice.label == START_FROM
-            listed = [RANDOM, *names] if is_start else names
+            listed = start_choices(playground) if is_start else names
             updates.append(gr.Dropdown(listed, visible=is_start or len(names) > 1))
         column = gr.Column(visible=playground.has_ages)
         return [names, column, playground.age_html(None, age), *updates]
