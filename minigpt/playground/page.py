@@ -34,7 +34,7 @@ from minigpt.playground.age_page import (
 )
 from minigpt.playground.answers import MAX_PROMPT, MAX_RUNS, MAX_TOKENS, Playground
 from minigpt.playground.hosts import Hosts, guarded
-from minigpt.playground.limits import refuse_downloads
+from minigpt.playground.limits import refuse_downloads, with_limit
 from minigpt.playground.training_page import START_FROM, start_choices, training_tab
 
 if TYPE_CHECKING:
@@ -119,8 +119,8 @@ def build_page(playground: Playground, training: Training | None = None) -> Page
 def build_app(hosts: Hosts, training: Training | None = None) -> App:
     """Return the web application of the page, with checks of the host and of the access token.
 
-    Both checks run before Gradio's own middleware, because that middleware reads uploads and adds
-    Access-Control-Allow-Origin to every answer.
+    These checks and the limit of the size of a request come before Gradio's own middleware, because
+    that middleware reads uploads and adds Access-Control-Allow-Origin to every answer.
 
     Args:
         hosts: the hosts of this server; requests with another Host or Origin are refused.
@@ -130,9 +130,10 @@ def build_app(hosts: Hosts, training: Training | None = None) -> App:
 
     class GuardedApp(App):
         def build_middleware_stack(self) -> Any:
-            stack = super().build_middleware_stack()
-            if training is not None:
-                stack = with_token(stack, training.access)
+            access = None if training is None else training.access
+            stack = with_limit(super().build_middleware_stack(), access)
+            if access is not None:
+                stack = with_token(stack, access)
             return guarded(stack, hosts)
 
     return GuardedApp(default_response_class=ORJSONResponse)

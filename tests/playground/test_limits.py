@@ -1,5 +1,7 @@
 """What requests can make the server of the page do, over HTTP and with a process of its own."""
 
+import contextlib
+import http.client
 import json
 import os
 import subprocess
@@ -12,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from minigpt.playground.limits import MAX_BODY, MAX_TRAINING_BODY
 from tests.conftest import ROOT
 
 # Starts a page with and a page without training. Each download writes a line to requested.txt.
@@ -101,6 +104,18 @@ def outcome(client: httpx.Client, event: int) -> dict[str, Any]:
     return last
 
 
+def declared(client: httpx.Client, path: str, n_bytes: int) -> int:
+    """Return the status of a request whose body is announced but not sent."""
+    connection = http.client.HTTPConnection(client.base_url.netloc.decode(), timeout=300)
+    cookies = "; ".join(f"{name}={value}" for name, value in client.cookies.items())
+    connection.putrequest("POST", path)
+    for name, value in {"Content-Length": str(n_bytes), "Cookie": cookies}.items():
+        connection.putheader(name, value)
+    connection.endheaders()
+    with contextlib.closing(connection):
+        return connection.getresponse().status
+
+
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
 
 
@@ -113,3 +128,25 @@ def test_url_in_a_request_is_not_downloaded(served, page):
                 join(client, event, [file] * n_inputs).raise_for_status()
                 assert not outcome(client, event)["success"]
     assert not (served.folder / "requested.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("page", "with_token", "limit"),
+    [
+        ("plain", False, MAX_BODY), ("plain", True, MAX_BODY), ("training", False, MAX_BODY),
+        ("training", True, MAX_TRAINING_BODY),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["/gradio_api/queue/join", "/login"])
+def test_body_above_the_limit_is_refused(served, page, with_token, limit, path):
+    def chunks(n: int) -> Iterator[bytes]:
+        for _ in range(n):
+            yield b" " * (1 << 18)
+
+    with served.client(page, with_token) as client:
+        assert declared(client, path, limit + 1) == 413
+        kind = "application/x-www-form-urlencoded" if path == "/login" else "application/json"
+        chunked = client.post(path, content=chunks(5), headers={"content-type": kind})
+        assert "content-length" not in chunked.request.headers
+        assert (chunked.status_code == 413) is (limit < 5 << 18)
+        assert client.post(path, content=b" " * 900_000).status_code not in (413, 500)
