@@ -32,6 +32,7 @@ from minigpt.playground.training import CACHE, FULL, LOCK, SIZES, SNAPSHOTS, Job
 CALIBRATION_SECONDS = 4.0
 _WARM_UP = 3  # updates that are not timed
 MAX_UNPACKED = 1_000_000_000  # bytes of the uploads after decompression
+MAX_MEMORY = 4_000_000_000  # bytes of memory to decompress the uploads with
 _SMALL_TEXT = 2_000_000  # bytes; for less text, docs/your-own-text.md recommends other settings
 _LONG_BUDGET = 100_000_000  # tokens; more than a calibration can use
 _MIN_CONTEXT = 32  # tokens; with a shorter context, a text is too short to train on
@@ -250,23 +251,37 @@ def check_unpacked(paths: list[Path]) -> int:
         paths: the files.
 
     Raises:
-        UserError: a file cannot be read, or the files are too large.
+        UserError: a file cannot be read, the files are too large, or a file needs more memory than
+            MAX_MEMORY, such as a Parquet file in which many rows refer to one long text.
     """
+    from minigpt.core.process import memory_limit
+
+    total = 0
+    for path in paths:
+        try:
+            with memory_limit(MAX_MEMORY):
+                total = _unpacked(path, total)
+        except MemoryError:
+            most = f"more than {MAX_MEMORY / 1e9:g} GB of memory"
+            message = f"{path} needs {most} when decompressed: write it with shorter texts"
+            raise UserError(message, "data.train_files") from None
+    return total
+
+
+def _unpacked(path: Path, start: int) -> int:
+    """Return `start` plus the size of a file after decompression, as for `check_unpacked`."""
     from minigpt.data.files import read_pieces
     from minigpt.data.formats import detect_format, unpack
     from minigpt.tokenizer import utf8_length
 
-    total = 0
-    for path in paths:
-        file_format = detect_format(path)
-        is_parquet = file_format.kind == "parquet"  # whose columns are compressed
-        end = total
-        if file_format.packing or not is_parquet:
-            end = _sum(path, map(len, unpack(path, file_format.packing)), total)
-        if is_parquet:
-            end = _sum(path, (utf8_length(text) for text, _ in read_pieces(path)), total)
-        total = end
-    return total
+    file_format = detect_format(path)
+    is_parquet = file_format.kind == "parquet"  # whose columns are compressed
+    end = start
+    if file_format.packing or not is_parquet:
+        end = _sum(path, map(len, unpack(path, file_format.packing)), start)
+    if is_parquet:
+        end = _sum(path, (utf8_length(text) for text, _ in read_pieces(path)), start)
+    return end
 
 
 def _sum(path: Path, sizes: Iterable[int], start: int) -> int:

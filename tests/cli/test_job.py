@@ -4,6 +4,7 @@ import errno
 import gzip
 import shlex
 import signal
+import sys
 from itertools import islice
 from typing import Any
 
@@ -168,6 +169,28 @@ def test_compressed_parquet_is_limited_by_what_is_stored_and_by_its_text(tmp_pat
     with pytest.raises(UserError, match=naming("b.parquet.gz")):
         check_unpacked([packed])
     assert stored == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits memory")
+def test_small_parquet_with_one_long_text_in_many_rows_is_refused_before_it_fills_the_memory(
+    tmp_path, monkeypatch
+):
+    import resource
+
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 200, pa.int32()), ["x" * 20_000_000])
+    parquet.write_table(pa.table({"text": column}), path, store_schema=False)
+    assert path.stat().st_size < 10_000_000
+    monkeypatch.setattr(job_module, "MAX_MEMORY", 1_000_000_000)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(UserError, match=naming("a.parquet")) as error:
+        check_unpacked([path])
+    assert error.value.argument == "data.train_files"
+    assert "\n" not in str(error.value)
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2_500_000  # KiB
 
 
 def test_error_of_a_setting_says_that_the_page_lacks_it(queue, tmp_path):
