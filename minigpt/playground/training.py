@@ -228,6 +228,9 @@ class TrainingQueue:
                 new.folder.replace(self.folder / name)
             finally:
                 shutil.rmtree(new.folder, ignore_errors=True)  # if it was not renamed
+            for path in files:
+                with contextlib.suppress(OSError):
+                    path.unlink()
             for old in jobs[MAX_JOBS - 1 :]:
                 if old.state in ("finished", "failed") and not old.can_continue:
                     shutil.rmtree(old.folder)
@@ -249,8 +252,11 @@ class TrainingQueue:
         targets = list(job.uploads)
         if pasted:
             write_text(targets.pop(0), text or "")
-        for path, target in zip(files, targets, strict=True):
-            shutil.move(path, target)
+        for path, target in zip(files, targets, strict=True):  # after an error, all files remain
+            try:
+                os.link(path, target)
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(path, target)
 
     def stop(self, name: str) -> None:
         """Stop a waiting or running job.
