@@ -28,7 +28,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from minigpt.core.files import read_json, write_json, write_text
-from minigpt.core.settings import UserError
+from minigpt.core.settings import UserError, one_line
 
 JOBS = "playground"  # folder of the jobs, in the cache folder
 JOB, STATUS, LOCK, LOG, UPLOADS, CACHE = (
@@ -169,6 +169,7 @@ class TrainingQueue:
 
     def __init__(self, folder: Path, runs_dir: Path) -> None:
         self.folder, self.runs_dir = folder.absolute(), runs_dir.absolute()
+        self.problem: str | None = None  # why `advance` has just failed; None if it has not
         self._processes: list[subprocess.Popen[bytes]] = []
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -325,6 +326,14 @@ class TrainingQueue:
         Raises:
             UserError: the folder of the queue cannot be used.
         """
+        try:
+            self._advance()
+            self.problem = None
+        except Exception as error:
+            self.problem = one_line(str(error))
+            raise
+
+    def _advance(self) -> None:
         self._processes = [process for process in self._processes if process.poll() is None]
         with self._lock("start"):
             jobs = self.jobs()

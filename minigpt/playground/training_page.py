@@ -205,8 +205,10 @@ class _Events:
             return [gr.skip()] * (N_VIEWS + len(FIELDS) + 1)
         views = [gr.skip()] * N_VIEWS
         try:
-            job = _selected(self.training, name)
+            job, failure = _selected(self.training, name), self.training.queue.problem
             problem = {} if job is None or job.error is None else _field_error(job)
+            if failure is not None and job is not None and job.state == "waiting":
+                problem = {"start": failure}
             views = self._views(name, known, name)
         except UserError as error:
             problem = {_field(error): error.message}

@@ -5,8 +5,10 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from filelock import FileLock
 
+from minigpt.core.settings import UserError
 from tests.conftest import ROOT
 from tests.playground.conftest import TEXT, add
 
@@ -94,6 +96,32 @@ def test_poll_sends_only_what_has_changed(queue):
     queue.stop(job.name)
     stopped = events._views(job.name, again[1], job.name)
     assert [update == skipped for update in stopped] == [False] * training_page.N_VIEWS
+
+
+def test_page_shows_why_a_waiting_training_cannot_start(queue, processes, monkeypatch):
+    from minigpt.playground import training, training_page
+    from minigpt.playground.access import Access
+    from minigpt.playground.answers import Playground
+    from minigpt.playground.server import Training
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    access, start = Access(), training_page.FIELDS.index("start")
+    events = training_page._Events(Playground([]), Training(queue, access))
+    request: Any = SimpleNamespace(cookies={access.cookie: access.token})
+    job = add(queue)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "write_json", full)
+        with pytest.raises(UserError):
+            queue.advance()
+    *_, shown = poll = events.poll(job.name, {}, {}, request)
+    assert (job.state, list(shown)) == ("waiting", ["start"])
+    assert poll[training_page.N_VIEWS + start]
+    queue.advance()
+    *_, shown = poll = events.poll(job.name, {}, shown, request)
+    assert (job.state, shown) == ("running", {})
+    assert not poll[training_page.N_VIEWS + start]
 
 
 def test_unknown_model_to_start_from_is_an_error_and_starts_nothing(queue):
