@@ -24,6 +24,8 @@ from minigpt.runs.folder import (
 from minigpt.runs.names import (
     CHECKPOINTS,
     CONFIG,
+    OVER_TIME_FIGURE,
+    OVER_TIME_TABLE,
     REPORT,
     SNAPSHOTS,
     SUMMARY,
@@ -282,7 +284,7 @@ class ResumeState:
         is no checkpoint, the run starts over, and the results of the earlier attempt are removed.
         """
         if self.checkpoint is None:
-            for name in (SUMMARY, REPORT):
+            for name in (SUMMARY, REPORT, OVER_TIME_TABLE, OVER_TIME_FIGURE):
                 (folder / name).unlink(missing_ok=True)
             for name in (SNAPSHOTS, PROFILE, TENSORBOARD):
                 shutil.rmtree(folder / name, ignore_errors=True)
