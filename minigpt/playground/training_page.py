@@ -78,12 +78,13 @@ def training_tab(page: gr.Blocks, tab: gr.Tab, playground: Playground, training:
         training: the queue of training runs and its access token.
     """
     form, events = _form(playground), _Events(playground, training)
-    how: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    # Not in Gradio's queue, which visitors without the token may have filled.
+    how: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
     outputs = [*form.slots, *form.views]
-    form.add.click(events.add, form.inputs, [*outputs, form.files], concurrency_limit=1, **how)
+    form.add.click(events.add, form.inputs, [*outputs, form.files], **how)
     buttons = (form.stop, events.stop), (form.resume, events.resume), (form.remove, events.remove)
     for button, function in buttons:
-        button.click(function, [form.chosen], outputs, concurrency_limit=1, **how)
+        button.click(function, [form.chosen], outputs, **how)
     polled = [form.chosen, form.known, form.shown], [*form.views, *form.slots, form.shown]
     form.chosen.input(events.poll, *polled, **how)
     gr.Timer(POLL_SECONDS).tick(events.poll, *polled, **how)

@@ -17,13 +17,16 @@ import pytest
 from minigpt.playground.limits import MAX_BODY, MAX_TRAINING_BODY
 from tests.conftest import ROOT
 
-# Starts a page with and a page without training. Each download writes a line to requested.txt.
+# Starts a page with and a page without training. Each download writes a line to requested.txt. No
+# story ends while the file hold exists.
 SERVER = """
 import threading
+import time
 from pathlib import Path
 
 import safehttpx
 from gradio import networking
+from minigpt.playground import page as page_module
 from minigpt.playground.access import Access
 from minigpt.playground.answers import Playground
 from minigpt.playground.server import Training, start
@@ -38,6 +41,13 @@ async def get(url, *_, **__):
     raise OSError("no network")
 
 
+def write(self, *_):
+    while Path("hold").exists():
+        time.sleep(0.05)
+    yield ("a story",)
+
+
+Playground.write, page_module.WAITING = write, 3
 networking.url_ok = lambda url: True  # it has only three seconds to answer
 safehttpx.get = get
 tokenizer = Tokenizer.train(["the dog ran"] * 5, 300)
@@ -150,3 +160,25 @@ def test_body_above_the_limit_is_refused(served, page, with_token, limit, path):
         assert "content-length" not in chunked.request.headers
         assert (chunked.status_code == 413) is (limit < 5 << 18)
         assert client.post(path, content=b" " * 900_000).status_code not in (413, 500)
+
+
+def test_start_with_the_token_does_not_wait_for_the_stories_of_others(served):
+    hold = served.folder / "hold"
+    hold.touch()
+    story = {"data": ["the dog", 1.0, 0, 1.0, 0.0, 20, [], 0]}
+    with served.client("training") as client:
+        answers = (client.post("/gradio_api/call/write", json=story) for _ in range(50))
+        assert 503 in (answer.status_code for answer in answers)  # the queue is full
+    with served.client("training", with_token=True) as client:
+        dependencies = {e["id"]: e for e in client.get("/config").json()["dependencies"]}
+        # The start is the event with five inputs that updates the whole tab.
+        event = max(events(client, 5), key=lambda i: len(dependencies[i]["outputs"]))
+        assert dependencies[event]["queue"] is False  # so the page calls the event directly
+        data = ["a story " * 9, None, "w64", "random weights", 1]
+        body = {"data": data, "fn_index": event, "session_hash": "owner"}
+        assert client.post("/gradio_api/run/predict", json=body).status_code == 200
+        assert len(served.jobs()) == 1
+    with served.client("training") as client:
+        assert client.post("/gradio_api/run/predict", json=body).status_code == 200
+    assert len(served.jobs()) == 1
+    hold.unlink()
