@@ -83,10 +83,10 @@ def _by_rank(ids: Sequence[int], rank: Mapping[int, int]) -> list[str]:
 
 def _by_text(story: str, pieces: Sequence[str]) -> list[set[str]]:
     """Return the classes of each token, except its frequency class, as one set per token."""
-    names, seen = [], set()
+    names = []
     for match in NAME.finditer(story):
-        names.append((match.span(), NAMES[match[0] in seen]))
-        seen.add(match[0])
+        earlier = re.search(rf"\b{match[0]}\b", story[: match.start()])  # anywhere in a sentence
+        names.append((match.span(), NAMES[earlier is not None]))
     spans = [(match.span(), SPEECH) for match in _SPEECH.finditer(story)] + names
     classes, start = [], 0
     for i, piece in enumerate(pieces):

@@ -47,9 +47,10 @@ from minigpt.data.sources import bundled_sample
 from minigpt.model import GPT
 from minigpt.runs.checkpoint import snapshot_values
 from minigpt.runs.folder import Run
+from minigpt.runs.names import OVER_TIME_FIGURE as FIGURE
+from minigpt.runs.names import OVER_TIME_TABLE as TABLE
 
-TABLE, FIGURE, SETTLING = "over-time.md", "over-time.png", "embeddings.html"
-DATA = "over-time.json"
+SETTLING, DATA = "embeddings.html", "over-time.json"
 TEMPERATURE = 0.8
 COUNTED_STORIES = 2000  # training stories in which the frequencies of tokens are counted
 _SENTENCE = re.compile(r"[^.!?]+[.!?]+[\"”']*|[^.!?]+$")

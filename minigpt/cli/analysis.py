@@ -21,6 +21,7 @@ from minigpt.cli.arguments import (
     load_runs,
 )
 from minigpt.core.settings import UserError, flat, plain_defaults
+from minigpt.runs.names import REPORT
 
 
 def probe(
@@ -151,7 +152,8 @@ def study(
 
     Writes coherence.md, samples.md and embeddings.md, with figures and JSON files.
     With --over-time, writes these files instead: over-time.md, a figure, a JSON file
-    and embeddings.html.
+    and embeddings.html. If --out is the folder of the run, its report.html then shows
+    the figure and the tables.
     """
     check_folder(out)
     if over_time:
@@ -160,7 +162,13 @@ def study(
         if len(runs) > 1:
             raise UserError(f"--over-time measures one run, not {len(runs)}: give only one")
         settings = OverTimeConfig(n=n, seed=seed)
-        files = write_over_time(load_runs(runs, class_path)[0], out, settings)
+        (run,) = load_runs(runs, class_path)
+        files = write_over_time(run, out, settings)
+        if out.resolve() == run.folder.resolve() and (report := run.folder / REPORT).is_file():
+            from minigpt.training.report import write_report
+
+            write_report(run.folder)
+            files.append(report)
         print(f"Wrote {out}: {', '.join(path.name for path in files)}")
         return
     from minigpt.analysis.study import StudyConfig, write_study

@@ -32,8 +32,10 @@ from minigpt.playground.training import CACHE, FULL, LOCK, SIZES, SNAPSHOTS, Job
 CALIBRATION_SECONDS = 4.0
 _WARM_UP = 3  # updates that are not timed
 MAX_UNPACKED = 1_000_000_000  # bytes of the uploads after decompression
+MAX_MEMORY = 4_000_000_000  # bytes of memory to decompress the uploads with
 _SMALL_TEXT = 2_000_000  # bytes; for less text, docs/your-own-text.md recommends other settings
 _LONG_BUDGET = 100_000_000  # tokens; more than a calibration can use
+_MIN_CONTEXT = 32  # tokens; with a shorter context, a text is too short to train on
 # Arguments of errors that are about the text of the visitor. An error without an argument is, too.
 # data.batch_size is wrong if the text is too short for one batch.
 _OF_DATA = {
@@ -130,10 +132,8 @@ def _train(job: Job, program: Program) -> None:
     budget = job.status.get("budget")
     if budget is None:
         job.report(phase="calibrating")
-        config = load_config(
-            "train", typed_settings({**words, **place, "budget.tokens": _LONG_BUDGET})
-        )
-        rate = tokens_per_second(config, job.folder / "calibration")
+        words, config, rate = _calibrate(words, place, job.folder / "calibration")
+        job.report(words=words)
         budget = budget_words(config, 60 * settings["minutes"] * rate)
     words |= budget
     names = {"data.train_files": list(job.uploads.values())}
@@ -143,6 +143,42 @@ def _train(job: Job, program: Program) -> None:
     job.report(phase="training", run=str(run), command=command, budget=budget, tokens=tokens)
     place |= {"runs_dir": str(run.parent), "name": run.name, "resume": "auto"}
     train(load_config("train", typed_settings({**words, **place})))
+
+
+def _calibrate(
+    words: dict[str, Any], place: dict[str, Any], folder: Path
+) -> tuple[dict[str, Any], Any, float]:
+    """Measure the training speed, with settings that fit the text if it is too short for `words`.
+
+    These are a smaller batch, a shorter context or a larger share of held-out stories.
+
+    Args:
+        words: settings of the run.
+        place: more settings, such as the text files.
+        folder: folder for the measurement, deleted at the end.
+
+    Returns:
+        `words` with settings that fit a short text, the `TrainConfig` of a longer training run, and
+        the speed in tokens per second.
+
+    Raises:
+        UserError: the settings or the data are invalid, such as a text without a single window.
+    """
+    from minigpt.cli.compose import load_config
+
+    while True:
+        long = {**words, **place, "budget.tokens": _LONG_BUDGET}
+        config = load_config("train", typed_settings(long))
+        try:
+            return words, config, tokens_per_second(config, folder)
+        except UserError as error:
+            fix, length = dict(error.fix), config.model.context_length // 2
+            if error.argument == "data.batch_size" and not fix and length >= _MIN_CONTEXT:
+                fix = {"model.context_length": length}
+            is_new = not fix.items() <= words.items()
+            if error.argument not in ("data.batch_size", "data.holdout") or not is_new:
+                raise
+            words = {**words, **fix}
 
 
 def job_words(job: Job, n_bytes: int) -> dict[str, Any]:
@@ -215,23 +251,37 @@ def check_unpacked(paths: list[Path]) -> int:
         paths: the files.
 
     Raises:
-        UserError: a file cannot be read, or the files are too large.
+        UserError: a file cannot be read, the files are too large, or a file needs more memory than
+            MAX_MEMORY, such as a Parquet file in which many rows refer to one long text.
     """
+    from minigpt.core.process import memory_limit
+
+    total = 0
+    for path in paths:
+        try:
+            with memory_limit(MAX_MEMORY):
+                total = _unpacked(path, total)
+        except MemoryError:
+            most = f"more than {MAX_MEMORY / 1e9:g} GB of memory"
+            message = f"{path} needs {most} when decompressed: write it with shorter texts"
+            raise UserError(message, "data.train_files") from None
+    return total
+
+
+def _unpacked(path: Path, start: int) -> int:
+    """Return `start` plus the size of a file after decompression, as for `check_unpacked`."""
     from minigpt.data.files import read_pieces
     from minigpt.data.formats import detect_format, unpack
     from minigpt.tokenizer import utf8_length
 
-    total = 0
-    for path in paths:
-        file_format = detect_format(path)
-        is_parquet = file_format.kind == "parquet"  # whose columns are compressed
-        end = total
-        if file_format.packing or not is_parquet:
-            end = _sum(path, map(len, unpack(path, file_format.packing)), total)
-        if is_parquet:
-            end = _sum(path, (utf8_length(text) for text, _ in read_pieces(path)), total)
-        total = end
-    return total
+    file_format = detect_format(path)
+    is_parquet = file_format.kind == "parquet"  # whose columns are compressed
+    end = start
+    if file_format.packing or not is_parquet:
+        end = _sum(path, map(len, unpack(path, file_format.packing)), start)
+    if is_parquet:
+        end = _sum(path, (utf8_length(text) for text, _ in read_pieces(path)), start)
+    return end
 
 
 def _sum(path: Path, sizes: Iterable[int], start: int) -> int:

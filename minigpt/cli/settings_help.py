@@ -15,7 +15,7 @@ from minigpt.core.typed import shell_word, typed_settings
 _OWN = {
     "ckpt": "Run to evaluate: its folder, or a checkpoint file in it.",
     "hf": "Folder with a causal language model in Hugging Face's format, to measure instead of a "
-    "run; only data, valid, stride and batch_size apply.",
+    "run; only data, valid, context, stride and batch_size apply.",
     "out": "Folder for evaluation.json; None means the run folder, or, for an export or hf, the "
     "working directory.",
     "class_path": "Dotted path of the model's class; None means minigpt.model.GPT.",

@@ -10,9 +10,11 @@ import os
 import platform
 import random
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,6 +42,32 @@ def tune_process() -> None:
 def is_tuned() -> bool:
     """Return whether `tune_process` has been called, or would have no effect on this machine."""
     return _tuned or platform.libc_ver()[0] != "glibc"
+
+
+@contextlib.contextmanager
+def memory_limit(n_bytes: int) -> Iterator[None]:
+    """Limit the memory that this process allocates in a `with` block; only Linux has this limit.
+
+    An allocation above the limit raises MemoryError. Other threads are limited, too.
+
+    Args:
+        n_bytes: limit of the address space in addition to what the process has reserved already.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    import resource
+
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    limits = soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = pages * resource.getpagesize() + n_bytes
+    if soft != resource.RLIM_INFINITY:
+        limit = min(limit, soft)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 @contextlib.contextmanager

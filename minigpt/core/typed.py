@@ -127,12 +127,18 @@ def verb_words(verb: str, settings: Mapping[str, Any]) -> list[str]:
 
     Args:
         verb: verb of the command line, such as study.
-        settings: settings by name. `class_path` becomes the option --class-path; the other values
-            are paths, which become positional arguments.
+        settings: settings by name. `class_path` and `out` become the options --class-path and
+            --out; the other values are paths, which become positional arguments.
     """
-    paths = [path_argument(str(path)) for name, path in settings.items() if name != "class_path"]
-    own = settings.get("class_path")
-    return [verb, *paths, *([] if own is None else ["--class-path", str(own)])]
+    options = {"class_path": "--class-path", "out": "--out"}
+    paths = [path_argument(str(path)) for name, path in settings.items() if name not in options]
+    typed = [
+        word
+        for name, option in options.items()
+        if settings.get(name) is not None
+        for word in (option, str(settings[name]))
+    ]
+    return [verb, *paths, *typed]
 
 
 def shell_command(*words: str) -> str:

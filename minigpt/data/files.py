@@ -330,7 +330,8 @@ def _parquet_rows(path: Path, file_format: Format, field: str | None) -> Iterato
             strings = ("string", "large_string", "dictionary<values=string")
             texts = [c.name for c in schema if str(c.type).startswith(strings)]
             name = choose_field(str(path), schema.names, texts, field)
-            for batch in file.iter_batches(1024, columns=[name]):
+            # Few rows at a time: all rows of a small file may refer to one long text.
+            for batch in file.iter_batches(128, columns=[name]):
                 for value in batch.column(0):
                     number += 1
                     yield number, value.as_py()

@@ -58,6 +58,11 @@ class EvaluationConfig:
     """Number of tokens from the start of one window to the next, from 1 to the context length; None
     means adjacent windows, as in training."""
 
+    context: int | None = None
+    """Number of tokens per window of a Hugging Face model, from 1 to the context length of the
+    model. None means this length, but at most 2,048; it means 2,048 if the config of the model has
+    no length. A run of Mini GPT always uses its own context length."""
+
     batch_size: int | None = None
     """Number of windows to score at a time, at least 1. None means 32 or, on a CUDA GPU, as many
     windows as fit in a quarter of its memory, from 32 to 1,024. For a Hugging Face model, None
@@ -90,8 +95,9 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         make_tuples(self, "words", "analogies")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise UserError("must be at least 1", "batch_size", self.batch_size)
+        for name in ("context", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError("must be at least 1", name, value)
         if self.seed < 0:
             raise UserError("must not be negative", "seed", self.seed)
         for words in self.analogies:

@@ -62,6 +62,9 @@ def evaluate(
             invalid, or the output folder cannot be written.
     """
     run, config = Run.load(run), config or EvaluationConfig()
+    if config.context is not None:
+        problem = "applies only to a Hugging Face model: leave it out"
+        raise UserError(problem, "context", config.context)
     out = run.output_dir if out is None else user_path(out, "out")
     check_writable(out)  # before anything is measured
     model, tokenizer = run.load_model(), run.tokenizer

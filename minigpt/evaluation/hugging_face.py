@@ -37,6 +37,10 @@ from minigpt.model import IGNORE_INDEX
 from minigpt.tokenizer import utf8_length
 
 _CHUNK = 1024  # tokens of a window per forward pass; the key/value cache holds earlier tokens
+MAX_CONTEXT = 2048  # tokens per window, unless a setting or the model says otherwise
+_LENGTHS = (  # names of the context length in configs; some models have none
+    "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len",
+)  # fmt: skip
 _MAX_LOGITS = 1 << 27  # maximum number of logits per forward pass, 512 MB
 _ONLY_OURS = ("seed", "stories", "words", "analogies")  # settings that need a Mini GPT
 
@@ -63,13 +67,14 @@ def evaluate_hf(
 
     The stories are joined as in `evaluate`: the model's own tokenizer encodes each story, and an
     end-of-sequence token follows each story. Each token except the first is scored once, in windows
-    of the context length of the model. The model is read from local files only, and no code from
+    of the context length of the model, but of at most MAX_CONTEXT tokens unless `config.context` is
+    set. The model is read from local files only, and no code from
     its folder is run. The loss is also written to a file; `evaluation_hf_name` gives its name.
 
     Args:
         folder: folder that `from_pretrained` of transformers can load.
-        config: settings; only `data`, `valid`, `stride` and `batch_size` apply. None means the
-            defaults. If `config.data` is None, the bundled sample is scored.
+        config: settings; only `data`, `valid`, `context`, `stride` and `batch_size` apply. None
+            means the defaults. If `config.data` is None, the bundled sample is scored.
         console: console for the progress; None means that no progress is shown.
         out: folder for the file with the loss; None means the working directory.
 
@@ -89,7 +94,7 @@ def evaluate_hf(
     _check_settings(config)
     check_writable(out, path.name)
     model, tokenizer = _load(folder)
-    context = _context(model.config, folder)
+    context = _context(model.config, config.context)
     stride = checked_stride(config.stride, context)
     device = Hardware.single("32-true").accelerator
     model = _moved(model, device, folder)
@@ -174,14 +179,26 @@ def _moved(model: Any, device: str, folder: Path) -> Any:
         raise UserError(f"not enough GPU memory: {remedy}", "hf", str(folder)) from None
 
 
-def _context(config: Any, folder: Path) -> int:
-    """Return the context length in the config of a model."""
+def _context(config: Any, typed: int | None) -> int:
+    """Return the number of tokens per window of a model.
+
+    Args:
+        config: config of the model, of transformers.
+        typed: the setting `context`; None means the context length in `config`, but at most
+            MAX_CONTEXT.
+
+    Raises:
+        UserError: `typed` is larger than the context length in `config`.
+    """
     text = config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "n_ctx"):
-        if isinstance(length := getattr(text, name, None), int):
-            return length
-    problem = "its config.json has no max_position_embeddings: choose another model"
-    raise UserError(problem, "hf", str(folder))
+    lengths = [getattr(text, name, None) for name in _LENGTHS]
+    length = next((n for n in lengths if isinstance(n, int) and n > 0), None)
+    if typed is None:
+        return min(length or MAX_CONTEXT, MAX_CONTEXT)
+    if length is not None and typed > length:
+        problem = f"the model reads at most {length} tokens"
+        raise UserError(problem, "context", typed, fix={"context": length})
+    return typed
 
 
 def _encoded(corpus: Corpus, tokenizer: Any) -> tuple[np.ndarray, int, int]:
@@ -207,7 +224,8 @@ def _loss(
     console: Console | None,
 ) -> Loss:  # fmt: skip
     """Return the loss of a model on `ids`. Each id is scored once, except the very first one."""
-    chunk, vocabulary = min(context, _CHUNK), model.config.get_text_config().vocab_size
+    chunk = min(context, _CHUNK) if _cache_argument(model) else context
+    vocabulary = model.config.get_text_config().vocab_size
     size = max(1, min(batch_size, _MAX_LOGITS // (chunk * vocabulary)))
     batches = window_batches(len(ids), context, stride, size)
     nats, n_tokens = 0.0, 0
@@ -222,12 +240,16 @@ def _loss(
     return Loss(nats, n_tokens)
 
 
+def _cache_argument(model: Any) -> str | None:
+    """Return the name of the argument for a key/value cache; None if the model takes no cache."""
+    names = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in names), None)
+
+
 def _cache(model: Any) -> dict[str, Any]:
     """Return arguments that make each forward pass append to a cache, which is empty at first."""
     cache = importlib.import_module("transformers").DynamicCache(config=model.config)
-    arguments = inspect.signature(model.forward).parameters
-    name = "cache" if "cache" in arguments else "past_key_values"  # in older versions
-    return {name: cache, "use_cache": True}
+    return {str(_cache_argument(model)): cache, "use_cache": True}
 
 
 def _sum(logits: Tensor, targets: Tensor) -> float:

@@ -56,7 +56,8 @@ def evaluation_name(config: EvaluationConfig, evaluation: Evaluation) -> str:
     The name consists of "evaluation" and a part for each of the following that applies: the source
     of `config.data`, if this is set, with a hash of these settings if they name files or a
     dataset, so that each text has its own file; "tuning" for data.valid=tuning; "v1" if only the
-    stories from TinyStories V1 are scored; and `config.stride`, if this is set.
+    stories from TinyStories V1 are scored; and `config.context` and `config.stride`, if these are
+    set.
 
     Args:
         config: settings of the evaluation.
@@ -76,6 +77,7 @@ def file_name(start: str, config: EvaluationConfig, is_tuning: bool, valid: str 
         _hash(config.data) if config.data and config.data.source in ("text", "hf") else "",
         "tuning" if is_tuning else "",
         "v1" if valid == "v1" else "",
+        f"context{config.context}" if config.context else "",
         f"stride{config.stride}" if config.stride else "",
     ]
     return "-".join(filter(None, parts)) + ".json"

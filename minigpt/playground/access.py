@@ -8,6 +8,7 @@ With SameSite=Strict, requests from pages of other sites are sent without the co
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterable
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
@@ -27,6 +28,14 @@ class Access:
     def allows(self, token: str | None) -> bool:
         """Return whether `token` is the token of this server, with a constant-time comparison."""
         return secrets.compare_digest((token or "").encode("utf-8", "replace"), self.token.encode())
+
+    def admits(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
+        """Return whether the cookie with the token is in the headers of an ASGI request."""
+        # http.cookies would stop at a cookie of another program that is not valid.
+        from starlette.requests import cookie_parser
+
+        values = (value.decode("latin-1") for name, value in headers if name.lower() == b"cookie")
+        return self.allows(cookie_parser("; ".join(values)).get(self.cookie))
 
     def url(self, address: str) -> str:
         """Return the URL of the page with the token; `address` is the URL without it."""
@@ -81,23 +90,15 @@ def with_token(app: Any, access: Access) -> Any:
             cookie = f"{access.cookie}={access.token}; Path=/; HttpOnly; SameSite=Strict"
             # A relative URL, because a proxy may have changed the path.
             return await _answer(send, 303, location=f"?{rest}", set_cookie=cookie)
-        headers = [(name.lower(), value.decode("latin-1")) for name, value in scope["headers"]]
-        types = [value.strip().lower() for name, value in headers if name == b"content-type"]
-        is_upload = any(value.startswith("multipart/") for value in types)
+        headers = scope["headers"]
+        types = [value for name, value in headers if name.lower() == b"content-type"]
+        is_upload = any(value.strip().lower().startswith(b"multipart/") for value in types)
         is_login = scope["path"].rstrip("/").endswith("/login")
-        if is_upload and not is_login and not access.allows(_cookie(headers, access)):
+        if is_upload and not is_login and not access.admits(headers):
             return await _answer(send, 403)
         await app(scope, receive, send)
 
     return guard
-
-
-def _cookie(headers: list[tuple[bytes, str]], access: Access) -> str | None:
-    # http.cookies would stop at a cookie of another program that is not valid.
-    from starlette.requests import cookie_parser
-
-    cookies = "; ".join(value for name, value in headers if name == b"cookie")
-    return cookie_parser(cookies).get(access.cookie)
 
 
 async def _answer(send: Any, status: int, **headers: str) -> None:

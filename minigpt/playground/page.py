@@ -34,7 +34,8 @@ from minigpt.playground.age_page import (
 )
 from minigpt.playground.answers import MAX_PROMPT, MAX_RUNS, MAX_TOKENS, Playground
 from minigpt.playground.hosts import Hosts, guarded
-from minigpt.playground.training_page import RANDOM, START_FROM, training_tab
+from minigpt.playground.limits import refuse_downloads, with_limit
+from minigpt.playground.training_page import START_FROM, start_choices, training_tab
 
 if TYPE_CHECKING:
     from minigpt.playground.server import Training
@@ -87,6 +88,7 @@ def build_page(playground: Playground, training: Training | None = None) -> Page
         playground: the loaded models.
         training: the queue of training runs and its access token; None means no tab Train.
     """
+    refuse_downloads()
     # Uploads that no training run uses are deleted after an hour, or when the server ends.
     with Page(
         title="Mini GPT playground", analytics_enabled=False, delete_cache=(600, 3600)
@@ -117,8 +119,8 @@ def build_page(playground: Playground, training: Training | None = None) -> Page
 def build_app(hosts: Hosts, training: Training | None = None) -> App:
     """Return the web application of the page, with checks of the host and of the access token.
 
-    Both checks run before Gradio's own middleware, because that middleware reads uploads and adds
-    Access-Control-Allow-Origin to every answer.
+    These checks and the limit of the size of a request come before Gradio's own middleware, because
+    that middleware reads uploads and adds Access-Control-Allow-Origin to every answer.
 
     Args:
         hosts: the hosts of this server; requests with another Host or Origin are refused.
@@ -128,9 +130,10 @@ def build_app(hosts: Hosts, training: Training | None = None) -> App:
 
     class GuardedApp(App):
         def build_middleware_stack(self) -> Any:
-            stack = super().build_middleware_stack()
-            if training is not None:
-                stack = with_token(stack, training.access)
+            access = None if training is None else training.access
+            stack = with_limit(super().build_middleware_stack(), access)
+            if access is not None:
+                stack = with_token(stack, access)
             return guarded(stack, hosts)
 
     return GuardedApp(default_response_class=ORJSONResponse)
@@ -158,7 +161,7 @@ def _refresh_models(page: Page) -> None:
         updates = []
         for choice in choices:
             is_start = choice.label == START_FROM
-            listed = [RANDOM, *names] if is_start else names
+            listed = start_choices(playground) if is_start else names
             updates.append(gr.Dropdown(listed, visible=is_start or len(names) > 1))
         column = gr.Column(visible=playground.has_ages)
         return [names, column, playground.age_html(None, age), *updates]

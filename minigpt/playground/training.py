@@ -28,7 +28,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from minigpt.core.files import read_json, write_json, write_text
-from minigpt.core.settings import UserError
+from minigpt.core.settings import UserError, one_line
 
 JOBS = "playground"  # folder of the jobs, in the cache folder
 JOB, STATUS, LOCK, LOG, UPLOADS, CACHE = (
@@ -169,6 +169,7 @@ class TrainingQueue:
 
     def __init__(self, folder: Path, runs_dir: Path) -> None:
         self.folder, self.runs_dir = folder.absolute(), runs_dir.absolute()
+        self.problem: str | None = None  # why `advance` has just failed; None if it has not
         self._processes: list[subprocess.Popen[bytes]] = []
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -228,6 +229,9 @@ class TrainingQueue:
                 new.folder.replace(self.folder / name)
             finally:
                 shutil.rmtree(new.folder, ignore_errors=True)  # if it was not renamed
+            for path in files:
+                with contextlib.suppress(OSError):
+                    path.unlink()
             for old in jobs[MAX_JOBS - 1 :]:
                 if old.state in ("finished", "failed") and not old.can_continue:
                     shutil.rmtree(old.folder)
@@ -249,8 +253,11 @@ class TrainingQueue:
         targets = list(job.uploads)
         if pasted:
             write_text(targets.pop(0), text or "")
-        for path, target in zip(files, targets, strict=True):
-            shutil.move(path, target)
+        for path, target in zip(files, targets, strict=True):  # after an error, all files remain
+            try:
+                os.link(path, target)
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(path, target)
 
     def stop(self, name: str) -> None:
         """Stop a waiting or running job.
@@ -319,6 +326,14 @@ class TrainingQueue:
         Raises:
             UserError: the folder of the queue cannot be used.
         """
+        try:
+            self._advance()
+            self.problem = None
+        except Exception as error:
+            self.problem = one_line(str(error))
+            raise
+
+    def _advance(self) -> None:
         self._processes = [process for process in self._processes if process.poll() is None]
         with self._lock("start"):
             jobs = self.jobs()

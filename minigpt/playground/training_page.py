@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from minigpt.playground.answers import Playground
 from minigpt.playground.html import note_html
 from minigpt.playground.training import MAX_UPLOAD, SIZES, Job
 from minigpt.playground.training_view import job_html
+from minigpt.runs.folder import bundled_release
 
 if TYPE_CHECKING:
     from minigpt.playground.server import Training
@@ -76,18 +78,36 @@ def training_tab(page: gr.Blocks, tab: gr.Tab, playground: Playground, training:
         training: the queue of training runs and its access token.
     """
     form, events = _form(playground), _Events(playground, training)
-    how: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    # Not in Gradio's queue, which visitors without the token may have filled.
+    how: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
     outputs = [*form.slots, *form.views]
-    form.add.click(events.add, form.inputs, [*outputs, form.files], concurrency_limit=1, **how)
+    form.add.click(events.add, form.inputs, [*outputs, form.files], **how)
     buttons = (form.stop, events.stop), (form.resume, events.resume), (form.remove, events.remove)
     for button, function in buttons:
-        button.click(function, [form.chosen], outputs, concurrency_limit=1, **how)
+        button.click(function, [form.chosen], outputs, **how)
     polled = [form.chosen, form.known, form.shown], [*form.views, *form.slots, form.shown]
     form.chosen.input(events.poll, *polled, **how)
     gr.Timer(POLL_SECONDS).tick(events.poll, *polled, **how)
     for event in (page.load, tab.select):  # the tab too, which is not built until it is opened
         opened = event(events.open_page, None, [form.refusal, form.column], **how)
         opened.then(events.poll, *polled, **how)
+
+
+def start_choices(playground: Playground) -> list[str]:
+    """Return what a training can start from: RANDOM, the models of the page and the releases."""
+    return [RANDOM, *playground.models, *_releases(playground)]
+
+
+def _releases(playground: Playground) -> dict[str, Path]:
+    """Return the folders of the released models that the page has not loaded, by name."""
+    models = playground.models.values()
+    loaded = {m.checkpoint.resolve().parent for m in models if m.checkpoint is not None}
+    folders = {}
+    for name in SIZES:
+        with contextlib.suppress(UserError):  # installed without the releases
+            if (folder := bundled_release(name).resolve()) not in loaded:
+                folders[f"releases/{name}"] = folder
+    return folders
 
 
 def _form(playground: Playground) -> _Form:
@@ -103,7 +123,7 @@ def _form(playground: Playground) -> _Form:
         with gr.Row():
             sizes = [(f"{name}: {size}", name) for name, size in SIZES.items()]
             size = gr.Dropdown(sizes, value="small", label="Size")
-            start = gr.Dropdown([RANDOM, *playground.models], value=RANDOM, label=START_FROM)
+            start = gr.Dropdown(start_choices(playground), value=RANDOM, label=START_FROM)
             minutes = gr.Number(5, label="Minutes")
         start.change(  # a training run from a model has the size of that model
             lambda name: gr.Dropdown(visible=name == RANDOM), start, size, show_progress="hidden",
@@ -186,8 +206,10 @@ class _Events:
             return [gr.skip()] * (N_VIEWS + len(FIELDS) + 1)
         views = [gr.skip()] * N_VIEWS
         try:
-            job = _selected(self.training, name)
+            job, failure = _selected(self.training, name), self.training.queue.problem
             problem = {} if job is None or job.error is None else _field_error(job)
+            if failure is not None and job is not None and job.state == "waiting":
+                problem = {"start": failure}
             views = self._views(name, known, name)
         except UserError as error:
             problem = {_field(error): error.message}
@@ -276,7 +298,7 @@ class _Events:
         The result is None for random weights.
 
         Args:
-            name: the choice in the menu: the name of a model, or RANDOM.
+            name: the choice in the menu, one of `start_choices`.
 
         Raises:
             UserError: the server has no such model.
@@ -284,9 +306,10 @@ class _Events:
         if name == RANDOM:
             return None
         model = self.playground.models.get(name)
-        if model is None or model.checkpoint is None:
+        path = _releases(self.playground).get(name) if model is None else model.checkpoint
+        if path is None:
             raise UserError(f"There is no model {name}. Reload the page.", "start")
-        return {"path": str(model.checkpoint.absolute()), "name": name}
+        return {"path": str(path.absolute()), "name": name}
 
 
 def _field(error: UserError) -> str:

@@ -10,6 +10,7 @@ background.
 
 from __future__ import annotations
 
+import base64
 import math
 from itertools import groupby
 from pathlib import Path
@@ -23,7 +24,7 @@ from minigpt.core.plots import COLOURS, INK, log_ticks, new_figure, to_svg
 from minigpt.core.settings import next_step
 from minigpt.core.text import human_count, human_time
 from minigpt.runs.folder import read_config
-from minigpt.runs.names import CONFIG, REPORT, SNAPSHOTS
+from minigpt.runs.names import CONFIG, OVER_TIME_FIGURE, OVER_TIME_TABLE, REPORT, SNAPSHOTS
 from minigpt.runs.records import Row, last_values, read_metrics, read_samples, read_summary, series
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ OPEN_STAGES = 5  # number of steps, evenly spaced, whose stories are shown unfol
 
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` into the run folder from the files that the run has written so far.
+
+    If the folder also contains the results of `minigpt study --over-time`, the page shows them.
 
     Args:
         run_dir: the run folder.
@@ -66,6 +69,7 @@ def write_report(run_dir: Path) -> Path:
         charts=_charts(rows),
         stages=_stages(read_samples(run_dir), rows),
         config=config.read_text(encoding="utf-8") if config.is_file() else "",
+        over_time=_over_time(run_dir),
         commands=_commands(run_dir),
     )
     write_text(run_dir / REPORT, page)
@@ -112,6 +116,15 @@ def _details(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return [(key, text(value)) for key, value in summary.items()]
 
 
+def _over_time(run_dir: Path) -> dict[str, str] | None:
+    """Return figure (a data URL) and table (Markdown) of the study of the snapshots, or None."""
+    figure, table = run_dir / OVER_TIME_FIGURE, run_dir / OVER_TIME_TABLE
+    if not (figure.is_file() and table.is_file()):
+        return None
+    url = f"data:image/png;base64,{base64.b64encode(figure.read_bytes()).decode()}"
+    return {"figure": url, "table": table.read_text(encoding="utf-8")}
+
+
 def _commands(run_dir: Path) -> list[tuple[str, str]]:
     """Return (purpose, call or command) for each next step that the page suggests."""
     run = run_dir.resolve()
@@ -126,9 +139,9 @@ def _commands(run_dir: Path) -> list[tuple[str, str]]:
     ]
     if n := len(list((run_dir / SNAPSHOTS).glob("step-*.safetensors"))):
         study = f"Measure what the model learned when, on its {n} snapshots: tables, a figure and "
-        study += "an animation of the embeddings"
+        study += "an animation of the embeddings; this page then shows the figure and the tables"
         page = f"See the {n} snapshots in the playground, with a slider for the age of the model"
-        over_time = f"{next_step('study', run=run, **own)} --over-time"
+        over_time = f"{next_step('study', run=run, **own, out=run)} --over-time"
         commands += [(study, over_time), (page, next_step("playground", run=run, **own))]
     return commands
 

@@ -21,7 +21,16 @@ from minigpt.runs.folder import (
     last_checkpoints,
     load_one,
 )
-from minigpt.runs.names import CHECKPOINTS, CONFIG, REPORT, SNAPSHOTS, SUMMARY, TENSORBOARD
+from minigpt.runs.names import (
+    CHECKPOINTS,
+    CONFIG,
+    OVER_TIME_FIGURE,
+    OVER_TIME_TABLE,
+    REPORT,
+    SNAPSHOTS,
+    SUMMARY,
+    TENSORBOARD,
+)
 from minigpt.runs.provenance import Parent, parent_of
 from minigpt.tokenizer import Tokenizer
 from minigpt.training.checkpointing import VALIDATES
@@ -276,7 +285,7 @@ class ResumeState:
         is no checkpoint, the run starts over, and the results of the earlier attempt are removed.
         """
         if self.checkpoint is None:
-            for name in (SUMMARY, REPORT):
+            for name in (SUMMARY, REPORT, OVER_TIME_TABLE, OVER_TIME_FIGURE):
                 (folder / name).unlink(missing_ok=True)
             for name in (SNAPSHOTS, PROFILE, TENSORBOARD):
                 shutil.rmtree(folder / name, ignore_errors=True)

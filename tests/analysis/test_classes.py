@@ -52,6 +52,17 @@ def test_tokens_have_the_classes_of_their_text(tokenizer):
     assert sum(len(own[band]) for band in BANDS) == len(pieces)
 
 
+def test_name_that_began_an_earlier_sentence_is_a_later_mention(tokenizer):
+    story = "Lily met Tom. Tomorrow, she ran home with Lily. Ben met Tom and Ben. He met Anna."
+    (text,) = scored_texts([story], tokenizer, 1, 256, {})
+    pieces = [tokenizer.token(i) for i in text.ids[1:]]
+    mentions = [
+        "".join(p for p, classes in zip(pieces, text.classes, strict=True) if name in classes)
+        for name in NAMES
+    ]
+    assert [mention.replace(" ", "") for mention in mentions] == ["TomAnna", "LilyTomBen"]
+
+
 def test_classes_of_frequency_follow_the_counts(tokenizer, monkeypatch):
     monkeypatch.setattr("minigpt.analysis.classes.FREQUENT", 1)
     monkeypatch.setattr("minigpt.analysis.classes.KNOWN", 2)

@@ -55,8 +55,10 @@ def run(tmp_path_factory) -> Run:
 def test_study_over_time_measures_every_snapshot(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(over_time, "NOVELTY_STORIES", 50)
     monkeypatch.setattr(over_time.OverTimeConfig, "n_scored", 3)
+    (run.folder / "report.html").touch()
     verb = ["study", str(run.checkpoint), "--over-time", "--n", "2", "--out", str(tmp_path)]
     assert run_main(monkeypatch, *verb) == 0
+    assert (run.folder / "report.html").read_text() == ""  # the results are in another folder
     assert "over-time.md" in capsys.readouterr().out
     content = json.loads((tmp_path / "over-time.json").read_text())
     first, last = content["snapshots"]
@@ -72,6 +74,8 @@ def test_study_over_time_measures_every_snapshot(run, tmp_path, monkeypatch, cap
     assert data["tokens"] == ["0", "1k"]
     assert len(data["points"][0]) == len(data["words"]) == len(data["groups"]) > 10
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert run_main(monkeypatch, *verb[:-1], str(run.folder)) == 0
+    assert '<img alt="measures of each snapshot"' in (run.folder / "report.html").read_text()
 
 
 def test_study_over_time_needs_one_run_with_snapshots(run, tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import errno
 import gzip
 import shlex
 import signal
+import sys
 from itertools import islice
 from typing import Any
 
@@ -68,6 +69,33 @@ def test_text_becomes_a_run_that_its_command_repeats(queue, monkeypatch):
     same = load_config("train", words[words.index("train") + 1 :])
     assert (same.model.d_model, same.budget.tokens) == (32, 4096)
     assert same.data.train_files == ("text.txt",)
+
+
+@pytest.mark.parametrize(
+    ("text", "context", "batch", "holdout"),
+    [
+        (stories(9).replace("<|endoftext|>", "")[:4500], 256, 3, 0.05),
+        (stories(9).replace("<|endoftext|>", "")[:2000], 128, 2, 0.05),
+        (stories(7)[:4500], 256, 3, 0.14),
+    ],
+    ids=["batch", "context", "stories"],
+)
+def test_short_text_is_trained_from_a_release_with_settings_that_fit_it(
+    queue, monkeypatch, text, context, batch, holdout
+):
+    measure = tokens_per_second
+    monkeypatch.setattr(job_module, "tokens_per_second", lambda *a: min(200, measure(*a, 0)))
+    start = {"path": str(ROOT / "releases/w64"), "name": "w64"}
+    job = queue.add(text, [], "small", 0.1, start)
+    run_started(job)
+    assert (job.state, job.error) == ("finished", None)
+    words = shlex.split(job.status["command"])
+    repeated = load_config("train", words[words.index("train") + 1 :])
+    assert job.run is not None
+    run = Run.load(job.run)
+    assert run.load_model().config.context_length == repeated.model.context_length == context
+    assert (repeated.data.batch_size, repeated.data.holdout) == (batch, holdout)
+    assert run.summary["tokens"] == repeated.budget.tokens >= batch * context
 
 
 def test_stopped_job_continues_with_the_same_settings(queue, monkeypatch):
@@ -141,6 +169,28 @@ def test_compressed_parquet_is_limited_by_what_is_stored_and_by_its_text(tmp_pat
     with pytest.raises(UserError, match=naming("b.parquet.gz")):
         check_unpacked([packed])
     assert stored == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits memory")
+def test_small_parquet_with_one_long_text_in_many_rows_is_refused_before_it_fills_the_memory(
+    tmp_path, monkeypatch
+):
+    import resource
+
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 200, pa.int32()), ["x" * 20_000_000])
+    parquet.write_table(pa.table({"text": column}), path, store_schema=False)
+    assert path.stat().st_size < 10_000_000
+    monkeypatch.setattr(job_module, "MAX_MEMORY", 1_000_000_000)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(UserError, match=naming("a.parquet")) as error:
+        check_unpacked([path])
+    assert error.value.argument == "data.train_files"
+    assert "\n" not in str(error.value)
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2_500_000  # KiB
 
 
 def test_error_of_a_setting_says_that_the_page_lacks_it(queue, tmp_path):

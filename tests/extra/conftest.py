@@ -18,16 +18,18 @@ import pytest
 from minigpt.data.sources import bundled_sample
 from tests.conftest import trained_folder
 
-# Python runs this at its start: it records each connection to another machine in a file.
+# Python runs this at its start: it records each connection to another machine in a file beside it.
+# A training has the same PYTHONPATH as the server, but no other variable of these tests.
 WATCH = """
 import os, socket
+OUTBOUND = os.path.join(os.path.dirname(os.path.abspath(__file__)), "outbound.txt")
 def watched(name, where):
     real = getattr(where, name)
     def call(*args):
         address = args[1] if name.startswith("connect") else args[0]
         host = address[0] if isinstance(address, tuple) else address
         if host not in (None, "127.0.0.1", "localhost", "::1", b"127.0.0.1"):
-            with open(os.environ["OUTBOUND"], "a") as file:
+            with open(OUTBOUND, "a") as file:
                 file.write(f"{name} {address}\\n")
         return real(*args)
     return call
@@ -38,7 +40,7 @@ socket.socket = Socket
 resolve = socket.getaddrinfo
 def getaddrinfo(host, *args, **kwargs):
     if host not in (None, "127.0.0.1", "localhost", "::1", b"127.0.0.1"):
-        with open(os.environ["OUTBOUND"], "a") as file:
+        with open(OUTBOUND, "a") as file:
             file.write(f"getaddrinfo {host}\\n")
     return resolve(host, *args, **kwargs)
 socket.getaddrinfo = getaddrinfo
@@ -121,7 +123,7 @@ def page_of(
     (folder / "sitecustomize.py").write_text(WATCH)
     outbound = folder / "outbound.txt"
     paths = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    environment = os.environ | {"PYTHONPATH": paths, "OUTBOUND": str(outbound)} | variables
+    environment = os.environ | {"PYTHONPATH": paths} | variables
     environment.pop("GRADIO_ANALYTICS_ENABLED", None)  # the page must set it itself
     command = [*before, sys.executable, *command]
     where = {"cwd": folder, "env": environment}  # trainings are in the working directory

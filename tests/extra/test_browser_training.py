@@ -75,6 +75,7 @@ def test_text_is_trained_stopped_continued_and_writes_a_story(training: Served, 
         expect(slider).to_have_value(slider.get_attribute("max") or "")
     (job,) = (tmp_path / ".cache/playground").glob("2*")
     assert not (job / "uploads").exists()
+    assert training.reached_out() == ""  # neither the server nor the training
 
 
 def test_error_of_the_data_is_shown_at_its_field(training: Served):

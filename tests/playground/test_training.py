@@ -7,6 +7,7 @@ import subprocess
 import threading
 import time
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -91,6 +92,32 @@ def test_uploads_are_moved_and_lose_their_names(queue, tmp_path):
     assert list(job.uploads.values()) == ["text.txt", *names]
     job.delete_data()
     assert not any(path.exists() for path in job.uploads)
+
+
+def test_full_disk_at_the_second_upload_keeps_all_uploads(queue, tmp_path, monkeypatch):
+    files = [tmp_path / name for name in "ab"]
+    for path in files:
+        path.write_text(path.name)
+
+    def no_link(*_: Any) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    def fail(path: Path, target: Path) -> None:
+        if path == files[1]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        target.write_bytes(path.read_bytes())
+
+    monkeypatch.setattr(os, "link", no_link)
+    with monkeypatch.context() as patch:
+        patch.setattr(training.shutil, "copyfile", fail)
+        with pytest.raises(UserError) as error:
+            add(queue, files=files)
+    assert error.value.argument == "start"
+    assert [path.read_text() for path in files] == ["a", "b"]
+    assert list(queue.folder.glob(".*-*")) == queue.jobs() == []
+    job = add(queue, text=None, files=files)  # the disk has space again
+    assert [path.read_text() for path in job.uploads] == ["a", "b"]
+    assert not any(path.exists() for path in files)
 
 
 def test_uploads_of_one_name_get_different_names(queue, tmp_path):

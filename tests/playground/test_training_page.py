@@ -5,8 +5,11 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from filelock import FileLock
 
+from minigpt.core.settings import UserError
+from tests.conftest import ROOT
 from tests.playground.conftest import TEXT, add
 
 
@@ -95,6 +98,32 @@ def test_poll_sends_only_what_has_changed(queue):
     assert [update == skipped for update in stopped] == [False] * training_page.N_VIEWS
 
 
+def test_page_shows_why_a_waiting_training_cannot_start(queue, processes, monkeypatch):
+    from minigpt.playground import training, training_page
+    from minigpt.playground.access import Access
+    from minigpt.playground.answers import Playground
+    from minigpt.playground.server import Training
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    access, start = Access(), training_page.FIELDS.index("start")
+    events = training_page._Events(Playground([]), Training(queue, access))
+    request: Any = SimpleNamespace(cookies={access.cookie: access.token})
+    job = add(queue)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "write_json", full)
+        with pytest.raises(UserError):
+            queue.advance()
+    *_, shown = poll = events.poll(job.name, {}, {}, request)
+    assert (job.state, list(shown)) == ("waiting", ["start"])
+    assert poll[training_page.N_VIEWS + start]
+    queue.advance()
+    *_, shown = poll = events.poll(job.name, {}, shown, request)
+    assert (job.state, shown) == ("running", {})
+    assert not poll[training_page.N_VIEWS + start]
+
+
 def test_unknown_model_to_start_from_is_an_error_and_starts_nothing(queue):
     from minigpt.playground import training_page
     from minigpt.playground.access import Access
@@ -107,3 +136,30 @@ def test_unknown_model_to_start_from_is_an_error_and_starts_nothing(queue):
     added = events.add(TEXT, None, "small", "removed", 1, request)
     assert "removed" in added[fields.index("start")]
     assert queue.jobs() == []
+
+
+def test_training_can_start_from_a_release_that_the_page_has_not_loaded(queue):
+    from minigpt.playground import training_page
+    from minigpt.playground.access import Access
+    from minigpt.playground.answers import Playground
+    from minigpt.playground.server import Training
+    from minigpt.playground.training import SIZES
+    from minigpt.runs.folder import Run
+
+    playground = Playground.load([Run.load(ROOT / "releases/w64")])
+    (loaded,) = playground.models
+    choices = [f"releases/{name}" for name in SIZES if name != "w64"]
+    assert training_page.start_choices(playground) == [training_page.RANDOM, loaded, *choices]
+    access = Access()
+    events = training_page._Events(playground, Training(queue, access))
+    request: Any = SimpleNamespace(cookies={access.cookie: access.token})
+    added = events.add(TEXT, None, "w64", "releases/medium", 1, request)
+    assert not any(added[: len(training_page.FIELDS)])
+    (job,) = queue.jobs()
+    assert job.settings["init_from"] == {
+        "path": str((ROOT / "releases/medium").resolve()), "name": "releases/medium",
+    }  # fmt: skip
+    for unknown in ("releases/w64", "releases/../runs", str(ROOT / "releases/medium"), "medium"):
+        added = events.add(TEXT, None, "w64", unknown, 1, request)
+        assert added[training_page.FIELDS.index("start")]
+    assert queue.jobs() == [job]

@@ -1,3 +1,4 @@
+import base64
 import html
 import json
 import re
@@ -95,10 +96,22 @@ def test_report_of_a_run_with_snapshots_counts_them_and_gives_the_commands(
         ends = [words[words.index(verb) :] for words, verb in zip(words, VERBS, strict=True)]
         path = ["--class-path", "mine.MyGPT"] if own else []
         expected = [
-            ["study", "runs/first", *path, "--over-time"],
+            ["study", "runs/first", *path, "--out", "runs/first", "--over-time"],
             ["playground", "runs/first", *path],
         ]
         assert ends == expected
+
+
+def test_report_shows_the_study_of_the_snapshots_that_lies_in_the_run_folder(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "over-time.md").write_text("# Measures <of> *run*\n")
+    assert "<img" not in report(folder)
+    (folder / "over-time.png").write_bytes(b"figure")
+    page = report(folder)
+    (source,) = [attrs["src"] for tag, attrs in Page(page).tags if tag == "img"]
+    assert source is not None
+    assert base64.b64decode(source.removeprefix("data:image/png;base64,")) == b"figure"
+    assert "# Measures <of> *run*" in html.unescape(page)
 
 
 def test_page_is_well_formed_and_refers_to_nothing_outside(tmp_path):
