@@ -103,7 +103,7 @@ def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
     def speeds(names: Sequence[str]) -> None:
         for batch in m.batches:
             for name in names:
-                seconds = 12 if "compiled" in name else 5
+                seconds = 12 if "compile" in name else 5
                 measure = partial(measures.speed, m, "medium", batch, name)
                 parts.append(Part(f"speed medium {batch}: {name}", seconds, measure))
 

@@ -176,7 +176,8 @@ def start(
         The running page. The attribute `local_url` contains its URL.
 
     Raises:
-        UserError: the port is in use or not allowed, or the host does not exist.
+        UserError: the port is in use or not allowed, the host does not exist, or the machine is too
+            busy to answer.
     """
     host = host.strip("[]")
     # Gradio requests its own page as a check, and this request must not go through a proxy.
@@ -215,6 +216,10 @@ def start(
             raise UserError(problem, "host", host) from None
         problem = f"cannot listen on {host} ({reason}); choose another port"
         raise UserError(problem, "port", port) from None
+    except ValueError:  # Gradio has requested its page five times, for three seconds each
+        page.close(verbose=False)
+        problem = f"the page does not answer at {page.local_url}; if the machine is busy, try again"
+        raise UserError(problem) from None
     return page
 
 

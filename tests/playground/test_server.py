@@ -90,6 +90,18 @@ for host in {hosts}:
     assert Path(upload).is_relative_to(os.environ["GRADIO_TEMP_DIR"])
     assert root.endswith("/stories"), root
     print(page.server_port, *(answer.status_code for answer in answers))
+import socket
+
+from gradio import networking
+from minigpt.core.settings import UserError
+
+networking.url_ok = lambda url: False  # Gradio's own request of the page has no answer
+try:
+    start(playground, "127.0.0.1", 0)
+except UserError as error:
+    port = int(str(error).split("127.0.0.1:")[1].split("/")[0])
+with socket.socket() as other:
+    assert other.connect_ex(("127.0.0.1", port)) > 0  # the page has ended
 """
 
 
