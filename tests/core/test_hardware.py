@@ -87,6 +87,7 @@ def test_missing_accelerator_or_devices_are_refused(monkeypatch):
 
 def test_the_gpu_of_a_mac_is_one_device(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = Hardware.detect("auto", "auto", 1, "auto")
     assert (result.accelerator, result.devices, result.precision) == ("mps", 1, "32-true")
