@@ -1,7 +1,7 @@
 #!/bin/sh
 # Train the released models again, the most valuable first, export them to releases/, and study them.
-# Type it in the activated environment of a git checkout: sweeps/release.sh. The first runs continue the
-# releases that were trained on the first edition of the sample, which commit 9020cdf contains.
+# Type it in the activated environment of a git checkout: sweeps/release.sh. The first runs continue
+# the releases that were trained on the first edition of the sample, which commit 9020cdf contains.
 # If the script is started again, finished runs are kept, and a run that was stopped continues.
 set -e
 cd "$(dirname "$0")/.."
