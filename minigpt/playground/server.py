@@ -190,25 +190,30 @@ def start(
         from minigpt.playground.page import build_app, build_page, page_theme, static_text
 
         page = build_page(playground, training)
-        page.launch(
-            prevent_thread_lock=True,
-            server_name=f"[{host}]" if ":" in host else host,
-            server_port=port,
-            auth=login,
-            root_path=root_path,
-            _app=build_app(Hosts(host, root_path), training),
-            theme=page_theme(),
-            css=static_text("playground.css"),
-            footer_links=[],
-            max_file_size="1kb"
-            if training is None
-            else MAX_UPLOAD,  # only training runs have uploads
-            run_history=False,  # browsers must not store the inputs
-            enable_monitoring=False,
-            share=False,
-            ssr_mode=False,
-            quiet=True,
-        )
+        try:
+            page.launch(
+                prevent_thread_lock=True,
+                server_name=f"[{host}]" if ":" in host else host,
+                server_port=port,
+                auth=login,
+                root_path=root_path,
+                _app=build_app(Hosts(host, root_path), training),
+                theme=page_theme(),
+                css=static_text("playground.css"),
+                footer_links=[],
+                max_file_size="1kb"
+                if training is None
+                else MAX_UPLOAD,  # only training runs have uploads
+                run_history=False,  # browsers must not store the inputs
+                enable_monitoring=False,
+                share=False,
+                ssr_mode=False,
+                quiet=True,
+            )
+        except ValueError:  # Gradio has requested its page five times, for three seconds each
+            page.close(verbose=False)
+            problem = f"the page does not answer at {page.local_url}"
+            raise UserError(f"{problem}; if the machine is busy, try again") from None
     except (OSError, UnicodeError) as error:  # UnicodeError: not a valid host name
         reason = getattr(error, "strerror", None) or error
         if isinstance(error, UnicodeError | socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
@@ -216,10 +221,6 @@ def start(
             raise UserError(problem, "host", host) from None
         problem = f"cannot listen on {host} ({reason}); choose another port"
         raise UserError(problem, "port", port) from None
-    except ValueError:  # Gradio has requested its page five times, for three seconds each
-        page.close(verbose=False)
-        problem = f"the page does not answer at {page.local_url}; if the machine is busy, try again"
-        raise UserError(problem) from None
     return page
 
 
