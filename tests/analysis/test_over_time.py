@@ -1,5 +1,6 @@
 """Measures of the snapshots of a run, on a model of a few thousand parameters."""
 
+import base64
 import json
 import re
 from pathlib import Path
@@ -75,7 +76,8 @@ def test_study_over_time_measures_every_snapshot(run, tmp_path, monkeypatch, cap
     assert len(data["points"][0]) == len(data["words"]) == len(data["groups"]) > 10
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
     assert run_main(monkeypatch, *verb[:-1], str(run.folder)) == 0
-    assert '<img alt="measures of each snapshot"' in (run.folder / "report.html").read_text()
+    figure = base64.b64encode((run.folder / "over-time.png").read_bytes()).decode()
+    assert figure in (run.folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_study_over_time_needs_one_run_with_snapshots(run, tmp_path, monkeypatch, capsys):
