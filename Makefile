@@ -104,7 +104,7 @@ test-surroundings: .venv/installed-dev  # test terminals, signals, shells, users
 	$(EXTRA) tests/extra/test_surroundings.py tests/extra/test_shells.py tests/extra/test_environment.py \
 	  tests/extra/test_commands.py
 
-golden: .venv/installed-dev  # compare logits, curves, stories and settings with commit c2cfd24
+golden: .venv/installed-dev  # compare logits, curves, stories and settings with recorded ones
 	$(BIN)/python -m tests.golden
 
 chaos: .venv/installed-dev  # kill a run fifty times and fuzz its files (ten minutes)

@@ -1,4 +1,4 @@
-"""Compare logits, loss curves of w32 and a stored run with c2cfd24; `make golden` has the rest."""
+"""Compare logits, loss curves of w32 and a run with golden values; `make golden` has the rest."""
 
 import json
 from pathlib import Path
@@ -19,8 +19,8 @@ def test_golden_logits_of_a_release(name: str):
     expected = load_file(LOGITS)
     logits = values.forward_logits(name)
     torch.testing.assert_close(logits[:, ::16], expected[f"{name} forward"], rtol=1e-4, atol=2e-4)
-    if SAME_MACHINE:
-        assert values.digest({"logits": logits}) == GOLDEN["bits"][f"{name} forward"]
+    if SAME_MACHINE and (bits := GOLDEN["bits"].get(f"{name} forward")):
+        assert values.digest({"logits": logits}) == bits
     if values.has_c_backend():
         decoded = values.decoded_logits(name)[:, ::4]
         torch.testing.assert_close(decoded, expected[f"{name} C"], rtol=1e-4, atol=2e-4)

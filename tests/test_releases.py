@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -29,29 +30,35 @@ def test_quickstart_shows_one_release():
 @pytest.mark.parametrize("folder", RELEASES, ids=lambda path: path.name)
 def test_experiment_reproduces_the_settings_of_a_release(folder: Path):
     config = Run.load(folder).config
-    parent = read_summary(folder).get("init_from")
-    experiment = f"experiment=release_{folder.name}"
-    again = composed([f"{experiment}_continued" if parent else experiment])
+    again = composed([f"experiment=release_{folder.name}"])
     for group in ("model", "optimizer", "budget", "trainer"):
         expected = getattr(again, group)
         newer = {"optimizer": "follow_batch", "trainer": "cuda_graph"}.get(group)
         if newer is not None:  # no effect on batches of 16 windows on a CPU
             expected = dataclasses.replace(expected, **{newer: config[group][newer]})
+        if group == "trainer":  # the precision is a choice for one machine
+            expected = dataclasses.replace(expected, precision=config[group]["precision"])
         assert build(type(expected), config[group], group) == expected
     assert config["seed"] == again.seed
     data = dataclasses.asdict(again.data)
     if data["tokenizer"]:  # an export keeps the name of a path
         data["tokenizer"] = Path(data["tokenizer"]).name
     assert config["data"].items() <= data.items()
-    if parent:  # the release continued a run of another experiment
-        assert again.init_from == parent["path"]
-        (command,) = parent["commands"]
-        # Code of that time shuffled windows alone.
-        first, then = composed([experiment]), composed([*command[2:], "data.shuffle=windows"])
-        precision = then.trainer.precision  # resolved on that machine
-        assert dataclasses.replace(first.trainer, precision=precision) == then.trainer
-        same = ("model", "data", "optimizer", "budget", "seed")
-        assert all(getattr(first, name) == getattr(then, name) for name in same)
+    summary = read_summary(folder)
+    parent, teachers = summary.get("init_from"), summary.get("teachers", [])
+    assert (parent and parent["name"]) == (again.init_from and Path(again.init_from).name)
+    assert [run["name"] for run in teachers] == [Path(run).name for run in again.teacher.runs]
+
+
+def test_release_script_trains_each_run_after_its_parent_and_teachers():
+    script = (ROOT / "sweeps/release.sh").read_text(encoding="utf-8")
+    (sizes,) = re.findall(r"for size in (.*); do\n +python", script)
+    made = {f"runs/first/{size}" for size in ("small", "medium", "large")}
+    for size in sizes.split():
+        config = composed([f"experiment=release_{size}"])
+        assert {*config.teacher.runs, *filter(None, [config.init_from])} <= made
+        made.add(f"runs/{size.replace('_', '-')}")
+    assert {path.name for path in RELEASES} <= {Path(path).name for path in made}
 
 
 @pytest.mark.parametrize("folder", RELEASES, ids=lambda path: path.name)

@@ -1,7 +1,8 @@
 """Compute the golden values: logits, stories, loss curves, a resumed run, composed settings.
 
-`make golden` compares them with those that commit c2cfd24 gave, which lie beside this file. Equal
-bit for bit where the machine is the one that recorded them, to a tolerance elsewhere.
+`make golden` compares them with those beside this file, which commit c2cfd24 gave. Logits and
+stories are those of the released weights, recorded again when the weights change. Equal bit for
+bit where the machine is the one that recorded them, to a tolerance elsewhere.
 """
 
 from __future__ import annotations
