@@ -1,5 +1,7 @@
 """A corpus of a few hundred short stories and a model of a few thousand parameters."""
 
+from __future__ import annotations
+
 import os
 
 # Before PyTorch is imported: models this small are slower on two threads than on one.
@@ -9,15 +11,17 @@ os.environ["MINIGPT_LOCAL"] = "null"  # tests ignore conf/local
 import random
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from minigpt.cli.compose import load_config
-from minigpt.training.config import TrainConfig
-from minigpt.training.loop import train
+if TYPE_CHECKING:
+    from minigpt.training.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
+
+# Modules of minigpt are imported in functions, because the main process of pytest-xdist reads this
+# file before it starts the workers, and runs no test itself.
 
 
 def naming(*names: str) -> str:
@@ -78,9 +82,13 @@ def tiny_settings(folder: Path) -> list[str]:
 
 def composed(overrides: list[str]) -> TrainConfig:
     """Return the settings of `train.py <overrides>`."""
+    from minigpt.cli.compose import load_config
+
     return load_config("train", overrides)
 
 
 def trained_folder(overrides: list[str], **how: Any) -> Path:
     """Train as `train.py <overrides>` does, with `how` for `train`; return the run folder."""
+    from minigpt.training.loop import train
+
     return train(composed(overrides), **how).folder
