@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from minigpt.training.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
+SHORT = ["budget.tokens=320", "trainer.n_validations=1"]  # 5 steps with the settings of `tiny`
 
 # Modules of minigpt are imported in functions, because the main process of pytest-xdist reads this
 # file before it starts the workers, and runs no test itself.
