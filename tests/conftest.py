@@ -10,6 +10,7 @@ os.environ["MINIGPT_LOCAL"] = "null"  # tests ignore conf/local
 
 import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,22 @@ def write_stories(path: Path, n: int, seed: int) -> Path:
     ]
     path.write_text("\n<|endoftext|>\n".join(stories), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def undrawn_charts() -> Iterator[pytest.MonkeyPatch]:
+    """Leave out the charts of report.html: drawing them takes 40 % of a tiny training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minigpt.training.report._charts", lambda rows: [])
+        yield patch
+
+
+@pytest.fixture
+def drawn_charts(undrawn_charts: pytest.MonkeyPatch) -> Iterator[None]:
+    """Draw the charts of report.html, for tests of the report and of unusual curves."""
+    undrawn_charts.undo()
+    yield
+    undrawn_charts.setattr("minigpt.training.report._charts", lambda rows: [])
 
 
 @pytest.fixture

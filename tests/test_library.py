@@ -16,7 +16,7 @@ from minigpt.core.settings import UserError
 from minigpt.evaluation import EvaluationConfig, StoriesConfig
 from minigpt.runs.checkpoint import read_checkpoint
 from minigpt.runs.records import read_metrics, read_summary
-from tests.conftest import ROOT, composed, naming, write_stories
+from tests.conftest import ROOT, SHORT, composed, naming, write_stories
 
 FEW = EvaluationConfig(stories=StoriesConfig(prompts=("Once",), n=1, max_tokens=5), words=("Tom",))
 
@@ -61,9 +61,10 @@ def test_reading_a_function_keeps_stale_launcher_variables():
     assert python(code) == "True"
 
 
+@pytest.mark.usefixtures("drawn_charts")
 def test_training_works_in_a_thread(tiny: list[str]):
     runs: list[minigpt.Run] = []
-    config = composed(tiny)
+    config = composed([*tiny, *SHORT])
     thread = threading.Thread(target=lambda: runs.append(minigpt.train(config)))
     thread.start()
     thread.join()
@@ -80,6 +81,7 @@ def test_several_devices_from_python_are_refused(tiny: list[str], tmp_path: Path
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.usefixtures("drawn_charts")
 def test_rows_of_other_callbacks_have_the_number_of_tokens(tiny: list[str]):
     class Mine(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:

@@ -28,6 +28,7 @@ from tests.conftest import ROOT, SHORT, composed, naming, trained_folder, write_
 FEW = EvaluationConfig(stories=StoriesConfig(prompts=("Once",), n=1, max_tokens=5), words=("Tom",))
 
 
+@pytest.mark.usefixtures("drawn_charts")
 def test_run_folder_holds_config_metrics_samples_summary_and_report(
     tiny: list[str], tmp_path: Path
 ):
@@ -171,6 +172,7 @@ def test_ctrl_c_writes_a_checkpoint_and_the_report(tiny: list[str], tmp_path: Pa
     assert "interrupted" in (folder / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("drawn_charts")
 def test_nan_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
     tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ):
