@@ -10,7 +10,8 @@ os.environ["MINIGPT_LOCAL"] = "null"  # tests ignore conf/local
 
 import random
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +97,46 @@ def tiny_settings(folder: Path) -> list[str]:
         "callbacks.max_tokens=5",
         "callbacks.progress_bar=false",
     ]
+
+
+@pytest.fixture(scope="session")
+def runs_by_settings() -> dict[Any, Path]:
+    """Return the runs of `trained_once`, by their settings."""
+    return {}
+
+
+@pytest.fixture
+def trained_once(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, runs_by_settings: dict[Any, Path]
+) -> Callable[..., Path]:
+    """Return a function like `trained_folder` that trains once for several tests.
+
+    The first call in this process trains, and later calls with the same arguments copy the run and
+    the cache below their own tmp_path, and change the paths in the run. The overrides must be those
+    of `tiny` and more, with a name, and the stories must be those of `tiny`.
+    """
+
+    def trained(overrides: list[str], **how: Any) -> Path:
+        key = tuple(word.replace(str(tmp_path), "") for word in overrides), tuple(how.items())
+        if key not in runs_by_settings:
+            run = trained_folder(overrides, **how)
+            store = tmp_path_factory.mktemp("once")
+            shutil.copytree(run, store / "runs" / run.name)
+            shutil.copytree(tmp_path / "cache", store / "cache")
+            (store / "written-in").write_text(str(tmp_path))
+            runs_by_settings[key] = store / "runs" / run.name
+            return run
+        original = runs_by_settings[key]
+        store = original.parent.parent
+        run = shutil.copytree(original, tmp_path / "runs" / original.name)
+        shutil.copytree(store / "cache", tmp_path / "cache", dirs_exist_ok=True)
+        written_in = (store / "written-in").read_text()
+        for name in ("config.yaml", "train.log", "report.html"):
+            text = (run / name).read_text(encoding="utf-8")
+            (run / name).write_text(text.replace(written_in, str(tmp_path)), encoding="utf-8")
+        return run
+
+    return trained
 
 
 def composed(overrides: list[str]) -> TrainConfig:

@@ -69,13 +69,12 @@ def test_compile_without_a_compiler_is_an_error_before_the_run(
     assert not Path(composed(tiny).runs_dir).exists()
 
 
-def test_evaluation_agrees_with_what_training_logged(tiny: list[str]):
-    folder = trained_folder(tiny)
-    logged = read_summary(folder)
-    evaluation = evaluate(Run.load(folder), FEW)
+def test_evaluation_agrees_with_what_training_logged(parent: Path):
+    logged = read_summary(parent)
+    evaluation = evaluate(Run.load(parent), FEW)
     assert evaluation.perplexity == pytest.approx(logged["val/perplexity"], rel=1e-4)
     assert evaluation.bits_per_byte == pytest.approx(logged["val/bits_per_byte"], rel=1e-4)
-    written = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    written = json.loads((parent / "evaluation.json").read_text(encoding="utf-8"))
     assert written["perplexity"] == evaluation.perplexity
 
 

@@ -17,13 +17,12 @@ from minigpt.training.resume_settings import budget_error, check_settings, run_l
 from tests.conftest import composed, naming, trained_folder
 
 
-def test_larger_budget_is_named_before_the_download_that_follows_it(tiny: list[str]):
-    folder = trained_folder([*tiny, "name=done"])
-    before = composed([*tiny, "name=done"])
+def test_larger_budget_is_named_before_the_download_that_follows_it(tiny: list[str], parent: Path):
+    before = composed([*tiny, "name=parent"])
     data = dataclasses.replace(before.data, download_tokens=2560)
     larger = dataclasses.replace(before, data=data, budget=BudgetConfig(tokens=2560))
     with pytest.raises(UserError) as error:
-        check_settings(larger, before, folder)
+        check_settings(larger, before, parent)
     assert (error.value.argument, error.value.command is not None) == ("budget.tokens", True)
 
 

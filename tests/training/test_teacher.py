@@ -3,6 +3,7 @@
 import math
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,9 @@ from tests.training.test_loop import fail_at_step
 
 
 @pytest.fixture
-def teacher(tiny: list[str]) -> Path:
+def teacher(tiny: list[str], trained_once: Callable[..., Path]) -> Path:
     """A wider model than the student, trained on the same stories."""
-    return trained_folder([*tiny, "model.d_model=24", "name=teacher"])
+    return trained_once([*tiny, "model.d_model=24", "name=teacher"])
 
 
 def divergence(student: Path, teacher: Path, tokens: torch.Tensor) -> float:
