@@ -87,88 +87,109 @@ def cpu_machine(scratch: Path) -> Machine:
 # ---------------------------------------------------------------------------- the plan
 
 
-def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
-    """Return all parts, the most valuable first."""
-    machine = Part("machine", 20, lambda: measures.describe(m))
-    parts = [
-        machine,
-        Part("data", 12, lambda: trainings.data_is_ready(m)),
-        Part("check batches", 3, lambda: checks.check_batches(m)),
-        Part("check gradients", 12, lambda: checks.check_gradients(m)),
-        Part("check syncs", 12, lambda: checks.check_syncs(m)),
-        Part("check generation", 4, lambda: checks.check_generation(m)),
-        Part("check resume", 12, lambda: checks.check_resume(m)),
-    ]
+class _Builder:
+    """The parts of a plan so far, in their order."""
 
-    def speeds(names: Sequence[str]) -> None:
-        for batch in m.batches:
+    def __init__(self, m: Machine, out: Path, left: Callable[[], float]) -> None:
+        self.m, self.out, self.left = m, out, left
+        machine = Part("machine", 20, lambda: measures.describe(m))
+        self.parts = [
+            machine,
+            Part("data", 12, lambda: trainings.data_is_ready(m)),
+            Part("check batches", 3, lambda: checks.check_batches(m)),
+            Part("check gradients", 12, lambda: checks.check_gradients(m)),
+            Part("check syncs", 12, lambda: checks.check_syncs(m)),
+            Part("check generation", 4, lambda: checks.check_generation(m)),
+            Part("check resume", 12, lambda: checks.check_resume(m)),
+        ]
+        self.machine_again = replace(machine, name="machine again", seconds=5, repeats="machine")
+
+    def speeds(self, names: Sequence[str]) -> None:
+        for batch in self.m.batches:
             for name in names:
                 seconds = 12 if "compile" in name else 5
-                measure = partial(measures.speed, m, "medium", batch, name)
-                parts.append(Part(f"speed medium {batch}: {name}", seconds, measure))
+                measure = partial(measures.speed, self.m, "medium", batch, name)
+                self.parts.append(Part(f"speed medium {batch}: {name}", seconds, measure))
 
     def training(
-        name: str, seconds: float, *overrides: str, keep: bool = True, needs: str | None = None
-    ) -> None:
+        self, name: str, seconds: float, *overrides: str, keep: bool = True,
+        needs: str | None = None,
+    ) -> None:  # fmt: skip
         def run() -> Values:
-            timeout = min(left(), limit(seconds)) if m.on_gpu else left()
-            return trainings.training(m, name, overrides, timeout, out if keep else None)
+            timeout = min(self.left(), limit(seconds)) if self.m.on_gpu else self.left()
+            out = self.out if keep else None
+            return trainings.training(self.m, name, overrides, timeout, out)
 
-        parts.append(Part(f"training {name}", seconds, run, needs))
+        self.parts.append(Part(f"training {name}", seconds, run, needs))
 
-    def generation(batches: Sequence[int]) -> None:
+    def generation(self, batches: Sequence[int]) -> None:
         for batch in batches:
             for name in measures.WRITERS:
                 seconds = {"ours": 4, "transformers eager": 7}.get(name, 20)
-                write = partial(measures.generation, m, "medium", batch, name)
-                parts.append(Part(f"generation {batch}: {name}", seconds, write))
+                write = partial(measures.generation, self.m, "medium", batch, name)
+                self.parts.append(Part(f"generation {batch}: {name}", seconds, write))
 
-    def sharing(numbers: Sequence[int]) -> None:
+    def sharing(self, numbers: Sequence[int], overrides: list[str]) -> None:
         for n in numbers:
-            seconds = 14 + 2 * n
-            share = partial(trainings.sharing, m, n, few)
-            parts.append(Part(f"sharing {n}", seconds, lambda share=share: share(left())))
+            share = partial(trainings.sharing, self.m, n, overrides)
+            self.parts.append(
+                Part(f"sharing {n}", 14 + 2 * n, lambda share=share: share(self.left()))
+            )
 
-    budgets = {
-        "medium": 104e6, "large": 44e6, "student": 44e6, "small": 44e6, "precision": 10e6,
-        "shared": 8e6,
-    }  # fmt: skip
+    def kernels(self) -> None:
+        for windows in self.m.batches:
+            measure = partial(measures.kernels_of_a_step, self.m, "medium", windows)
+            self.parts.append(Part(f"kernels medium {windows}", 10, measure))
+
+
+def _overrides(m: Machine) -> dict[str, list[str]]:
+    """Return the settings of each kind of training: its size, its batch and its budget."""
     many, few = ["data.batch_size=128", "optimizer.warmup_tokens=1e6"], ["data.batch_size=8"]
     as_on_cpus = ["data.batch_size=16"]
     if not m.on_gpu:
-        budgets, few = dict.fromkeys(budgets, 640), ["data.batch_size=4"]
-        many = as_on_cpus = few
-    sizes = {name: [f"model={name}"] if m.on_gpu else [] for name in ("small", "medium", "large")}
-    b = {name: f"budget.tokens={budget:.0f}" for name, budget in budgets.items()}
-    medium = [*sizes["medium"], *many, b["medium"]]
-    few = [*sizes["small"], *few, b["shared"]]
-    compiled = ["trainer.compile=true"] if m.on_gpu else []
-    teacher = f"teacher.runs=[{m.scratch / 'runs/large'}]"
+        many = few = as_on_cpus = ["data.batch_size=4"]
+    kinds = {  # model size, batch, budget in tokens
+        "medium": ("medium", many, 104e6), "large": ("large", many, 44e6),
+        "small": ("small", many, 44e6), "precision": ("large", as_on_cpus, 10e6),
+        "shared": ("small", few, 8e6),
+    }  # fmt: skip
+    return {
+        kind: [
+            *([f"model={size}"] if m.on_gpu else []),
+            *batch,
+            f"budget.tokens={budget if m.on_gpu else 640:.0f}",
+        ]
+        for kind, (size, batch, budget) in kinds.items()
+    }
 
-    speeds(measures.CANDIDATES)
-    parts.append(replace(machine, name="machine again", seconds=5, repeats=machine.name))
-    training("medium", 48, *medium)
-    training("large", 36, *sizes["large"], *many, b["large"])
-    training("student", 32, *sizes["small"], *many, b["student"], teacher, needs="training large")
-    training("small", 19, *sizes["small"], *many, b["small"])
-    precisions = [*sizes["large"], *as_on_cpus, b["precision"], "trainer.n_validations=1"]
+
+def plan(m: Machine, out: Path, left: Callable[[], float]) -> list[Part]:
+    """Return all parts, the most valuable first."""
+    add, words = _Builder(m, out, left), _overrides(m)
+    teacher = f"teacher.runs=[{m.scratch / 'runs/large'}]"
+    precisions = [*words["precision"], "trainer.n_validations=1"]
+    add.speeds(measures.CANDIDATES)
+    add.parts.append(add.machine_again)
+    add.training("medium", 48, *words["medium"])
+    add.training("large", 36, *words["large"])
+    add.training("student", 32, *words["small"], teacher, needs="training large")
+    add.training("small", 19, *words["small"])
     for precision in ("32-true", "bf16-mixed", *(["16-mixed"] if m.on_gpu else [])):
         seconds = 30 if precision == "16-mixed" else 20  # without a CUDA graph of the loss
-        words = *precisions, f"trainer.precision={precision}"
-        training(f"large-{precision}", seconds, *words, keep=False)
-    generation(m.sequences[:2])
-    sharing(m.shared[:2])
-    generation(m.sequences[2:])
-    training("medium-compiled", 75, *medium, *compiled, keep=False)
-    sharing(m.shared[2:])
+        own = *precisions, f"trainer.precision={precision}"
+        add.training(f"large-{precision}", seconds, *own, keep=False)
+    add.generation(m.sequences[:2])
+    add.sharing(m.shared[:2], words["shared"])
+    add.generation(m.sequences[2:])
+    compiled = ["trainer.compile=true"] if m.on_gpu else []
+    add.training("medium-compiled", 75, *words["medium"], *compiled, keep=False)
+    add.sharing(m.shared[2:], words["shared"])
     if m.on_gpu:
-        words = *precisions, "trainer.precision=32-true", "seed=2"
-        training("large-32-true-2", 20, *words, keep=False)
-    speeds(measures.MORE_CANDIDATES)
-    for windows in m.batches:
-        kernels = partial(measures.kernels_of_a_step, m, "medium", windows)
-        parts.append(Part(f"kernels medium {windows}", 10, kernels))
-    return parts
+        own = *precisions, "trainer.precision=32-true", "seed=2"
+        add.training("large-32-true-2", 20, *own, keep=False)
+    add.speeds(measures.MORE_CANDIDATES)
+    add.kernels()
+    return add.parts
 
 
 def part_names(device: str) -> list[str]:

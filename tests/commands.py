@@ -30,7 +30,7 @@ CONTEXT.set_forkserver_preload(
         *("minigpt.training.loop", "minigpt.evaluation", "minigpt.exporting"),
         *("minigpt.analysis.study", "minigpt.scaling.tables", "minigpt.cli.app"),
         *("minigpt.cli.hydra_errors", "hydra._internal.hydra", "hydra.main"),
-        "omegaconf.grammar_visitor",
+        *("omegaconf.grammar_visitor", "tests.warm_hydra"),
     ]
 )
 

@@ -1,5 +1,7 @@
 """A corpus of a few hundred short stories and a model of a few thousand parameters."""
 
+from __future__ import annotations
+
 import os
 
 # Before PyTorch is imported: models this small are slower on two threads than on one.
@@ -8,16 +10,21 @@ os.environ["MINIGPT_LOCAL"] = "null"  # tests ignore conf/local
 
 import random
 import re
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from minigpt.cli.compose import load_config
-from minigpt.training.config import TrainConfig
-from minigpt.training.loop import train
+if TYPE_CHECKING:
+    from minigpt.training.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
+SHORT = ["budget.tokens=320", "trainer.n_validations=1"]  # 5 steps with the settings of `tiny`
+
+# Modules of minigpt are imported in functions, because the main process of pytest-xdist reads this
+# file before it starts the workers, and runs no test itself.
 
 
 def naming(*names: str) -> str:
@@ -35,6 +42,22 @@ def write_stories(path: Path, n: int, seed: int) -> Path:
     ]
     path.write_text("\n<|endoftext|>\n".join(stories), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def undrawn_charts() -> Iterator[pytest.MonkeyPatch]:
+    """Leave out the charts of report.html: drawing them takes 40 % of a tiny training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minigpt.training.report._charts", lambda rows: [])
+        yield patch
+
+
+@pytest.fixture
+def drawn_charts(undrawn_charts: pytest.MonkeyPatch) -> Iterator[None]:
+    """Draw the charts of report.html, for tests of the report and of unusual curves."""
+    undrawn_charts.undo()
+    yield
+    undrawn_charts.setattr("minigpt.training.report._charts", lambda rows: [])
 
 
 @pytest.fixture
@@ -76,11 +99,55 @@ def tiny_settings(folder: Path) -> list[str]:
     ]
 
 
+@pytest.fixture(scope="session")
+def runs_by_settings() -> dict[Any, Path]:
+    """Return the runs of `trained_once`, by their settings."""
+    return {}
+
+
+@pytest.fixture
+def trained_once(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, runs_by_settings: dict[Any, Path]
+) -> Callable[..., Path]:
+    """Return a function like `trained_folder` that trains once for several tests.
+
+    The first call in this process trains, and later calls with the same arguments copy the run and
+    the cache below their own tmp_path, and change the paths in the run. The overrides must be those
+    of `tiny` and more, with a name, and the stories must be those of `tiny`.
+    """
+
+    def trained(overrides: list[str], **how: Any) -> Path:
+        key = tuple(word.replace(str(tmp_path), "") for word in overrides), tuple(how.items())
+        if key not in runs_by_settings:
+            run = trained_folder(overrides, **how)
+            store = tmp_path_factory.mktemp("once")
+            shutil.copytree(run, store / "runs" / run.name)
+            shutil.copytree(tmp_path / "cache", store / "cache")
+            (store / "written-in").write_text(str(tmp_path))
+            runs_by_settings[key] = store / "runs" / run.name
+            return run
+        original = runs_by_settings[key]
+        store = original.parent.parent
+        run = shutil.copytree(original, tmp_path / "runs" / original.name)
+        shutil.copytree(store / "cache", tmp_path / "cache", dirs_exist_ok=True)
+        written_in = (store / "written-in").read_text()
+        for name in ("config.yaml", "train.log", "report.html"):
+            text = (run / name).read_text(encoding="utf-8")
+            (run / name).write_text(text.replace(written_in, str(tmp_path)), encoding="utf-8")
+        return run
+
+    return trained
+
+
 def composed(overrides: list[str]) -> TrainConfig:
     """Return the settings of `train.py <overrides>`."""
+    from minigpt.cli.compose import load_config
+
     return load_config("train", overrides)
 
 
 def trained_folder(overrides: list[str], **how: Any) -> Path:
     """Train as `train.py <overrides>` does, with `how` for `train`; return the run folder."""
+    from minigpt.training.loop import train
+
     return train(composed(overrides), **how).folder

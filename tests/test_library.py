@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from minigpt.core.settings import UserError
 from minigpt.evaluation import EvaluationConfig, StoriesConfig
 from minigpt.runs.checkpoint import read_checkpoint
 from minigpt.runs.records import read_metrics, read_summary
-from tests.conftest import ROOT, composed, naming, write_stories
+from tests.conftest import ROOT, SHORT, composed, naming, write_stories
 
 FEW = EvaluationConfig(stories=StoriesConfig(prompts=("Once",), n=1, max_tokens=5), words=("Tom",))
 
@@ -61,9 +61,10 @@ def test_reading_a_function_keeps_stale_launcher_variables():
     assert python(code) == "True"
 
 
+@pytest.mark.usefixtures("drawn_charts")
 def test_training_works_in_a_thread(tiny: list[str]):
     runs: list[minigpt.Run] = []
-    config = composed(tiny)
+    config = composed([*tiny, *SHORT])
     thread = threading.Thread(target=lambda: runs.append(minigpt.train(config)))
     thread.start()
     thread.join()
@@ -80,6 +81,7 @@ def test_several_devices_from_python_are_refused(tiny: list[str], tmp_path: Path
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.usefixtures("drawn_charts")
 def test_rows_of_other_callbacks_have_the_number_of_tokens(tiny: list[str]):
     class Mine(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
@@ -197,15 +199,17 @@ def stories_of(path: Path) -> Iterator[str]:
     yield from path.read_text(encoding="utf-8").split("\n<|endoftext|>\n")
 
 
-def test_stories_from_an_iterable_train_as_those_of_a_file(tiny: list[str], tmp_path: Path):
+def test_stories_from_an_iterable_train_as_those_of_a_file(
+    tiny: list[str], trained_once: Callable[..., Path], tmp_path: Path
+):
     overrides = [
         word for word in tiny if not word.startswith(("data=", "data.train", "data.valid"))
     ]
     train, valid = stories_of(tmp_path / "train.txt"), stories_of(tmp_path / "valid.txt")
     iterable_run = minigpt.train(composed(overrides), stories=train, valid_stories=valid)
-    file_run = minigpt.train(composed(tiny))
-    losses = [[row["train/loss"] for row in read_metrics(r.folder) if "lr" in row]
-              for r in (iterable_run, file_run)]  # fmt: skip
+    file_run = trained_once([*tiny, "name=parent"])
+    losses = [[row["train/loss"] for row in read_metrics(folder) if "lr" in row]
+              for folder in (iterable_run.folder, file_run)]  # fmt: skip
     assert losses[0] == losses[1]
     evaluation = minigpt.evaluate(iterable_run, FEW)
     assert evaluation.perplexity == pytest.approx(
@@ -230,8 +234,8 @@ def test_stories_without_a_validation_split_are_held_out(tiny: list[str], tmp_pa
     assert read_summary(run.folder)["status"] == "finished"
 
 
-def test_a_run_reads_its_files_once(tiny: list[str], monkeypatch: pytest.MonkeyPatch):
-    run = minigpt.Run.load(minigpt.train(composed(tiny)).folder)
+def test_a_run_reads_its_files_once(tiny: list[str], trained_once: Callable[..., Path]):
+    run = minigpt.Run.load(trained_once([*tiny, "name=parent"]))
     assert (run.config is run.config, run.tokenizer is run.tokenizer) == (True, True)
     assert run.summary["steps"] == 20
     assert minigpt.Run.load(run) is run

@@ -86,8 +86,8 @@ def test_release_with_snapshots_grows_into_its_weights():
 
 
 def test_verbs_do_not_change_a_release(tmp_path, monkeypatch, capsys):
-    release = shutil.copytree(RELEASES[0], tmp_path / "release")
-    before = {path.name: path.read_bytes() for path in release.iterdir()}
+    release = shutil.copytree(bundled_release(), tmp_path / "release")
+    before = contents(release)
     monkeypatch.chdir(tmp_path)
     for verb in (
         "generate release --max-tokens 5 --n 2",
@@ -97,4 +97,9 @@ def test_verbs_do_not_change_a_release(tmp_path, monkeypatch, capsys):
     ):
         assert run_main(monkeypatch, *shlex.split(verb)) == 0, capsys.readouterr().err
     assert {"embedding_map.png", "hf", "scaling"} <= {path.name for path in tmp_path.iterdir()}
-    assert {path.name: path.read_bytes() for path in release.iterdir()} == before
+    assert contents(release) == before
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    """Return the content of every file below `folder`, and None for folders."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}

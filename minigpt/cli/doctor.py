@@ -59,7 +59,8 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
         "disk": f"{free:.1f} GB free",
     }
     checks = {  # advice, and whether it applies here
-        "generation is slower without decode.c: install gcc": generation.startswith("PyTorch"),
+        "generation is slower without decode.c: install gcc": decode is not None
+        and generation.startswith("PyTorch"),
         "decode.c uses a single thread: install gcc": "one thread" in generation,
         "training in float32 is slow: a CPU with fast AVX512-BF16 or AMX takes half the time, "
         "and a GPU less": precision.startswith("32-true on cpu"),
@@ -96,5 +97,6 @@ def _generation() -> str:
         Decoder(model.eval().requires_grad_(False), [torch.zeros(1, dtype=torch.long)], "c")
     except UserError as error:
         return f"PyTorch ({error.message})"
+    assert decode is not None
     version = decode.run([*(decode.compiler() or ()), "--version"]).partition("\n")[0]
     return f"decode.c{'' if decode.is_threaded() else ', one thread'}, compiled by {version}"

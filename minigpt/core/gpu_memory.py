@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Return whether an error is PyTorch's OutOfMemoryError, or follows from one.
@@ -14,3 +17,13 @@ def is_out_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+@contextlib.contextmanager
+def end_if_out_of_memory() -> Iterator[None]:
+    """End the `with` block, without an error, if the GPU runs out of memory in it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise

@@ -18,7 +18,7 @@ import torch
 from minigpt.core.cores import THREADS, usable_cores
 from minigpt.core.distributed import Launcher
 from minigpt.core.files import read_json, write_json
-from minigpt.core.gpu_memory import is_out_of_memory
+from minigpt.core.gpu_memory import end_if_out_of_memory, is_out_of_memory
 from minigpt.core.settings import UserError
 
 
@@ -338,7 +338,7 @@ def _measure(accelerator: str, dtype: torch.dtype) -> float:
     # Start with small matrices, because a large product of an emulated dtype may be very slow, and
     # other programs may have left little of a GPU's memory.
     side, peak = 256, 2 * 256**3 / _fastest(256, accelerator, dtype, _TRIES + 1)
-    with contextlib.suppress(torch.OutOfMemoryError):
+    with end_if_out_of_memory():
         while side < _SIDE[accelerator] and 2 * side**3 / peak < _ENOUGH:
             side *= 2
             peak = max(peak, 2 * side**3 / _fastest(side, accelerator, dtype, _TRIES + 1))

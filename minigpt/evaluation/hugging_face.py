@@ -24,6 +24,7 @@ from rich.console import Console
 from torch import Tensor
 
 from minigpt.core.files import user_path, write_json
+from minigpt.core.gpu_memory import is_out_of_memory
 from minigpt.core.hardware import Hardware, gpu_memory_for
 from minigpt.core.progress import track
 from minigpt.core.settings import UserError
@@ -174,7 +175,9 @@ def _moved(model: Any, device: str, folder: Path) -> Any:
     """Return the model on the device; raise UserError if the GPU has too little memory."""
     try:
         return model.to(device)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         remedy = "to use the CPU, put CUDA_VISIBLE_DEVICES= before the command"
         raise UserError(f"not enough GPU memory: {remedy}", "hf", str(folder)) from None
 

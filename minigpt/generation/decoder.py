@@ -24,10 +24,14 @@ from torch.nn.utils.rnn import pad_sequence
 from minigpt.core.hardware import to_device
 from minigpt.core.settings import UserError
 from minigpt.generation.static_batch import StaticBatch
-from minigpt.kernels import decode
 from minigpt.kernels.choice import is_plain
 from minigpt.kernels.sampler import Sampler
 from minigpt.model import GPT, KVCache
+
+try:  # decode.py and decode.c are optional; all other modules take `decode` from here
+    from minigpt.kernels import decode
+except ImportError:
+    decode = None
 
 log = logging.getLogger(__name__)
 
@@ -131,10 +135,16 @@ class Decoder:
             The generated tokens (n, B), int64, and the logits (n, B, V) of the model, float32. The
             number n of steps is less than that of `points` if all sequences end earlier.
         """
+        assert decode is not None
         assert isinstance(self.batch, decode.Batch)
         steps = self.batch.generate(ids, self.positions, self.longest + 1, sampler, points)
         self._append(torch.cat([ids[None], steps[0][:-1]]))
         return steps
+
+    @property
+    def uses_c(self) -> bool:
+        """Whether the backend is "c", so that `generate` can be called."""
+        return decode is not None and isinstance(self.batch, decode.Batch)
 
     def capacity(self) -> int:
         """Shift each context that is full, and return how many tokens fit before the next shift."""
@@ -232,7 +242,7 @@ class UncachedBatch:
 
 def c_backend() -> Any | None:
     """Return the Python binding of decode.c; None if decode.c cannot be used on this machine."""
-    return None if decode.library() is None else decode
+    return None if decode is None or decode.library() is None else decode
 
 
 def takes_cache(model: GPT) -> bool:
@@ -270,6 +280,8 @@ def _batch(model: GPT, n_sequences: int, backend: Backend) -> Batch:
 
 def _c_batch(model: GPT, n_sequences: int, backend: Backend) -> tuple[Batch | None, str]:
     """Return (batch, "") for decode.c, or (None, reason) if decode.c is not used."""
+    if decode is None:
+        return None, "minigpt/kernels/decode.py is missing"
     if (reason := decode.unsupported(model)) is not None:
         return None, reason
     threads = torch.get_num_threads()

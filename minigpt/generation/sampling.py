@@ -23,7 +23,6 @@ from minigpt.core.fields import documented
 from minigpt.core.hardware import gpu_memory_for, model_device, to_device
 from minigpt.core.settings import UserError, check
 from minigpt.generation.decoder import Backend, Decoder
-from minigpt.kernels import decode
 from minigpt.kernels.choice import sequences_at_once
 from minigpt.kernels.sampler import Sampler
 from minigpt.model import GPT
@@ -144,8 +143,7 @@ def generate(
             n_tokens = vocab_size or model.config.vocab_size
             penalised = sampling.repetition_penalty != 1.0
             seen = _tokens_of(prompts, n_tokens, end_of_text) if penalised else None
-        in_c = isinstance(decoder.batch, decode.Batch)
-        steps = _steps_in_c if in_c else _steps
+        steps = _steps_in_c if decoder.uses_c else _steps
         yield from steps(decoder, ids, sampling, draw, end_of_text, n_tokens, seen)
     finally:
         model.train(was_training)

@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-import torch
-
 from minigpt.analysis.attention import HeadScores, attention_weights, head_scores
 from minigpt.analysis.embedding_map import FewWordsError, caption, embedding_map, map_svg
 from minigpt.analysis.embeddings import EmbeddingProbe, parse_analogy
+from minigpt.core.gpu_memory import is_out_of_memory
 from minigpt.core.hardware import model_device
 from minigpt.core.settings import UserError, one_line
 from minigpt.core.text import human_count
@@ -327,8 +326,12 @@ def _story(model: LoadedModel, prompt: str, sampling: SamplingConfig) -> Iterato
         started = time.monotonic()
         try:
             token = next(tokens, None)
-        except (UserError, torch.OutOfMemoryError) as error:  # the other models continue
-            problem = one_line(error).partition(". ")[0]  # PyTorch adds numbers of its allocator
+        except (UserError, RuntimeError) as error:  # the other models continue
+            problem = one_line(error).partition(". ")[0]
+            if not isinstance(error, UserError):
+                if not is_out_of_memory(error):
+                    raise
+                problem = "The GPU does not have enough memory"
             yield story + html.note_html(problem, "error")
             return
         seconds += time.monotonic() - started  # excludes the time of the other models

@@ -11,6 +11,7 @@ import html
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib import resources
 
 from torch import Tensor
 
@@ -118,6 +119,11 @@ def token_html(token: ShownToken) -> str:
         f'style="--p:{token.probability:.3f}" '
         f'data-details="{html.escape(json.dumps(details))}">{text}</span>'
     )
+
+
+def static_text(name: str) -> str:
+    """Return the text of a file in static/."""
+    return (resources.files("minigpt.playground") / "static" / name).read_text("utf-8")
 
 
 def note_html(text: str, kind: str = "note") -> str:

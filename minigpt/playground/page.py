@@ -10,7 +10,6 @@ import os
 import random
 from collections.abc import Iterator
 from functools import partial
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported
@@ -328,7 +327,7 @@ def _slider(
 
 
 def _tokens_part(template: str, value: str = "", elem_id: str | None = None) -> gr.HTML:
-    script = static_text("playground.js")
+    script = html.static_text("playground.js")
     return gr.HTML(value, html_template=template, js_on_load=script, elem_id=elem_id)
 
 
@@ -337,8 +336,3 @@ def page_theme() -> themes.ThemeClass:
     hint = {"block_info_text_color": "*neutral_600", "block_info_text_color_dark": "*neutral_300"}
     mono = ("ui-monospace", "monospace")
     return themes.Default(font=("system-ui", "sans-serif"), font_mono=mono).set(**hint)
-
-
-def static_text(name: str) -> str:
-    """Return the text of a file in static/."""
-    return (resources.files("minigpt.playground") / "static" / name).read_text("utf-8")

@@ -187,7 +187,8 @@ def start(
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         with socket.create_server((host, port or 0), family=family) as trial:
             port = trial.getsockname()[1] if port == 0 else port
-        from minigpt.playground.page import build_app, build_page, page_theme, static_text
+        from minigpt.playground.html import static_text
+        from minigpt.playground.page import build_app, build_page, page_theme
 
         page = build_page(playground, training)
         try:

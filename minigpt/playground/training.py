@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import re
 import secrets
@@ -393,6 +394,13 @@ def training_environment(variables: Mapping[str, str]) -> dict[str, str]:
     return inherited | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
 
 
+def too_large(megabytes: str) -> str:
+    """Return the error message for texts above MAX_UPLOAD."""
+    limit = f"The text has {megabytes} MB: at most {MAX_UPLOAD / 1e6:.0f} MB are allowed."
+    command = "minigpt train data=text 'data.train_files=[stories/*.txt]'"
+    return f"{limit} Train in a terminal instead: {command}"
+
+
 def _check(text: str | None, files: Sequence[Path], size: str, minutes: float | None) -> None:
     """Raise UserError if a field of a new job is missing or not allowed."""
     if not (text and text.strip()) and not files:
@@ -411,8 +419,7 @@ def _check(text: str | None, files: Sequence[Path], size: str, minutes: float | 
         message = "An uploaded file is no longer there: add the files again."
         raise UserError(message, "files") from None
     if n_bytes > MAX_UPLOAD:
-        limit = f"at most {MAX_UPLOAD / 1e6:.0f} MB are allowed; train in a terminal instead"
-        message = f"The text has {n_bytes / 1e6:.0f} MB: {limit}."
+        message = too_large(str(math.ceil(n_bytes / 1e6)))
         raise UserError(message, "files" if files else "text")
     if size not in SIZES:
         raise UserError(f"Choose a size: {', '.join(SIZES)}.", "size")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
 from collections.abc import Callable
@@ -18,8 +19,8 @@ from gradio.utils import get_upload_folder
 
 from minigpt.core.settings import UserError, one_line
 from minigpt.playground.answers import Playground
-from minigpt.playground.html import note_html
-from minigpt.playground.training import MAX_UPLOAD, SIZES, Job
+from minigpt.playground.html import note_html, static_text
+from minigpt.playground.training import MAX_UPLOAD, SIZES, Job, too_large
 from minigpt.playground.training_view import job_html
 from minigpt.runs.folder import bundled_release
 
@@ -115,11 +116,11 @@ def _form(playground: Playground) -> _Form:
     gr.Markdown(INTRODUCTION)
     refusal = gr.HTML(note_html(REFUSAL, "error"), elem_id="no-token")
     errors = {}
-    with gr.Column(visible=False) as column:
+    with gr.Column(visible=False, elem_id="training-form") as column:
         text = gr.Textbox(label="Text of the stories", lines=6, max_lines=12)
         errors["text"] = gr.HTML(elem_id="error-text")
         files = gr.File(label=FILES, file_count="multiple", type="filepath", height=140)
-        errors["files"] = gr.HTML(elem_id="error-files")
+        errors["files"] = gr.HTML(elem_id="error-files", js_on_load=_upload_script())
         with gr.Row():
             sizes = [(f"{name}: {size}", name) for name, size in SIZES.items()]
             size = gr.Dropdown(sizes, value="small", label="Size")
@@ -144,6 +145,12 @@ def _form(playground: Playground) -> _Form:
         refusal, column, [text, files, size, start, minutes], files, add, chosen, gr.State({}),
         stop, resume, remove, view, [errors[name] for name in FIELDS], gr.State({}),
     )  # fmt: skip
+
+
+def _upload_script() -> str:
+    """Return the script that refuses files above MAX_UPLOAD before they are uploaded."""
+    refusal = json.dumps(note_html(too_large("{}"), "error"))
+    return f"const LIMIT = {MAX_UPLOAD}, REFUSAL = {refusal};\n{static_text('upload.js')}"
 
 
 class _Events:

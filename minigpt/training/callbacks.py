@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -22,6 +21,7 @@ from rich.progress import BarColumn, TimeRemainingColumn
 
 from minigpt.core.console import log
 from minigpt.core.files import write_json, write_text
+from minigpt.core.gpu_memory import end_if_out_of_memory
 from minigpt.core.progress import Progress
 from minigpt.core.settings import UserError
 from minigpt.core.text import human_count, human_time
@@ -87,7 +87,7 @@ class Throughput(Callback):
             flops = self.speed * self.module.net.flops_per_token()
             if flops > self.peak_flops and not self._measured_again and trainer.is_global_zero:
                 self._measured_again, self._mark = True, None  # the clock excludes the measurement
-                with contextlib.suppress(torch.OutOfMemoryError):  # a GPU full of activations
+                with end_if_out_of_memory():  # a GPU full of activations
                     self.peak_flops = self._measure_peak(True)
                 message = "mfu was above 1, so the peak was measured again: %.3g FLOP/s"
                 log.info(message, self.peak_flops)

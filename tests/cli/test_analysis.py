@@ -9,12 +9,11 @@ from minigpt.analysis.embedding_map import MAP
 from minigpt.model import GPT, GPTConfig
 from minigpt.runs.folder import Run
 from tests.cli.test_app import run_main
-from tests.conftest import trained_folder
 from tests.run_folder import write_run
 
 
-def test_probe_prints_tables_and_explains_split_words(tiny, monkeypatch, capsys):
-    run = trained_folder(tiny)
+def test_probe_prints_tables_and_explains_split_words(tiny, trained_once, monkeypatch, capsys):
+    run = trained_once([*tiny, "name=parent"])
     words = ("--near", "Mom", "--near", "dadaists", "--analogy", "Mom - was + a")
     capsys.readouterr()
     assert run_main(monkeypatch, "probe", str(run), *words) == 2

@@ -98,8 +98,8 @@ def test_keyboard_interrupt_exits_with_code_130(tmp_path, monkeypatch, capsys):
     assert "SIGINT" in err
 
 
-def test_generate_by_seed_prompt_and_dtype(tiny, monkeypatch, capsys):
-    folder = trained_folder(tiny)
+def test_generate_by_seed_prompt_and_dtype(tiny, trained_once, monkeypatch, capsys):
+    folder = trained_once([*tiny, "name=parent"])
     words = ("generate", str(folder), "--prompt", "Tom", "--max-tokens", "9")
     outputs = []
     for choice in (("--seed", "1"), ("--seed", "1"), ("--seed", "5"), ("--temperature", "0")):

@@ -59,13 +59,13 @@ def case_id(command: str, broken: Break | None, names: Names) -> str:
 
 @pytest.mark.parametrize(
     ("forked", "command", "broken", "names"),
-    [(number % 3 == 0, *case) for number, case in enumerate(CASES)],
+    [(number % 7 == 0, *case) for number, case in enumerate(CASES)],
     ids=[case_id(*case) for case in CASES],
 )
 def test_bad_input_is_a_one_line_error_with_exit_code_2(
     forked: bool, command: str, broken: Break | None, names: Names, here: Path
 ):
-    """Run every third case in a process of its own, and the others in this one."""
+    """Run every seventh case in a process of its own, and the others in this one."""
     typed = [word.replace(str(here), ".") for word in tiny_overrides(here)]
     if broken is not None:
         broken(here)

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import re
 
@@ -12,7 +13,7 @@ from minigpt.core.distributed import (
     in_slurm_job,
     step_name,
 )
-from minigpt.core.gpu_memory import is_out_of_memory
+from minigpt.core.gpu_memory import end_if_out_of_memory, is_out_of_memory
 from minigpt.core.hardware import Hardware, gpu_memory_for
 from minigpt.core.settings import UserError
 from minigpt.training.config import TrainConfig, TrainerConfig
@@ -245,6 +246,8 @@ def test_out_of_memory_is_recognised_in_a_chain_of_errors(fail, full):
         fail()
     assert is_out_of_memory(error.value) is full
     with pytest.raises(UserError if full else RuntimeError), gpu_memory_for("n", 4):
+        fail()
+    with contextlib.nullcontext() if full else pytest.raises(RuntimeError), end_if_out_of_memory():
         fail()
 
 

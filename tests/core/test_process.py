@@ -46,7 +46,7 @@ class Fail(Callback):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_training_leaves_the_process_as_it_was(tiny: list[str], fails: bool, monkeypatch):
-    config = composed(tiny)
+    config = composed([*tiny, "budget.tokens=640"])
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     before = state_of_the_process()
     if fails:

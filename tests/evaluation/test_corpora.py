@@ -58,6 +58,7 @@ def sample_run(run, tmp_path, monkeypatch) -> Path:
 
     monkeypatch.setattr(corpora, "bundled_sample", sample)
     monkeypatch.setattr(sources, "bundled_sample", sample)
+    monkeypatch.setattr("minigpt.evaluation.stories.bundled_sample", sample)  # for novelty
     change_data(run, {"source": "tinystories_sample", "cache_dir": str(tmp_path / "cache")})
     return run
 
@@ -84,6 +85,7 @@ def test_both_validation_texts_of_the_sample_are_scored_with_v2_at_the_top(sampl
     evaluation = evaluate(sample_run, SHORT)
     v2, v1 = score_on(sample_run, STORIES[::7]), score_on(sample_run, V1)
     assert (numbers_of(evaluation), evaluation.valid_v1) == (v2, v1)
+    assert evaluation.novelty_stories == sum(story not in STORIES[::7] for story in STORIES)
     record = written(sample_run)
     assert record["valid"] == "both"
     assert record["valid_v1"] == asdict(v1)

@@ -50,6 +50,15 @@ def settings(place: Path, *more: str) -> EvaluationConfig:
     return load_config("evaluate", [f"hf={place / 'hf'}", *data, *more])
 
 
+def test_gpu_that_is_too_small_for_the_model_is_an_error_of_hf():
+    def full(_: str) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES") as error:
+        hugging_face._moved(SimpleNamespace(to=full), "cuda", Path("model"))
+    assert error.value.argument == "hf"
+
+
 @pytest.mark.parametrize("stride", [None, 5])
 @pytest.mark.parametrize("chunk", [1024, 7])
 def test_loss_of_our_export_equals_that_of_our_model(place, tmp_path, monkeypatch, stride, chunk):

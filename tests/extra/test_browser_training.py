@@ -96,6 +96,43 @@ def test_error_of_the_data_is_shown_at_its_field(training: Served):
         )
 
 
+def test_files_above_the_limit_are_refused_at_their_field_and_nothing_is_lost(
+    training: Served, tmp_path: Path
+):
+    large, small = tmp_path / "large.txt", tmp_path / "novella.txt"
+    with large.open("wb") as file:
+        file.truncate(2_000_000_000)  # it takes no space on the disk
+    small.write_text("a story")
+    with visit(training, width=1280, url=training.token_url) as visitor:
+        page, error = visitor.page, visitor.page.locator("#error-files .error")
+        open_tab(page)
+        page.get_by_label("Text of the stories").fill("the text")
+        uploads: list[str] = []
+        page.on("request", lambda request: uploads.append(request.url))
+        page.locator("input[type=file]").set_input_files(large)
+        expect(error).to_have_count(1)
+        expect(error).to_contain_text("2000")
+        expect(error).to_contain_text("data.train_files")
+        expect(page.get_by_label("Text of the stories")).to_have_value("the text")
+        assert not any("/upload" in url for url in uploads)
+        transfer = page.evaluate_handle(
+            """() => {
+                const transfer = new DataTransfer();
+                const parts = Array(201).fill(new Uint8Array(1e6));
+                transfer.items.add(new File(parts, "dropped.txt"));
+                return transfer;
+            }"""
+        )
+        page.locator("input[type=file]").set_input_files(small)
+        expect(page.get_by_text("novella")).to_be_visible()
+        expect(error).to_have_count(0)
+        # The field now shows the file; another one is added by its button.
+        page.locator("#training-form").dispatch_event("drop", {"dataTransfer": transfer})
+        expect(error).to_contain_text("201")
+        expect(page.get_by_text("novella")).to_be_visible()
+    assert list((tmp_path / ".cache/playground").glob("2*")) == []
+
+
 def test_nothing_starts_without_the_token(training: Served, tmp_path: Path):
     with visit(training, width=1280) as visitor:
         page = visitor.page

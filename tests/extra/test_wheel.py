@@ -101,6 +101,7 @@ def test_wheel_and_sdist_hold_all_but_the_settings_of_a_machine(dist: Path):
         "minigpt/exporting/card.md.j2", "minigpt/exporting/story.html.j2",
         "minigpt/training/report.html.j2", "minigpt/analysis/settling.html.j2",
         "minigpt/playground/static/playground.css", "minigpt/playground/static/playground.js",
+        "minigpt/playground/static/upload.js",
         "minigpt/sweeps/scaling.yaml",
     ):  # fmt: skip
         assert path in names

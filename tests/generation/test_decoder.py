@@ -1,5 +1,8 @@
 """Decoding by GPT.forward and its cache; tests/kernels/test_decode.py repeats some for decode.c."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +12,7 @@ from minigpt.generation import decoder as decoder_module
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.sampling import SamplingConfig, generate
 from minigpt.model import GPT, GPTConfig, KVCache
-from tests.conftest import naming
+from tests.conftest import ROOT, naming
 
 
 @pytest.fixture
@@ -265,3 +268,31 @@ def test_replaced_block_is_decoded_by_its_own_forward():
     model.blocks[1] = Twice(model.blocks[1])
     for backend in ("auto", "torch"):
         check_windows(model, [4, 9], backend)
+
+
+WITHOUT_C = """
+import sys
+sys.modules["minigpt.kernels.decode"] = None  # importing it fails, as if the file was deleted
+from minigpt.cli import doctor
+from minigpt.core.settings import UserError
+from minigpt.generation.decoder import Decoder, c_backend
+from minigpt.generation.sampling import SamplingConfig, generate
+from tests.generation.test_decoder import make_model, random_ids
+
+prompt = random_ids(1, 4)
+steps = list(generate(make_model(), prompt, SamplingConfig(max_tokens=3), end_of_text=-1))
+try:
+    Decoder(make_model(), list(prompt), "c")
+except UserError as error:
+    print(len(steps), error.argument, error.fix["backend"], c_backend(), doctor._generation())
+"""
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_pytorch_decodes_without_the_optional_c_backend():
+    command = [sys.executable, "-c", WITHOUT_C]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert output.startswith("3 backend torch None PyTorch")
+    assert "decode.py" in output
+    assert output.count("\n") == 1

@@ -24,7 +24,7 @@ from minigpt.generation.sampling import (
 from minigpt.model import GPT, GPTConfig
 from minigpt.runs.folder import Run
 from minigpt.tokenizer import Tokenizer
-from tests.conftest import naming, trained_folder
+from tests.conftest import naming
 
 EOT = 0
 GREEDY = SamplingConfig(temperature=0, max_tokens=40)
@@ -316,8 +316,8 @@ def test_generate_refuses_nan_weights():
         run(model, [[5]], GREEDY)
 
 
-def test_stream_story_of_a_run(tiny):
-    folder = trained_folder(tiny)
+def test_stream_story_of_a_run(tiny, trained_once):
+    folder = trained_once([*tiny, "name=parent"])
     sampling = SamplingConfig(max_tokens=20, seed=1)
     story = "".join(stream_story(folder, "Tom had", sampling))
     run = Run.load(folder)

@@ -1,3 +1,4 @@
+import contextlib
 import html
 import random
 import re
@@ -80,6 +81,24 @@ def test_logits_that_are_not_finite_are_an_error_in_their_own_column(page):
     broken, whole = list(page.write("the dog", **USUAL))[-1]
     assert "finite" in note_text(broken, "error")
     assert "tokens" in note_text(whole)
+
+
+@pytest.mark.parametrize(
+    ("message", "full"), [("out of memory\nand more", True), ("misaligned address", False)]
+)
+def test_full_gpu_is_an_error_in_its_own_column(page, monkeypatch, message, full):
+    original = answers.html.stream_tokens
+
+    def stream_tokens(net: GPT, *rest: object) -> Iterator[ShownToken]:
+        if net is page.models["a"].net:
+            raise RuntimeError(f"CUDA error: {message}")
+        yield from original(net, *rest)
+
+    monkeypatch.setattr(answers.html, "stream_tokens", stream_tokens)
+    with contextlib.nullcontext() if full else pytest.raises(RuntimeError, match=message):
+        *_, (first, second) = page.write("the dog", **USUAL)
+        assert "memory" in note_text(first, "error")
+        assert "tokens" in note_text(second)
 
 
 def test_story_speed_excludes_other_models_and_the_page(page, monkeypatch):

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from minigpt.playground.limits import MAX_BODY, MAX_TRAINING_BODY
+from minigpt.playground.training import MAX_UPLOAD
 from tests.conftest import ROOT
 
 # Starts a page with and a page without training. Each download writes a line to requested.txt. No
@@ -160,6 +161,16 @@ def test_body_above_the_limit_is_refused(served, page, with_token, limit, path):
         assert "content-length" not in chunked.request.headers
         assert (chunked.status_code == 413) is (limit < 5 << 18)
         assert client.post(path, content=b" " * 900_000).status_code not in (413, 500)
+
+
+def test_upload_field_refuses_files_above_the_limit_before_they_are_sent(served):
+    with served.client("training") as client:
+        components = client.get("/config").raise_for_status().json()["components"]
+    parts = {part["props"].get("elem_id"): part["props"] for part in components}
+    script = parts["error-files"]["js_on_load"]
+    assert f"LIMIT = {MAX_UPLOAD}," in script
+    assert "#training-form" in script
+    assert "training-form" in parts
 
 
 def test_start_with_the_token_does_not_wait_for_the_stories_of_others(served):

@@ -1,12 +1,11 @@
 """Fixtures of the tests of training."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import trained_folder
-
 
 @pytest.fixture
-def parent(tiny: list[str]) -> Path:
-    return trained_folder([*tiny, "name=parent"])
+def parent(tiny: list[str], trained_once: Callable[..., Path]) -> Path:
+    return trained_once([*tiny, "name=parent"])

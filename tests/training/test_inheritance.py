@@ -25,10 +25,11 @@ from minigpt.training.inheritance import (
     with_dependent_settings,
     with_vocabulary_of,
 )
-from tests.conftest import trained_folder, write_stories
+from tests.conftest import SHORT, trained_folder, write_stories
 from tests.training.test_loop import fail_at_step
 
 FEW = EvaluationConfig(stories=StoriesConfig(prompts=("Once",), n=1, max_tokens=5), words=("Tom",))
+WIDE = ["model.context_length=32", "budget.tokens=640"]
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ def test_export_records_the_parent_and_can_be_a_parent(
     for path in out.iterdir():
         assert str(tmp_path).encode() not in path.read_bytes(), path.name
 
-    grandchild = trained_folder([*tiny, f"init_from={out}", "name=grandchild"])
+    grandchild = trained_folder([*tiny, *SHORT, f"init_from={out}", "name=grandchild"])
     summary = read_summary(grandchild)
     record = parent_of(summary, grandchild)
     assert record is not None
@@ -164,7 +165,7 @@ def test_model_card_names_the_data_of_run_and_parent(tiny: list[str], parent: Pa
     assert read_run(child).epochs == pytest.approx(1280 / read_summary(child)["train_tokens"])
     seconds = read_summary(parent)["seconds"]
     summary.unlink()
-    alone = trained_folder([*tiny, f"init_from={parent}", "name=alone"])
+    alone = trained_folder([*tiny, *SHORT, f"init_from={parent}", "name=alone"])
     # A checkpoint records the seconds of its run.
     assert read_summary(alone)["init_from"]["seconds"] == pytest.approx(seconds, abs=5)
     export(Run.load(alone), out, ExportConfig("safetensors"))
@@ -225,9 +226,10 @@ def test_init_from_allows_another_context_length_and_residual_init(tiny: list[st
     child = trained_folder(
         [
             *tiny,
+            *SHORT,
             f"init_from={parent}",
             "name=child",
-            "model.context_length=32",
+            *WIDE,
             "model.residual_init=zero",
         ]
     )
@@ -290,6 +292,7 @@ def test_export_averages_branches_and_counts_the_tokens_of_each_once(
 
 
 def test_average_of_unrelated_runs_is_refused(tiny: list[str], parent: Path, tmp_path: Path):
+    tiny = [*tiny, *SHORT]
     child = trained_folder([*tiny, f"init_from={parent}", "name=child"])
     stranger = trained_folder([*tiny, "name=stranger", "seed=3"])
     for first, second in ((parent, child), (child, child), (child, stranger)):
@@ -302,8 +305,9 @@ def test_average_of_unrelated_runs_is_refused(tiny: list[str], parent: Path, tmp
 
 
 def test_average_takes_each_run_once_and_no_mean(tiny: list[str], parent: Path, tmp_path: Path):
+    tiny = [*tiny, *SHORT]
     child = trained_folder([*tiny, f"init_from={parent}", "name=child"])
-    longer = [*tiny, f"init_from={parent}", "name=other", "seed=2", "model.context_length=32"]
+    longer = [*tiny, f"init_from={parent}", "name=other", "seed=2", *WIDE]
     other = trained_folder(longer)  # the context and dropout may differ
     mean, rounded = tmp_path / "mean", tmp_path / "rounded"
     export(Run.load(child), mean, mean_with(other))

@@ -23,11 +23,12 @@ from minigpt.runs.folder import Run
 from minigpt.runs.records import read_metrics, read_samples, read_summary
 from minigpt.training import assembly
 from minigpt.training.loop import _kernels
-from tests.conftest import ROOT, composed, naming, trained_folder, write_stories
+from tests.conftest import ROOT, SHORT, composed, naming, trained_folder, write_stories
 
 FEW = EvaluationConfig(stories=StoriesConfig(prompts=("Once",), n=1, max_tokens=5), words=("Tom",))
 
 
+@pytest.mark.usefixtures("drawn_charts")
 def test_run_folder_holds_config_metrics_samples_summary_and_report(
     tiny: list[str], tmp_path: Path
 ):
@@ -68,19 +69,18 @@ def test_compile_without_a_compiler_is_an_error_before_the_run(
     assert not Path(composed(tiny).runs_dir).exists()
 
 
-def test_evaluation_agrees_with_what_training_logged(tiny: list[str]):
-    folder = trained_folder(tiny)
-    logged = read_summary(folder)
-    evaluation = evaluate(Run.load(folder), FEW)
+def test_evaluation_agrees_with_what_training_logged(parent: Path):
+    logged = read_summary(parent)
+    evaluation = evaluate(Run.load(parent), FEW)
     assert evaluation.perplexity == pytest.approx(logged["val/perplexity"], rel=1e-4)
     assert evaluation.bits_per_byte == pytest.approx(logged["val/bits_per_byte"], rel=1e-4)
-    written = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    written = json.loads((parent / "evaluation.json").read_text(encoding="utf-8"))
     assert written["perplexity"] == evaluation.perplexity
 
 
 def test_seed_determines_the_weights(tiny: list[str]):
     weights = [
-        read_checkpoint(trained_folder([*tiny, f"seed={seed}"]) / "checkpoints/last.ckpt")
+        read_checkpoint(trained_folder([*tiny, *SHORT, f"seed={seed}"]) / "checkpoints/last.ckpt")
         for seed in (1, 1, 2)
     ]
     first, again, other = (content["state_dict"] for content in weights)
@@ -171,6 +171,7 @@ def test_ctrl_c_writes_a_checkpoint_and_the_report(tiny: list[str], tmp_path: Pa
     assert "interrupted" in (folder / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("drawn_charts")
 def test_nan_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
     tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -194,7 +195,7 @@ def test_two_runs_of_the_same_second_have_separate_folders(
     monkeypatch.setattr("time.strftime", lambda *_: "20260101-120000")
     folders: list[Path] = []
     for _ in range(2):
-        folders.append(trained_folder(tiny))
+        folders.append(trained_folder([*tiny, *SHORT]))
     assert [f.name for f in folders] == ["small-20260101-120000", "small-20260101-120000-2"]
 
 
@@ -202,7 +203,7 @@ def test_resume_of_a_folder_without_a_checkpoint_is_refused(tiny: list[str], tmp
     (tmp_path / "runs/empty").mkdir(parents=True)
     with pytest.raises(UserError, match="(?=.*runs/empty)(?=.*resume=.auto)"):
         trained_folder([*tiny, "name=empty"])
-    trained_folder([*tiny, "name=empty", "resume=auto"])
+    trained_folder([*tiny, *SHORT, "name=empty", "resume=auto"])
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
@@ -391,7 +392,7 @@ def test_run_is_evaluated_from_another_working_directory(
     tiny: list[str], tmp_path: Path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    relative = [text.replace(f"{tmp_path}/", "") for text in tiny]
+    relative = [text.replace(f"{tmp_path}/", "") for text in [*tiny, *SHORT]]
     folder = trained_folder(relative).absolute()
     (tmp_path / "else").mkdir()
     monkeypatch.chdir(tmp_path / "else")

@@ -13,6 +13,8 @@ from minigpt.runs.names import SNAPSHOTS
 from minigpt.training.report import OTHER, TRAIN, VAL, smooth, write_report
 from tests.run_folder import HEADER, SUMMARY, write_run
 
+pytestmark = pytest.mark.usefixtures("drawn_charts")
+
 VERBS = ("study", "playground")  # for a run with snapshots
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 

@@ -1,5 +1,7 @@
 """Runs that are resumed after they ended before their first checkpoint or their summary."""
 
+from pathlib import Path
+
 import pytest
 
 from minigpt.core.files import write_json
@@ -21,17 +23,16 @@ def test_run_that_starts_over_has_only_the_commit_of_its_new_code(tiny: list[str
     assert read_summary(folder)["commit"] == "new"
 
 
-def test_run_that_ended_before_its_summary_gets_one_when_it_is_resumed(tiny: list[str]):
-    folder = trained_folder([*tiny, "name=killed"])
-    summary, rows = read_summary(folder), read_metrics(folder)
+def test_run_that_ended_before_its_summary_gets_one_when_it_is_resumed(parent: Path):
+    summary, rows = read_summary(parent), read_metrics(parent)
     losses = {name: summary[name] for name in ("val/loss", "val/perplexity", "best_val_loss")}
     for content in (None, {**summary, "status": "failed"}):
-        (folder / "summary.json").unlink()
+        (parent / "summary.json").unlink()
         if content is not None:
-            write_json(folder / "summary.json", content)
-        trained_folder([f"resume={folder}"])
-        again = read_summary(folder)
+            write_json(parent / "summary.json", content)
+        trained_folder([f"resume={parent}"])
+        again = read_summary(parent)
         assert again["status"] == "finished"
         assert {name: again[name] for name in losses} == losses
-        assert [row["step"] for row in read_metrics(folder)] == [row["step"] for row in rows]
-    assert (folder / "report.html").stat().st_mtime_ns > 0
+        assert [row["step"] for row in read_metrics(parent)] == [row["step"] for row in rows]
+    assert (parent / "report.html").stat().st_mtime_ns > 0

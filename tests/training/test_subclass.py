@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,8 +51,8 @@ class Scaled(GPT):
 
 
 @pytest.fixture
-def flipped(tiny: list[str]) -> minigpt.Run:
-    return minigpt.train(composed([*tiny, "name=flipped"]), model=Flipped)
+def flipped(tiny: list[str], trained_once: Callable[..., Path]) -> minigpt.Run:
+    return minigpt.Run.load(trained_once([*tiny, "name=flipped"], model=Flipped), Flipped)
 
 
 def test_resume_with_another_class_is_refused(

@@ -3,6 +3,7 @@
 import math
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,15 +25,15 @@ from minigpt.scaling.results import keep_run, read_run
 from minigpt.scaling.tables import markdown
 from minigpt.training.config import TeacherConfig
 from minigpt.training.loop import train
-from tests.conftest import composed, naming, trained_folder, write_stories
+from tests.conftest import SHORT, composed, naming, trained_folder, write_stories
 from tests.training.test_inheritance import weights
 from tests.training.test_loop import fail_at_step
 
 
 @pytest.fixture
-def teacher(tiny: list[str]) -> Path:
+def teacher(tiny: list[str], trained_once: Callable[..., Path]) -> Path:
     """A wider model than the student, trained on the same stories."""
-    return trained_folder([*tiny, "model.d_model=24", "name=teacher"])
+    return trained_once([*tiny, "model.d_model=24", "name=teacher"])
 
 
 def divergence(student: Path, teacher: Path, tokens: torch.Tensor) -> float:
@@ -56,7 +57,8 @@ def test_student_comes_closer_to_its_teacher_and_logs_cross_entropy_and_divergen
 
 def test_student_takes_the_tokenizer_of_its_teacher(tiny: list[str], teacher: Path, tmp_path: Path):
     stories = write_stories(tmp_path / "other.txt", 300, 7)
-    other = [word for word in tiny if "vocab_size" not in word] + [f"data.train_files=[{stories}]"]
+    other = [word for word in tiny if "vocab_size" not in word] + SHORT
+    other += [f"data.train_files=[{stories}]"]
     student = trained_folder([*other, f"teacher={teacher}", "name=student"])
     same = Run.load(teacher).tokenizer.fingerprint
     assert Run.load(student).tokenizer.fingerprint == same
@@ -79,7 +81,7 @@ def test_student_takes_the_tokenizer_of_its_teacher(tiny: list[str], teacher: Pa
 def test_resume_with_a_teacher_is_bit_exact(
     tiny: list[str], teacher: Path, typed: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    command = [*tiny, *typed, f"teacher={teacher}", "callbacks.checkpoint_steps=1"]
+    command = [*tiny, *typed, f"teacher={teacher}", "callbacks.checkpoint_steps=5"]
     whole = trained_folder([*command, "name=whole"])
     with monkeypatch.context() as patch:
         patch.setattr("minigpt.training.module.GPTModule.on_train_batch_start", fail_at_step(6))
@@ -97,6 +99,7 @@ def test_resume_with_a_teacher_is_bit_exact(
 
 
 def test_resume_with_another_teacher_is_refused(tiny: list[str], teacher: Path):
+    tiny = [*tiny, *SHORT]
     student = trained_folder([*tiny, f"teacher={teacher}", "name=student"])
     shutil.copy(student / "checkpoints/last.ckpt", student / "checkpoints/best.ckpt")
     other = trained_folder([*tiny, f"teacher={student}", "name=other"])
@@ -148,6 +151,7 @@ class Wide(GPT):
 
 
 def test_teacher_of_another_class_is_loaded_only_with_its_class(tiny: list[str]):
+    tiny = [*tiny, *SHORT]
     teacher = trained_folder([*tiny, "name=teacher"], model=Wide)
     command = [*tiny, f"teacher={teacher}", "callbacks.checkpoint_steps=1"]
     with pytest.raises(ModelClassError, match="Wide") as error:
@@ -204,7 +208,7 @@ def test_a_teacher_is_given_once_and_its_settings_need_one(tiny: list[str], teac
 
 
 def test_resume_auto_names_the_teachers_again(tiny: list[str], teacher: Path):
-    command = [*tiny, "name=student", "resume=auto"]
+    command = [*tiny, *SHORT, "name=student", "resume=auto"]
     trained_folder([*command, f"teacher={teacher}"])
     with pytest.raises(UserError) as error:
         trained_folder(command)
@@ -215,7 +219,7 @@ def test_resume_auto_names_the_teachers_again(tiny: list[str], teacher: Path):
 def test_a_teacher_that_has_read_the_tuning_stories_is_named_in_a_warning(
     tiny: list[str], caplog, held_out: bool
 ):
-    tuning = "data.valid=tuning"
+    tiny, tuning = [*tiny, *SHORT], "data.valid=tuning"
     teacher = trained_folder([*tiny, "name=teacher", *([tuning] if held_out else [])])
     caplog.clear()
     trained_folder([*tiny, "name=student", tuning, f"teacher={teacher}"])
