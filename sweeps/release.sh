@@ -22,7 +22,3 @@ minigpt export runs/w64 releases/w64 --format safetensors --license mit --evalua
 cp -r runs/w64/snapshots releases/w64/
 python -m tests.golden --record-releases
 minigpt study releases/small releases/medium releases/large --out docs/results
-
-python train.py -m experiment=scaling hydra.sweep.dir=runs/scaling
-python train.py -m experiment=scaling_seeds hydra.sweep.dir=runs/scaling-seeds
-minigpt scaling runs/scaling runs/scaling-seeds --out docs/results --keep docs/results/runs
