@@ -49,6 +49,16 @@ def test_experiment_reproduces_the_settings_of_a_release(folder: Path):
     parent, teachers = summary.get("init_from"), summary.get("teachers", [])
     assert (parent and parent["name"]) == (again.init_from and Path(again.init_from).name)
     assert [run["name"] for run in teachers] == [Path(run).name for run in again.teacher.runs]
+    if folder.name == "small":  # the only release whose parent is a run of another experiment here
+        assert again.init_from == parent["path"]
+        (command,) = parent["commands"]
+        # Code of that time shuffled windows alone.
+        first = composed(["experiment=release_small"])
+        then = composed([*command[2:], "data.shuffle=windows"])
+        precision = then.trainer.precision  # resolved on that machine
+        assert dataclasses.replace(first.trainer, precision=precision) == then.trainer
+        same = ("model", "data", "optimizer", "budget", "seed")
+        assert all(getattr(first, name) == getattr(then, name) for name in same)
 
 
 def test_release_script_trains_each_run_after_its_parent_and_teachers():
