@@ -50,6 +50,7 @@ def test_experiment_reproduces_the_settings_of_a_release(folder: Path):
     assert (parent and parent["name"]) == (again.init_from and Path(again.init_from).name)
     assert [run["name"] for run in teachers] == [Path(run).name for run in again.teacher.runs]
     if folder.name == "small":  # the only release whose parent is a run of another experiment here
+        assert parent is not None
         assert again.init_from == parent["path"]
         (command,) = parent["commands"]
         # Code of that time shuffled windows alone.
