@@ -112,7 +112,7 @@ def as_json(runs: Sequence[RunResult], groups: Sequence[RunGroup]) -> dict[str, 
 
 def rich_table(runs: Iterable[RunResult]) -> Table:
     """Return the table of runs for the terminal, with the columns of the table in scaling.md."""
-    table, runs = Table(box=None, pad_edge=False, header_style="bold"), by_size(runs)
+    table, runs = Table(box=None, padding=(0, 1, 0, 0), header_style="bold"), by_size(runs)
     columns, rows = _run_rows(runs, human_count)
     for name in (COLUMNS[column] for column in columns):
         left = name in ("run", "model")

@@ -4,6 +4,7 @@ import math
 import re
 
 import pytest
+from rich.console import Console
 
 from minigpt.runs.provenance import Parent
 from minigpt.scaling.fit import by_size, run_groups, run_warnings
@@ -58,12 +59,16 @@ def test_runs_tables_have_the_tokens_of_teachers_if_a_run_has_any(tmp_path):
         table = rich_table(results(tmp_path))
         return {str(column.header): [*map(str, column.cells)] for column in table.columns}
 
-    write_run(tmp_path / "a", sized("small", 20.0))
+    write_run(tmp_path / "a-run-of-11", sized("small", 20.0))
     assert "teachers" not in columns()
     for name, tokens in (("b", 28_000_000), ("c", None)):
         teacher = dataclasses.asdict(Parent("large", "a1b2", tokens, 2.0, ["text"]))
         write_run(tmp_path / name, sized("small", 9.0, teachers=[teacher]))
     assert columns()["teachers"] == ["0", "28M", "–"]
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(rich_table(results(tmp_path)))
+    assert "a-run-of-11" in capture.get()  # on one line beside all columns
     text = markdown(by_size(results(tmp_path)), [])
     assert [row[5] for row in rows(text, "Scaling")] == ["0", "28M", "–"]
 
