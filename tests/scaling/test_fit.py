@@ -20,7 +20,7 @@ def law(n: float) -> float:
 
 
 def noisy(spread: float, seed: int, sizes=N) -> list[Size]:
-    """Two seeds of each size under 2M, one of the others, as the study has them."""
+    """Two seeds of each size under 2M, one of the others."""
     random = np.random.default_rng(seed)
     return [
         Size(n, tuple(random.normal(law(n), spread, 2 if n < 2e6 else 1).tolist())) for n in sizes
