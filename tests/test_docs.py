@@ -3,9 +3,12 @@
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 
 from minigpt.data.formats import _OPENERS, KINDS
+from minigpt.scaling.fit import run_groups
+from minigpt.scaling.results import find_runs, read_run
 from tests.conftest import ROOT
 
 PAGES = sorted(path for path in ROOT.glob("docs/*.md") if path.name != "LOG.md")
@@ -62,6 +65,27 @@ def test_numbers_of_results_stand_once():
         for path in [README, *PAGES]:
             count = len(re.findall(rf"(?<![\d.]){number}(?!\d)", path.read_text("utf-8")))
             assert count == (path == README), f"{number} in {path.name}"
+
+
+def test_scaling_law_on_the_page_is_that_of_the_kept_runs():
+    page = (ROOT / "docs/sweeps.md").read_text("utf-8").split("## The law")[1].split("\n## ")[0]
+    runs = [read_run(path) for path in find_runs([ROOT / "docs/results/runs"])]
+    (study,) = run_groups(runs, replicates=2)
+    (error,) = re.findall(r"predicts the loss within (\S+) nats", page)
+    assert len(study.sizes) == 8
+    assert len(study.predictions) == 4
+    assert all(abs(p.measured - p.predicted) <= float(error) for p in study.predictions)
+    gains = dict(re.findall(r"(small|medium|large) by (\d\.\d\d)", page))
+    assert len(gains) == 3
+    for size in study.sizes:
+        if size.model in gains:
+            released = read_run(ROOT / "releases" / size.model).loss
+            assert size.loss
+            assert released
+            assert f"{size.loss - released:.2f}" == gains[size.model]
+    (millions,) = re.findall(r"a model with (\S+)M parameters", page)
+    law, small = study.fits["parameters"], read_run(ROOT / "releases/small")
+    assert law.loss(float(millions) * 1e6) == pytest.approx(small.loss, abs=2e-3)
 
 
 def test_log_says_which_findings_hold():
