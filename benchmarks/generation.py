@@ -5,11 +5,13 @@
 The model has the medium size and random weights. First, its logits are compared with those of
 transformers' GPT-2 with the same weights. All candidates generate the same number of tokens after
 the same prompt, with key/value caches, at temperature 0.8 and without an end-of-text token. They
-take turns within one run, and their medians are compared. "by PyTorch" means this project without
-decode.c, as on a machine without a C compiler; "decoder alone" means forward passes of decode.c
-without a choice of tokens. CTranslate2 and llama.cpp take part if they are installed:
-`pip install ctranslate2 llama-cpp-python gguf`. An engine that is missing or fails is reported in
-one line and left out.
+take turns within one run, and their medians are compared. Each program has a process of its own,
+because several OpenMP libraries in one process slow each other down, CTranslate2 tenfold.
+
+"by PyTorch" means this project without decode.c, as on a machine without a C compiler; "decoder
+alone" means forward passes of decode.c without a choice of tokens. CTranslate2 and llama.cpp take
+part if they are installed: `pip install ctranslate2 llama-cpp-python gguf`. An engine that is
+missing or fails is reported in one line and left out.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import argparse
 import copy
 import importlib
 import json
+import multiprocessing
 import platform
 import statistics
 import tempfile
@@ -25,6 +28,7 @@ import time
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from itertools import islice
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, cast
 
@@ -104,12 +108,12 @@ def peer(net: Any, config: GPTConfig, batch: int, new: int) -> Candidate:
 
 
 def ctranslate2_of(net: GPT, folder: Path, dtype: str, batch: int, new: int) -> Candidate:
-    """Return a candidate that samples with CTranslate2, from an export for transformers."""
+    """Return a candidate that samples with CTranslate2, from the export in `folder`."""
     ctranslate2: Any = importlib.import_module("ctranslate2")
     converted = folder / f"ctranslate2-{dtype}"
     if not converted.is_dir():
         converter = importlib.import_module("ctranslate2.converters").TransformersConverter
-        converter(str(folder / "hf")).convert(str(converted), quantization=dtype)
+        converter(str(folder)).convert(str(converted), quantization=dtype)
     threads = torch.get_num_threads()
     generator = ctranslate2.Generator(str(converted), device="cpu", intra_threads=threads)
     names = tokenizer_names()
@@ -125,48 +129,14 @@ def ctranslate2_of(net: GPT, folder: Path, dtype: str, batch: int, new: int) -> 
 
 
 def llama_cpp_of(net: GPT, folder: Path, new: int) -> Candidate:
-    """Return a candidate that samples one sequence with llama.cpp, from a GGUF export."""
+    """Return a candidate that samples one sequence with llama.cpp, from the export in `folder`."""
     llama_cpp: Any = importlib.import_module("llama_cpp")
     threads, context = torch.get_num_threads(), net.config.context_length
-    path = str(folder / "gguf/model.gguf")
+    path = str(folder / "model.gguf")
     llama = llama_cpp.Llama(path, n_ctx=context, n_threads=threads, verbose=False)
     (ids,) = random_prompt(net.config, 1, PROMPT).tolist()
     sampling = {"temp": 0.8, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0}
     return lambda: sum(1 for _ in islice(llama.generate(ids, **sampling), new))
-
-
-def engines(net: GPT, folder: Path, new: int) -> dict[str, Candidate]:
-    """Return a candidate for each other engine that is installed; `folder` gets the exports."""
-
-    def ctranslate2() -> dict[str, Candidate]:
-        write_hf(net, tokenizer(), folder / "hf")
-        return {
-            f"CTranslate2 {dtype} batch {batch}": ctranslate2_of(net, folder, dtype, batch, new)
-            for dtype in ("float32", "int8")
-            for batch in (1, 32)
-        }
-
-    def llama_cpp() -> dict[str, Candidate]:
-        write_gguf(net, tokenizer(), folder / "gguf")
-        return {"llama.cpp float32 batch 1": llama_cpp_of(net, folder, new)}
-
-    available = {
-        "CTranslate2": (ctranslate2, "hf", {"ctranslate2": "ctranslate2"}),
-        "llama.cpp": (llama_cpp, "gguf", {"llama_cpp": "llama-cpp-python", "gguf": "gguf"}),
-    }
-    candidates: dict[str, Candidate] = {}
-    for name, (engine, export, modules) in available.items():
-        missing = [package for module, package in modules.items() if find_spec(module) is None]
-        if missing:
-            print(f"{name} is left out: pip install {' '.join(missing)}", flush=True)
-            continue
-        (folder / export).mkdir()
-        try:
-            candidates |= engine()
-        except Exception as error:  # of any kind, in the program of others
-            reason = str(error).strip().split("\n")[0]
-            print(f"{name} is left out: {type(error).__name__}: {reason}", flush=True)
-    return candidates
 
 
 def tokenizer() -> Tokenizer:
@@ -228,49 +198,125 @@ def as_gpt2(net: GPT) -> Any:
     return peer
 
 
-# ---------------------------------------------------------------------------- comparison
+# ------------------------------------------------------------------------------ programs
 
 
-def measure(candidates: dict[str, Candidate], rounds: int) -> dict[str, float]:
-    """Return each candidate's median tokens per second over `rounds`, after a warm-up round."""
-    rates: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(rounds + 1):
-        for name, write in candidates.items():
-            start = time.perf_counter()
-            tokens = write()
-            rate = tokens / (time.perf_counter() - start)
-            if turn > 0:
-                rates[name].append(rate)
-    return {name: statistics.median(values) for name, values in rates.items()}
-
-
-def compare(rounds: int, new: int, folder: Path) -> dict[str, Any]:
-    torch.manual_seed(0)
-    net = GPT(MEDIUM).eval().requires_grad_(False)  # frozen, as `Run.load_model` returns it
-    gpt2 = as_gpt2(net)
-    context = net.config.context_length
+def decode_c_candidates(net: GPT, folder: Path, new: int) -> dict[str, Candidate]:
+    """Return the candidates that use decode.c."""
     candidates: dict[str, Candidate] = {}
-    for precision in DTYPES:
-        own = copy.deepcopy(net).to(DTYPES[precision])
+    for precision, dtype in DTYPES.items():
+        own = copy.deepcopy(net).to(dtype)
         for batch in (1, 32, 64):
             candidates[f"ours {precision} batch {batch}"] = ours(own, batch, PROMPT, new)
             candidates[f"decoder alone {precision} batch {batch}"] = decoder_alone(own, batch, new)
+        context = net.config.context_length
         candidates[f"ours {precision} behind a full context"] = ours(own, 1, context, new)
+    return candidates
+
+
+def pytorch_candidates(net: GPT, folder: Path, new: int) -> dict[str, Candidate]:
+    """Return the candidates that run this project's model in PyTorch, and the limit by weights."""
+    candidates: dict[str, Candidate] = {}
     for precision in PEER:
         own = copy.deepcopy(net).to(DTYPES[precision])
         for batch in (1, 32, 64):
             candidates[f"ours by PyTorch {precision} batch {batch}"] = ours(
                 own, batch, PROMPT, new, "torch"
             )
+        few = max(1, new // 10)
+        candidates[f"without a cache {precision}, full context"] = without_cache(own, few)
+    candidates["weights read once for each token"] = weights_once(4 * net.n_parameters)
+    return candidates
+
+
+def transformers_candidates(net: GPT, folder: Path, new: int) -> dict[str, Candidate]:
+    """Return the candidates that use transformers."""
+    gpt2 = as_gpt2(net)
+    candidates: dict[str, Candidate] = {}
+    for precision in PEER:
         other = copy.deepcopy(gpt2)
         torch.nn.Module.to(other, DTYPES[precision])
         for batch in (1, 32):
             candidates[f"peer {precision} batch {batch}"] = peer(other, net.config, batch, new)
-        few = max(1, new // 10)
-        candidates[f"without a cache {precision}, full context"] = without_cache(own, few)
-    candidates |= engines(net, folder, new)
-    candidates["weights read once for each token"] = weights_once(4 * net.n_parameters)
-    rate = measure(candidates, rounds)
+    return candidates
+
+
+def ctranslate2_candidates(net: GPT, folder: Path, new: int) -> dict[str, Candidate]:
+    """Return the candidates that use CTranslate2."""
+    write_hf(net, tokenizer(), folder)
+    return {
+        f"CTranslate2 {dtype} batch {batch}": ctranslate2_of(net, folder, dtype, batch, new)
+        for dtype in ("float32", "int8")
+        for batch in (1, 32)
+    }
+
+
+def llama_cpp_candidates(net: GPT, folder: Path, new: int) -> dict[str, Candidate]:
+    """Return the candidate that uses llama.cpp."""
+    write_gguf(net, tokenizer(), folder)
+    return {"llama.cpp float32 batch 1": llama_cpp_of(net, folder, new)}
+
+
+PROGRAMS = {
+    "decode.c": (decode_c_candidates, {}),
+    "PyTorch": (pytorch_candidates, {}),
+    "transformers": (transformers_candidates, {}),
+    "CTranslate2": (ctranslate2_candidates, {"ctranslate2": "ctranslate2"}),
+    "llama.cpp": (llama_cpp_candidates, {"llama_cpp": "llama-cpp-python", "gguf": "gguf"}),
+}  # a function that returns the candidates, and the packages that it needs by module
+
+
+# ---------------------------------------------------------------------------- comparison
+
+
+def serve(program: str, new: int, pipe: Connection) -> None:
+    """Send the names of a program's candidates, then the rate of each candidate that is requested.
+
+    A rate is in tokens per second, over at least one second. If the program fails, the reason is
+    sent instead of the names.
+    """
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    net = GPT(MEDIUM).eval().requires_grad_(False)  # frozen, as `Run.load_model` returns it
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            candidates = PROGRAMS[program][0](net, Path(folder), new)
+        except Exception as error:  # of any kind, in the program of others
+            pipe.send(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            return
+        pipe.send(list(candidates))
+        while name := pipe.recv():
+            tokens, start = 0, time.perf_counter()
+            while (seconds := time.perf_counter() - start) < 1:
+                tokens += candidates[name]()
+            pipe.send(tokens / seconds)
+
+
+def compare(rounds: int, new: int) -> dict[str, Any]:
+    """Return the medians of all candidates over `rounds`, after a warm-up round, and ratios."""
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}  # by candidate
+    for program, (_, modules) in PROGRAMS.items():
+        missing = [package for module, package in modules.items() if find_spec(module) is None]
+        if missing:
+            print(f"{program} is left out: pip install {' '.join(missing)}", flush=True)
+            continue
+        pipe, end = context.Pipe()
+        context.Process(target=serve, args=(program, new, end), daemon=True).start()
+        end.close()  # so that a process that dies ends the wait for its answer
+        names = pipe.recv()
+        if isinstance(names, str):
+            print(f"{program} is left out: {names}", flush=True)
+        else:
+            pipes |= dict.fromkeys(names, pipe)
+    rates: dict[str, list[float]] = {name: [] for name in pipes}
+    for turn in range(rounds + 1):
+        for name, pipe in pipes.items():
+            pipe.send(name)
+            rate = pipe.recv()
+            if turn > 0:
+                rates[name].append(rate)
+    rate = {name: statistics.median(values) for name, values in rates.items()}
     return {**{f"tokens per second, {name}": r for name, r in rate.items()}, **ratios(rate)}
 
 
@@ -337,14 +383,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if not 1 <= arguments.tokens <= 256 - PROMPT:
         parser.error(f"--tokens must be between 1 and {256 - PROMPT}: GPT-2 has no context shift")
-    transformers.logging.set_verbosity_error()
     table: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
     }
-    with tempfile.TemporaryDirectory() as folder:
-        table |= compare(arguments.rounds, arguments.tokens, Path(folder))
+    table |= compare(arguments.rounds, arguments.tokens)
     for name, value in table.items():
         print(f"{name:62} {f'{value:,.2f}' if isinstance(value, float) else value}")
     print(f"\n{speed_table(table)}")
