@@ -6,7 +6,8 @@ The model has the medium size and random weights. First, its logits are compared
 transformers' GPT-2 with the same weights. All candidates generate the same number of tokens after
 the same prompt, with key/value caches, at temperature 0.8 and without an end-of-text token. They
 take turns within one run, and their medians are compared. Each program has a process of its own,
-because several OpenMP libraries in one process slow each other down, CTranslate2 tenfold.
+because OpenMP's threads sleep while they wait if a process has more of them than cores, which
+slows CTranslate2 down tenfold.
 
 "by PyTorch" means this project without decode.c, as on a machine without a C compiler; "decoder
 alone" means forward passes of decode.c without a choice of tokens. CTranslate2 and llama.cpp take
@@ -26,6 +27,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from multiprocessing.connection import Connection
@@ -107,17 +109,10 @@ def peer(net: Any, config: GPTConfig, batch: int, new: int) -> Candidate:
     return write
 
 
-def ctranslate2_of(net: GPT, folder: Path, dtype: str, batch: int, new: int) -> Candidate:
-    """Return a candidate that samples with CTranslate2, from the export in `folder`."""
-    ctranslate2: Any = importlib.import_module("ctranslate2")
-    converted = folder / f"ctranslate2-{dtype}"
-    if not converted.is_dir():
-        converter = importlib.import_module("ctranslate2.converters").TransformersConverter
-        converter(str(folder)).convert(str(converted), quantization=dtype)
-    threads = torch.get_num_threads()
-    generator = ctranslate2.Generator(str(converted), device="cpu", intra_threads=threads)
+def ctranslate2_of(generator: Any, config: GPTConfig, batch: int, new: int) -> Candidate:
+    """Return a candidate that samples with CTranslate2."""
     names = tokenizer_names()
-    prompts = [[names[i] for i in ids] for ids in random_prompt(net.config, batch, PROMPT).tolist()]
+    prompts = [[names[i] for i in ids] for ids in random_prompt(config, batch, PROMPT).tolist()]
     sampling = {"sampling_topk": 0, "sampling_temperature": 0.8, "beam_size": 1}
     length = {"max_length": new, "min_length": new, "include_prompt_in_result": False}
 
@@ -241,12 +236,18 @@ def transformers_candidates(net: GPT, folder: Path, new: int) -> dict[str, Candi
     return candidates
 
 
-def ctranslate2_candidates(net: GPT, folder: Path, new: int) -> dict[str, Candidate]:
-    """Return the candidates that use CTranslate2."""
-    write_hf(net, tokenizer(), folder)
+def ctranslate2_candidates(dtype: str, net: GPT, folder: Path, new: int) -> dict[str, Candidate]:
+    """Return the candidates that use CTranslate2 with weights of a type."""
+    module: Any = importlib.import_module("ctranslate2")
+    export, converted = folder / "hf", folder / "ctranslate2"
+    export.mkdir()
+    write_hf(net, tokenizer(), export)
+    converter = importlib.import_module("ctranslate2.converters").TransformersConverter
+    converter(str(export)).convert(str(converted), quantization=dtype)
+    threads = torch.get_num_threads()
+    generator = module.Generator(str(converted), device="cpu", intra_threads=threads)
     return {
-        f"CTranslate2 {dtype} batch {batch}": ctranslate2_of(net, folder, dtype, batch, new)
-        for dtype in ("float32", "int8")
+        f"CTranslate2 {dtype} batch {batch}": ctranslate2_of(generator, net.config, batch, new)
         for batch in (1, 32)
     }
 
@@ -257,13 +258,15 @@ def llama_cpp_candidates(net: GPT, folder: Path, new: int) -> dict[str, Candidat
     return {"llama.cpp float32 batch 1": llama_cpp_of(net, folder, new)}
 
 
+CTRANSLATE2 = {"ctranslate2": "ctranslate2"}
 PROGRAMS = {
     "decode.c": (decode_c_candidates, {}),
     "PyTorch": (pytorch_candidates, {}),
     "transformers": (transformers_candidates, {}),
-    "CTranslate2": (ctranslate2_candidates, {"ctranslate2": "ctranslate2"}),
+    "CTranslate2 float32": (partial(ctranslate2_candidates, "float32"), CTRANSLATE2),
+    "CTranslate2 int8": (partial(ctranslate2_candidates, "int8"), CTRANSLATE2),
     "llama.cpp": (llama_cpp_candidates, {"llama_cpp": "llama-cpp-python", "gguf": "gguf"}),
-}  # a function that returns the candidates, and the packages that it needs by module
+}  # by name: a function that returns the candidates, and the packages that it needs by module
 
 
 # ---------------------------------------------------------------------------- comparison
@@ -316,6 +319,8 @@ def compare(rounds: int, new: int) -> dict[str, Any]:
             rate = pipe.recv()
             if turn > 0:
                 rates[name].append(rate)
+    for pipe in set(pipes.values()):
+        pipe.send(None)
     rate = {name: statistics.median(values) for name, values in rates.items()}
     return {**{f"tokens per second, {name}": r for name, r in rate.items()}, **ratios(rate)}
 

@@ -346,9 +346,9 @@ typedef struct {
     pthread_cond_t next;
 } barrier;
 
-/* Wait until all n threads have arrived: spin for about 20 μs, then sleep. In a process with more
-   threads than cores, such as a server, OpenMP's own barrier would sleep at once, without spinning, and
-   waking up a thread takes longer than a short wait. */
+/* Wait until all n threads have arrived: spin for about 100 μs, then sleep. In a virtual machine it takes
+   about as long to wake up a thread, so a shorter spin costs more than it saves. In a process with more
+   threads than cores, such as a server, OpenMP's own barrier would sleep at once, without spinning. */
 static void wait_for_all(barrier *b, int n) {
     if (n == 1) return;
     int round = atomic_load(&b->round);
@@ -360,7 +360,7 @@ static void wait_for_all(barrier *b, int n) {
         pthread_mutex_unlock(&b->lock);
         return;
     }
-    for (int spins = 0; spins < 20000; spins++)
+    for (int spins = 0; spins < 100000; spins++)
         if (atomic_load_explicit(&b->round, memory_order_acquire) != round) return;
     pthread_mutex_lock(&b->lock);
     while (atomic_load(&b->round) == round) pthread_cond_wait(&b->next, &b->lock);
