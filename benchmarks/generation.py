@@ -5,9 +5,8 @@
 The model has the medium size and random weights. First, its logits are compared with those of
 transformers' GPT-2 with the same weights. All candidates generate the same number of tokens after
 the same prompt, with key/value caches, at temperature 0.8 and without an end-of-text token. They
-take turns within one run, and their medians are compared. Each program has a process of its own,
-because OpenMP's threads sleep while they wait if a process has more of them than cores, which
-slows CTranslate2 down tenfold.
+take turns within one run, and their medians are compared. Each program has a process of its own:
+in a process in which PyTorch has computed on several threads, CTranslate2 is ten times slower.
 
 "by PyTorch" means this project without decode.c, as on a machine without a C compiler; "decoder
 alone" means forward passes of decode.c without a choice of tokens. CTranslate2 and llama.cpp take
@@ -24,6 +23,8 @@ import json
 import multiprocessing
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -69,14 +70,14 @@ Candidate = Callable[[], int]  # writes tokens and returns their number
 
 def ours(net: GPT, batch: int, prompt: int, new: int, backend: Backend = "c") -> Candidate:
     """Return a candidate that generates with this project's public iterator."""
-    ids = random_prompt(net.config, batch, prompt)
+    ids = random_prompt(batch, prompt)
     sampling = SamplingConfig(0.8, max_tokens=new, backend=backend)
     return lambda: batch * sum(1 for _ in generate(net, ids, sampling, end_of_text=-1))
 
 
 def decoder_alone(net: GPT, batch: int, new: int) -> Candidate:
     """Return a candidate that only runs decode.c's forward passes, after reading the prompts."""
-    ids = random_prompt(net.config, batch, PROMPT)
+    ids = random_prompt(batch, PROMPT)
     logits = torch.empty(batch, net.config.vocab_size)
 
     @torch.inference_mode()
@@ -92,9 +93,9 @@ def decoder_alone(net: GPT, batch: int, new: int) -> Candidate:
     return write
 
 
-def peer(net: Any, config: GPTConfig, batch: int, new: int) -> Candidate:
+def peer(net: Any, batch: int, new: int) -> Candidate:
     """Return a candidate that samples with `generate` of transformers and its cache."""
-    ids = random_prompt(config, batch, PROMPT)
+    ids = random_prompt(batch, PROMPT)
     settings = transformers.GenerationConfig(
         do_sample=True, temperature=0.8, top_k=0, top_p=1.0, max_new_tokens=new, use_cache=True,
         pad_token_id=0,
@@ -109,10 +110,10 @@ def peer(net: Any, config: GPTConfig, batch: int, new: int) -> Candidate:
     return write
 
 
-def ctranslate2_of(generator: Any, config: GPTConfig, batch: int, new: int) -> Candidate:
+def ctranslate2_of(generator: Any, batch: int, new: int) -> Candidate:
     """Return a candidate that samples with CTranslate2."""
     names = tokenizer_names()
-    prompts = [[names[i] for i in ids] for ids in random_prompt(config, batch, PROMPT).tolist()]
+    prompts = [[names[i] for i in ids] for ids in random_prompt(batch, PROMPT).tolist()]
     sampling = {"sampling_topk": 0, "sampling_temperature": 0.8, "beam_size": 1}
     length = {"max_length": new, "min_length": new, "include_prompt_in_result": False}
 
@@ -121,17 +122,6 @@ def ctranslate2_of(generator: Any, config: GPTConfig, batch: int, new: int) -> C
         return sum(len(result.sequences_ids[0]) for result in results)
 
     return write
-
-
-def llama_cpp_of(net: GPT, folder: Path, new: int) -> Candidate:
-    """Return a candidate that samples one sequence with llama.cpp, from the export in `folder`."""
-    llama_cpp: Any = importlib.import_module("llama_cpp")
-    threads, context = torch.get_num_threads(), net.config.context_length
-    path = str(folder / "model.gguf")
-    llama = llama_cpp.Llama(path, n_ctx=context, n_threads=threads, verbose=False)
-    (ids,) = random_prompt(net.config, 1, PROMPT).tolist()
-    sampling = {"temp": 0.8, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0}
-    return lambda: sum(1 for _ in islice(llama.generate(ids, **sampling), new))
 
 
 def tokenizer() -> Tokenizer:
@@ -148,7 +138,7 @@ def tokenizer_names() -> list[str]:
 def without_cache(net: GPT, new: int) -> Candidate:
     """Return a candidate that reads the last 256 tokens again for each new token."""
     context, generator = net.config.context_length, torch.Generator().manual_seed(0)
-    prompt = random_prompt(net.config, 1, context)
+    prompt = random_prompt(1, context)
 
     @torch.inference_mode()
     def write() -> int:
@@ -167,8 +157,14 @@ def weights_once(n_bytes: int) -> Candidate:
     return lambda: sum(1 for _ in range(100) if weights.sum() > 0)
 
 
-def random_prompt(config: GPTConfig, batch: int, length: int) -> Tensor:
-    return torch.randint(0, config.vocab_size, (batch, length))
+def random_prompt(batch: int, length: int) -> Tensor:
+    return torch.randint(0, MEDIUM.vocab_size, (batch, length))
+
+
+def network() -> GPT:
+    """Return the model: the same random weights in each process."""
+    torch.manual_seed(0)
+    return GPT(MEDIUM).eval().requires_grad_(False)  # frozen, as `Run.load_model` returns it
 
 
 def as_gpt2(net: GPT) -> Any:
@@ -187,7 +183,7 @@ def as_gpt2(net: GPT) -> Any:
         transposed = weight.t() if name.startswith("blocks.") and weight.dim() == 2 else weight
         weights[renamed(name, HF)] = transposed
     peer.load_state_dict(weights, strict=False)  # lm_head is tied to the embedding
-    ids = random_prompt(c, 2, c.context_length)
+    ids = random_prompt(2, c.context_length)
     with torch.no_grad():
         torch.testing.assert_close(peer(ids).logits, net(ids), atol=1e-4, rtol=1e-4)
     return peer
@@ -196,9 +192,9 @@ def as_gpt2(net: GPT) -> Any:
 # ------------------------------------------------------------------------------ programs
 
 
-def decode_c_candidates(net: GPT, folder: Path, new: int) -> dict[str, Candidate]:
+def decode_c_candidates(folder: Path, new: int) -> dict[str, Candidate]:
     """Return the candidates that use decode.c."""
-    candidates: dict[str, Candidate] = {}
+    net, candidates = network(), dict[str, Candidate]()
     for precision, dtype in DTYPES.items():
         own = copy.deepcopy(net).to(dtype)
         for batch in (1, 32, 64):
@@ -209,9 +205,9 @@ def decode_c_candidates(net: GPT, folder: Path, new: int) -> dict[str, Candidate
     return candidates
 
 
-def pytorch_candidates(net: GPT, folder: Path, new: int) -> dict[str, Candidate]:
+def pytorch_candidates(folder: Path, new: int) -> dict[str, Candidate]:
     """Return the candidates that run this project's model in PyTorch, and the limit by weights."""
-    candidates: dict[str, Candidate] = {}
+    net, candidates = network(), dict[str, Candidate]()
     for precision in PEER:
         own = copy.deepcopy(net).to(DTYPES[precision])
         for batch in (1, 32, 64):
@@ -224,38 +220,50 @@ def pytorch_candidates(net: GPT, folder: Path, new: int) -> dict[str, Candidate]
     return candidates
 
 
-def transformers_candidates(net: GPT, folder: Path, new: int) -> dict[str, Candidate]:
+def transformers_candidates(folder: Path, new: int) -> dict[str, Candidate]:
     """Return the candidates that use transformers."""
-    gpt2 = as_gpt2(net)
-    candidates: dict[str, Candidate] = {}
+    gpt2, candidates = as_gpt2(network()), dict[str, Candidate]()
     for precision in PEER:
         other = copy.deepcopy(gpt2)
         torch.nn.Module.to(other, DTYPES[precision])
         for batch in (1, 32):
-            candidates[f"peer {precision} batch {batch}"] = peer(other, net.config, batch, new)
+            candidates[f"peer {precision} batch {batch}"] = peer(other, batch, new)
     return candidates
 
 
-def ctranslate2_candidates(dtype: str, net: GPT, folder: Path, new: int) -> dict[str, Candidate]:
-    """Return the candidates that use CTranslate2 with weights of a type."""
+def ctranslate2_candidates(
+    dtype: str, threads: int | None, folder: Path, new: int
+) -> dict[str, Candidate]:
+    """Return the candidates that use CTranslate2 with weights of a type; None means all threads."""
     module: Any = importlib.import_module("ctranslate2")
-    export, converted = folder / "hf", folder / "ctranslate2"
-    export.mkdir()
-    write_hf(net, tokenizer(), export)
-    converter = importlib.import_module("ctranslate2.converters").TransformersConverter
-    converter(str(export)).convert(str(converted), quantization=dtype)
-    threads = torch.get_num_threads()
-    generator = module.Generator(str(converted), device="cpu", intra_threads=threads)
+    converted = str(folder / f"ctranslate2-{dtype}-{threads}")
+    convert = [sys.executable, "-m", "ctranslate2.converters.transformers", "--quantization", dtype]
+    subprocess.run(
+        [*convert, "--model", str(folder / "hf"), "--output_dir", converted],
+        check=True,
+        capture_output=True,
+    )
+    used = threads or torch.get_num_threads()
+    generator = module.Generator(converted, device="cpu", intra_threads=used)
+    name = "CTranslate2" if threads is None else f"CTranslate2 on {threads} thread"
     return {
-        f"CTranslate2 {dtype} batch {batch}": ctranslate2_of(generator, net.config, batch, new)
-        for batch in (1, 32)
+        f"{name} {dtype} batch {batch}": ctranslate2_of(generator, batch, new) for batch in (1, 32)
     }
 
 
-def llama_cpp_candidates(net: GPT, folder: Path, new: int) -> dict[str, Candidate]:
-    """Return the candidate that uses llama.cpp."""
-    write_gguf(net, tokenizer(), folder)
-    return {"llama.cpp float32 batch 1": llama_cpp_of(net, folder, new)}
+def llama_cpp_candidates(folder: Path, new: int) -> dict[str, Candidate]:
+    """Return the candidate that uses llama.cpp: one sequence."""
+    module: Any = importlib.import_module("llama_cpp")
+    threads, context = torch.get_num_threads(), MEDIUM.context_length
+    path = str(folder / "gguf/model.gguf")
+    llama = module.Llama(path, n_ctx=context, n_threads=threads, verbose=False)
+    (ids,) = random_prompt(1, PROMPT).tolist()
+    sampling = {"temp": 0.8, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0}
+    return {
+        "llama.cpp float32 batch 1": lambda: sum(
+            1 for _ in islice(llama.generate(ids, **sampling), new)
+        )
+    }
 
 
 CTRANSLATE2 = {"ctranslate2": "ctranslate2"}
@@ -263,8 +271,10 @@ PROGRAMS = {
     "decode.c": (decode_c_candidates, {}),
     "PyTorch": (pytorch_candidates, {}),
     "transformers": (transformers_candidates, {}),
-    "CTranslate2 float32": (partial(ctranslate2_candidates, "float32"), CTRANSLATE2),
-    "CTranslate2 int8": (partial(ctranslate2_candidates, "int8"), CTRANSLATE2),
+    "CTranslate2 float32": (partial(ctranslate2_candidates, "float32", None), CTRANSLATE2),
+    "CTranslate2 int8": (partial(ctranslate2_candidates, "int8", None), CTRANSLATE2),
+    # On some CPUs its products of integers are slower with several threads than with one.
+    "CTranslate2 int8, 1 thread": (partial(ctranslate2_candidates, "int8", 1), CTRANSLATE2),
     "llama.cpp": (llama_cpp_candidates, {"llama_cpp": "llama-cpp-python", "gguf": "gguf"}),
 }  # by name: a function that returns the candidates, and the packages that it needs by module
 
@@ -272,46 +282,53 @@ PROGRAMS = {
 # ---------------------------------------------------------------------------- comparison
 
 
-def serve(program: str, new: int, pipe: Connection) -> None:
+def serve(program: str, folder: Path, new: int, pipe: Connection) -> None:
     """Send the names of a program's candidates, then the rate of each candidate that is requested.
 
     A rate is in tokens per second, over at least one second. If the program fails, the reason is
     sent instead of the names.
     """
     transformers.logging.set_verbosity_error()
-    torch.manual_seed(0)
-    net = GPT(MEDIUM).eval().requires_grad_(False)  # frozen, as `Run.load_model` returns it
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            candidates = PROGRAMS[program][0](net, Path(folder), new)
-        except Exception as error:  # of any kind, in the program of others
-            pipe.send(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
-            return
-        pipe.send(list(candidates))
-        while name := pipe.recv():
-            tokens, start = 0, time.perf_counter()
-            while (seconds := time.perf_counter() - start) < 1:
-                tokens += candidates[name]()
-            pipe.send(tokens / seconds)
+    try:
+        candidates = PROGRAMS[program][0](folder, new)
+    except Exception as error:  # of any kind, in the program of others
+        pipe.send(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+        return
+    pipe.send(list(candidates))
+    while name := pipe.recv():
+        tokens, start = 0, time.perf_counter()
+        while (seconds := time.perf_counter() - start) < 1:
+            tokens += candidates[name]()
+        pipe.send(tokens / seconds)
 
 
-def compare(rounds: int, new: int) -> dict[str, Any]:
-    """Return the medians of all candidates over `rounds`, after a warm-up round, and ratios."""
+def start_programs(folder: Path, new: int) -> dict[str, Connection]:
+    """Start a process for each program that is installed, and return their pipes by candidate."""
     context = multiprocessing.get_context("spawn")
-    pipes: dict[str, Connection] = {}  # by candidate
+    pipes: dict[str, Connection] = {}
     for program, (_, modules) in PROGRAMS.items():
         missing = [package for module, package in modules.items() if find_spec(module) is None]
         if missing:
             print(f"{program} is left out: pip install {' '.join(missing)}", flush=True)
             continue
         pipe, end = context.Pipe()
-        context.Process(target=serve, args=(program, new, end), daemon=True).start()
+        context.Process(target=serve, args=(program, folder, new, end), daemon=True).start()
         end.close()  # so that a process that dies ends the wait for its answer
         names = pipe.recv()
         if isinstance(names, str):
             print(f"{program} is left out: {names}", flush=True)
         else:
             pipes |= dict.fromkeys(names, pipe)
+    return pipes
+
+
+def compare(rounds: int, new: int, folder: Path) -> dict[str, Any]:
+    """Return the medians of all candidates over `rounds`, after a warm-up round, and ratios."""
+    for kind, write in {"hf": write_hf, "gguf": write_gguf}.items():
+        if kind != "gguf" or find_spec("gguf"):
+            (folder / kind).mkdir()
+            write(network(), tokenizer(), folder / kind)
+    pipes = start_programs(folder, new)
     rates: dict[str, list[float]] = {name: [] for name in pipes}
     for turn in range(rounds + 1):
         for name, pipe in pipes.items():
@@ -323,6 +340,11 @@ def compare(rounds: int, new: int) -> dict[str, Any]:
         pipe.send(None)
     rate = {name: statistics.median(values) for name, values in rates.items()}
     return {**{f"tokens per second, {name}": r for name, r in rate.items()}, **ratios(rate)}
+
+
+ENGINES = (
+    "CTranslate2 float32", "CTranslate2 int8", "CTranslate2 on 1 thread int8", "llama.cpp float32"
+)  # fmt: skip
 
 
 def ratios(rate: dict[str, float]) -> dict[str, float]:
@@ -337,7 +359,7 @@ def ratios(rate: dict[str, float]) -> dict[str, float]:
         for p in PEER:
             result[f"ours / peer, {p}, batch {batch}"] = rate[ours.format(p)] / rate[peer.format(p)]
         for p in DTYPES:
-            for engine in ("CTranslate2 float32", "CTranslate2 int8", "llama.cpp float32"):
+            for engine in ENGINES:
                 if other := rate.get(f"{engine} batch {batch}"):
                     name = f"ours {p} / {engine}, batch {batch}"
                     result[name] = rate[ours.format(p)] / other
@@ -368,7 +390,10 @@ def ratios(rate: dict[str, float]) -> dict[str, float]:
 
 def speed_table(table: dict[str, Any]) -> str:
     """Return a Markdown table of tokens per second: one row for each program and precision."""
-    names = ("ours", "ours by PyTorch", "decoder alone", "peer", "CTranslate2", "llama.cpp")
+    names = (
+        "ours", "ours by PyTorch", "decoder alone", "peer",
+        "CTranslate2", "CTranslate2 on 1 thread", "llama.cpp",
+    )  # fmt: skip
     rows = ["| tokens per second | batch 1 | batch 32 |", "|---|---|---|"]
     for name in names:
         for dtype in (*DTYPES, "int8"):
@@ -393,7 +418,8 @@ def main() -> None:
         "machine": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
     }
-    table |= compare(arguments.rounds, arguments.tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        table |= compare(arguments.rounds, arguments.tokens, Path(folder))
     for name, value in table.items():
         print(f"{name:62} {f'{value:,.2f}' if isinstance(value, float) else value}")
     print(f"\n{speed_table(table)}")
