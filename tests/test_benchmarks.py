@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import multiprocessing
 import runpy
 import sys
 import threading
@@ -62,17 +63,32 @@ def test_cost_of_a_teacher_is_written_to_a_file_of_its_own(monkeypatch, tmp_path
 def test_generation_leaves_out_missing_and_failing_engines(monkeypatch, capsys, tmp_path):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     generation = importlib.import_module("generation")
-    monkeypatch.setattr(generation, "find_spec", lambda name: None if "llama" in name else name)
 
     def fail(*_: object) -> None:
         raise RuntimeError("unsupported\nmodel")
 
-    monkeypatch.setattr(generation, "write_hf", fail)
-    assert generation.engines(None, tmp_path, 1) == {}
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["CTranslate2", "llama.cpp"]
-    assert "unsupported" in lines[0]
-    assert "llama-cpp-python" in lines[1]
+    def half_a_second() -> int:
+        time.sleep(0.5)
+        return 10
+
+    def work(*_: object) -> dict[str, object]:
+        return {"an engine": half_a_second}
+
+    monkeypatch.setattr(generation, "PROGRAMS", {"a": (work, {}), "b": (fail, {})})
+    ours, end = multiprocessing.Pipe()
+    generation.serve("b", tmp_path, 1, end)
+    assert ours.recv() == "RuntimeError: unsupported"
+    ours.send("an engine")
+    ours.send(None)
+    generation.serve("a", tmp_path, 1, end)
+    assert ours.recv() == ["an engine"]
+    assert 10 < ours.recv() <= 20  # tokens per second
+
+    monkeypatch.setattr(generation, "PROGRAMS", {"llama.cpp": (work, {"no_module": "a-package"})})
+    assert generation.start_programs(tmp_path, 1) == {}
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "llama.cpp" in line
+    assert "a-package" in line
     rate = "tokens per second, {} float32 batch 1"
     table = generation.speed_table({rate.format("ours"): 5000.4, rate.format("llama.cpp"): 1.0})
     assert table.splitlines()[2:] == [
