@@ -31,7 +31,9 @@ from minigpt.tokenizer import Tokenizer
 
 GROUP = 64  # sequences that share one random generator; on a CPU, also the size of a batch
 LOOK_EVERY = 16  # on a GPU, the host reads the new tokens once in this number of steps
-CHUNK = 16  # steps per call of decode.c, small so that text streams; the first call has one step
+# Steps per call of decode.c for a single sequence, and for many: few enough that text streams, and
+# enough that the time between the calls does not matter. The first call has one step.
+CHUNK, MIN_CHUNK = 64, 16
 MIN_TEMPERATURE = 1e-6  # below this, sampling is greedy, because the division would overflow
 
 
@@ -184,8 +186,7 @@ def _steps_in_c(
 ) -> Iterator[Step]:  # fmt: skip
     """Yield the new tokens and their logits, step by step; decode.c samples the tokens.
 
-    Each call of decode.c samples the tokens of up to CHUNK steps. The arguments are those of
-    `_steps`.
+    Each call of decode.c samples the tokens of several steps. The arguments are those of `_steps`.
     """
     greedy = sampling.temperature < MIN_TEMPERATURE
     sampler = Sampler(
@@ -203,7 +204,7 @@ def _steps_in_c(
                 _check_finite(logits)
         for step in zip(chunk, logits, strict=True):
             yield Step(*step)
-        ids, n_left, size = chunk[-1], n_left - n, CHUNK
+        ids, n_left, size = chunk[-1], n_left - n, max(CHUNK // len(ids), MIN_CHUNK)
 
 
 def _check_finite(logits: Tensor) -> None:

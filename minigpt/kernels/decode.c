@@ -341,7 +341,9 @@ NOINLINE void attend_sequence(const model *m, const batch *b, int l, int r, head
 /* ---------------------------------------------------------------------------------- layers */
 
 typedef struct {
-    atomic_int arrived, round;
+    _Alignas(64) atomic_int arrived; /* the numbers have cache lines of their own: threads poll `round` */
+    _Alignas(64) atomic_int round;
+    _Alignas(64) atomic_int sleeping; /* number of threads that sleep or are about to */
     pthread_mutex_t lock;
     pthread_cond_t next;
 } barrier;
@@ -351,19 +353,23 @@ typedef struct {
    threads than cores, such as a server, OpenMP's own barrier would sleep at once, without spinning. */
 static void wait_for_all(barrier *b, int n) {
     if (n == 1) return;
-    int round = atomic_load(&b->round);
+    int round = atomic_load_explicit(&b->round, memory_order_relaxed);
     if (atomic_fetch_add(&b->arrived, 1) == n - 1) {
-        atomic_store(&b->arrived, 0);
-        pthread_mutex_lock(&b->lock);
+        atomic_store_explicit(&b->arrived, 0, memory_order_relaxed);
         atomic_store(&b->round, round + 1);
-        pthread_cond_broadcast(&b->next);
-        pthread_mutex_unlock(&b->lock);
+        if (atomic_load(&b->sleeping)) {
+            pthread_mutex_lock(&b->lock);
+            pthread_cond_broadcast(&b->next);
+            pthread_mutex_unlock(&b->lock);
+        }
         return;
     }
     for (int spins = 0; spins < 100000; spins++)
         if (atomic_load_explicit(&b->round, memory_order_acquire) != round) return;
     pthread_mutex_lock(&b->lock);
+    atomic_fetch_add(&b->sleeping, 1);
     while (atomic_load(&b->round) == round) pthread_cond_wait(&b->next, &b->lock);
+    atomic_fetch_sub(&b->sleeping, 1);
     pthread_mutex_unlock(&b->lock);
 }
 
@@ -533,7 +539,7 @@ static void run_steps(const model *m, batch b, const sampler *s, barrier *all, i
 int read_tokens(const model *m, const batch *b, const sampler *s) {
     for (int i = 0; i < b->starts[b->n_sequences]; i++)
         if (b->ids[i] < 0 || b->ids[i] >= m->vocab_size) return -1;
-    barrier all = {0, 0, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER};
+    barrier all = {0, 0, 0, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER};
     int n_steps = 1;
 #pragma omp parallel num_threads(b->threads)
     if (s) run_steps(m, *b, s, &all, &n_steps); else run(m, b, &all);

@@ -47,7 +47,8 @@ def like_a_gpu(static, monkeypatch) -> None:
 
 def test_a_seed_gives_the_stories_of_the_cpu_whatever_the_batch(monkeypatch, request):
     tokenizer = Tokenizer.train(["Once upon a time there was a dragon."], 270)
-    model = model_of_size(tokenizer.vocab_size)
+    # In float32, rounding depends on the batch and the CPU, and can change a token.
+    model = model_of_size(tokenizer.vocab_size).double()
     with torch.no_grad():  # some stories end early, others reach max_tokens
         model.embedding.weight[tokenizer.end_of_text] = model.final_norm.bias
     settings = SamplingConfig(1.3, max_tokens=37, seed=2, backend="torch", repetition_penalty=1.2)
