@@ -241,7 +241,7 @@ def ctranslate2_candidates(
     subprocess.run(
         [*convert, "--model", str(folder / "hf"), "--output_dir", converted],
         check=True,
-        capture_output=True,
+        stdout=subprocess.DEVNULL,
     )
     used = threads or torch.get_num_threads()
     generator = module.Generator(converted, device="cpu", intra_threads=used)
@@ -314,7 +314,10 @@ def start_programs(folder: Path, new: int) -> dict[str, Connection]:
         pipe, end = context.Pipe()
         context.Process(target=serve, args=(program, folder, new, end), daemon=True).start()
         end.close()  # so that a process that dies ends the wait for its answer
-        names = pipe.recv()
+        try:
+            names = pipe.recv()
+        except EOFError:
+            names = "its process ended"
         if isinstance(names, str):
             print(f"{program} is left out: {names}", flush=True)
         else:

@@ -89,6 +89,11 @@ def test_generation_leaves_out_missing_and_failing_engines(monkeypatch, capsys, 
     (line,) = capsys.readouterr().out.splitlines()
     assert "llama.cpp" in line
     assert "a-package" in line
+
+    monkeypatch.setattr(generation, "PROGRAMS", {"CTranslate2": (work, {})})
+    monkeypatch.setattr(generation, "serve", print)  # the process ends without an answer
+    assert generation.start_programs(tmp_path, 1) == {}
+    assert "CTranslate2" in capsys.readouterr().out
     rate = "tokens per second, {} float32 batch 1"
     table = generation.speed_table({rate.format("ours"): 5000.4, rate.format("llama.cpp"): 1.0})
     assert table.splitlines()[2:] == [

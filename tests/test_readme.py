@@ -156,7 +156,8 @@ def test_experiments_of_the_results_exist():
 def test_speed_of_generation_is_what_was_measured():
     table = json.loads((ROOT / "docs/results/benchmarks/avx2/generation.json").read_text())
     page = (ROOT / "docs/generation.md").read_text(encoding="utf-8")
-    speeds, ratios = re.findall(r"(?:^\|.*\n)+", page.split("## What a token")[1], re.MULTILINE)[:2]
+    tables = re.findall(r"(?:^\|.*\n)+", page.split("## What a token")[1], re.MULTILINE)
+    speeds, ratios, engines = tables[:3]
     for batch in (1, 32, 64):
         (cells,) = re.findall(rf"^\| batch {batch} \| (\S+) \| (\S+) \|", speeds, re.MULTILINE)
         for cell, dtype in zip(cells, ("float32", "bfloat16"), strict=True):
@@ -167,6 +168,16 @@ def test_speed_of_generation_is_what_was_measured():
         best, same = "best of ours / best of peer", "ours / peer, float32"
         for cell, name in zip(cells, (best, same), strict=True):
             assert cell == f"{table[f'{name}, batch {batch}']:.{digits}f}"
+
+    for batch in (1, 32):
+        pattern = rf"^\| batch {batch} \| \S+ \| (\S+) \| \S+ \| (\S+) \|"
+        (cells,) = re.findall(pattern, engines, re.MULTILINE)
+        for cell, dtype in zip(cells, ("float32", "bfloat16"), strict=True):
+            assert cell == f"{table[f'ours {dtype} / CTranslate2 float32, batch {batch}']:.2f}"
+    shares = [float(share) for share in re.findall(r"(\d+) %", page.split("**Sampling and")[1])[:4]]
+    keys = [f"{dtype}, batch {batch}" for batch in (1, 32) for dtype in ("float32", "bfloat16")]
+    measured = [table[f"share of sampling and the loop, {key}"] for key in keys]
+    assert shares == [round(100 * share) for share in measured]
 
 
 def test_files_that_the_readme_and_the_pages_link_to_exist():
