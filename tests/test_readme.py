@@ -174,7 +174,10 @@ def test_speed_of_generation_is_what_was_measured():
         (cells,) = re.findall(pattern, engines, re.MULTILINE)
         for cell, dtype in zip(cells, ("float32", "bfloat16"), strict=True):
             assert cell == f"{table[f'ours {dtype} / CTranslate2 float32, batch {batch}']:.2f}"
-    shares = [float(share) for share in re.findall(r"(\d+) %", page.split("**Sampling and")[1])[:4]]
+    shares = [
+        int(share.replace("−", "-"))
+        for share in re.findall(r"([−\d]+) %", page.split("**Sampling and")[1])[:4]
+    ]
     keys = [f"{dtype}, batch {batch}" for batch in (1, 32) for dtype in ("float32", "bfloat16")]
     measured = [table[f"share of sampling and the loop, {key}"] for key in keys]
     assert shares == [round(100 * share) for share in measured]
