@@ -23,14 +23,13 @@ A model with L blocks has the following activations, in the order of their compu
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minigpt.analysis.attention import check_takes_cache
+from minigpt.analysis.inputs import check_ids, readable_view
 from minigpt.core.settings import UserError
 from minigpt.model import GPT, KVCache
 
@@ -70,26 +69,26 @@ def activations(
         Tensors by name; the table at the top of this module has names, order and shapes.
 
     Raises:
-        UserError: `edits` names an activation that does not exist or cannot be replaced, or the
+        UserError: `ids` is not an integer tensor (B, T), is empty or longer than the context, or
+            has an id that is not in the vocabulary; `edits` names an activation that does not exist
+            or cannot be replaced, or an edit does not return a tensor of the same shape; or the
             class of the model lacks a module or does not accept `cache`.
-        ValueError: `ids` is longer than the context.
     """
-    check_takes_cache(model)
+    check_ids(model, ids)
+    view = readable_view(model)
     names, edits = activation_names(model), edits or {}
     replaceable = [name for name in names if not name.endswith(("weights", "logits"))]
     for name in edits:
         if name not in replaceable:
             problem = f"{name} is not an activation that can be replaced"
             raise UserError(f"{problem}; choose from {', '.join(replaceable[:3])}, ...", "edits")
-    tensors = [*model.parameters(), *model.buffers()]
-    view = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
     recorded: dict[str, Tensor] = {}
     n_heads = model.config.n_heads
 
     def record(name: str, x: Tensor) -> Tensor:
         split = name.endswith(".heads")
         x = x.unflatten(-1, (n_heads, -1)) if split else x
-        recorded[name] = edits[name](x) if name in edits else x
+        recorded[name] = _edited(x, name, edits)
         return recorded[name].flatten(2) if split else recorded[name]
 
     for name in names:
@@ -101,6 +100,18 @@ def activations(
     for i, weights in enumerate(cache.weights):
         recorded[f"blocks.{i}.{WEIGHTS}"] = weights
     return {name: recorded[name] for name in names}
+
+
+def _edited(x: Tensor, name: str, edits: Mapping[str, Edit]) -> Tensor:
+    if name not in edits:
+        return x
+    edited = edits[name](x)
+    if not isinstance(edited, Tensor) or edited.shape != x.shape:
+        found = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
+        raise UserError(
+            f"{name} must return a tensor of shape {tuple(x.shape)}, not {found}", "edits"
+        )
+    return edited
 
 
 def activation_names(model: GPT) -> list[str]:

@@ -11,26 +11,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minigpt.analysis.inputs import check_ids, readable_view
 from minigpt.core.settings import UserError
-from minigpt.generation.decoder import takes_cache
 from minigpt.model import GPT, KVCache
 
 MAX_REPEATED = 50  # maximum length of the random sequence that `head_scores` repeats
-
-
-def check_takes_cache(model: GPT) -> None:
-    """Raise UserError if `forward` or `hidden` of `model` does not accept the argument `cache`."""
-    if not takes_cache(model):
-        name = type(model).__qualname__
-        raise UserError(f"{name}.forward and {name}.hidden must have a parameter named cache")
 
 
 @torch.inference_mode()
 def attention_weights(net: GPT, ids: Tensor) -> Tensor:
     """Return the attention weights of every layer and head over one sequence of tokens.
 
-    One call of `net.forward` computes the weights, and a `KVCache` records them. The model is not
-    changed, so several threads may call this function at once.
+    One call of `net.forward` computes the weights, and a `KVCache` records them. Dropout is off.
+    The model is not changed, so several threads may call this function at once.
 
     Args:
         net: the model.
@@ -41,12 +34,13 @@ def attention_weights(net: GPT, ids: Tensor) -> Tensor:
         sums to one.
 
     Raises:
-        ValueError: `ids` is longer than the context.
-        UserError: `net.forward` or `net.hidden` does not accept the argument `cache`.
+        UserError: `ids` is not an integer tensor (1, T), is empty or longer than the context, or
+            has an id that is not in the vocabulary; or `net.forward` or `net.hidden` does not
+            accept the argument `cache`.
     """
-    check_takes_cache(net)
+    check_ids(net, ids, only_one=True)
     cache = KVCache(ids.shape[1], keep_weights=True)
-    net(ids, cache=cache)
+    readable_view(net)(ids, cache=cache)
     assert cache.weights is not None
     weights = torch.cat(cache.weights)
     return weights if weights.dtype == torch.float64 else weights.float()

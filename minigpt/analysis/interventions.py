@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from minigpt.analysis.activations import activations
+from minigpt.analysis.inputs import check_ids, checked_heads
 from minigpt.core.settings import UserError
 from minigpt.model import GPT
 
@@ -30,14 +31,10 @@ def ablate_heads(model: GPT, ids: Tensor, heads: Iterable[tuple[int, int]]) -> T
         Logits (B, T, V).
 
     Raises:
-        UserError: the model has no head with the indices of a pair.
+        UserError: the model cannot read `ids`, or has no head with the indices of a pair.
     """
     removed: dict[str, list[int]] = {}
-    shape = model.config
-    for block, head in heads:
-        if not (0 <= block < shape.n_layers and 0 <= head < shape.n_heads):
-            limits = f"block must be 0 to {shape.n_layers - 1}, and head 0 to {shape.n_heads - 1}"
-            raise UserError(limits, "heads", (block, head))
+    for block, head in checked_heads(model, heads):
         removed.setdefault(f"blocks.{block}.attention.heads", []).append(head)
     edits = {name: _zeroed(torch.tensor(indices)) for name, indices in removed.items()}
     return activations(model, ids, edits)["logits"]
@@ -65,7 +62,7 @@ def patch_residual(model: GPT, clean: Tensor, corrupted: Tensor, metric: Metric)
         Value of the metric for each patch, (n_layers, T) float64.
 
     Raises:
-        UserError: `clean` and `corrupted` differ in shape.
+        UserError: the model cannot read `clean` or `corrupted`, or they differ in shape.
     """
     return _patched(model, clean, corrupted, metric, "input", dim=1)
 
@@ -87,7 +84,7 @@ def patch_heads(model: GPT, clean: Tensor, corrupted: Tensor, metric: Metric) ->
         Value of the metric for each patch, (n_layers, n_heads) float64.
 
     Raises:
-        UserError: `clean` and `corrupted` differ in shape.
+        UserError: the model cannot read `clean` or `corrupted`, or they differ in shape.
     """
     return _patched(model, clean, corrupted, metric, "attention.heads", dim=2)
 
@@ -100,6 +97,8 @@ def _patched(
     For each patch, the model reads `corrupted`. In one layer and at one index of dimension `dim`,
     the activation `point` is replaced by the activation for `clean`.
     """
+    check_ids(model, clean, "clean")
+    check_ids(model, corrupted, "corrupted")
     if clean.shape != corrupted.shape:
         problem = f"must have the shape of clean, {tuple(clean.shape)}: use as many tokens"
         raise UserError(problem, "corrupted", tuple(corrupted.shape))

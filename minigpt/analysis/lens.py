@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minigpt.analysis.activations import activations
+from minigpt.analysis.inputs import check_ids, check_targets
 from minigpt.core.settings import UserError
 from minigpt.kernels.choice import is_plain
 from minigpt.model import GPT
@@ -35,9 +36,11 @@ def logit_lens(model: GPT, ids: Tensor) -> Tensor:
         the last index is the prediction of the model itself.
 
     Raises:
-        UserError: `model` is an instance of a subclass, or has hooks or replaced parts.
-        ValueError: `ids` is longer than the context.
+        UserError: `model` is an instance of a subclass, or has hooks or replaced parts; or `ids` is
+            not an integer tensor (1, T), is empty or longer than the context, or has an id that is
+            not in the vocabulary.
     """
+    check_ids(model, ids, only_one=True)
     stream = _residual_streams(model, activations(_plain(model), ids))  # (L + 1, T, d)
     logits = model.final_norm(stream) @ model.embedding.weight.T
     return logits.log_softmax(dim=-1)
@@ -109,9 +112,13 @@ def logit_attribution(
         The contributions.
 
     Raises:
-        UserError: `model` is an instance of a subclass, or has hooks or replaced parts.
-        ValueError: `ids` is longer than the context.
+        UserError: `model` is an instance of a subclass, or has hooks or replaced parts; or `ids`,
+            `targets` or `reference` has another shape or an id that is not in the vocabulary.
     """
+    check_ids(model, ids, only_one=True)
+    check_targets(model, ids, targets)
+    if reference is not None:
+        check_targets(model, ids, reference, "reference")
     values = activations(_plain(model), ids)
     weight, norm = model.embedding.weight, model.final_norm
     other = weight.mean(dim=0) if reference is None else weight[reference]

@@ -32,12 +32,6 @@ def test_ablated_heads_are_columns_of_the_output_matrix_set_to_zero(net):
     assert not torch.allclose(logits, whole)
 
 
-@pytest.mark.parametrize("head", [(2, 0), (0, 4), (-1, 0)])
-def test_ablation_of_a_missing_head_is_an_error(net, head):
-    with pytest.raises(UserError, match=naming("heads", str(head))):
-        ablate_heads(net, CLEAN, [head])
-
-
 def test_patch_of_the_first_layer_replaces_one_token(net):
     effects = patch_residual(net, CLEAN, CORRUPTED, metric)
     assert effects.shape == (2, 5)
