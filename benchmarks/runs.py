@@ -1,4 +1,4 @@
-"""Measure whole runs: start-up time of train.py, overhead over its bare step, and loss.
+"""Measure whole runs: start-up time of train.py, overhead over its bare step, snapshots, loss.
 
     python benchmarks/runs.py --out docs/results/benchmarks
 
@@ -7,6 +7,7 @@
   comparison.
 - Tokens per second of `python train.py` with everything enabled (log file, CSV logger, checkpoints,
   progress bar), in turns with its bare step in a loop with the same optimizer.
+- Speed of a run of 10M tokens with twelve snapshots, relative to one without.
 - Training loss of the small model after 200 steps on the bundled stories, with the CPU kernels in
   bfloat16 (float32 on a CPU without native bfloat16) and with plain PyTorch in float32, for the
   same seed and batches.
@@ -26,7 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from training import ROOT, Candidate, precisions, shape_of, write_json
+from training import ROOT, WIDTHS, Candidate, measure, precisions, shape_of, write_json
 
 from minigpt.core.files import user_path
 
@@ -107,6 +108,30 @@ def against_bare_step(rounds: int) -> dict[str, float]:
     }
 
 
+def with_snapshots(rounds: int) -> dict[str, float]:
+    """Return the speed of a run of 10M tokens with twelve snapshots, relative to one without.
+
+    It follows from the median times of a step and of a snapshot: twelve snapshots take less time
+    than the difference between two equal runs.
+    """
+    from minigpt.model import GPT
+    from minigpt.runs.checkpoint import write_snapshot
+
+    speeds = {}
+    for size, d_model in WIDTHS.items():
+        step = Candidate("muon", d_model, 8, 256, precisions()[-1])
+        measure({size: step}, 3 * rounds)
+        net, writes = GPT(shape_of(d_model, 256)), list[float]()
+        with tempfile.TemporaryDirectory() as folder:
+            for i in range(3 * rounds):
+                start = time.perf_counter()
+                write_snapshot(Path(folder) / f"step-{i:06d}.safetensors", net, {}, {"step": i})
+                writes.append(time.perf_counter() - start)
+        run, snapshots = 10e6 / step.tokens_per_second, 12 * statistics.median(writes)
+        speeds[f"speed with twelve snapshots, {size}"] = run / (run + snapshots)
+    return speeds
+
+
 # ---------------------------------------------------------------------------- loss
 
 
@@ -161,7 +186,7 @@ def _losses(fast: bool) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Measure start-up, overhead and loss of whole runs."
+        description="Measure start-up, overhead, snapshots and loss of whole runs."
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=user_path, help="output folder")
@@ -173,6 +198,7 @@ def main() -> None:
         "machine": f"{platform.system()} {platform.machine()}",
         **start_up(arguments.rounds),
         **against_bare_step(arguments.rounds),
+        **with_snapshots(arguments.rounds),
         **curves(),
     }
     for name, value in table.items():
