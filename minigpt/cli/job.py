@@ -32,9 +32,12 @@ from minigpt.playground.training import CACHE, FULL, LOCK, SIZES, SNAPSHOTS, Job
 CALIBRATION_SECONDS = 4.0
 _WARM_UP = 3  # updates that are not timed
 MAX_UNPACKED = 1_000_000_000  # bytes of the uploads after decompression
+MINUTES_BETWEEN = 3.0  # minutes between two validations of a long training
+MAX_VALIDATIONS = 40
 MAX_MEMORY = 4_000_000_000  # bytes of memory to decompress the uploads with
 _SMALL_TEXT = 2_000_000  # bytes; for less text, docs/your-own-text.md recommends other settings
 _LONG_BUDGET = 100_000_000  # tokens; more than a calibration can use
+MIN_WORDS = 200  # words; fewer may have less than one window of _MIN_CONTEXT tokens
 _MIN_CONTEXT = 32  # tokens; with a shorter context, a text is too short to train on
 # Arguments of errors that are about the text of the visitor. An error without an argument is, too.
 # data.batch_size is wrong if the text is too short for one batch.
@@ -99,6 +102,9 @@ def _failure(job: Job, error: Exception, program: Program) -> dict[str, Any]:
         traceback.print_exception(error)
         reason = explain_failure(error) or f"{type(error).__name__}: see {job.folder}/job.log"
         return {"phase": "failed", "error": reason, "field": "start"}
+    if error.argument == "data.batch_size":  # even with the shortest context
+        message = f"The text is too short to train on: add text, at least about {MIN_WORDS} words."
+        return {"phase": "failed", "error": message, "field": _field(job, error)}
     message = describe(error, program)
     settings = {error.argument, *error.fix} - {None, "data.train_files", "init_from"}
     if settings or error.command is not None:
@@ -134,7 +140,7 @@ def _train(job: Job, program: Program) -> None:
         job.report(phase="calibrating")
         words, config, rate = _calibrate(words, place, job.folder / "calibration")
         job.report(words=words)
-        budget = budget_words(config, 60 * settings["minutes"] * rate)
+        budget = budget_words(config, settings["minutes"], rate, n_bytes)
     words |= budget
     names = {"data.train_files": list(job.uploads.values())}
     run = Path(settings["runs_dir"]) / f"{words['model']}-{job.name}"
@@ -200,19 +206,30 @@ def job_words(job: Job, n_bytes: int) -> dict[str, Any]:
     return words
 
 
-def budget_words(config: Any, tokens: float) -> dict[str, Any]:
-    """Return the settings that adapt a training run to a length of about `tokens` tokens.
+def budget_words(config: Any, minutes: float, rate: float, n_bytes: int) -> dict[str, Any]:
+    """Return the settings that adapt a training run to a length in minutes.
 
     The training has at least one update. Its warm-up is at most a tenth of its updates. It writes
-    snapshots. If it has at least 25 updates, it also writes at least 25 rows of metrics.
+    snapshots. If it has at least 25 updates, it also writes at least 25 rows of metrics. A long
+    training validates, and writes sample stories, about every MINUTES_BETWEEN minutes, or less
+    often if the text is so long that this would take more than a tenth of the time.
 
     Args:
         config: settings of a longer training run, a `TrainConfig`.
-        tokens: number of training tokens.
+        minutes: length of the training.
+        rate: training speed in tokens per second.
+        n_bytes: size of the text.
     """
-    per_step = config.data.windows_per_batch * config.model.context_length
+    per_step, tokens = (
+        config.data.windows_per_batch * config.model.context_length,
+        60 * minutes * rate,
+    )
     n_steps = max(int(tokens) // per_step, 1)
+    # A validation token takes a third of the time of a training token, and about four bytes.
+    affordable = 0.3 * tokens / max(config.data.holdout * n_bytes / 4, 1)
+    n_validations = int(min(minutes / MINUTES_BETWEEN, affordable, MAX_VALIDATIONS))
     return {
+        "trainer.n_validations": max(config.trainer.n_validations, n_validations),
         "budget.tokens": n_steps * per_step,
         "optimizer.warmup_steps": min(config.optimizer.warmup_steps, n_steps // 10),
         "callbacks.snapshots": min(SNAPSHOTS, n_steps + 1),
@@ -294,7 +311,7 @@ def _sum(path: Path, sizes: Iterable[int], start: int) -> int:
     for size in sizes:
         total += size
         if total > MAX_UNPACKED:
-            limit = f"at most {MAX_UNPACKED / 1e9:g} GB are allowed"
+            limit = f"at most {MAX_UNPACKED / 1e9:g} GB are allowed; train in a terminal instead"
             message = f"{path} and the files before it are too large when decompressed: {limit}"
             raise UserError(message, "data.train_files")
     return total

@@ -15,6 +15,8 @@ from urllib.parse import parse_qsl, urlencode
 from minigpt.core.settings import UserError
 
 PARAMETER = "token"
+_NO_TOKEN = b"403: open the whole address that minigpt playground printed, with ?token=...\n"
+_NO_UPLOADS = b"403: this page trains no models, so it takes no files: start minigpt playground\n"
 
 
 class Access:
@@ -66,18 +68,18 @@ def may_train(
     return allow
 
 
-def with_token(app: Any, access: Access) -> Any:
+def with_token(app: Any, access: Access | None) -> Any:
     """Return an ASGI app that checks the access token and calls `app`.
 
     If the URL of a GET request has the right token, the answer sets a cookie with the token and
     redirects to the URL without the token. So the token is neither in the browser's history nor
     sent to other sites. A multipart request is an upload, unless it is the login. An upload without
-    the cookie gets status 403. All other requests are passed on to `app`; the event handlers of the
-    tab Train check the cookie.
+    the cookie gets status 403, and so does any upload to a page that cannot train. All other
+    requests are passed on to `app`; the event handlers of the tab Train check the cookie.
 
     Args:
         app: the ASGI app of the page.
-        access: the token and the name of its cookie.
+        access: the token and the name of its cookie; None for a page that cannot train.
     """
 
     async def guard(scope: Any, receive: Any, send: Any) -> None:
@@ -85,7 +87,7 @@ def with_token(app: Any, access: Access) -> Any:
             return await app(scope, receive, send)
         query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         token = dict(query).get(PARAMETER)
-        if scope["method"] == "GET" and access.allows(token):
+        if access is not None and scope["method"] == "GET" and access.allows(token):
             rest = urlencode([pair for pair in query if pair[0] != PARAMETER])
             cookie = f"{access.cookie}={access.token}; Path=/; HttpOnly; SameSite=Strict"
             # A relative URL, because a proxy may have changed the path.
@@ -94,16 +96,15 @@ def with_token(app: Any, access: Access) -> Any:
         types = [value for name, value in headers if name.lower() == b"content-type"]
         is_upload = any(value.strip().lower().startswith(b"multipart/") for value in types)
         is_login = scope["path"].rstrip("/").endswith("/login")
-        if is_upload and not is_login and not access.admits(headers):
-            return await _answer(send, 403)
+        if is_upload and not is_login and not (access is not None and access.admits(headers)):
+            return await _answer(send, 403, _NO_UPLOADS if access is None else _NO_TOKEN)
         await app(scope, receive, send)
 
     return guard
 
 
-async def _answer(send: Any, status: int, **headers: str) -> None:
+async def _answer(send: Any, status: int, body: bytes = b"", **headers: str) -> None:
     pairs = [(k.replace("_", "-").encode(), v.encode("latin-1")) for k, v in headers.items()]
     pairs.append((b"cache-control", b"no-store"))
     await send({"type": "http.response.start", "status": status, "headers": pairs})
-    body = b"403: open the whole address that minigpt playground printed, with ?token=...\n"
-    await send({"type": "http.response.body", "body": body if status == 403 else b""})
+    await send({"type": "http.response.body", "body": body})

@@ -106,7 +106,7 @@ def age_slider(page: Page) -> None:
                 0, max(n, 1), n, step=1, precision=0, label="Age", info=AGE, scale=5
             )
             play = gr.Button("Play", scale=1, min_width=80)
-        page.curves = gr.HTML(playground.age_html(None, n))
+        page.curves = gr.HTML(playground.age_html([], n))
 
     def next_age(age: int) -> tuple[int, gr.Timer]:
         age = min(age + 1, n)
@@ -115,14 +115,39 @@ def age_slider(page: Page) -> None:
     def start(age: int) -> tuple[int, gr.Timer]:
         return (0 if age >= n else age), gr.Timer(active=True)
 
-    def show(age: int) -> str:
-        return playground.age_html(None, age)
-
     timer = gr.Timer(PLAY_SECONDS, active=False)
     private: dict[str, Any] = {"api_visibility": "private"}
     play.click(start, [page.age], [page.age, timer], **private)
     timer.tick(next_age, [page.age], [page.age, timer], show_progress="hidden", **private)
-    page.age.change(show, [page.age], page.curves, show_progress="hidden", **private)
+
+
+def model_choices(page: Page) -> list[gr.Dropdown]:
+    """Return the menus of the page in which visitors choose the models that they look at."""
+    blocks = page.blocks.values()
+    menus = [block for block in blocks if isinstance(block, gr.Dropdown)]
+    return [menu for menu in menus if menu.label in ("Model", "Models")]
+
+
+def show_curves(page: Page) -> None:
+    """Show the loss curves of the chosen models; update them when a choice or the age changes."""
+    choices = model_choices(page)
+    gr.on(
+        [page.age.change, *(choice.change for choice in choices)],
+        lambda age, *chosen: curves_of(page.playground, age, chosen), [page.age, *choices],
+        page.curves, show_progress="hidden", trigger_mode="always_last", api_visibility="private",
+    )  # fmt: skip
+
+
+def curves_of(playground: Playground, age: int, chosen: Sequence[Any]) -> str:
+    """Return the loss curves of the models that are chosen in the menus of the page, as HTML.
+
+    Args:
+        playground: the loaded models.
+        age: position of the age slider.
+        chosen: values of the menus: the name of a model, a list of names, or None.
+    """
+    lists = [[value] if isinstance(value, str) else value or [] for value in chosen]
+    return playground.age_html([name for names in lists for name in names], age)
 
 
 def show_stream(

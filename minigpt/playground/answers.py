@@ -159,17 +159,19 @@ class Playground:
             return name
         return ages[max(int(age), 0) * len(ages) // n].name
 
-    def age_html(self, names: Sequence[str] | None, age: int | None) -> str:
+    def age_html(self, names: Sequence[str], age: int | None) -> str:
         """Return the loss curves of models as HTML, each with a line at the selected snapshot.
 
         Models without snapshots or without a loss curve are left out.
 
         Args:
-            names: names of the models, as in `chosen`.
+            names: names of models that visitors chose; names of unknown models are left out. If
+                there are fewer than MAX_RUNS, the first of the other models are added.
             age: position of the age slider, as in `aged`.
         """
-        curves = {}
-        for name in self.chosen(names):
+        curves, known = {}, [name for name in dict.fromkeys(names) if name in self.models]
+        others = [name for name in self.models if name not in known]
+        for name in known + others[: max(MAX_RUNS - len(known), 0)]:
             model = self.models[name]
             if model.curve is not None and model.ages:
                 key = self.aged(name, age)

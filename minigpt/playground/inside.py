@@ -135,10 +135,13 @@ def _answer(playground: Playground, name: str, text: str, function: Answer) -> s
     try:
         model = playground.models[name]
         ids = encode_prompt(model.tokenizer, checked_text(text, "a sentence"))
-        ids = ids[:, : min(MAX_COLUMNS, model.net.config.context_length)]
-        return function(model, ids.to(model.net.embedding.weight.device))
+        n_tokens, most = ids.shape[1], min(MAX_COLUMNS, model.net.config.context_length)
+        answer = function(model, ids[:, :most].to(model.net.embedding.weight.device))
     except UserError as error:
         return html.note_html(str(error), "error")
+    if n_tokens > most:
+        answer += html.note_html(f"Only the first {most} of {n_tokens} tokens are shown.")
+    return answer
 
 
 def _columns(model: LoadedModel, ids: Tensor) -> list[str]:

@@ -27,8 +27,11 @@ from minigpt.playground.age_page import (
     Stream,
     age_slider,
     at_age,
+    curves_of,
+    model_choices,
     place_of,
     show_answer,
+    show_curves,
     show_stream,
 )
 from minigpt.playground.answers import MAX_PROMPT, MAX_RUNS, MAX_TOKENS, Playground
@@ -107,6 +110,7 @@ def build_page(playground: Playground, training: Training | None = None) -> Page
             _attention_tab(playground, page)
         with _tab("Layers"):
             _layers_tab(playground)
+        show_curves(page)
         if training is not None:
             with gr.Tab("Train") as tab:
                 training_tab(page, tab, playground, training)
@@ -124,16 +128,14 @@ def build_app(hosts: Hosts, training: Training | None = None) -> App:
     Args:
         hosts: the hosts of this server; requests with another Host or Origin are refused.
         training: the queue of training runs and its access token. None means that visitors cannot
-            train, so no access token is checked.
+            train, so uploads are refused.
     """
 
     class GuardedApp(App):
         def build_middleware_stack(self) -> Any:
             access = None if training is None else training.access
             stack = with_limit(super().build_middleware_stack(), access)
-            if access is not None:
-                stack = with_token(stack, access)
-            return guarded(stack, hosts)
+            return guarded(with_token(stack, access), hosts)
 
     return GuardedApp(default_response_class=ORJSONResponse)
 
@@ -144,29 +146,26 @@ def _refresh_models(page: Page) -> None:
     The age slider and the loss curves appear when the first model with snapshots is added. The
     length of the slider does not change.
     """
-    choices = [
-        block
-        for block in page.blocks.values()
-        if isinstance(block, gr.Dropdown) and block.label in ("Model", "Models", START_FROM)
-    ]
+    blocks, choices = page.blocks.values(), model_choices(page)
+    starts = [b for b in blocks if isinstance(b, gr.Dropdown) and b.label == START_FROM]
     playground = page.playground
     known = gr.State(list(playground.models))
-    outputs = [known, page.age_column, page.curves, *choices]
+    outputs = [known, page.age_column, page.curves, *choices, *starts]
 
-    def refresh(known: list[str], age: int) -> list[Any]:
+    def refresh(known: list[str], age: int, *chosen: Any) -> list[Any]:
         names = list(playground.models)
         if names == known:
             return [gr.skip()] * len(outputs)
-        updates = []
-        for choice in choices:
-            is_start = choice.label == START_FROM
-            listed = start_choices(playground) if is_start else names
-            updates.append(gr.Dropdown(listed, visible=is_start or len(names) > 1))
         column = gr.Column(visible=playground.has_ages)
-        return [names, column, playground.age_html(None, age), *updates]
+        updates = [gr.Dropdown(names, visible=len(names) > 1) for _ in choices]
+        updates += [gr.Dropdown(start_choices(playground)) for _ in starts]
+        return [names, column, curves_of(playground, age, chosen), *updates]
 
     for event in (page.load, gr.Timer(REFRESH_SECONDS).tick):
-        event(refresh, [known, page.age], outputs, show_progress="hidden", api_visibility="private")
+        event(
+            refresh, [known, page.age, *choices], outputs, show_progress="hidden",
+            api_visibility="private",
+        )  # fmt: skip
 
 
 def _tab(label: str) -> gr.Tab:

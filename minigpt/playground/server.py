@@ -141,8 +141,12 @@ def serve(
     if not is_loopback and login is None:
         log.warning("anyone who can reach this machine can use the page: auth sets a login")
     url = str(page.local_url)
-    url = url if training is None else training.access.url(url)
+    through_proxy = "" if root_path is None else root_path
+    if training is not None:
+        url, through_proxy = training.access.url(url), training.access.url(through_proxy)
     log.info("open %s in a browser (Ctrl-C stops the page)", url)
+    if root_path is not None:
+        log.info("through your proxy, its address is %s", through_proxy)
     ended = threading.Event()
     if training is not None:
         watch = partial(training.watch, playground, ended)

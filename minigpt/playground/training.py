@@ -46,6 +46,7 @@ MAX_JOBS = 20  # older jobs are removed; if so many can be continued, no other c
 TEXT = "text.txt"  # name of the pasted text
 FULL = "The disk is full: free some space, then continue."  # error of a stopped job
 _START_SECONDS = 30.0  # a new process must lock its job within this time
+_LONGEST_NAME = 60  # characters of the name of a stored upload
 _LOCK_SECONDS = 10.0  # time to wait for another server that changes the queue
 
 State = Literal["waiting", "running", "stopped", "failed", "finished"]
@@ -252,6 +253,8 @@ class TrainingQueue:
         settings = {**settings, "names": names, "renamed": renamed, "pasted": pasted}
         write_json(job.folder / JOB, settings)
         targets = list(job.uploads)
+        for target in targets:
+            target.parent.mkdir()
         if pasted:
             write_text(targets.pop(0), text or "")
         for path, target in zip(files, targets, strict=True):  # after an error, all files remain
@@ -429,9 +432,12 @@ def _check(text: str | None, files: Sequence[Path], size: str, minutes: float | 
 
 
 def _stored(index: int, name: str) -> str:
-    """Return the file name of a stored upload: its index and the extensions of `name`."""
-    match = re.search(r"(\.[a-z0-9]{1,8}){1,2}$", name.lower())
-    return f"{index:03d}{match[0] if match else ''}"
+    """Return the path of a stored upload: a folder with its number, and a harmless form of `name`.
+
+    The model card of the run names the file, so its name should be the one that the visitor knows.
+    """
+    harmless = re.sub(r"[^\w.-]", "_", name).lstrip(".-")[-_LONGEST_NAME:]
+    return f"{index:03d}/{harmless or TEXT}"
 
 
 def _read(path: Path) -> dict[str, Any]:

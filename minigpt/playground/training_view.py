@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ def _run_html(run: Path, tokens: int | None) -> str:
     if rows:
         facts = [f"{human_count(values['tokens'])} of {human_count(tokens or 0)} tokens"]
         if "train/loss" in values:
-            facts.append(f"loss {values['train/loss']:.3f}")
+            loss = values["train/loss"]
+            facts.append(f"loss {loss:.3f}, perplexity {math.exp(min(loss, 99)):.2f}")
         if "val/perplexity" in values:
             facts.append(f"validation perplexity {values['val/perplexity']:.2f}")
         if rate := values.get("tokens_per_second"):

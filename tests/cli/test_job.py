@@ -123,7 +123,7 @@ def test_stopped_job_continues_with_the_same_settings(queue, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "names"),
     [
-        ("a.txt", b"one story", ["data"]),
+        ("a.txt", b"one story", [str(job_module.MIN_WORDS)]),
         ("a.txt", b"\xff\xfe\x00\x00", ["a.txt"]),
         ("a.png", b"\x89PNG\r\n", ["a.png"]),
         ("a.csv", b"x,y\n1", ["a.csv"]),
@@ -215,10 +215,19 @@ def test_speed_is_measured_without_leaving_a_run(tmp_path):
     config = composed([*tiny_overrides(tmp_path), "budget.tokens=1e6"])
     assert tokens_per_second(config, tmp_path / "calibration", seconds=0) > 0
     assert not (tmp_path / "calibration").exists()
-    words = budget_words(config, 64 * 30.5)
+    words = budget_words(config, 30.5 / 60, 64, 1000)
     assert words["budget.tokens"] == 64 * 30
     assert words["optimizer.warmup_steps"] == 2
-    assert budget_words(config, 0)["callbacks.snapshots"] == 2
+    assert budget_words(config, 0, 64, 1000)["callbacks.snapshots"] == 2
+
+
+@pytest.mark.parametrize(
+    ("minutes", "megabytes", "n"), [(1, 1, 5), (60, 1, 20), (1440, 1, 40), (60, 100, 11)]
+)
+def test_long_training_validates_more_often_unless_its_text_is_long(minutes, megabytes, n):
+    config = load_config("train", ["data=text", "data.train_files=[a.txt]"])
+    words = budget_words(config, minutes, 13_000, megabytes * 10**6)
+    assert words["trainer.n_validations"] == n
 
 
 def interrupted() -> RuntimeError:

@@ -58,6 +58,13 @@ def test_text_is_trained_stopped_continued_and_writes_a_story(training: Served, 
         open_tab(second)
         expect(second.locator("#training")).to_contain_text("tokens/s")
         second.close()
+        browser = page.context.browser
+        page.close()  # the visitor closes the tab, and later opens the page again
+        page = browser.new_page()
+        page.goto(training.token_url)
+        view = page.locator("#training")
+        open_tab(page)
+        expect(view).to_contain_text("tokens/s")
         page.locator("#stop-training").click()
         expect(view.locator(".note").first).to_have_text("stopped", timeout=120 * SECONDS)
         page.locator("#continue-training").click()

@@ -10,7 +10,7 @@ from minigpt.playground.access import Access, may_train, with_token
 
 
 def answer(
-    access: Access, path: str = "/", method: str = "GET", query: str = "",
+    access: Access | None, path: str = "/", method: str = "GET", query: str = "",
     more: list[tuple[bytes, bytes]] | None = None, **headers: str,
 ):  # fmt: skip
     """Return the status and the headers of the answer; 200 if the request reaches the page."""
@@ -53,6 +53,13 @@ def test_uploads_need_the_cookie():
     for other in ('prefs={"theme":"dark"}', "user=John Doe", "a/b=c"):  # of other programs
         cookie = f"{other}; {access.cookie}={access.token}"
         assert answer(access, **upload, cookie=cookie)[0] == 200
+
+
+def test_page_that_cannot_train_takes_no_uploads():
+    upload = {"path": "/gradio_api/upload", "method": "POST", "content_type": "multipart/form-data"}
+    assert answer(None, **upload)[0] == 403
+    assert answer(None, **{**upload, "path": "/login"})[0] == 200
+    assert answer(None, query="token=")[0] == 200
 
 
 @pytest.mark.parametrize("types", [["multipart/x", "text/plain"], ["text/plain", "multipart/x"]])

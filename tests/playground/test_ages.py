@@ -106,7 +106,7 @@ def test_answers_follow_the_age_with_the_same_seed(playground):
 
 def test_loss_curve_has_a_marker_at_the_age(playground):
     _name, _ = playground.models
-    curves = [playground.age_html(None, age) for age in range(N + 1)]
+    curves = [playground.age_html([], age) for age in range(N + 1)]
     marks = [re.findall(r'class="age" d="M([\d.]+)', curve) for curve in curves]
     assert all(len(mark) == 1 for mark in marks)  # the other model has no snapshots
     positions = [float(mark) for (mark,) in marks]

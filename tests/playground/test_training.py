@@ -79,16 +79,17 @@ def test_process_that_has_not_locked_its_job_yet_counts_as_running(queue, monkey
     assert job.state == "stopped"
 
 
-def test_uploads_are_moved_and_lose_their_names(queue, tmp_path):
+def test_uploads_are_moved_and_get_harmless_names(queue, tmp_path):
     names = ["stories.csv.gz", "..\\x y.TXT", "$(rm -rf).md", "none"]
     files = [tmp_path / name for name in names]
     for path in files:
         path.write_text(path.name)
     job = add(queue, files=files)
     assert not any(path.exists() for path in files)
-    stored = {path.name: path.read_text() for path in job.uploads}
-    assert stored == {"000.txt": TEXT, "001.csv.gz": names[0], "002.txt": names[1],
-                      "003.md": names[2], "004": names[3]}  # fmt: skip
+    stored = {f"{path.parent.name}/{path.name}": path.read_text() for path in job.uploads}
+    assert stored == {"000/text.txt": TEXT, "001/stories.csv.gz": names[0],
+                      "002/_x_y.TXT": names[1], "003/__rm_-rf_.md": names[2],
+                      "004/none": names[3]}  # fmt: skip
     assert list(job.uploads.values()) == ["text.txt", *names]
     job.delete_data()
     assert not any(path.exists() for path in job.uploads)
