@@ -146,13 +146,7 @@ def _expand(patterns: Sequence[str], field: str) -> dict[tuple[int, int], Path]:
             (ending, _), *_ = [*endings.most_common(1), (".txt", 0)]
             files = {argument: [f"{path}/*{ending}"]}
             raise UserError(f"{path} is a folder; give the files in it", argument, fix=files)
-        # Brackets in the name of an existing folder or file are not part of a glob pattern.
-        real = next(p for p in (path, *path.parents) if p.exists())
-        known, rest = Path(glob.escape(str(real))), str(path.relative_to(real))
-        matches = glob.glob(str(known / rest), recursive=True)
-        if not matches:  # in other names, they are one only if a file matches that pattern
-            matches = glob.glob(str(known / rest.replace("[", "[[]")), recursive=True)
-        files = [match for match in map(Path, sorted(matches)) if match.is_file()]
+        files = _matches(path)
         if not files:
             raise UserError(f"no file matches {path} (working directory {Path.cwd()})", argument)
         for file in files:
@@ -160,6 +154,22 @@ def _expand(patterns: Sequence[str], field: str) -> dict[tuple[int, int], Path]:
             stat = file.stat()
             paths.setdefault((stat.st_dev, stat.st_ino), file)
     return paths
+
+
+def _matches(path: Path) -> list[Path]:
+    """Return the files that match a path with a glob pattern, sorted."""
+    # Brackets in the name of an existing folder or file are not part of a glob pattern.
+    real = next(p for p in (path, *path.parents) if p.exists())
+    known, rest = Path(glob.escape(str(real))), str(path.relative_to(real))
+    matches = glob.glob(str(known / rest), recursive=True)
+    if not matches:  # in other names, they are one only if a file matches that pattern
+        matches = glob.glob(str(known / rest.replace("[", "[[]")), recursive=True)
+    return [match for match in map(Path, sorted(matches)) if match.is_file()]
+
+
+def are_available(patterns: Sequence[str]) -> bool:
+    """Return whether every path or glob pattern of a list matches at least one file."""
+    return all(_matches(user_path(pattern)) for pattern in patterns)
 
 
 def download_tinystories(folder: Path, tokens: int | None, valid_only: bool = False) -> Corpus:

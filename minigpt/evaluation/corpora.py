@@ -10,7 +10,7 @@ from typing import Any
 from minigpt.core.settings import UserError, build
 from minigpt.data.config import DataConfig, with_cache_here
 from minigpt.data.corpus import Corpus
-from minigpt.data.sources import bundled_sample, open_corpus
+from minigpt.data.sources import are_available, bundled_sample, open_corpus
 from minigpt.evaluation.loss import Score
 
 
@@ -35,8 +35,9 @@ def own_data(run_config: dict[str, Any]) -> DataConfig | None:
 
     Returns:
         The settings; None if the data cannot be found. This is the case for an export of a run on
-        the user's own files or on a local dataset, because an export does not record their paths.
-        It is also the case for the source `tinystories_tuning`, which is no longer bundled.
+        the user's own files or on a local dataset, because an export does not record their paths,
+        and for a run whose files are gone, such as the uploads of a run that the playground has
+        trained. It is also the case for the source `tinystories_tuning`, no longer bundled.
 
     Raises:
         UserError: the configuration has no valid data settings.
@@ -49,7 +50,11 @@ def own_data(run_config: dict[str, Any]) -> DataConfig | None:
         return None
     if data.get("source") == "tinystories_tuning":  # part of the first edition of the sample
         return None
-    return with_cache_here(build(DataConfig, data, "data"))
+    settings = with_cache_here(build(DataConfig, data, "data"))
+    files = settings.valid_files or settings.train_files
+    if settings.source == "text" and not are_available([*files]):
+        return None
+    return settings
 
 
 def score_corpora(data: DataConfig, valid: str | None, score: Callable[[Corpus], Score]) -> Scores:

@@ -35,6 +35,7 @@ from minigpt.evaluation.corpora import Scores, score_corpora
 from minigpt.evaluation.loss import WINDOWS, Loss, Score, checked_stride, window_batches, windows
 from minigpt.evaluation.results import check_writable, file_name
 from minigpt.model import IGNORE_INDEX
+from minigpt.runs.names import CONFIG
 from minigpt.tokenizer import utf8_length
 
 _CHUNK = 1024  # tokens of a window per forward pass; the key/value cache holds earlier tokens
@@ -146,6 +147,9 @@ def _load(folder: Path) -> tuple[Any, Any]:
         UserError: transformers is missing, transformers cannot load a causal language model from
             the folder, or the tokenizer has no end-of-sequence token.
     """
+    if (folder / CONFIG).is_file():
+        problem = "this is a model of Mini GPT: evaluate it by ckpt instead of hf"
+        raise UserError(problem, "hf", str(folder), command=("evaluate", {"ckpt": str(folder)}))
     if not (folder / "config.json").is_file():
         example = "download a model with hf download NAME --local-dir FOLDER"
         problem = f"this is not a folder with a Hugging Face model: {example}"
