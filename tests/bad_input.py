@@ -279,7 +279,7 @@ SETTINGS: list[Case] = [
     ("train.py TINY data.vocab_size=3", None, ("data.vocab_size=3000", "257", "65536")),
     ("train.py TINY data.vocab_size=1e6", None, ("data.vocab_size=3000", "257", "65536")),
     ("train.py TINY data.holdout=1", None, "holdout"),
-    ("train.py TINY data.noise=1", None, ("data.noise", "1")),
+    ("train.py TINY data.noise=2", None, ("data.noise", "2")),
     ("train.py TINY data.noise=-0.1", None, ("noise", "-0.1")),
     ("train.py TINY data.max_stories=0", None, ("max_stories", "0")),
     ("train.py TINY data.separator=", None, ("separator", "<|endoftext|>")),

@@ -47,10 +47,11 @@ from minigpt.data.sources import bundled_sample
 from minigpt.model import GPT
 from minigpt.runs.checkpoint import snapshot_values
 from minigpt.runs.folder import Run
+from minigpt.runs.names import OVER_TIME_ANIMATION as SETTLING
 from minigpt.runs.names import OVER_TIME_FIGURE as FIGURE
 from minigpt.runs.names import OVER_TIME_TABLE as TABLE
 
-SETTLING, DATA = "embeddings.html", "over-time.json"
+DATA = "over-time.json"
 TEMPERATURE = 0.8
 COUNTED_STORIES = 2000  # training stories in which the frequencies of tokens are counted
 _SENTENCE = re.compile(r"[^.!?]+[.!?]+[\"”']*|[^.!?]+$")

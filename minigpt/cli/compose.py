@@ -146,13 +146,19 @@ def composed_words(name: str, typed: Sequence[str], folder: Path | None = None) 
         typed: settings as typed on the command line.
         folder: folder with additional config groups.
     """
-    words = [re.sub("^teacher=", "teacher.runs=", w) for w in typed if not names_class(w, name)]
+    words = [_teacher_word(word) for word in typed if not names_class(word, name)]
     folders = [Path(path) for path in (config_source(), folder) if path is not None]
     has_local = any((path / "local").is_dir() for path in folders)
     if name == "train" and has_local and (local := os.environ.get("MINIGPT_LOCAL")):
         words.insert(first_setting(words), f"local={local}")
     hints, sweep = types_of_settings(name, typed), is_sweep(words)
     return [hydra_word(word, hints, sweep) for word in words]
+
+
+def _teacher_word(word: str) -> str:
+    """Return a typed setting in which teacher= is teacher.runs=; null means no teachers."""
+    word = re.sub(r"^(\+{0,2})teacher=", r"\1teacher.runs=", word)
+    return re.sub("^(.*teacher\\.runs)=(null|None)$", r"\1=[]", word)
 
 
 def first_setting(words: Sequence[str]) -> int:
@@ -269,11 +275,15 @@ def train_config(
     from minigpt.runs.folder import class_path, config_class
     from minigpt.training.config import TrainConfig
 
-    settings = {k: v for k, v in values["model"].items() if k != "class_path"}
     for group in ("model", "teacher"):  # the settings of the command line were removed
+        if not isinstance(values.get(group), dict):  # by ~teacher or ++teacher.=...
+            raise UserError(
+                "the settings of this section are missing: leave them as they are", group
+            )
         if (path := values[group].get("class_path")) is not None:
             problem = "a config file must not name code to import: set this on the command line"
             raise UserError(problem, f"{group}.class_path", path)
+    settings = {k: v for k, v in values["model"].items() if k != "class_path"}
     shape = build(config_class(model), settings, "model")
     name = None if model is None else class_path(model)
     more = {"size": size, "overrides": list(overrides), "model": shape, "model_class": name}

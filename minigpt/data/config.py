@@ -128,7 +128,7 @@ class DataConfig:
             raise UserError("must not be empty", "separator", fix={"separator": END_OF_TEXT})
         limits = "download_tokens", "max_stories"
         check(self, "must be at least 1, or null (None in Python)", lambda n: n >= 1, *limits)
-        check(self, "must be at least 0 and below 1", lambda share: 0 <= share < 1, "noise")
+        check(self, "must be from 0 to 1", lambda share: 0 <= share <= 1, "noise")
         check_vocab_size(self.vocab_size)
         if self.tokenizer == "":
             fix = {"tokenizer": "releases/large"}

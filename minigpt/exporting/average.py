@@ -7,7 +7,6 @@ measured in docs/LOG.md, 2026-11-25).
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from minigpt.core.settings import UserError
 from minigpt.model import GPT
-from minigpt.runs.checkpoint import weights_fingerprint
+from minigpt.runs.checkpoint import rounded_fingerprint, weights_fingerprint
 from minigpt.runs.folder import Run
 from minigpt.runs.names import SUMMARY
 from minigpt.runs.provenance import AveragedRun, own_teachers, parent_of, portable_overrides
@@ -44,11 +43,11 @@ def average(model: GPT, run: Run, others: Sequence[str]) -> dict[str, Any]:
         problem = "this run was not initialised from another run: leave this option out"
         raise UserError(problem, "average")
     _refuse_mean(run)
-    folders, included = {run.folder.resolve()}, {_rounded_fingerprint(model)}
+    folders, included = {run.folder.resolve()}, {rounded_fingerprint(model)}
     for number, name in enumerate(others, start=2):
         other = Run.load(name, run.model)
         weights = weights_fingerprint(other_model := other.load_model())
-        folder, rounded = other.folder.resolve(), _rounded_fingerprint(other_model)
+        folder, rounded = other.folder.resolve(), rounded_fingerprint(other_model)
         if folder in folders or rounded in included:
             raise UserError(f"{name} is already in the mean: give each run once", "average", name)
         folders.add(folder)
@@ -70,14 +69,6 @@ def _refuse_mean(run: Run) -> None:
     if run.summary.get("averaged"):
         problem = f"{run.folder} is already a mean: average all of its runs in one command"
         raise UserError(problem, "average", str(run.folder))
-
-
-def _rounded_fingerprint(model: GPT) -> str:
-    """Return the fingerprint of the weights after rounding to bfloat16.
-
-    A run and its export in bfloat16 have the same rounded fingerprint.
-    """
-    return weights_fingerprint(copy.deepcopy(model).bfloat16())
 
 
 def _record(run: Run, weights: str) -> AveragedRun:

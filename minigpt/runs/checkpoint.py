@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
@@ -94,6 +95,14 @@ def weights_fingerprint(model: GPT) -> str:
         digest.update(name.encode())
         digest.update(weight.detach().float().cpu().contiguous().numpy().data)
     return digest.hexdigest()
+
+
+def rounded_fingerprint(model: GPT) -> str:
+    """Return the fingerprint of the weights after rounding to bfloat16.
+
+    A run and its export in bfloat16 have the same rounded fingerprint.
+    """
+    return weights_fingerprint(copy.deepcopy(model).bfloat16())
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -9,7 +9,9 @@ SAMPLES = "samples.jsonl"
 SUMMARY = "summary.json"
 REPORT = "report.html"
 EVALUATION = "evaluation.json"
-OVER_TIME_TABLE, OVER_TIME_FIGURE = "over-time.md", "over-time.png"  # of a study of the snapshots
+# Files of a study of the snapshots.
+OVER_TIME_TABLE, OVER_TIME_FIGURE = "over-time.md", "over-time.png"
+OVER_TIME_ANIMATION = "embeddings.html"
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"  # folder of event files
 SNAPSHOTS = "snapshots"  # snapshots/step-000000.safetensors, ...: bfloat16 weights

@@ -221,8 +221,13 @@ def teachers_of(record: Mapping[str, Any], path: Path) -> list[Parent]:
         UserError: an entry is not a valid record.
     """
     own, parent = own_teachers(record, path), parent_of(record, path)
-    everyone = [*own, *(t for teacher in own for t in teacher.teachers)]
-    return _distinct([*everyone, *(parent.teachers if parent else [])])
+    return _distinct([*with_their_teachers(own), *(parent.teachers if parent else [])])
+
+
+def with_their_teachers(teachers: Iterable[Parent]) -> list[Parent]:
+    """Return the records of teachers and of those that these have learned from, each once."""
+    own = list(teachers)
+    return _distinct([*own, *(t for teacher in own for t in teacher.teachers)])
 
 
 def own_teachers(record: Mapping[str, Any], path: Path) -> list[Parent]:

@@ -26,7 +26,14 @@ from minigpt.data.config import DataConfig
 from minigpt.model import GPTConfig
 from minigpt.runs.folder import Run
 from minigpt.runs.names import CONFIG, METRICS, SUMMARY
-from minigpt.runs.provenance import Parent, parent_of, portable_overrides, teachers_of, total_tokens
+from minigpt.runs.provenance import (
+    Parent,
+    own_teachers,
+    parent_of,
+    portable_overrides,
+    teachers_of,
+    total_tokens,
+)
 from minigpt.runs.records import Row, last_values, read_metrics, read_summary, series
 
 LATE = 0.05  # final fraction of a run over which the training loss is averaged
@@ -192,7 +199,7 @@ def read_run(path: Path) -> RunResult:
         model=numbers.get("model", "unknown"),
         data=data,
         corpus=corpus,
-        recipe=_recipe(config, summary, parent, teachers),
+        recipe=_recipe(config, summary, parent, own_teachers(summary, path / SUMMARY)),
         seed=seed,
         status=numbers.get("status", "unfinished"),
         parameters=number("parameters"),

@@ -35,7 +35,7 @@ from minigpt.kernels.distillation import Distillation
 from minigpt.kernels.microbatch import microbatched_loss
 from minigpt.model import Kernels
 from minigpt.runs.names import CONFIG, METRICS, TOKENIZER
-from minigpt.runs.provenance import source_commit, total_tokens
+from minigpt.runs.provenance import source_commit, total_tokens, with_their_teachers
 from minigpt.runs.records import read_summary
 from minigpt.training.callbacks import RunReport, StorySamples, Throughput, TrainingProgress
 from minigpt.training.checkpointing import CallbackStates, Checkpoints
@@ -122,7 +122,7 @@ class Assembly:
             lines["weights"] = f"from {parent.name}, trained on {seen} tokens, with its tokenizer"
         if (teachers := self.start.teachers) is not None:
             names, c = ", ".join(record.name for record in teachers.records), config.teacher
-            seen = _tokens_seen(total_tokens(teachers.records))
+            seen = _tokens_seen(total_tokens(with_their_teachers(teachers.records)))
             settings = f"weight {c.weight:g}, temperature {c.temperature:g}"
             lines["teachers"] = f"{names}, trained on {seen} tokens: {settings}"
         for key, text in lines.items():

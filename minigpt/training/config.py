@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -196,27 +195,28 @@ class TeacherConfig:
     runs: tuple[str, ...] = ()
     """Run folders, checkpoints or exports of the teachers; the probabilities of several teachers
     are averaged. Without teachers, the model learns only from the text. On the command line,
-    teacher=releases/large is short for teacher.runs=releases/large."""
+    teacher=releases/large is short for teacher.runs=releases/large, and teacher=null means no
+    teachers."""
     weight: float = 0.5
     """Weight w of the divergence from the teachers in the training objective, from 0 to 1; the
     cross-entropy has the weight 1 - w."""
     temperature: float = 1.0
     """Temperature of the teachers' and of the student's probabilities when the divergence between
-    them is computed; above 0."""
+    them is computed, from 0.01 to 100."""
     class_path: str | None = None
     """Dotted path of the teachers' model class; None means minigpt.model.GPT."""
 
     def __post_init__(self) -> None:
         expand_paths(self, "runs")
         check(self, "must be from 0 to 1", lambda w: 0 <= w <= 1, "weight")
-        check(self, "must be positive and finite", lambda t: 0 < t < math.inf, "temperature")
+        check(self, "must be from 0.01 to 100", lambda t: 0.01 <= t <= 100, "temperature")
         if "" in self.runs:
             problem = "must not contain an empty path; leave it out, or give a run"
             raise UserError(problem, "runs", fix={"runs": ["releases/large"]})
         for name in () if self.runs else ("weight", "temperature"):
-            if (value := getattr(self, name)) != getattr(TeacherConfig, name):
-                problem = "has no effect without teachers; leave it out, or name some"
-                raise UserError(problem, name, value)
+            if (value := getattr(self, name)) != (default := getattr(TeacherConfig, name)):
+                problem = "has no effect without teachers; name some, or keep the default"
+                raise UserError(problem, name, value, {name: default})
 
 
 @dataclass(frozen=True)
@@ -458,7 +458,9 @@ def _check_decays(optimizer: OptimizerConfig, n_steps: int, per_step: int, lengt
     cycles, name = optimizer.cycles, "optimizer.cycle_share"
     if cycles and optimizer.cycle_share * n_steps < 1:
         share = (10_000 // n_steps + 1) / 10_000  # just over one step
-        fix = {name: share} if cycles * share < 1 else {"optimizer.cycles": 0}
+        most = min(cycles, int(0.5 / share))  # so that they take at most half of the run
+        fix = {} if most == cycles else {"optimizer.cycles": most}
+        fix |= {name: share} if most else {}
         message = f"a cycle would be shorter than one step; the run has {length}"
         raise UserError(message, name, optimizer.cycle_share, fix)
     end = optimizer.decay_ends(n_steps)[0]

@@ -24,7 +24,14 @@ from minigpt.core.plots import COLOURS, INK, log_ticks, new_figure, to_svg
 from minigpt.core.settings import next_step
 from minigpt.core.text import human_count, human_time
 from minigpt.runs.folder import read_config
-from minigpt.runs.names import CONFIG, OVER_TIME_FIGURE, OVER_TIME_TABLE, REPORT, SNAPSHOTS
+from minigpt.runs.names import (
+    CONFIG,
+    OVER_TIME_ANIMATION,
+    OVER_TIME_FIGURE,
+    OVER_TIME_TABLE,
+    REPORT,
+    SNAPSHOTS,
+)
 from minigpt.runs.records import Row, last_values, read_metrics, read_samples, read_summary, series
 
 if TYPE_CHECKING:
@@ -35,6 +42,7 @@ TRAIN, VAL, OTHER = COLOURS
 PERPLEXITY = "val/perplexity"
 CURVES = (  # column of metrics.csv, title, axis label, colour
     (PERPLEXITY, "Validation perplexity", "perplexity (log scale)", VAL),
+    ("train/divergence", "Divergence from the teachers", "KL (nats per token)", TRAIN),
     ("tokens_per_second", "Throughput", "tokens per second", OTHER),
     ("lr", "Learning rate", "learning rate", OTHER),
 )
@@ -65,7 +73,7 @@ def write_report(run_dir: Path) -> Path:
         tokens=human_count(summary.get("tokens") or last_values(rows).get("tokens", 0)),
         summary=summary,
         headline=_headline(rows, summary),
-        details=_details(summary),
+        details=_details(summary, run_dir),
         charts=_charts(rows),
         stages=_stages(read_samples(run_dir), rows),
         config=config.read_text(encoding="utf-8") if config.is_file() else "",
@@ -99,8 +107,8 @@ def _headline(rows: list[Row], summary: dict[str, Any]) -> list[tuple[str, str, 
     ]
 
 
-def _details(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return (key, value as text) for every entry of summary.json."""
+def _details(summary: dict[str, Any], run_dir: Path) -> list[tuple[str, str]]:
+    """Return (key, value as text) for every entry of summary.json, and the settings of teachers."""
 
     def text(value: Any) -> str:
         if value is None:
@@ -113,16 +121,28 @@ def _details(summary: dict[str, Any]) -> list[tuple[str, str]]:
             return f"{value:,.6g}"
         return f"{value:,}" if isinstance(value, int) else str(value)
 
-    return [(key, text(value)) for key, value in summary.items()]
+    teacher = _config(run_dir).get("teacher") or {}
+    names = ("weight", "temperature") if teacher.get("runs") else ()
+    settings = {f"teacher.{name}": teacher.get(name) for name in names}
+    return [(key, text(value)) for key, value in {**summary, **settings}.items()]
+
+
+def _config(run_dir: Path) -> dict[str, Any]:
+    return read_config(run_dir) if (run_dir / CONFIG).is_file() else {}
 
 
 def _over_time(run_dir: Path) -> dict[str, str] | None:
-    """Return figure (a data URL) and table (Markdown) of the study of the snapshots, or None."""
+    """Return figure (a data URL) and table (Markdown) of the study of the snapshots, or None.
+
+    `animation` is the name of the page with the animation of the embeddings, in the run folder; ""
+    means that there is none.
+    """
     figure, table = run_dir / OVER_TIME_FIGURE, run_dir / OVER_TIME_TABLE
     if not (figure.is_file() and table.is_file()):
         return None
     url = f"data:image/png;base64,{base64.b64encode(figure.read_bytes()).decode()}"
-    return {"figure": url, "table": table.read_text(encoding="utf-8")}
+    animation = OVER_TIME_ANIMATION if (run_dir / OVER_TIME_ANIMATION).is_file() else ""
+    return {"figure": url, "table": table.read_text(encoding="utf-8"), "animation": animation}
 
 
 def _commands(run_dir: Path) -> list[tuple[str, str]]:
@@ -131,7 +151,7 @@ def _commands(run_dir: Path) -> list[tuple[str, str]]:
     run = (run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run).as_posix()
     generation = "Generate stories from your own prompts"
     evaluation = "Evaluate: perplexity of the whole validation split, stories at four temperatures"
-    model_class = read_config(run_dir).get("model_class") if (run_dir / CONFIG).is_file() else None
+    model_class = _config(run_dir).get("model_class")
     own = {} if model_class is None else {"class_path": str(model_class)}
     commands = [
         (evaluation, next_step("evaluate", ckpt=run, **own)),

@@ -24,6 +24,7 @@ from minigpt.runs.folder import (
 from minigpt.runs.names import (
     CHECKPOINTS,
     CONFIG,
+    OVER_TIME_ANIMATION,
     OVER_TIME_FIGURE,
     OVER_TIME_TABLE,
     REPORT,
@@ -172,6 +173,7 @@ class ResumeState:
             problem = f"{folder} was trained with the class {name}, which must be given"
             raise ModelClassError(problem, name)
         before = TrainConfig.from_dict(values, config_class(model or GPT))
+        paths = _teacher_paths(config, before, folder, teacher)
         check = check_settings if config.resume == AUTO else warn_of_ignored_settings
         check(config, before, folder)
         data = with_cache_here(before.data, config.data.cache_dir)
@@ -181,10 +183,10 @@ class ResumeState:
         given = parent or before.data.tokenizer or before.teacher.runs
         if parent is not None:  # an earlier version recorded more or less about the parent
             stored = {**stored, "init_from": dataclasses.asdict(parent)}
-        paths = _teacher_paths(config, before, folder, teacher)
-        teachers = Teachers.load(paths, folder, teacher) if paths else None
-        if teachers is not None:
-            teachers = teachers.recorded_in(stored, checkpoint)
+        teachers = None
+        if paths:
+            teachers = _teachers_again(paths, config, folder, teacher)
+            teachers = teachers.recorded_in(stored, checkpoint, paths)
         taught_by = dataclasses.replace(before.teacher, runs=paths)
         return cls(
             dataclasses.replace(before, data=data, teacher=taught_by),
@@ -285,7 +287,7 @@ class ResumeState:
         is no checkpoint, the run starts over, and the results of the earlier attempt are removed.
         """
         if self.checkpoint is None:
-            for name in (SUMMARY, REPORT, OVER_TIME_TABLE, OVER_TIME_FIGURE):
+            for name in (SUMMARY, REPORT, OVER_TIME_TABLE, OVER_TIME_FIGURE, OVER_TIME_ANIMATION):
                 (folder / name).unlink(missing_ok=True)
             for name in (SNAPSHOTS, PROFILE, TENSORBOARD):
                 shutil.rmtree(folder / name, ignore_errors=True)
@@ -298,6 +300,23 @@ class ResumeState:
             if not is_whole(path):  # it must not push an undamaged one out of the rotation
                 log.warning("%s is damaged: continuing from %s", path, self.checkpoint)
                 path.replace(path.with_name(f"{path.name}.damaged"))
+
+
+def _teachers_again(
+    paths: tuple[str, ...], config: TrainConfig, folder: Path, teacher: ModelFactory | None
+) -> Teachers:
+    """Load the teachers of a run that continues; if one is gone, say how to name its new path."""
+    try:
+        return Teachers.load(paths, folder, teacher)
+    except ModelClassError:
+        raise
+    except UserError as error:
+        if config.teacher.runs:  # typed by the user
+            raise
+        problem = f"{error.message}; if a teacher was moved, give the new path of each teacher"
+        names = [f"new/path/{Path(path).name}" for path in paths]
+        words = {"resume": str(folder), "teacher.runs": names}
+        raise UserError(problem, "teacher.runs", error.value, command=("train", words)) from None
 
 
 def _teacher_paths(

@@ -9,6 +9,7 @@ from typing import Any
 
 from minigpt.core.settings import ModelClassError, UserError
 from minigpt.model import GPT, GPTConfig
+from minigpt.runs.checkpoint import rounded_fingerprint
 from minigpt.runs.folder import ModelFactory, Run, load_one, with_factory
 from minigpt.runs.provenance import Parent, own_teachers
 from minigpt.tokenizer import Tokenizer
@@ -57,30 +58,39 @@ class Teachers:
         except ModelClassError as error:
             raise ModelClassError(error.message, error.class_name, "teacher") from None
         records = [run.provenance(model) for run, model in zip(runs, models, strict=True)]
-        weights = [record.weights for record in records]
+        weights = [rounded_fingerprint(model) for model in models]  # equal for a run and its export
         for i, path in enumerate(paths):
             if weights[i] in weights[:i]:
                 first = paths[weights.index(weights[i])]
                 problem = f"{first} and {path} have the same weights: give each teacher once"
-                raise UserError(problem, "teacher.runs", list(paths))
+                once = [p for j, p in enumerate(paths) if weights[j] not in weights[:j]]
+                raise UserError(problem, "teacher.runs", list(paths), {"teacher.runs": once})
         return cls(models, runs[0].tokenizer, records, runs)
 
-    def recorded_in(self, hyper_parameters: Mapping[str, Any], checkpoint: Path) -> Teachers:
-        """Return these teachers with the provenance records that the student's checkpoint contains.
+    def recorded_in(
+        self, hyper_parameters: Mapping[str, Any], checkpoint: Path, paths: Sequence[str]
+    ) -> Teachers:
+        """Return these teachers as the student's checkpoint records them.
+
+        They are in the order of the checkpoint, and have its provenance records.
 
         Args:
             hyper_parameters: hyper-parameters in the checkpoint.
             checkpoint: path of the checkpoint.
+            paths: paths of these teachers, for the error.
 
         Raises:
             UserError: the student was taught by teachers with other weights.
         """
         records = own_teachers(hyper_parameters, checkpoint)
-        if [r.weights for r in records] != [r.weights for r in self.records]:
+        weights = [record.weights for record in self.records]
+        if sorted(weights) != sorted(record.weights for record in records):
             names = ", ".join(record.name for record in records)
-            message = f"{checkpoint} was trained with other teachers: restore the runs {names}"
-            raise UserError(message, "teacher.runs", [record.name for record in self.records])
-        return replace(self, records=records)
+            message = f"{checkpoint} was trained with other teachers: give all of them, {names}"
+            raise UserError(message, "teacher.runs", list(paths))
+        order = [weights.index(record.weights) for record in records]
+        models, runs = [self.models[i] for i in order], [self.runs[i] for i in order]
+        return replace(self, models=models, runs=runs, records=records)
 
     def check_shape(self, student: GPTConfig) -> None:
         """Raise UserError if a student with the config `student` cannot learn from the teachers."""

@@ -249,3 +249,19 @@ def test_config_file_that_names_a_class_is_refused(tmp_path: Path, group: str):
     with pytest.raises(UserError) as error:
         load_config("train", ["experiment=power"], config_dir=tmp_path)
     assert error.value.argument == f"{group}.class_path"
+
+
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+@pytest.mark.parametrize(
+    ("value", "runs"),
+    [("releases/w64", ("releases/w64",)), ("[a,b]", ("a", "b")), ("null", ()), ("[]", ())],
+)
+def test_teacher_is_short_for_teacher_runs(plus: str, value: str, runs: tuple[str, ...]):
+    word = f"{plus}teacher={value}" if plus != "+" else f"++teacher.runs={value}"
+    assert load_config("train", ["experiment=distill", word]).teacher.runs == runs
+
+
+def test_removed_section_is_named():
+    with pytest.raises(UserError) as error:
+        load_config("train", ["~teacher"])
+    assert error.value.argument == "teacher"

@@ -20,7 +20,7 @@ from tests.conftest import naming
         ({"holdout": -0.1}, ["data.holdout", "-0.1"]),
         ({"separator": ""}, ["data.separator"]),
         ({"download_tokens": 0}, ["data.download_tokens", "0"]),
-        ({"noise": 1.0}, ["data.noise", "1.0"]),
+        ({"noise": 1.1}, ["data.noise", "1.1"]),
         ({"noise": -0.1}, ["data.noise", "-0.1"]),
         ({"noise": float("nan")}, ["data.noise", "nan"]),
         ({"max_stories": 0}, ["data.max_stories", "0"]),

@@ -29,16 +29,20 @@ def test_optimizer_settings_out_of_range_are_named(settings, names):
 
 
 @pytest.mark.parametrize(
-    ("settings", "n_steps", "named"),
+    ("settings", "n_steps", "fix"),
     [
-        ({"cycle_share": 0.01, "cycles": 2}, 20, ("optimizer.cycle_share", 0.0501)),
-        ({"cycle_share": 0.01, "cycles": 40}, 20, ("optimizer.cycles", 0)),
-        ({"cycle_share": 0.1, "cycles": 9}, 20, ("optimizer.warmup_steps", 0)),
-        ({"cycle_share": 0.3, "cycles": 2, "warmup_steps": 50}, 100, ("optimizer.warmup_steps", 4)),
+        ({"cycle_share": 0.01, "cycles": 2}, 20, {"optimizer.cycle_share": 0.0501}),
+        (
+            {"cycle_share": 0.01, "cycles": 40},
+            20,
+            {"optimizer.cycles": 9, "optimizer.cycle_share": 0.0501},
+        ),
+        ({"cycle_share": 0.1, "cycles": 9}, 20, {"optimizer.warmup_steps": 0}),
+        ({"cycle_share": 0.3, "cycles": 2, "warmup_steps": 50}, 100, {"optimizer.warmup_steps": 4}),
     ],
 )
 def test_cycles_that_do_not_fit_the_budget_name_settings_that_do(
-    settings: dict, n_steps: int, named: tuple[str, float]
+    settings: dict, n_steps: int, fix: dict[str, float]
 ):
     config = composed([f"budget.tokens={n_steps * 32 * 256}", "data.batch_size=32"])
     values = {"warmup_steps": 2} | settings
@@ -49,7 +53,7 @@ def test_cycles_that_do_not_fit_the_budget_name_settings_that_do(
 
     with pytest.raises(UserError) as error:
         schedule(values)
-    assert error.value.fix == dict([named])
+    assert error.value.fix == fix
     fixed = {name.removeprefix("optimizer."): value for name, value in error.value.fix.items()}
     assert schedule(values | fixed).n_steps == n_steps
 

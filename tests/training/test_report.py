@@ -114,6 +114,9 @@ def test_report_shows_the_study_of_the_snapshots_that_lies_in_the_run_folder(tmp
     assert source is not None
     assert base64.b64decode(source.removeprefix("data:image/png;base64,")) == b"figure"
     assert "# Measures <of> *run*" in html.unescape(page)
+    assert "embeddings.html" not in page
+    (folder / "embeddings.html").write_text("<p>the animation</p>")
+    assert ("a", "embeddings.html") in [(t, a.get("href")) for t, a in Page(report(folder)).tags]
 
 
 def test_page_is_well_formed_and_refers_to_nothing_outside(tmp_path):

@@ -92,6 +92,7 @@ def test_resume_with_a_teacher_is_bit_exact(
     with pytest.raises(UserError) as error:
         trained_folder([f"resume={broken}"])
     assert (error.value.argument, error.value.value) == ("teacher.runs", str(teacher))
+    assert f"resume={broken}" in str(error.value)
     trained_folder([f"resume={broken}", f"teacher={moved}"])
     ends = weights(whole), weights(broken)
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
@@ -107,6 +108,44 @@ def test_resume_with_another_teacher_is_refused(tiny: list[str], teacher: Path):
         with pytest.raises(UserError) as error:
             trained_folder([f"resume={student}", f"teacher={run}"])
         assert error.value.argument == "teacher.runs"
+
+
+def test_resume_finds_the_recorded_order_of_moved_teachers(
+    tiny: list[str], teacher: Path, monkeypatch: pytest.MonkeyPatch
+):
+    other = trained_folder([*tiny, "seed=5", "name=other"])
+    command = [*tiny, f"teacher=[{teacher},{other}]", "callbacks.checkpoint_steps=5"]
+    whole = trained_folder([*command, "name=whole"])
+    with monkeypatch.context() as patch:
+        patch.setattr("minigpt.training.module.GPTModule.on_train_batch_start", fail_at_step(6))
+        with pytest.raises(RuntimeError, match="interrupted"):
+            trained_folder([*command, "name=broken"])
+    broken = whole.parent / "broken"
+    with pytest.raises(UserError, match=naming("teacher", "other")) as error:
+        trained_folder([f"resume={broken}", f"teacher={other}"])
+    assert (error.value.argument, error.value.value) == ("teacher.runs", [str(other)])
+    trained_folder([f"resume={broken}", f"teacher=[{other},{teacher}]"])
+    ends = weights(whole), weights(broken)
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert read_summary(broken)["teachers"] == read_summary(whole)["teachers"]
+
+
+def test_run_and_its_export_are_one_teacher(tiny: list[str], teacher: Path, tmp_path: Path):
+    export(Run.load(teacher), tmp_path / "out", ExportConfig("safetensors", dtype="bfloat16"))
+    paths = [str(teacher), str(tmp_path / "out")]
+    with pytest.raises(UserError) as error:
+        trained_folder([*tiny, f"teacher=[{','.join(paths)}]", "name=student"])
+    assert error.value.fix == {"teacher.runs": paths[:1]}
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("drawn_charts")
+def test_report_shows_divergence_weight_and_temperature(tiny: list[str], teacher: Path):
+    words = [f"teacher={teacher}", "teacher.weight=0.75", "teacher.temperature=1.25"]
+    page = (trained_folder([*tiny, *words, "name=student"]) / "report.html").read_text()
+    assert "Divergence" in page
+    assert re.search(r"teacher\.weight.*?0\.75", page, re.DOTALL)
+    assert re.search(r"teacher\.temperature.*?1\.25", page, re.DOTALL)
 
 
 @pytest.mark.long
@@ -129,7 +168,8 @@ def test_summary_card_and_scaling_table_name_teachers_and_their_tokens(
     for folder in (child, keep_run(child, tmp_path / "kept")):
         run = read_run(folder)
         assert (run.tokens, run.teacher_tokens) == (seen[second] + 1280, total)
-        assert all(name in run.group for name in ("teacher", "other", "first"))
+        assert "taught by teacher" in run.group  # not by the teachers of its parent
+        assert "first" not in run.group
     assert read_run(teacher).teacher_tokens == 0
     assert human_count(total) in markdown([run], [])
 
