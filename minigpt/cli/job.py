@@ -220,10 +220,8 @@ def budget_words(config: Any, minutes: float, rate: float, n_bytes: int) -> dict
         rate: training speed in tokens per second.
         n_bytes: size of the text.
     """
-    per_step, tokens = (
-        config.data.windows_per_batch * config.model.context_length,
-        60 * minutes * rate,
-    )
+    tokens = 60 * minutes * rate
+    per_step = config.data.windows_per_batch * config.model.context_length
     n_steps = max(int(tokens) // per_step, 1)
     # A validation token takes a third of the time of a training token, and about four bytes.
     affordable = 0.3 * tokens / max(config.data.holdout * n_bytes / 4, 1)

@@ -10,6 +10,7 @@ import torch
 
 from minigpt.model import GPT, GPTConfig
 from minigpt.playground import answers, inside
+from minigpt.playground.age_page import curves_of
 from minigpt.playground.answers import Playground
 from minigpt.runs.checkpoint import write_checkpoint, write_snapshot
 from minigpt.runs.folder import Run
@@ -113,6 +114,21 @@ def test_loss_curve_has_a_marker_at_the_age(playground):
     assert positions == sorted(positions)
     assert positions[1] < positions[-1]
     assert "200k tokens" in curves[2]
+
+
+def test_chosen_models_have_loss_curves_however_many_models_there_are(playground):
+    (grown, _) = playground.models.values()
+    many = Playground([answers.replace(grown, name=f"model-{i}") for i in range(9)])
+
+    def shown(chosen: list[object]) -> list[str]:
+        page = curves_of(many, N, chosen)
+        return re.findall(r"<figcaption>(model-\d)</figcaption>", page)
+
+    assert shown([None, []]) == [f"model-{i}" for i in range(4)]
+    assert shown([["model-7", "model-8"], "model-6", "nobody"]) == [
+        "model-7", "model-8", "model-6", "model-0",
+    ]  # fmt: skip
+    assert len(shown([["model-1", "model-2", "model-3", "model-4"], "model-5", "model-1"])) == 5
 
 
 def test_added_model_is_listed_once(playground):
