@@ -158,7 +158,7 @@ def composed_words(name: str, typed: Sequence[str], folder: Path | None = None) 
 def _teacher_word(word: str) -> str:
     """Return a typed setting in which teacher= is teacher.runs=; null means no teachers."""
     word = re.sub(r"^(\+{0,2})teacher=", r"\1teacher.runs=", word)
-    return re.sub("^(.*teacher\\.runs)=(null|None)$", r"\1=[]", word)
+    return re.sub(r"^(\+{0,2}teacher\.runs)=(null|None)$", r"\1=[]", word)
 
 
 def first_setting(words: Sequence[str]) -> int:
@@ -277,9 +277,7 @@ def train_config(
 
     for group in ("model", "teacher"):  # the settings of the command line were removed
         if not isinstance(values.get(group), dict):  # by ~teacher or ++teacher.=...
-            raise UserError(
-                "the settings of this section are missing: leave them as they are", group
-            )
+            raise UserError("this section cannot be removed or replaced: leave this out", group)
         if (path := values[group].get("class_path")) is not None:
             problem = "a config file must not name code to import: set this on the command line"
             raise UserError(problem, f"{group}.class_path", path)

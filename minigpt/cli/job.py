@@ -226,8 +226,9 @@ def budget_words(config: Any, minutes: float, rate: float, n_bytes: int) -> dict
     # A validation token takes a third of the time of a training token, and about four bytes.
     affordable = 0.3 * tokens / max(config.data.holdout * n_bytes / 4, 1)
     n_validations = int(min(minutes / MINUTES_BETWEEN, affordable, MAX_VALIDATIONS))
+    more = n_validations > config.trainer.n_validations
     return {
-        "trainer.n_validations": max(config.trainer.n_validations, n_validations),
+        **({"trainer.n_validations": n_validations} if more else {}),
         "budget.tokens": n_steps * per_step,
         "optimizer.warmup_steps": min(config.optimizer.warmup_steps, n_steps // 10),
         "callbacks.snapshots": min(SNAPSHOTS, n_steps + 1),

@@ -222,12 +222,12 @@ def test_speed_is_measured_without_leaving_a_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("minutes", "megabytes", "n"), [(1, 1, 5), (60, 1, 20), (1440, 1, 40), (60, 100, 11)]
+    ("minutes", "megabytes", "n"), [(1, 1, None), (60, 1, 20), (1440, 1, 40), (60, 100, 11)]
 )
 def test_long_training_validates_more_often_unless_its_text_is_long(minutes, megabytes, n):
     config = load_config("train", ["data=text", "data.train_files=[a.txt]"])
     words = budget_words(config, minutes, 13_000, megabytes * 10**6)
-    assert words["trainer.n_validations"] == n
+    assert words.get("trainer.n_validations") == n
 
 
 def interrupted() -> RuntimeError:
