@@ -77,26 +77,35 @@ def test_student_takes_the_tokenizer_of_its_teacher(tiny: list[str], teacher: Pa
     assert error.value.argument == "data.vocab_size"
 
 
-@pytest.mark.parametrize("typed", [[], ["trainer.accumulate_grad_batches=2"]])
-def test_resume_with_a_teacher_is_bit_exact(
-    tiny: list[str], teacher: Path, typed: list[str], monkeypatch: pytest.MonkeyPatch
-):
-    command = [*tiny, *typed, f"teacher={teacher}", "callbacks.checkpoint_steps=5"]
+def whole_and_broken(command: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """Train a run to its end, and the same run until an error after its checkpoint at step 5."""
+    command = [*command, "callbacks.checkpoint_steps=5"]
     whole = trained_folder([*command, "name=whole"])
     with monkeypatch.context() as patch:
         patch.setattr("minigpt.training.module.GPTModule.on_train_batch_start", fail_at_step(6))
         with pytest.raises(RuntimeError, match="interrupted"):
             trained_folder([*command, "name=broken"])
-    broken = teacher.parent / "broken"
+    return whole, whole.parent / "broken"
+
+
+def assert_same_end(whole: Path, resumed: Path) -> None:
+    ends = weights(whole), weights(resumed)
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert read_summary(resumed)["teachers"] == read_summary(whole)["teachers"]
+
+
+@pytest.mark.parametrize("typed", [[], ["trainer.accumulate_grad_batches=2"]])
+def test_resume_with_a_teacher_is_bit_exact(
+    tiny: list[str], teacher: Path, typed: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    whole, broken = whole_and_broken([*tiny, *typed, f"teacher={teacher}"], monkeypatch)
     moved = teacher.replace(teacher.with_name("moved"))
     with pytest.raises(UserError) as error:
         trained_folder([f"resume={broken}"])
     assert (error.value.argument, error.value.value) == ("teacher.runs", str(teacher))
     assert f"resume={broken}" in str(error.value)
     trained_folder([f"resume={broken}", f"teacher={moved}"])
-    ends = weights(whole), weights(broken)
-    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
-    assert read_summary(broken)["teachers"] == read_summary(whole)["teachers"]
+    assert_same_end(whole, broken)
 
 
 def test_resume_with_another_teacher_is_refused(tiny: list[str], teacher: Path):
@@ -114,20 +123,12 @@ def test_resume_finds_the_recorded_order_of_moved_teachers(
     tiny: list[str], teacher: Path, monkeypatch: pytest.MonkeyPatch
 ):
     other = trained_folder([*tiny, "seed=5", "name=other"])
-    command = [*tiny, f"teacher=[{teacher},{other}]", "callbacks.checkpoint_steps=5"]
-    whole = trained_folder([*command, "name=whole"])
-    with monkeypatch.context() as patch:
-        patch.setattr("minigpt.training.module.GPTModule.on_train_batch_start", fail_at_step(6))
-        with pytest.raises(RuntimeError, match="interrupted"):
-            trained_folder([*command, "name=broken"])
-    broken = whole.parent / "broken"
+    whole, broken = whole_and_broken([*tiny, f"teacher=[{teacher},{other}]"], monkeypatch)
     with pytest.raises(UserError, match=naming("teacher", "other")) as error:
         trained_folder([f"resume={broken}", f"teacher={other}"])
     assert (error.value.argument, error.value.value) == ("teacher.runs", [str(other)])
     trained_folder([f"resume={broken}", f"teacher=[{other},{teacher}]"])
-    ends = weights(whole), weights(broken)
-    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
-    assert read_summary(broken)["teachers"] == read_summary(whole)["teachers"]
+    assert_same_end(whole, broken)
 
 
 def test_run_and_its_export_are_one_teacher(tiny: list[str], teacher: Path, tmp_path: Path):
