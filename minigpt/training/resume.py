@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from minigpt.runs.names import (
     TENSORBOARD,
 )
 from minigpt.runs.provenance import Parent, parent_of
+from minigpt.runs.records import read_summary
 from minigpt.tokenizer import Tokenizer
 from minigpt.training.checkpointing import VALIDATES
 from minigpt.training.config import Schedule, TrainConfig
@@ -86,7 +88,8 @@ class ResumeState:
     parent: Parent | None = None
     """Provenance record of the parent run `init_from`; None for a run without `init_from`."""
     teachers: Teachers | None = None
-    """The loaded teachers; None for a run without teachers."""
+    """The loaded teachers; None for a run without teachers, and for a complete run unless the user
+    has typed some."""
 
     @classmethod
     def from_config(
@@ -184,7 +187,7 @@ class ResumeState:
         if parent is not None:  # an earlier version recorded more or less about the parent
             stored = {**stored, "init_from": dataclasses.asdict(parent)}
         teachers = None
-        if paths:
+        if paths and (config.teacher.runs or not _is_complete(folder, content)):
             teachers = _teachers_again(paths, config, folder, teacher)
             teachers = teachers.recorded_in(stored, checkpoint, paths)
         taught_by = dataclasses.replace(before.teacher, runs=paths)
@@ -300,6 +303,13 @@ class ResumeState:
             if not is_whole(path):  # it must not push an undamaged one out of the rotation
                 log.warning("%s is damaged: continuing from %s", path, self.checkpoint)
                 path.replace(path.with_name(f"{path.name}.damaged"))
+
+
+def _is_complete(folder: Path, checkpoint: Mapping[str, Any]) -> bool:
+    """Return whether a run has finished, and `checkpoint` is its state after the last update."""
+    last = checkpoint["global_step"] >= checkpoint["hyper_parameters"]["n_steps"]
+    finished = read_summary(folder).get("status") == "finished"
+    return last and finished and checkpoint.get(VALIDATES) is not True
 
 
 def _teachers_again(

@@ -119,6 +119,28 @@ def test_resume_with_another_teacher_is_refused(tiny: list[str], teacher: Path):
         assert error.value.argument == "teacher.runs"
 
 
+def test_complete_run_does_not_need_its_teacher_again(tiny: list[str], teacher: Path):
+    student = trained_folder([*tiny, *SHORT, f"teacher={teacher}", "name=student"])
+    before = weights(student), read_summary(student)
+    teacher.rename(teacher.with_name("moved"))
+    assert trained_folder([f"resume={student}"]) == student
+    assert all(torch.equal(before[0][name], value) for name, value in weights(student).items())
+    assert read_summary(student) == before[1]
+    with pytest.raises(UserError) as error:
+        trained_folder([f"resume={student}", f"teacher={teacher}"])
+    assert error.value.argument == "teacher.runs"
+
+
+def test_finished_run_with_a_damaged_checkpoint_needs_its_teacher(tiny: list[str], teacher: Path):
+    command = [*tiny, f"teacher={teacher}", "callbacks.checkpoint_steps=5", "name=student"]
+    student = trained_folder(command)
+    (student / "checkpoints/last.ckpt").write_bytes(b"damaged")
+    teacher.rename(teacher.with_name("moved"))
+    with pytest.raises(UserError) as error:
+        trained_folder([f"resume={student}"])
+    assert error.value.argument == "teacher.runs"
+
+
 def test_resume_finds_the_recorded_order_of_moved_teachers(
     tiny: list[str], teacher: Path, monkeypatch: pytest.MonkeyPatch
 ):
