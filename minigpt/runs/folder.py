@@ -116,11 +116,14 @@ class Run:
             newest = max(path.glob(f"*/{CHECKPOINTS}/*.ckpt"), key=os.path.getmtime, default=None)
             if newest is not None:
                 return cls.load(newest.parent.parent, model)
-            names = f"{CHECKPOINTS}/{BEST}.ckpt or {LAST}.ckpt"
+            names = f"{CHECKPOINTS}/{BEST}.ckpt, {LAST}.ckpt or {WEIGHTS}"
             raise UserError(f"{path} has no {names}: give a run folder, or train a model first")
         if not path.is_file() or path.suffix not in (".ckpt", ".safetensors"):
             fault = "is not a checkpoint" if path.is_file() else "does not exist"
-            raise UserError(f"{path} {fault}: give a run folder (runs/<name>) or a .ckpt file")
+            allowed = (
+                "a run folder (runs/<name>), an export with --format safetensors, or a .ckpt file"
+            )
+            raise UserError(f"{path} {fault}: give {allowed}")
         is_snapshot = path.parent.name == SNAPSHOTS and path.name != WEIGHTS
         if path.parent.name != CHECKPOINTS and not is_snapshot:
             return cls(path.parent, path, model)
