@@ -307,9 +307,10 @@ class ResumeState:
 
 def _is_complete(folder: Path, checkpoint: Mapping[str, Any]) -> bool:
     """Return whether a run has finished, and `checkpoint` is its state after the last update."""
-    last = checkpoint["global_step"] >= checkpoint["hyper_parameters"]["n_steps"]
+    if checkpoint["global_step"] < checkpoint["hyper_parameters"]["n_steps"]:
+        return False  # without reading the summary: if it is damaged, the resumed run replaces it
     finished = read_summary(folder).get("status") == "finished"
-    return last and finished and checkpoint.get(VALIDATES) is not True
+    return finished and checkpoint.get(VALIDATES) is not True
 
 
 def _teachers_again(
