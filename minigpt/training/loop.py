@@ -46,7 +46,6 @@ from minigpt.runs.folder import (
     same_class,
 )
 from minigpt.runs.names import CHECKPOINTS, REPORT, SUMMARY
-from minigpt.runs.records import read_summary
 from minigpt.training.assembly import Assembly, config_text, set_losses
 from minigpt.training.callbacks import ModelUpload
 from minigpt.training.checkpointing import full_disk_in_one_line
@@ -128,7 +127,7 @@ def _train(
         kernels = _kernels(hardware, config.trainer.kernels)
         schedule = Schedule.from_config(config, hardware.world_size)
         if folder is not None and start.step >= schedule.n_steps and not start.validates:
-            if read_summary(folder).get("status") == "finished":
+            if start.is_complete:
                 log.info("%s is already complete (%d steps)", folder, start.step)
                 if global_rank() == 0 and _lacks_report(folder):
                     write_report(folder)

@@ -87,6 +87,8 @@ class ResumeState:
     """Tokenizer to use; None means that a tokenizer is trained on the stories."""
     parent: Parent | None = None
     """Provenance record of the parent run `init_from`; None for a run without `init_from`."""
+    is_complete: bool = False
+    """Whether the run has finished, and `checkpoint` is its state after the last update."""
     teachers: Teachers | None = None
     """The loaded teachers; None for a run without teachers, and for a complete run unless the user
     has typed some."""
@@ -186,8 +188,8 @@ class ResumeState:
         given = parent or before.data.tokenizer or before.teacher.runs
         if parent is not None:  # an earlier version recorded more or less about the parent
             stored = {**stored, "init_from": dataclasses.asdict(parent)}
-        teachers = None
-        if paths and (config.teacher.runs or not _is_complete(folder, content)):
+        is_complete, teachers = _is_complete(folder, content), None
+        if paths and (config.teacher.runs or not is_complete):
             teachers = _teachers_again(paths, config, folder, teacher)
             teachers = teachers.recorded_in(stored, checkpoint, paths)
         taught_by = dataclasses.replace(before.teacher, runs=paths)
@@ -199,6 +201,7 @@ class ResumeState:
             stored,
             tokenizer=run.tokenizer if given else None,
             parent=parent,
+            is_complete=is_complete,
             teachers=teachers,
         )
 
@@ -307,10 +310,10 @@ class ResumeState:
 
 def _is_complete(folder: Path, checkpoint: Mapping[str, Any]) -> bool:
     """Return whether a run has finished, and `checkpoint` is its state after the last update."""
-    if checkpoint["global_step"] < checkpoint["hyper_parameters"]["n_steps"]:
+    n_steps = checkpoint["hyper_parameters"]["n_steps"]
+    if checkpoint["global_step"] < n_steps or checkpoint.get(VALIDATES) is True:
         return False  # without reading the summary: if it is damaged, the resumed run replaces it
-    finished = read_summary(folder).get("status") == "finished"
-    return finished and checkpoint.get(VALIDATES) is not True
+    return read_summary(folder).get("status") == "finished"
 
 
 def _teachers_again(
